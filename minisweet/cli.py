@@ -1,0 +1,80 @@
+"""What every command shares: errors of one line, and files that are never half-written."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: the file or option, the value, and what would be right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations, whose errors are one line and exit status 2."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message as one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """Give a path beside `target` to write a file or a folder to, and rename it to `target` at the end.
+
+    After an error nothing is left, and `target` is as it was. A folder that stands at `target` is replaced.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    replaced = target.with_name(f".{target.name}.{os.getpid()}.replaced")
+    try:
+        yield partial
+        if target.is_dir():
+            target.rename(replaced)
+        partial.replace(target)
+    finally:
+        for leftover in (partial, replaced):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` with one line per key, so that a list of 6,000 numbers stays one line."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    with written_beside(path) as partial:
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises InputError, with the path, where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {type(content).__name__}, not a JSON object")
+    return content

@@ -1,0 +1,51 @@
+"""Where to compute, and in which precision."""
+
+import platform
+from contextlib import AbstractContextManager
+
+import torch
+
+from minisweet.cli import InputError, Parser
+
+AMP_CHOICES = ("auto", "off", "bf16", "fp16")
+
+
+def add_device_options(parser: Parser) -> None:
+    """Add --device and --amp."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--amp", choices=AMP_CHOICES, default="auto", help="mixed precision; auto is off on the CPU")
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn auto, cpu, cuda or cuda:N into a device that is there. Raises InputError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal())):
+        raise InputError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device: {name!r} is not here; this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type to autocast to, None for float32 alone.
+
+    auto: bfloat16 on CUDA where it is supported and float16 where it is not; nothing on the CPU, where bfloat16 pays
+    only on processors with instructions for it.
+    """
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+
+
+def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager:
+    """The autocast context for `precision`; one that does nothing for None."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader of the results should know of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

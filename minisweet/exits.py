@@ -1,0 +1,140 @@
+"""Exits on an encoder: the paper's Early-Exit (EE), SWEET and Multi-Model (MM), Sections 2 to 4.
+
+EE puts a classifier after some of the layers and trains all of them with the sum of their losses. SWEET is EE with
+the gradient stopped after each exit, so that *each parameter is updated by exactly one classifier*: exit k alone
+updates the layers between exit k-1 and itself. MM is one independent model per exit.
+
+We keep that statement to the letter where the authors' code does not: each exit has a pooler of its own (theirs is
+one for all exits), and DeBERTa's relative table stops at the boundary together with the hidden states (theirs gets
+every exit's gradient), so that it belongs to the first exit, as the embeddings do.
+
+Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisweet.checkpoint import Encoder, load_encoder
+
+METHODS = ("sweet", "ee", "mm")
+
+
+class ExitHead(nn.Module):
+    """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
+
+    BERT's pooler ends in tanh and starts from the checkpoint's pooler, which has no dropout before it. DeBERTa's
+    context pooler ends in gelu and starts fresh.
+    """
+
+    def __init__(self, encoder: Encoder, num_labels: int) -> None:
+        super().__init__()
+        config = encoder.config
+        self.pooler_dropout = nn.Dropout(config.pooler_dropout)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        for linear in (self.pooler, self.classifier):
+            nn.init.normal_(linear.weight, std=config.initializer_range)
+            nn.init.zeros_(linear.bias)
+        if getattr(encoder, "pooler_start", None) is not None:
+            with torch.no_grad():
+                self.pooler.weight.copy_(encoder.pooler_start[0])
+                self.pooler.bias.copy_(encoder.pooler_start[1])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The hidden states (B, T, D) to logits (B, C)."""
+        pooled = self.activation(self.pooler(self.pooler_dropout(hidden[:, 0])))  # (B, D)
+        return self.classifier(self.dropout(pooled))
+
+
+def stop_gradient(stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same values, through which no gradient flows back."""
+    return tuple(tensor.detach() for tensor in stream)
+
+
+class MultiExitModel(nn.Module):
+    """An encoder with an exit head after each layer of `exit_layers`, for EE and SWEET.
+
+    Args:
+        encoder: from `load_encoder`.
+        exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
+        num_labels: C.
+        method: "sweet" or "ee". Both give the same logits from the same weights; only the gradients differ.
+
+    Raises:
+        ValueError: exit layers that are not increasing or not in the encoder, or another method.
+    """
+
+    def __init__(self, encoder: Encoder, exit_layers: Sequence[int], num_labels: int, method: str = "sweet") -> None:
+        super().__init__()
+        depth = len(encoder.layers)
+        check_exit_layers(exit_layers, depth)
+        if method not in ("sweet", "ee"):
+            raise ValueError(f"method is {method!r}, and must be 'sweet' or 'ee'")
+        self.encoder = encoder
+        self.exit_layers = tuple(exit_layers)
+        self.method = method
+        self.heads = nn.ModuleList(ExitHead(encoder, num_labels) for _ in exit_layers)
+
+    def segments(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Tensor]:
+        """Run a segment at a time: the layers up to the next exit, its head, then the boundary.
+
+        Yields the logits (B, C) of each exit before the next segment runs. Under SWEET nothing flows back over a
+        boundary, so that a training loop may take each exit's loss back, and free its activations, right there.
+        For the arguments see `forward`.
+        """
+        stream = self.encoder.embed(input_ids, token_type_ids)
+        for head, (start, stop) in zip(self.heads, pairwise((0, *self.exit_layers)), strict=True):
+            stream = self.encoder.run_layers(stream, attention_mask, start, stop)
+            yield head(stream[0])
+            if self.method == "sweet":  # EE is the same without this line
+                stream = stop_gradient(stream)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """All exits' logits.
+
+        Args:
+            input_ids: (B, T), int64.
+            attention_mask: (B, T): 1 for tokens, 0 for padding.
+            token_type_ids: (B, T), int64: 0 in the first sentence, 1 in the second.
+
+        Returns:
+            Logits (K, B, C).
+        """
+        return torch.stack(list(self.segments(input_ids, attention_mask, token_type_ids)))
+
+
+class MultiModel(nn.ModuleList):
+    """K independent models, smallest first: `models[k]` is a MultiExitModel with one exit, at its end."""
+
+    def segments(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Tensor]:
+        """Yield the logits (B, C) of each model before the next one runs."""
+        for model in self:
+            yield from model.segments(input_ids, attention_mask, token_type_ids)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """All models' logits (K, B, C). For the arguments see `MultiExitModel.forward`."""
+        return torch.stack(list(self.segments(input_ids, attention_mask, token_type_ids)))
+
+
+def build_multi_model(folder: str | Path, exit_layers: Sequence[int], num_labels: int) -> MultiModel:
+    """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into independent models.
+
+    Layers beyond n are neither held nor read. For the arguments see `MultiExitModel`, for errors `load_encoder` too.
+    """
+    check_exit_layers(exit_layers)
+    return MultiModel(MultiExitModel(load_encoder(folder, n), (n,), num_labels) for n in exit_layers)
+
+
+def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> None:
+    """Raise ValueError unless the layers are increasing, and lie in 1 to `depth`."""
+    in_order = len(exit_layers) > 0 and all(low < high for low, high in pairwise((0, *exit_layers)))
+    if not in_order or (depth is not None and exit_layers[-1] > depth):
+        limit = "" if depth is None else f" in 1 to {depth}"
+        raise ValueError(f"exit_layers is {','.join(map(str, exit_layers))!r}, and must be increasing layers{limit}")

@@ -1,0 +1,221 @@
+"""Fine-tune BERT or DeBERTa with early exits: the paper's Early-Exit (ee), Multi-Model (mm) and SWEET (sweet).
+
+    python train.py                                                    # minilm-l6, sweet, toy: minutes on a laptop
+    python train.py --model bert-base --method sweet --task rte
+
+Writes a run folder, which evaluate.py reads.
+"""
+
+import argparse
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from minisweet.checkpoint import load_encoder, read_config
+from minisweet.cli import InputError, Parser, run_command
+from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
+from minisweet.devices import add_device_options, autocast, choose_device, choose_precision, device_name
+from minisweet.exits import METHODS, MultiExitModel, build_multi_model, check_exit_layers
+from minisweet.hub import REPOSITORIES, model_folder
+from minisweet.runs import check_output, save_run, versions
+from minisweet.tasks import TASKS, load_examples
+from minisweet.text import TokenizedExamples, load_tokenizer
+
+
+def train(
+    model: MultiExitModel,
+    examples: TokenizedExamples,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    precision: torch.dtype | None = None,
+    title: str = "train",
+) -> list[list[float]]:
+    """Fine-tune all exits of `model` in place, on the device where it is (App. A).
+
+    Args:
+        examples: the training set.
+        learning_rate: of the first step; it decays linearly to zero.
+        seed: of the order of the examples and of dropout.
+        precision: type to autocast to; None for float32 alone.
+        title: for the progress bar.
+
+    Returns:
+        Each step's cross-entropy at each exit: (steps, K).
+    """
+    torch.manual_seed(seed)
+    model.train()
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    steps = epochs * -(-len(examples) // batch_size)
+    history = []
+    progress = tqdm(total=epochs * len(examples), unit="ex", desc=title)
+    for epoch in range(epochs):
+        for batch in examples.shuffled(batch_size, seed, epoch):
+            batch = batch.to(device)
+            optimizer.zero_grad()
+            losses = []
+            with autocast(device, precision):
+                for logits in model.segments(*batch.inputs):  # (B, C), exit by exit
+                    loss = F.cross_entropy(logits.float(), batch.labels)
+                    if model.method == "sweet":  # no other loss reaches this segment: take it back, free the segment
+                        scaler.scale(loss).backward()
+                        loss = loss.detach()
+                    losses.append(loss)
+            if model.method == "ee":
+                scaler.scale(sum(losses)).backward()
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 - len(history) / steps)
+            scaler.step(optimizer)
+            scaler.update()
+            history.append(torch.stack(losses).tolist())
+            progress.update(len(batch.rows))
+            progress.set_postfix(loss=f"{sum(history[-1]):.3f}", refresh=False)
+    progress.close()
+    return history
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.")
+    parser.add_argument("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder with a model")
+    parser.add_argument("--method", choices=METHODS, default="sweet", help="what each exit's loss may update")
+    parser.add_argument("--task", choices=list(TASKS), default="toy", help="what to learn")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the GLUE tasks' folders")
+    parser.add_argument("--train-size", type=positive_int, default=6000, help="examples, drawn by the seed")
+    parser.add_argument("--seed", type=seed_int, default=0, help="of the subset, of new weights, of order and dropout")
+    parser.add_argument("--lr", type=positive_float, help="first learning rate (default: the paper's, printed)")
+    parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the training set")
+    parser.add_argument("--batch-size", type=positive_int, help="examples (default: 16, and 8 for deberta-large)")
+    parser.add_argument("--max-length", type=positive_int, default=256, help="tokens")
+    parser.add_argument("--exit-layers", type=layer_list, help="counted from 1, such as 1,4,6,12 (default: by depth)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_device_options(parser)
+    args = parser.parse_args()
+    if args.out is None:
+        args.out = Path("runs") / f"{Path(args.model).resolve().name}-{args.method}-{args.task}-seed{args.seed}"
+    args.lr = args.lr or default_learning_rate(args.model, args.task, args.method)
+    args.batch_size = args.batch_size or default_batch_size(args.model)
+    return args
+
+
+def main() -> None:
+    """Train one run."""
+    args = parse_arguments()
+    check_output(args.out, args.overwrite)
+    device = choose_device(args.device)
+    precision = choose_precision(args.amp, device)
+    task = TASKS[args.task]
+    folder = model_folder(args.model)
+    config = read_config(folder)
+    exit_layers = args.exit_layers or EXIT_LAYERS.get(config.num_hidden_layers)
+    if exit_layers is None:
+        raise InputError(f"--exit-layers: needed for {args.model}, an encoder of {config.num_hidden_layers} layers")
+    try:
+        check_exit_layers(exit_layers, config.num_hidden_layers)
+    except ValueError as error:
+        raise InputError(f"--exit-layers: {error}") from None
+    if args.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"--max-length: {args.max_length}, and {args.model} has {config.max_position_embeddings} positions"
+        )
+
+    rows = load_examples(args.task, "train", args.data_dir)
+    subset = np.sort(np.random.default_rng(args.seed).permutation(len(rows.labels))[: args.train_size])
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
+    examples = TokenizedExamples(tokenizer, rows, subset)
+
+    torch.manual_seed(args.seed)
+    if args.method == "mm":
+        model = build_multi_model(folder, exit_layers, len(task.labels))
+        parts = list(model)  # trained one after the other, each alone
+    else:
+        model = MultiExitModel(load_encoder(folder, exit_layers[-1]), exit_layers, len(task.labels), args.method)
+        parts = [model]
+    print(
+        f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
+        f"{','.join(map(str, exit_layers))} of {config.num_hidden_layers}, learning rate {args.lr:g}, "
+        f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {precision or torch.float32}"
+    )
+    start = time.perf_counter()
+    losses = []
+    for part in parts:
+        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.lr, "seed": args.seed}
+        title = f"layers {part.exit_layers[-1]}" if args.method == "mm" else args.method
+        losses.append(train(part.to(device), examples, **settings, precision=precision, title=title))
+        part.cpu()  # frees the device for the next one
+    seconds = time.perf_counter() - start
+
+    record = {
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "model": args.model,
+        "method": args.method,
+        "task": args.task,
+        "metric": task.metric,
+        "num_labels": len(task.labels),
+        "exit_layers": exit_layers,
+        "depth": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "learning_rate": args.lr,
+        "seed": args.seed,
+        "device": device_name(device),
+        "precision": str(precision or torch.float32),
+        "versions": versions(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "examples_per_second": round(args.epochs * len(examples) / seconds, 1),
+        "subset": subset.tolist(),
+        "losses": np.concatenate(losses, axis=1).round(5).tolist(),  # (steps, K)
+    }
+    save_run(args.out, model, folder, record)
+    print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def seed_int(text: str) -> int:
+    """An argparse type."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """An argparse type."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 1,4,6,12")
+    return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    run_command(main)
