@@ -1,0 +1,126 @@
+"""The embedded task: sentiment sentences made from templates, with a known difficulty for each row.
+
+It shows adaptive inference in minutes on a CPU: rows of an easy level should leave at an early exit, rows of a hard
+one late. The levels:
+
+- one polar word: "The film was superb." is positive. Any word list solves it.
+- contrast: "Although the play was dull, the film was superb." The main clause decides.
+- negation: "The film was long, and it was not superb." What the negation stands before decides.
+- two steps: "Anna loved the film and Ben hated it. Ben is right." is negative. Who decides must be looked up.
+
+Sentences come in pairs of one positive and one negative. On the three harder levels a pair has the same words in
+another order, so that nothing but the order can tell the labels apart: a bag of words is right on exactly half.
+Nouns and names are held out: dev has none of those of train.
+"""
+
+import random
+
+from minisweet.cli import InputError
+from minisweet.tasks import Examples
+
+LEVELS = ("one polar word", "contrast", "negation", "two steps")
+SIZES = {"train": 4000, "dev": 1000}  # a multiple of 8: each level as often, each with as many of both labels
+SEEDS = {"train": 1, "dev": 2}
+
+# fmt: off
+POSITIVE = (
+    "superb", "wonderful", "excellent", "brilliant", "delightful", "lovely", "splendid", "marvellous",
+    "charming", "great", "fantastic", "terrific", "impressive", "enjoyable", "fascinating", "beautiful",
+)
+NEGATIVE = (
+    "dreadful", "terrible", "awful", "dull", "boring", "tedious", "horrible", "dismal",
+    "poor", "clumsy", "annoying", "disappointing", "lifeless", "painful", "forgettable", "ugly",
+)
+NEUTRAL = ("long", "short", "new", "old", "modern", "recent", "local", "loud")
+NOUNS = {
+    "train": (
+        "film", "play", "novel", "concert", "show", "song", "ballet", "festival", "meeting", "course", "tour",
+        "documentary", "musical", "poem", "speech", "exhibition", "comedy", "article", "report", "match", "ceremony",
+        "talk", "dinner", "trip", "parade", "game", "story", "dance", "party", "interview",
+    ),
+    "dev": ("movie", "opera", "book", "lecture", "album", "lesson", "visit", "magazine", "series", "sermon", "drama"),
+}
+NAMES = {
+    "train": (
+        "Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack", "Karen", "Leo",
+        "Maria", "Nick", "Olga", "Paul", "Rosa", "Simon", "Tina", "Victor",
+    ),
+    "dev": ("Alice", "Bruno", "Clara", "Daniel", "Eva", "George", "Laura", "Martin", "Nina", "Oscar", "Sarah", "Tom"),
+}
+# fmt: on
+
+ONE_WORD = (
+    "The {noun} was {word}.",
+    "This {noun} is {word}.",
+    "We found the {noun} {word}.",
+    "The {noun} last night was really {word}.",
+)
+NEGATION = (
+    "The {noun} was {plain}, and it was not {negated}.",
+    "The {noun} was not {negated}, and it was {plain}.",
+    "We found the {noun} {plain} and never {negated}.",
+    "The {noun} was never {negated} but always {plain}.",
+)
+CONTRAST = (
+    "Although the {noun} was {side}, the {other} was {main}.",
+    "The {noun} was {main}, although the {other} was {side}.",
+    "The {noun} was {side}, but the {other} was {main}.",
+    "The {noun} was {main} despite the {side} {other}.",
+    "Despite the {side} {noun}, the {other} was {main}.",
+    "The {noun} was {main}, even though the {other} was {side}.",
+)
+OPINIONS = (
+    "{fan} loved the {noun} and {critic} hated it.",
+    "{critic} hated the {noun} and {fan} loved it.",
+    "{fan} praised the {noun}, but {critic} complained about it.",
+    "{critic} complained about the {noun}, but {fan} praised it.",
+    "{fan} called the {noun} {good}, {critic} called it {bad}.",
+    "{critic} called the {noun} {bad}, {fan} called it {good}.",
+)
+VERDICT = " {judge} is right."
+
+
+def make_toy(split: str) -> Examples:
+    """Make "train" (4,000 rows) or "dev" (1,000 rows), the same on every call: single sentences, shuffled.
+
+    Labels are 0 negative and 1 positive, difficulties are from `LEVELS`. Raises InputError for another split.
+    """
+    if split not in SIZES:
+        raise InputError(f"split {split!r}: choose one of {', '.join(SIZES)}")
+    rng = random.Random(SEEDS[split])
+    rows = []
+    for level in LEVELS:
+        sentences: dict[str, int] = {}
+        while len(sentences) < SIZES[split] // len(LEVELS):
+            positive, negative = _make_pair(level, NOUNS[split], NAMES[split], rng)
+            if positive not in sentences and negative not in sentences:
+                sentences |= {positive: 1, negative: 0}
+        rows += [(sentence, label, level) for sentence, label in sentences.items()]
+    rng.shuffle(rows)
+    sentences, labels, levels = (list(column) for column in zip(*rows, strict=True))
+    return Examples(sentences, None, labels, levels)
+
+
+def _make_pair(level: str, nouns: tuple[str, ...], names: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
+    """Draw a template and its words, and fill it in the two ways that give a positive and a negative sentence."""
+    noun, other = rng.sample(nouns, 2)
+    good, bad = rng.choice(POSITIVE), rng.choice(NEGATIVE)
+    if level == "one polar word":
+        template = rng.choice(ONE_WORD)
+        return template.format(noun=noun, word=good), template.format(noun=noun, word=bad)
+    if level == "negation":
+        template, neutral, polar = rng.choice(NEGATION), rng.choice(NEUTRAL), rng.choice((good, bad))
+        stated = template.format(noun=noun, plain=polar, negated=neutral)
+        denied = template.format(noun=noun, plain=neutral, negated=polar)
+        return (stated, denied) if polar == good else (denied, stated)
+    if level == "contrast":
+        template = rng.choice(CONTRAST)
+        return (
+            template.format(noun=noun, other=other, main=good, side=bad),
+            template.format(noun=noun, other=other, main=bad, side=good),
+        )
+    template = rng.choice(OPINIONS) + VERDICT
+    judge, rival = rng.sample(names, 2)
+    agrees = template.format(fan=judge, critic=rival, judge=judge, noun=noun, good=good, bad=bad)
+    differs = template.format(fan=rival, critic=judge, judge=judge, noun=noun, good=good, bad=bad)
+    return agrees, differs
