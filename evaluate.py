@@ -16,7 +16,14 @@ from tqdm import tqdm
 
 from minisweet.adaptive import area_under_curve, exit_costs, exits_taken, spaced_thresholds
 from minisweet.cli import InputError, Parser, run_command, write_json
-from minisweet.devices import add_device_options, autocast, choose_device, choose_precision, device_name
+from minisweet.devices import (
+    add_device_options,
+    autocast,
+    choose_device,
+    choose_precision,
+    device_name,
+    reuse_freed_memory,
+)
 from minisweet.runs import load_run, newest_run, versions
 from minisweet.tasks import TASKS, load_examples, score
 from minisweet.text import TokenizedExamples, load_tokenizer
@@ -49,6 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.thresholds < 2:
         raise InputError(f"--thresholds: {args.thresholds}, and must be 2 or more")
+    reuse_freed_memory()
     run = args.run or newest_run()
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)

@@ -20,7 +20,14 @@ from tqdm import tqdm
 from minisweet.checkpoint import load_encoder, read_config
 from minisweet.cli import InputError, Parser, run_command
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
-from minisweet.devices import add_device_options, autocast, choose_device, choose_precision, device_name
+from minisweet.devices import (
+    add_device_options,
+    autocast,
+    choose_device,
+    choose_precision,
+    device_name,
+    reuse_freed_memory,
+)
 from minisweet.exits import METHODS, MultiExitModel, build_multi_model, check_exit_layers
 from minisweet.hub import REPOSITORIES, model_folder
 from minisweet.runs import check_output, save_run, versions
@@ -116,6 +123,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train one run."""
     args = parse_arguments()
+    reuse_freed_memory()
     check_output(args.out, args.overwrite)
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)

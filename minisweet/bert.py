@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.config import check_config
+from minisweet.dropout import Dropout
 
 # Added to the attention scores of padding. exp() makes it 0 against any real score, and it fits float16 too. It is
 # not -inf, so that a row of nothing but padding still has a softmax.
@@ -63,21 +64,25 @@ class BertLayer(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.attention_dropout = config.attention_probs_dropout_prob
+        self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.query_key_value = nn.Linear(D, 3 * D)
         self.attention_output = nn.Linear(D, D)
         self.attention_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(D, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, D)
         self.output_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """One layer: hidden (B, T, D) and the padding's bias (B, 1, 1, T) to hidden (B, T, D)."""
         projected = self.query_key_value(hidden).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, d)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
-        dropout = self.attention_dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        if self.training and hidden.device.type == "cpu":  # torch's attention with dropout is slow there
+            scores = (query * (query.shape[-1] ** -0.5)) @ key.mT + bias  # (B, H, T, T)
+            context = self.attention_dropout(scores.softmax(-1)) @ value
+        else:
+            p = self.attention_dropout.p if self.training else 0.0
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
         context = context.transpose(1, 2).flatten(2)  # (B, T, D)
         hidden = self.attention_norm(hidden + self.dropout(self.attention_output(context)))
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
@@ -94,7 +99,7 @@ class BertEncoder(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D)
         self.embedding_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

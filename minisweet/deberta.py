@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.config import check_config
+from minisweet.dropout import Dropout
 
 # Added to the attention scores of padding. exp() makes it 0 against any real score, and it fits float16 too. It is
 # not -inf, so that a row of nothing but padding still has a softmax.
@@ -110,8 +111,8 @@ class DebertaLayer(nn.Module):
         self.intermediate = nn.Linear(D, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, D)
         self.output_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def heads(self, x: Tensor) -> Tensor:
         """(..., T, D) to (..., H, T, d)."""
@@ -159,7 +160,7 @@ class DebertaEncoder(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, D)
         self.embedding_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.relative_table = nn.Embedding(2 * config.relative_span, D)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(DebertaLayer(config) for _ in range(config.num_hidden_layers))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.checkpoint import Encoder, load_encoder
+from minisweet.dropout import Dropout
 
 METHODS = ("sweet", "ee", "mm")
 
@@ -34,10 +35,10 @@ class ExitHead(nn.Module):
     def __init__(self, encoder: Encoder, num_labels: int) -> None:
         super().__init__()
         config = encoder.config
-        self.pooler_dropout = nn.Dropout(config.pooler_dropout)
+        self.pooler_dropout = Dropout(config.pooler_dropout)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
-        self.dropout = nn.Dropout(config.head_dropout)
+        self.dropout = Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, num_labels)
         for linear in (self.pooler, self.classifier):
             nn.init.normal_(linear.weight, std=config.initializer_range)
