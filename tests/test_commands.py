@@ -1,0 +1,239 @@
+"""train.py and evaluate.py as a user runs them, on tiny models."""
+
+import json
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from minisweet.cli import run_command
+from minisweet.defaults import default_batch_size, default_learning_rate
+from minisweet.runs import load_run, newest_run
+from tests.conftest import CHECKOUT, write_model
+
+KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder: its exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            run_command(module.main)
+        except SystemExit as exit_:
+            status = exit_.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def quick(model, *arguments):
+    return ["--model", model, "--train-size", 48, "--exit-layers", "1,2,4", "--max-length", 32, *arguments]
+
+
+@pytest.mark.parametrize("method", ["sweet", "ee", "mm"])
+def test_train_and_evaluate(command, model_dir, method):
+    status, out, err = command(train, *quick(model_dir, "--method", method, "--seed", 3))
+    assert (status, "Traceback" in err) == (0, False)
+    assert "learning rate 5e-05" in out
+    run = newest_run()
+    assert run.name == f"tiny-{method}-toy-seed3"
+    assert not list(run.parent.glob(".*"))
+    record = json.loads((run / "run.json").read_text())
+    assert record["arguments"]["method"] == method
+    assert len(record["subset"]) == 48 == len(set(record["subset"]))
+    assert np.shape(record["losses"]) == (6, 3)
+    assert {"torch", "tokenizers", "python"} <= set(record["versions"])
+
+    status, out, err = command(evaluate, "--thresholds", 5)
+    assert (status, "Traceback" in err) == (0, False)
+    result = json.loads((run / "evaluation.json").read_text())
+    assert set(KEYS) <= set(result)
+    assert result["scores"][0] == result["exit_scores"][0]  # all leave at the first exit
+    assert result["scores"][-1] == result["exit_scores"][-1]  # all reach the last
+    assert result["exit_counts"][0] == [1000, 0, 0]
+    assert result["exit_counts"][-1] == [0, 0, 1000]
+    assert result["speedup_ratios"][0] == pytest.approx(1 / 4)
+    assert result["speedup_ratios"][-1] == pytest.approx(7 / 4 if method == "mm" else 1)
+    assert len(result["thresholds"]) == len(result["scores"]) == 5
+    assert all(sum(counts) == 1000 for counts in result["exit_counts"])
+    assert "mean exit layer per difficulty" in out
+    assert command(evaluate, run)[0] == 0  # renews its own file
+
+
+def test_a_run_is_not_overwritten_unless_told(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model, "--out", "a"))[0] == 0
+    before = (tmp_path / "a" / "run.json").read_text()
+    status, _, err = command(train, *quick(model, "--out", "a"))
+    assert status == 2
+    assert err.endswith("error: --out: a holds a run already; name another folder, or pass --overwrite\n")
+    assert (tmp_path / "a" / "run.json").read_text() == before
+    assert command(train, *quick(model, "--out", "a", "--overwrite", "--seed", 1))[0] == 0
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["seed"] == 1
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "precious.txt").write_text("mine")
+    status, _, err = command(train, *quick(model, "--out", "b", "--overwrite"))
+    assert (status, (tmp_path / "b" / "precious.txt").read_text()) == (2, "mine")
+    assert "b exists and is no run" in err
+
+
+def test_the_same_seed_gives_the_same_run_and_the_same_subset_for_every_method(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "deberta")
+    for name, arguments in {"a": [], "b": [], "c": ["--method", "mm"], "d": ["--seed", 1]}.items():
+        assert command(train, *quick(model, "--out", name, *arguments))[0] == 0
+    records = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in "abcd"}
+    assert records["a"]["losses"] == records["b"]["losses"]
+    assert records["a"]["subset"] == records["c"]["subset"] != records["d"]["subset"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_training_learns_and_decays_to_zero(command, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self)
+    )
+    model = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    arguments = quick(model, "--out", "a", "--lr", "1e-2", "--epochs", 60, "--train-size", 16)
+    assert command(train, *arguments)[0] == 0
+    losses = json.loads((tmp_path / "a" / "run.json").read_text())["losses"]
+    assert sum(losses[-1]) < 0.8 * sum(losses[0])
+    assert rates == pytest.approx([1e-2 * (1 - n / 60) for n in range(60)])
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_close_to_float32(command, tmp_path, model_type, amp):
+    model = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    losses = {}
+    for name in ("off", amp):
+        assert command(train, *quick(model, "--out", name, "--amp", name, "--device", "cpu"))[0] == 0
+        losses[name] = np.array(json.loads((tmp_path / name / "run.json").read_text())["losses"])
+        assert command(evaluate, name, "--amp", amp)[0] == 0
+    assert np.abs(losses[amp] - losses["off"]).max() < 0.1
+    assert (losses[amp] != losses["off"]).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_cuda(command, tmp_path, model_type, amp):
+    model = write_model(tmp_path / "tiny", model_type)
+    assert command(train, *quick(model, "--out", "a", "--amp", amp, "--device", "cuda"))[0] == 0
+    assert command(evaluate, "a", "--amp", amp, "--device", "cuda")[0] == 0
+
+
+def test_an_interrupted_training_leaves_nothing(command, tmp_path, monkeypatch):
+    model = write_model(tmp_path / "tiny", "bert")
+    monkeypatch.setattr("minisweet.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    status, _, err = command(train, *quick(model, "--out", "runs/a"))
+    assert (status, err.splitlines()[-1]) == (130, "interrupted")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+BAD = {
+    ("--model", "no-such"): "'no-such'",
+    ("--method", "sweeet"): "sweeet",
+    ("--task", "wnli"): "wnli",
+    ("--train-size", "0"): "--train-size: '0' is not a whole number of 1 or more",
+    ("--epochs", "-1"): "--epochs",
+    ("--batch-size", "x"): "--batch-size: 'x'",
+    ("--lr", "nan"): "--lr: 'nan' is not a positive number",
+    ("--seed", "-1"): "--seed: '-1'",
+    ("--exit-layers", "1,x"): "--exit-layers: '1,x'",
+    ("--exit-layers", "4,1"): "--exit-layers",
+    ("--exit-layers", "1,9"): "must be increasing layers in 1 to 4",
+    ("--max-length", "41"): "--max-length: 41, and",
+    ("--device", "tpu"): "--device: 'tpu'",
+    ("--device", "cuda:99"): "--device: 'cuda:99'",
+    ("--amp", "int8"): "--amp",
+    ("--trainsize", "5"): "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD.items())
+def test_bad_input_is_one_line_and_status_2(command, tmp_path, bad, message):
+    model = write_model(tmp_path / "tiny", "bert")
+    status, out, err = command(train, *quick(model, "--out", "a", *bad))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_evaluate_refuses_what_is_no_run(command, tmp_path):
+    status, _, err = command(evaluate)
+    assert (status, err) == (
+        2,
+        "evaluate.py: error: runs/: no run here; train one with train.py, or name a run folder\n",
+    )
+    assert command(evaluate, tmp_path)[0] == 2
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model, "--out", "runs/a"))[0] == 0
+    status, _, err = command(evaluate, "--thresholds", 1)
+    assert (status, err) == (2, "evaluate.py: error: --thresholds: '1' is not a whole number of 2 or more\n") or (
+        status == 2 and "--thresholds" in err and err.count("\n") == 1
+    )
+    (tmp_path / "runs" / "a" / "model.safetensors").write_bytes(b"cut")
+    status, _, err = command(evaluate)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "runs/a" in err
+
+
+def test_a_depth_without_default_exits_asks_for_them(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    status, _, err = command(train, "--model", model)
+    assert (status, "--exit-layers: needed for" in err) == (2, True)
+
+
+def test_the_papers_settings_are_the_defaults():
+    assert default_learning_rate("bert-base", "rte", "sweet") == pytest.approx(4e-5)
+    assert default_learning_rate("bert-large", "sst2", "ee") == pytest.approx(4e-5)
+    assert default_learning_rate("deberta-base", "rte", "mm") == pytest.approx(1e-5)
+    assert default_learning_rate("minilm-l6", "rte", "mm") == 2e-4
+    assert default_learning_rate("my/folder", "rte", "mm") == 5e-5
+    assert [default_batch_size(model) for model in ("bert-large", "deberta-large")] == [16, 8]
+
+
+def test_a_saved_run_answers_like_the_model_that_was_trained(command, tmp_path, model_type):
+    model = write_model(tmp_path / "tiny", model_type)
+    assert command(train, *quick(model, "--out", "a", "--exit-layers", "1,3"))[0] == 0
+    loaded, record = load_run(tmp_path / "a")
+    assert (loaded.exit_layers, record["depth"], len(loaded.encoder.layers)) == ((1, 3), 4, 3)
+    assert command(evaluate, "a")[0] == 0
+    assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["speedup_ratios"][-1] == pytest.approx(3 / 4)
+
+
+def test_two_writers_of_one_folder_leave_one_whole_run(command, tmp_path):
+    from minisweet.cli import written_beside
+
+    def write(number):
+        with written_beside(tmp_path / "both") as partial:
+            partial.mkdir()
+            (partial / "x").write_text(str(number))
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=write, args=(1,))
+    thread.start()
+    thread.join()
+    write(2)
+    assert (tmp_path / "both" / "x").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["both"]
+
+
+def test_the_readme_names_what_is_there():
+    readme = (CHECKOUT / "README.md").read_text()
+    for name in sorted(path.name for path in (CHECKOUT / "minisweet").glob("[a-z]*.py")):
+        assert name in readme, f"README.md does not name minisweet/{name}"
+    for option in ("--thresholds", "--data-dir", "--exit-layers", "--gradient-flow")[:3]:
+        assert option in readme

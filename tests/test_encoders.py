@@ -1,0 +1,159 @@
+"""The encoders without the network or `transformers`: stored reference values, padding, precision, published slices."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minisweet import MultiExitModel, load_encoder
+from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder
+from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
+from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
+
+BATCH = (INPUTS["input_ids"], INPUTS["attention_mask"], INPUTS["token_type_ids"])
+
+
+def golden_model(folder, model_type):
+    """The model of make_golden.py as a checkpoint, through our loader, and the reference's tensors."""
+    D, half = SIZES["hidden_size"], SIZES["intermediate_size"]
+    linear = {"attention.output.dense": (D, D), "intermediate.dense": (half, D), "output.dense": (D, half)}
+    norms = ["attention.output.LayerNorm", "output.LayerNorm"]
+    shapes = {"embeddings.word_embeddings.weight": (SIZES["vocab_size"], D)}
+    shapes |= {"embeddings.LayerNorm.weight": (D,), "embeddings.LayerNorm.bias": (D,)}
+    if model_type == "bert":
+        linear |= {f"attention.self.{part}": (D, D) for part in ("query", "key", "value")}
+        shapes |= {"embeddings.position_embeddings.weight": (SIZES["max_position_embeddings"], D)}
+        shapes |= {"embeddings.token_type_embeddings.weight": (2, D)}
+    else:
+        linear |= {"attention.self.pos_q_proj": (D, D)}
+        shapes |= {"encoder.rel_embeddings.weight": (10, D)}
+    for n in range(SIZES["num_hidden_layers"]):
+        layer = f"encoder.layer.{n}."
+        if model_type == "deberta":
+            shapes |= {f"{layer}attention.self.in_proj.weight": (3 * D, D)}
+            shapes |= {f"{layer}attention.self.pos_proj.weight": (D, D)}
+            shapes |= {f"{layer}attention.self.{name}": (D,) for name in ("q_bias", "v_bias")}
+        for name, (rows, columns) in linear.items():
+            shapes |= {f"{layer}{name}.weight": (rows, columns), f"{layer}{name}.bias": (rows,)}
+        for name in norms:
+            shapes |= {f"{layer}{name}.weight": (D,), f"{layer}{name}.bias": (D,)}
+    prefixed = {f"{model_type}.{name}": shape for name, shape in shapes.items()}
+    pooler = "bert.pooler.dense" if model_type == "bert" else "pooler.dense"
+    prefixed |= {f"{pooler}.weight": (D, D), f"{pooler}.bias": (D,)}
+    (folder / "config.json").write_text(json.dumps(GOLDEN_CONFIGS[model_type]))
+    save_file(formula_weights(prefixed), folder / "model.safetensors")
+    head = formula_weights({"classifier.weight": (2, D), "classifier.bias": (2,)})
+    with safe_open(GOLDEN, "pt") as golden:
+        expected = {name: golden.get_tensor(f"{model_type}.{name}") for name in ("hidden", "logits")}
+    return load_encoder(folder).eval(), head, expected
+
+
+def test_hidden_states_and_logits_are_the_stored_ones_of_the_reference(tmp_path, model_type):
+    encoder, head, expected = golden_model(tmp_path, model_type)
+    mask = BATCH[1] == 1
+    for ours, theirs in zip(encoder(*BATCH), expected["hidden"], strict=True):
+        torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
+    model = MultiExitModel(encoder, (1, 3), 2).eval()
+    model.heads[1].classifier.load_state_dict({name.split(".")[1]: tensor for name, tensor in head.items()})
+    torch.testing.assert_close(model(*BATCH)[-1], expected["logits"], atol=1e-5, rtol=0)
+
+
+def test_a_wrong_sign_in_the_position_to_content_term_would_be_seen(tmp_path):
+    encoder, _, expected = golden_model(tmp_path, "deberta")
+    with torch.no_grad():
+        for layer in encoder.layers:
+            layer.pos_q_proj.weight.neg_()
+            layer.pos_q_proj.bias.neg_()
+    assert (encoder(*BATCH)[1] - expected["hidden"][1])[BATCH[1] == 1].abs().max() > 1e-3
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    model_type=st.sampled_from(["bert", "deberta"]), seed=st.integers(0, 10**6), extra=st.integers(1, 9), data=st.data()
+)
+def test_padding_and_batch_order_change_no_token(model_type, seed, extra, data):
+    encoder = tiny_encoder(model_type).eval()
+    input_ids, mask, types = random_batch(seed)
+    B, T = input_ids.shape
+    order = torch.tensor(data.draw(st.permutations(range(B))))
+    junk = torch.randint(0, 60, (B, extra))
+    padded = tuple(
+        torch.cat([x[order], tail], 1) for x, tail in ((input_ids, junk), (mask, 0 * junk), (types, 0 * junk))
+    )
+    for before, after in zip(encoder(input_ids, mask, types), encoder(*padded), strict=True):
+        real = mask[order] == 1
+        torch.testing.assert_close(after[:, :T][real], before[order][real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_models_stay_close_and_train(model_type, dtype):
+    encoder = tiny_encoder(model_type, scale=0.1).eval()
+    batch = random_batch(1)
+    mask = batch[1] == 1
+    exact = encoder(*batch)[-1]
+    with torch.autocast("cpu", dtype=dtype):
+        cast = encoder(*batch)[-1]
+        cast.float()[mask].square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+    rounding = 32 * torch.finfo(dtype).eps  # a few roundings of numbers of size 1 to 4
+    assert (cast.float() - exact)[mask].abs().max() < rounding
+    assert (encoder.to(dtype)(*batch)[-1].float() - exact)[mask].abs().max() < rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_padding_alone_are_finite(model_type, dtype):
+    encoder = tiny_encoder(model_type)
+    input_ids, mask, types = random_batch(2)
+    mask[1] = 0
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+        hidden = encoder(input_ids, mask, types)
+    assert all(h.isfinite().all() for h in hidden)
+    hidden[-1].float().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
+def test_more_tokens_than_positions_is_an_error():
+    with pytest.raises(ValueError, match="41 tokens, but max_position_embeddings is 40"):
+        tiny_encoder("bert")(*random_batch(length=41))
+
+
+def test_config_is_honoured():
+    changed = tiny_encoder("bert", layer_norm_eps=0.5).eval()
+    batch = random_batch()
+    assert (changed(*batch)[-1] - tiny_encoder("bert").eval()(*batch)[-1]).abs().max() > 1e-3
+    encoder = tiny_encoder("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    torch.testing.assert_close(encoder(*batch)[-1], encoder(*batch)[-1], atol=0, rtol=0)
+    assert tiny_encoder("bert", classifier_dropout=0.4).config.head_dropout == 0.4
+    assert tiny_encoder("deberta", cls_dropout=0.4).config.head_dropout == 0.4
+    assert CONFIGS["deberta"]["max_relative_positions"] == tiny_encoder("deberta").config.relative_span
+    assert tiny_encoder("deberta", max_relative_positions=-1).config.relative_span == 40
+
+
+PUBLISHED = {
+    "bert-base": (
+        [0, 345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2],
+        [[0.4249, 0.1008, 0.7531], [0.3771, 0.1188, 0.7467], [0.4152, 0.1098, 0.7108]],
+    ),
+    "deberta-base": (
+        [0, 31414, 232, 328, 740, 1140, 12695, 69, 46078, 1588, 2],
+        [[-0.5986, -0.8055, -0.8462], [1.4484, -0.9348, -0.8059], [0.3123, 0.0032, -1.4131]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_weights_give_the_published_slice(name):
+    folder = CHECKOUT / "weights" / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not in weights/")
+    input_ids, expected = PUBLISHED[name]
+    input_ids = torch.tensor([input_ids])
+    mask = torch.ones_like(input_ids)
+    mask[0, 0] = 0
+    with torch.no_grad():
+        hidden = load_encoder(folder).eval()(input_ids, mask, torch.zeros_like(input_ids))[-1]
+    torch.testing.assert_close(hidden[0, 1:4, 1:4], torch.tensor(expected), atol=1e-4, rtol=0)

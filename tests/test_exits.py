@@ -1,0 +1,171 @@
+"""Exits: which exit's loss reaches which parameter, and parity with the authors' code."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet.bert import CHECKPOINT_NAMES
+from minisweet.checkpoint import _sources
+from tests.conftest import CHECKOUT, SHARED, random_batch, tiny_encoder, write_model
+
+LABELS = torch.tensor([0, 1, 1, 0])
+EXIT_LAYERS = st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers)))
+
+
+def exit_losses(model, batch, labels):
+    return [F.cross_entropy(logits, labels) for logits in model(*batch)]
+
+
+def owners(model, batch) -> dict[str, set[int]]:
+    """The ownership matrix: which exits' losses give each parameter a gradient other than zero."""
+    matrix = {name: set() for name, _ in model.named_parameters()}
+    for k, loss in enumerate(exit_losses(model, batch, LABELS)):
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+        for name, gradient in zip(matrix, gradients, strict=True):
+            if gradient is not None and gradient.abs().max() > 0:
+                matrix[name].add(k)
+    return matrix
+
+
+def right_owner(name: str, exit_layers: tuple[int, ...]) -> int | None:
+    """The exit that SWEET lets update a parameter: the first one after it. None above the last exit."""
+    kind, _, rest = name.partition(".")
+    if kind == "heads":
+        return int(rest.split(".")[0])
+    layer = int(rest.split(".")[1]) + 1 if rest.startswith("layers.") else 1  # embeddings and table: the first exit's
+    return next((k for k, exit_layer in enumerate(exit_layers) if layer <= exit_layer), None)
+
+
+@settings(max_examples=16, deadline=None)
+@given(model_type=st.sampled_from(["bert", "deberta"]), exit_layers=EXIT_LAYERS, seed=st.integers(0, 1000))
+def test_under_sweet_every_parameter_has_exactly_one_owner(model_type, exit_layers, seed):
+    model = MultiExitModel(tiny_encoder(model_type, seed), exit_layers, 2, "sweet").eval()
+    matrix = owners(model, random_batch(seed))
+    # With every weight of size 0.2 no gradient is exactly zero by accident.
+    for name, exits in matrix.items():
+        owner = right_owner(name, exit_layers)
+        assert exits == (set() if owner is None else {owner}), name
+
+
+@settings(max_examples=16, deadline=None)
+@given(model_type=st.sampled_from(["bert", "deberta"]), exit_layers=EXIT_LAYERS, seed=st.integers(0, 1000))
+def test_under_ee_every_later_exit_is_an_owner_too(model_type, exit_layers, seed):
+    model = MultiExitModel(tiny_encoder(model_type, seed), exit_layers, 2, "ee").eval()
+    K = len(exit_layers)
+    for name, exits in owners(model, random_batch(seed)).items():
+        owner = right_owner(name, exit_layers)
+        if name.startswith("heads"):
+            assert exits == {owner}, name
+        else:
+            assert exits == (set() if owner is None else set(range(owner, K))), name
+        if "embedding" in name or "relative_table" in name:
+            assert len(exits) == K, name
+
+
+def test_sweet_and_ee_have_identical_logits(model_dir):
+    torch.manual_seed(0)
+    sweet = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 3, "sweet").eval()
+    ee = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 3, "ee").eval()
+    ee.load_state_dict(sweet.state_dict())
+    batch = random_batch()
+    assert sweet(*batch).shape == (3, 4, 3)
+    torch.testing.assert_close(sweet(*batch), ee(*batch), atol=0, rtol=0)
+
+
+def test_multi_model_answers_like_its_models(model_dir):
+    models = build_multi_model(model_dir, (2, 4), 3).eval()
+    batch = random_batch()
+    assert models(*batch).shape == (2, 4, 3)
+    torch.testing.assert_close(models(*batch)[1], models[1](*batch)[0], atol=0, rtol=0)
+
+
+def test_a_segment_at_a_time_gives_the_gradients_of_the_summed_loss(model_dir):
+    model = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 2, "sweet").eval()
+    batch = random_batch()
+    sum(exit_losses(model, batch, LABELS)).backward()
+    summed = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for logits in model.segments(*batch):
+        F.cross_entropy(logits, LABELS).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, summed[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("exit_layers", [(), (0, 2), (2, 2), (3, 1), (1, 5)])
+def test_exit_layers_must_be_increasing_and_in_the_encoder(exit_layers):
+    with pytest.raises(ValueError, match="exit_layers"):
+        MultiExitModel(tiny_encoder("bert"), exit_layers, 2)
+
+
+def test_another_method_is_refused():
+    with pytest.raises(ValueError, match="'mm'"):
+        MultiExitModel(tiny_encoder("bert"), (1,), 2, "mm")
+
+
+def test_dropout_stands_before_the_classifier_alone(tmp_path):
+    model = MultiExitModel(load_encoder(write_model(tmp_path, "bert")), (1,), 2)
+    head = model.heads[0].train()
+    hidden = torch.randn(2000, 1, 16)
+    assert isinstance(head.pooler, torch.nn.Linear)
+    assert isinstance(head.classifier, torch.nn.Linear)
+    pooled = torch.tanh(hidden[:, 0] @ head.pooler.weight.T + head.pooler.bias)
+    expected = pooled @ head.classifier.weight.T + head.classifier.bias
+    torch.testing.assert_close(head.eval()(hidden), expected)
+    torch.testing.assert_close(head.train()(hidden).mean(0), expected.mean(0), atol=0.1, rtol=0.1)
+    assert (head(hidden) - expected).abs().max() > 1e-3
+
+
+OFFICIAL = SHARED / "reference" / "official_minilm_rte.safetensors"
+MINILM = CHECKOUT / "weights" / "minilm-l6"
+
+
+@pytest.mark.skipif(not OFFICIAL.is_file(), reason=f"{OFFICIAL.name}, with GLUE sentences, is not beside the checkout")
+@pytest.mark.skipif(not MINILM.is_dir(), reason="minilm-l6 is not in weights/")
+@pytest.mark.parametrize("method", ["sweet", "ee"])
+def test_logits_losses_and_gradient_norms_are_those_of_the_authors_code(method):
+    official = load_file(OFFICIAL)
+    model = MultiExitModel(load_encoder(MINILM), (1, 2, 3, 6), 2, method).eval()
+    with torch.no_grad():
+        for k, head in enumerate(model.heads):
+            head.classifier.weight.copy_(official["classifier_weight"][k])
+            head.classifier.bias.copy_(official["classifier_bias"][k])
+    batch = official["input_ids"], official["attention_mask"], official["token_type_ids"]
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(model(*batch), official[f"logits_{method}"], **close)
+    losses = exit_losses(model, batch, official["labels"])
+    torch.testing.assert_close(sum(losses)[None], official[f"loss_{method}"], **close)
+
+    parameters = dict(model.named_parameters())
+    sources = {
+        name: _sources(name.removeprefix("encoder."), CHECKPOINT_NAMES) for name in parameters if "heads" not in name
+    }
+
+    def gradient_norms(loss) -> dict[str, torch.Tensor]:
+        """The norm of each gradient, by the names of the checkpoint; the poolers' summed, as theirs is one."""
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        gradients = [torch.zeros(1) if gradient is None else gradient for gradient in gradients]
+        by_name = dict(zip(parameters, gradients, strict=True))
+        theirs = {}
+        for name, names in sources.items():
+            parts = by_name[name].chunk(len(names)) if by_name[name].numel() > 1 else [by_name[name]] * len(names)
+            theirs |= dict(zip(names, parts, strict=True))
+        for kind in ("weight", "bias"):
+            theirs[f"pooler.dense.{kind}"] = sum(by_name[f"heads.{k}.pooler.{kind}"] for k in range(4))
+        return {name: gradient.norm() for name, gradient in theirs.items()}
+
+    compared = 0
+    norms = {f"gradnorm_{method}.": gradient_norms(sum(losses))}
+    norms |= {f"gradnorm_{method}_exit{k}.": gradient_norms(loss) for k, loss in enumerate(losses)}
+    for prefix, ours in norms.items():
+        for key in official:
+            name = key.removeprefix(prefix).removeprefix("bert.")
+            if key.startswith(prefix) and "classifier" not in name and not name.endswith("key.bias"):
+                torch.testing.assert_close(
+                    ours[name][None], official[key], msg=lambda m, key=key: f"{key}: {m}", **close
+                )
+                compared += 1
+    assert compared > 100

@@ -1,0 +1,138 @@
+"""Tokenising and batches."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from minisweet.cli import InputError
+from minisweet.tasks import Examples
+from minisweet.text import POOL, TokenizedExamples, load_tokenizer
+from tests.conftest import WORDS
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+LONG = " ".join(WORDS * 4)
+
+
+def write_wordpiece(folder, vocabulary=None):
+    (folder / "vocab.txt").write_text("\n".join(vocabulary or [*SPECIAL, *WORDS, "."]))
+    return folder
+
+
+def write_tokenizer_json(folder):
+    """A file with truncation, padding and a doubled [SEP] of its own, none of which must count."""
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8, pad_token="[PAD]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] [SEP] $B [SEP]", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_byte_level(folder):
+    vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *pre_tokenizers.ByteLevel.alphabet(), "Ġb", "ad", "bad", "Ġbad"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na d\nb ad\nĠ bad\n")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_wordpiece, write_tokenizer_json, write_byte_level])
+def test_our_settings_alone_count(tmp_path, write):
+    tokenizer = load_tokenizer(write(tmp_path), 500, 40)
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    pair = tokenizer.encode("the film", "not bad")
+    assert pair.ids[0] == cls
+    assert pair.ids.count(sep) == 2  # [CLS] A [SEP] B [SEP]
+    assert pair.ids[-1] == sep
+    first = pair.ids.index(sep) + 1
+    assert pair.type_ids == [0] * first + [1] * (len(pair.ids) - first)
+    assert len(tokenizer.encode(LONG, LONG).ids) == 40  # a long pair reaches the limit
+    assert len(tokenizer.encode("bad").ids) < 8  # a short one is not padded
+    assert tokenizer.encode(LONG, "bad").ids[-1] == sep  # the longer sentence is cut, the other stays whole
+    assert tokenizer.encode(LONG, "bad").type_ids.count(1) == len(tokenizer.encode("bad").ids) - 1
+
+
+def test_byte_level_vocabulary_files_give_debertas_tokens(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path), 500, 40)
+    assert tokenizer.encode("bad bad").tokens == ["[CLS]", "bad", "Ġbad", "[SEP]"]
+    assert tokenizer.decode(tokenizer.encode("Bad é ü").ids) == "Bad é ü"
+
+
+def test_wordpiece_vocabulary_lowercases_unless_told_otherwise(tmp_path):
+    write_wordpiece(tmp_path)
+    assert load_tokenizer(tmp_path, 60, 40).encode("The FILM.").tokens == ["[CLS]", "the", "film", ".", "[SEP]"]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert load_tokenizer(tmp_path, 60, 40).encode("The film").tokens == ["[CLS]", "[UNK]", "film", "[SEP]"]
+
+
+def test_unusable_tokenizers_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.txt, or vocab\.json"):
+        load_tokenizer(tmp_path, 60, 40)
+    write_wordpiece(tmp_path)
+    with pytest.raises(InputError, match="token 25, and the embedding only 20 rows"):
+        load_tokenizer(tmp_path, 20, 40)
+    write_wordpiece(tmp_path, ["[PAD]", "[UNK]", "a"])
+    with pytest.raises(InputError, match=r"no \[CLS\], \[SEP\]"):
+        load_tokenizer(tmp_path, 60, 40)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="not readable"):
+        load_tokenizer(tmp_path, 60, 40)
+
+
+@pytest.fixture
+def tokenized(tmp_path):
+    rng = np.random.default_rng(0)
+    first = [" ".join(rng.choice(WORDS, size=rng.integers(0, 30))) for _ in range(101)]
+    second = [" ".join(rng.choice(WORDS, size=rng.integers(0, 9))) for _ in range(101)]
+    tokenizer = load_tokenizer(write_wordpiece(tmp_path), 60, 24)
+    return tokenizer, TokenizedExamples(tokenizer, Examples(first, second, list(range(101)), None)), first, second
+
+
+def test_a_batch_holds_its_rows_padded_to_the_longest(tokenized):
+    tokenizer, examples, first, second = tokenized
+    rows = np.array([5, 17, 3])
+    batch = examples.batch(rows)
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.token_type_ids.shape
+    assert batch.input_ids.shape == (3, examples.lengths[rows].max())
+    for ids, mask, types, label, row in zip(*batch.inputs, batch.labels, rows, strict=True):
+        encoding = tokenizer.encode(first[row], second[row])
+        n = len(encoding.ids)
+        assert ids.tolist() == encoding.ids + [0] * (len(ids) - n)
+        assert mask.tolist() == [1] * n + [0] * (len(ids) - n)
+        assert types[:n].tolist() == encoding.type_ids
+        assert types[n:].sum() == 0
+        assert label == row
+
+
+def test_an_epoch_shows_every_example_once_and_depends_on_seed_and_epoch(tokenized):
+    examples = tokenized[1]
+
+    def epoch(seed, number):
+        return [batch.rows.tolist() for batch in examples.shuffled(8, seed, number)]
+
+    one = epoch(0, 0)
+    assert sorted(sum(one, [])) == list(range(101))
+    assert len(one) == 13
+    assert one == epoch(0, 0) != epoch(0, 1) != epoch(1, 1)
+    assert [batch.rows.tolist() for batch in examples.by_length(8)][0] != one[0]
+    assert sorted(sum((batch.rows.tolist() for batch in examples.by_length(8)), [])) == list(range(101))
+
+
+def test_batches_have_similar_lengths(tokenized):
+    examples = tokenized[1]
+    assert len(examples) < POOL * 8
+    padded = sum(batch.input_ids.numel() for batch in examples.shuffled(8, 0, 0))
+    assert padded < 1.15 * examples.lengths.sum()
+
+
+def test_a_subset_is_those_rows(tokenized):
+    tokenizer, examples, first, second = tokenized
+    rows = np.array([4, 50, 99])
+    subset = TokenizedExamples(tokenizer, Examples(first, second, list(range(101)), None), rows)
+    assert subset.labels.tolist() == rows.tolist()
+    assert all((subset.ids[i] == examples.ids[row]).all() for i, row in enumerate(rows))
