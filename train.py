@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from minisweet.checkpoint import load_encoder, read_config
-from minisweet.cli import InputError, Parser, run_command
+from minisweet.cli import InputError, Parser, positive_int, run_command
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
 from minisweet.devices import (
     add_device_options,
@@ -49,7 +49,9 @@ def train(
     """Fine-tune all exits of `model` in place, on the device where it is (App. A).
 
     Args:
+        model: of EE or SWEET, or one of MM's models.
         examples: the training set.
+        epochs, batch_size: passes over it, and examples in each step.
         learning_rate: of the first step; it decays linearly to zero.
         seed: of the order of the examples and of dropout.
         precision: type to autocast to; None for float32 alone.
@@ -76,14 +78,16 @@ def train(
             with autocast(device, precision):
                 for logits in model.segments(*batch.inputs):  # (B, C), exit by exit
                     loss = F.cross_entropy(logits.float(), batch.labels)
-                    if model.method == "sweet":  # no other loss reaches this segment: take it back, free the segment
+                    # Under SWEET (and in MM's models, of one exit each) no other loss reaches this segment: take the
+                    # loss back now and free the segment. backward() keeps the forward's types, autocast or not.
+                    if model.method == "sweet":
                         scaler.scale(loss).backward()
                         loss = loss.detach()
                     losses.append(loss)
             if model.method == "ee":
                 scaler.scale(sum(losses)).backward()
             scaler.unscale_(optimizer)
-            clip_grad_norm_(model.parameters(), 1.0)
+            clip_grad_norm_(model.parameters(), 1.0)  # of all segments together, as the authors do
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 - len(history) / steps)
             scaler.step(optimizer)
@@ -98,19 +102,20 @@ def train(
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.")
-    parser.add_argument("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder with a model")
-    parser.add_argument("--method", choices=METHODS, default="sweet", help="what each exit's loss may update")
-    parser.add_argument("--task", choices=list(TASKS), default="toy", help="what to learn")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the GLUE tasks' folders")
-    parser.add_argument("--train-size", type=positive_int, default=6000, help="examples, drawn by the seed")
-    parser.add_argument("--seed", type=seed_int, default=0, help="of the subset, of new weights, of order and dropout")
-    parser.add_argument("--lr", type=positive_float, help="first learning rate (default: the paper's, printed)")
-    parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the training set")
-    parser.add_argument("--batch-size", type=positive_int, help="examples (default: 16, and 8 for deberta-large)")
-    parser.add_argument("--max-length", type=positive_int, default=256, help="tokens")
-    parser.add_argument("--exit-layers", type=layer_list, help="counted from 1, such as 1,4,6,12 (default: by depth)")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    option = parser.add_argument
+    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
+    option("--method", choices=METHODS, default="sweet", help="SWEET, Early-Exit or Multi-Model (default: sweet)")
+    option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
+    option("--data-dir", type=Path, default=Path("data"), help="holds the GLUE tasks' folders (default: data)")
+    option("--train-size", type=positive_int, default=6000, help="examples, drawn by the seed (default: 6000)")
+    option("--seed", type=seed_int, default=0, help="of the subset, new weights, order, dropout (default: 0)")
+    option("--lr", type=positive_float, help="first learning rate (default: the paper's; minilm-l6 2e-4, others 5e-5)")
+    option("--epochs", type=positive_int, default=2, help="passes over the training set (default: 2)")
+    option("--batch-size", type=positive_int, help="examples (default: 16, and 8 for deberta-large)")
+    option("--max-length", type=token_count, default=256, help="tokens; longer examples are cut (default: 256)")
+    option("--exit-layers", type=layer_list, help="counted from 1, such as 1,4,6,12 (default: by depth)")
+    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
+    option("--overwrite", action="store_true", help="replace the run in --out")
     add_device_options(parser)
     args = parser.parse_args()
     if args.out is None:
@@ -193,22 +198,22 @@ def main() -> None:
     print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+def token_count(text: str) -> int:
+    """An argparse type: 8 or more. A pair takes three special tokens, and should keep a few of its own."""
+    if not text.isdecimal() or int(text) < 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 8 or more")
     return int(text)
 
 
 def seed_int(text: str) -> int:
-    """An argparse type."""
+    """An argparse type: 0 to 2^63 - 1."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
 def positive_float(text: str) -> float:
-    """An argparse type."""
+    """An argparse type: above 0, finite."""
     try:
         value = float(text)
     except ValueError:
@@ -219,7 +224,7 @@ def positive_float(text: str) -> float:
 
 
 def layer_list(text: str) -> tuple[int, ...]:
-    """An argparse type."""
+    """An argparse type: 1,4,6,12."""
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 1,4,6,12")
     return tuple(int(part) for part in text.split(","))

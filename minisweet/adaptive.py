@@ -57,11 +57,10 @@ def exit_costs(exit_layers: Sequence[int], depth: int, method: str) -> list[floa
 def area_under_curve(ratios: Sequence[float], scores: Sequence[float]) -> float:
     """Mean score over the speedup ratios from the first exit's to 1: the trapezoid's area, divided by its width.
 
-    `ratios` and `scores` hold a point per threshold, that of 1/C among them, where all take the first exit. MM's
-    curve is cut at 1. A curve that ends before 1 is taken as far as it goes, never extrapolated.
+    `ratios` and `scores` hold a point per threshold, in increasing order, from 1/C on, where all take the first exit.
+    MM's curve is cut at 1. A curve that ends before 1 is taken as far as it goes, never extrapolated.
     """
-    order = np.lexsort((scores, ratios))
-    x, y = np.array(ratios)[order], np.array(scores)[order]
+    x, y = np.array(ratios), np.array(scores)
     end = min(1.0, x[-1])
     x, y = np.append(x[x <= end], end), np.append(y[x <= end], np.interp(end, x, y))
     return float(np.trapezoid(y, x) / (end - x[0])) if end > x[0] else float(y[-1])

@@ -45,6 +45,7 @@ class BertConfig:
     hidden_act: str = "gelu"
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
+    model_type: ClassVar[str] = "bert"
     pooler_hidden_act: ClassVar[str] = "tanh"
     pooler_dropout: ClassVar[float] = 0.0
 
@@ -94,6 +95,7 @@ class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
+        self.pooler_start: tuple[Tensor, Tensor] | None = None  # weight and bias that exit heads start from
         D = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, D)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)

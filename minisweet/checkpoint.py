@@ -42,7 +42,7 @@ def read_config(folder: str | Path) -> bert.BertConfig | deberta.DebertaConfig:
 
 def new_encoder(config: bert.BertConfig | deberta.DebertaConfig) -> Encoder:
     """Make an encoder with random weights."""
-    return bert.BertEncoder(config) if isinstance(config, bert.BertConfig) else deberta.DebertaEncoder(config)
+    return ARCHITECTURES[config.model_type][1](config)
 
 
 def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
@@ -65,27 +65,27 @@ def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
     if num_layers is not None and not 1 <= num_layers <= depth:
         raise InputError(f"num_layers is {num_layers}, and must lie in 1 to {depth}, the depth of {folder}")
     config = replace(config, num_hidden_layers=num_layers or depth)
-    model_type = "bert" if isinstance(config, bert.BertConfig) else "deberta"
-    _, _, names, dropped = ARCHITECTURES[model_type]
     with torch.device("meta"):  # shapes only: random weights would be drawn and thrown away
         encoder = new_encoder(config)
     path = Path(folder) / "model.safetensors"
     try:
         with safe_open(path, framework="pt") as checkpoint:
-            weights, pooler = _read(checkpoint, path, encoder, depth, model_type, names, dropped)
+            weights, pooler = _read(checkpoint, path, encoder, depth)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not readable as safetensors ({error})") from None
     encoder.load_state_dict(weights, assign=True)
     encoder.pooler_start = pooler
-    if pooler is None and model_type == "bert":
+    if pooler is None and config.model_type == "bert":
         logging.getLogger("minisweet").warning("%s has no pooler: each exit head starts from a fresh one", path)
     return encoder
 
 
-def _read(checkpoint, path: Path, encoder: Encoder, depth: int, model_type: str, names: dict, dropped: tuple):
+def _read(checkpoint, path: Path, encoder: Encoder, depth: int):
     """Read the encoder's weights and the pooler from an open checkpoint, or raise InputError with all that is wrong."""
+    model_type = encoder.config.model_type
+    _, _, names, dropped = ARCHITECTURES[model_type]
     keys: dict[str, str] = {}  # the plain name of each tensor, to its name in the file
     problems = []
     for key in sorted(checkpoint.keys()):

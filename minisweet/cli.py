@@ -19,11 +19,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, whose errors are one line and exit status 2."""
 
     def __init__(self, **options) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print the message as one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -53,6 +60,8 @@ def written_beside(target: Path) -> Iterator[Path]:
             target.rename(replaced)
         partial.replace(target)
     finally:
+        if replaced.exists() and not target.exists():  # stopped between the two renames
+            replaced.rename(target)
         for leftover in (partial, replaced):
             if leftover.is_dir():
                 shutil.rmtree(leftover)

@@ -14,6 +14,7 @@ Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size,
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ class DebertaConfig:
     type_vocab_size: int = 0
     embedding_size: int | None = None
     pooler_hidden_size: int | None = None
+    model_type: ClassVar[str] = "deberta"
 
     def __post_init__(self) -> None:
         terms = self.pos_att_type if isinstance(self.pos_att_type, list | tuple) else str(self.pos_att_type).split("|")
@@ -86,8 +88,11 @@ class DebertaConfig:
 def skew(scores: Tensor, column: int) -> Tensor:
     """Read scores per distance as scores per token: (..., T, 2T) to (..., T, T), out[i, j] = scores[i, column + j - i].
 
-    What is wanted of a row starts one column earlier than in the row above, so 2T - 1 numbers further on in memory.
-    That makes the answer a view: no index tensor, no gather. `column` is T - 1 or T.
+    For T = 3 and column 2 these are the marked ones, and they start 2T - 1 = 5 numbers apart in memory:
+        . . x x x .
+        . x x x . .
+        x x x . . .
+    So the answer is a view of the same memory, without an index tensor and a gather. `column` is T - 1 or T.
     """
     T = scores.shape[-2]
     return scores.flatten(-2)[..., column : column + T * (2 * T - 1)].unflatten(-1, (T, 2 * T - 1))[..., :T]
@@ -139,6 +144,7 @@ class DebertaLayer(nn.Module):
             pos_key = self.heads(self.pos_proj(positions))  # (H, 2T, d)
             scores = scores + skew(query @ pos_key.mT, T - 1)
         if self.pos_q_proj is not None:
+            # Here rows are keys j: column T + i - j of row j is the distance i - j, and .mT puts it at [i, j].
             pos_query = self.heads(self.pos_q_proj(positions.flip(0))) * self.scale  # (H, 2T, d), from -T to T-1
             scores = scores + skew(key @ pos_query.mT, T).mT
         weights = self.attention_dropout(scores.softmax(-1))
@@ -156,6 +162,7 @@ class DebertaEncoder(nn.Module):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
         self.config = config
+        self.pooler_start: tuple[Tensor, Tensor] | None = None  # weight and bias that exit heads start from
         D = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, D)
         self.embedding_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import re
 import sys
 from contextlib import AbstractContextManager
 
@@ -14,17 +15,19 @@ AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 
 def add_device_options(parser: Parser) -> None:
     """Add --device and --amp."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--amp", choices=AMP_CHOICES, default="auto", help="mixed precision; auto is off on the CPU")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--amp", choices=AMP_CHOICES, default="auto", help="mixed precision (default: auto: off on the CPU)"
+    )
 
 
 def choose_device(name: str) -> torch.device:
     """Turn auto, cpu, cuda or cuda:N into a device that is there. Raises InputError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal())):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N")
+    kind, _, number = name.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device: {name!r} is not here; this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
@@ -37,7 +40,7 @@ def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
     only on processors with instructions for it.
     """
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 

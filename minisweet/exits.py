@@ -28,8 +28,8 @@ METHODS = ("sweet", "ee", "mm")
 class ExitHead(nn.Module):
     """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
 
-    BERT's pooler ends in tanh and starts from the checkpoint's pooler, which has no dropout before it. DeBERTa's
-    context pooler ends in gelu and starts fresh.
+    BERT's pooler ends in tanh and has no dropout before it; DeBERTa's context pooler ends in gelu. Either starts from
+    the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int) -> None:
@@ -43,7 +43,7 @@ class ExitHead(nn.Module):
         for linear in (self.pooler, self.classifier):
             nn.init.normal_(linear.weight, std=config.initializer_range)
             nn.init.zeros_(linear.bias)
-        if getattr(encoder, "pooler_start", None) is not None:
+        if encoder.pooler_start is not None:
             with torch.no_grad():
                 self.pooler.weight.copy_(encoder.pooler_start[0])
                 self.pooler.bias.copy_(encoder.pooler_start[1])
@@ -83,6 +83,10 @@ class MultiExitModel(nn.Module):
         self.method = method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels) for _ in exit_layers)
 
+    def pieces(self) -> list[tuple[ExitHead, int, int]]:
+        """Each exit's head and its segment: the layers start+1 to stop."""
+        return [(head, *bounds) for head, bounds in zip(self.heads, pairwise((0, *self.exit_layers)), strict=True)]
+
     def segments(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Tensor]:
         """Run a segment at a time: the layers up to the next exit, its head, then the boundary.
 
@@ -91,7 +95,7 @@ class MultiExitModel(nn.Module):
         For the arguments see `forward`.
         """
         stream = self.encoder.embed(input_ids, token_type_ids)
-        for head, (start, stop) in zip(self.heads, pairwise((0, *self.exit_layers)), strict=True):
+        for head, start, stop in self.pieces():
             stream = self.encoder.run_layers(stream, attention_mask, start, stop)
             yield head(stream[0])
             if self.method == "sweet":  # EE is the same without this line
@@ -130,7 +134,11 @@ def build_multi_model(folder: str | Path, exit_layers: Sequence[int], num_labels
     Layers beyond n are neither held nor read. For the arguments see `MultiExitModel`, for errors `load_encoder` too.
     """
     check_exit_layers(exit_layers)
-    return MultiModel(MultiExitModel(load_encoder(folder, n), (n,), num_labels) for n in exit_layers)
+    models = MultiModel()
+    for n in exit_layers:
+        with torch.random.fork_rng(devices=[]):  # each model's new weights are as if it were built alone
+            models.append(MultiExitModel(load_encoder(folder, n), (n,), num_labels))
+    return models
 
 
 def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> None:

@@ -64,6 +64,7 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
 
 
 def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str) -> MultiExitModel:
+    """Make a model with random weights, or none, on the current device."""
     encoder = new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
     return MultiExitModel(encoder, exit_layers, num_labels, method)
 

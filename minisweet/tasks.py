@@ -48,11 +48,7 @@ class Task:
     header: tuple[str, ...] = ()  # the names of all columns, where the files have no header line
     dev_file: str = "dev.tsv"
     skips_short_rows: bool = False
-
-    @property
-    def pair(self) -> bool:
-        """Whether a row has two sentences."""
-        return len(self.columns) == 3
+    unlabelled: str = ""  # what stands for a label where there is none; such rows are skipped
 
     def file(self, split: str) -> str:
         """The name of the file of a split, "train" or "dev"."""
@@ -96,6 +92,7 @@ TASKS = {
         archive="MNLI.zip",
         columns=("sentence1", "sentence2", "gold_label"),
         dev_file="dev_matched.tsv",
+        unlabelled="-",  # the annotators did not agree
     ),
     # In the public QQP files a few questions hold a line break, which cuts their row into two short ones. These are
     # skipped, as is usual; the task has 363,846 training rows without them.
@@ -186,7 +183,7 @@ def _read(task: Task, path: Path) -> Examples:
                         continue
                     raise InputError(f"{path}, line {number}: {len(cells)} columns, should be {len(header)}")
                 *sentences, label = (cells[header.index(name)] for name in task.columns)
-                if task.folder == "MNLI" and label == "-":  # the annotators did not agree
+                if task.unlabelled and label == task.unlabelled:
                     continue
                 if label not in codes:
                     raise InputError(f"{path}, line {number}: label {label!r}, should be one of {', '.join(codes)}")

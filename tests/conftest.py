@@ -13,6 +13,8 @@ from minisweet.checkpoint import _sources
 from minisweet.deberta import CHECKPOINT_NAMES as DEBERTA_NAMES
 from minisweet.deberta import DebertaConfig, DebertaEncoder
 
+torch.set_num_threads(1)  # tiny models lose more to waiting threads than they gain, above all on a busy machine
+
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
 

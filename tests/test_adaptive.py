@@ -42,7 +42,7 @@ def test_the_ends_hold_whatever_rounding_does(num_labels, seed):
 
 def test_area_is_the_mean_score_over_the_ratios():
     assert area_under_curve([0.25, 1.0], [60, 80]) == pytest.approx(70)
-    assert area_under_curve([1.0, 0.25, 0.5], [80, 60, 80]) == pytest.approx((70 * 0.25 + 80 * 0.5) / 0.75)
+    assert area_under_curve([0.25, 0.5, 1.0], [60, 80, 80]) == pytest.approx((70 * 0.25 + 80 * 0.5) / 0.75)
     assert area_under_curve([0.5, 1.5], [60, 80]) == pytest.approx(65)  # MM: cut at 1, where the score is 70
     assert area_under_curve([0.25, 0.5], [60, 80]) == pytest.approx(70)  # ends early: as far as it goes
     assert area_under_curve([0.25, 0.25, 1.0], [60, 60, 80]) == pytest.approx(70)

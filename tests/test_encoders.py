@@ -89,6 +89,19 @@ def test_padding_and_batch_order_change_no_token(model_type, seed, extra, data):
         torch.testing.assert_close(after[:, :T][real], before[order][real], atol=1e-5, rtol=0)
 
 
+def test_padding_changes_no_token_beyond_bfloat16s_rounding(model_type):
+    encoder = tiny_encoder(model_type, scale=0.1).eval()
+    batch = random_batch(3)
+    padded = tuple(torch.nn.functional.pad(x, (0, 6)) for x in batch)
+    exact = encoder(*batch)[-1]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        before, after = encoder(*batch)[-1], encoder(*padded)[-1][:, :11]
+    mask = batch[1] == 1
+    rounding = (before.float() - exact)[mask].abs().max()
+    assert rounding > 0
+    assert (after.float() - before.float())[mask].abs().max() <= 2 * rounding
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_half_models_stay_close_and_train(model_type, dtype):
     encoder = tiny_encoder(model_type, scale=0.1).eval()

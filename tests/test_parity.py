@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet import load_encoder
-from minisweet.checkpoint import load_encoder as load
 
 transformers = pytest.importorskip("transformers", reason="transformers, the reference of these tests, is missing")
 
@@ -77,6 +76,6 @@ def test_a_slice_is_the_first_layers_of_the_whole(tmp_path):
     config = transformers.BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
     transformers.BertModel(config).save_pretrained(tmp_path)
     batch = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)
-    whole, part = load(tmp_path).eval(), load(tmp_path, num_layers=2).eval()
+    whole, part = load_encoder(tmp_path).eval(), load_encoder(tmp_path, num_layers=2).eval()
     assert len(part.layers) == 2
     torch.testing.assert_close(part(*batch), whole(*batch)[:3], atol=0, rtol=0)

@@ -62,7 +62,7 @@ LABELS = {"mnli": [2, 0]}
 
 
 def expected(task: str) -> Examples:
-    return Examples([ODD, "c"], ["b", "d"] if TASKS[task].pair else None, LABELS.get(task, [1, 0]), None)
+    return Examples([ODD, "c"], ["b", "d"] if len(TASKS[task].columns) == 3 else None, LABELS.get(task, [1, 0]), None)
 
 
 def put(data_dir: Path, task: str, content: str) -> Path:

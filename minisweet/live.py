@@ -1,0 +1,137 @@
+"""Live early exit, as one would deploy it: batches out of which the confident instances leave at each exit.
+
+What is left of a batch is compacted, and shortened to its longest instance, before it goes on. Decisions are those of
+the sweep in adaptive.py, because an instance's logits do not depend on its batch: exactly in float32, but for the last
+bits of a confidence.
+
+Dimension letters: B batch, T tokens, K exits, C classes, N instances.
+"""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisweet.adaptive import confidences, exit_costs, leaves
+from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.text import TokenizedExamples
+
+LATENCY_INSTANCES = 200  # timed one by one, spread evenly over all lengths
+
+
+@torch.inference_mode()
+def early_exit(
+    model: MultiExitModel | MultiModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_type_ids: Tensor,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """Classify a batch, each instance at the first exit whose confidence reaches the threshold.
+
+    Args:
+        model: in evaluation mode.
+        input_ids, attention_mask, token_type_ids: (B, T) as in `MultiExitModel.forward`, padded at the end.
+        threshold: 1/C sends all to the first exit, 1 to the last.
+
+    Returns:
+        The labels (B,) and the exits taken (B,), counted from 0.
+    """
+    inputs = (input_ids, attention_mask, token_type_ids)
+    rows = torch.arange(len(input_ids), device=input_ids.device)  # who is still here
+    labels, exits = torch.zeros_like(rows), torch.zeros_like(rows)
+    models = list(model) if isinstance(model, MultiModel) else [model]
+    last = sum(len(part.heads) for part in models) - 1
+    k = 0
+    for part in models:
+        stream = part.encoder.embed(inputs[0], inputs[2])
+        for head, start, stop in part.pieces():
+            stream = part.encoder.run_layers(stream, inputs[1], start, stop)
+            logits = head(stream[0])  # (B, C) of those who are still here
+            labels[rows], exits[rows] = logits.argmax(-1), k
+            if k == last:
+                break
+            stay = (~leaves(confidences(logits), threshold, logits.shape[-1])).nonzero()[:, 0]
+            if len(stay) == 0:
+                return labels, exits
+            if len(stay) < len(rows):
+                rows, T = rows[stay], int(inputs[1][stay].sum(1).max())
+                inputs = tuple(tensor[stay, :T] for tensor in inputs)
+                stream = (stream[0][stay, :T], *stream[1:])
+            k += 1
+    return labels, exits
+
+
+@torch.inference_mode()
+def full_depth(model: MultiExitModel | MultiModel, *inputs: Tensor) -> Tensor:
+    """The last exit's labels (B,) without a look at the others: what early exit is compared with."""
+    if isinstance(model, MultiModel):
+        model = model[-1]
+    input_ids, attention_mask, token_type_ids = inputs
+    stream = model.encoder.embed(input_ids, token_type_ids)
+    stream = model.encoder.run_layers(stream, attention_mask, 0, model.exit_layers[-1])
+    return model.heads[-1](stream[0]).argmax(-1)
+
+
+def measure_live(
+    model: MultiExitModel | MultiModel,
+    examples: TokenizedExamples,
+    thresholds: list[float],
+    depth: int,
+    batch_size: int,
+    progress=iter,
+) -> tuple[list[dict], Tensor, Tensor]:
+    """Run all examples live at each threshold, and time it against running all at full depth.
+
+    Args:
+        model: in evaluation mode, on the device to measure.
+        depth: of the backbone, in layers.
+        batch_size: examples of similar length.
+        progress: wraps the list of thresholds, for a progress bar.
+
+    Returns:
+        For each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
+        `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then
+        the labels and the exits taken, (number of thresholds, N) each.
+    """
+    device = next(model.parameters()).device
+    method = "mm" if isinstance(model, MultiModel) else "ee"
+    exit_layers = [n for part in (model if method == "mm" else [model]) for n in part.exit_layers]
+    costs = torch.tensor(exit_costs(exit_layers, depth, method))
+    batches = [batch.to(device) for batch in examples.by_length(batch_size)]
+    rows = np.argsort(examples.lengths)[:: max(1, len(examples) // LATENCY_INSTANCES)]
+    singles = [examples.batch(rows[i : i + 1]).to(device) for i in range(len(rows))]
+    order = torch.cat([batch.rows for batch in batches]).argsort().cpu()
+
+    def seconds(run, batch) -> tuple[float, object]:
+        """Time one call, to the end of what it started on the device."""
+        start = time.perf_counter()
+        answer = run(model, *batch.inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start, answer
+
+    for batch in batches[:2]:
+        full_depth(model, *batch.inputs)  # warm-up
+    report, labels, exits = [], [], []
+    for threshold in progress(thresholds):
+        full, live, answers = 0.0, 0.0, []
+        for batch in batches:  # in turn, so that a machine whose speed drifts is fair to both
+            full += seconds(full_depth, batch)[0]
+            wall, answer = seconds(lambda m, *inputs, t=threshold: early_exit(m, *inputs, t), batch)
+            live += wall
+            answers.append(answer)
+        latency = [seconds(lambda m, *inputs, t=threshold: early_exit(m, *inputs, t), one)[0] for one in singles]
+        labels.append(torch.cat([answer[0] for answer in answers]).cpu()[order])
+        exits.append(torch.cat([answer[1] for answer in answers]).cpu()[order])
+        report.append(
+            {
+                "threshold": threshold,
+                "layer_share": costs[exits[-1]].double().mean().item(),
+                "wall_share": live / full,
+                "instances_per_second": len(examples) / live,
+                "latency_ms": {str(p): 1000 * float(np.percentile(latency, p)) for p in (50, 90, 99)},
+            }
+        )
+    return report, torch.stack(labels), torch.stack(exits)

@@ -1,0 +1,104 @@
+"""Live early exit decides as the sweep does, for both encoders and all methods."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet.adaptive import confidences, exit_costs, exits_taken, spaced_thresholds
+from minisweet.live import early_exit, full_depth, measure_live
+from minisweet.text import TokenizedExamples, load_tokenizer
+from minisweet.toy import make_toy
+from tests.conftest import random_batch, write_model
+
+
+def make_model(folder, method, num_labels=2, seed=0):
+    torch.manual_seed(seed)
+    if method == "mm":
+        model = build_multi_model(folder, (1, 2, 4), num_labels)
+    else:
+        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method)
+    for name, parameter in model.named_parameters():
+        if "classifier" in name:
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    model_type=st.sampled_from(["bert", "deberta"]),
+    method=st.sampled_from(["sweet", "mm"]),
+    num_labels=st.integers(2, 3),
+    seed=st.integers(0, 10**6),
+)
+def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_labels, seed):
+    model = make_model(write_model(tmp_path_factory.mktemp("live"), model_type), method, num_labels, seed)
+    batch = random_batch(seed, batch=16)
+    with torch.no_grad():
+        logits = model(*batch)
+    distinct = set()
+    for threshold in spaced_thresholds(11, num_labels):
+        labels, exits = early_exit(model, *batch, threshold)
+        swept = exits_taken(logits, threshold)
+        assert exits.tolist() == swept.tolist()
+        assert labels.tolist() == logits.argmax(-1).gather(0, swept[None])[0].tolist()
+        distinct.add(tuple(exits.tolist()))
+    assert len(distinct) > 2
+    assert full_depth(model, *batch).tolist() == logits[-1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("method", ["ee", "mm"])
+def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type, method):
+    model = make_model(write_model(tmp_path, model_type), method)
+    batch = random_batch(7, batch=64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(*batch).float()
+        for threshold in spaced_thresholds(11, 2):
+            labels, exits = early_exit(model, *batch, threshold)
+            swept = exits_taken(logits, threshold)
+            for row in range(64):
+                k = min(int(exits[row]), int(swept[row]))
+                p = logits[:, row].softmax(-1)
+                close = abs(float(confidences(logits[k, row])) - threshold) < 0.01
+                if exits[row] != swept[row]:
+                    assert close
+                elif labels[row] != logits[k, row].argmax():
+                    assert abs(p[k, 0] - p[k, 1]) < 0.01
+
+
+def test_who_leaves_is_not_computed_further(tmp_path, model_type):
+    model = make_model(write_model(tmp_path, model_type), "sweet")
+    batch = random_batch(3, batch=16)
+    seen = []
+    for layer in model.encoder.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    _, exits = early_exit(model, *batch, 0.75)
+    lengths = batch[1].sum(1)
+    for k, layers in enumerate(([0], [1], [2, 3])):
+        stay = exits >= k
+        expected = [(int(stay.sum()), int(lengths[stay].max()))] * len(layers) if stay.any() else []
+        assert [seen[n] for n in layers if n < len(seen)] == expected
+    seen.clear()
+    early_exit(model, *batch, 0.5)
+    assert len(seen) == 1  # all left after layer 1
+
+
+def test_the_report_agrees_with_equation_1(tmp_path):
+    folder = write_model(tmp_path, "bert")
+    rows = np.arange(70)
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), make_toy("dev"), rows)
+    for method in ("ee", "mm"):
+        model = make_model(folder, method)
+        report, labels, exits = measure_live(model, examples, [0.5, 0.7, 1.0], 4, batch_size=16)
+        costs = np.array(exit_costs((1, 2, 4), 4, method))
+        for n, row in enumerate(report):
+            assert row["layer_share"] == pytest.approx(costs[exits[n].numpy()].mean())
+            assert row["wall_share"] > 0
+            assert row["instances_per_second"] > 0
+            assert 0 < row["latency_ms"]["50"] <= row["latency_ms"]["90"] <= row["latency_ms"]["99"]
+        with torch.no_grad():
+            logits = torch.cat([model(*examples.batch(rows[i : i + 1]).inputs) for i in rows], dim=1)
+        assert labels[-1].tolist() == logits[-1].argmax(-1).tolist()  # in the order of the examples
+        assert exits[1].tolist() == exits_taken(logits, 0.7).tolist()
