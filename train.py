@@ -7,6 +7,7 @@ Writes a run folder, which evaluate.py reads.
 """
 
 import argparse
+import re
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from minisweet.checkpoint import load_encoder, read_config
-from minisweet.cli import InputError, Parser, positive_int, run_command
+from minisweet.cli import InputError, Parser, run_command, whole_number
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
 from minisweet.devices import (
     add_device_options,
@@ -59,6 +60,9 @@ def train(
 
     Returns:
         Each step's cross-entropy at each exit: (steps, K).
+
+    Raises:
+        InputError: the loss is no longer finite.
     """
     torch.manual_seed(seed)
     model.train()
@@ -93,6 +97,9 @@ def train(
             scaler.step(optimizer)
             scaler.update()
             history.append(torch.stack(losses).tolist())
+            if not np.isfinite(history[-1]).all():
+                progress.close()
+                raise InputError(f"--lr: at {learning_rate:g} the loss is {sum(history[-1])} in step {len(history)}")
             progress.update(len(batch.rows))
             progress.set_postfix(loss=f"{sum(history[-1]):.3f}", refresh=False)
     progress.close()
@@ -107,12 +114,12 @@ def parse_arguments() -> argparse.Namespace:
     option("--method", choices=METHODS, default="sweet", help="SWEET, Early-Exit or Multi-Model (default: sweet)")
     option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
     option("--data-dir", type=Path, default=Path("data"), help="holds the GLUE tasks' folders (default: data)")
-    option("--train-size", type=positive_int, default=6000, help="examples, drawn by the seed (default: 6000)")
-    option("--seed", type=seed_int, default=0, help="of the subset, new weights, order, dropout (default: 0)")
+    option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
+    option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's; minilm-l6 2e-4, others 5e-5)")
-    option("--epochs", type=positive_int, default=2, help="passes over the training set (default: 2)")
-    option("--batch-size", type=positive_int, help="examples (default: 16, and 8 for deberta-large)")
-    option("--max-length", type=token_count, default=256, help="tokens; longer examples are cut (default: 256)")
+    option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
+    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
+    option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
     option("--exit-layers", type=layer_list, help="counted from 1, such as 1,4,6,12 (default: by depth)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run in --out")
@@ -174,15 +181,13 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     record = {
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": vars(args) | {"data_dir": str(args.data_dir.resolve()), "out": str(args.out)},
         "model": args.model,
         "method": args.method,
         "task": args.task,
         "metric": task.metric,
-        "num_labels": len(task.labels),
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
         "learning_rate": args.lr,
         "seed": args.seed,
         "device": device_name(device),
@@ -194,22 +199,8 @@ def main() -> None:
         "subset": subset.tolist(),
         "losses": np.concatenate(losses, axis=1).round(5).tolist(),  # (steps, K)
     }
-    save_run(args.out, model, folder, record)
+    save_run(args.out, model, folder, record, args.overwrite)
     print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
-
-
-def token_count(text: str) -> int:
-    """An argparse type: 8 or more. A pair takes three special tokens, and should keep a few of its own."""
-    if not text.isdecimal() or int(text) < 8:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 8 or more")
-    return int(text)
-
-
-def seed_int(text: str) -> int:
-    """An argparse type: 0 to 2^63 - 1."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
 
 
 def positive_float(text: str) -> float:
@@ -225,7 +216,7 @@ def positive_float(text: str) -> float:
 
 def layer_list(text: str) -> tuple[int, ...]:
     """An argparse type: 1,4,6,12."""
-    if not all(part.isdecimal() for part in text.split(",")):
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 1,4,6,12")
     return tuple(int(part) for part in text.split(","))
 

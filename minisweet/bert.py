@@ -45,12 +45,21 @@ class BertConfig:
     hidden_act: str = "gelu"
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
+    add_cross_attention: bool = False
     model_type: ClassVar[str] = "bert"
     pooler_hidden_act: ClassVar[str] = "tanh"
     pooler_dropout: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        check_config(self, {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False,)})
+        check_config(
+            self,
+            {
+                "hidden_act": ("gelu",),
+                "position_embedding_type": ("absolute",),
+                "is_decoder": (False,),
+                "add_cross_attention": (False,),
+            },
+        )
 
     @property
     def head_dropout(self) -> float:

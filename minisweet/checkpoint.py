@@ -32,7 +32,7 @@ def read_config(folder: str | Path) -> bert.BertConfig | deberta.DebertaConfig:
     path = Path(folder) / "config.json"
     content = read_json(path)
     model_type = content.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
     try:
         return config_from_json(ARCHITECTURES[model_type][0], content)
@@ -104,6 +104,8 @@ def _read(checkpoint, path: Path, encoder: Encoder, depth: int):
                 problems.append(f"{source} {part} is missing")
             elif (actual := checkpoint.get_slice(keys[source]).get_shape()) != part:
                 problems.append(f"{source} is {actual} and should be {part}")
+            elif (dtype := checkpoint.get_slice(keys[source]).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
+                problems.append(f"{source} is of type {dtype} and should be floating-point")
         if len(problems) > found:
             return None
         return torch.cat([checkpoint.get_tensor(keys[source]).float() for source in sources])

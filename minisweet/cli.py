@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,23 +27,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130."""
+    """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130, SIGTERM with 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed then too
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def partial_path(target: Path) -> Path:
+    """Where this process writes what will be renamed to `target`: a hidden name beside it."""
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
 
 
 @contextmanager
@@ -52,8 +63,8 @@ def written_beside(target: Path) -> Iterator[Path]:
     After an error nothing is left, and `target` is as it was. A folder that stands at `target` is replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    replaced = target.with_name(f".{target.name}.{os.getpid()}.replaced")
+    partial = partial_path(target)
+    replaced = partial.with_suffix(".replaced")
     try:
         yield partial
         if target.is_dir():
@@ -63,7 +74,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         if replaced.exists() and not target.exists():  # stopped between the two renames
             replaced.rename(target)
         for leftover in (partial, replaced):
-            if leftover.is_dir():
+            if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
@@ -71,6 +82,8 @@ def written_beside(target: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict) -> None:
     """Write `content` with one line per key, so that a list of 6,000 numbers stays one line."""
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, where a file should be written")
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     with written_beside(path) as partial:
         partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -82,7 +95,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a JSON object")

@@ -4,6 +4,7 @@ A key that changes the model must be a field of BertConfig or DebertaConfig, und
 Other keys (architectures, use_cache, transformers_version, ...) describe the file, not the model, and are passed over.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
@@ -34,13 +35,13 @@ def check_config(config: Any, implemented: Mapping[str, tuple]) -> None:
     """
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = type(value) in (int, float) and math.isfinite(value)
         if name in implemented:
             if value not in implemented[name]:
                 choices = " or ".join(map(repr, implemented[name]))
                 raise InputError(f"{name} is {value!r}, and only {choices} is implemented")
         elif field.type is int:
-            if not is_number or value != int(value) or value < 1:
+            if type(value) is not int or value < 1:
                 raise InputError(f"{name} is {value!r}, and must be a positive whole number")
         elif name.endswith(("dropout", "dropout_prob")):
             if value is not None and (not is_number or not 0 <= value < 1):

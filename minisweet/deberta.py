@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.cli import InputError
 from minisweet.config import check_config
 from minisweet.dropout import Dropout
 
@@ -41,7 +42,7 @@ class DebertaConfig:
     pos_att_type: str | list[str] | tuple[str, ...]  # "c2p|p2c", or a list
     relative_attention: bool
     position_biased_input: bool
-    max_relative_positions: int | float = -1  # below 1: max_position_embeddings
+    max_relative_positions: int | None = -1  # below 1: max_position_embeddings
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     pooler_dropout: float = 0.0
@@ -51,6 +52,9 @@ class DebertaConfig:
     pooler_hidden_act: str = "gelu"
     hidden_act: str = "gelu"
     talking_head: bool = False
+    share_att_key: bool = False  # this and the next two belong to DeBERTa's second version
+    norm_rel_ebd: str = "none"
+    position_buckets: int = -1
     type_vocab_size: int = 0
     embedding_size: int | None = None
     pooler_hidden_size: int | None = None
@@ -58,7 +62,9 @@ class DebertaConfig:
 
     def __post_init__(self) -> None:
         terms = self.pos_att_type if isinstance(self.pos_att_type, list | tuple) else str(self.pos_att_type).split("|")
-        object.__setattr__(self, "pos_att_type", tuple(sorted(terms)))
+        object.__setattr__(self, "pos_att_type", tuple(sorted(terms, key=str)))
+        if type(self.max_relative_positions) is not int:
+            raise InputError(f"max_relative_positions is {self.max_relative_positions!r}, and must be a whole number")
         check_config(
             self,
             {
@@ -68,6 +74,9 @@ class DebertaConfig:
                 "relative_attention": (True,),
                 "position_biased_input": (False,),
                 "talking_head": (False,),
+                "share_att_key": (False,),
+                "norm_rel_ebd": ("none",),
+                "position_buckets": (-1,),
                 "type_vocab_size": (0,),
                 "embedding_size": (None, self.hidden_size),
                 "pooler_hidden_size": (None, self.hidden_size),

@@ -15,7 +15,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    dropped = round(p * 65536)
+    dropped = min(round(p * 65536), 65535)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
     return x * (kept.to(x.dtype) * (65536 / (65536 - dropped)))
 

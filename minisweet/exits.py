@@ -142,8 +142,9 @@ def build_multi_model(folder: str | Path, exit_layers: Sequence[int], num_labels
 
 
 def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> None:
-    """Raise ValueError unless the layers are increasing, and lie in 1 to `depth`."""
-    in_order = len(exit_layers) > 0 and all(low < high for low, high in pairwise((0, *exit_layers)))
+    """Raise ValueError unless the layers are increasing whole numbers, and lie in 1 to `depth`."""
+    in_order = len(exit_layers) > 0 and all(type(n) is int for n in exit_layers)
+    in_order = in_order and all(low < high for low, high in pairwise((0, *exit_layers)))
     if not in_order or (depth is not None and exit_layers[-1] > depth):
         limit = "" if depth is None else f" in 1 to {depth}"
         raise ValueError(f"exit_layers is {','.join(map(str, exit_layers))!r}, and must be increasing layers{limit}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from minisweet.cli import InputError, read_json, written_beside
 
@@ -89,7 +89,7 @@ def _convert(path: Path) -> None:
     # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     with written_beside(path.with_name("model.safetensors")) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file() would let no other user read it
 
 
 def _fetch(model: str, folder: Path) -> None:

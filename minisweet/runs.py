@@ -14,30 +14,51 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from minisweet.checkpoint import new_encoder, read_config
-from minisweet.cli import InputError, read_json, write_json, written_beside
-from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.cli import InputError, partial_path, read_json, write_json, written_beside
+from minisweet.exits import METHODS, MultiExitModel, MultiModel, check_exit_layers
+from minisweet.tasks import TASKS
 from minisweet.text import TOKENIZER_FILES
+
+FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOKENIZER_FILES}
+# What evaluation needs of run.json, and when it is usable.
+RECORD = {
+    "model": lambda value: isinstance(value, str),
+    "method": lambda value: value in METHODS,
+    "task": lambda value: isinstance(value, str) and value in TASKS,
+    "exit_layers": lambda value: isinstance(value, list) and all(type(n) is int for n in value),
+    "arguments": lambda value: (
+        isinstance(value, dict) and isinstance(value.get("data_dir"), str) and type(value.get("max_length")) is int
+    ),
+}
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise InputError if a run must not be written to `out`."""
-    if (out / "run.json").is_file():
-        if not overwrite:
+    """Raise InputError if a run must not, or cannot, be written to `out`."""
+    try:
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
+        if names and ("run.json" not in names or names - FILES):
+            raise InputError(f"--out: {out} holds other files than a run's; name a folder that is new, empty, or a run")
+        if names and not overwrite:
             raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out: {out} exists and is no run; name a folder that is new, empty, or a run")
+        partial = partial_path(out.resolve())
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()  # try it now, rather than after hours of training
+        partial.rmdir()
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out: {out} cannot be written ({error})") from None
 
 
-def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict) -> None:
-    """Write a run folder, whole or not at all. A run that stands at `out` is replaced."""
-    with written_beside(out) as partial:
+def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict, overwrite: bool) -> None:
+    """Write a run folder, whole or not at all. Raises InputError as `check_output` does."""
+    check_output(out, overwrite)
+    with written_beside(out.resolve()) as partial:
         partial.mkdir()
-        save_file(
-            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "model.safetensors"
-        )
+        (partial / "model.safetensors").write_bytes(save(model.state_dict()))
         for name in ("config.json", *TOKENIZER_FILES):
             if (model_folder / name).is_file():
                 shutil.copyfile(model_folder / name, partial / name)
@@ -46,21 +67,30 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
 
 def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     """Load a run's model, and its run.json. Raises InputError for a folder that is no run, or a broken one."""
-    if not (run / "run.json").is_file():
+    path = run / "run.json"
+    if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
-    record = read_json(run / "run.json")
+    record = read_json(path)
+    for key, is_right in RECORD.items():
+        if not is_right(record.get(key)):
+            raise InputError(f"{path}: {key} is {record.get(key)!r}, which is nothing that train.py writes")
     config = read_config(run)
+    exit_layers, method, num_labels = record["exit_layers"], record["method"], len(TASKS[record["task"]].labels)
     try:
-        exit_layers, method, num_labels = (record[key] for key in ("exit_layers", "method", "num_labels"))
+        check_exit_layers(exit_layers, config.num_hidden_layers)
         with torch.device("meta"):  # shapes only, the weights follow
             if method == "mm":
                 model = MultiModel(_model(config, (n,), num_labels, "sweet") for n in exit_layers)
             else:
                 model = _model(config, exit_layers, num_labels, method)
         model.load_state_dict(load_file(run / "model.safetensors"), assign=True)
-    except (KeyError, ValueError, OSError, SafetensorError, RuntimeError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{run}: not a whole run ({' '.join(str(error).split())})") from None
-    return model, record
+    except RuntimeError:
+        raise InputError(
+            f"{run / 'model.safetensors'}: not the weights that run.json and config.json tell of"
+        ) from None
+    return model.float(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
 
 
 def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str) -> MultiExitModel:
@@ -71,7 +101,8 @@ def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str) -
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run folder under `runs` that was written last. Raises InputError where there is none."""
-    records = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    records = [path for path in runs.glob("[!.]*/run.json") if path.is_file()]  # a name with a dot is half-written
+    records.sort(key=lambda path: path.stat().st_mtime)
     if not records:
         raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
     return records[-1].parent

@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int) -> Tokenizer:
         max_length: tokens, [CLS] and [SEP] included. Of a pair, the longer sentence is cut first.
 
     Raises:
-        InputError: no tokenizer, one without [CLS], [SEP] and [PAD], or one that does not fit the embedding.
+        InputError: no tokenizer, one without [CLS], [SEP], [PAD] and [UNK], or one that does not fit the embedding.
     """
     try:
         if (folder / "tokenizer.json").is_file():
@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int) -> Tokenizer:
         raise
     except Exception as error:  # the library raises bare Exception for a broken file
         raise InputError(f"{folder}: its tokenizer is not readable ({error})") from None
-    special = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]")}
+    special = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]")}
     if None in special.values():
         missing = ", ".join(token for token, number in special.items() if number is None)
         raise InputError(f"{folder}: its tokenizer has no {missing}")

@@ -40,6 +40,10 @@ def test_the_ends_hold_whatever_rounding_does(num_labels, seed):
     assert confidences(logits)[:, 1].eq(1).any()
 
 
+def test_a_confidence_that_equals_the_threshold_leaves():
+    assert leaves(torch.tensor([0.7499999, 0.75, 0.7500001]), 0.75, 2).tolist() == [False, True, True]
+
+
 def test_area_is_the_mean_score_over_the_ratios():
     assert area_under_curve([0.25, 1.0], [60, 80]) == pytest.approx(70)
     assert area_under_curve([0.25, 0.5, 1.0], [60, 80, 80]) == pytest.approx((70 * 0.25 + 80 * 0.5) / 0.75)

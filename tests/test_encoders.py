@@ -1,6 +1,7 @@
 """The encoders without the network or `transformers`: stored reference values, padding, precision, published slices."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -132,6 +133,29 @@ def test_rows_of_padding_alone_are_finite(model_type, dtype):
 def test_more_tokens_than_positions_is_an_error():
     with pytest.raises(ValueError, match="41 tokens, but max_position_embeddings is 40"):
         tiny_encoder("bert")(*random_batch(length=41))
+
+
+def test_training_mode_without_dropout_computes_what_evaluation_mode_does(model_type):
+    encoder = tiny_encoder(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    batch = random_batch(5)
+    mask = batch[1] == 1
+    assert not mask.all()
+    for training, evaluation in zip(encoder.train()(*batch), encoder.eval()(*batch), strict=True):
+        torch.testing.assert_close(training[mask], evaluation[mask], atol=1e-5, rtol=0)
+
+
+def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
+    rates = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.12}
+    rates |= {"classifier_dropout": 0.13} if model_type == "bert" else {"cls_dropout": 0.13, "pooler_dropout": 0.14}
+    model = MultiExitModel(tiny_encoder(model_type, **rates), (1, 4), 2).train()
+    seen = Counter()
+    monkeypatch.setattr("minisweet.dropout.dropout", lambda x, p: seen.update([(p, x.dim())]) or x)
+    model(*random_batch())
+    # Embeddings; then in each of 4 layers attention weights, attention output, feed-forward output; then two heads.
+    expected = {(0.11, 3): 1 + 4 * 2, (0.12, 4): 4, (0.13, 2): 2}
+    # DeBERTa also in each layer the relative positions (2T, D), and [CLS] before the pooler.
+    expected |= {(0.11, 2): 4, (0.14, 2): 2} if model_type == "deberta" else {(0.0, 2): 2}
+    assert seen == expected
 
 
 def test_config_is_honoured():
