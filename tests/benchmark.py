@@ -1,0 +1,409 @@
+"""minisweet beside what one would use instead, measured in one run, as ratios.
+
+    python -m tests.benchmark [--data-dir DIR] [--only steps,epoch,...] [--out benchmark.json]
+
+Each side runs in a process of its own, with the settings that its user would have, and the two take turns, unit by
+unit, so that a machine whose speed drifts is fair to both. A figure is the median over the turns, a ratio the median
+of the ratios of single turns. Needs `transformers`; the GLUE rows need RTE and SST-2 in --data-dir.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minisweet import MultiExitModel, load_encoder
+from minisweet.adaptive import exits_taken, leaves, spaced_thresholds
+from minisweet.bert import BertConfig, BertEncoder
+from minisweet.cli import run_command, write_json
+from minisweet.deberta import DebertaConfig, DebertaEncoder
+from minisweet.devices import reuse_freed_memory
+from minisweet.hub import model_folder
+from minisweet.tasks import load_examples
+from minisweet.text import TokenizedExamples, load_tokenizer
+
+SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
+DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
+BATCH = 16
+
+
+def settings_of(arch: str, size: str, depth: int | None = None) -> dict:
+    """config.json's keys for an encoder of this size."""
+    D, L, wide = SIZES[size]
+    sizes = {"hidden_size": D, "num_hidden_layers": depth or L, "num_attention_heads": 12, "intermediate_size": wide}
+    sizes |= {"max_position_embeddings": 512, "type_vocab_size": 2, "vocab_size": 30522}
+    return sizes if arch == "bert" else sizes | {"type_vocab_size": 0, "vocab_size": 50265} | DEBERTA
+
+
+def our_encoder(arch: str, size: str, depth: int | None = None) -> nn.Module:
+    """Our encoder with random weights."""
+    settings = settings_of(arch, size, depth)
+    return BertEncoder(BertConfig(**settings)) if arch == "bert" else DebertaEncoder(DebertaConfig(**settings))
+
+
+def their_model(arch: str, size: str) -> nn.Module:
+    """The encoder of `transformers` with random weights, its classifier on top, its fastest attention on the CPU."""
+    import transformers
+
+    name = "Bert" if arch == "bert" else "Deberta"
+    config = getattr(transformers, f"{name}Config")(**settings_of(arch, size))
+    return getattr(transformers, f"{name}ForSequenceClassification")(config)
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Clip and step, as both sides do."""
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def step_unit(side: str, arch: str, size: str, T: int, amp: bool, exits: int = 1, depth: int | None = None):
+    """One training step with optimizer, batch 16, dropout 0.1."""
+    torch.manual_seed(0)
+    if side == "ours":
+        encoder = our_encoder(arch, size, depth)
+        L = len(encoder.layers)
+        layers = sorted({max(1, round(L * (k + 1) / exits)) for k in range(exits)})
+        model = MultiExitModel(encoder, layers, 2).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    else:
+        model = their_model(arch, size).train()
+        model = model.bfloat16() if side == "theirs, all bfloat16" else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    input_ids = torch.randint(5, 30000, (BATCH, T))
+    mask, types, labels = torch.ones_like(input_ids), torch.zeros_like(input_ids), torch.randint(0, 2, (BATCH,))
+    mask[0, T // 2 :] = 0
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+            if side == "ours":
+                for logits in model.segments(input_ids, mask, types):
+                    F.cross_entropy(logits.float(), labels).backward()
+            else:
+                logits = model(input_ids=input_ids, attention_mask=mask, token_type_ids=types).logits
+                F.cross_entropy(logits.float(), labels).backward()
+        optimizer_step(model, optimizer)
+
+    return step
+
+
+class TransformersWithExits(nn.Module):
+    """minilm-l6 from `transformers` with exits on top, under the interface that a loop of ours reads."""
+
+    def __init__(self, layers=(1, 2, 3, 6)) -> None:
+        super().__init__()
+        import transformers
+
+        self.bert = transformers.BertModel.from_pretrained(model_folder("minilm-l6"))
+        self.layers = layers
+        self.classifiers = nn.ModuleList(nn.Linear(384, 2) for _ in layers)
+        self.dropout = nn.Dropout(0.1)
+
+    def segments(self, input_ids, mask, types):
+        """All exits' logits."""
+        hidden = self.bert(
+            input_ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True
+        ).hidden_states
+        pooled = (self.bert.pooler(hidden[n]) for n in self.layers)
+        return [classifier(self.dropout(p)) for classifier, p in zip(self.classifiers, pooled, strict=True)]
+
+
+def minilm(seed: int = 0) -> MultiExitModel:
+    """minilm-l6 with four exits, whose random classifiers are confident to different degrees."""
+    torch.manual_seed(seed)
+    model = MultiExitModel(load_encoder(model_folder("minilm-l6")), (1, 2, 3, 6), 2)
+    for head in model.heads:
+        nn.init.normal_(head.classifier.weight, std=0.35)
+    return model
+
+
+def glue(task: str, split: str, data_dir: str) -> TokenizedExamples:
+    """A tokenised task."""
+    folder = model_folder("minilm-l6")
+    return TokenizedExamples(load_tokenizer(folder, 30522, 256), load_examples(task, split, Path(data_dir)))
+
+
+def padded(batch, T: int = 256):
+    """A batch padded to T tokens, as the authors do."""
+    return [F.pad(tensor, (0, T - tensor.shape[1])) for tensor in batch.inputs]
+
+
+def epoch_unit(side: str, amp: bool, data_dir: str):
+    """Ten training batches of RTE: minilm-l6 with exits after layers 1, 2, 3, 6."""
+    examples = glue("rte", "train", data_dir)
+    ours = side == "ours"
+    model = (
+        MultiExitModel(load_encoder(model_folder("minilm-l6")), (1, 2, 3, 6), 2) if ours else TransformersWithExits()
+    ).train()
+    fused = side != "the authors' way"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
+    if fused:
+        batches = examples.shuffled(BATCH, 0, 0)
+    else:
+        order = np.random.default_rng(0).permutation(len(examples))
+        batches = (examples.batch(order[i : i + BATCH]) for i in range(0, len(order), BATCH))
+
+    def ten_batches() -> None:
+        for _ in range(10 if fused else 3):
+            batch = next(batches)
+            inputs = batch.inputs if fused else padded(batch)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+                if ours:
+                    for logits in model.segments(*inputs):
+                        F.cross_entropy(logits.float(), batch.labels).backward()
+                else:
+                    sum(F.cross_entropy(logits.float(), batch.labels) for logits in model.segments(*inputs)).backward()
+            optimizer_step(model, optimizer)
+
+    ten_batches.examples = BATCH * (10 if fused else 3)
+    return ten_batches
+
+
+def sweep_unit(side: str, task: str, data_dir: str):
+    """Eleven thresholds: ours on the whole validation set at once; theirs instance by instance, padded to 256."""
+    from evaluate import predict
+
+    examples, model, thresholds = glue(task, "dev", data_dir), minilm().eval(), spaced_thresholds(11, 2)
+    if side == "ours":
+
+        def sweep():
+            logits = predict(model, examples, None)
+            return [exits_taken(logits, threshold)[:20].tolist() for threshold in thresholds]
+
+        sweep.examples = len(examples)
+        return sweep
+
+    @torch.no_grad()
+    def sweep():
+        decisions = []
+        for threshold in thresholds:
+            decisions.append([])
+            for row in range(20):
+                for k, logits in enumerate(model.segments(*padded(examples.batch(np.array([row]))))):  # noqa: B007
+                    if leaves(logits.softmax(-1).amax(-1), threshold, 2):
+                        break
+                decisions[-1].append(k)
+        return decisions
+
+    sweep.examples = 20
+    return sweep
+
+
+UNITS = {"step": step_unit, "epoch": epoch_unit, "sweep": sweep_unit}
+
+
+def work(unit: str, arguments: dict) -> None:
+    """The process of one side: run the unit each time that a line arrives, and answer with its seconds."""
+    if arguments["side"] == "ours":
+        reuse_freed_memory()
+    run = UNITS[unit](**arguments)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        answer = run()
+        seconds = (time.perf_counter() - start) / getattr(run, "examples", 1)
+        print(json.dumps([seconds, answer]), flush=True)
+
+
+def take_turns(unit: str, sides: list[dict], turns: int) -> tuple[list[list[float]], list]:
+    """Let processes for `sides` run the unit in turn: seconds [side][turn], and each side's last answer."""
+    command = [sys.executable, "-m", "tests.benchmark", "--work", unit]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    workers = [subprocess.Popen([*command, json.dumps(side)], **pipes) for side in sides]
+    seconds, answers = [[] for _ in sides], [None] * len(sides)
+    for turn in range(turns + 1):
+        for n, worker in enumerate(workers):
+            print(turn, file=worker.stdin, flush=True)
+            line = worker.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{sides[n]} of {unit} failed")
+            value, answers[n] = json.loads(line)
+            if turn:  # the first is warm-up
+                seconds[n].append(value)
+    for worker in workers:
+        worker.stdin.close()
+        worker.wait()
+    return seconds, answers
+
+
+def compare(rows: list, title: str, unit: str, ours: dict, theirs: dict, turns: int = 5, target: float = 0.0) -> None:
+    """Add a row: medians of both sides, the median ratio theirs/ours, and the target."""
+    seconds, answers = take_turns(unit, [ours, theirs], turns)
+    ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+    a, b = (statistics.median(side) for side in seconds)
+    row = {"row": title, "ours_ms": 1000 * a, "theirs_ms": 1000 * b, "ratio": ratio, "target": target}
+    if unit == "sweep":
+        row["same_decisions"] = answers[0] == answers[1]
+    rows.append(row)
+    same = {True: ", same decisions", False: ", OTHER DECISIONS", None: ""}[row.get("same_decisions")]
+    print(f"{title:<86}{1000 * a:10.1f}{1000 * b:10.1f}{ratio:8.2f}x (target {target}){same}", flush=True)
+
+
+def steps(rows: list, args) -> None:
+    """Rows 1 and 2: a training step."""
+    for amp in (False, True):
+        kind = "bfloat16 autocast" if amp else "float32"
+        for size in SIZES:
+            for T in (32, 128):
+                case = {"arch": "bert", "size": size, "T": T, "amp": amp}
+                title = f"1 step, BERT {size}, T {T}, {kind}; transformers, the same"
+                target = 1.25 if amp else 1.10
+                compare(rows, title, "step", case | {"side": "ours"}, case | {"side": "theirs"}, target=target)
+    for T in (64, 128, 256):
+        case = {"arch": "deberta", "size": "base", "T": T, "amp": False}
+        theirs = case | {"side": "theirs"}
+        title = f"2 step, DeBERTa base, T {T}, "
+        compare(rows, title + "float32; transformers, float32", "step", case | {"side": "ours"}, theirs, 3, 1.1)
+        ours = case | {"side": "ours", "amp": True}
+        compare(rows, title + "bfloat16 autocast; transformers, float32", "step", ours, theirs, 3, 1.9)
+        theirs = case | {"side": "theirs, all bfloat16"}
+        compare(rows, title + "bfloat16 autocast; transformers, all bfloat16", "step", ours, theirs, 3)
+
+
+def epoch(rows: list, args) -> None:
+    """Row 3: RTE training, milliseconds per example."""
+    for amp in (False, True):
+        ours = {"side": "ours", "amp": amp, "data_dir": str(args.data_dir)}
+        kind = "bfloat16" if amp else "float32"
+        authors = ours | {"side": "the authors' way", "amp": False}
+        target = 10 if amp else 6.5
+        compare(rows, f"3 RTE, per example, {kind}; the authors' way, float32", "epoch", ours, authors, 5, target)
+        peer = ours | {"side": "transformers in our loop"}
+        target = 1.25 if amp else 1.10
+        compare(rows, f"3 RTE, per example, {kind}; transformers in our loop", "epoch", ours, peer, 7, target)
+
+
+def sweeps(rows: list, args) -> None:
+    """Row 4: eleven thresholds, milliseconds per instance."""
+    for task, target in (("sst2", 80), ("rte", 25)):
+        ours = {"side": "ours", "task": task, "data_dir": str(args.data_dir)}
+        title = f"4 eleven thresholds, {task}, per instance; one at a time, padded to 256"
+        compare(rows, title, "sweep", ours, ours | {"side": "theirs"}, 3, target)
+
+
+def saved_bytes(method: str) -> int:
+    """Peak bytes that autograd holds for the backward pass in one step: base size, batch 16 x 128, exits 1,4,6,12."""
+    torch.manual_seed(0)
+    model = MultiExitModel(our_encoder("bert", "base"), (1, 4, 6, 12), 2, method).train()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, int] = {}
+    now = peak = 0
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal now, peak
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.key, self.size = storage.data_ptr(), storage.nbytes()
+            if self.key not in parameters:
+                if held.setdefault(self.key, 0) == 0:
+                    now += self.size
+                held[self.key] += 1
+                peak = max(peak, now)
+
+        def __del__(self) -> None:
+            nonlocal now
+            if self.key not in parameters:
+                held[self.key] -= 1
+                now -= self.size if held[self.key] == 0 else 0
+
+    input_ids, labels = torch.randint(5, 30000, (16, 128)), torch.randint(0, 2, (16,))
+    losses = []
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda saved: saved.tensor):
+        for logits in model.segments(input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids)):
+            losses.append(F.cross_entropy(logits, labels))
+            if method == "sweet":
+                losses.pop().backward()
+        if losses:
+            sum(losses).backward()
+    return peak
+
+
+def memory(rows: list, args) -> None:
+    """Row 7: activations held for the backward pass."""
+    ee, sweet = saved_bytes("ee"), saved_bytes("sweet")
+    rows.append({"row": "7 activations, bytes", "ours": sweet, "theirs": ee, "ratio": sweet / ee, "target": 0.60})
+    print(
+        f"7 peak of activations: SWEET {sweet / 1e6:.0f} MB, EE {ee / 1e6:.0f} MB, {sweet / ee:.2f}x (target <= 0.60)"
+    )
+
+
+def startup(rows: list, args) -> None:
+    """Row 8: seconds before the first step."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import train"], check=True)
+    imports = time.perf_counter() - start
+    start = time.perf_counter()
+    load_encoder(model_folder("minilm-l6"))
+    loading = time.perf_counter() - start
+    texts = load_examples("rte", "train", args.data_dir)
+    start = time.perf_counter()
+    TokenizedExamples(load_tokenizer(model_folder("minilm-l6"), 30522, 256), texts)
+    tokenizing = time.perf_counter() - start
+    rows.append({"row": "8 start-up, seconds", "imports": imports, "loading": loading, "tokenizing_rte": tokenizing})
+    print(f"8 start-up: imports {imports:.1f} s, loading minilm-l6 {loading:.2f} s, tokenising RTE {tokenizing:.2f} s")
+
+
+def matrix_peak(dtype: torch.dtype) -> float:
+    """The machine's matrix products, in FLOP/s: the best of some large ones."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
+
+
+def products(arch: str, size: str, T: int, depth: int | None = None) -> int:
+    """FLOP of the matrix products of one forward pass at batch 16."""
+    D, L, wide = SIZES[size]
+    positions = 2 * 2 * (2 * T) * D * (D + BATCH * T) if arch == "deberta" else 0
+    return (depth or L) * (2 * BATCH * T * (4 * D * D + 2 * D * wide + 2 * T * D) + positions)
+
+
+def growth(rows: list, args) -> None:
+    """How a step's time grows with T, depth and exits, and its share of the machine's matrix-product peak."""
+    cases = [{"T": T} for T in (64, 128, 256, 512)] + [{"depth": n, "T": 128} for n in (3, 12)]
+    cases += [{"exits": k, "T": 128} for k in (2, 3, 6)]
+    cases = [{"arch": "bert", "size": "minilm-l6", "amp": amp} | case for amp in (False, True) for case in cases]
+    cases += [{"arch": "deberta", "size": "minilm-l6", "amp": amp, "T": T} for amp in (False, True) for T in (64, 256)]
+    for case in cases:
+        dtype = torch.bfloat16 if case["amp"] else torch.float32
+        seconds = statistics.median(take_turns("step", [case | {"side": "ours"}], 3)[0][0])
+        work_done = 3 * products(case["arch"], case["size"], case["T"], case.get("depth"))
+        share = work_done / seconds / matrix_peak(dtype)
+        rows.append({"row": "growth", **case, "ms": 1000 * seconds, "share_of_peak": share})
+        print(f"growth {case}: {1000 * seconds:.0f} ms, {share:.0%} of the matrix-product peak", flush=True)
+
+
+PARTS = {"steps": steps, "epoch": epoch, "sweeps": sweeps, "memory": memory, "startup": startup, "growth": growth}
+
+
+def main() -> None:
+    """Run the parts and write what they measured."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, of " + ",".join(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(args.work[0], json.loads(args.work[1]))
+        return
+    rows: list[dict] = []
+    print(f"{'what; against what':<86}{'ours ms':>10}{'theirs ms':>10}{'ratio':>9}")
+    for part in args.only.split(","):
+        PARTS[part](rows, args)
+    write_json(args.out, {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows})
+
+
+if __name__ == "__main__":
+    run_command(main)
