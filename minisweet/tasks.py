@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minisweet.cli import InputError, written_beside
+from minisweet.toy import make_toy
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without an answer or without a further byte
@@ -125,9 +126,8 @@ def load_examples(task: str, split: str, data_dir: Path) -> Examples:
     if split not in SPLITS:
         raise InputError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     if task == "toy":
-        from minisweet.toy import make_toy  # here, because toy.py imports Examples from this file
-
-        return make_toy(split)
+        sentences, labels, difficulties = make_toy(split)
+        return Examples(sentences, None, labels, difficulties)
     folder = Path(data_dir) / TASKS[task].folder
     if not folder.exists():
         _fetch(TASKS[task], folder)

@@ -16,7 +16,6 @@ Nouns and names are held out: dev has none of those of train.
 import random
 
 from minisweet.cli import InputError
-from minisweet.tasks import Examples
 
 LEVELS = ("one polar word", "contrast", "negation", "two steps")
 SIZES = {"train": 4000, "dev": 1000}  # a multiple of 8: each level as often, each with as many of both labels
@@ -80,10 +79,11 @@ OPINIONS = (
 VERDICT = " {judge} is right."
 
 
-def make_toy(split: str) -> Examples:
-    """Make "train" (4,000 rows) or "dev" (1,000 rows), the same on every call: single sentences, shuffled.
+def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
+    """Make "train" (4,000 rows) or "dev" (1,000 rows), the same on every call, shuffled.
 
-    Labels are 0 negative and 1 positive, difficulties are from `LEVELS`. Raises InputError for another split.
+    Returns the sentences, their labels (0 negative, 1 positive) and their difficulties (from `LEVELS`). Raises
+    InputError for another split.
     """
     if split not in SIZES:
         raise InputError(f"split {split!r}: choose one of {', '.join(SIZES)}")
@@ -98,7 +98,7 @@ def make_toy(split: str) -> Examples:
         rows += [(sentence, label, level) for sentence, label in sentences.items()]
     rng.shuffle(rows)
     sentences, labels, levels = (list(column) for column in zip(*rows, strict=True))
-    return Examples(sentences, None, labels, levels)
+    return sentences, labels, levels
 
 
 def _make_pair(level: str, nouns: tuple[str, ...], names: tuple[str, ...], rng: random.Random) -> tuple[str, str]:

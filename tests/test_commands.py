@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from minisweet.cli import run_command, written_beside
 from minisweet.defaults import default_batch_size, default_learning_rate
 from minisweet.devices import choose_precision
 from minisweet.runs import load_run, newest_run
+from minisweet.tasks import load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
-from minisweet.toy import make_toy
-from tests.conftest import CHECKOUT, write_model
+from tests.conftest import CHECKOUT, random_batch, write_model
 
 KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
 
@@ -275,7 +276,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     """Against a loop that holds the whole graph, clips by hand and uses another implementation of AdamW."""
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     tokenizer = load_tokenizer(folder, 60, 16)
-    examples = TokenizedExamples(tokenizer, make_toy("train"), np.arange(24))
+    examples = TokenizedExamples(tokenizer, load_examples("toy", "train", Path()), np.arange(24))
     torch.manual_seed(0)
     ours = MultiExitModel(load_encoder(folder), (1, 2, 4), 2, method)
     plain = copy.deepcopy(ours)
@@ -368,7 +369,7 @@ def test_evaluation_reads_the_data_dir_of_training_from_anywhere_or_the_given_on
 
 def test_predict_answers_in_the_order_of_the_examples_without_dropout(tmp_path, model_type):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.5)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), make_toy("dev"), np.arange(90))
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), np.arange(90))
     assert len(set(examples.lengths)) > 3
     model = MultiExitModel(load_encoder(folder), (1, 4), 2).train()
     logits = evaluate.predict(model, examples, None)
@@ -388,7 +389,7 @@ def test_a_model_of_multi_model_does_not_depend_on_the_others(command, tmp_path)
 
 def test_float16_gradients_are_unscaled_before_they_are_clipped_and_training_has_dropout(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "tiny", "bert")
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 16), make_toy("train"), np.arange(16))
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 16), load_examples("toy", "train", Path()), np.arange(16))
     norms = {}
     clip = train.clip_grad_norm_
     for precision in (None, torch.float16):
@@ -403,6 +404,16 @@ def test_float16_gradients_are_unscaled_before_they_are_clipped_and_training_has
         train.train(model, examples, epochs=1, batch_size=16, learning_rate=1e-3, seed=0, precision=precision)
         assert training == [True]
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
+
+
+def test_the_readmes_python_runs(tmp_path, model_type):
+    block = re.search(r"```text\n(from minisweet.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL).group(1)
+    write_model(tmp_path / "tiny", model_type, num_hidden_layers=6)
+    input_ids, attention_mask, token_type_ids = random_batch()
+    names = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids, "k": 3}
+    exec(block.replace("weights/minilm-l6", str(tmp_path / "tiny")), names)
+    assert [tuple(hidden.shape) for hidden in names["hidden"]] == [(4, 11, 16)] * 7
+    assert names["logits"].shape == (4, 4, 2)
 
 
 def test_the_readme_names_what_is_there():

@@ -1,5 +1,7 @@
 """Live early exit decides as the sweep does, for both encoders and all methods."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ from hypothesis import strategies as st
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.adaptive import confidences, exit_costs, exits_taken, spaced_thresholds
 from minisweet.live import early_exit, full_depth, measure_live
+from minisweet.tasks import load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
-from minisweet.toy import make_toy
 from tests.conftest import random_batch, write_model
 
 
@@ -88,7 +90,7 @@ def test_who_leaves_is_not_computed_further(tmp_path, model_type):
 def test_the_report_agrees_with_equation_1(tmp_path):
     folder = write_model(tmp_path, "bert")
     rows = np.arange(70)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), make_toy("dev"), rows)
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), rows)
     for method in ("ee", "mm"):
         model = make_model(folder, method)
         report, labels, exits = measure_live(model, examples, [0.5, 0.7, 1.0], 4, batch_size=16)

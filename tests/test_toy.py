@@ -24,7 +24,7 @@ def words(sentence: str) -> list[str]:
 
 
 def rows_of(split: str, level: str) -> list[tuple[str, int]]:
-    toy = make_toy(split)
+    toy = load_examples("toy", split, Path())
     return [
         row for row, own in zip(zip(toy.first, toy.labels, strict=True), toy.difficulties, strict=True) if own == level
     ]
@@ -32,7 +32,7 @@ def rows_of(split: str, level: str) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("split", "size"), [("train", 4000), ("dev", 1000)])
 def test_size_and_balance(split, size):
-    toy = make_toy(split)
+    toy = load_examples("toy", split, Path())
     assert toy.second is None
     assert len(toy.first) == len(set(toy.first)) == len(toy.labels) == len(toy.difficulties) == size
     assert Counter(zip(toy.difficulties, toy.labels, strict=True)) == {
@@ -51,11 +51,12 @@ def test_same_on_every_call_and_whatever_the_hash_seed():
         capture_output=True,
     )
     assert int(done.stdout) == zlib.crc32(repr(make_toy("train")).encode())
-    assert load_examples("toy", "dev", Path("/nowhere")) == make_toy("dev")
+    sentences, labels, levels = make_toy("dev")
+    assert load_examples("toy", "dev", Path("/nowhere")) == (sentences, None, labels, levels)
 
 
 def test_dev_shares_no_noun_no_name_and_no_sentence_with_train():
-    train, dev = make_toy("train"), make_toy("dev")
+    train, dev = (load_examples("toy", split, Path()) for split in ("train", "dev"))
     assert not set(train.first) & set(dev.first)
     seen = {word for sentence in train.first for word in words(sentence)}
     held_out = {word.lower() for word in NOUNS["dev"] + NAMES["dev"]}
