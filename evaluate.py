@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minisweet.adaptive import area_under_curve, exit_costs, exits_taken, spaced_thresholds
+from minisweet.adaptive import area_under_curve, confidences, exit_costs, exits_taken, spaced_thresholds
+from minisweet.calibration import (
+    CALIBRATIONS,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    row_temperatures,
+)
 from minisweet.cli import Parser, run_command, whole_number, write_json
 from minisweet.devices import (
     add_device_options,
@@ -56,6 +63,7 @@ def main() -> None:
     option("run", nargs="?", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--thresholds", type=whole_number(2, 10001), default=11, help="how many, from 1/classes to 1 (default: 11)")
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
+    option("--calibration", choices=CALIBRATIONS, default="crossfit", help="of confidence (default: crossfit)")
     option("--live", action="store_true", help="also run early exit live, and time it")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
     add_device_options(parser)
@@ -75,16 +83,22 @@ def main() -> None:
     seconds = time.perf_counter() - start
     thresholds = spaced_thresholds(args.thresholds, len(task.labels))
     costs = np.array(exit_costs(exit_layers, record["depth"], method))  # (K,)
+    temperatures = row_temperatures(logits, torch.from_numpy(examples.labels), args.calibration)  # (K, N)
+    confidence = confidences(logits, temperatures)  # (K, N)
     evaluation = {"task": record["task"], "metric": task.metric, "method": method, "exit_layers": exit_layers}
-    evaluation |= sweep(logits, examples.labels, thresholds, costs, task.metric)
+    evaluation |= sweep(logits.argmax(-1), confidence, examples.labels, thresholds, costs, task.metric)
+    evaluation |= {"calibration": args.calibration} | calibration_report(logits, examples.labels, temperatures)
     if rows.difficulties is not None:
-        evaluation["mean_exit_layers"] = mean_exit_layers(rows.difficulties, logits, thresholds, exit_layers)
+        evaluation["mean_exit_layers"] = mean_exit_layers(rows.difficulties, confidence, thresholds, exit_layers)
     if args.live:
         progress = partial(tqdm, desc="live", unit="threshold")
         with autocast(device, precision):
-            live = measure_live(model, examples, thresholds, record["depth"], args.live_batch_size, progress)
+            settings = (thresholds, record["depth"], args.live_batch_size, temperatures)
+            live = measure_live(model, examples, *settings, progress)
         evaluation["live"], live_labels, live_exits = live
-        swept = torch.stack([exits_taken(logits, threshold) for threshold in thresholds])  # (thresholds, N)
+        swept = torch.stack(
+            [exits_taken(confidence, threshold, thresholds[0]) for threshold in thresholds]
+        )  # (thresholds, N)
         differs = (live_exits != swept) | (live_labels != logits.argmax(-1).gather(0, swept))
         evaluation |= {"live_batch_size": args.live_batch_size, "live_differs": int(differs.sum())}
     evaluation |= {"examples": len(examples), "seconds": round(seconds, 2), "device": device_name(device)}
@@ -95,23 +109,30 @@ def main() -> None:
     print(f"\nwritten to {run / 'evaluation.json'}")
 
 
-def sweep(logits: torch.Tensor, labels: np.ndarray, thresholds: list[float], costs: np.ndarray, metric: str) -> dict:
+def sweep(
+    predictions: torch.Tensor,
+    confidence: torch.Tensor,
+    labels: np.ndarray,
+    thresholds: list[float],
+    costs: np.ndarray,
+    metric: str,
+) -> dict:
     """Score the exits, and what leaves where at each threshold.
 
     Args:
-        logits: (K, N, C), all exits'.
+        predictions: (K, N), all exits' classes.
+        confidence: (K, N), all exits'.
         labels: (N,).
-        thresholds: increasing.
+        thresholds: increasing; at the first all leave at the first exit.
         costs: (K,) of leaving at each exit, as a share of the backbone's layers.
         metric: "accuracy" or "matthews".
 
     Returns:
         exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
-    predictions = logits.argmax(-1)  # (K, N)
     scores, ratios, counts = [], [], []
     for threshold in thresholds:
-        taken = exits_taken(logits, threshold)  # (N,)
+        taken = exits_taken(confidence, threshold, thresholds[0])  # (N,)
         chosen = predictions.gather(0, taken[None])[0]  # (N,) the prediction of the exit taken
         scores.append(score(chosen.numpy(), labels, metric))
         counts.append(taken.bincount(minlength=len(costs)).tolist())
@@ -126,10 +147,27 @@ def sweep(logits: torch.Tensor, labels: np.ndarray, thresholds: list[float], cos
     }
 
 
-def mean_exit_layers(difficulties: list[str], logits, thresholds: list[float], exit_layers: list[int]) -> dict:
+def calibration_report(logits: torch.Tensor, labels: np.ndarray, temperatures: torch.Tensor) -> dict:
+    """Each exit's ECE and NLL before and after, and its temperature on all rows, to be kept for new text."""
+    targets = torch.from_numpy(labels)
+    scaled = logits / temperatures[..., None]
+    return {
+        "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
+        "ece": {
+            "before": [expected_calibration_error(exit_logits, targets) for exit_logits in logits],
+            "after": [expected_calibration_error(exit_logits, targets) for exit_logits in scaled],
+        },
+        "nll": {
+            "before": [negative_log_likelihood(exit_logits, targets) for exit_logits in logits],
+            "after": [negative_log_likelihood(exit_logits, targets) for exit_logits in scaled],
+        },
+    }
+
+
+def mean_exit_layers(difficulties: list[str], confidence, thresholds: list[float], exit_layers: list[int]) -> dict:
     """The mean layer at which each difficulty's instances leave: {difficulty, easy to hard: [for each threshold]}."""
     layers, levels = np.array(exit_layers), np.array(difficulties)
-    taken = [layers[exits_taken(logits, threshold).numpy()] for threshold in thresholds]
+    taken = [layers[exits_taken(confidence, threshold, thresholds[0]).numpy()] for threshold in thresholds]
     return {level: [float(exits[levels == level].mean()) for exits in taken] for level in LEVELS}
 
 
@@ -138,6 +176,10 @@ def print_evaluation(evaluation: dict) -> None:
     exit_layers, thresholds = evaluation["exit_layers"], evaluation["thresholds"]
     print(f"\n{'exit after layer':<18}" + "".join(f"{n:>8}" for n in exit_layers))
     print(f"{evaluation['metric']:<18}" + "".join(f"{value:8.1f}" for value in evaluation["exit_scores"]))
+    for name, digits in (("ece", 3), ("nll", 3)):
+        for when in ("before", "after"):
+            values = "".join(f"{value:8.{digits}f}" for value in evaluation[name][when])
+            print(f"{name + ' ' + when:<18}{values}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
     columns = (evaluation[key] for key in ("thresholds", "scores", "speedup_ratios", "exit_counts"))
     for threshold, value, ratio, counts in zip(*columns, strict=True):

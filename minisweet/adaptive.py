@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 
-def confidences(logits: Tensor) -> Tensor:
-    """Logits (..., C) to confidences (...), in float32."""
-    return logits.float().softmax(-1).amax(-1)
+def confidences(logits: Tensor, temperatures: Tensor | float = 1.0) -> Tensor:
+    """Logits (..., C) and temperatures (...) to confidences (...), in float32."""
+    scaled = logits.float() / torch.as_tensor(temperatures, device=logits.device)[..., None]
+    return scaled.softmax(-1).amax(-1)
 
 
 def spaced_thresholds(count: int, num_labels: int) -> list[float]:
@@ -25,22 +26,22 @@ def spaced_thresholds(count: int, num_labels: int) -> list[float]:
     return np.linspace(1 / num_labels, 1, count).tolist()
 
 
-def leaves(confidence: Tensor, threshold: float, num_labels: int) -> Tensor:
+def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
     """Whether an instance leaves at an exit that is not the last: confidence (...) to bool (...).
 
-    The two ends are decided by the threshold alone. A probability can round to 1 or to just below 1/C in float32, and
-    the paper has t = 1 run the last classifier on every instance, and t = 1/C the first.
+    The two ends, `lowest` (1/C) and 1, are decided by the threshold alone. A probability can round to 1 or to just
+    below 1/C in float32, and the paper has t = 1 run the last classifier on every instance, and t = 1/C the first.
     """
-    if threshold <= 1 / num_labels:
+    if threshold <= lowest:
         return torch.ones_like(confidence, dtype=torch.bool)
     if threshold >= 1:
         return torch.zeros_like(confidence, dtype=torch.bool)
     return confidence >= threshold
 
 
-def exits_taken(logits: Tensor, threshold: float) -> Tensor:
-    """Which exit each instance takes: logits (K, N, C) of all exits to exits (N,), counted from 0."""
-    leave = leaves(confidences(logits), threshold, logits.shape[-1])  # (K, N)
+def exits_taken(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
+    """Which exit each instance takes: the confidences (K, N) of all exits to exits (N,), counted from 0."""
+    leave = leaves(confidence, threshold, lowest)  # (K, N)
     leave[-1] = True
     return leave.int().argmax(0)  # the first True of each column
 

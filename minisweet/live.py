@@ -27,6 +27,7 @@ def early_exit(
     attention_mask: Tensor,
     token_type_ids: Tensor,
     threshold: float,
+    temperatures: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Classify a batch, each instance at the first exit whose confidence reaches the threshold.
 
@@ -34,12 +35,15 @@ def early_exit(
         model: in evaluation mode.
         input_ids, attention_mask, token_type_ids: (B, T) as in `MultiExitModel.forward`, padded at the end.
         threshold: 1/C sends all to the first exit, 1 to the last.
+        temperatures: (K, B), or (K, 1) for one of each exit; None for no calibration.
 
     Returns:
         The labels (B,) and the exits taken (B,), counted from 0.
     """
     inputs = (input_ids, attention_mask, token_type_ids)
     rows = torch.arange(len(input_ids), device=input_ids.device)  # who is still here
+    if temperatures is not None:
+        temperatures = temperatures.to(input_ids.device).expand(-1, len(input_ids))
     labels, exits = torch.zeros_like(rows), torch.zeros_like(rows)
     models = list(model) if isinstance(model, MultiModel) else [model]
     last = sum(len(part.heads) for part in models) - 1
@@ -52,7 +56,8 @@ def early_exit(
             labels[rows], exits[rows] = logits.argmax(-1), k
             if k == last:
                 break
-            stay = (~leaves(confidences(logits), threshold, logits.shape[-1])).nonzero()[:, 0]
+            confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, rows])
+            stay = (~leaves(confidence, threshold, 1 / logits.shape[-1])).nonzero()[:, 0]
             if len(stay) == 0:
                 return labels, exits
             if len(stay) < len(rows):
@@ -80,6 +85,7 @@ def measure_live(
     thresholds: list[float],
     depth: int,
     batch_size: int,
+    temperatures: Tensor | None = None,
     progress=iter,
 ) -> tuple[list[dict], Tensor, Tensor]:
     """Run all examples live at each threshold, and time it against running all at full depth.
@@ -88,6 +94,7 @@ def measure_live(
         model: in evaluation mode, on the device to measure.
         depth: of the backbone, in layers.
         batch_size: examples of similar length.
+        temperatures: (K, N), as in `early_exit`.
         progress: wraps the list of thresholds, for a progress bar.
 
     Returns:
@@ -112,6 +119,11 @@ def measure_live(
             torch.cuda.synchronize(device)
         return time.perf_counter() - start, answer
 
+    def live_exit(threshold: float, batch):
+        """What runs a batch at a threshold."""
+        own = None if temperatures is None else temperatures[:, batch.rows.cpu()]
+        return lambda model, *inputs: early_exit(model, *inputs, threshold, own)
+
     for batch in batches[:2]:
         full_depth(model, *batch.inputs)  # warm-up
     report, labels, exits = [], [], []
@@ -119,10 +131,10 @@ def measure_live(
         full, live, answers = 0.0, 0.0, []
         for batch in batches:  # in turn, so that a machine whose speed drifts is fair to both
             full += seconds(full_depth, batch)[0]
-            wall, answer = seconds(lambda m, *inputs, t=threshold: early_exit(m, *inputs, t), batch)
+            wall, answer = seconds(live_exit(threshold, batch), batch)
             live += wall
             answers.append(answer)
-        latency = [seconds(lambda m, *inputs, t=threshold: early_exit(m, *inputs, t), one)[0] for one in singles]
+        latency = [seconds(live_exit(threshold, one), one)[0] for one in singles]
         labels.append(torch.cat([answer[0] for answer in answers]).cpu()[order])
         exits.append(torch.cat([answer[1] for answer in answers]).cpu()[order])
         report.append(

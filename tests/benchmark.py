@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minisweet import MultiExitModel, load_encoder
-from minisweet.adaptive import exits_taken, leaves, spaced_thresholds
+from minisweet.adaptive import confidences, exits_taken, leaves, spaced_thresholds
 from minisweet.bert import BertConfig, BertEncoder
 from minisweet.cli import run_command, write_json
 from minisweet.deberta import DebertaConfig, DebertaEncoder
@@ -177,7 +177,7 @@ def sweep_unit(side: str, task: str, data_dir: str):
 
         def sweep():
             logits = predict(model, examples, None)
-            return [exits_taken(logits, threshold)[:20].tolist() for threshold in thresholds]
+            return [exits_taken(confidences(logits), threshold, 0.5)[:20].tolist() for threshold in thresholds]
 
         sweep.examples = len(examples)
         return sweep
@@ -189,7 +189,7 @@ def sweep_unit(side: str, task: str, data_dir: str):
             decisions.append([])
             for row in range(20):
                 for k, logits in enumerate(model.segments(*padded(examples.batch(np.array([row]))))):  # noqa: B007
-                    if leaves(logits.softmax(-1).amax(-1), threshold, 2):
+                    if leaves(confidences(logits), threshold, 0.5):
                         break
                 decisions[-1].append(k)
         return decisions

@@ -24,7 +24,7 @@ def test_thresholds_span_chance_to_certainty():
 
 def test_the_first_confident_exit_is_taken():
     logits = torch.tensor([[0.60, 0.40], [0.20, 0.80], [0.99, 0.01]]).log()[:, None]  # (K=3, N=1, C=2)
-    exits = [exits_taken(logits, t).item() for t in (0.5, 0.55, 0.601, 0.79, 0.9, 0.98, 0.999, 1.0)]
+    exits = [exits_taken(confidences(logits), t, 0.5).item() for t in (0.5, 0.55, 0.601, 0.79, 0.9, 0.98, 0.999, 1.0)]
     assert exits == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
@@ -34,14 +34,15 @@ def test_the_ends_hold_whatever_rounding_does(num_labels, seed):
     logits = torch.randn(3, 6, num_labels, generator=generator)
     logits[:, 0] = 7.3  # all equal: a confidence that may round below 1/C
     logits[:, 1] *= 1e4  # certain: a confidence that rounds to 1
-    assert exits_taken(logits, 1 / num_labels).tolist() == [0] * 6
-    assert exits_taken(logits, spaced_thresholds(11, num_labels)[0]).tolist() == [0] * 6
-    assert exits_taken(logits, spaced_thresholds(11, num_labels)[-1]).tolist() == [2] * 6
+    lowest, *_, highest = spaced_thresholds(11, num_labels)
+    assert exits_taken(confidences(logits), 1 / num_labels, lowest).tolist() == [0] * 6
+    assert exits_taken(confidences(logits), lowest, lowest).tolist() == [0] * 6
+    assert exits_taken(confidences(logits), highest, lowest).tolist() == [2] * 6
     assert confidences(logits)[:, 1].eq(1).any()
 
 
 def test_a_confidence_that_equals_the_threshold_leaves():
-    assert leaves(torch.tensor([0.7499999, 0.75, 0.7500001]), 0.75, 2).tolist() == [False, True, True]
+    assert leaves(torch.tensor([0.7499999, 0.75, 0.7500001]), 0.75, 0.5).tolist() == [False, True, True]
 
 
 def test_area_is_the_mean_score_over_the_ratios():
@@ -61,7 +62,7 @@ def one_at_a_time(model, batch, threshold):
         instance = tuple(x[row : row + 1, :length] for x in batch)
         for k, logits in enumerate(model.segments(*instance)):  # noqa: B007, k is read after the loop
             confidence = logits.softmax(-1).max(-1).values
-            if leaves(confidence, threshold, logits.shape[-1]):
+            if leaves(confidence, threshold, 1 / logits.shape[-1]):
                 break
         decisions.append((k, logits.argmax(-1).item()))
     return decisions
@@ -88,8 +89,8 @@ def test_the_sweep_decides_as_a_run_of_one_instance_at_a_time(tmp_path_factory, 
     with torch.no_grad():
         logits = model(*batch)
         for threshold in spaced_thresholds(11, num_labels):
-            taken = exits_taken(logits, threshold)
+            taken = exits_taken(confidences(logits), threshold, 1 / num_labels)
             labels = logits.argmax(-1).gather(0, taken[None])[0]
             assert list(zip(taken.tolist(), labels.tolist(), strict=True)) == one_at_a_time(model, batch, threshold)
     if num_labels == 2:
-        assert len(np.unique([exits_taken(logits, t).numpy() for t in spaced_thresholds(11, 2)])) > 1
+        assert len(np.unique([exits_taken(confidences(logits), t, 0.5).numpy() for t in spaced_thresholds(11, 2)])) > 1

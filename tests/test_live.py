@@ -41,9 +41,10 @@ def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_lab
     with torch.no_grad():
         logits = model(*batch)
     distinct = set()
+    temperatures = torch.rand(3, 16) + 0.5
     for threshold in spaced_thresholds(11, num_labels):
-        labels, exits = early_exit(model, *batch, threshold)
-        swept = exits_taken(logits, threshold)
+        labels, exits = early_exit(model, *batch, threshold, temperatures)
+        swept = exits_taken(confidences(logits, temperatures), threshold, 1 / num_labels)
         assert exits.tolist() == swept.tolist()
         assert labels.tolist() == logits.argmax(-1).gather(0, swept[None])[0].tolist()
         distinct.add(tuple(exits.tolist()))
@@ -59,7 +60,7 @@ def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type,
         logits = model(*batch).float()
         for threshold in spaced_thresholds(11, 2):
             labels, exits = early_exit(model, *batch, threshold)
-            swept = exits_taken(logits, threshold)
+            swept = exits_taken(confidences(logits), threshold, 1 / logits.shape[-1])
             for row in range(64):
                 k = min(int(exits[row]), int(swept[row]))
                 p = logits[:, row].softmax(-1)
@@ -103,4 +104,4 @@ def test_the_report_agrees_with_equation_1(tmp_path):
         with torch.no_grad():
             logits = torch.cat([model(*examples.batch(rows[i : i + 1]).inputs) for i in rows], dim=1)
         assert labels[-1].tolist() == logits[-1].argmax(-1).tolist()  # in the order of the examples
-        assert exits[1].tolist() == exits_taken(logits, 0.7).tolist()
+        assert exits[1].tolist() == exits_taken(confidences(logits), 0.7, 0.5).tolist()
