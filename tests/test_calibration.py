@@ -35,7 +35,7 @@ def test_the_right_temperature_is_found_and_lowers_nll_and_ece(temperature):
 
 def test_ends_are_finite():
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    assert fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(0.01, rel=1)
+    assert fit_temperature(logits, torch.tensor([0, 1])) < 0.2
     assert fit_temperature(logits, torch.tensor([1, 0])) == 100
     assert math.isfinite(fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])))
 
@@ -64,11 +64,7 @@ def test_a_temperature_changes_confidence_and_exits_but_no_prediction():
     before, after = confidences(logits), confidences(logits, temperatures)
     assert torch.equal(after, confidences(scaled))
     assert (before > after).all()
-    stacked = torch.cat([before, before])
-    assert (
-        exits_taken(stacked, 0.8, 1 / 3).float().mean()
-        < exits_taken(torch.cat([after, after]), 0.8, 1 / 3).float().mean()
-    )
+    assert exits_taken(before.repeat(2, 1), 0.8, 1 / 3).sum() < exits_taken(after.repeat(2, 1), 0.8, 1 / 3).sum()
 
 
 def test_ece_of_a_hand_computed_case():
