@@ -85,21 +85,20 @@ def main() -> None:
     costs = np.array(exit_costs(exit_layers, record["depth"], method))  # (K,)
     temperatures = row_temperatures(logits, torch.from_numpy(examples.labels), args.calibration)  # (K, N)
     confidence = confidences(logits, temperatures)  # (K, N)
+    # Which exit each instance takes at each threshold: (thresholds, N)
+    taken = torch.stack([exits_taken(confidence, threshold, thresholds[0]) for threshold in thresholds])
     evaluation = {"task": record["task"], "metric": task.metric, "method": method, "exit_layers": exit_layers}
-    evaluation |= sweep(logits.argmax(-1), confidence, examples.labels, thresholds, costs, task.metric)
+    evaluation |= sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric)
     evaluation |= {"calibration": args.calibration} | calibration_report(logits, examples.labels, temperatures)
     if rows.difficulties is not None:
-        evaluation["mean_exit_layers"] = mean_exit_layers(rows.difficulties, confidence, thresholds, exit_layers)
+        evaluation["mean_exit_layers"] = mean_exit_layers(rows.difficulties, taken, exit_layers)
     if args.live:
         progress = partial(tqdm, desc="live", unit="threshold")
         with autocast(device, precision):
             settings = (thresholds, record["depth"], args.live_batch_size, temperatures)
             live = measure_live(model, examples, *settings, progress)
         evaluation["live"], live_labels, live_exits = live
-        swept = torch.stack(
-            [exits_taken(confidence, threshold, thresholds[0]) for threshold in thresholds]
-        )  # (thresholds, N)
-        differs = (live_exits != swept) | (live_labels != logits.argmax(-1).gather(0, swept))
+        differs = (live_exits != taken) | (live_labels != logits.argmax(-1).gather(0, taken))
         evaluation |= {"live_batch_size": args.live_batch_size, "live_differs": int(differs.sum())}
     evaluation |= {"examples": len(examples), "seconds": round(seconds, 2), "device": device_name(device)}
     evaluation |= {"precision": str(precision or torch.float32), "versions": versions()}
@@ -111,7 +110,7 @@ def main() -> None:
 
 def sweep(
     predictions: torch.Tensor,
-    confidence: torch.Tensor,
+    taken: torch.Tensor,
     labels: np.ndarray,
     thresholds: list[float],
     costs: np.ndarray,
@@ -121,9 +120,9 @@ def sweep(
 
     Args:
         predictions: (K, N), all exits' classes.
-        confidence: (K, N), all exits'.
+        taken: (thresholds, N), the exit that each instance takes, counted from 0.
         labels: (N,).
-        thresholds: increasing; at the first all leave at the first exit.
+        thresholds: increasing.
         costs: (K,) of leaving at each exit, as a share of the backbone's layers.
         metric: "accuracy" or "matthews".
 
@@ -131,11 +130,10 @@ def sweep(
         exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
     scores, ratios, counts = [], [], []
-    for threshold in thresholds:
-        taken = exits_taken(confidence, threshold, thresholds[0])  # (N,)
-        chosen = predictions.gather(0, taken[None])[0]  # (N,) the prediction of the exit taken
+    for exits in taken:
+        chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
         scores.append(score(chosen.numpy(), labels, metric))
-        counts.append(taken.bincount(minlength=len(costs)).tolist())
+        counts.append(exits.bincount(minlength=len(costs)).tolist())
         ratios.append(float(np.dot(counts[-1], costs) / len(labels)))  # Eq. 1
     return {
         "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
@@ -148,7 +146,16 @@ def sweep(
 
 
 def calibration_report(logits: torch.Tensor, labels: np.ndarray, temperatures: torch.Tensor) -> dict:
-    """Each exit's ECE and NLL before and after, and its temperature on all rows, to be kept for new text."""
+    """How far each exit's confidence can be trusted.
+
+    Args:
+        logits: (K, N, C).
+        labels: (N,).
+        temperatures: (K, N), those in use.
+
+    Returns:
+        temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
+    """
     targets = torch.from_numpy(labels)
     scaled = logits / temperatures[..., None]
     return {
@@ -164,11 +171,19 @@ def calibration_report(logits: torch.Tensor, labels: np.ndarray, temperatures: t
     }
 
 
-def mean_exit_layers(difficulties: list[str], confidence, thresholds: list[float], exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave: {difficulty, easy to hard: [for each threshold]}."""
-    layers, levels = np.array(exit_layers), np.array(difficulties)
-    taken = [layers[exits_taken(confidence, threshold, thresholds[0]).numpy()] for threshold in thresholds]
-    return {level: [float(exits[levels == level].mean()) for exits in taken] for level in LEVELS}
+def mean_exit_layers(difficulties: list[str], taken: torch.Tensor, exit_layers: list[int]) -> dict:
+    """The mean layer at which each difficulty's instances leave, at each threshold.
+
+    Args:
+        difficulties: (N), each of `LEVELS`.
+        taken: (thresholds, N), the exit that each instance takes, counted from 0.
+        exit_layers: (K).
+
+    Returns:
+        For each difficulty, easy to hard, a list (thresholds).
+    """
+    layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
+    return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
 
 
 def print_evaluation(evaluation: dict) -> None:
@@ -176,9 +191,9 @@ def print_evaluation(evaluation: dict) -> None:
     exit_layers, thresholds = evaluation["exit_layers"], evaluation["thresholds"]
     print(f"\n{'exit after layer':<18}" + "".join(f"{n:>8}" for n in exit_layers))
     print(f"{evaluation['metric']:<18}" + "".join(f"{value:8.1f}" for value in evaluation["exit_scores"]))
-    for name, digits in (("ece", 3), ("nll", 3)):
+    for name in ("ece", "nll"):
         for when in ("before", "after"):
-            values = "".join(f"{value:8.{digits}f}" for value in evaluation[name][when])
+            values = "".join(f"{value:8.3f}" for value in evaluation[name][when])
             print(f"{name + ' ' + when:<18}{values}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
     columns = (evaluation[key] for key in ("thresholds", "scores", "speedup_ratios", "exit_counts"))

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.cli import InputError
 from minisweet.config import check_config
 from minisweet.dropout import Dropout
 
@@ -60,6 +61,8 @@ class BertConfig:
                 "add_cross_attention": (False,),
             },
         )
+        if self.type_vocab_size < 2:
+            raise InputError(f"type_vocab_size is {self.type_vocab_size}, and must be 2 or more: a pair has two types")
 
     @property
     def head_dropout(self) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 CALIBRATIONS = ("crossfit", "dev", "none")
 BINS = 15  # of the expected calibration error
-TEMPERATURES = (0.01, 100.0)  # an exit that is always right, or at chance, has no finite best
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0  # an exit that is always right, or at chance, has no finite best
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -31,7 +31,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return loss
 
     optimizer.step(nll)
-    return float(log_temperature.detach().exp().nan_to_num(1.0).clamp(*TEMPERATURES))
+    return float(log_temperature.detach().exp().nan_to_num(1.0).clamp(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE))
 
 
 def row_temperatures(logits: Tensor, labels: Tensor, calibration: str) -> Tensor:
@@ -45,23 +45,28 @@ def row_temperatures(logits: Tensor, labels: Tensor, calibration: str) -> Tensor
 
     Returns:
         Temperatures (K, N), float32.
+
+    Raises:
+        ValueError: another calibration.
     """
+    if calibration not in CALIBRATIONS:
+        raise ValueError(f"calibration is {calibration!r}, and must be one of {', '.join(CALIBRATIONS)}")
     temperatures = torch.ones(logits.shape[:2])
-    fold = torch.arange(logits.shape[1]) % 2
-    if calibration == "crossfit" and logits.shape[1] > 1:
-        pairs = [(fold == 0, fold == 1), (fold == 1, fold == 0)]
-    elif calibration == "none":
-        pairs = []
-    else:
-        pairs = [(fold >= 0, fold >= 0)]
-    for k, exit_logits in enumerate(logits):
-        for fitted, scaled in pairs:
-            temperatures[k, scaled] = fit_temperature(exit_logits[fitted], labels[fitted])
+    even = torch.arange(logits.shape[1]) % 2 == 0  # (N,)
+    everything = torch.ones_like(even)
+    pairs = {"crossfit": [(even, ~even), (~even, even)], "dev": [(everything, everything)], "none": []}
+    for fitted, scaled in pairs[calibration]:
+        if fitted.any():  # of a single row there is no other half: it stays as it is
+            for k, exit_logits in enumerate(logits):
+                temperatures[k, scaled] = fit_temperature(exit_logits[fitted], labels[fitted])
     return temperatures
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """How far confidence and accuracy part, in 15 bins of confidence of equal width, weighted by size (0 to 1)."""
+    """How far confidence and accuracy part, in 15 bins of confidence of equal width, weighted by size (0 to 1).
+
+    logits (N, C), labels (N,).
+    """
     confidence, prediction = logits.double().softmax(-1).max(-1)  # (N,)
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - (prediction == labels).double())

@@ -45,20 +45,21 @@ def new_encoder(config: bert.BertConfig | deberta.DebertaConfig) -> Encoder:
     return ARCHITECTURES[config.model_type][1](config)
 
 
-def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
+def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool = True) -> Encoder:
     """Load a BERT or DeBERTa encoder, as config.json's model_type says, from a folder in the Hugging Face layout.
 
     Args:
         folder: holds config.json and model.safetensors, in any floating-point type.
         num_layers: keep the first so many layers; the others are not read. Default: all.
+        warn: say so where a BERT checkpoint has no pooler.
 
     Returns:
         The encoder in float32, in training mode like any new module. Its `pooler_start` is the checkpoint's pooler,
         (weight, bias), where each exit head starts from, or None where the checkpoint has none.
 
     Raises:
-        InputError: a file is missing or unreadable, config.json asks for what is not implemented, or the tensors are
-            not those that it describes.
+        InputError: `num_layers` lies outside the encoder, a file is missing or unreadable, config.json asks for what is
+            not implemented, or the tensors are not those that it describes.
     """
     config = read_config(folder)
     depth = config.num_hidden_layers
@@ -77,7 +78,7 @@ def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
         raise InputError(f"{path}: not readable as safetensors ({error})") from None
     encoder.load_state_dict(weights, assign=True)
     encoder.pooler_start = pooler
-    if pooler is None and config.model_type == "bert":
+    if warn and pooler is None and config.model_type == "bert":
         logging.getLogger("minisweet").warning("%s has no pooler: each exit head starts from a fresh one", path)
     return encoder
 

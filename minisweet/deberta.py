@@ -42,7 +42,7 @@ class DebertaConfig:
     pos_att_type: str | list[str] | tuple[str, ...]  # "c2p|p2c", or a list
     relative_attention: bool
     position_biased_input: bool
-    max_relative_positions: int | None = -1  # below 1: max_position_embeddings
+    max_relative_positions: int | None = -1  # below 1: max_position_embeddings (not `int`, which must be positive)
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     pooler_dropout: float = 0.0
@@ -85,7 +85,7 @@ class DebertaConfig:
 
     @property
     def relative_span(self) -> int:
-        """k: relative positions are told apart from -k + 1 to k."""
+        """k: distances i - j are told apart from -k to k - 1, and clamped beyond."""
         return self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
 
     @property

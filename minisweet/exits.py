@@ -94,10 +94,11 @@ class MultiExitModel(nn.Module):
         boundary, so that a training loop may take each exit's loss back, and free its activations, right there.
         For the arguments see `forward`.
         """
+        # The stream is (hidden states (B, T, D),), and with DeBERTa its relative table (2k, D) too: see bert.py.
         stream = self.encoder.embed(input_ids, token_type_ids)
         for head, start, stop in self.pieces():
             stream = self.encoder.run_layers(stream, attention_mask, start, stop)
-            yield head(stream[0])
+            yield head(stream[0])  # (B, C)
             if self.method == "sweet":  # EE is the same without this line
                 stream = stop_gradient(stream)
 
@@ -131,13 +132,14 @@ class MultiModel(nn.ModuleList):
 def build_multi_model(folder: str | Path, exit_layers: Sequence[int], num_labels: int) -> MultiModel:
     """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into independent models.
 
-    Layers beyond n are neither held nor read. For the arguments see `MultiExitModel`, for errors `load_encoder` too.
+    Layers beyond n are neither held nor read. For the arguments see `MultiExitModel`. Returns a MultiModel of K models,
+    smallest first. Raises ValueError for other exit layers, and InputError as `load_encoder` does.
     """
     check_exit_layers(exit_layers)
     models = MultiModel()
     for n in exit_layers:
         with torch.random.fork_rng(devices=[]):  # each model's new weights are as if it were built alone
-            models.append(MultiExitModel(load_encoder(folder, n), (n,), num_labels))
+            models.append(MultiExitModel(load_encoder(folder, n, warn=not models), (n,), num_labels))
     return models
 
 

@@ -1,8 +1,8 @@
 """Live early exit, as one would deploy it: batches out of which the confident instances leave at each exit.
 
 What is left of a batch is compacted, and shortened to its longest instance, before it goes on. Decisions are those of
-the sweep in adaptive.py, because an instance's logits do not depend on its batch: exactly in float32, but for the last
-bits of a confidence.
+the sweep in adaptive.py, since an instance's logits do not depend on its batch. Their rounding does: a confidence
+within about 1e-6 of the threshold in float32, 1e-2 in bfloat16, may fall on either side.
 
 Dimension letters: B batch, T tokens, K exits, C classes, N instances.
 """
@@ -61,7 +61,7 @@ def early_exit(
             if len(stay) == 0:
                 return labels, exits
             if len(stay) < len(rows):
-                rows, T = rows[stay], int(inputs[1][stay].sum(1).max())
+                rows, T = rows[stay], int(inputs[1][stay].sum(1).max().clamp(min=1))
                 inputs = tuple(tensor[stay, :T] for tensor in inputs)
                 stream = (stream[0][stay, :T], *stream[1:])
             k += 1

@@ -66,7 +66,10 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
 
 
 def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
-    """Load a run's model, and its run.json. Raises InputError for a folder that is no run, or a broken one."""
+    """Load a run's model, in float32 and on the CPU, and its run.json with `depth` and `vocab_size` of its config.json.
+
+    Raises InputError for a folder that is no run, or a broken one.
+    """
     path = run / "run.json"
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")

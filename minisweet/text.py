@@ -70,7 +70,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int) -> Tokenizer:
 
 
 class Batch(NamedTuple):
-    """Some examples, padded to the longest of them."""
+    """Some examples, padded to the longest of them; all tensors are int64."""
 
     rows: Tensor  # (B,) which examples
     input_ids: Tensor  # (B, T)

@@ -115,6 +115,16 @@ class TransformersWithExits(nn.Module):
         pooled = (self.bert.pooler(hidden[n]) for n in self.layers)
         return [classifier(self.dropout(p)) for classifier, p in zip(self.classifiers, pooled, strict=True)]
 
+    def one_by_one(self, input_ids, mask, types):
+        """The exits' logits, each before the layers after it run: what an early-exit loop needs."""
+        hidden = self.bert.embeddings(input_ids=input_ids, token_type_ids=types)
+        bias = (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
+        for n, layer in enumerate(self.bert.encoder.layer, start=1):
+            hidden = layer(hidden, bias)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            if n in self.layers:
+                yield self.classifiers[self.layers.index(n)](self.dropout(self.bert.pooler(hidden)))
+
 
 def minilm(seed: int = 0) -> MultiExitModel:
     """minilm-l6 with four exits, whose random classifiers are confident to different degrees."""
@@ -182,13 +192,17 @@ def sweep_unit(side: str, task: str, data_dir: str):
         sweep.examples = len(examples)
         return sweep
 
+    theirs = TransformersWithExits().eval()  # its one pooler is where each of our heads starts from
+    for classifier, head in zip(theirs.classifiers, model.heads, strict=True):
+        classifier.load_state_dict(head.classifier.state_dict())
+
     @torch.no_grad()
     def sweep():
         decisions = []
         for threshold in thresholds:
             decisions.append([])
             for row in range(20):
-                for k, logits in enumerate(model.segments(*padded(examples.batch(np.array([row]))))):  # noqa: B007
+                for k, logits in enumerate(theirs.one_by_one(*padded(examples.batch(np.array([row]))))):  # noqa: B007
                     if leaves(confidences(logits), threshold, 0.5):
                         break
                 decisions[-1].append(k)

@@ -53,6 +53,9 @@ def test_each_half_is_scaled_by_what_the_other_half_says():
     dev = row_temperatures(logits, labels, "dev")
     assert [row.unique().item() for row in dev] == pytest.approx([fit_temperature(x, labels) for x in logits])
     assert row_temperatures(logits, labels, "none").eq(1).all()
+    assert row_temperatures(logits[:, :1], labels[:1], "crossfit").eq(1).all()  # there is no other half
+    with pytest.raises(ValueError, match="cross-fit"):
+        row_temperatures(logits, labels, "cross-fit")
 
 
 def test_a_temperature_changes_confidence_and_exits_but_no_prediction():
