@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minisweet.adaptive import area_under_curve, confidences, exit_costs, exits_taken, spaced_thresholds
+from minisweet.adaptive import (
+    area_under_curve,
+    certainty_ranges,
+    confidences,
+    exit_costs,
+    exits_taken,
+    learned_confidences,
+    spaced_thresholds,
+)
 from minisweet.calibration import (
     CALIBRATIONS,
     expected_calibration_error,
@@ -42,18 +50,26 @@ BATCH_SIZE = 64
 
 
 @torch.inference_mode()
-def predict(model: torch.nn.Module, examples: TokenizedExamples, precision: torch.dtype | None) -> torch.Tensor:
-    """All exits' logits (K, N, C), float32, on the CPU and in the order of `examples`."""
+def predict(
+    model: torch.nn.Module, examples: TokenizedExamples, precision: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, N), else None.
+
+    Both are float32, on the CPU and in the order of `examples`.
+    """
     model.eval()
     device = next(model.parameters()).device
-    rows, logits = [], []
+    rows, logits, certainty = [], [], []
     with tqdm(total=len(examples), unit="ex", desc="evaluate") as progress, autocast(device, precision):
         for batch in examples.by_length(BATCH_SIZE):
             rows.append(batch.rows)
-            logits.append(model(*batch.to(device).inputs).float().cpu())
+            exits = list(model.segments(*batch.to(device).inputs))
+            logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())
+            if exits[0][1] is not None:
+                certainty.append(torch.stack([exit_certainty for _, exit_certainty in exits]).cpu())
             progress.update(len(batch.rows))
     order = torch.cat(rows).argsort()
-    return torch.cat(logits, dim=1)[:, order]
+    return torch.cat(logits, dim=1)[:, order], torch.cat(certainty, dim=1)[:, order] if certainty else None
 
 
 def main() -> None:
@@ -79,23 +95,30 @@ def main() -> None:
     examples = TokenizedExamples(tokenizer, rows)
 
     start = time.perf_counter()
-    logits = predict(model.to(device), examples, precision)  # (K, N, C)
+    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K, N) or None
     seconds = time.perf_counter() - start
-    thresholds = spaced_thresholds(args.thresholds, len(task.labels))
     costs = np.array(exit_costs(exit_layers, record["depth"], method))  # (K,)
     temperatures = row_temperatures(logits, torch.from_numpy(examples.labels), args.calibration)  # (K, N)
-    confidence = confidences(logits, temperatures)  # (K, N)
+    if certainty is None:
+        lowest, ranges, confidence = 1 / len(task.labels), None, confidences(logits, temperatures)  # (K, N)
+    else:
+        ranges = certainty_ranges(certainty)  # (K, 2)
+        lowest, confidence = 0.0, learned_confidences(certainty, ranges)  # (K, N)
+    thresholds = spaced_thresholds(args.thresholds, lowest)
     # Which exit each instance takes at each threshold: (thresholds, N)
-    taken = torch.stack([exits_taken(confidence, threshold, thresholds[0]) for threshold in thresholds])
+    taken = torch.stack([exits_taken(confidence, threshold, lowest) for threshold in thresholds])
     evaluation = {"task": record["task"], "metric": task.metric, "method": method, "exit_layers": exit_layers}
+    evaluation["exit_strategy"] = record["exit_strategy"]
     evaluation |= sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric)
     evaluation |= {"calibration": args.calibration} | calibration_report(logits, examples.labels, temperatures)
+    if ranges is not None:
+        evaluation["certainty_ranges"] = ranges.tolist()
     if rows.difficulties is not None:
         evaluation["mean_exit_layers"] = mean_exit_layers(rows.difficulties, taken, exit_layers)
     if args.live:
         progress = partial(tqdm, desc="live", unit="threshold")
         with autocast(device, precision):
-            settings = (thresholds, record["depth"], args.live_batch_size, temperatures)
+            settings = (thresholds, costs, args.live_batch_size, temperatures, ranges)
             live = measure_live(model, examples, *settings, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != logits.argmax(-1).gather(0, taken))
@@ -127,9 +150,11 @@ def sweep(
         metric: "accuracy" or "matthews".
 
     Returns:
-        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
+        exit_scores (K), class_counts (K, C) of how often each exit predicts each class, thresholds, scores,
+        speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
     scores, ratios, counts = [], [], []
+    C = 1 + max(int(predictions.max()), int(labels.max()))
     for exits in taken:
         chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
         scores.append(score(chosen.numpy(), labels, metric))
@@ -137,6 +162,7 @@ def sweep(
         ratios.append(float(np.dot(counts[-1], costs) / len(labels)))  # Eq. 1
     return {
         "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
+        "class_counts": [exit_predictions.bincount(minlength=C).tolist() for exit_predictions in predictions],
         "thresholds": thresholds,
         "scores": scores,
         "speedup_ratios": ratios,

@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from minisweet.bert import BertConfig
 from minisweet.checkpoint import load_encoder, read_config
 from minisweet.cli import InputError, Parser, run_command, whole_number
+from minisweet.deberta import DebertaConfig
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
 from minisweet.devices import (
     add_device_options,
@@ -29,11 +32,22 @@ from minisweet.devices import (
     device_name,
     reuse_freed_memory,
 )
-from minisweet.exits import METHODS, MultiExitModel, build_multi_model, check_exit_layers
+from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, check_exit_layers
 from minisweet.hub import REPOSITORIES, model_folder
 from minisweet.runs import check_output, save_run, versions
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
+
+
+def exit_loss(logits: Tensor, certainty: Tensor | None, labels: Tensor) -> Tensor:
+    """One exit's loss: logits (B, C), certainty (B,) or None, and labels (B,) to a scalar.
+
+    Cross-entropy, and for learning-to-exit the mean squared error of the certainty that the exit is right.
+    """
+    loss = F.cross_entropy(logits.float(), labels)
+    if certainty is not None:
+        loss = loss + F.mse_loss(certainty, (logits.argmax(-1) == labels).float())
+    return loss
 
 
 def train(
@@ -59,7 +73,7 @@ def train(
         title: for the progress bar.
 
     Returns:
-        Each step's cross-entropy at each exit: (steps, K).
+        Each step's loss at each exit: (steps, K).
 
     Raises:
         InputError: the loss is no longer finite.
@@ -80,8 +94,8 @@ def train(
             optimizer.zero_grad()
             losses = []
             with autocast(device, precision):
-                for logits in model.segments(*batch.inputs):  # (B, C), exit by exit
-                    loss = F.cross_entropy(logits.float(), batch.labels)
+                for logits, certainty in model.segments(*batch.inputs):  # exit by exit
+                    loss = exit_loss(logits, certainty, batch.labels)
                     # Under SWEET (and in MM's models, of one exit each) no other loss reaches this segment: take the
                     # loss back now and free the segment. backward() keeps the forward's types, autocast or not.
                     if model.method == "sweet":
@@ -106,40 +120,43 @@ def train(
     return history
 
 
+def add_training_options(parser: Parser) -> None:
+    """Add what every command that trains takes: the model, the data, and how batches are made and computed."""
+    option = parser.add_argument
+    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
+    option("--data-dir", type=Path, default=Path("data"), help="holds the GLUE tasks' folders (default: data)")
+    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
+    option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
+    option("--exit-layers", type=layer_list, help="counted from 1, such as 1,4,6,12 (default: by depth)")
+    add_device_options(parser)
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.")
     option = parser.add_argument
-    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
     option("--method", choices=METHODS, default="sweet", help="SWEET, Early-Exit or Multi-Model (default: sweet)")
+    option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
-    option("--data-dir", type=Path, default=Path("data"), help="holds the GLUE tasks' folders (default: data)")
     option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's; minilm-l6 2e-4, others 5e-5)")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
-    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
-    option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
-    option("--exit-layers", type=layer_list, help="counted from 1, such as 1,4,6,12 (default: by depth)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run in --out")
-    add_device_options(parser)
+    add_training_options(parser)
     args = parser.parse_args()
     if args.out is None:
-        args.out = Path("runs") / f"{Path(args.model).resolve().name}-{args.method}-{args.task}-seed{args.seed}"
+        strategy = "-lte" if args.exit_strategy == "lte" else ""
+        name = f"{Path(args.model).resolve().name}-{args.method}-{args.task}{strategy}-seed{args.seed}"
+        args.out = Path("runs") / name
     args.lr = args.lr or default_learning_rate(args.model, args.task, args.method)
     args.batch_size = args.batch_size or default_batch_size(args.model)
     return args
 
 
-def main() -> None:
-    """Train one run."""
-    args = parse_arguments()
-    reuse_freed_memory()
-    check_output(args.out, args.overwrite)
-    device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
-    task = TASKS[args.task]
+def find_model(args: argparse.Namespace) -> tuple[Path, BertConfig | DebertaConfig, tuple[int, ...]]:
+    """The folder of --model, its config, and the exit layers; raises InputError where an option does not fit them."""
     folder = model_folder(args.model)
     config = read_config(folder)
     exit_layers = args.exit_layers or EXIT_LAYERS.get(config.num_hidden_layers)
@@ -153,6 +170,18 @@ def main() -> None:
         raise InputError(
             f"--max-length: {args.max_length}, and {args.model} has {config.max_position_embeddings} positions"
         )
+    return folder, config, exit_layers
+
+
+def main() -> None:
+    """Train one run."""
+    args = parse_arguments()
+    reuse_freed_memory()
+    check_output(args.out, args.overwrite)
+    device = choose_device(args.device)
+    precision = choose_precision(args.amp, device)
+    task = TASKS[args.task]
+    folder, config, exit_layers = find_model(args)
 
     rows = load_examples(args.task, "train", args.data_dir)
     subset = np.sort(np.random.default_rng(args.seed).permutation(len(rows.labels))[: args.train_size])
@@ -161,10 +190,11 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     if args.method == "mm":
-        model = build_multi_model(folder, exit_layers, len(task.labels))
+        model = build_multi_model(folder, exit_layers, len(task.labels), args.exit_strategy)
         parts = list(model)  # trained one after the other, each alone
     else:
-        model = MultiExitModel(load_encoder(folder, exit_layers[-1]), exit_layers, len(task.labels), args.method)
+        encoder = load_encoder(folder, exit_layers[-1])
+        model = MultiExitModel(encoder, exit_layers, len(task.labels), args.method, args.exit_strategy)
         parts = [model]
     print(
         f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
@@ -173,8 +203,8 @@ def main() -> None:
     )
     start = time.perf_counter()
     losses = []
+    settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.lr, "seed": args.seed}
     for part in parts:
-        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.lr, "seed": args.seed}
         title = f"layers {part.exit_layers[-1]}" if args.method == "mm" else args.method
         losses.append(train(part.to(device), examples, **settings, precision=precision, title=title))
         part.cpu()  # frees the device for the next one
@@ -184,6 +214,7 @@ def main() -> None:
         "arguments": vars(args) | {"data_dir": str(args.data_dir.resolve()), "out": str(args.out)},
         "model": args.model,
         "method": args.method,
+        "exit_strategy": args.exit_strategy,
         "task": args.task,
         "metric": task.metric,
         "exit_layers": exit_layers,

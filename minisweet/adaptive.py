@@ -1,7 +1,7 @@
 """When to leave, and what it costs: exit decisions, the threshold sweep and the speed-accuracy curve (Sec. 3.3).
 
-Each exit's confidence is its highest softmax probability. An instance leaves at the first exit whose confidence
-reaches the threshold, and at the last one in any case.
+An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. An
+exit's confidence is its highest softmax probability, or what it has learned of itself: learning-to-exit (Sec. 5).
 
 The sweep needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
 Dimension letters: K exits, N instances, C classes.
@@ -21,16 +21,30 @@ def confidences(logits: Tensor, temperatures: Tensor | float = 1.0) -> Tensor:
     return scaled.softmax(-1).amax(-1)
 
 
-def spaced_thresholds(count: int, num_labels: int) -> list[float]:
-    """`count` thresholds, evenly spaced from 1/C (all leave at the first exit) to 1 (all reach the last)."""
-    return np.linspace(1 / num_labels, 1, count).tolist()
+def certainty_ranges(certainty: Tensor) -> Tensor:
+    """The lowest and highest certainty of each exit: certainties (K, N) to ranges (K, 2)."""
+    return torch.stack(certainty.aminmax(dim=1), dim=1)
+
+
+def learned_confidences(certainty: Tensor, ranges: Tensor) -> Tensor:
+    """Learning-to-exit: certainties (..., N) in their ranges (..., 2) on validation data, clamped to 0 to 1."""
+    low, high = ranges[..., :1], ranges[..., 1:]
+    return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+
+
+def spaced_thresholds(count: int, lowest: float) -> list[float]:
+    """`count` thresholds, evenly spaced from `lowest` (all leave at the first exit) to 1 (all reach the last).
+
+    `lowest` is 1/C for softmax confidence and 0 for learning-to-exit.
+    """
+    return np.linspace(lowest, 1, count).tolist()
 
 
 def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
     """Whether an instance leaves at an exit that is not the last: confidence (...) to bool (...).
 
-    The two ends, `lowest` (1/C) and 1, are decided by the threshold alone. A probability can round to 1 or to just
-    below 1/C in float32, and the paper has t = 1 run the last classifier on every instance, and t = 1/C the first.
+    The two ends, `lowest` (1/C, or 0) and 1, are decided by the threshold alone. A probability can round to 1 or to
+    just below 1/C in float32, and the paper has t = 1 run the last classifier on every instance, and t = 1/C the first.
     """
     if threshold <= lowest:
         return torch.ones_like(confidence, dtype=torch.bool)

@@ -23,6 +23,7 @@ from minisweet.checkpoint import Encoder, load_encoder
 from minisweet.dropout import Dropout
 
 METHODS = ("sweet", "ee", "mm")
+EXIT_STRATEGIES = ("confidence", "lte")
 
 
 class ExitHead(nn.Module):
@@ -30,9 +31,12 @@ class ExitHead(nn.Module):
 
     BERT's pooler ends in tanh and has no dropout before it; DeBERTa's context pooler ends in gelu. Either starts from
     the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa.
+
+    For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
+    classifier learns to tell whether the classifier is right.
     """
 
-    def __init__(self, encoder: Encoder, num_labels: int) -> None:
+    def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
         super().__init__()
         config = encoder.config
         self.pooler_dropout = Dropout(config.pooler_dropout)
@@ -47,11 +51,13 @@ class ExitHead(nn.Module):
             with torch.no_grad():
                 self.pooler.weight.copy_(encoder.pooler_start[0])
                 self.pooler.bias.copy_(encoder.pooler_start[1])
+        self.lte = nn.Linear(config.hidden_size, 1) if exit_strategy == "lte" else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The hidden states (B, T, D) to logits (B, C)."""
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The hidden states (B, T, D) to logits (B, C), and the certainty (B,) in 0 to 1, or None without "lte"."""
         pooled = self.activation(self.pooler(self.pooler_dropout(hidden[:, 0])))  # (B, D)
-        return self.classifier(self.dropout(pooled))
+        certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
+        return self.classifier(self.dropout(pooled)), certainty
 
 
 def stop_gradient(stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -67,38 +73,50 @@ class MultiExitModel(nn.Module):
         exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
         num_labels: C.
         method: "sweet" or "ee". Both give the same logits from the same weights; only the gradients differ.
+        exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
 
     Raises:
-        ValueError: exit layers that are not increasing or not in the encoder, or another method.
+        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
     """
 
-    def __init__(self, encoder: Encoder, exit_layers: Sequence[int], num_labels: int, method: str = "sweet") -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        exit_layers: Sequence[int],
+        num_labels: int,
+        method: str = "sweet",
+        exit_strategy: str = "confidence",
+    ) -> None:
         super().__init__()
         depth = len(encoder.layers)
         check_exit_layers(exit_layers, depth)
         if method not in ("sweet", "ee"):
             raise ValueError(f"method is {method!r}, and must be 'sweet' or 'ee'")
+        if exit_strategy not in EXIT_STRATEGIES:
+            raise ValueError(f"exit_strategy is {exit_strategy!r}, and must be one of {', '.join(EXIT_STRATEGIES)}")
         self.encoder = encoder
         self.exit_layers = tuple(exit_layers)
         self.method = method
-        self.heads = nn.ModuleList(ExitHead(encoder, num_labels) for _ in exit_layers)
+        self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
 
     def pieces(self) -> list[tuple[ExitHead, int, int]]:
         """Each exit's head and its segment: the layers start+1 to stop."""
         return [(head, *bounds) for head, bounds in zip(self.heads, pairwise((0, *self.exit_layers)), strict=True)]
 
-    def segments(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Tensor]:
+    def segments(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Run a segment at a time: the layers up to the next exit, its head, then the boundary.
 
-        Yields the logits (B, C) of each exit before the next segment runs. Under SWEET nothing flows back over a
-        boundary, so that a training loop may take each exit's loss back, and free its activations, right there.
-        For the arguments see `forward`.
+        Yields what each exit's head says, logits (B, C) and certainty (B,) or None, before the next segment runs.
+        Under SWEET nothing flows back over a boundary, so that a training loop may take each exit's loss back, and
+        free its activations, right there. For the arguments see `forward`.
         """
         # The stream is (hidden states (B, T, D),), and with DeBERTa its relative table (2k, D) too: see bert.py.
         stream = self.encoder.embed(input_ids, token_type_ids)
         for head, start, stop in self.pieces():
             stream = self.encoder.run_layers(stream, attention_mask, start, stop)
-            yield head(stream[0])  # (B, C)
+            yield head(stream[0])  # logits (B, C) and certainty
             if self.method == "sweet":  # EE is the same without this line
                 stream = stop_gradient(stream)
 
@@ -113,23 +131,27 @@ class MultiExitModel(nn.Module):
         Returns:
             Logits (K, B, C).
         """
-        return torch.stack(list(self.segments(input_ids, attention_mask, token_type_ids)))
+        return torch.stack([logits for logits, _ in self.segments(input_ids, attention_mask, token_type_ids)])
 
 
 class MultiModel(nn.ModuleList):
     """K independent models, smallest first: `models[k]` is a MultiExitModel with one exit, at its end."""
 
-    def segments(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Tensor]:
-        """Yield the logits (B, C) of each model before the next one runs."""
+    def segments(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield each model's logits (B, C) and certainty (B,) or None before the next one runs."""
         for model in self:
             yield from model.segments(input_ids, attention_mask, token_type_ids)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """All models' logits (K, B, C). For the arguments see `MultiExitModel.forward`."""
-        return torch.stack(list(self.segments(input_ids, attention_mask, token_type_ids)))
+        return torch.stack([logits for logits, _ in self.segments(input_ids, attention_mask, token_type_ids)])
 
 
-def build_multi_model(folder: str | Path, exit_layers: Sequence[int], num_labels: int) -> MultiModel:
+def build_multi_model(
+    folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
+) -> MultiModel:
     """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into independent models.
 
     Layers beyond n are neither held nor read. For the arguments see `MultiExitModel`. Returns a MultiModel of K models,
@@ -139,7 +161,8 @@ def build_multi_model(folder: str | Path, exit_layers: Sequence[int], num_labels
     models = MultiModel()
     for n in exit_layers:
         with torch.random.fork_rng(devices=[]):  # each model's new weights are as if it were built alone
-            models.append(MultiExitModel(load_encoder(folder, n, warn=not models), (n,), num_labels))
+            encoder = load_encoder(folder, n, warn=not models)
+            models.append(MultiExitModel(encoder, (n,), num_labels, exit_strategy=exit_strategy))
     return models
 
 

@@ -8,12 +8,13 @@ Dimension letters: B batch, T tokens, K exits, C classes, N instances.
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minisweet.adaptive import confidences, exit_costs, leaves
+from minisweet.adaptive import confidences, learned_confidences, leaves
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.text import TokenizedExamples
 
@@ -28,14 +29,16 @@ def early_exit(
     token_type_ids: Tensor,
     threshold: float,
     temperatures: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Classify a batch, each instance at the first exit whose confidence reaches the threshold.
 
     Args:
         model: in evaluation mode.
         input_ids, attention_mask, token_type_ids: (B, T) as in `MultiExitModel.forward`, padded at the end.
-        threshold: 1/C sends all to the first exit, 1 to the last.
-        temperatures: (K, B), or (K, 1) for one of each exit; None for no calibration.
+        threshold: 1/C (0 for learning-to-exit) sends all to the first exit, 1 to the last.
+        temperatures: (K, B), or (K, 1) for one of each exit; None for no calibration. Not for learning-to-exit.
+        ranges: (K, 2), of learning-to-exit's certainties on validation data; None for 0 to 1.
 
     Returns:
         The labels (B,) and the exits taken (B,), counted from 0.
@@ -47,17 +50,22 @@ def early_exit(
     labels, exits = torch.zeros_like(rows), torch.zeros_like(rows)
     models = list(model) if isinstance(model, MultiModel) else [model]
     last = sum(len(part.heads) for part in models) - 1
+    ranges = torch.tensor([[0.0, 1.0]]).expand(last + 1, 2) if ranges is None else ranges
     k = 0
     for part in models:
         stream = part.encoder.embed(inputs[0], inputs[2])
         for head, start, stop in part.pieces():
             stream = part.encoder.run_layers(stream, inputs[1], start, stop)
-            logits = head(stream[0])  # (B, C) of those who are still here
+            logits, certainty = head(stream[0])  # (B, C), (B,) of those who are still here
             labels[rows], exits[rows] = logits.argmax(-1), k
             if k == last:
                 break
-            confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, rows])
-            stay = (~leaves(confidence, threshold, 1 / logits.shape[-1])).nonzero()[:, 0]
+            if certainty is None:
+                confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, rows])
+                leave = leaves(confidence, threshold, 1 / logits.shape[-1])
+            else:
+                leave = leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
+            stay = (~leave).nonzero()[:, 0]
             if len(stay) == 0:
                 return labels, exits
             if len(stay) < len(rows):
@@ -76,25 +84,27 @@ def full_depth(model: MultiExitModel | MultiModel, *inputs: Tensor) -> Tensor:
     input_ids, attention_mask, token_type_ids = inputs
     stream = model.encoder.embed(input_ids, token_type_ids)
     stream = model.encoder.run_layers(stream, attention_mask, 0, model.exit_layers[-1])
-    return model.heads[-1](stream[0]).argmax(-1)
+    logits, _ = model.heads[-1](stream[0])
+    return logits.argmax(-1)
 
 
 def measure_live(
     model: MultiExitModel | MultiModel,
     examples: TokenizedExamples,
     thresholds: list[float],
-    depth: int,
+    costs: Sequence[float],
     batch_size: int,
     temperatures: Tensor | None = None,
+    ranges: Tensor | None = None,
     progress=iter,
 ) -> tuple[list[dict], Tensor, Tensor]:
     """Run all examples live at each threshold, and time it against running all at full depth.
 
     Args:
         model: in evaluation mode, on the device to measure.
-        depth: of the backbone, in layers.
+        costs: (K) of leaving at each exit, from `exit_costs`.
         batch_size: examples of similar length.
-        temperatures: (K, N), as in `early_exit`.
+        temperatures, ranges: (K, N) and (K, 2), as in `early_exit`.
         progress: wraps the list of thresholds, for a progress bar.
 
     Returns:
@@ -103,9 +113,7 @@ def measure_live(
         the labels and the exits taken, (number of thresholds, N) each.
     """
     device = next(model.parameters()).device
-    method = "mm" if isinstance(model, MultiModel) else "ee"
-    exit_layers = [n for part in (model if method == "mm" else [model]) for n in part.exit_layers]
-    costs = torch.tensor(exit_costs(exit_layers, depth, method))
+    costs = torch.tensor(costs, dtype=torch.float64)
     batches = [batch.to(device) for batch in examples.by_length(batch_size)]
     rows = np.argsort(examples.lengths)[:: max(1, len(examples) // LATENCY_INSTANCES)]
     singles = [examples.batch(rows[i : i + 1]).to(device) for i in range(len(rows))]
@@ -122,7 +130,7 @@ def measure_live(
     def live_exit(threshold: float, batch):
         """What runs a batch at a threshold."""
         own = None if temperatures is None else temperatures[:, batch.rows.cpu()]
-        return lambda model, *inputs: early_exit(model, *inputs, threshold, own)
+        return lambda model, *inputs: early_exit(model, *inputs, threshold, own, ranges)
 
     for batch in batches[:2]:
         full_depth(model, *batch.inputs)  # warm-up
@@ -140,7 +148,7 @@ def measure_live(
         report.append(
             {
                 "threshold": threshold,
-                "layer_share": costs[exits[-1]].double().mean().item(),
+                "layer_share": costs[exits[-1]].mean().item(),
                 "wall_share": live / full,
                 "instances_per_second": len(examples) / live,
                 "latency_ms": {str(p): 1000 * float(np.percentile(latency, p)) for p in (50, 90, 99)},

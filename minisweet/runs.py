@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from minisweet.checkpoint import new_encoder, read_config
 from minisweet.cli import InputError, partial_path, read_json, write_json, written_beside
-from minisweet.exits import METHODS, MultiExitModel, MultiModel, check_exit_layers
+from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel, check_exit_layers
 from minisweet.tasks import TASKS
 from minisweet.text import TOKENIZER_FILES
 
@@ -27,6 +27,7 @@ FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOK
 RECORD = {
     "model": lambda value: isinstance(value, str),
     "method": lambda value: value in METHODS,
+    "exit_strategy": lambda value: value in EXIT_STRATEGIES,
     "task": lambda value: isinstance(value, str) and value in TASKS,
     "exit_layers": lambda value: isinstance(value, list) and all(type(n) is int for n in value),
     "arguments": lambda value: (
@@ -73,19 +74,20 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     path = run / "run.json"
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
-    record = read_json(path)
+    record = {"exit_strategy": "confidence"} | read_json(path)  # runs made before there was another do not tell it
     for key, is_right in RECORD.items():
         if not is_right(record.get(key)):
             raise InputError(f"{path}: {key} is {record.get(key)!r}, which is nothing that train.py writes")
     config = read_config(run)
+    strategy = record["exit_strategy"]
     exit_layers, method, num_labels = record["exit_layers"], record["method"], len(TASKS[record["task"]].labels)
     try:
         check_exit_layers(exit_layers, config.num_hidden_layers)
         with torch.device("meta"):  # shapes only, the weights follow
             if method == "mm":
-                model = MultiModel(_model(config, (n,), num_labels, "sweet") for n in exit_layers)
+                model = MultiModel(_model(config, (n,), num_labels, "sweet", strategy) for n in exit_layers)
             else:
-                model = _model(config, exit_layers, num_labels, method)
+                model = _model(config, exit_layers, num_labels, method, strategy)
         model.load_state_dict(load_file(run / "model.safetensors"), assign=True)
     except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{run}: not a whole run ({' '.join(str(error).split())})") from None
@@ -96,10 +98,10 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     return model.float(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
 
 
-def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str) -> MultiExitModel:
+def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str, strategy: str) -> MultiExitModel:
     """Make a model with random weights, or none, on the current device."""
     encoder = new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
-    return MultiExitModel(encoder, exit_layers, num_labels, method)
+    return MultiExitModel(encoder, exit_layers, num_labels, method, strategy)
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:

@@ -85,7 +85,7 @@ def step_unit(side: str, arch: str, size: str, T: int, amp: bool, exits: int = 1
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
             if side == "ours":
-                for logits in model.segments(input_ids, mask, types):
+                for logits, _ in model.segments(input_ids, mask, types):
                     F.cross_entropy(logits.float(), labels).backward()
             else:
                 logits = model(input_ids=input_ids, attention_mask=mask, token_type_ids=types).logits
@@ -168,7 +168,7 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
                 if ours:
-                    for logits in model.segments(*inputs):
+                    for logits, _ in model.segments(*inputs):
                         F.cross_entropy(logits.float(), batch.labels).backward()
                 else:
                     sum(F.cross_entropy(logits.float(), batch.labels) for logits in model.segments(*inputs)).backward()
@@ -182,11 +182,11 @@ def sweep_unit(side: str, task: str, data_dir: str):
     """Eleven thresholds: ours on the whole validation set at once; theirs instance by instance, padded to 256."""
     from evaluate import predict
 
-    examples, model, thresholds = glue(task, "dev", data_dir), minilm().eval(), spaced_thresholds(11, 2)
+    examples, model, thresholds = glue(task, "dev", data_dir), minilm().eval(), spaced_thresholds(11, 1 / 2)
     if side == "ours":
 
         def sweep():
-            logits = predict(model, examples, None)
+            logits, _ = predict(model, examples, None)
             return [exits_taken(confidences(logits), threshold, 0.5)[:20].tolist() for threshold in thresholds]
 
         sweep.examples = len(examples)
@@ -331,7 +331,7 @@ def saved_bytes(method: str) -> int:
     input_ids, labels = torch.randint(5, 30000, (16, 128)), torch.randint(0, 2, (16,))
     losses = []
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda saved: saved.tensor):
-        for logits in model.segments(input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids)):
+        for logits, _ in model.segments(input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids)):
             losses.append(F.cross_entropy(logits, labels))
             if method == "sweet":
                 losses.pop().backward()

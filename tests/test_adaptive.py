@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.adaptive import area_under_curve, confidences, exit_costs, exits_taken, leaves, spaced_thresholds
+from minisweet.adaptive import (
+    area_under_curve,
+    certainty_ranges,
+    confidences,
+    exit_costs,
+    exits_taken,
+    learned_confidences,
+    leaves,
+    spaced_thresholds,
+)
 from tests.conftest import random_batch, write_model
 
 
@@ -18,8 +27,8 @@ def test_exit_costs_are_those_of_equation_1():
 
 
 def test_thresholds_span_chance_to_certainty():
-    assert spaced_thresholds(11, 2)[::5] == pytest.approx([0.5, 0.75, 1.0])
-    assert spaced_thresholds(3, 3) == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert spaced_thresholds(11, 1 / 2)[::5] == pytest.approx([0.5, 0.75, 1.0])
+    assert spaced_thresholds(3, 1 / 3) == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
 def test_the_first_confident_exit_is_taken():
@@ -34,7 +43,7 @@ def test_the_ends_hold_whatever_rounding_does(num_labels, seed):
     logits = torch.randn(3, 6, num_labels, generator=generator)
     logits[:, 0] = 7.3  # all equal: a confidence that may round below 1/C
     logits[:, 1] *= 1e4  # certain: a confidence that rounds to 1
-    lowest, *_, highest = spaced_thresholds(11, num_labels)
+    lowest, *_, highest = spaced_thresholds(11, 1 / num_labels)
     assert exits_taken(confidences(logits), 1 / num_labels, lowest).tolist() == [0] * 6
     assert exits_taken(confidences(logits), lowest, lowest).tolist() == [0] * 6
     assert exits_taken(confidences(logits), highest, lowest).tolist() == [2] * 6
@@ -60,7 +69,7 @@ def one_at_a_time(model, batch, threshold):
     for row in range(len(batch[0])):
         length = int(batch[1][row].sum())
         instance = tuple(x[row : row + 1, :length] for x in batch)
-        for k, logits in enumerate(model.segments(*instance)):  # noqa: B007, k is read after the loop
+        for k, (logits, _) in enumerate(model.segments(*instance)):  # noqa: B007, k is read after the loop
             confidence = logits.softmax(-1).max(-1).values
             if leaves(confidence, threshold, 1 / logits.shape[-1]):
                 break
@@ -88,9 +97,24 @@ def test_the_sweep_decides_as_a_run_of_one_instance_at_a_time(tmp_path_factory, 
     batch = random_batch(seed, batch=12)
     with torch.no_grad():
         logits = model(*batch)
-        for threshold in spaced_thresholds(11, num_labels):
+        for threshold in spaced_thresholds(11, 1 / num_labels):
             taken = exits_taken(confidences(logits), threshold, 1 / num_labels)
             labels = logits.argmax(-1).gather(0, taken[None])[0]
             assert list(zip(taken.tolist(), labels.tolist(), strict=True)) == one_at_a_time(model, batch, threshold)
     if num_labels == 2:
-        assert len(np.unique([exits_taken(confidences(logits), t, 0.5).numpy() for t in spaced_thresholds(11, 2)])) > 1
+        taken = [exits_taken(confidences(logits), t, 0.5).numpy() for t in spaced_thresholds(11, 1 / 2)]
+        assert len(np.unique(taken)) > 1
+
+
+def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
+    certainty = torch.tensor([[0.2, 0.3, 0.6], [0.5, 0.5, 0.5]])
+    ranges = certainty_ranges(certainty)
+    torch.testing.assert_close(ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
+    torch.testing.assert_close(learned_confidences(certainty, ranges)[0], torch.tensor([0.0, 0.25, 1.0]))
+    torch.testing.assert_close(
+        learned_confidences(torch.tensor([0.1, 0.4, 0.9]), ranges[0]), torch.tensor([0.0, 0.5, 1.0])
+    )
+    confidence = learned_confidences(certainty, ranges)  # of an exit that is equally certain of all: finite
+    assert exits_taken(confidence, 0.0, 0.0).tolist() == [0, 0, 0]
+    assert exits_taken(confidence, 0.25, 0.0).tolist() == [1, 0, 0]
+    assert exits_taken(confidence, 1.0, 0.0).tolist() == [1, 1, 1]

@@ -81,6 +81,24 @@ def test_train_and_evaluate(command, model_dir, method):
     assert command(evaluate, run)[0] == 0  # renews its own file
 
 
+@pytest.mark.parametrize("method", ["sweet", "ee", "mm"])
+def test_learning_to_exit(command, model_dir, method):
+    assert command(train, *quick(model_dir, "--method", method, "--exit-strategy", "lte"))[0] == 0
+    run = newest_run()
+    assert run.name == f"tiny-{method}-toy-lte-seed0"
+    record = json.loads((run / "run.json").read_text())
+    assert record["exit_strategy"] == "lte"
+    assert np.min(record["losses"]) > 0.693 - 0.3  # cross-entropy near log 2, and a squared error near a quarter
+    assert np.mean(record["losses"]) > 0.693 + 0.1
+    status, out, _ = command(evaluate, "--thresholds", 5, "--live")
+    assert (status, "differ from the sweep's in 0 of 5000 decisions" in out) == (0, True)
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["thresholds"] == [0, 0.25, 0.5, 0.75, 1]
+    assert (result["exit_counts"][0], result["exit_counts"][-1]) == ([1000, 0, 0], [0, 0, 1000])
+    assert np.shape(result["certainty_ranges"]) == (3, 2)
+    assert all(0 < low < high < 1 for low, high in result["certainty_ranges"])
+
+
 def test_a_run_is_not_overwritten_unless_told(command, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     assert command(train, *quick(model, "--out", "a"))[0] == 0
@@ -372,7 +390,7 @@ def test_predict_answers_in_the_order_of_the_examples_without_dropout(tmp_path, 
     examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), np.arange(90))
     assert len(set(examples.lengths)) > 3
     model = MultiExitModel(load_encoder(folder), (1, 4), 2).train()
-    logits = evaluate.predict(model, examples, None)
+    logits, _ = evaluate.predict(model, examples, None)
     with torch.no_grad():
         single = torch.cat([model.eval()(*examples.batch(np.array([row])).inputs) for row in range(90)], dim=1)
     torch.testing.assert_close(logits, single, atol=1e-5, rtol=0)

@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.bert import CHECKPOINT_NAMES
 from minisweet.checkpoint import _sources
+from minisweet.exits import EXIT_STRATEGIES
 from tests.conftest import CHECKOUT, SHARED, random_batch, tiny_encoder, write_model
+from train import exit_loss
 
 LABELS = torch.tensor([0, 1, 1, 0])
 EXIT_LAYERS = st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers)))
 
 
 def exit_losses(model, batch, labels):
-    return [F.cross_entropy(logits, labels) for logits in model(*batch)]
+    return [exit_loss(logits, certainty, labels) for logits, certainty in model.segments(*batch)]
 
 
 def owners(model, batch) -> dict[str, set[int]]:
@@ -41,9 +43,14 @@ def right_owner(name: str, exit_layers: tuple[int, ...]) -> int | None:
 
 
 @settings(max_examples=16, deadline=None)
-@given(model_type=st.sampled_from(["bert", "deberta"]), exit_layers=EXIT_LAYERS, seed=st.integers(0, 1000))
-def test_under_sweet_every_parameter_has_exactly_one_owner(model_type, exit_layers, seed):
-    model = MultiExitModel(tiny_encoder(model_type, seed), exit_layers, 2, "sweet").eval()
+@given(
+    model_type=st.sampled_from(["bert", "deberta"]),
+    exit_layers=EXIT_LAYERS,
+    seed=st.integers(0, 1000),
+    strategy=st.sampled_from(EXIT_STRATEGIES),
+)
+def test_under_sweet_every_parameter_has_exactly_one_owner(model_type, exit_layers, seed, strategy):
+    model = MultiExitModel(tiny_encoder(model_type, seed), exit_layers, 2, "sweet", strategy).eval()
     matrix = owners(model, random_batch(seed))
     # With every weight of size 0.2 no gradient is exactly zero by accident.
     for name, exits in matrix.items():
@@ -89,8 +96,8 @@ def test_a_segment_at_a_time_gives_the_gradients_of_the_summed_loss(model_dir):
     sum(exit_losses(model, batch, LABELS)).backward()
     summed = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    for logits in model.segments(*batch):
-        F.cross_entropy(logits, LABELS).backward()
+    for logits, certainty in model.segments(*batch):
+        exit_loss(logits, certainty, LABELS).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, summed[name], atol=1e-6, rtol=1e-6)
 
@@ -101,9 +108,27 @@ def test_exit_layers_must_be_increasing_and_in_the_encoder(exit_layers):
         MultiExitModel(tiny_encoder("bert"), exit_layers, 2)
 
 
-def test_another_method_is_refused():
+def test_another_method_or_exit_strategy_is_refused():
     with pytest.raises(ValueError, match="'mm'"):
         MultiExitModel(tiny_encoder("bert"), (1,), 2, "mm")
+    with pytest.raises(ValueError, match="'patience'"):
+        MultiExitModel(tiny_encoder("bert"), (1,), 2, "sweet", "patience")
+
+
+def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):
+    model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, "sweet", "lte").eval()
+    batch = random_batch()
+    for head, (logits, certainty) in zip(model.heads, model.segments(*batch), strict=True):
+        right = [float(row.argmax() == label) for row, label in zip(logits, LABELS, strict=True)]
+        squares = [(p.item() - q) ** 2 for p, q in zip(certainty, right, strict=True)]
+        expected = F.cross_entropy(logits, LABELS).item() + sum(squares) / len(squares)
+        assert exit_loss(logits, certainty, LABELS).item() == pytest.approx(expected, rel=1e-5)
+        assert exit_loss(logits, None, LABELS).item() == pytest.approx(F.cross_entropy(logits, LABELS).item())
+        assert isinstance(head.lte, torch.nn.Linear)
+        assert head.lte.weight.shape == (1, 16)
+    hidden = torch.randn(3, 5, 16)
+    pooled = head.activation(hidden[:, 0] @ head.pooler.weight.T + head.pooler.bias)
+    torch.testing.assert_close(head(hidden)[1], torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias))
 
 
 def test_dropout_stands_before_the_classifier_alone(tmp_path):
@@ -114,9 +139,9 @@ def test_dropout_stands_before_the_classifier_alone(tmp_path):
     assert isinstance(head.classifier, torch.nn.Linear)
     pooled = torch.tanh(hidden[:, 0] @ head.pooler.weight.T + head.pooler.bias)
     expected = pooled @ head.classifier.weight.T + head.classifier.bias
-    torch.testing.assert_close(head.eval()(hidden), expected)
-    torch.testing.assert_close(head.train()(hidden).mean(0), expected.mean(0), atol=0.1, rtol=0.1)
-    assert (head(hidden) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(head.eval()(hidden)[0], expected)
+    torch.testing.assert_close(head.train()(hidden)[0].mean(0), expected.mean(0), atol=0.1, rtol=0.1)
+    assert (head(hidden)[0] - expected).abs().max() > 1e-3
 
 
 OFFICIAL = SHARED / "reference" / "official_minilm_rte.safetensors"

@@ -9,21 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.adaptive import confidences, exit_costs, exits_taken, spaced_thresholds
+from minisweet.adaptive import (
+    certainty_ranges,
+    confidences,
+    exit_costs,
+    exits_taken,
+    learned_confidences,
+    spaced_thresholds,
+)
 from minisweet.live import early_exit, full_depth, measure_live
 from minisweet.tasks import load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
 from tests.conftest import random_batch, write_model
 
 
-def make_model(folder, method, num_labels=2, seed=0):
+def make_model(folder, method, num_labels=2, seed=0, strategy="confidence"):
     torch.manual_seed(seed)
     if method == "mm":
-        model = build_multi_model(folder, (1, 2, 4), num_labels)
+        model = build_multi_model(folder, (1, 2, 4), num_labels, strategy)
     else:
-        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method)
+        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method, strategy)
     for name, parameter in model.named_parameters():
-        if "classifier" in name:
+        if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
     return model.eval()
 
@@ -40,15 +47,12 @@ def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_lab
     batch = random_batch(seed, batch=16)
     with torch.no_grad():
         logits = model(*batch)
-    distinct = set()
     temperatures = torch.rand(3, 16) + 0.5
-    for threshold in spaced_thresholds(11, num_labels):
+    for threshold in spaced_thresholds(11, 1 / num_labels):
         labels, exits = early_exit(model, *batch, threshold, temperatures)
         swept = exits_taken(confidences(logits, temperatures), threshold, 1 / num_labels)
         assert exits.tolist() == swept.tolist()
         assert labels.tolist() == logits.argmax(-1).gather(0, swept[None])[0].tolist()
-        distinct.add(tuple(exits.tolist()))
-    assert len(distinct) > 2
     assert full_depth(model, *batch).tolist() == logits[-1].argmax(-1).tolist()
 
 
@@ -58,7 +62,7 @@ def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type,
     batch = random_batch(7, batch=64)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(*batch).float()
-        for threshold in spaced_thresholds(11, 2):
+        for threshold in spaced_thresholds(11, 1 / 2):
             labels, exits = early_exit(model, *batch, threshold)
             swept = exits_taken(confidences(logits), threshold, 1 / logits.shape[-1])
             for row in range(64):
@@ -69,6 +73,25 @@ def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type,
                     assert close
                 elif labels[row] != logits[k, row].argmax():
                     assert abs(p[k, 0] - p[k, 1]) < 0.01
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    model_type=st.sampled_from(["bert", "deberta"]), method=st.sampled_from(["ee", "mm"]), seed=st.integers(0, 10**6)
+)
+def test_live_decides_as_the_sweep_when_learning_to_exit(tmp_path_factory, model_type, method, seed):
+    folder = write_model(tmp_path_factory.mktemp("live"), model_type)
+    model = make_model(folder, method, 3, seed, "lte")
+    batch = random_batch(seed, batch=16)
+    with torch.no_grad():
+        logits, certainty = (torch.stack(part) for part in zip(*model.segments(*batch), strict=True))
+    ranges = certainty_ranges(certainty)
+    swept = [exits_taken(learned_confidences(certainty, ranges), t, 0.0).tolist() for t in spaced_thresholds(11, 0)]
+    live = [early_exit(model, *batch, t, ranges=ranges) for t in spaced_thresholds(11, 0)]
+    assert [exits.tolist() for _, exits in live] == swept
+    for (labels, _), taken in zip(live, swept, strict=True):
+        assert labels.tolist() == logits.argmax(-1).gather(0, torch.tensor(taken)[None])[0].tolist()
+    assert (swept[0], swept[-1]) == ([0] * 16, [2] * 16)
 
 
 def test_who_leaves_is_not_computed_further(tmp_path, model_type):
@@ -94,8 +117,8 @@ def test_the_report_agrees_with_equation_1(tmp_path):
     examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), rows)
     for method in ("ee", "mm"):
         model = make_model(folder, method)
-        report, labels, exits = measure_live(model, examples, [0.5, 0.7, 1.0], 4, batch_size=16)
         costs = np.array(exit_costs((1, 2, 4), 4, method))
+        report, labels, exits = measure_live(model, examples, [0.5, 0.7, 1.0], costs, batch_size=16)
         for n, row in enumerate(report):
             assert row["layer_share"] == pytest.approx(costs[exits[n].numpy()].mean())
             assert row["wall_share"] > 0
