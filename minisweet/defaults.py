@@ -52,6 +52,11 @@ def default_learning_rate(model: str, task: str, method: str) -> float:
     return rates[("ee", "mm", "sweet").index(method)] / 1e5
 
 
+def search_rates(model: str) -> list[float]:
+    """The learning rates to choose from: the paper's five (App. A), and larger ones for minilm-l6."""
+    return [5e-5, 1e-4, 2e-4, 4e-4] if model == "minilm-l6" else [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
+
+
 def default_batch_size(model: str) -> int:
     """16, and 8 for deberta-large, as in App. A."""
     return 8 if model == "deberta-large" else 16

@@ -23,13 +23,14 @@ from minisweet.tasks import TASKS
 from minisweet.text import TOKENIZER_FILES
 
 FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOKENIZER_FILES}
-# What evaluation needs of run.json, and when it is usable.
+# What is needed of run.json, and when it is usable.
 RECORD = {
     "model": lambda value: isinstance(value, str),
     "method": lambda value: value in METHODS,
     "exit_strategy": lambda value: value in EXIT_STRATEGIES,
     "task": lambda value: isinstance(value, str) and value in TASKS,
     "exit_layers": lambda value: isinstance(value, list) and all(type(n) is int for n in value),
+    "losses": lambda value: isinstance(value, list) and len(value) > 0,
     "arguments": lambda value: (
         isinstance(value, dict) and isinstance(value.get("data_dir"), str) and type(value.get("max_length")) is int
     ),
@@ -66,11 +67,8 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
         write_json(partial / "run.json", record)
 
 
-def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
-    """Load a run's model, in float32 and on the CPU, and its run.json with `depth` and `vocab_size` of its config.json.
-
-    Raises InputError for a folder that is no run, or a broken one.
-    """
+def read_record(run: Path) -> dict:
+    """Read a run's run.json. Raises InputError for a folder that is no run, or a broken one."""
     path = run / "run.json"
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
@@ -78,6 +76,15 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     for key, is_right in RECORD.items():
         if not is_right(record.get(key)):
             raise InputError(f"{path}: {key} is {record.get(key)!r}, which is nothing that train.py writes")
+    return record
+
+
+def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
+    """Load a run's model, in float32 and on the CPU, and its run.json with `depth` and `vocab_size` of its config.json.
+
+    Raises InputError for a folder that is no run, or a broken one.
+    """
+    record = read_record(run)
     config = read_config(run)
     strategy = record["exit_strategy"]
     exit_layers, method, num_labels = record["exit_layers"], record["method"], len(TASKS[record["task"]].labels)

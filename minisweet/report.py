@@ -1,0 +1,187 @@
+"""From runs to the paper's tables and figures: individual classifiers (Tables 1, 3, 4), scores interpolated at set
+speedup ratios (App. A), speed-accuracy curves (Figs. 4 to 8, 10).
+
+Everything is computed from the runs' own records, run.json and evaluation.json. A mean over tasks is taken seed by
+seed, so that its deviation is the one over seeds, as in the paper; a seed that lacks a task's run has no mean.
+
+Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup ratios).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minisweet.cli import InputError, written_beside
+
+# 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
+STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+RATIOS = (1 / 4, 1 / 2, 3 / 4, 1)  # besides the first exit's
+MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
+COLOURS = {"ee": "tab:orange", "mm": "tab:green", "sweet": "tab:blue"}
+NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
+
+Records = dict[str, dict[int, dict]]  # the records of one method and training size, by task and seed
+
+
+def one_class_layers(record: dict) -> list[int]:
+    """The layers of the exits that predict one class for every instance."""
+    counts = np.array(record["class_counts"])  # (K, C)
+    return np.array(record["exit_layers"])[(counts > 0).sum(1) == 1].tolist()
+
+
+def did_not_converge(record: dict) -> bool:
+    """Whether every exit predicts one class, or the last tenth of the training has no less loss than the first."""
+    losses = np.array(record["losses"]).sum(1)  # (steps,)
+    tenth = max(1, len(losses) // 10)
+    fell = losses[-tenth:].mean() < losses[:tenth].mean()
+    return not fell or len(one_class_layers(record)) == len(record["exit_layers"])
+
+
+def exit_scores(record: dict) -> np.ndarray:
+    """The score of each exit on the whole validation set: (K,)."""
+    return np.array(record["exit_scores"])
+
+
+def interpolated(record: dict, ratios: np.ndarray) -> np.ndarray:
+    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach."""
+    x, y = np.round(record["speedup_ratios"], 9), np.array(record["scores"])
+    return np.interp(np.round(ratios, 9), x, y, left=np.nan, right=np.nan)
+
+
+def seed_means(records: Records, tasks: Sequence[str], points: Callable[[dict], np.ndarray]) -> np.ndarray:
+    """The points of each seed that has a run of all `tasks`, averaged over them: (S, P)."""
+    seeds = set.intersection(*(set(records[task]) for task in tasks))
+    return np.array([np.mean([points(records[task][seed]) for task in tasks], axis=0) for seed in sorted(seeds)])
+
+
+def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, sample deviation, and half of the 95% confidence interval (Student's t): (S, P) to (P,) each.
+
+    NaN where a seed has no value, and the latter two with one seed. Without a seed, three empty arrays.
+    """
+    S = len(values)
+    if S == 0:
+        return (np.array([]),) * 3
+    std = values.std(0, ddof=1) if S > 1 else np.full(values.shape[1], np.nan)
+    return values.mean(0), std, std * STUDENT_T[min(max(S - 1, 1), 30) - 1] / np.sqrt(S)
+
+
+def table_ratios(records: Records, method: str) -> np.ndarray:
+    """The speedup ratios of the tables (P,): the first exit's, then the set ones. Empty without a run."""
+    first = [run["speedup_ratios"][0] for runs in records.values() for run in runs.values()][:1]
+    return np.array([*first, *RATIOS, *(MULTI_MODEL_RATIOS if method == "mm" else ())] if first else [])
+
+
+def results_of(grid: dict[str, Records]) -> dict:
+    """`individual` and `interpolated`, for JSON, of one training size: `grid` is method to task to seed to record."""
+    results: dict[str, dict] = {"individual": {}, "interpolated": {}}
+    for method, records in grid.items():
+        ratios = table_ratios(records, method)
+        runs = [run for seeds in records.values() for run in seeds.values()]
+        layers = runs[0]["exit_layers"] if runs else []
+
+        def rows(points, spread: str, records=records) -> dict:
+            """The row of the mean over tasks, which holds the rows of the tasks."""
+            tasks = {task: _row(records, [task], points, spread) for task in records}
+            return _row(records, list(records), points, spread) | {"tasks": tasks}
+
+        results["individual"][method] = {"exit_layers": layers} | rows(exit_scores, "std")
+        at_ratios = rows(lambda run, ratios=ratios: interpolated(run, ratios), "ci95")
+        results["interpolated"][method] = {"ratios": ratios.tolist()} | at_ratios
+    return results
+
+
+def _row(records: Records, tasks: list[str], points: Callable, spread: str) -> dict:
+    """Mean and spread ("std" or "ci95") over seeds, and what of it failed to learn."""
+    mean, std, ci95 = over_seeds(seed_means(records, tasks, points))
+    runs = [run for task in tasks for run in records[task].values()]
+    return {
+        "mean": for_json(mean),
+        spread: for_json({"std": std, "ci95": ci95}[spread]),
+        "did_not_converge": sum(map(did_not_converge, runs)),
+        "one_class_layers": sorted({layer for run in runs for layer in one_class_layers(run)}),
+    }
+
+
+def markdown(results: dict) -> str:
+    """The two tables of `results_of`: a row per task and method, the mean over tasks first."""
+    lines = []
+    for table, title, column, spread in (
+        ("individual", "Individual classifiers: mean score ± deviation over seeds", "exit_layers", "std"),
+        ("interpolated", "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds", "ratios", "ci95"),
+    ):
+        methods = results[table]
+        points = max((methods[method][column] for method in methods), key=len)
+        head = [f"{point:.3g}" if table == "interpolated" else f"layer {point}" for point in points]
+        lines += ["", f"### {title}", "", f"| task | method | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+        tasks = list(next(iter(methods.values()))["tasks"])
+        for task in ["mean", *tasks] if len(tasks) > 1 else tasks:
+            for method in methods:
+                row = methods[method] if task == "mean" else methods[method]["tasks"][task]
+                cells = [_cell(*pair) for pair in zip(row["mean"], row[spread], strict=True)]
+                cells += [""] * (len(head) - len(cells))
+                name = method + "†" * (row["did_not_converge"] > 0)
+                if table == "individual":
+                    cells = [cell + "°" * (n in row["one_class_layers"]) for n, cell in zip(points, cells, strict=True)]
+                else:
+                    name += "°" * bool(row["one_class_layers"])
+                lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", NOTES, ""])
+
+
+def _cell(value: float | None, spread: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread:.1f}"
+
+
+def for_json(values: np.ndarray) -> list:
+    """Nested lists of four decimals, None for NaN, which JSON does not have."""
+    return np.where(np.isnan(values), None, values.round(4)).tolist()
+
+
+def load_pyplot(path: Path):
+    """matplotlib's pyplot, without a screen, to draw `path`. Raises InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError(f"{path}: not drawn, since matplotlib is not installed (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:
+    """Draw speed-accuracy curves to a PNG: mean over seeds, shaded their 95% confidence interval.
+
+    Each panel is a title, a grid as in `results_of`, and the tasks to average over. InputError without matplotlib.
+    """
+    pyplot = load_pyplot(path)
+    columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(1 + 4.2 * columns, 3.4 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, grid, tasks) in zip(axes.flat, panels, strict=False):
+        for method, records in grid.items():
+            ends = [run["speedup_ratios"][n] for task in tasks for run in records[task].values() for n in (0, -1)]
+            if not ends:
+                continue
+            ratios = np.linspace(min(ends), max(ends), 400)
+            mean, _, ci95 = over_seeds(seed_means(records, tasks, lambda run, at=ratios: interpolated(run, at)))
+            if len(mean):
+                axis.plot(ratios, mean, color=COLOURS[method], label=method)
+                axis.fill_between(ratios, mean - ci95, mean + ci95, color=COLOURS[method], alpha=0.15, linewidth=0)
+        axis.set_title(title)
+        axis.set_xlabel("speedup ratio: share of the layers run")
+        axis.set_ylabel("score")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.tight_layout()
+    with written_beside(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)

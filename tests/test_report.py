@@ -1,0 +1,114 @@
+"""Tables and figures from records."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minisweet.cli import InputError
+from minisweet.report import (
+    STUDENT_T,
+    did_not_converge,
+    draw_curves,
+    interpolated,
+    load_pyplot,
+    markdown,
+    one_class_layers,
+    over_seeds,
+    results_of,
+    seed_means,
+)
+
+
+def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), counts=((4, 6), (5, 5)), losses=(2.0, 1.0)) -> dict:
+    """A run's record with two exits, after layers 1 and 4."""
+    return {
+        "exit_layers": [1, 4],
+        "exit_scores": [scores[0], scores[-1]],
+        "class_counts": [list(row) for row in counts],
+        "losses": [[loss, loss] for loss in np.linspace(*losses, 40)],
+        "speedup_ratios": list(ratios),
+        "scores": list(scores),
+    }
+
+
+def test_students_quantiles_leave_one_fortieth_above():
+    for n, quantile in enumerate(STUDENT_T, start=1):
+        x = np.linspace(0, quantile, 20001)
+        scale = math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(n * math.pi)
+        assert np.trapezoid(scale * (1 + x**2 / n) ** (-(n + 1) / 2), x) == pytest.approx(0.475, abs=5e-5)
+
+
+def test_mean_deviation_and_interval_over_seeds():
+    mean, std, ci95 = over_seeds(np.array([[1.0, 10.0], [2.0, 10.0], [3.0, np.nan]]))
+    assert (mean[0], std[0]) == (2.0, 1.0)
+    assert ci95[0] == pytest.approx(4.303 / math.sqrt(3))
+    assert np.isnan([mean[1], std[1], ci95[1]]).all()
+    mean, std, ci95 = over_seeds(np.array([[1.0, 2.0]]))
+    assert mean.tolist() == [1, 2]
+    assert np.isnan([std, ci95]).all()
+
+
+def test_interpolation_is_linear_and_never_extrapolates():
+    curve = record()
+    assert interpolated(curve, np.array([0.25, 0.375, 0.5, 0.75, 1.0])).tolist() == [60, 65, 70, 75, 80]
+    assert interpolated(record(ratios=(0.25, 0.5, 1 - 1e-12)), np.array([1.0])).tolist() == [80]  # rounding
+    assert np.isnan(interpolated(curve, np.array([0.2, 1.01, 1.75]))).all()
+    assert np.isnan(interpolated(record(ratios=(0.25, 0.5, 0.9)), np.array([1.0]))).all()
+
+
+def test_a_seed_that_lacks_a_task_has_no_mean():
+    records = {
+        "sst2": {0: record((60, 70, 80)), 1: record((62, 70, 82))},
+        "mrpc": {1: record((70, 70, 90)), 2: record((0, 0, 0))},
+    }
+    ends = lambda run: np.array(run["exit_scores"])  # noqa: E731
+    assert seed_means(records, ["sst2", "mrpc"], ends).tolist() == [[66, 86]]
+    assert seed_means(records, ["sst2"], ends).tolist() == [[60, 80], [62, 82]]
+    table = results_of({"ee": records})["individual"]["ee"]
+    assert (table["mean"], table["std"]) == ([66, 86], [None, None])
+    assert table["tasks"]["sst2"]["mean"] == [61, 81]
+    assert table["tasks"]["sst2"]["std"] == pytest.approx([math.sqrt(2)] * 2, abs=1e-4)
+
+
+def test_what_failed_to_learn_is_found():
+    assert not did_not_converge(record())
+    assert did_not_converge(record(losses=(1.0, 1.0)))
+    assert did_not_converge(record(counts=((0, 10), (10, 0))))
+    assert not did_not_converge(record(counts=((0, 10), (5, 5))))
+    assert one_class_layers(record(counts=((0, 10), (5, 5)))) == [1]
+    assert one_class_layers(record(counts=((1, 9), (10, 0)))) == [4]
+
+
+def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
+    stuck = record((50.0, 50.0, 80.0), counts=((0, 10), (5, 5)))
+    grid = {
+        "ee": {"sst2": {0: stuck, 1: stuck}, "rte": {0: record(losses=(1.0, 1.0)), 1: record()}},
+        "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25))}, "rte": {}},
+    }
+    results = results_of(grid)
+    assert results["interpolated"]["ee"]["ratios"] == [0.25, 0.25, 0.5, 0.75, 1]
+    assert results["interpolated"]["mm"]["ratios"] == [0.25, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
+    assert results["interpolated"]["mm"]["mean"] == []  # no seed has both tasks
+    assert results["interpolated"]["mm"]["tasks"]["sst2"]["mean"][-3:] == [80, None, None]
+    assert results["individual"]["ee"]["did_not_converge"] == 1
+    assert results["individual"]["ee"]["tasks"]["sst2"]["one_class_layers"] == [1]
+    text = markdown(results)
+    assert "| mean | ee† | 55.0 ±0.0° | 80.0 ±0.0 |" in text
+    assert "| sst2 | ee | 50.0 ±0.0° | 80.0 ±0.0 |" in text
+    assert "| rte | ee† | 60.0 ±0.0 | 80.0 ±0.0 |" in text
+    assert "| sst2 | ee° | 50.0 ±0.0 | 50.0 ±0.0 | 50.0 ±0.0 | 65.0 ±0.0 | 80.0 ±0.0 |  |  |  |" in text
+    assert "| rte | mm |  |  |" in text
+    assert "± deviation" in text
+
+
+def test_a_figure_is_drawn_or_matplotlib_is_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "curves.png"
+    grid = {"ee": {"sst2": {0: record(), 1: record()}}, "mm": {"sst2": {}}}
+    draw_curves(path, [("title", grid, ["sst2"])])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["curves.png"]
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        load_pyplot(path)

@@ -1,0 +1,209 @@
+"""The grid: what is run, in which order, what is skipped, and what it becomes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate
+import train
+from minisweet import reproduce
+from minisweet.cli import run_command
+from tests.conftest import write_model
+
+TINY = ["--train-sizes", "32", "--epochs", "1", "--exit-layers", "1,4", "--max-length", "32", "--tasks", "toy"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder: its exit status, output, errors, and the runs that it started.
+
+    What it would start in processes of their own runs in this one, which is faster.
+    """
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    model = write_model(tmp_path / "tiny", "bert")
+    started = []
+
+    def in_process(line: list[str]) -> subprocess.CompletedProcess:
+        script, arguments = Path(line[1]), line[2:]
+        assert script.is_file()
+        started.append((script.name, next(Path(a).name for a in arguments if "tiny-" in a)))
+        monkeypatch.setattr(sys, "argv", [script.name, *arguments])
+        try:
+            run_command({"train.py": train.main, "evaluate.py": evaluate.main}[script.name])
+        except SystemExit as exit_:
+            return subprocess.CompletedProcess(line, exit_.code)
+        return subprocess.CompletedProcess(line, 0)
+
+    def run(*arguments):
+        monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=in_process))
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--model", str(model), *TINY, *map(str, arguments)])
+        started.clear()
+        status = 0
+        try:
+            run_command(reproduce.main)
+        except SystemExit as exit_:
+            status = exit_.code
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err, list(started)
+
+    return run
+
+
+def fake_run(runs: Path, method: str, lr: float, seed: int, area: float, stuck: bool = False, **settings) -> Path:
+    """Write the records of a run of the toy task, without its weights."""
+    folder = runs / f"tiny-{method}-toy-lr{lr:g}-n32-seed{seed}"
+    folder.mkdir(parents=True)
+    arguments = {"task": "toy", "method": method, "lr": lr, "train_size": 32, "seed": seed, "epochs": 1}
+    arguments |= {"max_length": 32, "batch_size": 16, "data_dir": "data"} | settings
+    record = {"arguments": arguments, "losses": [[2.0, 2.0], [1.0, 1.0]], "exit_layers": [1, 4], "device": "none"}
+    record |= {"model": "tiny", "method": method, "task": "toy", "precision": "none"}
+    counts = [[0, 9], [9, 0]] if stuck else [[3, 6], [4, 5]]
+    evaluation = {"exit_scores": [area, area], "class_counts": counts, "thresholds": [0.5, 1.0]}
+    evaluation |= {"speedup_ratios": [0.25, 1.0], "scores": [area, area], "area": area}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def test_a_grid_runs_once_and_goes_on_where_it_stopped(command, tmp_path):
+    grid = ["--methods", "ee,mm", "--seeds", "0,1", "--lrs", "1e-3,1e-2"]
+    status, out, _, started = command(*grid)
+    assert status == 0
+    assert len(started) == 2 * 2 * 3  # two methods, two scripts, two rates and then another seed
+    assert "of 4 runs; 0 missing" in out
+    out = tmp_path / "reproduced"
+    assert {path.name for path in out.iterdir()} == {"runs", "results.md", "results.json", "curves.png"}
+    results = json.loads((out / "results.json").read_text())
+    runs = {path.name: json.loads((path / "evaluation.json").read_text()) for path in (out / "runs").iterdir()}
+    for method in ("ee", "mm"):
+        areas = {lr: runs[f"tiny-{method}-toy-lr{lr:g}-n32-seed0"]["area"] for lr in (1e-3, 1e-2)}
+        best = max(areas, key=areas.get)
+        assert results["learning_rates"][method]["toy"] == best
+        scores = [runs[f"tiny-{method}-toy-lr{best:g}-n32-seed{seed}"]["exit_scores"] for seed in (0, 1)]
+        assert results["individual"][method]["exit_layers"] == [1, 4]
+        for k in (0, 1):
+            assert results["individual"][method]["mean"][k] == pytest.approx((scores[0][k] + scores[1][k]) / 2)
+        curve = results["interpolated"][method]["mean"]
+        assert curve[0] == results["individual"][method]["mean"][0]  # all leave at the first exit
+        assert method == "mm" or curve[-1] == results["individual"][method]["mean"][-1]  # all reach the last
+    assert results["missing"] == []
+    assert set(results["runs"]) == set(runs)
+
+    assert command(*grid)[3] == []
+    (out / "runs" / "tiny-ee-toy-lr0.001-n32-seed0" / "evaluation.json").unlink()
+    assert command(*grid)[3] == [("evaluate.py", "tiny-ee-toy-lr0.001-n32-seed0")]
+
+
+def test_commands_are_printed_the_search_first(command, tmp_path):
+    grid = ["--methods", "sweet", "--seeds", "0,1,2", "--lrs", "1e-3,1e-2", "--print-commands"]
+    status, out, _, started = command(*grid)
+    assert (status, started, len(out.splitlines())) == (0, [], 2)
+    assert not (tmp_path / "reproduced").exists()
+    fake_run(tmp_path / "reproduced" / "runs", "sweet", 1e-3, 0, 60.0)
+    (line,) = command(*grid)[1].splitlines()
+    assert "--lr 0.01 " in line
+    fake_run(tmp_path / "reproduced" / "runs", "sweet", 1e-2, 0, 59.0)
+    lines = command(*grid)[1].splitlines()
+    assert ["--lr 0.001 --seed 1 " in lines[0], "--lr 0.001 --seed 2 " in lines[1], len(lines)] == [True, True, 2]
+    assert len(command("--methods", "ee,sweet", "--lrs", "1e-3", "--print-commands")[1].splitlines()) == 5
+
+
+def test_a_printed_command_makes_its_run(command, tmp_path):
+    (line,) = command("--methods", "sweet", "--seeds", "3", "--lrs", "1e-3", "--print-commands")[1].splitlines()
+    repository = Path(train.__file__).parent
+    line = line.replace("python ", f"{sys.executable} {repository}/")
+    assert subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True).returncode == 0
+    status, out, _, _ = command("--methods", "sweet", "--seeds", "3", "--lrs", "1e-3", "--report-only")
+    assert (status, "of 1 runs; 0 missing" in out) == (0, True)
+
+
+def test_what_is_missing_is_named(command, tmp_path):
+    runs = tmp_path / "reproduced" / "runs"
+    fake_run(runs, "sweet", 1e-3, 0, 60.0)
+    status, out, _, started = command("--methods", "ee,sweet", "--seeds", "0,1", "--lrs", "1e-3", "--report-only")
+    assert (status, started) == (0, [])
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert len(results["missing"]) == 3
+    text = (tmp_path / "reproduced" / "results.md").read_text()
+    assert "Missing runs: 3" in text
+    assert "- ee toy n32 seed1 lr0.001" in text
+    fake_run(runs, "ee", 1e-3, 0, 60.0)
+    command("--methods", "ee", "--seeds", "0", "--lrs", "1e-3,1e-2", "--report-only")
+    missing = json.loads((tmp_path / "reproduced" / "results.json").read_text())["missing"]
+    assert missing == ["ee toy n32 seed0, learning rate not known yet", "ee toy lr0.01 (search)"]
+
+
+def test_training_sizes_use_the_rate_of_the_first(command, tmp_path):
+    runs = tmp_path / "reproduced" / "runs"
+    fake_run(runs, "sweet", 1e-3, 0, 60.0)
+    fake_run(runs, "sweet", 1e-2, 0, 70.0)
+    grid = ["--methods", "sweet", "--seeds", "0", "--lrs", "1e-3,1e-2", "--train-sizes", "32,16"]
+    status, _, _, started = command(*grid)
+    assert status == 0
+    assert {name for _, name in started} == {"tiny-sweet-toy-lr0.01-n16-seed0"}
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert results["individual"]["sweet"]["mean"] == [70, 70]
+    assert list(results["by_train_size"]) == ["16"]
+    assert len(results["by_train_size"]["16"]["individual"]["sweet"]["mean"]) == 2
+    assert (tmp_path / "reproduced" / "sizes.png").exists()
+
+
+def test_runs_that_did_not_converge_are_marked_and_repeated_only_if_told(command, tmp_path):
+    runs = tmp_path / "reproduced" / "runs"
+    fake_run(runs, "ee", 1e-3, 0, 50.0, stuck=True)
+    grid = ["--methods", "ee", "--seeds", "0", "--lrs", "1e-3"]
+    assert command(*grid)[3] == []
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert results["did_not_converge"] == ["tiny-ee-toy-lr0.001-n32-seed0"]
+    assert results["one_class"] == {"tiny-ee-toy-lr0.001-n32-seed0": [1, 4]}
+    assert "| toy | ee† | 50.0° | 50.0° |" in (tmp_path / "reproduced" / "results.md").read_text()
+
+    fake_run(runs, "ee", 1e-3, 1000, 51.0, stuck=True)
+    fake_run(runs, "ee", 1e-3, 2000, 66.0)
+    assert command(*grid, "--retry-diverged")[3] == []
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert results["individual"]["ee"]["mean"] == [66, 66]
+    assert results["repeated"] == {"tiny-ee-toy-lr0.001-n32-seed0": "tiny-ee-toy-lr0.001-n32-seed2000"}
+    assert "repeated with another seed: 1" in (tmp_path / "reproduced" / "results.md").read_text()
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monkeypatch):
+    grid = ["--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3", "--data-dir", "nowhere"]
+    folder = fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0)
+    (folder / "evaluation.json").unlink()  # and it has no weights
+    status, out, err, started = command(*grid)
+    assert status == 2
+    assert ("train.py", "tiny-sweet-toy-lr0.001-n32-seed0") in started
+    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
+    assert "of 1 runs; 1 missing" in out
+
+
+def test_a_run_of_other_settings_is_refused(command, tmp_path):
+    fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0, epochs=3)
+    status, _, err, _ = command("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")
+    assert status == 2
+    assert err.endswith("seed0: a run with epochs 3, not 1; name another --out\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "sst3"], "'sst3' is none of rte, mrpc"),
+        (["--seeds", "0,0"], "'0,0' names a value twice"),
+        (["--lrs", "1e-3,x"], "'x' is not a positive number"),
+        (["--methods", "bert"], "'bert' is none of"),
+        (["--exit-layers", "1,9"], "--exit-layers"),
+    ],
+)
+def test_bad_input_is_one_line(command, arguments, message):
+    status, out, err, _ = command(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
