@@ -47,6 +47,7 @@ from minisweet.text import TokenizedExamples, load_tokenizer
 from minisweet.toy import LEVELS
 
 BATCH_SIZE = 64
+CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
 
 
 @torch.inference_mode()
@@ -59,9 +60,10 @@ def predict(
     """
     model.eval()
     device = next(model.parameters()).device
+    max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
     rows, logits, certainty = [], [], []
     with tqdm(total=len(examples), unit="ex", desc="evaluate") as progress, autocast(device, precision):
-        for batch in examples.by_length(BATCH_SIZE):
+        for batch in examples.by_length(BATCH_SIZE, max_tokens):
             rows.append(batch.rows)
             exits = list(model.segments(*batch.to(device).inputs))
             logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())

@@ -131,8 +131,10 @@ class TokenizedExamples:
         for start in rng.permutation(starts):
             yield self.batch(order[start : start + batch_size])
 
-    def by_length(self, batch_size: int) -> Iterator[Batch]:
-        """Every example once, longest first."""
+    def by_length(self, batch_size: int, max_tokens: int = 2**31) -> Iterator[Batch]:
+        """Every example once, longest first, in batches of `batch_size`, or fewer, within `max_tokens` tokens."""
         order = np.argsort(-self.lengths, kind="stable")
-        for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size])
+        while len(order):
+            size = min(batch_size, max(1, max_tokens // self.lengths[order[0]]))
+            yield self.batch(order[:size])
+            order = order[size:]

@@ -1,10 +1,11 @@
 """minisweet beside what one would use instead, measured in one run, as ratios.
 
-    python -m tests.benchmark [--data-dir DIR] [--only steps,epoch,...] [--out benchmark.json]
+    python -m tests.benchmark [--data-dir DIR] [--only steps,epoch,...] [--runs RUN RUN] [--out benchmark.json]
 
 Each side runs in a process of its own, with the settings that its user would have, and the two take turns, unit by
 unit, so that a machine whose speed drifts is fair to both. A figure is the median over the turns, a ratio the median
-of the ratios of single turns. Needs `transformers`; the GLUE rows need RTE and SST-2 in --data-dir.
+of the ratios of single turns. Needs `transformers`; the GLUE rows need RTE in --data-dir. The rows of the sweep and of
+live early exit measure fine-tuned models: the run folders that --runs names.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,16 @@ from torch import nn
 from minisweet import MultiExitModel, load_encoder
 from minisweet.adaptive import confidences, exits_taken, leaves, spaced_thresholds
 from minisweet.bert import BertConfig, BertEncoder
-from minisweet.cli import run_command, write_json
+from minisweet.cli import read_json, run_command, write_json
 from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.devices import reuse_freed_memory
+from minisweet.exits import METHODS
 from minisweet.hub import model_folder
-from minisweet.tasks import load_examples
+from minisweet.live import early_exit
+from minisweet.runs import load_run, read_record
+from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
+from tests.conftest import checkpoint_tensors
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
 DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
@@ -96,24 +102,42 @@ def step_unit(side: str, arch: str, size: str, T: int, amp: bool, exits: int = 1
 
 
 class TransformersWithExits(nn.Module):
-    """minilm-l6 from `transformers` with exits on top, under the interface that a loop of ours reads."""
+    """minilm-l6 from `transformers` with exits on top, under the interface that a loop of ours reads.
 
-    def __init__(self, layers=(1, 2, 3, 6)) -> None:
+    `attention` "eager" is the attention of the authors' copy of the library, "sdpa" its fastest today.
+    """
+
+    def __init__(self, layers=(1, 2, 3, 6), attention: str = "sdpa") -> None:
         super().__init__()
         import transformers
 
-        self.bert = transformers.BertModel.from_pretrained(model_folder("minilm-l6"))
-        self.layers = layers
+        folder = model_folder("minilm-l6")
+        self.bert = transformers.BertModel.from_pretrained(folder, attn_implementation=attention)
+        self.layers = list(layers)
+        self.poolers = nn.ModuleList(nn.Linear(384, 384) for _ in layers)
         self.classifiers = nn.ModuleList(nn.Linear(384, 2) for _ in layers)
         self.dropout = nn.Dropout(0.1)
+
+    def take_weights(self, model: MultiExitModel) -> "TransformersWithExits":
+        """The weights of one of our fine-tuned models."""
+        found = self.bert.load_state_dict(checkpoint_tensors(model.encoder, pooler=False), strict=False)
+        assert not found.unexpected_keys
+        assert all("pooler" in name for name in found.missing_keys)
+        for head, pooler, classifier in zip(model.heads, self.poolers, self.classifiers, strict=True):
+            pooler.load_state_dict(head.pooler.state_dict())
+            classifier.load_state_dict(head.classifier.state_dict())
+        return self.eval()
+
+    def exit(self, k: int, hidden):
+        """Exit k's logits."""
+        return self.classifiers[k](self.dropout(torch.tanh(self.poolers[k](hidden[:, 0]))))
 
     def segments(self, input_ids, mask, types):
         """All exits' logits."""
         hidden = self.bert(
             input_ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True
         ).hidden_states
-        pooled = (self.bert.pooler(hidden[n]) for n in self.layers)
-        return [classifier(self.dropout(p)) for classifier, p in zip(self.classifiers, pooled, strict=True)]
+        return [(self.exit(k, hidden[n]), None) for k, n in enumerate(self.layers)]
 
     def one_by_one(self, input_ids, mask, types):
         """The exits' logits, each before the layers after it run: what an early-exit loop needs."""
@@ -123,16 +147,7 @@ class TransformersWithExits(nn.Module):
             hidden = layer(hidden, bias)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if n in self.layers:
-                yield self.classifiers[self.layers.index(n)](self.dropout(self.bert.pooler(hidden)))
-
-
-def minilm(seed: int = 0) -> MultiExitModel:
-    """minilm-l6 with four exits, whose random classifiers are confident to different degrees."""
-    torch.manual_seed(seed)
-    model = MultiExitModel(load_encoder(model_folder("minilm-l6")), (1, 2, 3, 6), 2)
-    for head in model.heads:
-        nn.init.normal_(head.classifier.weight, std=0.35)
-    return model
+                yield self.exit(self.layers.index(n), hidden)
 
 
 def glue(task: str, split: str, data_dir: str) -> TokenizedExamples:
@@ -171,48 +186,71 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
                     for logits, _ in model.segments(*inputs):
                         F.cross_entropy(logits.float(), batch.labels).backward()
                 else:
-                    sum(F.cross_entropy(logits.float(), batch.labels) for logits in model.segments(*inputs)).backward()
+                    exits = model.segments(*inputs)
+                    sum(F.cross_entropy(logits.float(), batch.labels) for logits, _ in exits).backward()
             optimizer_step(model, optimizer)
 
     ten_batches.examples = BATCH * (10 if fused else 3)
     return ten_batches
 
 
-def sweep_unit(side: str, task: str, data_dir: str):
+def sweep_unit(side: str, run: str):
     """Eleven thresholds: ours on the whole validation set at once; theirs instance by instance, padded to 256."""
     from evaluate import predict
 
-    examples, model, thresholds = glue(task, "dev", data_dir), minilm().eval(), spaced_thresholds(11, 1 / 2)
+    model, record = load_run(Path(run))
+    examples = glue(record["task"], "dev", record["arguments"]["data_dir"])
+    lowest = 1 / len(TASKS[record["task"]].labels)
+    thresholds, rows = spaced_thresholds(11, lowest), range(0, len(examples), len(examples) // 20)
     if side == "ours":
 
         def sweep():
-            logits, _ = predict(model, examples, None)
-            return [exits_taken(confidences(logits), threshold, 0.5)[:20].tolist() for threshold in thresholds]
+            confidence = confidences(predict(model, examples, None)[0])
+            return [exits_taken(confidence, threshold, lowest)[rows].tolist() for threshold in thresholds]
 
         sweep.examples = len(examples)
         return sweep
 
-    theirs = TransformersWithExits().eval()  # its one pooler is where each of our heads starts from
-    for classifier, head in zip(theirs.classifiers, model.heads, strict=True):
-        classifier.load_state_dict(head.classifier.state_dict())
+    theirs = TransformersWithExits(model.exit_layers, attention="eager").take_weights(model)
 
     @torch.no_grad()
     def sweep():
         decisions = []
         for threshold in thresholds:
             decisions.append([])
-            for row in range(20):
+            for row in rows:
                 for k, logits in enumerate(theirs.one_by_one(*padded(examples.batch(np.array([row]))))):  # noqa: B007
-                    if leaves(confidences(logits), threshold, 0.5):
+                    if leaves(confidences(logits), threshold, lowest):
                         break
                 decisions[-1].append(k)
         return decisions
 
-    sweep.examples = 20
+    sweep.examples = len(rows)
     return sweep
 
 
-UNITS = {"step": step_unit, "epoch": epoch_unit, "sweep": sweep_unit}
+def live_unit(side: str, run: str, amp: bool, threshold: float = 1.0):
+    """The validation set in batches of 32: ours live at a threshold; theirs MM's last model, alone, at full depth."""
+    model, record = load_run(Path(run))
+    examples = glue(record["task"], "dev", record["arguments"]["data_dir"])
+    batches = list(examples.by_length(32))
+    if side == "ours":
+        run_batch = partial(early_exit, model.eval(), threshold=threshold)
+    else:
+        alone = TransformersWithExits(model[-1].exit_layers).take_weights(model[-1])
+        run_batch = lambda *inputs: alone.segments(*inputs)[-1][0].argmax(-1)  # noqa: E731
+
+    @torch.inference_mode()
+    def all_batches():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+            for batch in batches:
+                run_batch(*batch.inputs)
+
+    all_batches.examples = len(examples)
+    return all_batches
+
+
+UNITS = {"step": step_unit, "epoch": epoch_unit, "sweep": sweep_unit, "live": live_unit}
 
 
 def work(unit: str, arguments: dict) -> None:
@@ -257,8 +295,9 @@ def compare(rows: list, title: str, unit: str, ours: dict, theirs: dict, turns: 
     if unit == "sweep":
         row["same_decisions"] = answers[0] == answers[1]
     rows.append(row)
+    aim = f" (target {target})" if target else ""
     same = {True: ", same decisions", False: ", OTHER DECISIONS", None: ""}[row.get("same_decisions")]
-    print(f"{title:<86}{1000 * a:10.1f}{1000 * b:10.1f}{ratio:8.2f}x (target {target}){same}", flush=True)
+    print(f"{title:<86}{1000 * a:10.1f}{1000 * b:10.1f}{ratio:8.2f}x{aim}{same}", flush=True)
 
 
 def steps(rows: list, args) -> None:
@@ -295,12 +334,46 @@ def epoch(rows: list, args) -> None:
         compare(rows, f"3 RTE, per example, {kind}; transformers in our loop", "epoch", ours, peer, 7, target)
 
 
+def runs_given(args, methods: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """The run folders of --runs that were trained with one of `methods`: folder, task, method."""
+    records = [(str(run), read_record(run)) for run in args.runs]
+    return [(run, record["task"], record["method"]) for run, record in records if record["method"] in methods]
+
+
 def sweeps(rows: list, args) -> None:
     """Row 4: eleven thresholds, milliseconds per instance."""
-    for task, target in (("sst2", 80), ("rte", 25)):
-        ours = {"side": "ours", "task": task, "data_dir": str(args.data_dir)}
-        title = f"4 eleven thresholds, {task}, per instance; one at a time, padded to 256"
-        compare(rows, title, "sweep", ours, ours | {"side": "theirs"}, 3, target)
+    for run, task, method in runs_given(args, ("ee", "sweet")):
+        target = {"sst2": 80, "rte": 25}.get(task, 0)
+        title = f"4 eleven thresholds, {method} {task}, per instance; one at a time, padded to 256"
+        compare(rows, title, "sweep", {"side": "ours", "run": run}, {"side": "theirs", "run": run}, 3, target)
+
+
+def live(rows: list, args) -> None:
+    """Row 5: live early exit beside our own full depth. Row 6: beside `transformers`, where the scores are close."""
+    for run, task, method in runs_given(args, METHODS):
+        for amp in ("off", "bf16"):
+            command = [sys.executable, "evaluate.py", run, "--live", "--calibration", "none", "--amp", amp]
+            subprocess.run(command, check=True, capture_output=True)
+            result = read_json(Path(run) / "evaluation.json")
+            shares = np.array([[row["layer_share"], row["wall_share"]] for row in result["live"]])  # (thresholds, 2)
+            at_half = float(np.interp(0.5, *shares.T))
+            excess = float((shares[:, 1] - shares[:, 0]).max())
+            title = f"5 live, {method} {task}, {result['precision'].removeprefix('torch.')}"
+            rows.append({"row": title, "wall_at_half": at_half, "excess": excess, "live": result["live"]})
+            print(f"{title}: {at_half:.2f} of the time at half of the layers (target <= 0.60); ", end="")
+            print(f"at most layer share {excess:+.2f} (target +0.10)", flush=True)
+    for alone, task, _ in runs_given(args, ("mm",)):
+        for amp, kind in ((False, "float32"), (True, "bfloat16")):
+            goal = read_json(Path(alone) / "evaluation.json")["exit_scores"][-1] - 1
+            for run, other, method in runs_given(args, METHODS):
+                result = read_json(Path(run) / "evaluation.json")
+                good = [t for t, score in zip(result["thresholds"], result["scores"], strict=True) if score >= goal]
+                title = f"6 live, {method} {task}, per instance, {kind}; transformers at full depth"
+                if other == task and not good:
+                    print(f"{title}: no threshold within a point of {goal + 1:.1f}")
+                elif other == task:
+                    ours = {"side": "ours", "run": run, "amp": amp, "threshold": good[0]}
+                    compare(rows, title, "live", ours, {"side": "theirs", "run": alone, "amp": amp}, 3)
 
 
 def saved_bytes(method: str) -> int:
@@ -398,7 +471,7 @@ def growth(rows: list, args) -> None:
         print(f"growth {case}: {1000 * seconds:.0f} ms, {share:.0%} of the matrix-product peak", flush=True)
 
 
-PARTS = {"steps": steps, "epoch": epoch, "sweeps": sweeps, "memory": memory, "startup": startup, "growth": growth}
+PARTS = {part.__name__: part for part in (steps, epoch, sweeps, live, memory, startup, growth)}
 
 
 def main() -> None:
@@ -407,6 +480,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--only", default=",".join(PARTS), help="parts, of " + ",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders, for the parts sweeps and live")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:

@@ -13,10 +13,14 @@ from minisweet.checkpoint import _sources
 from minisweet.deberta import CHECKPOINT_NAMES as DEBERTA_NAMES
 from minisweet.deberta import DebertaConfig, DebertaEncoder
 
-torch.set_num_threads(1)  # tiny models lose more to waiting threads than they gain, above all on a busy machine
-
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
+
+
+def pytest_configure() -> None:
+    """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine."""
+    torch.set_num_threads(1)
+
 
 SIZES = {
     "vocab_size": 60,

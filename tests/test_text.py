@@ -121,6 +121,10 @@ def test_an_epoch_shows_every_example_once_and_depends_on_seed_and_epoch(tokeniz
     assert one == epoch(0, 0) != epoch(0, 1) != epoch(1, 1)
     assert [batch.rows.tolist() for batch in examples.by_length(8)][0] != one[0]
     assert sorted(sum((batch.rows.tolist() for batch in examples.by_length(8)), [])) == list(range(101))
+    small = list(examples.by_length(8, max_tokens=20))
+    assert sorted(sum((batch.rows.tolist() for batch in small), [])) == list(range(101))
+    assert all(len(batch.rows) == 1 or batch.input_ids.numel() <= 20 for batch in small)
+    assert {len(batch.rows) for batch in small} - {1, 8}
 
 
 def test_batches_have_similar_lengths(tokenized):
