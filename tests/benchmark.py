@@ -101,6 +101,22 @@ def step_unit(side: str, arch: str, size: str, T: int, amp: bool, exits: int = 1
     return step
 
 
+@torch.inference_mode()
+def forward_unit(side: str, arch: str, size: str, T: int, amp: bool):
+    """All exits' logits of one batch of 16, without dropout."""
+    encoder = our_encoder(arch, size)
+    model = MultiExitModel(encoder, [len(encoder.layers)], 2).eval()
+    input_ids = torch.randint(5, 30000, (BATCH, T))
+    inputs = input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+            model(*inputs)
+
+    return forward
+
+
 class TransformersWithExits(nn.Module):
     """minilm-l6 from `transformers` with exits on top, under the interface that a loop of ours reads.
 
@@ -165,10 +181,11 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
     """Ten training batches of RTE: minilm-l6 with exits after layers 1, 2, 3, 6."""
     examples = glue("rte", "train", data_dir)
     ours = side == "ours"
-    model = (
-        MultiExitModel(load_encoder(model_folder("minilm-l6")), (1, 2, 3, 6), 2) if ours else TransformersWithExits()
-    ).train()
     fused = side != "the authors' way"
+    if ours:
+        model = MultiExitModel(load_encoder(model_folder("minilm-l6")), (1, 2, 3, 6), 2).train()
+    else:
+        model = TransformersWithExits(attention="sdpa" if fused else "eager").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
     if fused:
         batches = examples.shuffled(BATCH, 0, 0)
@@ -250,7 +267,7 @@ def live_unit(side: str, run: str, amp: bool, threshold: float = 1.0):
     return all_batches
 
 
-UNITS = {"step": step_unit, "epoch": epoch_unit, "sweep": sweep_unit, "live": live_unit}
+UNITS = {"step": step_unit, "forward": forward_unit, "epoch": epoch_unit, "sweep": sweep_unit, "live": live_unit}
 
 
 def work(unit: str, arguments: dict) -> None:
@@ -457,21 +474,35 @@ def products(arch: str, size: str, T: int, depth: int | None = None) -> int:
 
 
 def growth(rows: list, args) -> None:
-    """How a step's time grows with T, depth and exits, and its share of the machine's matrix-product peak."""
-    cases = [{"T": T} for T in (64, 128, 256, 512)] + [{"depth": n, "T": 128} for n in (3, 12)]
-    cases += [{"exits": k, "T": 128} for k in (2, 3, 6)]
-    cases = [{"arch": "bert", "size": "minilm-l6", "amp": amp} | case for amp in (False, True) for case in cases]
-    cases += [{"arch": "deberta", "size": "minilm-l6", "amp": amp, "T": T} for amp in (False, True) for T in (64, 256)]
-    for case in cases:
-        dtype = torch.bfloat16 if case["amp"] else torch.float32
+    """How a training step grows with T, depth and exits, beside how its matrix products do; its share of their peak."""
+    base = {"arch": "bert", "size": "minilm-l6", "amp": False, "T": 128}
+    cases = [base] + [base | {"T": T} for T in (64, 256, 512)] + [base | {"depth": n} for n in (3, 12)]
+    first = None
+    for case in cases + [base | {"exits": k} for k in (2, 3, 6)]:
         seconds = statistics.median(take_turns("step", [case | {"side": "ours"}], 3)[0][0])
-        work_done = 3 * products(case["arch"], case["size"], case["T"], case.get("depth"))
-        share = work_done / seconds / matrix_peak(dtype)
-        rows.append({"row": "growth", **case, "ms": 1000 * seconds, "share_of_peak": share})
-        print(f"growth {case}: {1000 * seconds:.0f} ms, {share:.0%} of the matrix-product peak", flush=True)
+        flop = 3 * products(case["arch"], case["size"], case["T"], case.get("depth"))
+        first = first or (seconds, flop)
+        row = {"row": "growth", **case, "ms": 1000 * seconds, "time": seconds / first[0], "products": flop / first[1]}
+        rows.append(row)
+        what = f"T {case['T']}, {case.get('depth', 6)} layers, {case.get('exits', 1)} exits"
+        print(f"growth, {what}: {row['ms']:.0f} ms, {row['time']:.2f}x; products {row['products']:.2f}x", flush=True)
 
 
-PARTS = {part.__name__: part for part in (steps, epoch, sweeps, live, memory, startup, growth)}
+def peak(rows: list, args) -> None:
+    """The share of the machine's matrix-product peak in training and inference, for each encoder and type."""
+    for arch, size in (("bert", "minilm-l6"), ("bert", "base"), ("deberta", "base")):
+        for amp in (False, True):
+            case = {"arch": arch, "size": size, "T": 128, "amp": amp}
+            for unit, passes in (("forward", 1), ("step", 3)):
+                seconds = statistics.median(take_turns(unit, [case | {"side": "ours"}], 3)[0][0])
+                available = matrix_peak(torch.bfloat16 if amp else torch.float32)
+                share = passes * products(arch, size, 128) / seconds / available
+                rows.append({"row": "peak", "unit": unit, **case, "ms": 1000 * seconds, "share_of_peak": share})
+                what = f"{unit}, {arch} {size}, T 128, {'bfloat16' if amp else 'float32'}"
+                print(f"peak, {what}: {share:.0%} of {available / 1e9:.0f} GFLOP/s", flush=True)
+
+
+PARTS = {part.__name__: part for part in (steps, epoch, sweeps, live, memory, startup, growth, peak)}
 
 
 def main() -> None:
