@@ -17,6 +17,7 @@ from minisweet.adaptive import (
     learned_confidences,
     spaced_thresholds,
 )
+from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit, full_depth, measure_live
 from minisweet.tasks import load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
@@ -56,21 +57,26 @@ def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_lab
     assert full_depth(model, *batch).tolist() == logits[-1].argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 @pytest.mark.parametrize("method", ["ee", "mm"])
-def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type, method):
-    model = make_model(write_model(tmp_path, model_type), method)
+def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type, method, strategy):
+    model = make_model(write_model(tmp_path, model_type), method, strategy=strategy)
     batch = random_batch(7, batch=64)
+    lowest = 1 / 2 if strategy == "confidence" else 0.0
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(*batch).float()
-        for threshold in spaced_thresholds(11, 1 / 2):
+        exits_of_all = list(model.segments(*batch))
+        logits = torch.stack([logits for logits, _ in exits_of_all]).float()
+        confidence = confidences(logits)
+        if strategy == "lte":
+            confidence = torch.stack([certainty for _, certainty in exits_of_all])
+        for threshold in spaced_thresholds(11, lowest):
             labels, exits = early_exit(model, *batch, threshold)
-            swept = exits_taken(confidences(logits), threshold, 1 / logits.shape[-1])
+            swept = exits_taken(confidence, threshold, lowest)
             for row in range(64):
                 k = min(int(exits[row]), int(swept[row]))
                 p = logits[:, row].softmax(-1)
-                close = abs(float(confidences(logits[k, row])) - threshold) < 0.01
                 if exits[row] != swept[row]:
-                    assert close
+                    assert abs(float(confidence[k, row]) - threshold) < 0.01
                 elif labels[row] != logits[k, row].argmax():
                     assert abs(p[k, 0] - p[k, 1]) < 0.01
 
