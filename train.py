@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minisweet.bert import BertConfig
 from minisweet.checkpoint import load_encoder, read_config
-from minisweet.cli import InputError, Parser, run_command, whole_number
+from minisweet.cli import InputError, Parser, run_command, whole_number, write_json
 from minisweet.deberta import DebertaConfig
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
 from minisweet.devices import (
@@ -34,9 +34,13 @@ from minisweet.devices import (
 )
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, check_exit_layers
 from minisweet.hub import REPOSITORIES, model_folder
-from minisweet.runs import check_output, save_run, versions
+from minisweet.runs import DIVERGED, check_output, save_run, versions
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
+
+
+class NotFiniteError(InputError):
+    """The loss of a training became infinite or NaN."""
 
 
 def exit_loss(logits: Tensor, certainty: Tensor | None, labels: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ def train(
         Each step's loss at each exit: (steps, K).
 
     Raises:
-        InputError: the loss is no longer finite.
+        NotFiniteError: the loss is no longer finite.
     """
     torch.manual_seed(seed)
     model.train()
@@ -113,7 +117,9 @@ def train(
             history.append(torch.stack(losses).tolist())
             if not np.isfinite(history[-1]).all():
                 progress.close()
-                raise InputError(f"--lr: at {learning_rate:g} the loss is {sum(history[-1])} in step {len(history)}")
+                raise NotFiniteError(
+                    f"--lr: at {learning_rate:g} the loss is {sum(history[-1])} in step {len(history)}"
+                )
             progress.update(len(batch.rows))
             progress.set_postfix(loss=f"{sum(history[-1]):.3f}", refresh=False)
     progress.close()
@@ -147,9 +153,8 @@ def parse_arguments() -> argparse.Namespace:
     add_training_options(parser)
     args = parser.parse_args()
     if args.out is None:
-        strategy = "-lte" if args.exit_strategy == "lte" else ""
-        name = f"{Path(args.model).resolve().name}-{args.method}-{args.task}{strategy}-seed{args.seed}"
-        args.out = Path("runs") / name
+        name = f"{Path(args.model).resolve().name}-{args.method}-{args.task}-seed{args.seed}"
+        args.out = Path("runs") / (name + "-lte" * (args.exit_strategy == "lte"))
     args.lr = args.lr or default_learning_rate(args.model, args.task, args.method)
     args.batch_size = args.batch_size or default_batch_size(args.model)
     return args
@@ -203,15 +208,21 @@ def main() -> None:
     )
     start = time.perf_counter()
     losses = []
+    arguments = vars(args) | {"data_dir": str(args.data_dir.resolve()), "out": str(args.out)}
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.lr, "seed": args.seed}
     for part in parts:
         title = f"layers {part.exit_layers[-1]}" if args.method == "mm" else args.method
-        losses.append(train(part.to(device), examples, **settings, precision=precision, title=title))
+        try:
+            losses.append(train(part.to(device), examples, **settings, precision=precision, title=title))
+        except NotFiniteError as error:
+            if not args.out.exists():  # a grid's search must know that this rate is over
+                write_json(args.out / DIVERGED, {"error": str(error), "arguments": arguments})
+            raise
         part.cpu()  # frees the device for the next one
     seconds = time.perf_counter() - start
 
     record = {
-        "arguments": vars(args) | {"data_dir": str(args.data_dir.resolve()), "out": str(args.out)},
+        "arguments": arguments,
         "model": args.model,
         "method": args.method,
         "exit_strategy": args.exit_strategy,

@@ -33,7 +33,8 @@ class ExitHead(nn.Module):
     the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa.
 
     For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
-    classifier learns to tell whether the classifier is right.
+    classifier learns to tell whether the classifier is right. Its loss flows back as far as the exit's other loss does:
+    through the exit's own segment under SWEET, through all layers below under EE.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from minisweet.checkpoint import load_encoder
 from minisweet.cli import InputError, Parser, run_command, whole_number, write_json, written_beside
-from minisweet.defaults import default_batch_size
 from minisweet.devices import choose_device, choose_precision, device_name, reuse_freed_memory
 from minisweet.exits import MultiExitModel
 from minisweet.report import for_json, load_pyplot
@@ -81,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     add_training_options(parser)
     args = parser.parse_args()
     args.lr = args.lr or (2e-4 if args.model == "minilm-l6" else 2e-5)
-    args.batch_size = args.batch_size or default_batch_size(args.model)
+    args.batch_size = args.batch_size or 16
     return args
 
 
@@ -91,6 +90,8 @@ def main() -> None:
     reuse_freed_memory()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
+    args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after the training
+    load_pyplot(args.out / "gradients.png")
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
     folder, config, exit_layers = find_model(args)
@@ -135,21 +136,27 @@ def main() -> None:
         "versions": versions(),
         "layers": list(exit_layers[:-1]),
         "exits": list(exit_layers),
+        "nothing_to_conflict": not compared(mean).any(),
         "cosine": for_json(mean),
         "deviation": for_json(deviation),
         "rows_left_out": left_out.sum(0).tolist(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "gradients.json", report)
     print_similarities(mean, deviation, exit_layers)
     draw_similarities(args.out / "gradients.png", mean, exit_layers, f"{args.model}, {args.method}, {args.task}")
+    if left_out.any():
+        print(f"\n{left_out.sum()} pairs of rows without a direction were left out")
     print(f"\nwritten to {args.out / 'gradients.json'} and gradients.png")
+
+
+def compared(mean: np.ndarray) -> np.ndarray:
+    """Where two different exits update one matrix: similarities (M, K, K) to bool (M, K, K)."""
+    return ~np.isnan(mean) & ~np.eye(mean.shape[-1], dtype=bool)
 
 
 def print_similarities(mean: np.ndarray, deviation: np.ndarray, exit_layers: tuple[int, ...]) -> None:
     """Print a table for each layer: similarities and deviations over batches (M, K, K)."""
-    compared = ~np.isnan(mean) & ~np.eye(len(exit_layers), dtype=bool)
-    if not compared.any():
+    if not compared(mean).any():
         print("\nNo two exits update the same matrix: there is nothing to conflict.")
         return
     for m, layer in enumerate(exit_layers[:-1]):

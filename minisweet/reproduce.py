@@ -16,16 +16,20 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from minisweet.cli import InputError, Parser, read_json, run_command, whole_number, write_json, written_beside
-from minisweet.defaults import default_batch_size, search_rates
+from minisweet.defaults import EXIT_LAYERS, default_batch_size, search_rates
 from minisweet.exits import EXIT_STRATEGIES, METHODS
-from minisweet.report import did_not_converge, draw_curves, markdown, one_class_layers, results_of
-from minisweet.runs import read_record
+from minisweet.report import did_not_converge, draw_curves, load_pyplot, markdown, one_class_layers, results_of
+from minisweet.runs import DIVERGED, read_record
 from minisweet.tasks import TASKS
 from train import add_training_options, find_model, positive_float
 
 SCRIPTS = Path(__file__).parent.parent  # where train.py and evaluate.py are
-EVALUATION = ("exit_scores", "class_counts", "thresholds", "speedup_ratios", "scores", "area")  # what reports use of it
+THRESHOLDS = 11  # Sec. 3.3
+# What reports use of evaluation.json.
+EVALUATION = ("exit_scores", "class_counts", "thresholds", "speedup_ratios", "scores", "area", "calibration")
 RETRIES, RETRY_STEP = 3, 1000  # a run that did not converge is repeated with its seed + 1000, + 2000, + 3000
 
 
@@ -53,9 +57,9 @@ class Grid:
         return self.args.runs / f"{name}-seed{run.seed}{strategy}"
 
     def record(self, run: Run) -> dict | None:
-        """run.json and evaluation.json in one, or None for a run that is not complete.
+        """run.json and what reports use of evaluation.json, or None for a run that is not complete.
 
-        Raises InputError for a folder that holds a run of other settings.
+        Raises InputError for a folder that holds a run of other settings, or a broken one.
         """
         if run in self.records:
             return self.records[run]
@@ -63,20 +67,34 @@ class Grid:
         if not (folder / "run.json").exists():
             return None
         record = read_record(folder)
-        settings = {"epochs": args.epochs, "max_length": args.max_length} | run._asdict()
-        settings["batch_size"] = args.batch_size or default_batch_size(args.model)
-        for name, value in settings.items():
-            if record["arguments"].get(name) != value:
-                raise InputError(
-                    f"{folder}: a run with {name} {record['arguments'].get(name)}, not {value}; name another --out"
-                )
-        if args.exit_layers and record["exit_layers"] != list(args.exit_layers):
-            raise InputError(f"{folder}: a run with exits after {record['exit_layers']}; name another --out")
+        layers = args.exit_layers or EXIT_LAYERS.get(record["depth"], record["exit_layers"])
+        expected = run._asdict() | {
+            key: getattr(args, key) for key in ("model", "epochs", "max_length", "exit_strategy")
+        }
+        expected |= {"batch_size": args.batch_size or default_batch_size(args.model), "exit_layers": list(layers)}
+        found = record["arguments"] | {key: record[key] for key in ("exit_strategy", "exit_layers")}
+        for key, value in expected.items():
+            if found.get(key) != value:
+                raise InputError(f"{folder}: a run with {key} {found.get(key)}, not {value}; name another --out")
         evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else {}
         if not set(EVALUATION) <= set(evaluation):
             return None  # not evaluated, or before there were all of these
-        self.records[run] = record | evaluation
-        return self.records[run]
+        if evaluation["calibration"] != "crossfit" or len(evaluation["thresholds"]) != THRESHOLDS:
+            return None  # evaluated by hand in another way
+        record |= {key: evaluation[key] for key in EVALUATION}
+        if not is_whole(record):
+            raise InputError(f"{folder}: not a whole run; delete it, and it will be made again")
+        self.records[run] = record
+        return record
+
+    def is_lost(self, run: Run) -> bool:
+        """Whether the run's loss became infinite or NaN, so that train.py saved no model."""
+        return (self.folder(run) / DIVERGED).exists()
+
+    def failed_to_learn(self, run: Run) -> bool:
+        """Whether the run is over and did not converge."""
+        record = self.record(run)
+        return self.is_lost(run) or (record is not None and did_not_converge(record))
 
     def search(self, task: str, method: str) -> list[Run]:
         """The runs of the learning-rate search; one, if there is one rate."""
@@ -87,12 +105,13 @@ class Grid:
         runs = self.search(task, method)
         if len(runs) == 1:
             return runs[0].lr
-        if any(self.record(run) is None for run in runs):
+        runs = [run for run in runs if not self.is_lost(run)]
+        if not runs or any(self.record(run) is None for run in runs):
             return None
         return max(runs, key=lambda run: self.record(run)["area"]).lr
 
     def attempts(self, task: str, method: str, train_size: int, seed: int) -> list[Run]:
-        """The run of a seed at the rate found, and with --retry-diverged those that replace it: the last one counts.
+        """The run of a seed at the rate found, and with --retry-diverged those that repeat it.
 
         Empty before the search is complete.
         """
@@ -100,10 +119,7 @@ class Grid:
         if lr is None:
             return []
         runs = [Run(task, method, train_size, lr, seed)]
-        while self.args.retry_diverged and len(runs) <= RETRIES:
-            record = self.record(runs[-1])
-            if record is None or not did_not_converge(record):
-                break
+        while self.args.retry_diverged and len(runs) <= RETRIES and self.failed_to_learn(runs[-1]):
             runs.append(runs[0]._replace(seed=seed + RETRY_STEP * len(runs)))
         return runs
 
@@ -120,7 +136,7 @@ class Grid:
 
     def missing(self) -> list[Run]:
         """The runs that are known and not complete."""
-        return [run for run in dict.fromkeys(self.wanted()) if self.record(run) is None]
+        return [run for run in dict.fromkeys(self.wanted()) if self.record(run) is None and not self.is_lost(run)]
 
     def commands(self, run: Run) -> list[list[str]]:
         """The command lines that complete a run, from the folder of train.py."""
@@ -139,6 +155,22 @@ class Grid:
         return [train, evaluate]
 
 
+def is_whole(record: dict) -> bool:
+    """Whether the numbers that reports use are there, in the right shapes."""
+    K = len(record["exit_layers"])
+    try:
+        shapes = {key: np.array(record[key], dtype=float).shape for key in (*EVALUATION[:-1], "losses")}
+    except (TypeError, ValueError):
+        return False
+    curve = {shapes[key] for key in ("thresholds", "speedup_ratios", "scores")}
+    return (
+        curve == {(THRESHOLDS,)}
+        and (shapes["exit_scores"], shapes["area"]) == ((K,), ())
+        and (len(shapes["class_counts"]), len(shapes["losses"])) == (2, 2)
+        and (shapes["class_counts"][0], shapes["losses"][1]) == (K, K)
+    )
+
+
 def run_all(grid: Grid) -> list[str]:
     """Run what is missing, the search first. Returns the names of the runs that failed."""
     failed: list[str] = []
@@ -147,8 +179,9 @@ def run_all(grid: Grid) -> list[str]:
         print(f"{name} ({len(todo)} to go)", flush=True)
         for script, *arguments in grid.commands(todo[0]):
             if subprocess.run([sys.executable, str(SCRIPTS / script), *arguments]).returncode:
-                failed.append(name)
                 break
+        if todo[0] in grid.missing():  # not made by another process either
+            failed.append(name)
     return failed
 
 
@@ -156,22 +189,19 @@ def write_report(grid: Grid) -> None:
     """Write results.md, results.json and the figures from the runs that are there."""
     args = grid.args
     tables: dict[int, dict] = {n: {m: {t: {} for t in args.tasks} for m in args.methods} for n in args.train_sizes}
-    missing, used, repeated = [], {}, {}
+    missing = [grid.folder(run).name for run in grid.missing()]
+    repeated = {}
     for train_size, task, method, seed in grid.slots():
         attempts = grid.attempts(task, method, train_size, seed)
-        record = grid.record(attempts[-1]) if attempts else None
-        if record is None:
-            rate = f" lr{attempts[-1].lr:g}" if attempts else ", learning rate not known yet"
-            missing.append(f"{method} {task} n{train_size} seed{attempts[-1].seed if attempts else seed}{rate}")
-            continue
-        tables[train_size][method][task][seed] = record
-        used[grid.folder(attempts[-1]).name] = record
+        complete = [run for run in attempts if grid.record(run)]
+        if complete:  # a run that is being repeated counts, marked, until its repetition is there
+            tables[train_size][method][task][seed] = grid.record(complete[-1])
         if len(attempts) > 1:
-            repeated[grid.folder(attempts[0]).name] = grid.folder(attempts[-1]).name
-    for task, method in product(args.tasks, args.methods):
-        if grid.learning_rate(task, method) is None:
-            searched = [run for run in grid.search(task, method) if grid.record(run) is None]
-            missing += [f"{method} {task} lr{run.lr:g} (search)" for run in searched]
+            repeated[grid.folder(attempts[0]).name] = [grid.folder(run).name for run in attempts[1:]]
+        if not attempts and (train_size, seed) != (args.train_sizes[0], args.seeds[0]):
+            missing.append(f"{method} {task} n{train_size} seed{seed}, once its learning rate is known")
+    done = {grid.folder(run).name: grid.record(run) for run in dict.fromkeys(grid.wanted()) if grid.record(run)}
+    lost = [grid.folder(run).name for run in dict.fromkeys(grid.wanted()) if grid.is_lost(run)]
 
     size = args.train_sizes[0]
     results = {
@@ -185,54 +215,54 @@ def write_report(grid: Grid) -> None:
         },
         **results_of(tables[size]),
         "missing": missing,
-        "did_not_converge": [name for name, record in used.items() if did_not_converge(record)],
-        "one_class": {name: layers for name, record in used.items() if (layers := one_class_layers(record))},
+        "did_not_converge": [name for name, record in done.items() if did_not_converge(record)] + lost,
+        "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
         "repeated": repeated,
-        "computed_on": sorted({f"{record['device']}, {record['precision']}" for record in used.values()}),
+        "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
         "by_train_size": {str(n): results_of(tables[n]) for n in args.train_sizes[1:]},
-        "runs": {
-            grid.folder(run).name: {key: grid.record(run)[key] for key in EVALUATION}
-            for run in dict.fromkeys(grid.wanted())
-            if grid.record(run)
-        },
+        "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "results.json", results)
     with written_beside(args.out / "results.md") as partial:
         partial.write_text(document(results, args), encoding="utf-8")
     title = f"{Path(args.model).name}, mean over {len(args.tasks)} tasks" if len(args.tasks) > 1 else args.tasks[0]
-    draw_curves(args.out / "curves.png", [(title, tables[size], args.tasks)])
+    figures = {"curves.png": [(title, tables[size], args.tasks)]}
     if len(args.tasks) > 1:
-        draw_curves(args.out / "tasks.png", [(task, tables[size], [task]) for task in args.tasks])
+        figures["tasks.png"] = [(task, tables[size], [task]) for task in args.tasks]
     if len(args.train_sizes) > 1:
-        panels = [(f"{n} training examples", tables[n], args.tasks) for n in sorted(args.train_sizes)]
-        draw_curves(args.out / "sizes.png", panels)
-    print(f"{args.out}: results.md, results.json and figures, of {len(used)} runs; {len(missing)} missing")
+        sizes = sorted(args.train_sizes)
+        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sizes]
+    for name in ("curves.png", "tasks.png", "sizes.png"):
+        (args.out / name).unlink(missing_ok=True)  # one of other tables would mislead
+        if name in figures:
+            draw_curves(args.out / name, figures[name])
+    print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
 
 
 def document(results: dict, args: argparse.Namespace) -> str:
     """results.md."""
     seeds = ", ".join(map(str, args.seeds))
     lines = [
-        f"# {args.model}, exit strategy {args.exit_strategy}: {args.train_sizes[0]} training examples, seeds {seeds}",
+        f"# {args.model}, exit strategy {args.exit_strategy}",
         "",
-        f"Computed on: {'; '.join(results['computed_on']) or 'nothing yet'}.",
+        f"Seeds {seeds}; up to {args.train_sizes[0]} training examples, {args.epochs} epochs.",
+        f"Trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.",
         "",
-        "### Learning rates: largest area under the speed-accuracy curve on the first seed",
+        f"### Learning rates{'' if len(args.lrs) == 1 else ': largest area under the curve on the first seed'}",
         "",
         f"| method | {' | '.join(args.tasks)} |",
         "|---" * (1 + len(args.tasks)) + "|",
     ]
     for method, rates in results["learning_rates"].items():
-        lines.append(f"| {method} | {' | '.join(f'{r:g}' if r else '' for r in rates.values())} |")
+        lines.append(f"| {method} | {' | '.join(f'{rate:g}' if rate else '' for rate in rates.values())} |")
     text = "\n".join(lines) + "\n" + markdown(results)
     for size, tables in results["by_train_size"].items():
-        text += f"\n## {size} training examples\n{markdown(tables)}"
+        text += f"\n## Up to {size} training examples\n{markdown(tables)}"
     text += "\n### What to know of these runs\n\n"
     for key, what in (
         ("did_not_converge", "Runs that did not converge"),
         ("one_class", "Runs with exits that predict one class (their layers)"),
-        ("repeated", "Runs that did not converge and were repeated with another seed"),
+        ("repeated", "Runs that did not converge and are repeated with other seeds"),
         ("missing", "Missing runs"),
     ):
         items = results[key].items() if isinstance(results[key], dict) else [(name, "") for name in results[key]]
@@ -282,13 +312,16 @@ def parse_arguments() -> argparse.Namespace:
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
-    option("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
-    option("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
+    instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
     add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     args.lrs = args.lrs or search_rates(args.model)
+    if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
+        raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     return args
 
 
@@ -301,8 +334,15 @@ def main() -> None:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
+    args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after hours of training
+    load_pyplot(args.out / "curves.png")
+    if (args.out / "results.json").exists():
+        there = read_json(args.out / "results.json")
+        for key in ("model", "exit_strategy"):
+            if there.get(key) != getattr(args, key):
+                raise InputError(f"--out: {args.out} holds results of {key} {there.get(key)}; name another folder")
     if not args.report_only:
-        find_model(args)  # what no run could do without
+        find_model(args)
         failed = run_all(grid)
     write_report(grid)
     if failed:

@@ -4,6 +4,7 @@ run.json            arguments, versions, device, the training subset's row numbe
 model.safetensors   the fine-tuned weights, encoder and heads
 config.json, tokenizer files   copied from the model that was fine-tuned
 evaluation.json     written by evaluate.py
+diverged.json       alone, where the loss became infinite or NaN: the arguments, and when
 """
 
 import platform
@@ -22,12 +23,16 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel
 from minisweet.tasks import TASKS
 from minisweet.text import TOKENIZER_FILES
 
+DIVERGED = "diverged.json"
 FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOKENIZER_FILES}
 # What is needed of run.json, and when it is usable.
 RECORD = {
     "model": lambda value: isinstance(value, str),
     "method": lambda value: value in METHODS,
     "exit_strategy": lambda value: value in EXIT_STRATEGIES,
+    "depth": lambda value: type(value) is int,
+    "device": lambda value: isinstance(value, str),
+    "precision": lambda value: isinstance(value, str),
     "task": lambda value: isinstance(value, str) and value in TASKS,
     "exit_layers": lambda value: isinstance(value, list) and all(type(n) is int for n in value),
     "losses": lambda value: isinstance(value, list) and len(value) > 0,
@@ -41,6 +46,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     """Raise InputError if a run must not, or cannot, be written to `out`."""
     try:
         names = {path.name for path in out.iterdir()} if out.exists() else set()
+        if names == {DIVERGED}:
+            names = set()
         if names and ("run.json" not in names or names - FILES):
             raise InputError(f"--out: {out} holds other files than a run's; name a folder that is new, empty, or a run")
         if names and not overwrite:

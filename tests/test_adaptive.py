@@ -17,6 +17,7 @@ from minisweet.adaptive import (
     leaves,
     spaced_thresholds,
 )
+from minisweet.exits import EXIT_STRATEGIES
 from tests.conftest import random_batch, write_model
 
 
@@ -63,16 +64,20 @@ def test_area_is_the_mean_score_over_the_ratios():
     assert area_under_curve([1.0, 1.0], [50, 50]) == 50
 
 
-def one_at_a_time(model, batch, threshold):
+def one_at_a_time(model, batch, threshold, ranges=None):
     """Early exit as the paper tells it: one instance, one exit after the other, until one is confident."""
     decisions = []
     for row in range(len(batch[0])):
         length = int(batch[1][row].sum())
         instance = tuple(x[row : row + 1, :length] for x in batch)
-        for k, (logits, _) in enumerate(model.segments(*instance)):  # noqa: B007, k is read after the loop
-            confidence = logits.softmax(-1).max(-1).values
-            if leaves(confidence, threshold, 1 / logits.shape[-1]):
-                break
+        for k, (logits, certainty) in enumerate(model.segments(*instance)):  # noqa: B007, k is read after the loop
+            if ranges is None:
+                if leaves(logits.softmax(-1).max(-1).values, threshold, 1 / logits.shape[-1]):
+                    break
+            else:
+                low, high = ranges[k].tolist()
+                if threshold == 0 or (threshold < 1 and (certainty.item() - low) / (high - low) >= threshold):
+                    break
         decisions.append((k, logits.argmax(-1).item()))
     return decisions
 
@@ -83,24 +88,32 @@ def one_at_a_time(model, batch, threshold):
     method=st.sampled_from(["sweet", "ee", "mm"]),
     num_labels=st.integers(2, 3),
     seed=st.integers(0, 10**6),
+    strategy=st.sampled_from(EXIT_STRATEGIES),
 )
-def test_the_sweep_decides_as_a_run_of_one_instance_at_a_time(tmp_path_factory, model_type, method, num_labels, seed):
+def test_the_sweep_decides_as_one_instance_at_a_time(tmp_path_factory, model_type, method, num_labels, seed, strategy):
     folder = write_model(tmp_path_factory.mktemp("sweep"), model_type)
     torch.manual_seed(seed)
     if method == "mm":
-        model = build_multi_model(folder, (1, 2, 4), num_labels).eval()
+        model = build_multi_model(folder, (1, 2, 4), num_labels, strategy).eval()
     else:
-        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method).eval()
+        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method, strategy).eval()
     for name, parameter in model.named_parameters():
-        if "classifier" in name:
+        if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
     batch = random_batch(seed, batch=12)
+    ranges, lowest = None, 1 / num_labels
     with torch.no_grad():
         logits = model(*batch)
-        for threshold in spaced_thresholds(11, 1 / num_labels):
-            taken = exits_taken(confidences(logits), threshold, 1 / num_labels)
+        confidence = confidences(logits)
+        if strategy == "lte":
+            certainty = torch.stack([certainty for _, certainty in model.segments(*batch)])
+            ranges, lowest = certainty_ranges(certainty), 0.0
+            confidence = learned_confidences(certainty, ranges)
+        for threshold in spaced_thresholds(11, lowest):
+            taken = exits_taken(confidence, threshold, lowest)
             labels = logits.argmax(-1).gather(0, taken[None])[0]
-            assert list(zip(taken.tolist(), labels.tolist(), strict=True)) == one_at_a_time(model, batch, threshold)
+            expected = one_at_a_time(model, batch, threshold, ranges)
+            assert list(zip(taken.tolist(), labels.tolist(), strict=True)) == expected
     if num_labels == 2:
         taken = [exits_taken(confidences(logits), t, 0.5).numpy() for t in spaced_thresholds(11, 1 / 2)]
         assert len(np.unique(taken)) > 1
@@ -114,7 +127,8 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     torch.testing.assert_close(
         learned_confidences(torch.tensor([0.1, 0.4, 0.9]), ranges[0]), torch.tensor([0.0, 0.5, 1.0])
     )
-    confidence = learned_confidences(certainty, ranges)  # of an exit that is equally certain of all: finite
+    confidence = learned_confidences(certainty, ranges)
+    assert confidence.isfinite().all()  # also of an exit that is equally certain of all
     assert exits_taken(confidence, 0.0, 0.0).tolist() == [0, 0, 0]
     assert exits_taken(confidence, 0.25, 0.0).tolist() == [1, 0, 0]
     assert exits_taken(confidence, 1.0, 0.0).tolist() == [1, 1, 1]

@@ -129,6 +129,11 @@ def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):
     hidden = torch.randn(3, 5, 16)
     pooled = head.activation(hidden[:, 0] @ head.pooler.weight.T + head.pooler.bias)
     torch.testing.assert_close(head(hidden)[1], torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias))
+    *_, (_, certainty) = model.segments(*batch)
+    certainty.sum().backward()  # of the last exit: into its pooler and its own segment, and no further
+    assert model.heads[1].pooler.weight.grad.abs().max() > 0
+    assert all(layer.output.weight.grad.abs().max() > 0 for layer in model.encoder.layers[1:])
+    assert model.encoder.layers[0].output.weight.grad is None
 
 
 def test_dropout_stands_before_the_classifier_alone(tmp_path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from minisweet import MultiExitModel, gradients, load_encoder
 from minisweet.cli import run_command
 from minisweet.gradients import exit_similarities, row_similarity
-from minisweet.text import Batch
+from minisweet.text import Batch, TokenizedExamples
 from tests.conftest import random_batch, tiny_encoder, write_model
 
 
@@ -76,10 +76,26 @@ def command(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_the_command_writes_what_it_measured(command, tmp_path):
+def test_the_command_writes_what_it_measured(command, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    rows, single = [], []
+
+    def tokenize(tokenizer, examples, chosen):
+        rows.append(chosen.tolist())
+        return TokenizedExamples(tokenizer, examples, chosen)
+
+    def measure(model, batch):
+        assert not model.training  # dropout is off
+        single.append(exit_similarities(model, batch))
+        return single[-1]
+
+    monkeypatch.setattr(gradients, "TokenizedExamples", tokenize)
+    monkeypatch.setattr(gradients, "exit_similarities", measure)
     status, out, _ = command("--steps", 3, "--batches", 2, "--lr", 1e-3)
     assert status == 0
+    assert sorted(map(len, rows)) == [32, 48]  # two batches to measure on, three to train on
+    assert len(set(rows[0] + rows[1])) == 80  # which share no row
+    values = [similarity[0, 0, 1] for similarity, _ in single]
     report = json.loads((tmp_path / "gradients" / "gradients.json").read_text())
     assert (report["layers"], report["exits"]) == ([1, 3], [1, 3, 4])
     assert np.shape(report["cosine"]) == np.shape(report["deviation"]) == (2, 3, 3)
@@ -87,7 +103,9 @@ def test_the_command_writes_what_it_measured(command, tmp_path):
     assert report["cosine"][0][0][0] == 1
     assert abs(report["cosine"][0][0][1]) < 1
     assert report["cosine"][0][0][1] == report["cosine"][0][1][0]
-    assert report["deviation"][0][0][1] > 0
+    assert report["cosine"][0][0][1] == pytest.approx(np.mean(values), abs=1e-4)
+    assert report["deviation"][0][0][1] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2), abs=1e-4)
+    assert not report["nothing_to_conflict"]
     assert "layer 3: cosine similarity" in out
     assert (tmp_path / "gradients" / "gradients.png").read_bytes().startswith(b"\x89PNG")
 
@@ -95,6 +113,10 @@ def test_the_command_writes_what_it_measured(command, tmp_path):
     assert (status, "pass --overwrite" in err) == (2, True)
     status, out, _ = command("--method", "sweet", "--steps", 1, "--batches", 1, "--overwrite")
     assert (status, "there is nothing to conflict" in out) == (0, True)
+    assert json.loads((tmp_path / "gradients" / "gradients.json").read_text())["nothing_to_conflict"]
+    (tmp_path / "file").touch()
+    status, out, err = command("--out", "file")
+    assert (status, out, "File exists" in err) == (2, "", True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from minisweet.report import (
 def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), counts=((4, 6), (5, 5)), losses=(2.0, 1.0)) -> dict:
     """A run's record with two exits, after layers 1 and 4."""
     return {
+        "method": "ee",
         "exit_layers": [1, 4],
         "exit_scores": [scores[0], scores[-1]],
         "class_counts": [list(row) for row in counts],
@@ -74,6 +75,14 @@ def test_a_seed_that_lacks_a_task_has_no_mean():
 def test_what_failed_to_learn_is_found():
     assert not did_not_converge(record())
     assert did_not_converge(record(losses=(1.0, 1.0)))
+    noisy = record()
+    noisy["losses"][0], noisy["losses"][-1] = [1.0, 1.0], [1.5, 1.5]  # single steps decide nothing
+    assert not did_not_converge(noisy)
+    one_rises = record() | {"losses": [[3 - n / 20, 0.1 + n / 100] for n in range(40)]}
+    assert not did_not_converge(one_rises)  # under EE and SWEET the sum counts
+    assert did_not_converge(one_rises | {"method": "mm"})  # MM's models are trained one by one
+    assert not did_not_converge(record() | {"losses": [[1.0, 1.0]]})  # one step tells nothing
+    assert did_not_converge(record() | {"losses": [[1.0, 1.0]] * 3 + [[2.0, 2.0]] * 3})
     assert did_not_converge(record(counts=((0, 10), (10, 0))))
     assert not did_not_converge(record(counts=((0, 10), (5, 5))))
     assert one_class_layers(record(counts=((0, 10), (5, 5)))) == [1]
@@ -87,8 +96,9 @@ def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
         "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25))}, "rte": {}},
     }
     results = results_of(grid)
-    assert results["interpolated"]["ee"]["ratios"] == [0.25, 0.25, 0.5, 0.75, 1]
-    assert results["interpolated"]["mm"]["ratios"] == [0.25, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
+    assert results["interpolated"]["ee"]["ratios"] == [0.25, 0.5, 0.75, 1]
+    assert results["interpolated"]["mm"]["ratios"] == [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
+    assert results["interpolated"]["ee"]["tasks"]["rte"]["seeds"] == 2
     assert results["interpolated"]["mm"]["mean"] == []  # no seed has both tasks
     assert results["interpolated"]["mm"]["tasks"]["sst2"]["mean"][-3:] == [80, None, None]
     assert results["individual"]["ee"]["did_not_converge"] == 1
@@ -97,7 +107,7 @@ def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
     assert "| mean | ee† | 55.0 ±0.0° | 80.0 ±0.0 |" in text
     assert "| sst2 | ee | 50.0 ±0.0° | 80.0 ±0.0 |" in text
     assert "| rte | ee† | 60.0 ±0.0 | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee° | 50.0 ±0.0 | 50.0 ±0.0 | 50.0 ±0.0 | 65.0 ±0.0 | 80.0 ±0.0 |  |  |  |" in text
+    assert "| sst2 | ee° | 50.0 ±0.0 | 50.0 ±0.0 | 65.0 ±0.0 | 80.0 ±0.0 |  |  |  |" in text
     assert "| rte | mm |  |  |" in text
     assert "± deviation" in text
 

@@ -1,11 +1,13 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -26,12 +28,13 @@ def command(monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     model = write_model(tmp_path / "tiny", "bert")
-    started = []
+    started, lines = [], []
 
     def in_process(line: list[str]) -> subprocess.CompletedProcess:
         script, arguments = Path(line[1]), line[2:]
         assert script.is_file()
         started.append((script.name, next(Path(a).name for a in arguments if "tiny-" in a)))
+        lines.append(" ".join(arguments))
         monkeypatch.setattr(sys, "argv", [script.name, *arguments])
         try:
             run_command({"train.py": train.main, "evaluate.py": evaluate.main}[script.name])
@@ -53,6 +56,7 @@ def command(monkeypatch, capsys, tmp_path):
         captured = capsys.readouterr()
         return status, captured.out, captured.err, list(started)
 
+    run.lines = lines
     return run
 
 
@@ -61,12 +65,15 @@ def fake_run(runs: Path, method: str, lr: float, seed: int, area: float, stuck: 
     folder = runs / f"tiny-{method}-toy-lr{lr:g}-n32-seed{seed}"
     folder.mkdir(parents=True)
     arguments = {"task": "toy", "method": method, "lr": lr, "train_size": 32, "seed": seed, "epochs": 1}
-    arguments |= {"max_length": 32, "batch_size": 16, "data_dir": "data"} | settings
+    arguments |= {"max_length": 32, "batch_size": 16, "data_dir": "data", "model": str(runs.parent.parent / "tiny")}
     record = {"arguments": arguments, "losses": [[2.0, 2.0], [1.0, 1.0]], "exit_layers": [1, 4], "device": "none"}
-    record |= {"model": "tiny", "method": method, "task": "toy", "precision": "none"}
+    record |= {"model": "tiny", "method": method, "task": "toy", "precision": "none", "depth": 4}
+    for key, value in settings.items():
+        (record if key in record else arguments)[key] = value
     counts = [[0, 9], [9, 0]] if stuck else [[3, 6], [4, 5]]
-    evaluation = {"exit_scores": [area, area], "class_counts": counts, "thresholds": [0.5, 1.0]}
-    evaluation |= {"speedup_ratios": [0.25, 1.0], "scores": [area, area], "area": area}
+    evaluation = {"exit_scores": [area, area], "class_counts": counts, "thresholds": np.linspace(0.5, 1, 11).tolist()}
+    evaluation |= {"speedup_ratios": np.linspace(0.25, 1, 11).tolist(), "scores": [area] * 11, "area": area}
+    evaluation |= {"calibration": "crossfit", "device": "another", "precision": "another"}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folder
@@ -77,7 +84,7 @@ def test_a_grid_runs_once_and_goes_on_where_it_stopped(command, tmp_path):
     status, out, _, started = command(*grid)
     assert status == 0
     assert len(started) == 2 * 2 * 3  # two methods, two scripts, two rates and then another seed
-    assert "of 4 runs; 0 missing" in out
+    assert "of 6 runs; 0 missing" in out
     out = tmp_path / "reproduced"
     assert {path.name for path in out.iterdir()} == {"runs", "results.md", "results.json", "curves.png"}
     results = json.loads((out / "results.json").read_text())
@@ -133,11 +140,13 @@ def test_what_is_missing_is_named(command, tmp_path):
     assert len(results["missing"]) == 3
     text = (tmp_path / "reproduced" / "results.md").read_text()
     assert "Missing runs: 3" in text
-    assert "- ee toy n32 seed1 lr0.001" in text
+    assert "- tiny-ee-toy-lr0.001-n32-seed1" in text
+    assert "Trained on: none, none" in text
     fake_run(runs, "ee", 1e-3, 0, 60.0)
-    command("--methods", "ee", "--seeds", "0", "--lrs", "1e-3,1e-2", "--report-only")
+    command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
     missing = json.loads((tmp_path / "reproduced" / "results.json").read_text())["missing"]
-    assert missing == ["ee toy n32 seed0, learning rate not known yet", "ee toy lr0.01 (search)"]
+    waiting = "ee toy n32 seed1, once its learning rate is known"
+    assert missing == ["tiny-ee-toy-lr0.01-n32-seed0", waiting]
 
 
 def test_training_sizes_use_the_rate_of_the_first(command, tmp_path):
@@ -166,12 +175,62 @@ def test_runs_that_did_not_converge_are_marked_and_repeated_only_if_told(command
     assert "| toy | ee† | 50.0° | 50.0° |" in (tmp_path / "reproduced" / "results.md").read_text()
 
     fake_run(runs, "ee", 1e-3, 1000, 51.0, stuck=True)
+    command(*grid, "--retry-diverged", "--report-only")
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert results["missing"] == ["tiny-ee-toy-lr0.001-n32-seed2000"]
+    assert results["individual"]["ee"]["mean"] == [51, 51]  # marked, until its repetition is there
+    assert results["individual"]["ee"]["did_not_converge"] == 1
     fake_run(runs, "ee", 1e-3, 2000, 66.0)
     assert command(*grid, "--retry-diverged")[3] == []
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
     assert results["individual"]["ee"]["mean"] == [66, 66]
-    assert results["repeated"] == {"tiny-ee-toy-lr0.001-n32-seed0": "tiny-ee-toy-lr0.001-n32-seed2000"}
-    assert "repeated with another seed: 1" in (tmp_path / "reproduced" / "results.md").read_text()
+    name = "tiny-ee-toy-lr0.001-n32-seed"
+    assert results["repeated"] == {f"{name}0": [f"{name}1000", f"{name}2000"]}
+    assert "repeated with other seeds: 1" in (tmp_path / "reproduced" / "results.md").read_text()
+    for seed in (2000, 3000):
+        shutil.rmtree(runs / f"{name}{seed}", ignore_errors=True)
+        fake_run(runs, "ee", 1e-3, seed, 50.0, stuck=True)
+    assert command(*grid, "--retry-diverged")[3] == []  # three repetitions, no more
+
+
+def test_a_rate_whose_loss_is_no_number_is_out_of_the_search(command, tmp_path):
+    status, out, err, started = command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e30")
+    assert ("train.py", "tiny-ee-toy-lr1e+30-n32-seed0") in started
+    assert "--lr: at 1e+30 the loss is" in err
+    assert (status, "of 2 runs; 0 missing" in out) == (0, True)
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert results["learning_rates"] == {"ee": {"toy": 1e-3}}
+    assert results["did_not_converge"][-1] == "tiny-ee-toy-lr1e+30-n32-seed0"
+    folder = tmp_path / "reproduced" / "runs" / "tiny-ee-toy-lr1e+30-n32-seed0"
+    assert [path.name for path in folder.iterdir()] == ["diverged.json"]
+    assert command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e30")[3] == []
+
+
+def test_learning_to_exit_and_the_training_options_reach_the_runs(command, tmp_path):
+    grid = ["--methods", "sweet", "--seeds", "0", "--lrs", "1e-3", "--exit-strategy", "lte", "--amp", "bf16"]
+    status, _, _, started = command(*grid, "--batch-size", 8, "--tasks", "toy")
+    assert (status, started[0][1]) == (0, "tiny-sweet-toy-lr0.001-n32-seed0-lte")
+    for line in command.lines:
+        assert "--amp bf16" in line
+    assert "--exit-strategy lte" in command.lines[0]
+    assert "--batch-size 8" in command.lines[0]
+    assert "--exit-layers 1,4" in command.lines[0]
+    record = json.loads((tmp_path / "reproduced" / "runs" / started[0][1] / "run.json").read_text())
+    assert record["exit_strategy"] == "lte"
+    assert len(record["losses"]) == 4
+    status, _, err, _ = command("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3")
+    assert (status, "holds results of exit_strategy lte; name another folder" in err) == (2, True)
+
+
+def test_figures_are_those_of_the_tables(command, tmp_path):
+    out = tmp_path / "reproduced"
+    for seed in (0, 1):
+        fake_run(out / "runs", "ee", 1e-3, seed, 60.0)
+    grid = ["--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3", "--report-only"]
+    assert command(*grid, "--tasks", "toy,rte")[0] == 0
+    assert {path.name for path in out.glob("*.png")} == {"curves.png", "tasks.png"}
+    assert command(*grid, "--train-sizes", "32,16")[0] == 0
+    assert {path.name for path in out.glob("*.png")} == {"curves.png", "sizes.png"}
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monkeypatch):
@@ -185,11 +244,30 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monke
     assert "of 1 runs; 1 missing" in out
 
 
-def test_a_run_of_other_settings_is_refused(command, tmp_path):
-    fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0, epochs=3)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 3}, "a run with epochs 3, not 1; name another --out"),
+        ({"batch_size": 8}, "a run with batch_size 8, not 16; name another --out"),
+        ({"exit_layers": [1, 2]}, "a run with exit_layers [1, 2], not [1, 4]; name another --out"),
+        ({"losses": [1.0, 2.0]}, "not a whole run; delete it, and it will be made again"),
+        ({"losses": [[1.0], [2.0, 3.0]]}, "not a whole run; delete it, and it will be made again"),
+    ],
+)
+def test_a_run_of_other_settings_or_a_broken_one_is_refused(command, tmp_path, settings, message):
+    fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0, **settings)
     status, _, err, _ = command("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")
-    assert status == 2
-    assert err.endswith("seed0: a run with epochs 3, not 1; name another --out\n")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert message in err
+
+
+@pytest.mark.parametrize("change", [{"calibration": "none"}, {"thresholds": [0.5, 1.0]}])
+def test_a_run_that_was_evaluated_otherwise_is_evaluated_again(command, tmp_path, change):
+    folder = fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | change))
+    (line,) = command("--methods", "ee", "--seeds", "0", "--lrs", "1e-3", "--print-commands")[1].splitlines()
+    assert line.startswith("python evaluate.py")
 
 
 @pytest.mark.parametrize(
@@ -200,6 +278,8 @@ def test_a_run_of_other_settings_is_refused(command, tmp_path):
         (["--lrs", "1e-3,x"], "'x' is not a positive number"),
         (["--methods", "bert"], "'bert' is none of"),
         (["--exit-layers", "1,9"], "--exit-layers"),
+        (["--print-commands", "--report-only"], "not allowed with argument"),
+        (["--seeds", "0,1000", "--retry-diverged"], "must not differ by a multiple of 1000"),
     ],
 )
 def test_bad_input_is_one_line(command, arguments, message):
