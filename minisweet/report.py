@@ -145,6 +145,39 @@ def _cell(value: float | None, spread: float | None) -> str:
     return f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread:.1f}"
 
 
+def document(results: dict) -> str:
+    """results.md: what results.json holds, for people."""
+    tasks = list(next(iter(results["learning_rates"].values())))
+    searched = len(results["rates_searched"]) > 1
+    lines = [
+        f"# {results['model']}, exit strategy {results['exit_strategy']}",
+        "",
+        f"Seeds {', '.join(map(str, results['seeds']))}; up to {results['train_size']} training examples, "
+        f"{results['epochs']} epochs; trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.",
+        "",
+        f"### Learning rates{': largest area under the curve on the first seed' if searched else ''}",
+        "",
+        f"| method | {' | '.join(tasks)} |",
+        "|---" * (1 + len(tasks)) + "|",
+    ]
+    for method, rates in results["learning_rates"].items():
+        lines.append(f"| {method} | {' | '.join(f'{rate:g}' if rate else '' for rate in rates.values())} |")
+    text = "\n".join(lines) + "\n" + markdown(results)
+    for size, tables in results["by_train_size"].items():
+        text += f"\n## Up to {size} training examples\n{markdown(tables)}"
+    text += "\n### What to know of these runs\n\n"
+    for key, what in (
+        ("did_not_converge", "Runs that did not converge"),
+        ("one_class", "Runs with exits that predict one class (their layers)"),
+        ("repeated", "Runs that did not converge and are repeated with other seeds"),
+        ("missing", "Missing runs"),
+    ):
+        items = results[key].items() if isinstance(results[key], dict) else [(name, "") for name in results[key]]
+        text += f"{what}: {len(items)}\n\n" + "".join(f"- {name} {value}".rstrip() + "\n" for name, value in items)
+        text += "\n" if items else ""
+    return text
+
+
 def for_json(values: np.ndarray) -> list:
     """Nested lists of four decimals, None for NaN, which JSON does not have."""
     return np.where(np.isnan(values), None, values.round(4)).tolist()

@@ -21,7 +21,7 @@ import numpy as np
 from minisweet.cli import InputError, Parser, read_json, run_command, whole_number, write_json, written_beside
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, search_rates
 from minisweet.exits import EXIT_STRATEGIES, METHODS
-from minisweet.report import did_not_converge, draw_curves, load_pyplot, markdown, one_class_layers, results_of
+from minisweet.report import did_not_converge, document, draw_curves, load_pyplot, one_class_layers, results_of
 from minisweet.runs import DIVERGED, read_record
 from minisweet.tasks import TASKS
 from train import add_training_options, find_model, positive_float
@@ -210,6 +210,7 @@ def write_report(grid: Grid) -> None:
         "seeds": args.seeds,
         "train_size": size,
         "epochs": args.epochs,
+        "rates_searched": args.lrs,
         "learning_rates": {
             method: {task: grid.learning_rate(task, method) for task in args.tasks} for method in args.methods
         },
@@ -224,7 +225,7 @@ def write_report(grid: Grid) -> None:
     }
     write_json(args.out / "results.json", results)
     with written_beside(args.out / "results.md") as partial:
-        partial.write_text(document(results, args), encoding="utf-8")
+        partial.write_text(document(results), encoding="utf-8")
     title = f"{Path(args.model).name}, mean over {len(args.tasks)} tasks" if len(args.tasks) > 1 else args.tasks[0]
     figures = {"curves.png": [(title, tables[size], args.tasks)]}
     if len(args.tasks) > 1:
@@ -237,38 +238,6 @@ def write_report(grid: Grid) -> None:
         if name in figures:
             draw_curves(args.out / name, figures[name])
     print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
-
-
-def document(results: dict, args: argparse.Namespace) -> str:
-    """results.md."""
-    seeds = ", ".join(map(str, args.seeds))
-    lines = [
-        f"# {args.model}, exit strategy {args.exit_strategy}",
-        "",
-        f"Seeds {seeds}; up to {args.train_sizes[0]} training examples, {args.epochs} epochs.",
-        f"Trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.",
-        "",
-        f"### Learning rates{'' if len(args.lrs) == 1 else ': largest area under the curve on the first seed'}",
-        "",
-        f"| method | {' | '.join(args.tasks)} |",
-        "|---" * (1 + len(args.tasks)) + "|",
-    ]
-    for method, rates in results["learning_rates"].items():
-        lines.append(f"| {method} | {' | '.join(f'{rate:g}' if rate else '' for rate in rates.values())} |")
-    text = "\n".join(lines) + "\n" + markdown(results)
-    for size, tables in results["by_train_size"].items():
-        text += f"\n## Up to {size} training examples\n{markdown(tables)}"
-    text += "\n### What to know of these runs\n\n"
-    for key, what in (
-        ("did_not_converge", "Runs that did not converge"),
-        ("one_class", "Runs with exits that predict one class (their layers)"),
-        ("repeated", "Runs that did not converge and are repeated with other seeds"),
-        ("missing", "Missing runs"),
-    ):
-        items = results[key].items() if isinstance(results[key], dict) else [(name, "") for name in results[key]]
-        text += f"{what}: {len(items)}\n\n" + "".join(f"- {name} {value}".rstrip() + "\n" for name, value in items)
-        text += "\n" if items else ""
-    return text
 
 
 def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:

@@ -141,7 +141,7 @@ def test_what_is_missing_is_named(command, tmp_path):
     text = (tmp_path / "reproduced" / "results.md").read_text()
     assert "Missing runs: 3" in text
     assert "- tiny-ee-toy-lr0.001-n32-seed1" in text
-    assert "Trained on: none, none" in text
+    assert "trained on: none, none" in text
     fake_run(runs, "ee", 1e-3, 0, 60.0)
     command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
     missing = json.loads((tmp_path / "reproduced" / "results.json").read_text())["missing"]
