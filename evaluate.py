@@ -79,7 +79,12 @@ def main() -> None:
     parser = Parser(description="Score a run's exits and sweep thresholds for its speed-accuracy curve.")
     option = parser.add_argument
     option("run", nargs="?", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
-    option("--thresholds", type=whole_number(2, 10001), default=11, help="how many, from 1/classes to 1 (default: 11)")
+    option(
+        "--thresholds",
+        type=whole_number(2, 10001),
+        default=11,
+        help="from 1/classes (lte: 0) to 1 (default: 11)",
+    )
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
     option("--calibration", choices=CALIBRATIONS, default="crossfit", help="of confidence (default: crossfit)")
     option("--live", action="store_true", help="also run early exit live, and time it")
@@ -112,6 +117,8 @@ def main() -> None:
     evaluation = {"task": record["task"], "metric": task.metric, "method": method, "exit_layers": exit_layers}
     evaluation["exit_strategy"] = record["exit_strategy"]
     evaluation |= sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric)
+    # How often each exit predicts each class: (K, C)
+    evaluation["class_counts"] = [row.argmax(-1).bincount(minlength=len(task.labels)).tolist() for row in logits]
     evaluation |= {"calibration": args.calibration} | calibration_report(logits, examples.labels, temperatures)
     if ranges is not None:
         evaluation["certainty_ranges"] = ranges.tolist()
@@ -152,11 +159,9 @@ def sweep(
         metric: "accuracy" or "matthews".
 
     Returns:
-        exit_scores (K), class_counts (K, C) of how often each exit predicts each class, thresholds, scores,
-        speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
+        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
     scores, ratios, counts = [], [], []
-    C = 1 + max(int(predictions.max()), int(labels.max()))
     for exits in taken:
         chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
         scores.append(score(chosen.numpy(), labels, metric))
@@ -164,7 +169,6 @@ def sweep(
         ratios.append(float(np.dot(counts[-1], costs) / len(labels)))  # Eq. 1
     return {
         "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
-        "class_counts": [exit_predictions.bincount(minlength=C).tolist() for exit_predictions in predictions],
         "thresholds": thresholds,
         "scores": scores,
         "speedup_ratios": ratios,
@@ -217,12 +221,13 @@ def mean_exit_layers(difficulties: list[str], taken: torch.Tensor, exit_layers: 
 def print_evaluation(evaluation: dict) -> None:
     """Print what stands in evaluation.json as tables."""
     exit_layers, thresholds = evaluation["exit_layers"], evaluation["thresholds"]
+    softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
     print(f"\n{'exit after layer':<18}" + "".join(f"{n:>8}" for n in exit_layers))
     print(f"{evaluation['metric']:<18}" + "".join(f"{value:8.1f}" for value in evaluation["exit_scores"]))
     for name in ("ece", "nll"):
         for when in ("before", "after"):
             values = "".join(f"{value:8.3f}" for value in evaluation[name][when])
-            print(f"{name + ' ' + when:<18}{values}")
+            print(f"{name + ' ' + when:<18}{values}{softmax}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
     columns = (evaluation[key] for key in ("thresholds", "scores", "speedup_ratios", "exit_counts"))
     for threshold, value, ratio, counts in zip(*columns, strict=True):

@@ -1,6 +1,6 @@
 """Fine-tune BERT or DeBERTa with early exits: the paper's Early-Exit (ee), Multi-Model (mm) and SWEET (sweet).
 
-    python train.py                                                    # minilm-l6, sweet, toy: minutes on a laptop
+    python train.py                                                # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
 
 Writes a run folder, which evaluate.py reads.
@@ -100,8 +100,8 @@ def train(
             with autocast(device, precision):
                 for logits, certainty in model.segments(*batch.inputs):  # exit by exit
                     loss = exit_loss(logits, certainty, batch.labels)
-                    # Under SWEET (and in MM's models, of one exit each) no other loss reaches this segment: take the
-                    # loss back now and free the segment. backward() keeps the forward's types, autocast or not.
+                    # Under SWEET (and in MM's models, of one exit each) no other loss reaches this segment: call
+                    # backward() now and free the segment. It keeps the forward's types, autocast or not.
                     if model.method == "sweet":
                         scaler.scale(loss).backward()
                         loss = loss.detach()

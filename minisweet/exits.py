@@ -110,8 +110,8 @@ class MultiExitModel(nn.Module):
         """Run a segment at a time: the layers up to the next exit, its head, then the boundary.
 
         Yields what each exit's head says, logits (B, C) and certainty (B,) or None, before the next segment runs.
-        Under SWEET nothing flows back over a boundary, so that a training loop may take each exit's loss back, and
-        free its activations, right there. For the arguments see `forward`.
+        Under SWEET nothing flows back over a boundary, so that a training loop may call backward() on each exit's
+        loss right there, which frees the segment's activations. For the arguments see `forward`.
         """
         # The stream is (hidden states (B, T, D),), and with DeBERTa its relative table (2k, D) too: see bert.py.
         stream = self.encoder.embed(input_ids, token_type_ids)
@@ -163,7 +163,8 @@ def build_multi_model(
     for n in exit_layers:
         with torch.random.fork_rng(devices=[]):  # each model's new weights are as if it were built alone
             encoder = load_encoder(folder, n, warn=not models)
-            models.append(MultiExitModel(encoder, (n,), num_labels, exit_strategy=exit_strategy))
+            # With one exit there is no boundary, so that "ee" would be the same; "sweet" lets training free each exit.
+            models.append(MultiExitModel(encoder, (n,), num_labels, "sweet", exit_strategy))
     return models
 
 

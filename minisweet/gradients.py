@@ -2,10 +2,10 @@
 
     python -m minisweet.gradients --task mnli
 
-EE is fine-tuned for some steps. Then, on new training batches, each exit's loss is taken back alone, and the gradients
-that two exits send to the same matrix are compared: the cosine similarity of their rows, averaged over the rows. The
-matrices are the last feed-forward matrix of each layer that precedes an exit, but for the last exit's, which no other
-exit updates. A similarity near 1 is agreement, near 0 indifference, below 0 conflict.
+EE is fine-tuned for some steps. Then, on new training batches, each exit's loss is back-propagated alone, and the
+gradients that two exits send to the same matrix are compared: the cosine similarity of their rows, averaged over the
+rows. The matrices are the last feed-forward matrix of each layer that precedes an exit; the last exit's is left out,
+since no other exit updates it. A similarity near 1 is agreement, near 0 indifference, below 0 conflict.
 
 Dimension letters: K exits, M = K-1 matrices.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minisweet.checkpoint import load_encoder
 from minisweet.cli import InputError, Parser, run_command, whole_number, write_json, written_beside
+from minisweet.defaults import default_batch_size
 from minisweet.devices import choose_device, choose_precision, device_name, reuse_freed_memory
 from minisweet.exits import MultiExitModel
 from minisweet.report import for_json, load_pyplot
@@ -67,11 +68,11 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, 
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = Parser(prog="minisweet.gradients", description="Compare the gradients that exits send to the same layer.")
+    parser = Parser(description="Compare the gradients that exits send to the same layer.")
     option = parser.add_argument
     option("--method", choices=("ee", "sweet"), default="ee", help="how to fine-tune (default: ee)")
     option("--task", choices=list(TASKS), default="mnli", help="what to learn (default: mnli)")
-    option("--steps", type=whole_number(1), default=400, help="of fine-tuning (default: 400)")
+    option("--steps", type=whole_number(1), default=400, help="of fine-tuning; small tasks need fewer (default: 400)")
     option("--batches", type=whole_number(1), default=10, help="new training batches to measure on (default: 10)")
     option("--seed", type=whole_number(0), default=0, help="of the examples, new weights, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; minilm-l6 2e-4)")
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     add_training_options(parser)
     args = parser.parse_args()
     args.lr = args.lr or (2e-4 if args.model == "minilm-l6" else 2e-5)
-    args.batch_size = args.batch_size or 16
+    args.batch_size = args.batch_size or default_batch_size(args.model)
     return args
 
 
@@ -90,7 +91,6 @@ def main() -> None:
     reuse_freed_memory()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
-    args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after the training
     load_pyplot(args.out / "gradients.png")
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
@@ -104,6 +104,7 @@ def main() -> None:
             f"--steps: {args.steps} steps and {args.batches} new batches of {args.batch_size} need "
             f"{trained + measured} examples, and {args.task} has {len(rows.labels)}"
         )
+    args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
     order = np.random.default_rng(args.seed).permutation(len(rows.labels))
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
     new = TokenizedExamples(tokenizer, rows, order[trained : trained + measured])

@@ -8,7 +8,8 @@ Dimension letters: B batch, T tokens, K exits, C classes, N instances.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from minisweet.adaptive import confidences, learned_confidences, leaves
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.text import TokenizedExamples
+from minisweet.text import Batch, TokenizedExamples
 
 LATENCY_INSTANCES = 200  # timed one by one, spread evenly over all lengths
 
@@ -49,30 +50,28 @@ def early_exit(
         temperatures = temperatures.to(input_ids.device).expand(-1, len(input_ids))
     labels, exits = torch.zeros_like(rows), torch.zeros_like(rows)
     models = list(model) if isinstance(model, MultiModel) else [model]
-    last = sum(len(part.heads) for part in models) - 1
-    ranges = torch.tensor([[0.0, 1.0]]).expand(last + 1, 2) if ranges is None else ranges
-    k = 0
-    for part in models:
-        stream = part.encoder.embed(inputs[0], inputs[2])
-        for head, start, stop in part.pieces():
-            stream = part.encoder.run_layers(stream, inputs[1], start, stop)
-            logits, certainty = head(stream[0])  # (B, C), (B,) of those who are still here
-            labels[rows], exits[rows] = logits.argmax(-1), k
-            if k == last:
-                break
-            if certainty is None:
-                confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, rows])
-                leave = leaves(confidence, threshold, 1 / logits.shape[-1])
-            else:
-                leave = leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
-            stay = (~leave).nonzero()[:, 0]
-            if len(stay) == 0:
-                return labels, exits
-            if len(stay) < len(rows):
-                rows, T = rows[stay], int(inputs[1][stay].sum(1).max().clamp(min=1))
-                inputs = tuple(tensor[stay, :T] for tensor in inputs)
-                stream = (stream[0][stay, :T], *stream[1:])
-            k += 1
+    pieces = [(part.encoder, *piece) for part in models for piece in part.pieces()]  # K of them
+    ranges = torch.tensor([[0.0, 1.0]]).expand(len(pieces), 2) if ranges is None else ranges
+    for k, (encoder, head, start, stop) in enumerate(pieces):
+        if start == 0:  # the first piece, or the next of MM's models
+            stream = encoder.embed(inputs[0], inputs[2])
+        stream = encoder.run_layers(stream, inputs[1], start, stop)
+        logits, certainty = head(stream[0])  # (B, C), (B,) of those who are still here
+        labels[rows], exits[rows] = logits.argmax(-1), k
+        if k == len(pieces) - 1:
+            break
+        if certainty is None:
+            confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, rows])
+            leave = leaves(confidence, threshold, 1 / logits.shape[-1])
+        else:
+            leave = leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
+        stay = (~leave).nonzero()[:, 0]
+        if len(stay) == 0:
+            break
+        if len(stay) < len(rows):
+            rows, T = rows[stay], int(inputs[1][stay].sum(1).max().clamp(min=1))
+            inputs = tuple(tensor[stay, :T] for tensor in inputs)
+            stream = (stream[0][stay, :T], *stream[1:])
     return labels, exits
 
 
@@ -119,18 +118,18 @@ def measure_live(
     singles = [examples.batch(rows[i : i + 1]).to(device) for i in range(len(rows))]
     order = torch.cat([batch.rows for batch in batches]).argsort().cpu()
 
-    def seconds(run, batch) -> tuple[float, object]:
+    def seconds(run: Callable[[], object]) -> tuple[float, object]:
         """Time one call, to the end of what it started on the device."""
         start = time.perf_counter()
-        answer = run(model, *batch.inputs)
+        answer = run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start, answer
 
-    def live_exit(threshold: float, batch):
-        """What runs a batch at a threshold."""
+    def time_early_exit(batch: Batch, threshold: float) -> tuple[float, object]:
+        """The seconds and the answer of a batch, each instance with its own temperatures."""
         own = None if temperatures is None else temperatures[:, batch.rows.cpu()]
-        return lambda model, *inputs: early_exit(model, *inputs, threshold, own, ranges)
+        return seconds(lambda: early_exit(model, *batch.inputs, threshold, own, ranges))
 
     for batch in batches[:2]:
         full_depth(model, *batch.inputs)  # warm-up
@@ -138,11 +137,11 @@ def measure_live(
     for threshold in progress(thresholds):
         full, live, answers = 0.0, 0.0, []
         for batch in batches:  # in turn, so that a machine whose speed drifts is fair to both
-            full += seconds(full_depth, batch)[0]
-            wall, answer = seconds(live_exit(threshold, batch), batch)
+            full += seconds(partial(full_depth, model, *batch.inputs))[0]
+            wall, answer = time_early_exit(batch, threshold)
             live += wall
             answers.append(answer)
-        latency = [seconds(live_exit(threshold, one), one)[0] for one in singles]
+        latency = [time_early_exit(single, threshold)[0] for single in singles]
         labels.append(torch.cat([answer[0] for answer in answers]).cpu()[order])
         exits.append(torch.cat([answer[1] for answer in answers]).cpu()[order])
         report.append(

@@ -22,7 +22,8 @@ MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other;
 COLOURS = {"ee": "tab:orange", "mm": "tab:green", "sweet": "tab:blue"}
 NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
 
-Records = dict[str, dict[int, dict]]  # the records of one method and training size, by task and seed
+# The records of one method and training size, by task and seed; None for a run whose loss became infinite or NaN.
+Records = dict[str, dict[int, dict | None]]
 
 
 def one_class_layers(record: dict) -> list[int]:
@@ -34,13 +35,15 @@ def one_class_layers(record: dict) -> list[int]:
 def did_not_converge(record: dict) -> bool:
     """Whether every exit predicts one class, or the training ended with no less loss than it began with.
 
-    The first and the last tenth of the steps are compared: the loss of all exits together, for MM each model's own.
+    The first and the last tenth of the steps are compared, ten steps at least, or the halves of fewer than twenty: the
+    loss of all exits together, for MM each model's own.
     """
     losses = np.array(record["losses"])  # (steps, K)
     if record["method"] != "mm":
         losses = losses.sum(1, keepdims=True)
-    part = max(len(losses) // 10, min(10, len(losses) // 2))  # of few steps, the halves; one step tells nothing
-    fell = part == 0 or (losses[-part:].mean(0) < losses[:part].mean(0)).all()
+    part = max(len(losses) // 10, min(10, len(losses) // 2))
+    fell = part == 0  # one step tells nothing
+    fell = fell or (losses[-part:].mean(0) < losses[:part].mean(0)).all()
     return not fell or len(one_class_layers(record)) == len(record["exit_layers"])
 
 
@@ -57,7 +60,7 @@ def interpolated(record: dict, ratios: np.ndarray) -> np.ndarray:
 
 def seed_means(records: Records, tasks: Sequence[str], points: Callable[[dict], np.ndarray]) -> np.ndarray:
     """The points of each seed that has a run of all `tasks`, averaged over them: (S, P)."""
-    seeds = set.intersection(*(set(records[task]) for task in tasks))
+    seeds = set.intersection(*({seed for seed, run in records[task].items() if run} for task in tasks))
     return np.array([np.mean([points(records[task][seed]) for task in tasks], axis=0) for seed in sorted(seeds)])
 
 
@@ -75,7 +78,7 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def table_ratios(records: Records, method: str) -> np.ndarray:
     """The speedup ratios of the tables (P,): the first exit's and the set ones. Empty without a run."""
-    first = [run["speedup_ratios"][0] for runs in records.values() for run in runs.values()][:1]
+    first = [run["speedup_ratios"][0] for run in _runs(records, list(records)) if run][:1]
     set_ratios = RATIOS + (MULTI_MODEL_RATIOS if method == "mm" else ())
     return np.array(sorted({round(ratio, 9) for ratio in (*first, *set_ratios)}) if first else [])
 
@@ -85,8 +88,7 @@ def results_of(grid: dict[str, Records]) -> dict:
     results: dict[str, dict] = {"individual": {}, "interpolated": {}}
     for method, records in grid.items():
         ratios = table_ratios(records, method)
-        runs = [run for seeds in records.values() for run in seeds.values()]
-        layers = runs[0]["exit_layers"] if runs else []
+        layers = next((run["exit_layers"] for run in _runs(records, list(records)) if run), [])
 
         def rows(points, spread: str, records=records) -> dict:
             """The row of the mean over tasks, which holds the rows of the tasks."""
@@ -103,14 +105,18 @@ def _row(records: Records, tasks: list[str], points: Callable, spread: str) -> d
     """Mean and spread ("std" or "ci95") over seeds, and what of it failed to learn."""
     values = seed_means(records, tasks, points)
     mean, std, ci95 = over_seeds(values)
-    runs = [run for task in tasks for run in records[task].values()]
+    runs = _runs(records, tasks)
     return {
         "mean": for_json(mean),
         spread: for_json({"std": std, "ci95": ci95}[spread]),
         "seeds": len(values),
-        "did_not_converge": sum(map(did_not_converge, runs)),
-        "one_class_layers": sorted({layer for run in runs for layer in one_class_layers(run)}),
+        "did_not_converge": sum(run is None or did_not_converge(run) for run in runs),
+        "one_class_layers": sorted({layer for run in runs if run for layer in one_class_layers(run)}),
     }
+
+
+def _runs(records: Records, tasks: Sequence[str]) -> list[dict | None]:
+    return [run for task in tasks for run in records[task].values()]
 
 
 def markdown(results: dict) -> str:
@@ -123,7 +129,8 @@ def markdown(results: dict) -> str:
         methods = results[table]
         points = max((methods[method][column] for method in methods), key=len)
         head = [f"{point:.3g}" if table == "interpolated" else f"layer {point}" for point in points]
-        lines += ["", f"### {title}", "", f"| task | method | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+        lines += ["", f"### {title}", "", f"| task | method | seeds | {' | '.join(head)} |"]
+        lines += ["|---" * (3 + len(head)) + "|"]
         tasks = list(next(iter(methods.values()))["tasks"])
         for task in ["mean", *tasks] if len(tasks) > 1 else tasks:
             for method in methods:
@@ -135,7 +142,7 @@ def markdown(results: dict) -> str:
                     cells = [cell + "°" * (n in row["one_class_layers"]) for n, cell in zip(points, cells, strict=True)]
                 else:
                     name += "°" * bool(row["one_class_layers"])
-                lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
+                lines.append(f"| {task} | {name} | {row['seeds']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", NOTES, ""])
 
 
@@ -172,6 +179,8 @@ def document(results: dict) -> str:
         ("repeated", "Runs that did not converge and are repeated with other seeds"),
         ("missing", "Missing runs"),
     ):
+        if key == "repeated" and not results[key]:
+            continue
         items = results[key].items() if isinstance(results[key], dict) else [(name, "") for name in results[key]]
         text += f"{what}: {len(items)}\n\n" + "".join(f"- {name} {value}".rstrip() + "\n" for name, value in items)
         text += "\n" if items else ""
@@ -208,7 +217,7 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
         axis.axis("off")
     for axis, (title, grid, tasks) in zip(axes.flat, panels, strict=False):
         for method, records in grid.items():
-            ends = [run["speedup_ratios"][n] for task in tasks for run in records[task].values() for n in (0, -1)]
+            ends = [run["speedup_ratios"][n] for run in _runs(records, tasks) if run for n in (0, -1)]
             if not ends:
                 continue
             ratios = np.linspace(min(ends), max(ends), 400)

@@ -27,6 +27,7 @@ from minisweet.tasks import TASKS
 from train import add_training_options, find_model, positive_float
 
 SCRIPTS = Path(__file__).parent.parent  # where train.py and evaluate.py are
+ELSEWHERE = "name another --out or --runs"
 THRESHOLDS = 11  # Sec. 3.3
 # What reports use of evaluation.json.
 EVALUATION = ("exit_scores", "class_counts", "thresholds", "speedup_ratios", "scores", "area", "calibration")
@@ -67,15 +68,10 @@ class Grid:
         if not (folder / "run.json").exists():
             return None
         record = read_record(folder)
-        layers = args.exit_layers or EXIT_LAYERS.get(record["depth"], record["exit_layers"])
-        expected = run._asdict() | {
-            key: getattr(args, key) for key in ("model", "epochs", "max_length", "exit_strategy")
-        }
-        expected |= {"batch_size": args.batch_size or default_batch_size(args.model), "exit_layers": list(layers)}
-        found = record["arguments"] | {key: record[key] for key in ("exit_strategy", "exit_layers")}
-        for key, value in expected.items():
-            if found.get(key) != value:
-                raise InputError(f"{folder}: a run with {key} {found.get(key)}, not {value}; name another --out")
+        self.check_settings(run, record["arguments"] | {"exit_strategy": record["exit_strategy"]})
+        layers = list(args.exit_layers or EXIT_LAYERS.get(record["depth"], record["exit_layers"]))
+        if record["exit_layers"] != layers:
+            raise InputError(f"{folder}: a run with exits after {record['exit_layers']}, not {layers}; {ELSEWHERE}")
         evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else {}
         if not set(EVALUATION) <= set(evaluation):
             return None  # not evaluated, or before there were all of these
@@ -87,9 +83,20 @@ class Grid:
         self.records[run] = record
         return record
 
+    def check_settings(self, run: Run, arguments: dict) -> None:
+        """Raise InputError unless a run was trained with these arguments as the command line has them."""
+        expected = run._asdict() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
+        expected |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
+        for key, value in expected.items():
+            if arguments.get(key) != value:
+                raise InputError(f"{self.folder(run)}: a run with {key} {arguments.get(key)}, not {value}; {ELSEWHERE}")
+
     def is_lost(self, run: Run) -> bool:
         """Whether the run's loss became infinite or NaN, so that train.py saved no model."""
-        return (self.folder(run) / DIVERGED).exists()
+        path = self.folder(run) / DIVERGED
+        if path.exists():
+            self.check_settings(run, read_json(path)["arguments"])
+        return path.exists()
 
     def failed_to_learn(self, run: Run) -> bool:
         """Whether the run is over and did not converge."""
@@ -193,12 +200,15 @@ def write_report(grid: Grid) -> None:
     repeated = {}
     for train_size, task, method, seed in grid.slots():
         attempts = grid.attempts(task, method, train_size, seed)
-        complete = [run for run in attempts if grid.record(run)]
-        if complete:  # a run that is being repeated counts, marked, until its repetition is there
-            tables[train_size][method][task][seed] = grid.record(complete[-1])
+        over = [run for run in attempts if grid.record(run) or grid.is_lost(run)]
+        if over:  # a run that is being repeated counts, marked, until its repetition is there
+            tables[train_size][method][task][seed] = grid.record(over[-1])
         if len(attempts) > 1:
             repeated[grid.folder(attempts[0]).name] = [grid.folder(run).name for run in attempts[1:]]
-        if not attempts and (train_size, seed) != (args.train_sizes[0], args.seeds[0]):
+        if not attempts and all(grid.is_lost(run) for run in grid.search(task, method)):
+            tables[train_size][method][task][seed] = None
+            missing.append(f"{method} {task} n{train_size} seed{seed}: no learning rate converged")
+        elif not attempts and (train_size, seed) != (args.train_sizes[0], args.seeds[0]):
             missing.append(f"{method} {task} n{train_size} seed{seed}, once its learning rate is known")
     done = {grid.folder(run).name: grid.record(run) for run in dict.fromkeys(grid.wanted()) if grid.record(run)}
     lost = [grid.folder(run).name for run in dict.fromkeys(grid.wanted()) if grid.is_lost(run)]
@@ -244,7 +254,10 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
     """An argparse type: values that differ, with commas between them."""
 
     def parse_all(text: str) -> list:
-        values = [parse(part) for part in text.split(",")]
+        try:
+            values = [parse(part) for part in text.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; values are separated by commas") from None
         if len(set(values)) < len(values):
             raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
         return values
@@ -265,7 +278,7 @@ def one_of(names) -> Callable[[str], str]:
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = Parser(prog="minisweet.reproduce", description="Run the paper's grid; make its tables and figures.")
+    parser = Parser(description="Run the paper's grid; make its tables and figures.")
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
@@ -273,7 +286,11 @@ def parse_arguments() -> argparse.Namespace:
     option(
         "--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first for the search (default: 0,1,2)"
     )
-    option("--lrs", type=list_of(positive_float), help="learning rates to search (default: the paper's five)")
+    option(
+        "--lrs",
+        type=list_of(positive_float),
+        help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)",
+    )
     option(
         "--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first for the search (default: 6000)"
     )

@@ -115,7 +115,7 @@ def test_the_command_writes_what_it_measured(command, tmp_path, monkeypatch):
     assert (status, "there is nothing to conflict" in out) == (0, True)
     assert json.loads((tmp_path / "gradients" / "gradients.json").read_text())["nothing_to_conflict"]
     (tmp_path / "file").touch()
-    status, out, err = command("--out", "file")
+    status, out, err = command("--out", "file", "--steps", 1)
     assert (status, out, "File exists" in err) == (2, "", True)
 
 

@@ -93,7 +93,7 @@ def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
     stuck = record((50.0, 50.0, 80.0), counts=((0, 10), (5, 5)))
     grid = {
         "ee": {"sst2": {0: stuck, 1: stuck}, "rte": {0: record(losses=(1.0, 1.0)), 1: record()}},
-        "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25))}, "rte": {}},
+        "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25))}, "rte": {0: None}},  # None: lost to NaN
     }
     results = results_of(grid)
     assert results["interpolated"]["ee"]["ratios"] == [0.25, 0.5, 0.75, 1]
@@ -104,11 +104,11 @@ def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
     assert results["individual"]["ee"]["did_not_converge"] == 1
     assert results["individual"]["ee"]["tasks"]["sst2"]["one_class_layers"] == [1]
     text = markdown(results)
-    assert "| mean | ee† | 55.0 ±0.0° | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee | 50.0 ±0.0° | 80.0 ±0.0 |" in text
-    assert "| rte | ee† | 60.0 ±0.0 | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee° | 50.0 ±0.0 | 50.0 ±0.0 | 65.0 ±0.0 | 80.0 ±0.0 |  |  |  |" in text
-    assert "| rte | mm |  |  |" in text
+    assert "| mean | ee† | 2 | 55.0 ±0.0° | 80.0 ±0.0 |" in text
+    assert "| sst2 | ee | 2 | 50.0 ±0.0° | 80.0 ±0.0 |" in text
+    assert "| rte | ee† | 2 | 60.0 ±0.0 | 80.0 ±0.0 |" in text
+    assert "| sst2 | ee° | 2 | 50.0 ±0.0 | 50.0 ±0.0 | 65.0 ±0.0 | 80.0 ±0.0 |  |  |  |" in text
+    assert "| rte | mm† | 0 |  |  |" in text
     assert "± deviation" in text
 
 

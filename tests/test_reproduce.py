@@ -172,7 +172,7 @@ def test_runs_that_did_not_converge_are_marked_and_repeated_only_if_told(command
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
     assert results["did_not_converge"] == ["tiny-ee-toy-lr0.001-n32-seed0"]
     assert results["one_class"] == {"tiny-ee-toy-lr0.001-n32-seed0": [1, 4]}
-    assert "| toy | ee† | 50.0° | 50.0° |" in (tmp_path / "reproduced" / "results.md").read_text()
+    assert "| toy | ee† | 1 | 50.0° | 50.0° |" in (tmp_path / "reproduced" / "results.md").read_text()
 
     fake_run(runs, "ee", 1e-3, 1000, 51.0, stuck=True)
     command(*grid, "--retry-diverged", "--report-only")
@@ -204,6 +204,12 @@ def test_a_rate_whose_loss_is_no_number_is_out_of_the_search(command, tmp_path):
     folder = tmp_path / "reproduced" / "runs" / "tiny-ee-toy-lr1e+30-n32-seed0"
     assert [path.name for path in folder.iterdir()] == ["diverged.json"]
     assert command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e30")[3] == []
+    status, _, err, _ = command("--methods", "ee", "--lrs", "1e-3,1e30", "--max-length", 16)
+    assert (status, "a run with max_length 32, not 16" in err) == (2, True)
+    command("--methods", "ee", "--seeds", "0", "--lrs", "1e30,1e31")
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert results["missing"][0] == "ee toy n32 seed0: no learning rate converged"
+    assert results["individual"]["ee"]["did_not_converge"] == 1
 
 
 def test_learning_to_exit_and_the_training_options_reach_the_runs(command, tmp_path):
@@ -247,9 +253,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monke
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 3}, "a run with epochs 3, not 1; name another --out"),
-        ({"batch_size": 8}, "a run with batch_size 8, not 16; name another --out"),
-        ({"exit_layers": [1, 2]}, "a run with exit_layers [1, 2], not [1, 4]; name another --out"),
+        ({"epochs": 3}, "a run with epochs 3, not 1; name another --out or --runs"),
+        ({"batch_size": 8}, "a run with batch_size 8, not 16; name another --out or --runs"),
+        ({"exit_layers": [1, 2]}, "a run with exits after [1, 2], not [1, 4]; name another --out or --runs"),
         ({"losses": [1.0, 2.0]}, "not a whole run; delete it, and it will be made again"),
         ({"losses": [[1.0], [2.0, 3.0]]}, "not a whole run; delete it, and it will be made again"),
     ],
