@@ -111,6 +111,10 @@ class TokenizedExamples:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def vocabulary(self) -> np.ndarray:
+        """The token ids that occur, padding among them, in increasing order."""
+        return np.unique(np.concatenate([*self.ids, [self.pad_id]]))
+
     def batch(self, rows: np.ndarray) -> Batch:
         """The examples `rows` (B,), padded to the longest of them."""
         positions = np.arange(self.lengths[rows].max())  # (T,)

@@ -186,6 +186,10 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
         model = MultiExitModel(load_encoder(model_folder("minilm-l6")), (1, 2, 3, 6), 2).train()
     else:
         model = TransformersWithExits(attention="sdpa" if fused else "eager").train()
+    used = torch.from_numpy(examples.vocabulary())
+    if ours:  # as train.py does
+        table = model.encoder.word_embeddings
+        table.weight = nn.Parameter(table.weight.detach()[used])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
     if fused:
         batches = examples.shuffled(BATCH, 0, 0)
@@ -196,6 +200,8 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
     def ten_batches() -> None:
         for _ in range(10 if fused else 3):
             batch = next(batches)
+            if ours:
+                batch = batch._replace(input_ids=torch.searchsorted(used, batch.input_ids))
             inputs = batch.inputs if fused else padded(batch)
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):

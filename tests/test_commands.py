@@ -142,6 +142,43 @@ def test_training_learns_and_decays_to_zero(command, tmp_path, monkeypatch):
     assert rates == pytest.approx([1e-2 * (1 - n / 60) for n in range(60)])
 
 
+def test_only_the_embeddings_of_words_that_occur_move(tmp_path, model_type):
+    folder = write_model(tmp_path / "tiny", model_type)
+    model = MultiExitModel(load_encoder(folder), (1, 4), 2, "ee")
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train.train(model, examples, epochs=1, batch_size=4, learning_rate=1e-3, seed=0)
+    after = model.state_dict()
+    moved = (after["encoder.word_embeddings.weight"] != before["encoder.word_embeddings.weight"]).any(1)  # (V,)
+    assert after.keys() == before.keys()
+    assert moved.shape == (60,)
+    assert 3 < moved.sum() < 60
+    assert set(moved.nonzero()[:, 0].tolist()) <= set(examples.vocabulary().tolist())
+
+
+def test_training_is_that_of_the_whole_table(tmp_path, model_type):
+    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    folder = write_model(tmp_path / "tiny", model_type, **changes)
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(40))
+    torch.manual_seed(0)
+    model = MultiExitModel(load_encoder(folder), (1, 4), 2, "ee")
+    plain = copy.deepcopy(model).train()
+    losses = train.train(model, examples, epochs=1, batch_size=8, learning_rate=1e-3, seed=0)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    for step, batch in enumerate(examples.shuffled(8, 0, 0)):
+        optimizer.zero_grad()
+        exits = [train.exit_loss(*answer, batch.labels) for answer in plain.segments(*batch.inputs)]
+        sum(exits).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 5)
+        optimizer.step()
+        assert losses[step] == pytest.approx(torch.stack(exits).tolist(), abs=1e-5)
+    for name, parameter in plain.named_parameters():
+        if name.endswith("query_key_value.bias"):
+            continue  # a key's bias has no gradient but rounding, which AdamW makes a step of
+        torch.testing.assert_close(dict(model.named_parameters())[name], parameter, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_close_to_float32(command, tmp_path, model_type, amp):
     model = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
