@@ -38,6 +38,32 @@ def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
     return parse
 
 
+def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
+    """An argparse type: values that differ, with commas between them."""
+
+    def parse_all(text: str) -> list:
+        try:
+            values = [parse(part) for part in text.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; values are separated by commas") from None
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
+        return values
+
+    return parse_all
+
+
+def one_of(names) -> Callable[[str], str]:
+    """An argparse type: one of some names."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return parse
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130, SIGTERM with 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed then too

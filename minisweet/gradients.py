@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from minisweet.checkpoint import load_encoder
-from minisweet.cli import InputError, Parser, run_command, whole_number, write_json, written_beside
+from minisweet.cli import InputError, Parser, run_command, whole_number, write_json
 from minisweet.defaults import default_batch_size
 from minisweet.devices import choose_device, choose_precision, device_name, reuse_freed_memory
 from minisweet.exits import MultiExitModel
-from minisweet.report import for_json, load_pyplot
+from minisweet.report import for_json, load_pyplot, save_figure
 from minisweet.runs import versions
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import Batch, TokenizedExamples, load_tokenizer
@@ -186,9 +186,7 @@ def draw_similarities(path: Path, mean: np.ndarray, exit_layers: tuple[int, ...]
                 axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
     figure.suptitle(title)
-    with written_beside(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,9 @@ def did_not_converge(record: dict) -> bool:
     if record["method"] != "mm":
         losses = losses.sum(1, keepdims=True)
     part = max(len(losses) // 10, min(10, len(losses) // 2))
-    fell = part == 0  # one step tells nothing
-    fell = fell or (losses[-part:].mean(0) < losses[:part].mean(0)).all()
-    return not fell or len(one_class_layers(record)) == len(record["exit_layers"])
+    # A single step tells nothing.
+    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()
+    return rose or len(one_class_layers(record)) == len(record["exit_layers"])
 
 
 def exit_scores(record: dict) -> np.ndarray:
@@ -204,6 +204,13 @@ def load_pyplot(path: Path):
     return pyplot
 
 
+def save_figure(figure, path: Path) -> None:
+    """Write a figure of matplotlib's to a PNG, whole or not at all, and close it."""
+    with written_beside(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    load_pyplot(path).close(figure)
+
+
 def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:
     """Draw speed-accuracy curves to a PNG: mean over seeds, shaded their 95% confidence interval.
 
@@ -232,6 +239,4 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
         if axis.lines:
             axis.legend()
     figure.tight_layout()
-    with written_beside(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -11,14 +11,24 @@ import argparse
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.cli import InputError, Parser, read_json, run_command, whole_number, write_json, written_beside
+from minisweet.cli import (
+    InputError,
+    Parser,
+    list_of,
+    one_of,
+    read_json,
+    run_command,
+    whole_number,
+    write_json,
+    written_beside,
+)
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, search_rates
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.report import did_not_converge, document, draw_curves, load_pyplot, one_class_layers, results_of
@@ -130,12 +140,12 @@ class Grid:
             runs.append(runs[0]._replace(seed=seed + RETRY_STEP * len(runs)))
         return runs
 
-    def wanted(self) -> Iterator[Run]:
-        """Every run whose settings are known by now, some of them twice."""
-        for task, method in product(self.args.tasks, self.args.methods):
-            yield from self.search(task, method)
+    def wanted(self) -> list[Run]:
+        """Every run whose settings are known by now, the search first."""
+        runs = [run for pair in product(self.args.tasks, self.args.methods) for run in self.search(*pair)]
         for train_size, task, method, seed in self.slots():
-            yield from self.attempts(task, method, train_size, seed)
+            runs += self.attempts(task, method, train_size, seed)
+        return list(dict.fromkeys(runs))  # the search's runs are some of the others too
 
     def slots(self) -> Iterator[tuple[int, str, str, int]]:
         """What the tables average over: (training size, task, method, seed)."""
@@ -143,7 +153,7 @@ class Grid:
 
     def missing(self) -> list[Run]:
         """The runs that are known and not complete."""
-        return [run for run in dict.fromkeys(self.wanted()) if self.record(run) is None and not self.is_lost(run)]
+        return [run for run in self.wanted() if self.record(run) is None and not self.is_lost(run)]
 
     def commands(self, run: Run) -> list[list[str]]:
         """The command lines that complete a run, from the folder of train.py."""
@@ -210,8 +220,9 @@ def write_report(grid: Grid) -> None:
             missing.append(f"{method} {task} n{train_size} seed{seed}: no learning rate converged")
         elif not attempts and (train_size, seed) != (args.train_sizes[0], args.seeds[0]):
             missing.append(f"{method} {task} n{train_size} seed{seed}, once its learning rate is known")
-    done = {grid.folder(run).name: grid.record(run) for run in dict.fromkeys(grid.wanted()) if grid.record(run)}
-    lost = [grid.folder(run).name for run in dict.fromkeys(grid.wanted()) if grid.is_lost(run)]
+    wanted = grid.wanted()
+    done = {grid.folder(run).name: grid.record(run) for run in wanted if grid.record(run)}
+    lost = [grid.folder(run).name for run in wanted if grid.is_lost(run)]
 
     size = args.train_sizes[0]
     results = {
@@ -248,32 +259,6 @@ def write_report(grid: Grid) -> None:
         if name in figures:
             draw_curves(args.out / name, figures[name])
     print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
-
-
-def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
-    """An argparse type: values that differ, with commas between them."""
-
-    def parse_all(text: str) -> list:
-        try:
-            values = [parse(part) for part in text.split(",")]
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{error}; values are separated by commas") from None
-        if len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
-        return values
-
-    return parse_all
-
-
-def one_of(names) -> Callable[[str], str]:
-    """An argparse type: one of some names."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-        return text
-
-    return parse
 
 
 def parse_arguments() -> argparse.Namespace:
