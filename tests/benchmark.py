@@ -30,7 +30,7 @@ from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.devices import reuse_freed_memory
 from minisweet.exits import METHODS
 from minisweet.hub import model_folder
-from minisweet.live import early_exit
+from minisweet.live import GATHERED, early_exit
 from minisweet.runs import load_run, read_record
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
@@ -256,7 +256,7 @@ def live_unit(side: str, run: str, amp: bool, threshold: float = 1.0):
     """The validation set in batches of 32: ours live at a threshold; theirs MM's last model, alone, at full depth."""
     model, record = load_run(Path(run))
     examples = glue(record["task"], "dev", record["arguments"]["data_dir"])
-    batches = list(examples.by_length(32))
+    batches = list(examples.by_length(32 * GATHERED if side == "ours" else 32))
     if side == "ours":
         run_batch = partial(early_exit, model.eval(), threshold=threshold)
     else:

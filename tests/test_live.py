@@ -41,16 +41,17 @@ def make_model(folder, method, num_labels=2, seed=0, strategy="confidence"):
     model_type=st.sampled_from(["bert", "deberta"]),
     method=st.sampled_from(["sweet", "mm"]),
     num_labels=st.integers(2, 3),
+    batch_size=st.sampled_from([3, 16]),
     seed=st.integers(0, 10**6),
 )
-def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_labels, seed):
+def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_labels, batch_size, seed):
     model = make_model(write_model(tmp_path_factory.mktemp("live"), model_type), method, num_labels, seed)
     batch = random_batch(seed, batch=16)
     with torch.no_grad():
         logits = model(*batch)
     temperatures = torch.rand(3, 16) + 0.5
     for threshold in spaced_thresholds(11, 1 / num_labels):
-        labels, exits = early_exit(model, *batch, threshold, temperatures)
+        labels, exits = early_exit(model, *batch, threshold, temperatures, batch_size=batch_size)
         swept = exits_taken(confidences(logits, temperatures), threshold, 1 / num_labels)
         assert exits.tolist() == swept.tolist()
         assert labels.tolist() == logits.argmax(-1).gather(0, swept[None])[0].tolist()
@@ -100,20 +101,25 @@ def test_live_decides_as_the_sweep_when_learning_to_exit(tmp_path_factory, model
     assert (swept[0], swept[-1]) == ([0] * 16, [2] * 16)
 
 
-def test_who_leaves_is_not_computed_further(tmp_path, model_type):
-    model = make_model(write_model(tmp_path, model_type), "sweet")
+@pytest.mark.parametrize("method", ["sweet", "mm"])
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_who_leaves_is_not_computed_further_and_the_rest_fills_batches(tmp_path, model_type, method, batch_size):
+    model = make_model(write_model(tmp_path, model_type), method)
     batch = random_batch(3, batch=16)
     seen = []
-    for layer in model.encoder.layers:
-        layer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
-    _, exits = early_exit(model, *batch, 0.75)
-    lengths = batch[1].sum(1)
-    for k, layers in enumerate(([0], [1], [2, 3])):
-        stay = exits >= k
-        expected = [(int(stay.sum()), int(lengths[stay].max()))] * len(layers) if stay.any() else []
-        assert [seen[n] for n in layers if n < len(seen)] == expected
+    for part in model if method == "mm" else [model]:
+        for layer in part.encoder.layers:
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    _, exits = early_exit(model, *batch, 0.75, batch_size=batch_size)
+    lengths, expected = batch[1].sum(1), []
+    for k, layers in enumerate((1, 2, 4) if method == "mm" else (1, 1, 2)):
+        left = lengths[exits >= k].sort(descending=True).values
+        for group in left.split(batch_size) if len(left) else ():
+            expected += [(len(group), int(group[0]))] * layers
+    assert len(exits.unique()) > 1
+    assert seen == expected
     seen.clear()
-    early_exit(model, *batch, 0.5)
+    early_exit(model, *batch, 0.5, batch_size=16)
     assert len(seen) == 1  # all left after layer 1
 
 
