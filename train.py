@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minisweet.bert import BertConfig
 from minisweet.checkpoint import load_encoder, read_config
-from minisweet.cli import InputError, Parser, run_command, whole_number, write_json
+from minisweet.cli import InputError, Parser, number, run_command, whole_number, write_json
 from minisweet.deberta import DebertaConfig
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
 from minisweet.devices import (
@@ -108,11 +108,11 @@ def train(
                     loss = exit_loss(logits, certainty, batch.labels)
                     # Under SWEET (and in MM's models, of one exit each) no other loss reaches this segment: call
                     # backward() now and free the segment. It keeps the forward's types, autocast or not.
-                    if model.method == "sweet":
+                    if model.gradient_flow == 0:
                         scaler.scale(loss).backward()
                         loss = loss.detach()
                     losses.append(loss)
-            if model.method == "ee":
+            if model.gradient_flow > 0:
                 scaler.scale(sum(losses)).backward()
             scaler.unscale_(optimizer)
             clip_grad_norm_(model.parameters(), 1.0)  # of all segments together, as the authors do
@@ -151,6 +151,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.")
     option = parser.add_argument
     option("--method", choices=METHODS, default="sweet", help="SWEET, Early-Exit or Multi-Model (default: sweet)")
+    option("--gradient-flow", type=number(0, 1), help="for sweet: share that passes a boundary; 0 is SWEET, 1 is EE")
+    option("--gradient-cap", type=number(0), help="for sweet: its norm at most so many times the exit's own")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
     option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
@@ -161,8 +163,12 @@ def parse_arguments() -> argparse.Namespace:
     option("--overwrite", action="store_true", help="replace the run in --out")
     add_training_options(parser)
     args = parser.parse_args()
+    boundary = [("flow", args.gradient_flow), ("cap", args.gradient_cap)]
+    boundary = "".join(f"-{name}{value:g}" for name, value in boundary if value is not None)
+    if boundary and args.method != "sweet":
+        raise InputError(f"--gradient-flow, --gradient-cap: for --method sweet, not {args.method}")
     if args.out is None:
-        name = f"{Path(args.model).resolve().name}-{args.method}-{args.task}-seed{args.seed}"
+        name = f"{Path(args.model).resolve().name}-{args.method}{boundary}-{args.task}-seed{args.seed}"
         args.out = Path("runs") / (name + "-lte" * (args.exit_strategy == "lte"))
     args.lr = args.lr or default_learning_rate(args.model, args.task, args.method)
     args.batch_size = args.batch_size or default_batch_size(args.model)
@@ -208,7 +214,8 @@ def main() -> None:
         parts = list(model)  # trained one after the other, each alone
     else:
         encoder = load_encoder(folder, exit_layers[-1])
-        model = MultiExitModel(encoder, exit_layers, len(task.labels), args.method, args.exit_strategy)
+        boundary = (args.gradient_flow, args.gradient_cap)
+        model = MultiExitModel(encoder, exit_layers, len(task.labels), args.method, args.exit_strategy, *boundary)
         parts = [model]
     print(
         f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "

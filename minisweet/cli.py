@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,22 @@ def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
         if not (text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return int(text)
+
+    return parse
+
+
+def number(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`, finite."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            above = "or more" if math.isinf(high) else f"to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number, {low:g} {above}")
+        return value
 
     return parse
 

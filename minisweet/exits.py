@@ -11,6 +11,7 @@ every exit's gradient), so that it belongs to the first exit, as the embeddings 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -66,6 +67,26 @@ def stop_gradient(stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.detach() for tensor in stream)
 
 
+class PartialStop(torch.autograd.Function):
+    """A boundary between SWEET's and EE's: the stream's values pass unchanged, and some of the gradient passes back.
+
+    Gives the hidden states twice, for the exit and for the layers above it, and the rest of the stream. The gradient
+    from above is multiplied by `flow`, or by less, so that its norm is at most `cap` times that of the exit's own.
+    """
+
+    @staticmethod
+    def forward(ctx, flow: float, cap: float, *stream: Tensor) -> tuple[Tensor, ...]:
+        ctx.flow, ctx.cap = flow, cap
+        return tuple(tensor.view_as(tensor) for tensor in (stream[0], *stream))
+
+    @staticmethod
+    def backward(ctx, own: Tensor, above: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        share = ctx.flow
+        if ctx.cap < math.inf:  # 0 / 0 is where nothing comes from above
+            share = (ctx.cap * own.float().norm() / above.float().norm()).nan_to_num(0.0).clamp(max=ctx.flow)
+        return None, None, own + share * above, *(share * gradient for gradient in others)
+
+
 class MultiExitModel(nn.Module):
     """An encoder with an exit head after each layer of `exit_layers`, for EE and SWEET.
 
@@ -75,9 +96,13 @@ class MultiExitModel(nn.Module):
         num_labels: C.
         method: "sweet" or "ee". Both give the same logits from the same weights; only the gradients differ.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
+        gradient_flow: for "sweet", how much gradient passes a boundary: 0 is SWEET, 1 is EE, as in "ee".
+        gradient_cap: for "sweet", the largest norm of what passes, over the norm of the exit's own gradient on the same
+            hidden states, those of the whole batch; `gradient_flow` then is 1 unless given. 0 is SWEET too.
 
     Raises:
-        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
+        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy, a flow
+            that is not in 0 to 1, a cap below 0, either of them with "ee".
     """
 
     def __init__(
@@ -87,6 +112,8 @@ class MultiExitModel(nn.Module):
         num_labels: int,
         method: str = "sweet",
         exit_strategy: str = "confidence",
+        gradient_flow: float | None = None,
+        gradient_cap: float | None = None,
     ) -> None:
         super().__init__()
         depth = len(encoder.layers)
@@ -98,6 +125,14 @@ class MultiExitModel(nn.Module):
         self.encoder = encoder
         self.exit_layers = tuple(exit_layers)
         self.method = method
+        if method == "ee" and (gradient_flow, gradient_cap) != (None, None):
+            raise ValueError("gradient_flow and gradient_cap are for 'sweet'")
+        if gradient_flow is None:
+            gradient_flow = 0.0 if method == "sweet" and gradient_cap is None else 1.0
+        self.gradient_flow = 0.0 if gradient_cap == 0 else gradient_flow
+        self.gradient_cap = math.inf if gradient_cap is None else gradient_cap
+        if not (0 <= self.gradient_flow <= 1 and self.gradient_cap >= 0):
+            raise ValueError(f"gradient_flow {gradient_flow} must be in 0 to 1, gradient_cap {gradient_cap} 0 or more")
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
 
     def pieces(self) -> list[tuple[ExitHead, int, int]]:
@@ -117,9 +152,12 @@ class MultiExitModel(nn.Module):
         stream = self.encoder.embed(input_ids, token_type_ids)
         for head, start, stop in self.pieces():
             stream = self.encoder.run_layers(stream, attention_mask, start, stop)
-            yield head(stream[0])  # logits (B, C) and certainty
-            if self.method == "sweet":  # EE is the same without this line
+            hidden = stream[0]
+            if self.gradient_flow == 0:  # SWEET; EE is the same without this boundary
                 stream = stop_gradient(stream)
+            elif self.gradient_flow < 1 or self.gradient_cap < math.inf:
+                hidden, *stream = PartialStop.apply(self.gradient_flow, self.gradient_cap, *stream)
+            yield head(hidden)  # logits (B, C) and certainty
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """All exits' logits.

@@ -230,8 +230,9 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
             ratios = np.linspace(min(ends), max(ends), 400)
             mean, _, ci95 = over_seeds(seed_means(records, tasks, lambda run, at=ratios: interpolated(run, at)))
             if len(mean):
-                axis.plot(ratios, mean, color=COLOURS[method], label=method)
-                axis.fill_between(ratios, mean - ci95, mean + ci95, color=COLOURS[method], alpha=0.15, linewidth=0)
+                (line,) = axis.plot(ratios, mean, color=COLOURS.get(method), label=method)
+                shade = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+                axis.fill_between(ratios, mean - ci95, mean + ci95, **shade)
         axis.set_title(title)
         axis.set_xlabel("speedup ratio: share of the layers run")
         axis.set_ylabel("score")

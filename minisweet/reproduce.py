@@ -8,6 +8,7 @@ folder made by train.py and evaluate.py; what is complete is skipped, so that a 
 """
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -54,6 +55,20 @@ class Run(NamedTuple):
     seed: int
 
 
+def method_setting(text: str) -> str:
+    """An argparse type: ee, mm, sweet, or SWEET with gradient over its boundaries: sweet-flow0.5, sweet-cap1."""
+    if text not in METHODS and not re.fullmatch(r"sweet-(flow|cap)[0-9]+(\.[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}, sweet-flow0.5, sweet-cap1, ...")
+    return text
+
+
+def train_options(run: Run) -> dict:
+    """A run's options of train.py, None for those not given."""
+    method, name, value = re.fullmatch(r"(\w+)(?:-(flow|cap)(.+))?", run.method).groups()
+    options = run._asdict() | {"method": method, "gradient_flow": None, "gradient_cap": None}
+    return options | ({f"gradient_{name}": float(value)} if name else {})
+
+
 class Grid:
     """The runs that the command line asks for, and what is there of them."""
 
@@ -95,7 +110,7 @@ class Grid:
 
     def check_settings(self, run: Run, arguments: dict) -> None:
         """Raise InputError unless a run was trained with these arguments as the command line has them."""
-        expected = run._asdict() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
+        expected = train_options(run) | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
         expected |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
         for key, value in expected.items():
             if arguments.get(key) != value:
@@ -163,7 +178,7 @@ class Grid:
         if (self.folder(run) / "run.json").exists():
             return [evaluate]
         train = ["train.py", "--model", args.model, "--out", folder, "--exit-strategy", args.exit_strategy, *device]
-        options = run._asdict() | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
+        options = train_options(run) | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
         options["batch_size"] = args.batch_size
         options["exit_layers"] = args.exit_layers and ",".join(map(str, args.exit_layers))
         for name, value in options.items():
@@ -267,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    option("--methods", type=list_of(one_of(METHODS)), default=["ee", "mm", "sweet"], help="default: ee,mm,sweet")
+    option("--methods", type=list_of(method_setting), default=["ee", "mm", "sweet"], help="default: ee,mm,sweet")
     option(
         "--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first for the search (default: 0,1,2)"
     )

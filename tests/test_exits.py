@@ -102,6 +102,88 @@ def test_a_segment_at_a_time_gives_the_gradients_of_the_summed_loss(model_dir):
         torch.testing.assert_close(parameter.grad, summed[name], atol=1e-6, rtol=1e-6)
 
 
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    """Each parameter's gradient of the summed loss, zeros for none."""
+    model.zero_grad()
+    sum(exit_losses(model, batch, LABELS)).backward()
+    zeros = torch.zeros_like
+    return {name: zeros(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def with_boundary(model_type, exit_layers, **boundary):
+    torch.manual_seed(0)
+    return MultiExitModel(tiny_encoder(model_type), exit_layers, 2, **boundary).eval()
+
+
+def test_the_ends_of_gradient_flow_are_sweet_and_ee_to_the_bit(model_type):
+    batch = random_batch()
+    for boundary, method in (
+        ({"gradient_flow": 0.0}, "sweet"),
+        ({"gradient_cap": 0.0}, "sweet"),
+        ({"gradient_flow": 1.0}, "ee"),
+    ):
+        ours = gradients(with_boundary(model_type, (1, 2, 4), **boundary), batch)
+        theirs = gradients(with_boundary(model_type, (1, 2, 4), method=method), batch)
+        for name in theirs:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_gradient_flow_multiplies_what_passes_each_boundary(model_type):
+    batch = random_batch()
+    per_exit = []  # each exit's gradient under EE
+    model = with_boundary(model_type, (1, 2, 4), method="ee")
+    for loss in exit_losses(model, batch, LABELS):
+        parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+        per_exit.append(dict(zip(dict(model.named_parameters()), parts, strict=True)))
+    partial = with_boundary(model_type, (1, 2, 4), gradient_flow=0.3)
+    assert torch.equal(partial(*batch), model(*batch))
+    for name, gradient in gradients(partial, batch).items():
+        owner, expected = right_owner(name, (1, 2, 4)), torch.zeros_like(gradient)
+        for k in range(owner, 3):
+            expected += 0 if per_exit[k][name] is None else 0.3 ** (k - owner) * per_exit[k][name]
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("cap", "flow"), [(0.02, None), (0.02, 0.001), (1e6, None), (1e6, 0.25)])
+def test_gradient_cap_bounds_the_norm_of_what_passes(model_type, cap, flow):
+    batch = random_batch()
+    ee, sweet = (with_boundary(model_type, (2, 4), method=method) for method in ("ee", "sweet"))
+    stream = ee.encoder.run_layers(ee.encoder.embed(batch[0], batch[2]), batch[1], 0, 2)
+    hidden = stream[0].detach().requires_grad_()
+    own = torch.autograd.grad(exit_loss(*ee.heads[0](hidden), LABELS), hidden)[0]
+    after = ee.encoder.run_layers((hidden, *stream[1:]), batch[1], 2, 4)
+    above = torch.autograd.grad(exit_loss(*ee.heads[1](after[0]), LABELS), hidden)[0]
+    share = min(1.0 if flow is None else flow, cap * float(own.norm() / above.norm()))
+    least, most = gradients(sweet, batch), gradients(ee, batch)
+    capped = gradients(with_boundary(model_type, (2, 4), gradient_cap=cap, gradient_flow=flow), batch)
+    for name in most:
+        expected = least[name] + share * (most[name] - least[name])
+        torch.testing.assert_close(
+            capped[name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    if cap < 1:
+        assert cap * own.norm() < above.norm()  # or the test shows nothing
+
+
+def test_gradient_cap_is_right_where_a_gradient_is_zero():
+    model = with_boundary("bert", (2, 4), gradient_cap=0.5)
+    batch = random_batch()
+    for silent in (0, 1):
+        model.zero_grad()
+        list(model.segments(*batch))[1 - silent][0].sum().backward()
+        norm = sum(p.grad.norm() for p in model.encoder.layers[:2].parameters() if p.grad is not None)
+        assert (norm > 0) == (silent == 1)  # without an own gradient nothing passes; without one from above, its own
+
+
+@pytest.mark.parametrize(
+    "boundary",
+    [{"gradient_flow": 1.5}, {"gradient_flow": -0.1}, {"gradient_cap": -1.0}, {"gradient_flow": 0.5, "method": "ee"}],
+)
+def test_a_boundary_that_cannot_be_is_refused(boundary):
+    with pytest.raises(ValueError, match="gradient_flow"):
+        with_boundary("bert", (2, 4), **boundary)
+
+
 @pytest.mark.parametrize("exit_layers", [(), (0, 2), (2, 2), (3, 1), (1, 5)])
 def test_exit_layers_must_be_increasing_and_in_the_encoder(exit_layers):
     with pytest.raises(ValueError, match="exit_layers"):

@@ -131,6 +131,24 @@ def test_a_printed_command_makes_its_run(command, tmp_path):
     assert (status, "of 1 runs; 0 missing" in out) == (0, True)
 
 
+def test_gradient_flow_and_cap_are_settings_of_a_method(command, tmp_path):
+    grid = ["--methods", "sweet,sweet-flow0.5,sweet-cap2", "--seeds", "0", "--lrs", "1e-3"]
+    status, _, _, started = command(*grid)
+    assert (status, len(started)) == (0, 6)
+    runs = tmp_path / "reproduced" / "runs"
+    for name, flow, cap in (("sweet", None, None), ("sweet-flow0.5", 0.5, None), ("sweet-cap2", None, 2.0)):
+        record = json.loads((runs / f"tiny-{name}-toy-lr0.001-n32-seed0" / "run.json").read_text())
+        assert (record["arguments"]["gradient_flow"], record["arguments"]["gradient_cap"]) == (flow, cap)
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert list(results["individual"]) == ["sweet", "sweet-flow0.5", "sweet-cap2"]
+    (runs / "tiny-sweet-flow0.5-toy-lr0.001-n32-seed0").rename(runs / "tiny-sweet-flow0.7-toy-lr0.001-n32-seed0")
+    status, _, err, _ = command("--methods", "sweet-flow0.7", "--seeds", "0", "--lrs", "1e-3")
+    assert (status, "a run with gradient_flow 0.5, not 0.7" in err) == (2, True)
+    for method in ("sweet-flow", "ee-flow0.5", "sweet-cap0.5x", "sweet-flow٥"):
+        status, _, err, _ = command("--methods", method)
+        assert (status, f"'{method}' is none of" in err, err.count("\n")) == (2, True, 1)
+
+
 def test_what_is_missing_is_named(command, tmp_path):
     runs = tmp_path / "reproduced" / "runs"
     fake_run(runs, "sweet", 1e-3, 0, 60.0)
