@@ -54,6 +54,20 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, labels: Tensor) -> Tenso
     return loss
 
 
+def cap_others(parameters: list[nn.Parameter], own: list[Tensor], cap: float) -> None:
+    """Shorten what other exits add to each parameter's gradient, to at most `cap` times the norm of its owner's.
+
+    Args:
+        parameters: with the gradients of all exits' losses together.
+        own: the gradients of their owners' losses alone.
+        cap: 0 leaves SWEET's gradients, infinity EE's.
+    """
+    for parameter, gradient in zip(parameters, own, strict=True):
+        others = parameter.grad - gradient
+        share = (cap * gradient.norm() / others.norm()).nan_to_num(0.0).clamp(max=1.0)  # 0 / 0 without others
+        parameter.grad = gradient + share * others
+
+
 def train(
     model: MultiExitModel,
     examples: TokenizedExamples,
@@ -63,6 +77,7 @@ def train(
     learning_rate: float,
     seed: int,
     precision: torch.dtype | None = None,
+    owner_cap: float | None = None,
     title: str = "train",
 ) -> list[list[float]]:
     """Fine-tune all exits of `model` in place, on the device where it is (App. A).
@@ -74,6 +89,7 @@ def train(
         learning_rate: of the first step; it decays linearly to zero.
         seed: of the order of the examples and of dropout.
         precision: type to autocast to; None for float32 alone.
+        owner_cap: where gradient passes the boundaries, the cap of `cap_others`; None for no cap.
         title: for the progress bar.
 
     Returns:
@@ -95,6 +111,7 @@ def train(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     steps = epochs * -(-len(examples) // batch_size)
+    owned = model.owned()
     history = []
     progress = tqdm(total=epochs * len(examples), unit="ex", desc=title)
     for epoch in range(epochs):
@@ -102,7 +119,7 @@ def train(
             batch = batch.to(device)
             batch = batch._replace(input_ids=torch.searchsorted(used, batch.input_ids))  # rows of the smaller table
             optimizer.zero_grad()
-            losses = []
+            losses, own = [], []
             with autocast(device, precision):
                 for logits, certainty in model.segments(*batch.inputs):  # exit by exit
                     loss = exit_loss(logits, certainty, batch.labels)
@@ -111,9 +128,13 @@ def train(
                     if model.gradient_flow == 0:
                         scaler.scale(loss).backward()
                         loss = loss.detach()
+                    elif owner_cap is not None:
+                        own += torch.autograd.grad(scaler.scale(loss), owned[len(losses)], retain_graph=True)
                     losses.append(loss)
             if model.gradient_flow > 0:
                 scaler.scale(sum(losses)).backward()
+            if own:
+                cap_others(sum(owned, []), own, owner_cap)
             scaler.unscale_(optimizer)
             clip_grad_norm_(model.parameters(), 1.0)  # of all segments together, as the authors do
             for group in optimizer.param_groups:
@@ -153,6 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--method", choices=METHODS, default="sweet", help="SWEET, Early-Exit or Multi-Model (default: sweet)")
     option("--gradient-flow", type=number(0, 1), help="for sweet: share that passes a boundary; 0 is SWEET, 1 is EE")
     option("--gradient-cap", type=number(0), help="for sweet: its norm at most so many times the exit's own")
+    option("--owner-cap", type=number(0), help="for sweet: the same, of each parameter's gradient; 0 is SWEET")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
     option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
@@ -163,10 +185,10 @@ def parse_arguments() -> argparse.Namespace:
     option("--overwrite", action="store_true", help="replace the run in --out")
     add_training_options(parser)
     args = parser.parse_args()
-    boundary = [("flow", args.gradient_flow), ("cap", args.gradient_cap)]
-    boundary = "".join(f"-{name}{value:g}" for name, value in boundary if value is not None)
+    boundary = {"flow": args.gradient_flow, "cap": args.gradient_cap, "owner": args.owner_cap}
+    boundary = "".join(f"-{name}{value:g}" for name, value in boundary.items() if value is not None)
     if boundary and args.method != "sweet":
-        raise InputError(f"--gradient-flow, --gradient-cap: for --method sweet, not {args.method}")
+        raise InputError(f"--gradient-flow, --gradient-cap, --owner-cap: for --method sweet, not {args.method}")
     if args.out is None:
         name = f"{Path(args.model).resolve().name}-{args.method}{boundary}-{args.task}-seed{args.seed}"
         args.out = Path("runs") / (name + "-lte" * (args.exit_strategy == "lte"))
@@ -214,7 +236,8 @@ def main() -> None:
         parts = list(model)  # trained one after the other, each alone
     else:
         encoder = load_encoder(folder, exit_layers[-1])
-        boundary = (args.gradient_flow, args.gradient_cap)
+        all_flows = args.owner_cap is not None and (args.gradient_flow, args.gradient_cap) == (None, None)
+        boundary = (1.0 if all_flows else args.gradient_flow, args.gradient_cap)
         model = MultiExitModel(encoder, exit_layers, len(task.labels), args.method, args.exit_strategy, *boundary)
         parts = [model]
     print(
@@ -226,6 +249,7 @@ def main() -> None:
     losses = []
     arguments = vars(args) | {"data_dir": str(args.data_dir.resolve()), "out": str(args.out)}
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.lr, "seed": args.seed}
+    settings["owner_cap"] = args.owner_cap
     for part in parts:
         title = f"layers {part.exit_layers[-1]}" if args.method == "mm" else args.method
         try:

@@ -139,6 +139,12 @@ class MultiExitModel(nn.Module):
         """Each exit's head and its segment: the layers start+1 to stop."""
         return [(head, *bounds) for head, bounds in zip(self.heads, pairwise((0, *self.exit_layers)), strict=True)]
 
+    def owned(self) -> list[list[nn.Parameter]]:
+        """The encoder's parameters that each exit owns: its segment's, and the first exit the embeddings too."""
+        owned = [list(self.encoder.layers[start:stop].parameters()) for _, start, stop in self.pieces()]
+        in_layers = set(self.encoder.layers.parameters())
+        return [[p for p in self.encoder.parameters() if p not in in_layers] + owned[0], *owned[1:]]
+
     def segments(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:

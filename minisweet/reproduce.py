@@ -56,17 +56,18 @@ class Run(NamedTuple):
 
 
 def method_setting(text: str) -> str:
-    """An argparse type: ee, mm, sweet, or SWEET with gradient over its boundaries: sweet-flow0.5, sweet-cap1."""
-    if text not in METHODS and not re.fullmatch(r"sweet-(flow|cap)[0-9]+(\.[0-9]+)?", text):
+    """An argparse type: ee, mm, sweet, or SWEET with gradient over its boundaries, sweet-flow0.5, -cap1, -owner0.5."""
+    if text not in METHODS and not re.fullmatch(r"sweet-(flow|cap|owner)[0-9]+(\.[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}, sweet-flow0.5, sweet-cap1, ...")
     return text
 
 
 def train_options(run: Run) -> dict:
     """A run's options of train.py, None for those not given."""
-    method, name, value = re.fullmatch(r"(\w+)(?:-(flow|cap)(.+))?", run.method).groups()
-    options = run._asdict() | {"method": method, "gradient_flow": None, "gradient_cap": None}
-    return options | ({f"gradient_{name}": float(value)} if name else {})
+    method, name, value = re.fullmatch(r"(\w+)(?:-(flow|cap|owner)(.+))?", run.method).groups()
+    options = run._asdict() | {"method": method, "gradient_flow": None, "gradient_cap": None, "owner_cap": None}
+    option = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}.get(name)
+    return options | ({option: float(value)} if option else {})
 
 
 class Grid:

@@ -106,19 +106,21 @@ def test_gradient_flow_trains_from_sweet_to_ee(command, model_dir):
         "ee": ["--method", "ee"],
         "flow0": ["--gradient-flow", 0],
         "cap0": ["--gradient-cap", 0],
+        "owner0": ["--owner-cap", 0],
         "flow1": ["--gradient-flow", 1],
         "flow": ["--gradient-flow", 0.5],
         "cap": ["--gradient-cap", 0.5],
+        "owner": ["--owner-cap", 0.5],
     }
     records, weights = {}, {}
     for name, arguments in settings.items():
         assert command(train, *quick(model_dir, "--out", name, "--lr", "1e-3", *arguments))[0] == 0
         records[name] = json.loads(Path(name, "run.json").read_text())
         weights[name] = load_file(Path(name, "model.safetensors"))
-    for name, same in {"flow0": "sweet", "cap0": "sweet", "flow1": "ee"}.items():
+    for name, same in {"flow0": "sweet", "cap0": "sweet", "owner0": "sweet", "flow1": "ee"}.items():
         assert records[name]["losses"] == records[same]["losses"]
         assert all(torch.equal(weights[name][key], weights[same][key]) for key in weights[name])
-    assert len({str(records[name]["losses"]) for name in ("sweet", "ee", "flow", "cap")}) == 4
+    assert len({str(records[name]["losses"]) for name in ("sweet", "ee", "flow", "cap", "owner")}) == 5
     assert records["cap"]["arguments"]["gradient_cap"] == 0.5
     assert command(train, *quick(model_dir, *settings["flow"]))[0] == 0
     assert newest_run().name == "tiny-sweet-flow0.5-toy-seed0"
@@ -258,7 +260,12 @@ BAD = {
     ("--gradient-flow", "1.1"): "--gradient-flow: '1.1' is not a number, 0 to 1",
     ("--gradient-flow", "nan"): "--gradient-flow: 'nan' is not a number",
     ("--gradient-cap", "inf"): "--gradient-cap: 'inf' is not a number, 0 or more",
-    ("--gradient-cap", "1", "--method", "mm"): "--gradient-flow, --gradient-cap: for --method sweet, not mm",
+    (
+        "--gradient-cap",
+        "1",
+        "--method",
+        "mm",
+    ): "--gradient-flow, --gradient-cap, --owner-cap: for --method sweet, not mm",
 }
 
 

@@ -12,7 +12,7 @@ from minisweet.bert import CHECKPOINT_NAMES
 from minisweet.checkpoint import _sources
 from minisweet.exits import EXIT_STRATEGIES
 from tests.conftest import CHECKOUT, SHARED, random_batch, tiny_encoder, write_model
-from train import exit_loss
+from train import cap_others, exit_loss
 
 LABELS = torch.tensor([0, 1, 1, 0])
 EXIT_LAYERS = st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers)))
@@ -163,6 +163,26 @@ def test_gradient_cap_bounds_the_norm_of_what_passes(model_type, cap, flow):
         )
     if cap < 1:
         assert cap * own.norm() < above.norm()  # or the test shows nothing
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.3, 1e6])
+def test_the_owner_keeps_the_larger_part_of_each_gradient(model_type, cap):
+    batch = random_batch()
+    model = with_boundary(model_type, (1, 2, 4), method="ee")
+    sweet = gradients(with_boundary(model_type, (1, 2, 4)), batch)
+    parts = zip(exit_losses(model, batch, LABELS), model.owned(), strict=True)
+    own = [g for loss, owned in parts for g in torch.autograd.grad(loss, owned, retain_graph=True)]
+    everything = gradients(model, batch)
+    parameters, names = sum(model.owned(), []), {p: name for name, p in model.named_parameters()}
+    assert {names[p] for p in parameters} == {name for name in names.values() if "encoder" in name}
+    cap_others(parameters, own, cap)
+    shares = set()
+    for parameter in parameters:
+        mine, others = sweet[names[parameter]], everything[names[parameter]] - sweet[names[parameter]]
+        share = min(1.0, cap * float(mine.norm() / others.norm())) if others.norm() > 0 else 0.0
+        torch.testing.assert_close(parameter.grad, mine + share * others, atol=1e-5, rtol=1e-4)
+        shares.add(share)
+    assert len(shares) > 3 or cap in (0.0, 1e6)
 
 
 def test_gradient_cap_is_right_where_a_gradient_is_zero():

@@ -132,15 +132,18 @@ def test_a_printed_command_makes_its_run(command, tmp_path):
 
 
 def test_gradient_flow_and_cap_are_settings_of_a_method(command, tmp_path):
-    grid = ["--methods", "sweet,sweet-flow0.5,sweet-cap2", "--seeds", "0", "--lrs", "1e-3"]
+    grid = ["--methods", "sweet,sweet-flow0.5,sweet-cap2,sweet-owner1", "--seeds", "0", "--lrs", "1e-3"]
     status, _, _, started = command(*grid)
-    assert (status, len(started)) == (0, 6)
+    assert (status, len(started)) == (0, 8)
     runs = tmp_path / "reproduced" / "runs"
-    for name, flow, cap in (("sweet", None, None), ("sweet-flow0.5", 0.5, None), ("sweet-cap2", None, 2.0)):
+    settings = {"sweet": (None, None, None), "sweet-flow0.5": (0.5, None, None)}
+    settings |= {"sweet-cap2": (None, 2.0, None), "sweet-owner1": (None, None, 1.0)}
+    for name, expected in settings.items():
         record = json.loads((runs / f"tiny-{name}-toy-lr0.001-n32-seed0" / "run.json").read_text())
-        assert (record["arguments"]["gradient_flow"], record["arguments"]["gradient_cap"]) == (flow, cap)
+        boundary = ("gradient_flow", "gradient_cap", "owner_cap")
+        assert tuple(record["arguments"][key] for key in boundary) == expected
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
-    assert list(results["individual"]) == ["sweet", "sweet-flow0.5", "sweet-cap2"]
+    assert list(results["individual"]) == list(settings)
     (runs / "tiny-sweet-flow0.5-toy-lr0.001-n32-seed0").rename(runs / "tiny-sweet-flow0.7-toy-lr0.001-n32-seed0")
     status, _, err, _ = command("--methods", "sweet-flow0.7", "--seeds", "0", "--lrs", "1e-3")
     assert (status, "a run with gradient_flow 0.5, not 0.7" in err) == (2, True)
