@@ -32,9 +32,9 @@ from minisweet.devices import (
     device_name,
     reuse_freed_memory,
 )
-from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, check_exit_layers
+from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, check_exit_layers, shortening
 from minisweet.hub import REPOSITORIES, model_folder
-from minisweet.runs import DIVERGED, check_output, save_run, versions
+from minisweet.runs import DIVERGED, check_output, method_name, save_run, versions
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
 
@@ -64,8 +64,7 @@ def cap_others(parameters: list[nn.Parameter], own: list[Tensor], cap: float) ->
     """
     for parameter, gradient in zip(parameters, own, strict=True):
         others = parameter.grad - gradient
-        share = (cap * gradient.norm() / others.norm()).nan_to_num(0.0).clamp(max=1.0)  # 0 / 0 without others
-        parameter.grad = gradient + share * others
+        parameter.grad = gradient + shortening(others, gradient, cap) * others
 
 
 def train(
@@ -172,9 +171,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.")
     option = parser.add_argument
     option("--method", choices=METHODS, default="sweet", help="SWEET, Early-Exit or Multi-Model (default: sweet)")
-    option("--gradient-flow", type=number(0, 1), help="for sweet: share that passes a boundary; 0 is SWEET, 1 is EE")
-    option("--gradient-cap", type=number(0), help="for sweet: its norm at most so many times the exit's own")
-    option("--owner-cap", type=number(0), help="for sweet: the same, of each parameter's gradient; 0 is SWEET")
+    boundary = parser.add_mutually_exclusive_group().add_argument
+    boundary("--gradient-flow", type=number(0, 1), help="of sweet: share that passes a boundary; 0 is SWEET, 1 is EE")
+    boundary("--gradient-cap", type=number(0), help="of sweet: most that passes, of the norm of the exit's own; or")
+    boundary("--owner-cap", type=number(0), help="the same of each parameter: others' gradient beside its owner's")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
     option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
@@ -185,12 +185,10 @@ def parse_arguments() -> argparse.Namespace:
     option("--overwrite", action="store_true", help="replace the run in --out")
     add_training_options(parser)
     args = parser.parse_args()
-    boundary = {"flow": args.gradient_flow, "cap": args.gradient_cap, "owner": args.owner_cap}
-    boundary = "".join(f"-{name}{value:g}" for name, value in boundary.items() if value is not None)
-    if boundary and args.method != "sweet":
-        raise InputError(f"--gradient-flow, --gradient-cap, --owner-cap: for --method sweet, not {args.method}")
+    if args.method != "sweet" and method_name(vars(args)) != args.method:
+        raise InputError(f"--gradient-flow, --gradient-cap, --owner-cap: of --method sweet, not {args.method}")
     if args.out is None:
-        name = f"{Path(args.model).resolve().name}-{args.method}{boundary}-{args.task}-seed{args.seed}"
+        name = f"{Path(args.model).resolve().name}-{method_name(vars(args))}-{args.task}-seed{args.seed}"
         args.out = Path("runs") / (name + "-lte" * (args.exit_strategy == "lte"))
     args.lr = args.lr or default_learning_rate(args.model, args.task, args.method)
     args.batch_size = args.batch_size or default_batch_size(args.model)
@@ -236,12 +234,13 @@ def main() -> None:
         parts = list(model)  # trained one after the other, each alone
     else:
         encoder = load_encoder(folder, exit_layers[-1])
-        all_flows = args.owner_cap is not None and (args.gradient_flow, args.gradient_cap) == (None, None)
-        boundary = (1.0 if all_flows else args.gradient_flow, args.gradient_cap)
-        model = MultiExitModel(encoder, exit_layers, len(task.labels), args.method, args.exit_strategy, *boundary)
+        flow = args.gradient_flow if args.owner_cap is None else 1.0  # capped after the backward pass
+        model = MultiExitModel(
+            encoder, exit_layers, len(task.labels), args.method, args.exit_strategy, flow, args.gradient_cap
+        )
         parts = [model]
     print(
-        f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
+        f"{args.model}, {method_name(vars(args))}, {args.task}: {len(examples)} examples, exits after layers "
         f"{','.join(map(str, exit_layers))} of {config.num_hidden_layers}, learning rate {args.lr:g}, "
         f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {precision or torch.float32}"
     )

@@ -44,10 +44,10 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = float(text) + 0.0  # never -0.0
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value):
+        if not text.isascii() or not low <= value <= high or math.isinf(value):
             above = "or more" if math.isinf(high) else f"to {high:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a number, {low:g} {above}")
         return value

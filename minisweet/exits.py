@@ -71,20 +71,27 @@ class PartialStop(torch.autograd.Function):
     """A boundary between SWEET's and EE's: the stream's values pass unchanged, and some of the gradient passes back.
 
     Gives the hidden states twice, for the exit and for the layers above it, and the rest of the stream. The gradient
-    from above is multiplied by `flow`, or by less, so that its norm is at most `cap` times that of the exit's own.
+    from above is multiplied by `flow`, or with a `cap` by what shortens it to `cap` times the norm of the exit's own,
+    both of them over the whole batch.
     """
 
     @staticmethod
-    def forward(ctx, flow: float, cap: float, *stream: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, flow: float, cap: float | None, *stream: Tensor) -> tuple[Tensor, ...]:
         ctx.flow, ctx.cap = flow, cap
         return tuple(tensor.view_as(tensor) for tensor in (stream[0], *stream))
 
     @staticmethod
     def backward(ctx, own: Tensor, above: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         share = ctx.flow
-        if ctx.cap < math.inf:  # 0 / 0 is where nothing comes from above
-            share = (ctx.cap * own.float().norm() / above.float().norm()).nan_to_num(0.0).clamp(max=ctx.flow)
+        if ctx.cap is not None:
+            share = shortening(above, own, ctx.cap)
         return None, None, own + share * above, *(share * gradient for gradient in others)
+
+
+def shortening(gradient: Tensor, own: Tensor, cap: float) -> Tensor:
+    """What to multiply `gradient` by, so that its norm is at most `cap` times that of `own`: a scalar in 0 to 1."""
+    ratio = cap * own.float().norm() / gradient.float().norm()
+    return ratio.nan_to_num(0.0).clamp(max=1.0)  # 0 / 0 where both are zero
 
 
 class MultiExitModel(nn.Module):
@@ -96,13 +103,13 @@ class MultiExitModel(nn.Module):
         num_labels: C.
         method: "sweet" or "ee". Both give the same logits from the same weights; only the gradients differ.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
-        gradient_flow: for "sweet", how much gradient passes a boundary: 0 is SWEET, 1 is EE, as in "ee".
-        gradient_cap: for "sweet", the largest norm of what passes, over the norm of the exit's own gradient on the same
-            hidden states, those of the whole batch; `gradient_flow` then is 1 unless given. 0 is SWEET too.
+        gradient_flow: for "sweet", the share of the gradient that passes a boundary: 0 is SWEET, 1 is EE, as in "ee".
+        gradient_cap: for "sweet" and instead of the flow, the largest norm of what passes, over the norm of the exit's
+            own gradient on the same hidden states. 0 is SWEET.
 
     Raises:
         ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy, a flow
-            that is not in 0 to 1, a cap below 0, either of them with "ee".
+            that is not in 0 to 1, a cap below 0, both of them, or one with "ee".
     """
 
     def __init__(
@@ -124,15 +131,15 @@ class MultiExitModel(nn.Module):
             raise ValueError(f"exit_strategy is {exit_strategy!r}, and must be one of {', '.join(EXIT_STRATEGIES)}")
         self.encoder = encoder
         self.exit_layers = tuple(exit_layers)
-        self.method = method
-        if method == "ee" and (gradient_flow, gradient_cap) != (None, None):
-            raise ValueError("gradient_flow and gradient_cap are for 'sweet'")
+        given = [value for value in (gradient_flow, gradient_cap) if value is not None]
+        if len(given) > (method == "sweet") or not all(0 <= value < math.inf for value in given):
+            raise ValueError(f"gradient_flow {gradient_flow}, gradient_cap {gradient_cap}: one, of 'sweet', 0 or more")
         if gradient_flow is None:
-            gradient_flow = 0.0 if method == "sweet" and gradient_cap is None else 1.0
-        self.gradient_flow = 0.0 if gradient_cap == 0 else gradient_flow
-        self.gradient_cap = math.inf if gradient_cap is None else gradient_cap
-        if not (0 <= self.gradient_flow <= 1 and self.gradient_cap >= 0):
-            raise ValueError(f"gradient_flow {gradient_flow} must be in 0 to 1, gradient_cap {gradient_cap} 0 or more")
+            gradient_flow = 0.0 if method == "sweet" and not gradient_cap else 1.0
+        if gradient_flow > 1:
+            raise ValueError(f"gradient_flow is {gradient_flow}, and must be in 0 to 1")
+        self.gradient_flow = gradient_flow
+        self.gradient_cap = gradient_cap or None
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
 
     def pieces(self) -> list[tuple[ExitHead, int, int]]:
@@ -159,9 +166,9 @@ class MultiExitModel(nn.Module):
         for head, start, stop in self.pieces():
             stream = self.encoder.run_layers(stream, attention_mask, start, stop)
             hidden = stream[0]
-            if self.gradient_flow == 0:  # SWEET; EE is the same without this boundary
+            if self.gradient_flow == 0:  # SWEET; EE has flow 1, and no boundary
                 stream = stop_gradient(stream)
-            elif self.gradient_flow < 1 or self.gradient_cap < math.inf:
+            elif self.gradient_flow < 1 or self.gradient_cap:
                 hidden, *stream = PartialStop.apply(self.gradient_flow, self.gradient_cap, *stream)
             yield head(hidden)  # logits (B, C) and certainty
 

@@ -40,11 +40,13 @@ def early_exit(
 
     Args:
         model: in evaluation mode.
-        input_ids, attention_mask, token_type_ids: (B, T) as in `MultiExitModel.forward`, padded at the end.
+        input_ids, attention_mask, token_type_ids: (B, T) as in `MultiExitModel.forward`, each of one token or more and
+            padded at the end.
         threshold: 1/C (0 for learning-to-exit) sends all to the first exit, 1 to the last.
         temperatures: (K, B), or (K, 1) for one of each exit; None for no calibration. Not for learning-to-exit.
         ranges: (K, 2), of learning-to-exit's certainties on validation data; None for 0 to 1.
-        batch_size: how many of the B run at once. Memory holds the hidden states of all B.
+        batch_size: how many of the B run at once. With more of them, as a few batches' worth, who is left is gathered
+            into batches as full as before. Memory holds the hidden states of all B.
 
     Returns:
         The labels (B,) and the exits taken (B,), counted from 0.
@@ -58,29 +60,32 @@ def early_exit(
     pieces = [(part.encoder, *piece) for part in models for piece in part.pieces()]  # K of them
     ranges = torch.tensor([[0.0, 1.0]]).expand(len(pieces), 2) if ranges is None else ranges
     rows = lengths.argsort(descending=True, stable=True)  # who is still here, similar lengths together
-    stream, hidden = (), None  # hidden states of all (B, T, D), from one piece to the next; zeros at padding
+    stream, hidden = (), None  # hidden states of all (B, T, D), from one piece to the next; finite at padding
     for k, (encoder, head, start, stop) in enumerate(pieces):
+        if len(rows) == 0:
+            break
         remainders = []
         for group in rows.split(batch_size):
-            T = int(lengths[group[0]].clamp(min=1))  # of the longest
+            T = max(1, int(lengths[group[0]]))  # of the longest
             ids, mask, types = (tensor[group, :T] for tensor in inputs)
             # At the first piece, and at each of MM's models, all starts with the words.
             stream = encoder.embed(ids, types) if start == 0 else (hidden[group, :T], *stream[1:])
             stream = encoder.run_layers(stream, mask, start, stop)
             logits, certainty = head(stream[0])  # (group, C), (group,)
             labels[group], exits[group] = logits.argmax(-1), k
+            if k == len(pieces) - 1:
+                continue
             if certainty is None:
                 confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, group])
                 stay = ~leaves(confidence, threshold, 1 / logits.shape[-1])
             else:
                 stay = ~leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
             remainders.append(group[stay])
-            if hidden is None:
-                hidden = stream[0].new_zeros(*input_ids.shape, stream[0].shape[-1])
-            hidden[group[stay], :T] = stream[0][stay]
-        rows = torch.cat(remainders)
-        if len(rows) == 0:
-            break
+            if pieces[k + 1][2] > 0:  # the next piece goes on from here
+                if hidden is None:
+                    hidden = stream[0].new_zeros(*input_ids.shape, stream[0].shape[-1])
+                hidden[group[stay], :T] = stream[0][stay]
+        rows = torch.cat(remainders) if remainders else rows[:0]
     return labels, exits
 
 
@@ -141,13 +146,15 @@ def measure_live(
         own = None if temperatures is None else temperatures[:, batch.rows.cpu()]
         return seconds(lambda: early_exit(model, *batch.inputs, threshold, own, ranges, batch_size))
 
-    for batch in batches[:2]:
-        full_depth(model, *batch.inputs)  # warm-up
+    # Not timed: on the CPU bfloat16 products are compiled for each shape at first sight. A stream of batches soon has
+    # seen all; here it would be a tenth of the time.
+    for batch in batches:
+        full_depth(model, *batch.inputs)
+    for single in singles:
+        time_early_exit(single, 1.0)
     report, labels, exits = [], [], []
     for threshold in progress(thresholds):
-        # Not timed: on the CPU bfloat16 products are compiled for each shape at first sight. A stream of batches soon
-        # has seen all; here it would be a tenth of the time.
-        answers = [time_early_exit(pool, threshold)[1] for pool in pools]
+        answers = [time_early_exit(pool, threshold)[1] for pool in pools]  # not timed either
         full = live = 0.0
         for i, pool in enumerate(pools):  # in turn, so that a machine whose speed drifts is fair to both
             for batch in batches[GATHERED * i : GATHERED * (i + 1)]:

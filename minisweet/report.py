@@ -8,6 +8,7 @@ Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup rati
 """
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1)  # besides the first exit's
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
 COLOURS = {"ee": "tab:orange", "mm": "tab:green", "sweet": "tab:blue"}
+OTHER_COLOURS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan")
 NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
 
 # The records of one method and training size, by task and seed; None for a run whose loss became infinite or NaN.
@@ -223,6 +225,8 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (title, grid, tasks) in zip(axes.flat, panels, strict=False):
+        others = [method for method in grid if method not in COLOURS]
+        colours = COLOURS | dict(zip(others, cycle(OTHER_COLOURS), strict=False))
         for method, records in grid.items():
             ends = [run["speedup_ratios"][n] for run in _runs(records, tasks) if run for n in (0, -1)]
             if not ends:
@@ -230,9 +234,8 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
             ratios = np.linspace(min(ends), max(ends), 400)
             mean, _, ci95 = over_seeds(seed_means(records, tasks, lambda run, at=ratios: interpolated(run, at)))
             if len(mean):
-                (line,) = axis.plot(ratios, mean, color=COLOURS.get(method), label=method)
-                shade = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
-                axis.fill_between(ratios, mean - ci95, mean + ci95, **shade)
+                axis.plot(ratios, mean, color=colours[method], label=method)
+                axis.fill_between(ratios, mean - ci95, mean + ci95, color=colours[method], alpha=0.15, linewidth=0)
         axis.set_title(title)
         axis.set_xlabel("speedup ratio: share of the layers run")
         axis.set_ylabel("score")

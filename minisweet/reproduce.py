@@ -8,7 +8,6 @@ folder made by train.py and evaluate.py; what is complete is skipped, so that a 
 """
 
 import argparse
-import re
 import shlex
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from minisweet.cli import (
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, search_rates
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.report import did_not_converge, document, draw_curves, load_pyplot, one_class_layers, results_of
-from minisweet.runs import DIVERGED, read_record
+from minisweet.runs import DIVERGED, method_arguments, method_name, read_record
 from minisweet.tasks import TASKS
 from train import add_training_options, find_model, positive_float
 
@@ -56,18 +55,12 @@ class Run(NamedTuple):
 
 
 def method_setting(text: str) -> str:
-    """An argparse type: ee, mm, sweet, or SWEET with gradient over its boundaries, sweet-flow0.5, -cap1, -owner0.5."""
-    if text not in METHODS and not re.fullmatch(r"sweet-(flow|cap|owner)[0-9]+(\.[0-9]+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}, sweet-flow0.5, sweet-cap1, ...")
-    return text
-
-
-def train_options(run: Run) -> dict:
-    """A run's options of train.py, None for those not given."""
-    method, name, value = re.fullmatch(r"(\w+)(?:-(flow|cap|owner)(.+))?", run.method).groups()
-    options = run._asdict() | {"method": method, "gradient_flow": None, "gradient_cap": None, "owner_cap": None}
-    option = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}.get(name)
-    return options | ({option: float(value)} if option else {})
+    """An argparse type: a method, or SWEET with gradient over its boundaries, as `method_name` writes it."""
+    try:
+        return method_name(method_arguments(text))
+    except ValueError:
+        names = f"{', '.join(METHODS)}, sweet-flow0.5 (0 to 1), sweet-cap1, sweet-owner1"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {names}") from None
 
 
 class Grid:
@@ -111,7 +104,11 @@ class Grid:
 
     def check_settings(self, run: Run, arguments: dict) -> None:
         """Raise InputError unless a run was trained with these arguments as the command line has them."""
-        expected = train_options(run) | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
+        expected = (
+            run._asdict()
+            | method_arguments(run.method)
+            | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
+        )
         expected |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
         for key, value in expected.items():
             if arguments.get(key) != value:
@@ -179,7 +176,11 @@ class Grid:
         if (self.folder(run) / "run.json").exists():
             return [evaluate]
         train = ["train.py", "--model", args.model, "--out", folder, "--exit-strategy", args.exit_strategy, *device]
-        options = train_options(run) | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
+        options = (
+            run._asdict()
+            | method_arguments(run.method)
+            | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
+        )
         options["batch_size"] = args.batch_size
         options["exit_layers"] = args.exit_layers and ",".join(map(str, args.exit_layers))
         for name, value in options.items():

@@ -8,6 +8,7 @@ diverged.json       alone, where the loss became infinite or NaN: the arguments,
 """
 
 import platform
+import re
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -25,6 +26,8 @@ from minisweet.text import TOKENIZER_FILES
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOKENIZER_FILES}
+# What a method's name tells of SWEET's boundaries, and the option of train.py.
+BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
 # What is needed of run.json, and when it is usable.
 RECORD = {
     "model": lambda value: isinstance(value, str),
@@ -40,6 +43,26 @@ RECORD = {
         isinstance(value, dict) and isinstance(value.get("data_dir"), str) and type(value.get("max_length")) is int
     ),
 }
+
+
+def method_name(arguments: dict) -> str:
+    """The method of train.py's arguments with what passes its boundaries: ee, mm, sweet, sweet-flow0.5, sweet-cap1."""
+    values = {name: arguments.get(option) for name, option in BOUNDARIES.items()}
+    return arguments["method"] + "".join(f"-{name}{value:g}" for name, value in values.items() if value is not None)
+
+
+def method_arguments(name: str) -> dict:
+    """The arguments that `method_name` makes `name` of. Raises ValueError for another name."""
+    method, _, boundary = name.partition("-")
+    match = re.fullmatch(r"(flow|cap|owner)([0-9][0-9.e-]*)", boundary)
+    if method not in METHODS or (boundary and not (match and method == "sweet")):
+        raise ValueError(name)
+    arguments = {"method": method} | dict.fromkeys(BOUNDARIES.values())
+    if match:
+        arguments[BOUNDARIES[match[1]]] = float(match[2])
+    if (arguments["gradient_flow"] or 0) > 1:
+        raise ValueError(name)
+    return arguments
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -87,8 +110,9 @@ def read_record(run: Path) -> dict:
 
 
 def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
-    """Load a run's model, in float32 and on the CPU, and its run.json with `depth` and `vocab_size` of its config.json.
+    """Load a run's model to predict with, in float32 and on the CPU, and its run.json.
 
+    `depth` and `vocab_size` in it are those of config.json.
     Raises InputError for a folder that is no run, or a broken one.
     """
     record = read_record(run)

@@ -265,7 +265,9 @@ BAD = {
         "1",
         "--method",
         "mm",
-    ): "--gradient-flow, --gradient-cap, --owner-cap: for --method sweet, not mm",
+    ): "--gradient-flow, --gradient-cap, --owner-cap: of --method sweet, not mm",
+    ("--gradient-cap", "1", "--gradient-flow", "1"): "--gradient-flow: not allowed with argument --gradient-cap",
+    ("--gradient-cap", "١"): "--gradient-cap",
 }
 
 

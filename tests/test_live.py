@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet import MultiExitModel, build_multi_model, live, load_encoder
 from minisweet.adaptive import (
     certainty_ranges,
     confidences,
@@ -42,14 +42,15 @@ def make_model(folder, method, num_labels=2, seed=0, strategy="confidence"):
     method=st.sampled_from(["sweet", "mm"]),
     num_labels=st.integers(2, 3),
     batch_size=st.sampled_from([3, 16]),
+    per_row=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_labels, batch_size, seed):
+def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, num_labels, batch_size, per_row, seed):
     model = make_model(write_model(tmp_path_factory.mktemp("live"), model_type), method, num_labels, seed)
     batch = random_batch(seed, batch=16)
     with torch.no_grad():
         logits = model(*batch)
-    temperatures = torch.rand(3, 16) + 0.5
+    temperatures = torch.rand(3, 16 if per_row else 1) + 0.5
     for threshold in spaced_thresholds(11, 1 / num_labels):
         labels, exits = early_exit(model, *batch, threshold, temperatures, batch_size=batch_size)
         swept = exits_taken(confidences(logits, temperatures), threshold, 1 / num_labels)
@@ -121,6 +122,40 @@ def test_who_leaves_is_not_computed_further_and_the_rest_fills_batches(tmp_path,
     seen.clear()
     early_exit(model, *batch, 0.5, batch_size=16)
     assert len(seen) == 1  # all left after layer 1
+
+
+def test_nothing_in_nothing_out(tmp_path):
+    batch = tuple(tensor[:0] for tensor in random_batch())
+    labels, exits = early_exit(make_model(write_model(tmp_path, "bert"), "sweet"), *batch, 0.75)
+    assert (labels.tolist(), exits.tolist()) == ([], [])
+
+
+def test_the_wall_clock_is_that_of_all_batches(tmp_path, monkeypatch):
+    folder, clock, calls = write_model(tmp_path, "bert"), [0.0], []
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), np.arange(40))
+    temperatures = torch.arange(40.0).expand(3, 40)  # tell which row they are of
+
+    def fake_early_exit(model, input_ids, mask, types, threshold, own, ranges, batch_size):
+        clock[0] += 3 * len(input_ids)
+        calls.append((len(input_ids), batch_size, own[0].tolist()))
+        return torch.zeros(len(input_ids)), torch.zeros(len(input_ids), dtype=torch.int64)
+
+    def fake_full_depth(model, input_ids, mask, types):
+        clock[0] += 4 * len(input_ids)
+
+    monkeypatch.setattr(live, "early_exit", fake_early_exit)
+    monkeypatch.setattr(live, "full_depth", fake_full_depth)
+    monkeypatch.setattr(live.time, "perf_counter", lambda: clock[0])
+    model = make_model(folder, "sweet")
+    (row,), _, _ = measure_live(model, examples, [0.7], [0.25, 0.5, 1], 8, temperatures)
+    assert row["wall_share"] == pytest.approx(3 / 4)
+    assert row["instances_per_second"] == pytest.approx(1 / 3)
+    assert row["latency_ms"]["50"] == pytest.approx(3000)
+    pools = [call for call in calls if call[0] > 1]
+    assert [(size, batch_size) for size, batch_size, _ in pools] == [(32, 8), (8, 8)] * 2  # four batches, then the rest
+    by_length = np.argsort(-examples.lengths, kind="stable").tolist()
+    assert pools[0][2] + pools[1][2] == by_length
+    assert len([call for call in calls if call[0] == 1]) == 2 * 40  # each alone, once to warm up
 
 
 def test_the_report_agrees_with_equation_1(tmp_path):

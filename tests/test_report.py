@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from minisweet import report
 from minisweet.cli import InputError
 from minisweet.report import (
     STUDENT_T,
@@ -122,3 +123,15 @@ def test_a_figure_is_drawn_or_matplotlib_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         load_pyplot(path)
+
+
+def test_every_method_has_a_colour_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    methods = ["sweet-flow0.5", "ee", "mm", "sweet", "sweet-cap1", "sweet-owner0.5"]
+    draw_curves(tmp_path / "a.png", [("title", {method: {"sst2": {0: record()}} for method in methods}, ["sst2"])])
+    lines = figures[0].axes[0].lines
+    assert [line.get_label() for line in lines] == methods
+    assert len({line.get_color() for line in lines}) == len(methods)
+    report.load_pyplot(tmp_path).close(figures[0])
