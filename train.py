@@ -57,6 +57,8 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, labels: Tensor) -> Tenso
 def cap_others(parameters: list[nn.Parameter], own: list[Tensor], cap: float) -> None:
     """Shorten what other exits add to each parameter's gradient, to at most `cap` times the norm of its owner's.
 
+    The owner is the exit that alone updates the parameter under SWEET. Heads have no other exits.
+
     Args:
         parameters: with the gradients of all exits' losses together.
         own: the gradients of their owners' losses alone.
@@ -88,7 +90,7 @@ def train(
         learning_rate: of the first step; it decays linearly to zero.
         seed: of the order of the examples and of dropout.
         precision: type to autocast to; None for float32 alone.
-        owner_cap: where gradient passes the boundaries, the cap of `cap_others`; None for no cap.
+        owner_cap: of a model with flow 1, the cap of `cap_others`; None for no cap.
         title: for the progress bar.
 
     Returns:
@@ -120,15 +122,15 @@ def train(
             optimizer.zero_grad()
             losses, own = [], []
             with autocast(device, precision):
-                for logits, certainty in model.segments(*batch.inputs):  # exit by exit
+                for k, (logits, certainty) in enumerate(model.segments(*batch.inputs)):  # exit by exit
                     loss = exit_loss(logits, certainty, batch.labels)
                     # Under SWEET (and in MM's models, of one exit each) no other loss reaches this segment: call
-                    # backward() now and free the segment. It keeps the forward's types, autocast or not.
+                    # backward() now and free the segment. It computes in the forward's types, autocast or not.
                     if model.gradient_flow == 0:
                         scaler.scale(loss).backward()
                         loss = loss.detach()
                     elif owner_cap is not None:
-                        own += torch.autograd.grad(scaler.scale(loss), owned[len(losses)], retain_graph=True)
+                        own += torch.autograd.grad(scaler.scale(loss), owned[k], retain_graph=True)
                     losses.append(loss)
             if model.gradient_flow > 0:
                 scaler.scale(sum(losses)).backward()
@@ -172,9 +174,13 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--method", choices=METHODS, default="sweet", help="SWEET, Early-Exit or Multi-Model (default: sweet)")
     boundary = parser.add_mutually_exclusive_group().add_argument
-    boundary("--gradient-flow", type=number(0, 1), help="of sweet: share that passes a boundary; 0 is SWEET, 1 is EE")
-    boundary("--gradient-cap", type=number(0), help="of sweet: most that passes, of the norm of the exit's own; or")
-    boundary("--owner-cap", type=number(0), help="the same of each parameter: others' gradient beside its owner's")
+    boundary(
+        "--gradient-flow",
+        type=number(0, 1),
+        help="share of gradient that passes sweet's boundaries; 1 is EE (default: 0)",
+    )
+    boundary("--gradient-cap", type=number(0), help="instead: pass at most so many times the norm of the exit's own")
+    boundary("--owner-cap", type=number(0), help="instead: on each parameter, so many times its owner's")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
     option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
@@ -234,7 +240,8 @@ def main() -> None:
         parts = list(model)  # trained one after the other, each alone
     else:
         encoder = load_encoder(folder, exit_layers[-1])
-        flow = args.gradient_flow if args.owner_cap is None else 1.0  # capped after the backward pass
+        # With --owner-cap all gradient passes, as under EE; train() caps it after the backward pass.
+        flow = args.gradient_flow if args.owner_cap is None else 1.0
         model = MultiExitModel(
             encoder, exit_layers, len(task.labels), args.method, args.exit_strategy, flow, args.gradient_cap
         )

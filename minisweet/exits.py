@@ -8,6 +8,9 @@ We keep that statement to the letter where the authors' code does not: each exit
 one for all exits), and DeBERTa's relative table stops at the boundary together with the hidden states (theirs gets
 every exit's gradient), so that it belongs to the first exit, as the embeddings do.
 
+Beyond the paper, a boundary may let some gradient through (`PartialStop`), or all of it while the training loop keeps
+it smaller than the owner's (`cap_others` in train.py). Neither is on by default.
+
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
@@ -70,9 +73,9 @@ def stop_gradient(stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class PartialStop(torch.autograd.Function):
     """A boundary between SWEET's and EE's: the stream's values pass unchanged, and some of the gradient passes back.
 
-    Gives the hidden states twice, for the exit and for the layers above it, and the rest of the stream. The gradient
-    from above is multiplied by `flow`, or with a `cap` by what shortens it to `cap` times the norm of the exit's own,
-    both of them over the whole batch.
+    Gives the hidden states twice, for the exit and for the layers above it, so that backward can tell their gradients
+    apart, and then the rest of the stream. The gradient from above is multiplied by `flow`; or, with a `cap`, shortened
+    to at most `cap` times the norm of the exit's own, on the hidden states of the whole batch.
     """
 
     @staticmethod
@@ -91,7 +94,7 @@ class PartialStop(torch.autograd.Function):
 def shortening(gradient: Tensor, own: Tensor, cap: float) -> Tensor:
     """What to multiply `gradient` by, so that its norm is at most `cap` times that of `own`: a scalar in 0 to 1."""
     ratio = cap * own.float().norm() / gradient.float().norm()
-    return ratio.nan_to_num(0.0).clamp(max=1.0)  # 0 / 0 where both are zero
+    return ratio.nan_to_num(0.0).clamp(max=1.0)  # 0 / 0 where both are zero; where only `gradient` is, infinity to 1
 
 
 class MultiExitModel(nn.Module):
@@ -103,7 +106,8 @@ class MultiExitModel(nn.Module):
         num_labels: C.
         method: "sweet" or "ee". Both give the same logits from the same weights; only the gradients differ.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
-        gradient_flow: for "sweet", the share of the gradient that passes a boundary: 0 is SWEET, 1 is EE, as in "ee".
+        gradient_flow: for "sweet", the share of the gradient that passes a boundary: 0 is SWEET, the default, and 1 is
+            EE, as with "ee".
         gradient_cap: for "sweet" and instead of the flow, the largest norm of what passes, over the norm of the exit's
             own gradient on the same hidden states. 0 is SWEET.
 
@@ -131,15 +135,16 @@ class MultiExitModel(nn.Module):
             raise ValueError(f"exit_strategy is {exit_strategy!r}, and must be one of {', '.join(EXIT_STRATEGIES)}")
         self.encoder = encoder
         self.exit_layers = tuple(exit_layers)
-        given = [value for value in (gradient_flow, gradient_cap) if value is not None]
-        if len(given) > (method == "sweet") or not all(0 <= value < math.inf for value in given):
-            raise ValueError(f"gradient_flow {gradient_flow}, gradient_cap {gradient_cap}: one, of 'sweet', 0 or more")
+        if (method == "ee") + (gradient_flow is not None) + (gradient_cap is not None) > 1:
+            raise ValueError("gradient_flow and gradient_cap are for 'sweet', and exclude each other")
+        if gradient_flow is not None and not 0 <= gradient_flow <= 1:
+            raise ValueError(f"gradient_flow is {gradient_flow}, and must be in 0 to 1")
+        if gradient_cap is not None and not 0 <= gradient_cap < math.inf:
+            raise ValueError(f"gradient_cap is {gradient_cap}, and must be 0 or more")
         if gradient_flow is None:
             gradient_flow = 0.0 if method == "sweet" and not gradient_cap else 1.0
-        if gradient_flow > 1:
-            raise ValueError(f"gradient_flow is {gradient_flow}, and must be in 0 to 1")
         self.gradient_flow = gradient_flow
-        self.gradient_cap = gradient_cap or None
+        self.gradient_cap = gradient_cap or None  # with flow 1
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
 
     def pieces(self) -> list[tuple[ExitHead, int, int]]:

@@ -60,7 +60,8 @@ def early_exit(
     pieces = [(part.encoder, *piece) for part in models for piece in part.pieces()]  # K of them
     ranges = torch.tensor([[0.0, 1.0]]).expand(len(pieces), 2) if ranges is None else ranges
     rows = lengths.argsort(descending=True, stable=True)  # who is still here, similar lengths together
-    stream, hidden = (), None  # hidden states of all (B, T, D), from one piece to the next; finite at padding
+    stream: tuple[Tensor, ...] = ()
+    hidden = None  # the hidden states of all (B, T, D), from one piece to the next; finite at padding
     for k, (encoder, head, start, stop) in enumerate(pieces):
         if len(rows) == 0:
             break
@@ -68,7 +69,8 @@ def early_exit(
         for group in rows.split(batch_size):
             T = max(1, int(lengths[group[0]]))  # of the longest
             ids, mask, types = (tensor[group, :T] for tensor in inputs)
-            # At the first piece, and at each of MM's models, all starts with the words.
+            # At the first piece, and at each of MM's models, all starts with the words. What else is in the stream,
+            # DeBERTa's relative table, is the same for every group.
             stream = encoder.embed(ids, types) if start == 0 else (hidden[group, :T], *stream[1:])
             stream = encoder.run_layers(stream, mask, start, stop)
             logits, certainty = head(stream[0])  # (group, C), (group,)
@@ -81,7 +83,8 @@ def early_exit(
             else:
                 stay = ~leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
             remainders.append(group[stay])
-            if pieces[k + 1][2] > 0:  # the next piece goes on from here
+            next_start = pieces[k + 1][2]
+            if next_start > 0:  # the next piece goes on from here; MM's next model does not
                 if hidden is None:
                     hidden = stream[0].new_zeros(*input_ids.shape, stream[0].shape[-1])
                 hidden[group[stay], :T] = stream[0][stay]
@@ -128,7 +131,7 @@ def measure_live(
     device = next(model.parameters()).device
     costs = torch.tensor(costs, dtype=torch.float64)
     batches = [batch.to(device) for batch in examples.by_length(batch_size)]
-    pools = [batch.to(device) for batch in examples.by_length(GATHERED * batch_size)]  # of the same batches
+    pools = [batch.to(device) for batch in examples.by_length(GATHERED * batch_size)]  # each of four of those
     rows = np.argsort(examples.lengths)[:: max(1, len(examples) // LATENCY_INSTANCES)]
     singles = [examples.batch(rows[i : i + 1]).to(device) for i in range(len(rows))]
     order = torch.cat([pool.rows for pool in pools]).argsort().cpu()
@@ -154,7 +157,7 @@ def measure_live(
         time_early_exit(single, 1.0)
     report, labels, exits = [], [], []
     for threshold in progress(thresholds):
-        answers = [time_early_exit(pool, threshold)[1] for pool in pools]  # not timed either
+        answers = [time_early_exit(pool, threshold)[1] for pool in pools]  # not timed: the shapes that are left
         full = live = 0.0
         for i, pool in enumerate(pools):  # in turn, so that a machine whose speed drifts is fair to both
             for batch in batches[GATHERED * i : GATHERED * (i + 1)]:

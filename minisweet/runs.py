@@ -7,6 +7,7 @@ evaluation.json     written by evaluate.py
 diverged.json       alone, where the loss became infinite or NaN: the arguments, and when
 """
 
+import math
 import platform
 import re
 import shutil
@@ -26,7 +27,7 @@ from minisweet.text import TOKENIZER_FILES
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOKENIZER_FILES}
-# What a method's name tells of SWEET's boundaries, and the option of train.py.
+# The suffixes of a method's name (sweet-flow0.5) to train.py's options.
 BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
 # What is needed of run.json, and when it is usable.
 RECORD = {
@@ -46,7 +47,7 @@ RECORD = {
 
 
 def method_name(arguments: dict) -> str:
-    """The method of train.py's arguments with what passes its boundaries: ee, mm, sweet, sweet-flow0.5, sweet-cap1."""
+    """The method of train.py's arguments with what passes its boundaries: ee, sweet, sweet-flow0.5, sweet-owner1."""
     values = {name: arguments.get(option) for name, option in BOUNDARIES.items()}
     return arguments["method"] + "".join(f"-{name}{value:g}" for name, value in values.items() if value is not None)
 
@@ -60,8 +61,8 @@ def method_arguments(name: str) -> dict:
     arguments = {"method": method} | dict.fromkeys(BOUNDARIES.values())
     if match:
         arguments[BOUNDARIES[match[1]]] = float(match[2])
-    if (arguments["gradient_flow"] or 0) > 1:
-        raise ValueError(name)
+        if math.isinf(float(match[2])) or (arguments["gradient_flow"] or 0) > 1:
+            raise ValueError(name)
     return arguments
 
 
@@ -144,7 +145,9 @@ def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str, s
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run folder under `runs` that was written last. Raises InputError where there is none."""
-    records = [path for path in runs.glob("[!.]*/run.json") if path.is_file()]  # a name with a dot is half-written
+    records = [
+        path for path in runs.glob("[!.]*/run.json") if path.is_file()
+    ]  # a name that starts with a dot is half-written
     records.sort(key=lambda path: path.stat().st_mtime)
     if not records:
         raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")

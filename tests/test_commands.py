@@ -512,6 +512,13 @@ def test_the_readmes_python_runs(tmp_path, model_type):
     assert names["logits"].shape == (4, 4, 2)
 
 
+def test_the_readmes_excerpt_is_the_code():
+    code = (CHECKOUT / "minisweet" / "exits.py").read_text()
+    excerpt = (CHECKOUT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "stop_gradient" in excerpt
+    assert "".join(f"{' ' * 8}{line}\n" for line in excerpt.splitlines()) in code
+
+
 def test_the_readme_names_what_is_there():
     readme = (CHECKOUT / "README.md").read_text()
     for name in sorted(path.name for path in (CHECKOUT / "minisweet").glob("[a-z]*.py")):

@@ -219,7 +219,7 @@ def test_without_flow_each_segment_is_freed():
     ],
 )
 def test_a_boundary_that_cannot_be_is_refused(boundary):
-    with pytest.raises(ValueError, match="gradient_flow"):
+    with pytest.raises(ValueError, match="gradient_"):
         with_boundary("bert", (2, 4), **boundary)
 
 

@@ -147,7 +147,15 @@ def test_gradient_flow_and_cap_are_settings_of_a_method(command, tmp_path):
     (runs / "tiny-sweet-flow0.5-toy-lr0.001-n32-seed0").rename(runs / "tiny-sweet-flow0.7-toy-lr0.001-n32-seed0")
     status, _, err, _ = command("--methods", "sweet-flow0.7", "--seeds", "0", "--lrs", "1e-3")
     assert (status, "a run with gradient_flow 0.5, not 0.7" in err) == (2, True)
-    for method in ("sweet-flow", "ee-flow0.5", "sweet-cap0.5x", "sweet-flow٥", "sweet-flow1.5", "sweet-cap1e"):
+    for method in (
+        "sweet-flow",
+        "ee-flow0.5",
+        "sweet-cap0.5x",
+        "sweet-flow٥",
+        "sweet-cap1e400",
+        "sweet-flow1.5",
+        "sweet-cap1e",
+    ):
         status, _, err, _ = command("--methods", method)
         assert (status, f"'{method}' is none of" in err, err.count("\n")) == (2, True, 1)
     status, _, err, _ = command("--methods", "sweet-flow0.5,sweet-flow0.50")
