@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minisweet.bert import BertConfig
 from minisweet.checkpoint import load_encoder, read_config
-from minisweet.cli import InputError, Parser, number, run_command, whole_number, write_json
+from minisweet.cli import InputError, Parser, number, positive_float, run_command, whole_number, write_json
 from minisweet.deberta import DebertaConfig
 from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
 from minisweet.devices import (
@@ -289,17 +289,6 @@ def main() -> None:
     }
     save_run(args.out, model, folder, record, args.overwrite)
     print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
-
-
-def positive_float(text: str) -> float:
-    """An argparse type: above 0, finite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 def layer_list(text: str) -> tuple[int, ...]:

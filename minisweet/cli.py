@@ -55,6 +55,17 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
+def positive_float(text: str) -> float:
+    """An argparse type: above 0, finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
 def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
     """An argparse type: values that differ, with commas between them."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minisweet.checkpoint import load_encoder
-from minisweet.cli import InputError, Parser, run_command, whole_number, write_json
+from minisweet.cli import InputError, Parser, positive_float, run_command, whole_number, write_json
 from minisweet.defaults import default_batch_size
 from minisweet.devices import choose_device, choose_precision, device_name, reuse_freed_memory
 from minisweet.exits import MultiExitModel
@@ -26,7 +26,7 @@ from minisweet.report import for_json, load_pyplot, save_figure
 from minisweet.runs import versions
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import Batch, TokenizedExamples, load_tokenizer
-from train import add_training_options, exit_loss, find_model, positive_float, train
+from train import add_training_options, exit_loss, find_model, train
 
 
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:

@@ -23,6 +23,7 @@ from minisweet.cli import (
     Parser,
     list_of,
     one_of,
+    positive_float,
     read_json,
     run_command,
     whole_number,
@@ -34,7 +35,7 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.report import did_not_converge, document, draw_curves, load_pyplot, one_class_layers, results_of
 from minisweet.runs import DIVERGED, method_arguments, method_name, read_record
 from minisweet.tasks import TASKS
-from train import add_training_options, find_model, positive_float
+from train import add_training_options, find_model
 
 SCRIPTS = Path(__file__).parent.parent  # where train.py and evaluate.py are
 ELSEWHERE = "name another --out or --runs"
@@ -52,6 +53,10 @@ class Run(NamedTuple):
     train_size: int
     lr: float
     seed: int
+
+    def options(self) -> dict:
+        """The options of train.py that make it, None for those not given."""
+        return self._asdict() | method_arguments(self.method)
 
 
 def method_setting(text: str) -> str:
@@ -104,11 +109,7 @@ class Grid:
 
     def check_settings(self, run: Run, arguments: dict) -> None:
         """Raise InputError unless a run was trained with these arguments as the command line has them."""
-        expected = (
-            run._asdict()
-            | method_arguments(run.method)
-            | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
-        )
+        expected = run.options() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
         expected |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
         for key, value in expected.items():
             if arguments.get(key) != value:
@@ -176,11 +177,7 @@ class Grid:
         if (self.folder(run) / "run.json").exists():
             return [evaluate]
         train = ["train.py", "--model", args.model, "--out", folder, "--exit-strategy", args.exit_strategy, *device]
-        options = (
-            run._asdict()
-            | method_arguments(run.method)
-            | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
-        )
+        options = run.options() | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
         options["batch_size"] = args.batch_size
         options["exit_layers"] = args.exit_layers and ",".join(map(str, args.exit_layers))
         for name, value in options.items():

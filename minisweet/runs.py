@@ -145,9 +145,8 @@ def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str, s
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run folder under `runs` that was written last. Raises InputError where there is none."""
-    records = [
-        path for path in runs.glob("[!.]*/run.json") if path.is_file()
-    ]  # a name that starts with a dot is half-written
+    # A name that starts with a dot is of a half-written run.
+    records = [path for path in runs.glob("[!.]*/run.json") if path.is_file()]
     records.sort(key=lambda path: path.stat().st_mtime)
     if not records:
         raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
