@@ -6,15 +6,18 @@ The contract that BERT and DeBERTa share, so that nothing above them knows which
     encoder(input_ids, attention_mask, token_type_ids)          -> L+1 hidden states
     encoder.embed(input_ids, token_type_ids)                    -> the stream that enters layer 1
     encoder.run_layers(stream, attention_mask, start, stop)     -> the stream that leaves layer `stop`
+    encoder.exit_layer(stream, attention_mask, n)               -> layer n's first token, and the rest on demand
 The stream is the tuple of all that passes from layer to layer. For BERT that is the hidden states alone.
 
 Dimension letters, here and everywhere: B batch, T tokens, D hidden size, H heads, d = D/H head size, L layers,
 K exits, C classes, N instances.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,6 +73,11 @@ class BertConfig:
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
 
+def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask (B, T), 1 for tokens and 0 for padding, to what is added to the scores (B, H, T, T): (B, 1, 1, T)."""
+    return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
+
+
 class BertLayer(nn.Module):
     """Self-attention and a feed-forward block, each followed by dropout, residual sum and LayerNorm."""
 
@@ -86,20 +94,37 @@ class BertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
-        """One layer: hidden (B, T, D) and the padding's bias (B, 1, 1, T) to hidden (B, T, D)."""
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, T, D) to queries, keys and values (B, H, T, d)."""
         projected = self.query_key_value(hidden).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, d)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
+        return query, key, value
+
+    def update(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """The rest of the layer, for R of the T tokens.
+
+        Args:
+            hidden, query: of those tokens, (B, R, D) and (B, H, R, d).
+            key, value: of all tokens, (B, H, T, d).
+            bias: (B, 1, 1, T), what padding adds to the scores.
+
+        Returns:
+            Their hidden states (B, R, D) after the layer.
+        """
         # On the CPU torch's attention is slow with dropout, and up to twice as slow without on short sentences.
-        if hidden.device.type == "cpu" and (self.training or hidden.shape[1] < 128):
-            scores = (query * (query.shape[-1] ** -0.5)) @ key.mT + bias  # (B, H, T, T)
-            context = self.attention_dropout(scores.softmax(-1)) @ value
+        if hidden.device.type == "cpu" and (self.training or key.shape[2] < 128):
+            scores = (query * (query.shape[-1] ** -0.5)) @ key.mT + bias  # (B, H, R, T)
+            context = self.attention_dropout(scores.softmax(-1)) @ value  # (B, H, R, d)
         else:
             p = self.attention_dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
-        context = context.transpose(1, 2).flatten(2)  # (B, T, D)
+        context = context.transpose(1, 2).flatten(2)  # (B, R, D)
         hidden = self.attention_norm(hidden + self.dropout(self.attention_output(context)))
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        """One layer: hidden (B, T, D) and the padding's bias (B, 1, 1, T) to hidden (B, T, D)."""
+        return self.update(hidden, *self.project(hidden), bias)
 
 
 class BertEncoder(nn.Module):
@@ -151,10 +176,36 @@ class BertEncoder(nn.Module):
             start, stop: 0 <= start <= stop <= L.
         """
         (hidden,) = stream
-        bias = (1 - attention_mask[:, None, None, :].to(hidden.dtype)) * PADDING_SCORE  # (B, 1, 1, T)
+        bias = padding_bias(attention_mask, hidden.dtype)  # (B, 1, 1, T)
         for layer in self.layers[start:stop]:
             hidden = layer(hidden, bias)
         return (hidden,)
+
+    def exit_layer(
+        self, stream: tuple[Tensor], attention_mask: Tensor, n: int
+    ) -> tuple[Tensor, Callable[..., tuple[Tensor]]]:
+        """Run layer n, counted from 1, for the first token alone, which is all that an exit reads.
+
+        The other tokens need only be projected for that: a quarter of the layer's products.
+
+        Args:
+            stream: the hidden states (B, T, D) after layer n-1, in a tuple.
+            attention_mask: (B, T): 1 for tokens, 0 for padding.
+
+        Returns:
+            The first token's hidden states (B, 1, D) after the layer, and a function that runs the other tokens and
+            returns the stream after the layer. Its argument tells which of the batch to go on with; default: all.
+        """
+        (hidden,), layer = stream, self.layers[n - 1]
+        bias = padding_bias(attention_mask, hidden.dtype)
+        query, key, value = layer.project(hidden)
+        first = layer.update(hidden[:, :1], query[:, :, :1], key, value, bias)
+
+        def finish(keep: Tensor | slice = slice(None)) -> tuple[Tensor]:  # noqa: B008
+            others = layer.update(hidden[keep, 1:], query[keep, :, 1:], key[keep], value[keep], bias[keep])
+            return (torch.cat([first[keep], others], dim=1),)
+
+        return first, finish
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
         """All hidden states: L+1 tensors (B, T, D), the embeddings first. For the arguments see the two above."""

@@ -13,6 +13,7 @@ passes from layer to layer beside the hidden states, so that what happens at a s
 Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, L layers, k relative span.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,8 +133,8 @@ class DebertaLayer(nn.Module):
         """(..., T, D) to (..., H, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
-    def forward(self, hidden: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
-        """One layer.
+    def attend(self, hidden: Tensor, bias: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Who looks at whom, and at what.
 
         Args:
             hidden: (B, T, D).
@@ -141,7 +142,7 @@ class DebertaLayer(nn.Module):
             positions: (2T, D), the rows of the relative table for the distances i - j from T-1 down to -T.
 
         Returns:
-            The hidden states (B, T, D).
+            The scores of queries on keys (B, H, T, T), and the values (B, H, T, d).
         """
         T = hidden.shape[1]
         query, key, value = self.heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
@@ -156,10 +157,21 @@ class DebertaLayer(nn.Module):
             # Here rows are keys j: column T + i - j of row j is the distance i - j, and .mT puts it at [i, j].
             pos_query = self.heads(self.pos_q_proj(positions.flip(0))) * self.scale  # (H, 2T, d), from -T to T-1
             scores = scores + skew(key @ pos_query.mT, T).mT
+        return scores, value
+
+    def update(self, hidden: Tensor, scores: Tensor, value: Tensor) -> Tensor:
+        """The rest of the layer, for R of the T tokens: hidden (B, R, D) before it to hidden (B, R, D) after it.
+
+        Their scores are (B, H, R, T), the values of all tokens (B, H, T, d).
+        """
         weights = self.attention_dropout(scores.softmax(-1))
-        context = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)  # (B, T, D)
+        context = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)  # (B, R, D)
         hidden = self.attention_norm(hidden + self.dropout(self.attention_output(context)))
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
+
+    def forward(self, hidden: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
+        """One layer: hidden (B, T, D) to hidden (B, T, D). For the arguments see `attend`."""
+        return self.update(hidden, *self.attend(hidden, bias, positions))
 
 
 class DebertaEncoder(nn.Module):
@@ -207,14 +219,44 @@ class DebertaEncoder(nn.Module):
             start, stop: 0 <= start <= stop <= L.
         """
         hidden, table = stream
-        T, k = hidden.shape[1], self.config.relative_span
-        bias = (1 - attention_mask[:, None, None, :].to(hidden.dtype)) * PADDING_SCORE  # (B, 1, 1, T)
-        # Of the 2k rows, T tokens reach 2T - 1. One more, never read, gives skew() rows of the right length.
-        distance = T - 1 - torch.arange(2 * T, device=hidden.device)
-        positions = table[(distance + k).clamp(0, 2 * k - 1)]  # (2T, D)
+        bias, positions = self.surroundings(stream, attention_mask)
         for layer in self.layers[start:stop]:
             hidden = layer(hidden, bias, positions)
         return hidden, table
+
+    def exit_layer(
+        self, stream: tuple[Tensor, Tensor], attention_mask: Tensor, n: int
+    ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor]]]:
+        """Run layer n, counted from 1, for the first token alone, which is all that an exit reads.
+
+        The other tokens need only be projected and compared for that: some quarter of the layer's products.
+
+        Args:
+            stream: the hidden states (B, T, D) after layer n-1, and the relative table (2k, D).
+            attention_mask: (B, T): 1 for tokens, 0 for padding.
+
+        Returns:
+            The first token's hidden states (B, 1, D) after the layer, and a function that runs the other tokens and
+            returns the stream after the layer. Its argument tells which of the batch to go on with; default: all.
+        """
+        (hidden, table), layer = stream, self.layers[n - 1]
+        scores, value = layer.attend(hidden, *self.surroundings(stream, attention_mask))
+        first = layer.update(hidden[:, :1], scores[:, :, :1], value)
+
+        def finish(keep: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:  # noqa: B008
+            others = layer.update(hidden[keep, 1:], scores[keep, :, 1:], value[keep])
+            return torch.cat([first[keep], others], dim=1), table
+
+        return first, finish
+
+    def surroundings(self, stream: tuple[Tensor, Tensor], attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer reads beside the hidden states: the padding's bias (B, 1, 1, T) and the positions (2T, D)."""
+        (hidden, table), k = stream, self.config.relative_span
+        T = hidden.shape[1]
+        bias = (1 - attention_mask[:, None, None, :].to(hidden.dtype)) * PADDING_SCORE  # (B, 1, 1, T)
+        # Of the 2k rows, T tokens reach 2T - 1. One more, never read, gives skew() rows of the right length.
+        distance = T - 1 - torch.arange(2 * T, device=hidden.device)
+        return bias, table[(distance + k).clamp(0, 2 * k - 1)]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
         """All hidden states: L+1 tensors (B, T, D), the embeddings first. For the arguments see the two above."""

@@ -72,8 +72,9 @@ def early_exit(
             # At the first piece, and at each of MM's models, all starts with the words. What else is in the stream,
             # DeBERTa's relative table, is the same for every group.
             stream = encoder.embed(ids, types) if start == 0 else (hidden[group, :T], *stream[1:])
-            stream = encoder.run_layers(stream, mask, start, stop)
-            logits, certainty = head(stream[0])  # (group, C), (group,)
+            stream = encoder.run_layers(stream, mask, start, stop - 1)
+            first, finish = encoder.exit_layer(stream, mask, stop)  # those who leave need the first token alone
+            logits, certainty = head(first)  # (group, C), (group,)
             labels[group], exits[group] = logits.argmax(-1), k
             if k == len(pieces) - 1:
                 continue
@@ -84,10 +85,10 @@ def early_exit(
                 stay = ~leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
             remainders.append(group[stay])
             next_start = pieces[k + 1][2]
-            if next_start > 0:  # the next piece goes on from here; MM's next model does not
+            if next_start > 0 and stay.any():  # the next piece goes on from here; MM's next model does not
                 if hidden is None:
-                    hidden = stream[0].new_zeros(*input_ids.shape, stream[0].shape[-1])
-                hidden[group[stay], :T] = stream[0][stay]
+                    hidden = first.new_zeros(*input_ids.shape, first.shape[-1])
+                hidden[group[stay], :T] = finish(stay)[0]
         rows = torch.cat(remainders) if remainders else rows[:0]
     return labels, exits
 
@@ -99,8 +100,9 @@ def full_depth(model: MultiExitModel | MultiModel, *inputs: Tensor) -> Tensor:
         model = model[-1]
     input_ids, attention_mask, token_type_ids = inputs
     stream = model.encoder.embed(input_ids, token_type_ids)
-    stream = model.encoder.run_layers(stream, attention_mask, 0, model.exit_layers[-1])
-    logits, _ = model.heads[-1](stream[0])
+    stream = model.encoder.run_layers(stream, attention_mask, 0, model.exit_layers[-1] - 1)
+    first, _ = model.encoder.exit_layer(stream, attention_mask, model.exit_layers[-1])
+    logits, _ = model.heads[-1](first)
     return logits.argmax(-1)
 
 

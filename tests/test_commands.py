@@ -496,7 +496,9 @@ def test_float16_gradients_are_unscaled_before_they_are_clipped_and_training_has
         torch.manual_seed(0)
         model = MultiExitModel(load_encoder(folder), (1, 4), 2).eval()
         training = []
-        model.encoder.layers[3].register_forward_pre_hook(lambda module, _, seen=training: seen.append(module.training))
+        model.encoder.layers[3].output.register_forward_pre_hook(
+            lambda module, _, seen=training: seen.append(module.training)
+        )
         train.train(model, examples, epochs=1, batch_size=16, learning_rate=1e-3, seed=0, precision=precision)
         assert training == [True]
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)

@@ -151,8 +151,9 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     seen = Counter()
     monkeypatch.setattr("minisweet.dropout.dropout", lambda x, p: seen.update([(p, x.dim())]) or x)
     model(*random_batch())
-    # Embeddings; then in each of 4 layers attention weights, attention output, feed-forward output; then two heads.
-    expected = {(0.11, 3): 1 + 4 * 2, (0.12, 4): 4, (0.13, 2): 2}
+    # Embeddings; then in each of 4 layers attention weights, attention output, feed-forward output, and once more in
+    # layer 1, where the first token and the others run apart; then two heads.
+    expected = {(0.11, 3): 1 + 5 * 2, (0.12, 4): 5, (0.13, 2): 2}
     # DeBERTa also in each layer the relative positions (2T, D), and [CLS] before the pooler.
     expected |= {(0.11, 2): 4, (0.14, 2): 2} if model_type == "deberta" else {(0.0, 2): 2}
     assert seen == expected

@@ -107,21 +107,26 @@ def test_live_decides_as_the_sweep_when_learning_to_exit(tmp_path_factory, model
 def test_who_leaves_is_not_computed_further_and_the_rest_fills_batches(tmp_path, model_type, method, batch_size):
     model = make_model(write_model(tmp_path, model_type), method)
     batch = random_batch(3, batch=16)
-    seen = []
+    seen = []  # how many instances, and how many tokens of each, go through a layer's feed-forward block
     for part in model if method == "mm" else [model]:
         for layer in part.encoder.layers:
-            layer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+            layer.output.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
     _, exits = early_exit(model, *batch, 0.75, batch_size=batch_size)
-    lengths, expected = batch[1].sum(1), []
+    order = batch[1].sum(1).argsort(descending=True, stable=True)
+    expected = []
     for k, layers in enumerate((1, 2, 4) if method == "mm" else (1, 1, 2)):
-        left = lengths[exits >= k].sort(descending=True).values
+        left = order[exits[order] >= k]
         for group in left.split(batch_size) if len(left) else ():
-            expected += [(len(group), int(group[0]))] * layers
+            T = int(batch[1][group[0]].sum())
+            expected += [(len(group), T)] * (layers - 1) + [(len(group), 1)]  # the exit reads the first token
+            stay = int((exits[group] > k).sum())
+            if method == "sweet" and stay:
+                expected.append((stay, T - 1))
     assert len(exits.unique()) > 1
     assert seen == expected
     seen.clear()
     early_exit(model, *batch, 0.5, batch_size=16)
-    assert len(seen) == 1  # all left after layer 1
+    assert seen == [(16, 1)]  # all left after layer 1
 
 
 def test_nothing_in_nothing_out(tmp_path):
