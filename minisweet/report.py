@@ -86,7 +86,11 @@ def table_ratios(records: Records, method: str) -> np.ndarray:
 
 
 def results_of(grid: dict[str, Records]) -> dict:
-    """`individual` and `interpolated`, for JSON, of one training size: `grid` is method to task to seed to record."""
+    """`individual`, `interpolated` and `differences`, for JSON, of one training size.
+
+    `grid` is method to task to seed to record. Differences are the last method's interpolated scores less each other
+    method's, paired over tasks and seeds.
+    """
     results: dict[str, dict] = {"individual": {}, "interpolated": {}}
     for method, records in grid.items():
         ratios = table_ratios(records, method)
@@ -100,6 +104,16 @@ def results_of(grid: dict[str, Records]) -> dict:
         results["individual"][method] = {"exit_layers": layers} | rows(exit_scores, "std")
         at_ratios = rows(lambda run, ratios=ratios: interpolated(run, ratios), "ci95")
         results["interpolated"][method] = {"ratios": ratios.tolist()} | at_ratios
+    *others, last = grid
+    ratios = table_ratios(grid[last], last)
+    results["differences"] = {"of": last, "ratios": ratios.tolist(), "from": {}}
+    for other in others:
+        runs = [(grid[last][task], grid[other][task]) for task in grid[last]]
+        pairs = [(ours[seed], theirs[seed]) for ours, theirs in runs for seed in ours.keys() & theirs.keys()]
+        values = [interpolated(a, ratios) - interpolated(b, ratios) for a, b in pairs if a and b]
+        mean, _, ci95 = over_seeds(np.array(values))
+        row = {"pairs": len(values), "mean": for_json(mean), "ci95": for_json(ci95)}
+        results["differences"]["from"][other] = row
     return results
 
 
@@ -122,7 +136,7 @@ def _runs(records: Records, tasks: Sequence[str]) -> list[dict | None]:
 
 
 def markdown(results: dict) -> str:
-    """The two tables of `results_of`: a row per task and method, the mean over tasks first."""
+    """The tables of `results_of`: a row per task and method, the mean over tasks first; then the differences."""
     lines = []
     for table, title, column, spread in (
         ("individual", "Individual classifiers: mean score ± deviation over seeds", "exit_layers", "std"),
@@ -145,13 +159,22 @@ def markdown(results: dict) -> str:
                 else:
                     name += "°" * bool(row["one_class_layers"])
                 lines.append(f"| {task} | {name} | {row['seeds']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", NOTES, ""])
+    lines += ["", NOTES]
+    differences = results["differences"]
+    if differences["from"]:
+        head = [f"{ratio:.3g}" for ratio in differences["ratios"]]
+        lines += ["", f"### {differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval", ""]
+        lines += [f"| less | pairs | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+    for other, row in differences["from"].items():
+        cells = [_cell(*pair, sign="+") for pair in zip(row["mean"], row["ci95"], strict=True)]
+        lines.append(f"| {other} | {row['pairs']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
-def _cell(value: float | None, spread: float | None) -> str:
+def _cell(value: float | None, spread: float | None, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread:.1f}"
+    return f"{value:{sign}.1f}" if spread is None else f"{value:{sign}.1f} ±{spread:.1f}"
 
 
 def document(results: dict) -> str:
@@ -171,6 +194,12 @@ def document(results: dict) -> str:
     ]
     for method, rates in results["learning_rates"].items():
         lines.append(f"| {method} | {' | '.join(f'{rate:g}' if rate else '' for rate in rates.values())} |")
+    if searched:
+        rates = [f"{lr:g}" for lr in results["rates_searched"]]
+        lines += ["", "### Exits before the last that predict one class, in the complete runs of the search", ""]
+        lines += [f"| method | {' | '.join(rates)} |", "|---" * (1 + len(rates)) + "|"]
+        for method, failures in results["early_exits_failed"].items():
+            lines.append(f"| {method} | {' | '.join(f'{n} of {exits}' for n, exits in failures)} |")
     text = "\n".join(lines) + "\n" + markdown(results)
     for size, tables in results["by_train_size"].items():
         text += f"\n## Up to {size} training examples\n{markdown(tables)}"

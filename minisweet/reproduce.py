@@ -141,6 +141,16 @@ class Grid:
             return None
         return max(runs, key=lambda run: self.record(run)["area"]).lr
 
+    def early_exits_failed(self, method: str) -> list[tuple[int, int]]:
+        """For each rate of the search, how many exits before the last predict one class, and of how many."""
+        failed = []
+        for searched in zip(*(self.search(task, method) for task in self.args.tasks), strict=True):
+            records = [record for run in searched if (record := self.record(run))]
+            early = [set(record["exit_layers"][:-1]) for record in records]
+            stuck = [len(layers & set(one_class_layers(record))) for layers, record in zip(early, records, strict=True)]
+            failed.append((sum(stuck), sum(map(len, early))))
+        return failed
+
     def attempts(self, task: str, method: str, train_size: int, seed: int) -> list[Run]:
         """The run of a seed at the rate found, and with --retry-diverged those that repeat it.
 
@@ -249,6 +259,7 @@ def write_report(grid: Grid) -> None:
         "learning_rates": {
             method: {task: grid.learning_rate(task, method) for task in args.tasks} for method in args.methods
         },
+        "early_exits_failed": {method: grid.early_exits_failed(method) for method in args.methods},
         **results_of(tables[size]),
         "missing": missing,
         "did_not_converge": [name for name, record in done.items() if did_not_converge(record)] + lost,

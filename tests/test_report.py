@@ -104,13 +104,28 @@ def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
     assert results["interpolated"]["mm"]["tasks"]["sst2"]["mean"][-3:] == [80, None, None]
     assert results["individual"]["ee"]["did_not_converge"] == 1
     assert results["individual"]["ee"]["tasks"]["sst2"]["one_class_layers"] == [1]
+    # The last method less each other, where both have a run: 60, 70, 73.3, 76.7 less 50, 50, 65, 80.
+    assert results["differences"]["of"] == "mm"
+    assert results["differences"]["from"]["ee"]["pairs"] == 1
+    assert results["differences"]["from"]["ee"]["mean"] == pytest.approx([10, 20, 8.3333, -3.3333, None, None, None])
     text = markdown(results)
+    assert "| ee | 1 | +10.0 | +20.0 |" in text
     assert "| mean | ee† | 2 | 55.0 ±0.0° | 80.0 ±0.0 |" in text
     assert "| sst2 | ee | 2 | 50.0 ±0.0° | 80.0 ±0.0 |" in text
     assert "| rte | ee† | 2 | 60.0 ±0.0 | 80.0 ±0.0 |" in text
     assert "| sst2 | ee° | 2 | 50.0 ±0.0 | 50.0 ±0.0 | 65.0 ±0.0 | 80.0 ±0.0 |  |  |  |" in text
     assert "| rte | mm† | 0 |  |  |" in text
     assert "± deviation" in text
+
+
+def test_differences_are_paired_over_tasks_and_seeds():
+    higher = {0: record((61, 72, 80)), 1: record((63, 72, 80)), 2: None, 3: record()}
+    grid = {"ee": {"sst2": {0: record(), 1: record(), 2: record()}}, "sweet": {"sst2": higher}}
+    difference = results_of(grid)["differences"]["from"]["ee"]
+    assert difference["pairs"] == 2  # seed 2 was lost to NaN, seed 3 has no partner
+    assert difference["mean"] == [2, 2, 1, 0]
+    assert difference["ci95"] == pytest.approx([12.706, 0, 0, 0], abs=1e-3)
+    assert "| ee | 2 | +2.0 ±12.7 | +2.0 ±0.0 | +1.0 ±0.0 | +0.0 ±0.0 |" in markdown(results_of(grid))
 
 
 def test_a_figure_is_drawn_or_matplotlib_is_asked_for(tmp_path, monkeypatch):

@@ -180,6 +180,17 @@ def test_what_is_missing_is_named(command, tmp_path):
     assert missing == ["tiny-ee-toy-lr0.01-n32-seed0", waiting]
 
 
+def test_early_exits_that_fail_to_learn_are_counted_at_each_rate(command, tmp_path):
+    runs = tmp_path / "reproduced" / "runs"
+    fake_run(runs, "ee", 1e-3, 0, 60.0, stuck=True)
+    fake_run(runs, "ee", 1e-2, 0, 60.0)
+    fake_run(runs, "sweet", 1e-2, 0, 60.0)
+    command("--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3,1e-2", "--report-only")
+    text = (tmp_path / "reproduced" / "results.md").read_text()
+    assert "| ee | 1 of 1 | 0 of 1 |" in text  # the last exit, which fails too, is not counted
+    assert "| sweet | 0 of 0 | 0 of 1 |" in text
+
+
 def test_training_sizes_use_the_rate_of_the_first(command, tmp_path):
     runs = tmp_path / "reproduced" / "runs"
     fake_run(runs, "sweet", 1e-3, 0, 60.0)
