@@ -129,13 +129,13 @@ def train(
                     if model.gradient_flow == 0:
                         scaler.scale(loss).backward()
                         loss = loss.detach()
-                    elif owner_cap is not None:
+                    elif owner_cap is not None and k + 1 < len(owned):  # no other exit reaches the last one's
                         own += torch.autograd.grad(scaler.scale(loss), owned[k], retain_graph=True)
                     losses.append(loss)
             if model.gradient_flow > 0:
                 scaler.scale(sum(losses)).backward()
             if own:
-                cap_others(sum(owned, []), own, owner_cap)
+                cap_others(sum(owned[:-1], []), own, owner_cap)
             scaler.unscale_(optimizer)
             clip_grad_norm_(model.parameters(), 1.0)  # of all segments together, as the authors do
             for group in optimizer.param_groups:
