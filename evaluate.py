@@ -41,7 +41,7 @@ from minisweet.devices import (
     reuse_freed_memory,
 )
 from minisweet.live import measure_live
-from minisweet.runs import load_run, newest_run, versions
+from minisweet.runs import load_run, method_name, newest_run, versions
 from minisweet.tasks import TASKS, load_examples, score
 from minisweet.text import TokenizedExamples, load_tokenizer
 from minisweet.toy import LEVELS
@@ -135,7 +135,8 @@ def main() -> None:
     evaluation |= {"examples": len(examples), "seconds": round(seconds, 2), "device": device_name(device)}
     evaluation |= {"precision": str(precision or torch.float32), "versions": versions()}
     write_json(run / "evaluation.json", evaluation)
-    print(f"{run}: {record['model']}, {method}, {record['task']}, {len(examples)} validation examples")
+    name = method_name({"method": method} | record["arguments"])  # with what passes its boundaries
+    print(f"{run}: {record['model']}, {name}, {record['task']}, {len(examples)} validation examples")
     print_evaluation(evaluation)
     print(f"\nwritten to {run / 'evaluation.json'}")
 

@@ -49,7 +49,7 @@ RECORD = {
 def method_name(arguments: dict) -> str:
     """The method of train.py's arguments with what passes its boundaries: ee, sweet, sweet-flow0.5, sweet-owner1."""
     values = {name: arguments.get(option) for name, option in BOUNDARIES.items()}
-    return arguments["method"] + "".join(f"-{name}{value:g}" for name, value in values.items() if value is not None)
+    return arguments["method"] + "".join(f"-{name}{value:.12g}" for name, value in values.items() if value is not None)
 
 
 def method_arguments(name: str) -> dict:

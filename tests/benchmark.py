@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from minisweet.runs import load_run, read_record
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
 from tests.conftest import checkpoint_tensors
+from train import used_rows_alone
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
 DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
@@ -187,9 +189,8 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
     else:
         model = TransformersWithExits(attention="sdpa" if fused else "eager").train()
     used = torch.from_numpy(examples.vocabulary())
-    if ours:  # as train.py does
-        table = model.encoder.word_embeddings
-        table.weight = nn.Parameter(table.weight.detach()[used])
+    table = used_rows_alone(model.encoder.word_embeddings, used) if ours else nullcontext()
+    table.__enter__()  # to the end of the process
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
     if fused:
         batches = examples.shuffled(BATCH, 0, 0)
@@ -213,6 +214,7 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
                     sum(F.cross_entropy(logits.float(), batch.labels) for logits, _ in exits).backward()
             optimizer_step(model, optimizer)
 
+    ten_batches.table = table  # which is undone once nothing holds it
     ten_batches.examples = BATCH * (10 if fused else 3)
     return ten_batches
 

@@ -124,6 +124,7 @@ def test_gradient_flow_trains_from_sweet_to_ee(command, model_dir):
     assert records["cap"]["arguments"]["gradient_cap"] == 0.5
     assert command(train, *quick(model_dir, *settings["flow"]))[0] == 0
     assert newest_run().name == "tiny-sweet-flow0.5-toy-seed0"
+    assert f"{model_dir}, sweet-flow0.5, toy, " in command(evaluate)[1]
 
 
 def test_a_run_is_not_overwritten_unless_told(command, tmp_path):
@@ -242,7 +243,7 @@ BAD = {
     ("--batch-size", "x"): "--batch-size: 'x'",
     ("--lr", "nan"): "--lr: 'nan' is not a positive number",
     ("--seed", "-1"): "--seed: '-1'",
-    ("--exit-layers", "1,x"): "--exit-layers: '1,x'",
+    ("--exit-layers", "1,x"): "--exit-layers: 'x' is not a whole number",
     ("--exit-layers", "4,1"): "--exit-layers",
     ("--exit-layers", "1,9"): "must be increasing layers in 1 to 4",
     ("--max-length", "7"): "--max-length: '7'",
