@@ -6,7 +6,7 @@ The contract that BERT and DeBERTa share, so that nothing above them knows which
     encoder(input_ids, attention_mask, token_type_ids)          -> L+1 hidden states
     encoder.embed(input_ids, token_type_ids)                    -> the stream that enters layer 1
     encoder.run_layers(stream, attention_mask, start, stop)     -> the stream that leaves layer `stop`
-    encoder.exit_layer(stream, attention_mask, n)               -> layer n's first token, and the rest on demand
+    encoder.run_exit_layer(stream, attention_mask, n)           -> layer n's first token, and the rest on demand
 The stream is the tuple of all that passes from layer to layer. For BERT that is the hidden states alone.
 
 Dimension letters, here and everywhere: B batch, T tokens, D hidden size, H heads, d = D/H head size, L layers,
@@ -181,7 +181,7 @@ class BertEncoder(nn.Module):
             hidden = layer(hidden, bias)
         return (hidden,)
 
-    def exit_layer(
+    def run_exit_layer(
         self, stream: tuple[Tensor], attention_mask: Tensor, n: int
     ) -> tuple[Tensor, Callable[..., tuple[Tensor]]]:
         """Run layer n, counted from 1, for the first token alone, which is all that an exit reads.

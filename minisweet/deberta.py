@@ -224,7 +224,7 @@ class DebertaEncoder(nn.Module):
             hidden = layer(hidden, bias, positions)
         return hidden, table
 
-    def exit_layer(
+    def run_exit_layer(
         self, stream: tuple[Tensor, Tensor], attention_mask: Tensor, n: int
     ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor]]]:
         """Run layer n, counted from 1, for the first token alone, which is all that an exit reads.

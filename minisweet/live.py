@@ -73,7 +73,7 @@ def early_exit(
             # DeBERTa's relative table, is the same for every group.
             stream = encoder.embed(ids, types) if start == 0 else (hidden[group, :T], *stream[1:])
             stream = encoder.run_layers(stream, mask, start, stop - 1)
-            first, finish = encoder.exit_layer(stream, mask, stop)  # those who leave need the first token alone
+            first, finish = encoder.run_exit_layer(stream, mask, stop)  # those who leave need the first token alone
             logits, certainty = head(first)  # (group, C), (group,)
             labels[group], exits[group] = logits.argmax(-1), k
             if k == len(pieces) - 1:
@@ -101,7 +101,7 @@ def full_depth(model: MultiExitModel | MultiModel, *inputs: Tensor) -> Tensor:
     input_ids, attention_mask, token_type_ids = inputs
     stream = model.encoder.embed(input_ids, token_type_ids)
     stream = model.encoder.run_layers(stream, attention_mask, 0, model.exit_layers[-1] - 1)
-    first, _ = model.encoder.exit_layer(stream, attention_mask, model.exit_layers[-1])
+    first, _ = model.encoder.run_exit_layer(stream, attention_mask, model.exit_layers[-1])
     logits, _ = model.heads[-1](first)
     return logits.argmax(-1)
 

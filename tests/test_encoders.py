@@ -159,6 +159,28 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     assert seen == expected
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    model_type=st.sampled_from(["bert", "deberta"]),
+    n=st.integers(1, 4),
+    T=st.integers(1, 40),
+    keep=st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_an_exit_layer_is_the_layer_in_two_parts(model_type, n, T, keep):
+    encoder = tiny_encoder(model_type).eval()
+    input_ids, mask, types = random_batch(length=T)
+    with torch.no_grad():
+        stream = encoder.run_layers(encoder.embed(input_ids, types), mask, 0, n - 1)
+        whole = encoder.run_layers(stream, mask, n - 1, n)
+        first, finish = encoder.run_exit_layer(stream, mask, n)
+        rest, of_some = finish(), finish(torch.tensor(keep))
+    torch.testing.assert_close(first, whole[0][:, :1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rest[0], whole[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(of_some[0], whole[0][torch.tensor(keep)], atol=1e-5, rtol=1e-5)
+    assert len(rest) == len(of_some) == len(whole)
+    assert all(a is b for a, b in zip(rest[1:], stream[1:], strict=True))
+
+
 def test_config_is_honoured():
     changed = tiny_encoder("bert", layer_norm_eps=0.5).eval()
     batch = random_batch()
