@@ -77,9 +77,7 @@ def step_unit(side: str, arch: str, size: str, T: int, amp: bool, exits: int = 1
     torch.manual_seed(0)
     if side == "ours":
         encoder = our_encoder(arch, size, depth)
-        L = len(encoder.layers)
-        layers = sorted({max(1, round(L * (k + 1) / exits)) for k in range(exits)})
-        model = MultiExitModel(encoder, layers, 2).train()
+        model = MultiExitModel(encoder, exit_layers_of(len(encoder.layers), exits), 2).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     else:
         model = their_model(arch, size).train()
@@ -474,11 +472,22 @@ def matrix_peak(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / min(seconds)
 
 
-def products(arch: str, size: str, T: int, depth: int | None = None) -> int:
-    """FLOP of the matrix products of one forward pass at batch 16."""
+def exit_layers_of(depth: int, exits: int) -> list[int]:
+    """Exits at even distances, the last after the last layer."""
+    return sorted({max(1, round(depth * (k + 1) / exits)) for k in range(exits)})
+
+
+def products(arch: str, size: str, T: int, training: bool, depth: int | None = None, exits: int = 1) -> int:
+    """FLOP of the matrix products at batch 16: of all exits' logits, and in training also of SWEET's backward pass."""
     D, L, wide = SIZES[size]
+    L = depth or L
+    K, tokens = len(exit_layers_of(L, exits)), 2 * BATCH * T
     positions = 2 * 2 * (2 * T) * D * (D + BATCH * T) if arch == "deberta" else 0
-    return (depth or L) * (2 * BATCH * T * (4 * D * D + 2 * D * wide + 2 * T * D) + positions)
+    whole = tokens * (4 * D * D + 2 * D * wide + 2 * T * D) + positions
+    # What the tokens that an exit does not read do in its layer: DeBERTa compares them too.
+    ahead = tokens * (3 * D * D + (T * D if arch == "deberta" else 0)) + positions
+    forward = (L - 1) * whole + ahead
+    return forward + 2 * ((L - K) * whole + K * ahead) if training else forward
 
 
 def growth(rows: list, args) -> None:
@@ -488,7 +497,7 @@ def growth(rows: list, args) -> None:
     first = None
     for case in cases + [base | {"exits": k} for k in (2, 3, 6)]:
         seconds = statistics.median(take_turns("step", [case | {"side": "ours"}], 3)[0][0])
-        flop = 3 * products(case["arch"], case["size"], case["T"], case.get("depth"))
+        flop = products("bert", case["size"], case["T"], True, case.get("depth"), case.get("exits", 1))
         first = first or (seconds, flop)
         row = {"row": "growth", **case, "ms": 1000 * seconds, "time": seconds / first[0], "products": flop / first[1]}
         rows.append(row)
@@ -501,10 +510,10 @@ def peak(rows: list, args) -> None:
     for arch, size in (("bert", "minilm-l6"), ("bert", "base"), ("deberta", "base")):
         for amp in (False, True):
             case = {"arch": arch, "size": size, "T": 128, "amp": amp}
-            for unit, passes in (("forward", 1), ("step", 3)):
+            for unit in ("forward", "step"):
                 seconds = statistics.median(take_turns(unit, [case | {"side": "ours"}], 3)[0][0])
                 available = matrix_peak(torch.bfloat16 if amp else torch.float32)
-                share = passes * products(arch, size, 128) / seconds / available
+                share = products(arch, size, 128, unit == "step") / seconds / available
                 rows.append({"row": "peak", "unit": unit, **case, "ms": 1000 * seconds, "share_of_peak": share})
                 what = f"{unit}, {arch} {size}, T 128, {'bfloat16' if amp else 'float32'}"
                 print(f"peak, {what}: {share:.0%} of {available / 1e9:.0f} GFLOP/s", flush=True)
