@@ -33,7 +33,7 @@ from minisweet.devices import (
     device_name,
     reuse_freed_memory,
 )
-from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, check_exit_layers, shortening
+from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, cap_others, check_exit_layers
 from minisweet.hub import REPOSITORIES, model_folder
 from minisweet.runs import DIVERGED, check_output, method_name, save_run, versions
 from minisweet.tasks import TASKS, load_examples
@@ -53,21 +53,6 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, labels: Tensor) -> Tenso
     if certainty is not None:
         loss = loss + F.mse_loss(certainty, (logits.argmax(-1) == labels).float())
     return loss
-
-
-def cap_others(parameters: list[nn.Parameter], own: list[Tensor], cap: float) -> None:
-    """Shorten what other exits add to each parameter's gradient, to at most `cap` times the norm of its owner's.
-
-    The owner is the exit that alone updates the parameter under SWEET. Heads have no other exits.
-
-    Args:
-        parameters: with the gradients of all exits' losses together.
-        own: the gradients of their owners' losses alone.
-        cap: 0 leaves SWEET's gradients, infinity EE's.
-    """
-    for parameter, gradient in zip(parameters, own, strict=True):
-        others = parameter.grad - gradient
-        parameter.grad = gradient + shortening(others, gradient, cap) * others
 
 
 @contextmanager

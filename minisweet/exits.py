@@ -9,7 +9,7 @@ one for all exits), and DeBERTa's relative table stops at the boundary together 
 every exit's gradient), so that it belongs to the first exit, as the embeddings do.
 
 Beyond the paper, a boundary may let some gradient through (`PartialStop`), or all of it while the training loop keeps
-it smaller than the owner's (`cap_others` in train.py). Neither is on by default.
+it smaller than the owner's (`cap_others`). Neither is on by default.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -96,6 +96,21 @@ def shortening(gradient: Tensor, own: Tensor, cap: float) -> Tensor:
     """What to multiply `gradient` by, so that its norm is at most `cap` times that of `own`: a scalar in 0 to 1."""
     ratio = cap * own.float().norm() / gradient.float().norm()
     return ratio.nan_to_num(0.0).clamp(max=1.0)  # 0 / 0 where both are zero; where only `gradient` is, infinity to 1
+
+
+def cap_others(parameters: list[nn.Parameter], own: list[Tensor], cap: float) -> None:
+    """Shorten what other exits add to each parameter's gradient, to at most `cap` times the norm of its owner's.
+
+    The owner is the exit that alone updates the parameter under SWEET. Heads have no other exits.
+
+    Args:
+        parameters: with the gradients of all exits' losses together.
+        own: the gradients of their owners' losses alone.
+        cap: 0 leaves SWEET's gradients, infinity EE's.
+    """
+    for parameter, gradient in zip(parameters, own, strict=True):
+        others = parameter.grad - gradient
+        parameter.grad = gradient + shortening(others, gradient, cap) * others
 
 
 class MultiExitModel(nn.Module):

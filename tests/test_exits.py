@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.bert import CHECKPOINT_NAMES
 from minisweet.checkpoint import _sources
-from minisweet.exits import EXIT_STRATEGIES
+from minisweet.exits import EXIT_STRATEGIES, cap_others
 from tests.conftest import CHECKOUT, SHARED, random_batch, tiny_encoder, write_model
-from train import cap_others, exit_loss
+from train import exit_loss
 
 LABELS = torch.tensor([0, 1, 1, 0])
 EXIT_LAYERS = st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers)))
