@@ -102,6 +102,20 @@ def test_a_segment_at_a_time_gives_the_gradients_of_the_summed_loss(model_dir):
         torch.testing.assert_close(parameter.grad, summed[name], atol=1e-6, rtol=1e-6)
 
 
+def test_what_an_exit_does_not_read_runs_without_gradient_or_not_at_all(model_type):
+    seen = {"sweet": [], "ee": []}  # tokens, and whether autograd follows them, in each call of a feed-forward block
+    for method, calls in seen.items():
+        model = MultiExitModel(tiny_encoder(model_type), (1, 2, 4), 2, method)
+        for layer in model.encoder.layers:
+            layer.output.register_forward_hook(
+                lambda _, __, out, calls=calls: calls.append((out.shape[1], out.requires_grad))
+            )
+        model(*random_batch())
+    last = [(11, True), (1, True)]  # layer 3, and the first token in layer 4
+    assert seen["sweet"] == [(1, True), (10, False)] * 2 + last
+    assert seen["ee"] == [(1, True), (10, True)] * 2 + last
+
+
 def gradients(model, batch) -> dict[str, torch.Tensor]:
     """Each parameter's gradient of the summed loss, zeros for none."""
     model.zero_grad()
