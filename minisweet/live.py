@@ -88,7 +88,7 @@ def early_exit(
             if next_start > 0 and stay.any():  # the next piece goes on from here; MM's next model does not
                 if hidden is None:
                     hidden = first.new_zeros(*input_ids.shape, first.shape[-1])
-                hidden[group[stay], :T] = finish(stay)[0]
+                hidden[group[stay], :T] = finish(slice(None) if stay.all() else stay)[0]  # a slice copies nothing
         rows = torch.cat(remainders) if remainders else rows[:0]
     return labels, exits
 

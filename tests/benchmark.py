@@ -487,7 +487,8 @@ def products(arch: str, size: str, T: int, training: bool, depth: int | None = N
     # What the tokens that an exit does not read do in its layer: DeBERTa compares them too.
     ahead = tokens * (3 * D * D + (T * D if arch == "deberta" else 0)) + positions
     forward = (L - 1) * whole + ahead
-    return forward + 2 * ((L - K) * whole + K * ahead) if training else forward
+    # Below a boundary nothing needs the gradient that the first layer above it would send down.
+    return forward + 2 * ((L - K) * whole + K * ahead) - (K - 1) * tokens * 3 * D * D if training else forward
 
 
 def growth(rows: list, args) -> None:
