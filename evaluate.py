@@ -135,7 +135,7 @@ def main() -> None:
     evaluation |= {"examples": len(examples), "seconds": round(seconds, 2), "device": device_name(device)}
     evaluation |= {"precision": str(precision or torch.float32), "versions": versions()}
     write_json(run / "evaluation.json", evaluation)
-    name = method_name({"method": method} | record["arguments"])  # with what passes its boundaries
+    name = method_name(record["arguments"] | {"method": method})  # with what passes its boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {len(examples)} validation examples")
     print_evaluation(evaluation)
     print(f"\nwritten to {run / 'evaluation.json'}")

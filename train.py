@@ -8,7 +8,7 @@ Writes a run folder, which evaluate.py reads.
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -101,7 +101,10 @@ def train(
 
     Raises:
         NotFiniteError: the loss is no longer finite.
+        ValueError: an owner_cap, and a model with a boundary.
     """
+    if owner_cap is not None and (model.gradient_flow < 1 or model.gradient_cap):
+        raise ValueError("owner_cap is for a model with gradient_flow 1")
     torch.manual_seed(seed)
     model.train()
     device = next(model.parameters()).device
@@ -195,7 +198,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def find_model(args: argparse.Namespace) -> tuple[Path, BertConfig | DebertaConfig, tuple[int, ...]]:
+def find_model(args: argparse.Namespace) -> tuple[Path, BertConfig | DebertaConfig, Sequence[int]]:
     """The folder of --model, its config, and the exit layers; raises InputError where an option does not fit them."""
     folder = model_folder(args.model)
     config = read_config(folder)

@@ -191,10 +191,11 @@ class BertEncoder(nn.Module):
         Args:
             stream: the hidden states (B, T, D) after layer n-1, in a tuple.
             attention_mask: (B, T): 1 for tokens, 0 for padding.
+            n: 1 to L.
 
         Returns:
             The first token's hidden states (B, 1, D) after the layer, and a function that runs the other tokens and
-            returns the stream after the layer. Its argument tells which of the batch to go on with; default: all.
+            returns the stream after the layer. Its argument tells who of the batch goes on, (B,) bool; default: all.
         """
         (hidden,), layer = stream, self.layers[n - 1]
         bias = padding_bias(attention_mask, hidden.dtype)
@@ -208,7 +209,7 @@ class BertEncoder(nn.Module):
         return first, finish
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        """All hidden states: L+1 tensors (B, T, D), the embeddings first. For the arguments see the two above."""
+        """All hidden states: L+1 tensors (B, T, D), the embeddings first. Arguments: see `embed`, `run_layers`."""
         streams = [self.embed(input_ids, token_type_ids)]
         for n in range(len(self.layers)):
             streams.append(self.run_layers(streams[-1], attention_mask, n, n + 1))

@@ -229,15 +229,16 @@ class DebertaEncoder(nn.Module):
     ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor]]]:
         """Run layer n, counted from 1, for the first token alone, which is all that an exit reads.
 
-        The other tokens need only be projected and compared for that: some quarter of the layer's products.
+        The other tokens need only be projected and compared for that: some third of the layer's products.
 
         Args:
             stream: the hidden states (B, T, D) after layer n-1, and the relative table (2k, D).
             attention_mask: (B, T): 1 for tokens, 0 for padding.
+            n: 1 to L.
 
         Returns:
             The first token's hidden states (B, 1, D) after the layer, and a function that runs the other tokens and
-            returns the stream after the layer. Its argument tells which of the batch to go on with; default: all.
+            returns the stream after the layer. Its argument tells who of the batch goes on, (B,) bool; default: all.
         """
         (hidden, table), layer = stream, self.layers[n - 1]
         scores, value = layer.attend(hidden, *self.surroundings(stream, attention_mask))
@@ -259,7 +260,7 @@ class DebertaEncoder(nn.Module):
         return bias, table[(distance + k).clamp(0, 2 * k - 1)]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        """All hidden states: L+1 tensors (B, T, D), the embeddings first. For the arguments see the two above."""
+        """All hidden states: L+1 tensors (B, T, D), the embeddings first. Arguments: see `embed`, `run_layers`."""
         streams = [self.embed(input_ids, token_type_ids)]
         for n in range(len(self.layers)):
             streams.append(self.run_layers(streams[-1], attention_mask, n, n + 1))

@@ -66,7 +66,7 @@ class ExitHead(nn.Module):
 
 
 def stop_gradient(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What `run` returns, through which no gradient flows back."""
+    """What `run` returns, computed without gradient. DeBERTa's table, a parameter, passes through and is detached."""
     with torch.no_grad():
         return tuple(tensor.detach() for tensor in run())
 
@@ -106,7 +106,7 @@ def cap_others(parameters: list[nn.Parameter], own: list[Tensor], cap: float) ->
     Args:
         parameters: with the gradients of all exits' losses together.
         own: the gradients of their owners' losses alone.
-        cap: 0 leaves SWEET's gradients, infinity EE's.
+        cap: 0 leaves SWEET's gradients, a large one EE's, but nothing passes where the owner's is zero.
     """
     for parameter, gradient in zip(parameters, own, strict=True):
         others = parameter.grad - gradient
@@ -182,8 +182,9 @@ class MultiExitModel(nn.Module):
         Under SWEET nothing flows back over a boundary, so that a training loop may call backward() on each exit's
         loss right there, which frees the segment's activations. For the arguments see `forward`.
 
-        An exit reads the first token alone. The others leave its segment's last layer without gradient under SWEET,
-        which takes a third off a training step, and after the last exit they do not run at all.
+        An exit reads the first token alone. Under SWEET the others run through its segment's last layer without
+        gradient, which with exits 1, 2, 3, 6 takes a third off a training step, and a fifth with 1, 4, 6, 12. After the
+        last exit they do not run at all.
         """
         # The stream is (hidden states (B, T, D),), and with DeBERTa its relative table (2k, D) too: see bert.py.
         stream = self.encoder.embed(input_ids, token_type_ids)
@@ -191,10 +192,11 @@ class MultiExitModel(nn.Module):
             stream = self.encoder.run_layers(stream, attention_mask, start, stop - 1)
             first, finish = self.encoder.run_exit_layer(stream, attention_mask, stop)  # the first token, and the others
             if stop < self.exit_layers[-1]:
-                # The stop-gradient: one is SWEET, the other EE.
+                # The stop-gradient: SWEET has it, EE and what lies between them have not.
                 stream = stop_gradient(finish) if self.gradient_flow == 0 else finish()
                 if 0 < self.gradient_flow < 1 or self.gradient_cap:
                     first, *stream = PartialStop.apply(self.gradient_flow, self.gradient_cap, first, *stream)
+            del finish  # which holds on to its layer's queries, keys and values
             yield head(first)  # logits (B, C) and certainty
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def results_of(grid: dict[str, Records]) -> dict:
     """`individual`, `interpolated` and `differences`, for JSON, of one training size.
 
     `grid` is method to task to seed to record. Differences are the last method's interpolated scores less each other
-    method's, paired over tasks and seeds.
+    method's, paired over tasks and seeds, with the interval of as many independent pairs; only where there are pairs.
     """
     results: dict[str, dict] = {"individual": {}, "interpolated": {}}
     for method, records in grid.items():
@@ -111,6 +111,8 @@ def results_of(grid: dict[str, Records]) -> dict:
         runs = [(grid[last][task], grid[other][task]) for task in grid[last]]
         pairs = [(ours[seed], theirs[seed]) for ours, theirs in runs for seed in ours.keys() & theirs.keys()]
         values = [interpolated(a, ratios) - interpolated(b, ratios) for a, b in pairs if a and b]
+        if not values:
+            continue
         mean, _, ci95 = over_seeds(np.array(values))
         row = {"pairs": len(values), "mean": for_json(mean), "ci95": for_json(ci95)}
         results["differences"]["from"][other] = row

@@ -41,7 +41,10 @@ RECORD = {
     "exit_layers": lambda value: isinstance(value, list) and all(type(n) is int for n in value),
     "losses": lambda value: isinstance(value, list) and len(value) > 0,
     "arguments": lambda value: (
-        isinstance(value, dict) and isinstance(value.get("data_dir"), str) and type(value.get("max_length")) is int
+        isinstance(value, dict)
+        and isinstance(value.get("data_dir"), str)
+        and type(value.get("max_length")) is int
+        and all(isinstance(value.get(option), float | int | None) for option in BOUNDARIES.values())
     ),
 }
 
@@ -55,7 +58,7 @@ def method_name(arguments: dict) -> str:
 def method_arguments(name: str) -> dict:
     """The arguments that `method_name` makes `name` of. Raises ValueError for another name."""
     method, _, boundary = name.partition("-")
-    match = re.fullmatch(r"(flow|cap|owner)([0-9][0-9.e-]*)", boundary)
+    match = re.fullmatch(r"(flow|cap|owner)([0-9][0-9.e+-]*)", boundary)
     if method not in METHODS or (boundary and not (match and method == "sweet")):
         raise ValueError(name)
     arguments = {"method": method} | dict.fromkeys(BOUNDARIES.values())

@@ -436,6 +436,7 @@ def test_an_overwritten_folder_must_hold_nothing_but_a_run(command, tmp_path):
         ("exit_layers", [1, 9]),
         ("arguments", []),
         ("arguments", {"data_dir": "x", "max_length": "20"}),
+        ("arguments", {"data_dir": "x", "max_length": 20, "owner_cap": "4"}),
         ("model", 1),
     ],
 )
@@ -503,6 +504,43 @@ def test_float16_gradients_are_unscaled_before_they_are_clipped_and_training_has
         train.train(model, examples, epochs=1, batch_size=16, learning_rate=1e-3, seed=0, precision=precision)
         assert training == [True]
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
+
+
+@pytest.mark.parametrize(("flow", "owner_cap"), [(1.0, 0.3), (0.5, None)])
+@pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), (torch.float16, 0.05)])
+def test_each_step_takes_the_gradient_that_the_boundaries_let_through(
+    tmp_path, monkeypatch, flow, owner_cap, precision, tolerance
+):
+    folder = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(16))
+    torch.manual_seed(0)
+    model = MultiExitModel(load_encoder(folder), (1, 2, 4), 2, gradient_flow=flow)
+    plain, seen, clip = copy.deepcopy(model), {}, train.clip_grad_norm_
+
+    def look(parameters, limit):
+        seen.update({name: p.grad.clone() for name, p in model.named_parameters() if "word_embeddings" not in name})
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(train, "clip_grad_norm_", look)
+    settings = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "seed": 0}
+    train.train(model, examples, **settings, owner_cap=owner_cap, precision=precision)
+    (batch,) = examples.shuffled(16, 0, 0)
+    losses = [train.exit_loss(*answer, batch.labels) for answer in plain.segments(*batch.inputs)]
+    parts = zip(losses, plain.owned(), strict=True)
+    own = [gradient for loss, owned in parts for gradient in torch.autograd.grad(loss, owned, retain_graph=True)]
+    sum(losses).backward()
+    if owner_cap is not None:
+        train.cap_others(sum(plain.owned(), []), own, owner_cap)
+    expected = dict(plain.named_parameters())
+    for name, gradient in seen.items():
+        if not name.endswith("query_key_value.bias"):  # a key's bias has no gradient but rounding
+            assert (gradient - expected[name].grad).norm() <= tolerance * expected[name].grad.norm() + 1e-6, name
+
+
+def test_an_owner_cap_is_for_open_boundaries(tmp_path):
+    model = MultiExitModel(load_encoder(write_model(tmp_path / "tiny", "bert")), (1, 4), 2, "sweet")
+    with pytest.raises(ValueError, match="gradient_flow 1"):
+        train.train(model, None, epochs=1, batch_size=1, learning_rate=1.0, seed=0, owner_cap=0.5)
 
 
 def test_the_readmes_python_runs(tmp_path, model_type):

@@ -116,6 +116,22 @@ def test_what_an_exit_does_not_read_runs_without_gradient_or_not_at_all(model_ty
     assert seen["ee"] == [(1, True), (10, True)] * 2 + last
 
 
+@pytest.mark.parametrize("method", ["sweet", "ee"])
+def test_gradients_are_those_of_whole_layers(model_type, method):
+    batch, model = random_batch(), with_boundary(model_type, (1, 2, 4), method=method)
+    ours = gradients(model, batch)
+    model.zero_grad()
+    losses, stream = [], model.encoder.embed(batch[0], batch[2])
+    for head, start, stop in model.pieces():
+        stream = model.encoder.run_layers(stream, batch[1], start, stop)
+        losses.append(exit_loss(*head(stream[0]), LABELS))
+        if method == "sweet":
+            stream = tuple(tensor.detach() for tensor in stream)
+    sum(losses).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
 def gradients(model, batch) -> dict[str, torch.Tensor]:
     """Each parameter's gradient of the summed loss, zeros for none."""
     model.zero_grad()

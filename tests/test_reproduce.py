@@ -14,6 +14,7 @@ import evaluate
 import train
 from minisweet import reproduce
 from minisweet.cli import run_command
+from minisweet.runs import BOUNDARIES, method_arguments, method_name
 from tests.conftest import write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--exit-layers", "1,4", "--max-length", "32", "--tasks", "toy"]
@@ -178,6 +179,12 @@ def test_what_is_missing_is_named(command, tmp_path):
     missing = json.loads((tmp_path / "reproduced" / "results.json").read_text())["missing"]
     waiting = "ee toy n32 seed1, once its learning rate is known"
     assert missing == ["tiny-ee-toy-lr0.01-n32-seed0", waiting]
+
+
+@pytest.mark.parametrize("boundary", [{}, {"flow": 0.5}, {"cap": 1e12}, {"owner": 1e-7}, {"owner": 0.12345678}])
+def test_a_methods_name_tells_its_arguments(boundary):
+    arguments = method_arguments("sweet") | {BOUNDARIES[name]: value for name, value in boundary.items()}
+    assert method_arguments(method_name(arguments)) == arguments
 
 
 def test_early_exits_that_fail_to_learn_are_counted_at_each_rate(command, tmp_path):
