@@ -59,7 +59,7 @@ class ExitHead(nn.Module):
         self.lte = nn.Linear(config.hidden_size, 1) if exit_strategy == "lte" else None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The hidden states (B, T, D) to logits (B, C), and the certainty (B,) in 0 to 1, or None without "lte"."""
+        """Hidden states (B, T, D), of which the first token is read, to logits (B, C) and certainty (B,), or None."""
         pooled = self.activation(self.pooler(self.pooler_dropout(hidden[:, 0])))  # (B, D)
         certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
         return self.classifier(self.dropout(pooled)), certainty
@@ -74,7 +74,7 @@ def stop_gradient(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 class PartialStop(torch.autograd.Function):
     """A boundary between SWEET's and EE's: the stream's values pass unchanged, and some of the gradient passes back.
 
-    Takes the first token (B, 1, D), which the exit reads, and the stream, which the layers above it read, so that
+    Takes the first token (B, 1, D), which the exit reads, and the stream, which holds it too and goes on, so that
     backward can tell their gradients apart. The gradient from above is multiplied by `flow`; or, with a `cap`,
     shortened to at most `cap` times the norm of the exit's own, on the hidden states of the whole batch.
     """

@@ -3,6 +3,7 @@ speedup ratios (App. A), speed-accuracy curves (Figs. 4 to 8, 10).
 
 Everything is computed from the runs' own records, run.json and evaluation.json. A mean over tasks is taken seed by
 seed, so that its deviation is the one over seeds, as in the paper; a seed that lacks a task's run has no mean.
+Only the differences between methods pool all pairs of a task and a seed: their intervals mix both.
 
 Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup ratios).
 """

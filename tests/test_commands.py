@@ -537,6 +537,23 @@ def test_each_step_takes_the_gradient_that_the_boundaries_let_through(
             assert (gradient - expected[name].grad).norm() <= tolerance * expected[name].grad.norm() + 1e-6, name
 
 
+def test_after_an_error_the_whole_table_of_words_is_back():
+    embedding = torch.nn.Embedding(6, 2)
+    whole, old = embedding.weight, embedding.weight.detach().clone()
+
+    def fail():
+        with train.used_rows_alone(embedding, torch.tensor([1, 4])):
+            assert embedding.weight.shape == (2, 2)
+            embedding.weight.data.zero_()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert embedding.weight is whole
+    old[[1, 4]] = 0
+    assert torch.equal(whole, old)
+
+
 def test_an_owner_cap_is_for_open_boundaries(tmp_path):
     model = MultiExitModel(load_encoder(write_model(tmp_path / "tiny", "bert")), (1, 4), 2, "sweet")
     with pytest.raises(ValueError, match="gradient_flow 1"):

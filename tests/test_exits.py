@@ -114,6 +114,9 @@ def test_what_an_exit_does_not_read_runs_without_gradient_or_not_at_all(model_ty
     last = [(11, True), (1, True)]  # layer 3, and the first token in layer 4
     assert seen["sweet"] == [(1, True), (10, False)] * 2 + last
     assert seen["ee"] == [(1, True), (10, True)] * 2 + last
+    calls.clear()
+    MultiExitModel(model.encoder, (1, 2), 2, "sweet")(*random_batch())  # which ends before the encoder does
+    assert calls == [(1, True), (10, False), (1, True)]
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee"])
