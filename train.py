@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def train(
         )
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
         owned = model.owned()
-        for batch in (batch for epoch in range(epochs) for batch in examples.shuffled(batch_size, seed, epoch)):
+        for batch in chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs)):
             batch = batch.to(device)
             batch = batch._replace(input_ids=torch.searchsorted(used, batch.input_ids))  # rows of the smaller table
             optimizer.zero_grad()

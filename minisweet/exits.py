@@ -183,8 +183,8 @@ class MultiExitModel(nn.Module):
         loss right there, which frees the segment's activations. For the arguments see `forward`.
 
         An exit reads the first token alone. Under SWEET the others run through its segment's last layer without
-        gradient, which with exits 1, 2, 3, 6 takes a third off a training step, and a fifth with 1, 4, 6, 12. After the
-        last exit they do not run at all.
+        gradient, which takes a third off the products of a training step with exits 1, 2, 3, 6, and a fifth with 1, 4,
+        6, 12. After the last exit they do not run at all.
         """
         # The stream is (hidden states (B, T, D),), and with DeBERTa its relative table (2k, D) too: see bert.py.
         stream = self.encoder.embed(input_ids, token_type_ids)
