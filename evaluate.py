@@ -50,7 +50,7 @@ BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     model: torch.nn.Module, examples: TokenizedExamples, precision: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -25,7 +25,7 @@ GATHERED = 4
 LATENCY_INSTANCES = 200  # timed one by one, spread evenly over all lengths
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference_mode autocast casts the weights anew for each product: 6% of a bfloat16 batch
 def early_exit(
     model: MultiExitModel | MultiModel,
     input_ids: Tensor,
@@ -46,12 +46,12 @@ def early_exit(
         temperatures: (K, B), or (K, 1) for one of each exit; None for no calibration. Not for learning-to-exit.
         ranges: (K, 2), of learning-to-exit's certainties on validation data; None for 0 to 1.
         batch_size: how many of the B run at once. With more of them, as a few batches' worth, who is left is gathered
-            into batches as full as before. Memory holds the hidden states of all B.
+            into batches as full as before. Memory holds the hidden states of all B, and at an exit their queries, keys
+            and values.
 
     Returns:
         The labels (B,) and the exits taken (B,), counted from 0.
     """
-    inputs = (input_ids, attention_mask, token_type_ids)
     lengths = attention_mask.sum(1)
     labels, exits = torch.zeros_like(lengths), torch.zeros_like(lengths)
     if temperatures is not None:
@@ -65,35 +65,41 @@ def early_exit(
     for k, (encoder, head, start, stop) in enumerate(pieces):
         if len(rows) == 0:
             break
-        remainders = []
-        for group in rows.split(batch_size):
+        groups, firsts, finishes = rows.split(batch_size), [], []
+        for group in groups:
             T = max(1, int(lengths[group[0]]))  # of the longest
-            ids, mask, types = (tensor[group, :T] for tensor in inputs)
+            mask = attention_mask[group, :T]
             # At the first piece, and at each of MM's models, all starts with the words. What else is in the stream,
             # DeBERTa's relative table, is the same for every group.
-            stream = encoder.embed(ids, types) if start == 0 else (hidden[group, :T], *stream[1:])
+            if start == 0:
+                stream = encoder.embed(input_ids[group, :T], token_type_ids[group, :T])
+            else:
+                stream = (hidden[group, :T], *stream[1:])
             stream = encoder.run_layers(stream, mask, start, stop - 1)
             first, finish = encoder.run_exit_layer(stream, mask, stop)  # those who leave need the first token alone
-            logits, certainty = head(first)  # (group, C), (group,)
-            labels[group], exits[group] = logits.argmax(-1), k
-            if k == len(pieces) - 1:
-                continue
-            if certainty is None:
-                confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, group])
-                stay = ~leaves(confidence, threshold, 1 / logits.shape[-1])
-            else:
-                stay = ~leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
-            remainders.append(group[stay])
-            next_start = pieces[k + 1][2]
-            if next_start > 0 and stay.any():  # the next piece goes on from here; MM's next model does not
-                if hidden is None:
-                    hidden = first.new_zeros(*input_ids.shape, first.shape[-1])
-                hidden[group[stay], :T] = finish(slice(None) if stay.all() else stay)[0]  # a slice copies nothing
-        rows = torch.cat(remainders) if remainders else rows[:0]
+            firsts.append(first)
+            finishes.append(finish)
+        logits, certainty = head(torch.cat(firsts))  # (rows, C), (rows,)
+        labels[rows], exits[rows] = logits.argmax(-1), k
+        if k == len(pieces) - 1:
+            break
+        if certainty is None:
+            confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, rows])
+            stay = ~leaves(confidence, threshold, 1 / logits.shape[-1])  # (rows,)
+        else:
+            stay = ~leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
+        if pieces[k + 1][2] > 0:  # the next piece goes on from here; MM's next model does not
+            if hidden is None:
+                hidden = firsts[0].new_zeros(*input_ids.shape, firsts[0].shape[-1])
+            for group, finish, keep in zip(groups, finishes, stay.split(batch_size), strict=True):
+                if keep.any():
+                    left = finish(slice(None) if keep.all() else keep)[0]  # a slice copies nothing
+                    hidden[group[keep], : left.shape[1]] = left
+        rows = rows[stay]
     return labels, exits
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def full_depth(model: MultiExitModel | MultiModel, *inputs: Tensor) -> Tensor:
     """The last exit's labels (B,) without a look at the others: what early exit is compared with."""
     if isinstance(model, MultiModel):

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,6 @@ from minisweet.runs import load_run, read_record
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
 from tests.conftest import checkpoint_tensors
-from train import used_rows_alone
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
 DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
@@ -101,7 +99,7 @@ def step_unit(side: str, arch: str, size: str, T: int, amp: bool, exits: int = 1
     return step
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forward_unit(side: str, arch: str, size: str, T: int, amp: bool):
     """All exits' logits of one batch of 16, without dropout."""
     encoder = our_encoder(arch, size)
@@ -109,7 +107,7 @@ def forward_unit(side: str, arch: str, size: str, T: int, amp: bool):
     input_ids = torch.randint(5, 30000, (BATCH, T))
     inputs = input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
             model(*inputs)
@@ -187,8 +185,9 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
     else:
         model = TransformersWithExits(attention="sdpa" if fused else "eager").train()
     used = torch.from_numpy(examples.vocabulary())
-    table = used_rows_alone(model.encoder.word_embeddings, used) if ours else nullcontext()
-    table.__enter__()  # to the end of the process
+    if ours:  # as `used_rows_alone` has it in train(), but to the end of the process
+        words = model.encoder.word_embeddings
+        words.weight = nn.Parameter(words.weight.detach()[used])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
     if fused:
         batches = examples.shuffled(BATCH, 0, 0)
@@ -212,7 +211,6 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
                     sum(F.cross_entropy(logits.float(), batch.labels) for logits, _ in exits).backward()
             optimizer_step(model, optimizer)
 
-    ten_batches.table = table  # which is undone once nothing holds it
     ten_batches.examples = BATCH * (10 if fused else 3)
     return ten_batches
 
@@ -263,7 +261,7 @@ def live_unit(side: str, run: str, amp: bool, threshold: float = 1.0):
         alone = TransformersWithExits(model[-1].exit_layers).take_weights(model[-1])
         run_batch = lambda *inputs: alone.segments(*inputs)[-1][0].argmax(-1)  # noqa: E731
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def all_batches():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
             for batch in batches:
