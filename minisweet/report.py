@@ -140,7 +140,7 @@ def _runs(records: Records, tasks: Sequence[str]) -> list[dict | None]:
 
 def markdown(results: dict) -> str:
     """The tables of `results_of`: a row per task and method, the mean over tasks first; then the differences."""
-    lines = []
+    text = ""
     for table, title, column, spread in (
         ("individual", "Individual classifiers: mean score ± deviation over seeds", "exit_layers", "std"),
         ("interpolated", "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds", "ratios", "ci95"),
@@ -148,9 +148,8 @@ def markdown(results: dict) -> str:
         methods = results[table]
         points = max((methods[method][column] for method in methods), key=len)
         head = [f"{point:.3g}" if table == "interpolated" else f"layer {point}" for point in points]
-        lines += ["", f"### {title}", "", f"| task | method | seeds | {' | '.join(head)} |"]
-        lines += ["|---" * (3 + len(head)) + "|"]
         tasks = list(next(iter(methods.values()))["tasks"])
+        rows = []
         for task in ["mean", *tasks] if len(tasks) > 1 else tasks:
             for method in methods:
                 row = methods[method] if task == "mean" else methods[method]["tasks"][task]
@@ -161,17 +160,25 @@ def markdown(results: dict) -> str:
                     cells = [cell + "°" * (n in row["one_class_layers"]) for n, cell in zip(points, cells, strict=True)]
                 else:
                     name += "°" * bool(row["one_class_layers"])
-                lines.append(f"| {task} | {name} | {row['seeds']} | {' | '.join(cells)} |")
-    lines += ["", NOTES]
+                rows.append([task, name, row["seeds"], *cells])
+        text += _table(title, ["task", "method", "seeds", *head], rows)
+    text += f"\n{NOTES}\n"
     differences = results["differences"]
-    if differences["from"]:
-        head = [f"{ratio:.3g}" for ratio in differences["ratios"]]
-        lines += ["", f"### {differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval", ""]
-        lines += [f"| less | pairs | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+    rows = []
     for other, row in differences["from"].items():
         cells = [_cell(*pair, sign="+") for pair in zip(row["mean"], row["ci95"], strict=True)]
-        lines.append(f"| {other} | {row['pairs']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        rows.append([other, row["pairs"], *cells])
+    if rows:
+        title = f"{differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval"
+        text += _table(title, ["less", "pairs", *(f"{ratio:.3g}" for ratio in differences["ratios"])], rows)
+    return text
+
+
+def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
+    """A heading and a table in Markdown, after an empty line."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join([f"\n### {title}\n", *lines, ""])
 
 
 def _cell(value: float | None, spread: float | None, sign: str = "") -> str:
@@ -184,26 +191,21 @@ def document(results: dict) -> str:
     """results.md: what results.json holds, for people."""
     tasks = list(next(iter(results["learning_rates"].values())))
     searched = len(results["rates_searched"]) > 1
-    lines = [
-        f"# {results['model']}, exit strategy {results['exit_strategy']}",
-        "",
+    text = (
+        f"# {results['model']}, exit strategy {results['exit_strategy']}\n\n"
         f"Seeds {', '.join(map(str, results['seeds']))}; up to {results['train_size']} training examples, "
-        f"{results['epochs']} epochs; trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.",
-        "",
-        f"### Learning rates{': largest area under the curve on the first seed' if searched else ''}",
-        "",
-        f"| method | {' | '.join(tasks)} |",
-        "|---" * (1 + len(tasks)) + "|",
-    ]
-    for method, rates in results["learning_rates"].items():
-        lines.append(f"| {method} | {' | '.join(f'{rate:g}' if rate else '' for rate in rates.values())} |")
+        f"{results['epochs']} epochs; trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.\n"
+    )
+    title = f"Learning rates{': largest area under the curve on the first seed' if searched else ''}"
+    rates = results["learning_rates"].items()
+    rows = [[method, *(f"{rate:g}" if rate else "" for rate in found.values())] for method, found in rates]
+    text += _table(title, ["method", *tasks], rows)
     if searched:
-        rates = [f"{lr:g}" for lr in results["rates_searched"]]
-        lines += ["", "### Exits before the last that predict one class, in the complete runs of the search", ""]
-        lines += [f"| method | {' | '.join(rates)} |", "|---" * (1 + len(rates)) + "|"]
-        for method, failures in results["early_exits_failed"].items():
-            lines.append(f"| {method} | {' | '.join(f'{n} of {exits}' for n, exits in failures)} |")
-    text = "\n".join(lines) + "\n" + markdown(results)
+        failed = results["early_exits_failed"].items()
+        rows = [[method, *(f"{n} of {exits}" for n, exits in failures)] for method, failures in failed]
+        head = ["method", *(f"{lr:g}" for lr in results["rates_searched"])]
+        text += _table("Exits before the last that predict one class, in the complete runs of the search", head, rows)
+    text += markdown(results)
     for size, tables in results["by_train_size"].items():
         text += f"\n## Up to {size} training examples\n{markdown(tables)}"
     text += "\n### What to know of these runs\n\n"
