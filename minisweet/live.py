@@ -20,9 +20,9 @@ from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.text import Batch, TokenizedExamples
 
 # Batches whose remainders are gathered: a quarter of a batch reads all weights as a full one does. With gathering MM
-# takes 0.56 instead of 0.68 of full depth's time where it runs half of the layers; 8 and 28 batches give no more.
+# took a sixth less time where it runs half of the layers; 8 and 28 batches gave no more.
 GATHERED = 4
-LATENCY_INSTANCES = 200  # timed one by one, spread evenly over all lengths
+LATENCY_INSTANCES = 200  # at least, where there are as many: timed one by one, spread evenly over all lengths
 
 
 @torch.no_grad()  # in inference_mode autocast casts the weights anew for each product: 6% of a bfloat16 batch
@@ -46,19 +46,26 @@ def early_exit(
         temperatures: (K, B), or (K, 1) for one of each exit; None for no calibration. Not for learning-to-exit.
         ranges: (K, 2), of learning-to-exit's certainties on validation data; None for 0 to 1.
         batch_size: how many of the B run at once. With more of them, as a few batches' worth, who is left is gathered
-            into batches as full as before. Memory holds the hidden states of all B, and at an exit their queries, keys
-            and values.
+            into batches as full as before. Memory holds the hidden states of all B, and at an exit what its layer's
+            `finish` needs: queries, keys and values, or with DeBERTa scores, which grow with T², and values.
 
     Returns:
         The labels (B,) and the exits taken (B,), counted from 0.
+
+    Raises:
+        ValueError: temperatures or ranges of another shape.
     """
-    lengths = attention_mask.sum(1)
+    lengths = attention_mask.sum(1).long()
     labels, exits = torch.zeros_like(lengths), torch.zeros_like(lengths)
-    if temperatures is not None:
-        temperatures = temperatures.to(input_ids.device).expand(-1, len(input_ids))
     models = list(model) if isinstance(model, MultiModel) else [model]
-    pieces = [(part.encoder, *piece) for part in models for piece in part.pieces()]  # K of them
-    ranges = torch.tensor([[0.0, 1.0]]).expand(len(pieces), 2) if ranges is None else ranges
+    pieces = [(part.encoder, *piece) for part in models for piece in part.pieces()]
+    K, B = len(pieces), len(input_ids)
+    temperatures = torch.ones(K, 1) if temperatures is None else temperatures
+    ranges = torch.tensor([[0.0, 1.0]]).expand(K, 2) if ranges is None else ranges
+    if temperatures.shape not in ((K, 1), (K, B)) or ranges.shape != (K, 2):
+        shapes = f"{tuple(temperatures.shape)} and {tuple(ranges.shape)}"
+        raise ValueError(f"temperatures and ranges are {shapes}, and must be ({K}, 1) or ({K}, {B}), and ({K}, 2)")
+    temperatures = temperatures.to(input_ids.device).expand(-1, B)
     rows = lengths.argsort(descending=True, stable=True)  # who is still here, similar lengths together
     stream: tuple[Tensor, ...] = ()
     hidden = None  # the hidden states of all (B, T, D), from one piece to the next; finite at padding
@@ -66,8 +73,9 @@ def early_exit(
         if len(rows) == 0:
             break
         groups, firsts, finishes = rows.split(batch_size), [], []
+        goes_on = k + 1 < K and pieces[k + 1][2] > 0  # into the next piece, that is; MM's next model starts anew
         for group in groups:
-            T = max(1, int(lengths[group[0]]))  # of the longest
+            T = max(1, int(lengths[group[0]]))  # of the longest; 1 for a batch of nothing but padding
             mask = attention_mask[group, :T]
             # At the first piece, and at each of MM's models, all starts with the words. What else is in the stream,
             # DeBERTa's relative table, is the same for every group.
@@ -78,17 +86,14 @@ def early_exit(
             stream = encoder.run_layers(stream, mask, start, stop - 1)
             first, finish = encoder.run_exit_layer(stream, mask, stop)  # those who leave need the first token alone
             firsts.append(first)
-            finishes.append(finish)
+            finishes.append(finish if goes_on else None)
         logits, certainty = head(torch.cat(firsts))  # (rows, C), (rows,)
         labels[rows], exits[rows] = logits.argmax(-1), k
-        if k == len(pieces) - 1:
-            break
         if certainty is None:
-            confidence = confidences(logits, 1.0 if temperatures is None else temperatures[k, rows])
-            stay = ~leaves(confidence, threshold, 1 / logits.shape[-1])  # (rows,)
+            stay = ~leaves(confidences(logits, temperatures[k, rows]), threshold, 1 / logits.shape[-1])  # (rows,)
         else:
             stay = ~leaves(learned_confidences(certainty, ranges[k].to(certainty.device)), threshold, 0.0)
-        if pieces[k + 1][2] > 0:  # the next piece goes on from here; MM's next model does not
+        if goes_on:
             if hidden is None:
                 hidden = firsts[0].new_zeros(*input_ids.shape, firsts[0].shape[-1])
             for group, finish, keep in zip(groups, finishes, stay.split(batch_size), strict=True):

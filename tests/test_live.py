@@ -1,5 +1,6 @@
 """Live early exit decides as the sweep does, for both encoders and all methods."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,34 @@ def test_nothing_in_nothing_out(tmp_path):
     batch = tuple(tensor[:0] for tensor in random_batch())
     labels, exits = early_exit(make_model(write_model(tmp_path, "bert"), "sweet"), *batch, 0.75)
     assert (labels.tolist(), exits.tolist()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperatures": torch.ones(3)}, {"temperatures": torch.ones(2, 1)}, {"ranges": torch.ones(2, 2)}]
+)
+def test_settings_of_another_model_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match="temperatures and ranges are .* and must be"):
+        early_exit(make_model(write_model(tmp_path, "bert"), "sweet"), *random_batch(), 0.75, **wrong)
+
+
+@pytest.mark.parametrize("method", ["sweet", "mm"])
+def test_what_nothing_will_finish_is_not_held(tmp_path, monkeypatch, model_type, method):
+    """MM's models, and any model's last exit, keep no group's queries, keys and values for later."""
+    model = make_model(write_model(tmp_path, model_type), method)
+    encoder_class = type((model[0] if method == "mm" else model).encoder)
+    run, alive = encoder_class.run_exit_layer, []
+
+    def watched(*args):
+        first, finish = run(*args)
+        alive.append(weakref.ref(finish))
+        alive_now.append(sum(ref() is not None for ref in alive))
+        return first, finish
+
+    alive_now = []
+    monkeypatch.setattr(encoder_class, "run_exit_layer", watched)
+    early_exit(model, *random_batch(3, batch=16), 1.0, batch_size=4)  # four groups at each of three exits
+    assert alive_now[-1] <= 2 < len(alive_now) == 12
+    assert max(alive_now) <= (2 if method == "mm" else 5)
 
 
 def test_the_wall_clock_is_that_of_all_batches(tmp_path, monkeypatch):
