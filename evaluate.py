@@ -40,7 +40,8 @@ from minisweet.devices import (
     device_name,
     reuse_freed_memory,
 )
-from minisweet.live import measure_live
+from minisweet.live import GATHERED, measure_live
+from minisweet.report import one_class_layers
 from minisweet.runs import load_run, method_name, newest_run, versions
 from minisweet.tasks import TASKS, load_examples, score
 from minisweet.text import TokenizedExamples, load_tokenizer
@@ -225,6 +226,8 @@ def print_evaluation(evaluation: dict) -> None:
     softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
     print(f"\n{'exit after layer':<18}" + "".join(f"{n:>8}" for n in exit_layers))
     print(f"{evaluation['metric']:<18}" + "".join(f"{value:8.1f}" for value in evaluation["exit_scores"]))
+    if failed := one_class_layers(evaluation):
+        print(f"{'predicts one class':<18}" + "".join(f"{'yes' if n in failed else '':>8}" for n in exit_layers))
     for name in ("ece", "nll"):
         for when in ("before", "after"):
             values = "".join(f"{value:8.3f}" for value in evaluation[name][when])
@@ -243,7 +246,8 @@ def print_evaluation(evaluation: dict) -> None:
         for threshold, *row in zip(thresholds, *means.values(), strict=True):
             print(f"{threshold:9.3f}" + "".join(f"{value:16.2f}" for value in row))
     if "live" in evaluation:
-        print(f"\nlive, {evaluation['live_batch_size']} at a time; latency (p50, ...) of one at a time, milliseconds")
+        print(f"\nlive, {evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches; ", end="")
+        print("latency (p50, ...) of one at a time, milliseconds")
         print(f"{'threshold':>9}{'layer share':>13}{'wall share':>12}{'instances/s':>13}{'p50':>8}{'p90':>8}{'p99':>8}")
         for row in evaluation["live"]:
             print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")

@@ -178,7 +178,7 @@ def parse_arguments() -> argparse.Namespace:
         help="share of gradient that passes sweet's boundaries; 1 is EE (default: 0)",
     )
     boundary("--gradient-cap", type=number(0), help="instead: pass at most so many times the norm of the exit's own")
-    boundary("--owner-cap", type=number(0), help="instead: on each parameter, so many times its owner's")
+    boundary("--owner-cap", type=number(0), help="instead: on each parameter, at most so many times its owner exit's")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
     option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")

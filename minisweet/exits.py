@@ -183,8 +183,8 @@ class MultiExitModel(nn.Module):
         loss right there, which frees the segment's activations. For the arguments see `forward`.
 
         An exit reads the first token alone. Under SWEET the others run through its segment's last layer without
-        gradient, which takes a third off the products of a training step with exits 1, 2, 3, 6, and a fifth with 1, 4,
-        6, 12. After the last exit they do not run at all.
+        gradient, and through the last exit's layer not at all. Together that takes two fifths off the products of a
+        training step with exits 1, 2, 3, 6, and a fifth with 1, 4, 6, 12.
         """
         # The stream is (hidden states (B, T, D),), and with DeBERTa its relative table (2k, D) too: see bert.py.
         stream = self.encoder.embed(input_ids, token_type_ids)
@@ -196,7 +196,7 @@ class MultiExitModel(nn.Module):
                 stream = stop_gradient(finish) if self.gradient_flow == 0 else finish()
                 if 0 < self.gradient_flow < 1 or self.gradient_cap:
                     first, *stream = PartialStop.apply(self.gradient_flow, self.gradient_cap, first, *stream)
-            del finish  # which holds on to its layer's queries, keys and values
+            del finish  # which holds on to what its layer computed of all tokens
             yield head(first)  # logits (B, C) and certainty
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def read_record(run: Path) -> dict:
     record = {"exit_strategy": "confidence"} | read_json(path)  # runs made before there was another do not tell it
     for key, is_right in RECORD.items():
         if not is_right(record.get(key)):
-            raise InputError(f"{path}: {key} is {record.get(key)!r}, which is nothing that train.py writes")
+            raise InputError(f"{path}: {key} is {record.get(key)!r:.200}, which is nothing that train.py writes")
     return record
 
 

@@ -129,6 +129,8 @@ def load_examples(task: str, split: str, data_dir: Path) -> Examples:
         sentences, labels, difficulties = make_toy(split)
         return Examples(sentences, None, labels, difficulties)
     folder = Path(data_dir) / TASKS[task].folder
+    if Path(data_dir).exists() and not Path(data_dir).is_dir():
+        raise InputError(f"--data-dir: {data_dir} is not a folder")
     if not folder.exists():
         _fetch(TASKS[task], folder)
     return _read(TASKS[task], folder / TASKS[task].file(split))

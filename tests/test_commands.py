@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
@@ -448,6 +448,23 @@ def test_a_changed_run_json_is_refused(command, tmp_path, key, value):
     status, out, err = command(evaluate)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "runs/a" in err
+    assert len(err) < 500
+
+
+def test_evaluate_names_the_exits_that_predict_one_class(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model, "--out", "a"))[0] == 0
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors["heads.1.classifier.bias"] = torch.tensor([9.0, -9.0])
+    tensors["heads.1.classifier.weight"].zero_()
+    tensors["heads.2.classifier.bias"].zero_()
+    tensors["heads.2.classifier.weight"] *= 1000.0  # so that both classes occur
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    status, out, _ = command(evaluate, "a")
+    counts = json.loads((tmp_path / "a" / "evaluation.json").read_text())["class_counts"]
+    marks = "".join(f"{'yes' if 0 in row else '':>8}" for row in counts)
+    assert counts[1] == [1000, 0]
+    assert (status, [line for line in out.splitlines() if "one class" in line]) == (0, ["predicts one class" + marks])
 
 
 def test_evaluation_reads_the_data_dir_of_training_from_anywhere_or_the_given_one(command, tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_a_host_that_stops_answering_is_given_up(tmp_path, host, monkeypatch):
 def test_a_data_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"RTE: cannot be written"):
-        load_examples("rte", "dev", tmp_path / "file")
+        load_examples("rte", "dev", tmp_path / "file" / "data")
 
 
 def test_accuracy_by_hand():
@@ -318,3 +318,9 @@ def test_matthews_of_a_large_split_does_not_overflow():
 def test_score_of_wrong_input(predictions, labels, metric):
     with pytest.raises(InputError):
         score(predictions, labels, metric)
+
+
+def test_a_file_in_place_of_the_data_folder_is_named(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(InputError, match="--data-dir: .*data is not a folder"):
+        load_examples("rte", "train", tmp_path / "data")
