@@ -246,8 +246,8 @@ def print_evaluation(evaluation: dict) -> None:
         for threshold, *row in zip(thresholds, *means.values(), strict=True):
             print(f"{threshold:9.3f}" + "".join(f"{value:16.2f}" for value in row))
     if "live" in evaluation:
-        print(f"\nlive, {evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches; ", end="")
-        print("latency (p50, ...) of one at a time, milliseconds")
+        together = f"{evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches"
+        print(f"\nlive, {together}; latency (p50, ...) of one at a time, milliseconds")
         print(f"{'threshold':>9}{'layer share':>13}{'wall share':>12}{'instances/s':>13}{'p50':>8}{'p90':>8}{'p99':>8}")
         for row in evaluation["live"]:
             print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +36,12 @@ from minisweet.runs import load_run, method_name, read_record
 from minisweet.tasks import TASKS, load_examples
 from minisweet.text import TokenizedExamples, load_tokenizer
 from tests.conftest import checkpoint_tensors
+from train import used_rows_alone
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
 DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
 BATCH = 16
+TO_THE_END = ExitStack()  # what a process enters once and never leaves
 
 
 def settings_of(arch: str, size: str, depth: int | None = None) -> dict:
@@ -185,9 +188,8 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
     else:
         model = TransformersWithExits(attention="sdpa" if fused else "eager").train()
     used = torch.from_numpy(examples.vocabulary())
-    if ours:  # as `used_rows_alone` has it in train(), but to the end of the process
-        words = model.encoder.word_embeddings
-        words.weight = nn.Parameter(words.weight.detach()[used])
+    if ours:
+        TO_THE_END.enter_context(used_rows_alone(model.encoder.word_embeddings, used))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
     if fused:
         batches = examples.shuffled(BATCH, 0, 0)
@@ -359,9 +361,7 @@ def runs_given(args, methods: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """The run folders of --runs that were trained with one of `methods`: folder, task, method by its whole name."""
     records = [(str(run), read_record(run)) for run in args.runs]
     chosen = [(run, record) for run, record in records if record["method"] in methods]
-    return [
-        (run, record["task"], method_name(record["arguments"] | {"method": record["method"]})) for run, record in chosen
-    ]
+    return [(run, record["task"], method_name(record["arguments"])) for run, record in chosen]
 
 
 def sweeps(rows: list, args) -> None:
