@@ -31,8 +31,15 @@ from minisweet.calibration import (
     negative_log_likelihood,
     row_temperatures,
 )
-from minisweet.cli import Parser, run_command, whole_number, write_json
-from minisweet.devices import (
+from minisweet.data.tasks import TASKS, load_examples, score
+from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.data.toy import LEVELS
+from minisweet.files.commands import Parser, run_command, whole_number
+from minisweet.files.runs import load_run, method_name, newest_run, versions
+from minisweet.files.safe import write_json
+from minisweet.live import GATHERED, measure_live
+from minisweet.paper.report import one_class_layers
+from minisweet.training.devices import (
     add_device_options,
     autocast,
     choose_device,
@@ -40,12 +47,6 @@ from minisweet.devices import (
     device_name,
     reuse_freed_memory,
 )
-from minisweet.live import GATHERED, measure_live
-from minisweet.report import one_class_layers
-from minisweet.runs import load_run, method_name, newest_run, versions
-from minisweet.tasks import TASKS, load_examples, score
-from minisweet.text import TokenizedExamples, load_tokenizer
-from minisweet.toy import LEVELS
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again

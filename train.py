@@ -22,11 +22,16 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from minisweet.bert import BertConfig
-from minisweet.checkpoint import load_encoder, read_config
-from minisweet.cli import InputError, Parser, list_of, number, positive_float, run_command, whole_number, write_json
+from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.deberta import DebertaConfig
-from minisweet.defaults import EXIT_LAYERS, default_batch_size, default_learning_rate
-from minisweet.devices import (
+from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, cap_others, check_exit_layers
+from minisweet.files.checkpoint import load_encoder, read_config
+from minisweet.files.commands import Parser, list_of, number, positive_float, run_command, whole_number
+from minisweet.files.hub import REPOSITORIES, model_folder
+from minisweet.files.runs import DIVERGED, check_output, method_name, save_run, versions
+from minisweet.files.safe import InputError, write_json
+from minisweet.training.devices import (
     add_device_options,
     autocast,
     choose_device,
@@ -34,11 +39,7 @@ from minisweet.devices import (
     device_name,
     reuse_freed_memory,
 )
-from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, build_multi_model, cap_others, check_exit_layers
-from minisweet.hub import REPOSITORIES, model_folder
-from minisweet.runs import DIVERGED, check_output, method_name, save_run, versions
-from minisweet.tasks import TASKS, load_examples
-from minisweet.text import TokenizedExamples, load_tokenizer
+from minisweet.training.options import EXIT_LAYERS, default_batch_size, default_learning_rate
 
 
 class NotFiniteError(InputError):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from minisweet.cli import InputError
+from minisweet.files.safe import InputError
 
 Config = TypeVar("Config")
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.cli import InputError
 from minisweet.config import check_config
-from minisweet.dropout import Dropout
+from minisweet.files.safe import InputError
+from minisweet.layers import Dropout
 
 # Added to the attention scores of padding. exp() makes it 0 against any real score, and it fits float16 too. It is
 # not -inf, so that a row of nothing but padding still has a softmax.

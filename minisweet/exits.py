@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.checkpoint import Encoder, load_encoder
-from minisweet.dropout import Dropout
+from minisweet.files.checkpoint import Encoder, load_encoder
+from minisweet.layers import Dropout
 
 METHODS = ("sweet", "ee", "mm")
 EXIT_STRATEGIES = ("confidence", "lte")

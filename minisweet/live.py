@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from minisweet.adaptive import confidences, learned_confidences, leaves
+from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.text import Batch, TokenizedExamples
 
 # Batches whose remainders are gathered: a quarter of a batch reads all weights as a full one does. With gathering MM
 # took a sixth less time where it runs half of the layers; 8 and 28 batches gave no more.

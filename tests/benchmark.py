@@ -26,15 +26,16 @@ from torch import nn
 from minisweet import MultiExitModel, load_encoder
 from minisweet.adaptive import confidences, exits_taken, leaves, spaced_thresholds
 from minisweet.bert import BertConfig, BertEncoder
-from minisweet.cli import Parser, list_of, one_of, read_json, run_command, write_json
+from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.deberta import DebertaConfig, DebertaEncoder
-from minisweet.devices import reuse_freed_memory
 from minisweet.exits import METHODS
-from minisweet.hub import model_folder
+from minisweet.files.commands import Parser, list_of, one_of, run_command
+from minisweet.files.hub import model_folder
+from minisweet.files.runs import load_run, method_name, read_record
+from minisweet.files.safe import read_json, write_json
 from minisweet.live import GATHERED, early_exit
-from minisweet.runs import load_run, method_name, read_record
-from minisweet.tasks import TASKS, load_examples
-from minisweet.text import TokenizedExamples, load_tokenizer
+from minisweet.training.devices import reuse_freed_memory
 from tests.conftest import checkpoint_tensors
 from train import used_rows_alone
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from minisweet.bert import CHECKPOINT_NAMES as BERT_NAMES
 from minisweet.bert import BertConfig, BertEncoder
-from minisweet.checkpoint import _sources
 from minisweet.deberta import CHECKPOINT_NAMES as DEBERTA_NAMES
 from minisweet.deberta import DebertaConfig, DebertaEncoder
+from minisweet.files.checkpoint import _sources
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.cli import InputError
+from minisweet.files.safe import InputError
 from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder, write_model
 
 

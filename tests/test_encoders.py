@@ -149,7 +149,7 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     rates |= {"classifier_dropout": 0.13} if model_type == "bert" else {"cls_dropout": 0.13, "pooler_dropout": 0.14}
     model = MultiExitModel(tiny_encoder(model_type, **rates), (1, 4), 2).train()
     seen = Counter()
-    monkeypatch.setattr("minisweet.dropout.dropout", lambda x, p: seen.update([(p, x.dim())]) or x)
+    monkeypatch.setattr("minisweet.layers.dropout", lambda x, p: seen.update([(p, x.dim())]) or x)
     model(*random_batch())
     # Embeddings; then in each of 4 layers attention weights, attention output, feed-forward output, and once more in
     # layer 1, where the first token and the others run apart; then two heads.

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.bert import CHECKPOINT_NAMES
-from minisweet.checkpoint import _sources
 from minisweet.exits import EXIT_STRATEGIES, cap_others
+from minisweet.files.checkpoint import _sources
 from tests.conftest import CHECKOUT, SHARED, random_batch, tiny_encoder, write_model
 from train import exit_loss
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisweet import MultiExitModel, gradients, load_encoder
-from minisweet.cli import run_command
-from minisweet.gradients import exit_similarities, row_similarity
-from minisweet.text import Batch, TokenizedExamples
+from minisweet import MultiExitModel, load_encoder
+from minisweet.data.text import Batch, TokenizedExamples
+from minisweet.files.commands import run_command
+from minisweet.paper import gradients
+from minisweet.paper.gradients import exit_similarities, row_similarity
 from tests.conftest import random_batch, tiny_encoder, write_model
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from minisweet import hub
-from minisweet.cli import InputError, run_command
+from minisweet.files import hub
+from minisweet.files.commands import run_command
+from minisweet.files.safe import InputError
 from tests.hub_server import HubServer
 
 CONFIG = json.dumps({"model_type": "bert", "hidden_size": 4}).encode()
@@ -29,8 +30,8 @@ BERT = {
 }
 FETCH = """
 import sys
-from minisweet import hub
-from minisweet.cli import run_command
+from minisweet.files import hub
+from minisweet.files.commands import run_command
 run_command(lambda: print(hub.model_folder(sys.argv[1])))
 """
 
@@ -54,7 +55,7 @@ def fetch(tmp_path, monkeypatch, capfd):
         for name in os.environ:
             if name.lower().endswith("_proxy") or name.startswith(("HF_", "PIP_")):
                 monkeypatch.delenv(name)
-        root = str(Path(hub.__file__).parents[1])
+        root = str(Path(hub.__file__).parents[2])
         always = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "PIP_NO_INDEX": "1", "PYTHONPATH": root}
         for name, value in (always | variables).items():
             monkeypatch.setenv(name, value)

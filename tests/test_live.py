@@ -18,10 +18,10 @@ from minisweet.adaptive import (
     learned_confidences,
     spaced_thresholds,
 )
+from minisweet.data.tasks import load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit, full_depth, measure_live
-from minisweet.tasks import load_examples
-from minisweet.text import TokenizedExamples, load_tokenizer
 from tests.conftest import random_batch, write_model
 
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from minisweet import report
-from minisweet.cli import InputError
-from minisweet.report import (
+from minisweet.files.safe import InputError
+from minisweet.paper import report
+from minisweet.paper.report import (
     STUDENT_T,
     did_not_converge,
     draw_curves,

@@ -12,9 +12,9 @@ import pytest
 
 import evaluate
 import train
-from minisweet import reproduce
-from minisweet.cli import run_command
-from minisweet.runs import BOUNDARIES, method_arguments, method_name
+from minisweet.files.commands import run_command
+from minisweet.files.runs import BOUNDARIES, method_arguments, method_name
+from minisweet.paper import reproduce
 from tests.conftest import write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--exit-layers", "1,4", "--max-length", "32", "--tasks", "toy"]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet import tasks
-from minisweet.cli import InputError
-from minisweet.tasks import TASKS, Examples, load_examples, score
+from minisweet.data import tasks
+from minisweet.data.tasks import TASKS, Examples, load_examples, score
+from minisweet.files.safe import InputError
 
 GLUE = Path(__file__).resolve().parents[2] / "shared" / "glue"
 GLUE_TASKS = [name for name in TASKS if name != "toy"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from minisweet.cli import InputError
-from minisweet.tasks import Examples
-from minisweet.text import POOL, TokenizedExamples, load_tokenizer
+from minisweet.data.tasks import Examples
+from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer
+from minisweet.files.safe import InputError
 from tests.conftest import WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

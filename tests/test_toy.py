@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from minisweet.cli import InputError
-from minisweet.tasks import load_examples
-from minisweet.toy import LEVELS, NAMES, NEGATIVE, NOUNS, POSITIVE, make_toy
+from minisweet.data.tasks import load_examples
+from minisweet.data.toy import LEVELS, NAMES, NEGATIVE, NOUNS, POSITIVE, make_toy
+from minisweet.files.safe import InputError
 
 SIGN = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(NEGATIVE, 0)
 HARDER = LEVELS[1:]
@@ -42,7 +42,7 @@ def test_size_and_balance(split, size):
 
 
 def test_same_on_every_call_and_whatever_the_hash_seed():
-    code = "import zlib; from minisweet.toy import make_toy; print(zlib.crc32(repr(make_toy('train')).encode()))"
+    code = "import zlib; from minisweet.data.toy import make_toy; print(zlib.crc32(repr(make_toy('train')).encode()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).resolve().parents[1],

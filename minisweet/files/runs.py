@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from minisweet.checkpoint import new_encoder, read_config
-from minisweet.cli import InputError, partial_path, read_json, write_json, written_beside
+from minisweet.data.tasks import TASKS
+from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel, check_exit_layers
-from minisweet.tasks import TASKS
-from minisweet.text import TOKENIZER_FILES
+from minisweet.files.checkpoint import new_encoder, read_config
+from minisweet.files.safe import InputError, partial_path, read_json, write_json, written_beside
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOKENIZER_FILES}

@@ -15,7 +15,7 @@ Nouns and names are held out: dev has none of those of train.
 
 import random
 
-from minisweet.cli import InputError
+from minisweet.files.safe import InputError
 
 LEVELS = ("one polar word", "contrast", "negation", "two steps")
 SIZES = {"train": 4000, "dev": 1000}  # a multiple of 8: each level as often, each with as many of both labels

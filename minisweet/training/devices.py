@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from minisweet.cli import InputError, Parser
+from minisweet.files.commands import Parser
+from minisweet.files.safe import InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from minisweet.cli import InputError, read_json
-from minisweet.tasks import Examples
+from minisweet.data.tasks import Examples
+from minisweet.files.safe import InputError, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 # Training batches are sorted by length within so many batches, then shuffled: little padding, and still random.

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisweet import bert, deberta
-from minisweet.cli import InputError, read_json
 from minisweet.config import config_from_json
+from minisweet.files.safe import InputError, read_json
 
 Encoder = bert.BertEncoder | deberta.DebertaEncoder
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from minisweet.cli import InputError, read_json, written_beside
+from minisweet.files.safe import InputError, read_json, written_beside
 
 REPOSITORIES = {
     "bert-base": "google-bert/bert-base-uncased",

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.cli import InputError, read_json
-from minisweet.defaults import EXIT_LAYERS, default_batch_size
-from minisweet.report import did_not_converge, one_class_layers
-from minisweet.runs import DIVERGED, method_arguments, read_record
+from minisweet.files.runs import DIVERGED, method_arguments, read_record
+from minisweet.files.safe import InputError, read_json
+from minisweet.paper.report import did_not_converge, one_class_layers
+from minisweet.training.options import EXIT_LAYERS, default_batch_size
 
 ELSEWHERE = "name another --out or --runs"
 THRESHOLDS = 11  # Sec. 3.3

@@ -19,8 +19,8 @@ from urllib.request import urlopen
 import numpy as np
 from tqdm import tqdm
 
-from minisweet.cli import InputError, written_beside
-from minisweet.toy import make_toy
+from minisweet.data.toy import make_toy
+from minisweet.files.safe import InputError, written_beside
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without an answer or without a further byte

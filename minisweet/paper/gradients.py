@@ -1,0 +1,194 @@
+"""Do the exits' gradients conflict? The measurement of Sec. 3.1, Figs. 3 and 9.
+
+    python -m minisweet.gradients --task mnli
+
+EE is fine-tuned for some steps. Then, on new training batches, each exit's loss is back-propagated alone, and the
+gradients that two exits send to the same matrix are compared: the cosine similarity of their rows, averaged over the
+rows. The matrices are the last feed-forward matrix of each layer that precedes an exit; the last exit's is left out,
+since no other exit updates it. A similarity near 1 is agreement, near 0 indifference, below 0 conflict.
+
+Dimension letters: K exits, M = K-1 matrices.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.exits import MultiExitModel
+from minisweet.files.checkpoint import load_encoder
+from minisweet.files.commands import Parser, positive_float, run_command, whole_number
+from minisweet.files.runs import versions
+from minisweet.files.safe import InputError, write_json
+from minisweet.paper.report import for_json, load_pyplot, save_figure
+from minisweet.training.devices import choose_device, choose_precision, device_name, reuse_freed_memory
+from minisweet.training.options import default_batch_size
+from train import add_training_options, exit_loss, find_model, train
+
+
+def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
+    """The mean cosine similarity of the rows of two matrices (n, m), and how many rows were left out.
+
+    Rows of which either is all zero have no direction and are left out; if all are, the mean is NaN.
+    """
+    a, b = a.double(), b.double()
+    norms = a.norm(dim=1) * b.norm(dim=1)  # (n,)
+    there = norms > 0
+    cosine = (a * b).sum(1)[there] / norms[there]
+    return cosine.mean().item(), int((~there).sum())
+
+
+def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Compare all exits' gradients on one batch.
+
+    Args:
+        model: in evaluation mode, so that dropout is off.
+        batch: on the model's device.
+
+    Returns:
+        The similarities (M, K, K), NaN where an exit sends a matrix no gradient, and how many rows were left out of
+        each: (M, K, K).
+    """
+    matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
+    losses = [exit_loss(*answer, batch.labels) for answer in model.segments(*batch.inputs)]
+    gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
+    K = len(losses)
+    similarity, left_out = np.full((K - 1, K, K), np.nan), np.zeros((K - 1, K, K), dtype=int)
+    for m in range(K - 1):
+        for i in range(K):
+            for j in range(K):
+                a, b = gradients[i][m], gradients[j][m]
+                if a is not None and b is not None:
+                    similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
+    return similarity, left_out
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description="Compare the gradients that exits send to the same layer.")
+    option = parser.add_argument
+    option("--method", choices=("ee", "sweet"), default="ee", help="how to fine-tune (default: ee)")
+    option("--task", choices=list(TASKS), default="mnli", help="what to learn (default: mnli)")
+    option("--steps", type=whole_number(1), default=400, help="of fine-tuning; small tasks need fewer (default: 400)")
+    option("--batches", type=whole_number(1), default=10, help="new training batches to measure on (default: 10)")
+    option("--seed", type=whole_number(0), default=0, help="of the examples, new weights, dropout (default: 0)")
+    option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; minilm-l6 2e-4)")
+    option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
+    option("--overwrite", action="store_true", help="replace the measurement in --out")
+    add_training_options(parser)
+    args = parser.parse_args()
+    args.lr = args.lr or (2e-4 if args.model == "minilm-l6" else 2e-5)
+    args.batch_size = args.batch_size or default_batch_size(args.model)
+    return args
+
+
+def main() -> None:
+    """Fine-tune, measure, and write gradients.json and gradients.png."""
+    args = parse_arguments()
+    reuse_freed_memory()
+    if (args.out / "gradients.json").exists() and not args.overwrite:
+        raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
+    load_pyplot(args.out / "gradients.png")
+    device = choose_device(args.device)
+    precision = choose_precision(args.amp, device)
+    folder, config, exit_layers = find_model(args)
+    if len(exit_layers) < 2:
+        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit, and there is nothing to compare it with")
+    rows = load_examples(args.task, "train", args.data_dir)
+    trained, measured = args.steps * args.batch_size, args.batches * args.batch_size
+    if trained + measured > len(rows.labels):
+        raise InputError(
+            f"--steps: {args.steps} steps and {args.batches} new batches of {args.batch_size} need "
+            f"{trained + measured} examples, and {args.task} has {len(rows.labels)}"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
+    order = np.random.default_rng(args.seed).permutation(len(rows.labels))
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
+    new = TokenizedExamples(tokenizer, rows, order[trained : trained + measured])
+
+    torch.manual_seed(args.seed)
+    encoder = load_encoder(folder, exit_layers[-1])
+    model = MultiExitModel(encoder, exit_layers, len(TASKS[args.task].labels), args.method).to(device)
+    settings = {"epochs": 1, "batch_size": args.batch_size, "learning_rate": args.lr, "seed": args.seed}
+    examples = TokenizedExamples(tokenizer, rows, order[:trained])
+    train(model, examples, **settings, precision=precision, title=args.method)
+
+    model.eval()
+    starts = range(0, measured, args.batch_size)
+    batches = [new.batch(np.arange(start, start + args.batch_size)).to(device) for start in starts]
+    measurements = [exit_similarities(model, batch) for batch in batches]
+    similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
+    mean = similarities.mean(0)  # (M, K, K)
+    deviation = similarities.std(0, ddof=1) if args.batches > 1 else np.full_like(mean, np.nan)
+    report = {
+        "model": args.model,
+        "method": args.method,
+        "task": args.task,
+        "steps": args.steps,
+        "batches": args.batches,
+        "batch_size": args.batch_size,
+        "learning_rate": args.lr,
+        "seed": args.seed,
+        "device": device_name(device),
+        "precision": str(precision or torch.float32),
+        "versions": versions(),
+        "layers": list(exit_layers[:-1]),
+        "exits": list(exit_layers),
+        "nothing_to_conflict": not compared(mean).any(),
+        "cosine": for_json(mean),
+        "deviation": for_json(deviation),
+        "rows_left_out": left_out.sum(0).tolist(),
+    }
+    write_json(args.out / "gradients.json", report)
+    print_similarities(mean, deviation, exit_layers)
+    draw_similarities(args.out / "gradients.png", mean, exit_layers, f"{args.model}, {args.method}, {args.task}")
+    if left_out.any():
+        print(f"\n{left_out.sum()} pairs of rows without a direction were left out")
+    print(f"\nwritten to {args.out / 'gradients.json'} and gradients.png")
+
+
+def compared(mean: np.ndarray) -> np.ndarray:
+    """Where two different exits update one matrix: similarities (M, K, K) to bool (M, K, K)."""
+    return ~np.isnan(mean) & ~np.eye(mean.shape[-1], dtype=bool)
+
+
+def print_similarities(mean: np.ndarray, deviation: np.ndarray, exit_layers: tuple[int, ...]) -> None:
+    """Print a table for each layer: similarities and deviations over batches (M, K, K)."""
+    if not compared(mean).any():
+        print("\nNo two exits update the same matrix: there is nothing to conflict.")
+        return
+    for m, layer in enumerate(exit_layers[:-1]):
+        print(f"\nlayer {layer}: cosine similarity of the gradients of two exits, ± deviation over batches")
+        print(" " * 14 + "".join(f"{f'exit after {n}':>16}" for n in exit_layers[m:]))
+        for i, n in enumerate(exit_layers[m:], start=m):
+            cells = (f"{mean[m, i, j]:6.3f} ±{deviation[m, i, j]:.3f}" for j in range(m, len(exit_layers)))
+            print(f"exit after {n:<3}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def draw_similarities(path: Path, mean: np.ndarray, exit_layers: tuple[int, ...], title: str) -> None:
+    """Draw a heat map with one panel per layer to a PNG: mean (M, K, K). Raises InputError without matplotlib."""
+    pyplot = load_pyplot(path)
+    M, K, _ = mean.shape
+    figure, axes = pyplot.subplots(1, M, figsize=(3.2 * M + 1, 3.6), squeeze=False, layout="constrained")
+    names = [f"C-{k + 1}" for k in range(K)]  # as in the paper
+    for m, axis in enumerate(axes[0]):
+        image = axis.imshow(mean[m, m:, m:], vmin=-1, vmax=1, cmap="RdBu")
+        axis.set_xticks(range(K - m), names[m:])
+        axis.set_yticks(range(K - m), names[m:])
+        axis.set_title(f"layer {exit_layers[m]}")
+        for i in range(K - m):
+            for j in range(K - m):
+                value = mean[m, m + i, m + j]
+                text = "-" if np.isnan(value) else f"{value:.2f}"
+                axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,171 @@
+"""The paper's protocol by command: a grid of runs, and the tables and figures that it gives.
+
+    python -m minisweet.reproduce --model minilm-l6 --tasks sst2,mrpc --seeds 0,1,2 --lrs 5e-5,1e-4,2e-4,4e-4
+
+What the grid's runs are, and which of them are missing, is worked out in grid.py. Each run is a folder made by train.py
+and evaluate.py; what is complete is skipped.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from minisweet.data.tasks import TASKS
+from minisweet.exits import EXIT_STRATEGIES, METHODS
+from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
+from minisweet.files.runs import method_arguments, method_name
+from minisweet.files.safe import InputError, read_json, write_json, written_beside
+from minisweet.paper.grid import EVALUATION, RETRY_STEP, Grid
+from minisweet.paper.report import did_not_converge, document, draw_curves, load_pyplot, one_class_layers, results_of
+from minisweet.training.options import search_rates
+from train import add_training_options, find_model
+
+SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
+
+
+def method_setting(text: str) -> str:
+    """An argparse type: a method, or SWEET with gradient over its boundaries, as `method_name` writes it."""
+    try:
+        return method_name(method_arguments(text))
+    except ValueError:
+        names = f"{', '.join(METHODS)}, sweet-flow0.5 (0 to 1), sweet-cap1, sweet-owner1"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {names}") from None
+
+
+def run_all(grid: Grid) -> list[str]:
+    """Run what is missing, the search first. Returns the names of the runs that failed."""
+    failed: list[str] = []
+    while todo := [run for run in grid.missing() if grid.folder(run).name not in failed]:
+        name = grid.folder(todo[0]).name
+        print(f"{name} ({len(todo)} to go)", flush=True)
+        for script, *arguments in grid.commands(todo[0]):
+            if subprocess.run([sys.executable, str(SCRIPTS / script), *arguments]).returncode:
+                break
+        if todo[0] in grid.missing():  # not made by another process either
+            failed.append(name)
+    return failed
+
+
+def write_report(grid: Grid) -> None:
+    """Write results.md, results.json and the figures from the runs that are there."""
+    args = grid.args
+    tables: dict[int, dict] = {n: {m: {t: {} for t in args.tasks} for m in args.methods} for n in args.train_sizes}
+    missing = [grid.folder(run).name for run in grid.missing()]
+    repeated = {}
+    for train_size, task, method, seed in grid.slots():
+        attempts = grid.attempts(task, method, train_size, seed)
+        over = [run for run in attempts if grid.record(run) or grid.is_lost(run)]
+        if over:  # a run that is being repeated counts, marked, until its repetition is there
+            tables[train_size][method][task][seed] = grid.record(over[-1])
+        if len(attempts) > 1:
+            repeated[grid.folder(attempts[0]).name] = [grid.folder(run).name for run in attempts[1:]]
+        if not attempts and all(grid.is_lost(run) for run in grid.search(task, method)):
+            tables[train_size][method][task][seed] = None
+            missing.append(f"{method} {task} n{train_size} seed{seed}: no learning rate converged")
+        elif not attempts and (train_size, seed) != (args.train_sizes[0], args.seeds[0]):
+            missing.append(f"{method} {task} n{train_size} seed{seed}, once its learning rate is known")
+    wanted = grid.wanted()
+    done = {grid.folder(run).name: grid.record(run) for run in wanted if grid.record(run)}
+    lost = [grid.folder(run).name for run in wanted if grid.is_lost(run)]
+
+    size = args.train_sizes[0]
+    results = {
+        "model": args.model,
+        "exit_strategy": args.exit_strategy,
+        "seeds": args.seeds,
+        "train_size": size,
+        "epochs": args.epochs,
+        "rates_searched": args.lrs,
+        "learning_rates": {
+            method: {task: grid.learning_rate(task, method) for task in args.tasks} for method in args.methods
+        },
+        "early_exits_failed": {method: grid.early_exits_failed(method) for method in args.methods},
+        **results_of(tables[size]),
+        "missing": missing,
+        "did_not_converge": [name for name, record in done.items() if did_not_converge(record)] + lost,
+        "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
+        "repeated": repeated,
+        "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
+        "by_train_size": {str(n): results_of(tables[n]) for n in args.train_sizes[1:]},
+        "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
+    }
+    write_json(args.out / "results.json", results)
+    with written_beside(args.out / "results.md") as partial:
+        partial.write_text(document(results), encoding="utf-8")
+    title = f"{Path(args.model).name}, mean over {len(args.tasks)} tasks" if len(args.tasks) > 1 else args.tasks[0]
+    figures = {"curves.png": [(title, tables[size], args.tasks)]}
+    if len(args.tasks) > 1:
+        figures["tasks.png"] = [(task, tables[size], [task]) for task in args.tasks]
+    if len(args.train_sizes) > 1:
+        sizes = sorted(args.train_sizes)
+        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sizes]
+    for name in ("curves.png", "tasks.png", "sizes.png"):
+        (args.out / name).unlink(missing_ok=True)  # one of other tables would mislead
+        if name in figures:
+            draw_curves(args.out / name, figures[name])
+    print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description="Run the paper's grid; make its tables and figures.")
+    option = parser.add_argument
+    glue = [task for task in TASKS if task != "toy"]
+    option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
+    option("--methods", type=list_of(method_setting), default=["ee", "mm", "sweet"], help="default: ee,mm,sweet")
+    option(
+        "--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first for the search (default: 0,1,2)"
+    )
+    option(
+        "--lrs",
+        type=list_of(positive_float),
+        help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)",
+    )
+    option(
+        "--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first for the search (default: 6000)"
+    )
+    option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
+    option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
+    option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
+    option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
+    instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
+    option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
+    add_training_options(parser)
+    args = parser.parse_args()
+    args.runs = args.runs or args.out / "runs"
+    args.lrs = args.lrs or search_rates(args.model)
+    if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
+        raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
+    return args
+
+
+def main() -> None:
+    """Run the grid, or print its commands, or report what is there."""
+    args = parse_arguments()
+    grid = Grid(args)
+    failed: list[str] = []
+    if args.print_commands:
+        for run in grid.missing():
+            print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after hours of training
+    load_pyplot(args.out / "curves.png")
+    if (args.out / "results.json").exists():
+        there = read_json(args.out / "results.json")
+        for key in ("model", "exit_strategy"):
+            if there.get(key) != getattr(args, key):
+                raise InputError(f"--out: {args.out} holds results of {key} {there.get(key)}; name another folder")
+    if not args.report_only:
+        find_model(args)
+        failed = run_all(grid)
+    write_report(grid)
+    if failed:
+        raise InputError(f"{len(failed)} runs failed, see their messages above: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
