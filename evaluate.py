@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from tqdm import tqdm
 
 from minisweet.adaptive import (
+    ExitRule,
     area_under_curve,
     certainty_ranges,
-    confidences,
     exit_costs,
     exits_taken,
-    learned_confidences,
+    predict,
     spaced_thresholds,
 )
 from minisweet.calibration import (
@@ -34,9 +35,9 @@ from minisweet.calibration import (
 from minisweet.data.tasks import TASKS, load_examples, score
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
-from minisweet.files.commands import Parser, run_command, whole_number
+from minisweet.files.commands import Parser, list_of, run_command, whole_number
 from minisweet.files.runs import load_run, method_name, newest_run, versions
-from minisweet.files.safe import write_json
+from minisweet.files.safe import InputError, write_json, written_beside
 from minisweet.live import GATHERED, measure_live
 from minisweet.paper.report import one_class_layers
 from minisweet.training.devices import (
@@ -47,33 +48,6 @@ from minisweet.training.devices import (
     device_name,
     reuse_freed_memory,
 )
-
-BATCH_SIZE = 64
-CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
-
-
-@torch.no_grad()
-def predict(
-    model: torch.nn.Module, examples: TokenizedExamples, precision: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, N), else None.
-
-    Both are float32, on the CPU and in the order of `examples`.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
-    rows, logits, certainty = [], [], []
-    with tqdm(total=len(examples), unit="ex", desc="evaluate") as progress, autocast(device, precision):
-        for batch in examples.by_length(BATCH_SIZE, max_tokens):
-            rows.append(batch.rows)
-            exits = list(model.segments(*batch.to(device).inputs))
-            logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())
-            if exits[0][1] is not None:
-                certainty.append(torch.stack([exit_certainty for _, exit_certainty in exits]).cpu())
-            progress.update(len(batch.rows))
-    order = torch.cat(rows).argsort()
-    return torch.cat(logits, dim=1)[:, order], torch.cat(certainty, dim=1)[:, order] if certainty else None
 
 
 def main() -> None:
@@ -89,6 +63,7 @@ def main() -> None:
     )
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
     option("--calibration", choices=CALIBRATIONS, default="crossfit", help="of confidence (default: crossfit)")
+    option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
     option("--live", action="store_true", help="also run early exit live, and time it")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
     add_device_options(parser)
@@ -98,30 +73,39 @@ def main() -> None:
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
     model, record = load_run(run)
-    task, method, exit_layers = TASKS[record["task"]], record["method"], record["exit_layers"]
+    if args.use_exits:
+        try:
+            model = model.keep_exits(args.use_exits)
+        except ValueError as error:
+            raise InputError(f"--use-exits: {error}") from None
+    task, method, exit_layers = TASKS[record["task"]], record["method"], list(model.exit_layers)
     rows = load_examples(record["task"], "dev", args.data_dir or Path(record["arguments"]["data_dir"]))
     tokenizer = load_tokenizer(run, record["vocab_size"], record["arguments"]["max_length"])
     examples = TokenizedExamples(tokenizer, rows)
 
     start = time.perf_counter()
-    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K, N) or None
+    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
-    costs = np.array(exit_costs(exit_layers, record["depth"], method))  # (K,)
     temperatures = row_temperatures(logits, torch.from_numpy(examples.labels), args.calibration)  # (K, N)
-    if certainty is None:
-        lowest, ranges, confidence = 1 / len(task.labels), None, confidences(logits, temperatures)  # (K, N)
-    else:
-        ranges = certainty_ranges(certainty)  # (K, 2)
-        lowest, confidence = 0.0, learned_confidences(certainty, ranges)  # (K, N)
-    thresholds = spaced_thresholds(args.thresholds, lowest)
-    # Which exit each instance takes at each threshold: (thresholds, N)
-    taken = torch.stack([exits_taken(confidence, threshold, lowest) for threshold in thresholds])
-    evaluation = {"task": record["task"], "metric": task.metric, "method": method, "exit_layers": exit_layers}
-    evaluation["exit_strategy"] = record["exit_strategy"]
-    evaluation |= sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric)
-    # How often each exit predicts each class: (K, C)
-    evaluation["class_counts"] = [row.argmax(-1).bincount(minlength=len(task.labels)).tolist() for row in logits]
-    evaluation |= {"calibration": args.calibration} | calibration_report(logits, examples.labels, temperatures)
+    ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
+    rule = ExitRule(logits.shape[-1], temperatures if ranges is None else None, ranges)
+    confidence = rule.confidences(logits, certainty)  # (K, N)
+    thresholds = spaced_thresholds(args.thresholds, rule.lowest)
+    # What leaving at each exit costs, and which exit each instance takes, at each threshold: (thresholds, K or N)
+    costs = np.array([exit_costs(exit_layers, record["depth"], method, threshold) for threshold in thresholds])
+    taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])
+    evaluation = {
+        "task": record["task"],
+        "metric": task.metric,
+        "method": method,
+        "exit_layers": exit_layers,
+        "exit_strategy": record["exit_strategy"],
+        **sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric),
+        # How often each exit predicts each class: (K, C)
+        "class_counts": [row.argmax(-1).bincount(minlength=len(task.labels)).tolist() for row in logits],
+        "calibration": args.calibration,
+        **calibration_report(logits, examples.labels, temperatures),
+    }
     if ranges is not None:
         evaluation["certainty_ranges"] = ranges.tolist()
     if rows.difficulties is not None:
@@ -129,18 +113,32 @@ def main() -> None:
     if args.live:
         progress = partial(tqdm, desc="live", unit="threshold")
         with autocast(device, precision):
-            settings = (thresholds, costs, args.live_batch_size, temperatures, ranges)
-            live = measure_live(model, examples, *settings, progress)
+            live = measure_live(model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != logits.argmax(-1).gather(0, taken))
         evaluation |= {"live_batch_size": args.live_batch_size, "live_differs": int(differs.sum())}
-    evaluation |= {"examples": len(examples), "seconds": round(seconds, 2), "device": device_name(device)}
-    evaluation |= {"precision": str(precision or torch.float32), "versions": versions()}
+    evaluation |= {
+        "examples": len(examples),
+        "seconds": round(seconds, 2),
+        "device": device_name(device),
+        "precision": str(precision or torch.float32),
+        "versions": versions(),
+    }
+    save_logits(run / "logits.safetensors", logits, certainty, examples.labels)
     write_json(run / "evaluation.json", evaluation)
-    name = method_name(record["arguments"] | {"method": method})  # with what passes its boundaries
+    name = method_name(record["arguments"] | {"method": method})  # of old runs with what passes their boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {len(examples)} validation examples")
     print_evaluation(evaluation)
     print(f"\nwritten to {run / 'evaluation.json'}")
+
+
+def save_logits(path: Path, logits: torch.Tensor, certainty: torch.Tensor | None, labels: np.ndarray) -> None:
+    """Write `logits` (K, N, C), `certainty` (K or K-1, N) of learning-to-exit and `labels` (N,), for rules to try."""
+    tensors = {"logits": logits.contiguous(), "labels": torch.from_numpy(labels)}
+    if certainty is not None:
+        tensors["certainty"] = certainty.contiguous()
+    with written_beside(path) as partial:
+        partial.write_bytes(save(tensors))
 
 
 def sweep(
@@ -158,18 +156,18 @@ def sweep(
         taken: (thresholds, N), the exit that each instance takes, counted from 0.
         labels: (N,).
         thresholds: increasing.
-        costs: (K,) of leaving at each exit, as a share of the backbone's layers.
+        costs: (thresholds, K) of leaving at each exit, as a share of the encoder's layers.
         metric: "accuracy" or "matthews".
 
     Returns:
         exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
     scores, ratios, counts = [], [], []
-    for exits in taken:
+    for exits, cost in zip(taken, costs, strict=True):
         chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
         scores.append(score(chosen.numpy(), labels, metric))
-        counts.append(exits.bincount(minlength=len(costs)).tolist())
-        ratios.append(float(np.dot(counts[-1], costs) / len(labels)))  # Eq. 1
+        counts.append(exits.bincount(minlength=len(cost)).tolist())
+        ratios.append(float(np.dot(counts[-1], cost) / len(labels)))  # Eq. 1
     return {
         "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
         "thresholds": thresholds,

@@ -4,6 +4,7 @@ The `tokenizers` library does the tokenising, in parallel. Pairs are [CLS] A [SE
 Dimension letters: B batch, T tokens, N examples.
 """
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -70,13 +71,13 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int) -> Tokenizer:
 
 
 class Batch(NamedTuple):
-    """Some examples, padded to the longest of them; all tensors are int64."""
+    """Some examples, padded to the longest of them; all tensors but probabilities are int64."""
 
     rows: Tensor  # (B,) which examples
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T): 1 for tokens, 0 for padding
     token_type_ids: Tensor  # (B, T): 1 in the second sentence
-    labels: Tensor  # (B,)
+    targets: Tensor  # (B,) labels, or (B, C) probabilities in float32
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +104,7 @@ class TokenizedExamples:
         encodings = tokenizer.encode_batch_fast([pairs[row] for row in chosen])
         self.pad_id = tokenizer.token_to_id("[PAD]")
         self.labels = np.array(examples.labels, dtype=np.int64)[chosen]
+        self.targets = self.labels
         self.ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         self.lengths = np.array([len(ids) for ids in self.ids])
         # The second sentence starts after so many tokens.
@@ -111,9 +113,22 @@ class TokenizedExamples:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def vocabulary(self) -> np.ndarray:
-        """The token ids that occur, padding among them, in increasing order."""
-        return np.unique(np.concatenate([*self.ids, [self.pad_id]]))
+    def renumbered(self) -> tuple[np.ndarray, "TokenizedExamples"]:
+        """The token ids that occur, padding among them, in increasing order (V,), and the examples with ids 0 to V-1.
+
+        An id of these examples counts the ids that occur.
+        """
+        used = np.unique(np.concatenate([*self.ids, [self.pad_id]]))
+        examples = copy.copy(self)
+        examples.ids = [np.searchsorted(used, ids) for ids in self.ids]
+        examples.pad_id = int(np.searchsorted(used, self.pad_id))
+        return used, examples
+
+    def with_targets(self, targets: np.ndarray) -> "TokenizedExamples":
+        """The same examples, to be trained on probabilities (N, C), float32, in place of their labels."""
+        examples = copy.copy(self)
+        examples.targets = targets
+        return examples
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The examples `rows` (B,), padded to the longest of them."""
@@ -122,7 +137,7 @@ class TokenizedExamples:
         input_ids = np.full(mask.shape, self.pad_id)
         input_ids[mask] = np.concatenate([self.ids[row] for row in rows])
         token_types = mask & (positions >= self.first_lengths[rows, None])
-        arrays = (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64), self.labels[rows])
+        arrays = (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64), self.targets[rows])
         return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:

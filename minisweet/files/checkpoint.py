@@ -6,7 +6,7 @@ mis-shaped is listed, with both shapes, and stops the load.
 
 import logging
 import re
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisweet import bert, deberta
-from minisweet.config import config_from_json
 from minisweet.files.safe import InputError, read_json
 
 Encoder = bert.BertEncoder | deberta.DebertaEncoder
@@ -34,9 +33,14 @@ def read_config(folder: str | Path) -> bert.BertConfig | deberta.DebertaConfig:
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
+    config_class = ARCHITECTURES[model_type][0]
+    known = fields(config_class)
+    missing = [field.name for field in known if field.default is MISSING and field.name not in content]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} missing, and {config_class.__name__} needs it")
     try:
-        return config_from_json(ARCHITECTURES[model_type][0], content)
-    except InputError as error:
+        return config_class(**{field.name: content[field.name] for field in known if field.name in content})
+    except ValueError as error:
         raise InputError(f"{path}: {error}") from None
 
 

@@ -26,7 +26,7 @@ from minisweet.files.checkpoint import new_encoder, read_config
 from minisweet.files.safe import InputError, partial_path, read_json, write_json, written_beside
 
 DIVERGED = "diverged.json"
-FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", *TOKENIZER_FILES}
+FILES = {"run.json", "model.safetensors", "config.json", "evaluation.json", "logits.safetensors", *TOKENIZER_FILES}
 # The suffixes of a method's name (sweet-flow0.5) to train.py's options.
 BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
 # What is needed of run.json, and when it is usable.
@@ -53,6 +53,12 @@ def method_name(arguments: dict) -> str:
     """The method of train.py's arguments with what passes its boundaries: ee, sweet, sweet-flow0.5, sweet-owner1."""
     values = {name: arguments.get(option) for name, option in BOUNDARIES.items()}
     return arguments["method"] + "".join(f"-{name}{value:.12g}" for name, value in values.items() if value is not None)
+
+
+def run_name(arguments: dict) -> str:
+    """The name of a run's folder, by train.py's arguments."""
+    name = f"{Path(arguments['model']).resolve().name}-{method_name(arguments)}-{arguments['task']}"
+    return f"{name}-seed{arguments['seed']}" + "-lte" * (arguments["exit_strategy"] == "lte")
 
 
 def method_arguments(name: str) -> dict:
@@ -106,7 +112,12 @@ def read_record(run: Path) -> dict:
     path = run / "run.json"
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
-    record = {"exit_strategy": "confidence"} | read_json(path)  # runs made before there was another do not tell it
+    record = read_json(path)
+    arguments = record.get("arguments")
+    if isinstance(arguments, dict):  # new runs say these in their arguments alone, older ones twice
+        said = {key: arguments[key] for key in ("model", "method", "task", "seed", "exit_strategy") if key in arguments}
+        record = said | {"learning_rate": arguments.get("lr")} | record
+    record = {"exit_strategy": "confidence"} | record  # runs made before there was another do not tell it
     for key, is_right in RECORD.items():
         if not is_right(record.get(key)):
             raise InputError(f"{path}: {key} is {record.get(key)!r:.200}, which is nothing that train.py writes")
@@ -137,7 +148,21 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
         raise InputError(
             f"{run / 'model.safetensors'}: not the weights that run.json and config.json tell of"
         ) from None
-    return model.float(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
+    return model.float().eval(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
+
+
+def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
+    """A run's model as a trunk for branches: its only exit must be at its end, or it is MM, or has branches itself."""
+    model, record = load_run(folder)
+    if isinstance(model, MultiModel):
+        model = model[-1]
+    elif record["method"] == "branch":
+        head = model.heads[-1]
+        model = MultiExitModel(model.encoder, model.exit_layers[-1:], model.num_labels, "sweet")
+        model.heads[0] = head
+    if len(model.heads) > 1:
+        raise InputError(f"--trunk: {folder} has exits after layers {','.join(map(str, model.exit_layers))}, not one")
+    return model, record
 
 
 def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str, strategy: str) -> MultiExitModel:

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
-from minisweet.exits import MultiExitModel
+from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.files.checkpoint import load_encoder
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
 from minisweet.files.runs import versions
 from minisweet.files.safe import InputError, write_json
 from minisweet.paper.report import for_json, load_pyplot, save_figure
 from minisweet.training.devices import choose_device, choose_precision, device_name, reuse_freed_memory
-from minisweet.training.options import default_batch_size
-from train import add_training_options, exit_loss, find_model, train
+from minisweet.training.options import add_training_options, default_batch_size, find_model
+from train import train
 
 
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
@@ -54,7 +54,7 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, 
         each: (M, K, K).
     """
     matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
-    losses = [exit_loss(*answer, batch.labels) for answer in model.segments(*batch.inputs)]
+    losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
     K = len(losses)
     similarity, left_out = np.full((K - 1, K, K), np.nan), np.zeros((K - 1, K, K), dtype=int)

@@ -19,8 +19,7 @@ from minisweet.files.runs import method_arguments, method_name
 from minisweet.files.safe import InputError, read_json, write_json, written_beside
 from minisweet.paper.grid import EVALUATION, RETRY_STEP, Grid
 from minisweet.paper.report import did_not_converge, document, draw_curves, load_pyplot, one_class_layers, results_of
-from minisweet.training.options import search_rates
-from train import add_training_options, find_model
+from minisweet.training.options import add_training_options, find_model, search_rates
 
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
 

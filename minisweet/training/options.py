@@ -1,5 +1,18 @@
 """The settings that a user need not give: where the exits are, and the paper's learning rates (Table 2)."""
 
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from minisweet.bert import BertConfig
+from minisweet.deberta import DebertaConfig
+from minisweet.exits import check_exit_layers
+from minisweet.files.checkpoint import read_config
+from minisweet.files.commands import Parser, list_of, whole_number
+from minisweet.files.hub import REPOSITORIES, model_folder
+from minisweet.files.safe import InputError
+from minisweet.training.devices import add_device_options
+
 # Depth of the encoder to exit layers, counted from 1 (Sec. 3.2; the 6 of MiniLM are ours).
 EXIT_LAYERS = {6: (1, 2, 3, 6), 12: (1, 4, 6, 12), 24: (1, 6, 12, 24)}
 
@@ -49,6 +62,7 @@ def default_learning_rate(model: str, task: str, method: str) -> float:
     if model == "minilm-l6":
         return 2e-4
     rates = TABLE_2.get(model, {}).get(task, (5, 5, 5))
+    method = "mm" if method == "branch" else method  # a trunk is MM's last model
     return rates[("ee", "mm", "sweet").index(method)] / 1e5
 
 
@@ -60,3 +74,32 @@ def search_rates(model: str) -> list[float]:
 def default_batch_size(model: str) -> int:
     """16, and 8 for deberta-large, as in App. A."""
     return 8 if model == "deberta-large" else 16
+
+
+def add_training_options(parser: Parser) -> None:
+    """Add what every command that trains takes: the model, the data, and how batches are made and computed."""
+    option = parser.add_argument
+    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
+    option("--data-dir", type=Path, default=Path("data"), help="holds the GLUE tasks' folders (default: data)")
+    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
+    option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
+    option("--exit-layers", type=list_of(whole_number(1)), help="counted from 1, such as 1,4,6,12 (default: by depth)")
+    add_device_options(parser)
+
+
+def find_model(args: argparse.Namespace) -> tuple[Path, BertConfig | DebertaConfig, Sequence[int]]:
+    """The folder of --model, its config, and the exit layers; raises InputError where an option does not fit them."""
+    folder = model_folder(args.model)
+    config = read_config(folder)
+    exit_layers = args.exit_layers or EXIT_LAYERS.get(config.num_hidden_layers)
+    if exit_layers is None:
+        raise InputError(f"--exit-layers: needed for {args.model}, an encoder of {config.num_hidden_layers} layers")
+    try:
+        check_exit_layers(exit_layers, config.num_hidden_layers)
+    except ValueError as error:
+        raise InputError(f"--exit-layers: {error}") from None
+    if args.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"--max-length: {args.max_length}, and {args.model} has {config.max_position_embeddings} positions"
+        )
+    return folder, config, exit_layers
