@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from minisweet.adaptive import predict
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.evaluation.sweep import predict
 from minisweet.exits import (
     EXIT_STRATEGIES,
     METHODS,
