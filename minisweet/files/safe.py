@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -174,10 +175,14 @@ def write_json(path: Path, content: dict) -> None:
         partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises InputError, with the path, where there is none."""
+def read_json(path: Path, finite: bool = False) -> dict:
+    """Read a JSON object. Raises InputError, with the path, where there is none.
+
+    With `finite`, also where a number in it is infinite or NaN.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+        content = json.loads(path.read_text(encoding="utf-8"), **numbers)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -185,3 +190,10 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def _finite(text: str) -> float:
+    """A number of a JSON text. Raises ValueError for NaN and infinity."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text:.20}, and none may be infinite or NaN")
+    return number
