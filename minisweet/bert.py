@@ -149,23 +149,27 @@ class BertEncoder(TransformerEncoder):
         return (padding_bias(attention_mask, self.embedding_norm.weight.dtype),)
 
 
-# Where a checkpoint holds each of the parameters above, the prefix "bert." and LayerNorm's old names aside. {n} counts
-# layers from 0. Several names are joined along the first dimension.
-CHECKPOINT_NAMES = {
-    "word_embeddings.weight": ("embeddings.word_embeddings.weight",),
-    "position_embeddings.weight": ("embeddings.position_embeddings.weight",),
-    "token_type_embeddings.weight": ("embeddings.token_type_embeddings.weight",),
-    "embedding_norm.*": ("embeddings.LayerNorm.*",),
-    "layers.{n}.query_key_value.*": tuple(
-        f"encoder.layer.{{n}}.attention.self.{part}.*" for part in ("query", "key", "value")
-    ),
-    "layers.{n}.attention_output.*": ("encoder.layer.{n}.attention.output.dense.*",),
-    "layers.{n}.attention_norm.*": ("encoder.layer.{n}.attention.output.LayerNorm.*",),
-    "layers.{n}.intermediate.*": ("encoder.layer.{n}.intermediate.dense.*",),
-    "layers.{n}.output.*": ("encoder.layer.{n}.output.dense.*",),
-    "layers.{n}.output_norm.*": ("encoder.layer.{n}.output.LayerNorm.*",),
-}
+def checkpoint_names(num_layers: int) -> dict[str, tuple[str, ...]]:
+    """Each parameter of the encoder to its names in a checkpoint, the prefix "bert." and LayerNorm's old names aside.
 
-# What public checkpoints hold beside the encoder, dropped on purpose: the heads of pre-training, and a buffer that
+    Several names are joined along the first dimension.
+    """
+    names = {f"{part}_embeddings.weight": (f"embeddings.{part}_embeddings.weight",) for part in EMBEDDINGS}
+    for kind in ("weight", "bias"):
+        names[f"embedding_norm.{kind}"] = (f"embeddings.LayerNorm.{kind}",)
+        for n in range(num_layers):
+            ours, theirs = f"layers.{n}", f"encoder.layer.{n}"
+            parts = tuple(f"{theirs}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
+            names[f"{ours}.query_key_value.{kind}"] = parts
+            names[f"{ours}.attention_output.{kind}"] = (f"{theirs}.attention.output.dense.{kind}",)
+            names[f"{ours}.attention_norm.{kind}"] = (f"{theirs}.attention.output.LayerNorm.{kind}",)
+            names[f"{ours}.intermediate.{kind}"] = (f"{theirs}.intermediate.dense.{kind}",)
+            names[f"{ours}.output.{kind}"] = (f"{theirs}.output.dense.{kind}",)
+            names[f"{ours}.output_norm.{kind}"] = (f"{theirs}.output.LayerNorm.{kind}",)
+    return names
+
+
+EMBEDDINGS = ("word", "position", "token_type")
+# What names in public checkpoints begin with that are dropped on purpose: the heads of pre-training, and a buffer that
 # counts 0, 1, 2, ... The pooler is not dropped: each exit head starts from it.
-DROPPED = ("cls.*", "embeddings.position_ids")
+DROPPED = ("cls.", "embeddings.position_ids")

@@ -206,30 +206,32 @@ class DebertaEncoder(TransformerEncoder):
         return padding_bias(attention_mask, table.dtype), table[(distance + k).clamp(0, 2 * k - 1)]
 
 
-# Where a checkpoint holds each of the parameters above, the prefix "deberta." and LayerNorm's old names aside. {n}
-# counts layers from 0.
-CHECKPOINT_NAMES = {
-    "word_embeddings.weight": ("embeddings.word_embeddings.weight",),
-    "embedding_norm.*": ("embeddings.LayerNorm.*",),
-    "relative_table.weight": ("encoder.rel_embeddings.weight",),
-    "layers.{n}.in_proj.weight": ("encoder.layer.{n}.attention.self.in_proj.weight",),
-    "layers.{n}.q_bias": ("encoder.layer.{n}.attention.self.q_bias",),
-    "layers.{n}.v_bias": ("encoder.layer.{n}.attention.self.v_bias",),
-    "layers.{n}.pos_proj.*": ("encoder.layer.{n}.attention.self.pos_proj.*",),
-    "layers.{n}.pos_q_proj.*": ("encoder.layer.{n}.attention.self.pos_q_proj.*",),
-    "layers.{n}.attention_output.*": ("encoder.layer.{n}.attention.output.dense.*",),
-    "layers.{n}.attention_norm.*": ("encoder.layer.{n}.attention.output.LayerNorm.*",),
-    "layers.{n}.intermediate.*": ("encoder.layer.{n}.intermediate.dense.*",),
-    "layers.{n}.output.*": ("encoder.layer.{n}.output.dense.*",),
-    "layers.{n}.output_norm.*": ("encoder.layer.{n}.output.LayerNorm.*",),
-}
+def checkpoint_names(num_layers: int) -> dict[str, tuple[str, ...]]:
+    """Each parameter of the encoder to its name in a checkpoint, the prefix "deberta." and LayerNorm's old names aside.
 
-# What public checkpoints hold beside the encoder, dropped on purpose: the heads of pre-training, absolute positions
+    An encoder without one of the two position terms lacks that term's projection, here and there.
+    """
+    names = {
+        "word_embeddings.weight": ("embeddings.word_embeddings.weight",),
+        "relative_table.weight": ("encoder.rel_embeddings.weight",),
+    }
+    for n in range(num_layers):
+        for part in ("in_proj.weight", "q_bias", "v_bias"):
+            names[f"layers.{n}.{part}"] = (f"encoder.layer.{n}.attention.self.{part}",)
+    for kind in ("weight", "bias"):
+        names[f"embedding_norm.{kind}"] = (f"embeddings.LayerNorm.{kind}",)
+        for n in range(num_layers):
+            ours, theirs = f"layers.{n}", f"encoder.layer.{n}"
+            names[f"{ours}.pos_proj.{kind}"] = (f"{theirs}.attention.self.pos_proj.{kind}",)
+            names[f"{ours}.pos_q_proj.{kind}"] = (f"{theirs}.attention.self.pos_q_proj.{kind}",)
+            names[f"{ours}.attention_output.{kind}"] = (f"{theirs}.attention.output.dense.{kind}",)
+            names[f"{ours}.attention_norm.{kind}"] = (f"{theirs}.attention.output.LayerNorm.{kind}",)
+            names[f"{ours}.intermediate.{kind}"] = (f"{theirs}.intermediate.dense.{kind}",)
+            names[f"{ours}.output.{kind}"] = (f"{theirs}.output.dense.{kind}",)
+            names[f"{ours}.output_norm.{kind}"] = (f"{theirs}.output.LayerNorm.{kind}",)
+    return names
+
+
+# What names in public checkpoints begin with that are dropped on purpose: the heads of pre-training, absolute positions
 # that only the decoder of pre-training read, and a buffer that counts 0, 1, 2, ...
-DROPPED = (
-    "cls.*",
-    "lm_predictions.*",
-    "mask_predictions.*",
-    "embeddings.position_embeddings.weight",
-    "embeddings.position_ids",
-)
+DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "embeddings.position_embeddings.", "embeddings.position_ids")

@@ -7,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minisweet.bert import CHECKPOINT_NAMES as BERT_NAMES
+from minisweet import bert, deberta
 from minisweet.bert import BertConfig, BertEncoder
-from minisweet.deberta import CHECKPOINT_NAMES as DEBERTA_NAMES
 from minisweet.deberta import DebertaConfig, DebertaEncoder
-from minisweet.files.checkpoint import _sources
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
@@ -61,8 +59,9 @@ def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = Tru
     """The encoder's weights under the names of the public checkpoints."""
     is_bert = isinstance(encoder, BertEncoder)
     tensors = {}
+    names = (bert if is_bert else deberta).checkpoint_names(encoder.config.num_hidden_layers)
     for name, tensor in encoder.state_dict().items():
-        sources = _sources(name, BERT_NAMES if is_bert else DEBERTA_NAMES)
+        sources = names[name]
         tensors |= dict(zip(sources, tensor.clone().chunk(len(sources)), strict=True))
     if is_bert and pooler:
         D = encoder.config.hidden_size
