@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minisweet import bert, deberta
 from minisweet.bert import BertConfig, BertEncoder
 from minisweet.deberta import DebertaConfig, DebertaEncoder
+from minisweet.files.names import bert_names, deberta_names
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
@@ -59,7 +59,7 @@ def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = Tru
     """The encoder's weights under the names of the public checkpoints."""
     is_bert = isinstance(encoder, BertEncoder)
     tensors = {}
-    names = (bert if is_bert else deberta).checkpoint_names(encoder.config.num_hidden_layers)
+    names = (bert_names if is_bert else deberta_names)(encoder.config.num_hidden_layers)
     for name, tensor in encoder.state_dict().items():
         sources = names[name]
         tensors |= dict(zip(sources, tensor.clone().chunk(len(sources)), strict=True))

@@ -1,4 +1,4 @@
-"""Public weights into our encoders: strictly, through the explicit name maps of bert.py and deberta.py.
+"""Public weights into our encoders: strictly, through the explicit name maps of names.py.
 
 Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
 finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
@@ -19,15 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from minisweet import bert, deberta
+from minisweet.bert import BertEncoder
+from minisweet.deberta import DebertaEncoder
+from minisweet.files.config import BertConfig, DebertaConfig
+from minisweet.files.names import BERT_DROPPED, DEBERTA_DROPPED, bert_names, deberta_names
 from minisweet.files.safe import InputError, is_text, listed, one_line, read_json, written_beside
 
-Encoder = bert.BertEncoder | deberta.DebertaEncoder
+Encoder = BertEncoder | DebertaEncoder
 Linear = tuple[Tensor, Tensor]  # weight and bias
 
 ARCHITECTURES = {
-    "bert": (bert.BertConfig, bert.BertEncoder, bert.checkpoint_names, bert.DROPPED),
-    "deberta": (deberta.DebertaConfig, deberta.DebertaEncoder, deberta.checkpoint_names, deberta.DROPPED),
+    "bert": (BertConfig, BertEncoder, bert_names, BERT_DROPPED),
+    "deberta": (DebertaConfig, DebertaEncoder, deberta_names, DEBERTA_DROPPED),
 }
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -36,7 +39,7 @@ POOLER, CLASSIFIER = ("pooler.dense.weight", "pooler.dense.bias"), ("classifier.
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
 
 
-def read_config(folder: str | Path) -> bert.BertConfig | deberta.DebertaConfig:
+def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented."""
     path = Path(folder) / "config.json"
     content = read_json(path)
@@ -59,7 +62,7 @@ def config_from_json(config_class: type, content: Mapping[str, object]):
     return config_class(**{field.name: content[field.name] for field in known if field.name in content})
 
 
-def new_encoder(config: bert.BertConfig | deberta.DebertaConfig) -> Encoder:
+def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
     """Make an encoder with random weights."""
     return ARCHITECTURES[config.model_type][1](config)
 
