@@ -75,7 +75,9 @@ def write_model(folder: Path, model_type: str, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
     save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]) + "\n")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
+    unused = [f"[unused{i}]" for i in range(changes.get("vocab_size", SIZES["vocab_size"]) - len(vocabulary))]  # as many tokens as rows
+    (folder / "vocab.txt").write_text("\n".join([*vocabulary, *unused]) + "\n")
     return folder
 
 
