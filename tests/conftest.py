@@ -76,8 +76,9 @@ def write_model(folder: Path, model_type: str, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
     save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
-    unused = [f"[unused{i}]" for i in range(changes.get("vocab_size", SIZES["vocab_size"]) - len(vocabulary))]  # as many tokens as rows
-    (folder / "vocab.txt").write_text("\n".join([*vocabulary, *unused]) + "\n")
+    size = changes.get("vocab_size", SIZES["vocab_size"])
+    vocabulary += [f"[unused{i}]" for i in range(len(vocabulary), size)]  # as many tokens as the embedding has rows
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     return folder
 
 

@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -82,15 +81,10 @@ def data_name(args: argparse.Namespace) -> str:
 def load_data(args: argparse.Namespace, labels: Sequence[str] | None = None, need_labels: bool = True) -> Data:
     """Read what the options of `add_data_options` name.
 
-    Args:
-        args: the options.
-        labels: the classes of a finished trunk, in its order. The data's must be among them; LABEL_0, LABEL_1 and so
-            on are no names and take those of the task or of --labels.
-        need_labels: False where training goes without. Then a task's labels are read for dev alone, and own data may
-            lack the label column.
-
-    Raises:
-        InputError: a file or a row that is wrong (with the line), or options that do not go together.
+    `labels` are the classes of a finished trunk, in its order: the data's must be among them, and LABEL_0, LABEL_1 and
+    so on are no names and take those of the task or of --labels. Without `need_labels` a task's labels are read for
+    dev alone, and own data may lack the label column.
+    Raises InputError for a file or a row that is wrong (with the line), and for options that do not go together.
     """
     for option in ("dev_data", "text_columns", "label_column", "labels"):
         if args.data is None and getattr(args, option) is not None:
@@ -103,12 +97,15 @@ def load_data(args: argparse.Namespace, labels: Sequence[str] | None = None, nee
         record = {"task": name, "data_dir": str(args.data_dir.resolve())}
     else:
         own = read_own(args.data, args.text_columns, args.label_column, labels, need_labels)
-        _check_classes(args.data, own, whole=args.dev_data is None, named=labels is not None)
+        if need_labels:
+            _check_classes(args.data, own, whole=args.dev_data is None, named=labels is not None)
         train, dev_rows, labels, column = own.examples, None, labels or own.labels or (), own.label_column
         if args.dev_data is None:
             classes = train.labels or [0] * len(train.first)
             train_rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed)
             train, dev, empty = train.take(train_rows), train.take(dev_rows), (own.empty, 0)
+            if not dev.first:
+                raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more")
         else:
             column = column or args.label_column
             own_dev = read_own(args.dev_data, own.text_columns, column, labels, own.labels is not None)
@@ -129,13 +126,9 @@ def load_data(args: argparse.Namespace, labels: Sequence[str] | None = None, nee
 def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = None) -> Examples:
     """Read a run's validation rows again.
 
-    Args:
-        record: `Data.record`; of a run from before there were digests, its `task` and `data_dir`.
-        data: where the own file that holds the rows lies now, if it moved.
-        data_dir: where the GLUE tasks' folders lie now, if they moved.
-
-    Raises:
-        InputError: the rows cannot be read, or their texts or labels have changed.
+    `record` is `Data.record`; of a run from before there were digests, its `task` and `data_dir` alone. `data` is the
+    own file that holds the rows, if it moved, `data_dir` the folder of GLUE's.
+    Raises InputError where the rows cannot be read, or their texts or labels have changed.
     """
     try:
         path, dev = _read_dev(record, data, data_dir)
@@ -171,31 +164,22 @@ def read_own(
 ) -> OwnData:
     """Read texts, or pairs of texts, and their labels.
 
-    Args:
-        path: a .csv, .tsv or .jsonl, or one of them in .gz.
-        text_columns: one or two; None for the first of `TEXT_COLUMNS` that the file has.
-        label_column: None for "label".
-        labels: the classes in their order; None for those that occur, sorted.
-        need_labels: False where the file may lack the column "label".
-
-    Raises:
-        InputError: with file and line, what cannot be read, a missing column, or a label that is not in `labels`.
+    `text_columns` are one or two, by default the first of `TEXT_COLUMNS` that the file has; `label_column` is "label".
+    `labels` are the classes in their order, by default those that occur, sorted. Without `need_labels` the file may
+    lack the column "label". Raises InputError, with file and line, for a missing column, a row that cannot be read,
+    and a label that is not in `labels`.
     """
-    rows = _rows(path)
-    first = next(rows, None)
-    if first is None:
-        raise InputError(f"{path}: no rows")
-    columns = list(first[1])
+    columns = list(next(_rows(path), (1, {}))[1])
     chosen = text_columns or next((names for names in TEXT_COLUMNS if set(names) <= set(columns)), TEXT_COLUMNS[0])
     column = label_column or ("label" if need_labels or "label" in columns else None)
     if missing := [name for name in (*chosen, column) if name is not None and name not in columns]:
         option = "--label-column" if missing == [column] else "--text-columns"
-        listed = f"it has {_some(columns)}; name yours with {option}"
-        raise InputError(f"{path}, line 1: no column {missing[0]!r:.60}; {listed}")
+        there = f"it has {_some(columns)}; name yours with {option}" if columns else "it has no rows"
+        raise InputError(f"{path}, line 1: no column {missing[0]!r:.60}; {there}")
     if len(chosen) > 2 or column in chosen:
         raise InputError(f"--text-columns: {_some(chosen)}, should be one or two, and not the label column")
     texts, names, lines, empty = [], [], [], 0
-    for line, row in chain([first], rows):
+    for line, row in _rows(path):
         text = tuple(_cell(path, line, row, name) for name in chosen)
         if not any(part.strip() for part in text):
             empty += 1
@@ -340,14 +324,13 @@ def _cell(path: Path, line: int, row: dict, column: str, is_label: bool = False)
 
 def _check_classes(path: Path, own: OwnData, whole: bool, named: bool) -> None:
     """Refuse what cannot be learned. `whole`: dev comes from these rows; `named`: the user named the classes."""
-    classes = own.examples.labels or [0] * len(own.examples.first)
-    counts = Counter(classes)
+    counts = Counter(own.examples.labels)
     rarest = min(counts, key=counts.get)
-    what = f"label {own.labels[rarest]!r:.60}" if own.labels else "the text"
-    where = f"{path}, line {own.examples.lines[classes.index(rarest)]}: {what}"
-    if own.labels and len(counts) == 1:
+    line = own.examples.lines[own.examples.labels.index(rarest)]
+    where = f"{path}, line {line}: label {own.labels[rarest]!r:.60}"
+    if len(counts) == 1:
         raise InputError(f"{where} is the only one, should be two or more")
-    if own.labels and not named and len(counts) >= MANY and all(map(NUMBER.fullmatch, own.labels)):
+    if not named and len(counts) >= MANY and all(map(NUMBER.fullmatch, own.labels)):
         raise InputError(f"{where} is one of {len(counts)} numbers; if they are classes, name them with --labels")
     if whole and counts[rarest] == 1:
         raise InputError(f"{where} has one row, should have two or more: one to train, one to validate")
