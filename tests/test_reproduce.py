@@ -380,7 +380,9 @@ import json, pathlib, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 with open("made", "a") as made:
     print(options["--out"], file=made)
-time.sleep(PAUSE)
+time.sleep(0.1)
+while HELD and not pathlib.Path("go").exists():
+    time.sleep(0.02)
 record = json.loads(pathlib.Path("example/run.json").read_text())
 record["arguments"] |= {"lr": float(options["--lr"]), "seed": int(options["--seed"])}
 out = pathlib.Path(options["--out"])
@@ -396,17 +398,17 @@ evaluation["area"] = 50.0 + len(out.name) + int(out.name[-1])
 """
 
 
-def start(out: str, pause: float) -> multiprocessing.Process:
-    """A process that makes a grid of five runs in `out`, each of which takes `pause` seconds."""
+def start(out: str) -> multiprocessing.Process:
+    """A process that makes a grid of five runs in `out`. In "killed" they wait for a file, go."""
 
     def main() -> None:
-        grid_module.SCRIPTS, grid_module.RENEWAL, grid_module.STALE = Path(out + "-scripts").resolve(), 0.05, 0.5
+        grid_module.SCRIPTS, grid_module.RENEWAL, grid_module.STALE = Path(out + "-scripts").resolve(), 0.1, 3
         options = ["--methods", "ee", "--seeds", "0,1,2", "--lrs", "1e-3,2e-3,1e-2", "--out", out]
         sys.argv = ["reproduce.py", "--model", str(Path("tiny").resolve()), *TINY, *options]
         run_command(reproduce.main)
 
     Path(out + "-scripts").mkdir(exist_ok=True)
-    Path(out + "-scripts", "train.py").write_text(TRAIN.replace("PAUSE", str(pause)))
+    Path(out + "-scripts", "train.py").write_text(TRAIN.replace("HELD", str(out == "killed")))
     Path(out + "-scripts", "evaluate.py").write_text(EVALUATE)
     process = multiprocessing.get_context("fork").Process(target=main)
     process.start()
@@ -419,16 +421,18 @@ def test_several_processes_make_each_run_once(tmp_path, monkeypatch):
     write_model(tmp_path / "tiny", "bert")
     fake_run(tmp_path / "a" / "b", "ee", 1e-3, 0, 60.0).rename("example")
     made = Path("made")
-    for out, pause, count in (("alone", 0, 1), ("together", 0.2, 3), ("killed", 0.5, 3)):
-        processes, again = [start(out, pause) for _ in range(count)], []
+    for out, count in (("alone", 1), ("together", 3), ("killed", 3)):
+        processes, again = [start(out) for _ in range(count)], []
         if out == "killed":
             while not made.exists() or len(made.read_text().splitlines()) < 3:
                 time.sleep(0.02)
             claim = next(Path("killed/runs").glob(".*.claim0"))
             killed = next(process for process in processes if f" {process.pid} " in claim.read_text())
             killed.kill()
+            killed.join()  # by then its training is told to end
             processes.remove(killed)
             again = [claim.name[1:].removesuffix(".claim0")]
+            Path("go").touch()
         for process in processes:
             process.join()
         assert {process.exitcode for process in processes} == {0}

@@ -232,14 +232,15 @@ class Claims:
             return
 
         def renew() -> None:
-            while True:
-                with suppress(OSError), path.open("r+") as claim:  # which does not make it again
-                    now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
-                    claim.write(f"{platform.node()} {os.getpid()} {now}\n")
-                if over.wait(RENEWAL):
-                    return
+            with suppress(OSError), path.open("r+") as claim:  # which does not make it again
+                claim.write(f"{platform.node()} {os.getpid()} {datetime.now(timezone.utc):%F %T.%f}\n")
 
-        thread = threading.Thread(target=renew, daemon=True)
+        def keep_renewing() -> None:
+            while not over.wait(RENEWAL):
+                renew()
+
+        renew()
+        thread = threading.Thread(target=keep_renewing, daemon=True)
         thread.start()
         try:
             yield True
