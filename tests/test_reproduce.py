@@ -272,7 +272,7 @@ def test_learning_to_exit_and_the_training_options_reach_the_runs(command, tmp_p
     assert "--batch-size 8" in command.lines[0]
     assert "--exit-layers 1,4" in command.lines[0]
     record = json.loads((tmp_path / "reproduced" / "runs" / started[0][1] / "run.json").read_text())
-    assert record["exit_strategy"] == "lte"
+    assert record["arguments"]["exit_strategy"] == "lte"
     assert len(record["losses"]) == 4
     status, _, err, _ = command("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3")
     assert (status, "holds results of exit_strategy lte; name another folder" in err) == (2, True)
@@ -445,7 +445,10 @@ def test_several_processes_make_each_run_once(tmp_path, monkeypatch):
         made.unlink()
 
 
-@pytest.mark.parametrize("change", [{"calibration": "none"}, {"thresholds": [0.5, 1.0]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"calibration": "none"}, {"thresholds": [0.5, 1.0], "speedup_ratios": [0.25, 1.0], "scores": [60.0, 60.0]}],
+)
 def test_a_run_that_was_evaluated_otherwise_is_evaluated_again(command, tmp_path, change):
     folder = fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0)
     evaluation = json.loads((folder / "evaluation.json").read_text())

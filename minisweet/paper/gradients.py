@@ -57,16 +57,14 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, 
         each: (M, K, K).
     """
     matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
-    losses = [exit_loss(*answer, batch.labels) for answer in model.exit_by_exit(*batch.inputs)]
+    losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
     K = len(losses)
     similarity, left_out = np.full((K - 1, K, K), np.nan), np.zeros((K - 1, K, K), dtype=int)
-    for m in range(K - 1):
-        for i in range(K):
-            for j in range(K):
-                a, b = gradients[i][m], gradients[j][m]
-                if a is not None and b is not None:
-                    similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
+    for m, i, j in np.ndindex(similarity.shape):
+        a, b = gradients[i][m], gradients[j][m]
+        if a is not None and b is not None:
+            similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
     return similarity, left_out
 
 
@@ -119,25 +117,12 @@ def main() -> None:
     similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
     mean = similarities.mean(0)  # (M, K, K)
     deviation = similarities.std(0, ddof=1) if args.batches > 1 else np.full_like(mean, np.nan)
-    report = {
-        "model": args.model,
-        "method": args.method,
-        "task": args.task,
-        "steps": args.steps,
-        "batches": args.batches,
-        "batch_size": args.batch_size,
-        "learning_rate": args.lr,
-        "seed": args.seed,
-        "device": device_name(device),
-        "precision": record["precision"],
-        "versions": versions(),
-        "layers": list(exit_layers[:-1]),
-        "exits": list(exit_layers),
-        "nothing_to_conflict": not compared(mean).any(),
-        "cosine": for_json(mean),
-        "deviation": for_json(deviation),
-        "rows_left_out": left_out.sum(0).tolist(),
-    }
+    given = ("model", "method", "task", "steps", "batches", "batch_size", "seed")
+    report = {key: getattr(args, key) for key in given} | {"learning_rate": args.lr}
+    report |= {"device": device_name(device), "precision": record["precision"], "versions": versions()}
+    report |= {"layers": list(exit_layers[:-1]), "exits": list(exit_layers)}
+    report |= {"nothing_to_conflict": not compared(mean).any(), "cosine": for_json(mean)}
+    report |= {"deviation": for_json(deviation), "rows_left_out": left_out.sum(0).tolist()}
     write_json(args.out / "gradients.json", report)
     print_similarities(mean, deviation, exit_layers)
     draw_similarities(args.out / "gradients.png", mean, exit_layers, f"{args.model}, {args.method}, {args.task}")
@@ -188,11 +173,9 @@ def draw_similarities(path: Path, mean: np.ndarray, exit_layers: tuple[int, ...]
         axis.set_xticks(range(K - m), names[m:])
         axis.set_yticks(range(K - m), names[m:])
         axis.set_title(f"layer {exit_layers[m]}")
-        for i in range(K - m):
-            for j in range(K - m):
-                value = mean[m, m + i, m + j]
-                text = "-" if np.isnan(value) else f"{value:.2f}"
-                axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+        for (i, j), value in np.ndenumerate(mean[m, m:, m:]):
+            text = "-" if np.isnan(value) else f"{value:.2f}"
+            axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
     figure.suptitle(title)
     save_figure(figure, path)

@@ -89,20 +89,18 @@ class Grid:
         if self.precision not in (None, record["precision"]):
             wrong = f"{record['precision']}, not {self.precision}"
             raise InputError(f"{folder}: a run in {wrong}; choose it by --amp, or {ELSEWHERE}")
-        evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else {}
+        evaluation = read_evaluation(folder, record) or {}
         if not set(EVALUATION) <= set(evaluation):
             return None  # not evaluated, or before there were all of these
-        if evaluation["calibration"] != "crossfit" or len(evaluation["thresholds"]) != THRESHOLDS:
+        as_here = {"calibration": "crossfit", "exit_layers": layers, "precision": self.precision}
+        if any(value not in (None, evaluation.get(key, value)) for key, value in as_here.items()):
             return None  # evaluated by hand in another way
-        if self.precision not in (None, evaluation.get("precision", self.precision)):
+        if len(evaluation["thresholds"]) != THRESHOLDS:
             return None
         self.check_rows(folder, (run.task, run.train_size, run.seed), record.get("digests", {}).get("train"))
         self.check_rows(folder, (run.task,), evaluation.get("digests", {}).get("dev"))
-        record |= {key: evaluation[key] for key in EVALUATION}
-        if not is_whole(record):
-            raise InputError(f"{folder}: not a whole run; delete it, and it will be made again")
-        self.records[run] = record
-        return record
+        self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
+        return self.records[run]
 
     def check_settings(self, run: Run, arguments: dict) -> None:
         """Raise InputError unless a run was trained with these arguments as the command line has them."""
@@ -121,10 +119,9 @@ class Grid:
 
     def is_lost(self, run: Run) -> bool:
         """Whether the run's loss became infinite or NaN, so that train.py saved no model."""
-        path = self.folder(run) / DIVERGED
-        if path.exists():
-            self.check_settings(run, read_json(path)["arguments"])
-        return path.exists()
+        if lost := read_diverged(self.folder(run)):
+            self.check_settings(run, lost["arguments"])
+        return lost is not None
 
     def failed_to_learn(self, run: Run) -> bool:
         """Whether the run is over and did not converge."""
@@ -253,13 +250,13 @@ class Claims:
 
     def is_stale(self, path: Path) -> bool:
         """Whether the claim has said the same for too long."""
-        try:
+        text = ""
+        with suppress(OSError):
             text = path.read_text()
-        except OSError:
-            text = ""
-        if path not in self.seen or self.seen[path][0] != text:
+        said, since = self.seen.get(path, (None, 0.0))
+        if said != text:
             self.seen[path] = (text, time.monotonic())
-        return time.monotonic() - self.seen[path][1] > STALE
+        return said == text and time.monotonic() - since > STALE
 
 
 def run_script(script: str, arguments: list[str]) -> int:
@@ -276,6 +273,21 @@ def run_script(script: str, arguments: list[str]) -> int:
         process.wait()
 
 
+def read_diverged(folder: Path) -> dict | None:
+    """What a training left whose loss became infinite or NaN, or None."""
+    return read_json(folder / DIVERGED) if (folder / DIVERGED).exists() else None
+
+
+def read_evaluation(folder: Path, record: dict) -> dict | None:
+    """evaluation.json, or None. Raises InputError for what evaluate.py does not write."""
+    if not (folder / "evaluation.json").exists():
+        return None
+    evaluation = read_json(folder / "evaluation.json")
+    if set(EVALUATION) <= set(evaluation) and not is_whole(record | evaluation):
+        raise InputError(f"{folder}: not a whole run; delete it, and it will be made again")
+    return evaluation
+
+
 def is_whole(record: dict) -> bool:
     """Whether the numbers that reports use are there, in the right shapes and ranges."""
     K = len(record["exit_layers"])
@@ -290,9 +302,8 @@ def is_whole(record: dict) -> bool:
     for key, value in values.items():
         if not (np.isfinite(value) & (value >= lows.get(key, 0)) & (value <= highest.get(key, np.inf))).all():
             return False
-    curve = {shapes[key] for key in ("thresholds", "speedup_ratios", "scores")}
     return (
-        curve == {(THRESHOLDS,)}
+        len({shapes[key] for key in ("thresholds", "speedup_ratios", "scores")}) == 1
         and (shapes["exit_scores"], shapes["area"]) == ((K,), ())
         and (len(shapes["class_counts"]), len(shapes["losses"])) == (2, 2)
         and (shapes["class_counts"][0], shapes["losses"][1]) == (K, K)

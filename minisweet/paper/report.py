@@ -39,25 +39,15 @@ def did_not_converge(record: dict) -> bool:
     """Whether every exit predicts one class, or the training ended with no less loss than it began with.
 
     The first and the last tenth of the steps are compared, ten steps at least, or the halves of fewer than twenty: the
-    loss of all exits together, for MM each model's own.
+    loss of all exits together, and each exit's own under MM and branches, which are trained apart.
     """
     losses = np.array(record["losses"])  # (steps, K)
-    if record["method"] != "mm":
+    if record["method"] not in ("mm", "branch"):
         losses = losses.sum(1, keepdims=True)
     part = max(len(losses) // 10, min(10, len(losses) // 2))
     # A single step tells nothing.
     rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()
     return rose or len(one_class_layers(record)) == len(record["exit_layers"])
-
-
-def exit_scores(record: dict) -> np.ndarray:
-    """The score of each exit on the whole validation set: (K,)."""
-    return np.array(record["exit_scores"])
-
-
-def area(record: dict) -> np.ndarray:
-    """The area under the curve, as evaluate.py computes it: (1,)."""
-    return np.array([record["area"]])
 
 
 def interpolated(record: dict, ratios: np.ndarray) -> np.ndarray:
@@ -102,6 +92,7 @@ def results_of(grid: dict[str, Records]) -> dict:
     method's, `area_differences` each method's area less each other's; only where there are pairs.
     """
     results: dict[str, dict] = {"individual": {}, "interpolated": {}, "areas": {}}
+    area = lambda run: np.array([run["area"]])  # noqa: E731
     for method, records in grid.items():
         ratios = table_ratios(records, method)
         layers = next((run["exit_layers"] for run in _runs(records, list(records)) if run), [])
@@ -111,7 +102,7 @@ def results_of(grid: dict[str, Records]) -> dict:
             tasks = {task: _row(records, [task], points, spread) for task in records}
             return _row(records, list(records), points, spread) | {"tasks": tasks}
 
-        results["individual"][method] = {"exit_layers": layers} | rows(exit_scores, "std")
+        results["individual"][method] = {"exit_layers": layers} | rows(lambda run: np.array(run["exit_scores"]), "std")
         at_ratios = rows(lambda run, ratios=ratios: interpolated(run, ratios), "ci95")
         results["interpolated"][method] = {"ratios": ratios.tolist()} | at_ratios
         results["areas"][method] = rows(area, "ci95")

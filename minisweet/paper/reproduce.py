@@ -140,23 +140,11 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    option(
-        "--methods",
-        type=list_of(method_setting),
-        default=["ee", "mm", "sweet"],
-        help="or branch (default: ee,mm,sweet)",
-    )
-    option(
-        "--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first for the search (default: 0,1,2)"
-    )
-    option(
-        "--lrs",
-        type=list_of(positive_float),
-        help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)",
-    )
-    option(
-        "--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first for the search (default: 6000)"
-    )
+    methods = ["ee", "mm", "sweet"]
+    option("--methods", type=list_of(method_setting), default=methods, help="or branch (default: ee,mm,sweet)")
+    option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="first the search's (default: 0,1,2)")
+    option("--lrs", type=list_of(positive_float), help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)")
+    option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
