@@ -80,7 +80,6 @@ def write_page(
         "exit_scores": evaluation["exit_scores"],
         "lowest": lowest,
         "thresholds": thresholds,
-        "evaluated": [thresholds.index(threshold) for threshold in exact],
         "scores": scores,
         "ratios": ratios,
         "operating_point": evaluation.get("operating_point"),
