@@ -15,29 +15,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minisweet.adaptive import (
-    area_under_curve,
-    certainty_ranges,
-    confidences,
-    exit_costs,
-    exits_taken,
-    learned_confidences,
-    spaced_thresholds,
-)
-from minisweet.calibration import (
-    CALIBRATIONS,
-    expected_calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-    row_temperatures,
-)
-from minisweet.data.tasks import TASKS, load_examples, score
+from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
+from minisweet.calibration import CALIBRATIONS, row_temperatures
+from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.data.toy import LEVELS
-from minisweet.files.commands import Parser, run_command, whole_number
+from minisweet.evaluation.operating import Validation, operating_point
+from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, predict, save_logits, sweep
+from minisweet.evaluation.timing import GATHERED, measure_live
+from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
 from minisweet.files.runs import load_run, method_name, newest_run, versions
-from minisweet.files.safe import write_json
-from minisweet.live import GATHERED, measure_live
+from minisweet.files.safe import InputError, write_json
 from minisweet.paper.report import one_class_layers
 from minisweet.training.devices import (
     add_device_options,
@@ -47,33 +34,6 @@ from minisweet.training.devices import (
     device_name,
     reuse_freed_memory,
 )
-
-BATCH_SIZE = 64
-CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
-
-
-@torch.no_grad()
-def predict(
-    model: torch.nn.Module, examples: TokenizedExamples, precision: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, N), else None.
-
-    Both are float32, on the CPU and in the order of `examples`.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
-    rows, logits, certainty = [], [], []
-    with tqdm(total=len(examples), unit="ex", desc="evaluate") as progress, autocast(device, precision):
-        for batch in examples.by_length(BATCH_SIZE, max_tokens):
-            rows.append(batch.rows)
-            exits = list(model.segments(*batch.to(device).inputs))
-            logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())
-            if exits[0][1] is not None:
-                certainty.append(torch.stack([exit_certainty for _, exit_certainty in exits]).cpu())
-            progress.update(len(batch.rows))
-    order = torch.cat(rows).argsort()
-    return torch.cat(logits, dim=1)[:, order], torch.cat(certainty, dim=1)[:, order] if certainty else None
 
 
 def main() -> None:
@@ -89,6 +49,10 @@ def main() -> None:
     )
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
     option("--calibration", choices=CALIBRATIONS, default="crossfit", help="of confidence (default: crossfit)")
+    wish = parser.add_mutually_exclusive_group().add_argument
+    wish("--max-loss", type=number(0, 100), help="operating point: the fastest, so many points lost (default: 1.0)")
+    wish("--speed", type=number(0, 10), help="operating point: the best score at this share of the layers")
+    option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
     option("--live", action="store_true", help="also run early exit live, and time it")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
     add_device_options(parser)
@@ -98,30 +62,49 @@ def main() -> None:
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
     model, record = load_run(run)
-    task, method, exit_layers = TASKS[record["task"]], record["method"], record["exit_layers"]
+    if args.use_exits:
+        try:
+            model = model.keep_exits(args.use_exits)
+        except ValueError as error:
+            raise InputError(f"--use-exits: {error}") from None
+    task, method, exit_layers = TASKS[record["task"]], record["method"], list(model.exit_layers)
     rows = load_examples(record["task"], "dev", args.data_dir or Path(record["arguments"]["data_dir"]))
     tokenizer = load_tokenizer(run, record["vocab_size"], record["arguments"]["max_length"])
     examples = TokenizedExamples(tokenizer, rows)
 
     start = time.perf_counter()
-    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K, N) or None
+    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
-    costs = np.array(exit_costs(exit_layers, record["depth"], method))  # (K,)
     temperatures = row_temperatures(logits, torch.from_numpy(examples.labels), args.calibration)  # (K, N)
-    if certainty is None:
-        lowest, ranges, confidence = 1 / len(task.labels), None, confidences(logits, temperatures)  # (K, N)
-    else:
-        ranges = certainty_ranges(certainty)  # (K, 2)
-        lowest, confidence = 0.0, learned_confidences(certainty, ranges)  # (K, N)
-    thresholds = spaced_thresholds(args.thresholds, lowest)
-    # Which exit each instance takes at each threshold: (thresholds, N)
-    taken = torch.stack([exits_taken(confidence, threshold, lowest) for threshold in thresholds])
-    evaluation = {"task": record["task"], "metric": task.metric, "method": method, "exit_layers": exit_layers}
-    evaluation["exit_strategy"] = record["exit_strategy"]
-    evaluation |= sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric)
-    # How often each exit predicts each class: (K, C)
-    evaluation["class_counts"] = [row.argmax(-1).bincount(minlength=len(task.labels)).tolist() for row in logits]
-    evaluation |= {"calibration": args.calibration} | calibration_report(logits, examples.labels, temperatures)
+    ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
+    rule = ExitRule(logits.shape[-1], temperatures if ranges is None else None, ranges)
+    confidence = rule.confidences(logits, certainty)  # (K, N)
+    thresholds = spaced_thresholds(args.thresholds, rule.lowest)
+    # What leaving at each exit costs, and which exit each instance takes, at each threshold: (thresholds, K or N)
+    costs = np.array([exit_costs(exit_layers, record["depth"], method, threshold) for threshold in thresholds])
+    taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])
+    evaluation = {
+        "task": record["task"],
+        "metric": task.metric,
+        "method": method,
+        "exit_layers": exit_layers,
+        "exit_strategy": record["exit_strategy"],
+        **sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric),
+        # How often each exit predicts each class: (K, C)
+        "class_counts": [row.argmax(-1).bincount(minlength=len(task.labels)).tolist() for row in logits],
+        "calibration": args.calibration,
+        **calibration_report(logits, examples.labels, temperatures),
+    }
+    evaluation["operating_point"] = operating_point(
+        Validation(logits, certainty, torch.from_numpy(examples.labels)),
+        task.metric,
+        args.calibration,
+        exit_layers,
+        record["depth"],
+        method,
+        max_loss=1.0 if args.max_loss is None else args.max_loss,
+        speed=args.speed,
+    )
     if ranges is not None:
         evaluation["certainty_ranges"] = ranges.tolist()
     if rows.difficulties is not None:
@@ -129,96 +112,23 @@ def main() -> None:
     if args.live:
         progress = partial(tqdm, desc="live", unit="threshold")
         with autocast(device, precision):
-            settings = (thresholds, costs, args.live_batch_size, temperatures, ranges)
-            live = measure_live(model, examples, *settings, progress)
+            live = measure_live(model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != logits.argmax(-1).gather(0, taken))
         evaluation |= {"live_batch_size": args.live_batch_size, "live_differs": int(differs.sum())}
-    evaluation |= {"examples": len(examples), "seconds": round(seconds, 2), "device": device_name(device)}
-    evaluation |= {"precision": str(precision or torch.float32), "versions": versions()}
+    evaluation |= {
+        "examples": len(examples),
+        "seconds": round(seconds, 2),
+        "device": device_name(device),
+        "precision": str(precision or torch.float32),
+        "versions": versions(),
+    }
+    save_logits(run / "logits.safetensors", logits, certainty, examples.labels)
     write_json(run / "evaluation.json", evaluation)
-    name = method_name(record["arguments"] | {"method": method})  # with what passes its boundaries
+    name = method_name(record["arguments"] | {"method": method})  # of old runs with what passes their boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {len(examples)} validation examples")
     print_evaluation(evaluation)
     print(f"\nwritten to {run / 'evaluation.json'}")
-
-
-def sweep(
-    predictions: torch.Tensor,
-    taken: torch.Tensor,
-    labels: np.ndarray,
-    thresholds: list[float],
-    costs: np.ndarray,
-    metric: str,
-) -> dict:
-    """Score the exits, and what leaves where at each threshold.
-
-    Args:
-        predictions: (K, N), all exits' classes.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        labels: (N,).
-        thresholds: increasing.
-        costs: (K,) of leaving at each exit, as a share of the backbone's layers.
-        metric: "accuracy" or "matthews".
-
-    Returns:
-        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
-    """
-    scores, ratios, counts = [], [], []
-    for exits in taken:
-        chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
-        scores.append(score(chosen.numpy(), labels, metric))
-        counts.append(exits.bincount(minlength=len(costs)).tolist())
-        ratios.append(float(np.dot(counts[-1], costs) / len(labels)))  # Eq. 1
-    return {
-        "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
-        "thresholds": thresholds,
-        "scores": scores,
-        "speedup_ratios": ratios,
-        "exit_counts": counts,
-        "area": area_under_curve(ratios, scores),
-    }
-
-
-def calibration_report(logits: torch.Tensor, labels: np.ndarray, temperatures: torch.Tensor) -> dict:
-    """How far each exit's confidence can be trusted.
-
-    Args:
-        logits: (K, N, C).
-        labels: (N,).
-        temperatures: (K, N), those in use.
-
-    Returns:
-        temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
-    """
-    targets = torch.from_numpy(labels)
-    scaled = logits / temperatures[..., None]
-    return {
-        "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
-        "ece": {
-            "before": [expected_calibration_error(exit_logits, targets) for exit_logits in logits],
-            "after": [expected_calibration_error(exit_logits, targets) for exit_logits in scaled],
-        },
-        "nll": {
-            "before": [negative_log_likelihood(exit_logits, targets) for exit_logits in logits],
-            "after": [negative_log_likelihood(exit_logits, targets) for exit_logits in scaled],
-        },
-    }
-
-
-def mean_exit_layers(difficulties: list[str], taken: torch.Tensor, exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave, at each threshold.
-
-    Args:
-        difficulties: (N), each of `LEVELS`.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        exit_layers: (K).
-
-    Returns:
-        For each difficulty, easy to hard, a list (thresholds).
-    """
-    layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
-    return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
 
 
 def print_evaluation(evaluation: dict) -> None:
@@ -241,6 +151,7 @@ def print_evaluation(evaluation: dict) -> None:
     print(
         f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {evaluation['seconds']:.1f} s"
     )
+    print(operating_sentence(evaluation["operating_point"]))
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print("\nmean exit layer per difficulty\nthreshold" + "".join(f"{name:>16}" for name in means))
@@ -255,6 +166,20 @@ def print_evaluation(evaluation: dict) -> None:
             print(f"{row['instances_per_second']:13.1f}" + "".join(f"{ms:8.1f}" for ms in row["latency_ms"].values()))
         decisions = len(thresholds) * evaluation["examples"]
         print(f"exits or labels differ from the sweep's in {evaluation['live_differs']} of {decisions} decisions")
+
+
+def operating_sentence(point: dict) -> str:
+    """What the operating point gives, in a sentence."""
+    below = point["full_depth_score"] - point["score"]
+    against = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
+    ((wish, value),) = point["wish"].items()
+    missed = (
+        "" if point["reached"] else f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
+    )
+    return (
+        f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {against}, "
+        f"with {100 * point['speedup_ratio']:.0f}% of the layers{missed}"
+    )
 
 
 if __name__ == "__main__":

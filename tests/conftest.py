@@ -7,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minisweet.bert import CHECKPOINT_NAMES as BERT_NAMES
 from minisweet.bert import BertConfig, BertEncoder
-from minisweet.deberta import CHECKPOINT_NAMES as DEBERTA_NAMES
 from minisweet.deberta import DebertaConfig, DebertaEncoder
-from minisweet.files.checkpoint import _sources
+from minisweet.files.names import bert_names, deberta_names
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
@@ -61,8 +59,9 @@ def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = Tru
     """The encoder's weights under the names of the public checkpoints."""
     is_bert = isinstance(encoder, BertEncoder)
     tensors = {}
+    names = (bert_names if is_bert else deberta_names)(encoder.config.num_hidden_layers)
     for name, tensor in encoder.state_dict().items():
-        sources = _sources(name, BERT_NAMES if is_bert else DEBERTA_NAMES)
+        sources = names[name]
         tensors |= dict(zip(sources, tensor.clone().chunk(len(sources)), strict=True))
     if is_bert and pooler:
         D = encoder.config.hidden_size
@@ -75,7 +74,10 @@ def write_model(folder: Path, model_type: str, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
     save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]) + "\n")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
+    size = changes.get("vocab_size", SIZES["vocab_size"])
+    vocabulary += [f"[unused{i}]" for i in range(len(vocabulary), size)]  # as many tokens as the embedding has rows
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     return folder
 
 
