@@ -269,7 +269,7 @@ def main() -> None:
         f"{','.join(map(str, exit_layers))} of {config.num_hidden_layers}, learning rate {args.lr:g}, "
         f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {precision or torch.float32}"
     )
-    arguments = vars(args) | {name: str(vars(args)[name]) for name in ("data_dir", "out")}
+    arguments = vars(args) | {"data_dir": str(args.data_dir.resolve()), "out": str(args.out)}
     arguments["trunk"] = args.trunk and str(args.trunk)
     start = time.perf_counter()
     try:
