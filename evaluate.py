@@ -13,32 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
-from minisweet.adaptive import (
-    ExitRule,
-    area_under_curve,
-    certainty_ranges,
-    exit_costs,
-    exits_taken,
-    predict,
-    spaced_thresholds,
-)
-from minisweet.calibration import (
-    CALIBRATIONS,
-    expected_calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-    row_temperatures,
-)
-from minisweet.data.tasks import TASKS, load_examples, score
+from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
+from minisweet.calibration import CALIBRATIONS, row_temperatures
+from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.data.toy import LEVELS
-from minisweet.files.commands import Parser, list_of, run_command, whole_number
+from minisweet.evaluation.operating import Validation, operating_point
+from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, predict, save_logits, sweep
+from minisweet.evaluation.timing import GATHERED, measure_live
+from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
 from minisweet.files.runs import load_run, method_name, newest_run, versions
-from minisweet.files.safe import InputError, write_json, written_beside
-from minisweet.live import GATHERED, measure_live
+from minisweet.files.safe import InputError, write_json
 from minisweet.paper.report import one_class_layers
 from minisweet.training.devices import (
     add_device_options,
@@ -63,6 +49,9 @@ def main() -> None:
     )
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
     option("--calibration", choices=CALIBRATIONS, default="crossfit", help="of confidence (default: crossfit)")
+    wish = parser.add_mutually_exclusive_group().add_argument
+    wish("--max-loss", type=number(0, 100), help="operating point: the fastest, so many points lost (default: 1.0)")
+    wish("--speed", type=number(0, 10), help="operating point: the best score at this share of the layers")
     option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
     option("--live", action="store_true", help="also run early exit live, and time it")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
@@ -106,6 +95,16 @@ def main() -> None:
         "calibration": args.calibration,
         **calibration_report(logits, examples.labels, temperatures),
     }
+    evaluation["operating_point"] = operating_point(
+        Validation(logits, certainty, torch.from_numpy(examples.labels)),
+        task.metric,
+        args.calibration,
+        exit_layers,
+        record["depth"],
+        method,
+        max_loss=1.0 if args.max_loss is None else args.max_loss,
+        speed=args.speed,
+    )
     if ranges is not None:
         evaluation["certainty_ranges"] = ranges.tolist()
     if rows.difficulties is not None:
@@ -132,93 +131,6 @@ def main() -> None:
     print(f"\nwritten to {run / 'evaluation.json'}")
 
 
-def save_logits(path: Path, logits: torch.Tensor, certainty: torch.Tensor | None, labels: np.ndarray) -> None:
-    """Write `logits` (K, N, C), `certainty` (K or K-1, N) of learning-to-exit and `labels` (N,), for rules to try."""
-    tensors = {"logits": logits.contiguous(), "labels": torch.from_numpy(labels)}
-    if certainty is not None:
-        tensors["certainty"] = certainty.contiguous()
-    with written_beside(path) as partial:
-        partial.write_bytes(save(tensors))
-
-
-def sweep(
-    predictions: torch.Tensor,
-    taken: torch.Tensor,
-    labels: np.ndarray,
-    thresholds: list[float],
-    costs: np.ndarray,
-    metric: str,
-) -> dict:
-    """Score the exits, and what leaves where at each threshold.
-
-    Args:
-        predictions: (K, N), all exits' classes.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        labels: (N,).
-        thresholds: increasing.
-        costs: (thresholds, K) of leaving at each exit, as a share of the encoder's layers.
-        metric: "accuracy" or "matthews".
-
-    Returns:
-        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
-    """
-    scores, ratios, counts = [], [], []
-    for exits, cost in zip(taken, costs, strict=True):
-        chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
-        scores.append(score(chosen.numpy(), labels, metric))
-        counts.append(exits.bincount(minlength=len(cost)).tolist())
-        ratios.append(float(np.dot(counts[-1], cost) / len(labels)))  # Eq. 1
-    return {
-        "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
-        "thresholds": thresholds,
-        "scores": scores,
-        "speedup_ratios": ratios,
-        "exit_counts": counts,
-        "area": area_under_curve(ratios, scores),
-    }
-
-
-def calibration_report(logits: torch.Tensor, labels: np.ndarray, temperatures: torch.Tensor) -> dict:
-    """How far each exit's confidence can be trusted.
-
-    Args:
-        logits: (K, N, C).
-        labels: (N,).
-        temperatures: (K, N), those in use.
-
-    Returns:
-        temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
-    """
-    targets = torch.from_numpy(labels)
-    scaled = logits / temperatures[..., None]
-    return {
-        "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
-        "ece": {
-            "before": [expected_calibration_error(exit_logits, targets) for exit_logits in logits],
-            "after": [expected_calibration_error(exit_logits, targets) for exit_logits in scaled],
-        },
-        "nll": {
-            "before": [negative_log_likelihood(exit_logits, targets) for exit_logits in logits],
-            "after": [negative_log_likelihood(exit_logits, targets) for exit_logits in scaled],
-        },
-    }
-
-
-def mean_exit_layers(difficulties: list[str], taken: torch.Tensor, exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave, at each threshold.
-
-    Args:
-        difficulties: (N), each of `LEVELS`.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        exit_layers: (K).
-
-    Returns:
-        For each difficulty, easy to hard, a list (thresholds).
-    """
-    layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
-    return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
-
-
 def print_evaluation(evaluation: dict) -> None:
     """Print what stands in evaluation.json as tables."""
     exit_layers, thresholds = evaluation["exit_layers"], evaluation["thresholds"]
@@ -239,6 +151,7 @@ def print_evaluation(evaluation: dict) -> None:
     print(
         f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {evaluation['seconds']:.1f} s"
     )
+    print(operating_sentence(evaluation["operating_point"]))
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print("\nmean exit layer per difficulty\nthreshold" + "".join(f"{name:>16}" for name in means))
@@ -253,6 +166,20 @@ def print_evaluation(evaluation: dict) -> None:
             print(f"{row['instances_per_second']:13.1f}" + "".join(f"{ms:8.1f}" for ms in row["latency_ms"].values()))
         decisions = len(thresholds) * evaluation["examples"]
         print(f"exits or labels differ from the sweep's in {evaluation['live_differs']} of {decisions} decisions")
+
+
+def operating_sentence(point: dict) -> str:
+    """What the operating point gives, in a sentence."""
+    below = point["full_depth_score"] - point["score"]
+    against = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
+    ((wish, value),) = point["wish"].items()
+    missed = (
+        "" if point["reached"] else f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
+    )
+    return (
+        f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {against}, "
+        f"with {100 * point['speedup_ratio']:.0f}% of the layers{missed}"
+    )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from minisweet.adaptive import predict
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.evaluation.sweep import predict
 from minisweet.exits import (
     EXIT_STRATEGIES,
     METHODS,
@@ -37,7 +37,7 @@ from minisweet.exits import (
 )
 from minisweet.files.checkpoint import load_encoder
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
-from minisweet.files.runs import DIVERGED, check_output, load_trunk, run_name, save_run, versions
+from minisweet.files.runs import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
 from minisweet.training.devices import autocast, choose_device, choose_precision, device_name, reuse_freed_memory
 from minisweet.training.options import (
@@ -250,7 +250,12 @@ def main() -> None:
     """Train one run."""
     args = parse_arguments()
     reuse_freed_memory()
-    check_output(args.out, args.overwrite)
+    with claim_output(args.out, args.overwrite):  # tried now, rather than after hours of training
+        train_run(args)
+
+
+def train_run(args: argparse.Namespace) -> None:
+    """Train one run and write its folder."""
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
     task = TASKS[args.task]

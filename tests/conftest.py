@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minisweet import MultiExitModel, bert, build_multi_model, deberta, live, load_encoder
+from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.bert import BertConfig, BertEncoder
 from minisweet.data import toy
 from minisweet.deberta import DebertaConfig, DebertaEncoder
+from minisweet.evaluation import timing
 from minisweet.exits import MultiModel
-from minisweet.files.checkpoint import _sources
 from minisweet.files.commands import run_command
+from minisweet.files.names import bert_names, deberta_names
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
@@ -62,8 +63,8 @@ def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) 
 
 def checkpoint_names(encoder: BertEncoder | DebertaEncoder) -> dict[str, list[str]]:
     """Each of the encoder's parameters, to the names that public checkpoints hold it under."""
-    names = (bert if isinstance(encoder, BertEncoder) else deberta).CHECKPOINT_NAMES
-    return {name: _sources(name, names) for name in encoder.state_dict()}
+    names = bert_names if isinstance(encoder, BertEncoder) else deberta_names
+    return names(encoder.config.num_hidden_layers)
 
 
 def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = True) -> dict[str, torch.Tensor]:
@@ -82,7 +83,10 @@ def write_model(folder: Path, model_type: str, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
     save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]) + "\n")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
+    size = changes.get("vocab_size", SIZES["vocab_size"])
+    vocabulary += [f"[unused{i}]" for i in range(len(vocabulary), size)]  # as many tokens as the embedding has rows
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     return folder
 
 
@@ -140,7 +144,7 @@ def command(monkeypatch, capsys, tmp_path):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(toy.SIZES, "dev", 200)
-    monkeypatch.setattr(live, "LATENCY_INSTANCES", 10)
+    monkeypatch.setattr(timing, "LATENCY_INSTANCES", 10)
 
     def run(module, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet import live
 from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation import timing
+from minisweet.evaluation.timing import measure_live
 from minisweet.exits import EXIT_STRATEGIES, METHODS
-from minisweet.live import early_exit, full_depth, measure_live
+from minisweet.live import Answers, early_exit, full_depth
 from tests.conftest import all_exits, random_batch, undecided_model, write_model
 
 
@@ -132,15 +133,15 @@ def test_the_wall_clock_is_that_of_all_batches_and_latency_that_of_all_lengths(t
     def fake_early_exit(model, input_ids, mask, types, threshold, own, batch_size):
         clock[0] += 3 * len(input_ids)
         calls.append((len(input_ids), batch_size, own.temperatures[0].tolist()))
-        return live.Answers(*torch.zeros(2, len(input_ids), dtype=torch.int64), None, None)
+        return Answers(*torch.zeros(2, len(input_ids), dtype=torch.int64), None, None)
 
     def fake_full_depth(model, input_ids, mask, types):
         clock[0] += 4 * len(input_ids)
 
-    monkeypatch.setattr(live, "early_exit", fake_early_exit)
-    monkeypatch.setattr(live, "full_depth", fake_full_depth)
-    monkeypatch.setattr(live.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(live, "LATENCY_INSTANCES", 10)
+    monkeypatch.setattr(timing, "early_exit", fake_early_exit)
+    monkeypatch.setattr(timing, "full_depth", fake_full_depth)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing, "LATENCY_INSTANCES", 10)
     model = undecided_model(folder, "sweet")
     (row,), _, _ = measure_live(model, examples, [0.7], np.array([[0.25, 0.5, 1]]), 8, rule)
     assert row["wall_share"] == pytest.approx(3 / 4)

@@ -9,9 +9,9 @@ import torch
 
 import train
 from minisweet import MultiExitModel, load_encoder
-from minisweet.adaptive import predict
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation.sweep import predict
 from minisweet.exits import exit_loss
 from tests.conftest import write_model
 
