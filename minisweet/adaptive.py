@@ -45,6 +45,8 @@ class ExitRule:
         """The rule for new text: what evaluation.json keeps for it, which was fitted on all of its rows."""
         if "certainty_ranges" in evaluation:
             return cls(num_labels, ranges=torch.tensor(evaluation["certainty_ranges"]))
+        if evaluation.get("calibration") == "none":  # temperatures stand there all the same, and were not used
+            return cls(num_labels)
         return cls(num_labels, torch.tensor(evaluation["temperatures"])[:, None])
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None, rows: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ Dimension letters: B batch, C classes, K exits, N instances.
 """
 
 import argparse
+import logging
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -16,21 +17,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from minisweet.adaptive import ExitRule, exit_costs, exits_taken
-from minisweet.data.tasks import Examples, score
+from minisweet.adaptive import ExitRule
+from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation.operating import candidates, choose
+from minisweet.evaluation.sweep import load_validation
+from minisweet.evaluation.timing import GATHERED
 from minisweet.files.commands import Parser, number, whole_number
 from minisweet.files.runs import load_run, read_evaluation
 from minisweet.files.safe import InputError
-from minisweet.live import GATHERED, Answers, early_exit
+from minisweet.live import Answers, early_exit
 from minisweet.training.devices import add_device_options, autocast, choose_device, choose_precision
 
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
-CANDIDATES = 1000  # thresholds to choose from, at most
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
 
 
@@ -139,27 +140,15 @@ class EarlyExitClassifier:
         """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
         if max_loss is None and speed is None and "operating_point" in self.evaluation:
             return self.evaluation["operating_point"]["threshold"]
-        path = run / "logits.safetensors"
-        try:
-            saved = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again, or give a threshold") from None
-        logits, labels = saved["logits"], saved.get("labels")  # (K, N, C), (N,)
-        confidence, predictions = self.rule.confidences(logits, saved.get("certainty")), logits.argmax(-1)  # (K, N)
-        labels, metric = (predictions[-1], "accuracy") if labels is None else (labels, self.evaluation["metric"])
-        candidates = confidence.unique()
-        candidates = candidates[:: -(-len(candidates) // CANDIDATES)].clamp(self.rule.lowest, 1).tolist()
-        points = []  # of each candidate: score, share of the layers, threshold
-        for threshold in (*candidates, 1.0):
-            taken = exits_taken(confidence, threshold, self.rule.lowest)
-            costs = exit_costs(self.evaluation["exit_layers"], self.record["depth"], self.record["method"], threshold)
-            right = float(score(predictions.gather(0, taken[None])[0].numpy(), labels.numpy(), metric))
-            points.append((right, float(np.array(costs)[taken.numpy()].mean()), threshold))
-        if speed is not None:
-            within = [point for point in points if point[1] <= speed] or [min(points, key=lambda point: point[1])]
-            return max(within, key=lambda point: (point[0], -point[1]))[2]
-        lowest_score = points[-1][0] - (1.0 if max_loss is None else max_loss)
-        return min((point for point in points if point[0] >= lowest_score), key=lambda point: point[1])[2]
+        validation = load_validation(run / "logits.safetensors")
+        layers, depth, method = self.evaluation["exit_layers"], self.record["depth"], self.record["method"]
+        there = candidates(self.rule, validation, self.evaluation["metric"], layers, depth, method)
+        threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
+        if not reached:
+            share = there.ratios[np.searchsorted(there.thresholds, threshold)]
+            log = logging.getLogger("minisweet")
+            log.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
+        return threshold
 
 
 def add_classifier_options(parser: Parser) -> None:
@@ -168,7 +157,7 @@ def add_classifier_options(parser: Parser) -> None:
     option = group.add_mutually_exclusive_group().add_argument
     option("--threshold", type=number(0, 1), help="leave at this confidence; at 1 all run to the last exit")
     option("--speed", type=number(0, 1), metavar="S", help="the best score at no more than this share of the layers")
-    option("--max-loss", type=number(0), metavar="P", help="the fastest at most so many points below full depth")
+    option("--max-loss", type=number(0, 200), metavar="P", help="the fastest at most so many points below full depth")
     parser.add_argument("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
     add_device_options(parser)
 

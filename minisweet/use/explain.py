@@ -7,20 +7,20 @@
 Dimension letters: C classes, K exits, N instances.
 """
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from minisweet.adaptive import leaves
+from minisweet.data.own import load_dev
+from minisweet.evaluation.sweep import load_validation
 from minisweet.files.commands import Parser, run_command
 from minisweet.files.runs import read_evaluation, read_record
 from minisweet.files.safe import InputError, one_line
 from minisweet.training.devices import autocast
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, check_texts, classifier_of
+from minisweet.use.page import write_page
 
 __all__ = ["main", "run_command"]
 SHOWN = 5  # probabilities of an exit, the highest ones
@@ -36,7 +36,8 @@ class ExitAnswer(NamedTuple):
 
 def main() -> None:
     """Explain one text, or write the page."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about, examples, *_ = __doc__.split("\n\n")
+    parser = Parser(description=about, epilog=f"examples:\n{examples}")
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")
@@ -90,22 +91,14 @@ def print_exits(exits: list[ExitAnswer], threshold: float) -> None:
 
 def write_html(run: Path, page: Path, data: Path | None, data_dir: Path | None) -> None:
     """Write the page of a run from its saved evaluation, and its validation rows. Raises InputError."""
-    from minisweet.data.own import load_dev
-    from minisweet.use.page import write_page
-
     record = read_record(run)
     evaluation, path = read_evaluation(run, record), run / "logits.safetensors"
     if evaluation is None or not path.exists():
         raise InputError(f"{run}: has no evaluation.json or no logits.safetensors; first: evaluate.py {run}")
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from None
+    validation = load_validation(path)
     rows = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, data, data_dir)
-    labels = saved.get("labels")
-    if len(rows.first) != saved["logits"].shape[1]:
-        raise InputError(f"{path}: of {saved['logits'].shape[1]} rows, and the validation data has {len(rows.first)}")
-    targets = None if labels is None else labels.tolist()
-    write_page(
-        page, evaluation, record, rows.texts(), saved["logits"], saved.get("certainty"), targets, rows.difficulties
-    )
+    if len(rows.first) != len(validation.labels):
+        raise InputError(f"{path}: of {len(validation.labels)} rows, and the validation data has {len(rows.first)}")
+    labels = None if rows.labels is None else validation.labels.tolist()
+    said = (validation.logits, validation.certainty, labels)
+    write_page(page, evaluation, record, rows.texts(), *said, rows.difficulties)

@@ -1,15 +1,14 @@
 """A run's model up to one exit as a folder that transformers loads, config, weights and tokenizer.
 
+    python -m minisweet.export RUN --out folder
     python -m minisweet.export RUN --out folder --exit-layer 6
-
-    AutoModelForSequenceClassification.from_pretrained("folder"), AutoTokenizer.from_pretrained("folder")
+    python -c 'from transformers import pipeline; print(pipeline("text-classification", "folder")("no invoice"))'
 
 The folder holds a plain BertForSequenceClassification or DebertaForSequenceClassification: nothing leaves early there.
 ONNX export starts from here too: its exporter (torch.onnx.export(..., dynamo=True)) builds on torch.export, which our
 models pass with dynamic batch and length, and needs the packages onnx and onnxscript beside torch.
 """
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,25 +16,26 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet import bert, deberta
 from minisweet.data.text import load_tokenizer
 from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.files.checkpoint import ARCHITECTURES
 from minisweet.files.commands import Parser, run_command, whole_number
 from minisweet.files.runs import load_run
 from minisweet.files.safe import InputError, write_json, written_beside
 
 __all__ = ["main", "run_command"]
-# The module with the names of a model_type's tensors, the class in transformers, and where that keeps its pooler.
+# Of each model_type: the class in transformers, and where it keeps its pooler.
 FORMATS = {
-    "bert": (bert, "BertForSequenceClassification", "bert.pooler.dense"),
-    "deberta": (deberta, "DebertaForSequenceClassification", "pooler.dense"),
+    "bert": ("BertForSequenceClassification", "bert.pooler.dense"),
+    "deberta": ("DebertaForSequenceClassification", "pooler.dense"),
 }
 SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def main() -> None:
     """Export one exit of a run."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about, examples, *_ = __doc__.split("\n\n")
+    parser = Parser(description=about, epilog=f"examples:\n{examples}")
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("--out", type=Path, required=True, help="the folder to write, which must not exist")
@@ -74,18 +74,16 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
 
 def plain_tensors(model: MultiExitModel, k: int) -> dict[str, Tensor]:
     """The weights up to exit k under the names of transformers: a branch's own layer stands where the trunk's was."""
-    module, _, pooler = FORMATS[model.encoder.config.model_type]
-    n, head = model.exit_layers[k], model.heads[k]
+    model_type, n, head = model.encoder.config.model_type, model.exit_layers[k], model.heads[k]
     weights = model.encoder.state_dict()
     if model.has_branch(k):
         weights |= {f"layers.{n - 1}.{name}": tensor for name, tensor in model.branches[k].state_dict().items()}
     tensors = {}
-    for ours, theirs in module.checkpoint_names(n).items():
+    for ours, theirs in ARCHITECTURES[model_type][2](n).items():
         if ours in weights:  # a DeBERTa of one position term lacks the other's projection
             parts = weights[ours].chunk(len(theirs))
-            named = (f"{model.encoder.config.model_type}.{name}" for name in theirs)
-            tensors |= dict(zip(named, parts, strict=True))
-    for name, linear in ((pooler, head.pooler), ("classifier", head.classifier)):
+            tensors |= dict(zip((f"{model_type}.{name}" for name in theirs), parts, strict=True))
+    for name, linear in ((FORMATS[model_type][1], head.pooler), ("classifier", head.classifier)):
         tensors |= {f"{name}.weight": linear.weight, f"{name}.bias": linear.bias}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -94,7 +92,7 @@ def plain_config(model: MultiExitModel, depth: int, labels: list[str], tokenizer
     """config.json for transformers. What is not said there has the same default here and there."""
     config = model.encoder.config
     return {
-        "architectures": [FORMATS[config.model_type][1]],
+        "architectures": [FORMATS[config.model_type][0]],
         "model_type": config.model_type,
         **{name: value for name, value in asdict(config).items() if value is not None},
         "num_hidden_layers": depth,

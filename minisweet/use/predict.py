@@ -9,7 +9,6 @@ the input has such a column, ours is `predicted_<name>`. An empty text is predic
 line is a text; of a run that was trained on pairs, two texts with a tab between them.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ CHARACTERS = 2**22  # of the rows that are held at once, about: sooner than `WIN
 
 def main() -> None:
     """Predict one file."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about, examples, *_ = __doc__.split("\n\n")
+    parser = Parser(description=about, epilog=f"examples:\n{examples}")
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl, or one of them in .gz; - is standard input")
