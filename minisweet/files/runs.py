@@ -33,6 +33,7 @@ from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel, check_exit_layers
 from minisweet.files.checkpoint import (
     OURS,
+    NoInit,
     check_width,
     load_classifier,
     new_encoder,
@@ -377,7 +378,7 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
         last = f"{len(layers) - 1}.encoder." if mm else "encoder."
         check_width(path, f"{last}word_embeddings.weight", tensors, config.hidden_size)
         check_width(path, f"{last}layers.{layers[-1] - 1}.intermediate.weight", tensors, config.hidden_size)
-        with torch.device("meta"):  # shapes only, the weights follow
+        with torch.device("meta"), NoInit():  # shapes only, the weights follow
             if mm:
                 model = MultiModel(_model(config, (n,), num_labels, "sweet", strategy) for n in layers)
             else:
