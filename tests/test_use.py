@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from minisweet import EarlyExitClassifier, MultiExitModel
-from minisweet.adaptive import ExitRule, exits_taken
+from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken
+from minisweet.calibration import row_temperatures
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples
 from minisweet.files.commands import run_command
@@ -102,8 +103,8 @@ def test_predictions_are_those_of_the_evaluation(make_run, tmp_path, method, str
     """Labels, exits and confidences of the sweep with --calibration dev, through the command, in the input's order."""
     run = make_run(method, exit_strategy=strategy)
     threshold, saved = middle(run), load_file(run / "logits.safetensors")
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    rule = ExitRule.from_evaluation(evaluation, 2)
+    calibrated = row_temperatures(saved["logits"], saved["labels"], "dev") if strategy == "confidence" else None
+    rule = ExitRule(2, calibrated, certainty_ranges(saved["certainty"], 3) if strategy == "lte" else None)
     confidence = rule.confidences(saved["logits"], saved.get("certainty"))  # (K, N)
     taken = exits_taken(confidence, threshold, rule.lowest)
     assert len(taken.unique()) > 1
