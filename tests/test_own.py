@@ -411,11 +411,13 @@ def test_json_values_in_cells_and_rows_that_differ(tmp_path):
     assert ".csv" in refused(RowWriter, tmp_path / "out.xlsx")
 
 
-def test_standard_output_is_csv_as_it_comes(capsys):
+def test_standard_output_is_csv_as_it_comes(monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="utf-8", newline=""))
     with RowWriter(Path("-")) as writer:
         writer.write({"text": "a, b", "label": "x"})
-        assert capsys.readouterr().out == 'text,label\n"a, b",x\n'
-    print("still open", file=sys.stdout)
+        assert output.getvalue() == b'text,label\n"a, b",x\n'
+    assert not sys.stdout.closed
 
 
 def test_rows_are_streamed(tmp_path):
