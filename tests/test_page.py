@@ -113,6 +113,17 @@ def test_without_labels_agreement_with_full_depth_is_shown(tmp_path):
     assert "agreement" in data["metric"]
 
 
+def test_a_branch_model_asks_none_but_the_last_at_threshold_1(tmp_path):
+    case = Case("branch", lte=True)
+    case.certainty = case.certainty[:-1]  # its last exit has none, and is sure
+    data = data_of(case.write(tmp_path / "page.html"))
+    assert data["confidences"][2] == [1.0] * 200
+    costs = np.array([1, 2 + 1 / 6, 4 + 2 / 6]) / 4
+    assert data["exit_costs"] == pytest.approx(costs)
+    assert data["ratios"][-2] == pytest.approx(costs[case.taken(0.99)].mean())
+    assert data["ratios"][-1] == 1.0
+
+
 def test_the_template_needs_no_network():
     text = TEMPLATE.read_text(encoding="utf-8")
     assert text.count("{{data}}") == 1

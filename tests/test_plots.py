@@ -78,8 +78,14 @@ def test_an_exit_that_runs_models_one_after_the_other_costs_all_of_them(tmp_path
     assert dots == [0.25, 0.75, 1.75]
 
 
+def test_a_branch_costs_the_exits_that_were_asked_before_it(tmp_path, figures):
+    draw_curve(tmp_path / "curve.png", EVALUATION | {"method": "branch"})
+    dots = [entry.get_xdata()[0] for entry in figures[0].axes[0].lines if entry.get_marker() == "o"]
+    assert dots == pytest.approx([1 / 4, (2 + 1 / 6) / 4, (4 + 2 / 6) / 4])
+
+
 def test_several_runs_in_one_picture(tmp_path, figures):
-    other = EVALUATION | {"method": "mm", "area": 70.0, "operating_point": POINT, "digests": {"texts": "1"}}
+    other = EVALUATION | {"method": "mm", "area": 70.0, "operating_point": POINT, "dev_digest": "1"}
     compare_curves(tmp_path / "compare.png", {"first": EVALUATION, "second": other})
     (axis,) = figures[0].axes
     assert list(line(axis, "first, sweet: area 75.0").get_xdata()) == [0.25, 0.6, 1.0, 1.05]
@@ -90,10 +96,10 @@ def test_several_runs_in_one_picture(tmp_path, figures):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("task", "sst2"), ("metric", "matthews"), ("examples", 9), ("digests", {"texts": "2"})]
+    ("key", "value"), [("task", "sst2"), ("metric", "matthews"), ("examples", 9), ("dev_digest", "2")]
 )
 def test_a_run_of_other_data_is_refused_by_name(tmp_path, key, value):
-    first = EVALUATION | {"digests": {"texts": "1"}}
+    first = EVALUATION | {"dev_digest": "1"}
     with pytest.raises(InputError, match=f"^runs/odd: .*{key}"):
         compare_curves(tmp_path / "compare.png", {"one": first, "two": first, "runs/odd": first | {key: value}})
     assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from minisweet.files.runs import method_arguments, method_name, read_diverged, read_evaluation, read_record, run_name
+from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.files.safe import InputError
 from minisweet.paper.report import did_not_converge, one_class_layers
 from minisweet.training.devices import choose_device, choose_precision
@@ -66,8 +66,8 @@ class Grid:
 
     def folder(self, run: Run) -> Path:
         """The run's folder."""
-        arguments = vars(self.args) | run._asdict() | method_arguments(run.method)
-        return self.args.runs / run_name(arguments, in_grid=True)
+        model = {"model": self.args.model, "exit_strategy": self.args.exit_strategy}
+        return self.args.runs / run_name(run._asdict() | model, in_grid=True)
 
     def record(self, run: Run) -> dict | None:
         """run.json and what reports use of evaluation.json, or None for a run that is not complete.
@@ -96,7 +96,7 @@ class Grid:
         if len(evaluation["thresholds"]) != THRESHOLDS:
             return None
         self.check_rows(folder, (run.task, run.train_size, run.seed), record.get("train_digest"))
-        self.check_rows(folder, (run.task,), evaluation.get("dev_digest"))
+        self.check_rows(folder, (run.task,), record.get("dev_digest"))
         self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
         return self.records[run]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisweet.adaptive import confidences, exit_costs, exits_taken, learned_confidences
+from minisweet.adaptive import ExitRule, exit_costs, exits_taken
 from minisweet.calibration import row_temperatures
 from minisweet.data.tasks import score
 from minisweet.files.safe import InputError, written_beside
@@ -40,33 +40,33 @@ def write_page(
         record: what run.json holds: `model`, `labels` and `depth` are read.
         sentences: (N), texts or pairs of texts, in the order of the logits.
         logits: (K, N, C), those that were evaluated.
-        certainty: (K, N) of learning-to-exit, else None.
-        labels: (N), the right classes, or None where there are none: the page then shows agreement with full depth.
+        certainty: (K or K-1, N) of learning-to-exit, else None.
+        labels: (N), the right classes. None, or whatever is given where the metric is "agreement", shows agreement
+            with full depth instead.
         difficulties: (N), of the toy task, or None.
 
     Raises:
         InputError: the evaluation counts other exits at its thresholds than these logits give.
     """
     predictions = logits.argmax(-1)  # (K, N)
-    targets = predictions[-1] if labels is None else torch.as_tensor(labels)  # (N,)
+    unlabelled = labels is None or evaluation["metric"] == "agreement"
+    targets = predictions[-1] if unlabelled else torch.as_tensor(labels)  # (N,)
     if certainty is None:
-        temperatures = row_temperatures(logits, targets, evaluation["calibration"])  # (K, N)
-        lowest, confidence = 1 / logits.shape[-1], confidences(logits, temperatures)
+        rule = ExitRule(logits.shape[-1], row_temperatures(logits, targets, evaluation["calibration"]))
     else:
-        ranges = torch.tensor(evaluation["certainty_ranges"])  # (K, 2)
-        lowest, confidence = 0.0, learned_confidences(certainty, ranges)
-    exact = evaluation["thresholds"]
-    counts = [exits_taken(confidence, t, lowest).bincount(minlength=len(logits)).tolist() for t in exact]
+        rule = ExitRule(logits.shape[-1], ranges=torch.tensor(evaluation["certainty_ranges"]))
+    confidence, K = rule.confidences(logits, certainty), len(logits)  # (K, N)
+    counts = [exits_taken(confidence, t, rule.lowest).bincount(minlength=K).tolist() for t in evaluation["thresholds"]]
     if counts != evaluation["exit_counts"]:
         raise InputError("evaluation.json: it counts other exits than these logits give; run evaluate.py again")
-    thresholds = slider_thresholds(evaluation, lowest)
-    metric = "accuracy" if evaluation["metric"] == "agreement" else evaluation["metric"]
+    cost_terms = (evaluation["exit_layers"], record["depth"], evaluation["method"])
+    thresholds = slider_thresholds(evaluation, rule.lowest)
     scores, ratios = [], []  # (P)
     for threshold in thresholds:
-        taken = exits_taken(confidence, threshold, lowest)  # (N,)
-        scores.append(float(score(predictions.gather(0, taken[None])[0].numpy(), targets.numpy(), metric)))
-        costs = exit_costs(evaluation["exit_layers"], record["depth"], evaluation["method"])
-        ratios.append(float(np.array(costs)[taken.numpy()].mean()))  # Eq. 1
+        taken = exits_taken(confidence, threshold, rule.lowest)  # (N,)
+        chosen = predictions.gather(0, taken[None])[0]
+        scores.append(score(chosen.numpy(), targets.numpy(), evaluation["metric"]))
+        ratios.append(float(np.array(exit_costs(*cost_terms, threshold))[taken.numpy()].mean()))  # Eq. 1
     levels = list(dict.fromkeys(evaluation.get("mean_exit_layers", difficulties or [])))  # in its order: easy first
     data = {
         "model": Path(record["model"]).name,
@@ -76,9 +76,9 @@ def write_page(
         "labels": list(record["labels"]),
         "exit_layers": list(evaluation["exit_layers"]),
         "depth": record["depth"],
-        "exit_costs": exit_costs(evaluation["exit_layers"], record["depth"], evaluation["method"]),
+        "exit_costs": exit_costs(*cost_terms),
         "exit_scores": evaluation["exit_scores"],
-        "lowest": lowest,
+        "lowest": rule.lowest,
         "thresholds": thresholds,
         "scores": scores,
         "ratios": ratios,
@@ -87,7 +87,7 @@ def write_page(
         "predictions": predictions.tolist(),
         # Nine digits tell every float32 from its neighbours.
         "confidences": [[float(f"{value:.9g}") for value in row] for row in confidence.tolist()],
-        "right": None if labels is None else targets.tolist(),
+        "right": None if unlabelled else targets.tolist(),
         "levels": levels,
         "difficulties": None if difficulties is None else [levels.index(level) for level in difficulties],
     }

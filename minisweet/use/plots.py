@@ -19,7 +19,7 @@ METRICS = {
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles and markers say the same without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vP*"
-SAME = ("task", "metric", "examples", "digests")  # in evaluations of the same data
+SAME = ("task", "metric", "examples", "dev_digest")  # in evaluations of the same data
 
 
 def sorted_curve(evaluation: dict) -> tuple[list[float], list[float]]:
@@ -111,9 +111,9 @@ def compare_curves(path: Path, evaluations: dict[str, dict]) -> None:
         for key in SAME:
             ours, theirs = evaluations[first].get(key), evaluations[name].get(key)
             both = ours is not None and theirs is not None
-            if ours != theirs and (both or key != "digests"):
-                values = "" if key == "digests" else f" ({theirs!r:.60}, and {ours!r:.60} in {str(first)[:80]})"
-                raise InputError(f"{str(name)[:120]}: its evaluation is of other data: {key} differs{values}")
+            if ours != theirs and (both or key != "dev_digest"):
+                values = f"{key} is {theirs!r:.50}, and {ours!r:.50} in {str(first)[:80]}"
+                raise InputError(f"{str(name)[:120]}: its evaluation is of other data ({values})")
     pyplot = load_pyplot(path)
     figure, axis = pyplot.subplots(figsize=(7.2, 4.8))
     styles = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
