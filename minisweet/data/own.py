@@ -22,13 +22,13 @@ import numpy as np
 
 from minisweet.data.tasks import LONGEST_LINE, TASKS, Examples, load_examples, read_lines
 from minisweet.files.commands import Parser, list_of, number, whole_number
+from minisweet.files.hub import home
 from minisweet.files.safe import InputError, written_beside
 
-DATA_DIR = Path("data")
+DATA_DIR = home() / "data"
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
-JSON_LABELS = (bool, int, float)
 
 
 class OwnData(NamedTuple):
@@ -60,12 +60,7 @@ def add_data_options(parser: Parser) -> None:
     either("--task", choices=list(TASKS), help="of GLUE, or toy (default: toy)")
     either("--data", type=Path, metavar="FILE", help="your own text instead: .csv, .tsv or .jsonl, or one in .gz")
     option("--dev-data", type=Path, metavar="FILE", help="to validate on (default: rows of --data set aside)")
-    option(
-        "--text-columns",
-        type=list_of(str),
-        metavar="NAME,..",
-        help="one or two (default: text, sentence or sentence1,sentence2)",
-    )
+    option("--text-columns", type=list_of(str), help="one or two (default: text, sentence or sentence1,sentence2)")
     option("--label-column", metavar="NAME", help="(default: label)")
     option("--labels", type=list_of(str), help="the classes in their order, such as a,b,c (default: as in --data)")
     option("--dev-size", type=number(0.0001, 0.9999), default=0.2, help="share of --data set aside (default: 0.2)")
@@ -240,14 +235,16 @@ class RowWriter(ExitStack):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.columns = path, None
+        self.path, self.columns, self.file = path, None, sys.stdout
         self.delimiter = "," if str(path) == "-" else _delimiter(path)
+        # Lines end with "\n"; the csv module is left to think of "\r\n", so that it quotes cells that hold either.
+        lines = SimpleNamespace(write=lambda line: self.file.write(line.removesuffix("\r\n") + "\n"))
+        self.cells = csv.writer(lines, delimiter=self.delimiter or ",")
 
     def __enter__(self) -> "RowWriter":
-        self.file = sys.stdout
         if str(self.path) != "-":
-            partial = self.enter_context(written_beside(self.path))
             opened = gzip.open if self.path.suffix.lower() == ".gz" else open
+            partial = self.enter_context(written_beside(self.path))
             self.file = self.enter_context(opened(partial, "wt", encoding="utf-8", newline=""))
         return self
 
@@ -258,14 +255,11 @@ class RowWriter(ExitStack):
             return
         if self.columns is None:
             self.columns = list(row)
-            # Lines end with "\n"; the writer thinks of "\r\n", so that it quotes cells that hold either.
-            lines = SimpleNamespace(write=lambda line: self.file.write(line.removesuffix("\r\n") + "\n"))
-            self.writer = csv.writer(lines, delimiter=self.delimiter)
-            self.writer.writerow(self.columns)
+            self.cells.writerow(self.columns)
         if extra := [column for column in row if column not in self.columns]:
             raise InputError(f"{self.path}: no column {extra[0]!r:.60} in the first row but in a later one; use .jsonl")
         values = [row.get(column, "") for column in self.columns]
-        self.writer.writerow(value if isinstance(value, str) else json.dumps(value) for value in values)
+        self.cells.writerow(value if isinstance(value, str) else json.dumps(value) for value in values)
         if self.file is sys.stdout:
             self.file.flush()
 
@@ -286,10 +280,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
                 row = {} if text.isspace() else json.loads(text)
                 if "\\u" in text:
                     json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be
+                if not isinstance(row, dict):
+                    raise ValueError(f"{text.strip()!r:.60} is none")
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {line}: not readable as JSON ({str(error)[:100]})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {line}: {text.strip()!r:.60}, should be a JSON object")
+                raise InputError(f"{path}, line {line}: not readable as a JSON object ({str(error)[:100]})") from None
             if row:
                 yield line, row
         return
@@ -315,7 +309,13 @@ def _cell(path: Path, line: int, row: dict, column: str, is_label: bool = False)
     """The text in a column, or the label: JSON's 1 is the label "1". Raises InputError where there is none."""
     value = row.get(column)
     if is_label:
-        value = value.strip() if isinstance(value, str) else json.dumps(value) if type(value) in JSON_LABELS else None
+        value = (
+            value.strip()
+            if isinstance(value, str)
+            else json.dumps(value)
+            if type(value) in (bool, int, float)
+            else None
+        )
     if not isinstance(value, str) or "\0" in value or (is_label and not value):
         found, right = row.get(column, "missing"), "a label" if is_label else "text"
         raise InputError(f"{path}, line {line}: {column!r:.60} is {found!r:.60}, should be {right}")

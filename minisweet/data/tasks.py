@@ -250,25 +250,29 @@ def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
 
 def _fetch(task: Task, folder: Path) -> None:
     """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
+    url = f"{GLUE_HOST}/glue/data/{task.source}"
     try:
         with written_beside(folder) as partial:
             partial.mkdir()
-            url = _fetch_mrpc(task, partial) if task.source == "corpus" else _fetch_zip(task, partial)
+            if task.source == "corpus":
+                url = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt"
+                _fetch_mrpc(url, task, partial)
+            else:
+                _fetch_zip(url, task, partial)
             for split, count in zip(SPLITS, task.rows, strict=True):
-                try:
-                    found = len(_read(task, partial / task.file(split)).first)
-                except InputError as error:  # which names the temporary folder
-                    raise InputError(str(error).replace(str(partial), f"{url}: {task.folder}")) from None
+                found = len(_read(task, partial / task.file(split)).first)
                 if found != count:
-                    raise InputError(f"{url}: {found} rows for {split}, should be {count}; {_by_hand(task, folder)}")
+                    raise InputError(f"{url}: {found} rows for {split}, should be {count}")
+    except InputError as error:  # some name the temporary folder
+        files = f"{task.file('train')} and {task.file('dev')}"
+        reason = str(error).replace(str(partial), f"{url}: {task.folder}")
+        raise InputError(f"{reason}; try again, or put {files} into {folder} by hand") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error})") from None
 
 
-def _fetch_zip(task: Task, folder: Path) -> str:
-    """Download a zip, take the two files out of it, and return its address."""
-    url = f"{GLUE_HOST}/glue/data/{task.source}"
-    with _download(url, task, folder) as file:
+def _fetch_zip(url: str, task: Task, folder: Path) -> None:
+    with _download(url, folder) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 # Only these two, under names of our own: what else the zip may hold is never written.
@@ -278,35 +282,25 @@ def _fetch_zip(task: Task, folder: Path) -> str:
         except OSError:
             raise
         except Exception as error:  # each way of compressing has errors of its own
-            raise InputError(f"{url}: not the zip of this task ({error}); {_by_hand(task, folder)}") from None
-    return url
+            raise InputError(f"{url}: not the zip of this task ({error})") from None
 
 
-def _fetch_mrpc(task: Task, folder: Path) -> str:
+def _fetch_mrpc(url: str, task: Task, folder: Path) -> None:
     """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others.
 
     The corpus has a second file, msr_paraphrase_test.txt. It makes GLUE's test split only, so it is not fetched.
-    Returns the address of the corpus.
     """
-    url = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt"
-    with _download(url, task, folder) as file:
+    with _download(url, folder) as file:
         header, *rows = [line for line in file.read().split(b"\n") if line.strip()] or [b""]
-    ids_url = f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv"
-    with _download(ids_url, task, folder) as file:
+    with _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv", folder) as file:
         dev_ids = {tuple(line.strip().split(b"\t")) for line in file.read().split(b"\n")}
-    if b"Quality\t#1 ID\t#2 ID\t" not in header:
-        raise InputError(f"{url}: not the paraphrase corpus, no header line; {_by_hand(task, folder)}")
-    dev = [tuple(row.split(b"\t")[1:3]) in dev_ids for row in rows]
-    if not any(dev) or all(dev):
-        raise InputError(f"{ids_url}: names {sum(dev)} of the corpus' {len(rows)} rows; {_by_hand(task, folder)}")
     for split in SPLITS:
-        chosen = [row for row, is_dev in zip(rows, dev, strict=True) if is_dev == (split == "dev")]
+        chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in dev_ids) == (split == "dev")]
         (folder / task.file(split)).write_bytes(b"\n".join([header, *chosen, b""]))
-    return url
 
 
 @contextmanager
-def _download(url: str, task: Task, folder: Path) -> Iterator[IO[bytes]]:
+def _download(url: str, folder: Path) -> Iterator[IO[bytes]]:
     """Give the content of `url` as a file without a name beside `folder`, so that nothing of it can stay behind."""
     with tempfile.TemporaryFile(dir=folder.parent) as file:
         try:
@@ -317,13 +311,8 @@ def _download(url: str, task: Task, folder: Path) -> Iterator[IO[bytes]]:
                         file.write(block)
                         bar.update(len(block))
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a length or a redirect that is none
-            raise InputError(f"{url}: cannot be fetched ({error}); {_by_hand(task, folder)}") from None
+            raise InputError(f"{url}: cannot be fetched ({error})") from None
         if size and file.tell() != size:  # urllib itself does not notice
-            raise InputError(f"{url}: cut after {file.tell()} of {size} bytes; {_by_hand(task, folder)}")
+            raise InputError(f"{url}: cut after {file.tell()} of {size} bytes")
         file.seek(0)
         yield file
-
-
-def _by_hand(task: Task, folder: Path) -> str:
-    files = " and ".join(task.file(split) for split in SPLITS)
-    return f"try again, or put {files} into {folder.parent / task.folder} by hand"

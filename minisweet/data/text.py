@@ -30,16 +30,11 @@ POOL = 50
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
     """Load a tokenizer that truncates to `max_length` tokens and does not pad, whatever its file says.
 
-    Args:
-        folder: holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece).
-        vocab_size: rows of the word embedding, which the vocabulary must fit: within them, and nine tenths of them.
-        max_length: tokens, [CLS] and [SEP] included, from 8 to `positions`. Of a pair, the longer sentence is cut
-            first.
-        positions: the encoder's max_position_embeddings.
-
-    Raises:
-        InputError: no tokenizer, one that does not tokenise, one without [CLS], [SEP], [PAD] and [UNK], one that does
-            not fit the embedding, or a max_length outside its range.
+    `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). The
+    vocabulary must fit the word embedding: within its `vocab_size` rows, and nine tenths of them. `max_length` counts
+    [CLS] and [SEP] and is from 8 to the encoder's `positions`; of a pair, the longer sentence is cut first.
+    Raises InputError for a tokenizer that is missing, does not tokenise, does not fit, or lacks one of [CLS], [SEP],
+    [PAD] and [UNK], and for a max_length outside its range.
     """
     if type(max_length) is not int or not SHORTEST <= max_length <= positions:
         raise InputError(f"{folder}: max_length is {max_length!r:.80}, should be from {SHORTEST} to {positions} tokens")
@@ -48,15 +43,15 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
             tokenizer = _read_tokenizer(folder)
             size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
             special = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]")}
+            wrong = None
             if None in special.values():
-                missing = ", ".join(token for token, number in special.items() if number is None)
-                raise InputError(f"{folder}: its tokenizer has no {missing}")
-            if largest >= vocab_size:
-                raise InputError(
-                    f"{folder}: its tokenizer has token {largest}, and the embedding only {vocab_size} rows"
-                )
-            if 10 * size < 9 * vocab_size:
-                raise InputError(f"{folder}: its tokenizer has {size} tokens for an embedding of {vocab_size} rows")
+                wrong = "no " + ", ".join(token for token, number in special.items() if number is None)
+            elif largest >= vocab_size:
+                wrong = f"token {largest}, and the embedding only {vocab_size} rows"
+            elif 10 * size < 9 * vocab_size:
+                wrong = f"{size} tokens for an embedding of {vocab_size} rows"
+            if wrong:
+                raise InputError(f"{folder}: its tokenizer has {wrong}")
             tokenizer.add_special_tokens(list(special))
             tokenizer.post_processor = processors.TemplateProcessing(
                 single="[CLS] $A [SEP]",
@@ -129,15 +124,10 @@ class Batch(NamedTuple):
 
 
 class TokenizedExamples:
-    """N tokenised examples: `len()`, `labels` (N,) or None, `lengths` (N,) in tokens, and batches of them.
+    """N tokenised examples, by default all: `len()`, `labels` (N,) or None, `lengths` (N,) in tokens, and batches.
 
     `cut` counts the examples that were longer than the tokenizer's limit. `targets` are what batches bring: the
     labels, unless `with_targets` gave others.
-
-    Args:
-        tokenizer: from `load_tokenizer`.
-        examples: sentences or pairs, and their labels where they have any.
-        rows: (N,) which of them; default: all.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples, rows: np.ndarray | None = None) -> None:

@@ -8,24 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minisweet.adaptive import ExitRule, exit_costs, exits_taken
 from minisweet.calibration import fit_rule
 from minisweet.data.tasks import matthews, score
-
-
-class Validation(NamedTuple):
-    """What a run's exits said of N validation rows."""
-
-    logits: Tensor  # (K, N, C)
-    certainty: Tensor | None  # (K or K-1, N), of learning-to-exit
-    labels: Tensor  # (N,): the gold ones, or where there are none the last exit's
-
-    def rows(self, rows: Tensor) -> "Validation":
-        """The same of some rows."""
-        certainty = None if self.certainty is None else self.certainty[:, rows]
-        return Validation(self.logits[:, rows], certainty, self.labels[rows])
+from minisweet.evaluation.sweep import Validation
 
 
 class Candidates(NamedTuple):

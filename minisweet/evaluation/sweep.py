@@ -4,10 +4,12 @@ Dimension letters: K exits, N instances, C classes.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,11 +18,24 @@ from minisweet.calibration import expected_calibration_error, fit_temperature, n
 from minisweet.data.tasks import score
 from minisweet.data.text import TokenizedExamples
 from minisweet.data.toy import LEVELS
-from minisweet.files.safe import written_beside
+from minisweet.files.safe import InputError, written_beside
 from minisweet.training.devices import autocast
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
+
+
+class Validation(NamedTuple):
+    """What a run's exits said of N validation rows."""
+
+    logits: Tensor  # (K, N, C)
+    certainty: Tensor | None  # (K or K-1, N), of learning-to-exit
+    labels: Tensor  # (N,): the gold ones, or where there are none the last exit's
+
+    def rows(self, rows: Tensor) -> "Validation":
+        """The same of some rows."""
+        certainty = None if self.certainty is None else self.certainty[:, rows]
+        return Validation(self.logits[:, rows], certainty, self.labels[rows])
 
 
 @torch.no_grad()
@@ -84,18 +99,17 @@ def sweep(
     }
 
 
-def calibration_report(logits: Tensor, labels: np.ndarray, temperatures: Tensor) -> dict:
+def calibration_report(logits: Tensor, targets: Tensor, temperatures: Tensor) -> dict:
     """How far each exit's confidence can be trusted.
 
     Args:
         logits: (K, N, C).
-        labels: (N,).
+        targets: (N,), the labels.
         temperatures: (K, N), those in use.
 
     Returns:
         temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
     """
-    targets = torch.from_numpy(labels)
     scaled = logits / temperatures[..., None]
     return {
         "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
@@ -125,10 +139,17 @@ def mean_exit_layers(difficulties: list[str], taken: Tensor, exit_layers: list[i
     return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
 
 
-def save_logits(path: Path, logits: Tensor, certainty: Tensor | None, labels: np.ndarray) -> None:
-    """Write `logits` (K, N, C), `certainty` (K or K-1, N) of learning-to-exit and `labels` (N,), for rules to try."""
-    tensors = {"logits": logits.contiguous(), "labels": torch.from_numpy(labels)}
-    if certainty is not None:
-        tensors["certainty"] = certainty.contiguous()
+def save_validation(path: Path, validation: Validation) -> None:
+    """Write logits.safetensors: what the exits said of the validation rows, for rules to try without a model."""
+    tensors = {name: tensor.contiguous() for name, tensor in validation._asdict().items() if tensor is not None}
     with written_beside(path) as partial:
         partial.write_bytes(save(tensors))
+
+
+def load_validation(path: Path) -> Validation:
+    """Read what `save_validation` wrote. Raises InputError for another file."""
+    try:
+        tensors = load_file(path)
+        return Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: not what evaluate.py writes ({error})") from None

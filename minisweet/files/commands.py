@@ -17,7 +17,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, whose errors are one line and exit status 2."""
 
     def __init__(self, **options) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        kept = argparse.RawDescriptionHelpFormatter  # an epilog's examples stand on lines of their own
+        super().__init__(allow_abbrev=False, formatter_class=kept, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, but no word may hold what neither a path nor a name can: NUL, or half a character."""

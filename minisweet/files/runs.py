@@ -181,8 +181,9 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
 
     Raises InputError at once where a run must not, or cannot, be written to `out`, and where another training holds it.
     """
-    held, target = None, Path(os.path.realpath(out))
+    held, claim = None, None
     try:
+        target = Path(os.path.realpath(out))
         if target.is_symlink():
             raise InputError(f"--out: {out} is a link to itself; name another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,10 +193,10 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
         sweep(target)
         check_output(out, overwrite)
     except InputError:
-        _release(held, None)
+        _release(held, claim)
         raise
     except (OSError, ValueError) as error:
-        _release(held, None)
+        _release(held, claim)
         raise InputError(f"--out: {out} cannot be written ({error})") from None
     try:
         yield

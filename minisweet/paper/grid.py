@@ -22,11 +22,10 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from minisweet.files.runs import DIVERGED, method_name, read_record
-from minisweet.files.safe import InputError, read_json
+from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
+from minisweet.files.safe import InputError
 from minisweet.paper.report import did_not_converge, one_class_layers
 from minisweet.training.devices import choose_device, choose_precision
 from minisweet.training.options import default_batch_size, exit_layers_for
@@ -67,9 +66,8 @@ class Grid:
 
     def folder(self, run: Run) -> Path:
         """The run's folder."""
-        strategy = "-lte" if self.args.exit_strategy == "lte" else ""
-        name = f"{Path(self.args.model).resolve().name}-{run.method}-{run.task}-lr{run.lr:g}-n{run.train_size}"
-        return self.args.runs / f"{name}-seed{run.seed}{strategy}"
+        model = {"model": self.args.model, "exit_strategy": self.args.exit_strategy}
+        return self.args.runs / run_name(run._asdict() | model, in_grid=True)
 
     def record(self, run: Run) -> dict | None:
         """run.json and what reports use of evaluation.json, or None for a run that is not complete.
@@ -97,8 +95,8 @@ class Grid:
             return None  # evaluated by hand in another way
         if len(evaluation["thresholds"]) != THRESHOLDS:
             return None
-        self.check_rows(folder, (run.task, run.train_size, run.seed), record.get("digests", {}).get("train"))
-        self.check_rows(folder, (run.task,), evaluation.get("digests", {}).get("dev"))
+        self.check_rows(folder, (run.task, run.train_size, run.seed), record.get("train_digest"))
+        self.check_rows(folder, (run.task,), record.get("dev_digest"))
         self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
         return self.records[run]
 
@@ -271,40 +269,3 @@ def run_script(script: str, arguments: list[str]) -> int:
         raise
     finally:
         process.wait()
-
-
-def read_diverged(folder: Path) -> dict | None:
-    """What a training left whose loss became infinite or NaN, or None."""
-    return read_json(folder / DIVERGED) if (folder / DIVERGED).exists() else None
-
-
-def read_evaluation(folder: Path, record: dict) -> dict | None:
-    """evaluation.json, or None. Raises InputError for what evaluate.py does not write."""
-    if not (folder / "evaluation.json").exists():
-        return None
-    evaluation = read_json(folder / "evaluation.json")
-    if set(EVALUATION) <= set(evaluation) and not is_whole(record | evaluation):
-        raise InputError(f"{folder}: not a whole run; delete it, and it will be made again")
-    return evaluation
-
-
-def is_whole(record: dict) -> bool:
-    """Whether the numbers that reports use are there, in the right shapes and ranges."""
-    K = len(record["exit_layers"])
-    try:
-        values = {key: np.array(record[key], dtype=float) for key in (*EVALUATION[:-1], "losses")}
-    except (TypeError, ValueError):
-        return False
-    shapes = {key: value.shape for key, value in values.items()}
-    lowest = -100 if record.get("metric") == "matthews" else 0
-    highest = {"thresholds": 1, "speedup_ratios": K, "scores": 100, "exit_scores": 100, "area": 100}
-    lows = {"scores": lowest, "exit_scores": lowest, "area": lowest}
-    for key, value in values.items():
-        if not (np.isfinite(value) & (value >= lows.get(key, 0)) & (value <= highest.get(key, np.inf))).all():
-            return False
-    return (
-        len({shapes[key] for key in ("thresholds", "speedup_ratios", "scores")}) == 1
-        and (shapes["exit_scores"], shapes["area"]) == ((K,), ())
-        and (len(shapes["class_counts"]), len(shapes["losses"])) == (2, 2)
-        and (shapes["class_counts"][0], shapes["losses"][1]) == (K, K)
-    )

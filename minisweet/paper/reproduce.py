@@ -14,6 +14,7 @@ import shlex
 import time
 from pathlib import Path
 
+from minisweet.data.own import DATA_DIR
 from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
@@ -153,6 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
+    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
     add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"

@@ -92,10 +92,9 @@ def default_batch_size(model: str) -> int:
 
 
 def add_training_options(parser: Parser) -> None:
-    """Add what every command that trains takes: the model, the data, and how batches are made and computed."""
+    """Add what every command that trains takes: the model, and how batches are made and computed."""
     option = parser.add_argument
     option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
-    option("--data-dir", type=Path, default=Path("data"), help="holds the GLUE tasks' folders (default: data)")
     option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
     option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
     option("--exit-layers", type=list_of(whole_number(1)), help="counted from 1, such as 1,4,6,12 (default: by depth)")
