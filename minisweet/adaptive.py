@@ -4,7 +4,7 @@ An instance leaves at the first exit whose confidence reaches the threshold, and
 exit's confidence is its highest softmax probability, or what it has learned of itself: learning-to-exit (Sec. 5).
 
 The sweep needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
-Dimension letters: K exits, N instances, C classes.
+Dimension letters: K exits, N instances, n some of them, C classes.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,84 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def confidences(logits: Tensor, temperatures: Tensor | float = 1.0) -> Tensor:
-    """Logits (..., C) and temperatures (...) to confidences (...), in float32."""
-    scaled = logits.float() / torch.as_tensor(temperatures, device=logits.device)[..., None]
-    return scaled.softmax(-1).amax(-1)
+ASKING_A_BRANCH = 1 / 6  # of a layer, see `exit_costs`
 
 
-def certainty_ranges(certainty: Tensor) -> Tensor:
-    """The lowest and highest certainty of each exit: certainties (K, N) to ranges (K, 2)."""
-    return torch.stack(certainty.aminmax(dim=1), dim=1)
+class ExitRule:
+    """How confident an exit is, by the softmax or by learning-to-exit. The sweep, live early exit and users share it.
+
+    Args:
+        num_labels: C.
+        temperatures: what each exit's logits are divided by, (K, 1), or (K, N) where it differs by instance; None for
+            1. Not for learning-to-exit.
+        ranges: (K, 2), the lowest and the highest certainty of each exit on validation data. This makes it the rule
+            of learning-to-exit.
+
+    Raises:
+        ValueError: both are given, or ranges are not (K, 2).
+    """
+
+    def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
+        if temperatures is not None and ranges is not None:
+            raise ValueError("temperatures and ranges: learning-to-exit has no temperatures")
+        if ranges is not None and (ranges.ndim != 2 or ranges.shape[1] != 2):
+            raise ValueError(f"ranges are {tuple(ranges.shape)}, and must be (K, 2)")
+        self.temperatures, self.ranges = temperatures, ranges
+        # The confidence that nobody falls below: at this threshold all leave at the first exit.
+        self.lowest = 1 / num_labels if ranges is None else 0.0
+
+    def confidence(self, k: int, logits: Tensor, certainty: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Exit k's confidence in some instances.
+
+        Args:
+            k: counted from 0.
+            logits: (n, C).
+            certainty: (n,), or None where the exit has none, as the last of a branch model: it is never asked.
+            rows: (n,), which of the N instances that `temperatures` knows; None for all in order.
+
+        Returns:
+            Confidences (n,) in float32.
+        """
+        if self.ranges is None:
+            logits = logits.float()
+            if self.temperatures is not None:
+                of_exit = self.temperatures[k].to(logits.device)  # (1,) or (N,)
+                logits = logits / (of_exit if rows is None or len(of_exit) == 1 else of_exit[rows])[:, None]
+            return logits.softmax(-1).amax(-1)
+        if certainty is None:
+            return logits.new_ones(len(logits), dtype=torch.float32)
+        low, high = self.ranges[k].to(certainty.device)
+        return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+
+    def confidences(self, logits: Tensor, certainty: Tensor | None = None) -> Tensor:
+        """All exits' confidences in all instances: logits (K, N, C) and certainties (K or K-1, N) to (K, N)."""
+        of_exit = [None] * len(logits) if certainty is None else [*certainty, None]
+        return torch.stack([self.confidence(k, exit_logits, of_exit[k]) for k, exit_logits in enumerate(logits)])
+
+    def for_rows(self, rows: Tensor) -> "ExitRule":
+        """The rule for the instances `rows` (B,) alone, which count from 0 then."""
+        rule = ExitRule.__new__(ExitRule)
+        rule.__dict__ |= self.__dict__
+        if self.temperatures is not None and self.temperatures.shape[1] > 1:
+            rule.temperatures = self.temperatures[:, rows]
+        return rule
+
+    def check(self, K: int, B: int) -> None:
+        """Raise ValueError unless the rule is one for K exits and B instances."""
+        if self.temperatures is not None and self.temperatures.shape not in ((K, 1), (K, B)):
+            raise ValueError(f"temperatures are {tuple(self.temperatures.shape)}, and must be ({K}, 1) or ({K}, {B})")
+        if self.ranges is not None and len(self.ranges) != K:
+            raise ValueError(f"ranges are {tuple(self.ranges.shape)}, and must be ({K}, 2)")
 
 
-def learned_confidences(certainty: Tensor, ranges: Tensor) -> Tensor:
-    """Learning-to-exit: certainties (..., N) in their ranges (..., 2) on validation data, clamped to 0 to 1."""
-    low, high = ranges[..., :1], ranges[..., 1:]
-    return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+def certainty_ranges(certainty: Tensor, K: int) -> Tensor:
+    """The lowest and highest certainty of each exit: certainties (K or K-1, N) to ranges (K, 2).
+
+    An exit without certainty, the last of a branch model, has the range 0 to 1.
+    """
+    ranges = torch.tensor([[0.0, 1.0]]).repeat(K, 1)
+    ranges[: len(certainty)] = torch.stack(certainty.aminmax(dim=1), dim=1)
+    return ranges
 
 
 def spaced_thresholds(count: int, lowest: float) -> list[float]:
@@ -60,22 +122,30 @@ def exits_taken(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
     return leave.int().argmax(0)  # the first True of each column
 
 
-def exit_costs(exit_layers: Sequence[int], depth: int, method: str) -> list[float]:
-    """What leaving at each exit costs, as a share of the backbone's `depth` layers (Eq. 1 for one instance).
+def exit_costs(exit_layers: Sequence[int], depth: int, method: str, threshold: float = 0.0) -> list[float]:
+    """What leaving at each exit costs, as a share of the encoder's `depth` layers (Eq. 1 for one instance).
 
     EE and SWEET have run the exit's layers, MM all the models up to and including the exit's own.
+
+    Branches have run the exit's layers too, and have asked the exits before it in vain. Each of them has run its
+    private layer for [CLS] alone: keys and values of all tokens are 2 of the 12 D x D matrices of a layer, so we count
+    a sixth, for BERT and DeBERTa alike. At threshold 1 nobody is asked but the last exit, which costs the plain model.
     """
-    layers = accumulate(exit_layers) if method == "mm" else exit_layers
-    return [n / depth for n in layers]
+    if method == "mm":
+        return [n / depth for n in accumulate(exit_layers)]
+    asked = ASKING_A_BRANCH if method == "branch" and threshold < 1 else 0
+    return [(n + k * asked) / depth for k, n in enumerate(exit_layers)]
 
 
 def area_under_curve(ratios: Sequence[float], scores: Sequence[float]) -> float:
     """Mean score over the speedup ratios from the first exit's to 1: the trapezoid's area, divided by its width.
 
-    `ratios` and `scores` hold a point per threshold, in increasing order, from 1/C on, where all take the first exit.
-    MM's curve is cut at 1. A curve that ends before 1 is taken as far as it goes, never extrapolated.
+    `ratios` and `scores` hold a point per threshold from 1/C on, where all take the first exit. They are sorted by
+    ratio here: branches cost more than 1 just below threshold 1, and 1 at it. The curve is cut at 1, and one that ends
+    before 1 is taken as far as it goes, never extrapolated.
     """
-    x, y = np.array(ratios), np.array(scores)
+    order = np.argsort(ratios, kind="stable")
+    x, y = np.array(ratios)[order], np.array(scores)[order]
     end = min(1.0, x[-1])
     x, y = np.append(x[x <= end], end), np.append(y[x <= end], np.interp(end, x, y))
     return float(np.trapezoid(y, x) / (end - x[0])) if end > x[0] else float(y[-1])

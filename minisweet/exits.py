@@ -1,21 +1,41 @@
-"""Exits on an encoder: the paper's Early-Exit (EE), SWEET and Multi-Model (MM), Sections 2 to 4.
+"""Exits on an encoder, and the four ways to train them: the paper's EE, SWEET and MM (Sections 2 to 4), and branches.
 
-EE puts a classifier after some of the layers and trains all of them with the sum of their losses. SWEET is EE with
-the gradient stopped after each exit, so that *each parameter is updated by exactly one classifier*: exit k alone
-updates the layers between exit k-1 and itself. MM is one independent model per exit.
+Which loss reaches which layers, for exits after layers 1, 2 and 3. Each exit's classifier hangs on its layer; x is
+where the gradient stops:
 
-We keep that statement to the letter where the authors' code does not: each exit has a pooler of its own (theirs is
-one for all exits), and DeBERTa's relative table stops at the boundary together with the hidden states (theirs gets
-every exit's gradient), so that it belongs to the first exit, as the embeddings do.
+    Early-Exit (EE)      1 -------- 2 -------- 3        every loss reaches all the layers below its exit
+                         |          |          |
+                         loss 1     loss 2     loss 3
 
-Beyond the paper, a boundary may let some gradient through (`PartialStop`), or all of it while the training loop keeps
-it smaller than the owner's (`cap_others`). Neither is on by default.
+    SWEET                1 --x----- 2 --x----- 3        every layer gets the gradient of one loss: the next exit's
+                         |          |          |
+                         loss 1     loss 2     loss 3
+
+    branch               1 -------- 2 -------- 3        the trunk is trained for the last exit alone, then frozen;
+                    x /        x /             |        exits 1 and 2 have a private copy, 1' and 2', of their layer
+                    1'         2'            loss 3
+                    |          |
+                    loss 1     loss 2
+
+    Multi-Model (MM)     1        1 -- 2        1 -- 2 -- 3        one model per exit
+                         |             |                  |
+                         loss 1        loss 2             loss 3
+
+With SWEET, branches and MM *each parameter is updated by exactly one classifier*. We keep that sentence of the paper to
+the letter where the authors' code does not: each exit has a pooler of its own (theirs is one for all exits), and
+DeBERTa's relative table stops together with the hidden states (theirs gets every exit's gradient), so that it belongs
+to the first exit, as the embeddings do.
+
+Branches go beyond the paper. EE-Tuning (Pan et al. 2024, https://arxiv.org/abs/2402.00518) does the like for language
+models that generate: a frozen backbone, and exit layers that start as copies. Here a branch classifies and so runs for
+[CLS] alone, its confidence is calibrated, and batches regroup after each exit (live.py).
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,9 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.checkpoint import Encoder, load_encoder
-from minisweet.layers import Dropout
+from minisweet.layers import ALL, CLS, OTHERS, Dropout
 
-METHODS = ("sweet", "ee", "mm")
+METHODS = ("sweet", "ee", "mm", "branch")
 EXIT_STRATEGIES = ("confidence", "lte")
 
 
@@ -37,8 +57,7 @@ class ExitHead(nn.Module):
     the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa.
 
     For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
-    classifier learns to tell whether the classifier is right. Its loss flows back as far as the exit's other loss does:
-    through the exit's own segment under SWEET, through all layers below under EE.
+    classifier learns to tell whether the classifier is right. Its loss flows back as far as the exit's other loss does.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -65,71 +84,35 @@ class ExitHead(nn.Module):
         return self.classifier(self.dropout(pooled)), certainty
 
 
-def stop_gradient(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What `run` returns, computed without gradient. DeBERTa's table, a parameter, passes through and is detached."""
-    with torch.no_grad():
-        return tuple(tensor.detach() for tensor in run())
-
-
-class PartialStop(torch.autograd.Function):
-    """A boundary between SWEET's and EE's: the stream's values pass unchanged, and some of the gradient passes back.
-
-    Takes the first token (B, 1, D), which the exit reads, and the stream, which holds it too and goes on, so that
-    backward can tell their gradients apart. The gradient from above is multiplied by `flow`; or, with a `cap`,
-    shortened to at most `cap` times the norm of the exit's own, on the hidden states of the whole batch.
-    """
-
-    @staticmethod
-    def forward(ctx, flow: float, cap: float | None, first: Tensor, *stream: Tensor) -> tuple[Tensor, ...]:
-        ctx.flow, ctx.cap = flow, cap
-        return tuple(tensor.view_as(tensor) for tensor in (first, *stream))
-
-    @staticmethod
-    def backward(ctx, own: Tensor, above: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-        share = ctx.flow
-        if ctx.cap is not None:
-            share = shortening(above, own, ctx.cap)
-        return None, None, own, *(share * gradient for gradient in (above, *others))
-
-
-def shortening(gradient: Tensor, own: Tensor, cap: float) -> Tensor:
-    """What to multiply `gradient` by, so that its norm is at most `cap` times that of `own`: a scalar in 0 to 1."""
-    ratio = cap * own.float().norm() / gradient.float().norm()
-    return ratio.nan_to_num(0.0).clamp(max=1.0)  # 0 / 0 where both are zero; where only `gradient` is, infinity to 1
-
-
-def cap_others(parameters: list[nn.Parameter], own: list[Tensor], cap: float) -> None:
-    """Shorten what other exits add to each parameter's gradient, to at most `cap` times the norm of its owner's.
-
-    The owner is the exit that alone updates the parameter under SWEET. Heads have no other exits.
+def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tensor:
+    """One exit's loss, a scalar: cross-entropy, and for learning-to-exit the squared error of being right.
 
     Args:
-        parameters: with the gradients of all exits' losses together.
-        own: the gradients of their owners' losses alone.
-        cap: 0 leaves SWEET's gradients, a large one EE's, but nothing passes where the owner's is zero.
+        logits: (B, C).
+        certainty: (B,) that the exit is right, or None.
+        targets: the labels (B,), or the probabilities (B, C) to learn.
     """
-    for parameter, gradient in zip(parameters, own, strict=True):
-        others = parameter.grad - gradient
-        parameter.grad = gradient + shortening(others, gradient, cap) * others
+    loss = F.cross_entropy(logits.float(), targets)
+    if certainty is not None:
+        right = targets if targets.ndim == 1 else targets.argmax(-1)
+        loss = loss + F.mse_loss(certainty, (logits.argmax(-1) == right).float())
+    return loss
 
 
 class MultiExitModel(nn.Module):
-    """An encoder with an exit head after each layer of `exit_layers`, for EE and SWEET.
+    """An encoder with an exit head after each layer of `exit_layers`: EE, SWEET, or branches on a frozen trunk.
 
     Args:
         encoder: from `load_encoder`.
         exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
         num_labels: C.
-        method: "sweet" or "ee". Both give the same logits from the same weights; only the gradients differ.
+        method: "sweet", "ee" or "branch". SWEET and EE give the same logits from the same weights; only the gradients
+            differ. In a branch model the encoder and the last head are the trunk: they get no gradient and stay in
+            evaluation mode. `grow_branches` makes one of a fine-tuned model.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
-        gradient_flow: for "sweet", the share of the gradient that passes a boundary: 0 is SWEET, the default, and 1 is
-            EE, as with "ee".
-        gradient_cap: for "sweet" and instead of the flow, the largest norm of what passes, over the norm of the exit's
-            own gradient on the same hidden states. 0 is SWEET.
 
     Raises:
-        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy, a flow
-            that is not in 0 to 1, a cap below 0, both of them, or one with "ee".
+        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
     """
 
     def __init__(
@@ -139,65 +122,132 @@ class MultiExitModel(nn.Module):
         num_labels: int,
         method: str = "sweet",
         exit_strategy: str = "confidence",
-        gradient_flow: float | None = None,
-        gradient_cap: float | None = None,
     ) -> None:
         super().__init__()
-        depth = len(encoder.layers)
-        check_exit_layers(exit_layers, depth)
-        if method not in ("sweet", "ee"):
-            raise ValueError(f"method is {method!r}, and must be 'sweet' or 'ee'")
+        check_exit_layers(exit_layers, len(encoder.layers))
+        if method not in ("sweet", "ee", "branch"):
+            raise ValueError(f"method is {method!r}, and must be 'sweet', 'ee' or 'branch'")
         if exit_strategy not in EXIT_STRATEGIES:
             raise ValueError(f"exit_strategy is {exit_strategy!r}, and must be one of {', '.join(EXIT_STRATEGIES)}")
         self.encoder = encoder
         self.exit_layers = tuple(exit_layers)
-        if (method == "ee") + (gradient_flow is not None) + (gradient_cap is not None) > 1:
-            raise ValueError("gradient_flow and gradient_cap are for 'sweet', and exclude each other")
-        if gradient_flow is not None and not 0 <= gradient_flow <= 1:
-            raise ValueError(f"gradient_flow is {gradient_flow}, and must be in 0 to 1")
-        if gradient_cap is not None and not 0 <= gradient_cap < math.inf:
-            raise ValueError(f"gradient_cap is {gradient_cap}, and must be 0 or more")
-        if gradient_flow is None:
-            gradient_flow = 0.0 if method == "sweet" and not gradient_cap else 1.0
-        self.gradient_flow = gradient_flow
-        self.gradient_cap = gradient_cap or None  # with flow 1
+        self.method = method
+        self.num_labels = num_labels
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
+        if method == "branch":
+            self.branches = nn.ModuleList(copy.deepcopy(encoder.layers[n - 1]) for n in exit_layers[:-1])
+            self.heads[-1].lte = None  # nobody asks the last exit whether it is right
+            self.train(self.training)
 
-    def pieces(self) -> list[tuple[ExitHead, int, int]]:
-        """Each exit's head and its segment: the layers start+1 to stop."""
-        return [(head, *bounds) for head, bounds in zip(self.heads, pairwise((0, *self.exit_layers)), strict=True)]
-
-    def owned(self) -> list[list[nn.Parameter]]:
-        """The encoder's parameters that each exit owns: its segment's, and the first exit the embeddings too."""
-        owned = [list(self.encoder.layers[start:stop].parameters()) for _, start, stop in self.pieces()]
-        in_layers = set(self.encoder.layers.parameters())
-        return [[p for p in self.encoder.parameters() if p not in in_layers] + owned[0], *owned[1:]]
-
-    def segments(
+    def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Run a segment at a time: the layers up to the next exit, the boundary, then its head.
+        """Yield what each exit's head says, logits (B, C) and certainty (B,) or None, before the next segment runs.
 
-        Yields what each exit's head says, logits (B, C) and certainty (B,) or None, before the next segment runs.
-        Under SWEET nothing flows back over a boundary, so that a training loop may call backward() on each exit's
-        loss right there, which frees the segment's activations. For the arguments see `forward`.
-
-        An exit reads the first token alone. Under SWEET the others run through its segment's last layer without
-        gradient, and through the last exit's layer not at all. Together that takes two fifths off the products of a
-        training step with exits 1, 2, 3, 6, and a fifth with 1, 4, 6, 12.
+        Where no gradient crosses an exit (`losses_are_apart`), a training loop may call backward() on an exit's loss
+        right there, while this generator waits: that frees the segment's activations. What is not asked for, the
+        layers after the last exit taken from here, is not run. For the arguments see `forward`.
         """
-        # The stream is (hidden states (B, T, D),), and with DeBERTa its relative table (2k, D) too: see bert.py.
-        stream = self.encoder.embed(input_ids, token_type_ids)
-        for head, start, stop in self.pieces():
-            stream = self.encoder.run_layers(stream, attention_mask, start, stop - 1)
-            first, finish = self.encoder.run_exit_layer(stream, attention_mask, stop)  # the first token, and the others
-            if stop < self.exit_layers[-1]:
-                # The stop-gradient: SWEET has it, EE and what lies between them have not.
-                stream = stop_gradient(finish) if self.gradient_flow == 0 else finish()
-                if 0 < self.gradient_flow < 1 or self.gradient_cap:
-                    first, *stream = PartialStop.apply(self.gradient_flow, self.gradient_cap, first, *stream)
-            del finish  # which holds on to what its layer computed of all tokens
-            yield head(first)  # logits (B, C) and certainty
+        with self.trunk_gradient():
+            hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
+            context = self.encoder.context(attention_mask)
+        for k, (start, n) in enumerate(pairwise((0, *self.exit_layers))):
+            with self.trunk_gradient():
+                hidden = self.encoder.run_layers(hidden, context, start, n - 1)
+            cls, seen = self.read(k, hidden, context)
+            with nullcontext() if self.has_branch(k) else self.trunk_gradient():
+                said = self.heads[k](cls)  # and not yielded from in here, which would let the caller in
+            yield said
+            if n < self.exit_layers[-1]:
+                hidden, context = self.go_on(k, hidden, context, cls, seen)
+
+    def read(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run exit k's layer for [CLS] alone, which is all that the exit reads.
+
+        Args:
+            k: counted from 0.
+            hidden: (B, T, D), after the layer before the exit's.
+            context: of the encoder.
+
+        Returns:
+            The hidden states of [CLS] after the layer (B, 1, D), and what its attention saw, for `go_on`.
+        """
+        if self.has_branch(k):
+            seen = self.branches[k].look(hidden, context, CLS)
+            return self.branches[k].update(hidden, seen, CLS), seen
+        layer = self.encoder.layers[self.exit_layers[k] - 1]
+        with self.trunk_gradient():
+            seen = layer.look(hidden, context, CLS if self.exit_layers[k] == self.exit_layers[-1] else ALL)
+            return layer.update(hidden, seen, CLS), seen
+
+    def go_on(
+        self, k: int, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor, seen: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Cross exit k, which is not the last: the hidden states after its layer, and the context of the next one.
+
+        Here, and only here, the methods differ. The arguments are those of `read`, and what it returned.
+        """
+        layer = self.encoder.layers[self.exit_layers[k] - 1]
+        if self.method == "branch":  # the exit read a layer of its own; the trunk's runs on, and is not trained
+            with torch.no_grad():
+                return layer(hidden, context), context
+        if self.method == "ee":  # all later losses flow back through here
+            return torch.cat([cls, layer.update(hidden, seen, OTHERS)], dim=1), context
+        with stop_gradient():  # SWEET: none does
+            hidden = torch.cat([cls, layer.update(hidden, seen, OTHERS)], dim=1)
+        return hidden, tuple(tensor.detach() for tensor in context)
+
+    def has_branch(self, k: int) -> bool:
+        """Whether exit k reads a private copy of its layer."""
+        return self.method == "branch" and k < len(self.branches)
+
+    def trunk_gradient(self):
+        """The context in which the encoder's own layers run: without gradient where they are finished."""
+        return torch.no_grad() if self.method == "branch" else nullcontext()
+
+    def train(self, mode: bool = True) -> "MultiExitModel":
+        """As any module's, but for a branch model's trunk, which stays in evaluation mode."""
+        super().train(mode)
+        if self.method == "branch":
+            self.encoder.eval()
+            self.heads[-1].eval()
+        return self
+
+    @property
+    def losses_are_apart(self) -> bool:
+        """Whether no two exits' losses reach one parameter, so that each can be sent back alone."""
+        return self.method != "ee" or len(self.heads) == 1
+
+    @property
+    def trained_exits(self) -> int:
+        """How many exits are trained, from the first on: all, but for the last one of a branch model."""
+        return len(self.heads) - (self.method == "branch")
+
+    def trained(self) -> list[list[nn.Parameter]]:
+        """The parameters that training updates, in groups of which each is clipped by itself.
+
+        A branch model has a group for each branch, in the order of its exits; the others have one for all, whose
+        gradients the authors clip together.
+        """
+        if self.method != "branch":
+            return [list(self.parameters())]
+        pairs = zip(self.branches, self.heads, strict=False)
+        return [[*branch.parameters(), *head.parameters()] for branch, head in pairs]
+
+    def keep_exits(self, exit_layers: Sequence[int]) -> "MultiExitModel":
+        """The same model with only these of its exits, sharing all weights; the last exit must be among them.
+
+        Raises ValueError for other layers.
+        """
+        kept = [k for k, n in enumerate(self.exit_layers) if n in exit_layers]
+        check_kept(self.exit_layers, exit_layers)
+        model = copy.copy(self)
+        model._modules = self._modules.copy()
+        model.exit_layers = tuple(exit_layers)
+        model.heads = nn.ModuleList(self.heads[k] for k in kept)
+        if self.method == "branch":
+            model.branches = nn.ModuleList(self.branches[k] for k in kept[:-1])
+        return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """All exits' logits.
@@ -210,22 +260,61 @@ class MultiExitModel(nn.Module):
         Returns:
             Logits (K, B, C).
         """
-        return torch.stack([logits for logits, _ in self.segments(input_ids, attention_mask, token_type_ids)])
+        return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
+
+
+stop_gradient = torch.no_grad  # what is computed in here passes no gradient back
+
+
+def grow_branches(
+    trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy: str = "confidence"
+) -> MultiExitModel:
+    """A branch model on a fine-tuned model of one exit, at its end, whose encoder and head it takes over as they are.
+
+    Each branch is a copy of the trunk's layer, a pooler that starts from the trunk's, and a fresh classifier. Raises
+    ValueError for exit layers that do not end where the trunk does.
+    """
+    if len(trunk.heads) != 1 or exit_layers[-1] != trunk.exit_layers[0]:
+        ends = f"{','.join(map(str, trunk.exit_layers))}"
+        raise ValueError(f"exit_layers is {','.join(map(str, exit_layers))!r}, and the trunk has its exit after {ends}")
+    encoder, head = trunk.encoder, trunk.heads[0]
+    encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
+    model = MultiExitModel(encoder, exit_layers, trunk.num_labels, "branch", exit_strategy)
+    model.heads[-1] = head
+    head.lte = None
+    return model.train(trunk.training)
 
 
 class MultiModel(nn.ModuleList):
     """K independent models, smallest first: `models[k]` is a MultiExitModel with one exit, at its end."""
 
-    def segments(
+    method = "mm"
+
+    def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield each model's logits (B, C) and certainty (B,) or None before the next one runs."""
         for model in self:
-            yield from model.segments(input_ids, attention_mask, token_type_ids)
+            yield from model.exit_by_exit(input_ids, attention_mask, token_type_ids)
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The depth of each model."""
+        return tuple(model.exit_layers[0] for model in self)
+
+    @property
+    def num_labels(self) -> int:
+        """C."""
+        return self[0].num_labels
+
+    def keep_exits(self, exit_layers: Sequence[int]) -> "MultiModel":
+        """Only the models of these depths; the largest must be among them. Raises ValueError for others."""
+        check_kept(self.exit_layers, exit_layers)
+        return MultiModel(model for model in self if model.exit_layers[0] in exit_layers).train(self.training)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """All models' logits (K, B, C). For the arguments see `MultiExitModel.forward`."""
-        return torch.stack([logits for logits, _ in self.segments(input_ids, attention_mask, token_type_ids)])
+        return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 
 
 def build_multi_model(
@@ -239,11 +328,27 @@ def build_multi_model(
     check_exit_layers(exit_layers)
     models = MultiModel()
     for n in exit_layers:
-        with torch.random.fork_rng(devices=[]):  # each model's new weights are as if it were built alone
-            encoder = load_encoder(folder, n, warn=not models)
-            # With one exit there is no boundary, so that "ee" would be the same; "sweet" lets training free each exit.
-            models.append(MultiExitModel(encoder, (n,), num_labels, "sweet", exit_strategy))
+        models.append(build_alone(folder, n, num_labels, exit_strategy, warn=not models))
     return models
+
+
+def build_alone(
+    folder: str | Path, n: int, num_labels: int, exit_strategy: str = "confidence", warn: bool = True
+) -> MultiExitModel:
+    """The first n layers of a checkpoint with one exit at their end: one of MM's models, or a trunk for branches.
+
+    Its new weights are drawn from the random state as it is, which stays as it was: they are the same whatever is
+    built beside it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return MultiExitModel(load_encoder(folder, n, warn=warn), (n,), num_labels, "sweet", exit_strategy)
+
+
+def check_kept(exit_layers: tuple[int, ...], kept: Sequence[int]) -> None:
+    """Raise ValueError unless `kept` are some of the exit layers, in order, and the last one among them."""
+    if not kept or list(kept) != [n for n in exit_layers if n in kept] or kept[-1] != exit_layers[-1]:
+        wanted, there = (",".join(map(str, layers)) for layers in (kept, exit_layers))
+        raise ValueError(f"exits {wanted!r}: must be some of {there}, in order, and the last one among them")
 
 
 def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> None:

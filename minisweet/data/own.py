@@ -22,9 +22,10 @@ import numpy as np
 
 from minisweet.data.tasks import LONGEST_LINE, TASKS, Examples, load_examples, read_lines
 from minisweet.files.commands import Parser, list_of, number, whole_number
+from minisweet.files.hub import home
 from minisweet.files.safe import InputError, written_beside
 
-DATA_DIR = Path("data")
+DATA_DIR = home() / "data"
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes

@@ -172,13 +172,17 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | n
         both, predicted, actual = (
             x.sum(-1, dtype=np.float64) for x in ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
         )
-        rows = labels.size
-        covariance = both * rows - predicted * actual
-        spread = np.sqrt(predicted * (rows - predicted) * actual * (rows - actual))
-        result = 100 * covariance / np.where(spread > 0, spread, np.inf)
+        result = matthews(both, predicted, actual, labels.size)
     else:
         raise InputError(f"metric {metric!r}: choose accuracy, agreement or matthews")
     return float(result) if result.ndim == 0 else result
+
+
+def matthews(both: np.ndarray, predicted: np.ndarray, actual: np.ndarray, rows: int) -> np.ndarray:
+    """Matthews correlation x100 from counts: of class 1 predicted rightly, predicted, and actual; of how many rows."""
+    covariance = both * float(rows) - predicted * actual
+    spread = np.sqrt(predicted * (rows - predicted) * actual * (rows - actual))
+    return 100 * covariance / np.where(spread > 0, spread, np.inf)
 
 
 def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict:

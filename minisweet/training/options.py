@@ -1,4 +1,20 @@
-"""The settings that a user need not give: where the exits are, and the paper's learning rates (Table 2)."""
+"""The options of every command that trains, and the settings that a user need not give.
+
+Those are the exit layers (Sec. 3.2), the paper's learning rates (Table 2) and its batch sizes (App. A).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from minisweet.bert import BertConfig
+from minisweet.deberta import DebertaConfig
+from minisweet.exits import check_exit_layers
+from minisweet.files.checkpoint import read_config
+from minisweet.files.commands import Parser, list_of, whole_number
+from minisweet.files.hub import REPOSITORIES, model_folder
+from minisweet.files.safe import InputError
+from minisweet.training.devices import add_device_options
 
 # Depth of the encoder to exit layers, counted from 1 (Sec. 3.2; the 6 of MiniLM are ours).
 EXIT_LAYERS = {6: (1, 2, 3, 6), 12: (1, 4, 6, 12), 24: (1, 6, 12, 24)}
@@ -44,12 +60,25 @@ TABLE_2 = {
 }
 
 
+def exit_layers_for(depth: int) -> tuple[int, ...]:
+    """The default exit layers of an encoder of `depth` layers: those of EXIT_LAYERS, or by the rule that gave them.
+
+    They are the layers next to 1/12, 1/3, 1/2 and 1 of the depth. Shallow encoders have fewer, since no layer is taken
+    twice: 2 layers give 1, 2.
+    """
+    layers = {max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}
+    return EXIT_LAYERS.get(depth, tuple(sorted(layers)))
+
+
 def default_learning_rate(model: str, task: str, method: str) -> float:
-    """The paper's rate for this model, task and method; 2e-4 for minilm-l6, 5e-5 where the paper has none."""
+    """The paper's rate for this model, task and method; 2e-4 for minilm-l6, 5e-5 where the paper has none.
+
+    For branches it is the trunk's, which is trained as MM's last model is.
+    """
     if model == "minilm-l6":
         return 2e-4
     rates = TABLE_2.get(model, {}).get(task, (5, 5, 5))
-    return rates[("ee", "mm", "sweet").index(method)] / 1e5
+    return rates[{"ee": 0, "mm": 1, "sweet": 2, "branch": 1}[method]] / 1e5
 
 
 def search_rates(model: str) -> list[float]:
@@ -60,3 +89,29 @@ def search_rates(model: str) -> list[float]:
 def default_batch_size(model: str) -> int:
     """16, and 8 for deberta-large, as in App. A."""
     return 8 if model == "deberta-large" else 16
+
+
+def add_training_options(parser: Parser) -> None:
+    """Add what every command that trains takes: the model, and how batches are made and computed."""
+    option = parser.add_argument
+    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
+    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
+    option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
+    option("--exit-layers", type=list_of(whole_number(1)), help="counted from 1, such as 1,4,6,12 (default: by depth)")
+    add_device_options(parser)
+
+
+def find_model(args: argparse.Namespace) -> tuple[Path, BertConfig | DebertaConfig, Sequence[int]]:
+    """The folder of --model, its config, and the exit layers. Raises InputError where an option does not fit them."""
+    folder = model_folder(args.model)
+    config = read_config(folder)
+    exit_layers = args.exit_layers or exit_layers_for(config.num_hidden_layers)
+    try:
+        check_exit_layers(exit_layers, config.num_hidden_layers)
+    except ValueError as error:
+        raise InputError(f"--exit-layers: {error}") from None
+    if args.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"--max-length: {args.max_length}, and {args.model} has {config.max_position_embeddings} positions"
+        )
+    return folder, config, exit_layers
