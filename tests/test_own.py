@@ -351,6 +351,7 @@ def test_a_task_goes_through_the_same_door(tmp_path):
     ]
     assert load_dev(data.record) == data.dev
     assert load_dev({"task": "toy", "data_dir": "data"}) == data.dev  # of a run from before
+    assert load_dev(data.record | {"data": None}) == data.dev  # as a run's arguments have it
     unlabelled = load("--task", "toy", need_labels=False)
     assert unlabelled.train.labels is None
     assert unlabelled.dev == data.dev

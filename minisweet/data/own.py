@@ -135,7 +135,7 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
 
 
 def _read_dev(record: dict, data: Path | None, data_dir: Path | None) -> tuple[Path, Examples]:
-    if "data" not in record:
+    if record.get("data") is None:
         if data is not None:
             raise InputError(f"--data: {data}, but the run's data is the task {record['task']}; see --data-dir")
         path = data_dir or Path(record["data_dir"])
