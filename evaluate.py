@@ -122,7 +122,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
     predictions = logits.argmax(-1)  # (K, N)
-    metric = "agreement" if dev.labels is None else record.get("metric", TASKS[record["task"]].metric)
+    metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
     labels = predictions[-1] if dev.labels is None else torch.from_numpy(examples.labels)  # (N,)
     validation = Validation(logits, certainty, labels)
 

@@ -277,7 +277,7 @@ def train_run(args: argparse.Namespace) -> None:
     data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
     rows = np.random.default_rng(args.seed).permutation(len(data.train.first))
     subset = np.sort(rows[: args.train_size])
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     examples = TokenizedExamples(tokenizer, data.train, subset)
     notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
     print(*data.notes, *notes, sep="\n")
