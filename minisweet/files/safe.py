@@ -1,5 +1,6 @@
 """The error that names what is wrong with a file or an option, and files that are never half-written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,18 @@ from pathlib import Path
 
 class InputError(ValueError):
     """Bad input. The message is one line: the file or option, the value, and what would be right."""
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises InputError where the file cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
 
 
 def partial_path(target: Path) -> Path:
