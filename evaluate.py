@@ -22,7 +22,6 @@ from minisweet.adaptive import (
     certainty_ranges,
     exit_costs,
     exits_taken,
-    predict,
     spaced_thresholds,
 )
 from minisweet.calibration import (
@@ -46,8 +45,10 @@ from minisweet.training.devices import (
     choose_device,
     choose_precision,
     device_name,
+    place,
     reuse_freed_memory,
 )
+from minisweet.training.distributed import in_turn, predict, together
 
 
 def main() -> None:
@@ -79,13 +80,16 @@ def main() -> None:
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     task, method, exit_layers = TASKS[record["task"]], record["method"], list(model.exit_layers)
-    rows = load_examples(record["task"], "dev", args.data_dir or Path(record["arguments"]["data_dir"]))
+    with in_turn():
+        rows = load_examples(record["task"], "dev", args.data_dir or Path(record["arguments"]["data_dir"]))
     tokenizer = load_tokenizer(run, record["vocab_size"], record["arguments"]["max_length"])
     examples = TokenizedExamples(tokenizer, rows)
 
     start = time.perf_counter()
     logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
+    if place().rank:  # the first process alone scores and writes
+        return
     temperatures = row_temperatures(logits, torch.from_numpy(examples.labels), args.calibration)  # (K, N)
     ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
     rule = ExitRule(logits.shape[-1], temperatures if ranges is None else None, ranges)
@@ -256,4 +260,4 @@ def print_evaluation(evaluation: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(together(main))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from minisweet.adaptive import predict
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import (
@@ -39,7 +38,15 @@ from minisweet.files.checkpoint import load_encoder
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
 from minisweet.files.runs import DIVERGED, check_output, load_trunk, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.training.devices import autocast, choose_device, choose_precision, device_name, reuse_freed_memory
+from minisweet.training.devices import (
+    autocast,
+    choose_device,
+    choose_precision,
+    device_name,
+    place,
+    reuse_freed_memory,
+)
+from minisweet.training.distributed import add_up, in_turn, own_seed, predict, share, together
 from minisweet.training.options import (
     EXIT_LAYERS,
     add_training_options,
@@ -87,10 +94,11 @@ def train(
     Raises:
         NotFiniteError: the loss is no longer finite.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(own_seed(seed))
     model.train()
     device = next(model.parameters()).device
     steps = epochs * -(-len(examples) // batch_size)
+    rank, _, processes = place()  # of several, each takes a share of every batch
     read_every = 1 if device.type == "cpu" else READ_EVERY
     with tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress, used_rows(model, examples) as examples:
         groups = model.trained()
@@ -103,8 +111,11 @@ def train(
         progress.update(sum(len(batch.rows) for batch in islice(batches, len(history))))  # what was done before
         for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()
+            mine, weight = share(batch, rank, processes) if processes > 1 else (batch, 1.0)
             with autocast(device, precision):
-                losses = send_back(model, batch.to(device), scaler)
+                losses = send_back(model, mine.to(device), scaler)
+            if processes > 1:
+                losses = add_up(parameters, losses, weight)
             update(optimizer, scaler, groups, learning_rate * (1 - (step - 1) / steps))
             unread.append(losses)
             progress.update(len(batch.rows))
@@ -281,7 +292,8 @@ def main() -> None:
     if args.resume and is_finished(args):
         print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
         return
-    check_output(args.out, args.overwrite)
+    if place().rank == 0:
+        check_output(args.out, args.overwrite)
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
     task = TASKS[args.task]
@@ -289,9 +301,10 @@ def main() -> None:
     if trunk and not args.exit_layers:
         args.exit_layers = EXIT_LAYERS.get(trunk.exit_layers[0])
     args.lr = args.lr or told.get("learning_rate") or default_learning_rate(args.model, args.task, args.method)
-    folder, config, exit_layers = find_model(args)
+    with in_turn():
+        folder, config, exit_layers = find_model(args)
+        rows = load_examples(args.task, "train", args.data_dir)
 
-    rows = load_examples(args.task, "train", args.data_dir)
     subset = np.sort(np.random.default_rng(args.seed).permutation(len(rows.labels))[: args.train_size])
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
     examples = TokenizedExamples(tokenizer, rows, subset)
@@ -303,16 +316,18 @@ def main() -> None:
     arguments = vars(args) | {name: str(vars(args)[name]) for name in ("data_dir", "out")}
     arguments["trunk"] = args.trunk and str(args.trunk)
     arguments.pop("resume")  # a run that went on is as one that was never stopped
-    trained = what_is_trained(arguments, folder, examples, device, precision)
+    trained = what_is_trained(arguments, folder, examples, device.type, precision)
     checkpoints = Checkpoints(args.out, trained, args.save_every, args.resume)
     start = time.perf_counter()
     try:
         model, losses, stages = fit(folder, exit_layers, len(task.labels), examples, trunk, args, checkpoints)
     except NotFiniteError as error:
         checkpoints.remove()
-        if not args.out.exists():  # a grid's search must know that this rate is over
+        if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
             write_json(args.out / DIVERGED, {"error": str(error), "arguments": arguments})
         raise
+    if place().rank:  # the first process alone writes
+        return
     seconds = checkpoints.earlier + time.perf_counter() - start
     record = {
         "arguments": arguments,
@@ -335,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(together(main))

@@ -27,6 +27,8 @@ from torch import nn
 from minisweet.data.text import TokenizedExamples
 from minisweet.files.runs import read_record, versions
 from minisweet.files.safe import InputError, read_json, sha256, write_json
+from minisweet.training.devices import place
+from minisweet.training.distributed import largest, of_all
 
 
 def options(arguments: dict) -> dict:
@@ -45,7 +47,8 @@ def what_is_trained(arguments: dict, folder: Path, examples: TokenizedExamples, 
         model.update(sha256(path).encode())
     digests = {"SHA-256 of the data": data.hexdigest(), "SHA-256 of the model": model.hexdigest()}
     libraries = {name: versions()[name] for name in ("torch", "numpy", "tokenizers")}
-    return options(arguments) | libraries | digests | {"device": " ".join(map(str, device))}
+    there = {"device": " ".join(map(str, device)), "processes": place().processes}
+    return options(arguments) | libraries | digests | there
 
 
 def changes(now: dict, before: dict) -> str:
@@ -86,6 +89,9 @@ class Checkpoints:
         self.kept: list[Path] = []  # what this training has written, or goes on from
         self.signal = 0  # that came
         self.before = self.earlier = self.start = self.saved = 0.0  # seconds: of this stage and of all before a stop
+        for other in of_all(trained):
+            if changed := changes(trained, other):
+                raise InputError(f"torchrun: {changed} in another process; all must train the same")
         if not any(self.folder.glob("*.pt")):
             return
         if not resume:
@@ -99,7 +105,7 @@ class Checkpoints:
         Returns the losses until there; [] where there is none.
         """
         self.start = self.saved = time.perf_counter()
-        self.before = 0.0
+        self.before, losses = 0.0, []
         paths = self.folder.glob(f"{stage.replace(' ', '-')}.{which}.*.pt") if self.resume else ()
         for path in sorted(paths, reverse=True):
             if sha256(path) != path.name.split(".")[-2]:
@@ -114,25 +120,33 @@ class Checkpoints:
                     parameter.copy_(saved)
             for other, saved in zip(others, content["others"], strict=True):
                 other.load_state_dict(saved)
-            for generator, saved in zip(generators(parameters) if others else (), content["random"], strict=True):
-                generator.set_state(saved)
-            return content["losses"].tolist()
-        return []
+            if others:
+                for generator, saved in zip(generators(parameters), content["random"][place().rank], strict=True):
+                    generator.set_state(saved)
+            losses = content["losses"].tolist()
+            break
+        if (most := largest(len(losses), -len(losses)))[0] != -most[1]:
+            raise InputError(f"--resume: {self.folder} is not the same for all processes; put --out on a shared disk")
+        return losses
 
     def keep(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others) -> None:
         """Save a checkpoint if it is time to, or if a signal came, which ends the process then."""
-        if self.signal or time.perf_counter() - self.saved > 60 * self.minutes:
+        due, number = largest(time.perf_counter() - self.saved > 60 * self.minutes, self.signal)
+        if due or number:
             self.save(stage, losses, parameters, *others)
-        if self.signal:
+        if number:
             tell(f"stopped after {len(losses)} steps of {stage}; --resume goes on from {self.folder}")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + int(number))
 
     def save(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others) -> None:
         """Save a checkpoint, whole or not at all; without `others`, AdamW and scaler, of a stage that is over."""
         content = {"seconds": self.seconds(), "losses": torch.tensor(losses).double()}
         content |= {"parameters": [parameter.detach() for parameter in parameters]}
         content |= {"others": [other.state_dict() for other in others]}
-        content |= {"random": [generator.get_state() for generator in generators(parameters)] if others else []}
+        content |= {"random": of_all([generator.get_state() for generator in generators(parameters)])}
+        self.saved = time.perf_counter()
+        if place().rank:  # the first process alone writes
+            return
         partial, which = self.folder / "partial", f"{len(losses):09d}" if others else "end"
         try:
             if not self.kept:
@@ -149,7 +163,6 @@ class Checkpoints:
         self.kept = [path for path in self.kept if path not in steps[:-2]]
         for old in set(self.folder.glob("*.pt")) - set(self.kept):
             old.unlink()
-        self.saved = time.perf_counter()
 
     def seconds(self) -> float:
         """How long this stage has been computed, before it was stopped too."""
@@ -163,7 +176,8 @@ class Checkpoints:
 
         def note(number: int, _) -> None:
             self.signal = number
-            restore()
+            if place().processes == 1:  # torchrun may send what the terminal has sent already, and waits for 30 seconds
+                restore()
 
         def restore() -> None:
             for number, handler in noted.items():
