@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401  AdamW imports it, which takes longer than these trainings
 
 import evaluate
 import train
@@ -77,7 +78,7 @@ def finish(module, *arguments) -> None:
 
 def kill_and_compare(options: tuple, kills: int, rng: random.Random) -> tuple[int, int, int]:
     """Train once without a stop, then with kills. Returns how many kills hit, hit with a checkpoint there, differed."""
-    words = ["--model", "tiny", "--train-size", 120, "--batch-size", 8, "--exit-layers", "1,2,4", "--max-length", 32]
+    words = ["--model", "tiny", "--train-size", 240, "--batch-size", 8, "--exit-layers", "1,2,4", "--max-length", 32]
     words += ["--save-every", 0.0005, *options]
     begun = time.perf_counter()
     finish(train, *words, "--out", "whole")
