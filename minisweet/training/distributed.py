@@ -85,11 +85,16 @@ def add_up(parameters: Sequence[nn.Parameter], losses: Tensor, weight: float) ->
 
 def all_reduce(tensor: Tensor, how: str = "SUM") -> Tensor:
     """The sum, or the maximum, of all processes' tensors, in place. Raises LostError where one of them has ended."""
+    together_with_others(torch.distributed.all_reduce, tensor, getattr(torch.distributed.ReduceOp, how))
+    return tensor
+
+
+def together_with_others(operation: Callable, *arguments: object) -> None:
+    """Call what all processes must call; raises LostError where one of them has ended."""
     try:
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+        operation(*arguments)
     except RuntimeError:
         raise LostError("torchrun: another process has ended, and so does this one") from None
-    return tensor
 
 
 def largest(*values: float) -> list[float]:
@@ -101,7 +106,7 @@ def of_all(value: object) -> list:
     """All processes' values, of anything that can be pickled, in the order of their ranks."""
     values = [value] * place().processes
     if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
+        together_with_others(torch.distributed.all_gather_object, values, value)
     return values
 
 
