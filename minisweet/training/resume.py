@@ -154,8 +154,9 @@ class Checkpoints:
                 write_json(self.folder / "trained.json", self.trained)
             with partial.open("wb") as file:
                 torch.save(content, file)
-            self.kept.append(self.folder / f"{stage.replace(' ', '-')}.{which}.{sha256(partial)}.pt")
-            partial.replace(self.kept[-1])
+            path = self.folder / f"{stage.replace(' ', '-')}.{which}.{sha256(partial)}.pt"
+            partial.replace(path)
+            self.kept.append(path)
         except (OSError, RuntimeError, InputError) as error:
             tell(f"{partial}: this checkpoint cannot be written ({error}); the training goes on")
             partial.unlink(missing_ok=True)
