@@ -1,44 +1,33 @@
-"""Score a run's exits, and sweep thresholds for its speed-accuracy curve (Sec. 3.3).
+"""Score a run's exits, sweep thresholds for its speed-accuracy curve (Sec. 3.3), and recommend one to deploy.
 
     python evaluate.py                  # the newest run under runs/
     python evaluate.py runs/NAME --thresholds 21
 
 One forward pass over the validation set gives every exit's logits, and with them all thresholds' decisions exactly.
-Prints the scores and writes them to evaluation.json in the run folder.
+Prints the scores, and writes evaluation.json, logits.safetensors and curve.png into the run folder.
 """
 
+import argparse
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
-from minisweet.adaptive import (
-    ExitRule,
-    area_under_curve,
-    certainty_ranges,
-    exit_costs,
-    exits_taken,
-    spaced_thresholds,
-)
-from minisweet.calibration import (
-    CALIBRATIONS,
-    expected_calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-    row_temperatures,
-)
-from minisweet.data.tasks import TASKS, load_examples, score
+from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
+from minisweet.calibration import CALIBRATIONS, row_temperatures
+from minisweet.data.own import digest, load_dev
+from minisweet.data.tasks import TASKS, classification_report, never_predicted
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.data.toy import LEVELS
-from minisweet.files.commands import Parser, list_of, run_command, whole_number
-from minisweet.files.runs import load_run, method_name, newest_run, versions
-from minisweet.files.safe import InputError, write_json, written_beside
-from minisweet.live import GATHERED, measure_live
-from minisweet.paper.report import one_class_layers
+from minisweet.evaluation.operating import Validation, operating_point
+from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, save_validation, sweep
+from minisweet.evaluation.timing import GATHERED, measure_live
+from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
+from minisweet.files.runs import load_run, method_name, newest_run, read_evaluation, run_digest, versions
+from minisweet.files.safe import InputError, write_json
 from minisweet.training.devices import (
     add_device_options,
     autocast,
@@ -49,192 +38,158 @@ from minisweet.training.devices import (
     reuse_freed_memory,
 )
 from minisweet.training.distributed import in_turn, predict, together
+from minisweet.use.plots import compare_curves, draw_curve
+
+EXAMPLES = """examples:
+  python evaluate.py runs/NAME --max-loss 0.5
+  python evaluate.py runs/NAME --use-exits 3,6 --live
+  python evaluate.py runs/A runs/B runs/C --plot compare.png"""
 
 
-def main() -> None:
-    """Evaluate one run."""
-    parser = Parser(description="Score a run's exits and sweep thresholds for its speed-accuracy curve.")
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description="Score a run's exits and sweep thresholds for its curve.", epilog=EXAMPLES)
     option = parser.add_argument
-    option("run", nargs="?", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
-    option(
-        "--thresholds",
-        type=whole_number(2, 10001),
-        default=11,
-        help="from 1/classes (lte: 0) to 1 (default: 11)",
-    )
+    option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
+    option("--plot", type=Path, metavar="PNG", help="evaluate nothing: draw the saved curves of these runs together")
+    option = parser.add_argument_group("data").add_argument
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
+    option("--data", type=Path, metavar="FILE", help="your own file of the validation rows, if it moved")
+    option = parser.add_argument_group("exits").add_argument
+    option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
     option("--calibration", choices=CALIBRATIONS, default="crossfit", help="of confidence (default: crossfit)")
     option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
+    wish = parser.add_argument_group("operating point").add_mutually_exclusive_group().add_argument
+    wish("--max-loss", type=number(0, 200), help="the fastest at most so many points below full depth (default: 1.0)")
+    wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
+    option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live, and time it")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
     add_device_options(parser)
     args = parser.parse_args()
+    if len(args.runs) > 1 and not args.plot:
+        raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
+    args.runs = args.runs or [newest_run()]
+    if args.max_loss is None and args.speed is None:
+        args.max_loss = 1.0
+    return args
+
+
+def main() -> None:
+    """Evaluate one run, or draw the evaluations of several."""
+    args = parse_arguments()
+    if args.plot:
+        compare_curves(args.plot, {str(run): saved_evaluation(run) for run in args.runs})
+        print(f"written to {args.plot}")
+        return
     reuse_freed_memory()
-    run = args.run or newest_run()
+    (run,) = args.runs
+    before = run_digest(run)
+    model, record = load_run(run)
+    validation, evaluation = evaluate(model, record, args)
+    if place().rank:  # the first process alone writes
+        return
+    if run_digest(run) != before:
+        raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
+    save_validation(run / "logits.safetensors", validation)
+    write_json(run / "evaluation.json", evaluation)
+    draw_curve(run / "curve.png", evaluation, record["labels"])
+    name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
+    print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")
+    print_evaluation(evaluation, record["labels"])
+    print(f"\nwritten to {run / 'evaluation.json'} and curve.png")
+
+
+def saved_evaluation(run: Path) -> dict:
+    """A run's evaluation.json. Raises InputError where there is none."""
+    evaluation = read_evaluation(run)
+    if evaluation is None:
+        raise InputError(f"{run}: no evaluation.json; make it with evaluate.py")
+    return evaluation
+
+
+def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> tuple[Validation, dict]:
+    """Run all exits on the validation rows: what they said, and what evaluation.json will hold."""
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
-    model, record = load_run(run)
     if args.use_exits:
         try:
             model = model.keep_exits(args.use_exits)
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
-    task, method, exit_layers = TASKS[record["task"]], record["method"], list(model.exit_layers)
+    method, exit_layers, depth, names = record["method"], list(model.exit_layers), record["depth"], record["labels"]
     with in_turn():
-        rows = load_examples(record["task"], "dev", args.data_dir or Path(record["arguments"]["data_dir"]))
-    tokenizer = load_tokenizer(run, record["vocab_size"], record["arguments"]["max_length"])
-    examples = TokenizedExamples(tokenizer, rows)
+        dev = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, args.data, args.data_dir)
+    max_length = record["arguments"]["max_length"]
+    examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
 
     start = time.perf_counter()
     logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
-    if place().rank:  # the first process alone scores and writes
-        return
-    temperatures = row_temperatures(logits, torch.from_numpy(examples.labels), args.calibration)  # (K, N)
+    predictions = logits.argmax(-1)  # (K, N)
+    metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
+    labels = predictions[-1] if dev.labels is None else torch.from_numpy(examples.labels)  # (N,)
+    validation = Validation(logits, certainty, labels)
+
+    temperatures = row_temperatures(logits, labels, args.calibration)  # (K, N)
     ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
-    rule = ExitRule(logits.shape[-1], temperatures if ranges is None else None, ranges)
+    rule = ExitRule(len(names), temperatures if ranges is None else None, ranges)
     confidence = rule.confidences(logits, certainty)  # (K, N)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
     # What leaving at each exit costs, and which exit each instance takes, at each threshold: (thresholds, K or N)
-    costs = np.array([exit_costs(exit_layers, record["depth"], method, threshold) for threshold in thresholds])
+    costs = np.array([exit_costs(exit_layers, depth, method, threshold) for threshold in thresholds])
     taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])
+    wish = {"max_loss": args.max_loss, "speed": args.speed}
     evaluation = {
         "task": record["task"],
-        "metric": task.metric,
+        "metric": metric,
         "method": method,
         "exit_layers": exit_layers,
         "exit_strategy": record["exit_strategy"],
-        **sweep(logits.argmax(-1), taken, examples.labels, thresholds, costs, task.metric),
+        **sweep(predictions, taken, labels.numpy(), thresholds, costs, metric),
+        "operating_point": operating_point(validation, metric, args.calibration, exit_layers, depth, method, **wish),
         # How often each exit predicts each class: (K, C)
-        "class_counts": [row.argmax(-1).bincount(minlength=len(task.labels)).tolist() for row in logits],
+        "class_counts": [row.bincount(minlength=len(names)).tolist() for row in predictions],
+        "per_class": [classification_report(row.numpy(), labels.numpy(), len(names)) for row in predictions],
         "calibration": args.calibration,
-        **calibration_report(logits, examples.labels, temperatures),
+        **calibration_report(logits, labels, temperatures),
     }
     if ranges is not None:
         evaluation["certainty_ranges"] = ranges.tolist()
-    if rows.difficulties is not None:
-        evaluation["mean_exit_layers"] = mean_exit_layers(rows.difficulties, taken, exit_layers)
-    if args.live:
+    if dev.difficulties is not None:
+        evaluation["mean_exit_layers"] = mean_exit_layers(dev.difficulties, taken, exit_layers)
+    if args.live and place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
         with autocast(device, precision):
             live = measure_live(model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
-        differs = (live_exits != taken) | (live_labels != logits.argmax(-1).gather(0, taken))
+        differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
         evaluation |= {"live_batch_size": args.live_batch_size, "live_differs": int(differs.sum())}
-    evaluation |= {
+    return validation, evaluation | {
         "examples": len(examples),
+        "dev_digest": digest(dev),
         "seconds": round(seconds, 2),
         "device": device_name(device),
         "precision": str(precision or torch.float32),
         "versions": versions(),
     }
-    save_logits(run / "logits.safetensors", logits, certainty, examples.labels)
-    write_json(run / "evaluation.json", evaluation)
-    name = method_name(record["arguments"] | {"method": method})  # of old runs with what passes their boundaries
-    print(f"{run}: {record['model']}, {name}, {record['task']}, {len(examples)} validation examples")
-    print_evaluation(evaluation)
-    print(f"\nwritten to {run / 'evaluation.json'}")
 
 
-def save_logits(path: Path, logits: torch.Tensor, certainty: torch.Tensor | None, labels: np.ndarray) -> None:
-    """Write `logits` (K, N, C), `certainty` (K or K-1, N) of learning-to-exit and `labels` (N,), for rules to try."""
-    tensors = {"logits": logits.contiguous(), "labels": torch.from_numpy(labels)}
-    if certainty is not None:
-        tensors["certainty"] = certainty.contiguous()
-    with written_beside(path) as partial:
-        partial.write_bytes(save(tensors))
-
-
-def sweep(
-    predictions: torch.Tensor,
-    taken: torch.Tensor,
-    labels: np.ndarray,
-    thresholds: list[float],
-    costs: np.ndarray,
-    metric: str,
-) -> dict:
-    """Score the exits, and what leaves where at each threshold.
-
-    Args:
-        predictions: (K, N), all exits' classes.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        labels: (N,).
-        thresholds: increasing.
-        costs: (thresholds, K) of leaving at each exit, as a share of the encoder's layers.
-        metric: "accuracy" or "matthews".
-
-    Returns:
-        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
-    """
-    scores, ratios, counts = [], [], []
-    for exits, cost in zip(taken, costs, strict=True):
-        chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
-        scores.append(score(chosen.numpy(), labels, metric))
-        counts.append(exits.bincount(minlength=len(cost)).tolist())
-        ratios.append(float(np.dot(counts[-1], cost) / len(labels)))  # Eq. 1
-    return {
-        "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
-        "thresholds": thresholds,
-        "scores": scores,
-        "speedup_ratios": ratios,
-        "exit_counts": counts,
-        "area": area_under_curve(ratios, scores),
-    }
-
-
-def calibration_report(logits: torch.Tensor, labels: np.ndarray, temperatures: torch.Tensor) -> dict:
-    """How far each exit's confidence can be trusted.
-
-    Args:
-        logits: (K, N, C).
-        labels: (N,).
-        temperatures: (K, N), those in use.
-
-    Returns:
-        temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
-    """
-    targets = torch.from_numpy(labels)
-    scaled = logits / temperatures[..., None]
-    return {
-        "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
-        "ece": {
-            "before": [expected_calibration_error(exit_logits, targets) for exit_logits in logits],
-            "after": [expected_calibration_error(exit_logits, targets) for exit_logits in scaled],
-        },
-        "nll": {
-            "before": [negative_log_likelihood(exit_logits, targets) for exit_logits in logits],
-            "after": [negative_log_likelihood(exit_logits, targets) for exit_logits in scaled],
-        },
-    }
-
-
-def mean_exit_layers(difficulties: list[str], taken: torch.Tensor, exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave, at each threshold.
-
-    Args:
-        difficulties: (N), each of `LEVELS`.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        exit_layers: (K).
-
-    Returns:
-        For each difficulty, easy to hard, a list (thresholds).
-    """
-    layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
-    return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
-
-
-def print_evaluation(evaluation: dict) -> None:
-    """Print what stands in evaluation.json as tables."""
+def print_evaluation(evaluation: dict, names: list[str]) -> None:
+    """Print what stands in evaluation.json as tables. `names` are the classes'."""
     exit_layers, thresholds = evaluation["exit_layers"], evaluation["thresholds"]
     softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
     print(f"\n{'exit after layer':<18}" + "".join(f"{n:>8}" for n in exit_layers))
     print(f"{evaluation['metric']:<18}" + "".join(f"{value:8.1f}" for value in evaluation["exit_scores"]))
-    if failed := one_class_layers(evaluation):
-        print(f"{'predicts one class':<18}" + "".join(f"{'yes' if n in failed else '':>8}" for n in exit_layers))
+    print(f"{'macro F1':<18}" + "".join(f"{report['macro_f1']:8.1f}" for report in evaluation["per_class"]))
     for name in ("ece", "nll"):
         for when in ("before", "after"):
             values = "".join(f"{value:8.3f}" for value in evaluation[name][when])
             print(f"{name + ' ' + when:<18}{values}{softmax}")
+    support = evaluation["per_class"][0]["support"]
+    for n, never in zip(exit_layers, never_predicted(evaluation["class_counts"], support), strict=True):
+        if never:
+            print(f"the exit after layer {n} never predicts {', '.join(names[c] for c in never)}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
     columns = (evaluation[key] for key in ("thresholds", "scores", "speedup_ratios", "exit_counts"))
     for threshold, value, ratio, counts in zip(*columns, strict=True):
@@ -243,6 +198,7 @@ def print_evaluation(evaluation: dict) -> None:
     print(
         f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {evaluation['seconds']:.1f} s"
     )
+    print(operating_sentence(evaluation["operating_point"]))
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print("\nmean exit layer per difficulty\nthreshold" + "".join(f"{name:>16}" for name in means))
@@ -257,6 +213,20 @@ def print_evaluation(evaluation: dict) -> None:
             print(f"{row['instances_per_second']:13.1f}" + "".join(f"{ms:8.1f}" for ms in row["latency_ms"].values()))
         decisions = len(thresholds) * evaluation["examples"]
         print(f"exits or labels differ from the sweep's in {evaluation['live_differs']} of {decisions} decisions")
+
+
+def operating_sentence(point: dict) -> str:
+    """What the operating point gives, in a sentence."""
+    below = point["full_depth_score"] - point["score"]
+    against = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
+    ((wish, value),) = point["wish"].items()
+    missed = (
+        "" if point["reached"] else f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
+    )
+    return (
+        f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {against}, "
+        f"with {100 * point['speedup_ratio']:.0f}% of the layers{missed}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Writes a run folder, which evaluate.py reads.
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.own import add_data_options, data_name, digest, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import (
     EXIT_STRATEGIES,
@@ -36,7 +36,7 @@ from minisweet.exits import (
 )
 from minisweet.files.checkpoint import load_encoder
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
-from minisweet.files.runs import DIVERGED, check_output, load_trunk, run_name, save_run, versions
+from minisweet.files.runs import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
 from minisweet.training.devices import (
     autocast,
@@ -48,16 +48,20 @@ from minisweet.training.devices import (
 )
 from minisweet.training.distributed import add_up, in_turn, own_seed, predict, share, together
 from minisweet.training.options import (
-    EXIT_LAYERS,
     add_training_options,
     default_batch_size,
     default_learning_rate,
+    exit_layers_for,
     find_model,
 )
 from minisweet.training.resume import Checkpoints, is_finished, what_is_trained
 
 TARGETS = ("labels", "trunk", "half")
 READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
+EXAMPLES = """examples:
+  python train.py --task sst2 --method branch
+  python train.py --data tickets.csv --text-columns subject,body --label-column team
+  python train.py --trunk my-classifier --data texts.csv --targets trunk    (which needs no labels)"""
 
 
 class NotFiniteError(InputError):
@@ -188,17 +192,20 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.")
-    option = parser.add_argument
+    parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.", epilog=EXAMPLES)
+    option = parser.add_argument_group("method").add_argument
     option("--method", choices=METHODS, help="default: sweet, and branch with --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option("--trunk", type=Path, help="of --method branch: a run, or a folder with a classifier, to take as it is")
     option(
-        "--targets", choices=TARGETS, default="labels", help="what branches learn: labels, the trunk's, half of each"
+        "--trunk", type=Path, metavar="FOLDER", help="branches: on this run, or this classifier, which stays as it is"
     )
-    option("--branch-lr-factor", type=positive_float, default=2.0, help="the branches' rate over --lr (default: 2)")
-    option("--task", choices=list(TASKS), default="toy", help="what to learn (default: toy)")
-    option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
+    option(
+        "--targets", choices=TARGETS, default="labels", help="branches: learn labels, the trunk's own, or half of each"
+    )
+    option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
+    add_data_options(parser)
+    option = parser.add_argument_group("training").add_argument
+    option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's; minilm-l6 2e-4, others 5e-5)")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
@@ -211,10 +218,11 @@ def parse_arguments() -> argparse.Namespace:
     args.method = args.method or ("branch" if args.trunk else "sweet")
     if args.method != "branch" and (args.trunk or args.targets != "labels"):
         raise InputError(f"--trunk, --targets: of --method branch, not {args.method}")
-    if args.trunk:
-        args.model = str(args.trunk)
+    args.task = data_name(args)
+    args.model = str(args.trunk or args.model)
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.batch_size = args.batch_size or default_batch_size(args.model)
+    args.train_size = args.train_size or (6000 if args.data is None else None)
     return args
 
 
@@ -292,35 +300,42 @@ def main() -> None:
     if args.resume and is_finished(args):
         print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
         return
-    if place().rank == 0:
-        check_output(args.out, args.overwrite)
+    with claim_output(args.out, args.overwrite) if place().rank == 0 else nullcontext():  # now, not hours later
+        train_run(args)
+
+
+def train_run(args: argparse.Namespace) -> None:
+    """Train one run and write its folder."""
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
-    task = TASKS[args.task]
     trunk, told = load_trunk(args.trunk) if args.trunk else (None, {})
-    if trunk and not args.exit_layers:
-        args.exit_layers = EXIT_LAYERS.get(trunk.exit_layers[0])
+    if trunk:
+        args.exit_layers = args.exit_layers or exit_layers_for(trunk.exit_layers[0])
     args.lr = args.lr or told.get("learning_rate") or default_learning_rate(args.model, args.task, args.method)
     with in_turn():
         folder, config, exit_layers = find_model(args)
-        rows = load_examples(args.task, "train", args.data_dir)
+        data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
+    if args.method == "branch" and len(exit_layers) < 2:
+        raise InputError(f"--exit-layers: {exit_layers[0]}, and branches need an exit before the last")
 
-    subset = np.sort(np.random.default_rng(args.seed).permutation(len(rows.labels))[: args.train_size])
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
-    examples = TokenizedExamples(tokenizer, rows, subset)
+    rows = np.random.default_rng(args.seed).permutation(len(data.train.first))
+    subset = np.sort(rows[: args.train_size])
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
+    examples = TokenizedExamples(tokenizer, data.train, subset)
+    notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
+    print(*data.notes, *notes, sep="\n")
     print(
         f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
         f"{','.join(map(str, exit_layers))} of {config.num_hidden_layers}, learning rate {args.lr:g}, "
         f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {precision or torch.float32}"
     )
-    arguments = vars(args) | {name: str(vars(args)[name]) for name in ("data_dir", "out")}
-    arguments["trunk"] = args.trunk and str(args.trunk)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments.pop("resume")  # a run that went on is as one that was never stopped
     trained = what_is_trained(arguments, folder, examples, device.type, precision)
     checkpoints = Checkpoints(args.out, trained, args.save_every, args.resume)
     start = time.perf_counter()
     try:
-        model, losses, stages = fit(folder, exit_layers, len(task.labels), examples, trunk, args, checkpoints)
+        model, losses, stages = fit(folder, exit_layers, len(data.labels), examples, trunk, args, checkpoints)
     except NotFiniteError as error:
         checkpoints.remove()
         if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
@@ -331,7 +346,10 @@ def main() -> None:
     seconds = checkpoints.earlier + time.perf_counter() - start
     record = {
         "arguments": arguments,
-        "metric": task.metric,
+        **data.record,
+        "label_counts": data.label_counts,
+        "train_digest": digest(data.train, subset),
+        "metric": data.metric,
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
         "device": device_name(device),

@@ -12,14 +12,8 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from minisweet.data.text import TokenizedExamples
-from minisweet.training.devices import autocast
-
-BATCH_SIZE = 64
-CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
 ASKING_A_BRANCH = 1 / 6  # of a layer, see `exit_costs`
 
 
@@ -88,30 +82,6 @@ class ExitRule:
             raise ValueError(f"temperatures are {tuple(self.temperatures.shape)}, and must be ({K}, 1) or ({K}, {B})")
         if self.ranges is not None and len(self.ranges) != K:
             raise ValueError(f"ranges are {tuple(self.ranges.shape)}, and must be ({K}, 2)")
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"
-) -> tuple[Tensor, Tensor | None]:
-    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K or K-1, N), else None.
-
-    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. The last exit of a
-    branch model has no certainty.
-    """
-    device = next(model.parameters()).device
-    max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
-    rows, logits, certainties = [], [], []
-    with tqdm(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
-        for batch in examples.by_length(BATCH_SIZE, max_tokens):
-            rows.append(batch.rows)
-            exits = list(model.exit_by_exit(*batch.to(device).inputs))
-            logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())
-            known = [certainty for _, certainty in exits if certainty is not None]
-            certainties += [torch.stack(known).cpu()] if known else []
-            progress.update(len(batch.rows))
-    order = torch.cat(rows).argsort()
-    return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
 
 
 def certainty_ranges(certainty: Tensor, K: int) -> Tensor:

@@ -4,68 +4,18 @@ Embeddings and L post-norm Transformer layers. There is no pooler here: each exi
 and DeBERTa share, and the contract that both keep, is in layers.py, where the dimension letters are explained too.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.files.config import BertConfig
 from minisweet.layers import (
     ALL,
     Dropout,
     TransformerEncoder,
     TransformerLayer,
-    check_common,
-    check_implemented,
-    check_probabilities,
-    check_whole,
     padding_bias,
 )
-
-
-@dataclass(frozen=True)
-class BertConfig:
-    """The keys of config.json that shape a BERT encoder. Defaults are those of the published format.
-
-    Raises ValueError, which names the field, for a value that is not implemented.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    hidden_act: str = "gelu"
-    position_embedding_type: str = "absolute"
-    is_decoder: bool = False
-    add_cross_attention: bool = False
-    model_type: ClassVar[str] = "bert"
-    pooler_hidden_act: ClassVar[str] = "tanh"
-    pooler_dropout: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        check_common(self)
-        check_whole(self, "type_vocab_size")
-        if self.type_vocab_size < 2:
-            raise ValueError(f"type_vocab_size is {self.type_vocab_size}, and must be 2 or more: a pair has two types")
-        if self.classifier_dropout is not None:
-            check_probabilities(self, ("classifier_dropout",))
-        check_implemented(self, "position_embedding_type", ("absolute",))
-        check_implemented(self, "is_decoder", (False,))
-        check_implemented(self, "add_cross_attention", (False,))
-
-    @property
-    def head_dropout(self) -> float:
-        """Dropout between an exit's pooler and its classifier."""
-        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:
@@ -147,25 +97,3 @@ class BertEncoder(TransformerEncoder):
     def context(self, attention_mask: Tensor) -> tuple[Tensor]:
         """What padding adds to the scores, (B, 1, 1, T), of a mask (B, T): 1 for tokens, 0 for padding."""
         return (padding_bias(attention_mask, self.embedding_norm.weight.dtype),)
-
-
-# Where a checkpoint holds each of the parameters above, the prefix "bert." and LayerNorm's old names aside. {n} counts
-# layers from 0. Several names are joined along the first dimension.
-CHECKPOINT_NAMES = {
-    "word_embeddings.weight": ("embeddings.word_embeddings.weight",),
-    "position_embeddings.weight": ("embeddings.position_embeddings.weight",),
-    "token_type_embeddings.weight": ("embeddings.token_type_embeddings.weight",),
-    "embedding_norm.*": ("embeddings.LayerNorm.*",),
-    "layers.{n}.query_key_value.*": tuple(
-        f"encoder.layer.{{n}}.attention.self.{part}.*" for part in ("query", "key", "value")
-    ),
-    "layers.{n}.attention_output.*": ("encoder.layer.{n}.attention.output.dense.*",),
-    "layers.{n}.attention_norm.*": ("encoder.layer.{n}.attention.output.LayerNorm.*",),
-    "layers.{n}.intermediate.*": ("encoder.layer.{n}.intermediate.dense.*",),
-    "layers.{n}.output.*": ("encoder.layer.{n}.output.dense.*",),
-    "layers.{n}.output_norm.*": ("encoder.layer.{n}.output.LayerNorm.*",),
-}
-
-# What public checkpoints hold beside the encoder, dropped on purpose: the heads of pre-training, and a buffer that
-# counts 0, 1, 2, ... The pooler is not dropped: each exit head starts from it.
-DROPPED = ("cls.*", "embeddings.position_ids")

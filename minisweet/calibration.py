@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisweet.adaptive import ExitRule, certainty_ranges
+
 CALIBRATIONS = ("crossfit", "dev", "none")
 BINS = 15  # of the expected calibration error
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0  # an exit that is always right, or at chance, has no finite best
@@ -76,3 +78,20 @@ def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     """Mean NLL in nats: logits (N, C), labels (N,)."""
     return float(F.cross_entropy(logits.double(), labels))
+
+
+def fit_rule(logits: Tensor, certainty: Tensor | None, labels: Tensor, calibration: str) -> ExitRule:
+    """The rule that some validation rows suggest, for other text.
+
+    Args:
+        logits: (K, N, C).
+        certainty: (K or K-1, N) of learning-to-exit, whose ranges are taken; else None.
+        labels: (N,).
+        calibration: "none" for no temperatures, else one temperature per exit is fitted on all rows.
+    """
+    K, _, C = logits.shape
+    if certainty is not None:
+        return ExitRule(C, ranges=certainty_ranges(certainty, K))
+    if calibration == "none":
+        return ExitRule(C)
+    return ExitRule(C, torch.tensor([[fit_temperature(exit_logits, labels)] for exit_logits in logits]))

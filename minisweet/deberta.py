@@ -13,89 +13,18 @@ relative table, so that what happens to the context at an exit happens to the ta
 Dimension letters: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size, k relative span.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.files.config import DebertaConfig
 from minisweet.layers import (
     ALL,
     CLS,
     TransformerEncoder,
     TransformerLayer,
-    check_common,
-    check_implemented,
-    check_probabilities,
     padding_bias,
 )
-
-
-@dataclass(frozen=True)
-class DebertaConfig:
-    """The keys of config.json that shape a DeBERTa encoder. Defaults are those of the published format.
-
-    Raises ValueError, which names the field, for a value that is not implemented.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    pos_att_type: str | list[str] | tuple[str, ...]  # "c2p|p2c", or a list
-    relative_attention: bool
-    position_biased_input: bool
-    max_relative_positions: int | None = -1  # below 1: max_position_embeddings
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    pooler_dropout: float = 0.0
-    cls_dropout: float | None = None
-    layer_norm_eps: float = 1e-7
-    initializer_range: float = 0.02
-    pooler_hidden_act: str = "gelu"
-    hidden_act: str = "gelu"
-    talking_head: bool = False
-    share_att_key: bool = False  # this and the next two belong to DeBERTa's second version
-    norm_rel_ebd: str = "none"
-    position_buckets: int = -1
-    type_vocab_size: int = 0
-    embedding_size: int | None = None
-    pooler_hidden_size: int | None = None
-    model_type: ClassVar[str] = "deberta"
-
-    def __post_init__(self) -> None:
-        terms = self.pos_att_type if isinstance(self.pos_att_type, list | tuple) else str(self.pos_att_type).split("|")
-        object.__setattr__(self, "pos_att_type", tuple(sorted(terms, key=str)))
-        check_common(self)
-        span = self.max_relative_positions
-        if type(span) is not int or not -(2**31) <= span < 2**31:
-            raise ValueError(f"max_relative_positions is {span!r}, and must be a whole number below 2^31")
-        check_probabilities(self, ("pooler_dropout",))
-        if self.cls_dropout is not None:
-            check_probabilities(self, ("cls_dropout",))
-        check_implemented(self, "pooler_hidden_act", ("gelu", "tanh"))
-        check_implemented(self, "pos_att_type", (("c2p", "p2c"), ("c2p",), ("p2c",)))
-        check_implemented(self, "relative_attention", (True,))
-        for name in ("position_biased_input", "talking_head", "share_att_key"):
-            check_implemented(self, name, (False,))
-        check_implemented(self, "norm_rel_ebd", ("none",))
-        check_implemented(self, "position_buckets", (-1,))
-        check_implemented(self, "type_vocab_size", (0,))
-        for name in ("embedding_size", "pooler_hidden_size"):
-            check_implemented(self, name, (None, self.hidden_size))
-
-    @property
-    def relative_span(self) -> int:
-        """k: distances i - j are told apart from -k to k - 1, and clamped beyond."""
-        return self.max_relative_positions if self.max_relative_positions >= 1 else self.max_position_embeddings
-
-    @property
-    def head_dropout(self) -> float:
-        """Dropout between an exit's pooler and its classifier."""
-        return self.hidden_dropout_prob if self.cls_dropout is None else self.cls_dropout
 
 
 def by_distance(scores: Tensor, column: int) -> Tensor:
@@ -204,32 +133,3 @@ class DebertaEncoder(TransformerEncoder):
         distance = T - 1 - torch.arange(2 * T, device=attention_mask.device)
         table = self.relative_table.weight
         return padding_bias(attention_mask, table.dtype), table[(distance + k).clamp(0, 2 * k - 1)]
-
-
-# Where a checkpoint holds each of the parameters above, the prefix "deberta." and LayerNorm's old names aside. {n}
-# counts layers from 0.
-CHECKPOINT_NAMES = {
-    "word_embeddings.weight": ("embeddings.word_embeddings.weight",),
-    "embedding_norm.*": ("embeddings.LayerNorm.*",),
-    "relative_table.weight": ("encoder.rel_embeddings.weight",),
-    "layers.{n}.in_proj.weight": ("encoder.layer.{n}.attention.self.in_proj.weight",),
-    "layers.{n}.q_bias": ("encoder.layer.{n}.attention.self.q_bias",),
-    "layers.{n}.v_bias": ("encoder.layer.{n}.attention.self.v_bias",),
-    "layers.{n}.pos_proj.*": ("encoder.layer.{n}.attention.self.pos_proj.*",),
-    "layers.{n}.pos_q_proj.*": ("encoder.layer.{n}.attention.self.pos_q_proj.*",),
-    "layers.{n}.attention_output.*": ("encoder.layer.{n}.attention.output.dense.*",),
-    "layers.{n}.attention_norm.*": ("encoder.layer.{n}.attention.output.LayerNorm.*",),
-    "layers.{n}.intermediate.*": ("encoder.layer.{n}.intermediate.dense.*",),
-    "layers.{n}.output.*": ("encoder.layer.{n}.output.dense.*",),
-    "layers.{n}.output_norm.*": ("encoder.layer.{n}.output.LayerNorm.*",),
-}
-
-# What public checkpoints hold beside the encoder, dropped on purpose: the heads of pre-training, absolute positions
-# that only the decoder of pre-training read, and a buffer that counts 0, 1, 2, ...
-DROPPED = (
-    "cls.*",
-    "lm_predictions.*",
-    "mask_predictions.*",
-    "embeddings.position_embeddings.weight",
-    "embeddings.position_ids",
-)

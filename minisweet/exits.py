@@ -155,7 +155,9 @@ class MultiExitModel(nn.Module):
             with self.trunk_gradient():
                 hidden = self.encoder.run_layers(hidden, context, start, n - 1)
             cls, seen = self.read(k, hidden, context)
-            yield self.heads[k](cls)
+            with nullcontext() if self.has_branch(k) else self.trunk_gradient():
+                said = self.heads[k](cls)  # and not yielded from in here, which would let the caller in
+            yield said
             if n < self.exit_layers[-1]:
                 hidden, context = self.go_on(k, hidden, context, cls, seen)
 

@@ -11,9 +11,7 @@ Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D 
 L layers, K exits, C classes, N instances.
 """
 
-import math
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -141,44 +139,3 @@ class Dropout(nn.Module):
         dropped = min(round(self.p * 65536), 65535)
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
         return x * (kept.to(x.dtype) * (65536 / (65536 - dropped)))
-
-
-def check_common(config) -> None:
-    """Check what both configs hold. Raises ValueError, which names the field, its value and what would be right."""
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        check_whole(config, name)
-    check_whole(config, "max_position_embeddings")
-    check_implemented(config, "hidden_act", ("gelu",))
-    for name in ("layer_norm_eps", "initializer_range"):
-        if not is_number(value := getattr(config, name)) or value <= 0:
-            raise ValueError(f"{name} is {value!r}, and must be a positive number")
-    check_probabilities(config, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
-    if config.hidden_size % config.num_attention_heads:
-        heads = config.num_attention_heads
-        raise ValueError(f"hidden_size is {config.hidden_size}, and must be a multiple of num_attention_heads, {heads}")
-
-
-def check_whole(config, name: str) -> None:
-    """Raise ValueError unless the field is a positive whole number that a tensor's size can be."""
-    value = getattr(config, name)
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(f"{name} is {value!r}, and must be a positive whole number below 2^31")
-
-
-def check_probabilities(config, names: Sequence[str]) -> None:
-    """Raise ValueError unless these fields lie in [0, 1)."""
-    for name in names:
-        if not is_number(value := getattr(config, name)) or not 0 <= value < 1:
-            raise ValueError(f"{name} is {value!r}, and must lie in [0, 1)")
-
-
-def check_implemented(config, name: str, values: Sequence) -> None:
-    """Raise ValueError unless the field holds one of the values that the code implements."""
-    value = getattr(config, name)
-    if not any(value == known and type(value) is type(known) for known in values):
-        raise ValueError(f"{name} is {value!r}, and only {' or '.join(map(repr, values))} is implemented")
-
-
-def is_number(value: object) -> bool:
-    """Whether the value is a finite number (True and False are none)."""
-    return type(value) in (int, float) and math.isfinite(value)

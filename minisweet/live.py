@@ -7,23 +7,13 @@ about 1e-6 of the threshold in float32, 1e-2 in bfloat16, may fall on either sid
 Dimension letters: B instances, T tokens, D hidden size, K exits, C classes, N instances of a data set.
 """
 
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minisweet.adaptive import ExitRule, leaves
-from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.exits import MultiExitModel, MultiModel
-
-# Batches whose remainders are gathered: a quarter of a batch reads all weights as a full one does. With gathering MM
-# took a sixth less time where it runs half of the layers; 8 and 28 batches gave no more.
-GATHERED = 4
-LATENCY_INSTANCES = 200  # at least, where there are as many: timed one by one, spread evenly over all lengths
 
 
 class Answers(NamedTuple):
@@ -121,75 +111,3 @@ def full_depth(model: MultiExitModel | MultiModel, *inputs: Tensor) -> Tensor:
     """The last exit's labels (B,) without a look at the others: what early exit is compared with."""
     ((logits, _),) = model.keep_exits(model.exit_layers[-1:]).exit_by_exit(*inputs)
     return logits.argmax(-1)
-
-
-def measure_live(
-    model: MultiExitModel | MultiModel,
-    examples: TokenizedExamples,
-    thresholds: list[float],
-    costs: np.ndarray,
-    batch_size: int,
-    rule: ExitRule,
-    progress=iter,
-) -> tuple[list[dict], Tensor, Tensor]:
-    """Run all examples live at each threshold, and time it against running all at full depth.
-
-    Args:
-        model: in evaluation mode, on the device to measure.
-        costs: (number of thresholds, K) of leaving at each exit, from `exit_costs`.
-        batch_size: examples of similar length that run at once; what is left of four batches is gathered.
-        rule: for K exits and N examples.
-        progress: wraps the list of thresholds, for a progress bar.
-
-    Returns:
-        For each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
-        `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then
-        the labels and the exits taken, (number of thresholds, N) each.
-    """
-    device = next(model.parameters()).device
-    batches = [batch.to(device) for batch in examples.by_length(batch_size)]
-    pools = [batch.to(device) for batch in examples.by_length(GATHERED * batch_size)]  # each of four of those
-    rows = np.argsort(examples.lengths)[:: max(1, len(examples) // LATENCY_INSTANCES)]
-    singles = [examples.batch(rows[i : i + 1]).to(device) for i in range(len(rows))]
-    order = torch.cat([pool.rows for pool in pools]).argsort().cpu()
-
-    def seconds(run: Callable[[], object]) -> tuple[float, object]:
-        """Time one call, to the end of what it started on the device."""
-        start = time.perf_counter()
-        answer = run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start, answer
-
-    def time_early_exit(batch: Batch, threshold: float) -> tuple[float, Answers]:
-        """The seconds and the answer of some instances, by their own share of the rule."""
-        own = rule.for_rows(batch.rows.cpu())
-        return seconds(lambda: early_exit(model, *batch.inputs, threshold, own, batch_size))
-
-    # Not timed: on the CPU bfloat16 products are compiled for each shape at first sight. A stream of batches soon has
-    # seen all; here it would be a tenth of the time.
-    for batch in batches:
-        full_depth(model, *batch.inputs)
-    for single in singles:
-        time_early_exit(single, 1.0)
-    report, labels, exits = [], [], []
-    for threshold, cost in zip(progress(thresholds), costs, strict=True):
-        answers = [time_early_exit(pool, threshold)[1] for pool in pools]  # not timed: the shapes that are left
-        full = live = 0.0
-        for i, pool in enumerate(pools):  # in turn, so that a machine whose speed drifts is fair to both
-            for batch in batches[GATHERED * i : GATHERED * (i + 1)]:
-                full += seconds(partial(full_depth, model, *batch.inputs))[0]
-            live += time_early_exit(pool, threshold)[0]
-        latency = [time_early_exit(single, threshold)[0] for single in singles]
-        labels.append(torch.cat([answer.labels for answer in answers]).cpu()[order])
-        exits.append(torch.cat([answer.exits for answer in answers]).cpu()[order])
-        report.append(
-            {
-                "threshold": threshold,
-                "layer_share": float(cost[exits[-1].numpy()].mean()),
-                "wall_share": live / full,
-                "instances_per_second": len(examples) / live,
-                "latency_ms": {str(p): 1000 * float(np.percentile(latency, p)) for p in (50, 90, 99)},
-            }
-        )
-    return report, torch.stack(labels), torch.stack(exits)

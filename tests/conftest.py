@@ -1,24 +1,29 @@
 """What several tests use: tiny models in the Hugging Face layout, with random weights."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from minisweet.bert import CHECKPOINT_NAMES as BERT_NAMES
+from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.bert import BertConfig, BertEncoder
-from minisweet.deberta import CHECKPOINT_NAMES as DEBERTA_NAMES
+from minisweet.data import toy
 from minisweet.deberta import DebertaConfig, DebertaEncoder
-from minisweet.files.checkpoint import _sources
+from minisweet.evaluation import timing
+from minisweet.exits import MultiModel
+from minisweet.files.commands import run_command
+from minisweet.files.names import bert_names, deberta_names
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config) -> None:
     """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine."""
+    config.addinivalue_line("markers", "slow: takes seconds, and runs by `-m slow` or in .ci/run")
     torch.set_num_threads(1)
 
 
@@ -57,14 +62,18 @@ def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) 
     return encoder
 
 
+def checkpoint_names(encoder: BertEncoder | DebertaEncoder) -> dict[str, list[str]]:
+    """Each of the encoder's parameters, to the names that public checkpoints hold it under."""
+    names = bert_names if isinstance(encoder, BertEncoder) else deberta_names
+    return names(encoder.config.num_hidden_layers)
+
+
 def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = True) -> dict[str, torch.Tensor]:
     """The encoder's weights under the names of the public checkpoints."""
-    is_bert = isinstance(encoder, BertEncoder)
-    tensors = {}
+    tensors, names = {}, checkpoint_names(encoder)
     for name, tensor in encoder.state_dict().items():
-        sources = _sources(name, BERT_NAMES if is_bert else DEBERTA_NAMES)
-        tensors |= dict(zip(sources, tensor.clone().chunk(len(sources)), strict=True))
-    if is_bert and pooler:
+        tensors |= dict(zip(names[name], tensor.clone().chunk(len(names[name])), strict=True))
+    if isinstance(encoder, BertEncoder) and pooler:
         D = encoder.config.hidden_size
         tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -75,7 +84,10 @@ def write_model(folder: Path, model_type: str, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
     save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]) + "\n")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
+    size = changes.get("vocab_size", SIZES["vocab_size"])
+    vocabulary += [f"[unused{i}]" for i in range(len(vocabulary), size)]  # as many tokens as the embedding has rows
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     return folder
 
 
@@ -89,6 +101,30 @@ def random_batch(seed: int = 0, batch: int = 4, length: int = 11, vocab: int = 6
     return input_ids, mask, (torch.arange(length) >= length // 2).long().expand(batch, -1) * mask
 
 
+def undecided_model(
+    folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"
+) -> MultiExitModel | MultiModel:
+    """A model with exits after layers 1, 2 and 4, in evaluation mode, whose exits are sure of some instances."""
+    torch.manual_seed(seed)
+    if method == "mm":
+        model = build_multi_model(folder, (1, 2, 4), num_labels, strategy)
+    else:
+        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method, strategy)
+    for name, parameter in model.named_parameters():
+        if "classifier" in name or "lte" in name:
+            torch.nn.init.normal_(parameter)
+        elif "branches" in name:  # no copies any more
+            parameter.data.mul_(1.2)
+    return model.eval()
+
+
+def all_exits(model: MultiExitModel | MultiModel, batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What all exits say of a batch: logits (K, B, C) and certainties (K or K-1, B), or None."""
+    logits, certainty = zip(*model.exit_by_exit(*batch), strict=True)
+    known = [values for values in certainty if values is not None]
+    return torch.stack(logits), torch.stack(known) if known else None
+
+
 @pytest.fixture(params=["bert", "deberta"])
 def model_type(request) -> str:
     """Both encoders."""
@@ -99,3 +135,31 @@ def model_type(request) -> str:
 def model_dir(tmp_path, model_type) -> Path:
     """A tiny model's folder."""
     return write_model(tmp_path / "tiny", model_type)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder: its exit status, standard output and standard error.
+
+    The toy task has 200 rows to validate on, and live early exit times 10 of them alone, since that is faster.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(toy.SIZES, "dev", 200)
+    monkeypatch.setattr(timing, "LATENCY_INSTANCES", 10)
+
+    def run(module, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            run_command(module.main)
+        except SystemExit as exit_:
+            status = exit_.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def quick(model, *arguments) -> list:
+    """train.py's arguments for a run in no time."""
+    return ["--model", model, "--train-size", 48, "--exit-layers", "1,2,4", "--max-length", 32, *arguments]

@@ -1,11 +1,13 @@
 """A loopback server that answers as the Hugging Face hub does, and serves plain files beside it.
 
-It imitates what the hub's client relies on: HEAD and GET of /<repository>/resolve/<revision>/<file> with ETag,
-X-Repo-Commit and Content-Length; a 302 with X-Linked-ETag and X-Linked-Size to another host for large files; a
-relative 307 for a renamed repository; and X-Error-Code beside a 404.
+It imitates what the hub's client relies on: /api/models/<repository>/revision/<revision> and .../tree/<revision>, which
+list the files with their size, and the large ones with their SHA-256; HEAD and GET of
+/<repository>/resolve/<revision>/<file> with ETag, X-Repo-Commit and Content-Length; a 302 with X-Linked-ETag and
+X-Linked-Size to another host for large files; a relative 307 for a renamed repository; and X-Error-Code beside a 404.
 """
 
 import hashlib
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -26,6 +28,9 @@ class HubServer(ThreadingHTTPServer):
         self.cut = ""  # the file whose body breaks off in the middle, after which the server is down
         self.down = False  # every answer is 503
         self.corrupt = ""  # the large file whose body is not what its ETag says
+        self.answers_api = b""  # instead of what a repository holds
+        self.redirect = ""  # where large files are said to lie
+        self.content_length = ""  # instead of the true one
         self.silent = False  # close every connection without an answer
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers in lower case
 
@@ -70,11 +75,37 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, content[::-1] if name == server.corrupt else content, name=name)
         elif self.path in server.plain:
             self.answer(200, server.plain[self.path])
+        elif self.path.startswith("/api/models/"):
+            self.api(self.path.removeprefix("/api/models/").partition("?")[0])
         elif "/resolve/" in self.path:
             repository, rest = self.path[1:].split("/resolve/")
             self.resolve(repository, *rest.split("/", 1))
         else:
             self.answer(404)
+
+    def api(self, path: str) -> None:
+        """Answer what a repository holds."""
+        repository, _, question = path.rpartition("/")[0].rpartition("/")
+        server = self.server
+        if server.answers_api:
+            self.answer(200, server.answers_api)
+        elif repository in server.refused:
+            self.answer(server.refused[repository])
+        elif repository in server.renamed:
+            self.answer(307, location=f"/api/models/{server.renamed[repository]}{path.removeprefix(repository)}")
+        elif repository not in server.repositories:
+            self.answer(404, error="RepoNotFound")
+        else:
+            files = []
+            for name, content in server.repositories[repository].items():
+                file = {"rfilename": name, "path": name, "type": "file", "size": len(content)}
+                file |= {"blobId": hashlib.sha1(content).hexdigest(), "oid": hashlib.sha1(content).hexdigest()}
+                if name.endswith((".safetensors", ".bin")):
+                    digest = hashlib.sha256(content).hexdigest()
+                    file["lfs"] = {"sha256": digest, "oid": digest, "size": len(content), "pointerSize": 130}
+                files.append(file)
+            info = {"id": repository, "sha": COMMIT, "siblings": files, "tags": [], "private": False, "downloads": 0}
+            self.answer(200, json.dumps(files if question == "tree" else info).encode())
 
     def resolve(self, repository: str, revision: str, name: str) -> None:
         server = self.server
@@ -90,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = server.repositories[repository][name]
             digest = hashlib.sha256(content).hexdigest()
             # "localhost" is another host than "127.0.0.1" to the client, as the CDN is.
-            location = f"http://localhost:{server.server_port}/cdn/{name}/{digest}"
+            location = server.redirect or f"http://localhost:{server.server_port}/cdn/{name}/{digest}"
             linked = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
             self.answer(302, location=location, commit=COMMIT, extra=linked)
         else:
@@ -109,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha1(content).hexdigest() if content else ""
         headers = {"Location": location, "X-Error-Code": error, "X-Repo-Commit": commit, "ETag": etag and f'"{etag}"'}
         self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", self.server.content_length or str(len(content)))
         for key, value in {**headers, **(extra or {})}.items():
             if value:
                 self.send_header(key, value)

@@ -6,25 +6,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.adaptive import (
+    ExitRule,
     area_under_curve,
     certainty_ranges,
-    confidences,
     exit_costs,
     exits_taken,
-    learned_confidences,
     leaves,
     spaced_thresholds,
 )
-from minisweet.exits import EXIT_STRATEGIES
-from tests.conftest import random_batch, write_model
+from minisweet.exits import EXIT_STRATEGIES, METHODS
+from tests.conftest import all_exits, random_batch, undecided_model, write_model
 
 
 def test_exit_costs_are_those_of_equation_1():
     assert exit_costs((1, 4, 6, 12), 12, "sweet") == [1 / 12, 4 / 12, 6 / 12, 1.0]
     assert exit_costs((1, 4, 6, 12), 12, "mm") == pytest.approx([1 / 12, 5 / 12, 11 / 12, 23 / 12])
     assert exit_costs((1, 3), 6, "ee") == [1 / 6, 0.5]  # of the backbone's depth, not of the last exit's
+    # A sixth of a layer for each branch that was asked in vain, but at threshold 1, where none is asked.
+    branch = [1 / 6, (2 + 1 / 6) / 6, (3 + 2 / 6) / 6, (6 + 3 / 6) / 6]
+    for threshold in (0.0, 0.5, 0.999):
+        assert exit_costs((1, 2, 3, 6), 6, "branch", threshold) == pytest.approx(branch)
+    assert exit_costs((1, 2, 3, 6), 6, "branch", 1.0)[-1] == 1
+    assert exit_costs((3, 6), 6, "branch", 0.9) == pytest.approx([3 / 6, (6 + 1 / 6) / 6])
+    for method in ("sweet", "ee", "mm"):
+        assert exit_costs((1, 4, 12), 12, method, 1.0) == exit_costs((1, 4, 12), 12, method)
 
 
 def test_thresholds_span_chance_to_certainty():
@@ -34,7 +40,10 @@ def test_thresholds_span_chance_to_certainty():
 
 def test_the_first_confident_exit_is_taken():
     logits = torch.tensor([[0.60, 0.40], [0.20, 0.80], [0.99, 0.01]]).log()[:, None]  # (K=3, N=1, C=2)
-    exits = [exits_taken(confidences(logits), t, 0.5).item() for t in (0.5, 0.55, 0.601, 0.79, 0.9, 0.98, 0.999, 1.0)]
+    exits = [
+        exits_taken(ExitRule(2).confidences(logits), t, 0.5).item()
+        for t in (0.5, 0.55, 0.601, 0.79, 0.9, 0.98, 0.999, 1.0)
+    ]
     assert exits == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
@@ -44,11 +53,12 @@ def test_the_ends_hold_whatever_rounding_does(num_labels, seed):
     logits = torch.randn(3, 6, num_labels, generator=generator)
     logits[:, 0] = 7.3  # all equal: a confidence that may round below 1/C
     logits[:, 1] *= 1e4  # certain: a confidence that rounds to 1
+    confidence = ExitRule(num_labels).confidences(logits)
     lowest, *_, highest = spaced_thresholds(11, 1 / num_labels)
-    assert exits_taken(confidences(logits), 1 / num_labels, lowest).tolist() == [0] * 6
-    assert exits_taken(confidences(logits), lowest, lowest).tolist() == [0] * 6
-    assert exits_taken(confidences(logits), highest, lowest).tolist() == [2] * 6
-    assert confidences(logits)[:, 1].eq(1).any()
+    assert exits_taken(confidence, 1 / num_labels, lowest).tolist() == [0] * 6
+    assert exits_taken(confidence, lowest, lowest).tolist() == [0] * 6
+    assert exits_taken(confidence, highest, lowest).tolist() == [2] * 6
+    assert confidence[:, 1].eq(1).any()
 
 
 def test_a_confidence_that_equals_the_threshold_leaves():
@@ -62,19 +72,22 @@ def test_area_is_the_mean_score_over_the_ratios():
     assert area_under_curve([0.25, 0.5], [60, 80]) == pytest.approx(70)  # ends early: as far as it goes
     assert area_under_curve([0.25, 0.25, 1.0], [60, 60, 80]) == pytest.approx(70)
     assert area_under_curve([1.0, 1.0], [50, 50]) == 50
+    # Branches: just below threshold 1 it costs more than at it.
+    assert area_under_curve([0.25, 0.5, 1.08, 1.0], [60, 80, 82, 80]) == pytest.approx((70 * 0.25 + 80 * 0.5) / 0.75)
+    assert area_under_curve([0.25, 0.8, 0.75], [60, 82, 80]) == pytest.approx((70 * 0.5 + 81 * 0.05) / 0.55)
 
 
 def one_at_a_time(model, batch, threshold, ranges=None):
     """Early exit as the paper tells it: one instance, one exit after the other, until one is confident."""
-    decisions = []
+    decisions, last = [], len(model.exit_layers) - 1
     for row in range(len(batch[0])):
         length = int(batch[1][row].sum())
         instance = tuple(x[row : row + 1, :length] for x in batch)
-        for k, (logits, certainty) in enumerate(model.segments(*instance)):  # noqa: B007, k is read after the loop
+        for k, (logits, certainty) in enumerate(model.exit_by_exit(*instance)):  # noqa: B007, k is read after the loop
             if ranges is None:
                 if leaves(logits.softmax(-1).max(-1).values, threshold, 1 / logits.shape[-1]):
                     break
-            else:
+            elif k < last:
                 low, high = ranges[k].tolist()
                 if threshold == 0 or (threshold < 1 and (certainty.item() - low) / (high - low) >= threshold):
                     break
@@ -82,53 +95,91 @@ def one_at_a_time(model, batch, threshold, ranges=None):
     return decisions
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     model_type=st.sampled_from(["bert", "deberta"]),
-    method=st.sampled_from(["sweet", "ee", "mm"]),
+    method=st.sampled_from(METHODS),
     num_labels=st.integers(2, 3),
     seed=st.integers(0, 10**6),
     strategy=st.sampled_from(EXIT_STRATEGIES),
 )
 def test_the_sweep_decides_as_one_instance_at_a_time(tmp_path_factory, model_type, method, num_labels, seed, strategy):
     folder = write_model(tmp_path_factory.mktemp("sweep"), model_type)
-    torch.manual_seed(seed)
-    if method == "mm":
-        model = build_multi_model(folder, (1, 2, 4), num_labels, strategy).eval()
-    else:
-        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method, strategy).eval()
-    for name, parameter in model.named_parameters():
-        if "classifier" in name or "lte" in name:
-            torch.nn.init.normal_(parameter)
+    model = undecided_model(folder, method, num_labels, seed, strategy)
     batch = random_batch(seed, batch=12)
-    ranges, lowest = None, 1 / num_labels
     with torch.no_grad():
-        logits = model(*batch)
-        confidence = confidences(logits)
-        if strategy == "lte":
-            certainty = torch.stack([certainty for _, certainty in model.segments(*batch)])
-            ranges, lowest = certainty_ranges(certainty), 0.0
-            confidence = learned_confidences(certainty, ranges)
-        for threshold in spaced_thresholds(11, lowest):
-            taken = exits_taken(confidence, threshold, lowest)
+        logits, certainty = all_exits(model, batch)
+        ranges = None if strategy == "confidence" else certainty_ranges(certainty, 3)
+        rule = ExitRule(num_labels, ranges=ranges)
+        confidence = rule.confidences(logits, certainty)
+        thresholds = spaced_thresholds(11, rule.lowest)
+        for threshold in thresholds:
+            taken = exits_taken(confidence, threshold, rule.lowest)
             labels = logits.argmax(-1).gather(0, taken[None])[0]
             expected = one_at_a_time(model, batch, threshold, ranges)
             assert list(zip(taken.tolist(), labels.tolist(), strict=True)) == expected
     if num_labels == 2:
-        taken = [exits_taken(confidences(logits), t, 0.5).numpy() for t in spaced_thresholds(11, 1 / 2)]
+        taken = [exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds]
         assert len(np.unique(taken)) > 1
 
 
 def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     certainty = torch.tensor([[0.2, 0.3, 0.6], [0.5, 0.5, 0.5]])
-    ranges = certainty_ranges(certainty)
+    ranges = certainty_ranges(certainty, 2)
     torch.testing.assert_close(ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
-    torch.testing.assert_close(learned_confidences(certainty, ranges)[0], torch.tensor([0.0, 0.25, 1.0]))
-    torch.testing.assert_close(
-        learned_confidences(torch.tensor([0.1, 0.4, 0.9]), ranges[0]), torch.tensor([0.0, 0.5, 1.0])
-    )
-    confidence = learned_confidences(certainty, ranges)
+    logits, rule = torch.zeros(2, 3, 2), ExitRule(2, ranges=ranges)
+    confidence = rule.confidences(logits, certainty)
+    torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
+    of_new_text = rule.confidence(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
+    torch.testing.assert_close(of_new_text, torch.tensor([0.0, 0.5, 1.0]))
     assert confidence.isfinite().all()  # also of an exit that is equally certain of all
     assert exits_taken(confidence, 0.0, 0.0).tolist() == [0, 0, 0]
     assert exits_taken(confidence, 0.25, 0.0).tolist() == [1, 0, 0]
     assert exits_taken(confidence, 1.0, 0.0).tolist() == [1, 1, 1]
+
+
+def test_an_exit_without_certainty_has_the_whole_range_and_is_sure():
+    certainty = torch.tensor([[0.2, 0.6], [0.3, 0.4]])  # of the first two exits of three
+    ranges = certainty_ranges(certainty, 3)
+    torch.testing.assert_close(ranges, torch.tensor([[0.2, 0.6], [0.3, 0.4], [0.0, 1.0]]))
+    rule = ExitRule(2, ranges=ranges)
+    assert rule.confidences(torch.randn(3, 2, 2), certainty).tolist() == [[0, 1], [0, 1], [1, 1]]
+    assert rule.confidence(2, torch.randn(5, 2), None).tolist() == [1] * 5
+
+
+def test_a_rule_scales_each_exit_and_instance_by_its_own_temperature():
+    logits = torch.randn(3, 5, 4)
+    for temperatures in (None, torch.rand(3, 1) + 0.5, torch.rand(3, 5) + 0.5):
+        rule = ExitRule(4, temperatures)
+        divisor = torch.ones(3, 1) if temperatures is None else temperatures
+        expected = (logits / divisor[..., None]).softmax(-1).amax(-1)
+        torch.testing.assert_close(rule.confidences(logits), expected)
+        assert rule.lowest == 1 / 4
+        rows = torch.tensor([4, 0, 2])
+        some, own = logits[:, rows], rule.for_rows(rows)
+        for k in range(3):
+            torch.testing.assert_close(rule.confidence(k, some[k], None, rows), expected[k, rows])
+            torch.testing.assert_close(own.confidence(k, some[k], None), expected[k, rows])
+            # of those rows again some: what early exit asks of the share of a batch
+            torch.testing.assert_close(
+                own.confidence(k, some[k, [2, 1]], None, torch.tensor([2, 1])), expected[k, [2, 0]]
+            )
+    halves = ExitRule(2).confidences(torch.randn(1, 3, 2).half())
+    assert halves.dtype == torch.float32
+
+
+def test_a_rule_of_another_shape_is_refused():
+    ranges = torch.tensor([[0.1, 0.9]] * 3)
+    for rule in (ExitRule(2), ExitRule(2, torch.ones(3, 1)), ExitRule(2, torch.ones(3, 7)), ExitRule(2, ranges=ranges)):
+        rule.check(3, 7)
+        rule.for_rows(torch.arange(2)).check(3, 2)
+    for temperatures in (torch.ones(3), torch.ones(2, 1), torch.ones(3, 2), torch.ones(7, 3)):
+        with pytest.raises(ValueError, match=r"temperatures are .* must be \(3, 1\) or \(3, 7\)"):
+            ExitRule(2, temperatures).check(3, 7)
+    with pytest.raises(ValueError, match=r"ranges are \(3, 2\), and must be \(4, 2\)"):
+        ExitRule(2, ranges=ranges).check(4, 7)
+    for wrong in (torch.ones(2), torch.ones(3, 3)):
+        with pytest.raises(ValueError, match=r"must be \(K, 2\)"):
+            ExitRule(2, ranges=wrong)
+    with pytest.raises(ValueError, match="no temperatures"):
+        ExitRule(2, torch.ones(3, 1), ranges)

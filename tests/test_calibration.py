@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minisweet.adaptive import confidences, exits_taken
+from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.calibration import (
     expected_calibration_error,
     fit_temperature,
@@ -21,7 +21,7 @@ def sampled(temperature: float, size: int = 4000, num_labels: int = 3, seed: int
     return logits, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 4.0])
 def test_the_right_temperature_is_found_and_lowers_nll_and_ece(temperature):
     logits, labels = sampled(temperature)
     fitted = fit_temperature(logits, labels)
@@ -35,8 +35,9 @@ def test_the_right_temperature_is_found_and_lowers_nll_and_ece(temperature):
 
 def test_ends_are_finite():
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    assert fit_temperature(logits, torch.tensor([0, 1])) < 0.2
+    assert 0.01 <= fit_temperature(logits, torch.tensor([0, 1])) < 0.2
     assert fit_temperature(logits, torch.tensor([1, 0])) == 100
+    assert fit_temperature(logits / 1000, torch.tensor([0, 1])) == 0.01
     assert math.isfinite(fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])))
 
 
@@ -64,8 +65,8 @@ def test_a_temperature_changes_confidence_and_exits_but_no_prediction():
     temperatures = row_temperatures(logits, labels, "crossfit")
     scaled = logits / temperatures[..., None]
     assert torch.equal(scaled.argmax(-1), logits.argmax(-1))
-    before, after = confidences(logits), confidences(logits, temperatures)
-    assert torch.equal(after, confidences(scaled))
+    before, after = ExitRule(3).confidences(logits), ExitRule(3, temperatures).confidences(logits)
+    assert torch.equal(after, ExitRule(3).confidences(scaled))
     assert (before > after).all()
     assert exits_taken(before.repeat(2, 1), 0.8, 1 / 3).sum() < exits_taken(after.repeat(2, 1), 0.8, 1 / 3).sum()
 
@@ -75,5 +76,10 @@ def test_ece_of_a_hand_computed_case():
     logits = torch.tensor([[0.9, 0.1]] * 4 + [[0.6, 0.4]] * 2).log()
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     assert expected_calibration_error(logits, labels) == pytest.approx((4 * 0.15 + 2 * 0.6) / 6)
+    # 15 bins: 0.65 lies between 9/15 and 10/15, and 0.68 does not; 0.61 does.
+    one_right = [torch.tensor([[p, 1 - p], [q, 1 - q]]).log() for p, q in ((0.65, 0.68), (0.61, 0.65))]
+    apart, together = (expected_calibration_error(x, torch.tensor([0, 1])) for x in one_right)
+    assert apart == pytest.approx((0.35 + 0.68) / 2)
+    assert together == pytest.approx((0.61 + 0.65 - 1) / 2)
     expected = -(3 * math.log(0.9) + math.log(0.1) + 2 * math.log(0.4)) / 6
     assert negative_log_likelihood(logits, labels) == pytest.approx(expected)

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet.files import checkpoint
+from minisweet.files.checkpoint import load_classifier
 from minisweet.files.safe import InputError
 from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder, write_model
 
@@ -60,6 +62,7 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
         load_encoder(model_dir)
     message = str(error.value)
     assert "encoder.layer.1.output.dense.bias [16] is missing" in message
+    assert "problems, among them" not in message
     assert "embeddings.word_embeddings.weight is [59, 16] and should be [60, 16]" in message
     assert "encoder.layer.4.output.dense.bias [16] is unexpected" in message
     assert "\n" not in message
@@ -158,10 +161,170 @@ def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_ty
     batch = random_batch()
     for model, n in zip(models.eval(), (1, 3), strict=True):
         torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
-    rewrite(model_dir, lambda tensors: {name: t for name, t in tensors.items() if "layer.3" not in name})
+    rewrite(
+        model_dir, lambda tensors: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in tensors.items()}
+    )
     assert models(*batch).shape == (2, 4, 2)
-    build_multi_model(model_dir, (1, 3), 2)  # layer 4 is gone, and nobody misses it
+    build_multi_model(model_dir, (1, 3), 2)  # layer 4 is broken, and nobody reads it
     with pytest.raises(InputError, match="encoder.layer.3"):
         build_multi_model(model_dir, (1, 4), 2)
     parameters = [id(parameter) for parameter in models.parameters()]
     assert len(parameters) == len(set(parameters))
+
+
+def test_of_many_wrong_tensors_five_are_shown_and_all_are_counted(model_dir):
+    rewrite(
+        model_dir, lambda tensors: {name: t.reshape(-1)[1:] if "layer.1" in name else t for name, t in tensors.items()}
+    )
+    with pytest.raises(InputError, match=r"\d\d problems, among them") as error:
+        load_encoder(model_dir)
+    assert str(error.value).count("should be") <= 5
+    assert len(str(error.value)) <= 400
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_by_name(model_dir, value):
+    name = "encoder.layer.2.output.dense.bias"
+
+    def spoil(tensors):
+        tensors[name] = tensors[name].double()
+        tensors[name][3] = value  # 1e300 is infinite in float32
+
+    rewrite(model_dir, spoil)
+    with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
+        load_encoder(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**5),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 10**30),
+        ("hidden_size", 2**31),
+        ("hidden_size", 2**30),
+        ("vocab_size", 2**31 - 1),
+        ("intermediate_size", 2**31 - 1),
+        ("max_position_embeddings", 10**30),
+        ("max_position_embeddings", 2**31 - 1),
+        ("hidden_dropout_prob", None),
+        ("hidden_dropout_prob", 10**400),
+        ("layer_norm_eps", [1]),
+        ("attention_probs_dropout_prob", {}),
+        ("num_attention_heads", True),
+    ],
+)
+def test_hostile_sizes_cost_nothing(model_dir, model_type, key, value, monkeypatch):
+    reconfigure(model_dir, model_type, **{key: value})
+    if (model_type, key, value) == ("deberta", "max_position_embeddings", 2**31 - 1):
+        assert load_encoder(model_dir).config.max_position_embeddings == value  # it has max_relative_positions
+        return
+    if key in ("num_hidden_layers", "hidden_size"):  # of the others nothing is allocated
+        monkeypatch.setattr(checkpoint, "new_encoder", lambda config: pytest.fail("built"))
+    with pytest.raises(InputError) as error:
+        load_encoder(model_dir, 1 if value == 10**9 else None)
+    assert str(model_dir) in str(error.value)
+    assert len(str(error.value)) <= 400
+
+
+def shard(folder) -> dict:
+    """Cut the checkpoint into two files and write their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(sorted(tensors))}
+    for file in set(index.values()):
+        save_file({name: tensors[name] for name in index if index[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return index
+
+
+def test_sharded_checkpoints_and_pickled_ones_are_the_same_model(model_dir):
+    plain = load_encoder(model_dir).state_dict()
+    tensors = load_file(model_dir / "model.safetensors")
+    index = shard(model_dir)
+    torch.testing.assert_close(load_encoder(model_dir).state_dict(), plain, rtol=0, atol=0)
+    (model_dir / sorted(index.values())[0]).unlink()
+    with pytest.raises(InputError, match="no such file"):
+        load_encoder(model_dir)
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(InputError, match="weight_map must name a file of the same folder"):
+        load_encoder(model_dir)
+    (model_dir / "model.safetensors.index.json").unlink()
+    torch.save(tensors, model_dir / "pytorch_model.bin")
+    torch.testing.assert_close(load_encoder(model_dir).state_dict(), plain, rtol=0, atol=0)
+    assert (model_dir / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_without_model_type_is_a_bert(tmp_path):
+    folder = write_model(tmp_path, "bert")
+    reconfigure(folder, "bert", model_type="absent")
+    assert load_encoder(folder).config.model_type == "bert"
+
+
+def save_classifier(folder, model_type: str, kind: str = "ForSequenceClassification", **settings):
+    """A tiny model of transformers, saved by itself."""
+    transformers = pytest.importorskip("transformers")
+    name = {"bert": "Bert", "deberta": "Deberta"}[model_type]
+    content = {key: value for key, value in CONFIGS[model_type].items() if key != "model_type"}
+    config = getattr(transformers, f"{name}Config")(**content, **settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}{kind}")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("labels", [None, ["no", "maybe", "yes"]])
+def test_a_finished_classifier_is_transformers_own(tmp_path, model_type, labels):
+    settings = {"id2label": dict(enumerate(labels)), "label2id": {b: a for a, b in enumerate(labels)}} if labels else {}
+    theirs = save_classifier(tmp_path, model_type, hidden_dropout_prob=0.3, **settings)
+    encoder, pooler, classifier, names = load_classifier(tmp_path)
+    assert names == (labels or ["LABEL_0", "LABEL_1"])
+    assert encoder.config.head_dropout == 0.3
+    model = MultiExitModel(encoder, (4,), len(names)).eval()
+    with torch.no_grad():
+        for linear, tensors in ((model.heads[0].pooler, pooler), (model.heads[0].classifier, classifier)):
+            linear.weight.copy_(tensors[0])
+            linear.bias.copy_(tensors[1])
+        input_ids, mask, token_types = random_batch()
+        types = {"token_type_ids": token_types} if model_type == "bert" else {}
+        expected = theirs(input_ids=input_ids, attention_mask=mask, **types).logits
+        torch.testing.assert_close(model(*random_batch())[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("ForSequenceClassification", {"num_labels": 1}, "1 output, which is regression"),
+        ("ForSequenceClassification", {"problem_type": "regression"}, "problem_type is 'regression'"),
+        ("ForSequenceClassification", {"problem_type": "multi_label_classification"}, "problem_type is 'multi_label"),
+        ("ForTokenClassification", {}, r"architectures is \['\w+ForTokenClassification'\]"),
+        ("ForQuestionAnswering", {}, r"architectures is \['\w+ForQuestionAnswering'\]"),
+    ],
+)
+def test_other_heads_are_refused_as_trunks_and_left_out_elsewhere(tmp_path, model_type, kind, settings, reason, caplog):
+    save_classifier(tmp_path, model_type, kind, **settings)
+    with pytest.raises(InputError, match=reason):
+        load_classifier(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        load_encoder(tmp_path)
+    assert sum("the head of its task is left out" in record.message for record in caplog.records) == 1
+    assert "\n" not in caplog.text.strip() or len(caplog.records) > 1
+
+
+@pytest.mark.parametrize(
+    "id2label", [{"0": "a"}, {"0": "a", "1": "a"}, {"0": "a", "2": "b"}, {"0": "a", "1": 5}, ["a", "b"]]
+)
+def test_labels_that_do_not_fit_the_head_are_refused(tmp_path, id2label):
+    save_classifier(tmp_path, "bert")
+    content = json.loads((tmp_path / "config.json").read_text()) | {"id2label": id2label}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="must name each of the head's 2 classes once"):
+        load_classifier(tmp_path)
+
+
+def test_a_classifier_without_its_head_is_refused(tmp_path):
+    folder = write_model(tmp_path, "bert")
+    with pytest.raises(InputError, match=r"classifier.weight \[2, 16\] is missing"):
+        load_classifier(folder)

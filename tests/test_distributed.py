@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minisweet import adaptive
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation import sweep
 from minisweet.exits import METHODS, MultiExitModel
 from minisweet.files.checkpoint import load_encoder
 from minisweet.files.safe import InputError
@@ -83,7 +83,7 @@ def test_the_shares_of_a_prediction_add_up(tiny, monkeypatch, N):
     examples.ids = examples.ids[:N]
     for name in ("labels", "targets", "lengths", "first_lengths"):
         setattr(examples, name, getattr(examples, name)[:N])
-    logits, _ = adaptive.predict(model.eval(), examples, None)
+    logits, _ = sweep.predict(model.eval(), examples, None)
     monkeypatch.setattr(distributed, "all_reduce", lambda tensor, how="SUM": tensor)
     total = 0
     for rank in range(3):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisweet.layers import Dropout, dropout
+from minisweet.layers import Dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -11,7 +11,7 @@ from minisweet.layers import Dropout, dropout
 def test_elements_are_dropped_one_by_one_and_the_others_scaled(dtype, p):
     torch.manual_seed(0)
     x = torch.ones(1001, 103, dtype=dtype, requires_grad=True)  # no multiple of the four numbers of a draw
-    y = dropout(x, p)
+    y = Dropout(p).train()(x)
     dropped = (y == 0).float()
     assert dropped.mean().item() == pytest.approx(p, abs=0.005)
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - round(p * 65536) / 65536), dtype=dtype).item()}

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minisweet import MultiExitModel, load_encoder
+from minisweet import MultiExitModel, bert, load_encoder
+from minisweet.bert import attention, fused_is_faster
+from minisweet.deberta import by_distance, skew
+from minisweet.layers import Dropout, padding_bias
+from minisweet.live import cross
 from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder
 from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
 from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
@@ -130,6 +134,46 @@ def test_rows_of_padding_alone_are_finite(model_type, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
 
 
+@pytest.mark.parametrize(("T", "fused"), [(9, 0), (127, 0), (128, 1), (150, 1)])
+@pytest.mark.parametrize("first_token_alone", [False, True])
+def test_attention_is_the_softmax_of_scaled_scores_and_ignores_padding(monkeypatch, T, fused, first_token_alone):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, T, 8)  # (B, H, T, d) each
+    query = query[:, :, :1] if first_token_alone else query
+    mask = torch.ones(2, T)
+    mask[1, T // 3 :] = 0
+    calls, fast = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(bert.F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or fast(*a, **b))
+    ours = attention(query, key, value, padding_bias(mask, torch.float32), Dropout(0.5).eval())
+    weights = (query @ key.mT / 8**0.5).masked_fill(mask[:, None, None] == 0, float("-inf")).softmax(-1)
+    torch.testing.assert_close(ours, weights @ value, atol=1e-5, rtol=1e-5)
+    assert len(calls) == fused
+    attention(query, key, value, padding_bias(mask, torch.float32), Dropout(0.5).train())
+    assert len(calls) == fused  # with dropout the plain form is faster here
+
+
+def test_a_long_batch_has_the_hidden_states_of_the_plain_attention(monkeypatch):
+    encoder = tiny_encoder("bert", max_position_embeddings=160).eval()
+    batch = random_batch(length=160)
+    assert not batch[1].all()
+    assert fused_is_faster(torch.zeros(1, 1, 160, 1), training=False)
+    fast = encoder(*batch)
+    monkeypatch.setattr(bert, "fused_is_faster", lambda *_: False)
+    for ours, plain in zip(fast, encoder(*batch), strict=True):
+        torch.testing.assert_close(ours[batch[1] == 1], plain[batch[1] == 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 8])
+def test_the_fast_view_of_distances_is_the_plain_gather(T):
+    scores = torch.arange(2 * 3 * T * 2 * T).view(2, 3, T, 2 * T)
+    for column in (T - 1, T):
+        plain = by_distance(scores, column)
+        expected = [[scores[1, 2, i, column + j - i].item() for j in range(T)] for i in range(T)]
+        assert plain[1, 2].tolist() == expected
+        assert torch.equal(skew(scores, column), plain)
+        assert torch.equal(skew(scores.mT.contiguous().mT, column), plain)  # whatever lies how in memory
+
+
 def test_more_tokens_than_positions_is_an_error():
     with pytest.raises(ValueError, match="41 tokens, but max_position_embeddings is 40"):
         tiny_encoder("bert")(*random_batch(length=41))
@@ -149,7 +193,7 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     rates |= {"classifier_dropout": 0.13} if model_type == "bert" else {"cls_dropout": 0.13, "pooler_dropout": 0.14}
     model = MultiExitModel(tiny_encoder(model_type, **rates), (1, 4), 2).train()
     seen = Counter()
-    monkeypatch.setattr("minisweet.layers.dropout", lambda x, p: seen.update([(p, x.dim())]) or x)
+    monkeypatch.setattr("minisweet.layers.Dropout.forward", lambda self, x: seen.update([(self.p, x.dim())]) or x)
     model(*random_batch())
     # Embeddings; then in each of 4 layers attention weights, attention output, feed-forward output, and once more in
     # layer 1, where the first token and the others run apart; then two heads.
@@ -164,21 +208,27 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     model_type=st.sampled_from(["bert", "deberta"]),
     n=st.integers(1, 4),
     T=st.integers(1, 40),
-    keep=st.lists(st.booleans(), min_size=4, max_size=4),
+    keep=st.lists(st.booleans(), min_size=4, max_size=4).map(torch.tensor),
 )
-def test_an_exit_layer_is_the_layer_in_two_parts(model_type, n, T, keep):
+def test_first_cls_and_then_the_others_are_the_layer(model_type, n, T, keep):
+    """`read` and `go_on` of an exit after layer n, for all instances and for those that stay alone."""
     encoder = tiny_encoder(model_type).eval()
     input_ids, mask, types = random_batch(length=T)
+    exit_layers = (n,) if n == 4 else (n, 4)
+    models = {method: MultiExitModel(encoder, exit_layers, 2, method).eval() for method in ("ee", "sweet", "branch")}
     with torch.no_grad():
-        stream = encoder.run_layers(encoder.embed(input_ids, types), mask, 0, n - 1)
-        whole = encoder.run_layers(stream, mask, n - 1, n)
-        first, finish = encoder.run_exit_layer(stream, mask, n)
-        rest, of_some = finish(), finish(torch.tensor(keep))
-    torch.testing.assert_close(first, whole[0][:, :1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rest[0], whole[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(of_some[0], whole[0][torch.tensor(keep)], atol=1e-5, rtol=1e-5)
-    assert len(rest) == len(of_some) == len(whole)
-    assert all(a is b for a, b in zip(rest[1:], stream[1:], strict=True))
+        context = encoder.context(mask)
+        hidden = encoder.run_layers(encoder.embed(input_ids, types), context, 0, n - 1)
+        whole = encoder.run_layers(hidden, context, n - 1, n)
+        for model in models.values():
+            cls, seen = model.read(0, hidden, context)
+            torch.testing.assert_close(cls, whole[:, :1], atol=1e-5, rtol=1e-5)
+            if n < 4:
+                after, passed_on = model.go_on(0, hidden, context, cls, seen)
+                torch.testing.assert_close(after, whole, atol=1e-5, rtol=1e-5)
+                assert all(torch.equal(a, b) for a, b in zip(passed_on, context, strict=True))
+                of_some = cross(model, 0, hidden, mask, cls, seen, keep)
+                torch.testing.assert_close(of_some, whole[keep], atol=1e-5, rtol=1e-5)
 
 
 def test_config_is_honoured():

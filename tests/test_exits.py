@@ -1,4 +1,7 @@
-"""Exits: which exit's loss reaches which parameter, and parity with the authors' code."""
+"""Exits: which exit's loss reaches which parameter, branches, and parity with the authors' code."""
+
+import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -7,29 +10,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import train
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.bert import CHECKPOINT_NAMES
-from minisweet.exits import EXIT_STRATEGIES, cap_others
-from minisweet.files.checkpoint import _sources
-from tests.conftest import CHECKOUT, SHARED, random_batch, tiny_encoder, write_model
-from train import exit_loss
+from minisweet.data.text import Batch
+from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss, grow_branches
+from tests.conftest import CHECKOUT, SHARED, checkpoint_names, random_batch, tiny_encoder, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
 EXIT_LAYERS = st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers)))
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def make(model_type: str, exit_layers, method: str, strategy: str = "confidence", seed: int = 0) -> MultiExitModel:
+    """A model with weights of size 0.2, so that no gradient is zero by accident."""
+    return MultiExitModel(tiny_encoder(model_type, seed), exit_layers, 2, method, strategy).eval()
 
 
 def exit_losses(model, batch, labels):
-    return [exit_loss(logits, certainty, labels) for logits, certainty in model.segments(*batch)]
+    return [exit_loss(logits, certainty, labels) for logits, certainty in model.exit_by_exit(*batch)]
 
 
 def owners(model, batch) -> dict[str, set[int]]:
     """The ownership matrix: which exits' losses give each parameter a gradient other than zero."""
     matrix = {name: set() for name, _ in model.named_parameters()}
     for k, loss in enumerate(exit_losses(model, batch, LABELS)):
-        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-        for name, gradient in zip(matrix, gradients, strict=True):
-            if gradient is not None and gradient.abs().max() > 0:
-                matrix[name].add(k)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+            for name, gradient in zip(matrix, gradients, strict=True):
+                if gradient is not None and gradient.abs().max() > 0:
+                    matrix[name].add(k)
     return matrix
 
 
@@ -50,10 +59,8 @@ def right_owner(name: str, exit_layers: tuple[int, ...]) -> int | None:
     strategy=st.sampled_from(EXIT_STRATEGIES),
 )
 def test_under_sweet_every_parameter_has_exactly_one_owner(model_type, exit_layers, seed, strategy):
-    model = MultiExitModel(tiny_encoder(model_type, seed), exit_layers, 2, "sweet", strategy).eval()
-    matrix = owners(model, random_batch(seed))
-    # With every weight of size 0.2 no gradient is exactly zero by accident.
-    for name, exits in matrix.items():
+    model = make(model_type, exit_layers, "sweet", strategy, seed)
+    for name, exits in owners(model, random_batch(seed)).items():
         owner = right_owner(name, exit_layers)
         assert exits == (set() if owner is None else {owner}), name
 
@@ -61,9 +68,8 @@ def test_under_sweet_every_parameter_has_exactly_one_owner(model_type, exit_laye
 @settings(max_examples=16, deadline=None)
 @given(model_type=st.sampled_from(["bert", "deberta"]), exit_layers=EXIT_LAYERS, seed=st.integers(0, 1000))
 def test_under_ee_every_later_exit_is_an_owner_too(model_type, exit_layers, seed):
-    model = MultiExitModel(tiny_encoder(model_type, seed), exit_layers, 2, "ee").eval()
     K = len(exit_layers)
-    for name, exits in owners(model, random_batch(seed)).items():
+    for name, exits in owners(make(model_type, exit_layers, "ee", seed=seed), random_batch(seed)).items():
         owner = right_owner(name, exit_layers)
         if name.startswith("heads"):
             assert exits == {owner}, name
@@ -73,14 +79,40 @@ def test_under_ee_every_later_exit_is_an_owner_too(model_type, exit_layers, seed
             assert len(exits) == K, name
 
 
-def test_sweet_and_ee_have_identical_logits(model_dir):
+@settings(max_examples=16, deadline=None)
+@given(
+    model_type=st.sampled_from(["bert", "deberta"]),
+    exit_layers=EXIT_LAYERS,
+    seed=st.integers(0, 1000),
+    strategy=st.sampled_from(EXIT_STRATEGIES),
+)
+def test_under_branch_an_exit_owns_its_branch_and_its_head_and_nobody_the_trunk(
+    model_type, exit_layers, seed, strategy
+):
+    model = make(model_type, exit_layers, "branch", strategy, seed)
+    matrix, trained = owners(model, random_batch(seed)), [set() for _ in exit_layers[1:]]
+    for name, exits in matrix.items():
+        kind, k = name.split(".")[:2]
+        owned = kind in ("branches", "heads") and int(k) < len(trained)
+        assert exits == ({int(k)} if owned else set()), name
+        if owned:
+            trained[int(k)].add(name)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{names[parameter] for parameter in group} for group in model.trained()]
+    assert groups == trained
+    assert model.trained_exits == len(trained)
+
+
+def test_all_methods_have_the_logits_of_the_same_weights(model_dir):
     torch.manual_seed(0)
     sweet = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 3, "sweet").eval()
-    ee = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 3, "ee").eval()
-    ee.load_state_dict(sweet.state_dict())
     batch = random_batch()
     assert sweet(*batch).shape == (3, 4, 3)
-    torch.testing.assert_close(sweet(*batch), ee(*batch), atol=0, rtol=0)
+    ee, branch = (MultiExitModel(load_encoder(model_dir), (1, 2, 4), 3, method).eval() for method in ("ee", "branch"))
+    ee.load_state_dict(sweet.state_dict())
+    assert torch.equal(sweet(*batch), ee(*batch))
+    branch.heads.load_state_dict(sweet.heads.state_dict())  # its private layers are still the trunk's
+    torch.testing.assert_close(sweet(*batch), branch(*batch), atol=1e-5, rtol=1e-5)
 
 
 def test_multi_model_answers_like_its_models(model_dir):
@@ -90,170 +122,147 @@ def test_multi_model_answers_like_its_models(model_dir):
     torch.testing.assert_close(models(*batch)[1], models[1](*batch)[0], atol=0, rtol=0)
 
 
-def test_a_segment_at_a_time_gives_the_gradients_of_the_summed_loss(model_dir):
-    model = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 2, "sweet").eval()
-    batch = random_batch()
-    sum(exit_losses(model, batch, LABELS)).backward()
-    summed = {name: parameter.grad for name, parameter in model.named_parameters()}
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    """Each parameter's gradient by train.py, zeros for none."""
     model.zero_grad()
-    for logits, certainty in model.segments(*batch):
-        exit_loss(logits, certainty, LABELS).backward()
+    train.send_back(model, Batch(torch.arange(4), *batch, LABELS), NO_SCALER)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
+def test_the_loops_gradients_are_those_of_whole_layers_and_the_summed_loss(model_type, method):
+    batch, model = random_batch(), make(model_type, (1, 2, 4), method, "lte")
+    if method == "branch":
+        with torch.no_grad():  # as if it had been trained: no more a copy
+            for parameter in model.branches.parameters():
+                parameter.mul_(1.1)
+    ours = gradients(model, batch)
+    model.zero_grad()
+    losses, encoder = [], model.encoder
+    hidden, context = encoder.embed(batch[0], batch[2]), encoder.context(batch[1])
+    for k, (start, n) in enumerate(pairwise((0, *model.exit_layers))):
+        before = encoder.run_layers(hidden, context, start, n - 1)
+        hidden = encoder.run_layers(before, context, n - 1, n)
+        if method == "branch" and k < 2:
+            whole = model.branches[k](before.detach(), tuple(tensor.detach() for tensor in context))
+            losses.append(exit_loss(*model.heads[k](whole), LABELS))
+        elif method != "branch":
+            losses.append(exit_loss(*model.heads[k](hidden), LABELS))
+        if method == "sweet":
+            hidden, context = hidden.detach(), tuple(tensor.detach() for tensor in context)
+    sum(losses).backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, summed[name], atol=1e-6, rtol=1e-6)
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(ours[name], expected, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("method", "at_once"), [("sweet", True), ("branch", True), ("ee", False)])
+def test_where_losses_are_apart_each_is_sent_back_before_the_next_segment_runs(method, at_once):
+    model, sent = make("bert", (1, 2, 4), method), []
+    first = model.heads[0].classifier.weight
+    model.heads[1].register_forward_pre_hook(lambda *_: sent.append(first.grad is not None))
+    gradients(model, random_batch())
+    assert sent == [at_once]
+
+
+def watch(model) -> list[tuple]:
+    """Where a feed-forward block is run: whose it is, of how many tokens, and whether autograd follows."""
+    calls = []
+    for name, module in model.named_modules():
+        if name.endswith(".output"):
+            name = name.removesuffix(".output")
+            module.register_forward_hook(lambda _, __, out, n=name: calls.append((n, out.shape[1], out.requires_grad)))
+    return calls
 
 
 def test_what_an_exit_does_not_read_runs_without_gradient_or_not_at_all(model_type):
-    seen = {"sweet": [], "ee": []}  # tokens, and whether autograd follows them, in each call of a feed-forward block
-    for method, calls in seen.items():
-        model = MultiExitModel(tiny_encoder(model_type), (1, 2, 4), 2, method)
-        for layer in model.encoder.layers:
-            layer.output.register_forward_hook(
-                lambda _, __, out, calls=calls: calls.append((out.shape[1], out.requires_grad))
-            )
-        model(*random_batch())
-    last = [(11, True), (1, True)]  # layer 3, and the first token in layer 4
-    assert seen["sweet"] == [(1, True), (10, False)] * 2 + last
-    assert seen["ee"] == [(1, True), (10, True)] * 2 + last
+    batch = random_batch()
+    for method, followed in (("sweet", False), ("ee", True)):
+        model = make(model_type, (1, 2, 4), method)
+        calls = watch(model)
+        model(*batch)
+        crossed = [(f"encoder.layers.{n}", T, T == 1 or followed) for n in (0, 1) for T in (1, 10)]
+        assert calls == [*crossed, ("encoder.layers.2", 11, True), ("encoder.layers.3", 1, True)]
+        calls.clear()
+        ends_early = MultiExitModel(model.encoder, (1, 2), 2, method)
+        ends_early(*batch)
+        assert calls == [*crossed[:2], ("encoder.layers.1", 1, True)]
+    model = make(model_type, (1, 3, 4), "branch")
+    calls = watch(model)
+    model(*batch)
+    trunk = [(f"encoder.layers.{n}", 11 if n < 3 else 1, False) for n in range(4)]
+    branches = [(f"branches.{k}", 1, True) for k in (0, 1)]
+    everything = [branches[0], *trunk[:2], branches[1], *trunk[2:]]
+    assert calls == everything
     calls.clear()
-    MultiExitModel(model.encoder, (1, 2), 2, "sweet")(*random_batch())  # which ends before the encoder does
-    assert calls == [(1, True), (10, False), (1, True)]
+    gradients(model, batch)  # training runs the trunk no deeper than the last branch reads
+    assert calls == everything[:4]
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee"])
-def test_gradients_are_those_of_whole_layers(model_type, method):
-    batch, model = random_batch(), with_boundary(model_type, (1, 2, 4), method=method)
-    ours = gradients(model, batch)
-    model.zero_grad()
-    losses, stream = [], model.encoder.embed(batch[0], batch[2])
-    for head, start, stop in model.pieces():
-        stream = model.encoder.run_layers(stream, batch[1], start, stop)
-        losses.append(exit_loss(*head(stream[0]), LABELS))
-        if method == "sweet":
-            stream = tuple(tensor.detach() for tensor in stream)
-    sum(losses).backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=1e-4)
+def test_a_branch_models_trunk_stays_in_evaluation_mode():
+    model = make("bert", (1, 2, 4), "branch")
+    for mode in (True, False, True):
+        model.train(mode)
+        assert not any(module.training for part in (model.encoder, model.heads[-1]) for module in part.modules())
+        trained = [module for part in (*model.branches, *model.heads[:-1]) for module in part.modules()]
+        assert all(module.training is mode for module in trained)
+    with_dropout = [model(*random_batch()) for _ in range(2)]
+    assert torch.equal(with_dropout[0][-1], with_dropout[1][-1])
+    assert (with_dropout[0][:-1] != with_dropout[1][:-1]).flatten(1).any(1).all()
 
 
-def gradients(model, batch) -> dict[str, torch.Tensor]:
-    """Each parameter's gradient of the summed loss, zeros for none."""
-    model.zero_grad()
-    sum(exit_losses(model, batch, LABELS)).backward()
-    zeros = torch.zeros_like
-    return {name: zeros(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+def test_branches_start_from_the_finished_trunk(model_dir):
+    trunk = build_alone(model_dir, 4, 3, "lte").eval()
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch, plain = random_batch(), copy.deepcopy(trunk)
+    model = grow_branches(trunk, (1, 3, 4), "lte")
+    for k, n in enumerate((1, 3)):
+        copied, layer = model.branches[k].state_dict(), plain.encoder.layers[n - 1].state_dict()
+        assert all(torch.equal(copied[name], layer[name]) for name in layer)
+        assert torch.equal(model.heads[k].pooler.weight, plain.heads[0].pooler.weight)
+        assert torch.equal(model.heads[k].pooler.bias, plain.heads[0].pooler.bias)
+        assert not torch.equal(model.heads[k].classifier.weight, plain.heads[0].classifier.weight)
+    assert model.heads[-1].lte is None
+    assert (model.method, model.exit_layers, model.training) == ("branch", (1, 3, 4), False)
+    with torch.no_grad():  # as answers are given: DeBERTa's sums are ordered otherwise where autograd follows
+        assert torch.equal(model(*batch)[-1], plain(*batch)[0])
+    assert [certainty is None for _, certainty in model.exit_by_exit(*batch)] == [False, False, True]
+    with torch.no_grad():
+        model.branches[0].output.weight.zero_()  # it has weights of its own
+        assert torch.equal(model(*batch)[-1], plain(*batch)[0])
+    for wrong in ((1, 3), (1, 2, 3)):
+        with pytest.raises(ValueError, match="the trunk has its exit after 4"):
+            grow_branches(build_alone(model_dir, 4, 3), wrong)
+    with pytest.raises(ValueError, match="the trunk has its exit after 1,4"):
+        grow_branches(MultiExitModel(load_encoder(model_dir), (1, 4), 3), (1, 4))
 
 
-def with_boundary(model_type, exit_layers, **boundary):
+@pytest.mark.parametrize("method", ["sweet", "ee", "mm", "branch"])
+def test_kept_exits_answer_as_before_from_the_same_weights(model_dir, method):
     torch.manual_seed(0)
-    return MultiExitModel(tiny_encoder(model_type), exit_layers, 2, **boundary).eval()
-
-
-def test_the_ends_of_gradient_flow_are_sweet_and_ee_to_the_bit(model_type):
+    if method == "mm":
+        model = build_multi_model(model_dir, (1, 2, 4), 2, "lte").eval()
+    else:
+        model = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 2, method, "lte").eval()
     batch = random_batch()
-    for boundary, method in (
-        ({"gradient_flow": 0.0}, "sweet"),
-        ({"gradient_cap": 0.0}, "sweet"),
-        ({"gradient_flow": 1.0}, "ee"),
-    ):
-        ours = gradients(with_boundary(model_type, (1, 2, 4), **boundary), batch)
-        theirs = gradients(with_boundary(model_type, (1, 2, 4), method=method), batch)
-        for name in theirs:
-            assert torch.equal(ours[name], theirs[name]), name
-
-
-def test_gradient_flow_multiplies_what_passes_each_boundary(model_type):
-    batch = random_batch()
-    per_exit = []  # each exit's gradient under EE
-    model = with_boundary(model_type, (1, 2, 4), method="ee")
-    for loss in exit_losses(model, batch, LABELS):
-        parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-        per_exit.append(dict(zip(dict(model.named_parameters()), parts, strict=True)))
-    partial = with_boundary(model_type, (1, 2, 4), gradient_flow=0.3)
-    assert torch.equal(partial(*batch), model(*batch))
-    for name, gradient in gradients(partial, batch).items():
-        owner, expected = right_owner(name, (1, 2, 4)), torch.zeros_like(gradient)
-        for k in range(owner, 3):
-            expected += 0 if per_exit[k][name] is None else 0.3 ** (k - owner) * per_exit[k][name]
-        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-@pytest.mark.parametrize("cap", [0.02, 1e6])
-def test_gradient_cap_bounds_the_norm_of_what_passes(model_type, cap):
-    batch = random_batch()
-    ee, sweet = (with_boundary(model_type, (2, 4), method=method) for method in ("ee", "sweet"))
-    stream = ee.encoder.run_layers(ee.encoder.embed(batch[0], batch[2]), batch[1], 0, 2)
-    hidden = stream[0].detach().requires_grad_()
-    own = torch.autograd.grad(exit_loss(*ee.heads[0](hidden), LABELS), hidden)[0]
-    after = ee.encoder.run_layers((hidden, *stream[1:]), batch[1], 2, 4)
-    above = torch.autograd.grad(exit_loss(*ee.heads[1](after[0]), LABELS), hidden)[0]
-    share = min(1.0, cap * float(own.norm() / above.norm()))
-    least, most = gradients(sweet, batch), gradients(ee, batch)
-    capped = gradients(with_boundary(model_type, (2, 4), gradient_cap=cap), batch)
-    for name in most:
-        expected = least[name] + share * (most[name] - least[name])
-        torch.testing.assert_close(
-            capped[name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    if cap < 1:
-        assert cap * own.norm() < above.norm()  # or the test shows nothing
-
-
-@pytest.mark.parametrize("cap", [0.0, 0.3, 1e6])
-def test_the_owner_keeps_the_larger_part_of_each_gradient(model_type, cap):
-    batch = random_batch()
-    model = with_boundary(model_type, (1, 2, 4), method="ee")
-    sweet = gradients(with_boundary(model_type, (1, 2, 4)), batch)
-    parts = zip(exit_losses(model, batch, LABELS), model.owned(), strict=True)
-    own = [g for loss, owned in parts for g in torch.autograd.grad(loss, owned, retain_graph=True)]
-    everything = gradients(model, batch)
-    parameters, names = sum(model.owned(), []), {p: name for name, p in model.named_parameters()}
-    assert {names[p] for p in parameters} == {name for name in names.values() if "encoder" in name}
-    cap_others(parameters, own, cap)
-    shares = set()
-    for parameter in parameters:
-        mine, others = sweet[names[parameter]], everything[names[parameter]] - sweet[names[parameter]]
-        share = min(1.0, cap * float(mine.norm() / others.norm())) if others.norm() > 0 else 0.0
-        torch.testing.assert_close(parameter.grad, mine + share * others, atol=1e-5, rtol=1e-4)
-        shares.add(share)
-    assert len(shares) > 3 or cap in (0.0, 1e6)
-
-
-def test_gradient_cap_is_right_where_a_gradient_is_zero():
-    batch = random_batch()
-
-    def norms(k: int, **boundary) -> list[float]:
-        """The norms of the four layers' gradients of one exit's loss."""
-        model = with_boundary("bert", (1, 2, 4), **boundary)
-        exit_losses(model, batch, LABELS)[k].backward()
-        gradients = [layer.output.weight.grad for layer in model.encoder.layers]
-        return [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
-
-    assert norms(0, gradient_cap=0.5) == norms(0)  # nothing comes from above
-    # No exit below has a gradient of its own, so that nothing passes: 0 / 0 at the first boundary.
-    assert norms(2, gradient_cap=0.5)[:2] == [0, 0]
-    assert norms(2, gradient_cap=0.5)[2:] == norms(2)[2:] != [0, 0]
-
-
-def test_without_flow_each_segment_is_freed():
-    assert with_boundary("bert", (1, 2), gradient_cap=0.0).gradient_flow == 0
-    assert with_boundary("bert", (1, 2), gradient_cap=0.1).gradient_flow == 1
-
-
-@pytest.mark.parametrize(
-    "boundary",
-    [
-        {"gradient_flow": 1.5},
-        {"gradient_flow": -0.1},
-        {"gradient_flow": float("nan")},
-        {"gradient_cap": -1.0},
-        {"gradient_flow": 0.5, "gradient_cap": 1.0},
-        {"gradient_flow": 0.5, "method": "ee"},
-        {"gradient_cap": 1.0, "method": "ee"},
-    ],
-)
-def test_a_boundary_that_cannot_be_is_refused(boundary):
-    with pytest.raises(ValueError, match="gradient_"):
-        with_boundary("bert", (2, 4), **boundary)
+    everything = list(model.exit_by_exit(*batch))
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    for kept in ((4,), (1, 4), (2, 4), (1, 2, 4)):
+        fewer = model.keep_exits(kept)
+        assert (fewer.exit_layers, fewer.method, fewer.num_labels, fewer.training) == (kept, method, 2, False)
+        answers = list(fewer.exit_by_exit(*batch))
+        for n, (logits, certainty) in zip(kept, answers, strict=True):
+            before_logits, before_certainty = everything[(1, 2, 4).index(n)]
+            torch.testing.assert_close(logits, before_logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(certainty, before_certainty, atol=1e-5, rtol=1e-5)
+        assert {parameter.data_ptr() for parameter in fewer.parameters()} <= own
+    assert model.exit_layers == (1, 2, 4)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(everything, model.exit_by_exit(*batch), strict=True))
+    for wrong in ((), (1, 2), (3, 4), (2, 1, 4), (4, 4), (1, 4, 5)):
+        with pytest.raises(ValueError, match="some of 1,2,4"):
+            model.keep_exits(wrong)
 
 
 @pytest.mark.parametrize("exit_layers", [(), (0, 2), (2, 2), (3, 1), (1, 5)])
@@ -272,7 +281,7 @@ def test_another_method_or_exit_strategy_is_refused():
 def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):
     model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, "sweet", "lte").eval()
     batch = random_batch()
-    for head, (logits, certainty) in zip(model.heads, model.segments(*batch), strict=True):
+    for head, (logits, certainty) in zip(model.heads, model.exit_by_exit(*batch), strict=True):
         right = [float(row.argmax() == label) for row, label in zip(logits, LABELS, strict=True)]
         squares = [(p.item() - q) ** 2 for p, q in zip(certainty, right, strict=True)]
         expected = F.cross_entropy(logits, LABELS).item() + sum(squares) / len(squares)
@@ -283,15 +292,35 @@ def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):
     hidden = torch.randn(3, 5, 16)
     pooled = head.activation(hidden[:, 0] @ head.pooler.weight.T + head.pooler.bias)
     torch.testing.assert_close(head(hidden)[1], torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias))
-    *_, (_, certainty) = model.segments(*batch)
+    *_, (_, certainty) = model.exit_by_exit(*batch)
     certainty.sum().backward()  # of the last exit: into its pooler and its own segment, and no further
     assert model.heads[1].pooler.weight.grad.abs().max() > 0
     assert all(layer.output.weight.grad.abs().max() > 0 for layer in model.encoder.layers[1:])
     assert model.encoder.layers[0].output.weight.grad is None
 
 
+def test_targets_may_be_probabilities():
+    logits, certainty = torch.tensor([[2.0, 0.0], [0.5, 1.0]]), torch.tensor([0.9, 0.4])
+    targets = torch.tensor([[0.7, 0.3], [0.8, 0.2]])
+    expected = -(targets * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(exit_loss(logits, None, targets), expected)
+    expected = expected + (0.1**2 + 0.4**2) / 2  # the first is right by the larger probability, the second is not
+    torch.testing.assert_close(exit_loss(logits, certainty, targets), expected)
+    certain = F.one_hot(LABELS[:2], 2).float()
+    torch.testing.assert_close(exit_loss(logits, certainty, certain), exit_loss(logits, certainty, LABELS[:2]))
+
+
+def test_new_weights_of_a_head_have_the_configs_deviation():
+    torch.manual_seed(0)
+    wide = {"hidden_size": 64, "initializer_range": 0.07, "vocab_size": 60}
+    head = MultiExitModel(tiny_encoder("bert", **wide), (1,), 40).heads[0]
+    for linear in (head.pooler, head.classifier):
+        assert linear.weight.std().item() == pytest.approx(0.07, rel=0.1)
+        assert linear.bias.eq(0).all()
+
+
 def test_dropout_stands_before_the_classifier_alone(tmp_path):
-    model = MultiExitModel(load_encoder(write_model(tmp_path, "bert")), (1,), 2)
+    model = MultiExitModel(load_encoder(write_model(tmp_path, "bert")), (1,), 2, "sweet", "lte")
     head = model.heads[0].train()
     hidden = torch.randn(2000, 1, 16)
     assert isinstance(head.pooler, torch.nn.Linear)
@@ -301,6 +330,7 @@ def test_dropout_stands_before_the_classifier_alone(tmp_path):
     torch.testing.assert_close(head.eval()(hidden)[0], expected)
     torch.testing.assert_close(head.train()(hidden)[0].mean(0), expected.mean(0), atol=0.1, rtol=0.1)
     assert (head(hidden)[0] - expected).abs().max() > 1e-3
+    assert torch.equal(head(hidden)[1], head.eval()(hidden)[1])  # none before the learning-to-exit layer
 
 
 OFFICIAL = SHARED / "reference" / "official_minilm_rte.safetensors"
@@ -324,9 +354,7 @@ def test_logits_losses_and_gradient_norms_are_those_of_the_authors_code(method):
     torch.testing.assert_close(sum(losses)[None], official[f"loss_{method}"], **close)
 
     parameters = dict(model.named_parameters())
-    sources = {
-        name: _sources(name.removeprefix("encoder."), CHECKPOINT_NAMES) for name in parameters if "heads" not in name
-    }
+    sources = {f"encoder.{name}": names for name, names in checkpoint_names(model.encoder).items()}
 
     def gradient_norms(loss) -> dict[str, torch.Tensor]:
         """The norm of each gradient, by the names of the checkpoint; the poolers' summed, as theirs is one."""

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from minisweet import MultiExitModel, load_encoder
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.files.commands import run_command
+from minisweet.files.runs import load_run
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities, row_similarity
 from tests.conftest import random_batch, tiny_encoder, write_model
@@ -59,9 +61,24 @@ def test_under_sweet_only_one_exit_reaches_a_matrix(model_dir):
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Run the command in an empty folder: its exit status, standard output and standard error."""
+    """Run the command in an empty folder: its exit status, standard output and standard error.
+
+    Its training, which would be a process, runs in this one, which is faster.
+    """
     monkeypatch.chdir(tmp_path)
     model = write_model(tmp_path / "tiny", "bert")
+
+    def in_process(script: str, arguments: list[str]) -> int:
+        assert script == "train.py"
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *arguments])
+            try:
+                run_command(train.main)
+            except SystemExit as exit_:
+                return exit_.code
+        return 0
+
+    monkeypatch.setattr(gradients, "run_script", in_process)
 
     def run(*arguments) -> tuple[int, str, str]:
         options = ["--model", model, "--task", "toy", "--exit-layers", "1,3,4", "--max-length", 32, *arguments]
@@ -79,11 +96,16 @@ def command(monkeypatch, capsys, tmp_path):
 
 def test_the_command_writes_what_it_measured(command, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    rows, single = [], []
+    measured, trained, single = [], [], []
 
     def tokenize(tokenizer, examples, chosen):
-        rows.append(chosen.tolist())
+        measured.append(chosen.tolist())
         return TokenizedExamples(tokenizer, examples, chosen)
+
+    def load(run):
+        model, record = load_run(run)
+        trained.append(record["subset"])
+        return model, record
 
     def measure(model, batch):
         assert not model.training  # dropout is off
@@ -91,11 +113,12 @@ def test_the_command_writes_what_it_measured(command, tmp_path, monkeypatch):
         return single[-1]
 
     monkeypatch.setattr(gradients, "TokenizedExamples", tokenize)
+    monkeypatch.setattr(gradients, "load_run", load)
     monkeypatch.setattr(gradients, "exit_similarities", measure)
     status, out, _ = command("--steps", 3, "--batches", 2, "--lr", 1e-3)
     assert status == 0
-    assert sorted(map(len, rows)) == [32, 48]  # two batches to measure on, three to train on
-    assert len(set(rows[0] + rows[1])) == 80  # which share no row
+    assert (len(measured[0]), len(trained[0])) == (32, 48)  # two batches to measure on, three to train on
+    assert len(set(measured[0] + trained[0])) == 80  # which share no row
     values = [similarity[0, 0, 1] for similarity, _ in single]
     report = json.loads((tmp_path / "gradients" / "gradients.json").read_text())
     assert (report["layers"], report["exits"]) == ([1, 3], [1, 3, 4])
@@ -108,6 +131,7 @@ def test_the_command_writes_what_it_measured(command, tmp_path, monkeypatch):
     assert report["deviation"][0][0][1] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2), abs=1e-4)
     assert not report["nothing_to_conflict"]
     assert "layer 3: cosine similarity" in out
+    assert {path.name for path in (tmp_path / "gradients").iterdir()} == {"gradients.json", "gradients.png"}
     assert (tmp_path / "gradients" / "gradients.png").read_bytes().startswith(b"\x89PNG")
 
     status, _, err = command()
@@ -118,6 +142,11 @@ def test_the_command_writes_what_it_measured(command, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     status, out, err = command("--out", "file", "--steps", 1)
     assert (status, out, "File exists" in err) == (2, "", True)
+
+
+def test_a_training_that_fails_has_said_why(command):
+    status, _, err = command("--steps", 2, "--batches", 1, "--lr", 1e30)
+    assert (status, err.splitlines()[-1].count("--lr: at 1e+30 the loss is")) == (2, 1)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), counts=((4, 6), (
         "losses": [[loss, loss] for loss in np.linspace(*losses, 40)],
         "speedup_ratios": list(ratios),
         "scores": list(scores),
+        "area": float(np.mean(scores)),
     }
 
 
@@ -57,6 +58,9 @@ def test_interpolation_is_linear_and_never_extrapolates():
     assert interpolated(record(ratios=(0.25, 0.5, 1 - 1e-12)), np.array([1.0])).tolist() == [80]  # rounding
     assert np.isnan(interpolated(curve, np.array([0.2, 1.01, 1.75]))).all()
     assert np.isnan(interpolated(record(ratios=(0.25, 0.5, 0.9)), np.array([1.0]))).all()
+    branch = record((60, 70, 81, 80), (0.25, 0.5, 1.25, 1.0))  # at t = 1 no branch is asked
+    assert interpolated(branch, np.array([0.25, 0.75, 1.0, 1.125])).tolist() == [60, 75, 80, 80.5]
+    assert report.table_ratios({"sst2": {0: record((60, 60, 80), (0.5, 0.25, 1.0))}}, "branch")[0] == 0.25
 
 
 def test_a_seed_that_lacks_a_task_has_no_mean():
@@ -126,6 +130,26 @@ def test_differences_are_paired_over_tasks_and_seeds():
     assert difference["mean"] == [2, 2, 1, 0]
     assert difference["ci95"] == pytest.approx([12.706, 0, 0, 0], abs=1e-3)
     assert "| ee | 2 | +2.0 ±12.7 | +2.0 ±0.0 | +1.0 ±0.0 | +0.0 ±0.0 |" in markdown(results_of(grid))
+
+
+def test_areas_are_compared_for_every_pair_of_methods():
+    grid = {
+        "ee": {"sst2": {0: record(), 1: record((61, 71, 81))}, "rte": {0: record(), 1: record()}},
+        "mm": {"sst2": {0: record((62, 72, 82)), 1: record((62, 72, 82))}, "rte": {0: record((64, 74, 84)), 1: None}},
+        "sweet": {"sst2": {}, "rte": {}},
+    }
+    results = results_of(grid)
+    assert results["areas"]["ee"]["mean"] == [70.25]
+    assert results["areas"]["mm"]["tasks"]["sst2"]["mean"] == [72]
+    of_mm = results["area_differences"]["mm"]
+    assert list(of_mm) == ["ee"]  # SWEET has no pair
+    assert (of_mm["ee"]["pairs"], of_mm["ee"]["mean"]) == (3, [pytest.approx(7 / 3, abs=1e-4)])  # 2, 1, 4
+    assert of_mm["ee"]["ci95"] == [pytest.approx(4.303 * np.std([2, 1, 4], ddof=1) / 3**0.5, abs=1e-3)]
+    assert results["area_differences"]["ee"]["mm"]["mean"] == [pytest.approx(-7 / 3, abs=1e-4)]
+    text = markdown(results)
+    assert "| method | seeds | mean | sst2 | rte | less ee | less mm | less sweet |" in text
+    assert "| mm | 1 | 73.0 | 72.0 ±0.0 | 74.0 | +2.3 ±3.8 |  |  |" in text
+    assert "| sweet | 0 |  |  |  |  |  |  |" in text
 
 
 def test_a_figure_is_drawn_or_matplotlib_is_asked_for(tmp_path, monkeypatch):

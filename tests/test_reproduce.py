@@ -1,11 +1,13 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes."""
 
 import json
+import math
+import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 import evaluate
 import train
 from minisweet.files.commands import run_command
-from minisweet.files.runs import BOUNDARIES, method_arguments, method_name
+from minisweet.paper import grid as grid_module
 from minisweet.paper import reproduce
 from tests.conftest import write_model
 
@@ -31,20 +33,19 @@ def command(monkeypatch, capsys, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     started, lines = [], []
 
-    def in_process(line: list[str]) -> subprocess.CompletedProcess:
-        script, arguments = Path(line[1]), line[2:]
-        assert script.is_file()
-        started.append((script.name, next(Path(a).name for a in arguments if "tiny-" in a)))
+    def in_process(script: str, arguments: list[str]) -> int:
+        assert (grid_module.SCRIPTS / script).is_file()
+        started.append((script, next(Path(a).name for a in arguments if "tiny-" in a)))
         lines.append(" ".join(arguments))
-        monkeypatch.setattr(sys, "argv", [script.name, *arguments])
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
         try:
-            run_command({"train.py": train.main, "evaluate.py": evaluate.main}[script.name])
+            run_command({"train.py": train.main, "evaluate.py": evaluate.main}[script])
         except SystemExit as exit_:
-            return subprocess.CompletedProcess(line, exit_.code)
-        return subprocess.CompletedProcess(line, 0)
+            return exit_.code
+        return 0
 
     def run(*arguments):
-        monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=in_process))
+        monkeypatch.setattr(reproduce, "run_script", in_process)
         monkeypatch.setattr(sys, "argv", ["reproduce.py", "--model", str(model), *TINY, *map(str, arguments)])
         started.clear()
         status = 0
@@ -68,13 +69,13 @@ def fake_run(runs: Path, method: str, lr: float, seed: int, area: float, stuck: 
     arguments = {"task": "toy", "method": method, "lr": lr, "train_size": 32, "seed": seed, "epochs": 1}
     arguments |= {"max_length": 32, "batch_size": 16, "data_dir": "data", "model": str(runs.parent.parent / "tiny")}
     record = {"arguments": arguments, "losses": [[2.0, 2.0], [1.0, 1.0]], "exit_layers": [1, 4], "device": "none"}
-    record |= {"model": "tiny", "method": method, "task": "toy", "precision": "none", "depth": 4}
+    record |= {"model": "tiny", "method": method, "task": "toy", "precision": "torch.float32", "depth": 4}
     for key, value in settings.items():
         (record if key in record else arguments)[key] = value
     counts = [[0, 9], [9, 0]] if stuck else [[3, 6], [4, 5]]
     evaluation = {"exit_scores": [area, area], "class_counts": counts, "thresholds": np.linspace(0.5, 1, 11).tolist()}
     evaluation |= {"speedup_ratios": np.linspace(0.25, 1, 11).tolist(), "scores": [area] * 11, "area": area}
-    evaluation |= {"calibration": "crossfit", "device": "another", "precision": "another"}
+    evaluation |= {"calibration": "crossfit", "device": "another", "precision": "torch.float32"}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folder
@@ -132,35 +133,41 @@ def test_a_printed_command_makes_its_run(command, tmp_path):
     assert (status, "of 1 runs; 0 missing" in out) == (0, True)
 
 
-def test_gradient_flow_and_cap_are_settings_of_a_method(command, tmp_path):
-    grid = ["--methods", "sweet,sweet-flow0.5,sweet-cap2,sweet-owner1", "--seeds", "0", "--lrs", "1e-3"]
-    status, _, _, started = command(*grid)
-    assert (status, len(started)) == (0, 8)
+def test_runs_of_the_old_boundary_methods_are_reported_and_not_made(command, tmp_path):
+    old = {"flow0.5": {"gradient_flow": 0.5}, "cap2": {"gradient_cap": 2.0}, "owner0.125": {"owner_cap": 0.125}}
+    for area, (name, setting) in enumerate(old.items(), start=60):
+        folder = fake_run(tmp_path / "reproduced" / "runs", "sweet", 1e-3, 0, area, **setting)
+        folder.rename(folder.with_name(folder.name.replace("sweet", f"sweet-{name}")))
+    methods = [f"sweet-{name}" for name in old]
+    grid = ["--methods", ",".join(methods), "--seeds", "0", "--lrs", "1e-3"]
+    for how in ([], ["--print-commands"]):
+        status, out, err, _ = command(*grid, *how)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "sweet-flow0.5 is of commit fc57fa9; here its runs are only reported (--report-only)" in err
+    assert command(*grid, "--report-only")[0] == 0
+    individual = json.loads((tmp_path / "reproduced" / "results.json").read_text())["individual"]
+    assert {name: individual[name]["mean"][0] for name in individual} == dict(zip(methods, (60, 61, 62), strict=True))
     runs = tmp_path / "reproduced" / "runs"
-    settings = {"sweet": (None, None, None), "sweet-flow0.5": (0.5, None, None)}
-    settings |= {"sweet-cap2": (None, 2.0, None), "sweet-owner1": (None, None, 1.0)}
-    for name, expected in settings.items():
-        record = json.loads((runs / f"tiny-{name}-toy-lr0.001-n32-seed0" / "run.json").read_text())
-        boundary = ("gradient_flow", "gradient_cap", "owner_cap")
-        assert tuple(record["arguments"][key] for key in boundary) == expected
-    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
-    assert list(results["individual"]) == list(settings)
     (runs / "tiny-sweet-flow0.5-toy-lr0.001-n32-seed0").rename(runs / "tiny-sweet-flow0.7-toy-lr0.001-n32-seed0")
-    status, _, err, _ = command("--methods", "sweet-flow0.7", "--seeds", "0", "--lrs", "1e-3")
-    assert (status, "a run with gradient_flow 0.5, not 0.7" in err) == (2, True)
-    for method in (
-        "sweet-flow",
-        "ee-flow0.5",
-        "sweet-cap0.5x",
-        "sweet-flow٥",
-        "sweet-cap1e400",
-        "sweet-flow1.5",
-        "sweet-cap1e",
-    ):
-        status, _, err, _ = command("--methods", method)
+    status, _, err, _ = command("--methods", "sweet-flow0.7", "--seeds", "0", "--lrs", "1e-3", "--report-only")
+    assert (status, "a run with method sweet-flow0.5, not sweet-flow0.7" in err) == (2, True)
+    for method in ("sweet-flow", "ee-flow0.5", "sweet-cap0.5x", "sweet-flow٥"):
+        status, _, err, _ = command("--methods", method, "--report-only")
         assert (status, f"'{method}' is none of" in err, err.count("\n")) == (2, True, 1)
-    status, _, err, _ = command("--methods", "sweet-flow0.5,sweet-flow0.50")
-    assert (status, "names a value twice" in err) == (2, True)
+
+
+def test_branches_are_a_method_whose_cost_is_lower_at_the_last_threshold(command, tmp_path):
+    (line,) = command("--methods", "branch", "--seeds", "0", "--lrs", "1e-3", "--print-commands")[1].splitlines()
+    assert "--method branch" in line
+    folder = fake_run(tmp_path / "reproduced" / "runs", "branch", 1e-3, 0, 60.0)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["speedup_ratios"] = [*np.linspace(0.25, 1.08, 10).tolist(), 1.0]
+    evaluation["scores"] = [*np.linspace(60, 80, 10).tolist(), 80.5]
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    assert command("--methods", "branch", "--seeds", "0", "--lrs", "1e-3", "--report-only")[0] == 0
+    curve = json.loads((tmp_path / "reproduced" / "results.json").read_text())["interpolated"]["branch"]
+    assert curve["ratios"] == [0.25, 0.5, 0.75, 1]
+    assert curve["mean"] == pytest.approx([60, 60 + 20 * 0.25 / 0.83, 60 + 20 * 0.5 / 0.83, 80.5], abs=1e-3)
 
 
 def test_what_is_missing_is_named(command, tmp_path):
@@ -173,18 +180,12 @@ def test_what_is_missing_is_named(command, tmp_path):
     text = (tmp_path / "reproduced" / "results.md").read_text()
     assert "Missing runs: 3" in text
     assert "- tiny-ee-toy-lr0.001-n32-seed1" in text
-    assert "trained on: none, none" in text
+    assert "trained on: none, torch.float32" in text
     fake_run(runs, "ee", 1e-3, 0, 60.0)
     command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
     missing = json.loads((tmp_path / "reproduced" / "results.json").read_text())["missing"]
     waiting = "ee toy n32 seed1, once its learning rate is known"
     assert missing == ["tiny-ee-toy-lr0.01-n32-seed0", waiting]
-
-
-@pytest.mark.parametrize("boundary", [{}, {"flow": 0.5}, {"cap": 1e12}, {"owner": 1e-7}, {"owner": 0.12345678}])
-def test_a_methods_name_tells_its_arguments(boundary):
-    arguments = method_arguments("sweet") | {BOUNDARIES[name]: value for name, value in boundary.items()}
-    assert method_arguments(method_name(arguments)) == arguments
 
 
 def test_early_exits_that_fail_to_learn_are_counted_at_each_rate(command, tmp_path):
@@ -271,7 +272,7 @@ def test_learning_to_exit_and_the_training_options_reach_the_runs(command, tmp_p
     assert "--batch-size 8" in command.lines[0]
     assert "--exit-layers 1,4" in command.lines[0]
     record = json.loads((tmp_path / "reproduced" / "runs" / started[0][1] / "run.json").read_text())
-    assert record["exit_strategy"] == "lte"
+    assert record["arguments"]["exit_strategy"] == "lte"
     assert len(record["losses"]) == 4
     status, _, err, _ = command("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3")
     assert (status, "holds results of exit_strategy lte; name another folder" in err) == (2, True)
@@ -305,8 +306,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monke
         ({"epochs": 3}, "a run with epochs 3, not 1; name another --out or --runs"),
         ({"batch_size": 8}, "a run with batch_size 8, not 16; name another --out or --runs"),
         ({"exit_layers": [1, 2]}, "a run with exits after [1, 2], not [1, 4]; name another --out or --runs"),
-        ({"losses": [1.0, 2.0]}, "not a whole run; delete it, and it will be made again"),
-        ({"losses": [[1.0], [2.0, 3.0]]}, "not a whole run; delete it, and it will be made again"),
+        ({"losses": [1.0, 2.0]}, "losses is [1.0, 2.0], which no command here writes"),
+        ({"losses": [[1.0], [2.0, 3.0]]}, "losses is [[1.0], [2.0, 3.0]], which no command here writes"),
     ],
 )
 def test_a_run_of_other_settings_or_a_broken_one_is_refused(command, tmp_path, settings, message):
@@ -316,7 +317,138 @@ def test_a_run_of_other_settings_or_a_broken_one_is_refused(command, tmp_path, s
     assert message in err
 
 
-@pytest.mark.parametrize("change", [{"calibration": "none"}, {"thresholds": [0.5, 1.0]}])
+@pytest.mark.parametrize(
+    "change", [{"scores": [math.nan] * 11}, {"scores": [-5.0] * 11}, {"area": 1e9}, {"speedup_ratios": [9.0] * 11}]
+)
+def test_numbers_that_evaluate_cannot_have_written_do_not_reach_the_tables(command, tmp_path, change):
+    folder = fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | change))
+    status, out, err, _ = command("--methods", "ee", "--seeds", "0", "--lrs", "1e-3", "--report-only")
+    assert (status, out, err.count("\n"), folder.name in err) == (2, "", 1, True)
+    assert not (tmp_path / "reproduced" / "results.md").exists()
+
+
+def test_runs_of_another_precision_or_other_data_are_refused(command, tmp_path):
+    runs = tmp_path / "reproduced" / "runs"
+    ee = fake_run(runs, "ee", 1e-3, 0, 60.0, precision="torch.bfloat16")
+    grid = ["--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3"]
+    for how in ([], ["--report-only", "--amp", "off"]):
+        status, _, err, started = command(*grid, *how)
+        assert (status, started, err.count("\n")) == (2, [], 1)
+        assert "a run in torch.bfloat16, not torch.float32; choose it by --amp, or name another" in err
+    sweet = fake_run(runs, "sweet", 1e-3, 0, 60.0, precision="torch.bfloat16")
+    assert command(*grid, "--report-only")[0] == 0  # auto: whatever they were made in
+    out = command("--methods", "ee", *grid[2:], "--amp", "bf16", "--print-commands")[1]
+    assert out.startswith("python evaluate.py")  # since it was evaluated in another
+    for key, digest, expected in (("train_digest", "a", 0), ("train_digest", "b", 2), ("dev_digest", "b", 2)):
+        for folder, value in ((ee, "a"), (sweet, digest)):
+            record = json.loads((folder / "run.json").read_text()) | {"train_digest": "a", key: value}
+            (folder / "run.json").write_text(json.dumps(record))
+        status, _, err, _ = command(*grid, "--report-only")
+        assert status == expected
+    assert f"{sweet.name}: a run on other data than {ee.name}: their digests differ" in err
+
+
+def test_what_a_report_did_not_write_stays(command, tmp_path):
+    out = tmp_path / "reproduced"
+    fake_run(out / "runs", "ee", 1e-3, 0, 60.0)
+    grid = ["--methods", "ee", "--seeds", "0", "--lrs", "1e-3", "--report-only"]
+    for name in ("results.md", "curves.png", "sizes.png"):
+        (out / name).write_text("mine")
+        status, _, err, _ = command(*grid)
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"reproduced/{name} is not of this command" in err
+        assert {path.name for path in out.iterdir()} == {"runs", name}
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    (out / "results.md").mkdir()
+    assert command(*grid)[0] == 2
+    assert (out / "results.md").is_dir()
+    (out / "results.md").rmdir()
+    (out / "results.json").write_text('{"mine": 1}')
+    assert command(*grid)[0] == 2
+    (out / "results.json").unlink()
+    assert command(*grid)[0] == command(*grid)[0] == 0
+    (out / "tasks.png").write_text("mine")  # a report of one task has none
+    assert command(*grid)[0] == 2
+
+
+# Stand-ins that copy a run, so that processes have something quick to make.
+TRAIN = """
+import json, pathlib, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with open("made", "a") as made:
+    print(options["--out"], file=made)
+time.sleep(0.1)
+while HELD and not pathlib.Path("go").exists():
+    time.sleep(0.02)
+record = json.loads(pathlib.Path("example/run.json").read_text())
+record["arguments"] |= {"lr": float(options["--lr"]), "seed": int(options["--seed"])}
+out = pathlib.Path(options["--out"])
+out.mkdir()
+(out / "run.json").write_text(json.dumps(record))
+"""
+EVALUATE = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+evaluation = json.loads(pathlib.Path("example/evaluation.json").read_text())
+evaluation["area"] = 50.0 + len(out.name) + int(out.name[-1])
+(out / "evaluation.json").write_text(json.dumps(evaluation))
+"""
+
+
+def start(out: str) -> multiprocessing.Process:
+    """A process that makes a grid of five runs in `out`. In "killed" they wait for a file, go."""
+
+    def main() -> None:
+        grid_module.SCRIPTS, grid_module.RENEWAL, grid_module.STALE = Path(out + "-scripts").resolve(), 0.1, 3
+        options = ["--methods", "ee", "--seeds", "0,1,2", "--lrs", "1e-3,2e-3,1e-2", "--out", out]
+        sys.argv = ["reproduce.py", "--model", str(Path("tiny").resolve()), *TINY, *options]
+        run_command(reproduce.main)
+
+    Path(out + "-scripts").mkdir(exist_ok=True)
+    Path(out + "-scripts", "train.py").write_text(TRAIN.replace("HELD", str(out == "killed")))
+    Path(out + "-scripts", "evaluate.py").write_text(EVALUATE)
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
+def test_several_processes_make_each_run_once(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", "bert")
+    fake_run(tmp_path / "a" / "b", "ee", 1e-3, 0, 60.0).rename("example")
+    made = Path("made")
+    for out, count in (("alone", 1), ("together", 3), ("killed", 3)):
+        processes, again = [start(out) for _ in range(count)], []
+        if out == "killed":
+            while not made.exists() or len(made.read_text().splitlines()) < 3:
+                time.sleep(0.02)
+            claim = next(Path("killed/runs").glob(".*.claim0"))
+            killed = next(process for process in processes if f" {process.pid} " in claim.read_text())
+            killed.kill()
+            killed.join()  # by then its training is told to end
+            processes.remove(killed)
+            again = [claim.name[1:].removesuffix(".claim0")]
+            Path("go").touch()
+        for process in processes:
+            process.join()
+        assert {process.exitcode for process in processes} == {0}
+        runs = [Path(line).name for line in made.read_text().splitlines()]
+        assert sorted(runs) == sorted([*set(runs), *again])
+        assert len(set(runs)) == 5
+        assert sorted(path.name for path in Path(out, "runs").iterdir()) == sorted(set(runs))  # no claim is left
+        for name in ("results.md", "results.json", "curves.png"):
+            assert Path(out, name).read_bytes() == Path("alone", name).read_bytes()
+        made.unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"calibration": "none"}, {"thresholds": [0.5, 1.0], "speedup_ratios": [0.25, 1.0], "scores": [60.0, 60.0]}],
+)
 def test_a_run_that_was_evaluated_otherwise_is_evaluated_again(command, tmp_path, change):
     folder = fake_run(tmp_path / "reproduced" / "runs", "ee", 1e-3, 0, 60.0)
     evaluation = json.loads((folder / "evaluation.json").read_text())

@@ -1,8 +1,10 @@
 """The GLUE tasks: reading their files, fetching them (from this machine only), and the metrics."""
 
 import io
+import json
 import threading
 import zipfile
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.data import tasks
-from minisweet.data.tasks import TASKS, Examples, load_examples, score
+from minisweet.data.tasks import TASKS, Examples, classification_report, load_examples, never_predicted, score
 from minisweet.files.safe import InputError
 
 GLUE = Path(__file__).resolve().parents[2] / "shared" / "glue"
@@ -62,7 +64,7 @@ LABELS = {"mnli": [2, 0]}
 
 
 def expected(task: str) -> Examples:
-    return Examples([ODD, "c"], ["b", "d"] if len(TASKS[task].columns) == 3 else None, LABELS.get(task, [1, 0]), None)
+    return Examples([ODD, "c"], ["b", "d"] if len(TASKS[task].columns) == 3 else None, LABELS.get(task, [1, 0]))
 
 
 def put(data_dir: Path, task: str, content: str) -> Path:
@@ -79,6 +81,22 @@ def test_reads(tmp_path, task, ending):
     content = FILES[task].replace("\n", "\r\n") if ending == "\r\n" else FILES[task].removesuffix("\n") + ending
     put(tmp_path, task, content)
     assert load_examples(task, "dev", tmp_path) == expected(task)
+
+
+def test_without_labels_none_is_read(tmp_path):
+    put(tmp_path, "mnli", FILES["mnli"].replace("gold_label", "no label").replace("entailment", "\u00e9"))
+    examples = load_examples("mnli", "dev", tmp_path, labelled=False)
+    assert examples == Examples([ODD, "skipped", "c"], ["b", "no gold label", "d"], None)
+    assert load_examples("toy", "dev", tmp_path, labelled=False).labels is None
+
+
+def test_another_order_of_the_classes(tmp_path):
+    put(tmp_path, "rte", FILES["rte"])
+    classes = ["not_entailment", "other", "entailment"]
+    assert load_examples("rte", "dev", tmp_path, classes).labels == [0, 2]
+    assert load_examples("rte", "dev", tmp_path, ["entailment", "not_entailment"]).labels == [1, 0]
+    with pytest.raises(InputError, match="task rte: its labels are entailment, not_entailment, which entailment, no "):
+        load_examples("rte", "dev", tmp_path, ["entailment", "no"])
 
 
 @pytest.mark.parametrize("task", GLUE_TASKS)
@@ -103,7 +121,10 @@ def test_row_counts_of_a_copy_of_glue(task):
         ("rte", FILES["rte"].replace("\tentailment", "\t-"), "line 3: label '-', should be one of entail"),
         ("sst2", FILES["sst2"].replace("\t1", "\tpositive"), "line 2: label 'positive', should be one of 0, 1"),
         ("cola", FILES["cola"].replace("\t*\t", "\t"), "line 2: 3 columns, should be 4"),
+        ("sst2", FILES["sst2"].replace("c\t0", "c\td\t0"), "line 3: 3 columns, should be 2"),
+        ("qqp", FILES["qqp"].replace("\td\t0", "\td\te\t0"), "line 5: 7 columns, should be 6"),
         ("qqp", FILES["qqp"].replace("\td\t0", "\td\t7"), "line 5: label '7', should be one of 0, 1"),
+        ("rte", FILES["rte"].replace("c\td", "c\0\td"), "line 3: a NUL character"),
         ("mrpc", FILES["mrpc"].replace("Quality", "quality"), "no column 'Quality', the first line should name it"),
         ("qnli", FILES["qnli"].split("\n")[0], "no rows, should be a GLUE file with tabs between columns"),
     ],
@@ -119,7 +140,7 @@ def test_a_wrong_file_is_one_line(tmp_path, task, content, message):
 
 def test_a_file_that_is_not_utf8(tmp_path):
     put(tmp_path, "sst2", "").write_bytes(b"sentence\tlabel\ncaf\xe9\t1\n")
-    with pytest.raises(InputError, match=r"dev.tsv: not readable as UTF-8 text"):
+    with pytest.raises(InputError, match=r"dev.tsv, line 2: not readable as UTF-8 text"):
         load_examples("sst2", "dev", tmp_path)
 
 
@@ -145,8 +166,10 @@ class Host(BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        self.send_response(301 if self.server.redirect else 200)
+        if self.server.redirect:
+            self.send_header("Location", self.server.redirect)
+        self.send_header("Content-Length", self.server.length or str(len(content)))
         self.end_headers()
         self.wfile.write(content[: len(content) // 2] if self.path in self.server.cut else content)
 
@@ -157,19 +180,21 @@ class Host(BaseHTTPRequestHandler):
 @pytest.fixture
 def host(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
-        server.files, server.cut, server.asked = {}, set(), []
+        server.files, server.cut, server.asked, server.length, server.redirect = {}, set(), [], "", ""
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(tasks, "GLUE_HOST", f"http://127.0.0.1:{server.server_port}")
+        for name in GLUE_TASKS:  # the row counts of FILES
+            monkeypatch.setitem(TASKS, name, replace(TASKS[name], rows=(2, 1) if name == "mrpc" else (2, 2)))
         yield server
         server.shutdown()
         thread.join()
 
 
-def zipped(files: dict[str, str]) -> bytes:
+def zipped(files: dict[str, str], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -178,7 +203,7 @@ def zipped(files: dict[str, str]) -> bytes:
 @pytest.mark.parametrize("task", [name for name in GLUE_TASKS if name != "mrpc"])
 def test_fetches_the_two_files_of_a_zip_and_no_other(tmp_path, host, task):
     folder, dev = TASKS[task].folder, TASKS[task].dev_file
-    path = f"/glue/data/{TASKS[task].archive}"
+    path = f"/glue/data/{TASKS[task].source}"
     host.files[path] = zipped(
         {f"{folder}/train.tsv": FILES[task], f"{folder}/{dev}": FILES[task], f"{folder}/test.tsv": "", "../out": ""}
     )
@@ -200,8 +225,8 @@ def mrpc_files(dev_ids: str) -> dict[str, bytes]:
 
 def test_fetches_mrpc_and_splits_it_by_the_listed_ids(tmp_path, host):
     host.files = mrpc_files(line("8", "7") + line("9", "8"))  # the second pair is in the wrong order
-    assert load_examples("mrpc", "train", tmp_path) == Examples([ODD, '" e'], ["b", "f"], [1, 1], None)
-    assert load_examples("mrpc", "dev", tmp_path) == Examples(["c"], ["d"], [0], None)
+    assert load_examples("mrpc", "train", tmp_path) == Examples([ODD, '" e'], ["b", "f"], [1, 1])
+    assert load_examples("mrpc", "dev", tmp_path) == Examples(["c"], ["d"], [0])
     assert len(host.asked) == 2
     assert (tmp_path / "MRPC" / "dev.tsv").read_bytes().startswith(b"\xef\xbb\xbfQuality")
 
@@ -228,6 +253,26 @@ def break_damaged(host):
     host.files = {"/glue/data/RTE.zip": bytes(damaged)} | mrpc_files("")
 
 
+def break_lzma(host):
+    content = {"RTE/train.tsv": FILES["rte"], "RTE/dev.tsv": FILES["rte"]}
+    damaged = bytearray(zipped(content, zipfile.ZIP_LZMA))
+    damaged[60:90] = b"\xff" * 30
+    host.files = {"/glue/data/RTE.zip": bytes(damaged)} | mrpc_files("")
+
+
+def break_length(host):
+    host.length = "abc"
+
+
+def break_redirect(host):
+    host.redirect = "http://[nowhere"
+
+
+def break_short(host):
+    short = {"RTE/train.tsv": FILES["rte"].rpartition("1\tc")[0], "RTE/dev.tsv": FILES["rte"]}
+    host.files = {"/glue/data/RTE.zip": zipped(short)} | mrpc_files(line("8", "7") + line("5", "6"))
+
+
 def break_host(host):
     tasks.GLUE_HOST = "http://127.0.0.1:1"  # put back by the fixture's monkeypatch
 
@@ -237,9 +282,13 @@ def break_host(host):
     [
         (break_nothing_there, "cannot be fetched (HTTP Error 404"),
         (break_cut, "cut after "),
-        (break_web_page, "not the "),
-        (break_wrong_content, {"rte": "not the zip of this task", "mrpc": "names 0 of the corpus' 3 rows"}),
-        (break_damaged, {"rte": "not the zip of this task", "mrpc": "names 0 of the corpus' 3 rows"}),
+        (break_web_page, {"rte": "not the zip of this task", "mrpc": "MRPC/train.tsv: no column '#1 String'"}),
+        (break_wrong_content, {"rte": "not the zip of this task", "mrpc": "3 rows for train, should be 2"}),
+        (break_damaged, {"rte": "not the zip of this task", "mrpc": "3 rows for train, should be 2"}),
+        (break_lzma, {"rte": "not the zip of this task", "mrpc": "3 rows for train, should be 2"}),
+        (break_length, "cannot be fetched (invalid literal"),
+        (break_redirect, "cannot be fetched (Invalid IPv6 URL"),
+        (break_short, "1 rows for train, should be 2"),
         (break_host, "cannot be fetched ("),
     ],
 )
@@ -260,6 +309,14 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, host, task, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_fetched_file_with_a_wrong_row_is_named_by_its_address(tmp_path, host):
+    wrong = FILES["rte"].replace("\tentailment", "\tEntailment")
+    host.files = {"/glue/data/RTE.zip": zipped({"RTE/train.tsv": wrong, "RTE/dev.tsv": FILES["rte"]})}
+    with pytest.raises(InputError, match=r"^http://.*RTE.zip: RTE/train.tsv, line 3: label 'Entailment'"):
+        load_examples("rte", "dev", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_host_that_stops_answering_is_given_up(tmp_path, host, monkeypatch):
     waiting = threading.Event()
     monkeypatch.setattr(Host, "do_GET", lambda self: waiting.wait(10))
@@ -275,9 +332,25 @@ def test_a_data_folder_that_cannot_be_written(tmp_path):
         load_examples("rte", "dev", tmp_path / "file" / "data")
 
 
+def test_report_by_hand():
+    # class 0: 2 of its 3 rows are found, among 3 answers; class 1: 1 of 2, among 2; class 2: of 1, none; class 3: none
+    report = classification_report(np.array([0, 0, 1, 1, 0, 0]), np.array([0, 0, 0, 1, 1, 2]), 4)
+    assert report["confusion_matrix"] == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert report["precision"] == [50.0, 50.0, 0.0, 0.0]
+    assert report["recall"] == pytest.approx([200 / 3, 50.0, 0.0, 0.0])
+    assert report["f1"] == pytest.approx([400 / 7, 50.0, 0.0, 0.0])
+    assert report["support"] == [3, 2, 1, 0]
+    assert report["macro_f1"] == pytest.approx((400 / 7 + 50) / 3)  # class 3 neither occurs nor is predicted
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_never_predicted_names_the_classes_that_occur():
+    assert never_predicted([[5, 0, 0, 0], [2, 1, 2, 0]], [2, 2, 1, 0]) == [[1, 2], []]
+
+
 def test_accuracy_by_hand():
     labels = np.array([0, 1, 2, 2])
-    assert score(np.array([0, 1, 2, 0]), labels, "accuracy") == 75.0
+    assert score(np.array([0, 1, 2, 0]), labels, "accuracy") == score([0, 1, 2, 0], labels, "agreement") == 75.0
     assert score([[0, 1, 2, 0], [1, 0, 0, 0]], labels, "accuracy").tolist() == [75.0, 0.0]
     assert isinstance(score([0], [0], "accuracy"), float)
 

@@ -1,6 +1,7 @@
 """Tokenising and batches."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def write_byte_level(folder):
 
 @pytest.mark.parametrize("write", [write_wordpiece, write_tokenizer_json, write_byte_level])
 def test_our_settings_alone_count(tmp_path, write):
-    tokenizer = load_tokenizer(write(tmp_path), 500, 40)
+    tokenizer = load_tokenizer(write(tmp_path), 264 if write is write_byte_level else 26, 40)
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     pair = tokenizer.encode("the film", "not bad")
     assert pair.ids[0] == cls
@@ -58,30 +59,62 @@ def test_our_settings_alone_count(tmp_path, write):
 
 
 def test_byte_level_vocabulary_files_give_debertas_tokens(tmp_path):
-    tokenizer = load_tokenizer(write_byte_level(tmp_path), 500, 40)
+    tokenizer = load_tokenizer(write_byte_level(tmp_path), 264, 40)
     assert tokenizer.encode("bad bad").tokens == ["[CLS]", "bad", "Ġbad", "[SEP]"]
     assert tokenizer.decode(tokenizer.encode("Bad é ü").ids) == "Bad é ü"
 
 
 def test_wordpiece_vocabulary_lowercases_unless_told_otherwise(tmp_path):
     write_wordpiece(tmp_path)
-    assert load_tokenizer(tmp_path, 60, 40).encode("The FILM.").tokens == ["[CLS]", "the", "film", ".", "[SEP]"]
+    assert load_tokenizer(tmp_path, 26, 40).encode("The FILM.").tokens == ["[CLS]", "the", "film", ".", "[SEP]"]
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    assert load_tokenizer(tmp_path, 60, 40).encode("The film").tokens == ["[CLS]", "[UNK]", "film", "[SEP]"]
+    assert load_tokenizer(tmp_path, 26, 40).encode("The film").tokens == ["[CLS]", "[UNK]", "film", "[SEP]"]
 
 
-def test_unusable_tokenizers_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.txt, or vocab\.json"):
-        load_tokenizer(tmp_path, 60, 40)
-    write_wordpiece(tmp_path)
-    with pytest.raises(InputError, match="token 25, and the embedding only 20 rows"):
-        load_tokenizer(tmp_path, 20, 40)
-    write_wordpiece(tmp_path, ["[PAD]", "[UNK]", "a"])
-    with pytest.raises(InputError, match=r"no \[CLS\], \[SEP\]"):
-        load_tokenizer(tmp_path, 60, 40)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="not readable"):
-        load_tokenizer(tmp_path, 60, 40)
+def changed(folder, change):
+    """Change the settings in a tokenizer.json."""
+    path = write_tokenizer_json(folder) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def precompiled(content):
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAA="}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda folder: None, r"no tokenizer\.json, vocab\.txt, or vocab\.json"),
+        (lambda folder: write_wordpiece(folder, ["[PAD]", "[UNK]", "a"]), r"no \[CLS\], \[SEP\]"),
+        (
+            lambda folder: write_wordpiece(folder, [*SPECIAL, *WORDS, "a", "b", "c"]),
+            "token 27, and the embedding only 26",
+        ),
+        (lambda folder: write_wordpiece(folder, [*SPECIAL, *WORDS[:19]]), "23 tokens for an embedding of 26 rows"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "not usable"),
+        (lambda folder: changed(folder, lambda content: content["model"].update(unk_token="<none>")), "not usable"),
+        (lambda folder: changed(folder, lambda content: content["model"].update(vocab={})), r"has no \[CLS\]"),
+        (lambda folder: changed(folder, precompiled), "not usable .*index out of bounds"),
+    ],
+    ids=["none", "special", "too many", "too few", "not one", "unknown", "empty", "panic"],
+)
+def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, capfd, write, message):
+    write(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        load_tokenizer(tmp_path, 26, 40)
+    assert str(error.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(error.value)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n", "a panic should not print, and what comes after it should"
+
+
+@pytest.mark.parametrize("max_length", [-1, 7, 41, 2**64, True, 16.0, "16", None])
+def test_a_length_outside_its_range_is_refused(tmp_path, max_length):
+    with pytest.raises(InputError, match=r"max_length is .*, should be from 8 to 40 tokens"):
+        load_tokenizer(write_wordpiece(tmp_path), 26, max_length, 40)
+    load_tokenizer(tmp_path, 26, 40, 40)
 
 
 @pytest.fixture
@@ -89,8 +122,8 @@ def tokenized(tmp_path):
     rng = np.random.default_rng(0)
     first = [" ".join(rng.choice(WORDS, size=rng.integers(0, 30))) for _ in range(101)]
     second = [" ".join(rng.choice(WORDS, size=rng.integers(0, 9))) for _ in range(101)]
-    tokenizer = load_tokenizer(write_wordpiece(tmp_path), 60, 24)
-    return tokenizer, TokenizedExamples(tokenizer, Examples(first, second, list(range(101)), None)), first, second
+    tokenizer = load_tokenizer(write_wordpiece(tmp_path), 26, 24)
+    return tokenizer, TokenizedExamples(tokenizer, Examples(first, second, list(range(101)))), first, second
 
 
 def test_a_batch_holds_its_rows_padded_to_the_longest(tokenized):
@@ -99,7 +132,7 @@ def test_a_batch_holds_its_rows_padded_to_the_longest(tokenized):
     batch = examples.batch(rows)
     assert batch.input_ids.shape == batch.attention_mask.shape == batch.token_type_ids.shape
     assert batch.input_ids.shape == (3, examples.lengths[rows].max())
-    for ids, mask, types, label, row in zip(*batch.inputs, batch.labels, rows, strict=True):
+    for ids, mask, types, label, row in zip(*batch.inputs, batch.targets, rows, strict=True):
         encoding = tokenizer.encode(first[row], second[row])
         n = len(encoding.ids)
         assert ids.tolist() == encoding.ids + [0] * (len(ids) - n)
@@ -137,6 +170,39 @@ def test_batches_have_similar_lengths(tokenized):
 def test_a_subset_is_those_rows(tokenized):
     tokenizer, examples, first, second = tokenized
     rows = np.array([4, 50, 99])
-    subset = TokenizedExamples(tokenizer, Examples(first, second, list(range(101)), None), rows)
+    subset = TokenizedExamples(tokenizer, Examples(first, second, list(range(101))), rows)
     assert subset.labels.tolist() == rows.tolist()
     assert all((subset.ids[i] == examples.ids[row]).all() for i, row in enumerate(rows))
+
+
+def test_what_was_cut_is_counted(tokenized):
+    tokenizer, examples, first, second = tokenized
+    words = [len(a.split()) + len(b.split()) for a, b in zip(first, second, strict=True)]
+    assert examples.cut == sum(count > 24 - 3 for count in words) > 0
+
+
+def test_renumbered_ids_name_the_same_tokens(tmp_path):
+    tokenizer = load_tokenizer(write_wordpiece(tmp_path, [*WORDS, ".", *SPECIAL]), 26, 24)
+    first = ["not bad", "the film .", "great"]
+    examples = TokenizedExamples(tokenizer, Examples(first, None, [1, 0, 1]))
+    used, renumbered = examples.renumbered()
+    assert used.tolist() == sorted({examples.pad_id, *np.concatenate(examples.ids).tolist()})
+    rows = np.array([2, 1, 0])
+    batch, own = examples.batch(rows), renumbered.batch(rows)
+    assert own.input_ids.unique().tolist() == list(range(len(used)))
+    assert (used[own.input_ids] == batch.input_ids.numpy()).all()
+    assert (own.attention_mask == batch.attention_mask).all()
+    assert own.targets.tolist() == batch.targets.tolist() == [1, 0, 1]
+    assert [tokenizer.decode(used[ids]) for ids in renumbered.ids] == first
+
+
+def test_targets_may_be_probabilities_or_none(tokenized):
+    tokenizer = tokenized[0]
+    examples = TokenizedExamples(tokenizer, Examples(["not bad", "great"], None, None))
+    assert examples.labels is None
+    assert examples.batch(np.array([1])).to("cpu").targets is None
+    probabilities = np.array([[0.25, 0.75], [1.0, 0.0]], dtype=np.float32)
+    batch = examples.with_targets(probabilities).renumbered()[1].batch(np.array([1, 0]))
+    assert batch.targets.numpy().dtype == np.float32
+    assert batch.targets.tolist() == [[1.0, 0.0], [0.25, 0.75]]
+    assert examples.targets is None

@@ -13,7 +13,6 @@ import pytest
 
 from minisweet.data.tasks import load_examples
 from minisweet.data.toy import LEVELS, NAMES, NEGATIVE, NOUNS, POSITIVE, make_toy
-from minisweet.files.safe import InputError
 
 SIGN = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(NEGATIVE, 0)
 HARDER = LEVELS[1:]
@@ -52,7 +51,7 @@ def test_same_on_every_call_and_whatever_the_hash_seed():
     )
     assert int(done.stdout) == zlib.crc32(repr(make_toy("train")).encode())
     sentences, labels, levels = make_toy("dev")
-    assert load_examples("toy", "dev", Path("/nowhere")) == (sentences, None, labels, levels)
+    assert load_examples("toy", "dev", Path("/nowhere"))[:4] == (sentences, None, labels, levels)
 
 
 def test_dev_shares_no_noun_no_name_and_no_sentence_with_train():
@@ -127,8 +126,3 @@ def meaning(sentence: str) -> int:
 def test_the_label_is_what_the_sentence_says(level):
     wrong = [row for row in rows_of("train", level) + rows_of("dev", level) if meaning(row[0]) != row[1]]
     assert not wrong, wrong[:3]
-
-
-def test_unknown_split():
-    with pytest.raises(InputError, match=r"split 'test': choose one of train, dev"):
-        make_toy("test")

@@ -1,14 +1,17 @@
 """The tasks: seven of GLUE (Wang et al., 2019), read from GLUE's own TSV files, and the embedded toy task.
 
 A GLUE task whose folder is missing is fetched once from the host of the public GLUE files. GLUE's test files have no
-labels and are never read.
+labels and are never read. The user's own files are read in own.py, and become the same `Examples`.
+Dimension letters: N rows, K exits, C classes.
 """
 
+import codecs
+import gzip
 import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -24,32 +27,44 @@ from minisweet.files.safe import InputError, written_beside
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without an answer or without a further byte
+LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory
 SPLITS = ("train", "dev")
 
 
 class Examples(NamedTuple):
-    """The rows of one split."""
+    """N rows: each field is a list (N), or None."""
 
     first: list[str]
-    second: list[str] | None  # None where the task has single sentences
-    labels: list[int]  # index into Task.labels
-    difficulties: list[str] | None  # of the toy task only
+    second: list[str] | None  # None where there are single sentences
+    labels: list[int] | None  # indices of classes; None where there are no labels
+    difficulties: list[str] | None = None  # of the toy task only
+    lines: list[int] | None = None  # of the user's own file: the line where each row begins, from 1
+
+    def take(self, rows: Iterable[int]) -> "Examples":
+        """These rows alone."""
+        rows = list(rows)
+        return Examples(*(None if values is None else [values[row] for row in rows] for values in self))
+
+    def texts(self) -> list:
+        """Each row's sentence, or pair of sentences."""
+        return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
 
 
 @dataclass(frozen=True)
 class Task:
-    """The labels of a task, how it is scored, and how its files are read."""
+    """The labels of a task, how its files are read, and how it is scored."""
 
     labels: tuple[str, ...]  # index = class
-    metric: str = "accuracy"  # or "matthews"
-    numbered: bool = False  # the files hold a label's index, not its name
     folder: str = ""
-    archive: str = ""  # the zip that holds the folder, below GLUE_HOST/glue/data
+    source: str = ""  # the zip that holds the folder, below GLUE_HOST/glue/data, or "corpus": see _fetch_mrpc
+    rows: tuple[int, int] = (0, 0)  # of the public train and dev file
     columns: tuple[str, ...] = ()  # of the sentence or the two sentences, then of the label
+    numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] = ()  # the names of all columns, where the files have no header line
     dev_file: str = "dev.tsv"
     skips_short_rows: bool = False
     unlabelled: str = ""  # what stands for a label where there is none; such rows are skipped
+    metric: str = "accuracy"  # or "matthews"
 
     def file(self, split: str) -> str:
         """The name of the file of a split, "train" or "dev"."""
@@ -57,201 +72,235 @@ class Task:
 
 
 # The one place that says which class is which. Toolkits disagree about MNLI's order, so a classifier that was trained
-# elsewhere may need its classes swapped.
+# elsewhere may need its classes swapped. MNLI's "-" says that the annotators did not agree. In the public QQP files a
+# few questions hold a line break, which cuts their row into two short ones; these are skipped, as is usual.
+# fmt: off
 TASKS = {
-    "rte": Task(
-        labels=("entailment", "not_entailment"),
-        folder="RTE",
-        archive="RTE.zip",
-        columns=("sentence1", "sentence2", "label"),
-    ),
-    "mrpc": Task(  # has no zip, see _fetch_mrpc
-        labels=("not_equivalent", "equivalent"),
-        numbered=True,
-        folder="MRPC",
-        columns=("#1 String", "#2 String", "Quality"),
-    ),
-    "cola": Task(
-        labels=("unacceptable", "acceptable"),
-        metric="matthews",
-        numbered=True,
-        folder="CoLA",
-        archive="CoLA.zip",
-        columns=("sentence", "label"),
-        header=("source", "label", "mark", "sentence"),
-    ),
-    "sst2": Task(
-        labels=("negative", "positive"),
-        numbered=True,
-        folder="SST-2",
-        archive="SST-2.zip",
-        columns=("sentence", "label"),
-    ),
-    "mnli": Task(
-        labels=("entailment", "neutral", "contradiction"),
-        folder="MNLI",
-        archive="MNLI.zip",
-        columns=("sentence1", "sentence2", "gold_label"),
-        dev_file="dev_matched.tsv",
-        unlabelled="-",  # the annotators did not agree
-    ),
-    # In the public QQP files a few questions hold a line break, which cuts their row into two short ones. These are
-    # skipped, as is usual; the task has 363,846 training rows without them.
-    "qqp": Task(
-        labels=("not_duplicate", "duplicate"),
-        numbered=True,
-        folder="QQP",
-        archive="QQP-clean.zip",
-        columns=("question1", "question2", "is_duplicate"),
-        skips_short_rows=True,
-    ),
-    "qnli": Task(
-        labels=("entailment", "not_entailment"),
-        folder="QNLI",
-        archive="QNLIv2.zip",
-        columns=("question", "sentence", "label"),
-    ),
-    "toy": Task(labels=("negative", "positive")),
+    "rte": Task(("entailment", "not_entailment"), "RTE", "RTE.zip", (2_490, 277),
+                ("sentence1", "sentence2", "label"), numbered=False),
+    "mrpc": Task(("not_equivalent", "equivalent"), "MRPC", "corpus", (3_668, 408),
+                 ("#1 String", "#2 String", "Quality")),
+    "cola": Task(("unacceptable", "acceptable"), "CoLA", "CoLA.zip", (8_551, 1_043), ("sentence", "label"),
+                 header=("source", "label", "mark", "sentence"), metric="matthews"),
+    "sst2": Task(("negative", "positive"), "SST-2", "SST-2.zip", (67_349, 872), ("sentence", "label")),
+    "mnli": Task(("entailment", "neutral", "contradiction"), "MNLI", "MNLI.zip", (392_702, 9_815),
+                 ("sentence1", "sentence2", "gold_label"), numbered=False, dev_file="dev_matched.tsv", unlabelled="-"),
+    "qqp": Task(("not_duplicate", "duplicate"), "QQP", "QQP-clean.zip", (363_846, 40_430),
+                ("question1", "question2", "is_duplicate"), skips_short_rows=True),
+    "qnli": Task(("entailment", "not_entailment"), "QNLI", "QNLIv2.zip", (104_743, 5_463),
+                 ("question", "sentence", "label"), numbered=False),
+    "toy": Task(("negative", "positive")),
 }
+# fmt: on
 
 
-def load_examples(task: str, split: str, data_dir: Path) -> Examples:
+def load_examples(
+    task: str, split: str, data_dir: Path, labels: Sequence[str] | None = None, labelled: bool = True
+) -> Examples:
     """Read one split, "train" or "dev", of a task. Where `data_dir` lacks the task's folder, it is fetched first.
 
-    The toy task needs no file. MNLI's dev split is the matched one. Raises InputError for an unknown task or split, a
-    file that is missing or wrong, and a download that fails.
+    The toy task needs no file. MNLI's dev split is the matched one. `labels` gives the classes another order than
+    the task's. Without `labelled` no label is read.
+    Raises InputError for an unknown task or split, a file that is missing or wrong, and a download that fails.
     """
     if task not in TASKS:
         raise InputError(f"task {task!r}: choose one of {', '.join(TASKS)}")
     if split not in SPLITS:
         raise InputError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     if task == "toy":
-        sentences, labels, difficulties = make_toy(split)
-        return Examples(sentences, None, labels, difficulties)
-    folder = Path(data_dir) / TASKS[task].folder
-    if Path(data_dir).exists() and not Path(data_dir).is_dir():
-        raise InputError(f"--data-dir: {data_dir} is not a folder")
-    if not folder.exists():
-        _fetch(TASKS[task], folder)
-    return _read(TASKS[task], folder / TASKS[task].file(split))
+        sentences, classes, difficulties = make_toy(split)
+        examples = Examples(sentences, None, classes, difficulties)
+    else:
+        folder = Path(data_dir) / TASKS[task].folder
+        if Path(data_dir).exists() and not Path(data_dir).is_dir():
+            raise InputError(f"--data-dir: {data_dir} is not a folder")
+        if not folder.exists():
+            _fetch(TASKS[task], folder)
+        examples = _read(TASKS[task], folder / TASKS[task].file(split), labelled)
+    if not labelled:
+        return examples._replace(labels=None)
+    if labels is None or tuple(labels) == TASKS[task].labels:
+        return examples
+    if not set(TASKS[task].labels) <= set(labels):
+        raise InputError(
+            f"task {task}: its labels are {', '.join(TASKS[task].labels)}, which {', '.join(labels)[:200]} lacks"
+        )
+    order = [labels.index(label) for label in TASKS[task].labels]
+    return examples._replace(labels=[order[label] for label in examples.labels])
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Read a UTF-8 file, or one in gzip (.gz), with or without a byte order mark: yield line numbers and lines.
+
+    Lines keep their ends, and end at "\\n" alone: sentences hold other characters that Python takes for line ends.
+    Raises InputError for a file that is not there, and, with the line, where it is not text.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if b"\0" in line or len(line) == LONGEST_LINE:
+                    wrong = "a NUL character" if b"\0" in line else f"longer than {LONGEST_LINE} bytes"
+                    raise InputError(f"{path}, line {number}: {wrong}, should be a line of text")
+                yield number, line.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line {number}: not readable as UTF-8 text ({error.reason})") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | np.ndarray:
-    """Accuracy or Matthews correlation (of classes 0 and 1), both x100.
+    """Accuracy, agreement (the same, with the last exit's answers as labels) or Matthews correlation, all x100.
 
-    `labels` is (rows,), `predictions` (rows,) for one float or (..., rows) for an array (...). Matthews is 0 where it
-    is undefined, that is where the predictions or the labels are all of one class. Raises InputError for an unknown
-    metric and for shapes that do not match.
+    `labels` is (rows,), `predictions` (rows,) for one float or (..., rows) for an array (...). Matthews is of
+    classes 0 and 1, and 0 where it is undefined, that is where the predictions or the labels are all of one class.
+    Raises InputError for an unknown metric and for shapes that do not match.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if labels.ndim != 1 or labels.size == 0 or predictions.shape[-1:] != labels.shape:
         raise InputError(f"predictions of shape {predictions.shape} do not fit labels of shape {labels.shape}")
-    if metric == "accuracy":
+    if metric in ("accuracy", "agreement"):
         result = 100 * (predictions == labels).mean(-1)
     elif metric == "matthews":
         # float64: the product of four counts of a large dev set does not fit into 64-bit integers
         both, predicted, actual = (
             x.sum(-1, dtype=np.float64) for x in ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
         )
-        rows = labels.size
-        covariance = both * rows - predicted * actual
-        spread = np.sqrt(predicted * (rows - predicted) * actual * (rows - actual))
-        result = 100 * covariance / np.where(spread > 0, spread, np.inf)
+        result = matthews(both, predicted, actual, labels.size)
     else:
-        raise InputError(f"metric {metric!r}: choose accuracy or matthews")
+        raise InputError(f"metric {metric!r}: choose accuracy, agreement or matthews")
     return float(result) if result.ndim == 0 else result
 
 
-def _read(task: Task, path: Path) -> Examples:
+def matthews(both: np.ndarray, predicted: np.ndarray, actual: np.ndarray, rows: int) -> np.ndarray:
+    """Matthews correlation x100 from counts: of class 1 predicted rightly, predicted, and actual; of how many rows."""
+    covariance = both * float(rows) - predicted * actual
+    spread = np.sqrt(predicted * (rows - predicted) * actual * (rows - actual))
+    return 100 * covariance / np.where(spread > 0, spread, np.inf)
+
+
+def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict:
+    """How each class fares: predictions (N,) and labels (N,), both class indices, to what JSON can hold.
+
+    Returns `macro_f1`; `precision`, `recall` and `f1` (C), like it x100 and 0 where undefined; `support` (C), how
+    often each class occurs; and `confusion_matrix` (C, C), rows by label and columns by prediction. The macro-F1 is
+    the mean over the classes that occur or are predicted.
+    """
+    pairs = np.asarray(labels) * num_labels + np.asarray(predictions)
+    confusion = np.bincount(pairs, minlength=num_labels**2).reshape(num_labels, num_labels)
+    right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)  # each (C,)
+    precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
+    f1 = 200 * right / np.maximum(support + predicted, 1)
+    per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusion_matrix": confusion}
+    seen = support + predicted > 0
+    return {"macro_f1": float(f1[seen].mean())} | {name: values.tolist() for name, values in per_class.items()}
+
+
+def never_predicted(class_counts: Sequence[Sequence[int]], label_counts: Sequence[int]) -> list[list[int]]:
+    """For each exit the classes that occur and that it never predicts.
+
+    `class_counts` (K, C) tells how often each exit predicts each class, `label_counts` (C) how often each occurs.
+    """
+    return [[c for c, count in enumerate(label_counts) if count and not counts[c]] for counts in class_counts]
+
+
+def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
     """Read a GLUE file: UTF-8, tabs between columns, no quoting."""
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; put it there, or move the folder {path.parent} away to have both files fetched"
+        )
     rows: list[tuple[str, ...]] = []
     labels: list[int] = []
     codes = [str(i) for i in range(len(task.labels))] if task.numbered else list(task.labels)
+    columns = task.columns if labelled else task.columns[:-1]
     header = list(task.header)
-    try:
-        # Rows end at "\n" alone: sentences hold other characters that Python takes for line ends.
-        # "utf-8-sig" drops the byte order mark that MRPC's files begin with.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                cells = line.removesuffix("\n").removesuffix("\r").split("\t")
-                if not header:
-                    header = cells
-                    missing = [name for name in task.columns if name not in header]
-                    if missing:
-                        raise InputError(f"{path}: no column {missing[0]!r}, the first line should name it")
-                    continue
-                if len(cells) < len(header):
-                    if task.skips_short_rows:
-                        continue
-                    raise InputError(f"{path}, line {number}: {len(cells)} columns, should be {len(header)}")
-                *sentences, label = (cells[header.index(name)] for name in task.columns)
-                if task.unlabelled and label == task.unlabelled:
-                    continue
-                if label not in codes:
-                    raise InputError(f"{path}, line {number}: label {label!r}, should be one of {', '.join(codes)}")
-                rows.append(tuple(sentences))
-                labels.append(codes.index(label))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; put it there, or move the folder {path.parent} away to have both files fetched"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text ({error})") from None
+    for number, line in read_lines(path):
+        cells = line.removesuffix("\n").removesuffix("\r").split("\t")
+        if not header:
+            header = cells
+            missing = [name for name in columns if name not in header]
+            if missing:
+                raise InputError(f"{path}: no column {missing[0]!r}, the first line should name it")
+            continue
+        if len(cells) != len(header):
+            if task.skips_short_rows and len(cells) < len(header):
+                continue
+            raise InputError(f"{path}, line {number}: {len(cells)} columns, should be {len(header)}")
+        chosen = tuple(cells[header.index(name)] for name in columns)
+        if labelled:
+            *chosen, label = chosen
+            if task.unlabelled and label == task.unlabelled:
+                continue
+            if label not in codes:
+                raise InputError(f"{path}, line {number}: label {label!r:.80}, should be one of {', '.join(codes)}")
+            labels.append(codes.index(label))
+        rows.append(chosen)
     if not rows:
         raise InputError(f"{path}: no rows, should be a GLUE file with tabs between columns")
     first, *second = (list(column) for column in zip(*rows, strict=True))
-    return Examples(first, second[0] if second else None, labels, None)
+    return Examples(first, second[0] if second else None, labels if labelled else None)
 
 
 def _fetch(task: Task, folder: Path) -> None:
     """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
+    url = f"{GLUE_HOST}/glue/data/{task.source}"
     try:
         with written_beside(folder) as partial:
             partial.mkdir()
-            if task.archive:
-                _fetch_zip(task, partial)
+            if task.source == "corpus":
+                url = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt"
+                _fetch_mrpc(url, task, partial)
             else:
-                _fetch_mrpc(task, partial)
+                _fetch_zip(url, task, partial)
+            for split, count in zip(SPLITS, task.rows, strict=True):
+                found = len(_read(task, partial / task.file(split)).first)
+                if found != count:
+                    raise InputError(f"{url}: {found} rows for {split}, should be {count}")
+    except InputError as error:  # some name the temporary folder
+        files = f"{task.file('train')} and {task.file('dev')}"
+        reason = str(error).replace(str(partial), f"{url}: {task.folder}")
+        raise InputError(f"{reason}; try again, or put {files} into {folder} by hand") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error})") from None
 
 
-def _fetch_zip(task: Task, folder: Path) -> None:
-    url = f"{GLUE_HOST}/glue/data/{task.archive}"
-    with _download(url, task, folder) as file:
+def _fetch_zip(url: str, task: Task, folder: Path) -> None:
+    with _download(url, folder) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 # Only these two, under names of our own: what else the zip may hold is never written.
                 for name in (task.file("train"), task.file("dev")):
                     with archive.open(f"{task.folder}/{name}") as source, (folder / name).open("wb") as target:
                         shutil.copyfileobj(source, target)
-        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
-            raise InputError(f"{url}: not the zip of this task ({error}); {_by_hand(task, folder)}") from None
+        except OSError:
+            raise
+        except Exception as error:  # each way of compressing has errors of its own
+            raise InputError(f"{url}: not the zip of this task ({error})") from None
 
 
-def _fetch_mrpc(task: Task, folder: Path) -> None:
+def _fetch_mrpc(url: str, task: Task, folder: Path) -> None:
     """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others.
 
     The corpus has a second file, msr_paraphrase_test.txt. It makes GLUE's test split only, so it is not fetched.
     """
-    url = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt"
-    with _download(url, task, folder) as file:
+    with _download(url, folder) as file:
         header, *rows = [line for line in file.read().split(b"\n") if line.strip()] or [b""]
-    ids_url = f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv"
-    with _download(ids_url, task, folder) as file:
+    with _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv", folder) as file:
         dev_ids = {tuple(line.strip().split(b"\t")) for line in file.read().split(b"\n")}
-    if b"Quality\t#1 ID\t#2 ID\t" not in header:
-        raise InputError(f"{url}: not the paraphrase corpus, no header line; {_by_hand(task, folder)}")
-    dev = [tuple(row.split(b"\t")[1:3]) in dev_ids for row in rows]
-    if not any(dev) or all(dev):
-        raise InputError(f"{ids_url}: names {sum(dev)} of the corpus' {len(rows)} rows; {_by_hand(task, folder)}")
     for split in SPLITS:
-        chosen = [row for row, is_dev in zip(rows, dev, strict=True) if is_dev == (split == "dev")]
+        chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in dev_ids) == (split == "dev")]
         (folder / task.file(split)).write_bytes(b"\n".join([header, *chosen, b""]))
 
 
 @contextmanager
-def _download(url: str, task: Task, folder: Path) -> Iterator[IO[bytes]]:
+def _download(url: str, folder: Path) -> Iterator[IO[bytes]]:
     """Give the content of `url` as a file without a name beside `folder`, so that nothing of it can stay behind."""
     with tempfile.TemporaryFile(dir=folder.parent) as file:
         try:
@@ -261,14 +310,9 @@ def _download(url: str, task: Task, folder: Path) -> Iterator[IO[bytes]]:
                     while block := response.read(1 << 16):
                         file.write(block)
                         bar.update(len(block))
-        except (OSError, HTTPException) as error:
-            raise InputError(f"{url}: cannot be fetched ({error}); {_by_hand(task, folder)}") from None
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a length or a redirect that is none
+            raise InputError(f"{url}: cannot be fetched ({error})") from None
         if size and file.tell() != size:  # urllib itself does not notice
-            raise InputError(f"{url}: cut after {file.tell()} of {size} bytes; {_by_hand(task, folder)}")
+            raise InputError(f"{url}: cut after {file.tell()} of {size} bytes")
         file.seek(0)
         yield file
-
-
-def _by_hand(task: Task, folder: Path) -> str:
-    files = " and ".join(task.file(split) for split in SPLITS)
-    return f"try again, or put {files} into {folder.parent / task.folder} by hand"

@@ -5,7 +5,9 @@ Dimension letters: B batch, T tokens, N examples.
 """
 
 import copy
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,56 +20,88 @@ from minisweet.data.tasks import Examples
 from minisweet.files.safe import InputError, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
+SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
+# Words, and what few vocabularies hold, so that a tokenizer shows whether it can tokenise.
+TRIAL = ("It is a test, isn't it?", "caf\u00e9 \u6f22 \U0001f600 qxzv")
 # Training batches are sorted by length within so many batches, then shuffled: little padding, and still random.
 POOL = 50
 
 
-def load_tokenizer(folder: Path, vocab_size: int, max_length: int) -> Tokenizer:
+def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
     """Load a tokenizer that truncates to `max_length` tokens and does not pad, whatever its file says.
 
-    Args:
-        folder: holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece).
-        vocab_size: rows of the word embedding, which the vocabulary must fit.
-        max_length: tokens, [CLS] and [SEP] included. Of a pair, the longer sentence is cut first.
-
-    Raises:
-        InputError: no tokenizer, one without [CLS], [SEP], [PAD] and [UNK], or one that does not fit the embedding.
+    `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). The
+    vocabulary must fit the word embedding: within its `vocab_size` rows, and nine tenths of them. `max_length` counts
+    [CLS] and [SEP] and is from 8 to the encoder's `positions`; of a pair, the longer sentence is cut first.
+    Raises InputError for a tokenizer that is missing, does not tokenise, does not fit, or lacks one of [CLS], [SEP],
+    [PAD] and [UNK], and for a max_length outside its range.
     """
+    if type(max_length) is not int or not SHORTEST <= max_length <= positions:
+        raise InputError(f"{folder}: max_length is {max_length!r:.80}, should be from {SHORTEST} to {positions} tokens")
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-        elif (folder / "vocab.txt").is_file():
-            tokenizer = Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
-            settings = folder / "tokenizer_config.json"
-            lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
-            tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        else:
-            raise InputError(f"{folder}: no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    except InputError:
+        with _panics_unseen():
+            tokenizer = _read_tokenizer(folder)
+            size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
+            special = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]")}
+            wrong = None
+            if None in special.values():
+                wrong = "no " + ", ".join(token for token, number in special.items() if number is None)
+            elif largest >= vocab_size:
+                wrong = f"token {largest}, and the embedding only {vocab_size} rows"
+            elif 10 * size < 9 * vocab_size:
+                wrong = f"{size} tokens for an embedding of {vocab_size} rows"
+            if wrong:
+                raise InputError(f"{folder}: its tokenizer has {wrong}")
+            tokenizer.add_special_tokens(list(special))
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single="[CLS] $A [SEP]",
+                pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])],
+            )
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(max_length, strategy="longest_first")
+            tokenizer.encode(*TRIAL)
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the library raises bare Exception for a broken file
-        raise InputError(f"{folder}: its tokenizer is not readable ({error})") from None
-    special = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]")}
-    if None in special.values():
-        missing = ", ".join(token for token, number in special.items() if number is None)
-        raise InputError(f"{folder}: its tokenizer has no {missing}")
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise InputError(f"{folder}: its tokenizer has token {largest}, and the embedding only {vocab_size} rows")
-    tokenizer.add_special_tokens(list(special))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])],
-    )
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    except BaseException as error:  # the library raises bare Exception, and for a panic what is no Exception at all
+        raise InputError(f"{folder}: its tokenizer is not usable ({' '.join(str(error).split())[:200]})") from None
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    """Read whichever tokenizer files there are. Raises InputError where there are none, and what the library raises."""
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif (folder / "vocab.txt").is_file():
+        tokenizer = Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+        settings = folder / "tokenizer_config.json"
+        lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    else:
+        raise InputError(f"{folder}: no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
+    return tokenizer
+
+
+@contextmanager
+def _panics_unseen() -> Iterator[None]:
+    """Within, nothing reaches standard error: the library's panics print a page there before they are raised."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, so nothing can reach it
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class Batch(NamedTuple):
@@ -77,7 +111,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T): 1 for tokens, 0 for padding
     token_type_ids: Tensor  # (B, T): 1 in the second sentence
-    targets: Tensor  # (B,) labels, or (B, C) probabilities in float32
+    targets: Tensor | None  # (B,) labels, or (B, C) probabilities in float32, or None: no targets
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,27 +120,25 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class TokenizedExamples:
-    """N tokenised examples: `len()`, `labels` (N,), `lengths` (N,) in tokens, and batches of them.
+    """N tokenised examples, by default all: `len()`, `labels` (N,) or None, `lengths` (N,) in tokens, and batches.
 
-    Args:
-        tokenizer: from `load_tokenizer`.
-        examples: sentences or pairs, and their labels.
-        rows: (N,) which of them; default: all.
+    `cut` counts the examples that were longer than the tokenizer's limit. `targets` are what batches bring: the
+    labels, unless `with_targets` gave others.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples, rows: np.ndarray | None = None) -> None:
-        pairs = examples.first if examples.second is None else list(zip(examples.first, examples.second, strict=True))
-        chosen = range(len(pairs)) if rows is None else rows
-        encodings = tokenizer.encode_batch_fast([pairs[row] for row in chosen])
+        chosen = np.arange(len(examples.first)) if rows is None else rows
+        encodings = tokenizer.encode_batch_fast(examples.take(chosen).texts())
         self.pad_id = tokenizer.token_to_id("[PAD]")
-        self.labels = np.array(examples.labels, dtype=np.int64)[chosen]
+        self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)[chosen]
         self.targets = self.labels
         self.ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         self.lengths = np.array([len(ids) for ids in self.ids])
+        self.cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
         # The second sentence starts after so many tokens.
         self.first_lengths = self.lengths - np.array([sum(encoding.type_ids) for encoding in encodings])
 
@@ -114,14 +146,15 @@ class TokenizedExamples:
         return len(self.ids)
 
     def renumbered(self) -> tuple[np.ndarray, "TokenizedExamples"]:
-        """The token ids that occur, padding among them, in increasing order (V,), and the examples with ids 0 to V-1.
+        """The token ids that occur (V,), padding among them, in increasing order, and the examples with ids 0 to V-1.
 
-        An id of these examples counts the ids that occur.
+        So id i of these examples is the i-th of the ids that occur: a model whose word embedding holds only those
+        rows, in this order, gives the same answers.
         """
-        used = np.unique(np.concatenate([*self.ids, [self.pad_id]]))
+        used, numbers = np.unique(np.concatenate([*self.ids, [self.pad_id]]), return_inverse=True)
         examples = copy.copy(self)
-        examples.ids = [np.searchsorted(used, ids) for ids in self.ids]
-        examples.pad_id = int(np.searchsorted(used, self.pad_id))
+        *examples.ids, _ = np.split(numbers, np.cumsum(self.lengths))
+        examples.pad_id = int(numbers[-1])
         return used, examples
 
     def with_targets(self, targets: np.ndarray) -> "TokenizedExamples":
@@ -137,8 +170,9 @@ class TokenizedExamples:
         input_ids = np.full(mask.shape, self.pad_id)
         input_ids[mask] = np.concatenate([self.ids[row] for row in rows])
         token_types = mask & (positions >= self.first_lengths[rows, None])
-        arrays = (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64), self.targets[rows])
-        return Batch(*map(torch.from_numpy, arrays))
+        arrays = (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64))
+        targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
+        return Batch(*map(torch.from_numpy, arrays), targets)
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """One epoch of training: every example once, in random batches of similar length."""

@@ -15,8 +15,6 @@ Nouns and names are held out: dev has none of those of train.
 
 import random
 
-from minisweet.files.safe import InputError
-
 LEVELS = ("one polar word", "contrast", "negation", "two steps")
 SIZES = {"train": 4000, "dev": 1000}  # a multiple of 8: each level as often, each with as many of both labels
 SEEDS = {"train": 1, "dev": 2}
@@ -46,47 +44,36 @@ NAMES = {
     ),
     "dev": ("Alice", "Bruno", "Clara", "Daniel", "Eva", "George", "Laura", "Martin", "Nina", "Oscar", "Sarah", "Tom"),
 }
-# fmt: on
-
 ONE_WORD = (
-    "The {noun} was {word}.",
-    "This {noun} is {word}.",
-    "We found the {noun} {word}.",
+    "The {noun} was {word}.", "This {noun} is {word}.", "We found the {noun} {word}.",
     "The {noun} last night was really {word}.",
 )
 NEGATION = (
-    "The {noun} was {plain}, and it was not {negated}.",
-    "The {noun} was not {negated}, and it was {plain}.",
-    "We found the {noun} {plain} and never {negated}.",
-    "The {noun} was never {negated} but always {plain}.",
+    "The {noun} was {plain}, and it was not {negated}.", "The {noun} was not {negated}, and it was {plain}.",
+    "We found the {noun} {plain} and never {negated}.", "The {noun} was never {negated} but always {plain}.",
 )
 CONTRAST = (
     "Although the {noun} was {side}, the {other} was {main}.",
     "The {noun} was {main}, although the {other} was {side}.",
-    "The {noun} was {side}, but the {other} was {main}.",
-    "The {noun} was {main} despite the {side} {other}.",
-    "Despite the {side} {noun}, the {other} was {main}.",
-    "The {noun} was {main}, even though the {other} was {side}.",
+    "The {noun} was {side}, but the {other} was {main}.", "The {noun} was {main} despite the {side} {other}.",
+    "Despite the {side} {noun}, the {other} was {main}.", "The {noun} was {main}, even though the {other} was {side}.",
 )
 OPINIONS = (
-    "{fan} loved the {noun} and {critic} hated it.",
-    "{critic} hated the {noun} and {fan} loved it.",
+    "{fan} loved the {noun} and {critic} hated it.", "{critic} hated the {noun} and {fan} loved it.",
     "{fan} praised the {noun}, but {critic} complained about it.",
     "{critic} complained about the {noun}, but {fan} praised it.",
     "{fan} called the {noun} {good}, {critic} called it {bad}.",
     "{critic} called the {noun} {bad}, {fan} called it {good}.",
 )
 VERDICT = " {judge} is right."
+# fmt: on
 
 
 def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
     """Make "train" (4,000 rows) or "dev" (1,000 rows), the same on every call, shuffled.
 
-    Returns the sentences, their labels (0 negative, 1 positive) and their difficulties (from `LEVELS`). Raises
-    InputError for another split.
+    Returns the sentences, their labels (0 negative, 1 positive) and their difficulties (from `LEVELS`).
     """
-    if split not in SIZES:
-        raise InputError(f"split {split!r}: choose one of {', '.join(SIZES)}")
     rng = random.Random(SEEDS[split])
     rows = []
     for level in LEVELS:

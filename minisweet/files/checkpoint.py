@@ -1,50 +1,68 @@
-"""Public weights into our encoders: strictly, through the explicit name maps of bert.py and deberta.py.
+"""Public weights into our encoders: strictly, through the explicit name maps of names.py.
 
-Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. All that is missing, unexpected or
-mis-shaped is listed, with both shapes, and stops the load.
+Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
+finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
+so that a config.json that asks for a billion layers costs nothing.
+
+A config.json is honoured, or refused by name: a key that changes the model must be a field of BertConfig or
+DebertaConfig. Other keys (architectures, use_cache, transformers_version, ...) describe the file, not the model.
 """
 
 import logging
-import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from minisweet import bert, deberta
-from minisweet.files.safe import InputError, read_json
+from minisweet.bert import BertEncoder
+from minisweet.deberta import DebertaEncoder
+from minisweet.files.config import BertConfig, DebertaConfig
+from minisweet.files.names import BERT_DROPPED, DEBERTA_DROPPED, bert_names, deberta_names
+from minisweet.files.safe import InputError, is_text, listed, one_line, read_json, written_beside
 
-Encoder = bert.BertEncoder | deberta.DebertaEncoder
+Encoder = BertEncoder | DebertaEncoder
+Linear = tuple[Tensor, Tensor]  # weight and bias
 
 ARCHITECTURES = {
-    "bert": (bert.BertConfig, bert.BertEncoder, bert.CHECKPOINT_NAMES, bert.DROPPED),
-    "deberta": (deberta.DebertaConfig, deberta.DebertaEncoder, deberta.CHECKPOINT_NAMES, deberta.DROPPED),
+    "bert": (BertConfig, BertEncoder, bert_names, BERT_DROPPED),
+    "deberta": (DebertaConfig, DebertaEncoder, deberta_names, DEBERTA_DROPPED),
 }
-POOLER = ("pooler.dense.weight", "pooler.dense.bias")
+OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
+WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+FLOATS = ("F16", "BF16", "F32", "F64")
+POOLER, CLASSIFIER = ("pooler.dense.weight", "pooler.dense.bias"), ("classifier.weight", "classifier.bias")
+TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
 
 
-def read_config(folder: str | Path) -> bert.BertConfig | deberta.DebertaConfig:
+def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented."""
     path = Path(folder) / "config.json"
     content = read_json(path)
-    model_type = content.get("model_type")
+    # BERT's oldest checkpoints are from before there was a model_type.
+    model_type = content.get("encoder_type" if content.get("model_type") == OURS else "model_type", "bert")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
-    config_class = ARCHITECTURES[model_type][0]
-    known = fields(config_class)
-    missing = [field.name for field in known if field.default is MISSING and field.name not in content]
-    if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing, and {config_class.__name__} needs it")
     try:
-        return config_class(**{field.name: content[field.name] for field in known if field.name in content})
-    except ValueError as error:
+        return config_from_json(ARCHITECTURES[model_type][0], content)
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def new_encoder(config: bert.BertConfig | deberta.DebertaConfig) -> Encoder:
+def config_from_json(config_class: type, content: Mapping[str, object]):
+    """Build a config from config.json's content. Raises ValueError, with the field, where one is missing or wrong."""
+    known = fields(config_class)
+    missing = [field.name for field in known if field.default is MISSING and field.name not in content]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing, and {config_class.__name__} needs it")
+    return config_class(**{field.name: content[field.name] for field in known if field.name in content})
+
+
+def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
     """Make an encoder with random weights."""
     return ARCHITECTURES[config.model_type][1](config)
 
@@ -53,9 +71,10 @@ def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool =
     """Load a BERT or DeBERTa encoder, as config.json's model_type says, from a folder in the Hugging Face layout.
 
     Args:
-        folder: holds config.json and model.safetensors, in any floating-point type.
+        folder: holds config.json and model.safetensors, in any floating-point type, or the shards that
+            model.safetensors.index.json names, or pytorch_model.bin, which is converted once.
         num_layers: keep the first so many layers; the others are not read. Default: all.
-        warn: say so where a BERT checkpoint has no pooler.
+        warn: say so where a BERT checkpoint has no pooler, and where the head of a task is left out.
 
     Returns:
         The encoder in float32, in training mode like any new module. Its `pooler_start` is the checkpoint's pooler,
@@ -65,80 +84,202 @@ def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool =
         InputError: `num_layers` lies outside the encoder, a file is missing or unreadable, config.json asks for what is
             not implemented, or the tensors are not those that it describes.
     """
-    config = read_config(folder)
+    return _load(Path(folder), num_layers, warn)[0]
+
+
+def load_classifier(folder: str | Path) -> tuple[Encoder, Linear, Linear, list[str]]:
+    """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
+
+    Returns:
+        The encoder as `load_encoder` gives it, the pooler's weight (D, D) and bias (D,), the classifier's weight (C, D)
+        and bias (C,), and the labels in the order of the classes: id2label's, or LABEL_0, LABEL_1, ...
+
+    Raises:
+        InputError: as `load_encoder`, and for regression, several labels at once, and heads of other tasks.
+    """
+    folder = Path(folder)
+    path, content = folder / "config.json", read_json(folder / "config.json")
+    made = content.get("architectures") or ["ForSequenceClassification"]
+    if not isinstance(made, list) or not str(made[0]).endswith("ForSequenceClassification"):
+        raise InputError(f"{path}: architectures is {made!r}, and must be a model for sequence classification")
+    kind = content.get("problem_type")
+    if kind not in (None, "single_label_classification"):
+        raise InputError(f"{path}: problem_type is {kind!r}, and only single_label_classification is implemented")
+    encoder, classifier = _load(folder, None, True, with_head=True)
+    C = len(classifier[1])
+    if C < 2:
+        raise InputError(f"{folder}: its head has {C} output, which is regression; two classes or more are implemented")
+    names = content.get("id2label") or {str(n): f"LABEL_{n}" for n in range(C)}
+    labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) else []
+    if len(names) != C or not all(map(is_text, labels)) or len(set(labels)) < C:
+        raise InputError(f"{path}: id2label is {names!r:.100}, and must name each of the head's {C} classes once")
+    return encoder, encoder.pooler_start, classifier, labels
+
+
+def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = False) -> tuple[Encoder, Linear | None]:
+    """The encoder, and the classifier if it is asked for."""
+    config, log = read_config(folder), logging.getLogger("minisweet")
     depth = config.num_hidden_layers
     if num_layers is not None and not 1 <= num_layers <= depth:
         raise InputError(f"num_layers is {num_layers}, and must lie in 1 to {depth}, the depth of {folder}")
-    config = replace(config, num_hidden_layers=num_layers or depth)
-    with torch.device("meta"):  # shapes only: random weights would be drawn and thrown away
-        encoder = new_encoder(config)
-    path = Path(folder) / "model.safetensors"
-    try:
-        with safe_open(path, framework="pt") as checkpoint:
-            weights, pooler = _read(checkpoint, path, encoder, depth)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not readable as safetensors ({error})") from None
+    model_type, D = config.model_type, config.hidden_size
+    _, _, checkpoint_names, dropped = ARCHITECTURES[model_type]
+    with open_weights(folder) as files:
+        path = folder / (WEIGHTS if (folder / WEIGHTS).exists() else INDEX)
+        keys: dict[str, str] = {}  # the plain name of each tensor, to its name in the file
+        for key in sorted(files):
+            plain = key.removeprefix(f"{model_type}.")
+            for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+                plain = plain.removesuffix(old) + new if plain.endswith(old) else plain
+            if plain in keys:
+                raise InputError(f"{path}: {key} and {keys[plain]} are the same parameter")
+            keys[plain] = key
+        tensors = {plain: files[key] for plain, key in keys.items()}
+        numbers, found = {name.split(".")[2] for name in keys if name.startswith("encoder.layer.")}, 0
+        while str(found) in numbers:
+            found += 1
+        if depth > found:
+            raise InputError(f"{path}: num_hidden_layers is {depth}, and encoder.layer.{found} is missing")
+        check_width(path, "embeddings.word_embeddings.weight", tensors, D)
+        config = replace(config, num_hidden_layers=num_layers or depth)
+        with torch.device("meta"):  # shapes only: random weights would be drawn and thrown away
+            encoder = new_encoder(config)
+        names = checkpoint_names(config.num_hidden_layers)
+        wanted = {name: (names[name], list(value.shape)) for name, value in encoder.state_dict().items()}
+        if with_head or any(name in keys for name in POOLER):
+            wanted |= {POOLER[0]: (POOLER[:1], [D, D]), POOLER[1]: (POOLER[1:], [D])}
+        if with_head:
+            shape = tensors[CLASSIFIER[1]].get_shape() if CLASSIFIER[1] in tensors else []
+            C = shape[0] if len(shape) == 1 else 2
+            wanted |= {CLASSIFIER[0]: (CLASSIFIER[:1], [C, D]), CLASSIFIER[1]: (CLASSIFIER[1:], [C])}
+        else:
+            dropped = (*dropped, *TASK_HEADS)
+        sliced_off = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
+        weights = read_tensors(path, tensors, wanted, (*dropped, *sliced_off))
+    pooler = (weights.pop(POOLER[0]), weights.pop(POOLER[1])) if POOLER[0] in weights else None
+    classifier = (weights.pop(CLASSIFIER[0]), weights.pop(CLASSIFIER[1])) if with_head else None
     encoder.load_state_dict(weights, assign=True)
     encoder.pooler_start = pooler
-    if warn and pooler is None and config.model_type == "bert":
-        logging.getLogger("minisweet").warning("%s has no pooler: each exit head starts from a fresh one", path)
-    return encoder
+    left_out = [keys[name] for name in keys if name.startswith(TASK_HEADS)]
+    if warn and left_out and not with_head:
+        log.warning("%s: the head of its task is left out (%s)", path, listed(left_out))
+    if warn and pooler is None and model_type == "bert":
+        log.warning("%s has no pooler: each exit head starts from a fresh one", path)
+    return encoder, classifier
 
 
-def _read(checkpoint, path: Path, encoder: Encoder, depth: int):
-    """Read the encoder's weights and the pooler from an open checkpoint, or raise InputError with all that is wrong."""
-    model_type = encoder.config.model_type
-    _, _, names, dropped = ARCHITECTURES[model_type]
-    keys: dict[str, str] = {}  # the plain name of each tensor, to its name in the file
-    problems = []
-    for key in sorted(checkpoint.keys()):
-        plain = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key.removeprefix(f"{model_type}."))
-        plain = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", plain)
-        if plain in keys:
-            problems.append(f"{key} and {keys[plain]} are the same parameter")
-        keys[plain] = key
+def check_width(path: Path, name: str, tensors: Mapping, D: int) -> None:
+    """Raise InputError unless the tensor is there, with D columns: of that size is all that will be built."""
+    shape = tensors[name].get_shape() if name in tensors else "missing"
+    if len(shape) != 2 or shape[1] != D:
+        raise InputError(f"{path}: {name} is {shape}, and hidden_size is {D} in config.json")
 
-    def read(sources: list[str], shape: list[int]) -> Tensor | None:
-        """Read and join the tensors `sources`, each with an equal part of the rows of `shape`, in float32."""
-        part = [shape[0] // len(sources), *shape[1:]]
-        found = len(problems)
-        for source in sources:
-            if source not in keys:
-                problems.append(f"{source} {part} is missing")
-            elif (actual := checkpoint.get_slice(keys[source]).get_shape()) != part:
-                problems.append(f"{source} is {actual} and should be {part}")
-            elif (dtype := checkpoint.get_slice(keys[source]).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
-                problems.append(f"{source} is of type {dtype} and should be floating-point")
-        if len(problems) > found:
-            return None
-        return torch.cat([checkpoint.get_tensor(keys[source]).float() for source in sources])
 
-    weights, used = {}, set()
-    for name, parameter in encoder.state_dict().items():
-        sources = _sources(name, names)
-        weights[name] = read(sources, list(parameter.shape))
+@contextmanager
+def open_weights(folder: Path) -> Iterator[dict]:
+    """Open a folder's weights: each tensor's name to its slice, of which nothing has been read yet.
+
+    Raises InputError where there are none, and where they cannot be read.
+    """
+    path = folder / WEIGHTS
+    if not path.exists() and not (folder / INDEX).exists() and (folder / PICKLED).is_file():
+        convert(folder / PICKLED)
+    with ExitStack() as stack:
+        try:
+            if path.exists() or not (folder / INDEX).exists():
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            else:
+                slices = {}
+                for path in shards(folder):
+                    file = stack.enter_context(safe_open(path, framework="pt"))
+                    for key in file.keys():  # noqa: SIM118
+                        if key in slices:
+                            raise InputError(f"{path}: holds {key!r:.80}, which another shard holds too")
+                        slices[key] = file.get_slice(key)
+            yield slices
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not readable as safetensors ({error})") from None
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names, all beside it."""
+    path = folder / INDEX
+    index = read_json(path).get("weight_map")
+    names = set(index.values()) if isinstance(index, dict) and all(map(is_text, index.values())) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise InputError(f"{path}: weight_map must name a file of the same folder for each tensor")
+    return [folder / name for name in sorted(names)]
+
+
+def read_tensors(path: Path, tensors: Mapping, wanted: Mapping, dropped: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Read tensors in float32, and find all that is wrong with them.
+
+    Args:
+        path: for messages.
+        tensors: each name to its slice, from `open_weights`.
+        wanted: each of our names to its names there, whose tensors are joined along the first dimension, and its shape.
+        dropped: what other names may begin with.
+
+    Raises:
+        InputError: tensors that are missing, mis-shaped, of another type, not finite, or unexpected.
+    """
+    problems, weights, used = [], {}, set()
+    for ours, (sources, shape) in wanted.items():
         used.update(sources)
-    pooler = None
-    if any(name in keys for name in POOLER):
-        D = encoder.config.hidden_size
-        pooler = (read([POOLER[0]], [D, D]), read([POOLER[1]], [D]))
-        used.update(POOLER)
-    sliced_off = [f"encoder.layer.{n}.*" for n in range(encoder.config.num_hidden_layers, depth)]
-    for plain, key in keys.items():
-        if plain not in used and not any(fnmatchcase(plain, pattern) for pattern in (*dropped, *sliced_off)):
-            problems.append(f"{key} {checkpoint.get_slice(key).get_shape()} is unexpected")
+        part, values = [shape[0] // len(sources), *shape[1:]], []
+        for source in sources:
+            if source not in tensors:
+                problems.append(f"{source} {part} is missing")
+            elif (actual := tensors[source].get_shape()) != part:
+                problems.append(f"{source} is {actual} and should be {part}")
+            elif (dtype := tensors[source].get_dtype()) not in FLOATS:
+                problems.append(f"{source} is of type {dtype} and should be floating-point")
+            else:
+                values.append(tensors[source][...].float())
+                if not values[-1].isfinite().all():
+                    problems.append(f"{source} holds NaN or infinity")
+        if not problems:
+            weights[ours] = torch.cat(values)
+    for name in tensors:
+        if name not in used and not name.startswith(dropped or ("\0",)):
+            problems.append(f"{name} {tensors[name].get_shape()} is unexpected")
     if problems:
-        raise InputError(f"{path} does not fit its config.json: {'; '.join(problems)}")
-    return weights, pooler
+        raise InputError(f"{path} does not fit its config.json: {listed(problems)}")
+    return weights
 
 
-def _sources(name: str, names: dict[str, tuple[str, ...]]) -> list[str]:
-    """The checkpoint's names for our parameter `name`, by the name map of its architecture."""
-    for ours, theirs in names.items():
-        pattern = re.escape(ours).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\*", r"(?P<kind>weight|bias)")
-        if match := re.fullmatch(pattern, name):
-            n, kind = match.groupdict().get("n", ""), match.groupdict().get("kind", "")
-            return [source.replace("{n}", n).replace("*", kind) for source in theirs]
-    raise KeyError(name)
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of a model's tensors that hold NaN or infinity."""
+    return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+
+
+def convert(path: Path) -> None:
+    """Write the state dict in `path`, a pytorch_model.bin, to model.safetensors beside it. Raises InputError."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # pickle, zip, runtime and key errors, according to what is wrong with the file
+        raise InputError(f"{path}: not a PyTorch state dict ({type(error).__name__}: {one_line(error, 200)})") from None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"{path}: not a PyTorch state dict, which maps names to tensors")
+    room = 2 * path.stat().st_size + 2**20  # two names may share one tensor; an expanded one would fill the memory
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{path}: not a PyTorch state dict, {name!r:.80} is no tensor")
+        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
+            raise InputError(
+                f"{path}: {name!r:.80} is sparse, quantised, nested or empty, and should be a plain tensor"
+            )
+        room -= value.numel() * value.element_size()
+        if room < 0:
+            raise InputError(f"{path}: {name!r:.80} {list(value.shape)} is more than the file can hold")
+    try:
+        # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
+        tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+        packed = save(tensors, metadata={"format": "pt"})  # save_file() would let no other user read it
+    except Exception as error:  # a type that safetensors does not know
+        raise InputError(f"{path}: cannot be converted ({type(error).__name__}: {one_line(error, 200)})") from None
+    with written_beside(path.with_name(WEIGHTS)) as partial:
+        partial.write_bytes(packed)

@@ -2,24 +2,34 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from minisweet.files.safe import InputError
+from minisweet.files.safe import InputError, is_text, one_line
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, whose errors are one line and exit status 2."""
 
     def __init__(self, **options) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        kept = argparse.RawDescriptionHelpFormatter  # an epilog's examples stand on lines of their own
+        super().__init__(allow_abbrev=False, formatter_class=kept, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, but no word may hold what neither a path nor a name can: NUL, or half a character."""
+        for word in sys.argv[1:] if args is None else args:
+            if not is_text(word):
+                self.error(f"{word!r}: holds a character that no path and no name can have")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the message as one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
 def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
@@ -87,13 +97,36 @@ def one_of(names) -> Callable[[str], str]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130, SIGTERM with 143."""
+    """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130, SIGTERM with 143.
+
+    Where nobody reads what is printed any more, as after `| head`, the command ends in silence, with 141.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed then too
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # closed by the shell: >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # an ASCII terminal shows \\xe9 for what it does not know
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(141)
     except (InputError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        with suppress(OSError):
+            print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
+        _discard_output()
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _discard_output() -> None:
+    """Send what is still unwritten nowhere, if it cannot be written: Python would complain of it at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

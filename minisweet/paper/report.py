@@ -1,5 +1,5 @@
 """From runs to the paper's tables and figures: individual classifiers (Tables 1, 3, 4), scores interpolated at set
-speedup ratios (App. A), speed-accuracy curves (Figs. 4 to 8, 10).
+speedup ratios and areas under the curve (App. A), speed-accuracy curves (Figs. 4 to 8, 10).
 
 Everything is computed from the runs' own records, run.json and evaluation.json. A mean over tasks is taken seed by
 seed, so that its deviation is the one over seeds, as in the paper; a seed that lacks a task's run has no mean.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisweet.files.safe import InputError, written_beside
+from minisweet.files.figures import load_pyplot, save_figure
 
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -39,10 +39,10 @@ def did_not_converge(record: dict) -> bool:
     """Whether every exit predicts one class, or the training ended with no less loss than it began with.
 
     The first and the last tenth of the steps are compared, ten steps at least, or the halves of fewer than twenty: the
-    loss of all exits together, for MM each model's own.
+    loss of all exits together, and each exit's own under MM and branches, which are trained apart.
     """
     losses = np.array(record["losses"])  # (steps, K)
-    if record["method"] != "mm":
+    if record["method"] not in ("mm", "branch"):
         losses = losses.sum(1, keepdims=True)
     part = max(len(losses) // 10, min(10, len(losses) // 2))
     # A single step tells nothing.
@@ -50,15 +50,14 @@ def did_not_converge(record: dict) -> bool:
     return rose or len(one_class_layers(record)) == len(record["exit_layers"])
 
 
-def exit_scores(record: dict) -> np.ndarray:
-    """The score of each exit on the whole validation set: (K,)."""
-    return np.array(record["exit_scores"])
-
-
 def interpolated(record: dict, ratios: np.ndarray) -> np.ndarray:
-    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach."""
+    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach.
+
+    The curve is in the order of its thresholds. Its ratios need not increase: with branches the last one drops to 1.
+    """
     x, y = np.round(record["speedup_ratios"], 9), np.array(record["scores"])
-    return np.interp(np.round(ratios, 9), x, y, left=np.nan, right=np.nan)
+    order = x.argsort(kind="stable")
+    return np.interp(np.round(ratios, 9), x[order], y[order], left=np.nan, right=np.nan)
 
 
 def seed_means(records: Records, tasks: Sequence[str], points: Callable[[dict], np.ndarray]) -> np.ndarray:
@@ -81,18 +80,19 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def table_ratios(records: Records, method: str) -> np.ndarray:
     """The speedup ratios of the tables (P,): the first exit's and the set ones. Empty without a run."""
-    first = [run["speedup_ratios"][0] for run in _runs(records, list(records)) if run][:1]
+    first = [min(run["speedup_ratios"]) for run in _runs(records, list(records)) if run][:1]
     set_ratios = RATIOS + (MULTI_MODEL_RATIOS if method == "mm" else ())
     return np.array(sorted({round(ratio, 9) for ratio in (*first, *set_ratios)}) if first else [])
 
 
 def results_of(grid: dict[str, Records]) -> dict:
-    """`individual`, `interpolated` and `differences`, for JSON, of one training size.
+    """`individual`, `interpolated`, `areas`, `differences` and `area_differences`, for JSON, of one training size.
 
-    `grid` is method to task to seed to record. Differences are the last method's interpolated scores less each other
-    method's, paired over tasks and seeds, with the interval of as many independent pairs; only where there are pairs.
+    `grid` is method to task to seed to record. `differences` are the last method's interpolated scores less each other
+    method's, `area_differences` each method's area less each other's; only where there are pairs.
     """
-    results: dict[str, dict] = {"individual": {}, "interpolated": {}}
+    results: dict[str, dict] = {"individual": {}, "interpolated": {}, "areas": {}}
+    area = lambda run: np.array([run["area"]])  # noqa: E731
     for method, records in grid.items():
         ratios = table_ratios(records, method)
         layers = next((run["exit_layers"] for run in _runs(records, list(records)) if run), [])
@@ -102,22 +102,32 @@ def results_of(grid: dict[str, Records]) -> dict:
             tasks = {task: _row(records, [task], points, spread) for task in records}
             return _row(records, list(records), points, spread) | {"tasks": tasks}
 
-        results["individual"][method] = {"exit_layers": layers} | rows(exit_scores, "std")
+        results["individual"][method] = {"exit_layers": layers} | rows(lambda run: np.array(run["exit_scores"]), "std")
         at_ratios = rows(lambda run, ratios=ratios: interpolated(run, ratios), "ci95")
         results["interpolated"][method] = {"ratios": ratios.tolist()} | at_ratios
-    *others, last = grid
+        results["areas"][method] = rows(area, "ci95")
+    last = list(grid)[-1]
     ratios = table_ratios(grid[last], last)
-    results["differences"] = {"of": last, "ratios": ratios.tolist(), "from": {}}
-    for other in others:
-        runs = [(grid[last][task], grid[other][task]) for task in grid[last]]
-        pairs = [(ours[seed], theirs[seed]) for ours, theirs in runs for seed in ours.keys() & theirs.keys()]
-        values = [interpolated(a, ratios) - interpolated(b, ratios) for a, b in pairs if a and b]
-        if not values:
-            continue
-        mean, _, ci95 = over_seeds(np.array(values))
-        row = {"pairs": len(values), "mean": for_json(mean), "ci95": for_json(ci95)}
-        results["differences"]["from"][other] = row
+    less_others = less_each_other(grid, last, lambda run: interpolated(run, ratios))
+    results["differences"] = {"of": last, "ratios": ratios.tolist(), "from": less_others}
+    results["area_differences"] = {method: less_each_other(grid, method, area) for method in grid}
     return results
+
+
+def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dict], np.ndarray]) -> dict:
+    """The points of a method's runs less those of each other method's, paired over tasks and seeds.
+
+    The interval is that of as many independent pairs. A method without pairs is left out.
+    """
+    differences = {}
+    for other in grid:
+        runs = [(grid[method][task], grid[other][task]) for task in grid[method]]
+        pairs = [(ours[seed], theirs[seed]) for ours, theirs in runs for seed in ours.keys() & theirs.keys()]
+        values = [points(a) - points(b) for a, b in pairs if a and b]
+        if values and other != method:
+            mean, _, ci95 = over_seeds(np.array(values))
+            differences[other] = {"pairs": len(values), "mean": for_json(mean), "ci95": for_json(ci95)}
+    return differences
 
 
 def _row(records: Records, tasks: list[str], points: Callable, spread: str) -> dict:
@@ -139,7 +149,7 @@ def _runs(records: Records, tasks: Sequence[str]) -> list[dict | None]:
 
 
 def markdown(results: dict) -> str:
-    """The tables of `results_of`: a row per task and method, the mean over tasks first; then the differences."""
+    """The tables of `results_of`: a row per task and method, the mean over tasks first; the differences; the areas."""
     text = ""
     for table, title, column, spread in (
         ("individual", "Individual classifiers: mean score ± deviation over seeds", "exit_layers", "std"),
@@ -171,7 +181,17 @@ def markdown(results: dict) -> str:
     if rows:
         title = f"{differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval"
         text += _table(title, ["less", "pairs", *(f"{ratio:.3g}" for ratio in differences["ratios"])], rows)
-    return text
+    rows = []
+    for method, row in results["areas"].items():
+        of_tasks = list(row["tasks"].values()) if len(row["tasks"]) > 1 else []
+        cells = ["".join(_cell(*pair) for pair in zip(r["mean"], r["ci95"], strict=True)) for r in (row, *of_tasks)]
+        for other in results["areas"]:
+            less = results["area_differences"][method].get(other)
+            cells.append(_cell(less["mean"][0], less["ci95"][0], sign="+") if less else "")
+        rows.append([method, row["seeds"], *cells])
+    head = ["method", "seeds", "mean" if of_tasks else tasks[0], *(tasks if of_tasks else [])]
+    title = "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds"
+    return text + _table(title, [*head, *(f"less {other}" for other in results["areas"])], rows)
 
 
 def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
@@ -228,25 +248,6 @@ def for_json(values: np.ndarray) -> list:
     return np.where(np.isnan(values), None, values.round(4)).tolist()
 
 
-def load_pyplot(path: Path):
-    """matplotlib's pyplot, without a screen, to draw `path`. Raises InputError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError(f"{path}: not drawn, since matplotlib is not installed (pip install matplotlib)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a figure of matplotlib's to a PNG, whole or not at all, and close it."""
-    with written_beside(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    load_pyplot(path).close(figure)
-
-
 def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:
     """Draw speed-accuracy curves to a PNG: mean over seeds, shaded their 95% confidence interval.
 
@@ -262,10 +263,10 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
         others = [method for method in grid if method not in COLOURS]
         colours = COLOURS | dict(zip(others, cycle(OTHER_COLOURS), strict=False))
         for method, records in grid.items():
-            ends = [run["speedup_ratios"][n] for run in _runs(records, tasks) if run for n in (0, -1)]
-            if not ends:
+            reached = [ratio for run in _runs(records, tasks) if run for ratio in run["speedup_ratios"]]
+            if not reached:
                 continue
-            ratios = np.linspace(min(ends), max(ends), 400)
+            ratios = np.linspace(min(reached), max(reached), 400)
             mean, _, ci95 = over_seeds(seed_means(records, tasks, lambda run, at=ratios: interpolated(run, at)))
             if len(mean):
                 axis.plot(ratios, mean, color=colours[method], label=method)

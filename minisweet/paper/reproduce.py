@@ -3,53 +3,81 @@
     python -m minisweet.reproduce --model minilm-l6 --tasks sst2,mrpc --seeds 0,1,2 --lrs 5e-5,1e-4,2e-4,4e-4
 
 What the grid's runs are, and which of them are missing, is worked out in grid.py. Each run is a folder made by train.py
-and evaluate.py; what is complete is skipped.
+and evaluate.py; what is complete is skipped. The command may be started several times on one folder, on several
+machines too: each run is made once.
 """
 
 import argparse
+import os
+import re
 import shlex
-import subprocess
-import sys
+import time
 from pathlib import Path
 
+from minisweet.data.own import DATA_DIR
 from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.files.runs import method_arguments, method_name
+from minisweet.files.figures import load_pyplot
 from minisweet.files.safe import InputError, read_json, write_json, written_beside
-from minisweet.paper.grid import EVALUATION, RETRY_STEP, Grid
-from minisweet.paper.report import did_not_converge, document, draw_curves, load_pyplot, one_class_layers, results_of
+from minisweet.paper.grid import EVALUATION, RETRY_STEP, Claims, Grid, run_script
+from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.training.options import add_training_options, find_model, search_rates
 
-SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
+FILES = ("results.md", "curves.png", "tasks.png", "sizes.png")  # beside results.json, which names those it wrote
 
 
 def method_setting(text: str) -> str:
-    """An argparse type: a method, or SWEET with gradient over its boundaries, as `method_name` writes it."""
-    try:
-        return method_name(method_arguments(text))
-    except ValueError:
-        names = f"{', '.join(METHODS)}, sweet-flow0.5 (0 to 1), sweet-cap1, sweet-owner1"
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {names}") from None
+    """An argparse type: a method, or one of those that commit fc57fa9 had, such as sweet-flow0.5 or sweet-owner1."""
+    if text not in METHODS and not re.fullmatch(r"sweet-(flow|cap|owner)[0-9][0-9.e+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}")
+    return text
 
 
 def run_all(grid: Grid) -> list[str]:
-    """Run what is missing, the search first. Returns the names of the runs that failed."""
-    failed: list[str] = []
+    """Run what is missing, the search first, but for what other processes make. Returns which runs failed, by name."""
+    claims, failed, waits = Claims(), set(), False
+    start, before = time.monotonic(), len(grid.wanted()) - len(grid.missing())
     while todo := [run for run in grid.missing() if grid.folder(run).name not in failed]:
-        name = grid.folder(todo[0]).name
-        print(f"{name} ({len(todo)} to go)", flush=True)
-        for script, *arguments in grid.commands(todo[0]):
-            if subprocess.run([sys.executable, str(SCRIPTS / script), *arguments]).returncode:
-                break
-        if todo[0] in grid.missing():  # not made by another process either
-            failed.append(name)
-    return failed
+        for run in todo:
+            with claims.take(grid.folder(run)) as is_ours:
+                if not is_ours:
+                    continue
+                if grid.is_missing(run):  # no other process made it meanwhile
+                    name = grid.folder(run).name
+                    done = len(grid.wanted()) - len(todo) - before  # by all processes, since this one began
+                    minutes = (time.monotonic() - start) / 60 / max(done, 1) * len(todo)
+                    print(f"{name} ({len(todo)} to go{f', about {minutes:.0f} min' if done > 0 else ''})", flush=True)
+                    for script, *arguments in grid.commands(run):
+                        if run_script(script, arguments):
+                            break
+                    if grid.is_missing(run):
+                        failed.add(name)
+                break  # what is missing now may have changed
+        else:
+            if not waits:
+                print(f"{len(todo)} runs are being made by other processes; waiting for them", flush=True)
+            waits = True
+            time.sleep(1)
+    return [name for run in grid.missing() if (name := grid.folder(run).name) in failed]
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raise InputError where --out holds other results, or a file that a report would replace and did not write."""
+    there = read_json(args.out / "results.json") if os.path.lexists(args.out / "results.json") else {}
+    for key in ("model", "exit_strategy"):
+        if there and there.get(key) != getattr(args, key):
+            raise InputError(f"--out: {args.out} holds results of {key} {there.get(key)}; name another folder")
+    ours = there.get("files") if isinstance(there.get("files"), list) else []
+    for path in (args.out / name for name in FILES):
+        if os.path.lexists(path) and (path.name not in ours or path.is_dir()):
+            raise InputError(f"--out: {path} is not of this command (results.json does not name it); move it away")
 
 
 def write_report(grid: Grid) -> None:
     """Write results.md, results.json and the figures from the runs that are there."""
     args = grid.args
+    check_output(args)
     tables: dict[int, dict] = {n: {m: {t: {} for t in args.tasks} for m in args.methods} for n in args.train_sizes}
     missing = [grid.folder(run).name for run in grid.missing()]
     repeated = {}
@@ -70,6 +98,13 @@ def write_report(grid: Grid) -> None:
     lost = [grid.folder(run).name for run in wanted if grid.is_lost(run)]
 
     size = args.train_sizes[0]
+    title = f"{Path(args.model).name}, mean over {len(args.tasks)} tasks" if len(args.tasks) > 1 else args.tasks[0]
+    figures = {"curves.png": [(title, tables[size], args.tasks)]}
+    if len(args.tasks) > 1:
+        figures["tasks.png"] = [(task, tables[size], [task]) for task in args.tasks]
+    if len(args.train_sizes) > 1:
+        sizes = sorted(args.train_sizes)
+        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sizes]
     results = {
         "model": args.model,
         "exit_strategy": args.exit_strategy,
@@ -89,21 +124,15 @@ def write_report(grid: Grid) -> None:
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
         "by_train_size": {str(n): results_of(tables[n]) for n in args.train_sizes[1:]},
         "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
+        "files": ["results.md", *figures],
     }
-    write_json(args.out / "results.json", results)
+    for name in set(FILES) - set(results["files"]):
+        (args.out / name).unlink(missing_ok=True)  # one of other tables would mislead
+    write_json(args.out / "results.json", results)  # first, since it tells that the others are ours
     with written_beside(args.out / "results.md") as partial:
         partial.write_text(document(results), encoding="utf-8")
-    title = f"{Path(args.model).name}, mean over {len(args.tasks)} tasks" if len(args.tasks) > 1 else args.tasks[0]
-    figures = {"curves.png": [(title, tables[size], args.tasks)]}
-    if len(args.tasks) > 1:
-        figures["tasks.png"] = [(task, tables[size], [task]) for task in args.tasks]
-    if len(args.train_sizes) > 1:
-        sizes = sorted(args.train_sizes)
-        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sizes]
-    for name in ("curves.png", "tasks.png", "sizes.png"):
-        (args.out / name).unlink(missing_ok=True)  # one of other tables would mislead
-        if name in figures:
-            draw_curves(args.out / name, figures[name])
+    for name, panels in figures.items():
+        draw_curves(args.out / name, panels)
     print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
 
 
@@ -113,18 +142,11 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    option("--methods", type=list_of(method_setting), default=["ee", "mm", "sweet"], help="default: ee,mm,sweet")
-    option(
-        "--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first for the search (default: 0,1,2)"
-    )
-    option(
-        "--lrs",
-        type=list_of(positive_float),
-        help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)",
-    )
-    option(
-        "--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first for the search (default: 6000)"
-    )
+    methods = ["ee", "mm", "sweet"]
+    option("--methods", type=list_of(method_setting), default=methods, help="or branch (default: ee,mm,sweet)")
+    option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="first the search's (default: 0,1,2)")
+    option("--lrs", type=list_of(positive_float), help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)")
+    option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
@@ -133,10 +155,13 @@ def parse_arguments() -> argparse.Namespace:
     instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
+    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
     add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     args.lrs = args.lrs or search_rates(args.model)
+    if old := [method for method in args.methods if method not in METHODS and not args.report_only]:
+        raise InputError(f"--methods: {old[0]} is of commit fc57fa9; here its runs are only reported (--report-only)")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     return args
@@ -153,11 +178,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after hours of training
     load_pyplot(args.out / "curves.png")
-    if (args.out / "results.json").exists():
-        there = read_json(args.out / "results.json")
-        for key in ("model", "exit_strategy"):
-            if there.get(key) != getattr(args, key):
-                raise InputError(f"--out: {args.out} holds results of {key} {there.get(key)}; name another folder")
+    check_output(args)
     if not args.report_only:
         find_model(args)
         failed = run_all(grid)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minisweet import adaptive
 from minisweet.data.text import Batch, TokenizedExamples
+from minisweet.evaluation import sweep
 from minisweet.files.safe import InputError
 from minisweet.training.devices import place
 
@@ -117,20 +117,21 @@ def own_seed(seed: int) -> int:
 
 
 def predict(model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"):
-    """`adaptive.predict`, for which each process takes a share of the rows; all get the answers for all rows."""
+    """`sweep.predict`, for which each process takes a share of the rows; all get the answers for all rows."""
     rank, _, processes = place()
     if processes == 1:
-        return adaptive.predict(model, examples, precision, title)
+        return sweep.predict(model, examples, precision, title)
     rows = np.arange(rank, len(examples), processes)
     mine, part = rows if len(rows) else np.zeros(1, dtype=int), copy.copy(examples)
     part.ids = [examples.ids[row] for row in mine]
-    for name in ("labels", "targets", "lengths", "first_lengths"):
-        setattr(part, name, getattr(examples, name)[mine])
+    for name in ("targets", "lengths", "first_lengths"):
+        values = getattr(examples, name)
+        setattr(part, name, None if values is None else values[mine])
 
     def whole(answers: Tensor) -> Tensor:  # (K, n, ...) to (K, N, ...)
         of_all_rows = answers.new_zeros(len(answers), len(examples), *answers.shape[2:])
         of_all_rows[:, rows] = answers[:, : len(rows)]
         return all_reduce(of_all_rows)
 
-    logits, certainty = adaptive.predict(model, part, precision, title)
+    logits, certainty = sweep.predict(model, part, precision, title)
     return whole(logits), None if certainty is None else whole(certainty)

@@ -1,4 +1,7 @@
-"""The settings that a user need not give: where the exits are, and the paper's learning rates (Table 2)."""
+"""The options of every command that trains, and the settings that a user need not give.
+
+Those are the exit layers (Sec. 3.2), the paper's learning rates (Table 2) and its batch sizes (App. A).
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -57,13 +60,25 @@ TABLE_2 = {
 }
 
 
+def exit_layers_for(depth: int) -> tuple[int, ...]:
+    """The default exit layers of an encoder of `depth` layers: those of EXIT_LAYERS, or by the rule that gave them.
+
+    They are the layers next to 1/12, 1/3, 1/2 and 1 of the depth. Shallow encoders have fewer, since no layer is taken
+    twice: 2 layers give 1, 2.
+    """
+    layers = {max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}
+    return EXIT_LAYERS.get(depth, tuple(sorted(layers)))
+
+
 def default_learning_rate(model: str, task: str, method: str) -> float:
-    """The paper's rate for this model, task and method; 2e-4 for minilm-l6, 5e-5 where the paper has none."""
+    """The paper's rate for this model, task and method; 2e-4 for minilm-l6, 5e-5 where the paper has none.
+
+    For branches it is the trunk's, which is trained as MM's last model is.
+    """
     if model == "minilm-l6":
         return 2e-4
     rates = TABLE_2.get(model, {}).get(task, (5, 5, 5))
-    method = "mm" if method == "branch" else method  # a trunk is MM's last model
-    return rates[("ee", "mm", "sweet").index(method)] / 1e5
+    return rates[{"ee": 0, "mm": 1, "sweet": 2, "branch": 1}[method]] / 1e5
 
 
 def search_rates(model: str) -> list[float]:
@@ -77,10 +92,9 @@ def default_batch_size(model: str) -> int:
 
 
 def add_training_options(parser: Parser) -> None:
-    """Add what every command that trains takes: the model, the data, and how batches are made and computed."""
+    """Add what every command that trains takes: the model, and how batches are made and computed."""
     option = parser.add_argument
     option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
-    option("--data-dir", type=Path, default=Path("data"), help="holds the GLUE tasks' folders (default: data)")
     option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
     option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
     option("--exit-layers", type=list_of(whole_number(1)), help="counted from 1, such as 1,4,6,12 (default: by depth)")
@@ -88,12 +102,10 @@ def add_training_options(parser: Parser) -> None:
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, BertConfig | DebertaConfig, Sequence[int]]:
-    """The folder of --model, its config, and the exit layers; raises InputError where an option does not fit them."""
+    """The folder of --model, its config, and the exit layers. Raises InputError where an option does not fit them."""
     folder = model_folder(args.model)
     config = read_config(folder)
-    exit_layers = args.exit_layers or EXIT_LAYERS.get(config.num_hidden_layers)
-    if exit_layers is None:
-        raise InputError(f"--exit-layers: needed for {args.model}, an encoder of {config.num_hidden_layers} layers")
+    exit_layers = args.exit_layers or exit_layers_for(config.num_hidden_layers)
     try:
         check_exit_layers(exit_layers, config.num_hidden_layers)
     except ValueError as error:

@@ -1,0 +1,155 @@
+"""All exits on a validation set at once, and what every threshold makes of them (Sec. 3.3).
+
+Dimension letters: K exits, N instances, C classes.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minisweet.adaptive import area_under_curve
+from minisweet.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
+from minisweet.data.tasks import score
+from minisweet.data.text import TokenizedExamples
+from minisweet.data.toy import LEVELS
+from minisweet.files.safe import InputError, written_beside
+from minisweet.training.devices import autocast
+
+BATCH_SIZE = 64
+CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
+
+
+class Validation(NamedTuple):
+    """What a run's exits said of N validation rows."""
+
+    logits: Tensor  # (K, N, C)
+    certainty: Tensor | None  # (K or K-1, N), of learning-to-exit
+    labels: Tensor  # (N,): the gold ones, or where there are none the last exit's
+
+    def rows(self, rows: Tensor) -> "Validation":
+        """The same of some rows."""
+        certainty = None if self.certainty is None else self.certainty[:, rows]
+        return Validation(self.logits[:, rows], certainty, self.labels[rows])
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"
+) -> tuple[Tensor, Tensor | None]:
+    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K or K-1, N), else None.
+
+    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. The last exit of a
+    branch model has no certainty.
+    """
+    device = next(model.parameters()).device
+    max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
+    rows, logits, certainties = [], [], []
+    with tqdm(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
+        for batch in examples.by_length(BATCH_SIZE, max_tokens):
+            rows.append(batch.rows)
+            exits = list(model.exit_by_exit(*batch.to(device).inputs))
+            logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())
+            known = [certainty for _, certainty in exits if certainty is not None]
+            certainties += [torch.stack(known).cpu()] if known else []
+            progress.update(len(batch.rows))
+    order = torch.cat(rows).argsort()
+    return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
+
+
+def sweep(
+    predictions: Tensor,
+    taken: Tensor,
+    labels: np.ndarray,
+    thresholds: list[float],
+    costs: np.ndarray,
+    metric: str,
+) -> dict:
+    """Score the exits, and what leaves where at each threshold.
+
+    Args:
+        predictions: (K, N), all exits' classes.
+        taken: (thresholds, N), the exit that each instance takes, counted from 0.
+        labels: (N,).
+        thresholds: increasing.
+        costs: (thresholds, K) of leaving at each exit, as a share of the encoder's layers.
+        metric: "accuracy" or "matthews".
+
+    Returns:
+        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
+    """
+    scores, ratios, counts = [], [], []
+    for exits, cost in zip(taken, costs, strict=True):
+        chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
+        scores.append(score(chosen.numpy(), labels, metric))
+        counts.append(exits.bincount(minlength=len(cost)).tolist())
+        ratios.append(float(np.dot(counts[-1], cost) / len(labels)))  # Eq. 1
+    return {
+        "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
+        "thresholds": thresholds,
+        "scores": scores,
+        "speedup_ratios": ratios,
+        "exit_counts": counts,
+        "area": area_under_curve(ratios, scores),
+    }
+
+
+def calibration_report(logits: Tensor, targets: Tensor, temperatures: Tensor) -> dict:
+    """How far each exit's confidence can be trusted.
+
+    Args:
+        logits: (K, N, C).
+        targets: (N,), the labels.
+        temperatures: (K, N), those in use.
+
+    Returns:
+        temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
+    """
+    scaled = logits / temperatures[..., None]
+    return {
+        "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
+        "ece": {
+            "before": [expected_calibration_error(exit_logits, targets) for exit_logits in logits],
+            "after": [expected_calibration_error(exit_logits, targets) for exit_logits in scaled],
+        },
+        "nll": {
+            "before": [negative_log_likelihood(exit_logits, targets) for exit_logits in logits],
+            "after": [negative_log_likelihood(exit_logits, targets) for exit_logits in scaled],
+        },
+    }
+
+
+def mean_exit_layers(difficulties: list[str], taken: Tensor, exit_layers: list[int]) -> dict:
+    """The mean layer at which each difficulty's instances leave, at each threshold.
+
+    Args:
+        difficulties: (N), each of `LEVELS`.
+        taken: (thresholds, N), the exit that each instance takes, counted from 0.
+        exit_layers: (K).
+
+    Returns:
+        For each difficulty, easy to hard, a list (thresholds).
+    """
+    layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
+    return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
+
+
+def save_validation(path: Path, validation: Validation) -> None:
+    """Write logits.safetensors: what the exits said of the validation rows, for rules to try without a model."""
+    tensors = {name: tensor.contiguous() for name, tensor in validation._asdict().items() if tensor is not None}
+    with written_beside(path) as partial:
+        partial.write_bytes(save(tensors))
+
+
+def load_validation(path: Path) -> Validation:
+    """Read what `save_validation` wrote. Raises InputError for another file."""
+    try:
+        tensors = load_file(path)
+        return Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: not what evaluate.py writes ({error})") from None

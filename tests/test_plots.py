@@ -1,0 +1,111 @@
+"""The curve of one run and the comparison of several, drawn from evaluations: what stands in the figure."""
+
+import sys
+
+import matplotlib.pyplot as pyplot
+import pytest
+
+from minisweet.files.safe import InputError
+from minisweet.use import plots
+from minisweet.use.plots import compare_curves, draw_curve
+
+# The last ratio but one is larger than the last, as it is with branches: at t = 1 they are not asked.
+EVALUATION = {
+    "task": "toy",
+    "metric": "accuracy",
+    "method": "sweet",
+    "exit_layers": [1, 2, 4],
+    "exit_scores": [60.0, 70.0, 90.0],
+    "thresholds": [0.5, 0.75, 0.99, 1.0],
+    "scores": [60.0, 80.0, 89.0, 90.0],
+    "speedup_ratios": [0.25, 0.6, 1.05, 1.0],
+    "exit_counts": [[8, 0, 0], [3, 1, 4], [0, 0, 8], [0, 0, 8]],
+    "class_counts": [[8, 0], [4, 4], [5, 3]],
+    "area": 75.0,
+    "examples": 8,
+}
+POINT = {"threshold": 0.8, "score": 88.0, "full_depth_score": 90.0, "speedup_ratio": 0.7}
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are saved, kept to be looked at."""
+    kept, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (kept.append(figure), save(figure, path)))
+    return kept
+
+
+def line(axis, label: str):
+    """The line of an axis whose label starts so."""
+    (found,) = [line for line in axis.lines if line.get_label().startswith(label)]
+    return found
+
+
+def test_the_curve_has_exits_full_depth_and_the_operating_point(tmp_path, figures):
+    path = tmp_path / "curve.png"
+    draw_curve(path, EVALUATION | {"operating_point": POINT}, ["negative", "positive"])
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
+    (axis,) = figures[0].axes
+    curve = line(axis, "early exit")
+    assert list(curve.get_xdata()) == [0.25, 0.6, 1.0, 1.05]  # by ratio, not by threshold
+    assert list(curve.get_ydata()) == [60.0, 80.0, 90.0, 89.0]
+    assert set(line(axis, "full depth: 90.0").get_ydata()) == {90.0}
+    dots = [entry for entry in axis.lines if entry.get_marker() == "o"]
+    assert [(*dot.get_xdata(), *dot.get_ydata()) for dot in dots] == [(0.25, 60.0), (0.5, 70.0), (1.0, 90.0)]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [True, False, False]
+    assert any("layer 1: positive" in text.get_text() for text in axis.texts)
+    star = line(axis, "operating point: threshold 0.80, score 88.0")
+    assert (*star.get_xdata(), *star.get_ydata()) == (0.7, 88.0)
+    assert "accuracy" in axis.get_ylabel()
+    assert "percent" in axis.get_ylabel()
+    assert not pyplot.get_fignums()  # closed, so that a loop over runs does not fill the memory
+
+
+def test_the_toy_task_shows_where_each_difficulty_leaves(tmp_path, figures):
+    means = {"easy": [1.0, 1.5, 4.0, 4.0], "hard": [1.0, 3.0, 4.0, 4.0]}
+    draw_curve(tmp_path / "curve.png", EVALUATION | {"mean_exit_layers": means})
+    _, axis = figures[0].axes
+    assert list(line(axis, "hard").get_xdata()) == EVALUATION["thresholds"]
+    assert list(line(axis, "hard").get_ydata()) == means["hard"]
+    assert list(line(axis, "easy").get_ydata()) == means["easy"]
+
+
+def test_an_exit_that_runs_models_one_after_the_other_costs_all_of_them(tmp_path, figures):
+    mm = EVALUATION | {"method": "mm", "speedup_ratios": [0.25, 0.9, 1.6, 1.75]}
+    draw_curve(tmp_path / "curve.png", mm)
+    dots = [entry.get_xdata()[0] for entry in figures[0].axes[0].lines if entry.get_marker() == "o"]
+    assert dots == [0.25, 0.75, 1.75]
+
+
+def test_a_branch_costs_the_exits_that_were_asked_before_it(tmp_path, figures):
+    draw_curve(tmp_path / "curve.png", EVALUATION | {"method": "branch"})
+    dots = [entry.get_xdata()[0] for entry in figures[0].axes[0].lines if entry.get_marker() == "o"]
+    assert dots == pytest.approx([1 / 4, (2 + 1 / 6) / 4, (4 + 2 / 6) / 4])
+
+
+def test_several_runs_in_one_picture(tmp_path, figures):
+    other = EVALUATION | {"method": "mm", "area": 70.0, "operating_point": POINT, "dev_digest": "1"}
+    compare_curves(tmp_path / "compare.png", {"first": EVALUATION, "second": other})
+    (axis,) = figures[0].axes
+    assert list(line(axis, "first, sweet: area 75.0").get_xdata()) == [0.25, 0.6, 1.0, 1.05]
+    assert list(line(axis, "second, mm: area 70.0").get_ydata()) == [60.0, 80.0, 90.0, 89.0]
+    assert line(axis, "first").get_color() != line(axis, "second").get_color()
+    assert sum(entry.get_marker() == "*" for entry in axis.lines) == 1
+    assert "operating point" in axis.get_title()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("task", "sst2"), ("metric", "matthews"), ("examples", 9), ("dev_digest", "2")]
+)
+def test_a_run_of_other_data_is_refused_by_name(tmp_path, key, value):
+    first = EVALUATION | {"dev_digest": "1"}
+    with pytest.raises(InputError, match=f"^runs/odd: .*{key}"):
+        compare_curves(tmp_path / "compare.png", {"one": first, "two": first, "runs/odd": first | {key: value}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"curve\.png.*matplotlib"):
+        draw_curve(tmp_path / "curve.png", EVALUATION)
