@@ -193,7 +193,17 @@ class Grid:
         evaluate = ["evaluate.py", folder, "--data-dir", str(args.data_dir), *device]
         if (self.folder(run) / "run.json").exists():
             return [evaluate]
-        train = ["train.py", "--model", args.model, "--out", folder, "--exit-strategy", args.exit_strategy, *device]
+        train = [
+            "train.py",
+            "--resume",
+            "--model",
+            args.model,
+            "--out",
+            folder,
+            "--exit-strategy",
+            args.exit_strategy,
+            *device,
+        ]
         options = run._asdict() | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
         options["batch_size"] = args.batch_size
         options["exit_layers"] = args.exit_layers and ",".join(map(str, args.exit_layers))
