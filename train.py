@@ -126,7 +126,11 @@ def train(
             if len(unread) == read_every or step == steps:
                 history += finite(torch.stack(unread).tolist(), len(history), learning_rate)
                 unread.clear()
-                progress.set_postfix(loss=f"{sum(history[-1]):.3f}", refresh=False)
+                recent = np.mean(history[-50:], axis=0)
+                progress.set_description(
+                    f"{title}, epoch {1 + (step - 1) * epochs // steps} of {epochs}", refresh=False
+                )
+                progress.set_postfix_str(f"loss per exit, last 50 steps: {' '.join(f'{x:.2f}' for x in recent)}", False)
                 if checkpoints:
                     checkpoints.keep(title, history, parameters, optimizer, scaler)
     return history

@@ -1,6 +1,7 @@
 """Branches on a frozen trunk by the commands: the trunk is a plain model to the bit, and stays it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import evaluate
 import train
 from minisweet.adaptive import ExitRule
 from minisweet.exits import EXIT_STRATEGIES
-from minisweet.files.runs import load_run
+from minisweet.files.runs import load_run, load_trunk
 from minisweet.live import early_exit
 from tests.conftest import quick, random_batch, write_model
 
@@ -96,6 +97,29 @@ def test_targets_change_what_branches_learn_and_the_trunks_need_no_labels(comman
     assert command(evaluate, "unlabelled")[0] == 0
     result = json.loads((tmp_path / "unlabelled" / "evaluation.json").read_text())
     assert (result["metric"], result["exit_scores"][-1]) == ("agreement", 100)
+
+
+def test_a_classifier_of_transformers_keeps_its_answers_when_branches_are_grown_on_it(command, model_dir, model_type):
+    transformers = pytest.importorskip("transformers")
+    name = {"bert": "Bert", "deberta": "Deberta"}[model_type]
+    config = getattr(transformers, f"{name}Config").from_pretrained(model_dir)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+    for parameter in theirs.parameters():  # as drawn by default, position terms would hardly show
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(model_dir)  # beside the vocabulary
+    input_ids, mask, token_types = random_batch()
+    types = {"token_type_ids": token_types} if model_type == "bert" else {}
+    with torch.no_grad():
+        expected = theirs(input_ids=input_ids, attention_mask=mask, **types).logits
+        before = load_trunk(model_dir)[0](input_ids, mask, token_types)
+    torch.testing.assert_close(before[0], expected, atol=1e-5, rtol=0)
+    status, _, err = command(train, *short("--trunk", model_dir, "--out", "a", "--lr", "1e-2"))
+    assert status == 0, err
+    with torch.no_grad():
+        after = load_run(Path("a"))[0](input_ids, mask, token_types)
+    assert torch.equal(after[-1], before[0])
+    assert (after[:-1] != after[-1]).any()
 
 
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])

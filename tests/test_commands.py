@@ -118,6 +118,15 @@ def test_training_learns_and_decays_to_zero(command, tmp_path, monkeypatch):
     assert rates == pytest.approx([1e-2 * (1 - n / 60) for n in range(60)])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_example_is_enough(command, tmp_path, method):
+    model = write_model(tmp_path / "tiny", "bert")
+    arguments = ["--method", method, "--train-size", 1, "--epochs", 3, "--exit-strategy", "lte", "--out", "a"]
+    assert command(train, *quick(model, *arguments))[0] == 0
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert (len(record["subset"]), np.shape(record["losses"])) == (1, (3, 3))
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_close_to_float32(command, tmp_path, model_type, amp):
     model = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

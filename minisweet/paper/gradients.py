@@ -116,8 +116,7 @@ def main() -> None:
         load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings), rows, unseen
     )
     model.to(device).eval()
-    starts = range(0, measured, args.batch_size)
-    batches = [new.batch(np.arange(start, start + args.batch_size)).to(device) for start in starts]
+    batches = (new.batch(chosen).to(device) for chosen in np.arange(measured).reshape(-1, args.batch_size))
     measurements = [exit_similarities(model, batch) for batch in batches]
     similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
     mean = similarities.mean(0)  # (M, K, K)
