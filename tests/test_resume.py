@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 
 import train
 from minisweet.files.commands import run_command
-from tests.conftest import write_model
+from tests.conftest import CHECKOUT, write_model
 from tests.kill import METHODS, result
 
 STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
@@ -180,3 +182,10 @@ def test_the_seconds_are_those_that_were_computed(command, monkeypatch):
     assert command("--out", "a", "--save-every", "1000", "--resume")[0] == 0
     record = json.loads(Path("a/run.json").read_text())
     assert before < record["stages"]["sweet"] <= record["seconds"] < 200
+
+
+@pytest.mark.slow
+def test_trainings_killed_at_random_moments():
+    seed = str(random.randrange(10**6))
+    killed = subprocess.run([sys.executable, "-m", "tests.kill", "--kills", "3", "--seed", seed], cwd=CHECKOUT)
+    assert killed.returncode == 0
