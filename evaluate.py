@@ -22,7 +22,7 @@ from minisweet.data.own import digest, load_dev
 from minisweet.data.tasks import TASKS, classification_report, never_predicted
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import Validation, operating_point
-from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, predict, save_validation, sweep
+from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, save_validation, sweep
 from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
@@ -34,8 +34,10 @@ from minisweet.training.devices import (
     choose_device,
     choose_precision,
     device_name,
+    place,
     reuse_freed_memory,
 )
+from minisweet.training.distributed import in_turn, predict, together
 from minisweet.use.plots import compare_curves, draw_curve
 
 EXAMPLES = """examples:
@@ -85,6 +87,8 @@ def main() -> None:
     before = run_digest(run)
     model, record = load_run(run)
     validation, evaluation = evaluate(model, record, args)
+    if place().rank:  # the first process alone writes
+        return
     if run_digest(run) != before:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
     save_validation(run / "logits.safetensors", validation)
@@ -114,7 +118,8 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     method, exit_layers, depth, names = record["method"], list(model.exit_layers), record["depth"], record["labels"]
-    dev = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, args.data, args.data_dir)
+    with in_turn():
+        dev = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, args.data, args.data_dir)
     max_length = record["arguments"]["max_length"]
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
 
@@ -122,7 +127,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
     predictions = logits.argmax(-1)  # (K, N)
-    metric = "agreement" if dev.labels is None else record.get("metric", TASKS[record["task"]].metric)
+    metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
     labels = predictions[-1] if dev.labels is None else torch.from_numpy(examples.labels)  # (N,)
     validation = Validation(logits, certainty, labels)
 
@@ -153,7 +158,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         evaluation["certainty_ranges"] = ranges.tolist()
     if dev.difficulties is not None:
         evaluation["mean_exit_layers"] = mean_exit_layers(dev.difficulties, taken, exit_layers)
-    if args.live:
+    if args.live and place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
         with autocast(device, precision):
             live = measure_live(model, examples, thresholds, costs, args.live_batch_size, rule, progress)
@@ -225,4 +230,4 @@ def operating_sentence(point: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(together(main))

@@ -10,7 +10,7 @@ Writes a run folder, which evaluate.py reads.
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from minisweet.data.own import add_data_options, data_name, digest, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
-from minisweet.evaluation.sweep import predict
 from minisweet.exits import (
     EXIT_STRATEGIES,
     METHODS,
@@ -39,7 +38,15 @@ from minisweet.files.checkpoint import load_encoder
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
 from minisweet.files.runs import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.training.devices import autocast, choose_device, choose_precision, device_name, reuse_freed_memory
+from minisweet.training.devices import (
+    autocast,
+    choose_device,
+    choose_precision,
+    device_name,
+    place,
+    reuse_freed_memory,
+)
+from minisweet.training.distributed import add_up, in_turn, own_seed, predict, share, together
 from minisweet.training.options import (
     add_training_options,
     default_batch_size,
@@ -47,8 +54,10 @@ from minisweet.training.options import (
     exit_layers_for,
     find_model,
 )
+from minisweet.training.resume import Checkpoints, is_finished, what_is_trained
 
 TARGETS = ("labels", "trunk", "half")
+READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
 EXAMPLES = """examples:
   python train.py --task sst2 --method branch
   python train.py --data tickets.csv --text-columns subject,body --label-column team
@@ -69,6 +78,7 @@ def train(
     seed: int,
     precision: torch.dtype | None = None,
     title: str = "train",
+    checkpoints: Checkpoints | None = None,
 ) -> list[list[float]]:
     """Fine-tune the exits of `model` in place, on the device where it is (App. A).
 
@@ -79,7 +89,8 @@ def train(
         learning_rate: of the first step; it decays linearly to zero.
         seed: of the order of the examples and of dropout.
         precision: type to autocast to; None for float32 alone.
-        title: for the progress bar.
+        title: for the progress bar, and the name of this stage in the checkpoints.
+        checkpoints: to go on from, and to write to.
 
     Returns:
         Each step's loss at each exit that is trained: (steps, K), and for branches (steps, K-1).
@@ -87,28 +98,50 @@ def train(
     Raises:
         NotFiniteError: the loss is no longer finite.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(own_seed(seed))
     model.train()
     device = next(model.parameters()).device
     steps = epochs * -(-len(examples) // batch_size)
-    history: list[list[float]] = []
+    rank, _, processes = place()  # of several, each takes a share of every batch
+    read_every = 1 if device.type == "cpu" else READ_EVERY
     with tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress, used_rows(model, examples) as examples:
         groups = model.trained()
         parameters = list(chain.from_iterable(groups))
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-        for batch in chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs)):
+        history = checkpoints.load(title, parameters, optimizer, scaler) if checkpoints else []
+        unread: list[Tensor] = []  # losses that are still on the device
+        batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
+        progress.update(sum(len(batch.rows) for batch in islice(batches, len(history))))  # what was done before
+        for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()
+            mine, weight = share(batch, rank, processes) if processes > 1 else (batch, 1.0)
             with autocast(device, precision):
-                losses = send_back(model, batch.to(device), scaler)
-            update(optimizer, scaler, groups, learning_rate * (1 - len(history) / steps))
-            history.append(losses.tolist())
-            if not np.isfinite(history[-1]).all():
-                total = sum(history[-1])
-                raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {total} in step {len(history)}")
+                losses = send_back(model, mine.to(device), scaler)
+            if processes > 1:
+                losses = add_up(parameters, losses, weight)
+            update(optimizer, scaler, groups, learning_rate * (1 - (step - 1) / steps))
+            unread.append(losses)
             progress.update(len(batch.rows))
-            progress.set_postfix(loss=f"{sum(history[-1]):.3f}", refresh=False)
+            if len(unread) == read_every or step == steps:
+                history += finite(torch.stack(unread).tolist(), len(history), learning_rate)
+                unread.clear()
+                recent = np.mean(history[-50:], axis=0)
+                progress.set_description(
+                    f"{title}, epoch {1 + (step - 1) * epochs // steps} of {epochs}", refresh=False
+                )
+                progress.set_postfix_str(f"loss per exit, last 50 steps: {' '.join(f'{x:.2f}' for x in recent)}", False)
+                if checkpoints:
+                    checkpoints.keep(title, history, parameters, optimizer, scaler)
     return history
+
+
+def finite(losses: list[list[float]], before: int, learning_rate: float) -> list[list[float]]:
+    """The losses (steps, K) of the steps after the first `before`; raises NotFiniteError where one is no number."""
+    for step, row in enumerate(losses, before + 1):
+        if not np.isfinite(row).all():
+            raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {sum(row)} in step {step}")
+    return losses
 
 
 def send_back(model: MultiExitModel, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
@@ -182,6 +215,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run in --out")
+    option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
+    option("--resume", action="store_true", help="go on from the last checkpoint of a training that was stopped")
     add_training_options(parser)
     args = parser.parse_args()
     args.method = args.method or ("branch" if args.trunk else "sweet")
@@ -202,8 +237,9 @@ def fit(
     examples: TokenizedExamples,
     trunk: MultiExitModel | None,
     args: argparse.Namespace,
+    checkpoints: Checkpoints,
 ) -> tuple[MultiExitModel | MultiModel, np.ndarray, dict[str, float]]:
-    """Make and train the model of --method, or branches on a trunk that is there.
+    """Make and train the model of --method, or branches on a trunk that is there; go on where `checkpoints` are.
 
     Returns:
         The model, on the CPU. The losses (steps, K), or (steps, K-1) without the last exit's where the trunk was there.
@@ -212,13 +248,20 @@ def fit(
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "precision": precision}
+    settings["checkpoints"] = checkpoints
     losses, seconds = [], {}
 
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
-        start = time.perf_counter()
-        losses.append(train(model.to(device), examples, learning_rate=learning_rate, **settings, title=stage))
-        seconds[stage] = round(time.perf_counter() - start, 1)
-        model.cpu()  # frees the device for the next one
+        parameters = list(chain.from_iterable(model.trained()))
+        history = checkpoints.load(stage, parameters, which="end")
+        if not history:
+            with checkpoints.signals():
+                model.to(device)
+                history = train(model, examples, learning_rate=learning_rate, **settings, title=stage)
+            model.cpu()  # frees the device for the next one
+            checkpoints.save(stage, history, parameters)
+        losses.append(history)
+        seconds[stage] = round(checkpoints.seconds(), 1)
 
     torch.manual_seed(args.seed)
     if args.method == "mm":
@@ -258,7 +301,10 @@ def main() -> None:
     """Train one run."""
     args = parse_arguments()
     reuse_freed_memory()
-    with claim_output(args.out, args.overwrite):  # tried now, rather than after hours of training
+    if args.resume and is_finished(args):
+        print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
+        return
+    with claim_output(args.out, args.overwrite) if place().rank == 0 else nullcontext():  # now, not hours later
         train_run(args)
 
 
@@ -270,14 +316,15 @@ def train_run(args: argparse.Namespace) -> None:
     if trunk:
         args.exit_layers = args.exit_layers or exit_layers_for(trunk.exit_layers[0])
     args.lr = args.lr or told.get("learning_rate") or default_learning_rate(args.model, args.task, args.method)
-    folder, config, exit_layers = find_model(args)
+    with in_turn():
+        folder, config, exit_layers = find_model(args)
+        data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
     if args.method == "branch" and len(exit_layers) < 2:
         raise InputError(f"--exit-layers: {exit_layers[0]}, and branches need an exit before the last")
 
-    data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
     rows = np.random.default_rng(args.seed).permutation(len(data.train.first))
     subset = np.sort(rows[: args.train_size])
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length)
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     examples = TokenizedExamples(tokenizer, data.train, subset)
     notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
     print(*data.notes, *notes, sep="\n")
@@ -287,14 +334,20 @@ def train_run(args: argparse.Namespace) -> None:
         f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {precision or torch.float32}"
     )
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    arguments.pop("resume")  # a run that went on is as one that was never stopped
+    trained = what_is_trained(arguments, folder, examples, device.type, precision)
+    checkpoints = Checkpoints(args.out, trained, args.save_every, args.resume)
     start = time.perf_counter()
     try:
-        model, losses, stages = fit(folder, exit_layers, len(data.labels), examples, trunk, args)
+        model, losses, stages = fit(folder, exit_layers, len(data.labels), examples, trunk, args, checkpoints)
     except NotFiniteError as error:
-        if not args.out.exists():  # a grid's search must know that this rate is over
+        checkpoints.remove()
+        if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
             write_json(args.out / DIVERGED, {"error": str(error), "arguments": arguments})
         raise
-    seconds = time.perf_counter() - start
+    if place().rank:  # the first process alone writes
+        return
+    seconds = checkpoints.earlier + time.perf_counter() - start
     record = {
         "arguments": arguments,
         **data.record,
@@ -313,9 +366,10 @@ def train_run(args: argparse.Namespace) -> None:
         "subset": subset.tolist(),
         "losses": losses.round(5).tolist(),
     }
-    save_run(args.out, model, folder, record, args.overwrite)
+    with checkpoints.until_saved():
+        save_run(args.out, model, folder, record, args.overwrite)
     print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(together(main))

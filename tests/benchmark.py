@@ -24,25 +24,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from minisweet import MultiExitModel, load_encoder
-from minisweet.adaptive import confidences, exits_taken, leaves, spaced_thresholds
+from minisweet.adaptive import ExitRule, exits_taken, leaves, spaced_thresholds
 from minisweet.bert import BertConfig, BertEncoder
-from minisweet.data.tasks import TASKS, load_examples
-from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.data.tasks import load_examples
+from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.deberta import DebertaConfig, DebertaEncoder
+from minisweet.evaluation.sweep import predict
+from minisweet.evaluation.timing import GATHERED
 from minisweet.exits import METHODS
 from minisweet.files.commands import Parser, list_of, one_of, run_command
 from minisweet.files.hub import model_folder
 from minisweet.files.runs import load_run, method_name, read_record
 from minisweet.files.safe import read_json, write_json
-from minisweet.live import GATHERED, early_exit
+from minisweet.live import early_exit
 from minisweet.training.devices import reuse_freed_memory
 from tests.conftest import checkpoint_tensors
-from train import used_rows_alone
+from train import send_back, used_rows
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
 DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
 BATCH = 16
 TO_THE_END = ExitStack()  # what a process enters once and never leaves
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def settings_of(arch: str, size: str, depth: int | None = None) -> dict:
@@ -93,8 +96,7 @@ def step_unit(side: str, arch: str, size: str, T: int, amp: bool, exits: int = 1
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
             if side == "ours":
-                for logits, _ in model.segments(input_ids, mask, types):
-                    F.cross_entropy(logits.float(), labels).backward()
+                send_back(model, Batch(None, input_ids, mask, types, labels), NO_SCALER)
             else:
                 logits = model(input_ids=input_ids, attention_mask=mask, token_type_ids=types).logits
                 F.cross_entropy(logits.float(), labels).backward()
@@ -150,7 +152,7 @@ class TransformersWithExits(nn.Module):
         """Exit k's logits."""
         return self.classifiers[k](self.dropout(torch.tanh(self.poolers[k](hidden[:, 0]))))
 
-    def segments(self, input_ids, mask, types):
+    def exit_by_exit(self, input_ids, mask, types):
         """All exits' logits."""
         hidden = self.bert(
             input_ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True
@@ -186,11 +188,9 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
     fused = side != "the authors' way"
     if ours:
         model = MultiExitModel(load_encoder(model_folder("minilm-l6")), (1, 2, 3, 6), 2).train()
+        examples = TO_THE_END.enter_context(used_rows(model, examples))
     else:
         model = TransformersWithExits(attention="sdpa" if fused else "eager").train()
-    used = torch.from_numpy(examples.vocabulary())
-    if ours:
-        TO_THE_END.enter_context(used_rows_alone(model.encoder.word_embeddings, used))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
     if fused:
         batches = examples.shuffled(BATCH, 0, 0)
@@ -201,17 +201,14 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
     def ten_batches() -> None:
         for _ in range(10 if fused else 3):
             batch = next(batches)
-            if ours:
-                batch = batch._replace(input_ids=torch.searchsorted(used, batch.input_ids))
             inputs = batch.inputs if fused else padded(batch)
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
                 if ours:
-                    for logits, _ in model.segments(*inputs):
-                        F.cross_entropy(logits.float(), batch.labels).backward()
+                    send_back(model, batch, NO_SCALER)
                 else:
-                    exits = model.segments(*inputs)
-                    sum(F.cross_entropy(logits.float(), batch.labels) for logits, _ in exits).backward()
+                    exits = model.exit_by_exit(*inputs)
+                    sum(F.cross_entropy(logits.float(), batch.targets) for logits, _ in exits).backward()
             optimizer_step(model, optimizer)
 
     ten_batches.examples = BATCH * (10 if fused else 3)
@@ -220,17 +217,15 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
 
 def sweep_unit(side: str, run: str):
     """Eleven thresholds: ours on the whole validation set at once; theirs instance by instance, padded to 256."""
-    from evaluate import predict
-
     model, record = load_run(Path(run))
     examples = glue(record["task"], "dev", record["arguments"]["data_dir"])
-    lowest = 1 / len(TASKS[record["task"]].labels)
-    thresholds, rows = spaced_thresholds(11, lowest), range(0, len(examples), len(examples) // 20)
+    rule = ExitRule(record["num_labels"])
+    thresholds, rows = spaced_thresholds(11, rule.lowest), range(0, len(examples), len(examples) // 20)
     if side == "ours":
 
         def sweep():
-            confidence = confidences(predict(model, examples, None)[0])
-            return [exits_taken(confidence, threshold, lowest)[rows].tolist() for threshold in thresholds]
+            confidence = rule.confidences(predict(model, examples, None)[0])
+            return [exits_taken(confidence, threshold, rule.lowest)[rows].tolist() for threshold in thresholds]
 
         sweep.examples = len(examples)
         return sweep
@@ -244,7 +239,7 @@ def sweep_unit(side: str, run: str):
             decisions.append([])
             for row in rows:
                 for k, logits in enumerate(theirs.one_by_one(*padded(examples.batch(np.array([row]))))):  # noqa: B007
-                    if leaves(confidences(logits), threshold, lowest):
+                    if leaves(rule.confidence(k, logits, None), threshold, rule.lowest):
                         break
                 decisions[-1].append(k)
         return decisions
@@ -259,10 +254,10 @@ def live_unit(side: str, run: str, amp: bool, threshold: float = 1.0):
     examples = glue(record["task"], "dev", record["arguments"]["data_dir"])
     batches = list(examples.by_length(32 * GATHERED if side == "ours" else 32))
     if side == "ours":
-        run_batch = partial(early_exit, model.eval(), threshold=threshold)
+        run_batch = partial(early_exit, model, threshold=threshold)
     else:
         alone = TransformersWithExits(model[-1].exit_layers).take_weights(model[-1])
-        run_batch = lambda *inputs: alone.segments(*inputs)[-1][0].argmax(-1)  # noqa: E731
+        run_batch = lambda *inputs: alone.exit_by_exit(*inputs)[-1][0].argmax(-1)  # noqa: E731
 
     @torch.no_grad()
     def all_batches():
@@ -427,15 +422,10 @@ def saved_bytes(method: str) -> int:
                 held[self.key] -= 1
                 now -= self.size if held[self.key] == 0 else 0
 
-    input_ids, labels = torch.randint(5, 30000, (16, 128)), torch.randint(0, 2, (16,))
-    losses = []
+    input_ids = torch.randint(5, 30000, (16, 128))
+    batch = Batch(None, input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids), torch.zeros(16).long())
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda saved: saved.tensor):
-        for logits, _ in model.segments(input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids)):
-            losses.append(F.cross_entropy(logits, labels))
-            if method == "sweet":
-                losses.pop().backward()
-        if losses:
-            sum(losses).backward()
+        send_back(model, batch, NO_SCALER)
     return peak
 
 

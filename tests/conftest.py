@@ -21,8 +21,9 @@ CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config) -> None:
     """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine."""
+    config.addinivalue_line("markers", "slow: takes seconds, and runs by `-m slow` or in .ci/run")
     torch.set_num_threads(1)
 
 

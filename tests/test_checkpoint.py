@@ -296,7 +296,7 @@ def test_a_finished_classifier_is_transformers_own(tmp_path, model_type, labels)
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        ("ForSequenceClassification", {"num_labels": 1}, "one output, which is regression"),
+        ("ForSequenceClassification", {"num_labels": 1}, "1 output, which is regression"),
         ("ForSequenceClassification", {"problem_type": "regression"}, "problem_type is 'regression'"),
         ("ForSequenceClassification", {"problem_type": "multi_label_classification"}, "problem_type is 'multi_label"),
         ("ForTokenClassification", {}, r"architectures is \['\w+ForTokenClassification'\]"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
+from minisweet.exits import METHODS
 from minisweet.files.runs import load_run, newest_run
 from minisweet.training.devices import choose_precision
 from minisweet.training.options import default_batch_size, default_learning_rate
@@ -20,7 +21,7 @@ from tests.conftest import CHECKOUT, quick, random_batch, write_model
 KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee", "mm"])
+@pytest.mark.parametrize("method", METHODS)
 def test_train_and_evaluate(command, model_dir, method):
     status, out, err = command(train, *quick(model_dir, "--method", method, "--seed", 3))
     assert (status, "Traceback" in err) == (0, False)
@@ -42,8 +43,11 @@ def test_train_and_evaluate(command, model_dir, method):
     assert result["scores"][-1] == result["exit_scores"][-1]  # all reach the last
     assert result["exit_counts"][0] == [200, 0, 0]
     assert result["exit_counts"][-1] == [0, 0, 200]
-    assert result["speedup_ratios"][0] == pytest.approx(1 / 4)
-    assert result["speedup_ratios"][-1] == pytest.approx(7 / 4 if method == "mm" else 1)
+    costs = {"mm": [1, 3, 7], "branch": [1, 2 + 1 / 6, 4 + 2 / 6]}.get(method, [1, 2, 4])  # in layers
+    ratios = [np.dot(counts, costs) / 4 / 200 for counts in result["exit_counts"]]
+    ratios[-1] = 7 / 4 if method == "mm" else 1  # at threshold 1 no branch is asked
+    assert result["speedup_ratios"] == pytest.approx(ratios)
+    assert result["exit_counts"][-2][2] > 0  # so that below threshold 1 some have asked all branches
     assert len(result["thresholds"]) == len(result["scores"]) == 5
     assert all(sum(counts) == 200 for counts in result["exit_counts"])
     assert "mean exit layer per difficulty" in out
@@ -53,7 +57,7 @@ def test_train_and_evaluate(command, model_dir, method):
     assert command(evaluate, run)[0] == 0  # renews its own file
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee", "mm"])
+@pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
 def test_learning_to_exit(command, model_dir, method):
     assert command(train, *quick(model_dir, "--method", method, "--exit-strategy", "lte"))[0] == 0
     run = newest_run()
@@ -68,7 +72,8 @@ def test_learning_to_exit(command, model_dir, method):
     assert result["thresholds"] == [0, 0.25, 0.5, 0.75, 1]
     assert (result["exit_counts"][0], result["exit_counts"][-1]) == ([200, 0, 0], [0, 0, 200])
     assert np.shape(result["certainty_ranges"]) == (3, 2)
-    assert all(0 < low < high < 1 for low, high in result["certainty_ranges"])
+    asked = result["certainty_ranges"][: 2 if method == "branch" else 3]  # nobody asks a branch model's last exit
+    assert all(0 < low < high < 1 for low, high in asked)
 
 
 def test_a_run_is_not_overwritten_unless_told(command, tmp_path):
@@ -111,6 +116,15 @@ def test_training_learns_and_decays_to_zero(command, tmp_path, monkeypatch):
     losses = json.loads((tmp_path / "a" / "run.json").read_text())["losses"]
     assert sum(losses[-1]) < 0.8 * sum(losses[0])
     assert rates == pytest.approx([1e-2 * (1 - n / 60) for n in range(60)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_example_is_enough(command, tmp_path, method):
+    model = write_model(tmp_path / "tiny", "bert")
+    arguments = ["--method", method, "--train-size", 1, "--epochs", 3, "--exit-strategy", "lte", "--out", "a"]
+    assert command(train, *quick(model, *arguments))[0] == 0
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert (len(record["subset"]), np.shape(record["losses"])) == (1, (3, 3))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -207,12 +221,6 @@ def test_evaluate_refuses_what_is_no_run(command, tmp_path):
     assert "runs/a" in err
 
 
-def test_a_depth_without_default_exits_asks_for_them(command, tmp_path):
-    model = write_model(tmp_path / "tiny", "bert")
-    status, _, err = command(train, "--model", model, "--max-length", 32)
-    assert (status, "--exit-layers: needed for" in err) == (2, True)
-
-
 def test_the_papers_settings_are_the_defaults():
     """Table 2 as printed: EE, MM and SWEET, in 1e-5, for SST-2, MRPC, CoLA, MNLI, QQP, QNLI and RTE."""
     printed = {
@@ -297,38 +305,39 @@ def test_a_changed_run_json_is_refused(command, tmp_path, key, value):
     assert len(err) < 500
 
 
-def test_evaluate_names_the_exits_that_predict_one_class(command, tmp_path):
+def test_evaluate_names_the_classes_that_an_exit_never_predicts(command, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     assert command(train, *quick(model, "--out", "a"))[0] == 0
     tensors = load_file(tmp_path / "a" / "model.safetensors")
-    tensors["heads.1.classifier.bias"] = torch.tensor([9.0, -9.0])
-    tensors["heads.1.classifier.weight"].zero_()
-    tensors["heads.2.classifier.bias"].zero_()
-    tensors["heads.2.classifier.weight"] *= 1000.0  # so that both classes occur
+    for k, bias in enumerate(([9.0, -9.0], [-9.0, 9.0])):
+        tensors[f"heads.{k}.classifier.bias"] = torch.tensor(bias)
+        tensors[f"heads.{k}.classifier.weight"].zero_()
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     del record["digests"]
     (tmp_path / "a" / "run.json").write_text(json.dumps(record))
     status, out, _ = command(evaluate, "a")
     counts = json.loads((tmp_path / "a" / "evaluation.json").read_text())["class_counts"]
-    marks = "".join(f"{'yes' if 0 in row else '':>8}" for row in counts)
-    assert counts[1] == [200, 0]
-    assert (status, [line for line in out.splitlines() if "one class" in line]) == (0, ["predicts one class" + marks])
+    assert counts[:2] == [[200, 0], [0, 200]]
+    lines = ["the exit after layer 1 never predicts positive", "the exit after layer 2 never predicts negative"]
+    names = ("negative", "positive")
+    lines += [f"the exit after layer 4 never predicts {names[c]}" for c in (0, 1) if counts[2][c] == 0]
+    assert (status, [line for line in out.splitlines() if "never" in line]) == (0, lines)
 
 
 def test_evaluation_reads_the_data_dir_of_training_from_anywhere_or_the_given_one(command, tmp_path, monkeypatch):
     model = write_model(tmp_path / "tiny", "bert")
-    for name, count in (("one", 3), ("two", 5)):
-        (tmp_path / name / "RTE").mkdir(parents=True)
-        rows = "".join(f"{n}\tthe film\tnot bad\tentailment\n" for n in range(count))
-        for file in ("train.tsv", "dev.tsv"):
-            (tmp_path / name / "RTE" / file).write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
+    (tmp_path / "one" / "RTE").mkdir(parents=True)
+    rows = "".join(f"{n}\tthe film\tnot bad\tentailment\n" for n in range(3))
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / "one" / "RTE" / file).write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
     assert command(train, *quick(model, "--out", "a", "--task", "rte", "--data-dir", "one"))[0] == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for arguments, count in ((["../a"], 3), (["../a", "--data-dir", "../two"], 5)):
-        assert command(evaluate, *arguments)[0] == 0
-        assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["examples"] == count
+    assert command(evaluate, "../a")[0] == 0
+    assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["examples"] == 3
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert command(evaluate, "../a", "--data-dir", "../two")[0] == 0
 
 
 def test_a_model_of_multi_model_does_not_depend_on_the_others(command, tmp_path):

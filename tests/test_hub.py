@@ -21,7 +21,7 @@ from minisweet.files.safe import InputError
 from tests.conftest import CHECKOUT, CONFIGS, WORDS
 from tests.hub_server import HubServer
 
-CONFIG = json.dumps(CONFIGS["bert"] | {"vocab_size": 29}).encode()
+CONFIG = json.dumps(CONFIGS["bert"] | {"vocab_size": 28}).encode()
 WEIGHTS = save({"weight": torch.arange(12.0).reshape(3, 4)})
 VOCABULARY = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]).encode()
 BYTES = {token: n for n, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"])}
@@ -150,7 +150,7 @@ def test_converts_a_repository_of_pytorch_weights(server, fetch, tmp_path):
     state = {"embeddings": tied, "decoder": tied, "turned": tied.t(), "half": torch.ones(2, dtype=torch.float16)}
     torch.save(state, tmp_path / "pytorch_model.bin")
     server.repositories[hub.REPOSITORIES["deberta-base"]] = {
-        "config.json": CONFIG.replace(b"29", b"30"),
+        "config.json": CONFIG.replace(b"28", b"30"),
         "pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes(),
         "vocab.json": BERT["vocab.json"],
         "merges.txt": BERT["merges.txt"],
@@ -388,7 +388,7 @@ def test_a_hub_that_talks_nonsense_is_one_line(server, fetch, tmp_path, setting,
     [
         ("config.json", CONFIG.replace(b'"bert"', b'"roberta"'), "model_type is 'roberta'"),
         ("tokenizer.json", b"{}", "tokenizer"),
-        ("config.json", CONFIG.replace(b"29", b"12"), "embedding only 12 rows"),
+        ("config.json", CONFIG.replace(b"28", b"12"), "embedding only 12 rows"),
     ],
 )
 def test_config_and_tokenizer_are_tried_before_the_weights_are_fetched(server, fetch, tmp_path, name, content, reason):

@@ -351,6 +351,7 @@ def test_a_task_goes_through_the_same_door(tmp_path):
     ]
     assert load_dev(data.record) == data.dev
     assert load_dev({"task": "toy", "data_dir": "data"}) == data.dev  # of a run from before
+    assert load_dev(data.record | {"data": None}) == data.dev  # as a run's arguments have it
     unlabelled = load("--task", "toy", need_labels=False)
     assert unlabelled.train.labels is None
     assert unlabelled.dev == data.dev
@@ -411,11 +412,13 @@ def test_json_values_in_cells_and_rows_that_differ(tmp_path):
     assert ".csv" in refused(RowWriter, tmp_path / "out.xlsx")
 
 
-def test_standard_output_is_csv_as_it_comes(capsys):
+def test_standard_output_is_csv_as_it_comes(monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="utf-8", newline=""))
     with RowWriter(Path("-")) as writer:
         writer.write({"text": "a, b", "label": "x"})
-        assert capsys.readouterr().out == 'text,label\n"a, b",x\n'
-    print("still open", file=sys.stdout)
+        assert output.getvalue() == b'text,label\n"a, b",x\n'
+    assert not sys.stdout.closed
 
 
 def test_rows_are_streamed(tmp_path):

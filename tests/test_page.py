@@ -170,7 +170,8 @@ class Page:
         return self.browser.find_elements("css selector", css)
 
     def texts(self, css: str) -> list[str]:
-        return [element.get_property("textContent") for element in self.find(css)]
+        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent)"
+        return self.browser.execute_script(script, css)
 
     def slide(self, threshold: float) -> None:
         self.set("threshold", self.thresholds.index(threshold))

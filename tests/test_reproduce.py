@@ -17,7 +17,7 @@ import train
 from minisweet.files.commands import run_command
 from minisweet.paper import grid as grid_module
 from minisweet.paper import reproduce
-from tests.conftest import write_model
+from tests.conftest import WORDS, write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--exit-layers", "1,4", "--max-length", "32", "--tasks", "toy"]
 
@@ -336,7 +336,7 @@ def test_runs_of_another_precision_or_other_data_are_refused(command, tmp_path):
     for how in ([], ["--report-only", "--amp", "off"]):
         status, _, err, started = command(*grid, *how)
         assert (status, started, err.count("\n")) == (2, [], 1)
-        assert "a run in torch.bfloat16, not torch.float32; choose it by --amp, or name another" in err
+        assert "a run with precision (--amp) torch.bfloat16, not torch.float32; name another" in err
     sweet = fake_run(runs, "sweet", 1e-3, 0, 60.0, precision="torch.bfloat16")
     assert command(*grid, "--report-only")[0] == 0  # auto: whatever they were made in
     out = command("--methods", "ee", *grid[2:], "--amp", "bf16", "--print-commands")[1]
@@ -347,7 +347,24 @@ def test_runs_of_another_precision_or_other_data_are_refused(command, tmp_path):
             (folder / "run.json").write_text(json.dumps(record))
         status, _, err, _ = command(*grid, "--report-only")
         assert status == expected
-    assert f"{sweet.name}: a run on other data than {ee.name}: their digests differ" in err
+    assert f"{sweet}: a run on other dev rows than {ee}; name".replace(f"{tmp_path}/", "") in err
+
+
+def test_runs_of_another_data_folder_are_not_taken_over(command, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name / "SST-2").mkdir(parents=True)
+        for split in ("train", "dev"):
+            lines = [f"a {word} film\t{k % 2}" for k, word in enumerate([*WORDS, name])]
+            (tmp_path / name / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    grid = ["--methods", "ee", "--seeds", "0", "--lrs", "1e-3", "--tasks", "sst2"]
+    assert command(*grid, "--data-dir", "first")[0] == 0
+    assert command(*grid, "--data-dir", "first")[0] == 0
+    status, _, err, started = command(*grid, "--data-dir", "second")
+    assert (status, started, err.count("\n")) == (2, [], 1)
+    assert "a run on other train rows than second; name another --out or --runs" in err
+    shutil.copy(tmp_path / "first" / "SST-2" / "train.tsv", tmp_path / "second" / "SST-2" / "train.tsv")
+    assert "a run on other dev rows than second" in command(*grid, "--data-dir", "second")[2]
+    assert command(*grid, "--data-dir", "second", "--report-only")[0] == 0
 
 
 def test_what_a_report_did_not_write_stays(command, tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from minisweet import MultiExitModel, load_encoder
 from minisweet.exits import build_multi_model
 from minisweet.files import runs
+from minisweet.files.checkpoint import load_classifier
 from minisweet.files.runs import (
     claim_output,
     load_run,
@@ -32,6 +33,7 @@ from minisweet.files.runs import (
 )
 from minisweet.files.safe import InputError, sweep, write_json
 from tests.conftest import CONFIGS, random_batch, write_model
+from tests.test_checkpoint import save_classifier
 from tests.test_safe import content, stopped_at
 
 EXAMPLES = 60  # of the property test; raise it by hand
@@ -452,3 +454,12 @@ def test_a_mutated_value_is_refused_or_changes_nothing_else(intact, data):
     keys = {path[0]} if name == "evaluation.json" else set()
     assert without(found_evaluation, keys) == without(evaluation, keys)
     assert runs.FILES >= {entry.name for entry in run.iterdir()}
+
+
+def test_a_finished_classifier_is_a_trunk(tmp_path, model_type):
+    save_classifier(tmp_path, model_type)
+    _, _, classifier, _ = load_classifier(tmp_path)
+    trunk, record = load_trunk(tmp_path)
+    assert (trunk.exit_layers, record) == ((4,), {"labels": ["LABEL_0", "LABEL_1"], "num_labels": 2})
+    torch.testing.assert_close(trunk.heads[0].classifier.weight.data, classifier[0], rtol=0, atol=0)
+    assert not trunk.training

@@ -12,7 +12,7 @@ from minisweet import MultiExitModel, load_encoder
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
-from minisweet.exits import exit_loss
+from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
 from tests.conftest import write_model
 
 
@@ -53,7 +53,7 @@ def test_training_is_that_of_the_whole_table(tmp_path, model_type):
         torch.testing.assert_close(dict(model.named_parameters())[name], parameter, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee"])
+@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
 def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, model_type, method):
     """Against a loop that holds the whole graph, clips by hand and uses another implementation of AdamW."""
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -61,31 +61,96 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     examples = TokenizedExamples(tokenizer, load_examples("toy", "train", Path()), np.arange(24))
     torch.manual_seed(0)
     ours = MultiExitModel(load_encoder(folder), (1, 2, 4), 2, method)
+    for head in ours.heads:
+        torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain = copy.deepcopy(ours)
     history = train.train(ours, examples, epochs=2, batch_size=8, learning_rate=1e-2, seed=5)
 
-    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.999), weight_decay=0.0, foreach=False)
+    groups = [list(plain.parameters())]
+    if method == "branch":
+        names = [("branches.0.", "heads.0."), ("branches.1.", "heads.1.")]
+        groups = [[p for name, p in plain.named_parameters() if name.startswith(own)] for own in names]
+    optimizer = torch.optim.AdamW(sum(groups, []), betas=(0.9, 0.999), weight_decay=0.0, foreach=False)
     step, norms = 0, []
     for epoch in range(2):
         for batch in examples.shuffled(8, 5, epoch):
             losses = [torch.nn.functional.cross_entropy(logits, batch.targets) for logits in plain(*batch.inputs)]
+            losses = losses[:2] if method == "branch" else losses
             assert history[step] == pytest.approx([loss.item() for loss in losses], abs=1e-3)
             optimizer.zero_grad()
             sum(losses).backward()
-            norm = torch.sqrt(sum(p.grad.square().sum() for p in plain.parameters() if p.grad is not None))
-            norms.append(norm)
-            for parameter in plain.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= max(1.0, norm)
+            for group in groups:
+                norms.append(torch.sqrt(sum(p.grad.square().sum() for p in group if p.grad is not None)))
+                for parameter in group:
+                    if parameter.grad is not None:
+                        parameter.grad /= max(1.0, norms[-1])
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)
             optimizer.step()
             step += 1
     assert step == len(history) == 6
-    assert max(norms) > 1.2  # so that clipping is seen
+    assert max(norms) > 1.2
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         # A key bias has no gradient but rounding, and Adam makes full steps of it.
         if "query_key_value.bias" not in name:
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_path, model_type, strategy):
+    folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
+    model = MultiExitModel(load_encoder(folder), (1, 3, 4), 2, "branch", strategy).eval()
+    before, modes = {name: tensor.clone() for name, tensor in model.state_dict().items()}, set()
+    for name, module in model.named_modules():
+        if name.endswith(("output", "classifier", "embedding_norm")):
+            module.register_forward_hook(lambda module, *_, n=name: modes.add((n, module.training)))
+    history = train.train(model, examples, epochs=1, batch_size=4, learning_rate=1e-2, seed=0)
+    assert np.shape(history) == (5, 2)
+    for name, tensor in model.state_dict().items():
+        trained = name.startswith(("branches.", "heads.0.", "heads.1."))
+        assert torch.equal(tensor, before[name]) is not trained, name
+    branches = {(f"branches.{k}.{part}output", True) for k in (0, 1) for part in ("", "attention_")}
+    trunk = {(f"encoder.layers.{n}.{part}output", False) for n in (0, 1) for part in ("", "attention_")}
+    heads = {(f"heads.{k}.classifier", True) for k in (0, 1)}
+    assert modes == branches | trunk | heads | {("encoder.embedding_norm", False)}  # layers 3 and 4 were not run
+
+
+def test_a_branch_trains_as_if_it_were_alone(tmp_path, model_type):
+    """To the bit: no other branch's gradient, and no other's norm in the clipping, meets its own."""
+    folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
+    torch.manual_seed(0)
+    together = MultiExitModel(load_encoder(folder), (1, 2, 4), 2, "branch")
+    for head in together.heads:
+        torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
+    alone = copy.deepcopy(together).keep_exits((2, 4))
+    settings = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "seed": 0}
+    both, one = (train.train(model, examples, **settings) for model in (together, alone))
+    assert [row[1:] for row in both] == one
+    for ours, theirs in ((together.branches[1], alone.branches[0]), (together.heads[1], alone.heads[0])):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["branch", "sweet"])
+def test_the_trunks_probabilities_are_targets(tmp_path, method):
+    folder = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3)
+    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(30))
+    trunk = build_alone(folder, 4, 2).train()
+    torch.nn.init.normal_(trunk.heads[0].classifier.weight)
+    own = train.trunk_targets(trunk, examples, None, "trunk")
+    with torch.no_grad():
+        logits = torch.cat([trunk.eval()(*examples.batch(np.array([row])).inputs)[0] for row in range(30)])
+    assert own.std(0).min() > 0.01
+    np.testing.assert_allclose(own, logits.softmax(-1), atol=1e-5)
+    half = train.trunk_targets(trunk, examples, None, "half")
+    np.testing.assert_allclose(half, (own + np.eye(2)[examples.labels]) / 2, atol=1e-6)
+    model = MultiExitModel(load_encoder(folder), (1, 4), 2, method)
+    batch = examples.with_targets(own).batch(np.array([3, 7, 1]))
+    losses = train.send_back(model.eval(), batch, torch.amp.GradScaler("cpu", enabled=False))
+    ours = model(*batch.inputs).log_softmax(-1)
+    expected = -(torch.from_numpy(own[[3, 7, 1]]) * ours).sum(-1).mean(1)
+    torch.testing.assert_close(losses, expected[: len(losses)].detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_predict_answers_in_the_order_of_the_examples(tmp_path, model_type):

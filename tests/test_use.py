@@ -286,7 +286,7 @@ def test_standard_input_as_it_comes(run):
 def test_light_start(run):
     """Nothing heavy is imported up to the first answer, the compiler among it: a start is a user's first impression."""
     heavy = "[name for name in ('transformers', 'matplotlib', 'torch._dynamo', 'sympy') if name in sys.modules]"
-    code = f"import sys; from minisweet import EarlyExitClassifier as C; C({str(run)!r})(['a']); print({heavy})"
+    code = f"import sys; from minisweet import EarlyExitClassifier as E; E({str(run)!r})(['a']); print({heavy})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT, check=True)
     assert out.stdout == "[]\n"
 

@@ -135,7 +135,7 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
 
 
 def _read_dev(record: dict, data: Path | None, data_dir: Path | None) -> tuple[Path, Examples]:
-    if "data" not in record:
+    if record.get("data") is None:
         if data is not None:
             raise InputError(f"--data: {data}, but the run's data is the task {record['task']}; see --data-dir")
         path = data_dir or Path(record["data_dir"])
@@ -309,13 +309,8 @@ def _cell(path: Path, line: int, row: dict, column: str, is_label: bool = False)
     """The text in a column, or the label: JSON's 1 is the label "1". Raises InputError where there is none."""
     value = row.get(column)
     if is_label:
-        value = (
-            value.strip()
-            if isinstance(value, str)
-            else json.dumps(value)
-            if type(value) in (bool, int, float)
-            else None
-        )
+        value = json.dumps(value) if isinstance(value, int | float) else value
+        value = value.strip() if isinstance(value, str) else None
     if not isinstance(value, str) or "\0" in value or (is_label and not value):
         found, right = row.get(column, "missing"), "a label" if is_label else "text"
         raise InputError(f"{path}, line {line}: {column!r:.60} is {found!r:.60}, should be {right}")

@@ -118,8 +118,8 @@ def load_classifier(folder: str | Path) -> tuple[Encoder, Linear, Linear, list[s
         raise InputError(f"{path}: problem_type is {kind!r}, and only single_label_classification is implemented")
     encoder, classifier = _load(folder, None, True, with_head=True)
     C = len(classifier[1])
-    if C == 1:
-        raise InputError(f"{folder}: its head has one output, which is regression; two classes or more are implemented")
+    if C < 2:
+        raise InputError(f"{folder}: its head has {C} output, which is regression; two classes or more are implemented")
     names = content.get("id2label") or {str(n): f"LABEL_{n}" for n in range(C)}
     labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) else []
     if len(names) != C or not all(map(is_text, labels)) or len(set(labels)) < C:
@@ -146,7 +146,11 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
                 raise InputError(f"{path}: {key} and {keys[plain]} are the same parameter")
             keys[plain] = key
         tensors = {plain: files[key] for plain, key in keys.items()}
-        _check_depth(path, depth, {name.split(".")[2] for name in keys if name.startswith("encoder.layer.")})
+        numbers, found = {name.split(".")[2] for name in keys if name.startswith("encoder.layer.")}, 0
+        while str(found) in numbers:
+            found += 1
+        if depth > found:
+            raise InputError(f"{path}: num_hidden_layers is {depth}, and encoder.layer.{found} is missing")
         check_width(path, "embeddings.word_embeddings.weight", tensors, D)
         config = replace(config, num_hidden_layers=num_layers or depth)
         with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
@@ -156,7 +160,8 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
         if with_head or any(name in keys for name in POOLER):
             wanted |= {POOLER[0]: (POOLER[:1], [D, D]), POOLER[1]: (POOLER[1:], [D])}
         if with_head:
-            C = tensors[CLASSIFIER[0]].get_shape()[0] if _is_matrix(tensors.get(CLASSIFIER[0])) else 2
+            shape = tensors[CLASSIFIER[1]].get_shape() if CLASSIFIER[1] in tensors else []
+            C = shape[0] if len(shape) == 1 else 2
             wanted |= {CLASSIFIER[0]: (CLASSIFIER[:1], [C, D]), CLASSIFIER[1]: (CLASSIFIER[1:], [C])}
         else:
             dropped = (*dropped, *TASK_HEADS)
@@ -172,19 +177,6 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
     if warn and pooler is None and model_type == "bert":
         log.warning("%s has no pooler: each exit head starts from a fresh one", path)
     return encoder, classifier
-
-
-def _is_matrix(tensor) -> bool:
-    return tensor is not None and len(tensor.get_shape()) == 2
-
-
-def _check_depth(path: Path, depth: int, numbers: set[str]) -> None:
-    """Raise InputError where config.json has more layers than the checkpoint, whose layers are `numbers`."""
-    found = 0
-    while str(found) in numbers:
-        found += 1
-    if depth > found:
-        raise InputError(f"{path}: num_hidden_layers is {depth}, and encoder.layer.{found} is missing")
 
 
 def check_width(path: Path, name: str, tensors: Mapping, D: int) -> None:

@@ -31,50 +31,28 @@ from safetensors.torch import save
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel, check_exit_layers
-from minisweet.files.checkpoint import (
-    OURS,
-    NoInit,
-    check_width,
-    load_classifier,
-    new_encoder,
-    not_finite,
-    open_weights,
-    read_config,
-    read_tensors,
-)
-from minisweet.files.safe import (
-    PARTIAL,
-    InputError,
-    is_text,
-    listed,
-    lock,
-    read_json,
-    sha256,
-    sweep,
-    write_json,
-    written_beside,
-)
+from minisweet.files import checkpoint, safe
+from minisweet.files.checkpoint import OURS, WEIGHTS, read_config
+from minisweet.files.safe import InputError, is_text, listed, read_json, sha256, sweep, write_json, written_beside
 
 DIVERGED = "diverged.json"
-WEIGHTS = "model.safetensors"
 EVALUATED = ("evaluation.json", "logits.safetensors", "curve.png")
 FILES = {"run.json", WEIGHTS, "config.json", *EVALUATED, *TOKENIZER_FILES}
 # The suffixes of a method's name (sweet-flow0.5) to the options that older versions of train.py had.
 BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
 
 
-def whole(low: int, high: int = 2**31) -> Callable[[object], bool]:
-    """A check: a whole number from `low` to `high`."""
+# Checks of a value that was read: they return whether it is right.
+def _whole(low: int, high: int = 2**31) -> Callable[[object], bool]:
     return lambda value: type(value) is int and low <= value <= high
 
 
-def real(low: float, high: float) -> Callable[[object], bool]:
-    """A check: a number from `low` to `high`."""
+def _real(low: float, high: float) -> Callable[[object], bool]:
     return lambda value: type(value) in (int, float) and low <= value <= high
 
 
-def rows(check: Callable[[object], bool], length: int | None = None, total: int | None = None) -> Callable:
-    """A check: a list, of this length, whose values pass `check` and sum up to `total`."""
+def _rows(check: Callable, length: int | None = None, total: int | None = None) -> Callable[[object], bool]:
+    """A list, of this length, whose values pass `check` and sum up to `total`."""
     return lambda value: (
         isinstance(value, list)
         and length in (None, len(value))
@@ -83,29 +61,12 @@ def rows(check: Callable[[object], bool], length: int | None = None, total: int 
     )
 
 
-def optional(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """A check: None, or what passes `check`."""
-    return lambda value: value is None or check(value)
-
-
-def is_label_list(value: object) -> bool:
-    """Whether the value is a list of two or more different names."""
-    return rows(is_text)(value) and 1 < len(value) == len(set(value))
-
-
-def is_losses(value: object) -> bool:
-    """Whether the value is (steps, exits) losses."""
-    return rows(rows(real(0, 1e38)))(value) and len(value) > 0 and len({len(row) for row in value}) == 1
-
-
-def is_table_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """A check: a JSON object whose values pass `check`."""
+def _table(check: Callable) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
-def is_digest(value: object) -> bool:
-    """Whether the value is a SHA-256 in hexadecimal."""
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+def _optional(check: Callable) -> Callable[[object], bool]:
+    return lambda value: value is None or check(value)
 
 
 # What train.py's arguments may be. Those of an older version may lack some.
@@ -113,33 +74,33 @@ ARGUMENTS = {
     "model": is_text,
     "method": lambda value: isinstance(value, str) and value in METHODS,
     "exit_strategy": lambda value: isinstance(value, str) and value in EXIT_STRATEGIES,
-    "task": optional(is_text),
-    "data_dir": optional(is_text),
-    "train_size": optional(whole(1)),
-    "seed": whole(0),
-    "lr": real(1e-300, 1e300),
-    "epochs": whole(1),
-    "batch_size": whole(1),
-    "max_length": whole(8),
-    **{option: optional(real(0, 1e300)) for option in BOUNDARIES.values()},
+    "task": _optional(is_text),
+    "data_dir": _optional(is_text),
+    "train_size": _optional(_whole(1)),
+    "seed": _whole(0),
+    "lr": _real(1e-300, 1e300),
+    "epochs": _whole(1),
+    "batch_size": _whole(1),
+    "max_length": _whole(8),
+    **{option: _optional(_real(0, 1e300)) for option in BOUNDARIES.values()},
 }
 # What run.json's values may be. The first ones must be there.
 NEEDED = ("arguments", "model", "method", "exit_strategy", "exit_layers", "depth", "device", "precision", "losses")
 RECORD = {
     **{key: ARGUMENTS[key] for key in ("model", "method", "exit_strategy", "task", "seed")},
     "learning_rate": ARGUMENTS["lr"],
-    "exit_layers": lambda value: rows(whole(1, 10**6))(value) and value and all(a < b for a, b in pairwise(value)),
-    "depth": whole(1, 10**6),
+    "exit_layers": lambda value: _rows(_whole(1, 10**6))(value) and value and all(a < b for a, b in pairwise(value)),
+    "depth": _whole(1, 10**6),
     "device": is_text,
     "precision": is_text,
     "metric": is_text,
-    "losses": is_losses,
-    "labels": is_label_list,
-    "subset": rows(whole(0)),
-    "seconds": real(0, 1e12),
-    "examples_per_second": real(0, 1e12),
-    "digests": is_table_of(is_digest),
-    "versions": is_table_of(is_text),
+    "losses": lambda value: _rows(_rows(_real(0, 1e38)))(value) and len({len(row) for row in value}) == 1,
+    "labels": lambda value: _rows(is_text)(value) and 1 < len(value) == len(set(value)),
+    "subset": _rows(_whole(0)),
+    "seconds": _real(0, 1e12),
+    "examples_per_second": _real(0, 1e12),
+    "digests": _table(lambda value: isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)),
+    "versions": _table(is_text),
     "finished": is_text,
 }
 
@@ -182,34 +143,23 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
 
     Raises InputError at once where a run must not, or cannot, be written to `out`, and where another training holds it.
     """
-    held, claim = None, None
     try:
         target = Path(os.path.realpath(out))
         if target.is_symlink():
-            raise InputError(f"--out: {out} is a link to itself; name another folder")
+            raise OSError("a link to itself")
         target.parent.mkdir(parents=True, exist_ok=True)
         claim = target.with_name(f".{target.name}.claim")
-        if (held := lock(claim)) is None:
-            raise InputError(f"--out: {out} is being written by another training; wait for it, or name another folder")
+        held = safe.lock(claim)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out: {out} cannot be written ({error})") from None
+    if held is None:
+        raise InputError(f"--out: {out} is being written by another training; wait for it, or name another folder")
+    try:
         sweep(target)
         check_output(out, overwrite)
-    except InputError:
-        _release(held, claim)
-        raise
-    except (OSError, ValueError) as error:
-        _release(held, claim)
-        raise InputError(f"--out: {out} cannot be written ({error})") from None
-    try:
         yield
     finally:
-        _release(held, claim)
-
-
-def _release(held: int | None, claim: Path | None) -> None:
-    """Give a claim back. Its file goes while it is held, so that nobody can hold it too."""
-    if held is not None:
-        if claim is not None:
-            claim.unlink(missing_ok=True)
+        claim.unlink(missing_ok=True)  # while it is held, so that nobody else can hold it
         os.close(held)
 
 
@@ -218,7 +168,7 @@ def check_output(out: Path, overwrite: bool) -> bool:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file; name a folder that is new, empty, or a run")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    found = {name for name in names if not PARTIAL.fullmatch(name)}  # what a killed evaluate.py left
+    found = {name for name in names if not safe.PARTIAL.fullmatch(name)}  # what a killed evaluate.py left
     if foreign := found - FILES - {DIVERGED} or (found if "run.json" not in found and found != {DIVERGED} else set()):
         raise InputError(
             f"--out: {out} holds other files than a run's ({listed(sorted(foreign))}); name a folder that is new, "
@@ -234,7 +184,7 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
 
     Raises InputError as `claim_output` does, and for weights that are not finite.
     """
-    if names := not_finite(model):
+    if names := checkpoint.not_finite(model):
         raise InputError(f"--out: {out} is not written, these weights hold NaN or infinity: {listed(names)}")
     replaces = check_output(out, overwrite)
     with written_beside(Path(os.path.realpath(out)), overwrite=replaces) as partial:
@@ -300,40 +250,36 @@ def read_evaluation(run: Path, record: dict | None = None) -> dict | None:
     some = [n for n in record["exit_layers"] if isinstance(layers, list) and n in layers]  # --use-exits asks some alone
     check_values(path, evaluation, {"exit_layers": lambda value: value == some and some})
     K, C, thresholds = len(some), record["num_labels"], evaluation.get("thresholds")
-    in_order = rows(real(0, 1))(thresholds) and thresholds == sorted(thresholds)
-    check_values(path, evaluation, {"thresholds": lambda value: in_order and value, "examples": whole(1)})
+    in_order = _rows(_real(0, 1))(thresholds) and thresholds == sorted(thresholds)
+    check_values(path, evaluation, {"thresholds": lambda value: in_order and value, "examples": _whole(1)})
     P, N = len(thresholds) if in_order else None, evaluation.get("examples")
-    score = real(-100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0, 100)
-    before_and_after = is_table_of(rows(real(0, 1e38), K))
+    score = _real(-100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0, 100)
+    number = _real(0, 1e38)
+    before_and_after = _table(_rows(number, K))
     checks = {
         "metric": lambda value: value == record.get("metric", value) and is_text(value),
-        "exit_scores": rows(score, K),
-        "scores": rows(score, P),
-        "speedup_ratios": rows(real(1e-9, K + 1), P),
-        "exit_counts": rows(rows(whole(0), K, N), P),
+        "exit_scores": _rows(score, K),
+        "scores": _rows(score, P),
+        "speedup_ratios": _rows(_real(1e-9, K + 1), P),
+        "exit_counts": _rows(_rows(_whole(0), K, N), P),
         "area": score,
-        "class_counts": rows(rows(whole(0), C, N), K),
+        "class_counts": _rows(_rows(_whole(0), C, N), K),
         "calibration": is_text,
-        "temperatures": rows(real(1e-9, 1e9), K),
+        "temperatures": _rows(_real(1e-9, 1e9), K),
         "ece": before_and_after,
         "nll": before_and_after,
-        "certainty_ranges": rows(rows(real(0, 1), 2), K),
-        "mean_exit_layers": is_table_of(rows(real(1, depth), P)),
-        "live": rows(is_live_row, P),
-        "live_batch_size": whole(1),
-        "live_differs": whole(0),
-        "seconds": real(0, 1e12),
+        "certainty_ranges": _rows(_rows(_real(0, 1), 2), K),
+        "mean_exit_layers": _table(_rows(_real(1, depth), P)),
+        "live": _rows(_table(lambda cell: number(cell) or _table(number)(cell)), P),
+        "live_batch_size": _whole(1),
+        "live_differs": _whole(0),
+        "seconds": _real(0, 1e12),
         "device": is_text,
         "precision": is_text,
-        "versions": is_table_of(is_text),
+        "versions": _table(is_text),
     }
     check_values(path, evaluation, checks)
     return evaluation
-
-
-def is_live_row(value: object) -> bool:
-    """Whether the value is what live early exit measured at a threshold: numbers, and the latencies."""
-    return is_table_of(lambda cell: real(0, 1e12)(cell) or is_table_of(real(0, 1e12))(cell))(value)
 
 
 def read_diverged(run: Path) -> dict | None:
@@ -373,18 +319,18 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     if record["arguments"]["max_length"] > config.max_position_embeddings:
         length, positions = record["arguments"]["max_length"], config.max_position_embeddings
         raise InputError(f"{run / 'run.json'}: max_length is {length}, and the model has {positions} positions")
-    with open_weights(run) as tensors:
+    with checkpoint.open_weights(run) as tensors:
         # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
         last = f"{len(layers) - 1}.encoder." if mm else "encoder."
-        check_width(path, f"{last}word_embeddings.weight", tensors, config.hidden_size)
-        check_width(path, f"{last}layers.{layers[-1] - 1}.intermediate.weight", tensors, config.hidden_size)
-        with torch.device("meta"), NoInit():  # shapes only, the weights follow
+        checkpoint.check_width(path, f"{last}word_embeddings.weight", tensors, config.hidden_size)
+        checkpoint.check_width(path, f"{last}layers.{layers[-1] - 1}.intermediate.weight", tensors, config.hidden_size)
+        with torch.device("meta"), checkpoint.NoInit():  # shapes only, the weights follow
             if mm:
                 model = MultiModel(_model(config, (n,), num_labels, "sweet", strategy) for n in layers)
             else:
                 model = _model(config, layers, num_labels, record["method"], strategy)
         wanted = {name: ((name,), list(value.shape)) for name, value in model.state_dict().items()}
-        model.load_state_dict(read_tensors(path, tensors, wanted), assign=True)
+        model.load_state_dict(checkpoint.read_tensors(path, tensors, wanted), assign=True)
     return model.eval(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
 
 
@@ -405,37 +351,28 @@ def check_digests(run: Path, digests: dict | None) -> None:
 def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
     """A finished model with one exit, at its end, to grow branches on, and the record of the run that it is.
 
-    Args:
-        folder: a run of one exit, MM's (its last model) or a branch run (its trunk), or a classifier in the Hugging
-            Face layout, whose record holds its `labels` alone.
-
-    Raises:
-        InputError: as `load_run` and `load_classifier` do, and for a run of several exits in one encoder.
+    `folder` is a run of one exit, of MM (its last model) or of branches (its trunk), or a classifier in the Hugging
+    Face layout, whose record holds its `labels` alone. Raises InputError as `load_run` and `load_classifier` do.
     """
     if (folder / "run.json").exists():
         model, record = load_run(folder)
-        if isinstance(model, MultiModel):
-            return model[-1], record
-        if len(model.heads) == 1:
-            return model, record
-        if record["method"] != "branch":
+        model = model[-1] if record["method"] == "mm" else model
+        if len(model.heads) > 1 and record["method"] != "branch":
             layers = ",".join(map(str, model.exit_layers))
             raise InputError(f"--trunk: {folder} has exits after layers {layers}, and a trunk has one, at its end")
-        head = model.heads[-1]
         trunk = MultiExitModel(model.encoder, model.exit_layers[-1:], record["num_labels"])
-        trunk.heads[0] = head
+        trunk.heads[0] = model.heads[-1]
         return trunk.eval(), record
-    encoder, pooler, classifier, labels = load_classifier(folder)
+    encoder, pooler, classifier, labels = checkpoint.load_classifier(folder)
     trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))
-    head = trunk.heads[0]
-    head.pooler.load_state_dict({"weight": pooler[0], "bias": pooler[1]})
-    head.classifier.load_state_dict({"weight": classifier[0], "bias": classifier[1]})
+    for linear, (weight, bias) in ((trunk.heads[0].pooler, pooler), (trunk.heads[0].classifier, classifier)):
+        linear.load_state_dict({"weight": weight, "bias": bias})
     return trunk.eval(), {"labels": labels, "num_labels": len(labels)}
 
 
 def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str, strategy: str) -> MultiExitModel:
     """Make a model with random weights, or none, on the current device."""
-    encoder = new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
+    encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
     return MultiExitModel(encoder, exit_layers, num_labels, method, strategy)
 
 

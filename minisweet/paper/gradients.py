@@ -26,10 +26,11 @@ from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
+from minisweet.files.figures import load_pyplot, save_figure
 from minisweet.files.runs import load_run, versions
 from minisweet.files.safe import InputError, write_json
 from minisweet.paper.grid import run_script
-from minisweet.paper.report import for_json, load_pyplot, save_figure
+from minisweet.paper.report import for_json
 from minisweet.training.devices import choose_device, device_name, reuse_freed_memory
 from minisweet.training.options import add_training_options, default_batch_size, find_model
 
@@ -111,10 +112,11 @@ def main() -> None:
     model, record = fine_tune(args, exit_layers, trained)
     order = np.random.default_rng(args.seed).permutation(len(rows.labels))
     unseen = order[~np.isin(order, record["subset"])][:measured]
-    new = TokenizedExamples(load_tokenizer(folder, config.vocab_size, args.max_length), rows, unseen)
+    new = TokenizedExamples(
+        load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings), rows, unseen
+    )
     model.to(device).eval()
-    starts = range(0, measured, args.batch_size)
-    batches = [new.batch(np.arange(start, start + args.batch_size)).to(device) for start in starts]
+    batches = (new.batch(chosen).to(device) for chosen in np.arange(measured).reshape(-1, args.batch_size))
     measurements = [exit_similarities(model, batch) for batch in batches]
     similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
     mean = similarities.mean(0)  # (M, K, K)

@@ -2,8 +2,7 @@
 
 A learning rate is searched for each task and method on the first seed (and the first training size): the one with the
 largest area under the speed-accuracy curve (App. A). All seeds and training sizes then run at that rate. Nothing is
-kept but the run folders that train.py and evaluate.py make, so that a stopped grid goes on where it was. Several
-processes can work on one grid: each claims the run that it makes.
+kept but the run folders that train.py and evaluate.py make, so that a stopped grid goes on where it was.
 """
 
 import argparse
@@ -17,13 +16,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from minisweet.data.own import digest
+from minisweet.data.tasks import TASKS, load_examples
 from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.files.safe import InputError
 from minisweet.paper.report import did_not_converge, one_class_layers
@@ -58,10 +60,11 @@ class Grid:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.records: dict[Run, dict] = {}  # of the complete runs that were read
-        self.rows: dict[tuple, tuple[str, Path]] = {}  # which rows to their digest, and the first run that had it
+        self.rows: dict[tuple, tuple[str, Path]] = {}  # which rows to their digest, and the folder that has them
+        self.load = lru_cache(maxsize=2)(load_examples)
         self.precision = None  # any, where runs are only reported or their commands printed, perhaps not for here
         if args.amp != "auto" or not (args.report_only or args.print_commands):
-            device = torch.device("cpu") if args.amp != "auto" else choose_device(args.device)
+            device = choose_device(args.device if args.amp == "auto" else "cpu")
             self.precision = str(choose_precision(args.amp, device) or torch.float32)
 
     def folder(self, run: Run) -> Path:
@@ -82,21 +85,18 @@ class Grid:
         record = read_record(folder)
         self.check_settings(run, record["arguments"] | {"exit_strategy": record["exit_strategy"]})
         layers = list(args.exit_layers or exit_layers_for(record["depth"]))
-        if record["exit_layers"] != layers:
-            raise InputError(f"{folder}: a run with exits after {record['exit_layers']}, not {layers}; {ELSEWHERE}")
-        if self.precision not in (None, record["precision"]):
-            wrong = f"{record['precision']}, not {self.precision}"
-            raise InputError(f"{folder}: a run in {wrong}; choose it by --amp, or {ELSEWHERE}")
+        precision = (record["precision"], self.precision or record["precision"])
+        for what, has, wanted in (("exits after", record["exit_layers"], layers), ("precision (--amp)", *precision)):
+            if has != wanted:
+                raise InputError(f"{folder}: a run with {what} {has}, not {wanted}; {ELSEWHERE}")
         evaluation = read_evaluation(folder, record) or {}
         if not set(EVALUATION) <= set(evaluation):
             return None  # not evaluated, or before there were all of these
         as_here = {"calibration": "crossfit", "exit_layers": layers, "precision": self.precision}
-        if any(value not in (None, evaluation.get(key, value)) for key, value in as_here.items()):
+        differs = any(value not in (None, evaluation.get(key, value)) for key, value in as_here.items())
+        if differs or len(evaluation["thresholds"]) != THRESHOLDS:
             return None  # evaluated by hand in another way
-        if len(evaluation["thresholds"]) != THRESHOLDS:
-            return None
-        self.check_rows(folder, (run.task, run.train_size, run.seed), record.get("train_digest"))
-        self.check_rows(folder, (run.task,), record.get("dev_digest"))
+        self.check_rows(run, record)
         self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
         return self.records[run]
 
@@ -109,22 +109,24 @@ class Grid:
             if arguments.get(key) != value:
                 raise InputError(f"{self.folder(run)}: a run with {key} {arguments.get(key)}, not {value}; {ELSEWHERE}")
 
-    def check_rows(self, folder: Path, rows: tuple, digest: str | None) -> None:
-        """Raise InputError where two runs tell different digests of the same rows. Old runs tell none."""
-        other, first = self.rows.setdefault(rows, (digest, folder)) if digest else (None, None)
-        if other != digest:
-            raise InputError(f"{folder}: a run on other data than {first.name}: their digests differ; {ELSEWHERE}")
+    def check_rows(self, run: Run, record: dict) -> None:
+        """Raise InputError for a run on other rows than those of --data-dir, or for a report than another run's."""
+        there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
+        for split, told in (("train", record.get("train_digest")), ("dev", record.get("dev_digest"))):
+            rows = (run.task, split, *((run.train_size, run.seed) if split == "train" else ()))
+            if told and there and rows not in self.rows and not self.args.report_only:
+                data, drawn = self.load(run.task, split, self.args.data_dir), None
+                if split == "train":  # as train.py draws them
+                    drawn = np.sort(np.random.default_rng(run.seed).permutation(len(data.first))[: run.train_size])
+                self.rows[rows] = (digest(data, drawn), self.args.data_dir)
+            if told and (first := self.rows.setdefault(rows, (told, self.folder(run))))[0] != told:
+                raise InputError(f"{self.folder(run)}: a run on other {split} rows than {first[1]}; {ELSEWHERE}")
 
     def is_lost(self, run: Run) -> bool:
         """Whether the run's loss became infinite or NaN, so that train.py saved no model."""
         if lost := read_diverged(self.folder(run)):
             self.check_settings(run, lost["arguments"])
         return lost is not None
-
-    def failed_to_learn(self, run: Run) -> bool:
-        """Whether the run is over and did not converge."""
-        record = self.record(run)
-        return self.is_lost(run) or (record is not None and did_not_converge(record))
 
     def search(self, task: str, method: str) -> list[Run]:
         """The runs of the learning-rate search; one, if there is one rate."""
@@ -145,9 +147,8 @@ class Grid:
         failed = []
         for searched in zip(*(self.search(task, method) for task in self.args.tasks), strict=True):
             records = [record for run in searched if (record := self.record(run))]
-            early = [set(record["exit_layers"][:-1]) for record in records]
-            stuck = [len(layers & set(one_class_layers(record))) for layers, record in zip(early, records, strict=True)]
-            failed.append((sum(stuck), sum(map(len, early))))
+            stuck = [n in one_class_layers(record) for record in records for n in record["exit_layers"][:-1]]
+            failed.append((sum(stuck), len(stuck)))
         return failed
 
     def attempts(self, task: str, method: str, train_size: int, seed: int) -> list[Run]:
@@ -159,7 +160,10 @@ class Grid:
         if lr is None:
             return []
         runs = [Run(task, method, train_size, lr, seed)]
-        while self.args.retry_diverged and len(runs) <= RETRIES and self.failed_to_learn(runs[-1]):
+        while self.args.retry_diverged and len(runs) <= RETRIES:
+            record = self.record(runs[-1])
+            if not self.is_lost(runs[-1]) and not (record and did_not_converge(record)):
+                break
             runs.append(runs[0]._replace(seed=seed + RETRY_STEP * len(runs)))
         return runs
 
@@ -189,7 +193,17 @@ class Grid:
         evaluate = ["evaluate.py", folder, "--data-dir", str(args.data_dir), *device]
         if (self.folder(run) / "run.json").exists():
             return [evaluate]
-        train = ["train.py", "--model", args.model, "--out", folder, "--exit-strategy", args.exit_strategy, *device]
+        train = [
+            "train.py",
+            "--resume",
+            "--model",
+            args.model,
+            "--out",
+            folder,
+            "--exit-strategy",
+            args.exit_strategy,
+            *device,
+        ]
         options = run._asdict() | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
         options["batch_size"] = args.batch_size
         options["exit_layers"] = args.exit_layers and ",".join(map(str, args.exit_layers))
@@ -228,7 +242,7 @@ class Claims:
 
         def renew() -> None:
             with suppress(OSError), path.open("r+") as claim:  # which does not make it again
-                claim.write(f"{platform.node()} {os.getpid()} {datetime.now(timezone.utc):%F %T.%f}\n")
+                claim.write(f"{platform.node()} {os.getpid()} {time.time():.3f}\n")
 
         def keep_renewing() -> None:
             while not over.wait(RENEWAL):
@@ -259,8 +273,7 @@ class Claims:
 
 def run_script(script: str, arguments: list[str]) -> int:
     """Run train.py or evaluate.py as a process, which ends when this one does. Returns its exit status."""
-    # On Linux the kernel tells it, even if this process is killed.
-    bind = LIBC and (lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+    bind = LIBC and (lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))  # on Linux even if this one is killed
     process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], preexec_fn=bind)
     try:
         return process.wait()

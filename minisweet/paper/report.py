@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisweet.files.safe import InputError, written_beside
+from minisweet.files.figures import load_pyplot, save_figure
 
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -246,25 +246,6 @@ def document(results: dict) -> str:
 def for_json(values: np.ndarray) -> list:
     """Nested lists of four decimals, None for NaN, which JSON does not have."""
     return np.where(np.isnan(values), None, values.round(4)).tolist()
-
-
-def load_pyplot(path: Path):
-    """matplotlib's pyplot, without a screen, to draw `path`. Raises InputError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError(f"{path}: not drawn, since matplotlib is not installed (pip install matplotlib)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a figure of matplotlib's to a PNG, whole or not at all, and close it."""
-    with written_beside(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    load_pyplot(path).close(figure)
 
 
 def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:

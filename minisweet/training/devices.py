@@ -1,10 +1,12 @@
 """Where to compute, and in which precision."""
 
 import ctypes
+import os
 import platform
 import re
 import sys
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +14,20 @@ from minisweet.files.commands import Parser
 from minisweet.files.safe import InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
+
+
+class Place(NamedTuple):
+    """Which process this is, of all and on its machine, from 0; how many there are."""
+
+    rank: int
+    local_rank: int
+    processes: int
+
+
+def place() -> Place:
+    """Where torchrun has put this process; without torchrun it is the only one."""
+    said = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    return Place(*map(int, said)) if all(map(str.isdecimal, said)) else Place(0, 0, 1)
 
 
 def add_device_options(parser: Parser) -> None:
@@ -23,9 +39,16 @@ def add_device_options(parser: Parser) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device that is there. Raises InputError."""
+    """Turn auto, cpu, cuda or cuda:N into a device that is there; torchrun's processes take one GPU each.
+
+    Raises InputError.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if place().processes > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise InputError(f"--device: {name!r} under torchrun, where each process takes a GPU of its own: cuda")
+        name = f"cuda:{place().local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N")
     kind, _, number = name.partition(":")
@@ -64,6 +87,7 @@ def reuse_freed_memory() -> None:
 
 def device_name(device: torch.device) -> str:
     """What a reader of the results should know of the device."""
+    together = f", {place().processes} processes" if place().processes > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        return torch.cuda.get_device_name(device) + together
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads{together}"

@@ -1,0 +1,217 @@
+"""Several processes train and evaluate as one does."""
+
+import copy
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minisweet.data.tasks import load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation import sweep
+from minisweet.exits import METHODS, MultiExitModel
+from minisweet.files.checkpoint import load_encoder
+from minisweet.files.safe import InputError
+from minisweet.training import devices, distributed
+from tests.conftest import CHECKOUT, write_model
+from tests.kill import result
+from train import send_back
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def as_process(monkeypatch, rank: int, processes: int) -> None:
+    """As if torchrun had started this process."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", processes)):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A model of two exits without dropout, and examples."""
+    folder = write_model(tmp_path / "tiny", "bert", **NO_DROPOUT)
+    rows = load_examples("toy", "train", Path())
+    torch.manual_seed(0)
+    model = MultiExitModel(load_encoder(folder), (1, 4), 2)
+    return model, TokenizedExamples(load_tokenizer(folder, 60, 32), rows, np.arange(20))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("B", [1, 4, 8])
+def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, monkeypatch, B, processes):
+    model, examples = tiny
+    parameters, scaler = list(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    batch = examples.batch(np.arange(B))
+    losses = send_back(model, batch, scaler)
+    whole = [parameter.grad for parameter in parameters]
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, how="SUM": tensor)
+    weights, rows, total, loss = [], [], 0, 0
+    for rank in range(processes):
+        mine, weight = distributed.share(batch, rank, processes)
+        model.zero_grad()
+        loss = loss + distributed.add_up(parameters, send_back(model, mine, scaler), weight)
+        total = total + torch.cat([parameter.grad.flatten() for parameter in parameters])
+        weights.append(weight)
+        rows += mine.rows.tolist() if weight else []
+    assert (sum(weights), sorted(rows)) == (pytest.approx(1), list(range(B)))
+    torch.testing.assert_close(loss, losses)
+    torch.testing.assert_close(total, torch.cat([gradient.flatten() for gradient in whole]))
+
+
+def test_a_process_without_rows_adds_zeros_whatever_its_loss(monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad, unused = torch.tensor([1.0, torch.inf, torch.nan]), torch.nn.Parameter(torch.ones(2))
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, how="SUM": tensor + 1)
+    assert distributed.add_up([weight, unused], torch.tensor([torch.nan]), 0.0).tolist() == [1]
+    assert (weight.grad.tolist(), unused.grad.tolist()) == ([1, 1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("N", [2, 20])
+def test_the_shares_of_a_prediction_add_up(tiny, monkeypatch, N):
+    model, examples = tiny
+    examples = copy.copy(examples)
+    examples.ids = examples.ids[:N]
+    for name in ("labels", "targets", "lengths", "first_lengths"):
+        setattr(examples, name, getattr(examples, name)[:N])
+    logits, _ = sweep.predict(model.eval(), examples, None)
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, how="SUM": tensor)
+    total = 0
+    for rank in range(3):
+        as_process(monkeypatch, rank, 3)
+        total = total + distributed.predict(model, examples, None)[0]
+    torch.testing.assert_close(total, logits)
+
+
+def test_where_a_process_is(monkeypatch):
+    assert devices.place() == (0, 0, 1)
+    assert (distributed.own_seed(7), distributed.largest(3, -3), distributed.of_all("x")) == (7, [3, -3], ["x"])
+    assert distributed.together(test_where_a_process_is) is test_where_a_process_is
+    seeds = set()
+    for rank in range(3):
+        as_process(monkeypatch, rank, 3)
+        seeds.add(distributed.own_seed(7))
+    assert len(seeds) == 3
+    assert 7 in seeds
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert str(devices.choose_device("auto")) == str(devices.choose_device("cuda")) == "cuda:2"
+    assert str(devices.choose_device("cpu")) == "cpu"
+    with pytest.raises(InputError, match="cuda:1"):
+        devices.choose_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="'cuda:2' is not here; this machine has 2"):
+        devices.choose_device("auto")
+
+
+OPTIONS = "--model tiny --train-size 161 --batch-size 8 --epochs 3 --exit-layers 1,2,4 --max-length 32 --lr 1e-4"
+
+
+def command(processes: int, script: str, *options, agent=("--standalone",)) -> list[str]:
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", *agent, "--nproc-per-node", str(processes)]
+    return [*start, str(CHECKOUT / script), *map(str, options)]
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def differences(one: str, other: str) -> tuple[float, float]:
+    """The largest difference of two runs' losses and weights, but for a key's bias, whose gradient is but rounding."""
+    losses = [torch.tensor(json.loads(Path(run, "run.json").read_text())["losses"]) for run in (one, other)]
+    first, second = (load_file(Path(run, "model.safetensors")) for run in (one, other))
+    weights = [(first[name] - second[name]).abs() for name in first if "query_key_value.bias" not in name]
+    return (losses[0] - losses[1]).abs().max().item(), max(weight.max().item() for weight in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_train_and_evaluate_as_one_does(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", "bert", **NO_DROPOUT)
+    options = [*OPTIONS.split(), "--method", method]  # the last of 21 steps of an epoch has one row
+    assert run(0, "train.py", *options, "--out", "one").returncode == 0
+    assert run(0, "evaluate.py", "one").returncode == 0
+    for processes in (2, 3):
+        done = run(processes, "train.py", *options, "--out", f"of{processes}")
+        assert (done.returncode, done.stdout.count("trained in")) == (0, 1), done.stderr
+        assert max(differences("one", f"of{processes}")) < 1e-5 + 1e-6  # run.json rounds losses to 1e-5
+        assert run(processes, "evaluate.py", f"of{processes}").returncode == 0
+        scores = [json.loads(Path(run, "evaluation.json").read_text())["nll"] for run in ("one", f"of{processes}")]
+        assert scores[0]["before"] == pytest.approx(scores[1]["before"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_stop_and_go_on_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", "bert")
+    options = [*OPTIONS.split(), "--epochs", "20"]
+    assert run(2, "train.py", *options, "--out", "whole").returncode == 0
+    stopped = subprocess.Popen(command(2, "train.py", *options, "--out", "a", "--save-every", "1e-9"))
+    while not list(Path(".a.checkpoint").glob("*.pt")):
+        time.sleep(0.1)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.wait(60)
+    done = run(3, "train.py", *options, "--out", "a", "--resume")
+    assert "processes is 3 and was 2" in done.stderr
+    done = run(2, "train.py", *options, "--out", "a", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert result("a") == result("whole")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_one_line_at_most(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", "bert")
+    options = [*OPTIONS.split(), "--epochs", "9999", "--save-every", "1e-9", "--out", "a"]
+    training = subprocess.Popen(command(3, "train.py", *options), stderr=subprocess.PIPE, text=True)
+    while not list(Path(".a.checkpoint").glob("*.pt")):
+        time.sleep(0.1)
+    children = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, err = training.communicate(timeout=60)
+    assert training.returncode != 0
+    ours = [line for line in re.split(r"[\r\n]", err) if line.startswith("train.py: error:")]
+    assert len(ours) <= 1
+    assert not re.search(r'File ".*(train|distributed|resume)\.py"', err), err[-6000:]
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", "bert")
+    for options, message in ((["--lr", "x"], "--lr: 'x'"), (["--lr", "1e30"], "the loss is"), (["--task", "q"], "'q'")):
+        done = run(2, "train.py", *OPTIONS.split(), "--out", "a", *options)
+        assert done.returncode != 0
+        assert len([line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]) == 1
+        assert message in done.stderr
+        assert 'Traceback (most recent call last):\n  File "' + str(CHECKOUT / "train.py") not in done.stderr
+    assert Path("a/diverged.json").exists()
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", "bert", **NO_DROPOUT)
+    assert run(0, "train.py", *OPTIONS.split(), "--out", "one").returncode == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x")
+    words = command(2, "train.py", *OPTIONS.split(), "--out", "two", agent=agent)
+    machines = [subprocess.Popen(words, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [machine.wait(300) for machine in machines] == [0, 0]
+    assert max(differences("one", "two")) < 1e-5 + 1e-6

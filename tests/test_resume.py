@@ -1,0 +1,191 @@
+"""A training that was stopped and resumed is, byte for byte, the one that was never stopped."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from minisweet.files.commands import run_command
+from tests.conftest import CHECKOUT, write_model
+from tests.kill import METHODS, result
+
+STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
+STOPPED = Path(".a.checkpoint")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run train.py on a tiny model, interrupted by `signals` after so many steps: status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", "bert")
+    update = train.update
+
+    def run(*arguments, signals=()) -> tuple[int, str, str]:
+        words = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
+        monkeypatch.setattr(sys, "argv", [*words, *map(str, arguments)])
+        due = dict(signals)
+        taken = []
+
+        def update_and_kill(*of_step) -> None:
+            update(*of_step)
+            taken.append(1)
+            for number in due.pop(len(taken), ()):
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(train, "update", update_and_kill)
+        status = 0
+        try:
+            run_command(train.main)
+        except SystemExit as exit_:
+            status = exit_.code
+        run.steps = len(taken)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+TERM = [signal.SIGTERM]
+
+
+@pytest.mark.parametrize(("options", "step"), list(zip(METHODS, (3, 6, 1, 8, 4, 11), strict=True)))
+def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, step):
+    assert command("--out", "whole", *options)[0] == 0
+    assert command("--out", "a", *options, signals={step: TERM})[0] == 143
+    assert not Path("a").exists()
+    status, _, err = command("--out", "a", *options, "--resume", signals={1: TERM})
+    assert (status, "--resume goes on from" in err) == ((143, True) if step != STEPS else (0, False))
+    assert command("--out", "a", *options, "--resume")[0] == 0
+    assert result("a") == result("whole")
+    assert not STOPPED.exists()
+
+
+def test_signals(command, monkeypatch):
+    former = signal.getsignal(signal.SIGINT)
+    status, _, err = command("--out", "a", signals={3: [signal.SIGINT]})
+    assert (status, err.count("Traceback"), len(list(STOPPED.glob("sweet.000000003.*")))) == (130, 0, 1)
+    status, *_ = command("--out", "b", signals={3: [signal.SIGTERM, signal.SIGTERM]})
+    assert (status, Path(".b.checkpoint").exists()) == (143, False)  # the second ended it at once
+    assert command("--out", "c", signals={3: [signal.SIGHUP]})[0] == 129
+    monkeypatch.setattr(signal, "signal", signal.signal)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert command("--out", "d", signals={3: [signal.SIGHUP]})[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGINT) is former
+
+
+def test_what_has_changed_is_refused_with_both_values(command, monkeypatch):
+    assert command("--out", "a", signals={3: TERM})[0] == 143
+    changed = {("--lr", "0.5"): ("--lr is 0.5", "5e-05"), ("--seed", "1"): ("--seed is 1", "was 0")}
+    for options, parts in changed.items():
+        status, _, err = command("--out", "a", "--resume", *options)
+        assert (status, err.count("\n"), len(err) < 400) == (2, 1, True)
+        assert all(part in err for part in parts), err
+    with monkeypatch.context() as other:
+        other.setattr(
+            "minisweet.training.resume.versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0")
+        )
+        assert f"torch is 0 and was {torch.__version__}" in command("--out", "a", "--resume")[2]
+    vocabulary = Path("tiny/vocab.txt")
+    words = vocabulary.read_text()
+    vocabulary.write_text(words.replace("film\nwas", "was\nfilm"))
+    assert "SHA-256 of the data is" in command("--out", "a", "--resume")[2]
+    vocabulary.write_text(words)
+    write_model(Path("tiny"), "bert", hidden_dropout_prob=0.3)
+    assert "SHA-256 of the model is" in command("--out", "a", "--resume")[2]
+    assert len(list(STOPPED.glob("*.pt"))) == 1  # and nothing is lost
+    write_model(Path("tiny"), "bert")
+    assert command("--out", "a", "--resume", "--save-every", "5", "--overwrite")[0] == 0
+
+
+def test_a_finished_run_says_so(command):
+    assert command("--out", "a", "--resume")[0] == 0  # starts where there is none
+    before = Path("a/run.json").stat().st_mtime_ns
+    status, out, _ = command("--out", "a", "--resume")
+    assert (status, "a: finished already" in out, command.steps) == (0, True, 0)
+    status, _, err = command("--out", "a", "--resume", "--lr", "0.5")
+    assert (status, "--lr is 0.5 and was 5e-05" in err) == (2, True)
+    assert Path("a/run.json").stat().st_mtime_ns == before
+    assert command("--out", "a", "--resume", "--seed", "1", "--overwrite", signals={2: TERM})[0] == 143
+    assert command("--out", "a", "--resume", "--seed", "1", "--overwrite")[0] == 0  # of the one that is to replace it
+    assert command.steps == STEPS - 2
+    assert json.loads(Path("a/run.json").read_text())["arguments"]["seed"] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_broken_checkpoint_falls_back_to_the_one_before(command, damage):
+    assert command("--out", "whole")[0] == 0
+    assert command("--out", "a", "--save-every", "1e-9", signals={5: TERM})[0] == 143
+    first, newest = sorted(STOPPED.glob("*.pt"))
+    assert [path.name[:15] for path in (first, newest)] == ["sweet.000000004", "sweet.000000005"]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content if damage == "flip" else content[:-1])
+    status, _, err = command("--out", "a", "--resume")
+    assert (status, f"{newest.name}: broken" in err, command.steps) == (0, True, STEPS - 4)
+    assert result("a") == result("whole")
+
+
+def test_a_finished_stage_that_is_broken_is_trained_again(command):
+    options = ["--method", "mm", "--save-every", "1e-9"]
+    assert command("--out", "whole", *options)[0] == 0
+    assert command("--out", "a", *options, signals={STEPS + 1: TERM})[0] == 143
+    (end,) = STOPPED.glob("layers-1.end.*")
+    end.write_bytes(b"")
+    assert command("--out", "a", *options, "--resume")[0] == 0
+    assert result("a") == result("whole")
+
+
+def test_without_resume_a_training_starts_anew_and_says_so(command):
+    assert command("--out", "a", signals={3: TERM})[0] == 143
+    status, _, err = command("--out", "a", "--seed", "1")
+    assert (status, command.steps, "this one starts anew" in err, STOPPED.exists()) == (0, STEPS, True, False)
+
+
+def test_a_full_disk(command, monkeypatch):
+    assert command("--out", "whole")[0] == 0
+    save = torch.save
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    status, _, err = command("--out", "a", "--save-every", "1e-9")  # the training goes on
+    assert (status, err.count(f"{STOPPED}/partial: this checkpoint cannot be written")) == (0, STEPS + 1)
+    assert result("a") == result("whole")
+    monkeypatch.setattr(torch, "save", save)
+    with monkeypatch.context() as broken:
+        broken.setattr("minisweet.files.runs.save", full)
+        status, _, err = command("--out", "b")
+    assert (status, "kept in" in err, ".b.checkpoint: --resume saves it" in err) == (2, True, True)
+    assert (command("--out", "b", "--resume")[0], command.steps) == (0, 0)
+    assert result("b") == result("whole")
+
+
+def test_the_seconds_are_those_that_were_computed(command, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    assert command("--out", "a", "--save-every", "1000", signals={4: TERM})[0] == 143
+    before = torch.load(next(STOPPED.glob("*.pt")), weights_only=True)["seconds"]
+    next(iter(range(1000)))
+    clock = iter(range(5000, 10**6))  # long after
+    assert command("--out", "a", "--save-every", "1000", "--resume")[0] == 0
+    record = json.loads(Path("a/run.json").read_text())
+    assert before < record["stages"]["sweet"] <= record["seconds"] < 200
+
+
+@pytest.mark.slow
+def test_trainings_killed_at_random_moments():
+    seed = str(random.randrange(10**6))
+    killed = subprocess.run([sys.executable, "-m", "tests.kill", "--kills", "3", "--seed", seed], cwd=CHECKOUT)
+    assert killed.returncode == 0
