@@ -62,8 +62,9 @@ def is_finished(args: argparse.Namespace) -> bool:
     path, folder = args.out / "run.json", checkpoint_folder(args.out)
     if not path.is_file() or any(file.stat().st_mtime > path.stat().st_mtime for file in folder.glob("*.pt")):
         return False  # or there is a training that is to replace the run
-    given = options({name: value for name, value in vars(args).items() if value is not None})
-    if changed := changes(given, options(read_record(args.out)["arguments"])):
+    told = options(read_record(args.out)["arguments"])  # of an older version, with fewer options
+    given = {name: value for name, value in options(vars(args)).items() if value is not None and name in told}
+    if changed := changes(given, told):
         if args.overwrite:
             return False
         raise InputError(f"--resume: {args.out} is finished, but {changed}; name another --out, or pass --overwrite")
