@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minisweet.data.text import TokenizedExamples
 from minisweet.files.runs import read_record, versions
@@ -159,12 +160,19 @@ class Checkpoints:
             partial.replace(path)
             self.kept.append(path)
         except (OSError, RuntimeError, InputError) as error:
-            tell(f"{partial}: this checkpoint cannot be written ({error}); the training goes on")
             partial.unlink(missing_ok=True)
-        steps = [path for path in self.kept if ".end." not in path.name]
-        self.kept = [path for path in self.kept if path not in steps[:-2]]
+            if len(steps := self.steps()) > bool(others):  # an older one gives way to it
+                self.kept.remove(steps[0])
+                steps[0].unlink(missing_ok=True)
+                return self.save(stage, losses, parameters, *others)
+            tell(f"{partial}: this checkpoint cannot be written ({error.__context__ or error}); the training goes on")
+        self.kept = [path for path in self.kept if path not in self.steps()[:-2]]
         for old in set(self.folder.glob("*.pt")) - set(self.kept):
             old.unlink()
+
+    def steps(self) -> list[Path]:
+        """The kept checkpoints of stages that were not over, oldest first."""
+        return [path for path in self.kept if ".end." not in path.name]
 
     def seconds(self) -> float:
         """How long this stage has been computed, before it was stopped too."""
@@ -215,5 +223,5 @@ def generators(parameters: Sequence[nn.Parameter]) -> list[torch.Generator]:
 
 
 def tell(message: str) -> None:
-    """Print a line, on a terminal below the progress bar that may be there."""
-    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr)
+    """Print a line above the progress bar, where there is one."""
+    tqdm.write(message, file=sys.stderr)
