@@ -149,26 +149,32 @@ class Checkpoints:
         self.saved = time.perf_counter()
         if place().rank:  # the first process alone writes
             return
-        partial, which = self.folder / "partial", f"{len(losses):09d}" if others else "end"
+        which = f"{len(losses):09d}" if others else "end"
+        while not self.write(f"{stage.replace(' ', '-')}.{which}", content) and len(self.steps()) > bool(others):
+            self.steps()[0].unlink(missing_ok=True)  # an older one gives way to it
+            self.kept.remove(self.steps()[0])
+        self.kept = [path for path in self.kept if path not in self.steps()[:-2]]
+        for old in set(self.folder.glob("*.pt")) - set(self.kept):
+            old.unlink()
+
+    def write(self, name: str, content: dict) -> bool:
+        """Write a file of checkpoints; False, and a line that says why, where that fails."""
+        partial = self.folder / "partial"
         try:
             if not self.kept:
                 self.remove()  # what was there is of another training, or broken
                 write_json(self.folder / "trained.json", self.trained)
             with partial.open("wb") as file:
                 torch.save(content, file)
-            path = self.folder / f"{stage.replace(' ', '-')}.{which}.{sha256(partial)}.pt"
+            path = self.folder / f"{name}.{sha256(partial)}.pt"
             partial.replace(path)
             self.kept.append(path)
-        except (OSError, RuntimeError, InputError) as error:
+            return True
+        except (OSError, RuntimeError, InputError) as error:  # of a full disk torch may raise either
             partial.unlink(missing_ok=True)
-            if len(steps := self.steps()) > bool(others):  # an older one gives way to it
-                self.kept.remove(steps[0])
-                steps[0].unlink(missing_ok=True)
-                return self.save(stage, losses, parameters, *others)
-            tell(f"{partial}: this checkpoint cannot be written ({error.__context__ or error}); the training goes on")
-        self.kept = [path for path in self.kept if path not in self.steps()[:-2]]
-        for old in set(self.folder.glob("*.pt")) - set(self.kept):
-            old.unlink()
+            free = shutil.disk_usage(self.folder.parent).free >> 20
+            tell(f"{partial}: cannot be written, {free} MiB are free ({error}); the training goes on")
+            return False
 
     def steps(self) -> list[Path]:
         """The kept checkpoints of stages that were not over, oldest first."""
