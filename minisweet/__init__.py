@@ -3,4 +3,13 @@
 from minisweet.exits import MultiExitModel, build_multi_model
 from minisweet.files.checkpoint import load_encoder
 
-__all__ = ["MultiExitModel", "build_multi_model", "load_encoder"]
+__all__ = ["EarlyExitClassifier", "MultiExitModel", "build_multi_model", "load_encoder"]
+
+
+def __getattr__(name: str):
+    """Import what few need when it is first asked for."""
+    if name != "EarlyExitClassifier":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from minisweet.use.classifier import EarlyExitClassifier
+
+    return EarlyExitClassifier

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.checkpoint import Encoder, load_encoder
-from minisweet.layers import ALL, CLS, OTHERS, Dropout
+from minisweet.layers import ALL, CLS, Dropout
 
 METHODS = ("sweet", "ee", "mm", "branch")
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -192,9 +192,9 @@ class MultiExitModel(nn.Module):
             with torch.no_grad():
                 return layer(hidden, context), context
         if self.method == "ee":  # all later losses flow back through here
-            return torch.cat([cls, layer.update(hidden, seen, OTHERS)], dim=1), context
+            return layer.finish(hidden, seen, cls), context
         with stop_gradient():  # SWEET: none does
-            hidden = torch.cat([cls, layer.update(hidden, seen, OTHERS)], dim=1)
+            hidden = layer.finish(hidden, seen, cls)
         return hidden, tuple(tensor.detach() for tensor in context)
 
     def has_branch(self, k: int) -> bool:

@@ -65,6 +65,12 @@ class TransformerLayer(nn.Module):
         hidden = self.attention_norm(hidden[:, rows] + self.dropout(self.attention_output(attended)))
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
 
+    def finish(self, hidden: Tensor, seen: tuple[Tensor, ...], cls: Tensor) -> Tensor:
+        """The rest of the layer for all tokens, where `update` has made [CLS], (B, 1, D), already: to (B, T, D)."""
+        if torch.compiler.is_compiling() and not self.training:
+            return self.update(hidden, seen)  # torch.export would take T - 1 = 1 for a case of its own
+        return torch.cat([cls, self.update(hidden, seen, OTHERS)], dim=1)
+
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """The whole layer: hidden states (B, T, D) to (B, T, D). `context` is the encoder's `context(...)`."""
         return self.update(hidden, self.look(hidden, context))

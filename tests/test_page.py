@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minisweet.files.safe import InputError
-from minisweet.use.explain import TEMPLATE, write_page
+from minisweet.use.page import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minisweet.bert import BertEncoder
 from minisweet.deberta import DebertaEncoder
@@ -65,6 +66,16 @@ def config_from_json(config_class: type, content: Mapping[str, object]):
 def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
     """Make an encoder with random weights."""
     return ARCHITECTURES[config.model_type][1](config)
+
+
+class NoInit(TorchFunctionMode):
+    """Within, torch.nn.init does nothing.
+
+    On the meta device it has nothing to draw, but torch would import its compiler for that: a second's work.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
 
 
 def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool = True) -> Encoder:
@@ -142,7 +153,7 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
             raise InputError(f"{path}: num_hidden_layers is {depth}, and encoder.layer.{found} is missing")
         check_width(path, "embeddings.word_embeddings.weight", tensors, D)
         config = replace(config, num_hidden_layers=num_layers or depth)
-        with torch.device("meta"):  # shapes only: random weights would be drawn and thrown away
+        with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
             encoder = new_encoder(config)
         names = checkpoint_names(config.num_hidden_layers)
         wanted = {name: (names[name], list(value.shape)) for name, value in encoder.state_dict().items()}

@@ -324,7 +324,7 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
         last = f"{len(layers) - 1}.encoder." if mm else "encoder."
         checkpoint.check_width(path, f"{last}word_embeddings.weight", tensors, config.hidden_size)
         checkpoint.check_width(path, f"{last}layers.{layers[-1] - 1}.intermediate.weight", tensors, config.hidden_size)
-        with torch.device("meta"):  # shapes only, the weights follow
+        with torch.device("meta"), checkpoint.NoInit():  # shapes only, the weights follow
             if mm:
                 model = MultiModel(_model(config, (n,), num_labels, "sweet", strategy) for n in layers)
             else:

@@ -1,0 +1,195 @@
+"""Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made.
+
+    from minisweet import EarlyExitClassifier
+    classify = EarlyExitClassifier("runs/tickets")
+    for answer in classify(["no invoice", ("subject", "body")]):
+        print(answer.label, answer.confidence)
+
+Dimension letters: B batch, C classes, K exits, N instances.
+"""
+
+import argparse
+import logging
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisweet.adaptive import ExitRule
+from minisweet.data.tasks import Examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation.operating import candidates, choose
+from minisweet.evaluation.sweep import load_validation
+from minisweet.evaluation.timing import GATHERED
+from minisweet.files.commands import Parser, number, whole_number
+from minisweet.files.runs import load_run, read_evaluation
+from minisweet.files.safe import InputError
+from minisweet.live import Answers, early_exit
+from minisweet.training.devices import add_device_options, autocast, choose_device, choose_precision
+
+WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
+ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
+
+
+class Answer(NamedTuple):
+    """What the exit that was taken says of one text."""
+
+    label: str
+    confidence: float  # what was compared with the threshold: of learning-to-exit not one of the probabilities
+    exit_layer: int  # counted from 1
+    probabilities: dict[str, float]  # of all labels, after temperature scaling
+
+
+class EarlyExitClassifier:
+    """Classifies texts, or pairs of them, each at the first exit whose confidence reaches the threshold.
+
+    Exits, temperatures (of learning-to-exit: the ranges of certainty) and the operating point are those of the run's
+    evaluation.json. Several threads may share one classifier.
+
+    Args:
+        run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
+        threshold: from 1/C (learning-to-exit: 0; all leave at the first exit) to 1 (all run to the last).
+            None for the operating point.
+        max_loss, speed: choose the threshold from the saved evaluation instead: the fastest that loses at most so many
+            points to full depth, or the best that runs at most this share of the layers.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        amp: "auto", "off", "bf16" or "fp16", as the commands' --amp.
+        batch_size: texts that run at once.
+
+    Raises:
+        InputError (a ValueError): no run, a broken one, a threshold outside its range, or one that is needed.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        threshold: float | None = None,
+        *,
+        max_loss: float | None = None,
+        speed: float | None = None,
+        device: str = "auto",
+        amp: str = "auto",
+        batch_size: int = 32,
+    ) -> None:
+        run = Path(run)
+        if sum(value is not None for value in (threshold, max_loss, speed)) > 1:
+            raise InputError("threshold, max_loss, speed: more than one is given, and each chooses the threshold")
+        self.device, self.batch_size = choose_device(device), batch_size
+        self.precision = choose_precision(amp, self.device)
+        model, self.record = load_run(run)
+        self.evaluation = read_evaluation(run, self.record)
+        self.labels = self.record["labels"]
+        if self.evaluation is not None:
+            if self.evaluation.keys().isdisjoint(("temperatures", "certainty_ranges")):
+                raise InputError(f"{run / 'evaluation.json'}: has no temperatures; run evaluate.py again")
+            model = model.keep_exits(self.evaluation["exit_layers"])  # evaluate.py --use-exits may have left some out
+            self.rule = ExitRule.from_evaluation(self.evaluation, len(self.labels))
+        elif threshold is None:
+            raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
+        else:
+            is_lte = self.record["exit_strategy"] == "lte"
+            ranges = torch.tensor([[0.0, 1.0]]).repeat(len(model.exit_layers), 1) if is_lte else None
+            self.rule = ExitRule(len(self.labels), ranges=ranges)
+        if threshold is None:
+            threshold = self._operating_point(run, max_loss, speed)
+        self.threshold = check_threshold(threshold, self.rule.lowest)
+        self.model, self.exit_layers = model.to(self.device), model.exit_layers
+        self.tokenizer = load_tokenizer(run, self.record["vocab_size"], self.record["arguments"]["max_length"])
+
+    def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
+        """Classify texts and pairs of texts, any number, in their order.
+
+        Raises InputError (a ValueError), with the item's index from 0, for what is neither text nor pair.
+        """
+        checked, answers = check_texts(texts), []
+        if self.model.training:
+            self.model.eval()
+        for start in range(0, len(checked), WINDOW):
+            examples, rows, window = self.tokenize(checked[start : start + WINDOW]), [], []
+            for pool in examples.by_length(GATHERED * self.batch_size):
+                inputs = pool.to(self.device).inputs
+                with autocast(self.device, self.precision):
+                    found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
+                rows += pool.rows.tolist()
+                window += self._answers(found)
+            answers += [window[place] for place in np.argsort(rows)]
+        return answers
+
+    def tokenize(self, texts: list) -> TokenizedExamples:
+        """Texts and pairs, mixed, as `check_texts` gives them."""
+        return TokenizedExamples(self.tokenizer, Examples(texts, None, None))  # the tokenizer takes a pair for a text
+
+    def probabilities(self, logits: Tensor, exits: Tensor) -> Tensor:
+        """The logits (B, C) of the exits (B,), counted from 0, to probabilities (B, C)."""
+        if self.rule.temperatures is not None:
+            logits = logits / self.rule.temperatures.to(logits.device)[exits]  # (K, 1) to (B, 1)
+        return logits.softmax(-1)
+
+    def _answers(self, found: Answers) -> list[Answer]:
+        columns = (found.labels, found.confidence, found.exits, self.probabilities(found.logits, found.exits))
+        return [
+            Answer(self.labels[label], confidence, self.exit_layers[k], dict(zip(self.labels, row, strict=True)))
+            for label, confidence, k, row in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def _operating_point(self, run: Path, max_loss: float | None, speed: float | None) -> float:
+        """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
+        if max_loss is None and speed is None and "operating_point" in self.evaluation:
+            return self.evaluation["operating_point"]["threshold"]
+        validation = load_validation(run / "logits.safetensors")
+        layers, depth, method = self.evaluation["exit_layers"], self.record["depth"], self.record["method"]
+        there = candidates(self.rule, validation, self.evaluation["metric"], layers, depth, method)
+        threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
+        if not reached:
+            share = there.ratios[np.searchsorted(there.thresholds, threshold)]
+            log = logging.getLogger("minisweet")
+            log.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
+        return threshold
+
+
+def add_classifier_options(parser: Parser) -> None:
+    """Add the options that `classifier_of` reads."""
+    group = parser.add_argument_group("threshold (default: the operating point of evaluation.json)")
+    option = group.add_mutually_exclusive_group().add_argument
+    option("--threshold", type=number(0, 1), help="leave at this confidence; at 1 all run to the last exit")
+    option("--speed", type=number(0, 1), metavar="S", help="the best score at no more than this share of the layers")
+    option("--max-loss", type=number(0, 200), metavar="P", help="the fastest at most so many points below full depth")
+    parser.add_argument("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
+    add_device_options(parser)
+
+
+def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
+    """The classifier that a command's options ask for."""
+    names = ("run", "threshold", "max_loss", "speed", "device", "amp", "batch_size")
+    return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
+
+
+def check_threshold(threshold: float, lowest: float) -> float:
+    """The threshold, if it is a number from `lowest` to 1. Raises InputError."""
+    is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if not is_number or not lowest - ROUNDING <= threshold <= 1:
+        right = f"from {lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
+        raise InputError(f"threshold: {threshold!r:.80}, should be a number {right}")
+    return float(threshold)
+
+
+def check_texts(texts: Iterable) -> list[str | tuple[str, str]]:
+    """The texts and pairs, in a list. Raises InputError for another thing, with its index from 0."""
+    if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: {texts!r:.80}, should be a list of texts or pairs; for one text: classify([text])")
+    checked = []
+    for i, text in enumerate(texts):
+        parts = text if isinstance(text, tuple | list) and len(text) == 2 else (text,)
+        for part in parts:
+            if not isinstance(part, str):
+                raise InputError(f"item {i}: {text!r:.80}, should be a text or a pair of texts")
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"item {i}: {text!r:.80}, holds half a character (a lone surrogate)") from None
+        checked.append(text if isinstance(text, str) else tuple(text))
+    return checked

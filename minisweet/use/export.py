@@ -1,0 +1,115 @@
+"""A run's model up to one exit as a folder that transformers loads, config, weights and tokenizer.
+
+    python -m minisweet.export RUN --out folder
+    python -m minisweet.export RUN --out folder --exit-layer 6
+    python -c 'from transformers import pipeline; print(pipeline("text-classification", "folder")("no invoice"))'
+
+The folder holds a plain BertForSequenceClassification or DebertaForSequenceClassification: nothing leaves early there.
+ONNX export starts from here too: its exporter (torch.onnx.export(..., dynamo=True)) builds on torch.export, which our
+models pass with dynamic batch and length, and needs the packages onnx and onnxscript beside torch.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from minisweet.data.text import load_tokenizer
+from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.files.checkpoint import ARCHITECTURES
+from minisweet.files.commands import Parser, run_command, whole_number
+from minisweet.files.runs import load_run
+from minisweet.files.safe import InputError, write_json, written_beside
+
+__all__ = ["main", "run_command"]
+# Of each model_type: the class in transformers, and where it keeps its pooler.
+FORMATS = {
+    "bert": ("BertForSequenceClassification", "bert.pooler.dense"),
+    "deberta": ("DebertaForSequenceClassification", "pooler.dense"),
+}
+SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
+
+def main() -> None:
+    """Export one exit of a run."""
+    about, examples, *_ = __doc__.split("\n\n")
+    parser = Parser(description=about, epilog=f"examples:\n{examples}")
+    option = parser.add_argument
+    option("run", type=Path, metavar="RUN", help="run folder")
+    option("--out", type=Path, required=True, help="the folder to write, which must not exist")
+    option("--exit-layer", type=whole_number(1), help="the exit to end at (default: the last)")
+    args = parser.parse_args()
+    layer = export(args.run, args.out, args.exit_layer)
+    print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
+
+
+def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
+    """Write the model of a run up to one exit, whole or not at all. Returns the exit's layer, counted from 1.
+
+    Raises InputError for no run, a run of learning-to-exit, another layer than an exit's, and an `out` that exists.
+    """
+    if out.exists() or out.is_symlink():
+        raise InputError(f"--out: {out} exists already; name a new folder")
+    model, record = load_run(run)
+    if record["exit_strategy"] == "lte":
+        raise InputError(f"{run}: a run of learning-to-exit (lte), whose exits say more than a plain classifier can")
+    layer = model.exit_layers[-1] if exit_layer is None else exit_layer
+    if layer not in model.exit_layers:
+        layers = ", ".join(map(str, model.exit_layers))
+        raise InputError(f"--exit-layer: {layer}, should be one of {layers}, the exits of {run}")
+    tokenizer = load_tokenizer(run, record["vocab_size"], record["arguments"]["max_length"])
+    k = model.exit_layers.index(layer)
+    part, k = (model[k], 0) if isinstance(model, MultiModel) else (model, k)
+    with written_beside(out, overwrite=False) as partial:
+        partial.mkdir()
+        (partial / "model.safetensors").write_bytes(save(plain_tensors(part, k), metadata={"format": "pt"}))
+        write_json(partial / "config.json", plain_config(part, layer, record["labels"], tokenizer))
+        write_json(partial / "tokenizer_config.json", tokenizer_config(tokenizer, record["arguments"]["max_length"]))
+        tokenizer.no_truncation()  # model_max_length says it
+        tokenizer.save(str(partial / "tokenizer.json"))
+    return layer
+
+
+def plain_tensors(model: MultiExitModel, k: int) -> dict[str, Tensor]:
+    """The weights up to exit k under the names of transformers: a branch's own layer stands where the trunk's was."""
+    model_type, n, head = model.encoder.config.model_type, model.exit_layers[k], model.heads[k]
+    weights = model.encoder.state_dict()
+    if model.has_branch(k):
+        weights |= {f"layers.{n - 1}.{name}": tensor for name, tensor in model.branches[k].state_dict().items()}
+    tensors = {}
+    for ours, theirs in ARCHITECTURES[model_type][2](n).items():
+        if ours in weights:  # a DeBERTa of one position term lacks the other's projection
+            parts = weights[ours].chunk(len(theirs))
+            tensors |= dict(zip((f"{model_type}.{name}" for name in theirs), parts, strict=True))
+    for name, linear in ((FORMATS[model_type][1], head.pooler), ("classifier", head.classifier)):
+        tensors |= {f"{name}.weight": linear.weight, f"{name}.bias": linear.bias}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def plain_config(model: MultiExitModel, depth: int, labels: list[str], tokenizer: Tokenizer) -> dict:
+    """config.json for transformers. What is not said there has the same default here and there."""
+    config = model.encoder.config
+    return {
+        "architectures": [FORMATS[config.model_type][0]],
+        "model_type": config.model_type,
+        **{name: value for name, value in asdict(config).items() if value is not None},
+        "num_hidden_layers": depth,
+        "id2label": {str(c): label for c, label in enumerate(labels)},
+        "label2id": {label: c for c, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+        "pad_token_id": tokenizer.token_to_id("[PAD]"),
+    }
+
+
+def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict:
+    """tokenizer_config.json for transformers, which then reads tokenizer.json as it is."""
+    names = {name: f"[{name.removesuffix('_token').upper()}]" for name in SPECIAL_TOKENS}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **{name: token for name, token in names.items() if tokenizer.token_to_id(token) is not None},
+    }
