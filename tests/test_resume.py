@@ -161,8 +161,13 @@ def test_a_full_disk(command, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     status, _, err = command("--out", "a", "--save-every", "1e-9")  # the training goes on
-    assert (status, err.count(f"{STOPPED}/partial: this checkpoint cannot be written")) == (0, STEPS + 1)
+    assert (status, err.count(f"{STOPPED}/partial: cannot be written")) == (0, STEPS + 1)
     assert result("a") == result("whole")
+    room = iter([True, True, False, True])  # for two steps, then only once an older one has gone
+    monkeypatch.setattr(torch, "save", lambda *of: (save if next(room, True) else full)(*of))
+    assert command("--out", "c", "--save-every", "1e-9", signals={3: TERM})[0] == 143
+    kept = sorted(path.name[:15] for path in Path(".c.checkpoint").glob("*.pt"))
+    assert kept == ["sweet.000000002", "sweet.000000003"]
     monkeypatch.setattr(torch, "save", save)
     with monkeypatch.context() as broken:
         broken.setattr("minisweet.files.runs.save", full)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minisweet.data.text import TokenizedExamples
 from minisweet.files.runs import read_record, versions
@@ -62,8 +63,9 @@ def is_finished(args: argparse.Namespace) -> bool:
     path, folder = args.out / "run.json", checkpoint_folder(args.out)
     if not path.is_file() or any(file.stat().st_mtime > path.stat().st_mtime for file in folder.glob("*.pt")):
         return False  # or there is a training that is to replace the run
-    given = options({name: value for name, value in vars(args).items() if value is not None})
-    if changed := changes(given, options(read_record(args.out)["arguments"])):
+    told = options(read_record(args.out)["arguments"])  # of an older version, with fewer options
+    given = {name: value for name, value in options(vars(args)).items() if value is not None and name in told}
+    if changed := changes(given, told):
         if args.overwrite:
             return False
         raise InputError(f"--resume: {args.out} is finished, but {changed}; name another --out, or pass --overwrite")
@@ -147,23 +149,36 @@ class Checkpoints:
         self.saved = time.perf_counter()
         if place().rank:  # the first process alone writes
             return
-        partial, which = self.folder / "partial", f"{len(losses):09d}" if others else "end"
+        which = f"{len(losses):09d}" if others else "end"
+        while not self.write(f"{stage.replace(' ', '-')}.{which}", content) and len(self.steps()) > bool(others):
+            self.steps()[0].unlink(missing_ok=True)  # an older one gives way to it
+            self.kept.remove(self.steps()[0])
+        self.kept = [path for path in self.kept if path not in self.steps()[:-2]]
+        for old in set(self.folder.glob("*.pt")) - set(self.kept):
+            old.unlink()
+
+    def write(self, name: str, content: dict) -> bool:
+        """Write a file of checkpoints; False, and a line that says why, where that fails."""
+        partial = self.folder / "partial"
         try:
             if not self.kept:
                 self.remove()  # what was there is of another training, or broken
                 write_json(self.folder / "trained.json", self.trained)
             with partial.open("wb") as file:
                 torch.save(content, file)
-            path = self.folder / f"{stage.replace(' ', '-')}.{which}.{sha256(partial)}.pt"
+            path = self.folder / f"{name}.{sha256(partial)}.pt"
             partial.replace(path)
             self.kept.append(path)
-        except (OSError, RuntimeError, InputError) as error:
-            tell(f"{partial}: this checkpoint cannot be written ({error}); the training goes on")
+            return True
+        except (OSError, RuntimeError, InputError) as error:  # of a full disk torch may raise either
             partial.unlink(missing_ok=True)
-        steps = [path for path in self.kept if ".end." not in path.name]
-        self.kept = [path for path in self.kept if path not in steps[:-2]]
-        for old in set(self.folder.glob("*.pt")) - set(self.kept):
-            old.unlink()
+            free = shutil.disk_usage(self.folder.parent).free >> 20
+            tell(f"{partial}: cannot be written, {free} MiB are free ({error}); the training goes on")
+            return False
+
+    def steps(self) -> list[Path]:
+        """The kept checkpoints of stages that were not over, oldest first."""
+        return [path for path in self.kept if ".end." not in path.name]
 
     def seconds(self) -> float:
         """How long this stage has been computed, before it was stopped too."""
@@ -214,5 +229,5 @@ def generators(parameters: Sequence[nn.Parameter]) -> list[torch.Generator]:
 
 
 def tell(message: str) -> None:
-    """Print a line, on a terminal below the progress bar that may be there."""
-    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr)
+    """Print a line above the progress bar, where there is one."""
+    tqdm.write(message, file=sys.stderr)
