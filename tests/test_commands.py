@@ -147,12 +147,12 @@ def test_cuda(command, tmp_path, model_type, amp):
     assert command(evaluate, "a", "--amp", amp, "--device", "cuda")[0] == 0
 
 
-def test_an_interrupted_training_leaves_nothing(command, tmp_path, monkeypatch):
+def test_a_save_that_is_interrupted_leaves_the_finished_training_alone(command, tmp_path, monkeypatch):
     model = write_model(tmp_path / "tiny", "bert")
     monkeypatch.setattr("minisweet.files.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     status, _, err = command(train, *quick(model, "--out", "runs/a"))
     assert (status, err.splitlines()[-1]) == (130, "interrupted")
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".a.checkpoint"]
 
 
 BAD = {
