@@ -51,10 +51,14 @@ class BertLayer(TransformerLayer):
 
     def look(self, hidden: Tensor, context: tuple[Tensor], rows: slice = ALL) -> tuple[Tensor, ...]:
         """Queries of the tokens `rows` (B, H, R, d), keys and values of all (B, H, T, d), and the padding's bias."""
+        weight, bias, D = self.query_key_value.weight, self.query_key_value.bias, hidden.shape[-1]
+        if torch.is_grad_enabled():
+            # A key's bias adds the same to all scores of a query, which the softmax ignores. So its gradient is zero
+            # but for rounding, of which Adam would make whole steps.
+            bias = torch.cat([bias[:D], bias[D : 2 * D].detach(), bias[2 * D :]])
         if rows == ALL:
-            query, key, value = self.query_key_value(hidden).chunk(3, dim=-1)  # (B, T, D) each
+            query, key, value = F.linear(hidden, weight, bias).chunk(3, dim=-1)  # (B, T, D) each
         else:
-            weight, bias, D = self.query_key_value.weight, self.query_key_value.bias, hidden.shape[-1]
             query = F.linear(hidden[:, rows], weight[:D], bias[:D])  # (B, R, D)
             key, value = F.linear(hidden, weight[D:], bias[D:]).chunk(2, dim=-1)
         return self.heads(query), self.heads(key), self.heads(value), *context

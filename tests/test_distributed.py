@@ -133,7 +133,7 @@ def differences(one: str, other: str) -> tuple[float, float]:
     """The largest difference of two runs' losses and weights, but for a key's bias, whose gradient is but rounding."""
     losses = [torch.tensor(json.loads(Path(run, "run.json").read_text())["losses"]) for run in (one, other)]
     first, second = (load_file(Path(run, "model.safetensors")) for run in (one, other))
-    weights = [(first[name] - second[name]).abs() for name in first if "query_key_value.bias" not in name]
+    weights = [(first[name] - second[name]).abs() for name in first]
     return (losses[0] - losses[1]).abs().max().item(), max(weight.max().item() for weight in weights)
 
 
