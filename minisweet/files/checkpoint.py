@@ -2,10 +2,8 @@
 
 Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
 finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
-so that a config.json that asks for a billion layers costs nothing.
-
-A config.json is honoured, or refused by name: a key that changes the model must be a field of BertConfig or
-DebertaConfig. Other keys (architectures, use_cache, transformers_version, ...) describe the file, not the model.
+so that a config.json that asks for a billion layers costs nothing. Keys of config.json that are no field of BertConfig
+or DebertaConfig (architectures, use_cache, transformers_version, ...) describe the file, not the model.
 """
 
 import logging
@@ -174,10 +172,7 @@ def check_width(path: Path, name: str, tensors: Mapping, D: int) -> None:
 
 @contextmanager
 def open_weights(folder: Path) -> Iterator[dict]:
-    """Open a folder's weights: each tensor's name to its slice, of which nothing has been read yet.
-
-    Raises InputError where there are none, and where they cannot be read.
-    """
+    """Open a folder's weights: each tensor's name to its slice, still unread. Raises InputError where this fails."""
     slices = {}
     with ExitStack() as stack:
         try:

@@ -1,7 +1,7 @@
 """The configs of BERT and DeBERTa: the keys of config.json that shape an encoder, honoured or refused by name.
 
-A config raises ValueError, which names the field, its value and what would be right. Defaults are those of the
-published format. A field that is no number may hold its default alone, unless `check` is told of others.
+A config raises ValueError, which names the field, its value and what would be right. Defaults are the published
+format's. A field that is no number may hold its default alone, unless `check` is told of other values.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,7 @@ config.json, tokenizer files   of the model that was fine-tuned; model_type is o
 evaluation.json, logits.safetensors, curve.png   written by evaluate.py
 diverged.json       alone, where the loss became infinite or NaN: the arguments, and when
 
-What is read here is checked where it is read, every number for its type, its range and that it is finite.
-Dimension letters: K exits, C classes, N instances, P thresholds.
+Every number is checked where it is read. Dimension letters: K exits, C classes, P thresholds.
 """
 
 import hashlib
@@ -43,14 +42,16 @@ NEEDED = ("model", "method", "exit_strategy", "exit_layers", "depth", "device", 
 OPTIONAL = ("task", "data_dir", "train_size", *BOUNDARIES.values())  # may be null
 
 
-def _rules(K: int = 0, C: int = 0, P: int | None = None, depth: int = 10**6, lowest: float = 0) -> dict[str, tuple]:
+def _rules(
+    K: int | None = None, C: int | None = None, P: int | None = None, depth: int = 10**6, lowest: float = 0
+) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
     First those that the shapes of others follow from. `lowest` is the metric's lowest score.
     """
-    count, size, number, score = range(2**31), range(1, 2**31), (0, 1e38), (lowest, 100)
+    count, size, number, score = range(2**31 + 1), range(1, 2**31 + 1), (0, 1e38), (lowest, 100)
     return {
-        "exit_layers": (range(1, 10**6), None),
+        "exit_layers": (range(1, 10**6 + 1), None),
         "thresholds": ((0, 1), None),
         "method": (set(METHODS),),
         "exit_strategy": (set(EXIT_STRATEGIES),),
@@ -58,7 +59,7 @@ def _rules(K: int = 0, C: int = 0, P: int | None = None, depth: int = 10**6, low
         "epochs batch_size train_size examples live_batch_size": (size,),
         "seed live_differs": (count,),
         "max_length": (size[7:],),
-        "depth": (range(1, 10**6),),
+        "depth": (range(1, 10**6 + 1),),
         "lr learning_rate": ((1e-300, 1e300),),
         "seconds examples_per_second gradient_flow gradient_cap owner_cap": (number,),
         "losses": (number, None, None),
@@ -68,7 +69,7 @@ def _rules(K: int = 0, C: int = 0, P: int | None = None, depth: int = 10**6, low
         "area": (score,),
         "exit_scores": (score, K),
         "scores": (score, P),
-        "speedup_ratios": ((1e-9, K + 1), P),
+        "speedup_ratios": ((1e-9, 1 + (K or 0)), P),
         "exit_counts": (count, P, K),
         "class_counts": (count, K, C),
         "temperatures": ((1e-9, 1e9), K),
@@ -161,16 +162,14 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
 
 
 def check_output(out: Path, overwrite: bool) -> bool:
-    """Whether something stands at `out` that a run may replace; raises InputError where a run must not be written."""
+    """Whether something stands at `out` that a run may replace. Raises InputError where a run must not be written."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file; name a folder that is new, empty, or a run")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     found = {name for name in names if not safe.PARTIAL.fullmatch(name)}  # what a killed evaluate.py left
     if foreign := found - (FILES if "run.json" in found else set()) - {DIVERGED}:
-        raise InputError(
-            f"--out: {out} holds other files than a run's ({listed(sorted(foreign))}); name a folder that is new, "
-            "empty, or a run"
-        )
+        found = listed(sorted(foreign))
+        raise InputError(f"--out: {out} holds other files than a run's ({found}); name a folder that is new or empty")
     if "run.json" in found and not overwrite:
         raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
     return bool(names)
@@ -240,8 +239,7 @@ def read_evaluation(run: Path, record: dict | None = None) -> dict | None:
     record = record or read_record(run)
     evaluation = read_json(path, finite=True)
     layers, thresholds = evaluation.get("exit_layers", record["exit_layers"]), evaluation.get("thresholds")
-    K = len(layers) if isinstance(layers, list) else 0
-    P = len(thresholds) if isinstance(thresholds, list) else None
+    K, P = (len(values) if isinstance(values, list) else None for values in (layers, thresholds))
     lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
     check_values(path, evaluation, K=K, C=record["num_labels"], P=P, depth=record["depth"], lowest=lowest)
     same = evaluation.keys() & record.keys() & {"task", "method", "exit_strategy", "metric"}

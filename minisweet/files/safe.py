@@ -3,8 +3,7 @@
 What is written stands in a hidden folder beside its target, `.NAME.<random>.partial`, until a rename puts it in place:
 
     new     what is being written
-    old     what stood at the target, between the two renames that replace a folder
-    gone    what may be deleted
+    old     what stood at the target, between the two renames that replace a folder; gone, when it may be deleted
     lock    held by the writer (flock); a folder whose lock nobody holds is of a dead process, and is swept up
 """
 
@@ -159,12 +158,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path, finite: bool = False) -> dict:
-    """Read a JSON object. Raises InputError, with the path, where there is none.
-
-    With `finite`, also where a number in it is infinite or NaN.
-    """
+    """Read a JSON object. Raises InputError where there is none; if `finite`, also for a number that is not finite."""
+    numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite) if finite else {}
     try:
-        numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite) if finite else {}
         content = json.loads(path.read_text(encoding="utf-8"), **numbers)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
