@@ -2,16 +2,15 @@
 
 Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
 finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
-so that a config.json that asks for a billion layers costs nothing.
-
-A config.json is honoured, or refused by name: a key that changes the model must be a field of BertConfig or
-DebertaConfig. Other keys (architectures, use_cache, transformers_version, ...) describe the file, not the model.
+so that a config.json that asks for a billion layers costs nothing. Keys of config.json that are no field of BertConfig
+or DebertaConfig (architectures, use_cache, transformers_version, ...) describe the file, not the model.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ ARCHITECTURES = {
     "bert": (BertConfig, BertEncoder, bert_names, BERT_DROPPED),
     "deberta": (DebertaConfig, DebertaEncoder, deberta_names, DEBERTA_DROPPED),
 }
+LOG = logging.getLogger("minisweet")
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -49,18 +49,9 @@ def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
     try:
-        return config_from_json(ARCHITECTURES[model_type][0], content)
-    except (ValueError, TypeError, OverflowError) as error:
+        return ARCHITECTURES[model_type][0].from_json(content)
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def config_from_json(config_class: type, content: Mapping[str, object]):
-    """Build a config from config.json's content. Raises ValueError, with the field, where one is missing or wrong."""
-    known = fields(config_class)
-    missing = [field.name for field in known if field.default is MISSING and field.name not in content]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing, and {config_class.__name__} needs it")
-    return config_class(**{field.name: content[field.name] for field in known if field.name in content})
 
 
 def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
@@ -82,33 +73,28 @@ def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool =
     """Load a BERT or DeBERTa encoder, as config.json's model_type says, from a folder in the Hugging Face layout.
 
     Args:
-        folder: holds config.json and model.safetensors, in any floating-point type, or the shards that
-            model.safetensors.index.json names, or pytorch_model.bin, which is converted once.
+        folder: holds config.json and model.safetensors, or the shards that model.safetensors.index.json names, or
+            pytorch_model.bin, which is converted once; in any floating-point type.
         num_layers: keep the first so many layers; the others are not read. Default: all.
         warn: say so where a BERT checkpoint has no pooler, and where the head of a task is left out.
 
     Returns:
-        The encoder in float32, in training mode like any new module. Its `pooler_start` is the checkpoint's pooler,
-        (weight, bias), where each exit head starts from, or None where the checkpoint has none.
+        The encoder in float32, in training mode. Its `pooler_start` is the checkpoint's pooler (weight, bias), where
+        each exit head starts from, or None where the checkpoint has none.
 
-    Raises:
-        InputError: `num_layers` lies outside the encoder, a file is missing or unreadable, config.json asks for what is
-            not implemented, or the tensors are not those that it describes.
+    Raises InputError where `num_layers` lies outside the encoder, a file is missing or unreadable, config.json asks for
+    what is not implemented, or the tensors are not those that it describes.
     """
     return _load(Path(folder), num_layers, warn)[0]
 
 
-def load_classifier(folder: str | Path) -> tuple[Encoder, Linear, Linear, list[str]]:
+def load_classifier(folder: Path) -> tuple[Encoder, Linear, list[str]]:
     """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
 
-    Returns:
-        The encoder as `load_encoder` gives it, the pooler's weight (D, D) and bias (D,), the classifier's weight (C, D)
-        and bias (C,), and the labels in the order of the classes: id2label's, or LABEL_0, LABEL_1, ...
-
-    Raises:
-        InputError: as `load_encoder`, and for regression, several labels at once, and heads of other tasks.
+    Returns the encoder as `load_encoder` does, the classifier's weight (C, D) and bias (C,), and the labels in the
+    order of the classes: id2label's, or LABEL_0, LABEL_1, ... Raises InputError as `load_encoder`, and for regression,
+    several labels at once, and heads of other tasks.
     """
-    folder = Path(folder)
     path, content = folder / "config.json", read_json(folder / "config.json")
     made = content.get("architectures") or ["ForSequenceClassification"]
     if not isinstance(made, list) or not str(made[0]).endswith("ForSequenceClassification"):
@@ -124,58 +110,56 @@ def load_classifier(folder: str | Path) -> tuple[Encoder, Linear, Linear, list[s
     labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) else []
     if len(names) != C or not all(map(is_text, labels)) or len(set(labels)) < C:
         raise InputError(f"{path}: id2label is {names!r:.100}, and must name each of the head's {C} classes once")
-    return encoder, encoder.pooler_start, classifier, labels
+    return encoder, classifier, labels
 
 
-def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = False) -> tuple[Encoder, Linear | None]:
-    """The encoder, and the classifier if it is asked for."""
-    config, log = read_config(folder), logging.getLogger("minisweet")
-    depth = config.num_hidden_layers
+def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = False) -> tuple[Encoder, Linear | tuple]:
+    """The encoder, and the classifier if it is asked for, else ()."""
+    config = read_config(folder)
+    depth, D = config.num_hidden_layers, config.hidden_size
     if num_layers is not None and not 1 <= num_layers <= depth:
         raise InputError(f"num_layers is {num_layers}, and must lie in 1 to {depth}, the depth of {folder}")
-    model_type, D = config.model_type, config.hidden_size
-    _, _, checkpoint_names, dropped = ARCHITECTURES[model_type]
+    _, _, checkpoint_names, dropped = ARCHITECTURES[config.model_type]
     with open_weights(folder) as files:
         path = folder / (WEIGHTS if (folder / WEIGHTS).exists() else INDEX)
         keys: dict[str, str] = {}  # the plain name of each tensor, to its name in the file
         for key in sorted(files):
-            plain = key.removeprefix(f"{model_type}.")
-            for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-                plain = plain.removesuffix(old) + new if plain.endswith(old) else plain
+            plain = key.removeprefix(f"{config.model_type}.")
+            plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
             if plain in keys:
                 raise InputError(f"{path}: {key} and {keys[plain]} are the same parameter")
             keys[plain] = key
         tensors = {plain: files[key] for plain, key in keys.items()}
-        numbers, found = {name.split(".")[2] for name in keys if name.startswith("encoder.layer.")}, 0
-        while str(found) in numbers:
-            found += 1
+        numbers = {name.split(".")[2] for name in keys if name.startswith("encoder.layer.")}
+        found = next(n for n in count() if str(n) not in numbers)
         if depth > found:
             raise InputError(f"{path}: num_hidden_layers is {depth}, and encoder.layer.{found} is missing")
         check_width(path, "embeddings.word_embeddings.weight", tensors, D)
         config = replace(config, num_hidden_layers=num_layers or depth)
         with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
             encoder = new_encoder(config)
-        names = checkpoint_names(config.num_hidden_layers)
-        wanted = {name: (names[name], list(value.shape)) for name, value in encoder.state_dict().items()}
+        names, shapes = checkpoint_names(config.num_hidden_layers), {}
         if with_head or any(name in keys for name in POOLER):
-            wanted |= {POOLER[0]: (POOLER[:1], [D, D]), POOLER[1]: (POOLER[1:], [D])}
+            shapes |= zip(POOLER, ([D, D], [D]), strict=True)
         if with_head:
-            shape = tensors[CLASSIFIER[1]].get_shape() if CLASSIFIER[1] in tensors else []
-            C = shape[0] if len(shape) == 1 else 2
-            wanted |= {CLASSIFIER[0]: (CLASSIFIER[:1], [C, D]), CLASSIFIER[1]: (CLASSIFIER[1:], [C])}
+            C = [*tensors[CLASSIFIER[1]].get_shape(), 2][0] if CLASSIFIER[1] in tensors else 2
+            shapes |= zip(CLASSIFIER, ([C, D], [C]), strict=True)
         else:
             dropped = (*dropped, *TASK_HEADS)
+        wanted = {name: (names[name], list(value.shape)) for name, value in encoder.state_dict().items()}
+        wanted |= {name: ((name,), shape) for name, shape in shapes.items()}
         sliced_off = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
         weights = read_tensors(path, tensors, wanted, (*dropped, *sliced_off))
-    pooler = (weights.pop(POOLER[0]), weights.pop(POOLER[1])) if POOLER[0] in weights else None
-    classifier = (weights.pop(CLASSIFIER[0]), weights.pop(CLASSIFIER[1])) if with_head else None
+    pooler, classifier = (
+        tuple(weights.pop(name) for name in names if name in weights) for names in (POOLER, CLASSIFIER)
+    )
     encoder.load_state_dict(weights, assign=True)
-    encoder.pooler_start = pooler
-    left_out = [keys[name] for name in keys if name.startswith(TASK_HEADS)]
-    if warn and left_out and not with_head:
-        log.warning("%s: the head of its task is left out (%s)", path, listed(left_out))
-    if warn and pooler is None and model_type == "bert":
-        log.warning("%s has no pooler: each exit head starts from a fresh one", path)
+    encoder.pooler_start = pooler or None
+    left_out = [] if with_head else [key for name, key in keys.items() if name.startswith(TASK_HEADS)]
+    if warn and left_out:
+        LOG.warning("%s: the head of its task is left out (%s)", path, listed(left_out))
+    if warn and not pooler and config.model_type == "bert":
+        LOG.warning("%s has no pooler: each exit head starts from a fresh one", path)
     return encoder, classifier
 
 
@@ -188,26 +172,16 @@ def check_width(path: Path, name: str, tensors: Mapping, D: int) -> None:
 
 @contextmanager
 def open_weights(folder: Path) -> Iterator[dict]:
-    """Open a folder's weights: each tensor's name to its slice, of which nothing has been read yet.
-
-    Raises InputError where there are none, and where they cannot be read.
-    """
-    path = folder / WEIGHTS
-    if not path.exists() and not (folder / INDEX).exists() and (folder / PICKLED).is_file():
-        convert(folder / PICKLED)
+    """Open a folder's weights: each tensor's name to its slice, still unread. Raises InputError where this fails."""
+    slices = {}
     with ExitStack() as stack:
         try:
-            if path.exists() or not (folder / INDEX).exists():
+            for path in weight_files(folder):
                 file = stack.enter_context(safe_open(path, framework="pt"))
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            else:
-                slices = {}
-                for path in shards(folder):
-                    file = stack.enter_context(safe_open(path, framework="pt"))
-                    for key in file.keys():  # noqa: SIM118
-                        if key in slices:
-                            raise InputError(f"{path}: holds {key!r:.80}, which another shard holds too")
-                        slices[key] = file.get_slice(key)
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    if key in slices:
+                        raise InputError(f"{path}: holds {key!r:.80}, which another shard holds too")
+                    slices[key] = file.get_slice(key)
             yield slices
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
@@ -215,9 +189,13 @@ def open_weights(folder: Path) -> Iterator[dict]:
             raise InputError(f"{path}: not readable as safetensors ({error})") from None
 
 
-def shards(folder: Path) -> list[Path]:
-    """The files that model.safetensors.index.json names, all beside it."""
-    path = folder / INDEX
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, made of pytorch_model.bin where need be, or the files that its index names, all beside it."""
+    weights, path = folder / WEIGHTS, folder / INDEX
+    if weights.exists() or not path.exists():
+        if not weights.exists() and (folder / PICKLED).is_file():
+            convert(folder / PICKLED)
+        return [weights]
     index = read_json(path).get("weight_map")
     names = set(index.values()) if isinstance(index, dict) and all(map(is_text, index.values())) else set()
     if not names or any(Path(name).name != name for name in names):
@@ -226,16 +204,12 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path, tensors: Mapping, wanted: Mapping, dropped: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read tensors in float32, and find all that is wrong with them.
+    """Read tensors in float32. Raises InputError, with `path`, for all that is wrong with them.
 
     Args:
-        path: for messages.
         tensors: each name to its slice, from `open_weights`.
         wanted: each of our names to its names there, whose tensors are joined along the first dimension, and its shape.
         dropped: what other names may begin with.
-
-    Raises:
-        InputError: tensors that are missing, mis-shaped, of another type, not finite, or unexpected.
     """
     problems, weights, used = [], {}, set()
     for ours, (sources, shape) in wanted.items():
@@ -262,35 +236,25 @@ def read_tensors(path: Path, tensors: Mapping, wanted: Mapping, dropped: tuple[s
     return weights
 
 
-def not_finite(model: nn.Module) -> list[str]:
-    """The names of a model's tensors that hold NaN or infinity."""
-    return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-
-
 def convert(path: Path) -> None:
     """Write the state dict in `path`, a pytorch_model.bin, to model.safetensors beside it. Raises InputError."""
+    room = 2 * path.stat().st_size + 2**20  # bytes: two names may share one tensor
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        tensors, state = {}, torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise TypeError("it must map names to tensors")
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name!r:.80} is no tensor")
+            if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
+                raise TypeError(f"{name!r:.80} is sparse, quantised, nested or empty, and should be a plain tensor")
+            room -= value.numel() * value.element_size()
+            if room < 0:  # an expanded one would fill the memory
+                raise TypeError(f"{name!r:.80} {list(value.shape)} is more than the file can hold")
+            # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
+            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        packed = save(tensors, metadata={"format": "pt"})  # save_file() would let no other user read it
     except Exception as error:  # pickle, zip, runtime and key errors, according to what is wrong with the file
         raise InputError(f"{path}: not a PyTorch state dict ({type(error).__name__}: {one_line(error, 200)})") from None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise InputError(f"{path}: not a PyTorch state dict, which maps names to tensors")
-    room = 2 * path.stat().st_size + 2**20  # two names may share one tensor; an expanded one would fill the memory
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise InputError(f"{path}: not a PyTorch state dict, {name!r:.80} is no tensor")
-        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
-            raise InputError(
-                f"{path}: {name!r:.80} is sparse, quantised, nested or empty, and should be a plain tensor"
-            )
-        room -= value.numel() * value.element_size()
-        if room < 0:
-            raise InputError(f"{path}: {name!r:.80} {list(value.shape)} is more than the file can hold")
-    try:
-        # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
-        tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-        packed = save(tensors, metadata={"format": "pt"})  # save_file() would let no other user read it
-    except Exception as error:  # a type that safetensors does not know
-        raise InputError(f"{path}: cannot be converted ({type(error).__name__}: {one_line(error, 200)})") from None
     with written_beside(path.with_name(WEIGHTS)) as partial:
         partial.write_bytes(packed)

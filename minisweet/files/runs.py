@@ -7,22 +7,18 @@ config.json, tokenizer files   of the model that was fine-tuned; model_type is o
 evaluation.json, logits.safetensors, curve.png   written by evaluate.py
 diverged.json       alone, where the loss became infinite or NaN: the arguments, and when
 
-What is read here is checked where it is read, every number for its type, its range and that it is finite.
-Dimension letters: K exits, C classes, N instances, P thresholds.
+Every number is checked where it is read. Dimension letters: K exits, C classes, P thresholds.
 """
 
 import hashlib
 import json
-import logging
 import os
 import platform
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,100 +29,102 @@ from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel, check_exit_layers
 from minisweet.files import checkpoint, safe
 from minisweet.files.checkpoint import OURS, WEIGHTS, read_config
+from minisweet.files.config import Config
 from minisweet.files.safe import InputError, is_text, listed, read_json, sha256, sweep, write_json, written_beside
 
 DIVERGED = "diverged.json"
-EVALUATED = ("evaluation.json", "logits.safetensors", "curve.png")
-FILES = {"run.json", WEIGHTS, "config.json", *EVALUATED, *TOKENIZER_FILES}
+FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
 # The suffixes of a method's name (sweet-flow0.5) to the options that older versions of train.py had.
 BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
+SHOWN = ("model", "method", "task", "seed", "exit_strategy", "lr")  # the arguments that a record holds at its top too
+ARGUMENTS = (*SHOWN, "data_dir", "train_size", "epochs", "batch_size", "max_length", *BOUNDARIES.values())
+NEEDED = ("model", "method", "exit_strategy", "exit_layers", "depth", "device", "precision", "losses")
+OPTIONAL = ("task", "data_dir", "train_size", *BOUNDARIES.values())  # may be null
 
 
-# Checks of a value that was read: they return whether it is right.
-def _whole(low: int, high: int = 2**31) -> Callable[[object], bool]:
-    return lambda value: type(value) is int and low <= value <= high
+def _rules(
+    K: int | None = None, C: int | None = None, P: int | None = None, depth: int = 10**6, lowest: float = 0
+) -> dict[str, tuple]:
+    """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
+
+    First those that the shapes of others follow from. `lowest` is the metric's lowest score.
+    """
+    count, size, number, score = range(2**31 + 1), range(1, 2**31 + 1), (0, 1e38), (lowest, 100)
+    return {
+        "exit_layers": (range(1, 10**6 + 1), None),
+        "thresholds": ((0, 1), None),
+        "method": (set(METHODS),),
+        "exit_strategy": (set(EXIT_STRATEGIES),),
+        "model task data_dir device precision metric finished calibration error": (str,),
+        "epochs batch_size train_size examples live_batch_size": (size,),
+        "seed live_differs": (count,),
+        "max_length": (size[7:],),
+        "depth": (range(1, 10**6 + 1),),
+        "lr learning_rate": ((1e-300, 1e300),),
+        "seconds examples_per_second gradient_flow gradient_cap owner_cap": (number,),
+        "losses": (number, None, None),
+        "labels": (str, None),
+        "subset": (count, None),
+        "digests versions": (str, dict),
+        "area": (score,),
+        "exit_scores": (score, K),
+        "scores": (score, P),
+        "speedup_ratios": ((1e-9, 1 + (K or 0)), P),
+        "exit_counts": (count, P, K),
+        "class_counts": (count, K, C),
+        "temperatures": ((1e-9, 1e9), K),
+        "certainty_ranges": ((0, 1), K, 2),
+        "ece nll": (number, dict, K),
+        "mean_exit_layers": ((1, depth), dict, P),
+        "live": (number, P, dict),
+    }
 
 
-def _real(low: float, high: float) -> Callable[[object], bool]:
-    return lambda value: type(value) in (int, float) and low <= value <= high
+def fits(value: object, kind: object, *shape: object) -> bool:
+    """Whether a value of a JSON file is of a kind and of a shape.
+
+    Args:
+        kind: `str` for a text that can be a name, a set of texts, a range of whole numbers, or (low, high).
+        shape: of the lists it stands in, None for any length; `dict` for an object, in which there may be others.
+    """
+    if shape and shape[0] is dict:
+        parts = value.values() if isinstance(value, dict) else [None]
+        return all(fits(part, kind, *(shape if isinstance(part, dict) else shape[1:])) for part in parts)
+    if shape:
+        right_length = isinstance(value, list) and shape[0] in (None, len(value))
+        return right_length and all(fits(part, kind, *shape[1:]) for part in value)
+    if kind is str or isinstance(kind, set):
+        return is_text(value) and (kind is str or value in kind)
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    return type(value) in (int, float) and kind[0] <= value <= kind[1]
 
 
-def _rows(check: Callable, length: int | None = None, total: int | None = None) -> Callable[[object], bool]:
-    """A list, of this length, whose values pass `check` and sum up to `total`."""
-    return lambda value: (
-        isinstance(value, list)
-        and length in (None, len(value))
-        and all(map(check, value))
-        and (total is None or sum(value) == total)
-    )
+def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes: float | None) -> None:
+    """Raise InputError, naming file and key, for a value that breaks its rule, and for a needed one that is missing."""
+    for keys, rule in _rules(**sizes).items():
+        for key in keys.split():
+            value = values.get(key)
+            right = fits(value, *rule) or (value is None and key in OPTIONAL)
+            if right and key in ("exit_layers", "thresholds"):
+                right = value and value == sorted(set(value))
+            if not right and (key in needed or key in values):
+                raise InputError(f"{path}: {key} is {value!r:.100}, which no command here writes")
 
 
-def _table(check: Callable) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
-
-
-def _optional(check: Callable) -> Callable[[object], bool]:
-    return lambda value: value is None or check(value)
-
-
-# What train.py's arguments may be. Those of an older version may lack some.
-ARGUMENTS = {
-    "model": is_text,
-    "method": lambda value: isinstance(value, str) and value in METHODS,
-    "exit_strategy": lambda value: isinstance(value, str) and value in EXIT_STRATEGIES,
-    "task": _optional(is_text),
-    "data_dir": _optional(is_text),
-    "train_size": _optional(_whole(1)),
-    "seed": _whole(0),
-    "lr": _real(1e-300, 1e300),
-    "epochs": _whole(1),
-    "batch_size": _whole(1),
-    "max_length": _whole(8),
-    **{option: _optional(_real(0, 1e300)) for option in BOUNDARIES.values()},
-}
-# What run.json's values may be. The first ones must be there.
-NEEDED = ("arguments", "model", "method", "exit_strategy", "exit_layers", "depth", "device", "precision", "losses")
-RECORD = {
-    **{key: ARGUMENTS[key] for key in ("model", "method", "exit_strategy", "task", "seed")},
-    "learning_rate": ARGUMENTS["lr"],
-    "exit_layers": lambda value: _rows(_whole(1, 10**6))(value) and value and all(a < b for a, b in pairwise(value)),
-    "depth": _whole(1, 10**6),
-    "device": is_text,
-    "precision": is_text,
-    "metric": is_text,
-    "losses": lambda value: _rows(_rows(_real(0, 1e38)))(value) and len({len(row) for row in value}) == 1,
-    "labels": lambda value: _rows(is_text)(value) and 1 < len(value) == len(set(value)),
-    "subset": _rows(_whole(0)),
-    "seconds": _real(0, 1e12),
-    "examples_per_second": _real(0, 1e12),
-    "digests": _table(lambda value: isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)),
-    "versions": _table(is_text),
-    "finished": is_text,
-}
-
-
-def check_values(path: Path, values: dict, checks: dict[str, Callable], needed: tuple[str, ...] = ()) -> None:
-    """Raise InputError, naming file and key, for a value that fails its check, and for a needed one that is missing."""
-    for key, is_right in checks.items():
-        if (key in needed or key in values) and not is_right(values.get(key)):
-            raise InputError(f"{path}: {key} is {values.get(key)!r:.100}, which no command here writes")
+def checked_arguments(path: Path, content: dict, needed: str) -> dict:
+    """Those of a file's `arguments` that are read here. Raises InputError as `check_values` does."""
+    if not isinstance(said := content.get("arguments"), dict):
+        raise InputError(f"{path}: arguments is {said!r:.100}, and should be train.py's")
+    arguments = {key: value for key, value in said.items() if key in ARGUMENTS}
+    check_values(path, arguments, (needed,))
+    return arguments
 
 
 def method_name(arguments: dict) -> str:
     """The method of a run's arguments, for old runs with what passes their boundaries: ee, sweet, sweet-flow0.5."""
     values = {name: arguments.get(option) for name, option in BOUNDARIES.items()}
     return arguments["method"] + "".join(f"-{name}{value:.12g}" for name, value in values.items() if value is not None)
-
-
-def method_arguments(name: str) -> dict:
-    """The arguments that `method_name` makes `name` of. Raises ValueError for another name."""
-    match = re.fullmatch(r"(sweet)-(flow|cap|owner)([0-9][0-9.e+-]{0,20})", name)
-    if name not in METHODS and not match:
-        raise ValueError(name)
-    boundary = {BOUNDARIES[match[2]]: float(match[3])} if match else {}
-    if any(value > (1 if option == "gradient_flow" else 1e300) for option, value in boundary.items()):
-        raise ValueError(name)
-    return {"method": match[1] if match else name} | dict.fromkeys(BOUNDARIES.values()) | boundary
 
 
 def run_name(arguments: dict, in_grid: bool = False) -> str:
@@ -164,16 +162,14 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
 
 
 def check_output(out: Path, overwrite: bool) -> bool:
-    """Whether something stands at `out` that a run may replace; raises InputError where a run must not be written."""
+    """Whether something stands at `out` that a run may replace. Raises InputError where a run must not be written."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file; name a folder that is new, empty, or a run")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     found = {name for name in names if not safe.PARTIAL.fullmatch(name)}  # what a killed evaluate.py left
-    if foreign := found - FILES - {DIVERGED} or (found if "run.json" not in found and found != {DIVERGED} else set()):
-        raise InputError(
-            f"--out: {out} holds other files than a run's ({listed(sorted(foreign))}); name a folder that is new, "
-            "empty, or a run"
-        )
+    if foreign := found - (FILES if "run.json" in found else set()) - {DIVERGED}:
+        found = listed(sorted(foreign))
+        raise InputError(f"--out: {out} holds other files than a run's ({found}); name a folder that is new or empty")
     if "run.json" in found and not overwrite:
         raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
     return bool(names)
@@ -184,20 +180,19 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
 
     Raises InputError as `claim_output` does, and for weights that are not finite.
     """
-    if names := checkpoint.not_finite(model):
+    if names := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise InputError(f"--out: {out} is not written, these weights hold NaN or infinity: {listed(names)}")
     replaces = check_output(out, overwrite)
-    with written_beside(Path(os.path.realpath(out)), overwrite=replaces) as partial:
-        partial.mkdir()
-        (partial / WEIGHTS).write_bytes(save(model.state_dict()))
-        encoder_type = read_config(model_folder).model_type
-        config = read_json(model_folder / "config.json") | {"model_type": OURS, "encoder_type": encoder_type}
-        write_json(partial / "config.json", config)
+    with written_beside(Path(os.path.realpath(out)), overwrite=replaces) as folder:
+        folder.mkdir()
+        (folder / WEIGHTS).write_bytes(save(model.state_dict()))
+        ours = {"model_type": OURS, "encoder_type": read_config(model_folder).model_type}
+        write_json(folder / "config.json", read_json(model_folder / "config.json") | ours)
         for name in TOKENIZER_FILES:
             if (model_folder / name).is_file():
-                shutil.copyfile(model_folder / name, partial / name)
-        digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        write_json(partial / "run.json", record | {"digests": digests})
+                shutil.copyfile(model_folder / name, folder / name)
+        digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        write_json(folder / "run.json", record | {"digests": digests})
 
 
 def read_record(run: Path) -> dict:
@@ -212,25 +207,24 @@ def read_record(run: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
-    check_values(path, content, {"arguments": lambda value: isinstance(value, dict)}, NEEDED)
-    arguments = content["arguments"]
-    check_values(path, arguments, ARGUMENTS, ("max_length",))
-    said = {key: arguments[key] for key in ("model", "method", "task", "seed", "exit_strategy") if key in arguments}
-    said |= {"learning_rate": arguments["lr"]} if "lr" in arguments else {}
+    arguments = checked_arguments(path, content, "max_length")
+    said = {{"lr": "learning_rate"}.get(key, key): arguments[key] for key in SHOWN if key in arguments}
     for key in (said.keys() & content.keys()) - {"model"}:
         if said[key] != content[key]:
             raise InputError(f"{path}: {key} is {content[key]!r:.100}, and {said[key]!r:.100} in its arguments")
     record = {"exit_strategy": "confidence"} | said | content  # the oldest runs do not tell their exit strategy
-    check_values(path, record, RECORD, NEEDED)
-    K, columns = len(record["exit_layers"]), len(record["losses"][0])
-    if columns != K and (record["method"], columns) != ("branch", K - 1):  # a trunk that was there has no loss
-        raise InputError(f"{path}: losses is of {columns} exits, and exit_layers of {K}")
+    check_values(path, record, NEEDED)
+    K, columns = len(record["exit_layers"]), sorted({len(row) for row in record["losses"]})
+    if columns != [K] and (record["method"], columns) != ("branch", [K - 1]):  # a trunk that was there has no loss
+        raise InputError(f"{path}: losses is of {', '.join(map(str, columns))} exits, and exit_layers of {K}")
     if record["exit_layers"][-1] > record["depth"]:
         raise InputError(f"{path}: exit_layers is {record['exit_layers']}, and depth is {record['depth']}")
     if "labels" not in record:
         if record.get("task") not in TASKS:
             raise InputError(f"{path}: task is {record.get('task')!r:.100}, and must be one of {', '.join(TASKS)}")
         record["labels"] = list(TASKS[record["task"]].labels)
+    if not 1 < len(record["labels"]) == len(set(record["labels"])):
+        raise InputError(f"{path}: labels is {record['labels']!r:.100}, and must be two or more that differ")
     return record | {"num_labels": len(record["labels"])}
 
 
@@ -244,41 +238,17 @@ def read_evaluation(run: Path, record: dict | None = None) -> dict | None:
         return None
     record = record or read_record(run)
     evaluation = read_json(path, finite=True)
-    same = {key: lambda value, key=key: value == record[key] for key in ("task", "method", "exit_strategy")}
-    check_values(path, evaluation, same)
-    layers, depth = evaluation.get("exit_layers", record["exit_layers"]), record["depth"]
-    some = [n for n in record["exit_layers"] if isinstance(layers, list) and n in layers]  # --use-exits asks some alone
-    check_values(path, evaluation, {"exit_layers": lambda value: value == some and some})
-    K, C, thresholds = len(some), record["num_labels"], evaluation.get("thresholds")
-    in_order = _rows(_real(0, 1))(thresholds) and thresholds == sorted(thresholds)
-    check_values(path, evaluation, {"thresholds": lambda value: in_order and value, "examples": _whole(1)})
-    P, N = len(thresholds) if in_order else None, evaluation.get("examples")
-    score = _real(-100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0, 100)
-    number = _real(0, 1e38)
-    before_and_after = _table(_rows(number, K))
-    checks = {
-        "metric": lambda value: value == record.get("metric", value) and is_text(value),
-        "exit_scores": _rows(score, K),
-        "scores": _rows(score, P),
-        "speedup_ratios": _rows(_real(1e-9, K + 1), P),
-        "exit_counts": _rows(_rows(_whole(0), K, N), P),
-        "area": score,
-        "class_counts": _rows(_rows(_whole(0), C, N), K),
-        "calibration": is_text,
-        "temperatures": _rows(_real(1e-9, 1e9), K),
-        "ece": before_and_after,
-        "nll": before_and_after,
-        "certainty_ranges": _rows(_rows(_real(0, 1), 2), K),
-        "mean_exit_layers": _table(_rows(_real(1, depth), P)),
-        "live": _rows(_table(lambda cell: number(cell) or _table(number)(cell)), P),
-        "live_batch_size": _whole(1),
-        "live_differs": _whole(0),
-        "seconds": _real(0, 1e12),
-        "device": is_text,
-        "precision": is_text,
-        "versions": _table(is_text),
-    }
-    check_values(path, evaluation, checks)
+    layers, thresholds = evaluation.get("exit_layers", record["exit_layers"]), evaluation.get("thresholds")
+    K, P = (len(values) if isinstance(values, list) else None for values in (layers, thresholds))
+    lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
+    check_values(path, evaluation, K=K, C=record["num_labels"], P=P, depth=record["depth"], lowest=lowest)
+    same = evaluation.keys() & record.keys() & {"task", "method", "exit_strategy", "metric"}
+    wrong = [key for key in sorted(same) if evaluation[key] != record[key]]
+    wrong += ["exit_layers"] * (not set(layers) <= set(record["exit_layers"]))  # --use-exits asks some alone
+    for key in ("exit_counts", "class_counts"):  # of all instances in each row
+        wrong += [key] * any(sum(row) != evaluation.get("examples", sum(row)) for row in evaluation.get(key, ()))
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} is {evaluation[wrong[0]]!r:.100}, which does not fit this run")
     return evaluation
 
 
@@ -288,18 +258,16 @@ def read_diverged(run: Path) -> dict | None:
     if not path.exists():
         return None
     content = read_json(path, finite=True)
-    checks = {"arguments": lambda value: isinstance(value, dict), "error": lambda value: isinstance(value, str)}
-    check_values(path, content, checks, ("arguments", "error"))
-    check_values(path, content["arguments"], ARGUMENTS, ("method",))
+    check_values(path, content, ("error",))
+    checked_arguments(path, content, "method")
     return content
 
 
 def run_digest(run: Path) -> str:
     """What tells a run's model from another one: the SHA-256 over its digests, or, of an old run, of its weights."""
-    digests = read_record(run).get("digests")
-    return (
-        hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else sha256(run / WEIGHTS)
-    )
+    if digests := read_record(run).get("digests"):
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return sha256(run / WEIGHTS)
 
 
 def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
@@ -310,34 +278,46 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     """
     record = read_record(run)
     check_digests(run, record.get("digests"))
-    config, layers, path = read_config(run), record["exit_layers"], run / WEIGHTS
-    strategy, num_labels, mm = record["exit_strategy"], record["num_labels"], record["method"] == "mm"
+    config, path, layers, length = (
+        read_config(run),
+        run / WEIGHTS,
+        record["exit_layers"],
+        record["arguments"]["max_length"],
+    )
     try:
         check_exit_layers(layers, config.num_hidden_layers)
     except ValueError as error:
         raise InputError(f"{run}: {error}") from None
-    if record["arguments"]["max_length"] > config.max_position_embeddings:
-        length, positions = record["arguments"]["max_length"], config.max_position_embeddings
+    if length > (positions := config.max_position_embeddings):
         raise InputError(f"{run / 'run.json'}: max_length is {length}, and the model has {positions} positions")
     with checkpoint.open_weights(run) as tensors:
         # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
-        last = f"{len(layers) - 1}.encoder." if mm else "encoder."
-        checkpoint.check_width(path, f"{last}word_embeddings.weight", tensors, config.hidden_size)
-        checkpoint.check_width(path, f"{last}layers.{layers[-1] - 1}.intermediate.weight", tensors, config.hidden_size)
+        last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
+        for name in ("word_embeddings.weight", f"layers.{layers[-1] - 1}.intermediate.weight"):
+            checkpoint.check_width(path, last + name, tensors, config.hidden_size)
         with torch.device("meta"), checkpoint.NoInit():  # shapes only, the weights follow
-            if mm:
-                model = MultiModel(_model(config, (n,), num_labels, "sweet", strategy) for n in layers)
-            else:
-                model = _model(config, layers, num_labels, record["method"], strategy)
+            model = _new_model(config, record)
         wanted = {name: ((name,), list(value.shape)) for name, value in model.state_dict().items()}
         model.load_state_dict(checkpoint.read_tensors(path, tensors, wanted), assign=True)
     return model.eval(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
 
 
+def _new_model(config: Config, record: dict) -> MultiExitModel | MultiModel:
+    """The model that a run's record describes, with new weights, or none, on the current device."""
+
+    def with_exits(exit_layers: list[int], method: str) -> MultiExitModel:
+        encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
+        return MultiExitModel(encoder, exit_layers, record["num_labels"], method, record["exit_strategy"])
+
+    if record["method"] == "mm":
+        return MultiModel(with_exits([n], "sweet") for n in record["exit_layers"])
+    return with_exits(record["exit_layers"], record["method"])
+
+
 def check_digests(run: Path, digests: dict | None) -> None:
     """Raise InputError unless the run's files are those whose SHA-256 run.json tells."""
     if digests is None:
-        logging.getLogger("minisweet").warning("%s: from before runs had digests, so its files are not compared", run)
+        checkpoint.LOG.warning("%s: from before runs had digests, so its files are not compared", run)
         return
     for name in {WEIGHTS, "config.json", *digests}:
         if name not in digests or name not in FILES:
@@ -363,27 +343,19 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
         trunk = MultiExitModel(model.encoder, model.exit_layers[-1:], record["num_labels"])
         trunk.heads[0] = model.heads[-1]
         return trunk.eval(), record
-    encoder, pooler, classifier, labels = checkpoint.load_classifier(folder)
-    trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))
-    for linear, (weight, bias) in ((trunk.heads[0].pooler, pooler), (trunk.heads[0].classifier, classifier)):
-        linear.load_state_dict({"weight": weight, "bias": bias})
+    encoder, classifier, labels = checkpoint.load_classifier(folder)
+    trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
+    trunk.heads[0].classifier.load_state_dict({"weight": classifier[0], "bias": classifier[1]})
     return trunk.eval(), {"labels": labels, "num_labels": len(labels)}
-
-
-def _model(config, exit_layers: tuple[int, ...], num_labels: int, method: str, strategy: str) -> MultiExitModel:
-    """Make a model with random weights, or none, on the current device."""
-    encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
-    return MultiExitModel(encoder, exit_layers, num_labels, method, strategy)
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run folder under `runs` that was written last. Raises InputError where there is none."""
     # A name that starts with a dot is of a half-written run.
     records = [path for path in runs.glob("[!.]*/run.json") if path.is_file()]
-    records.sort(key=lambda path: path.stat().st_mtime)
     if not records:
         raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
-    return records[-1].parent
+    return max(records, key=lambda path: path.stat().st_mtime).parent
 
 
 def versions() -> dict[str, str]:

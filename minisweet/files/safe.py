@@ -3,8 +3,7 @@
 What is written stands in a hidden folder beside its target, `.NAME.<random>.partial`, until a rename puts it in place:
 
     new     what is being written
-    old     what stood at the target, between the two renames that replace a folder
-    gone    what may be deleted
+    old     what stood at the target, between the two renames that replace a folder; gone, when it may be deleted
     lock    held by the writer (flock); a folder whose lock nobody holds is of a dead process, and is swept up
 """
 
@@ -72,30 +71,24 @@ def lock(path: Path) -> int | None:
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(held).st_nlink:
-                return held
-        except BlockingIOError:
+        except OSError as error:
             os.close(held)
-            return None
-        except BaseException:
-            os.close(held)
+            if isinstance(error, BlockingIOError):
+                return None
             raise
+        if os.fstat(held).st_nlink:
+            return held
         os.close(held)  # it was removed meanwhile, so that the next to come would hold another file of this name
 
 
 def sweep(target: Path) -> None:
     """Remove what dead writers left beside `target`; what they were replacing goes back where its name is free."""
-    try:
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.partial")
+    names = []
+    with suppress(OSError):
         names = os.listdir(target.parent)
-    except OSError:
-        return
-    for name in names:
-        if not (name.startswith(f".{target.name}.") and re.fullmatch(r"[0-9a-f]{16}\.partial", name[-24:])):
-            continue
-        if len(name) != len(target.name) + 26:
-            continue  # of another target, whose name begins as this one's does
+    for folder in (target.parent / name for name in names if ours.fullmatch(name)):
         with suppress(OSError):  # swept by another process meanwhile
-            folder = target.parent / name
             if (held := lock(folder / "lock")) is not None:
                 _remove(folder, target)
                 os.close(held)
@@ -114,9 +107,9 @@ def _remove(folder: Path, target: Path) -> None:
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
-    After an error nothing is left, and `target` is as it was. A folder replaces a folder, a file a file. Raises
-    InputError where a folder stands in a file's way, where the disk is full, and, without `overwrite`, where a file or
-    a filled folder stands at `target` by then.
+    After an error nothing is left, and `target` is as it was. Raises InputError where a folder stands in a file's way
+    or a file in a folder's, where the disk is full, and, without `overwrite`, where a file or a filled folder stands at
+    `target` by then.
     """
     sweep(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +119,22 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         folder.mkdir()
         with suppress(FileNotFoundError):
             held = lock(folder / "lock")
+    new = folder / "new"
     try:
-        yield folder / "new"
-        _put(folder, target, overwrite)
+        yield new
+        if target.is_dir() and not new.is_dir():
+            raise InputError(f"{target}: a folder, where a file should be written")
+        if target.is_dir() and overwrite:
+            target.rename(folder / "old")
+        try:
+            if overwrite or new.is_dir():
+                new.rename(target)  # a folder replaces no file, and no folder that is not empty
+            else:
+                os.link(new, target)  # unlike a rename, this refuses a name that is taken
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise InputError(f"{target}: exists already; not overwritten") from None
+            raise
     except OSError as error:
         if error.errno in DISK_FULL:
             raise InputError(f"{target}: cannot be written ({error.strerror}); nothing of it is kept") from None
@@ -136,30 +142,6 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     finally:
         _remove(folder, target)
         os.close(held)
-
-
-def _put(folder: Path, target: Path, overwrite: bool) -> None:
-    """Rename `new` to the target."""
-    new = folder / "new"
-    if not new.is_dir():
-        if target.is_dir():
-            raise InputError(f"{target}: a folder, where a file should be written")
-        if overwrite:
-            new.replace(target)
-            return
-        try:
-            os.link(new, target)  # unlike a rename, this refuses a name that is taken
-        except FileExistsError:
-            raise InputError(f"{target}: exists already; not overwritten") from None
-        return
-    if overwrite and target.is_dir():
-        target.rename(folder / "old")
-    try:
-        new.rename(target)  # refuses a file, and a folder that is not empty
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise InputError(f"{target}: exists already; not overwritten") from None
-        raise
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -176,12 +158,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path, finite: bool = False) -> dict:
-    """Read a JSON object. Raises InputError, with the path, where there is none.
-
-    With `finite`, also where a number in it is infinite or NaN.
-    """
+    """Read a JSON object. Raises InputError where there is none; if `finite`, also for a number that is not finite."""
+    numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite) if finite else {}
     try:
-        numbers = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
         content = json.loads(path.read_text(encoding="utf-8"), **numbers)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
