@@ -143,7 +143,11 @@ def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
             *lines, rest = (rest + block).split(b"\n")
             if len(rest) > LONGEST_LINE:
                 raise InputError(f"standard input, line {number + len(lines) + 1}: longer than {LONGEST_LINE} bytes")
-            if lines:
-                yield [row(line) for line in lines]
+            rows = []
+            try:
+                rows.extend(map(row, lines))
+            finally:  # the lines before a broken one are answered
+                if rows:
+                    yield rows
     if rest:
         yield [row(rest)]
