@@ -137,7 +137,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
             raise
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise InputError(f"{target}: cannot be written ({error.strerror}); nothing of it is kept") from None
+            raise InputError(f"{target}: cannot be written ({error.strerror})") from None
         raise
     finally:
         _remove(folder, target)
