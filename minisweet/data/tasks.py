@@ -156,8 +156,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | np.ndarray:
     """Accuracy, agreement (the same, with the last exit's answers as labels) or Matthews correlation, all x100.
 
-    `labels` is (rows,), `predictions` (rows,) for one float or (..., rows) for an array (...). Matthews is of
-    classes 0 and 1, and 0 where it is undefined, that is where the predictions or the labels are all of one class.
+    `labels` is (N,), `predictions` (N,) for one float or (..., N) for an array (...). Matthews is of classes 0 and 1,
+    and 0 where it is undefined, that is where the predictions or the labels are all of one class.
     Raises InputError for an unknown metric and for shapes that do not match.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
@@ -294,10 +294,8 @@ def _download(url: str, folder: Path) -> Iterator[IO[bytes]]:
         try:
             with urlopen(url, timeout=TIMEOUT) as response:
                 size = int(response.headers.get("Content-Length") or 0)
-                with tqdm(desc=url.rpartition("/")[2], total=size or None, unit="B", unit_scale=True) as bar:
-                    while block := response.read(1 << 16):
-                        file.write(block)
-                        bar.update(len(block))
+                with tqdm.wrapattr(response, "read", desc=url.rpartition("/")[2], total=size or None) as read:
+                    shutil.copyfileobj(read, file)
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a length or a redirect that is none
             raise InputError(f"{url}: cannot be fetched ({error})") from None
         if size and file.tell() != size:  # urllib itself does not notice
