@@ -50,22 +50,24 @@ def operating_point(
         False where no threshold grants it, so that the nearest one was taken.
     """
     wish = {"max_loss": max_loss} if speed is None else {"speed": speed}
-    everything = torch.arange(len(validation.labels))
+
+    def chosen_on(rows: Validation) -> tuple[ExitRule, float, bool]:
+        rule = fit_rule(*rows, calibration)
+        return rule, *choose(candidates(rule, rows, metric, exit_layers, depth, method), **wish)
+
+    labels, everything = validation.labels.numpy(), torch.arange(len(validation.labels))
     halves = [everything[::2], everything[1::2]] if len(everything) > 1 else [everything, everything]
-    predictions, costs = torch.zeros_like(validation.labels), np.zeros(len(everything))
-    for chosen, scored in (halves, halves[::-1]):
-        rule = fit_rule(*validation.rows(chosen), calibration)
-        threshold, _ = choose(candidates(rule, validation.rows(chosen), metric, exit_layers, depth, method), **wish)
+    predictions, costs = np.zeros_like(labels), np.zeros(len(labels))
+    for other, scored in (halves, halves[::-1]):
+        rule, threshold, _ = chosen_on(validation.rows(other))
         half = validation.rows(scored)
         taken = exits_taken(rule.confidences(half.logits, half.certainty), threshold, rule.lowest)  # (n,)
         predictions[scored] = half.logits.argmax(-1).gather(0, taken[None])[0]
         costs[scored] = np.array(exit_costs(exit_layers, depth, method, threshold))[taken]
-    rule = fit_rule(*validation, calibration)
-    threshold, reached = choose(candidates(rule, validation, metric, exit_layers, depth, method), **wish)
-    labels = validation.labels.numpy()
+    _, threshold, reached = chosen_on(validation)
     return {
         "threshold": threshold,
-        "score": score(predictions.numpy(), labels, metric),
+        "score": score(predictions, labels, metric),
         "full_depth_score": score(validation.logits[-1].argmax(-1).numpy(), labels, metric),
         "speedup_ratio": float(costs.mean()),
         "wish": wish,
@@ -91,15 +93,8 @@ def candidates(
     labels, predictions = validation.labels.numpy(), validation.logits.argmax(-1).numpy()
     cost = np.array(exit_costs(exit_layers, depth, method))
     # Of each row at each exit, what a score and a ratio are made of: (K, N, 4)
-    at_exit = np.stack(
-        [
-            predictions == labels,
-            (predictions == 1) & (labels == 1),
-            predictions == 1,
-            np.broadcast_to(cost[:, None], predictions.shape),
-        ],
-        axis=-1,
-    ).astype(np.float64)
+    kinds = (predictions == labels, (predictions == 1) & (labels == 1), predictions == 1)
+    at_exit = np.stack([*kinds, np.broadcast_to(cost[:, None], predictions.shape)], axis=-1).astype(np.float64)
     # A row leaves at exit k for the thresholds in (highest of the exits before, highest up to k].
     sums = np.zeros((len(thresholds) + 1, 4))  # (M + 1, 4), as differences at first
     sums[0] = at_exit[0].sum(0)

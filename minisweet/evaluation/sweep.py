@@ -78,7 +78,7 @@ def sweep(
         labels: (N,).
         thresholds: increasing.
         costs: (thresholds, K) of leaving at each exit, as a share of the encoder's layers.
-        metric: "accuracy" or "matthews".
+        metric: as in `score`.
 
     Returns:
         exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
@@ -99,41 +99,24 @@ def sweep(
     }
 
 
-def calibration_report(logits: Tensor, targets: Tensor, temperatures: Tensor) -> dict:
-    """How far each exit's confidence can be trusted.
+def calibration_report(logits: Tensor, labels: Tensor, temperatures: Tensor) -> dict:
+    """How far each exit's confidence can be trusted: logits (K, N, C), labels (N,) and temperatures (K, N).
 
-    Args:
-        logits: (K, N, C).
-        targets: (N,), the labels.
-        temperatures: (K, N), those in use.
-
-    Returns:
-        temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
+    Returns `temperatures` (K), fitted on all rows, to be kept for new text, and `ece` and `nll` (K), each before and
+    after scaling by the temperatures given.
     """
-    scaled = logits / temperatures[..., None]
-    return {
-        "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
-        "ece": {
-            "before": [expected_calibration_error(exit_logits, targets) for exit_logits in logits],
-            "after": [expected_calibration_error(exit_logits, targets) for exit_logits in scaled],
-        },
-        "nll": {
-            "before": [negative_log_likelihood(exit_logits, targets) for exit_logits in logits],
-            "after": [negative_log_likelihood(exit_logits, targets) for exit_logits in scaled],
-        },
+    scaled = {"before": logits, "after": logits / temperatures[..., None]}
+    measures = {"ece": expected_calibration_error, "nll": negative_log_likelihood}
+    return {"temperatures": [fit_temperature(exit_logits, labels) for exit_logits in logits]} | {
+        name: {when: [measure(exit_logits, labels) for exit_logits in all_exits] for when, all_exits in scaled.items()}
+        for name, measure in measures.items()
     }
 
 
 def mean_exit_layers(difficulties: list[str], taken: Tensor, exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave, at each threshold.
+    """The mean layer at which each difficulty's instances leave: for each, easy to hard, a list (thresholds).
 
-    Args:
-        difficulties: (N), each of `LEVELS`.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        exit_layers: (K).
-
-    Returns:
-        For each difficulty, easy to hard, a list (thresholds).
+    `difficulties` (N) are of `LEVELS`, `taken` (thresholds, N) counts exits from 0, `exit_layers` are (K).
     """
     layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
     return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
