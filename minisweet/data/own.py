@@ -219,8 +219,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
 class RowWriter(ExitStack):
     """A file of rows, as CSV, TSV or JSON lines by its suffix: `with RowWriter(path) as writer: writer.write(row)`.
 
-    The file appears at the end of the block, whole; after an error what was there is as it was. Path("-") is standard
-    output, as CSV. Raises InputError for another suffix, and for a row with a column that the first one lacks.
+    The file appears at the end of the block, whole. Path("-") is standard output, as CSV. Raises InputError for another
+    suffix, and for a row with a column that the first one lacks.
     """
 
     def __init__(self, path: Path) -> None:

@@ -55,14 +55,14 @@ class Task:
 
     labels: tuple[str, ...]  # index = class
     folder: str = ""
-    source: str = ""  # the zip that holds the folder, below GLUE_HOST/glue/data, or "corpus": see _fetch_mrpc
+    source: str = ""  # the zip that holds the folder, below GLUE_HOST/glue/data, or "corpus": see _split_mrpc
     rows: tuple[int, int] = (0, 0)  # of the public train and dev file
     columns: tuple[str, ...] = ()  # of the sentence or the two sentences, then of the label
     numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] = ()  # the names of all columns, where the files have no header line
     dev_file: str = "dev.tsv"
     skips_short_rows: bool = False
-    unlabelled: str = ""  # what stands for a label where there is none; such rows are skipped
+    unlabelled: str | None = None  # what stands for a label where there is none; such rows are skipped
     metric: str = "accuracy"  # or "matthews"
 
     def file(self, split: str) -> str:
@@ -227,7 +227,7 @@ def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
         chosen = [cells[header.index(name)] for name in columns]
         if labelled:
             label = chosen.pop()
-            if task.unlabelled and label == task.unlabelled:
+            if label == task.unlabelled:
                 continue
             if label not in codes:
                 raise InputError(f"{path}, line {number}: label {label!r:.80}, should be one of {', '.join(codes)}")
@@ -241,13 +241,14 @@ def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
 
 def _fetch(task: Task, folder: Path) -> None:
     """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
-    url, fetch = f"{GLUE_HOST}/glue/data/{task.source}", _fetch_zip
+    url, unpack = f"{GLUE_HOST}/glue/data/{task.source}", _unzip
     if task.source == "corpus":
-        url, fetch = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt", _fetch_mrpc
+        url, unpack = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt", _split_mrpc
     try:
         with written_beside(folder) as partial:
             partial.mkdir()
-            fetch(url, task, partial)
+            with _download(url, partial) as file:
+                unpack(file, url, task, partial)
             for split, count in zip(SPLITS, task.rows, strict=True):
                 found = len(_read(task, partial / task.file(split)).first)
                 if found != count:
@@ -260,28 +261,26 @@ def _fetch(task: Task, folder: Path) -> None:
         raise InputError(f"{folder}: cannot be written ({error})") from None
 
 
-def _fetch_zip(url: str, task: Task, folder: Path) -> None:
-    with _download(url, folder) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                for name in map(task.file, SPLITS):  # what else the zip may hold is never written
-                    with archive.open(f"{task.folder}/{name}") as source, (folder / name).open("wb") as target:
-                        shutil.copyfileobj(source, target)
-        except OSError:
-            raise
-        except Exception as error:  # each way of compressing has errors of its own
-            raise InputError(f"{url}: not the zip of this task ({error})") from None
+def _unzip(file: IO[bytes], url: str, task: Task, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in map(task.file, SPLITS):  # what else the zip may hold is never written
+                with archive.open(f"{task.folder}/{name}") as source, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    except OSError:
+        raise
+    except Exception as error:  # each way of compressing has errors of its own
+        raise InputError(f"{url}: not the zip of this task ({error})") from None
 
 
-def _fetch_mrpc(url: str, task: Task, folder: Path) -> None:
+def _split_mrpc(file: IO[bytes], url: str, task: Task, folder: Path) -> None:
     """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others.
 
     The corpus has a second file, msr_paraphrase_test.txt. It makes GLUE's test split only, so it is not fetched.
     """
-    with _download(url, folder) as file:
-        header, *rows = [line for line in file.read().split(b"\n") if line.strip()] or [b""]
-    with _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv", folder) as file:
-        dev_ids = {tuple(line.strip().split(b"\t")) for line in file.read().split(b"\n")}
+    header, *rows = [line for line in file.read().split(b"\n") if line.strip()] or [b""]
+    with _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv", folder) as ids:
+        dev_ids = {tuple(line.strip().split(b"\t")) for line in ids}
     for split in SPLITS:
         chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in dev_ids) == (split == "dev")]
         (folder / task.file(split)).write_bytes(b"\n".join([header, *chosen, b""]))

@@ -35,19 +35,14 @@ def operating_point(
 ) -> dict:
     """Choose the threshold for a wish, and say honestly what it gives.
 
-    Args:
-        validation: what the exits said of validation rows.
-        metric: "accuracy", "matthews" or "agreement".
-        calibration: as in `fit_rule`.
-        exit_layers, depth, method: as in `exit_costs`.
-        max_loss: take the fastest threshold whose score is at most so many points below full depth's.
-        speed: instead, take the best score at no more than this share of the layers.
+    The wish is `max_loss`, the fastest threshold whose score is at most so many points below full depth's, or `speed`,
+    the best score at no more than this share of the layers. `metric` is as in `score`, `calibration` as in `fit_rule`,
+    and `exit_layers`, `depth` and `method` as in `exit_costs`.
 
-    Returns:
-        `threshold` is chosen on all rows, for new text. `score` and `speedup_ratio` are estimates for new text: each
-        half of the rows (even and odd ones) is scored at the threshold, and with the temperatures, that the other half
-        would choose. `full_depth_score` is the last exit's on all rows. `wish` repeats the wish, and `reached` is
-        False where no threshold grants it, so that the nearest one was taken.
+    Returns `threshold`, chosen on all rows, for new text. `score` and `speedup_ratio` are estimates for new text: each
+    half of the rows (even and odd ones) is scored at the threshold, and with the temperatures, that the other half
+    would choose. `full_depth_score` is the last exit's on all rows. `wish` repeats the wish, and `reached` is False
+    where no threshold grants it, so that the nearest one was taken.
     """
     wish = {"max_loss": max_loss} if speed is None else {"speed": speed}
 

@@ -42,10 +42,9 @@ class Validation(NamedTuple):
 def predict(
     model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"
 ) -> tuple[Tensor, Tensor | None]:
-    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K or K-1, N), else None.
+    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, or K-1 of a branch model, N), else None.
 
-    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. The last exit of a
-    branch model has no certainty.
+    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`.
     """
     device = next(model.parameters()).device
     max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
@@ -63,25 +62,12 @@ def predict(
 
 
 def sweep(
-    predictions: Tensor,
-    taken: Tensor,
-    labels: np.ndarray,
-    thresholds: list[float],
-    costs: np.ndarray,
-    metric: str,
+    predictions: Tensor, taken: Tensor, labels: np.ndarray, thresholds: list[float], costs: np.ndarray, metric: str
 ) -> dict:
-    """Score the exits, and what leaves where at each threshold.
+    """Score all exits' `predictions` (K, N), and at each threshold those of the exits `taken` (thresholds, N), from 0.
 
-    Args:
-        predictions: (K, N), all exits' classes.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        labels: (N,).
-        thresholds: increasing.
-        costs: (thresholds, K) of leaving at each exit, as a share of the encoder's layers.
-        metric: as in `score`.
-
-    Returns:
-        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
+    `labels` are (N,), `costs` (thresholds, K) of leaving at each exit, as shares of the layers; `metric` as in `score`.
+    Returns exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K), area; scores in percent.
     """
     scores, ratios, counts = [], [], []
     for exits, cost in zip(taken, costs, strict=True):

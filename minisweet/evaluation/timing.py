@@ -28,17 +28,13 @@ def measure_live(
 ) -> tuple[list[dict], Tensor, Tensor]:
     """Run all examples live at each threshold, and time it against running all at full depth.
 
-    Args:
-        model: in evaluation mode, on the device to measure.
-        costs: (thresholds, K) of leaving at each exit, from `exit_costs`.
-        batch_size: examples of similar length that run at once; what is left of four batches is gathered.
-        rule: for K exits and N examples.
-        progress: wraps the list of thresholds, for a progress bar.
+    `model` is in evaluation mode, on the device to measure. `costs` (thresholds, K) are of leaving at each exit, from
+    `exit_costs`. `batch_size` examples of similar length run at once; what is left of four batches is gathered. `rule`
+    is for K exits and N examples. `progress` wraps the thresholds, for a progress bar.
 
-    Returns:
-        For each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
-        `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then
-        the labels and the exits taken, (thresholds, N) each.
+    Returns for each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
+    `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then the
+    labels and the exits taken, (thresholds, N) each.
     """
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in examples.by_length(batch_size)]
