@@ -9,6 +9,7 @@ Prints the scores, and writes evaluation.json, logits.safetensors and curve.png 
 
 import argparse
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,15 +29,7 @@ from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
 from minisweet.files.runs import load_run, method_name, newest_run, read_evaluation, run_digest, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.training.devices import (
-    add_device_options,
-    autocast,
-    choose_device,
-    choose_precision,
-    device_name,
-    place,
-    reuse_freed_memory,
-)
+from minisweet.training import devices
 from minisweet.training.distributed import in_turn, predict, together
 from minisweet.use.plots import compare_curves, draw_curve
 
@@ -65,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live, and time it")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
-    add_device_options(parser)
+    devices.add_device_options(parser)
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
@@ -79,15 +72,18 @@ def main() -> None:
     """Evaluate one run, or draw the evaluations of several."""
     args = parse_arguments()
     if args.plot:
-        compare_curves(args.plot, {str(run): saved_evaluation(run) for run in args.runs})
+        evaluations = {str(run): read_evaluation(run) for run in args.runs}
+        if missing := [run for run, evaluation in evaluations.items() if evaluation is None]:
+            raise InputError(f"{missing[0]}: no evaluation.json; make it with evaluate.py")
+        compare_curves(args.plot, evaluations)
         print(f"written to {args.plot}")
         return
-    reuse_freed_memory()
+    devices.reuse_freed_memory()
     (run,) = args.runs
     before = run_digest(run)
     model, record = load_run(run)
     validation, evaluation = evaluate(model, record, args)
-    if place().rank:  # the first process alone writes
+    if devices.place().rank:  # the first process alone writes
         return
     if run_digest(run) != before:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
@@ -100,18 +96,10 @@ def main() -> None:
     print(f"\nwritten to {run / 'evaluation.json'} and curve.png")
 
 
-def saved_evaluation(run: Path) -> dict:
-    """A run's evaluation.json. Raises InputError where there is none."""
-    evaluation = read_evaluation(run)
-    if evaluation is None:
-        raise InputError(f"{run}: no evaluation.json; make it with evaluate.py")
-    return evaluation
-
-
 def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> tuple[Validation, dict]:
     """Run all exits on the validation rows: what they said, and what evaluation.json will hold."""
-    device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
     if args.use_exits:
         try:
             model = model.keep_exits(args.use_exits)
@@ -137,9 +125,9 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     confidence = rule.confidences(logits, certainty)  # (K, N)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
     # What leaving at each exit costs, and which exit each instance takes, at each threshold: (thresholds, K or N)
-    costs = np.array([exit_costs(exit_layers, depth, method, threshold) for threshold in thresholds])
+    of_model = (exit_layers, depth, method)
+    costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])
     taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])
-    wish = {"max_loss": args.max_loss, "speed": args.speed}
     evaluation = {
         "task": record["task"],
         "metric": metric,
@@ -147,7 +135,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         "exit_layers": exit_layers,
         "exit_strategy": record["exit_strategy"],
         **sweep(predictions, taken, labels.numpy(), thresholds, costs, metric),
-        "operating_point": operating_point(validation, metric, args.calibration, exit_layers, depth, method, **wish),
+        "operating_point": operating_point(validation, metric, args.calibration, *of_model, args.max_loss, args.speed),
         # How often each exit predicts each class: (K, C)
         "class_counts": [row.bincount(minlength=len(names)).tolist() for row in predictions],
         "per_class": [classification_report(row.numpy(), labels.numpy(), len(names)) for row in predictions],
@@ -158,9 +146,9 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         evaluation["certainty_ranges"] = ranges.tolist()
     if dev.difficulties is not None:
         evaluation["mean_exit_layers"] = mean_exit_layers(dev.difficulties, taken, exit_layers)
-    if args.live and place().rank == 0:
+    if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
-        with autocast(device, precision):
+        with devices.autocast(device, precision):
             live = measure_live(model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
@@ -169,7 +157,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         "examples": len(examples),
         "dev_digest": digest(dev),
         "seconds": round(seconds, 2),
-        "device": device_name(device),
+        "device": devices.device_name(device),
         "precision": str(precision or torch.float32),
         "versions": versions(),
     }
@@ -177,17 +165,16 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
 
 def print_evaluation(evaluation: dict, names: list[str]) -> None:
     """Print what stands in evaluation.json as tables. `names` are the classes'."""
-    exit_layers, thresholds = evaluation["exit_layers"], evaluation["thresholds"]
+    exit_layers, thresholds, per_class = (evaluation[key] for key in ("exit_layers", "thresholds", "per_class"))
     softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
-    print(f"\n{'exit after layer':<18}" + "".join(f"{n:>8}" for n in exit_layers))
-    print(f"{evaluation['metric']:<18}" + "".join(f"{value:8.1f}" for value in evaluation["exit_scores"]))
-    print(f"{'macro F1':<18}" + "".join(f"{report['macro_f1']:8.1f}" for report in evaluation["per_class"]))
+    print(f"\n{'exit after layer':<18}{cells(exit_layers, '8')}")
+    print(f"{evaluation['metric']:<18}{cells(evaluation['exit_scores'], '8.1f')}")
+    print(f"{'macro F1':<18}{cells((report['macro_f1'] for report in per_class), '8.1f')}")
     for name in ("ece", "nll"):
         for when in ("before", "after"):
-            values = "".join(f"{value:8.3f}" for value in evaluation[name][when])
-            print(f"{name + ' ' + when:<18}{values}{softmax}")
-    support = evaluation["per_class"][0]["support"]
-    for n, never in zip(exit_layers, never_predicted(evaluation["class_counts"], support), strict=True):
+            print(f"{name + ' ' + when:<18}{cells(evaluation[name][when], '8.3f')}{softmax}")
+    unseen = never_predicted(evaluation["class_counts"], per_class[0]["support"])
+    for n, never in zip(exit_layers, unseen, strict=True):
         if never:
             print(f"the exit after layer {n} never predicts {', '.join(names[c] for c in never)}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
@@ -195,37 +182,39 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     for threshold, value, ratio, counts in zip(*columns, strict=True):
         left = "".join(f"{n:>5}:{count:<6}" for n, count in zip(exit_layers, counts, strict=True))
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
-    print(
-        f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {evaluation['seconds']:.1f} s"
-    )
+    seconds = f"all exits of all examples in {evaluation['seconds']:.1f} s"
+    print(f"\narea under the curve {evaluation['area']:.2f}; {seconds}")
     print(operating_sentence(evaluation["operating_point"]))
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
-        print("\nmean exit layer per difficulty\nthreshold" + "".join(f"{name:>16}" for name in means))
+        print(f"\nmean exit layer per difficulty\nthreshold{cells(means, '>16')}")
         for threshold, *row in zip(thresholds, *means.values(), strict=True):
-            print(f"{threshold:9.3f}" + "".join(f"{value:16.2f}" for value in row))
+            print(f"{threshold:9.3f}{cells(row, '16.2f')}")
     if "live" in evaluation:
         together = f"{evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches"
         print(f"\nlive, {together}; latency (p50, ...) of one at a time, milliseconds")
         print(f"{'threshold':>9}{'layer share':>13}{'wall share':>12}{'instances/s':>13}{'p50':>8}{'p90':>8}{'p99':>8}")
         for row in evaluation["live"]:
             print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")
-            print(f"{row['instances_per_second']:13.1f}" + "".join(f"{ms:8.1f}" for ms in row["latency_ms"].values()))
+            print(f"{row['instances_per_second']:13.1f}{cells(row['latency_ms'].values(), '8.1f')}")
         decisions = len(thresholds) * evaluation["examples"]
         print(f"exits or labels differ from the sweep's in {evaluation['live_differs']} of {decisions} decisions")
+
+
+def cells(values: Iterable, form: str) -> str:
+    """Values in a row of a table, each as the format `form` says."""
+    return "".join(format(value, form) for value in values)
 
 
 def operating_sentence(point: dict) -> str:
     """What the operating point gives, in a sentence."""
     below = point["full_depth_score"] - point["score"]
-    against = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
     ((wish, value),) = point["wish"].items()
-    missed = (
-        "" if point["reached"] else f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
-    )
+    missed = f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
     return (
-        f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {against}, "
-        f"with {100 * point['speedup_ratio']:.0f}% of the layers{missed}"
+        f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {abs(below):.1f} "
+        f"{'below' if below >= 0 else 'above'} full depth, with {100 * point['speedup_ratio']:.0f}% of the layers"
+        f"{'' if point['reached'] else missed}"
     )
 
 

@@ -28,6 +28,7 @@ from minisweet.files.safe import InputError, written_beside
 DATA_DIR = home() / "data"
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
+Names = Sequence[str] | None  # of columns or classes
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
 
 
@@ -73,7 +74,7 @@ def data_name(args: argparse.Namespace) -> str:
     return (args.task or "toy") if args.data is None else args.data.name.split(".")[0] or "own"
 
 
-def load_data(args: argparse.Namespace, labels: Sequence[str] | None = None, need_labels: bool = True) -> Data:
+def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> Data:
     """Read what the options of `add_data_options` name.
 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them, and LABEL_0, LABEL_1 and
@@ -84,32 +85,29 @@ def load_data(args: argparse.Namespace, labels: Sequence[str] | None = None, nee
     for option in ("dev_data", "text_columns", "label_column", "labels"):
         if args.data is None and getattr(args, option) is not None:
             raise InputError(f"--{option.replace('_', '-')}: needs --data")
-    labels, name = _class_order(args, labels), data_name(args)
+    labels, name, empty = _class_order(args, labels), data_name(args), [0, 0]
     if args.data is None:
-        labels, metric, empty = labels or TASKS[name].labels, TASKS[name].metric, (0, 0)
+        labels, metric = labels or TASKS[name].labels, TASKS[name].metric
         train = load_examples(name, "train", args.data_dir, labels, need_labels)
         dev = load_examples(name, "dev", args.data_dir, labels)
         record = {"task": name, "data_dir": str(args.data_dir.resolve())}
     else:
         own = read_own(args.data, args.text_columns, args.label_column, labels, need_labels)
+        train, found, columns, column, empty[0] = own
         if need_labels:
-            _check_classes(args.data, own, whole=args.dev_data is None, named=labels is not None)
-        train, dev_rows, labels, column = own.examples, None, labels or own.labels or (), own.label_column
+            _check_classes(args, train, found, is_named=labels is not None)
+        labels, dev_rows = labels or found or (), None
         if args.dev_data is None:
             classes = train.labels or [0] * len(train.first)
-            train_rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed)
-            train, dev, empty = train.take(train_rows), train.take(dev_rows), (own.empty, 0)
-            if not dev.first:
+            rows, dev_rows = (part.tolist() for part in stratified_split(classes, args.dev_size, args.dev_seed))
+            if not dev_rows:
                 raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more")
+            train, dev = train.take(rows), train.take(dev_rows)
         else:
-            column = column or args.label_column
-            own_dev = read_own(args.dev_data, own.text_columns, column, labels, own.labels is not None)
-            dev, column, empty = own_dev.examples, own_dev.label_column, (own.empty, own_dev.empty)
+            dev, _, _, column, empty[1] = read_own(args.dev_data, columns, column, labels, need_labels=False)
         metric = "agreement" if dev.labels is None else "accuracy"
-        record = {"task": name, "data": str(args.data.resolve())}
-        record["dev_data"] = args.dev_data and str(args.dev_data.resolve())
-        record |= {"text_columns": own.text_columns, "label_column": column}
-        record["dev_rows"] = None if dev_rows is None else dev_rows.tolist()
+        record = {"task": name, "data": str(args.data.resolve()), "text_columns": columns, "label_column": column}
+        record |= {"dev_data": args.dev_data and str(args.dev_data.resolve()), "dev_rows": dev_rows}
     record |= {"labels": list(labels), "dev_digest": digest(dev)}
     counts = None if train.labels is None else np.bincount(train.labels, minlength=len(labels)).tolist()
     notes = _notes("train", train, labels, empty[0]) + _notes("validation", dev, labels, empty[1])
@@ -126,7 +124,20 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
     Raises InputError where the rows cannot be read, or their texts or labels have changed.
     """
     try:
-        path, dev = _read_dev(record, data, data_dir)
+        if record.get("data") is None:
+            if data is not None:
+                raise InputError(f"--data: {data}, but the run's data is the task {record['task']}; see --data-dir")
+            path = data_dir or Path(record["data_dir"])
+            dev = load_examples(record["task"], "dev", path, record.get("labels"))
+        else:
+            path, column = data or Path(record["dev_data"] or record["data"]), record["label_column"]
+            if not path.is_file():
+                raise InputError(f"{path}: no such file; if it moved, name it with --data")
+            dev = read_own(path, record["text_columns"], column, record["labels"], need_labels=False).examples
+            rows = range(len(dev.first)) if record["dev_rows"] is None else record["dev_rows"]
+            if rows[-1] >= len(dev.first):
+                raise InputError(f"{path}: has {len(dev.first)} rows with text, fewer than when the run was trained")
+            dev = dev.take(rows)._replace(**({} if column else {"labels": None}))
     except (AttributeError, IndexError, KeyError, TypeError):
         raise InputError("run.json: what it tells of the data is nothing that train.py writes") from None
     if (found := digest(dev)) != record.get("dev_digest", found):
@@ -134,39 +145,19 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
     return dev
 
 
-def _read_dev(record: dict, data: Path | None, data_dir: Path | None) -> tuple[Path, Examples]:
-    if record.get("data") is None:
-        if data is not None:
-            raise InputError(f"--data: {data}, but the run's data is the task {record['task']}; see --data-dir")
-        path = data_dir or Path(record["data_dir"])
-        return path, load_examples(record["task"], "dev", path, record.get("labels"))
-    path, column = data or Path(record["dev_data"] or record["data"]), record["label_column"]
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; if it moved, name it with --data")
-    dev = read_own(path, record["text_columns"], column, record["labels"], column is not None).examples
-    rows = range(len(dev.first)) if record["dev_rows"] is None else record["dev_rows"]
-    if rows[-1] >= len(dev.first):
-        raise InputError(f"{path}: has {len(dev.first)} rows with text, fewer than when the run was trained")
-    return path, dev.take(rows)._replace(**({} if column else {"labels": None}))
-
-
 def read_own(
-    path: Path,
-    text_columns: Sequence[str] | None = None,
-    label_column: str | None = None,
-    labels: Sequence[str] | None = None,
-    need_labels: bool = True,
+    path: Path, text_columns: Names = None, column: str | None = None, labels: Names = None, need_labels: bool = True
 ) -> OwnData:
     """Read texts, or pairs of texts, and their labels.
 
-    `text_columns` are one or two, by default the first of `TEXT_COLUMNS` that the file has; `label_column` is "label".
-    `labels` are the classes in their order, by default those that occur, sorted. Without `need_labels` the file may
-    lack the column "label". Raises InputError, with file and line, for a missing column, a row that cannot be read,
+    `text_columns` are one or two, by default the first of `TEXT_COLUMNS` that the file has. `column` is the labels',
+    by default "label", which may be missing without `need_labels`. `labels` are the classes in their order, by default
+    those that occur, sorted. Raises InputError, with file and line, for a missing column, a row that cannot be read,
     and a label that is not in `labels`.
     """
     columns = list(next(_rows(path), (1, {}))[1])
     chosen = text_columns or next((names for names in TEXT_COLUMNS if set(names) <= set(columns)), TEXT_COLUMNS[0])
-    column = label_column or ("label" if need_labels or "label" in columns else None)
+    column = column or ("label" if need_labels or "label" in columns else None)
     if missing := [name for name in (*chosen, column) if name is not None and name not in columns]:
         option = "--label-column" if missing == [column] else "--text-columns"
         there = f"it has {_some(columns)}; name yours with {option}" if columns else "it has no rows"
@@ -175,7 +166,7 @@ def read_own(
         raise InputError(f"--text-columns: {_some(chosen)}, should be one or two, and not the label column")
     texts, names, lines, empty = [], [], [], 0
     for line, row in _rows(path):
-        text = tuple(_cell(path, line, row, name) for name in chosen)
+        text = [_cell(path, line, row, name) for name in chosen]
         if not any(part.strip() for part in text):
             empty += 1
             continue
@@ -187,12 +178,11 @@ def read_own(
         lines.append(line)
     if not texts:
         raise InputError(f"{path}: no text in any row of {_some(chosen)}")
-    labels = tuple(labels or sorted(set(names)))
-    numbers = {label: index for index, label in enumerate(labels)}
-    first, *second = (list(part) for part in zip(*texts, strict=True))
-    classes = [numbers[name] for name in names] if column else None
-    examples = Examples(first, second[0] if second else None, classes, lines=lines)
-    return OwnData(examples, labels if column else None, list(chosen), column, empty)
+    labels = tuple(labels or sorted(set(names))) if column else None
+    numbers = {label: index for index, label in enumerate(labels or ())}
+    first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(chosen))
+    examples = Examples(first, second, [numbers[name] for name in names] if column else None, lines=lines)
+    return OwnData(examples, labels, list(chosen), column, empty)
 
 
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,9 +206,9 @@ def digest(examples: Examples, rows: Iterable[int] | None = None) -> str:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
-    """Stream a file's rows, each a dict of all its columns in their order. `columns` must be there and hold text.
+    """Stream a file's rows: dicts of all columns in their order, of strings or, in JSON lines, whatever stands there.
 
-    Values are strings, and in JSON lines whatever stands there. Raises InputError, with the line, for a wrong row.
+    Raises InputError, with the line, for a wrong row, and for one that has no text in `columns`.
     """
     for line, row in _rows(path):
         for column in columns:
@@ -229,8 +219,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
 class RowWriter(ExitStack):
     """A file of rows, as CSV, TSV or JSON lines by its suffix: `with RowWriter(path) as writer: writer.write(row)`.
 
-    The file appears at the end of the block, whole; after an error what was there is as it was. Path("-") is standard
-    output, as CSV. Raises InputError for another suffix, and for a row with a column that the first one lacks.
+    The file appears at the end of the block, whole. Path("-") is standard output, as CSV. Raises InputError for another
+    suffix, and for a row with a column that the first one lacks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -278,10 +268,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
         for line, text in read_lines(path):
             try:
                 row = {} if text.isspace() else json.loads(text)
-                if "\\u" in text:
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be
                 if not isinstance(row, dict):
                     raise ValueError(f"{text.strip()!r:.60} is none")
+                if "\\u" in text:
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {line}: not readable as a JSON object ({str(error)[:100]})") from None
             if row:
@@ -307,38 +297,36 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
     """The text in a column, or the label: JSON's 1 is the label "1". Raises InputError where there is none."""
-    value = row.get(column)
-    if is_label:
-        value = json.dumps(value) if isinstance(value, int | float) else value
-        value = value.strip() if isinstance(value, str) else None
-    if not isinstance(value, str) or "\0" in value or (is_label and not value):
-        found, right = row.get(column, "missing"), "a label" if is_label else "text"
+    found = value = row.get(column, "missing")
+    if is_label and isinstance(value, int | float):
+        value = json.dumps(value)
+    if column not in row or not isinstance(value, str) or "\0" in value or (is_label and not value.strip()):
+        right = "a label" if is_label else "text"
         raise InputError(f"{path}, line {line}: {column!r:.60} is {found!r:.60}, should be {right}")
-    return value
+    return value.strip() if is_label else value
 
 
-def _check_classes(path: Path, own: OwnData, whole: bool, named: bool) -> None:
-    """Refuse what cannot be learned. `whole`: dev comes from these rows; `named`: the user named the classes."""
-    counts = Counter(own.examples.labels)
+def _check_classes(args: argparse.Namespace, train: Examples, labels: Sequence[str], is_named: bool) -> None:
+    """Refuse what cannot be learned; `is_named` where the user named the classes."""
+    counts = Counter(train.labels)
     rarest = min(counts, key=counts.get)
-    line = own.examples.lines[own.examples.labels.index(rarest)]
-    where = f"{path}, line {line}: label {own.labels[rarest]!r:.60}"
+    where = f"{args.data}, line {train.lines[train.labels.index(rarest)]}: label {labels[rarest]!r:.60}"
     if len(counts) == 1:
         raise InputError(f"{where} is the only one, should be two or more")
-    if not named and len(counts) >= MANY and all(map(NUMBER.fullmatch, own.labels)):
+    if not is_named and len(counts) >= MANY and all(map(NUMBER.fullmatch, labels)):
         raise InputError(f"{where} is one of {len(counts)} numbers; if they are classes, name them with --labels")
-    if whole and counts[rarest] == 1:
+    if args.dev_data is None and counts[rarest] == 1:
         raise InputError(f"{where} has one row, should have two or more: one to train, one to validate")
 
 
-def _class_order(args: argparse.Namespace, trunk: Sequence[str] | None) -> Sequence[str] | None:
+def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
     """The classes that --labels or a trunk prescribe, in their order; None where neither does."""
-    named = TASKS[data_name(args)].labels if args.data is None else args.labels
     if trunk is None:
         return args.labels
+    named = (TASKS[data_name(args)].labels if args.data is None else args.labels) or ()
     if list(trunk) == [f"LABEL_{i}" for i in range(len(trunk))]:
-        if len(named or ()) != len(trunk):
-            given = ",".join(named or ()) or "not given"
+        if len(named) != len(trunk):
+            given = ",".join(named) or "not given"
             raise InputError(f"--labels: {given:.80}, should name the trunk's {len(trunk)} classes, in its order")
         return named
     if args.labels and list(args.labels) != list(trunk):

@@ -1,8 +1,7 @@
 """The tasks: seven of GLUE (Wang et al., 2019), read from GLUE's own TSV files, and the embedded toy task.
 
-A GLUE task whose folder is missing is fetched once from the host of the public GLUE files. GLUE's test files have no
-labels and are never read. The user's own files are read in own.py, and become the same `Examples`.
-Dimension letters: N rows, K exits, C classes.
+A GLUE task whose folder is missing is fetched once from the host of the public files. GLUE's test files have no labels
+and are never read. The user's own files are read in own.py. Dimension letters: N rows, K exits, C classes.
 """
 
 import codecs
@@ -56,14 +55,14 @@ class Task:
 
     labels: tuple[str, ...]  # index = class
     folder: str = ""
-    source: str = ""  # the zip that holds the folder, below GLUE_HOST/glue/data, or "corpus": see _fetch_mrpc
+    source: str = ""  # the zip that holds the folder, below GLUE_HOST/glue/data, or "corpus": see _split_mrpc
     rows: tuple[int, int] = (0, 0)  # of the public train and dev file
     columns: tuple[str, ...] = ()  # of the sentence or the two sentences, then of the label
     numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] = ()  # the names of all columns, where the files have no header line
     dev_file: str = "dev.tsv"
     skips_short_rows: bool = False
-    unlabelled: str = ""  # what stands for a label where there is none; such rows are skipped
+    unlabelled: str | None = None  # what stands for a label where there is none; such rows are skipped
     metric: str = "accuracy"  # or "matthews"
 
     def file(self, split: str) -> str:
@@ -103,29 +102,28 @@ def load_examples(
     the task's. Without `labelled` no label is read.
     Raises InputError for an unknown task or split, a file that is missing or wrong, and a download that fails.
     """
-    if task not in TASKS:
-        raise InputError(f"task {task!r}: choose one of {', '.join(TASKS)}")
-    if split not in SPLITS:
-        raise InputError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    for kind, name, known in (("task", task, TASKS), ("split", split, SPLITS)):
+        if name not in known:
+            raise InputError(f"{kind} {name!r}: choose one of {', '.join(known)}")
+    own = TASKS[task]
     if task == "toy":
-        sentences, classes, difficulties = make_toy(split)
-        examples = Examples(sentences, None, classes, difficulties)
+        first, *rest = make_toy(split)
+        examples = Examples(first, None, *rest)
     else:
-        folder = Path(data_dir) / TASKS[task].folder
-        if Path(data_dir).exists() and not Path(data_dir).is_dir():
+        folder = Path(data_dir) / own.folder
+        if folder.parent.exists() and not folder.parent.is_dir():
             raise InputError(f"--data-dir: {data_dir} is not a folder")
         if not folder.exists():
-            _fetch(TASKS[task], folder)
-        examples = _read(TASKS[task], folder / TASKS[task].file(split), labelled)
+            _fetch(own, folder)
+        examples = _read(own, folder / own.file(split), labelled)
     if not labelled:
         return examples._replace(labels=None)
-    if labels is None or tuple(labels) == TASKS[task].labels:
+    if labels is None or tuple(labels) == own.labels:
         return examples
-    if not set(TASKS[task].labels) <= set(labels):
-        raise InputError(
-            f"task {task}: its labels are {', '.join(TASKS[task].labels)}, which {', '.join(labels)[:200]} lacks"
-        )
-    order = [labels.index(label) for label in TASKS[task].labels]
+    if not set(own.labels) <= set(labels):
+        lacks = f"which {', '.join(labels)[:200]} lacks"
+        raise InputError(f"task {task}: its labels are {', '.join(own.labels)}, {lacks}")
+    order = [labels.index(label) for label in own.labels]
     return examples._replace(labels=[order[label] for label in examples.labels])
 
 
@@ -147,10 +145,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {number}: not readable as UTF-8 text ({error.reason})") from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
@@ -158,8 +156,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | np.ndarray:
     """Accuracy, agreement (the same, with the last exit's answers as labels) or Matthews correlation, all x100.
 
-    `labels` is (rows,), `predictions` (rows,) for one float or (..., rows) for an array (...). Matthews is of
-    classes 0 and 1, and 0 where it is undefined, that is where the predictions or the labels are all of one class.
+    `labels` is (N,), `predictions` (N,) for one float or (..., N) for an array (...). Matthews is of classes 0 and 1,
+    and 0 where it is undefined, that is where the predictions or the labels are all of one class.
     Raises InputError for an unknown metric and for shapes that do not match.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
@@ -169,10 +167,8 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | n
         result = 100 * (predictions == labels).mean(-1)
     elif metric == "matthews":
         # float64: the product of four counts of a large dev set does not fit into 64-bit integers
-        both, predicted, actual = (
-            x.sum(-1, dtype=np.float64) for x in ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
-        )
-        result = matthews(both, predicted, actual, labels.size)
+        counted = ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
+        result = matthews(*(rows.sum(-1, dtype=np.float64) for rows in counted), labels.size)
     else:
         raise InputError(f"metric {metric!r}: choose accuracy, agreement or matthews")
     return float(result) if result.ndim == 0 else result
@@ -188,9 +184,8 @@ def matthews(both: np.ndarray, predicted: np.ndarray, actual: np.ndarray, rows: 
 def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict:
     """How each class fares: predictions (N,) and labels (N,), both class indices, to what JSON can hold.
 
-    Returns `macro_f1`; `precision`, `recall` and `f1` (C), like it x100 and 0 where undefined; `support` (C), how
-    often each class occurs; and `confusion_matrix` (C, C), rows by label and columns by prediction. The macro-F1 is
-    the mean over the classes that occur or are predicted.
+    Returns `precision`, `recall` and `f1` (C), x100 and 0 where undefined; `macro_f1`, the mean over the classes that
+    occur or are predicted; `support` (C), how often each occurs; `confusion_matrix` (C, C), rows by label.
     """
     pairs = np.asarray(labels) * num_labels + np.asarray(predictions)
     confusion = np.bincount(pairs, minlength=num_labels**2).reshape(num_labels, num_labels)
@@ -198,8 +193,8 @@ def classification_report(predictions: np.ndarray, labels: np.ndarray, num_label
     precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
     f1 = 200 * right / np.maximum(support + predicted, 1)
     per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusion_matrix": confusion}
-    seen = support + predicted > 0
-    return {"macro_f1": float(f1[seen].mean())} | {name: values.tolist() for name, values in per_class.items()}
+    macro_f1 = float(f1[support + predicted > 0].mean())
+    return {"macro_f1": macro_f1} | {name: values.tolist() for name, values in per_class.items()}
 
 
 def never_predicted(class_counts: Sequence[Sequence[int]], label_counts: Sequence[int]) -> list[list[int]]:
@@ -213,30 +208,26 @@ def never_predicted(class_counts: Sequence[Sequence[int]], label_counts: Sequenc
 def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
     """Read a GLUE file: UTF-8, tabs between columns, no quoting."""
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; put it there, or move the folder {path.parent} away to have both files fetched"
-        )
-    rows: list[tuple[str, ...]] = []
-    labels: list[int] = []
+        or_fetch = f"or move the folder {path.parent} away to have both files fetched"
+        raise InputError(f"{path}: no such file; put it there, {or_fetch}")
     codes = [str(i) for i in range(len(task.labels))] if task.numbered else list(task.labels)
-    columns = task.columns if labelled else task.columns[:-1]
-    header = list(task.header)
+    columns, header = task.columns if labelled else task.columns[:-1], list(task.header)
+    rows, labels = [], []
     for number, line in read_lines(path):
         cells = line.removesuffix("\n").removesuffix("\r").split("\t")
         if not header:
             header = cells
-            missing = [name for name in columns if name not in header]
-            if missing:
+            if missing := [name for name in columns if name not in header]:
                 raise InputError(f"{path}: no column {missing[0]!r}, the first line should name it")
             continue
+        if task.skips_short_rows and len(cells) < len(header):
+            continue
         if len(cells) != len(header):
-            if task.skips_short_rows and len(cells) < len(header):
-                continue
             raise InputError(f"{path}, line {number}: {len(cells)} columns, should be {len(header)}")
-        chosen = tuple(cells[header.index(name)] for name in columns)
+        chosen = [cells[header.index(name)] for name in columns]
         if labelled:
-            *chosen, label = chosen
-            if task.unlabelled and label == task.unlabelled:
+            label = chosen.pop()
+            if label == task.unlabelled:
                 continue
             if label not in codes:
                 raise InputError(f"{path}, line {number}: label {label!r:.80}, should be one of {', '.join(codes)}")
@@ -250,50 +241,46 @@ def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
 
 def _fetch(task: Task, folder: Path) -> None:
     """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
-    url = f"{GLUE_HOST}/glue/data/{task.source}"
+    url, unpack = f"{GLUE_HOST}/glue/data/{task.source}", _unzip
+    if task.source == "corpus":
+        url, unpack = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt", _split_mrpc
     try:
         with written_beside(folder) as partial:
             partial.mkdir()
-            if task.source == "corpus":
-                url = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt"
-                _fetch_mrpc(url, task, partial)
-            else:
-                _fetch_zip(url, task, partial)
+            with _download(url, partial) as file:
+                unpack(file, url, task, partial)
             for split, count in zip(SPLITS, task.rows, strict=True):
                 found = len(_read(task, partial / task.file(split)).first)
                 if found != count:
                     raise InputError(f"{url}: {found} rows for {split}, should be {count}")
     except InputError as error:  # some name the temporary folder
-        files = f"{task.file('train')} and {task.file('dev')}"
         reason = str(error).replace(str(partial), f"{url}: {task.folder}")
-        raise InputError(f"{reason}; try again, or put {files} into {folder} by hand") from None
+        by_hand = f"put {' and '.join(map(task.file, SPLITS))} into {folder} by hand"
+        raise InputError(f"{reason}; try again, or {by_hand}") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error})") from None
 
 
-def _fetch_zip(url: str, task: Task, folder: Path) -> None:
-    with _download(url, folder) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                # Only these two, under names of our own: what else the zip may hold is never written.
-                for name in (task.file("train"), task.file("dev")):
-                    with archive.open(f"{task.folder}/{name}") as source, (folder / name).open("wb") as target:
-                        shutil.copyfileobj(source, target)
-        except OSError:
-            raise
-        except Exception as error:  # each way of compressing has errors of its own
-            raise InputError(f"{url}: not the zip of this task ({error})") from None
+def _unzip(file: IO[bytes], url: str, task: Task, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in map(task.file, SPLITS):  # what else the zip may hold is never written
+                with archive.open(f"{task.folder}/{name}") as source, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    except OSError:
+        raise
+    except Exception as error:  # each way of compressing has errors of its own
+        raise InputError(f"{url}: not the zip of this task ({error})") from None
 
 
-def _fetch_mrpc(url: str, task: Task, folder: Path) -> None:
+def _split_mrpc(file: IO[bytes], url: str, task: Task, folder: Path) -> None:
     """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others.
 
     The corpus has a second file, msr_paraphrase_test.txt. It makes GLUE's test split only, so it is not fetched.
     """
-    with _download(url, folder) as file:
-        header, *rows = [line for line in file.read().split(b"\n") if line.strip()] or [b""]
-    with _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv", folder) as file:
-        dev_ids = {tuple(line.strip().split(b"\t")) for line in file.read().split(b"\n")}
+    header, *rows = [line for line in file.read().split(b"\n") if line.strip()] or [b""]
+    with _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv", folder) as ids:
+        dev_ids = {tuple(line.strip().split(b"\t")) for line in ids}
     for split in SPLITS:
         chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in dev_ids) == (split == "dev")]
         (folder / task.file(split)).write_bytes(b"\n".join([header, *chosen, b""]))
@@ -306,10 +293,8 @@ def _download(url: str, folder: Path) -> Iterator[IO[bytes]]:
         try:
             with urlopen(url, timeout=TIMEOUT) as response:
                 size = int(response.headers.get("Content-Length") or 0)
-                with tqdm(desc=url.rpartition("/")[2], total=size or None, unit="B", unit_scale=True) as bar:
-                    while block := response.read(1 << 16):
-                        file.write(block)
-                        bar.update(len(block))
+                with tqdm.wrapattr(response, "read", desc=url.rpartition("/")[2], total=size or None) as read:
+                    shutil.copyfileobj(read, file)
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a length or a redirect that is none
             raise InputError(f"{url}: cannot be fetched ({error})") from None
         if size and file.tell() != size:  # urllib itself does not notice

@@ -21,8 +21,8 @@ from minisweet.files.safe import InputError, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
-# Words, and what few vocabularies hold, so that a tokenizer shows whether it can tokenise.
-TRIAL = ("It is a test, isn't it?", "caf\u00e9 \u6f22 \U0001f600 qxzv")
+SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
+TRIAL = ("It is a test, isn't it?", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
 # Training batches are sorted by length within so many batches, then shuffled: little padding, and still random.
 POOL = 50
 
@@ -33,31 +33,24 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). The
     vocabulary must fit the word embedding: within its `vocab_size` rows, and nine tenths of them. `max_length` counts
     [CLS] and [SEP] and is from 8 to the encoder's `positions`; of a pair, the longer sentence is cut first.
-    Raises InputError for a tokenizer that is missing, does not tokenise, does not fit, or lacks one of [CLS], [SEP],
-    [PAD] and [UNK], and for a max_length outside its range.
+    Raises InputError for a tokenizer that is missing, does not tokenise, does not fit or lacks a special token.
     """
     if type(max_length) is not int or not SHORTEST <= max_length <= positions:
         raise InputError(f"{folder}: max_length is {max_length!r:.80}, should be from {SHORTEST} to {positions} tokens")
     try:
         with _panics_unseen():
             tokenizer = _read_tokenizer(folder)
-            size, largest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
-            special = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]")}
-            wrong = None
-            if None in special.values():
-                wrong = "no " + ", ".join(token for token, number in special.items() if number is None)
-            elif largest >= vocab_size:
-                wrong = f"token {largest}, and the embedding only {vocab_size} rows"
-            elif 10 * size < 9 * vocab_size:
-                wrong = f"{size} tokens for an embedding of {vocab_size} rows"
-            if wrong:
-                raise InputError(f"{folder}: its tokenizer has {wrong}")
-            tokenizer.add_special_tokens(list(special))
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]",
-                pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-                special_tokens=[("[CLS]", special["[CLS]"]), ("[SEP]", special["[SEP]"])],
-            )
+            vocabulary, has = tokenizer.get_vocab(), f"{folder}: its tokenizer has"
+            if missing := [token for token in SPECIAL if token not in vocabulary]:
+                raise InputError(f"{has} no {', '.join(missing)}")
+            if (largest := max(vocabulary.values())) >= vocab_size:
+                raise InputError(f"{has} token {largest}, and the embedding only {vocab_size} rows")
+            if 10 * len(vocabulary) < 9 * vocab_size:
+                raise InputError(f"{has} {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
+            tokenizer.add_special_tokens(list(SPECIAL))
+            ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+            pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+            tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, ends)
             tokenizer.no_padding()
             tokenizer.enable_truncation(max_length, strategy="longest_first")
             tokenizer.encode(*TRIAL)
@@ -69,15 +62,16 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    """Read whichever tokenizer files there are. Raises InputError where there are none, and what the library raises."""
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    """Read whichever files there are. Raises InputError where there are none, and what the library raises."""
+    whole, words, pieces, merges = (folder / f for f in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"))
+    if whole.is_file():
+        return Tokenizer.from_file(str(whole))
+    if pieces.is_file() and merges.is_file():
+        tokenizer = Tokenizer(models.BPE.from_file(str(pieces), str(merges)))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-    elif (folder / "vocab.txt").is_file():
-        tokenizer = Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+    elif words.is_file():
+        tokenizer = Tokenizer(models.WordPiece.from_file(str(words), unk_token="[UNK]"))
         settings = folder / "tokenizer_config.json"
         lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -126,30 +120,28 @@ class Batch(NamedTuple):
 class TokenizedExamples:
     """N tokenised examples, by default all: `len()`, `labels` (N,) or None, `lengths` (N,) in tokens, and batches.
 
-    `cut` counts the examples that were longer than the tokenizer's limit. `targets` are what batches bring: the
-    labels, unless `with_targets` gave others.
+    `cut` counts those that were longer than the tokenizer's limit. `targets` are what batches bring: first, the labels.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples, rows: np.ndarray | None = None) -> None:
-        chosen = np.arange(len(examples.first)) if rows is None else rows
-        encodings = tokenizer.encode_batch_fast(examples.take(chosen).texts())
+        examples = examples if rows is None else examples.take(rows)
+        encodings = tokenizer.encode_batch_fast(examples.texts())
         self.pad_id = tokenizer.token_to_id("[PAD]")
-        self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)[chosen]
+        self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.targets = self.labels
         self.ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         self.lengths = np.array([len(ids) for ids in self.ids])
-        self.cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
         # The second sentence starts after so many tokens.
         self.first_lengths = self.lengths - np.array([sum(encoding.type_ids) for encoding in encodings])
+        self.cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def renumbered(self) -> tuple[np.ndarray, "TokenizedExamples"]:
-        """The token ids that occur (V,), padding among them, in increasing order, and the examples with ids 0 to V-1.
+        """The token ids that occur (V,), [PAD] among them, in increasing order, and the examples with ids 0 to V-1.
 
-        So id i of these examples is the i-th of the ids that occur: a model whose word embedding holds only those
-        rows, in this order, gives the same answers.
+        A model whose word embedding holds only those rows, in this order, gives the same answers.
         """
         used, numbers = np.unique(np.concatenate([*self.ids, [self.pad_id]]), return_inverse=True)
         examples = copy.copy(self)
@@ -178,10 +170,9 @@ class TokenizedExamples:
         """One epoch of training: every example once, in random batches of similar length."""
         rng = np.random.default_rng((seed, epoch))
         order = rng.permutation(len(self))
-        pools = [order[start : start + POOL * batch_size] for start in range(0, len(order), POOL * batch_size)]
+        pools = np.split(order, range(POOL * batch_size, len(order), POOL * batch_size))
         order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
-        starts = np.arange(0, len(order), batch_size)
-        for start in rng.permutation(starts):
+        for start in rng.permutation(np.arange(0, len(order), batch_size)):
             yield self.batch(order[start : start + batch_size])
 
     def by_length(self, batch_size: int, max_tokens: int = 2**31) -> Iterator[Batch]:

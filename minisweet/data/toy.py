@@ -19,31 +19,23 @@ LEVELS = ("one polar word", "contrast", "negation", "two steps")
 SIZES = {"train": 4000, "dev": 1000}  # a multiple of 8: each level as often, each with as many of both labels
 SEEDS = {"train": 1, "dev": 2}
 
-# fmt: off
-POSITIVE = (
-    "superb", "wonderful", "excellent", "brilliant", "delightful", "lovely", "splendid", "marvellous",
-    "charming", "great", "fantastic", "terrific", "impressive", "enjoyable", "fascinating", "beautiful",
-)
-NEGATIVE = (
-    "dreadful", "terrible", "awful", "dull", "boring", "tedious", "horrible", "dismal",
-    "poor", "clumsy", "annoying", "disappointing", "lifeless", "painful", "forgettable", "ugly",
-)
-NEUTRAL = ("long", "short", "new", "old", "modern", "recent", "local", "loud")
+POSITIVE = """superb wonderful excellent brilliant delightful lovely splendid marvellous charming great fantastic
+    terrific impressive enjoyable fascinating beautiful""".split()
+NEGATIVE = """dreadful terrible awful dull boring tedious horrible dismal poor clumsy annoying disappointing lifeless
+    painful forgettable ugly""".split()
+NEUTRAL = "long short new old modern recent local loud".split()
 NOUNS = {
-    "train": (
-        "film", "play", "novel", "concert", "show", "song", "ballet", "festival", "meeting", "course", "tour",
-        "documentary", "musical", "poem", "speech", "exhibition", "comedy", "article", "report", "match", "ceremony",
-        "talk", "dinner", "trip", "parade", "game", "story", "dance", "party", "interview",
-    ),
-    "dev": ("movie", "opera", "book", "lecture", "album", "lesson", "visit", "magazine", "series", "sermon", "drama"),
+    "train": """film play novel concert show song ballet festival meeting course tour documentary musical poem speech
+        exhibition comedy article report match ceremony talk dinner trip parade game story dance party
+        interview""".split(),
+    "dev": "movie opera book lecture album lesson visit magazine series sermon drama".split(),
 }
 NAMES = {
-    "train": (
-        "Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack", "Karen", "Leo",
-        "Maria", "Nick", "Olga", "Paul", "Rosa", "Simon", "Tina", "Victor",
-    ),
-    "dev": ("Alice", "Bruno", "Clara", "Daniel", "Eva", "George", "Laura", "Martin", "Nina", "Oscar", "Sarah", "Tom"),
+    "train": """Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nick Olga Paul Rosa Simon Tina
+        Victor""".split(),
+    "dev": "Alice Bruno Clara Daniel Eva George Laura Martin Nina Oscar Sarah Tom".split(),
 }
+# fmt: off
 ONE_WORD = (
     "The {noun} was {word}.", "This {noun} is {word}.", "We found the {noun} {word}.",
     "The {noun} last night was really {word}.",
@@ -65,7 +57,6 @@ OPINIONS = (
     "{fan} called the {noun} {good}, {critic} called it {bad}.",
     "{critic} called the {noun} {bad}, {fan} called it {good}.",
 )
-VERDICT = " {judge} is right."
 # fmt: on
 
 
@@ -74,8 +65,7 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
 
     Returns the sentences, their labels (0 negative, 1 positive) and their difficulties (from `LEVELS`).
     """
-    rng = random.Random(SEEDS[split])
-    rows = []
+    rng, rows = random.Random(SEEDS[split]), []
     for level in LEVELS:
         sentences: dict[str, int] = {}
         while len(sentences) < SIZES[split] // len(LEVELS):
@@ -88,26 +78,19 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
     return sentences, labels, levels
 
 
-def _make_pair(level: str, nouns: tuple[str, ...], names: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
+def _make_pair(level: str, nouns: list[str], names: list[str], rng: random.Random) -> list[str]:
     """Draw a template and its words, and fill it in the two ways that give a positive and a negative sentence."""
     noun, other = rng.sample(nouns, 2)
     good, bad = rng.choice(POSITIVE), rng.choice(NEGATIVE)
     if level == "one polar word":
-        template = rng.choice(ONE_WORD)
-        return template.format(noun=noun, word=good), template.format(noun=noun, word=bad)
-    if level == "negation":
+        template, ways = rng.choice(ONE_WORD), ({"word": good}, {"word": bad})
+    elif level == "contrast":
+        template, ways = rng.choice(CONTRAST), ({"main": good, "side": bad}, {"main": bad, "side": good})
+    elif level == "negation":
         template, neutral, polar = rng.choice(NEGATION), rng.choice(NEUTRAL), rng.choice((good, bad))
-        stated = template.format(noun=noun, plain=polar, negated=neutral)
-        denied = template.format(noun=noun, plain=neutral, negated=polar)
-        return (stated, denied) if polar == good else (denied, stated)
-    if level == "contrast":
-        template = rng.choice(CONTRAST)
-        return (
-            template.format(noun=noun, other=other, main=good, side=bad),
-            template.format(noun=noun, other=other, main=bad, side=good),
-        )
-    template = rng.choice(OPINIONS) + VERDICT
-    judge, rival = rng.sample(names, 2)
-    agrees = template.format(fan=judge, critic=rival, judge=judge, noun=noun, good=good, bad=bad)
-    differs = template.format(fan=rival, critic=judge, judge=judge, noun=noun, good=good, bad=bad)
-    return agrees, differs
+        ways = ({"plain": polar, "negated": neutral}, {"plain": neutral, "negated": polar})  # stated, denied
+        ways = ways if polar == good else ways[::-1]
+    else:
+        template, (judge, rival) = rng.choice(OPINIONS) + " {judge} is right.", rng.sample(names, 2)
+        ways = ({"fan": judge, "critic": rival, "judge": judge}, {"fan": rival, "critic": judge, "judge": judge})
+    return [template.format(noun=noun, other=other, **({"good": good, "bad": bad} | way)) for way in ways]

@@ -35,37 +35,34 @@ def operating_point(
 ) -> dict:
     """Choose the threshold for a wish, and say honestly what it gives.
 
-    Args:
-        validation: what the exits said of validation rows.
-        metric: "accuracy", "matthews" or "agreement".
-        calibration: as in `fit_rule`.
-        exit_layers, depth, method: as in `exit_costs`.
-        max_loss: take the fastest threshold whose score is at most so many points below full depth's.
-        speed: instead, take the best score at no more than this share of the layers.
+    The wish is `max_loss`, the fastest threshold whose score is at most so many points below full depth's, or `speed`,
+    the best score at no more than this share of the layers. `metric` is as in `score`, `calibration` as in `fit_rule`,
+    and `exit_layers`, `depth` and `method` as in `exit_costs`.
 
-    Returns:
-        `threshold` is chosen on all rows, for new text. `score` and `speedup_ratio` are estimates for new text: each
-        half of the rows (even and odd ones) is scored at the threshold, and with the temperatures, that the other half
-        would choose. `full_depth_score` is the last exit's on all rows. `wish` repeats the wish, and `reached` is
-        False where no threshold grants it, so that the nearest one was taken.
+    Returns `threshold`, chosen on all rows, for new text. `score` and `speedup_ratio` are estimates for new text: each
+    half of the rows (even and odd ones) is scored at the threshold, and with the temperatures, that the other half
+    would choose. `full_depth_score` is the last exit's on all rows. `wish` repeats the wish, and `reached` is False
+    where no threshold grants it, so that the nearest one was taken.
     """
     wish = {"max_loss": max_loss} if speed is None else {"speed": speed}
-    everything = torch.arange(len(validation.labels))
+
+    def chosen_on(rows: Validation) -> tuple[ExitRule, float, bool]:
+        rule = fit_rule(*rows, calibration)
+        return rule, *choose(candidates(rule, rows, metric, exit_layers, depth, method), **wish)
+
+    labels, everything = validation.labels.numpy(), torch.arange(len(validation.labels))
     halves = [everything[::2], everything[1::2]] if len(everything) > 1 else [everything, everything]
-    predictions, costs = torch.zeros_like(validation.labels), np.zeros(len(everything))
-    for chosen, scored in (halves, halves[::-1]):
-        rule = fit_rule(*validation.rows(chosen), calibration)
-        threshold, _ = choose(candidates(rule, validation.rows(chosen), metric, exit_layers, depth, method), **wish)
+    predictions, costs = np.zeros_like(labels), np.zeros(len(labels))
+    for other, scored in (halves, halves[::-1]):
+        rule, threshold, _ = chosen_on(validation.rows(other))
         half = validation.rows(scored)
         taken = exits_taken(rule.confidences(half.logits, half.certainty), threshold, rule.lowest)  # (n,)
         predictions[scored] = half.logits.argmax(-1).gather(0, taken[None])[0]
         costs[scored] = np.array(exit_costs(exit_layers, depth, method, threshold))[taken]
-    rule = fit_rule(*validation, calibration)
-    threshold, reached = choose(candidates(rule, validation, metric, exit_layers, depth, method), **wish)
-    labels = validation.labels.numpy()
+    _, threshold, reached = chosen_on(validation)
     return {
         "threshold": threshold,
-        "score": score(predictions.numpy(), labels, metric),
+        "score": score(predictions, labels, metric),
         "full_depth_score": score(validation.logits[-1].argmax(-1).numpy(), labels, metric),
         "speedup_ratio": float(costs.mean()),
         "wish": wish,
@@ -91,15 +88,8 @@ def candidates(
     labels, predictions = validation.labels.numpy(), validation.logits.argmax(-1).numpy()
     cost = np.array(exit_costs(exit_layers, depth, method))
     # Of each row at each exit, what a score and a ratio are made of: (K, N, 4)
-    at_exit = np.stack(
-        [
-            predictions == labels,
-            (predictions == 1) & (labels == 1),
-            predictions == 1,
-            np.broadcast_to(cost[:, None], predictions.shape),
-        ],
-        axis=-1,
-    ).astype(np.float64)
+    kinds = (predictions == labels, (predictions == 1) & (labels == 1), predictions == 1)
+    at_exit = np.stack([*kinds, np.broadcast_to(cost[:, None], predictions.shape)], axis=-1).astype(np.float64)
     # A row leaves at exit k for the thresholds in (highest of the exits before, highest up to k].
     sums = np.zeros((len(thresholds) + 1, 4))  # (M + 1, 4), as differences at first
     sums[0] = at_exit[0].sum(0)

@@ -42,10 +42,9 @@ class Validation(NamedTuple):
 def predict(
     model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"
 ) -> tuple[Tensor, Tensor | None]:
-    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K or K-1, N), else None.
+    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, or K-1 of a branch model, N), else None.
 
-    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. The last exit of a
-    branch model has no certainty.
+    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`.
     """
     device = next(model.parameters()).device
     max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
@@ -63,25 +62,12 @@ def predict(
 
 
 def sweep(
-    predictions: Tensor,
-    taken: Tensor,
-    labels: np.ndarray,
-    thresholds: list[float],
-    costs: np.ndarray,
-    metric: str,
+    predictions: Tensor, taken: Tensor, labels: np.ndarray, thresholds: list[float], costs: np.ndarray, metric: str
 ) -> dict:
-    """Score the exits, and what leaves where at each threshold.
+    """Score all exits' `predictions` (K, N), and at each threshold those of the exits `taken` (thresholds, N), from 0.
 
-    Args:
-        predictions: (K, N), all exits' classes.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        labels: (N,).
-        thresholds: increasing.
-        costs: (thresholds, K) of leaving at each exit, as a share of the encoder's layers.
-        metric: "accuracy" or "matthews".
-
-    Returns:
-        exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
+    `labels` are (N,), `costs` (thresholds, K) of leaving at each exit, as shares of the layers; `metric` as in `score`.
+    Returns exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K), area; scores in percent.
     """
     scores, ratios, counts = [], [], []
     for exits, cost in zip(taken, costs, strict=True):
@@ -99,41 +85,24 @@ def sweep(
     }
 
 
-def calibration_report(logits: Tensor, targets: Tensor, temperatures: Tensor) -> dict:
-    """How far each exit's confidence can be trusted.
+def calibration_report(logits: Tensor, labels: Tensor, temperatures: Tensor) -> dict:
+    """How far each exit's confidence can be trusted: logits (K, N, C), labels (N,) and temperatures (K, N).
 
-    Args:
-        logits: (K, N, C).
-        targets: (N,), the labels.
-        temperatures: (K, N), those in use.
-
-    Returns:
-        temperatures (K), fitted on all rows, to be kept for new text; ece and nll (K), each before and after scaling.
+    Returns `temperatures` (K), fitted on all rows, to be kept for new text, and `ece` and `nll` (K), each before and
+    after scaling by the temperatures given.
     """
-    scaled = logits / temperatures[..., None]
-    return {
-        "temperatures": [fit_temperature(exit_logits, targets) for exit_logits in logits],
-        "ece": {
-            "before": [expected_calibration_error(exit_logits, targets) for exit_logits in logits],
-            "after": [expected_calibration_error(exit_logits, targets) for exit_logits in scaled],
-        },
-        "nll": {
-            "before": [negative_log_likelihood(exit_logits, targets) for exit_logits in logits],
-            "after": [negative_log_likelihood(exit_logits, targets) for exit_logits in scaled],
-        },
+    scaled = {"before": logits, "after": logits / temperatures[..., None]}
+    measures = {"ece": expected_calibration_error, "nll": negative_log_likelihood}
+    return {"temperatures": [fit_temperature(exit_logits, labels) for exit_logits in logits]} | {
+        name: {when: [measure(exit_logits, labels) for exit_logits in all_exits] for when, all_exits in scaled.items()}
+        for name, measure in measures.items()
     }
 
 
 def mean_exit_layers(difficulties: list[str], taken: Tensor, exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave, at each threshold.
+    """The mean layer at which each difficulty's instances leave: for each, easy to hard, a list (thresholds).
 
-    Args:
-        difficulties: (N), each of `LEVELS`.
-        taken: (thresholds, N), the exit that each instance takes, counted from 0.
-        exit_layers: (K).
-
-    Returns:
-        For each difficulty, easy to hard, a list (thresholds).
+    `difficulties` (N) are of `LEVELS`, `taken` (thresholds, N) counts exits from 0, `exit_layers` are (K).
     """
     layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
     return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}

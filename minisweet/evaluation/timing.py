@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -29,62 +28,52 @@ def measure_live(
 ) -> tuple[list[dict], Tensor, Tensor]:
     """Run all examples live at each threshold, and time it against running all at full depth.
 
-    Args:
-        model: in evaluation mode, on the device to measure.
-        costs: (number of thresholds, K) of leaving at each exit, from `exit_costs`.
-        batch_size: examples of similar length that run at once; what is left of four batches is gathered.
-        rule: for K exits and N examples.
-        progress: wraps the list of thresholds, for a progress bar.
+    `model` is in evaluation mode, on the device to measure. `costs` (thresholds, K) are of leaving at each exit, from
+    `exit_costs`. `batch_size` examples of similar length run at once; what is left of four batches is gathered. `rule`
+    is for K exits and N examples. `progress` wraps the thresholds, for a progress bar.
 
-    Returns:
-        For each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
-        `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then
-        the labels and the exits taken, (number of thresholds, N) each.
+    Returns for each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
+    `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then the
+    labels and the exits taken, (thresholds, N) each.
     """
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in examples.by_length(batch_size)]
     pools = [batch.to(device) for batch in examples.by_length(GATHERED * batch_size)]  # each of four of those
     rows = np.argsort(examples.lengths)[:: max(1, len(examples) // LATENCY_INSTANCES)]
-    singles = [examples.batch(rows[i : i + 1]).to(device) for i in range(len(rows))]
+    singles = [examples.batch(row[None]).to(device) for row in rows]
     order = torch.cat([pool.rows for pool in pools]).argsort().cpu()
 
-    def seconds(run: Callable[[], object]) -> tuple[float, object]:
-        """Time one call, to the end of what it started on the device."""
+    def timed(function: Callable, *arguments: object) -> tuple[float, object]:
+        """The seconds of a call, to the end of what it started on the device, and what it returns."""
         start = time.perf_counter()
-        answer = run()
+        answer = function(*arguments)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start, answer
 
-    def time_early_exit(batch: Batch, threshold: float) -> tuple[float, Answers]:
-        """The seconds and the answer of some instances, by their own share of the rule."""
-        own = rule.for_rows(batch.rows.cpu())
-        return seconds(lambda: early_exit(model, *batch.inputs, threshold, own, batch_size))
+    def live_at(threshold: float, batch: Batch) -> tuple[float, Answers]:
+        own = rule.for_rows(batch.rows.cpu())  # their own share of the rule
+        return timed(early_exit, model, *batch.inputs, threshold, own, batch_size)
 
     # Not timed: on the CPU bfloat16 products are compiled for each shape at first sight. A stream of batches soon has
     # seen all; here it would be a tenth of the time.
     for batch in batches:
         full_depth(model, *batch.inputs)
     for single in singles:
-        time_early_exit(single, 1.0)
+        live_at(1.0, single)
     report, labels, exits = [], [], []
     for threshold, cost in zip(progress(thresholds), costs, strict=True):
-        answers = [time_early_exit(pool, threshold)[1] for pool in pools]  # not timed: the shapes that are left
+        answers = [live_at(threshold, pool)[1] for pool in pools]  # not timed: the shapes that are left
         full = live = 0.0
         for i, pool in enumerate(pools):  # in turn, so that a machine whose speed drifts is fair to both
             for batch in batches[GATHERED * i : GATHERED * (i + 1)]:
-                full += seconds(partial(full_depth, model, *batch.inputs))[0]
-            live += time_early_exit(pool, threshold)[0]
-        latency = [time_early_exit(single, threshold)[0] for single in singles]
+                full += timed(full_depth, model, *batch.inputs)[0]
+            live += live_at(threshold, pool)[0]
+        latency = [live_at(threshold, single)[0] for single in singles]
         labels.append(torch.cat([answer.labels for answer in answers]).cpu()[order])
         exits.append(torch.cat([answer.exits for answer in answers]).cpu()[order])
-        report.append(
-            {
-                "threshold": threshold,
-                "layer_share": float(cost[exits[-1].numpy()].mean()),
-                "wall_share": live / full,
-                "instances_per_second": len(examples) / live,
-                "latency_ms": {str(p): 1000 * float(np.percentile(latency, p)) for p in (50, 90, 99)},
-            }
-        )
+        row = {"threshold": threshold, "layer_share": float(cost[exits[-1].numpy()].mean()), "wall_share": live / full}
+        row["instances_per_second"] = len(examples) / live
+        row["latency_ms"] = {str(p): 1000 * float(np.percentile(latency, p)) for p in (50, 90, 99)}
+        report.append(row)
     return report, torch.stack(labels), torch.stack(exits)
