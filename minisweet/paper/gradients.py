@@ -14,7 +14,6 @@ Dimension letters: K exits, M = K-1 matrices.
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +55,9 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, 
     matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
     losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
-    K = len(losses)
-    similarity, left_out = np.full((K - 1, K, K), np.nan), np.zeros((K - 1, K, K), dtype=int)
-    for m, i, j in np.ndindex(similarity.shape):
+    M, K = len(matrices), len(losses)
+    similarity, left_out = np.full((M, K, K), np.nan), np.zeros((M, K, K), dtype=int)
+    for m, i, j in np.ndindex(M, K, K):
         a, b = gradients[i][m], gradients[j][m]
         if a is not None and b is not None:
             similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
@@ -131,9 +130,11 @@ def main() -> None:
     }
     write_json(args.out / "gradients.json", report)
     draw_similarities(args.out / "gradients.png", mean, args)
-    if conflict:
-        print_similarities(mean, deviation, args.exit_layers)
-    else:
+    for m, layer in enumerate(args.exit_layers[:-1]):
+        exits = ", ".join(map(str, args.exit_layers[m:]))
+        print(f"\nlayer {layer}: cosine similarity of the gradients of the exits after {exits}")
+        print(mean[m, m:, m:].round(3))
+    if not conflict:
         print("\nNo two exits update the same matrix: there is nothing to conflict.")
     if left_out.any():
         print(f"\n{left_out.sum()} pairs of rows without a direction were left out")
@@ -149,16 +150,6 @@ def fine_tune(args: argparse.Namespace) -> tuple[MultiExitModel, dict]:
         if status := run_script("train.py", as_options(options | {"out": run, "epochs": 1})):
             sys.exit(abs(status))  # it has said why
         return load_run(run)
-
-
-def print_similarities(mean: np.ndarray, deviation: np.ndarray, exit_layers: Sequence[int]) -> None:
-    """Print a table for each layer: similarities and deviations over batches (M, K, K)."""
-    for m, layer in enumerate(exit_layers[:-1]):
-        print(f"\nlayer {layer}: cosine similarity of the gradients of two exits, ± deviation over batches")
-        print(" " * 14 + "".join(f"{f'exit after {n}':>16}" for n in exit_layers[m:]))
-        for i, n in enumerate(exit_layers[m:], start=m):
-            cells = (f"{mean[m, i, j]:6.3f} ±{deviation[m, i, j]:.3f}" for j in range(m, len(exit_layers)))
-            print(f"exit after {n:<3}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def draw_similarities(path: Path, mean: np.ndarray, args: argparse.Namespace) -> None:

@@ -6,10 +6,8 @@ kept but the run folders that train.py and evaluate.py make, so that a stopped g
 """
 
 import argparse
-import ctypes
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -32,8 +30,6 @@ from minisweet.training.devices import choose_device, choose_precision
 from minisweet.training.options import default_batch_size, exit_layers_for
 
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1  # from prctl.h
 ELSEWHERE = "name another --out or --runs"
 THRESHOLDS = 11  # Sec. 3.3
 # What reports use of evaluation.json.
@@ -183,22 +179,20 @@ class Grid:
 
     def commands(self, run: Run) -> list[list[str]]:
         """The command lines that complete a run, from the folder of train.py."""
-        args, folder = self.args, self.folder(run)
-        shared = {"data_dir": args.data_dir, "device": args.device, "amp": args.amp}
-        names = ("model", "exit_strategy", "epochs", "max_length", "batch_size", "exit_layers")
-        train = {"out": folder} | run._asdict() | {name: getattr(args, name) for name in names} | shared
-        evaluate = ["evaluate.py", str(folder), *as_options(shared)]
-        if (folder / "run.json").exists():
-            return [evaluate]
-        return [["train.py", *as_options(train), "--resume"], evaluate]
+        folder, evaluated = self.folder(run), ("data_dir", "device", "amp")
+        trained = ("model", "exit_strategy", "epochs", "max_length", "batch_size", "exit_layers", *evaluated)
+        train, evaluate = ({name: getattr(self.args, name) for name in names} for names in (trained, evaluated))
+        commands = [["train.py", *as_options({"out": folder} | run._asdict() | train), "--resume"]]
+        commands.append(["evaluate.py", str(folder), *as_options(evaluate)])
+        return commands[(folder / "run.json").exists() :]
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
     """Claim a run while the context lasts, by a locked file beside its folder. Gives False where it is claimed already.
 
-    What this process starts holds the lock too, so that after a kill the claim lasts as long as its training. Who has
-    claimed a run must look whether it is still missing.
+    The lock passes on to the script that makes the run: if this process is killed, the claim lasts until that has
+    ended. Who has claimed a run must look whether it is still missing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.maker")
@@ -217,19 +211,15 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 def as_options(values: dict[str, object]) -> list[str]:
     """The command-line options of these names and values; those that are None are left out."""
-    options = []
-    for name, value in values.items():
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            options += [f"--{name.replace('_', '-')}", text]
-    return options
+    texts = {
+        k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in values.items() if v is not None
+    }
+    return [part for name, text in texts.items() for part in (f"--{name.replace('_', '-')}", str(text))]
 
 
 def run_script(script: str, arguments: list[str]) -> int:
-    """Run train.py or evaluate.py as a process, which ends when this one does. Returns its exit status."""
-    bind = LIBC and (lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))  # on Linux even if this one is killed
-    command = [sys.executable, str(SCRIPTS / script), *arguments]
-    process = subprocess.Popen(command, preexec_fn=bind, close_fds=False)  # see `claimed`
+    """Run train.py or evaluate.py as a process, which ends when this one is told to. Returns its exit status."""
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], close_fds=False)  # see `claimed`
     try:
         return process.wait()
     except SystemExit:  # SIGTERM reached this process alone; Ctrl-C reaches both
