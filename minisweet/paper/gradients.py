@@ -37,13 +37,12 @@ from minisweet.training.options import add_training_options, default_batch_size,
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
     """The mean cosine similarity of the rows of two matrices (n, m), and how many rows were left out.
 
-    Rows of which either is all zero have no direction and are left out; if all are, the mean is NaN.
+    A row that is all zero in either has no direction and is left out. If all are, the mean is NaN.
     """
     a, b = a.double(), b.double()
     norms = a.norm(dim=1) * b.norm(dim=1)  # (n,)
-    there = norms > 0
-    cosine = (a * b).sum(1)[there] / norms[there]
-    return cosine.mean().item(), int((~there).sum())
+    cosine = ((a * b).sum(1) / norms)[norms > 0]
+    return cosine.mean().item(), len(a) - len(cosine)
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -170,11 +170,11 @@ class Grid:
         yield from product(self.args.train_sizes, self.args.tasks, self.args.methods, self.args.seeds)
 
     def missing(self) -> list[Run]:
-        """The runs that are known and neither complete nor lost."""
+        """Those of them that are neither complete nor lost."""
         return [run for run in self.wanted() if self.is_missing(run)]
 
     def is_missing(self, run: Run) -> bool:
-        """Whether the run is neither complete nor lost."""
+        """Whether a run is neither complete nor lost."""
         return self.record(run) is None and not self.is_lost(run)
 
     def commands(self, run: Run) -> list[list[str]]:

@@ -41,17 +41,16 @@ def one_class_layers(record: dict) -> list[int]:
 
 
 def did_not_converge(record: dict) -> bool:
-    """Whether every exit predicts one class, or the training ended with no less loss than it began with.
+    """Whether every exit predicts one class, or the loss of the last tenth of the steps is not below the first tenth's.
 
-    The first and the last tenth of the steps are compared, ten steps at least, or the halves of fewer than twenty: the
-    loss of all exits together, and each exit's own under MM and branches, which are trained apart.
+    A tenth is at least ten steps, or half of fewer than twenty. MM's exits and branches are trained apart, so that
+    each one's own loss must fall; else the sum does.
     """
     losses = np.array(record["losses"])  # (steps, K)
     if record["method"] not in ("mm", "branch"):
         losses = losses.sum(1, keepdims=True)
     part = max(len(losses) // 10, min(10, len(losses) // 2))
-    # A single step tells nothing.
-    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()
+    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()  # a single step tells nothing
     return rose or len(one_class_layers(record)) == len(record["exit_layers"])
 
 
@@ -71,8 +70,7 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     NaN where a seed has no value, and the latter two with one seed. Without a seed, three empty arrays.
     """
-    S = len(values)
-    if S == 0:
+    if (S := len(values)) == 0:
         return (np.array([]),) * 3
     std = values.std(0, ddof=1) if S > 1 else np.full(values.shape[1], np.nan)
     return values.mean(0), std, std * STUDENT_T[min(max(S - 1, 1), 30) - 1] / np.sqrt(S)
@@ -203,12 +201,11 @@ def document(results: dict) -> str:
         f"Seeds {', '.join(map(str, results['seeds']))}; up to {results['train_size']} training examples, "
         f"{results['epochs']} epochs; trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.\n"
     )
-    title = f"Learning rates{': largest area under the curve on the first seed' if searched else ''}"
-    rates = results["learning_rates"].items()
+    title = "Learning rates" + ": largest area under the curve on the first seed" * searched
+    rates, failed = results["learning_rates"].items(), results["early_exits_failed"].items()
     rows = [[method, *(f"{rate:g}" if rate else "" for rate in found.values())] for method, found in rates]
     text += _table(title, ["method", *tasks], rows)
     if searched:
-        failed = results["early_exits_failed"].items()
         rows = [[method, *(f"{n} of {exits}" for n, exits in failures)] for method, failures in failed]
         head = ["method", *(f"{lr:g}" for lr in results["rates_searched"])]
         text += _table("Exits before the last that predict one class, in the complete runs of the search", head, rows)
@@ -242,10 +239,9 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     pyplot = load_pyplot(path)
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(1 + 4.2 * columns, 3.4 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, grid, tasks) in zip(axes.flat, panels, strict=False):
+    figure = pyplot.figure(figsize=(1 + 4.2 * columns, 3.4 * rows))
+    for place, (title, grid, tasks) in enumerate(panels, start=1):
+        axis = figure.add_subplot(rows, columns, place)
         methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle
         for method in grid:
             records = {task: grid[method][task] for task in tasks}

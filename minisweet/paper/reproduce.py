@@ -4,7 +4,7 @@
 
 What the grid's runs are, and which of them are missing, is worked out in grid.py. Each run is a folder made by train.py
 and evaluate.py; what is complete is skipped. The command may be started several times on one folder, on several
-machines too: each run is made once.
+machines too if their file system shares its locks (flock): each run is made once.
 """
 
 import argparse
@@ -164,8 +164,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the grid, or print its commands, or report what is there."""
     args = parse_arguments()
-    grid = Grid(args)
-    failed: list[str] = []
+    grid, failed = Grid(args), []
     if args.print_commands:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
