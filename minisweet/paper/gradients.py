@@ -14,7 +14,6 @@ Dimension letters: K exits, M = K-1 matrices.
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from minisweet.files.commands import Parser, positive_float, run_command, whole_
 from minisweet.files.figures import load_pyplot, save_figure
 from minisweet.files.runs import load_run, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.paper.grid import run_script
+from minisweet.paper.grid import as_options, run_script
 from minisweet.paper.report import for_json
 from minisweet.training.devices import choose_device, device_name, reuse_freed_memory
 from minisweet.training.options import add_training_options, default_batch_size, find_model
@@ -38,32 +37,26 @@ from minisweet.training.options import add_training_options, default_batch_size,
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
     """The mean cosine similarity of the rows of two matrices (n, m), and how many rows were left out.
 
-    Rows of which either is all zero have no direction and are left out; if all are, the mean is NaN.
+    A row that is all zero in either has no direction and is left out. If all are, the mean is NaN.
     """
     a, b = a.double(), b.double()
     norms = a.norm(dim=1) * b.norm(dim=1)  # (n,)
-    there = norms > 0
-    cosine = (a * b).sum(1)[there] / norms[there]
-    return cosine.mean().item(), int((~there).sum())
+    cosine = ((a * b).sum(1) / norms)[norms > 0]
+    return cosine.mean().item(), len(a) - len(cosine)
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Compare all exits' gradients on one batch.
+    """Compare all exits' gradients on one batch, which is on the model's device. Dropout is off in evaluation mode.
 
-    Args:
-        model: in evaluation mode, so that dropout is off.
-        batch: on the model's device.
-
-    Returns:
-        The similarities (M, K, K), NaN where an exit sends a matrix no gradient, and how many rows were left out of
-        each: (M, K, K).
+    Returns the similarities (M, K, K), NaN where an exit sends a matrix no gradient, and how many rows were left out
+    of each (M, K, K).
     """
     matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
     losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
-    K = len(losses)
-    similarity, left_out = np.full((K - 1, K, K), np.nan), np.zeros((K - 1, K, K), dtype=int)
-    for m, i, j in np.ndindex(similarity.shape):
+    M, K = len(matrices), len(losses)
+    similarity, left_out = np.full((M, K, K), np.nan), np.zeros((M, K, K), dtype=int)
+    for m, i, j in np.ndindex(M, K, K):
         a, b = gradients[i][m], gradients[j][m]
         if a is not None and b is not None:
             similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
@@ -98,75 +91,67 @@ def main() -> None:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
     load_pyplot(args.out / "gradients.png")
     device = choose_device(args.device)
-    folder, config, exit_layers = find_model(args)
-    if len(exit_layers) < 2:
-        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit, and there is nothing to compare it with")
+    folder, config, args.exit_layers = find_model(args)
+    if len(args.exit_layers) < 2:
+        raise InputError(f"--exit-layers: {args.exit_layers[0]} is one exit, and there is nothing to compare it with")
     rows = load_examples(args.task, "train", args.data_dir)
-    trained, measured = args.steps * args.batch_size, args.batches * args.batch_size
-    if trained + measured > len(rows.labels):
+    args.train_size, measured, N = args.steps * args.batch_size, args.batches * args.batch_size, len(rows.labels)
+    if args.train_size + measured > N:
         raise InputError(
             f"--steps: {args.steps} steps and {args.batches} new batches of {args.batch_size} need "
-            f"{trained + measured} examples, and {args.task} has {len(rows.labels)}"
+            f"{args.train_size + measured} examples, and {args.task} has {N}"
         )
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
-    model, record = fine_tune(args, exit_layers, trained)
-    order = np.random.default_rng(args.seed).permutation(len(rows.labels))
+    model, record = fine_tune(args)
+    order = np.random.default_rng(args.seed).permutation(N)
     unseen = order[~np.isin(order, record["subset"])][:measured]
-    new = TokenizedExamples(
-        load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings), rows, unseen
-    )
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
+    new = TokenizedExamples(tokenizer, rows, unseen)
     model.to(device).eval()
     batches = (new.batch(chosen).to(device) for chosen in np.arange(measured).reshape(-1, args.batch_size))
     measurements = [exit_similarities(model, batch) for batch in batches]
     similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
     mean = similarities.mean(0)  # (M, K, K)
     deviation = similarities.std(0, ddof=1) if args.batches > 1 else np.full_like(mean, np.nan)
+    conflict = (~np.isnan(mean) & ~np.eye(len(args.exit_layers), dtype=bool)).any()  # two exits update one matrix
     given = ("model", "method", "task", "steps", "batches", "batch_size", "seed")
-    report = {key: getattr(args, key) for key in given} | {"learning_rate": args.lr}
-    report |= {"device": device_name(device), "precision": record["precision"], "versions": versions()}
-    report |= {"layers": list(exit_layers[:-1]), "exits": list(exit_layers)}
-    report |= {"nothing_to_conflict": not compared(mean).any(), "cosine": for_json(mean)}
-    report |= {"deviation": for_json(deviation), "rows_left_out": left_out.sum(0).tolist()}
+    report = {key: getattr(args, key) for key in given} | {
+        "learning_rate": args.lr,
+        "device": device_name(device),
+        "precision": record["precision"],
+        "versions": versions(),
+        "layers": list(args.exit_layers[:-1]),
+        "exits": list(args.exit_layers),
+        "nothing_to_conflict": not conflict,
+        "cosine": for_json(mean),
+        "deviation": for_json(deviation),
+        "rows_left_out": left_out.sum(0).tolist(),
+    }
     write_json(args.out / "gradients.json", report)
-    print_similarities(mean, deviation, exit_layers)
-    draw_similarities(args.out / "gradients.png", mean, exit_layers, f"{args.model}, {args.method}, {args.task}")
+    draw_similarities(args.out / "gradients.png", mean, args)
+    for m, layer in enumerate(args.exit_layers[:-1]):
+        exits = ", ".join(map(str, args.exit_layers[m:]))
+        print(f"\nlayer {layer}: cosine similarity of the gradients of the exits after {exits}")
+        print(mean[m, m:, m:].round(3))
+    if not conflict:
+        print("\nNo two exits update the same matrix: there is nothing to conflict.")
     if left_out.any():
         print(f"\n{left_out.sum()} pairs of rows without a direction were left out")
     print(f"\nwritten to {args.out / 'gradients.json'} and gradients.png")
 
 
-def fine_tune(args: argparse.Namespace, exit_layers: Sequence[int], rows: int) -> tuple[MultiExitModel, dict]:
-    """The model that train.py makes of so many rows in one epoch, and its run.json. Ends with train.py's status."""
+def fine_tune(args: argparse.Namespace) -> tuple[MultiExitModel, dict]:
+    """The model that train.py makes in one epoch, and its run.json. Ends with train.py's status where that fails."""
+    given = ("model", "method", "task", "train_size", "seed", "lr", "batch_size", "max_length", "exit_layers")
+    options = {name: getattr(args, name) for name in (*given, "data_dir", "device", "amp")}
     with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as folder:
         run = Path(folder) / "run"
-        options = {"out": run, "train_size": rows, "epochs": 1, "exit_layers": ",".join(map(str, exit_layers))}
-        for name in ("model", "method", "task", "seed", "lr", "batch_size", "max_length", "data_dir", "device", "amp"):
-            options[name] = getattr(args, name)
-        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
-        if status := run_script("train.py", [part for pair in pairs for part in pair]):
+        if status := run_script("train.py", as_options(options | {"out": run, "epochs": 1})):
             sys.exit(abs(status))  # it has said why
         return load_run(run)
 
 
-def compared(mean: np.ndarray) -> np.ndarray:
-    """Where two different exits update one matrix: similarities (M, K, K) to bool (M, K, K)."""
-    return ~np.isnan(mean) & ~np.eye(mean.shape[-1], dtype=bool)
-
-
-def print_similarities(mean: np.ndarray, deviation: np.ndarray, exit_layers: tuple[int, ...]) -> None:
-    """Print a table for each layer: similarities and deviations over batches (M, K, K)."""
-    if not compared(mean).any():
-        print("\nNo two exits update the same matrix: there is nothing to conflict.")
-        return
-    for m, layer in enumerate(exit_layers[:-1]):
-        print(f"\nlayer {layer}: cosine similarity of the gradients of two exits, ± deviation over batches")
-        print(" " * 14 + "".join(f"{f'exit after {n}':>16}" for n in exit_layers[m:]))
-        for i, n in enumerate(exit_layers[m:], start=m):
-            cells = (f"{mean[m, i, j]:6.3f} ±{deviation[m, i, j]:.3f}" for j in range(m, len(exit_layers)))
-            print(f"exit after {n:<3}" + "".join(f"{cell:>16}" for cell in cells))
-
-
-def draw_similarities(path: Path, mean: np.ndarray, exit_layers: tuple[int, ...], title: str) -> None:
+def draw_similarities(path: Path, mean: np.ndarray, args: argparse.Namespace) -> None:
     """Draw a heat map with one panel per layer to a PNG: mean (M, K, K). Raises InputError without matplotlib."""
     pyplot = load_pyplot(path)
     M, K, _ = mean.shape
@@ -176,12 +161,12 @@ def draw_similarities(path: Path, mean: np.ndarray, exit_layers: tuple[int, ...]
         image = axis.imshow(mean[m, m:, m:], vmin=-1, vmax=1, cmap="RdBu")
         axis.set_xticks(range(K - m), names[m:])
         axis.set_yticks(range(K - m), names[m:])
-        axis.set_title(f"layer {exit_layers[m]}")
+        axis.set_title(f"layer {args.exit_layers[m]}")
         for (i, j), value in np.ndenumerate(mean[m, m:, m:]):
             text = "-" if np.isnan(value) else f"{value:.2f}"
             axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
-    figure.suptitle(title)
+    figure.suptitle(f"{args.model}, {args.method}, {args.task}")
     save_figure(figure, path)
 
 

@@ -6,16 +6,13 @@ kept but the run folders that train.py and evaluate.py make, so that a stopped g
 """
 
 import argparse
-import ctypes
 import os
 import platform
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -27,16 +24,12 @@ import torch
 from minisweet.data.own import digest
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
-from minisweet.files.safe import InputError
+from minisweet.files.safe import InputError, lock
 from minisweet.paper.report import did_not_converge, one_class_layers
 from minisweet.training.devices import choose_device, choose_precision
 from minisweet.training.options import default_batch_size, exit_layers_for
 
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1  # from prctl.h
-RENEWAL, STALE = 5.0, 30.0  # seconds: a claim is renewed so often; one that was not renewed for so long is taken over
-
 ELSEWHERE = "name another --out or --runs"
 THRESHOLDS = 11  # Sec. 3.3
 # What reports use of evaluation.json.
@@ -67,65 +60,66 @@ class Grid:
             device = choose_device(args.device if args.amp == "auto" else "cpu")
             self.precision = str(choose_precision(args.amp, device) or torch.float32)
 
+    def name(self, run: Run) -> str:
+        """The name of the run's folder."""
+        return run_name(vars(self.args) | run._asdict(), in_grid=True)
+
     def folder(self, run: Run) -> Path:
         """The run's folder."""
-        model = {"model": self.args.model, "exit_strategy": self.args.exit_strategy}
-        return self.args.runs / run_name(run._asdict() | model, in_grid=True)
+        return self.args.runs / self.name(run)
 
     def record(self, run: Run) -> dict | None:
         """run.json and what reports use of evaluation.json, or None for a run that is not complete.
 
         Raises InputError for a folder that holds a run of other settings, or a broken one.
         """
-        if run in self.records:
-            return self.records[run]
         folder, args = self.folder(run), self.args
-        if not (folder / "run.json").exists():
-            return None
+        if run in self.records or not (folder / "run.json").exists():
+            return self.records.get(run)
         record = read_record(folder)
-        self.check_settings(run, record["arguments"] | {"exit_strategy": record["exit_strategy"]})
         layers = list(args.exit_layers or exit_layers_for(record["depth"]))
-        precision = (record["precision"], self.precision or record["precision"])
-        for what, has, wanted in (("exits after", record["exit_layers"], layers), ("precision (--amp)", *precision)):
-            if has != wanted:
-                raise InputError(f"{folder}: a run with {what} {has}, not {wanted}; {ELSEWHERE}")
+        has = record["arguments"] | {"exit_strategy": record["exit_strategy"], "exits after": record["exit_layers"]}
+        has["precision (--amp)"] = record["precision"]
+        wanted = {"exits after": layers, "precision (--amp)": self.precision or record["precision"]}
+        self.check_settings(run, has, wanted)
         evaluation = read_evaluation(folder, record) or {}
-        if not set(EVALUATION) <= set(evaluation):
-            return None  # not evaluated, or before there were all of these
         as_here = {"calibration": "crossfit", "exit_layers": layers, "precision": self.precision}
         differs = any(value not in (None, evaluation.get(key, value)) for key, value in as_here.items())
-        if differs or len(evaluation["thresholds"]) != THRESHOLDS:
-            return None  # evaluated by hand in another way
+        if differs or not set(EVALUATION) <= set(evaluation) or len(evaluation["thresholds"]) != THRESHOLDS:
+            return None  # not evaluated, or by hand in another way, or before there were all of these
         self.check_rows(run, record)
         self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
         return self.records[run]
 
-    def check_settings(self, run: Run, arguments: dict) -> None:
-        """Raise InputError unless a run was trained with these arguments as the command line has them."""
-        arguments = arguments | {"method": method_name(arguments)}
-        expected = run._asdict() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)}
-        expected |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
-        for key, value in expected.items():
-            if arguments.get(key) != value:
-                raise InputError(f"{self.folder(run)}: a run with {key} {arguments.get(key)}, not {value}; {ELSEWHERE}")
+    def check_settings(self, run: Run, has: dict, wanted: dict) -> None:
+        """Raise InputError unless a run was trained with the command line's arguments and what else is wanted."""
+        wanted = run._asdict() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)} | wanted
+        wanted |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
+        has = has | {"method": method_name(has)}
+        for key, value in wanted.items():
+            if has.get(key) != value:
+                raise InputError(f"{self.folder(run)}: a run with {key} {has.get(key)}, not {value}; {ELSEWHERE}")
 
     def check_rows(self, run: Run, record: dict) -> None:
         """Raise InputError for a run on other rows than those of --data-dir, or for a report than another run's."""
         there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
-        for split, told in (("train", record.get("train_digest")), ("dev", record.get("dev_digest"))):
-            rows = (run.task, split, *((run.train_size, run.seed) if split == "train" else ()))
-            if told and there and rows not in self.rows and not self.args.report_only:
+        for split, drawn_by in (("train", (run.train_size, run.seed)), ("dev", ())):
+            rows, told = (run.task, split, *drawn_by), record.get(f"{split}_digest")
+            if told is None:
+                continue  # a run from before there were digests
+            if there and rows not in self.rows and not self.args.report_only:
                 data, drawn = self.load(run.task, split, self.args.data_dir), None
                 if split == "train":  # as train.py draws them
                     drawn = np.sort(np.random.default_rng(run.seed).permutation(len(data.first))[: run.train_size])
                 self.rows[rows] = (digest(data, drawn), self.args.data_dir)
-            if told and (first := self.rows.setdefault(rows, (told, self.folder(run))))[0] != told:
-                raise InputError(f"{self.folder(run)}: a run on other {split} rows than {first[1]}; {ELSEWHERE}")
+            known, where = self.rows.setdefault(rows, (told, self.folder(run)))
+            if known != told:
+                raise InputError(f"{self.folder(run)}: a run on other {split} rows than {where}; {ELSEWHERE}")
 
     def is_lost(self, run: Run) -> bool:
         """Whether the run's loss became infinite or NaN, so that train.py saved no model."""
         if lost := read_diverged(self.folder(run)):
-            self.check_settings(run, lost["arguments"])
+            self.check_settings(run, lost["arguments"], {})
         return lost is not None
 
     def search(self, task: str, method: str) -> list[Run]:
@@ -135,12 +129,12 @@ class Grid:
     def learning_rate(self, task: str, method: str) -> float | None:
         """The rate with the largest area under the curve; None before the search is complete."""
         runs = self.search(task, method)
-        if len(runs) == 1:
-            return runs[0].lr
-        runs = [run for run in runs if not self.is_lost(run)]
-        if not runs or any(self.record(run) is None for run in runs):
-            return None
-        return max(runs, key=lambda run: self.record(run)["area"]).lr
+        if len(runs) > 1:
+            runs = [run for run in runs if not self.is_lost(run)]
+            if not all(map(self.record, runs)):
+                return None
+            runs.sort(key=lambda run: -self.record(run)["area"])
+        return runs[0].lr if runs else None
 
     def early_exits_failed(self, method: str) -> list[tuple[int, int]]:
         """For each rate of the search, how many exits before the last predict one class, and of how many."""
@@ -152,10 +146,7 @@ class Grid:
         return failed
 
     def attempts(self, task: str, method: str, train_size: int, seed: int) -> list[Run]:
-        """The run of a seed at the rate found, and with --retry-diverged those that repeat it.
-
-        Empty before the search is complete.
-        """
+        """The run of a seed, and with --retry-diverged those that repeat it; none before the search is complete."""
         lr = self.learning_rate(task, method)
         if lr is None:
             return []
@@ -179,102 +170,56 @@ class Grid:
         yield from product(self.args.train_sizes, self.args.tasks, self.args.methods, self.args.seeds)
 
     def missing(self) -> list[Run]:
-        """The runs that are known and not complete."""
+        """Those of them that are neither complete nor lost."""
         return [run for run in self.wanted() if self.is_missing(run)]
 
     def is_missing(self, run: Run) -> bool:
-        """Whether the run is neither complete nor lost."""
+        """Whether a run is neither complete nor lost."""
         return self.record(run) is None and not self.is_lost(run)
 
     def commands(self, run: Run) -> list[list[str]]:
         """The command lines that complete a run, from the folder of train.py."""
-        args, folder = self.args, str(self.folder(run))
-        device = ["--device", args.device, "--amp", args.amp]
-        evaluate = ["evaluate.py", folder, "--data-dir", str(args.data_dir), *device]
-        if (self.folder(run) / "run.json").exists():
-            return [evaluate]
-        train = [
-            "train.py",
-            "--resume",
-            "--model",
-            args.model,
-            "--out",
-            folder,
-            "--exit-strategy",
-            args.exit_strategy,
-            *device,
-        ]
-        options = run._asdict() | {"data_dir": args.data_dir, "epochs": args.epochs, "max_length": args.max_length}
-        options["batch_size"] = args.batch_size
-        options["exit_layers"] = args.exit_layers and ",".join(map(str, args.exit_layers))
-        for name, value in options.items():
-            if value is not None:
-                train += [f"--{name.replace('_', '-')}", str(value)]
-        return [train, evaluate]
+        folder, evaluated = self.folder(run), ("data_dir", "device", "amp")
+        trained = ("model", "exit_strategy", "epochs", "max_length", "batch_size", "exit_layers", *evaluated)
+        train, evaluate = ({name: getattr(self.args, name) for name in names} for names in (trained, evaluated))
+        commands = [["train.py", *as_options({"out": folder} | run._asdict() | train), "--resume"]]
+        commands.append(["evaluate.py", str(folder), *as_options(evaluate)])
+        return commands[(folder / "run.json").exists() :]
 
 
-class Claims:
-    """Who makes which run, where several processes work on one grid: a hidden file beside the run's folder.
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Claim a run while the context lasts, by a locked file beside its folder. Gives False where it is claimed already.
 
-    It holds the host, the process and the time, which is renewed. If it stays the same for STALE seconds, by the clock
-    of who reads it, its process has died. Another one then takes over by a file of the next number: only one can make
-    it. Who has claimed a run must look whether it is still missing.
+    The lock passes on to the script that makes the run: if this process is killed, the claim lasts until that has
+    ended. Who has claimed a run must look whether it is still missing.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.maker")
+    if (held := lock(path)) is None:
+        yield False
+        return
+    try:
+        os.set_inheritable(held, True)
+        os.truncate(held, 0)
+        os.write(held, f"{platform.node()} {os.getpid()} {time.ctime()}\n".encode())  # for people
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(held)
 
-    def __init__(self) -> None:
-        self.seen: dict[Path, tuple[str, float]] = {}  # a claim to what it says, and since when
 
-    @contextmanager
-    def take(self, folder: Path) -> Iterator[bool]:
-        """Claim a run while the context lasts. Gives False where another process has claimed it."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        paths = [folder.with_name(f".{folder.name}.claim0")]
-        while paths[-1].exists():
-            paths.append(folder.with_name(f".{folder.name}.claim{len(paths)}"))
-        path, over = paths.pop(), threading.Event()
-        try:
-            if paths and not self.is_stale(paths[-1]):
-                raise FileExistsError
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            yield False
-            return
-
-        def renew() -> None:
-            with suppress(OSError), path.open("r+") as claim:  # which does not make it again
-                claim.write(f"{platform.node()} {os.getpid()} {time.time():.3f}\n")
-
-        def keep_renewing() -> None:
-            while not over.wait(RENEWAL):
-                renew()
-
-        renew()
-        thread = threading.Thread(target=keep_renewing, daemon=True)
-        thread.start()
-        try:
-            yield True
-        finally:
-            over.set()
-            thread.join()
-            if not folder.with_name(f".{folder.name}.claim{len(paths) + 1}").exists():  # else it was taken over
-                for old in (path, *reversed(paths)):
-                    old.unlink(missing_ok=True)
-
-    def is_stale(self, path: Path) -> bool:
-        """Whether the claim has said the same for too long."""
-        text = ""
-        with suppress(OSError):
-            text = path.read_text()
-        said, since = self.seen.get(path, (None, 0.0))
-        if said != text:
-            self.seen[path] = (text, time.monotonic())
-        return said == text and time.monotonic() - since > STALE
+def as_options(values: dict[str, object]) -> list[str]:
+    """The command-line options of these names and values; those that are None are left out."""
+    texts = {
+        k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in values.items() if v is not None
+    }
+    return [part for name, text in texts.items() for part in (f"--{name.replace('_', '-')}", str(text))]
 
 
 def run_script(script: str, arguments: list[str]) -> int:
-    """Run train.py or evaluate.py as a process, which ends when this one does. Returns its exit status."""
-    bind = LIBC and (lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))  # on Linux even if this one is killed
-    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], preexec_fn=bind)
+    """Run train.py or evaluate.py as a process, which ends when this one is told to. Returns its exit status."""
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], close_fds=False)  # see `claimed`
     try:
         return process.wait()
     except SystemExit:  # SIGTERM reached this process alone; Ctrl-C reaches both

@@ -9,21 +9,26 @@ Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup rati
 """
 
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from minisweet.files.figures import load_pyplot, save_figure
+from minisweet.use.plots import label_axes, sorted_curve
 
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1)  # besides the first exit's
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
-COLOURS = {"ee": "tab:orange", "mm": "tab:green", "sweet": "tab:blue"}
-OTHER_COLOURS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan")
 NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
+TITLES = {
+    "individual": "Individual classifiers: mean score ± deviation over seeds",
+    "interpolated": "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds",
+    "areas": "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds",
+}
 
 # The records of one method and training size, by task and seed; None for a run whose loss became infinite or NaN.
 Records = dict[str, dict[int, dict | None]]
@@ -36,28 +41,22 @@ def one_class_layers(record: dict) -> list[int]:
 
 
 def did_not_converge(record: dict) -> bool:
-    """Whether every exit predicts one class, or the training ended with no less loss than it began with.
+    """Whether every exit predicts one class, or the loss of the last tenth of the steps is not below the first tenth's.
 
-    The first and the last tenth of the steps are compared, ten steps at least, or the halves of fewer than twenty: the
-    loss of all exits together, and each exit's own under MM and branches, which are trained apart.
+    A tenth is at least ten steps, or half of fewer than twenty. MM's exits and branches are trained apart, so that
+    each one's own loss must fall; else the sum does.
     """
     losses = np.array(record["losses"])  # (steps, K)
     if record["method"] not in ("mm", "branch"):
         losses = losses.sum(1, keepdims=True)
     part = max(len(losses) // 10, min(10, len(losses) // 2))
-    # A single step tells nothing.
-    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()
+    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()  # a single step tells nothing
     return rose or len(one_class_layers(record)) == len(record["exit_layers"])
 
 
 def interpolated(record: dict, ratios: np.ndarray) -> np.ndarray:
-    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach.
-
-    The curve is in the order of its thresholds. Its ratios need not increase: with branches the last one drops to 1.
-    """
-    x, y = np.round(record["speedup_ratios"], 9), np.array(record["scores"])
-    order = x.argsort(kind="stable")
-    return np.interp(np.round(ratios, 9), x[order], y[order], left=np.nan, right=np.nan)
+    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach."""
+    return np.interp(np.round(ratios, 9), *sorted_curve(record), left=np.nan, right=np.nan)
 
 
 def seed_means(records: Records, tasks: Sequence[str], points: Callable[[dict], np.ndarray]) -> np.ndarray:
@@ -71,8 +70,7 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     NaN where a seed has no value, and the latter two with one seed. Without a seed, three empty arrays.
     """
-    S = len(values)
-    if S == 0:
+    if (S := len(values)) == 0:
         return (np.array([]),) * 3
     std = values.std(0, ddof=1) if S > 1 else np.full(values.shape[1], np.nan)
     return values.mean(0), std, std * STUDENT_T[min(max(S - 1, 1), 30) - 1] / np.sqrt(S)
@@ -80,7 +78,7 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def table_ratios(records: Records, method: str) -> np.ndarray:
     """The speedup ratios of the tables (P,): the first exit's and the set ones. Empty without a run."""
-    first = [min(run["speedup_ratios"]) for run in _runs(records, list(records)) if run][:1]
+    first = [min(run["speedup_ratios"]) for run in _runs(records) if run][:1]
     set_ratios = RATIOS + (MULTI_MODEL_RATIOS if method == "mm" else ())
     return np.array(sorted({round(ratio, 9) for ratio in (*first, *set_ratios)}) if first else [])
 
@@ -92,24 +90,16 @@ def results_of(grid: dict[str, Records]) -> dict:
     method's, `area_differences` each method's area less each other's; only where there are pairs.
     """
     results: dict[str, dict] = {"individual": {}, "interpolated": {}, "areas": {}}
-    area = lambda run: np.array([run["area"]])  # noqa: E731
+    ends, area = (lambda run: np.array(run["exit_scores"])), (lambda run: np.array([run["area"]]))
     for method, records in grid.items():
         ratios = table_ratios(records, method)
-        layers = next((run["exit_layers"] for run in _runs(records, list(records)) if run), [])
-
-        def rows(points, spread: str, records=records) -> dict:
-            """The row of the mean over tasks, which holds the rows of the tasks."""
-            tasks = {task: _row(records, [task], points, spread) for task in records}
-            return _row(records, list(records), points, spread) | {"tasks": tasks}
-
-        results["individual"][method] = {"exit_layers": layers} | rows(lambda run: np.array(run["exit_scores"]), "std")
-        at_ratios = rows(lambda run, ratios=ratios: interpolated(run, ratios), "ci95")
-        results["interpolated"][method] = {"ratios": ratios.tolist()} | at_ratios
-        results["areas"][method] = rows(area, "ci95")
-    last = list(grid)[-1]
-    ratios = table_ratios(grid[last], last)
-    less_others = less_each_other(grid, last, lambda run: interpolated(run, ratios))
-    results["differences"] = {"of": last, "ratios": ratios.tolist(), "from": less_others}
+        at_ratios = partial(interpolated, ratios=ratios)
+        layers = next((run["exit_layers"] for run in _runs(records) if run), [])
+        results["individual"][method] = {"exit_layers": layers} | _rows(records, ends, "std")
+        results["interpolated"][method] = {"ratios": ratios.tolist()} | _rows(records, at_ratios, "ci95")
+        results["areas"][method] = _rows(records, area, "ci95")
+    less_others = less_each_other(grid, method, at_ratios)
+    results["differences"] = {"of": method, "ratios": ratios.tolist(), "from": less_others}
     results["area_differences"] = {method: less_each_other(grid, method, area) for method in grid}
     return results
 
@@ -130,11 +120,15 @@ def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dic
     return differences
 
 
-def _row(records: Records, tasks: list[str], points: Callable, spread: str) -> dict:
+def _rows(records: Records, points: Callable, spread: str) -> dict:
+    """The row of the mean over tasks, which holds the rows of the tasks."""
+    return _row(records, points, spread) | {"tasks": {t: _row({t: records[t]}, points, spread) for t in records}}
+
+
+def _row(records: Records, points: Callable, spread: str) -> dict:
     """Mean and spread ("std" or "ci95") over seeds, and what of it failed to learn."""
-    values = seed_means(records, tasks, points)
+    values, runs = seed_means(records, list(records), points), _runs(records)
     mean, std, ci95 = over_seeds(values)
-    runs = _runs(records, tasks)
     return {
         "mean": for_json(mean),
         spread: for_json({"std": std, "ci95": ci95}[spread]),
@@ -144,54 +138,43 @@ def _row(records: Records, tasks: list[str], points: Callable, spread: str) -> d
     }
 
 
-def _runs(records: Records, tasks: Sequence[str]) -> list[dict | None]:
-    return [run for task in tasks for run in records[task].values()]
+def _runs(records: Records) -> list[dict | None]:
+    return [run for of_task in records.values() for run in of_task.values()]
 
 
 def markdown(results: dict) -> str:
     """The tables of `results_of`: a row per task and method, the mean over tasks first; the differences; the areas."""
-    text = ""
-    for table, title, column, spread in (
-        ("individual", "Individual classifiers: mean score ± deviation over seeds", "exit_layers", "std"),
-        ("interpolated", "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds", "ratios", "ci95"),
+    text, areas, differences = "", results["areas"], results["differences"]
+    tasks = list(areas[differences["of"]]["tasks"])
+    shown = ["mean", *tasks] if len(tasks) > 1 else tasks
+    for table, columns, form, spread in (
+        ("individual", "exit_layers", "layer {}", "std"),
+        ("interpolated", "ratios", "{:.3g}", "ci95"),
     ):
-        methods = results[table]
-        points = max((methods[method][column] for method in methods), key=len)
-        head = [f"{point:.3g}" if table == "interpolated" else f"layer {point}" for point in points]
-        tasks = list(next(iter(methods.values()))["tasks"])
+        points = max((row[columns] for row in results[table].values()), key=len)
         rows = []
-        for task in ["mean", *tasks] if len(tasks) > 1 else tasks:
-            for method in methods:
-                row = methods[method] if task == "mean" else methods[method]["tasks"][task]
-                cells = [_cell(*pair) for pair in zip(row["mean"], row[spread], strict=True)]
-                cells += [""] * (len(head) - len(cells))
-                name = method + "†" * (row["did_not_converge"] > 0)
-                if table == "individual":
-                    cells = [cell + "°" * (n in row["one_class_layers"]) for n, cell in zip(points, cells, strict=True)]
-                else:
-                    name += "°" * bool(row["one_class_layers"])
-                rows.append([task, name, row["seeds"], *cells])
-        text += _table(title, ["task", "method", "seeds", *head], rows)
+        for task, (method, row) in product(shown, results[table].items()):
+            row = row if task == "mean" else row["tasks"][task]
+            stuck, name = row["one_class_layers"], method + "†" * (row["did_not_converge"] > 0)
+            cells = _cells(row, spread)
+            cells += [""] * (len(points) - len(cells))
+            if table == "individual":
+                cells = [cell + "°" * (n in stuck) for n, cell in zip(points, cells, strict=True)]
+            else:
+                name += "°" * bool(stuck)
+            rows.append([task, name, row["seeds"], *cells])
+        text += _table(TITLES[table], ["task", "method", "seeds", *map(form.format, points)], rows)
     text += f"\n{NOTES}\n"
-    differences = results["differences"]
-    rows = []
-    for other, row in differences["from"].items():
-        cells = [_cell(*pair, sign="+") for pair in zip(row["mean"], row["ci95"], strict=True)]
-        rows.append([other, row["pairs"], *cells])
-    if rows:
+    if rows := [[other, row["pairs"], *_cells(row, "ci95", "+")] for other, row in differences["from"].items()]:
         title = f"{differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval"
-        text += _table(title, ["less", "pairs", *(f"{ratio:.3g}" for ratio in differences["ratios"])], rows)
+        text += _table(title, ["less", "pairs", *map("{:.3g}".format, differences["ratios"])], rows)
     rows = []
-    for method, row in results["areas"].items():
-        of_tasks = list(row["tasks"].values()) if len(row["tasks"]) > 1 else []
-        cells = ["".join(_cell(*pair) for pair in zip(r["mean"], r["ci95"], strict=True)) for r in (row, *of_tasks)]
-        for other in results["areas"]:
-            less = results["area_differences"][method].get(other)
-            cells.append(_cell(less["mean"][0], less["ci95"][0], sign="+") if less else "")
+    for method, row in areas.items():
+        cells = ["".join(_cells(row if task == "mean" else row["tasks"][task], "ci95")) for task in shown]
+        less = results["area_differences"][method]
+        cells += ["".join(_cells(less[other], "ci95", "+")) if other in less else "" for other in areas]
         rows.append([method, row["seeds"], *cells])
-    head = ["method", "seeds", "mean" if of_tasks else tasks[0], *(tasks if of_tasks else [])]
-    title = "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds"
-    return text + _table(title, [*head, *(f"less {other}" for other in results["areas"])], rows)
+    return text + _table(TITLES["areas"], ["method", "seeds", *shown, *(f"less {other}" for other in areas)], rows)
 
 
 def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
@@ -201,10 +184,12 @@ def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
     return "\n".join([f"\n### {title}\n", *lines, ""])
 
 
-def _cell(value: float | None, spread: float | None, sign: str = "") -> str:
-    if value is None:
-        return ""
-    return f"{value:{sign}.1f}" if spread is None else f"{value:{sign}.1f} ±{spread:.1f}"
+def _cells(row: dict, spread: str, sign: str = "") -> list[str]:
+    """A row's means, each with its spread where there is one; blank without a mean."""
+    return [
+        "" if mean is None else f"{mean:{sign}.1f}" + ("" if around is None else f" ±{around:.1f}")
+        for mean, around in zip(row["mean"], row[spread], strict=True)
+    ]
 
 
 def document(results: dict) -> str:
@@ -216,12 +201,11 @@ def document(results: dict) -> str:
         f"Seeds {', '.join(map(str, results['seeds']))}; up to {results['train_size']} training examples, "
         f"{results['epochs']} epochs; trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.\n"
     )
-    title = f"Learning rates{': largest area under the curve on the first seed' if searched else ''}"
-    rates = results["learning_rates"].items()
+    title = "Learning rates" + ": largest area under the curve on the first seed" * searched
+    rates, failed = results["learning_rates"].items(), results["early_exits_failed"].items()
     rows = [[method, *(f"{rate:g}" if rate else "" for rate in found.values())] for method, found in rates]
     text += _table(title, ["method", *tasks], rows)
     if searched:
-        failed = results["early_exits_failed"].items()
         rows = [[method, *(f"{n} of {exits}" for n, exits in failures)] for method, failures in failed]
         head = ["method", *(f"{lr:g}" for lr in results["rates_searched"])]
         text += _table("Exits before the last that predict one class, in the complete runs of the search", head, rows)
@@ -235,11 +219,10 @@ def document(results: dict) -> str:
         ("repeated", "Runs that did not converge and are repeated with other seeds"),
         ("missing", "Missing runs"),
     ):
-        if key == "repeated" and not results[key]:
-            continue
-        items = results[key].items() if isinstance(results[key], dict) else [(name, "") for name in results[key]]
-        text += f"{what}: {len(items)}\n\n" + "".join(f"- {name} {value}".rstrip() + "\n" for name, value in items)
-        text += "\n" if items else ""
+        names = results[key]
+        if names or key != "repeated":
+            items = [f"- {name} {names[name]}\n" if isinstance(names, dict) else f"- {name}\n" for name in names]
+            text += f"{what}: {len(items)}\n\n" + "".join(items) + "\n" * bool(items)
     return text
 
 
@@ -256,25 +239,20 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     pyplot = load_pyplot(path)
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(1 + 4.2 * columns, 3.4 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, grid, tasks) in zip(axes.flat, panels, strict=False):
-        others = [method for method in grid if method not in COLOURS]
-        colours = COLOURS | dict(zip(others, cycle(OTHER_COLOURS), strict=False))
-        for method, records in grid.items():
-            reached = [ratio for run in _runs(records, tasks) if run for ratio in run["speedup_ratios"]]
-            if not reached:
-                continue
-            ratios = np.linspace(min(reached), max(reached), 400)
-            mean, _, ci95 = over_seeds(seed_means(records, tasks, lambda run, at=ratios: interpolated(run, at)))
+    figure = pyplot.figure(figsize=(1 + 4.2 * columns, 3.4 * rows))
+    for place, (title, grid, tasks) in enumerate(panels, start=1):
+        axis = figure.add_subplot(rows, columns, place)
+        methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle
+        for method in grid:
+            records = {task: grid[method][task] for task in tasks}
+            reached = [ratio for run in _runs(records) if run for ratio in run["speedup_ratios"]]
+            ratios = np.linspace(min(reached, default=0), max(reached, default=0), 400)
+            mean, _, ci95 = over_seeds(seed_means(records, tasks, partial(interpolated, ratios=ratios)))
             if len(mean):
-                axis.plot(ratios, mean, color=colours[method], label=method)
-                axis.fill_between(ratios, mean - ci95, mean + ci95, color=colours[method], alpha=0.15, linewidth=0)
-        axis.set_title(title)
-        axis.set_xlabel("speedup ratio: share of the layers run")
-        axis.set_ylabel("score")
-        axis.grid(alpha=0.3)
+                colour = f"C{methods.index(method)}"
+                axis.plot(ratios, mean, color=colour, label=method)
+                axis.fill_between(ratios, mean - ci95, mean + ci95, color=colour, alpha=0.15, linewidth=0)
+        label_axes(axis, title, "score")
         if axis.lines:
             axis.legend()
     figure.tight_layout()

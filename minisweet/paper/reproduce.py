@@ -4,7 +4,7 @@
 
 What the grid's runs are, and which of them are missing, is worked out in grid.py. Each run is a folder made by train.py
 and evaluate.py; what is complete is skipped. The command may be started several times on one folder, on several
-machines too: each run is made once.
+machines too if their file system shares its locks (flock): each run is made once.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
 from minisweet.files.figures import load_pyplot
 from minisweet.files.safe import InputError, read_json, write_json, written_beside
-from minisweet.paper.grid import EVALUATION, RETRY_STEP, Claims, Grid, run_script
+from minisweet.paper.grid import EVALUATION, RETRY_STEP, Grid, claimed, run_script
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.training.options import add_training_options, find_model, search_rates
 
@@ -36,35 +36,35 @@ def method_setting(text: str) -> str:
 
 def run_all(grid: Grid) -> list[str]:
     """Run what is missing, the search first, but for what other processes make. Returns which runs failed, by name."""
-    claims, failed, waits = Claims(), set(), False
-    start, before = time.monotonic(), len(grid.wanted()) - len(grid.missing())
-    while todo := [run for run in grid.missing() if grid.folder(run).name not in failed]:
+    failed, waits, start = set(), False, time.monotonic()
+    before = len(grid.wanted()) - len(grid.missing())
+    while todo := [run for run in grid.missing() if run not in failed]:
         for run in todo:
-            with claims.take(grid.folder(run)) as is_ours:
-                if not is_ours:
-                    continue
-                if grid.is_missing(run):  # no other process made it meanwhile
-                    name = grid.folder(run).name
+            with claimed(grid.folder(run)) as is_ours:
+                if is_ours and grid.is_missing(run):  # no other process made it meanwhile
                     done = len(grid.wanted()) - len(todo) - before  # by all processes, since this one began
                     minutes = (time.monotonic() - start) / 60 / max(done, 1) * len(todo)
-                    print(f"{name} ({len(todo)} to go{f', about {minutes:.0f} min' if done > 0 else ''})", flush=True)
-                    for script, *arguments in grid.commands(run):
-                        if run_script(script, arguments):
-                            break
+                    eta = f", about {minutes:.0f} min" if done > 0 else ""
+                    print(f"{grid.name(run)} ({len(todo)} to go{eta})", flush=True)
+                    any(
+                        run_script(script, options) for script, *options in grid.commands(run)
+                    )  # none after one that fails
                     if grid.is_missing(run):
-                        failed.add(name)
+                        failed.add(run)
+            if is_ours:
                 break  # what is missing now may have changed
         else:
             if not waits:
                 print(f"{len(todo)} runs are being made by other processes; waiting for them", flush=True)
             waits = True
             time.sleep(1)
-    return [name for run in grid.missing() if (name := grid.folder(run).name) in failed]
+    return [grid.name(run) for run in grid.missing() if run in failed]
 
 
 def check_output(args: argparse.Namespace) -> None:
     """Raise InputError where --out holds other results, or a file that a report would replace and did not write."""
-    there = read_json(args.out / "results.json") if os.path.lexists(args.out / "results.json") else {}
+    path = args.out / "results.json"
+    there = read_json(path) if os.path.lexists(path) else {}
     for key in ("model", "exit_strategy"):
         if there and there.get(key) != getattr(args, key):
             raise InputError(f"--out: {args.out} holds results of {key} {there.get(key)}; name another folder")
@@ -78,51 +78,45 @@ def write_report(grid: Grid) -> None:
     """Write results.md, results.json and the figures from the runs that are there."""
     args = grid.args
     check_output(args)
-    tables: dict[int, dict] = {n: {m: {t: {} for t in args.tasks} for m in args.methods} for n in args.train_sizes}
-    missing = [grid.folder(run).name for run in grid.missing()]
-    repeated = {}
-    for train_size, task, method, seed in grid.slots():
-        attempts = grid.attempts(task, method, train_size, seed)
+    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
+    tables: dict[int, dict] = {n: {method: {task: {} for task in tasks} for method in methods} for n in sizes}
+    missing, repeated = [grid.name(run) for run in grid.missing()], {}
+    for n, task, method, seed in grid.slots():
+        attempts, of_method = grid.attempts(task, method, n, seed), tables[n][method][task]
         over = [run for run in attempts if grid.record(run) or grid.is_lost(run)]
         if over:  # a run that is being repeated counts, marked, until its repetition is there
-            tables[train_size][method][task][seed] = grid.record(over[-1])
+            of_method[seed] = grid.record(over[-1])
         if len(attempts) > 1:
-            repeated[grid.folder(attempts[0]).name] = [grid.folder(run).name for run in attempts[1:]]
+            repeated[grid.name(attempts[0])] = [grid.name(run) for run in attempts[1:]]
         if not attempts and all(grid.is_lost(run) for run in grid.search(task, method)):
-            tables[train_size][method][task][seed] = None
-            missing.append(f"{method} {task} n{train_size} seed{seed}: no learning rate converged")
-        elif not attempts and (train_size, seed) != (args.train_sizes[0], args.seeds[0]):
-            missing.append(f"{method} {task} n{train_size} seed{seed}, once its learning rate is known")
+            of_method[seed] = None
+            missing.append(f"{method} {task} n{n} seed{seed}: no learning rate converged")
+        elif not attempts and (n, seed) != (size, args.seeds[0]):
+            missing.append(f"{method} {task} n{n} seed{seed}, once its learning rate is known")
     wanted = grid.wanted()
-    done = {grid.folder(run).name: grid.record(run) for run in wanted if grid.record(run)}
-    lost = [grid.folder(run).name for run in wanted if grid.is_lost(run)]
+    done = {grid.name(run): record for run in wanted if (record := grid.record(run))}
+    lost = [grid.name(run) for run in wanted if grid.is_lost(run)]
 
-    size = args.train_sizes[0]
-    title = f"{Path(args.model).name}, mean over {len(args.tasks)} tasks" if len(args.tasks) > 1 else args.tasks[0]
-    figures = {"curves.png": [(title, tables[size], args.tasks)]}
-    if len(args.tasks) > 1:
-        figures["tasks.png"] = [(task, tables[size], [task]) for task in args.tasks]
-    if len(args.train_sizes) > 1:
-        sizes = sorted(args.train_sizes)
-        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sizes]
+    title = f"{Path(args.model).name}, mean over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+    figures = {"curves.png": [(title, tables[size], tasks)]}
+    if len(tasks) > 1:
+        figures["tasks.png"] = [(task, tables[size], [task]) for task in tasks]
+    if len(sizes) > 1:
+        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(sizes)]
     results = {
-        "model": args.model,
-        "exit_strategy": args.exit_strategy,
-        "seeds": args.seeds,
+        **{key: getattr(args, key) for key in ("model", "exit_strategy", "seeds")},
         "train_size": size,
         "epochs": args.epochs,
         "rates_searched": args.lrs,
-        "learning_rates": {
-            method: {task: grid.learning_rate(task, method) for task in args.tasks} for method in args.methods
-        },
-        "early_exits_failed": {method: grid.early_exits_failed(method) for method in args.methods},
+        "learning_rates": {method: {task: grid.learning_rate(task, method) for task in tasks} for method in methods},
+        "early_exits_failed": {method: grid.early_exits_failed(method) for method in methods},
         **results_of(tables[size]),
         "missing": missing,
         "did_not_converge": [name for name, record in done.items() if did_not_converge(record)] + lost,
         "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
         "repeated": repeated,
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
-        "by_train_size": {str(n): results_of(tables[n]) for n in args.train_sizes[1:]},
+        "by_train_size": {str(n): results_of(tables[n]) for n in sizes[1:]},
         "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
         "files": ["results.md", *figures],
     }
@@ -170,8 +164,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the grid, or print its commands, or report what is there."""
     args = parse_arguments()
-    grid = Grid(args)
-    failed: list[str] = []
+    grid, failed = Grid(args), []
     if args.print_commands:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
