@@ -308,7 +308,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monke
         ({"batch_size": 8}, "a run with batch_size 8, not 16; name another --out or --runs"),
         ({"exit_layers": [1, 2]}, "a run with exits after [1, 2], not [1, 4]; name another --out or --runs"),
         ({"losses": [1.0, 2.0]}, "losses is [1.0, 2.0], which no command here writes"),
-        ({"losses": [[1.0], [2.0, 3.0]]}, "losses is [[1.0], [2.0, 3.0]], which no command here writes"),
+        ({"losses": [[1.0], [2.0, 3.0]]}, "losses is of 1, 2 exits, and exit_layers of 2"),
     ],
 )
 def test_a_run_of_other_settings_or_a_broken_one_is_refused(command, tmp_path, settings, message):
