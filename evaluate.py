@@ -88,7 +88,7 @@ def main() -> None:
     if run_digest(run) != before:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
     save_validation(run / "logits.safetensors", validation)
-    write_json(run / "evaluation.json", evaluation)
+    write_json(run / "evaluation.json", evaluation | {"run_digest": before})
     draw_curve(run / "curve.png", evaluation, record["labels"])
     name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")

@@ -69,6 +69,9 @@ def _rules(
         "area": (score,),
         "exit_scores": (score, K),
         "scores": (score, P),
+        "threshold": ((0, 1),),  # this and the next two are of the operating point
+        "score full_depth_score": (score,),
+        "speedup_ratio": ((1e-9, 1 + (K or 0)),),
         "speedup_ratios": ((1e-9, 1 + (K or 0)), P),
         "exit_counts": (count, P, K),
         "class_counts": (count, K, C),
@@ -242,6 +245,10 @@ def read_evaluation(run: Path, record: dict | None = None) -> dict | None:
     K, P = (len(values) if isinstance(values, list) else None for values in (layers, thresholds))
     lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
     check_values(path, evaluation, K=K, C=record["num_labels"], P=P, depth=record["depth"], lowest=lowest)
+    if (point := evaluation.get("operating_point")) is not None:
+        if not isinstance(point, dict):
+            raise InputError(f"{path}: operating_point is {point!r:.100}, which no command here writes")
+        check_values(path, point, ("threshold", "score", "full_depth_score", "speedup_ratio"), K=K, lowest=lowest)
     same = evaluation.keys() & record.keys() & {"task", "method", "exit_strategy", "metric"}
     wrong = [key for key in sorted(same) if evaluation[key] != record[key]]
     wrong += ["exit_layers"] * (not set(layers) <= set(record["exit_layers"]))  # --use-exits asks some alone
