@@ -104,14 +104,17 @@ def train(
     steps = epochs * -(-len(examples) // batch_size)
     rank, _, processes = place()  # of several, each takes a share of every batch
     read_every = 1 if device.type == "cpu" else READ_EVERY
-    with tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress, used_rows(model, examples) as examples:
-        groups = model.trained()
+    with (
+        tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress,
+        used_rows(model, examples) as renumbered,
+    ):
+        groups = model.parameter_groups()
         parameters = list(chain.from_iterable(groups))
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
         history = checkpoints.load(title, parameters, optimizer, scaler) if checkpoints else []
         unread: list[Tensor] = []  # losses that are still on the device
-        batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
+        batches = chain.from_iterable(renumbered.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
         progress.update(sum(len(batch.rows) for batch in islice(batches, len(history))))  # what was done before
         for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()
@@ -252,7 +255,7 @@ def fit(
     losses, seconds = [], {}
 
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
-        parameters = list(chain.from_iterable(model.trained()))
+        parameters = list(chain.from_iterable(model.parameter_groups()))
         history = checkpoints.load(stage, parameters, which="end")
         if not history:
             with checkpoints.signals():

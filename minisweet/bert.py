@@ -45,7 +45,7 @@ class BertLayer(TransformerLayer):
         super().__init__(config)
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, H, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
@@ -61,7 +61,7 @@ class BertLayer(TransformerLayer):
         else:
             query = F.linear(hidden[:, rows], weight[:D], bias[:D])  # (B, R, D)
             key, value = F.linear(hidden, weight[D:], bias[D:]).chunk(2, dim=-1)
-        return self.heads(query), self.heads(key), self.heads(value), *context
+        return self.split_heads(query), self.split_heads(key), self.split_heads(value), *context
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """See `attention`."""

@@ -63,18 +63,18 @@ class DebertaLayer(TransformerLayer):
         self.pos_proj = nn.Linear(D, D, bias=False) if "c2p" in config.pos_att_type else None
         self.pos_q_proj = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(..., T, D) to (..., H, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
     def project(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries of the tokens `rows` (B, H, R, d), keys and values of all (B, H, T, d)."""
         if rows == ALL:
-            query, key, value = self.heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
+            query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
         else:
             weights = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, d, D)
-            query = self.heads(F.linear(hidden[:, rows], weights[:, 0].flatten(0, 1)))  # (B, H, R, d)
-            key, value = self.heads(F.linear(hidden, weights[:, 1:].flatten(0, 2))).chunk(2, dim=-1)
+            query = self.split_heads(F.linear(hidden[:, rows], weights[:, 0].flatten(0, 1)))  # (B, H, R, d)
+            key, value = self.split_heads(F.linear(hidden, weights[:, 1:].flatten(0, 2))).chunk(2, dim=-1)
         query = (query + self.q_bias.view(self.num_heads, 1, -1)) * self.scale
         return query, key, value + self.v_bias.view(self.num_heads, 1, -1)
 
@@ -90,13 +90,13 @@ class DebertaLayer(TransformerLayer):
         positions = self.dropout(positions)
         scores = query @ key.mT + bias  # (B, H, R, T)
         if self.pos_proj is not None:
-            pos_key = self.heads(self.pos_proj(positions))  # (H, 2T, d), from T-1 down to -T
+            pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), from T-1 down to -T
             if rows == CLS:  # row 0 meets the distances 0 - j: from 0 down to -(T-1)
                 scores = scores + query @ pos_key[:, T - 1 : 2 * T - 1].mT
             else:
                 scores = scores + skew(query @ pos_key.mT, T - 1)
         if self.pos_q_proj is not None:
-            pos_query = self.heads(self.pos_q_proj(positions)) * self.scale  # (H, 2T, d), from T-1 down to -T
+            pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, 2T, d), from T-1 down to -T
             if rows == CLS:
                 scores = scores + (key * pos_query[:, T - 1 : 2 * T - 1]).sum(-1, dtype=scores.dtype)[:, :, None]
             else:

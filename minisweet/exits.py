@@ -21,10 +21,11 @@ where the gradient stops:
                          |             |                  |
                          loss 1        loss 2             loss 3
 
-With SWEET, branches and MM *each parameter is updated by exactly one classifier*. We keep that sentence of the paper to
-the letter where the authors' code does not: each exit has a pooler of its own (theirs is one for all exits), and
-DeBERTa's relative table stops together with the hidden states (theirs gets every exit's gradient), so that it belongs
-to the first exit, as the embeddings do.
+With SWEET, branches and MM *each parameter is updated by exactly one classifier*. We keep that sentence of the paper
+where the authors' code does not: each exit has a pooler of its own (theirs is one for all exits), and DeBERTa's
+relative table stops together with the hidden states (theirs gets every exit's gradient), so that it belongs to the
+first exit, as the embeddings do. SWEET's exits still share the norm that their gradients are clipped to, as in the
+authors' code: another exit can shorten a step, not turn it.
 
 Branches go beyond the paper. EE-Tuning (Pan et al. 2024, https://arxiv.org/abs/2402.00518) does the like for language
 models that generate: a frozen backbone, and exit layers that start as copies. Here a branch classifies and so runs for
@@ -48,6 +49,9 @@ from minisweet.layers import ALL, CLS, Dropout
 
 METHODS = ("sweet", "ee", "mm", "branch")
 EXIT_STRATEGIES = ("confidence", "lte")
+
+
+stop_gradient = torch.no_grad  # what is computed within passes no gradient back
 
 
 class ExitHead(nn.Module):
@@ -148,15 +152,15 @@ class MultiExitModel(nn.Module):
         right there, while this generator waits: that frees the segment's activations. What is not asked for, the
         layers after the last exit taken from here, is not run. For the arguments see `forward`.
         """
-        with self.trunk_gradient():
+        with self.frozen_trunk():
             hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
             context = self.encoder.context(attention_mask)
         for k, (start, n) in enumerate(pairwise((0, *self.exit_layers))):
-            with self.trunk_gradient():
+            with self.frozen_trunk():
                 hidden = self.encoder.run_layers(hidden, context, start, n - 1)
             cls, seen = self.read(k, hidden, context)
-            with nullcontext() if self.has_branch(k) else self.trunk_gradient():
-                said = self.heads[k](cls)  # and not yielded from in here, which would let the caller in
+            with nullcontext() if self.has_branch(k) else self.frozen_trunk():
+                said = self.heads[k](cls)  # a yield in here would leave the caller without gradient too
             yield said
             if n < self.exit_layers[-1]:
                 hidden, context = self.go_on(k, hidden, context, cls, seen)
@@ -176,7 +180,7 @@ class MultiExitModel(nn.Module):
             seen = self.branches[k].look(hidden, context, CLS)
             return self.branches[k].update(hidden, seen, CLS), seen
         layer = self.encoder.layers[self.exit_layers[k] - 1]
-        with self.trunk_gradient():
+        with self.frozen_trunk():
             seen = layer.look(hidden, context, CLS if self.exit_layers[k] == self.exit_layers[-1] else ALL)
             return layer.update(hidden, seen, CLS), seen
 
@@ -185,7 +189,7 @@ class MultiExitModel(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Cross exit k, which is not the last: the hidden states after its layer, and the context of the next one.
 
-        Here, and only here, the methods differ. The arguments are those of `read`, and what it returned.
+        EE and SWEET differ here alone. The arguments are those of `read`, and what it returned.
         """
         layer = self.encoder.layers[self.exit_layers[k] - 1]
         if self.method == "branch":  # the exit read a layer of its own; the trunk's runs on, and is not trained
@@ -201,8 +205,8 @@ class MultiExitModel(nn.Module):
         """Whether exit k reads a private copy of its layer."""
         return self.method == "branch" and k < len(self.branches)
 
-    def trunk_gradient(self):
-        """The context in which the encoder's own layers run: without gradient where they are finished."""
+    def frozen_trunk(self):
+        """The context in which the trunk runs: without gradient if it is frozen, that is, in a branch model."""
         return torch.no_grad() if self.method == "branch" else nullcontext()
 
     def train(self, mode: bool = True) -> "MultiExitModel":
@@ -223,7 +227,7 @@ class MultiExitModel(nn.Module):
         """How many exits are trained, from the first on: all, but for the last one of a branch model."""
         return len(self.heads) - (self.method == "branch")
 
-    def trained(self) -> list[list[nn.Parameter]]:
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
         """The parameters that training updates, in groups of which each is clipped by itself.
 
         A branch model has a group for each branch, in the order of its exits; the others have one for all, whose
@@ -231,7 +235,7 @@ class MultiExitModel(nn.Module):
         """
         if self.method != "branch":
             return [list(self.parameters())]
-        pairs = zip(self.branches, self.heads, strict=False)
+        pairs = zip(self.branches, self.heads[:-1], strict=True)
         return [[*branch.parameters(), *head.parameters()] for branch, head in pairs]
 
     def keep_exits(self, exit_layers: Sequence[int]) -> "MultiExitModel":
@@ -261,9 +265,6 @@ class MultiExitModel(nn.Module):
             Logits (K, B, C).
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
-
-
-stop_gradient = torch.no_grad  # what is computed in here passes no gradient back
 
 
 def grow_branches(
@@ -341,6 +342,7 @@ def build_alone(
     built beside it.
     """
     with torch.random.fork_rng(devices=[]):
+        # With one exit all methods are the same.
         return MultiExitModel(load_encoder(folder, n, warn=warn), (n,), num_labels, "sweet", exit_strategy)
 
 

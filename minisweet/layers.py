@@ -3,9 +3,10 @@
 A layer takes two steps, so that an exit can stop after the first token:
     seen = layer.look(hidden, context)        what its attention reads: queries, keys and values
     hidden = layer.update(hidden, seen)       attention, feed-forward; for all tokens, or for those that `rows` names
-An exit reads [CLS] alone. `look(..., CLS)` makes the query of [CLS] and the keys and values of all tokens, and
-`update(..., CLS)` does the rest for [CLS]: a sixth of the layer's products. What `look` made of all tokens also
-serves `update(..., OTHERS)`, later and for those instances that go on.
+An exit reads [CLS] alone, so `update(..., CLS)` finishes its layer for [CLS] first. Where instances may go on, `look`
+has made the queries of all tokens, and `finish` does the rest for the others, later and for those instances. Where
+nobody goes on through this layer (the last exit, a branch), `look(..., CLS)` makes the query of [CLS] alone, beside the
+keys and values of all tokens: a sixth of the layer's products.
 
 Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.

@@ -98,7 +98,7 @@ def test_under_branch_an_exit_owns_its_branch_and_its_head_and_nobody_the_trunk(
         if owned:
             trained[int(k)].add(name)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = [{names[parameter] for parameter in group} for group in model.trained()]
+    groups = [{names[parameter] for parameter in group} for group in model.parameter_groups()]
     assert groups == trained
     assert model.trained_exits == len(trained)
 

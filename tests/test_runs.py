@@ -30,7 +30,7 @@ from minisweet.files.runs import (
     run_name,
     save_run,
 )
-from minisweet.files.safe import InputError, sweep, write_json
+from minisweet.files.safe import InputError, clear_leftovers, write_json
 from tests.conftest import CONFIGS, random_batch, write_model
 from tests.test_checkpoint import save_classifier
 from tests.test_safe import content, stopped_at
@@ -357,7 +357,7 @@ def test_a_training_that_is_killed_while_it_replaces_a_run_loses_neither(tmp_pat
         seen.append("old" if content(run) == old else "new" if content(run) == new else "broken")
         with claim_output(run, True):
             assert os.listdir(tmp_path / "run")
-        sweep(run)
+        clear_leftovers(run)
         assert sorted(os.listdir(tmp_path)) == ["expected", "run", "tiny"]
         if seen[-1] == "new" and died:
             shutil.rmtree(run)

@@ -12,12 +12,12 @@ import pytest
 from minisweet.files.commands import Parser, run_command
 from minisweet.files.safe import (
     InputError,
+    clear_leftovers,
     is_text,
     listed,
     lock,
     one_line,
     read_json,
-    sweep,
     write_json,
     written_beside,
 )
@@ -74,7 +74,7 @@ def test_a_writer_that_is_killed_at_any_operation_leaves_the_old_or_the_new(tmp_
         if there:
             write(target, "old")
         died = stopped_at(operation, lambda: write(target, "new"))
-        sweep(target)
+        clear_leftovers(target)
         assert [path.name for path in target.parent.iterdir()] in ([target.name], [] if not there and died else None)
         if target.exists():
             found = content(target) if target.is_dir() else target.read_bytes()
@@ -88,7 +88,7 @@ def test_what_a_living_writer_holds_is_not_swept(tmp_path):
     target = tmp_path / "target"
     with written_beside(target) as partial:
         partial.write_text("mine")
-        sweep(target)
+        clear_leftovers(target)
         write_json(target, {"a": "the other's"})
         assert partial.read_text() == "mine"
     assert target.read_text() == "mine"
@@ -98,9 +98,9 @@ def test_what_a_living_writer_holds_is_not_swept(tmp_path):
 def test_what_another_target_left_is_not_swept(tmp_path):
     stray = tmp_path / ".a.b.0123456789abcdef.partial"
     stray.mkdir()
-    sweep(tmp_path / "a")
+    clear_leftovers(tmp_path / "a")
     assert stray.exists()
-    sweep(tmp_path / "a.b")
+    clear_leftovers(tmp_path / "a.b")
     assert not stray.exists()
 
 
@@ -110,8 +110,8 @@ def test_an_old_folder_goes_back_only_where_its_name_is_free(tmp_path):
         (stray / "old").mkdir(parents=True)
         (stray / "old" / "file").write_text("old")
     (tmp_path / "taken").mkdir()
-    sweep(tmp_path / "free")
-    sweep(tmp_path / "taken")
+    clear_leftovers(tmp_path / "free")
+    clear_leftovers(tmp_path / "taken")
     assert content(tmp_path) == {"free/file": b"old"}
 
 

@@ -73,7 +73,7 @@ def operating_point(
 def candidates(
     rule: ExitRule, validation: Validation, metric: str, exit_layers: Sequence[int], depth: int, method: str
 ) -> Candidates:
-    """All thresholds at which a decision changes, the confidences that occur and 1, with their scores and ratios.
+    """The thresholds at which a decision changes (the confidences that occur, and 1), with their scores and ratios.
 
     As the threshold rises past a row's confidence at the exit that it takes, the row moves to the next exit that is
     more confident than all before it. So a sum over rows changes by a step at each such confidence, and all M sums

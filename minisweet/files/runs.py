@@ -30,7 +30,16 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel
 from minisweet.files import checkpoint, safe
 from minisweet.files.checkpoint import OURS, WEIGHTS, read_config
 from minisweet.files.config import Config
-from minisweet.files.safe import InputError, is_text, listed, read_json, sha256, sweep, write_json, written_beside
+from minisweet.files.safe import (
+    InputError,
+    clear_leftovers,
+    is_text,
+    listed,
+    read_json,
+    sha256,
+    write_json,
+    written_beside,
+)
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
@@ -156,7 +165,7 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
     if held is None:
         raise InputError(f"--out: {out} is being written by another training; wait for it, or name another folder")
     try:
-        sweep(target)
+        clear_leftovers(target)
         check_output(out, overwrite)
         yield
     finally:
@@ -206,7 +215,7 @@ def read_record(run: Path) -> dict:
     """
     path = run / "run.json"
     if not path.is_file():
-        sweep(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
+        clear_leftovers(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)

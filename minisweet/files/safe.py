@@ -81,7 +81,7 @@ def lock(path: Path) -> int | None:
         os.close(held)  # it was removed meanwhile, so that the next to come would hold another file of this name
 
 
-def sweep(target: Path) -> None:
+def clear_leftovers(target: Path) -> None:
     """Remove what dead writers left beside `target`; what they were replacing goes back where its name is free."""
     ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.partial")
     names = []
@@ -111,10 +111,10 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     or a file in a folder's, where the disk is full, and, without `overwrite`, where a file or a filled folder stands at
     `target` by then.
     """
-    sweep(target)
+    clear_leftovers(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     held = None
-    while held is None:  # another process may sweep the folder up before it is held
+    while held is None:  # another process may clear the folder up before it is held
         folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
         folder.mkdir()
         with suppress(FileNotFoundError):
