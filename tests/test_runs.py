@@ -268,7 +268,7 @@ def test_a_new_evaluation_is_whole_and_of_its_run(tmp_path):
         read_evaluation(run)
     write_json(path, new)
     (tmp_path / "other").mkdir()
-    other = make_run(tmp_path / "other")  # with other random weights
+    other = make_run(tmp_path / "other", "deberta")
     shutil.copyfile(path, other / "evaluation.json")
     with pytest.raises(InputError, match="is of another run"):
         read_evaluation(other)

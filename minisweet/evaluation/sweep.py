@@ -120,7 +120,7 @@ def save_validation(path: Path, validation: Validation) -> str:
 
 
 def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation:
-    """Read what `save_validation` wrote beside `evaluation`, of C = `num_labels`. Raises InputError for another file."""
+    """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for other content."""
     if evaluation.get("logits_digest", digest := sha256(path)) != digest:
         raise InputError(f"{path}: not of this evaluation.json, its SHA-256 is not logits_digest; evaluate it again")
     try:
