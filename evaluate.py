@@ -87,8 +87,9 @@ def main() -> None:
         return
     if run_digest(run) != before:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
-    save_validation(run / "logits.safetensors", validation)
-    write_json(run / "evaluation.json", evaluation | {"run_digest": before})
+    # The logits first: a stop between the two leaves an evaluation that tells of others.
+    digests = {"run_digest": before, "logits_digest": save_validation(run / "logits.safetensors", validation)}
+    write_json(run / "evaluation.json", evaluation | digests)
     draw_curve(run / "curve.png", evaluation, record["labels"])
     name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")

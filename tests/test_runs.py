@@ -198,6 +198,8 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
         ({"task": "rte"}, "task is 'rte', and 'toy' in its arguments"),
         ({"method": "mm"}, "method is 'mm', and 'sweet' in its arguments"),
         ({"depth": 10**9}, "depth is 1000000000"),
+        ({"text_columns": 5}, "text_columns is 5"),
+        ({"text_columns": ["a", "b", "c"]}, "text_columns is"),
         ({"arguments": {"model": "a", "method": "sweet", "max_length": 41}}, "max_length is 41, .* 40 positions"),
         ({"arguments": {"model": "a", "method": "sweet", "max_length": -1}}, "max_length is -1"),
         ({"arguments": {"model": "a", "method": "sweet", "max_length": 2**64}}, "max_length is 18446744073709551616"),
@@ -227,6 +229,8 @@ def test_an_edited_record_is_refused(tmp_path, changes, reason):
         {"speedup_ratios": [0, 0.6, 1.0]},
         {"exit_layers": [1, 3]},
         {"exit_layers": [4, 1]},
+        {"calibration": "platt"},
+        {"metric": "f1"},
         {"task": "rte"},
         {"examples": 5},
         {"temperatures": [0, 1]},
@@ -244,12 +248,40 @@ def test_an_edited_evaluation_is_refused(tmp_path, changes):
     assert next(iter(changes)) in str(error.value) or "NaN" in str(error.value) or "examples" in changes
 
 
+def test_a_new_evaluation_is_whole_and_of_its_run(tmp_path):
+    run, path = make_run(tmp_path), tmp_path / "run" / "evaluation.json"
+    point = {"threshold": 0.5, "score": 50, "full_depth_score": 50, "speedup_ratio": 0.5}
+    new = EVALUATION | {"operating_point": point, "run_digest": run_digest(run), "logits_digest": "0"}
+    write_json(path, new)
+    assert read_evaluation(run, whole=False) == new
+    for key in (*runs.EVALUATED, "operating_point", "logits_digest"):
+        write_json(path, without(new, {key}))
+        with pytest.raises(InputError, match=f"has no {key}; run evaluate.py again"):
+            read_evaluation(run, whole=False)
+    write_json(path, new | {"operating_point": None})
+    with pytest.raises(InputError, match="operating_point is None"):
+        read_evaluation(run)
+    one = {key: EVALUATION[key][:1] for key in ("exit_scores", "class_counts", "temperatures", "exit_layers")}
+    one |= {"exit_counts": [[4]] * 3, "ece": {"after": [0.1]}, "nll": {"after": [0.1]}}
+    write_json(path, new | one)
+    with pytest.raises(InputError, match=r"exit_layers is \[1\], which does not fit"):
+        read_evaluation(run)
+    write_json(path, new)
+    (tmp_path / "other").mkdir()
+    other = make_run(tmp_path / "other", "deberta")
+    shutil.copyfile(path, other / "evaluation.json")
+    with pytest.raises(InputError, match="is of another run"):
+        read_evaluation(other)
+
+
 def test_what_is_not_there_is_none_and_old_evaluations_may_lack_keys(tmp_path):
     run = make_run(tmp_path)
     assert read_evaluation(run) is None
     assert read_diverged(run) is None
     write_json(run / "evaluation.json", {"scores": [1.0], "thresholds": [0.5]})
-    assert read_evaluation(run) == {"scores": [1.0], "thresholds": [0.5]}
+    assert read_evaluation(run, whole=False) == {"scores": [1.0], "thresholds": [0.5]}
+    with pytest.raises(InputError, match="has no task; run evaluate.py again"):
+        read_evaluation(run)
     write_json(run / "diverged.json", {"error": "--lr", "arguments": make_record()["arguments"]})
     assert read_diverged(run)["error"] == "--lr"
     write_json(run / "diverged.json", {"error": "--lr", "arguments": {"method": "sweet", "lr": -1}})

@@ -153,6 +153,15 @@ def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path):
     write_json(tmp_path / "a", {"old": 1})
     with pytest.raises(InputError, match=r"/a: cannot be written \(No space left"), written_beside(tmp_path / "a"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("mkdir", "write_text"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, name, full)
+            with pytest.raises(InputError, match=r"/a: cannot be written"):
+                write_json(tmp_path / "a", {"new": 2})
     assert read_json(tmp_path / "a") == {"old": 1}
     assert os.listdir(tmp_path) == ["a"]
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
@@ -174,6 +175,24 @@ def test_threshold_outside_its_range(run, threshold):
         EarlyExitClassifier(run, threshold)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("run", [None, 5, b"x", "a\0b"]),
+        ("amp", ["bfloat16", None]),
+        ("speed", [0, 1.5, float("nan"), "0.5"]),
+        ("max_loss", [-1, float("inf"), True]),
+        ("batch_size", [0, 2.0, True]),
+        ("device", [None, 0]),
+    ],
+)
+def test_arguments_are_checked(run, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name}: {re.escape(repr(value))}, should be ") as error:
+            EarlyExitClassifier(**{"run": run} | {name: value})
+        assert "\n" not in str(error.value)
+
+
 def test_ends_of_the_threshold(run):
     assert {answer.exit_layer for answer in EarlyExitClassifier(run, 0.5)(TEXTS)} == {1}
     assert {answer.exit_layer for answer in EarlyExitClassifier(run, 1)(TEXTS)} == {4}
@@ -202,6 +221,28 @@ def test_operating_point(make_run, run, tmp_path):
     status, _, err = call(predict, copied, write_csv(tmp_path / "a.csv", [(1, "a")]))
     assert (status, "threshold" in err, "Traceback" in err, err.count("\n")) == (2, True, False, 1)
     assert EarlyExitClassifier(copied, 0.75)(TEXTS)[0].label in ("negative", "positive")
+
+
+def test_logits_are_those_of_the_evaluation(run, tmp_path):
+    """Compared by their SHA-256; of an evaluation that tells none, by what they are."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    saved, path = load_file(run / "logits.safetensors"), copied / "logits.safetensors"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    nan, far = saved["logits"].clone(), saved["labels"].clone()
+    nan[0, 0, 0], far[0] = torch.nan, 2
+    changes = [{"logits": nan}, {"labels": far}, {"logits": saved["logits"][..., :1]}, {"logits": saved["logits"][:2]}]
+    changes += [{name: tensor[..., :0] for name, tensor in saved.items()}, {"certainty": saved["logits"][..., 0]}]
+    for change in changes:
+        save_file({name: tensor.contiguous() for name, tensor in (saved | change).items()}, path)
+        for keys, reason in ((set(), "SHA-256"), ({"run_digest", "logits_digest"}, "all finite")):
+            old = {key: value for key, value in evaluation.items() if key not in keys}
+            (copied / "evaluation.json").write_text(json.dumps(old))
+            with pytest.raises(ValueError, match=rf"logits.safetensors: .*{reason}"):
+                EarlyExitClassifier(copied, speed=0.5)
+    status, _, err = call(explain, copied, "--html", tmp_path / "page.html")
+    assert (status, "all finite" in err, err.count("\n")) == (2, True, 1)
+    path.write_bytes((run / "logits.safetensors").read_bytes())
+    EarlyExitClassifier(copied, speed=0.5)
 
 
 def test_exits_in_use_are_the_evaluations(make_run, run, tmp_path):

@@ -18,7 +18,7 @@ from minisweet.calibration import expected_calibration_error, fit_temperature, n
 from minisweet.data.tasks import score
 from minisweet.data.text import TokenizedExamples
 from minisweet.data.toy import LEVELS
-from minisweet.files.safe import InputError, written_beside
+from minisweet.files.safe import InputError, sha256, written_beside
 from minisweet.training.devices import autocast
 
 BATCH_SIZE = 64
@@ -108,17 +108,37 @@ def mean_exit_layers(difficulties: list[str], taken: Tensor, exit_layers: list[i
     return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
 
 
-def save_validation(path: Path, validation: Validation) -> None:
-    """Write logits.safetensors: what the exits said of the validation rows, for rules to try without a model."""
+def save_validation(path: Path, validation: Validation) -> str:
+    """Write logits.safetensors: what the exits said of the validation rows, for rules to try without a model.
+
+    Returns its SHA-256, the `logits_digest` of evaluation.json.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in validation._asdict().items() if tensor is not None}
     with written_beside(path) as partial:
         partial.write_bytes(save(tensors))
+    return sha256(path)
 
 
-def load_validation(path: Path) -> Validation:
-    """Read what `save_validation` wrote. Raises InputError for another file."""
+def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation:
+    """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for other content."""
+    if evaluation.get("logits_digest", digest := sha256(path)) != digest:
+        raise InputError(f"{path}: not of this evaluation.json, its SHA-256 is not logits_digest; evaluate it again")
     try:
         tensors = load_file(path)
-        return Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
+        validation = Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{path}: not what evaluate.py writes ({error})") from None
+    (logits, certainty, labels), K, N = validation, len(evaluation["exit_layers"]), evaluation["examples"]
+    shapes = [(K, N), (K - 1, N)] if "certainty_ranges" in evaluation else [None]
+    right = logits.shape == (K, N, num_labels) and logits.dtype == torch.float32 and logits.isfinite().all()
+    right = (
+        right
+        and labels.shape == (N,)
+        and labels.dtype == torch.int64
+        and 0 <= labels.min()
+        and labels.max() < num_labels
+    )
+    right = right and (certainty is None or certainty.isfinite().all())
+    if not right or (certainty if certainty is None else certainty.shape) not in shapes:
+        raise InputError(f"{path}: not {N} rows of {K} exits and {num_labels} classes, all finite; evaluate it again")
+    return validation

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from minisweet.calibration import CALIBRATIONS
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel, check_exit_layers
@@ -48,7 +49,9 @@ BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_ca
 SHOWN = ("model", "method", "task", "seed", "exit_strategy", "lr")  # the arguments that a record holds at its top too
 ARGUMENTS = (*SHOWN, "data_dir", "train_size", "epochs", "batch_size", "max_length", *BOUNDARIES.values())
 NEEDED = ("model", "method", "exit_strategy", "exit_layers", "depth", "device", "precision", "losses")
-OPTIONAL = ("task", "data_dir", "train_size", *BOUNDARIES.values())  # may be null
+OPTIONAL = ("task", "data_dir", "train_size", "text_columns", *BOUNDARIES.values())  # may be null
+EVALUATED = ("task", "metric", "method", "exit_layers", "exit_strategy", "exit_scores", "thresholds", "scores")
+EVALUATED += ("speedup_ratios", "exit_counts", "area", "class_counts", "calibration", "temperatures", "examples")
 
 
 def _rules(
@@ -64,7 +67,9 @@ def _rules(
         "thresholds": ((0, 1), None),
         "method": (set(METHODS),),
         "exit_strategy": (set(EXIT_STRATEGIES),),
-        "model task data_dir device precision metric finished calibration error": (str,),
+        "metric": ({"accuracy", "agreement", "matthews"},),
+        "calibration": (set(CALIBRATIONS),),
+        "model task data_dir device precision finished error run_digest logits_digest": (str,),
         "epochs batch_size train_size examples live_batch_size": (size,),
         "seed live_differs": (count,),
         "max_length": (size[7:],),
@@ -72,7 +77,7 @@ def _rules(
         "lr learning_rate": ((1e-300, 1e300),),
         "seconds examples_per_second gradient_flow gradient_cap owner_cap": (number,),
         "losses": (number, None, None),
-        "labels": (str, None),
+        "labels text_columns": (str, None),
         "subset": (count, None),
         "digests versions": (str, dict),
         "area": (score,),
@@ -120,6 +125,8 @@ def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes
             right = fits(value, *rule) or (value is None and key in OPTIONAL)
             if right and key in ("exit_layers", "thresholds"):
                 right = value and value == sorted(set(value))
+            if right and key == "text_columns":
+                right = value is None or len(value) in (1, 2)
             if not right and (key in needed or key in values):
                 raise InputError(f"{path}: {key} is {value!r:.100}, which no command here writes")
 
@@ -240,10 +247,11 @@ def read_record(run: Path) -> dict:
     return record | {"num_labels": len(record["labels"])}
 
 
-def read_evaluation(run: Path, record: dict | None = None) -> dict | None:
-    """Read a run's evaluation.json; None where there is none. Those of older versions may lack some keys.
+def read_evaluation(run: Path, record: dict | None = None, whole: bool = True) -> dict | None:
+    """Read a run's evaluation.json; None where there is none. Without `whole`, one of an older version may lack keys.
 
-    `record` is the run's, from `read_record`. Raises InputError for a value that evaluate.py does not write.
+    `record` is the run's, from `read_record`. Raises InputError for a value that evaluate.py does not write, for one
+    that is missing, and for the evaluation of another run; those of older versions do not tell whose they are.
     """
     path = run / "evaluation.json"
     if not path.exists():
@@ -253,14 +261,23 @@ def read_evaluation(run: Path, record: dict | None = None) -> dict | None:
     layers, thresholds = evaluation.get("exit_layers", record["exit_layers"]), evaluation.get("thresholds")
     K, P = (len(values) if isinstance(values, list) else None for values in (layers, thresholds))
     lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
+    is_new = "run_digest" in evaluation
+    needed = (EVALUATED + ("certainty_ranges",) * (record["exit_strategy"] == "lte")) * (whole or is_new)
+    needed += ("operating_point", "logits_digest") * is_new
+    if missing := [key for key in needed if key not in evaluation]:
+        raise InputError(f"{path}: has no {missing[0]}; run evaluate.py again")
     check_values(path, evaluation, K=K, C=record["num_labels"], P=P, depth=record["depth"], lowest=lowest)
-    if (point := evaluation.get("operating_point")) is not None:
+    if is_new and evaluation["run_digest"] != run_digest(run, record):
+        raise InputError(f"{path}: is of another run, its run_digest is not this one's; run evaluate.py again")
+    if "operating_point" in evaluation:
+        point = evaluation["operating_point"]
         if not isinstance(point, dict):
             raise InputError(f"{path}: operating_point is {point!r:.100}, which no command here writes")
         check_values(path, point, ("threshold", "score", "full_depth_score", "speedup_ratio"), K=K, lowest=lowest)
     same = evaluation.keys() & record.keys() & {"task", "method", "exit_strategy", "metric"}
     wrong = [key for key in sorted(same) if evaluation[key] != record[key]]
-    wrong += ["exit_layers"] * (not set(layers) <= set(record["exit_layers"]))  # --use-exits asks some alone
+    fit = set(layers) <= set(record["exit_layers"]) and layers[-1] == record["exit_layers"][-1]
+    wrong += ["exit_layers"] * (not fit)  # --use-exits asks some alone, the last among them
     for key in ("exit_counts", "class_counts"):  # of all instances in each row
         wrong += [key] * any(sum(row) != evaluation.get("examples", sum(row)) for row in evaluation.get(key, ()))
     if wrong:
@@ -279,9 +296,9 @@ def read_diverged(run: Path) -> dict | None:
     return content
 
 
-def run_digest(run: Path) -> str:
+def run_digest(run: Path, record: dict | None = None) -> str:
     """What tells a run's model from another one: the SHA-256 over its digests, or, of an old run, of its weights."""
-    if digests := read_record(run).get("digests"):
+    if digests := (record or read_record(run)).get("digests"):
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     return sha256(run / WEIGHTS)
 

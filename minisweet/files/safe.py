@@ -112,15 +112,15 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     `target` by then.
     """
     clear_leftovers(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     held = None
-    while held is None:  # another process may clear the folder up before it is held
-        folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
-        folder.mkdir()
-        with suppress(FileNotFoundError):
-            held = lock(folder / "lock")
-    new = folder / "new"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while held is None:  # another process may clear the folder up before it is held
+            folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+            folder.mkdir()
+            with suppress(FileNotFoundError):
+                held = lock(folder / "lock")
+        new = folder / "new"
         yield new
         if target.is_dir() and not new.is_dir():
             raise InputError(f"{target}: a folder, where a file should be written")
@@ -140,8 +140,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
             raise InputError(f"{target}: cannot be written ({error.strerror})") from None
         raise
     finally:
-        _remove(folder, target)
-        os.close(held)
+        if held is not None:
+            _remove(folder, target)
+            os.close(held)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -82,7 +82,7 @@ class Grid:
         has["precision (--amp)"] = record["precision"]
         wanted = {"exits after": layers, "precision (--amp)": self.precision or record["precision"]}
         self.check_settings(run, has, wanted)
-        evaluation = read_evaluation(folder, record) or {}
+        evaluation = read_evaluation(folder, record, whole=False) or {}
         as_here = {"calibration": "crossfit", "exit_layers": layers, "precision": self.precision}
         differs = any(value not in (None, evaluation.get(key, value)) for key, value in as_here.items())
         if differs or not set(EVALUATION) <= set(evaluation) or len(evaluation["thresholds"]) != THRESHOLDS:

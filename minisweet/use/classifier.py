@@ -27,9 +27,9 @@ from minisweet.evaluation.sweep import load_validation
 from minisweet.evaluation.timing import GATHERED
 from minisweet.files.commands import Parser, number, whole_number
 from minisweet.files.runs import load_run, read_evaluation
-from minisweet.files.safe import InputError
+from minisweet.files.safe import InputError, is_text
 from minisweet.live import Answers, early_exit
-from minisweet.training.devices import add_device_options, autocast, choose_device, choose_precision
+from minisweet.training.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
 
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
@@ -61,7 +61,7 @@ class EarlyExitClassifier:
         batch_size: texts that run at once.
 
     Raises:
-        InputError (a ValueError): no run, a broken one, a threshold outside its range, or one that is needed.
+        InputError (a ValueError): no run, a broken one, an argument outside its range, or a threshold that is needed.
     """
 
     def __init__(
@@ -75,6 +75,16 @@ class EarlyExitClassifier:
         amp: str = "auto",
         batch_size: int = 32,
     ) -> None:
+        for name, value, right, fits in (
+            ("run", run, "the path of a run folder", isinstance(run, str | Path) and is_text(str(run))),
+            ("max_loss", max_loss, "a number, 0 or more", max_loss is None or (is_number(max_loss) and max_loss >= 0)),
+            ("speed", speed, "a number above 0, to 1", speed is None or (is_number(speed) and 0 < speed <= 1)),
+            ("device", device, "auto, cpu, cuda or cuda:N", isinstance(device, str)),
+            ("amp", amp, f"one of {', '.join(AMP_CHOICES)}", amp in AMP_CHOICES),
+            ("batch_size", batch_size, "a whole number, 1 or more", type(batch_size) is int and batch_size > 0),
+        ):
+            if not fits:
+                raise InputError(f"{name}: {value!r:.80}, should be {right}")
         run = Path(run)
         if sum(value is not None for value in (threshold, max_loss, speed)) > 1:
             raise InputError("threshold, max_loss, speed: more than one is given, and each chooses the threshold")
@@ -84,8 +94,6 @@ class EarlyExitClassifier:
         self.evaluation = read_evaluation(run, self.record)
         self.labels = self.record["labels"]
         if self.evaluation is not None:
-            if self.evaluation.keys().isdisjoint(("temperatures", "certainty_ranges")):
-                raise InputError(f"{run / 'evaluation.json'}: has no temperatures; run evaluate.py again")
             model = model.keep_exits(self.evaluation["exit_layers"])  # evaluate.py --use-exits may have left some out
             self.rule = ExitRule.from_evaluation(self.evaluation, len(self.labels))
         elif threshold is None:
@@ -140,7 +148,7 @@ class EarlyExitClassifier:
         """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
         if max_loss is None and speed is None and "operating_point" in self.evaluation:
             return self.evaluation["operating_point"]["threshold"]
-        validation = load_validation(run / "logits.safetensors")
+        validation = load_validation(run / "logits.safetensors", self.evaluation, len(self.labels))
         layers, depth, method = self.evaluation["exit_layers"], self.record["depth"], self.record["method"]
         there = candidates(self.rule, validation, self.evaluation["metric"], layers, depth, method)
         threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
@@ -168,10 +176,14 @@ def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a number that is finite."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def check_threshold(threshold: float, lowest: float) -> float:
     """The threshold, if it is a number from `lowest` to 1. Raises InputError."""
-    is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
-    if not is_number or not lowest - ROUNDING <= threshold <= 1:
+    if not is_number(threshold) or not lowest - ROUNDING <= threshold <= 1:
         right = f"from {lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
         raise InputError(f"threshold: {threshold!r:.80}, should be a number {right}")
     return float(threshold)

@@ -43,7 +43,8 @@ def main() -> None:
         raise InputError(f"--out: {args.out} is {'a folder' if args.out.is_dir() else 'the input'}; name another file")
     writer = RowWriter(args.out)
     classify = classifier_of(args)
-    trained = classify.record.get("text_columns") or TASKS[classify.record["task"]].columns[:-1]
+    task = TASKS.get(classify.record.get("task"))
+    trained = classify.record.get("text_columns") or (task.columns[:-1] if task else ())
     if is_lines:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
         chunks, names, total = read_lines_as_they_come(columns), set(columns), None
