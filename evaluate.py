@@ -28,7 +28,7 @@ from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
 from minisweet.files.runs import load_run, method_name, newest_run, read_evaluation, run_digest, versions
-from minisweet.files.safe import InputError, write_json
+from minisweet.files.safe import InputError, check_file, write_json
 from minisweet.training import devices
 from minisweet.training.distributed import in_turn, predict, together
 from minisweet.use.plots import compare_curves, draw_curve
@@ -72,6 +72,7 @@ def main() -> None:
     """Evaluate one run, or draw the evaluations of several."""
     args = parse_arguments()
     if args.plot:
+        check_file("--plot", args.plot, ".png")
         evaluations = {str(run): read_evaluation(run) for run in args.runs}
         if missing := [run for run, evaluation in evaluations.items() if evaluation is None]:
             raise InputError(f"{missing[0]}: no evaluation.json; make it with evaluate.py")

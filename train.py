@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from minisweet.data.own import add_data_options, data_name, digest, load_data
+from minisweet.data.own import add_data_options, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import (
     EXIT_STRATEGIES,
@@ -36,7 +36,7 @@ from minisweet.exits import (
 )
 from minisweet.files.checkpoint import load_encoder
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
-from minisweet.files.runs import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
+from minisweet.files.runs import DIVERGED, claim_output, load_trunk, read_record, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
 from minisweet.training.devices import (
     autocast,
@@ -221,12 +221,17 @@ def parse_arguments() -> argparse.Namespace:
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
     option("--resume", action="store_true", help="go on from the last checkpoint of a training that was stopped")
     add_training_options(parser)
+    parser.set_defaults(model=None)  # tells whether it is given
     args = parser.parse_args()
     args.method = args.method or ("branch" if args.trunk else "sweet")
     if args.method != "branch" and (args.trunk or args.targets != "labels"):
         raise InputError(f"--trunk, --targets: of --method branch, not {args.method}")
+    if args.trunk and args.model:
+        raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
     args.task = data_name(args)
-    args.model = str(args.trunk or args.model)
+    args.model = str(args.trunk or args.model or "minilm-l6")
+    told = read_record(args.trunk) if args.trunk and (args.trunk / "run.json").exists() else {}
+    args.lr = args.lr or told.get("learning_rate") or default_learning_rate(args.model, args.task, args.method)
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.batch_size = args.batch_size or default_batch_size(args.model)
     args.train_size = args.train_size or (6000 if args.data is None else None)
@@ -316,17 +321,19 @@ def train_run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     precision = choose_precision(args.amp, device)
     trunk, told = load_trunk(args.trunk) if args.trunk else (None, {})
+    option = "--exit-layers" if args.exit_layers else "--trunk" if trunk else "--model"  # which gives the exits
     if trunk:
         args.exit_layers = args.exit_layers or exit_layers_for(trunk.exit_layers[0])
-    args.lr = args.lr or told.get("learning_rate") or default_learning_rate(args.model, args.task, args.method)
     with in_turn():
         folder, config, exit_layers = find_model(args)
         data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
     if args.method == "branch" and len(exit_layers) < 2:
-        raise InputError(f"--exit-layers: {exit_layers[0]}, and branches need an exit before the last")
+        raise InputError(f"{option}: the exit after layer {exit_layers[0]} is alone; branches need one before the last")
+    if trunk and exit_layers[-1] != trunk.exit_layers[0]:
+        given = ",".join(map(str, exit_layers))
+        raise InputError(f"--exit-layers: {given}, should end with {trunk.exit_layers[0]}, where --trunk ends")
 
-    rows = np.random.default_rng(args.seed).permutation(len(data.train.first))
-    subset = np.sort(rows[: args.train_size])
+    subset = drawn_rows(data.train, args.train_size, args.seed)
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     examples = TokenizedExamples(tokenizer, data.train, subset)
     notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
@@ -338,7 +345,7 @@ def train_run(args: argparse.Namespace) -> None:
     )
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments.pop("resume")  # a run that went on is as one that was never stopped
-    trained = what_is_trained(arguments, folder, examples, device.type, precision)
+    trained = what_is_trained(arguments, folder, examples, data.record["dev_digest"], device.type, precision)
     checkpoints = Checkpoints(args.out, trained, args.save_every, args.resume)
     start = time.perf_counter()
     try:

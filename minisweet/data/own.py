@@ -197,6 +197,11 @@ def stratified_split(labels: Sequence[int], dev_size: float, seed: int) -> tuple
     return np.flatnonzero(~dev), np.flatnonzero(dev)
 
 
+def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:
+    """The numbers, sorted, of `size` rows drawn by the seed; of all rows where that is None or too many."""
+    return np.sort(np.random.default_rng(seed).permutation(len(examples.first))[:size])
+
+
 def digest(examples: Examples, rows: Iterable[int] | None = None) -> str:
     """The SHA-256 of the texts and labels of these rows (default: all), in hexadecimal."""
     chosen, result = examples if rows is None else examples.take(rows), hashlib.sha256()
@@ -267,15 +272,16 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
     if delimiter is None:
         for line, text in read_lines(path):
             try:
-                row = {} if text.isspace() else json.loads(text)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{text.strip()!r:.60} is none")
+                if text.isspace():
+                    continue
+                row = json.loads(text, object_pairs_hook=_object)
+                if not isinstance(row, dict) or not row:
+                    raise ValueError(f"{text.strip()!r:.60} is {'empty' if row == {} else 'none'}")
                 if "\\u" in text:
                     json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {line}: not readable as a JSON object ({str(error)[:100]})") from None
-            if row:
-                yield line, row
+            yield line, row
         return
     csv.field_size_limit(LONGEST_LINE)
     reader = csv.reader((text for _, text in read_lines(path)), delimiter=delimiter, strict=True)
@@ -295,10 +301,17 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path}, line {line}: no row of cells ({error}); are its quotes right?") from None
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. Raises ValueError where a key stands in it twice."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key of {_some([key for key, _ in pairs])} stands there twice")
+    return row
+
+
 def _cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
     """The text in a column, or the label: JSON's 1 is the label "1". Raises InputError where there is none."""
     found = value = row.get(column, "missing")
-    if is_label and isinstance(value, int | float):
+    if is_label and isinstance(value, int | float) and value - value == 0:  # not so for NaN and infinity
         value = json.dumps(value)
     if column not in row or not isinstance(value, str) or "\0" in value or (is_label and not value.strip()):
         right = "a label" if is_label else "text"

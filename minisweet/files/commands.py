@@ -62,7 +62,8 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
     return _checked(str, lambda text: text in names, f"none of {', '.join(names)}")
 
 
-positive_float = _checked(float, lambda value: 0 < value < math.inf, "not a positive number")
+# Further out nothing is left of a learning rate in float32.
+positive_float = _checked(float, lambda x: 1e-30 <= x <= 1e30, "not a positive number, 1e-30 to 1e30")
 
 
 def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
@@ -73,6 +74,8 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
             values = [parse(part) for part in text.split(",")]
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"{error}; values are separated by commas") from None
+        if not all(part.strip() for part in text.split(",")):
+            raise argparse.ArgumentTypeError(f"{text!r} holds an empty name")
         if len(set(values)) < len(values):
             raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
         return values

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minisweet.files.safe import InputError, written_beside
+from minisweet.files.safe import InputError, one_line, written_beside
 
 
 def load_pyplot(path: Path):
@@ -15,6 +15,11 @@ def load_pyplot(path: Path):
     from matplotlib import pyplot
 
     return pyplot
+
+
+def shown(text: object, limit: int = 30) -> str:
+    """`text` cut for a figure. matplotlib would read what stands between two $ as a formula."""
+    return one_line(text, limit).replace("$", r"\$")
 
 
 def save_figure(figure, path: Path) -> None:

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -164,7 +164,10 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
         target = Path(os.path.realpath(out))
         if target.is_symlink():
             raise OSError("a link to itself")
+        str(out).encode()  # raises UnicodeEncodeError, a ValueError
         target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the longest name beside it, of `written_beside`
+            os.lstat(target.with_name(f".{target.name}.{'0' * 16}.partial"))
         claim = target.with_name(f".{target.name}.claim")
         held = safe.lock(claim)
     except (OSError, ValueError) as error:

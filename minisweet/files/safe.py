@@ -53,6 +53,12 @@ def is_text(value: object) -> bool:
         return False
 
 
+def check_file(option: str, path: Path, suffix: str) -> None:
+    """Raise InputError where writing to `path` would replace a folder, or a file that is no `suffix` file."""
+    if path.is_dir() or (os.path.lexists(path) and path.suffix.lower() != suffix):
+        raise InputError(f"{option}: {path} is there already and is no {suffix} file; name another file")
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises InputError where the file cannot be read."""
     digest = hashlib.sha256()

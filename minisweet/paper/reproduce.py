@@ -169,7 +169,10 @@ def main() -> None:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
-    args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after hours of training
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after hours of training
+    except OSError as error:
+        raise InputError(f"--out: {args.out} cannot be a folder ({error.strerror})") from None
     load_pyplot(args.out / "curves.png")
     check_output(args)
     if not args.report_only:

@@ -25,11 +25,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from minisweet.data.own import digest, drawn_rows, load_data
 from minisweet.data.text import TokenizedExamples
 from minisweet.files.runs import read_record, versions
 from minisweet.files.safe import InputError, read_json, sha256, write_json
 from minisweet.training.devices import place
 from minisweet.training.distributed import largest, of_all
+from minisweet.training.options import exit_layers_for
 
 
 def options(arguments: dict) -> dict:
@@ -39,14 +41,18 @@ def options(arguments: dict) -> dict:
     return json.loads(json.dumps(named, default=str))
 
 
-def what_is_trained(arguments: dict, folder: Path, examples: TokenizedExamples, *device: object) -> dict:
-    """All that checkpoints must agree in: options, versions, device, digests of the model in `folder` and the data."""
+def what_is_trained(arguments: dict, folder: Path, examples: TokenizedExamples, dev: str, *device: object) -> dict:
+    """All that checkpoints must agree in: options, versions, device, digests of the model in `folder` and the data.
+
+    `dev` is the digest of the validation data.
+    """
     data, model = hashlib.sha256(), hashlib.sha256()
     for array in (*examples.ids, examples.lengths, examples.first_lengths, examples.labels):
         data.update(b"" if array is None else array.tobytes())  # a trunk's own answers need no labels
     for path in sorted(path for kind in ("model*.safetensors", "*.bin", "config.json") for path in folder.glob(kind)):
         model.update(sha256(path).encode())
     digests = {"SHA-256 of the data": data.hexdigest(), "SHA-256 of the model": model.hexdigest()}
+    digests["SHA-256 of the validation data"] = dev
     libraries = {name: versions()[name] for name in ("torch", "numpy", "tokenizers")}
     there = {"device": " ".join(map(str, device)), "processes": place().processes}
     return options(arguments) | libraries | digests | there
@@ -63,14 +69,30 @@ def is_finished(args: argparse.Namespace) -> bool:
     path, folder = args.out / "run.json", checkpoint_folder(args.out)
     if not path.is_file() or any(file.stat().st_mtime > path.stat().st_mtime for file in folder.glob("*.pt")):
         return False  # or there is a training that is to replace the run
-    told = options(read_record(args.out)["arguments"])  # of an older version, with fewer options
-    given = {name: value for name, value in options(vars(args)).items() if value is not None and name in told}
-    if changed := changes(given, told):
+    record = read_record(args.out)
+    end = record["exit_layers"][-1] if args.trunk else record["depth"]
+    layers = {"exit_layers": list(args.exit_layers or exit_layers_for(end))}
+    told = options(record["arguments"] | {"exit_layers": record["exit_layers"]}) | record
+    now = options(vars(args) | layers) | data_digests(args, record["labels"])
+    if changed := changes({name: value for name, value in now.items() if name in told}, told):  # old runs tell less
         if args.overwrite:
             return False
         raise InputError(f"--resume: {args.out} is finished, but {changed}; name another --out, or pass --overwrite")
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was killed just after it had saved the run
     return True
+
+
+def data_digests(args: argparse.Namespace, labels: Sequence[str]) -> dict:
+    """What run.json tells of the data of a run with these labels, read again. {} where the data is gone."""
+    try:
+        trunk = (labels, args.targets != "trunk") if args.trunk else ()
+        data = load_data(args, *trunk)
+    except InputError:
+        if args.data is None or not (args.data.exists() and (args.dev_data or args.data).exists()):
+            return {}
+        raise
+    train = digest(data.train, drawn_rows(data.train, args.train_size, args.seed))
+    return {"labels": list(data.labels), "train_digest": train, "dev_digest": data.record["dev_digest"]}
 
 
 def checkpoint_folder(out: Path) -> Path:

@@ -17,7 +17,7 @@ from minisweet.data.own import load_dev
 from minisweet.evaluation.sweep import load_validation
 from minisweet.files.commands import Parser, run_command
 from minisweet.files.runs import read_evaluation, read_record
-from minisweet.files.safe import InputError, one_line
+from minisweet.files.safe import InputError, check_file, one_line
 from minisweet.training.devices import autocast
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, check_texts, classifier_of
 from minisweet.use.page import write_page
@@ -48,6 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.text) > 2 or not (args.text or args.html):
         raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")
+    if args.html:
+        check_file("--html", args.html, ".html")
     if args.text:
         classify = classifier_of(args)
         text = args.text[0] if len(args.text) == 1 else tuple(args.text)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from minisweet.adaptive import exit_costs
-from minisweet.files.figures import load_pyplot, save_figure
-from minisweet.files.safe import InputError
+from minisweet.files.figures import load_pyplot, save_figure, shown
+from minisweet.files.safe import InputError, one_line
 
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles and markers say the same without colour.
@@ -33,7 +33,7 @@ def sorted_curve(evaluation: dict) -> tuple[np.ndarray, np.ndarray]:
 
 def label_axes(axis, title: str, score: str) -> None:
     """The title, the labels and the grid of speed-accuracy curves."""
-    axis.set(title=title, xlabel="speedup ratio: share of the layers run", ylabel=score)
+    axis.set(title=shown(title, 100), xlabel="speedup ratio: share of the layers run", ylabel=score)
     axis.grid(alpha=0.3)
 
 
@@ -62,8 +62,8 @@ def draw_curve(path: Path, evaluation: dict, labels: Sequence[str] = ()) -> None
         axis.annotate(str(layer), (cost, score), xytext=(0, -15), textcoords="offset points", ha="center")
     if missed:
         layer, never = missed[0]
-        shown = ", ".join(never[:3]) + " ..." * (len(never) > 3)
-        text = f"hollow: never predicts some label (layer {layer}: {shown})"
+        first = ", ".join(map(shown, never[:3])) + " ..." * (len(never) > 3)
+        text = f"hollow: never predicts some label (layer {layer}: {first})"
         axis.text(0.02, 0.02, text, transform=axis.transAxes, fontsize=8)
     if point := evaluation.get("operating_point"):
         name = f"operating point: threshold {point['threshold']:.2f}, score {point['score']:.1f}"
@@ -72,7 +72,7 @@ def draw_curve(path: Path, evaluation: dict, labels: Sequence[str] = ()) -> None
     if means:
         axis = axes[0, 1]
         for (level, layers), colour, line in zip(means.items(), COLOURS, LINES, strict=False):
-            axis.plot(evaluation["thresholds"], layers, line, color=colour, marker=".", label=level)
+            axis.plot(evaluation["thresholds"], layers, line, color=colour, marker=".", label=shown(level))
         axis.set(title="where each difficulty leaves", xlabel="threshold", ylabel="mean layer of the exit taken")
         axis.set_yticks(exit_layers)
         axis.grid(alpha=0.3)
@@ -98,7 +98,7 @@ def compare_curves(path: Path, evaluations: dict[str, dict]) -> None:
     starred = ""
     styles = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
     for (name, evaluation), (colour, line, marker) in zip(evaluations.items(), styles, strict=False):
-        label = f"{name}, {evaluation['method']}: area {evaluation['area']:.1f}"
+        label = f"{shown(name, 80)}, {evaluation['method']}: area {evaluation['area']:.1f}"
         axis.plot(*sorted_curve(evaluation), line, color=colour, marker=marker, markersize=4, label=label)
         if point := evaluation.get("operating_point"):
             axis.plot(point["speedup_ratio"], point["score"], "*", color=colour, markersize=15, zorder=3)
@@ -109,7 +109,8 @@ def compare_curves(path: Path, evaluations: dict[str, dict]) -> None:
 
 
 def _finish(axis, evaluation: dict, before: str, after: str = "") -> None:
-    where = f"{evaluation['task']}, {evaluation['examples']} examples"
-    label_axes(axis, before + where + after, f"{METRICS.get(evaluation['metric'], evaluation['metric'])}, in percent")
+    where = f"{one_line(evaluation['task'], 30)}, {evaluation['examples']} examples"
+    metric = METRICS.get(evaluation["metric"], shown(evaluation["metric"]))
+    label_axes(axis, before + where + after, f"{metric}, in percent")
     axis.margins(y=0.12)
     axis.legend(fontsize=9)
