@@ -203,12 +203,8 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=METHODS, help="default: sweet, and branch with --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option(
-        "--trunk", type=Path, metavar="FOLDER", help="branches: on this run, or this classifier, which stays as it is"
-    )
-    option(
-        "--targets", choices=TARGETS, default="labels", help="branches: learn labels, the trunk's own, or half of each"
-    )
+    option("--trunk", type=Path, metavar="FOLDER", help="branches: on this run or classifier, which stays as it is")
+    option("--targets", choices=TARGETS, default="labels", help="branches: learn labels, the trunk's own, or half each")
     option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
     add_data_options(parser)
     option = parser.add_argument_group("training").add_argument

@@ -50,16 +50,13 @@ class ExitRule:
         return cls(num_labels, torch.tensor(evaluation["temperatures"])[:, None])
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Exit k's confidence in some instances.
+        """Exit k's confidence in some instances: (n,), in float32.
 
         Args:
             k: counted from 0.
             logits: (n, C).
             certainty: (n,), or None where the exit has none, as the last of a branch model: it is never asked.
             rows: (n,), which of the N instances that `temperatures` knows; None for all in order.
-
-        Returns:
-            Confidences (n,) in float32.
         """
         if self.ranges is None:
             logits = logits.float()
@@ -104,10 +101,7 @@ def certainty_ranges(certainty: Tensor, K: int) -> Tensor:
 
 
 def spaced_thresholds(count: int, lowest: float) -> list[float]:
-    """`count` thresholds, evenly spaced from `lowest` (all leave at the first exit) to 1 (all reach the last).
-
-    `lowest` is 1/C for softmax confidence and 0 for learning-to-exit.
-    """
+    """`count` thresholds, evenly spaced from `lowest` (1/C, or 0; all leave at the first exit) to 1."""
     return np.linspace(lowest, 1, count).tolist()
 
 

@@ -4,21 +4,17 @@ Which loss reaches which layers, for exits after layers 1, 2 and 3. Each exit's 
 where the gradient stops:
 
     Early-Exit (EE)      1 -------- 2 -------- 3        every loss reaches all the layers below its exit
-                         |          |          |
                          loss 1     loss 2     loss 3
 
     SWEET                1 --x----- 2 --x----- 3        every layer gets the gradient of one loss: the next exit's
-                         |          |          |
                          loss 1     loss 2     loss 3
 
     branch               1 -------- 2 -------- 3        the trunk is trained for the last exit alone, then frozen;
                     x /        x /             |        exits 1 and 2 have a private copy, 1' and 2', of their layer
                     1'         2'            loss 3
-                    |          |
                     loss 1     loss 2
 
     Multi-Model (MM)     1        1 -- 2        1 -- 2 -- 3        one model per exit
-                         |             |                  |
                          loss 1        loss 2             loss 3
 
 With SWEET, branches and MM *each parameter is updated by exactly one classifier*. We keep that sentence of the paper
@@ -168,13 +164,8 @@ class MultiExitModel(nn.Module):
     def read(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run exit k's layer for [CLS] alone, which is all that the exit reads.
 
-        Args:
-            k: counted from 0.
-            hidden: (B, T, D), after the layer before the exit's.
-            context: of the encoder.
-
-        Returns:
-            The hidden states of [CLS] after the layer (B, 1, D), and what its attention saw, for `go_on`.
+        `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder; k counts from 0. Returns
+        the hidden states of [CLS] after the layer (B, 1, D), and what its attention saw, for `go_on`.
         """
         if self.has_branch(k):
             seen = self.branches[k].look(hidden, context, CLS)

@@ -92,18 +92,13 @@ def early_exit(
                 states = read[0].new_zeros(*input_ids.shape, read[0].shape[-1])
             for group, keep, state in zip(groups, stay.split(batch_size), before, strict=True):
                 if keep.any():
-                    left = cross(part, k, *state, slice(None) if keep.all() else keep)  # a slice copies nothing
+                    hidden, mask, cls, seen = state
+                    keep = slice(None) if keep.all() else keep  # a slice copies nothing
+                    context, seen = part.encoder.context(mask[keep]), tuple(tensor[keep] for tensor in seen)
+                    left, _ = part.go_on(k, hidden[keep], context, cls[keep], seen)
                     states[group[keep], : left.shape[1]] = left
         rows = rows[stay]
     return Answers(labels, exits, logits, confidence)
-
-
-def cross(
-    part: MultiExitModel, k: int, hidden: Tensor, mask: Tensor, cls: Tensor, seen: tuple[Tensor, ...], keep: Tensor
-) -> Tensor:
-    """The hidden states after exit k of those that stay, `keep` (B,): what `part.go_on` makes of their share."""
-    context = part.encoder.context(mask[keep])
-    return part.go_on(k, hidden[keep], context, cls[keep], tuple(tensor[keep] for tensor in seen))[0]
 
 
 @torch.no_grad()

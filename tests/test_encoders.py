@@ -14,7 +14,6 @@ from minisweet import MultiExitModel, bert, load_encoder
 from minisweet.bert import attention, fused_is_faster
 from minisweet.deberta import by_distance, skew
 from minisweet.layers import Dropout, padding_bias
-from minisweet.live import cross
 from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder
 from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
 from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
@@ -227,7 +226,9 @@ def test_first_cls_and_then_the_others_are_the_layer(model_type, n, T, keep):
                 after, passed_on = model.go_on(0, hidden, context, cls, seen)
                 torch.testing.assert_close(after, whole, atol=1e-5, rtol=1e-5)
                 assert all(torch.equal(a, b) for a, b in zip(passed_on, context, strict=True))
-                of_some = cross(model, 0, hidden, mask, cls, seen, keep)
+                context_of_some = model.encoder.context(mask[keep])
+                seen_of_some = tuple(tensor[keep] for tensor in seen)
+                of_some, _ = model.go_on(0, hidden[keep], context_of_some, cls[keep], seen_of_some)
                 torch.testing.assert_close(of_some, whole[keep], atol=1e-5, rtol=1e-5)
 
 

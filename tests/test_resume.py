@@ -69,7 +69,8 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, st
 
 
 def test_signals(command, monkeypatch):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with both ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     former = signal.getsignal(signal.SIGINT)
     status, _, err = command("--out", "a", signals={3: [signal.SIGINT]})
     assert (status, err.count("Traceback"), len(list(STOPPED.glob("sweet.000000003.*")))) == (130, 0, 1)
