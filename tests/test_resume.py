@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_what_has_changed_is_refused_with_both_values(command, monkeypatch):
         other.setattr(
             "minisweet.training.resume.versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0")
         )
-        assert f"torch is 0 and was {torch.__version__}" in command("--out", "a", "--resume")[2]
+        assert f"torch is 0 and was {version('torch')}" in command("--out", "a", "--resume")[2]
     vocabulary = Path("tiny/vocab.txt")
     words = vocabulary.read_text()
     vocabulary.write_text(words.replace("film\nwas", "was\nfilm"))

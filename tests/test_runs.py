@@ -180,8 +180,8 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
     with pytest.raises(InputError, match=r"heads\.1\.classifier\.bias holds NaN or infinity"):
         load_run(run)
     tensors = load_file(run / "model.safetensors")
-    save_file(tensors | {"heads.1.classifier.bias": torch.zeros(2, dtype=torch.complex64)}, run / "model.safetensors")
-    with pytest.raises(InputError, match="is of type C64"):
+    save_file(tensors | {"heads.1.classifier.bias": torch.zeros(2, dtype=torch.int64)}, run / "model.safetensors")
+    with pytest.raises(InputError, match="is of type I64"):
         load_run(run)
 
 
