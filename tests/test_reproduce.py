@@ -257,7 +257,7 @@ def test_a_rate_whose_loss_is_no_number_is_out_of_the_search(command, tmp_path):
     assert command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e30")[3] == []
     status, _, err, _ = command("--methods", "ee", "--lrs", "1e-3,1e30", "--max-length", 16)
     assert (status, "a run with max_length 32, not 16" in err) == (2, True)
-    command("--methods", "ee", "--seeds", "0", "--lrs", "1e30,1e31")
+    command("--methods", "ee", "--seeds", "0", "--lrs", "1e29,1e30")
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
     assert results["missing"][0] == "ee toy n32 seed0: no learning rate converged"
     assert results["individual"]["ee"]["did_not_converge"] == 1
