@@ -16,6 +16,7 @@ from minisweet.exits import METHODS
 from minisweet.files.runs import load_run, newest_run
 from minisweet.training.devices import choose_precision
 from minisweet.training.options import default_batch_size, default_learning_rate
+from minisweet.use import explain
 from tests.conftest import CHECKOUT, quick, random_batch, write_model
 
 KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
@@ -357,3 +358,23 @@ def test_the_readmes_python_runs(tmp_path, model_type):
     exec(block.replace("weights/minilm-l6", str(tmp_path / "tiny")), names)
     assert [tuple(hidden.shape) for hidden in names["hidden"]] == [(4, 11, 16)] * 7
     assert names["logits"].shape == (4, 4, 2)
+
+
+def test_a_picture_replaces_no_file_of_another_kind(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model), "--out", "run")[0] == 0
+    assert command(evaluate, "run", "--thresholds", 2)[0] == 0
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for option, module, path in (
+        ("--plot", evaluate, "run/model.safetensors"),
+        ("--plot", evaluate, "."),
+        ("--html", explain, "run/run.json"),
+        ("--html", explain, "."),
+    ):
+        status, _, err = command(module, "run", option, path)
+        assert (status, err.count("\n"), option in err) == (2, 1, True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    status, _, err = command(train, "--trunk", "run", "--model", model)
+    assert (status, "--model: " in err) == (2, True)
+    status, _, err = command(train, *quick(model), "--out", "n" * 240)
+    assert (status, "--out: " in err) == (2, True)

@@ -109,3 +109,10 @@ def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"curve\.png.*matplotlib"):
         draw_curve(tmp_path / "curve.png", EVALUATION)
+
+
+def test_names_that_matplotlib_would_read_as_formulas_or_never_end(tmp_path):
+    names = [r"$\frac{$", "x" * 100_000]
+    draw_curve(tmp_path / "curve.png", EVALUATION | {"task": r"a$x^$^", "operating_point": POINT}, names)
+    compare_curves(tmp_path / "both.png", {"r$^$_": EVALUATION, "other": EVALUATION})
+    assert (tmp_path / "curve.png").stat().st_size > 1000 < (tmp_path / "both.png").stat().st_size
