@@ -32,6 +32,7 @@ from minisweet.files.safe import InputError, check_file, write_json
 from minisweet.training import devices
 from minisweet.training.distributed import in_turn, predict, together
 from minisweet.use.plots import compare_curves, draw_curve
+from minisweet.use.prepared import prepare
 
 EXAMPLES = """examples:
   python evaluate.py runs/NAME --max-loss 0.5
@@ -57,11 +58,14 @@ def parse_arguments() -> argparse.Namespace:
     wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live, and time it")
+    option("--prepared", action="store_true", help="with --live: lay the weights out for the CPU first")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
     devices.add_device_options(parser)
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
+    if args.prepared and not args.live:
+        raise InputError("--prepared: needs --live")
     args.runs = args.runs or [newest_run()]
     if args.max_loss is None and args.speed is None:
         args.max_loss = 1.0
@@ -151,10 +155,15 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
         with devices.autocast(device, precision):
-            live = measure_live(model, examples, thresholds, costs, args.live_batch_size, rule, progress)
+            live_model = prepare(model, precision) if args.prepared else model
+            live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
-        evaluation |= {"live_batch_size": args.live_batch_size, "live_differs": int(differs.sum())}
+        # Rounding may turn a decision where the first of the two exits is as confident as the threshold.
+        margins = (confidence.gather(0, torch.minimum(live_exits, taken)) - torch.tensor(thresholds)[:, None]).abs()
+        near = differs & (margins <= (1e-4 if precision is None else 2e-2))
+        evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
+        evaluation |= {"live_differs": int(differs.sum()), "live_differs_near": int(near.sum())}
     return validation, evaluation | {
         "examples": len(examples),
         "dev_digest": digest(dev),
@@ -200,7 +209,9 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
             print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")
             print(f"{row['instances_per_second']:13.1f}{cells(row['latency_ms'].values(), '8.1f')}")
         decisions = len(thresholds) * evaluation["examples"]
-        print(f"exits or labels differ from the sweep's in {evaluation['live_differs']} of {decisions} decisions")
+        differ, near = evaluation["live_differs"], evaluation["live_differs_near"]
+        rounded = f", {near} of them as near to the threshold as rounding goes" if differ else ""
+        print(f"exits or labels differ from the sweep's in {differ} of {decisions} decisions{rounded}")
 
 
 def cells(values: Iterable, form: str) -> str:

@@ -56,6 +56,13 @@ def early_exit(
     rule.check(K, B)
     first = K - 1 if threshold >= 1 and model.method != "mm" else 0  # the first exit that is asked
     asked = model.keep_exits(model.exit_layers[-1:]) if first else model
+    if B == 1:  # nobody to regroup
+        inputs = (x[:, : max(1, int(attention_mask.sum()))] for x in (input_ids, attention_mask, token_type_ids))
+        for exit_number, (exit_logits, certainty) in enumerate(asked.exit_by_exit(*inputs), start=first):
+            sure = rule.confidence(exit_number, exit_logits, certainty)
+            if exit_number == K - 1 or leaves(sure, threshold, rule.lowest):
+                exit_taken = torch.full_like(sure, exit_number, dtype=torch.long)
+                return Answers(exit_logits.argmax(-1), exit_taken, exit_logits.float(), sure)
     parts = list(asked) if isinstance(asked, MultiModel) else [asked]
     walk = [(part, k) for part in parts for k in range(len(part.exit_layers))]
 
@@ -80,7 +87,7 @@ def early_exit(
                 hidden = states[group, :T]
             hidden = part.encoder.run_layers(hidden, context, start, n - 1)
             cls, seen = part.read(k, hidden, context)  # who leaves needs no more of this layer than [CLS]
-            read.append(cls)
+            read.append(cls[:, :1])
             before.append((hidden, mask, cls, seen) if goes_on else None)
         exit_logits, certainty = part.heads[k](torch.cat(read))  # (rows, C), (rows,)
         sure = rule.confidence(exit_number, exit_logits, certainty, rows)  # (rows,)

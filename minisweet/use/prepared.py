@@ -1,0 +1,154 @@
+"""A copy of a model for inference on the CPU, its weights laid out once for the processor's products.
+
+`F.linear` lays the weights out anew in each call, and under autocast casts them. That is little beside the product of a
+large batch; for a short sentence alone it is a third of the time and more. The copy computes what the plain model does,
+but for rounding: oneDNN (https://github.com/uxlfoundation/oneDNN), which torch brings, adds in another order.
+
+Dimension letters as in layers.py.
+"""
+
+import copy
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisweet.bert import BertLayer
+from minisweet.deberta import DebertaLayer
+from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.files.safe import InputError
+from minisweet.layers import ALL, CLS
+
+FEW = 128  # tokens: for more, laying the weights out in each call takes nothing beside the product
+SHORT = 32  # tokens of a sentence alone: what takes the time is reading the weights, for [CLS] as for all of them
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a weight (out, in), and a bias (out,) or None, cast to `dtype` and packed when it is made.
+
+    Raises RuntimeError where the processor has no such products.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = weight.detach().to(dtype).contiguous()
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the weight's type."""
+        x = x.to(self.weight.dtype)
+        if x.numel() > FEW * x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same, added to `residual` (..., out)."""
+        if x.numel() > FEW * x.shape[-1] or residual.dtype != self.weight.dtype:
+            return residual + self(x)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+
+
+class PackedLayer:
+    """What the packed layers of BERT and DeBERTa share. Each method does what the plain layer's of its name does."""
+
+    def pack(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, cls_alone: bool) -> None:
+        """Pack the projections to queries, keys and values, in this order: `weight` (3D, D) and `bias` (3D,).
+
+        `cls_alone` says that the layer makes the query of [CLS] alone; that is a product of its own then.
+        """
+        D = weight.shape[1]
+        self.query = PackedLinear(weight[:D], bias[:D], dtype) if cls_alone else None
+        rest = slice(D if cls_alone else 0, None)
+        self.projection = PackedLinear(weight[rest], bias[rest], dtype)
+
+    def project(self, hidden: Tensor, rows: slice) -> list[Tensor]:
+        """Queries of the tokens `rows` (B, H, R, d), keys and values of all (B, H, T, d)."""
+        if self.query is None:
+            query, key, value = self.heads(self.projection(hidden), 3)
+            return (query if rows == ALL else query[:, :, rows]), key, value
+        (query,) = self.heads(self.query(hidden[:, rows]), 1)
+        return query, *self.heads(self.projection(hidden), 2)
+
+    def heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, T, parts D) to as many tensors (B, H, T, d)."""
+        return x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def update(self, hidden: Tensor, seen: tuple[Tensor, ...], rows: slice = ALL) -> Tensor:
+        """For a short sentence alone all tokens are made where [CLS] is asked for; it is the first of them."""
+        if rows == CLS and len(hidden) == 1 and seen[0].shape[2] == hidden.shape[1] <= SHORT:
+            rows = ALL
+        queries, *others = seen
+        if rows != ALL:
+            queries, hidden = queries[:, :, rows], hidden[:, rows]
+        attended = self.attend(queries, *others).transpose(1, 2).flatten(2)
+        hidden = self.attention_norm(self.attention_output.plus(attended, hidden))
+        return self.output_norm(self.output.plus(F.gelu(self.intermediate(hidden)), hidden))
+
+    def finish(self, hidden: Tensor, seen: tuple[Tensor, ...], cls: Tensor) -> Tensor:
+        """Nothing is left to do where `update` has made all tokens."""
+        return cls if cls.shape[1] == hidden.shape[1] else super().finish(hidden, seen, cls)
+
+
+class PackedBertLayer(PackedLayer, BertLayer):
+    """BERT's layer with packed weights."""
+
+    def pack(self, dtype: torch.dtype, cls_alone: bool) -> None:
+        """Replace the projections' weights."""
+        super().pack(self.query_key_value.weight, self.query_key_value.bias, dtype, cls_alone)
+        del self.query_key_value
+
+    def look(self, hidden: Tensor, context: tuple[Tensor], rows: slice = ALL) -> tuple[Tensor, ...]:
+        """The projections and the padding's bias."""
+        return *self.project(hidden, rows), *context
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """All of attention in one call, which for few tokens is what takes the time."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+
+
+class PackedDebertaLayer(PackedLayer, DebertaLayer):
+    """DeBERTa's layer with packed weights, in BERT's order; the scale of the queries is part of them."""
+
+    def pack(self, dtype: torch.dtype, cls_alone: bool) -> None:
+        """Replace the projections' weights."""
+        query, key, value = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1)).unbind(1)  # (H, d, D) each
+        weight = torch.cat([query.flatten(0, 1) * self.scale, key.flatten(0, 1), value.flatten(0, 1)])
+        bias = torch.cat([self.q_bias * self.scale, torch.zeros_like(self.q_bias), self.v_bias])
+        super().pack(weight, bias, dtype, cls_alone)
+        del self.in_proj, self.q_bias, self.v_bias
+
+
+@torch.no_grad()
+def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -> MultiExitModel | MultiModel:
+    """The copy, in evaluation mode. `early_exit` and `full_depth` take it as they take the model itself.
+
+    Args:
+        model: on the CPU.
+        precision: the type that the calls are autocast to, None for float32.
+
+    Where this processor cannot pack weights of the type, a line says so, and the model itself is returned. Raises
+    InputError for a model on another device.
+    """
+    if (device := next(model.parameters()).device).type != "cpu":
+        raise InputError(f"prepared: is for the CPU, and the device is {str(device)!r}")
+    dtype = precision or torch.float32
+    try:
+        PackedLinear(torch.zeros(16, 16), None, dtype)(torch.zeros(1, 16))
+    except (AttributeError, RuntimeError):
+        logging.getLogger("minisweet").warning(
+            "prepared: no packed %s weights on this processor; the model stays as it is", dtype
+        )
+        return model.eval()
+    model = copy.deepcopy(model).eval()
+    for part in model if isinstance(model, MultiModel) else [model]:
+        for layer in (*part.encoder.layers, *getattr(part, "branches", ())):
+            # The same object with the other class's methods: nothing else of it changes.
+            layer.__class__ = PackedBertLayer if isinstance(layer, BertLayer) else PackedDebertaLayer
+            layer.pack(dtype, cls_alone=layer not in part.encoder.layers[: part.exit_layers[-1] - 1])
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child.weight, child.bias, dtype))
+    return model
