@@ -10,12 +10,17 @@ live early exit measure fine-tuned models: the run folders that --runs names.
 
 import argparse
 import json
+import os
+import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +43,9 @@ from minisweet.files.runs import load_run, method_name, read_record
 from minisweet.files.safe import read_json, write_json
 from minisweet.live import early_exit
 from minisweet.training.devices import reuse_freed_memory
+from minisweet.use.prepared import prepare
 from tests.conftest import checkpoint_tensors
+from tests.rivals import classify_unit, export_all
 from train import send_back, used_rows
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
@@ -269,7 +276,57 @@ def live_unit(side: str, run: str, amp: bool, threshold: float = 1.0):
     return all_batches
 
 
+def heads_unit(side: str, run: str):
+    """The exits' heads alone on one sentence, ten times each."""
+    model = prepare(load_run(Path(run))[0], None)
+    hidden = torch.zeros(1, 1, model.encoder.config.hidden_size)
+
+    @torch.no_grad()
+    def heads() -> None:
+        for head in [*model.heads[:-1]] * 10:
+            head(hidden)[0].softmax(-1).amax()
+
+    heads.examples = 10
+    return heads
+
+
+def branch_unit(side: str, run: str, data_dir: str):
+    """Ten batches of branches' training: with the trunk's layers, or with its states as if they had been kept."""
+    model, record = load_run(Path(run))
+    model.train()
+    examples = glue(record["task"], "train", data_dir)
+    batches = [batch for batch, _ in zip(examples.shuffled(BATCH, 0, 0), range(10), strict=False)]
+    optimizer = torch.optim.AdamW(sum(model.parameter_groups(), []), lr=1e-5, weight_decay=0.0, fused=True)
+    number, kept = [0], {}
+
+    def remembered(function):
+        """It runs once for each batch."""
+
+        def call(hidden, context, *span):
+            key = (number[0], function, span)
+            if key not in kept:
+                kept[key] = function(hidden, context, *span)
+            return kept[key]
+
+        return call
+
+    if side == "kept":
+        model.encoder.run_layers = remembered(model.encoder.run_layers)
+        for layer in model.encoder.layers:
+            layer.forward = remembered(layer.forward)
+
+    def ten_batches() -> None:
+        for number[0], batch in enumerate(batches):  # noqa: B007
+            optimizer.zero_grad()
+            send_back(model, batch, NO_SCALER)
+            optimizer_step(model, optimizer)
+
+    ten_batches.examples = BATCH * len(batches)
+    return ten_batches
+
+
 UNITS = {"step": step_unit, "forward": forward_unit, "epoch": epoch_unit, "sweep": sweep_unit, "live": live_unit}
+UNITS |= {"classify": classify_unit, "heads": heads_unit, "branch": branch_unit}
 
 
 def work(unit: str, arguments: dict) -> None:
@@ -313,10 +370,9 @@ def compare(rows: list, title: str, unit: str, ours: dict, theirs: dict, turns: 
     row = {"row": title, "ours_ms": 1000 * a, "theirs_ms": 1000 * b, "ratio": ratio, "target": target}
     if unit == "sweep":
         row["same_decisions"] = answers[0] == answers[1]
-    rows.append(row)
     aim = f" (target {target})" if target else ""
     same = {True: ", same decisions", False: ", OTHER DECISIONS", None: ""}[row.get("same_decisions")]
-    print(f"{title:<86}{1000 * a:10.1f}{1000 * b:10.1f}{ratio:8.2f}x{aim}{same}", flush=True)
+    say(rows, row, f"{title:<86}{1000 * a:10.1f}{1000 * b:10.1f}{ratio:8.2f}x{aim}{same}")
 
 
 def steps(rows: list, args) -> None:
@@ -513,7 +569,225 @@ def peak(rows: list, args) -> None:
                 print(f"peak, {what}: {share:.0%} of {available / 1e9:.0f} GFLOP/s", flush=True)
 
 
-PARTS = {part.__name__: part for part in (steps, epoch, sweeps, live, memory, startup, growth, peak)}
+def bandwidth() -> float:
+    """How fast the machine reads memory, in bytes/s: the best of some sums of 256 MB."""
+    numbers, seconds = torch.ones(2**26), []
+    for _ in range(8):
+        start = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - start)
+    return 4 * len(numbers) / min(seconds)
+
+
+def rival_of(run: str) -> dict:
+    """What a process for a run's rivals needs: the run's last exit in their formats, and its labels."""
+    folder = Path(tempfile.mkdtemp()) / "export"
+    TO_THE_END.callback(shutil.rmtree, folder.parent)
+    export_all(Path(run), folder)
+    return {"run": run, "folder": str(folder), "labels": read_record(Path(run))["labels"]}
+
+
+def say(rows: list, row: dict, line: str) -> None:
+    """Keep a row and its line, and print it."""
+    rows.append(row | {"line": line})
+    print(line, flush=True)
+
+
+def precisions() -> list[str]:
+    """float32, and bfloat16 where this processor multiplies in it."""
+    capable = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ["off", "bf16"] if capable else ["off"]
+
+
+def race(
+    rows: list, title: str, sides: dict[str, dict], case: dict, turns: int, against: str, target: float = 0
+) -> dict:
+    """Let sides take turns on the same texts, and say each one's milliseconds and its ratio to the side `against`."""
+    seconds, answers = take_turns("classify", [case | side for side in sides.values()], turns)
+    medians = {name: 1000 * statistics.median(of_side) for name, of_side in zip(sides, seconds, strict=True)}
+    base = seconds[list(sides).index(against)]
+    for name, of_side, answer in zip(sides, seconds, answers, strict=True):
+        ratio = statistics.median(a / b for a, b in zip(of_side, base, strict=True))
+        p99 = 1000 * float(np.percentile(answer, 99))
+        row = {"row": title, "side": name, "ms": medians[name], "ratio": ratio, "p99_ms": p99, "target": target}
+        aim = f" (target {target})" if target and name.startswith("ours") else ""
+        say(rows, row, f"{title:<46} {name:<34}{medians[name]:9.2f} ms{ratio:8.2f}x{aim}")
+    return {
+        name: {"ms": medians[name], "p99_ms": 1000 * float(np.percentile(a, 99))} for name, a in zip(sides, answers)
+    }
+
+
+def alone(rows: list, args) -> None:
+    """One sentence of 16, 32 and 100 tokens, text in, label out: a SWEET run with all exits asked, and at full depth."""
+    for run, *_ in runs_given(args, ("sweet",))[:1]:
+        case = rival_of(run)
+        sides = {"ONNX Runtime, float32": {"side": "onnx float32"}, "ONNX Runtime, int8": {"side": "onnx int8"}}
+        for amp in precisions():
+            kind = "bfloat16" if amp == "bf16" else "float32"
+            sides[f"transformers, {kind}"] = {"side": "transformers", "amp": amp}
+            for prepared in (False, True):
+                name = f"ours, {kind}" + ", prepared" * prepared
+                ours = {"side": "ours", "amp": amp, "prepared": prepared}
+                sides[f"{name}, full depth"] = ours | {"threshold": 1.0}
+                sides[f"{name}, all exits"] = ours | {"threshold": 0.999999}
+        (heads,), _ = take_turns("heads", [{"side": "ours", "run": run}], 5)
+        for T in (16, 32, 100):
+            texts = {"source": {"tokens": T, "count": 40, "batch": 1}}
+            found = race(rows, f"one sentence, {T} tokens", sides, case | texts, 7, "ONNX Runtime, float32", 1.0)
+            for name in [name.removesuffix(", all exits") for name in sides if name.endswith("all exits")]:
+                full, every = (found[f"{name}, {what}"]["ms"] for what in ("full depth", "all exits"))
+                share = (every - full - 1000 * statistics.median(heads)) / full
+                row = {"row": f"bookkeeping, {T} tokens", "side": name, "ratio": share, "target": 0.10}
+                say(rows, row, f"bookkeeping, {T} tokens, {name}: {share:.0%} of full depth (target 10%)")
+
+
+def stream(rows: list, args) -> None:
+    """SST-2's own sentences one by one: a branch run at its operating point, mean and 99th percentile."""
+    for run, *_ in runs_given(args, ("branch",)):
+        case = rival_of(run) | {
+            "source": {"task": "sst2", "data_dir": str(args.data_dir.resolve()), "count": 300, "batch": 1}
+        }
+        share = layer_share(run)
+        sides = {"ONNX Runtime, float32": {"side": "onnx float32"}, "ONNX Runtime, int8": {"side": "onnx int8"}}
+        for amp in precisions():
+            for prepared in (False, True):
+                name = f"ours, {'bfloat16' if amp == 'bf16' else 'float32'}" + ", prepared" * prepared
+                sides[name] = {"side": "ours", "amp": amp, "prepared": prepared}
+        title = f"SST-2 one by one, {share:.2f} of the layers"
+        found = race(rows, title, sides, case, 5, "ONNX Runtime, float32", 0.6)
+        for name, one in found.items():
+            ratio = one["p99_ms"] / found["ONNX Runtime, float32"]["p99_ms"]
+            row = {"row": "SST-2 one by one, p99", "side": name, "ms": one["p99_ms"], "ratio": ratio, "target": 1.1}
+            say(rows, row, f"{'99th percentile':<46} {name:<34}{one['p99_ms']:9.2f} ms{ratio:8.2f}x")
+
+
+def batches(rows: list, args) -> None:
+    """32 sentences of 32 and of 100 tokens at once, at full depth."""
+    for run, *_ in runs_given(args, ("sweet",))[:1]:
+        case = rival_of(run)
+        for T in (32, 100):
+            texts = {"source": {"tokens": T, "count": 128, "batch": 32}}
+            sides = {
+                "ONNX Runtime, float32": {"side": "onnx float32"},
+                "transformers": {"side": "transformers", "amp": "off"},
+            }
+            sides["ours, float32"] = {"side": "ours", "threshold": 1.0}
+            sides["ours, float32, prepared"] = {"side": "ours", "threshold": 1.0, "prepared": True}
+            race(rows, f"32 x {T}, full depth, per sentence", sides, case | texts, 5, "ONNX Runtime, float32", 0.85)
+            sides = {"ONNX Runtime, int8": {"side": "onnx int8"}}
+            if "bf16" in precisions():
+                for prepared in (False, True):
+                    name = "ours, bfloat16" + ", prepared" * prepared
+                    sides[name] = {"side": "ours", "threshold": 1.0, "amp": "bf16", "prepared": prepared}
+            race(rows, f"32 x {T}, full depth, per sentence", sides, case | texts, 5, "ONNX Runtime, int8", 0.95)
+
+
+def layer_share(run: str) -> float:
+    """The share of the layers at a run's operating point."""
+    return read_json(Path(run) / "evaluation.json")["operating_point"]["speedup_ratio"]
+
+
+def throughput(rows: list, args) -> None:
+    """SST-2's dev set in batches of 32: branch runs at their operating points, per sentence."""
+    ratios: dict[str, list[float]] = {}
+    for run, *_ in runs_given(args, ("branch",)):
+        case = rival_of(run) | {
+            "source": {"task": "sst2", "data_dir": str(args.data_dir.resolve()), "count": 10**6, "batch": 32}
+        }
+        sides = {"ONNX Runtime, float32": {"side": "onnx float32"}, "ONNX Runtime, int8": {"side": "onnx int8"}}
+        for amp in precisions():
+            kind = "bfloat16" if amp == "bf16" else "float32"
+            sides[f"transformers, {kind}"] = {"side": "transformers", "amp": amp}
+            sides[f"ours, {kind}"] = {"side": "ours", "amp": amp}
+            sides[f"ours, {kind}, prepared"] = {"side": "ours", "amp": amp, "prepared": True}
+        title = f"SST-2 in batches, {layer_share(run):.2f} of the layers"
+        found = race(rows, title, sides, case, 5, "ONNX Runtime, float32")
+        best = {who: min(one["ms"] for name, one in found.items() if name.startswith(who)) for who in ("ours", "trans")}
+        ratios.setdefault("transformers (target 1.6)", []).append(best["trans"] / best["ours"])
+        for kind, target in (("float32", " (target 2.5)"), ("int8", "")):
+            rival = found[f"ONNX Runtime, {kind}"]["ms"]
+            ratios.setdefault(f"ONNX Runtime, {kind}{target}", []).append(rival / best["ours"])
+    for name, values in ratios.items():
+        row = {"row": "SST-2 in batches, mean of the runs", "side": name, "ratio": statistics.mean(values)}
+        say(rows, row, f"times as fast as {name}: {row['ratio']:.2f}, mean of {len(values)} runs")
+
+
+FIRST = {
+    "ours": "from minisweet import EarlyExitClassifier; print(EarlyExitClassifier({run!r})(['a good film'])[0].label)",
+    "ours, prepared": "from minisweet import EarlyExitClassifier as E; print(E({run!r}, prepared=True)(['a good film'])[0].label)",
+    "transformers": "from transformers import pipeline; print(pipeline('text-classification', {folder!r})('a good film'))",
+}
+
+
+def first(rows: list, args) -> None:
+    """From the start of Python to the first answer, in seconds."""
+    for run, *_ in runs_given(args, METHODS)[:1]:
+        case = rival_of(run)
+        seconds: dict[str, list[float]] = {name: [] for name in FIRST}
+        for turn in range(6):
+            for name, code in FIRST.items():
+                start = time.perf_counter()
+                subprocess.run([sys.executable, "-c", code.format(**case)], check=True, capture_output=True)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        for name, values in seconds.items():
+            ratio = statistics.median(a / b for a, b in zip(values, seconds["transformers"], strict=True))
+            row = {"row": "start to first answer", "side": name, "s": statistics.median(values), "ratio": ratio}
+            say(rows, row, f"start to first answer, {name}: {row['s']:.2f} s, {ratio:.2f}x (target 0.5)")
+
+
+def methods(rows: list, args) -> None:
+    """A whole training of each method on 2,000 rows of SST-2: seconds, and the process's peak memory."""
+    base = None
+    for method in ("ee", "sweet", "mm", "branch"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "train.py", "--method", method, "--task", "sst2", "--train-size", "2000"]
+            command += ["--model", "minilm-l6", "--data-dir", str(args.data_dir), "--out", f"{folder}/run"]
+            start = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            wall = time.perf_counter() - start
+            trained = read_record(Path(folder) / "run")["seconds"] if status == 0 else float("nan")
+        row = {"row": "training", "method": method, "s": trained, "wall_s": wall, "peak_bytes": 1024 * usage.ru_maxrss}
+        base = base or row
+        times, memory = trained / base["s"], row["peak_bytes"] / base["peak_bytes"]
+        line = f"training, {method:<8}{trained:8.1f} s ({times:.2f} of EE's), peak {row['peak_bytes'] / 1e6:6.0f} MB ({memory:.2f})"
+        say(rows, row, line)
+
+
+def trunk(rows: list, args) -> None:
+    """Branches' training with the trunk's states kept from the epoch before: what keeping them could save."""
+    for run, *_ in runs_given(args, ("branch",))[:1]:
+        sides = [{"side": side, "run": run, "data_dir": str(args.data_dir.resolve())} for side in ("ours", "kept")]
+        seconds, _ = take_turns("branch", sides, 7)
+        ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+        model, record = load_run(Path(run))
+        lengths = glue(record["task"], "train", str(args.data_dir)).lengths[:6000]
+        size = 2 * 4 * (len(model.exit_layers) - 1) * model.encoder.config.hidden_size * int(lengths.sum())
+        row = {"row": "trunk's states kept", "ratio": ratio, "bytes": size}
+        line = f"a step of branches with the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000 rows;"
+        say(rows, row, f"{line} over 2 epochs at best {(1 + ratio) / 2:.2f} (keep it at 0.67)")
+
+
+LATENCY = (alone, stream, batches, throughput, first, methods, trunk)
+PARTS = {part.__name__: part for part in (*LATENCY, steps, epoch, sweeps, live, memory, startup, growth, peak)}
+MARKS = ("<!-- measured: python -m tests.benchmark --report -->\n", "<!-- /measured -->\n")
+
+
+def report(result: dict, path: Path) -> None:
+    """Put the lines of benchmark.json between the marks of the file on speed."""
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    machine = (
+        "{processor}, {threads} threads, torch {torch}, ONNX Runtime {onnxruntime}; products {gflops:.0f} GFLOP/s in "
+    )
+    machine += "float32, memory {gigabytes:.0f} GB/s, commit {commit}.\n"
+    text = machine.format(**result)
+    for part in PARTS:
+        lines = [row["line"] for row in result["rows"] if row["part"] == part]
+        if lines:
+            text += "\n".join(["", PARTS[part].__doc__, "", "```", *lines, "```", ""])
+    path.write_text(before + MARKS[0] + text + MARKS[1] + after)
 
 
 def main() -> None:
@@ -523,17 +797,46 @@ def main() -> None:
     parser.add_argument("--only", type=list_of(one_of(PARTS)), default=PARTS, help="parts, of " + ",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders, for the parts sweeps and live")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: put --out's lines into this file")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         work(args.work[0], json.loads(args.work[1]))
         return
+    if args.report:
+        report(read_json(args.out), args.report)
+        return
     rows: list[dict] = []
-    print(f"{'what; against what':<86}{'ours ms':>10}{'theirs ms':>10}{'ratio':>9}")
+    result = {
+        "torch": torch.__version__,
+        "onnxruntime": version("onnxruntime"),
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "gflops": matrix_peak(torch.float32) / 1e9,
+        "gigabytes": bandwidth() / 1e9,
+        "rows": rows,
+    }
+    print(f"{result['processor']}: products {result['gflops']:.0f} GFLOP/s, memory {result['gigabytes']:.0f} GB/s")
     for part in args.only:
-        PARTS[part](rows, args)
-    write_json(args.out, {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows})
+        print(f"\n{PARTS[part].__doc__}")
+        found: list[dict] = []
+        PARTS[part](found, args)
+        rows += [{"part": part} | row for row in found]
+        write_json(args.out, result)
+
+
+def processor() -> str:
+    """The processor's name, and its fastest instructions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    said = dict(line.split("\t:", 1) for line in reversed(lines) if "\t:" in line)
+    flags = said.get("flags", "").split()
+    best = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), "unknown")
+    return f"{said.get('model name', platform.processor()).strip()} with {best}"
 
 
 if __name__ == "__main__":
-    run_command(main)
+    with TO_THE_END:
+        run_command(main)

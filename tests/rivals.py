@@ -1,0 +1,141 @@
+"""Text in, label out: EarlyExitClassifier, and what one would use in its place. For tests/benchmark.py.
+
+`transformers` and ONNX Runtime run the model of a run's last exit, as `python -m minisweet.export` writes it. All read
+texts with the same tokenizer, and take batches of texts of similar length.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from minisweet import EarlyExitClassifier
+from minisweet.data.tasks import load_examples
+from minisweet.training.devices import reuse_freed_memory
+from minisweet.use.export import export
+
+Classify = Callable[[list[str]], list[str]]
+
+
+def export_all(run: Path, folder: Path) -> None:
+    """The run's last exit for transformers, and for ONNX Runtime in float32 and with int8 weights."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import AutoModelForSequenceClassification
+
+    export(run, folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+
+    class Logits(torch.nn.Module):
+        """Positional arguments, as the exporter takes them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits
+
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    ones = torch.ones(2, 16, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Logits(),
+            (ones, ones, torch.zeros_like(ones)),
+            str(folder / "float32.onnx"),
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in names},
+            opset_version=17,
+            dynamo=False,
+        )
+    quantize_dynamic(str(folder / "float32.onnx"), str(folder / "int8.onnx"), weight_type=QuantType.QInt8)
+
+
+def ours(run: Path, **arguments) -> Classify:
+    """EarlyExitClassifier."""
+    reuse_freed_memory()
+    classify = EarlyExitClassifier(run, **arguments)
+    return lambda texts: [answer.label for answer in classify(texts)]
+
+
+def encoder_of(folder: Path) -> Callable[[list[str]], list[np.ndarray]]:
+    """Texts to input_ids, attention_mask, token_type_ids (B, T), by the tokenizers package."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(256)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        encodings = tokenizer.encode_batch_fast(texts)
+        return [np.array([getattr(e, name) for e in encodings]) for name in ("ids", "attention_mask", "type_ids")]
+
+    return encode
+
+
+def onnx(folder: Path, kind: str, labels: list[str]) -> Classify:
+    """ONNX Runtime on the CPU; `kind` is float32 or int8."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / f"{kind}.onnx"), providers=["CPUExecutionProvider"])
+    encode = encoder_of(folder)
+    names = [value.name for value in session.get_inputs()]
+
+    def classify(texts: list[str]) -> list[str]:
+        (logits,) = session.run(None, dict(zip(names, encode(texts), strict=True)))
+        return [labels[c] for c in logits.argmax(-1)]
+
+    return classify
+
+
+def theirs(folder: Path, amp: str, labels: list[str]) -> Classify:
+    """`transformers`, its fastest attention."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    encode = encoder_of(folder)
+
+    @torch.inference_mode()
+    def classify(texts: list[str]) -> list[str]:
+        ids, mask, types = map(torch.from_numpy, encode(texts))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp == "bf16"):
+            logits = model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+        return [labels[c] for c in logits.argmax(-1).tolist()]
+
+    return classify
+
+
+def texts_of(source: dict) -> list[str]:
+    """`count` texts: of so many `tokens`, or, longest first, of the dev set of a `task` in `data_dir`."""
+    if "tokens" in source:
+        return [" ".join(["film"] * (source["tokens"] - 2))] * source["count"]
+    texts = load_examples(source["task"], "dev", Path(source["data_dir"])).first
+    texts = [texts[n] for n in np.random.default_rng(0).permutation(len(texts))[: source["count"]]]
+    return sorted(texts, key=len, reverse=True) if source["batch"] > 1 else texts
+
+
+def classify_unit(side: str, run: str, folder: str, labels: list[str], source: dict, **arguments):
+    """The unit of a process: all texts, `source["batch"]` at once. It answers with the seconds of each call."""
+    if side == "ours":
+        classify = ours(Path(run), **arguments)
+    elif side == "transformers":
+        classify = theirs(Path(folder), labels=labels, **arguments)
+    else:
+        classify = onnx(Path(folder), side.removeprefix("onnx "), labels)
+    texts, batch = texts_of(source), source["batch"]
+    # Ours gathers who is left of four batches; the others take a batch at a time.
+    size = batch * 4 if side == "ours" and batch > 1 else batch
+
+    def run_all() -> list[float]:
+        seconds = []
+        for start in range(0, len(texts), size):
+            before = time.perf_counter()
+            classify(texts[start : start + size])
+            seconds.append(time.perf_counter() - before)
+        return seconds
+
+    run_all.examples = len(texts)
+    return run_all
