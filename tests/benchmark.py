@@ -435,9 +435,9 @@ def live(rows: list, args) -> None:
             at_half = float(np.interp(0.5, *shares.T))
             excess = float((shares[:, 1] - shares[:, 0]).max())
             title = f"5 live, {method} {task}, {result['precision'].removeprefix('torch.')}"
-            rows.append({"row": title, "wall_at_half": at_half, "excess": excess, "live": result["live"]})
-            print(f"{title}: {at_half:.2f} of the time at half of the layers (target <= 0.60); ", end="")
-            print(f"at most layer share {excess:+.2f} (target +0.10)", flush=True)
+            row = {"row": title, "wall_at_half": at_half, "excess": excess, "live": result["live"]}
+            line = f"{title}: {at_half:.2f} of the time at half of the layers (target <= 0.60); at most layer share "
+            say(rows, row, f"{line}{excess:+.2f} (target +0.10)")
     for alone, task, _ in runs_given(args, ("mm",)):
         for amp, kind in ((False, "float32"), (True, "bfloat16")):
             goal = read_json(Path(alone) / "evaluation.json")["exit_scores"][-1] - 1
@@ -488,10 +488,9 @@ def saved_bytes(method: str) -> int:
 def memory(rows: list, args) -> None:
     """Row 7: activations held for the backward pass."""
     ee, sweet = saved_bytes("ee"), saved_bytes("sweet")
-    rows.append({"row": "7 activations, bytes", "ours": sweet, "theirs": ee, "ratio": sweet / ee, "target": 0.60})
-    print(
-        f"7 peak of activations: SWEET {sweet / 1e6:.0f} MB, EE {ee / 1e6:.0f} MB, {sweet / ee:.2f}x (target <= 0.60)"
-    )
+    row = {"row": "7 activations, bytes", "ours": sweet, "theirs": ee, "ratio": sweet / ee, "target": 0.60}
+    line = f"7 peak of activations: SWEET {sweet / 1e6:.0f} MB, EE {ee / 1e6:.0f} MB, {sweet / ee:.2f}x"
+    say(rows, row, f"{line} (target <= 0.60)")
 
 
 def startup(rows: list, args) -> None:
@@ -506,8 +505,9 @@ def startup(rows: list, args) -> None:
     start = time.perf_counter()
     TokenizedExamples(load_tokenizer(model_folder("minilm-l6"), 30522, 256), texts)
     tokenizing = time.perf_counter() - start
-    rows.append({"row": "8 start-up, seconds", "imports": imports, "loading": loading, "tokenizing_rte": tokenizing})
-    print(f"8 start-up: imports {imports:.1f} s, loading minilm-l6 {loading:.2f} s, tokenising RTE {tokenizing:.2f} s")
+    row = {"row": "8 start-up, seconds", "imports": imports, "loading": loading, "tokenizing_rte": tokenizing}
+    line = f"8 start-up: imports {imports:.1f} s, loading minilm-l6 {loading:.2f} s"
+    say(rows, row, f"{line}, tokenising RTE {tokenizing:.2f} s")
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
@@ -550,9 +550,8 @@ def growth(rows: list, args) -> None:
         flop = products("bert", case["size"], case["T"], True, case.get("depth"), case.get("exits", 1))
         first = first or (seconds, flop)
         row = {"row": "growth", **case, "ms": 1000 * seconds, "time": seconds / first[0], "products": flop / first[1]}
-        rows.append(row)
         what = f"T {case['T']}, {case.get('depth', 6)} layers, {case.get('exits', 1)} exits"
-        print(f"growth, {what}: {row['ms']:.0f} ms, {row['time']:.2f}x; products {row['products']:.2f}x", flush=True)
+        say(rows, row, f"growth, {what}: {row['ms']:.0f} ms, {row['time']:.2f}x; products {row['products']:.2f}x")
 
 
 def peak(rows: list, args) -> None:
@@ -564,9 +563,9 @@ def peak(rows: list, args) -> None:
                 seconds = statistics.median(take_turns(unit, [case | {"side": "ours"}], 3)[0][0])
                 available = matrix_peak(torch.bfloat16 if amp else torch.float32)
                 share = products(arch, size, 128, unit == "step") / seconds / available
-                rows.append({"row": "peak", "unit": unit, **case, "ms": 1000 * seconds, "share_of_peak": share})
+                row = {"row": "peak", "unit": unit, **case, "ms": 1000 * seconds, "share_of_peak": share}
                 what = f"{unit}, {arch} {size}, T 128, {'bfloat16' if amp else 'float32'}"
-                print(f"peak, {what}: {share:.0%} of {available / 1e9:.0f} GFLOP/s", flush=True)
+                say(rows, row, f"peak, {what}: {share:.0%} of {available / 1e9:.0f} GFLOP/s")
 
 
 def bandwidth() -> float:
@@ -599,26 +598,21 @@ def precisions() -> list[str]:
     return ["off", "bf16"] if capable else ["off"]
 
 
-def race(
-    rows: list, title: str, sides: dict[str, dict], case: dict, turns: int, against: str, target: float = 0
-) -> dict:
+def race(rows: list, title: str, sides: dict, case: dict, turns: int, against: str, target: float = 0) -> dict:
     """Let sides take turns on the same texts, and say each one's milliseconds and its ratio to the side `against`."""
     seconds, answers = take_turns("classify", [case | side for side in sides.values()], turns)
-    medians = {name: 1000 * statistics.median(of_side) for name, of_side in zip(sides, seconds, strict=True)}
-    base = seconds[list(sides).index(against)]
+    base, found = seconds[list(sides).index(against)], {}
     for name, of_side, answer in zip(sides, seconds, answers, strict=True):
         ratio = statistics.median(a / b for a, b in zip(of_side, base, strict=True))
-        p99 = 1000 * float(np.percentile(answer, 99))
-        row = {"row": title, "side": name, "ms": medians[name], "ratio": ratio, "p99_ms": p99, "target": target}
+        found[name] = {"ms": 1000 * statistics.median(of_side), "p99_ms": 1000 * float(np.percentile(answer, 99))}
+        row = {"row": title, "side": name, **found[name], "ratio": ratio, "target": target}
         aim = f" (target {target})" if target and name.startswith("ours") else ""
-        say(rows, row, f"{title:<46} {name:<34}{medians[name]:9.2f} ms{ratio:8.2f}x{aim}")
-    return {
-        name: {"ms": medians[name], "p99_ms": 1000 * float(np.percentile(a, 99))} for name, a in zip(sides, answers)
-    }
+        say(rows, row, f"{title:<46} {name:<34}{row['ms']:9.2f} ms{ratio:8.2f}x{aim}")
+    return found
 
 
 def alone(rows: list, args) -> None:
-    """One sentence of 16, 32 and 100 tokens, text in, label out: a SWEET run with all exits asked, and at full depth."""
+    """One sentence of 16, 32 and 100 tokens, text in, label out: a SWEET run, all exits asked, and at full depth."""
     for run, *_ in runs_given(args, ("sweet",))[:1]:
         case = rival_of(run)
         sides = {"ONNX Runtime, float32": {"side": "onnx float32"}, "ONNX Runtime, int8": {"side": "onnx int8"}}
@@ -667,10 +661,8 @@ def batches(rows: list, args) -> None:
         case = rival_of(run)
         for T in (32, 100):
             texts = {"source": {"tokens": T, "count": 128, "batch": 32}}
-            sides = {
-                "ONNX Runtime, float32": {"side": "onnx float32"},
-                "transformers": {"side": "transformers", "amp": "off"},
-            }
+            sides = {"ONNX Runtime, float32": {"side": "onnx float32"}}
+            sides["transformers, float32"] = {"side": "transformers", "amp": "off"}
             sides["ours, float32"] = {"side": "ours", "threshold": 1.0}
             sides["ours, float32, prepared"] = {"side": "ours", "threshold": 1.0, "prepared": True}
             race(rows, f"32 x {T}, full depth, per sentence", sides, case | texts, 5, "ONNX Runtime, float32", 0.85)
@@ -712,10 +704,11 @@ def throughput(rows: list, args) -> None:
         say(rows, row, f"times as fast as {name}: {row['ratio']:.2f}, mean of {len(values)} runs")
 
 
+IMPORT = "from minisweet import EarlyExitClassifier as E; "
 FIRST = {
-    "ours": "from minisweet import EarlyExitClassifier; print(EarlyExitClassifier({run!r})(['a good film'])[0].label)",
-    "ours, prepared": "from minisweet import EarlyExitClassifier as E; print(E({run!r}, prepared=True)(['a good film'])[0].label)",
-    "transformers": "from transformers import pipeline; print(pipeline('text-classification', {folder!r})('a good film'))",
+    "ours": IMPORT + "print(E({run!r})(['a good film'])[0].label)",
+    "ours, prepared": IMPORT + "print(E({run!r}, prepared=True)(['a good film'])[0].label)",
+    "transformers": "import transformers; print(transformers.pipeline('text-classification', {folder!r})('a good film'))",
 }
 
 
@@ -751,8 +744,8 @@ def methods(rows: list, args) -> None:
         row = {"row": "training", "method": method, "s": trained, "wall_s": wall, "peak_bytes": 1024 * usage.ru_maxrss}
         base = base or row
         times, memory = trained / base["s"], row["peak_bytes"] / base["peak_bytes"]
-        line = f"training, {method:<8}{trained:8.1f} s ({times:.2f} of EE's), peak {row['peak_bytes'] / 1e6:6.0f} MB ({memory:.2f})"
-        say(rows, row, line)
+        line = f"training, {method:<8}{trained:8.1f} s ({times:.2f} of EE's), "
+        say(rows, row, f"{line}peak {row['peak_bytes'] / 1e6:6.0f} MB ({memory:.2f})")
 
 
 def trunk(rows: list, args) -> None:
@@ -765,8 +758,10 @@ def trunk(rows: list, args) -> None:
         lengths = glue(record["task"], "train", str(args.data_dir)).lengths[:6000]
         size = 2 * 4 * (len(model.exit_layers) - 1) * model.encoder.config.hidden_size * int(lengths.sum())
         row = {"row": "trunk's states kept", "ratio": ratio, "bytes": size}
-        line = f"a step of branches with the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000 rows;"
-        say(rows, row, f"{line} over 2 epochs at best {(1 + ratio) / 2:.2f} (keep it at 0.67)")
+        line = (
+            f"a step of branches with the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000"
+        )
+        say(rows, row, f"{line} rows; over 2 epochs at best {(1 + ratio) / 2:.2f} (keep it at 0.67)")
 
 
 LATENCY = (alone, stream, batches, throughput, first, methods, trunk)
@@ -778,10 +773,8 @@ def report(result: dict, path: Path) -> None:
     """Put the lines of benchmark.json between the marks of the file on speed."""
     before, _, rest = path.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    machine = (
-        "{processor}, {threads} threads, torch {torch}, ONNX Runtime {onnxruntime}; products {gflops:.0f} GFLOP/s in "
-    )
-    machine += "float32, memory {gigabytes:.0f} GB/s, commit {commit}.\n"
+    machine = "{processor}, {threads} threads, torch {torch}, ONNX Runtime {onnxruntime}; products {gflops:.0f} "
+    machine += "GFLOP/s in float32, memory {gigabytes:.0f} GB/s; commit {commit}.\n"
     text = machine.format(**result)
     for part in PARTS:
         lines = [row["line"] for row in result["rows"] if row["part"] == part]
@@ -812,9 +805,7 @@ def main() -> None:
         "onnxruntime": version("onnxruntime"),
         "threads": torch.get_num_threads(),
         "processor": processor(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
         "gflops": matrix_peak(torch.float32) / 1e9,
         "gigabytes": bandwidth() / 1e9,
         "rows": rows,
