@@ -708,7 +708,7 @@ IMPORT = "from minisweet import EarlyExitClassifier as E; "
 FIRST = {
     "ours": IMPORT + "print(E({run!r})(['a good film'])[0].label)",
     "ours, prepared": IMPORT + "print(E({run!r}, prepared=True)(['a good film'])[0].label)",
-    "transformers": "import transformers; print(transformers.pipeline('text-classification', {folder!r})('a good film'))",
+    "transformers": "import transformers as t; print(t.pipeline('text-classification', {folder!r})('a good film'))",
 }
 
 
@@ -759,7 +759,7 @@ def trunk(rows: list, args) -> None:
         size = 2 * 4 * (len(model.exit_layers) - 1) * model.encoder.config.hidden_size * int(lengths.sum())
         row = {"row": "trunk's states kept", "ratio": ratio, "bytes": size}
         line = (
-            f"a step of branches with the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000"
+            f"a step of branches, the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000"
         )
         say(rows, row, f"{line} rows; over 2 epochs at best {(1 + ratio) / 2:.2f} (keep it at 0.67)")
 
