@@ -92,7 +92,7 @@ def test_the_file_holds_what_was_evaluated(tmp_path):
     assert {*case.evaluation["thresholds"], point["threshold"], 0.34, 0.5, 0.99} <= set(thresholds)
     assert min(np.diff(thresholds)) > 1e-9  # 0.8 of the evaluation and 0.80 of the hundredths are one
     assert max(np.diff(thresholds)) < 0.0101
-    for threshold, score, ratio in zip(thresholds, data["scores"], data["ratios"], strict=True):
+    for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
         taken = case.taken(threshold)
         right = case.predictions[taken, np.arange(len(taken))] == case.labels
         assert score == pytest.approx(100 * right.mean())
@@ -121,8 +121,8 @@ def test_a_branch_model_asks_none_but_the_last_at_threshold_1(tmp_path):
     assert data["confidences"][2] == [1.0] * 200
     costs = np.array([1, 2 + 1 / 6, 4 + 2 / 6]) / 4
     assert data["exit_costs"] == pytest.approx(costs)
-    assert data["ratios"][-2] == pytest.approx(costs[case.taken(0.99)].mean())
-    assert data["ratios"][-1] == 1.0
+    assert data["speedup_ratios"][-2] == pytest.approx(costs[case.taken(0.99)].mean())
+    assert data["speedup_ratios"][-1] == 1.0
 
 
 def test_the_template_needs_no_network():

@@ -1,10 +1,5 @@
 """Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made.
 
-    from minisweet import EarlyExitClassifier
-    classify = EarlyExitClassifier("runs/tickets")
-    for answer in classify(["no invoice", ("subject", "body")]):
-        print(answer.label, answer.confidence)
-
 Dimension letters: B batch, C classes, K exits, N instances.
 """
 

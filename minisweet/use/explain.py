@@ -36,11 +36,10 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 class ExitAnswer(NamedTuple):
-    """What one exit says of a text."""
+    """What one exit says of a text. The first one that is enough is taken."""
 
     answer: Answer
-    leaves: bool  # whether its confidence is enough; the last exit's always is
-    taken: bool  # the first one that is enough
+    is_enough: bool  # its confidence; the last exit's always is
 
 
 def main() -> None:
@@ -57,12 +56,11 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.text) > 2 or not (args.text or args.html):
         raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")
-    if args.html:
-        check_file("--html", args.html, ".html")
     if args.text:
         classify = classifier_of(args)
         print_exits(explain(classify, args.text[0] if len(args.text) == 1 else args.text), classify.threshold)
     if args.html:
+        check_file("--html", args.html, ".html")
         write_html(args.run, args.html, args.data, args.data_dir)
         print(f"written to {args.html}")
 
@@ -77,22 +75,21 @@ def explain(classify: EarlyExitClassifier, text: str | tuple[str, str]) -> list[
     confidence = torch.cat([classify.rule.confidence(k, *exit_said) for k, exit_said in enumerate(said)])  # (K,)
     enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
     enough[-1] = True
-    taken = int(enough.int().argmax())  # the first True
     answers = classify.answers(Answers(logits.argmax(-1), torch.arange(len(said)), logits, confidence))
-    return [ExitAnswer(answer, bool(enough[k]), k == taken) for k, answer in enumerate(answers)]
+    return list(map(ExitAnswer, answers, enough.tolist()))
 
 
 def print_exits(exits: list[ExitAnswer], threshold: float) -> None:
     """Print a row per exit."""
-    width = max(5, *(len(one_line(exit.answer.label, 30)) for exit in exits))
+    taken = next(answer for answer, is_enough in exits if is_enough)
+    width = max(5, *(len(one_line(answer.label, 30)) for answer, _ in exits))
     print(f"threshold {threshold:.4g}\n\n   layer  {'label':<{width}}  confidence  leaves  probabilities")
-    for answer, enough, taken in exits:
+    for answer, is_enough in exits:
         highest = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:SHOWN]
         shown = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in highest)
         more = f", and {len(answer.probabilities) - SHOWN} more" if len(answer.probabilities) > SHOWN else ""
-        row = f"{'->' if taken else '  '} {answer.exit_layer:>5}  {one_line(answer.label, 30):<{width}}"
-        print(f"{row}  {answer.confidence:>10.3f}  {'yes' if enough else 'no':<6}  {shown}{more}")
-    taken = next(exit.answer for exit in exits if exit.taken)
+        row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {one_line(answer.label, 30):<{width}}"
+        print(f"{row}  {answer.confidence:>10.3f}  {'yes' if is_enough else 'no':<6}  {shown}{more}")
     print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
 
 
@@ -132,25 +129,25 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
     counts = dict(zip(thresholds, swept["exit_counts"], strict=True))
     if [counts[threshold] for threshold in evaluation["thresholds"]] != evaluation["exit_counts"]:
         raise InputError("evaluation.json: it counts other exits than these logits give; run evaluate.py again")
-    data = {key: evaluation[key] for key in ("task", "method", "exit_layers", "exit_scores")} | {
-        "model": Path(record["model"]).name,
-        "metric": METRICS[metric],
-        "labels": record["labels"],
-        "depth": record["depth"],
-        "exit_costs": exit_costs(*cost_terms),
-        "lowest": rule.lowest,
-        "thresholds": thresholds,
-        "scores": swept["scores"],
-        "ratios": swept["speedup_ratios"],
-        "operating_point": point,
-        "sentences": rows.texts(),
-        "predictions": predictions.tolist(),
-        # Nine digits tell every float32 from its neighbours.
-        "confidences": [[float(f"{value:.9g}") for value in row] for row in confidence.tolist()],
-        "right": None if metric == "agreement" else labels.tolist(),
-        "levels": LEVELS if rows.difficulties else [],  # of the toy task
-        "difficulties": rows.difficulties and [LEVELS.index(level) for level in rows.difficulties],
-    }
+    data = (
+        evaluation
+        | swept
+        | {
+            "model": Path(record["model"]).name,
+            "metric": METRICS[metric],
+            "labels": record["labels"],
+            "depth": record["depth"],
+            "exit_costs": exit_costs(*cost_terms),
+            "lowest": rule.lowest,
+            "sentences": rows.texts(),
+            "predictions": predictions.tolist(),
+            # Nine digits tell every float32 from its neighbours.
+            "confidences": [[float(f"{value:.9g}") for value in row] for row in confidence.tolist()],
+            "right": None if metric == "agreement" else labels.tolist(),
+            "levels": LEVELS if rows.difficulties else [],  # of the toy task
+            "difficulties": rows.difficulties and [LEVELS.index(level) for level in rows.difficulties],
+        }
+    )
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     with written_beside(path) as partial:

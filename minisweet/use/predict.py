@@ -10,7 +10,8 @@ line is a text; of a run that was trained on pairs, two texts with a tab between
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from minisweet.training.devices import reuse_freed_memory
 from minisweet.use.classifier import WINDOW, Answer, add_classifier_options, classifier_of
 
 __all__ = ["main", "run_command"]
-CHARACTERS = 2**22  # of the rows that are held at once, about: sooner than `WINDOW` rows of them
 
 
 def main() -> None:
@@ -99,16 +99,10 @@ def find_columns(path: Path, named: Sequence[str] | None, trained: Sequence[str]
     raise InputError(f"{path}: no column {wanted}; it has {there}; name yours with --text-columns")
 
 
-def in_chunks(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """Rows in lists of `WINDOW`, or fewer where they are long; the last list may be empty."""
-    chunk, size = [], 0
-    for row in rows:
-        chunk.append(row)
-        size += len(str(row))
-        if len(chunk) == WINDOW or size > CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
+def in_chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    """Rows in lists of `WINDOW`; the last may be shorter."""
+    while chunk := list(islice(rows, WINDOW)):
+        yield chunk
 
 
 def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
