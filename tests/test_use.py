@@ -347,8 +347,8 @@ def test_explain(make_run, method, strategy):
         classify = EarlyExitClassifier(run, threshold)
         for text in TEXTS:
             exits = explain.explain(classify, text)
-            assert [exit.answer.exit_layer for exit in exits] == [1, 2, 4]
-            taken = next(exit.answer for exit in exits if exit.is_enough)
+            assert [answer.exit_layer for answer, _ in exits] == [1, 2, 4]
+            taken = next(answer for answer, is_enough in exits if is_enough)
             (answer,) = classify([text])
             assert taken.label == answer.label
             assert taken.exit_layer == answer.exit_layer

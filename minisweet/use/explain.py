@@ -10,8 +10,8 @@ Dimension letters: C classes, K exits, N instances, P thresholds.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +33,6 @@ from minisweet.use.plots import METRICS
 __all__ = ["main", "run_command"]
 SHOWN = 5  # probabilities of an exit, the highest ones
 TEMPLATE = Path(__file__).with_name("page.html")
-
-
-class ExitAnswer(NamedTuple):
-    """What one exit says of a text. The first one that is enough is taken."""
-
-    answer: Answer
-    is_enough: bool  # its confidence; the last exit's always is
 
 
 def main() -> None:
@@ -66,8 +59,11 @@ def main() -> None:
 
 
 @torch.no_grad()
-def explain(classify: EarlyExitClassifier, text: str | tuple[str, str]) -> list[ExitAnswer]:
-    """What all exits say of a text or a pair, whether they would be taken or not. Raises InputError for another."""
+def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
+    """What each exit says of a text or a pair, and whether it is sure enough to leave; the first one that is is taken.
+
+    The last exit always is. Raises InputError for what is neither text nor pair.
+    """
     inputs = next(classify.tokenize(check_texts([text])).by_length(1)).to(classify.device).inputs
     with autocast(classify.device, classify.precision):
         said = list(classify.model.exit_by_exit(*inputs))  # K of (1, C) and (1,) or None
@@ -76,10 +72,10 @@ def explain(classify: EarlyExitClassifier, text: str | tuple[str, str]) -> list[
     enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
     enough[-1] = True
     answers = classify.answers(Answers(logits.argmax(-1), torch.arange(len(said)), logits, confidence))
-    return list(map(ExitAnswer, answers, enough.tolist()))
+    return list(zip(answers, enough.tolist(), strict=True))
 
 
-def print_exits(exits: list[ExitAnswer], threshold: float) -> None:
+def print_exits(exits: list[tuple[Answer, bool]], threshold: float) -> None:
     """Print a row per exit."""
     taken = next(answer for answer, is_enough in exits if is_enough)
     width = max(5, *(len(one_line(answer.label, 30)) for answer, _ in exits))
@@ -129,25 +125,23 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
     counts = dict(zip(thresholds, swept["exit_counts"], strict=True))
     if [counts[threshold] for threshold in evaluation["thresholds"]] != evaluation["exit_counts"]:
         raise InputError("evaluation.json: it counts other exits than these logits give; run evaluate.py again")
-    data = (
-        evaluation
-        | swept
-        | {
-            "model": Path(record["model"]).name,
-            "metric": METRICS[metric],
-            "labels": record["labels"],
-            "depth": record["depth"],
-            "exit_costs": exit_costs(*cost_terms),
-            "lowest": rule.lowest,
-            "sentences": rows.texts(),
-            "predictions": predictions.tolist(),
-            # Nine digits tell every float32 from its neighbours.
-            "confidences": [[float(f"{value:.9g}") for value in row] for row in confidence.tolist()],
-            "right": None if metric == "agreement" else labels.tolist(),
-            "levels": LEVELS if rows.difficulties else [],  # of the toy task
-            "difficulties": rows.difficulties and [LEVELS.index(level) for level in rows.difficulties],
-        }
-    )
+    data = {
+        **evaluation,
+        **swept,  # at more thresholds
+        "model": Path(record["model"]).name,
+        "metric": METRICS[metric],
+        "labels": record["labels"],
+        "depth": record["depth"],
+        "exit_costs": exit_costs(*cost_terms),
+        "lowest": rule.lowest,
+        "sentences": rows.texts(),
+        "predictions": predictions.tolist(),
+        # Nine digits tell every float32 from its neighbours.
+        "confidences": [[float(f"{value:.9g}") for value in row] for row in confidence.tolist()],
+        "right": None if metric == "agreement" else labels.tolist(),
+        "levels": LEVELS if rows.difficulties else [],  # of the toy task
+        "difficulties": rows.difficulties and [LEVELS.index(level) for level in rows.difficulties],
+    }
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     with written_beside(path) as partial:

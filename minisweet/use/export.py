@@ -60,8 +60,9 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     with written_beside(out, overwrite=False) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(plain_tensors(part, k), metadata={"format": "pt"}))
-        write_json(partial / "config.json", plain_config(part.encoder.config, layer, record["labels"], tokenizer))
-        write_json(partial / "tokenizer_config.json", tokenizer_config(tokenizer, max_length))
+        configs = plain_configs(part.encoder.config, layer, record["labels"], tokenizer, max_length)
+        for name, content in configs.items():
+            write_json(partial / name, content)
         tokenizer.no_truncation()  # model_max_length says it
         tokenizer.save(str(partial / "tokenizer.json"))
     return layer
@@ -83,9 +84,10 @@ def plain_tensors(model: MultiExitModel, k: int) -> dict[str, Tensor]:
     return tensors
 
 
-def plain_config(config: Config, depth: int, labels: list[str], tokenizer: Tokenizer) -> dict:
-    """config.json for transformers. What is not said there has the same default here and there."""
-    return {
+def plain_configs(config: Config, depth: int, labels: list[str], tokenizer: Tokenizer, max_length: int) -> dict:
+    """The files that tell transformers of a model and its tokenizer.json. What is unsaid has the same default there."""
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    model = {
         "architectures": [f"{config.model_type.capitalize()}ForSequenceClassification"],
         "model_type": config.model_type,
         **{name: value for name, value in asdict(config).items() if value is not None},
@@ -95,15 +97,11 @@ def plain_config(config: Config, depth: int, labels: list[str], tokenizer: Token
         "problem_type": "single_label_classification",
         "pad_token_id": tokenizer.token_to_id("[PAD]"),
     }
-
-
-def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict:
-    """tokenizer_config.json for transformers, which then reads tokenizer.json as it is."""
-    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return {
+    texts = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in names.items() if tokenizer.token_to_id(token) is not None},
+        **{name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None},
     }
+    return {"config.json": model, "tokenizer_config.json": texts}

@@ -88,15 +88,14 @@ def find_columns(path: Path, named: Sequence[str] | None, trained: Sequence[str]
 
     Raises InputError, with the columns that are there, where there is none of them.
     """
-    first = next(read_rows(path, ()), None)
-    if first is None:
-        raise InputError(f"{path}: no rows")
+    first = next(read_rows(path, ()), {})
     candidates = [named] if named else [columns for columns in (trained, *TEXT_COLUMNS) if columns]
     for columns in candidates:
         if set(columns) <= first.keys():
             return columns
     wanted, there = " or ".join(map(",".join, candidates)), ", ".join(f"{name:.30}" for name in list(first)[:8])
-    raise InputError(f"{path}: no column {wanted}; it has {there}; name yours with --text-columns")
+    there = f"it has {there}; name yours with --text-columns" if first else "it has no rows"
+    raise InputError(f"{path}: no column {wanted}; {there}")
 
 
 def in_chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
