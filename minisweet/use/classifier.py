@@ -25,6 +25,7 @@ from minisweet.files.safe import InputError, is_text
 from minisweet.live import Answers, early_exit
 from minisweet.training.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
 
+LOG = logging.getLogger("minisweet")
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
 
@@ -146,8 +147,7 @@ class EarlyExitClassifier:
         threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
         if not reached:
             share = there.ratios[np.searchsorted(there.thresholds, threshold)]
-            log = logging.getLogger("minisweet")
-            log.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
+            LOG.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
         return threshold
 
 

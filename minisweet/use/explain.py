@@ -60,9 +60,9 @@ def main() -> None:
 
 @torch.no_grad()
 def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
-    """What each exit says of a text or a pair, and whether it is sure enough to leave; the first one that is is taken.
+    """What each exit says of a text or a pair, and whether that is enough to leave: the first such exit is taken.
 
-    The last exit always is. Raises InputError for what is neither text nor pair.
+    At the last exit it always is. Raises InputError for what is neither text nor pair.
     """
     inputs = next(classify.tokenize(check_texts([text])).by_length(1)).to(classify.device).inputs
     with autocast(classify.device, classify.precision):
@@ -126,8 +126,9 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
     if [counts[threshold] for threshold in evaluation["thresholds"]] != evaluation["exit_counts"]:
         raise InputError("evaluation.json: it counts other exits than these logits give; run evaluate.py again")
     data = {
-        **evaluation,
-        **swept,  # at more thresholds
+        **{key: evaluation[key] for key in ("task", "method", "exit_layers")},
+        **swept,
+        "operating_point": point,
         "model": Path(record["model"]).name,
         "metric": METRICS[metric],
         "labels": record["labels"],

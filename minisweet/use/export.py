@@ -60,8 +60,7 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     with written_beside(out, overwrite=False) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(plain_tensors(part, k), metadata={"format": "pt"}))
-        configs = plain_configs(part.encoder.config, layer, record["labels"], tokenizer, max_length)
-        for name, content in configs.items():
+        for name, content in plain_configs(part.encoder.config, layer, record["labels"], tokenizer, max_length).items():
             write_json(partial / name, content)
         tokenizer.no_truncation()  # model_max_length says it
         tokenizer.save(str(partial / "tokenizer.json"))
