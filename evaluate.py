@@ -95,7 +95,7 @@ def main() -> None:
     # The logits first: a stop between the two leaves an evaluation that tells of others.
     digests = {"run_digest": before, "logits_digest": save_validation(run / "logits.safetensors", validation)}
     write_json(run / "evaluation.json", evaluation | digests)
-    draw_curve(run / "curve.png", evaluation, record["labels"])
+    draw_curve(run / "curve.png", evaluation)
     name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")
     print_evaluation(evaluation, record["labels"])

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from minisweet.data.tasks import Examples
+from minisweet.data.toy import LEVELS
+from minisweet.evaluation.sweep import Validation
 from minisweet.files.safe import InputError
-from minisweet.use.page import TEMPLATE, write_page
+from minisweet.use.explain import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
 LAYERS, DEPTH = [1, 2, 4], 4
-LEVELS = ["easy", "hard"]
 
 
 class Case:
@@ -32,7 +34,7 @@ class Case:
             self.certainty[:, 0], self.certainty[:, 1] = 0, 1
         self.confidence = (self.logits.softmax(-1).amax(-1) if self.certainty is None else self.certainty).numpy()
         self.lowest = 0.0 if lte else 1 / 3
-        self.levels = [LEVELS[n % 2] for n in range(N)]
+        self.levels = [LEVELS[n % 4] for n in range(N)]
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
         self.targets = self.labels if labelled else self.predictions[-1]
         thresholds = np.linspace(self.lowest, 1, 11).tolist()
@@ -48,7 +50,6 @@ class Case:
             "certainty_ranges": [[0.0, 1.0]] * 3,
         }
         self.record = {"model": "weights/tiny", "labels": ["no", "yes", "<i>perhaps</i>"], "depth": DEPTH}
-        self.given = self.labels if labelled else None
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
@@ -60,9 +61,9 @@ class Case:
         return np.where(stays[0], np.where(stays[1], 2, 1), 0)
 
     def write(self, path: Path) -> Path:
-        write_page(
-            path, self.evaluation, self.record, self.sentences, self.logits, self.certainty, self.given, self.levels
-        )
+        rows = Examples(self.sentences, None, self.labels.tolist(), self.levels)  # the sentences are pairs in part
+        validation = Validation(self.logits, self.certainty, torch.tensor(self.targets))
+        write_page(path, self.evaluation, self.record, rows, validation)
         return path
 
 
@@ -91,7 +92,7 @@ def test_the_file_holds_what_was_evaluated(tmp_path):
     assert {*case.evaluation["thresholds"], point["threshold"], 0.34, 0.5, 0.99} <= set(thresholds)
     assert min(np.diff(thresholds)) > 1e-9  # 0.8 of the evaluation and 0.80 of the hundredths are one
     assert max(np.diff(thresholds)) < 0.0101
-    for threshold, score, ratio in zip(thresholds, data["scores"], data["ratios"], strict=True):
+    for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
         taken = case.taken(threshold)
         right = case.predictions[taken, np.arange(len(taken))] == case.labels
         assert score == pytest.approx(100 * right.mean())
@@ -120,8 +121,8 @@ def test_a_branch_model_asks_none_but_the_last_at_threshold_1(tmp_path):
     assert data["confidences"][2] == [1.0] * 200
     costs = np.array([1, 2 + 1 / 6, 4 + 2 / 6]) / 4
     assert data["exit_costs"] == pytest.approx(costs)
-    assert data["ratios"][-2] == pytest.approx(costs[case.taken(0.99)].mean())
-    assert data["ratios"][-1] == 1.0
+    assert data["speedup_ratios"][-2] == pytest.approx(costs[case.taken(0.99)].mean())
+    assert data["speedup_ratios"][-1] == 1.0
 
 
 def test_the_template_needs_no_network():
@@ -252,7 +253,7 @@ def test_filters(page):
     taken = case.taken(threshold)
     wrong = case.predictions[taken, np.arange(200)] != case.labels
     changed = (case.predictions != case.predictions[0]).any(0)
-    hard = np.arange(200) % 2 == 1
+    hard = np.arange(200) % 4 == 1
     assert opened.shown() == 200
     opened.set("wrong", True)
     assert opened.shown() == wrong.sum()

@@ -282,6 +282,14 @@ def test_pairs_and_text_columns(run, tmp_path):
         assert float(row["p_negative"]) == pytest.approx(classify([text])[0].probabilities["negative"], abs=1e-6)
 
 
+def test_text_columns_that_cannot_be(run, tmp_path):
+    """More than two, and any of standard input, whose lines have no columns: refused before it is read."""
+    path = write_csv(tmp_path / "in.csv", [("a", "b", "c")], ("a", "b", "c"))
+    for file, columns in ((path, "a,b,c"), ("-", "a"), ("-", "a,b")):
+        status, out, err = call(predict, run, file, "--text-columns", columns, "--threshold", 0.6)
+        assert (status, out, f"--text-columns: {columns}, should be" in err, err.count("\n")) == (2, "", True, 1)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -339,8 +347,8 @@ def test_explain(make_run, method, strategy):
         classify = EarlyExitClassifier(run, threshold)
         for text in TEXTS:
             exits = explain.explain(classify, text)
-            assert [exit.answer.exit_layer for exit in exits] == [1, 2, 4]
-            (taken,) = [exit.answer for exit in exits if exit.taken]
+            assert [answer.exit_layer for answer, _ in exits] == [1, 2, 4]
+            taken = next(answer for answer, is_enough in exits if is_enough)
             (answer,) = classify([text])
             assert taken.label == answer.label
             assert taken.exit_layer == answer.exit_layer

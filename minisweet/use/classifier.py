@@ -1,10 +1,5 @@
 """Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made.
 
-    from minisweet import EarlyExitClassifier
-    classify = EarlyExitClassifier("runs/tickets")
-    for answer in classify(["no invoice", ("subject", "body")]):
-        print(answer.label, answer.confidence)
-
 Dimension letters: B batch, C classes, K exits, N instances.
 """
 
@@ -17,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minisweet.adaptive import ExitRule
 from minisweet.data.tasks import Examples
@@ -32,6 +26,7 @@ from minisweet.live import Answers, early_exit
 from minisweet.training.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
 from minisweet.use.prepared import prepare
 
+LOG = logging.getLogger("minisweet")
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
 
@@ -48,8 +43,7 @@ class Answer(NamedTuple):
 class EarlyExitClassifier:
     """Classifies texts, or pairs of them, each at the first exit whose confidence reaches the threshold.
 
-    Exits, temperatures (of learning-to-exit: the ranges of certainty) and the operating point are those of the run's
-    evaluation.json. Several threads may share one classifier.
+    Exits, calibration and the operating point are those of evaluation.json. Several threads may share one classifier.
 
     Args:
         run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
@@ -57,14 +51,12 @@ class EarlyExitClassifier:
             None for the operating point.
         max_loss, speed: choose the threshold from the saved evaluation instead: the fastest that loses at most so many
             points to full depth, or the best that runs at most this share of the layers.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        amp: "auto", "off", "bf16" or "fp16", as the commands' --amp.
+        device, amp: as the commands' --device and --amp.
         batch_size: texts that run at once.
         prepared: lay the weights out for the processor first, see prepared.py: single texts take less time, and the
             answers are the same but for rounding. On the CPU alone.
 
-    Raises:
-        InputError (a ValueError): no run, a broken one, an argument outside its range, or a threshold that is needed.
+    Raises InputError (a ValueError) for no run, a broken one, an argument outside its range, a threshold that lacks.
     """
 
     def __init__(
@@ -109,7 +101,10 @@ class EarlyExitClassifier:
             self.rule = ExitRule(len(self.labels), ranges=ranges)
         if threshold is None:
             threshold = self._operating_point(run, max_loss, speed)
-        self.threshold = check_threshold(threshold, self.rule.lowest)
+        if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
+            right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
+            raise InputError(f"threshold: {threshold!r:.80}, should be {right}")
+        self.threshold = float(threshold)
         self.model, self.exit_layers = model.to(self.device), model.exit_layers
         if prepared:
             self.model = prepare(self.model, self.precision)
@@ -130,7 +125,7 @@ class EarlyExitClassifier:
                 with autocast(self.device, self.precision):
                     found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
                 rows += pool.rows.tolist()
-                window += self._answers(found)
+                window += self.answers(found)
             answers += [window[place] for place in np.argsort(rows)]
         return answers
 
@@ -138,14 +133,12 @@ class EarlyExitClassifier:
         """Texts and pairs, mixed, as `check_texts` gives them."""
         return TokenizedExamples(self.tokenizer, Examples(texts, None, None))  # the tokenizer takes a pair for a text
 
-    def probabilities(self, logits: Tensor, exits: Tensor) -> Tensor:
-        """The logits (B, C) of the exits (B,), counted from 0, to probabilities (B, C)."""
+    def answers(self, found: Answers) -> list[Answer]:
+        """What exits said of B texts, each text by one of them, as users read it."""
+        logits = found.logits
         if self.rule.temperatures is not None:
-            logits = logits / self.rule.temperatures.to(logits.device)[exits]  # (K, 1) to (B, 1)
-        return logits.softmax(-1)
-
-    def _answers(self, found: Answers) -> list[Answer]:
-        columns = (found.labels, found.confidence, found.exits, self.probabilities(found.logits, found.exits))
+            logits = logits / self.rule.temperatures.to(logits.device)[found.exits]  # (K, 1) to (B, 1)
+        columns = (found.labels, found.confidence, found.exits, logits.softmax(-1))
         return [
             Answer(self.labels[label], confidence, self.exit_layers[k], dict(zip(self.labels, row, strict=True)))
             for label, confidence, k, row in zip(*(column.tolist() for column in columns), strict=True)
@@ -161,8 +154,7 @@ class EarlyExitClassifier:
         threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
         if not reached:
             share = there.ratios[np.searchsorted(there.thresholds, threshold)]
-            log = logging.getLogger("minisweet")
-            log.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
+            LOG.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
         return threshold
 
 
@@ -189,27 +181,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def check_threshold(threshold: float, lowest: float) -> float:
-    """The threshold, if it is a number from `lowest` to 1. Raises InputError."""
-    if not is_number(threshold) or not lowest - ROUNDING <= threshold <= 1:
-        right = f"from {lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
-        raise InputError(f"threshold: {threshold!r:.80}, should be a number {right}")
-    return float(threshold)
-
-
-def check_texts(texts: Iterable) -> list[str | tuple[str, str]]:
+def check_texts(texts: Iterable) -> list[str | Sequence[str]]:
     """The texts and pairs, in a list. Raises InputError for another thing, with its index from 0."""
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
         raise InputError(f"texts: {texts!r:.80}, should be a list of texts or pairs; for one text: classify([text])")
-    checked = []
-    for i, text in enumerate(texts):
-        parts = text if isinstance(text, tuple | list) and len(text) == 2 else (text,)
-        for part in parts:
-            if not isinstance(part, str):
-                raise InputError(f"item {i}: {text!r:.80}, should be a text or a pair of texts")
-            try:
-                part.encode()
-            except UnicodeEncodeError:
-                raise InputError(f"item {i}: {text!r:.80}, holds half a character (a lone surrogate)") from None
-        checked.append(text if isinstance(text, str) else tuple(text))
+    checked = list(texts)
+    for i, text in enumerate(checked):
+        try:
+            for part in text if isinstance(text, tuple | list) and len(text) == 2 else (text,):
+                str.encode(part)
+        except (TypeError, UnicodeEncodeError):  # no string, or one with half a character
+            right = "a text or a pair of texts, without lone surrogates"
+            raise InputError(f"item {i}: {text!r:.80}, should be {right}") from None
     return checked

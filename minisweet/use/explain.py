@@ -4,34 +4,35 @@
     python -m minisweet.explain RUN "How old are you?" "What is your age?"
     python -m minisweet.explain RUN --html page.html
 
-Dimension letters: C classes, K exits, N instances.
+The page is one HTML file, page.html with the data of a saved evaluation. It decides by the confidences that stand in it
+as `minisweet.adaptive.leaves` does: in float32, so that it counts what evaluation.json counts.
+Dimension letters: C classes, K exits, N instances, P thresholds.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from minisweet.adaptive import leaves
+from minisweet.adaptive import ExitRule, exit_costs, exits_taken, leaves
+from minisweet.calibration import row_temperatures
 from minisweet.data.own import load_dev
-from minisweet.evaluation.sweep import load_validation
+from minisweet.data.tasks import Examples
+from minisweet.data.toy import LEVELS
+from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.files.commands import Parser, run_command
 from minisweet.files.runs import read_evaluation, read_record
-from minisweet.files.safe import InputError, check_file, one_line
+from minisweet.files.safe import InputError, check_file, one_line, written_beside
+from minisweet.live import Answers
 from minisweet.training.devices import autocast
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, check_texts, classifier_of
-from minisweet.use.page import write_page
+from minisweet.use.plots import METRICS
 
 __all__ = ["main", "run_command"]
 SHOWN = 5  # probabilities of an exit, the highest ones
-
-
-class ExitAnswer(NamedTuple):
-    """What one exit says of a text."""
-
-    answer: Answer
-    leaves: bool  # whether its confidence is enough; the last exit's always is
-    taken: bool  # the first one that is enough
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def main() -> None:
@@ -48,46 +49,43 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.text) > 2 or not (args.text or args.html):
         raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")
-    if args.html:
-        check_file("--html", args.html, ".html")
     if args.text:
         classify = classifier_of(args)
-        text = args.text[0] if len(args.text) == 1 else tuple(args.text)
-        print_exits(explain(classify, text), classify.threshold)
+        print_exits(explain(classify, args.text[0] if len(args.text) == 1 else args.text), classify.threshold)
     if args.html:
+        check_file("--html", args.html, ".html")
         write_html(args.run, args.html, args.data, args.data_dir)
         print(f"written to {args.html}")
 
 
 @torch.no_grad()
-def explain(classify: EarlyExitClassifier, text: str | tuple[str, str]) -> list[ExitAnswer]:
-    """What all exits say of a text or a pair, whether they would be taken or not. Raises InputError for another."""
+def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
+    """What each exit says of a text or a pair, and whether that is enough to leave: the first such exit is taken.
+
+    At the last exit it always is. Raises InputError for what is neither text nor pair.
+    """
     inputs = next(classify.tokenize(check_texts([text])).by_length(1)).to(classify.device).inputs
-    exits, found = [], False
     with autocast(classify.device, classify.precision):
         said = list(classify.model.exit_by_exit(*inputs))  # K of (1, C) and (1,) or None
-    for k, (logits, certainty) in enumerate(said):
-        confidence = classify.rule.confidence(k, logits, certainty)  # (1,)
-        enough = k == len(said) - 1 or bool(leaves(confidence, classify.threshold, classify.rule.lowest))
-        probabilities = classify.probabilities(logits.float(), torch.tensor([k]))[0].tolist()
-        label, named = classify.labels[int(logits.argmax())], dict(zip(classify.labels, probabilities, strict=True))
-        answer = Answer(label, float(confidence), classify.exit_layers[k], named)
-        exits.append(ExitAnswer(answer, enough, enough and not found))
-        found = found or enough
-    return exits
+    logits = torch.cat([exit_logits for exit_logits, _ in said]).float()  # (K, C)
+    confidence = torch.cat([classify.rule.confidence(k, *exit_said) for k, exit_said in enumerate(said)])  # (K,)
+    enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
+    enough[-1] = True
+    answers = classify.answers(Answers(logits.argmax(-1), torch.arange(len(said)), logits, confidence))
+    return list(zip(answers, enough.tolist(), strict=True))
 
 
-def print_exits(exits: list[ExitAnswer], threshold: float) -> None:
+def print_exits(exits: list[tuple[Answer, bool]], threshold: float) -> None:
     """Print a row per exit."""
-    width = max(len(one_line(exit.answer.label, 30)) for exit in exits)
-    print(f"threshold {threshold:.4g}\n\n   layer  {'label':<{max(5, width)}}  confidence  leaves  probabilities")
-    for answer, enough, taken in exits:
+    taken = next(answer for answer, is_enough in exits if is_enough)
+    width = max(5, *(len(one_line(answer.label, 30)) for answer, _ in exits))
+    print(f"threshold {threshold:.4g}\n\n   layer  {'label':<{width}}  confidence  leaves  probabilities")
+    for answer, is_enough in exits:
         highest = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:SHOWN]
         shown = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in highest)
         more = f", and {len(answer.probabilities) - SHOWN} more" if len(answer.probabilities) > SHOWN else ""
-        row = f"{'->' if taken else '  '} {answer.exit_layer:>5}  {one_line(answer.label, 30):<{max(5, width)}}"
-        print(f"{row}  {answer.confidence:>10.3f}  {'yes' if enough else 'no':<6}  {shown}{more}")
-    taken = next(exit.answer for exit in exits if exit.taken)
+        row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {one_line(answer.label, 30):<{width}}"
+        print(f"{row}  {answer.confidence:>10.3f}  {'yes' if is_enough else 'no':<6}  {shown}{more}")
     print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
 
 
@@ -101,6 +99,51 @@ def write_html(run: Path, page: Path, data: Path | None, data_dir: Path | None) 
     rows = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, data, data_dir)
     if len(rows.first) != len(validation.labels):
         raise InputError(f"{path}: of {len(validation.labels)} rows, and the validation data has {len(rows.first)}")
-    labels = None if rows.labels is None else validation.labels.tolist()
-    said = (validation.logits, validation.certainty, labels)
-    write_page(page, evaluation, record, rows.texts(), *said, rows.difficulties)
+    write_page(page, evaluation, record, rows, validation)
+
+
+def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, validation: Validation) -> None:
+    """Write the page, whole or not at all; what stands at `path` is replaced.
+
+    `evaluation` and `record` are what evaluation.json and run.json hold, `validation` what the exits said of `rows`.
+    Raises InputError where the evaluation counts other exits at its thresholds than these logits give.
+    """
+    logits, certainty, labels = validation
+    if certainty is None:
+        rule = ExitRule(len(record["labels"]), row_temperatures(logits, labels, evaluation["calibration"]))
+    else:
+        rule = ExitRule(len(record["labels"]), ranges=torch.tensor(evaluation["certainty_ranges"]))
+    confidence, predictions = rule.confidences(logits, certainty), logits.argmax(-1)  # (K, N) each
+    point, exact = evaluation.get("operating_point"), set(evaluation["thresholds"])
+    exact |= {point["threshold"]} if point else set()
+    hundredths = (n / 100 for n in range(101) if n / 100 > rule.lowest)  # of them those that are not there already
+    thresholds = sorted(exact | {t for t in hundredths if np.abs(np.array([*exact]) - t).min() > 1e-9})  # (P)
+    taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])  # (P, N)
+    cost_terms, metric = (evaluation["exit_layers"], record["depth"], evaluation["method"]), evaluation["metric"]
+    costs = np.array([exit_costs(*cost_terms, threshold) for threshold in thresholds])  # (P, K)
+    swept = sweep(predictions, taken, labels.numpy(), thresholds, costs, metric)
+    counts = dict(zip(thresholds, swept["exit_counts"], strict=True))
+    if [counts[threshold] for threshold in evaluation["thresholds"]] != evaluation["exit_counts"]:
+        raise InputError("evaluation.json: it counts other exits than these logits give; run evaluate.py again")
+    data = {
+        **{key: evaluation[key] for key in ("task", "method", "exit_layers")},
+        **swept,
+        "operating_point": point,
+        "model": Path(record["model"]).name,
+        "metric": METRICS[metric],
+        "labels": record["labels"],
+        "depth": record["depth"],
+        "exit_costs": exit_costs(*cost_terms),
+        "lowest": rule.lowest,
+        "sentences": rows.texts(),
+        "predictions": predictions.tolist(),
+        # Nine digits tell every float32 from its neighbours.
+        "confidences": [[float(f"{value:.9g}") for value in row] for row in confidence.tolist()],
+        "right": None if metric == "agreement" else labels.tolist(),
+        "levels": LEVELS if rows.difficulties else [],  # of the toy task
+        "difficulties": rows.difficulties and [LEVELS.index(level) for level in rows.difficulties],
+    }
+    # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    with written_beside(path) as partial:
+        partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text), encoding="utf-8")

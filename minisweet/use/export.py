@@ -20,16 +20,12 @@ from minisweet.data.text import load_tokenizer
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.checkpoint import ARCHITECTURES
 from minisweet.files.commands import Parser, run_command, whole_number
+from minisweet.files.config import Config
 from minisweet.files.runs import load_run
 from minisweet.files.safe import InputError, write_json, written_beside
 
 __all__ = ["main", "run_command"]
-# Of each model_type: the class in transformers, and where it keeps its pooler.
-FORMATS = {
-    "bert": ("BertForSequenceClassification", "bert.pooler.dense"),
-    "deberta": ("DebertaForSequenceClassification", "pooler.dense"),
-}
-SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+POOLERS = {"bert": "bert.pooler.dense", "deberta": "pooler.dense"}  # where transformers keeps them
 
 
 def main() -> None:
@@ -55,18 +51,17 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     model, record = load_run(run)
     if record["exit_strategy"] == "lte":
         raise InputError(f"{run}: a run of learning-to-exit (lte), whose exits say more than a plain classifier can")
-    layer = model.exit_layers[-1] if exit_layer is None else exit_layer
-    if layer not in model.exit_layers:
-        layers = ", ".join(map(str, model.exit_layers))
-        raise InputError(f"--exit-layer: {layer}, should be one of {layers}, the exits of {run}")
-    tokenizer = load_tokenizer(run, record["vocab_size"], record["arguments"]["max_length"])
-    k = model.exit_layers.index(layer)
+    layers, max_length = model.exit_layers, record["arguments"]["max_length"]
+    layer = layers[-1] if exit_layer is None else exit_layer
+    if layer not in layers:
+        raise InputError(f"--exit-layer: {layer}, should be one of {', '.join(map(str, layers))}, the exits of {run}")
+    tokenizer, k = load_tokenizer(run, record["vocab_size"], max_length), layers.index(layer)
     part, k = (model[k], 0) if isinstance(model, MultiModel) else (model, k)
     with written_beside(out, overwrite=False) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(plain_tensors(part, k), metadata={"format": "pt"}))
-        write_json(partial / "config.json", plain_config(part, layer, record["labels"], tokenizer))
-        write_json(partial / "tokenizer_config.json", tokenizer_config(tokenizer, record["arguments"]["max_length"]))
+        for name, content in plain_configs(part.encoder.config, layer, record["labels"], tokenizer, max_length).items():
+            write_json(partial / name, content)
         tokenizer.no_truncation()  # model_max_length says it
         tokenizer.save(str(partial / "tokenizer.json"))
     return layer
@@ -82,34 +77,30 @@ def plain_tensors(model: MultiExitModel, k: int) -> dict[str, Tensor]:
     for ours, theirs in ARCHITECTURES[model_type][2](n).items():
         if ours in weights:  # a DeBERTa of one position term lacks the other's projection
             parts = weights[ours].chunk(len(theirs))
-            tensors |= dict(zip((f"{model_type}.{name}" for name in theirs), parts, strict=True))
-    for name, linear in ((FORMATS[model_type][1], head.pooler), ("classifier", head.classifier)):
-        tensors |= {f"{name}.weight": linear.weight, f"{name}.bias": linear.bias}
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            tensors |= {f"{model_type}.{name}": part.clone() for name, part in zip(theirs, parts, strict=True)}
+    for name, linear in ((POOLERS[model_type], head.pooler), ("classifier", head.classifier)):
+        tensors |= {f"{name}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
+    return tensors
 
 
-def plain_config(model: MultiExitModel, depth: int, labels: list[str], tokenizer: Tokenizer) -> dict:
-    """config.json for transformers. What is not said there has the same default here and there."""
-    config = model.encoder.config
-    return {
-        "architectures": [FORMATS[config.model_type][0]],
+def plain_configs(config: Config, depth: int, labels: list[str], tokenizer: Tokenizer, max_length: int) -> dict:
+    """The files that tell transformers of a model and its tokenizer.json. What is unsaid has the same default there."""
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    model = {
+        "architectures": [f"{config.model_type.capitalize()}ForSequenceClassification"],
         "model_type": config.model_type,
         **{name: value for name, value in asdict(config).items() if value is not None},
         "num_hidden_layers": depth,
-        "id2label": {str(c): label for c, label in enumerate(labels)},
+        "id2label": dict(enumerate(labels)),
         "label2id": {label: c for c, label in enumerate(labels)},
         "problem_type": "single_label_classification",
         "pad_token_id": tokenizer.token_to_id("[PAD]"),
     }
-
-
-def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict:
-    """tokenizer_config.json for transformers, which then reads tokenizer.json as it is."""
-    names = {name: f"[{name.removesuffix('_token').upper()}]" for name in SPECIAL_TOKENS}
-    return {
+    texts = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in names.items() if tokenizer.token_to_id(token) is not None},
+        **{name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None},
     }
+    return {"config.json": model, "tokenizer_config.json": texts}

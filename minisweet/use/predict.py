@@ -10,7 +10,9 @@ line is a text; of a run that was trained on pairs, two texts with a tab between
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,10 +22,9 @@ from minisweet.data.tasks import LONGEST_LINE, TASKS
 from minisweet.files.commands import Parser, list_of, run_command
 from minisweet.files.safe import InputError
 from minisweet.training.devices import reuse_freed_memory
-from minisweet.use.classifier import WINDOW, Answer, EarlyExitClassifier, add_classifier_options, classifier_of
+from minisweet.use.classifier import WINDOW, Answer, add_classifier_options, classifier_of
 
 __all__ = ["main", "run_command"]
-CHARACTERS = 2**22  # of the rows that are held at once, about: sooner than `WINDOW` rows of them
 
 
 def main() -> None:
@@ -39,8 +40,11 @@ def main() -> None:
     args = parser.parse_args()
     reuse_freed_memory()
     is_lines, to_screen = str(args.file) == "-", str(args.out) == "-"
-    if not to_screen and (args.out.is_dir() or (not is_lines and args.out.resolve() == args.file.resolve())):
-        raise InputError(f"--out: {args.out} is {'a folder' if args.out.is_dir() else 'the input'}; name another file")
+    if args.text_columns and (is_lines or len(args.text_columns) > 2):
+        right = "left out: lines of standard input have no columns" if is_lines else "one or two"
+        raise InputError(f"--text-columns: {','.join(args.text_columns)}, should be {right}")
+    if not to_screen and (args.out.is_dir() or args.out.resolve() == args.file.resolve()):
+        raise InputError(f"--out: {args.out} is a folder, or the input; name another file")
     writer = RowWriter(args.out)
     classify = classifier_of(args)
     task = TASKS.get(classify.record.get("task"))
@@ -56,9 +60,10 @@ def main() -> None:
         chunks = in_chunks(read_rows(args.file, columns))
     left = Counter()
     with writer, tqdm(total=total, unit="row", desc="predict", disable=to_screen) as progress:
-        for rows, answers in predict_rows(classify, chunks, columns):
+        for rows in chunks:
+            answers = classify(map(itemgetter(*columns), rows))  # of one column a text, of two a pair
             for row, answer in zip(rows, answers, strict=True):
-                writer.write(row | {free_name(name, names): value for name, value in columns_of(answer).items()})
+                writer.write(row | columns_of(answer, names))
             left.update(answer.exit_layer for answer in answers)
             progress.update(len(rows))
     if not to_screen:
@@ -66,27 +71,16 @@ def main() -> None:
         print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}")
 
 
-def predict_rows(
-    classify: EarlyExitClassifier, chunks: Iterable[list[dict]], columns: Sequence[str]
-) -> Iterator[tuple[list[dict], list[Answer]]]:
-    """Yield each chunk of rows and its answers; the text, or the pair, stands in `columns`."""
-    for rows in chunks:
-        texts = [tuple(row[column] for column in columns) for row in rows]
-        yield rows, classify(texts if len(columns) == 2 else [text for (text,) in texts])
-
-
-def columns_of(answer: Answer) -> dict:
-    """An answer as columns. Nine digits tell every float32 from its neighbours."""
-    numbers = {"confidence": answer.confidence} | {f"p_{name}": p for name, p in answer.probabilities.items()}
-    numbers = {name: float(f"{value:.9g}") for name, value in numbers.items()}
-    return {"label": answer.label, "confidence": numbers["confidence"], "exit_layer": answer.exit_layer} | numbers
-
-
-def free_name(name: str, taken: set[str]) -> str:
-    """The name of one of our columns beside those that are there."""
-    while name in taken:
-        name = f"predicted_{name}"
-    return name
+def columns_of(answer: Answer, taken: set[str]) -> dict:
+    """An answer as columns, under names that are not `taken`. Nine digits tell every float32 from its neighbours."""
+    columns = {"label": answer.label, "confidence": answer.confidence, "exit_layer": answer.exit_layer}
+    columns |= {f"p_{name}": p for name, p in answer.probabilities.items()}
+    named = {}
+    for name, value in columns.items():
+        while name in taken:
+            name = f"predicted_{name}"
+        named[name] = float(f"{value:.9g}") if isinstance(value, float) else value
+    return named
 
 
 def find_columns(path: Path, named: Sequence[str] | None, trained: Sequence[str]) -> Sequence[str]:
@@ -94,29 +88,19 @@ def find_columns(path: Path, named: Sequence[str] | None, trained: Sequence[str]
 
     Raises InputError, with the columns that are there, where there is none of them.
     """
-    first = next(read_rows(path, ()), None)
-    if first is None:
-        raise InputError(f"{path}: no rows")
-    if named and len(named) > 2:
-        raise InputError(f"--text-columns: {','.join(named)}, should be one or two")
+    first = next(read_rows(path, ()), {})
     candidates = [named] if named else [columns for columns in (trained, *TEXT_COLUMNS) if columns]
     for columns in candidates:
         if set(columns) <= first.keys():
             return columns
     wanted, there = " or ".join(map(",".join, candidates)), ", ".join(f"{name:.30}" for name in list(first)[:8])
-    raise InputError(f"{path}: no column {wanted}; it has {there}; name yours with --text-columns")
+    there = f"it has {there}; name yours with --text-columns" if first else "it has no rows"
+    raise InputError(f"{path}: no column {wanted}; {there}")
 
 
-def in_chunks(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """Rows in lists of `WINDOW`, or fewer where they are long."""
-    chunk, size = [], 0
-    for row in rows:
-        chunk.append(row)
-        size += sum(len(value) for value in row.values() if isinstance(value, str))
-        if len(chunk) == WINDOW or size > CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
+def in_chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    """Rows in lists of `WINDOW`; the last may be shorter."""
+    while chunk := list(islice(rows, WINDOW)):
         yield chunk
 
 
@@ -125,30 +109,30 @@ def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
 
     Raises InputError, with the line, for what is not UTF-8, too long, or no pair where `columns` are two.
     """
-    rest, number = b"", 0
-
-    def row(line: bytes) -> dict:
-        nonlocal number
-        number += 1
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input, line {number}: not readable as UTF-8 ({error.reason})") from None
-        parts = text.split("\t", 1) if len(columns) == 2 else [text]
-        if len(parts) < len(columns):
-            raise InputError(f"standard input, line {number}: {text!r:.60}, should be two texts with a tab between")
-        return dict(zip(columns, parts, strict=True))
-
+    rest, number = b"", 1
     with open(0, "rb", closefd=False) as file:
         while block := file.read1(2**16):
             *lines, rest = (rest + block).split(b"\n")
-            if len(rest) > LONGEST_LINE:
-                raise InputError(f"standard input, line {number + len(lines) + 1}: longer than {LONGEST_LINE} bytes")
             rows = []
             try:
-                rows.extend(map(row, lines))
+                for line in lines:
+                    rows.append(row_of(line, number, columns))
+                    number += 1
+                if len(rest) > LONGEST_LINE:
+                    raise InputError(f"standard input, line {number}: longer than {LONGEST_LINE} bytes")
             finally:  # the lines before a broken one are answered
-                if rows:
-                    yield rows
+                yield rows
     if rest:
-        yield [row(rest)]
+        yield [row_of(rest, number, columns)]
+
+
+def row_of(line: bytes, number: int, columns: Sequence[str]) -> dict:
+    """A line of standard input, counted from 1, as a row. Raises InputError."""
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input, line {number}: not readable as UTF-8 ({error.reason})") from None
+    parts = text.split("\t", len(columns) - 1)
+    if len(parts) < len(columns):
+        raise InputError(f"standard input, line {number}: {text!r:.60}, should be two texts with a tab between")
+    return dict(zip(columns, parts, strict=True))
