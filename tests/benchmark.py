@@ -758,9 +758,7 @@ def trunk(rows: list, args) -> None:
         lengths = glue(record["task"], "train", str(args.data_dir)).lengths[:6000]
         size = 2 * 4 * (len(model.exit_layers) - 1) * model.encoder.config.hidden_size * int(lengths.sum())
         row = {"row": "trunk's states kept", "ratio": ratio, "bytes": size}
-        line = (
-            f"a step of branches, the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000"
-        )
+        line = f"a step of branches, the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000"
         say(rows, row, f"{line} rows; over 2 epochs at best {(1 + ratio) / 2:.2f} (keep it at 0.67)")
 
 
