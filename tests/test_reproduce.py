@@ -15,7 +15,6 @@ import pytest
 import evaluate
 import train
 from minisweet.files.commands import run_command
-from minisweet.paper import grid as grid_module
 from minisweet.paper import reproduce
 from tests.conftest import WORDS, write_model
 
@@ -34,7 +33,7 @@ def command(monkeypatch, capsys, tmp_path):
     started, lines = [], []
 
     def in_process(script: str, arguments: list[str]) -> int:
-        assert (grid_module.SCRIPTS / script).is_file()
+        assert (reproduce.SCRIPTS / script).is_file()
         started.append((script, next(Path(a).name for a in arguments if "tiny-" in a)))
         lines.append(" ".join(arguments))
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -251,7 +250,7 @@ def test_a_rate_whose_loss_is_no_number_is_out_of_the_search(command, tmp_path):
     assert (status, "of 2 runs; 0 missing" in out) == (0, True)
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
     assert results["learning_rates"] == {"ee": {"toy": 1e-3}}
-    assert results["did_not_converge"][-1] == "tiny-ee-toy-lr1e+30-n32-seed0"
+    assert "tiny-ee-toy-lr1e+30-n32-seed0" in results["did_not_converge"]
     folder = tmp_path / "reproduced" / "runs" / "tiny-ee-toy-lr1e+30-n32-seed0"
     assert [path.name for path in folder.iterdir()] == ["diverged.json"]
     assert command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e30")[3] == []
@@ -420,7 +419,7 @@ def start(out: str) -> multiprocessing.Process:
     """A process that makes a grid of five runs in `out`. In "killed" they wait for a file, go."""
 
     def main() -> None:
-        grid_module.SCRIPTS = Path(out + "-scripts").resolve()
+        reproduce.SCRIPTS = Path(out + "-scripts").resolve()
         options = ["--methods", "ee", "--seeds", "0,1,2", "--lrs", "1e-3,2e-3,1e-2", "--out", out]
         sys.argv = ["reproduce.py", "--model", str(Path("tiny").resolve()), *TINY, *options]
         run_command(reproduce.main)

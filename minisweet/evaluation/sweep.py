@@ -8,16 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisweet.adaptive import area_under_curve
-from minisweet.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
 from minisweet.data.tasks import score
 from minisweet.data.text import TokenizedExamples
-from minisweet.data.toy import LEVELS
 from minisweet.files.safe import InputError, sha256, written_beside
 from minisweet.training.devices import autocast
 
@@ -61,13 +58,11 @@ def predict(
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
 
 
-def sweep(
-    predictions: Tensor, taken: Tensor, labels: np.ndarray, thresholds: list[float], costs: np.ndarray, metric: str
-) -> dict:
+def sweep(predictions: Tensor, taken: Tensor, labels: np.ndarray, costs: np.ndarray, metric: str) -> dict:
     """Score all exits' `predictions` (K, N), and at each threshold those of the exits `taken` (thresholds, N), from 0.
 
     `labels` are (N,), `costs` (thresholds, K) of leaving at each exit, as shares of the layers; `metric` as in `score`.
-    Returns exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K), area; scores in percent.
+    Returns exit_scores (K), scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
     scores, ratios, counts = [], [], []
     for exits, cost in zip(taken, costs, strict=True):
@@ -77,35 +72,11 @@ def sweep(
         ratios.append(float(np.dot(counts[-1], cost) / len(labels)))  # Eq. 1
     return {
         "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
-        "thresholds": thresholds,
         "scores": scores,
         "speedup_ratios": ratios,
         "exit_counts": counts,
         "area": area_under_curve(ratios, scores),
     }
-
-
-def calibration_report(logits: Tensor, labels: Tensor, temperatures: Tensor) -> dict:
-    """How far each exit's confidence can be trusted: logits (K, N, C), labels (N,) and temperatures (K, N).
-
-    Returns `temperatures` (K), fitted on all rows, to be kept for new text, and `ece` and `nll` (K), each before and
-    after scaling by the temperatures given.
-    """
-    scaled = {"before": logits, "after": logits / temperatures[..., None]}
-    measures = {"ece": expected_calibration_error, "nll": negative_log_likelihood}
-    return {"temperatures": [fit_temperature(exit_logits, labels) for exit_logits in logits]} | {
-        name: {when: [measure(exit_logits, labels) for exit_logits in all_exits] for when, all_exits in scaled.items()}
-        for name, measure in measures.items()
-    }
-
-
-def mean_exit_layers(difficulties: list[str], taken: Tensor, exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave: for each, easy to hard, a list (thresholds).
-
-    `difficulties` (N) are of `LEVELS`, `taken` (thresholds, N) counts exits from 0, `exit_layers` are (K).
-    """
-    layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
-    return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
 
 
 def save_validation(path: Path, validation: Validation) -> str:
@@ -120,25 +91,10 @@ def save_validation(path: Path, validation: Validation) -> str:
 
 
 def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation:
-    """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for other content."""
-    if evaluation.get("logits_digest", digest := sha256(path)) != digest:
+    """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for another file."""
+    if sha256(path) != evaluation.get("logits_digest"):  # an old evaluation has none
         raise InputError(f"{path}: not of this evaluation.json, its SHA-256 is not logits_digest; evaluate it again")
-    try:
-        tensors = load_file(path)
-        validation = Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"{path}: not what evaluate.py writes ({error})") from None
-    (logits, certainty, labels), K, N = validation, len(evaluation["exit_layers"]), evaluation["examples"]
-    shapes = [(K, N), (K - 1, N)] if "certainty_ranges" in evaluation else [None]
-    right = logits.shape == (K, N, num_labels) and logits.dtype == torch.float32 and logits.isfinite().all()
-    right = (
-        right
-        and labels.shape == (N,)
-        and labels.dtype == torch.int64
-        and 0 <= labels.min()
-        and labels.max() < num_labels
-    )
-    right = right and (certainty is None or certainty.isfinite().all())
-    if not right or (certainty if certainty is None else certainty.shape) not in shapes:
-        raise InputError(f"{path}: not {N} rows of {K} exits and {num_labels} classes, all finite; evaluate it again")
-    return validation
+    tensors, shape = load_file(path), (len(evaluation["exit_layers"]), evaluation["examples"], num_labels)
+    if tensors["logits"].shape != shape:
+        raise InputError(f"{path}: logits of shape {tuple(tensors['logits'].shape)}, not {shape}; evaluate it again")
+    return Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
