@@ -23,8 +23,7 @@ from minisweet.data.own import digest, load_dev
 from minisweet.data.tasks import TASKS, classification_report, never_predicted
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.operating import Validation, operating_point
-from minisweet.evaluation.sweep import save_validation, sweep
+from minisweet.evaluation.sweep import Validation, operating_point, save_validation, sweep
 from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
@@ -54,8 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--calibration", choices=calibration.CALIBRATIONS, default="crossfit", help="(default: crossfit)")
     option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
     wish = parser.add_argument_group("operating point").add_mutually_exclusive_group().add_argument
-    loss = "the fastest at most so many points below full depth (default: 1.0)"
-    wish("--max-loss", type=number(0, 200), default=1.0, help=loss)
+    wish("--max-loss", type=number(0, 200), default=1.0, help="the fastest at most so many points below (default: 1.0)")
     wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live, and time it")
@@ -188,17 +186,16 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     for threshold, value, ratio, counts in zip(*columns, strict=True):
         left = "".join(f"{n:>5}:{count:<6}" for n, count in zip(exit_layers, counts, strict=True))
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
-    seconds = f"all exits of all examples in {evaluation['seconds']:.1f} s"
-    print(f"\narea under the curve {evaluation['area']:.2f}; {seconds}")
+    print(
+        f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {evaluation['seconds']:.1f} s"
+    )
     point = evaluation["operating_point"]
     below = point["full_depth_score"] - point["score"]
     loss = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
     ((wish, value),) = point["wish"].items()
     missed = f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
-    print(
-        f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {loss}, "
-        f"with {100 * point['speedup_ratio']:.0f}% of the layers{'' if point['reached'] else missed}"
-    )
+    share = f"with {100 * point['speedup_ratio']:.0f}% of the layers{'' if point['reached'] else missed}"
+    print(f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {loss}, {share}")
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print(f"\nmean exit layer per difficulty\nthreshold{cells(means, '>16')}")

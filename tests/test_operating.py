@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, exit_costs, exits_taken
 from minisweet.data.tasks import score
-from minisweet.evaluation.operating import Candidates, Validation, candidates, choose, operating_point
+from minisweet.evaluation.sweep import Candidates, Validation, candidates, choose, operating_point
 
 
 def random_validation(seed: int, K: int, N: int, C: int) -> Validation:

@@ -305,7 +305,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monke
     [
         ({"epochs": 3}, "a run with epochs 3, not 1; name another --out or --runs"),
         ({"batch_size": 8}, "a run with batch_size 8, not 16; name another --out or --runs"),
-        ({"exit_layers": [1, 2]}, "a run with exits after [1, 2], not [1, 4]; name another --out or --runs"),
+        ({"exit_layers": [1, 2]}, "a run with exit_layers [1, 2], not [1, 4]; name another --out or --runs"),
         ({"losses": [1.0, 2.0]}, "losses is [1.0, 2.0], which no command here writes"),
         ({"losses": [[1.0], [2.0, 3.0]]}, "losses is of 1, 2 exits, and exit_layers of 2"),
     ],
@@ -336,7 +336,7 @@ def test_runs_of_another_precision_or_other_data_are_refused(command, tmp_path):
     for how in ([], ["--report-only", "--amp", "off"]):
         status, _, err, started = command(*grid, *how)
         assert (status, started, err.count("\n")) == (2, [], 1)
-        assert "a run with precision (--amp) torch.bfloat16, not torch.float32; name another" in err
+        assert "a run with precision torch.bfloat16, not torch.float32; name another" in err
     sweet = fake_run(runs, "sweet", 1e-3, 0, 60.0, precision="torch.bfloat16")
     assert command(*grid, "--report-only")[0] == 0  # auto: whatever they were made in
     out = command("--methods", "ee", *grid[2:], "--amp", "bf16", "--print-commands")[1]

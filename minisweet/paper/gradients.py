@@ -54,12 +54,11 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, 
     matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
     losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
-    M, K = len(matrices), len(losses)
-    similarity, left_out = np.full((M, K, K), np.nan), np.zeros((M, K, K), dtype=int)
-    for m, i, j in np.ndindex(M, K, K):
-        a, b = gradients[i][m], gradients[j][m]
-        if a is not None and b is not None:
-            similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
+    similarity = np.full((len(matrices), len(losses), len(losses)), np.nan)
+    left_out = np.zeros(similarity.shape, dtype=int)
+    for m, i, j in np.ndindex(similarity.shape):
+        if gradients[i][m] is not None and gradients[j][m] is not None:
+            similarity[m, i, j], left_out[m, i, j] = row_similarity(gradients[i][m], gradients[j][m])
     return similarity, left_out
 
 
@@ -96,11 +95,9 @@ def main() -> None:
         raise InputError(f"--exit-layers: {args.exit_layers[0]} is one exit, and there is nothing to compare it with")
     rows = load_examples(args.task, "train", args.data_dir)
     args.train_size, measured, N = args.steps * args.batch_size, args.batches * args.batch_size, len(rows.labels)
-    if args.train_size + measured > N:
-        raise InputError(
-            f"--steps: {args.steps} steps and {args.batches} new batches of {args.batch_size} need "
-            f"{args.train_size + measured} examples, and {args.task} has {N}"
-        )
+    if (needed := args.train_size + measured) > N:
+        wish = f"{args.steps} steps and {args.batches} new batches of {args.batch_size}"
+        raise InputError(f"--steps: {wish} need {needed} examples, and {args.task} has {N}")
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
     with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as temporary:
         run = Path(temporary) / "run"

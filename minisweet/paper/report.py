@@ -26,11 +26,6 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the first exit's
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
 NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
-TITLES = {
-    "individual": "Individual classifiers: mean score ± deviation over seeds",
-    "interpolated": "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds",
-    "areas": "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds",
-}
 KNOWN = {  # what results.json tells of single runs
     "did_not_converge": "Runs that did not converge",
     "one_class": "Runs with exits that predict one class (their layers)",
@@ -153,7 +148,10 @@ def markdown(results: dict) -> str:
     text, areas, differences = "", results["areas"], results["differences"]
     tasks = list(areas[differences["of"]]["tasks"])
     shown = ["mean", *tasks] if len(tasks) > 1 else tasks
-    for table, columns, form in (("individual", "exit_layers", "layer {}"), ("interpolated", "ratios", "{:.3g}")):
+    for table, columns, form, title in (
+        ("individual", "exit_layers", "layer {}", "Individual classifiers: mean score ± deviation over seeds"),
+        ("interpolated", "ratios", "{:.3g}", "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds"),
+    ):
         points = max((row[columns] for row in results[table].values()), key=len)
         rows, by_exit = [], table == "individual"
         for task, (method, row) in product(shown, results[table].items()):
@@ -162,7 +160,7 @@ def markdown(results: dict) -> str:
             name = method + "†" * (row["did_not_converge"] > 0) + "°" * (bool(stuck) and not by_exit)
             cells = zip_longest(points, _cells(row), fillvalue="")
             rows.append([task, name, row["seeds"], *(cell + "°" * (by_exit and n in stuck) for n, cell in cells)])
-        text += _table(TITLES[table], ["task", "method", "seeds", *map(form.format, points)], rows)
+        text += _table(title, ["task", "method", "seeds", *map(form.format, points)], rows)
     text += f"\n{NOTES}\n"
     if rows := [[other, row["pairs"], *_cells(row, "+")] for other, row in differences["from"].items()]:
         title = f"{differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval"
@@ -173,7 +171,8 @@ def markdown(results: dict) -> str:
         cells = [_cells(row["tasks"].get(task, row)) for task in shown]
         cells += [_cells(less[other], "+") if other in less else [] for other in areas]
         rows.append([method, row["seeds"], *map("".join, cells)])
-    return text + _table(TITLES["areas"], ["method", "seeds", *shown, *(f"less {other}" for other in areas)], rows)
+    title = "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds"
+    return text + _table(title, ["method", "seeds", *shown, *(f"less {other}" for other in areas)], rows)
 
 
 def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:

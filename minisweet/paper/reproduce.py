@@ -34,14 +34,7 @@ from minisweet.files.figures import load_pyplot
 from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.files.safe import InputError, lock, read_json, write_json, written_beside
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
-from minisweet.training.devices import choose_device, choose_precision
-from minisweet.training.options import (
-    add_training_options,
-    default_batch_size,
-    exit_layers_for,
-    find_model,
-    search_rates,
-)
+from minisweet.training import devices, options
 
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
 ELSEWHERE = "name another --out or --runs"
@@ -74,10 +67,10 @@ class Grid:
         self.records: dict[Run, dict] = {}  # of the runs that are made
         self.rows: dict[tuple, tuple[str, Path]] = {}  # which rows to their digest, and the folder that has them
         self.load = lru_cache(maxsize=2)(load_examples)
-        self.precision = None  # any, where runs are only reported or their commands printed, perhaps not for here
+        self.precision = {}  # any, where runs are only reported or their commands printed, perhaps not for here
         if args.amp != "auto" or not (args.report_only or args.print_commands):
-            device = choose_device(args.device if args.amp == "auto" else "cpu")
-            self.precision = str(choose_precision(args.amp, device) or "torch.float32")
+            device = devices.choose_device(args.device if args.amp == "auto" else "cpu")
+            self.precision = {"precision": str(devices.choose_precision(args.amp, device) or "torch.float32")}
 
     def folder(self, run: Run) -> Path:
         """The run's folder."""
@@ -91,19 +84,18 @@ class Grid:
         """
         if run in self.records:
             return self.records[run]
-        folder, args = self.folder(run), self.args
+        folder = self.folder(run)
         if lost := read_diverged(folder):
             self.check_settings(run, lost["arguments"], {})
             self.records[run] = {}
         elif (folder / "run.json").exists():
             record = read_record(folder)
-            layers, precision = list(args.exit_layers or exit_layers_for(record["depth"])), record["precision"]
-            has = {"exit_strategy": record["exit_strategy"], "exits after": record["exit_layers"]}
-            wanted = {"exits after": layers, "precision (--amp)": self.precision or precision}
-            self.check_settings(run, record["arguments"] | has | {"precision (--amp)": precision}, wanted)
-            evaluation = read_evaluation(folder, record, whole=False) or {}
-            as_here = {"calibration": "crossfit", "exit_layers": layers, "precision": self.precision}
-            same = all(value in (None, evaluation.get(key, value)) for key, value in as_here.items())
+            has = record["arguments"] | {key: record[key] for key in ("exit_strategy", "exit_layers", "precision")}
+            layers = self.args.exit_layers or options.exit_layers_for(record["depth"])
+            wanted = {"exit_layers": list(layers), **self.precision}
+            self.check_settings(run, has, wanted)
+            wanted["calibration"], evaluation = "crossfit", read_evaluation(folder, record, whole=False) or {}
+            same = all(evaluation.get(key, value) == value for key, value in wanted.items())
             # Else not evaluated, or by hand in another way, or before there were all of these.
             if same and set(EVALUATION) <= set(evaluation) and len(evaluation["thresholds"]) == THRESHOLDS:
                 self.check_rows(run, record)
@@ -112,10 +104,8 @@ class Grid:
 
     def check_settings(self, run: Run, has: dict, wanted: dict) -> None:
         """Raise InputError unless a run was trained with the command line's arguments and what else is wanted."""
-        wanted = run._asdict() | {"batch_size": self.args.batch_size or default_batch_size(self.args.model)} | wanted
-        wanted |= {key: getattr(self.args, key) for key in ("model", "epochs", "max_length", "exit_strategy")}
-        has = has | {"method": method_name(has)}
-        for key, value in wanted.items():
+        keys, has = ("model", "epochs", "max_length", "batch_size", "exit_strategy"), has | {"method": method_name(has)}
+        for key, value in (run._asdict() | {key: getattr(self.args, key) for key in keys} | wanted).items():
             if has.get(key) != value:
                 raise InputError(f"{self.folder(run)}: a run with {key} {has.get(key)}, not {value}; {ELSEWHERE}")
 
@@ -180,20 +170,20 @@ class Grid:
     def commands(self, run: Run) -> list[list[str]]:
         """The command lines that complete a run, from the folder of train.py."""
         folder = self.folder(run)
-        options = vars(self.args) | run._asdict() | {"out": folder}
-        commands = [["train.py", *as_options(options, TRAINING), "--resume"]]
-        commands.append(["evaluate.py", str(folder), *as_options(options, SHARED)])
-        return commands[(folder / "run.json").exists() :]
+        values = vars(self.args) | run._asdict() | {"out": folder}
+        train = ["train.py", *as_options(values, TRAINING), "--resume"]
+        evaluate = ["evaluate.py", str(folder), *as_options(values, SHARED)]
+        return [evaluate] if (folder / "run.json").exists() else [train, evaluate]
 
 
 def as_options(values: dict[str, object], names: tuple[str, ...]) -> list[str]:
     """The command-line options of these names; those that have no value are left out."""
-    options = []
+    words = []
     for name in names:
         if (value := values.get(name)) is not None:
             text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            options += [f"--{name.replace('_', '-')}", text]
-    return options
+            words += [f"--{name.replace('_', '-')}", text]
+    return words
 
 
 def run_script(script: str, arguments: list[str]) -> int:
@@ -243,7 +233,7 @@ def run_all(grid: Grid) -> list[str]:
                     eta = f", about {minutes:.0f} min" if done else ""
                     print(f"{grid.folder(run).name} ({len(todo)} to go{eta})", flush=True)
                     # The second is not run where the first fails.
-                    any(run_script(script, options) for script, *options in grid.commands(run))
+                    any(run_script(script, words) for script, *words in grid.commands(run))
                     failed += [run] if grid.record(run) is None else []
             if is_ours:
                 break  # what is missing now may have changed
@@ -285,9 +275,8 @@ def write_report(grid: Grid) -> None:
             missing.append(f"{method} {task} n{n} seed{seed}, once its learning rate is known")
         if found:  # a run that is being repeated counts, marked, until its repetition is there
             tables[n][method][task][seed] = found[-1]
-        if len(attempts) > 1:
-            first, *others = (grid.folder(run).name for run in attempts)
-            repeated[first] = others
+        names = [grid.folder(run).name for run in attempts]
+        repeated |= {names[0]: names[1:]} if len(names) > 1 else {}
     made = {grid.folder(run).name: grid.records[run] for run in wanted if run in grid.records}
     done = {name: record for name, record in made.items() if record}
 
@@ -343,10 +332,11 @@ def parse_arguments() -> argparse.Namespace:
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
     option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
-    add_training_options(parser)
+    options.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
-    args.lrs = args.lrs or search_rates(args.model)
+    args.lrs = args.lrs or options.search_rates(args.model)
+    args.batch_size = args.batch_size or options.default_batch_size(args.model)
     for name in [name for name in args.methods if name not in METHODS]:
         if not re.fullmatch(r"sweet-(flow|cap|owner)[0-9][0-9.e+-]*", name):  # such as sweet-flow0.5
             raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}")
@@ -369,7 +359,7 @@ def main() -> None:
     load_pyplot(args.out / "curves.png")
     check_output(args)
     if not args.report_only:
-        find_model(args)
+        options.find_model(args)
         failed = run_all(grid)
     write_report(grid)
     if failed:
