@@ -50,10 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     option("--data", type=Path, metavar="FILE", help="your own file of the validation rows, if it moved")
     option = parser.add_argument_group("exits").add_argument
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
-    option("--calibration", choices=calibration.CALIBRATIONS, default="crossfit", help="(default: crossfit)")
+    option("--calibration", choices=calibration.CALIBRATIONS, default="crossfit", help="scaling (default: crossfit)")
     option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
     wish = parser.add_argument_group("operating point").add_mutually_exclusive_group().add_argument
-    wish("--max-loss", type=number(0, 200), default=1.0, help="the fastest at most so many points below (default: 1.0)")
+    loss = "the fastest at most so many points below full depth (default: 1.0)"
+    wish("--max-loss", type=number(0, 200), default=1.0, help=loss)
     wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live, and time it")
@@ -186,10 +187,8 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     for threshold, value, ratio, counts in zip(*columns, strict=True):
         left = "".join(f"{n:>5}:{count:<6}" for n, count in zip(exit_layers, counts, strict=True))
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
-    print(
-        f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {evaluation['seconds']:.1f} s"
-    )
-    point = evaluation["operating_point"]
+    point, seconds = evaluation["operating_point"], evaluation["seconds"]
+    print(f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {seconds:.1f} s")
     below = point["full_depth_score"] - point["score"]
     loss = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
     ((wish, value),) = point["wish"].items()

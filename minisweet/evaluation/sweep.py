@@ -77,7 +77,7 @@ def sweep(predictions: Tensor, taken: Tensor, labels: np.ndarray, costs: np.ndar
     Returns exit_scores (K), scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
     counts = [exits.bincount(minlength=len(predictions)).tolist() for exits in taken]
-    ratios = [float(np.dot(*pair) / len(labels)) for pair in zip(counts, costs, strict=True)]  # Eq. 1
+    ratios = [float(np.dot(left, cost) / len(labels)) for left, cost in zip(counts, costs, strict=True)]  # Eq. 1
     scores = [score(predictions.gather(0, exits[None])[0].numpy(), labels, metric) for exits in taken]
     of_exits = score(predictions.numpy(), labels, metric).tolist()
     curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts}

@@ -152,8 +152,8 @@ def markdown(results: dict) -> str:
         ("individual", "exit_layers", "layer {}", "Individual classifiers: mean score ± deviation over seeds"),
         ("interpolated", "ratios", "{:.3g}", "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds"),
     ):
-        points = max((row[columns] for row in results[table].values()), key=len)
         rows, by_exit = [], table == "individual"
+        points = max((row[columns] for row in results[table].values()), key=len)
         for task, (method, row) in product(shown, results[table].items()):
             row = row["tasks"].get(task, row)
             stuck = row["one_class_layers"]

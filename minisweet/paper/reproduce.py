@@ -17,12 +17,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -43,19 +43,9 @@ THRESHOLDS = 11  # Sec. 3.3
 EVALUATION = ("exit_scores", "class_counts", "thresholds", "speedup_ratios", "scores", "area", "calibration")
 RETRIES, RETRY_STEP = 3, 1000  # a run that did not converge is repeated with its seed + 1000, + 2000, + 3000
 FILES = ("results.md", "curves.png", "tasks.png", "sizes.png")  # beside results.json, which names those it wrote
+Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SHARED = ("data_dir", "device", "amp")  # options of train.py and evaluate.py
-TRAINING = ("out", "task", "method", "train_size", "lr", "seed", "model", "epochs", "max_length", "batch_size")
-TRAINING += ("exit_layers", "exit_strategy", *SHARED)
-
-
-class Run(NamedTuple):
-    """One training: what tells the runs of a grid apart."""
-
-    task: str
-    method: str
-    train_size: int
-    lr: float
-    seed: int
+TRAINING = ("out", *Run._fields, "model", "epochs", "max_length", "batch_size", "exit_layers", "exit_strategy", *SHARED)
 
 
 class Grid:
