@@ -111,9 +111,8 @@ def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dic
     """
     differences = {}
     for other in grid:
-        pairs = [
-            (run, grid[other][task].get(seed)) for task, runs in grid[method].items() for seed, run in runs.items()
-        ]
+        runs = [(grid[method][task], grid[other][task]) for task in grid[method]]
+        pairs = [(ours[seed], theirs[seed]) for ours, theirs in runs for seed in ours.keys() & theirs.keys()]
         values = [np.subtract(points(ours), points(theirs)) for ours, theirs in pairs if ours and theirs]
         if values and other != method:
             mean, _, ci95 = over_seeds(np.array(values).reshape(len(values), -1))

@@ -36,6 +36,7 @@ from minisweet.files.safe import InputError, lock, read_json, write_json, writte
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.training import devices, options
 
+Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
 ELSEWHERE = "name another --out or --runs"
 THRESHOLDS = 11  # Sec. 3.3
@@ -43,7 +44,6 @@ THRESHOLDS = 11  # Sec. 3.3
 EVALUATION = ("exit_scores", "class_counts", "thresholds", "speedup_ratios", "scores", "area", "calibration")
 RETRIES, RETRY_STEP = 3, 1000  # a run that did not converge is repeated with its seed + 1000, + 2000, + 3000
 FILES = ("results.md", "curves.png", "tasks.png", "sizes.png")  # beside results.json, which names those it wrote
-Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SHARED = ("data_dir", "device", "amp")  # options of train.py and evaluate.py
 TRAINING = ("out", *Run._fields, "model", "epochs", "max_length", "batch_size", "exit_layers", "exit_strategy", *SHARED)
 
