@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minisweet import calibration
 from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
-from minisweet.calibration import CALIBRATIONS, row_temperatures
 from minisweet.data.own import digest, load_dev
 from minisweet.data.tasks import TASKS, classification_report, never_predicted
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.operating import Validation, operating_point
-from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, save_validation, sweep
+from minisweet.data.toy import LEVELS
+from minisweet.evaluation.sweep import Validation, operating_point, save_validation, sweep
 from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
@@ -51,10 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     option("--data", type=Path, metavar="FILE", help="your own file of the validation rows, if it moved")
     option = parser.add_argument_group("exits").add_argument
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
-    option("--calibration", choices=CALIBRATIONS, default="crossfit", help="of confidence (default: crossfit)")
+    option("--calibration", choices=calibration.CALIBRATIONS, default="crossfit", help="scaling (default: crossfit)")
     option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
     wish = parser.add_argument_group("operating point").add_mutually_exclusive_group().add_argument
-    wish("--max-loss", type=number(0, 200), help="the fastest at most so many points below full depth (default: 1.0)")
+    loss = "the fastest at most so many points below full depth (default: 1.0)"
+    wish("--max-loss", type=number(0, 200), default=1.0, help=loss)
     wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live, and time it")
@@ -67,8 +68,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.prepared and not args.live:
         raise InputError("--prepared: needs --live")
     args.runs = args.runs or [newest_run()]
-    if args.max_loss is None and args.speed is None:
-        args.max_loss = 1.0
     return args
 
 
@@ -111,7 +110,6 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
             model = model.keep_exits(args.use_exits)
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
-    method, exit_layers, depth, names = record["method"], list(model.exit_layers), record["depth"], record["labels"]
     with in_turn():
         dev = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, args.data, args.data_dir)
     max_length = record["arguments"]["max_length"]
@@ -120,38 +118,43 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     start = time.perf_counter()
     logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
-    predictions = logits.argmax(-1)  # (K, N)
+    predictions, C = logits.argmax(-1), record["num_labels"]  # (K, N)
     metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
     labels = predictions[-1] if dev.labels is None else torch.from_numpy(examples.labels)  # (N,)
     validation = Validation(logits, certainty, labels)
 
-    temperatures = row_temperatures(logits, labels, args.calibration)  # (K, N)
+    temperatures = calibration.row_temperatures(logits, labels, args.calibration)  # (K, N)
     ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
-    rule = ExitRule(len(names), temperatures if ranges is None else None, ranges)
+    rule = ExitRule(C, temperatures if ranges is None else None, ranges)
     confidence = rule.confidences(logits, certainty)  # (K, N)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
     # What leaving at each exit costs, and which exit each instance takes, at each threshold: (thresholds, K or N)
-    of_model = (exit_layers, depth, method)
+    of_model = (list(model.exit_layers), record["depth"], record["method"])
     costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])
     taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])
-    evaluation = {
-        "task": record["task"],
+    wish = {"max_loss": args.max_loss} if args.speed is None else {"speed": args.speed}
+    evaluation = {key: record[key] for key in ("task", "method", "exit_strategy")} | {
         "metric": metric,
-        "method": method,
-        "exit_layers": exit_layers,
-        "exit_strategy": record["exit_strategy"],
-        **sweep(predictions, taken, labels.numpy(), thresholds, costs, metric),
-        "operating_point": operating_point(validation, metric, args.calibration, *of_model, args.max_loss, args.speed),
+        "exit_layers": of_model[0],
+        "thresholds": thresholds,
+        **sweep(predictions, taken, labels.numpy(), costs, metric),
+        "operating_point": operating_point(validation, metric, args.calibration, of_model, wish),
         # How often each exit predicts each class: (K, C)
-        "class_counts": [row.bincount(minlength=len(names)).tolist() for row in predictions],
-        "per_class": [classification_report(row.numpy(), labels.numpy(), len(names)) for row in predictions],
+        "class_counts": [row.bincount(minlength=C).tolist() for row in predictions],
+        "per_class": [classification_report(row.numpy(), labels.numpy(), C) for row in predictions],
         "calibration": args.calibration,
-        **calibration_report(logits, labels, temperatures),
+        # Fitted on all rows, to be kept for new text: (K,)
+        "temperatures": [calibration.fit_temperature(exit_logits, labels) for exit_logits in logits],
     }
+    scaled = {"before": logits, "after": logits / temperatures[..., None]}
+    measures = {"ece": calibration.expected_calibration_error, "nll": calibration.negative_log_likelihood}
+    for name, measure in measures.items():
+        evaluation[name] = {when: [measure(part, labels) for part in exits] for when, exits in scaled.items()}
     if ranges is not None:
         evaluation["certainty_ranges"] = ranges.tolist()
-    if dev.difficulties is not None:
-        evaluation["mean_exit_layers"] = mean_exit_layers(dev.difficulties, taken, exit_layers)
+    if dev.difficulties is not None:  # for each, easy to hard, the mean layer after which it leaves: (thresholds,)
+        layers, of_row = np.array(of_model[0])[taken], np.array(dev.difficulties)  # (thresholds, N), (N,)
+        evaluation["mean_exit_layers"] = {level: layers[:, of_row == level].mean(1).tolist() for level in LEVELS}
     if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
         with devices.autocast(device, precision):
@@ -193,9 +196,14 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     for threshold, value, ratio, counts in zip(*columns, strict=True):
         left = "".join(f"{n:>5}:{count:<6}" for n, count in zip(exit_layers, counts, strict=True))
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
-    seconds = f"all exits of all examples in {evaluation['seconds']:.1f} s"
-    print(f"\narea under the curve {evaluation['area']:.2f}; {seconds}")
-    print(operating_sentence(evaluation["operating_point"]))
+    point, seconds = evaluation["operating_point"], evaluation["seconds"]
+    print(f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {seconds:.1f} s")
+    below = point["full_depth_score"] - point["score"]
+    loss = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
+    ((wish, value),) = point["wish"].items()
+    missed = f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
+    share = f"with {100 * point['speedup_ratio']:.0f}% of the layers{'' if point['reached'] else missed}"
+    print(f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {loss}, {share}")
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print(f"\nmean exit layer per difficulty\nthreshold{cells(means, '>16')}")
@@ -217,18 +225,6 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
 def cells(values: Iterable, form: str) -> str:
     """Values in a row of a table, each as the format `form` says."""
     return "".join(format(value, form) for value in values)
-
-
-def operating_sentence(point: dict) -> str:
-    """What the operating point gives, in a sentence."""
-    below = point["full_depth_score"] - point["score"]
-    ((wish, value),) = point["wish"].items()
-    missed = f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
-    return (
-        f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {abs(below):.1f} "
-        f"{'below' if below >= 0 else 'above'} full depth, with {100 * point['speedup_ratio']:.0f}% of the layers"
-        f"{'' if point['reached'] else missed}"
-    )
 
 
 if __name__ == "__main__":

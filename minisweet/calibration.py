@@ -5,7 +5,7 @@ The temperature is the one of least negative log-likelihood (NLL).
 
 The authors fit the temperatures on the very set that they then score. By default we do not: each half of the
 validation set, even and odd rows, is scaled by the temperatures that were fitted on the other half. So it is with the
-curve (`row_temperatures`) and with the operating point (evaluation/operating.py). For new text the temperatures of all
+curve (`row_temperatures`) and with the operating point (evaluation/sweep.py). For new text the temperatures of all
 rows are kept (`fit_rule`).
 
 Dimension letters: K exits, N instances, C classes.

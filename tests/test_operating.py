@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, exit_costs, exits_taken
 from minisweet.data.tasks import score
-from minisweet.evaluation.operating import Candidates, Validation, candidates, choose, operating_point
+from minisweet.evaluation.sweep import Candidates, Validation, candidates, choose, operating_point
 
 
 def random_validation(seed: int, K: int, N: int, C: int) -> Validation:
@@ -58,7 +58,7 @@ def test_each_half_is_scored_at_the_other_halfs_threshold():
     sure = torch.tensor([[4.0, 0.0]])
     first = torch.where(torch.arange(20)[:, None] % 2 == 0, sure + torch.rand(20, 1), sure.flip(1) * 2)
     validation = Validation(torch.stack([first, sure.expand(20, 2)]), None, torch.zeros(20, dtype=torch.int64))
-    point = operating_point(validation, "accuracy", "none", (1, 2), 2, "sweet", max_loss=0.0)
+    point = operating_point(validation, "accuracy", "none", ((1, 2), 2, "sweet"), {"max_loss": 0.0})
     # Even rows choose a low threshold, where the odd ones leave wrongly. Odd rows choose 1: the even ones pay in full.
     assert point["full_depth_score"] == 100
     assert point["score"] == 50

@@ -1,6 +1,7 @@
 """Tables and figures from records."""
 
 import math
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def test_interpolation_is_linear_and_never_extrapolates():
     assert np.isnan(interpolated(record(ratios=(0.25, 0.5, 0.9)), np.array([1.0]))).all()
     branch = record((60, 70, 81, 80), (0.25, 0.5, 1.25, 1.0))  # at t = 1 no branch is asked
     assert interpolated(branch, np.array([0.25, 0.75, 1.0, 1.125])).tolist() == [60, 75, 80, 80.5]
-    assert report.table_ratios({"sst2": {0: record((60, 60, 80), (0.5, 0.25, 1.0))}}, "branch")[0] == 0.25
+    unsorted = results_of({"branch": {"sst2": {0: record((60, 60, 80), (0.5, 0.25, 1.0))}}})
+    assert unsorted["interpolated"]["branch"]["ratios"] == [0.25, 0.5, 0.75, 1]
 
 
 def test_a_seed_that_lacks_a_task_has_no_mean():
@@ -68,9 +70,9 @@ def test_a_seed_that_lacks_a_task_has_no_mean():
         "sst2": {0: record((60, 70, 80)), 1: record((62, 70, 82))},
         "mrpc": {1: record((70, 70, 90)), 2: record((0, 0, 0))},
     }
-    ends = lambda run: np.array(run["exit_scores"])  # noqa: E731
-    assert seed_means(records, ["sst2", "mrpc"], ends).tolist() == [[66, 86]]
-    assert seed_means(records, ["sst2"], ends).tolist() == [[60, 80], [62, 82]]
+    ends = itemgetter("exit_scores")
+    assert seed_means(records, ends).tolist() == [[66, 86]]
+    assert seed_means({"sst2": records["sst2"]}, ends).tolist() == [[60, 80], [62, 82]]
     table = results_of({"ee": records})["individual"]["ee"]
     assert (table["mean"], table["std"]) == ([66, 86], [None, None])
     assert table["tasks"]["sst2"]["mean"] == [61, 81]
@@ -98,7 +100,7 @@ def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
     stuck = record((50.0, 50.0, 80.0), counts=((0, 10), (5, 5)))
     grid = {
         "ee": {"sst2": {0: stuck, 1: stuck}, "rte": {0: record(losses=(1.0, 1.0)), 1: record()}},
-        "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25))}, "rte": {0: None}},  # None: lost to NaN
+        "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25))}, "rte": {0: {}}},  # {}: lost to NaN
     }
     results = results_of(grid)
     assert results["interpolated"]["ee"]["ratios"] == [0.25, 0.5, 0.75, 1]
@@ -123,7 +125,7 @@ def test_tables_mark_it_and_leave_blank_what_a_curve_does_not_reach():
 
 
 def test_differences_are_paired_over_tasks_and_seeds():
-    higher = {0: record((61, 72, 80)), 1: record((63, 72, 80)), 2: None, 3: record()}
+    higher = {0: record((61, 72, 80)), 1: record((63, 72, 80)), 2: {}, 3: record()}
     grid = {"ee": {"sst2": {0: record(), 1: record(), 2: record()}}, "sweet": {"sst2": higher}}
     difference = results_of(grid)["differences"]["from"]["ee"]
     assert difference["pairs"] == 2  # seed 2 was lost to NaN, seed 3 has no partner
@@ -135,7 +137,7 @@ def test_differences_are_paired_over_tasks_and_seeds():
 def test_areas_are_compared_for_every_pair_of_methods():
     grid = {
         "ee": {"sst2": {0: record(), 1: record((61, 71, 81))}, "rte": {0: record(), 1: record()}},
-        "mm": {"sst2": {0: record((62, 72, 82)), 1: record((62, 72, 82))}, "rte": {0: record((64, 74, 84)), 1: None}},
+        "mm": {"sst2": {0: record((62, 72, 82)), 1: record((62, 72, 82))}, "rte": {0: record((64, 74, 84)), 1: {}}},
         "sweet": {"sst2": {}, "rte": {}},
     }
     results = results_of(grid)

@@ -15,7 +15,6 @@ import pytest
 import evaluate
 import train
 from minisweet.files.commands import run_command
-from minisweet.paper import grid as grid_module
 from minisweet.paper import reproduce
 from tests.conftest import WORDS, write_model
 
@@ -34,7 +33,7 @@ def command(monkeypatch, capsys, tmp_path):
     started, lines = [], []
 
     def in_process(script: str, arguments: list[str]) -> int:
-        assert (grid_module.SCRIPTS / script).is_file()
+        assert (reproduce.SCRIPTS / script).is_file()
         started.append((script, next(Path(a).name for a in arguments if "tiny-" in a)))
         lines.append(" ".join(arguments))
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -251,7 +250,7 @@ def test_a_rate_whose_loss_is_no_number_is_out_of_the_search(command, tmp_path):
     assert (status, "of 2 runs; 0 missing" in out) == (0, True)
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
     assert results["learning_rates"] == {"ee": {"toy": 1e-3}}
-    assert results["did_not_converge"][-1] == "tiny-ee-toy-lr1e+30-n32-seed0"
+    assert "tiny-ee-toy-lr1e+30-n32-seed0" in results["did_not_converge"]
     folder = tmp_path / "reproduced" / "runs" / "tiny-ee-toy-lr1e+30-n32-seed0"
     assert [path.name for path in folder.iterdir()] == ["diverged.json"]
     assert command("--methods", "ee", "--seeds", "0,1", "--lrs", "1e-3,1e30")[3] == []
@@ -306,7 +305,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path, monke
     [
         ({"epochs": 3}, "a run with epochs 3, not 1; name another --out or --runs"),
         ({"batch_size": 8}, "a run with batch_size 8, not 16; name another --out or --runs"),
-        ({"exit_layers": [1, 2]}, "a run with exits after [1, 2], not [1, 4]; name another --out or --runs"),
+        ({"exit_layers": [1, 2]}, "a run with exit_layers [1, 2], not [1, 4]; name another --out or --runs"),
         ({"losses": [1.0, 2.0]}, "losses is [1.0, 2.0], which no command here writes"),
         ({"losses": [[1.0], [2.0, 3.0]]}, "losses is of 1, 2 exits, and exit_layers of 2"),
     ],
@@ -337,7 +336,7 @@ def test_runs_of_another_precision_or_other_data_are_refused(command, tmp_path):
     for how in ([], ["--report-only", "--amp", "off"]):
         status, _, err, started = command(*grid, *how)
         assert (status, started, err.count("\n")) == (2, [], 1)
-        assert "a run with precision (--amp) torch.bfloat16, not torch.float32; name another" in err
+        assert "a run with precision torch.bfloat16, not torch.float32; name another" in err
     sweet = fake_run(runs, "sweet", 1e-3, 0, 60.0, precision="torch.bfloat16")
     assert command(*grid, "--report-only")[0] == 0  # auto: whatever they were made in
     out = command("--methods", "ee", *grid[2:], "--amp", "bf16", "--print-commands")[1]
@@ -420,7 +419,7 @@ def start(out: str) -> multiprocessing.Process:
     """A process that makes a grid of five runs in `out`. In "killed" they wait for a file, go."""
 
     def main() -> None:
-        grid_module.SCRIPTS = Path(out + "-scripts").resolve()
+        reproduce.SCRIPTS = Path(out + "-scripts").resolve()
         options = ["--methods", "ee", "--seeds", "0,1,2", "--lrs", "1e-3,2e-3,1e-2", "--out", out]
         sys.argv = ["reproduce.py", "--model", str(Path("tiny").resolve()), *TINY, *options]
         run_command(reproduce.main)

@@ -1,28 +1,29 @@
-"""All exits on a validation set at once, and what every threshold makes of them (Sec. 3.3).
+"""All exits on a validation set at once, what every threshold makes of them (Sec. 3.3), and which one to deploy.
 
-Dimension letters: K exits, N instances, C classes.
+Dimension letters: K exits, N instances, C classes, M candidate thresholds.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisweet.adaptive import area_under_curve
-from minisweet.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
-from minisweet.data.tasks import score
+from minisweet.adaptive import ExitRule, area_under_curve, exit_costs, exits_taken
+from minisweet.calibration import fit_rule
+from minisweet.data.tasks import matthews, score
 from minisweet.data.text import TokenizedExamples
-from minisweet.data.toy import LEVELS
 from minisweet.files.safe import InputError, sha256, written_beside
 from minisweet.training.devices import autocast
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
+
+SLACK = 1e-9  # of rounding
 
 
 class Validation(NamedTuple):
@@ -36,6 +37,14 @@ class Validation(NamedTuple):
         """The same of some rows."""
         certainty = None if self.certainty is None else self.certainty[:, rows]
         return Validation(self.logits[:, rows], certainty, self.labels[rows])
+
+
+class Candidates(NamedTuple):
+    """Every threshold worth a look, in increasing order, and what it gives: (M,) each."""
+
+    thresholds: np.ndarray
+    scores: np.ndarray  # in percent
+    ratios: np.ndarray  # speedup ratios: mean shares of the layers
 
 
 @torch.no_grad()
@@ -61,58 +70,22 @@ def predict(
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
 
 
-def sweep(
-    predictions: Tensor, taken: Tensor, labels: np.ndarray, thresholds: list[float], costs: np.ndarray, metric: str
-) -> dict:
+def sweep(predictions: Tensor, taken: Tensor, labels: np.ndarray, costs: np.ndarray, metric: str) -> dict:
     """Score all exits' `predictions` (K, N), and at each threshold those of the exits `taken` (thresholds, N), from 0.
 
     `labels` are (N,), `costs` (thresholds, K) of leaving at each exit, as shares of the layers; `metric` as in `score`.
-    Returns exit_scores (K), thresholds, scores, speedup_ratios, exit_counts (thresholds, K), area; scores in percent.
+    Returns exit_scores (K), scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
     """
-    scores, ratios, counts = [], [], []
-    for exits, cost in zip(taken, costs, strict=True):
-        chosen = predictions.gather(0, exits[None])[0]  # (N,) the prediction of the exit taken
-        scores.append(score(chosen.numpy(), labels, metric))
-        counts.append(exits.bincount(minlength=len(cost)).tolist())
-        ratios.append(float(np.dot(counts[-1], cost) / len(labels)))  # Eq. 1
-    return {
-        "exit_scores": score(predictions.numpy(), labels, metric).tolist(),
-        "thresholds": thresholds,
-        "scores": scores,
-        "speedup_ratios": ratios,
-        "exit_counts": counts,
-        "area": area_under_curve(ratios, scores),
-    }
-
-
-def calibration_report(logits: Tensor, labels: Tensor, temperatures: Tensor) -> dict:
-    """How far each exit's confidence can be trusted: logits (K, N, C), labels (N,) and temperatures (K, N).
-
-    Returns `temperatures` (K), fitted on all rows, to be kept for new text, and `ece` and `nll` (K), each before and
-    after scaling by the temperatures given.
-    """
-    scaled = {"before": logits, "after": logits / temperatures[..., None]}
-    measures = {"ece": expected_calibration_error, "nll": negative_log_likelihood}
-    return {"temperatures": [fit_temperature(exit_logits, labels) for exit_logits in logits]} | {
-        name: {when: [measure(exit_logits, labels) for exit_logits in all_exits] for when, all_exits in scaled.items()}
-        for name, measure in measures.items()
-    }
-
-
-def mean_exit_layers(difficulties: list[str], taken: Tensor, exit_layers: list[int]) -> dict:
-    """The mean layer at which each difficulty's instances leave: for each, easy to hard, a list (thresholds).
-
-    `difficulties` (N) are of `LEVELS`, `taken` (thresholds, N) counts exits from 0, `exit_layers` are (K).
-    """
-    layers, levels = np.array(exit_layers)[taken.numpy()], np.array(difficulties)  # (thresholds, N), (N,)
-    return {level: layers[:, levels == level].mean(1).tolist() for level in LEVELS}
+    counts = [exits.bincount(minlength=len(predictions)).tolist() for exits in taken]
+    ratios = [float(np.dot(left, cost) / len(labels)) for left, cost in zip(counts, costs, strict=True)]  # Eq. 1
+    scores = [score(predictions.gather(0, exits[None])[0].numpy(), labels, metric) for exits in taken]
+    of_exits = score(predictions.numpy(), labels, metric).tolist()
+    curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts}
+    return {"exit_scores": of_exits, **curve, "area": area_under_curve(ratios, scores)}
 
 
 def save_validation(path: Path, validation: Validation) -> str:
-    """Write logits.safetensors: what the exits said of the validation rows, for rules to try without a model.
-
-    Returns its SHA-256, the `logits_digest` of evaluation.json.
-    """
+    """Write logits.safetensors, for rules to try without a model. Returns its SHA-256, evaluation.json's digest."""
     tensors = {name: tensor.contiguous() for name, tensor in validation._asdict().items() if tensor is not None}
     with written_beside(path) as partial:
         partial.write_bytes(save(tensors))
@@ -120,25 +93,90 @@ def save_validation(path: Path, validation: Validation) -> str:
 
 
 def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation:
-    """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for other content."""
-    if evaluation.get("logits_digest", digest := sha256(path)) != digest:
+    """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for another file."""
+    if sha256(path) != evaluation.get("logits_digest"):  # an old evaluation has none
         raise InputError(f"{path}: not of this evaluation.json, its SHA-256 is not logits_digest; evaluate it again")
-    try:
-        tensors = load_file(path)
-        validation = Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"{path}: not what evaluate.py writes ({error})") from None
-    (logits, certainty, labels), K, N = validation, len(evaluation["exit_layers"]), evaluation["examples"]
-    shapes = [(K, N), (K - 1, N)] if "certainty_ranges" in evaluation else [None]
-    right = logits.shape == (K, N, num_labels) and logits.dtype == torch.float32 and logits.isfinite().all()
-    right = (
-        right
-        and labels.shape == (N,)
-        and labels.dtype == torch.int64
-        and 0 <= labels.min()
-        and labels.max() < num_labels
-    )
-    right = right and (certainty is None or certainty.isfinite().all())
-    if not right or (certainty if certainty is None else certainty.shape) not in shapes:
-        raise InputError(f"{path}: not {N} rows of {K} exits and {num_labels} classes, all finite; evaluate it again")
-    return validation
+    tensors, shape = load_file(path), (len(evaluation["exit_layers"]), evaluation["examples"], num_labels)
+    if tensors["logits"].shape != shape:
+        raise InputError(f"{path}: logits of shape {tuple(tensors['logits'].shape)}, not {shape}; evaluate it again")
+    return Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
+
+
+def operating_point(validation: Validation, metric: str, calibration: str, of_model: tuple, wish: dict) -> dict:
+    """Choose the threshold for a wish, and say honestly what it gives.
+
+    `metric` is as in `score`, `calibration` as in `fit_rule`, `of_model` are the exit layers, depth and method of
+    `exit_costs`. The wish is {"max_loss": points} or {"speed": share}, see `choose`.
+
+    Returns `threshold`, chosen on all rows, for new text. `score` and `speedup_ratio` are estimates for new text: each
+    half of the rows (even and odd ones) is scored at the threshold, and with the temperatures, that the other half
+    would choose. `full_depth_score` is the last exit's on all rows. `wish` repeats the wish, and `reached` is False
+    where no threshold grants it, so that the nearest one was taken.
+    """
+
+    def chosen_on(rows: Validation) -> tuple[ExitRule, float, bool]:
+        rule = fit_rule(*rows, calibration)
+        return rule, *choose(candidates(rule, rows, metric, *of_model), **wish)
+
+    labels, everything = validation.labels.numpy(), torch.arange(len(validation.labels))
+    halves = [everything[::2], everything[1::2]] if len(everything) > 1 else [everything, everything]
+    predictions, costs = np.zeros_like(labels), np.zeros(len(labels))
+    for other, scored in (halves, halves[::-1]):
+        rule, threshold, _ = chosen_on(validation.rows(other))
+        half = validation.rows(scored)
+        taken = exits_taken(rule.confidences(half.logits, half.certainty), threshold, rule.lowest)  # (n,)
+        predictions[scored] = half.logits.argmax(-1).gather(0, taken[None])[0]
+        costs[scored] = np.array(exit_costs(*of_model, threshold))[taken]
+    _, threshold, reached = chosen_on(validation)
+    full_depth = score(validation.logits[-1].argmax(-1).numpy(), labels, metric)
+    point = {"threshold": threshold, "score": score(predictions, labels, metric), "full_depth_score": full_depth}
+    return point | {"speedup_ratio": float(costs.mean()), "wish": wish, "reached": reached}
+
+
+def candidates(
+    rule: ExitRule, validation: Validation, metric: str, exit_layers: Sequence[int], depth: int, method: str
+) -> Candidates:
+    """The thresholds at which a decision changes (the confidences that occur, and 1), with their scores and ratios.
+
+    As the threshold rises past all of a row's confidences up to an exit, the row moves on to the next exit. So a sum
+    over rows changes by a step there, and all M sums take one pass over the sorted steps, where a sweep would take M
+    times N decisions.
+    """
+    confidence = rule.confidences(validation.logits, validation.certainty)[:-1].double().numpy()  # (K-1, N)
+    confidence = confidence.clip(min=rule.lowest)  # at the lowest threshold all leave at the first exit
+    thresholds = np.unique(confidence[confidence < 1])
+    # The first threshold above all confidences up to an exit, at which a row is still there after it; M-1 is that of 1.
+    moves = np.searchsorted(thresholds, np.maximum.accumulate(confidence), side="right")  # (K-1, N)
+
+    labels, predictions = validation.labels.numpy(), validation.logits.argmax(-1).numpy()
+    cost = np.array(exit_costs(exit_layers, depth, method))[:, None]
+    # Of each row at each exit, what a score and a ratio are made of: 4 of (K, N).
+    parts = np.broadcast_arrays(predictions == labels, (predictions == 1) & (labels == 1), predictions == 1, cost)
+    at_exit = np.stack(parts, axis=-1).astype(np.float64)  # (K, N, 4)
+    sums = np.zeros((len(thresholds) + 1, 4))  # (M, 4), as steps at first
+    sums[0] = at_exit[0].sum(0)
+    for first, step in zip(moves, np.diff(at_exit, axis=0), strict=True):
+        np.add.at(sums, first, step)
+    right, both, predicted, layers = sums.cumsum(0).T
+    layers[-1] = exit_costs(exit_layers, depth, method, 1.0)[-1] * len(labels)  # at 1 all reach the last exit
+    if metric == "matthews":
+        scores = matthews(both, predicted, (labels == 1).sum(), len(labels))
+    else:
+        scores = 100 * right / len(labels)
+    return Candidates(np.append(thresholds, 1.0), scores, layers / len(labels))
+
+
+def choose(there: Candidates, max_loss: float | None = None, speed: float | None = None) -> tuple[float, bool]:
+    """The threshold that grants the wish best, and whether it grants it; if none does, the fastest.
+
+    The wish is `max_loss`, the fastest whose score is at most so many points below full depth's, or, where it is given,
+    `speed`, the best score at no more than this share of the layers.
+    """
+    if speed is None:
+        granted = there.scores >= there.scores[-1] - max_loss - SLACK  # the last one, full depth, always does
+        order = np.lexsort((-there.scores, there.ratios))  # fastest first, of equals the best
+    else:
+        granted = there.ratios <= speed + SLACK
+        order = np.lexsort((there.ratios, -there.scores))
+    best = order[granted[order]][0] if granted.any() else there.ratios.argmin()
+    return float(there.thresholds[best]), bool(granted.any())

@@ -28,8 +28,8 @@ from minisweet.files.commands import Parser, positive_float, run_command, whole_
 from minisweet.files.figures import load_pyplot, save_figure
 from minisweet.files.runs import load_run, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.paper.grid import as_options, run_script
 from minisweet.paper.report import for_json
+from minisweet.paper.reproduce import TRAINING, as_options, run_script
 from minisweet.training.devices import choose_device, device_name, reuse_freed_memory
 from minisweet.training.options import add_training_options, default_batch_size, find_model
 
@@ -54,12 +54,11 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, 
     matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
     losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
-    M, K = len(matrices), len(losses)
-    similarity, left_out = np.full((M, K, K), np.nan), np.zeros((M, K, K), dtype=int)
-    for m, i, j in np.ndindex(M, K, K):
-        a, b = gradients[i][m], gradients[j][m]
-        if a is not None and b is not None:
-            similarity[m, i, j], left_out[m, i, j] = row_similarity(a, b)
+    similarity = np.full((len(matrices), len(losses), len(losses)), np.nan)
+    left_out = np.zeros(similarity.shape, dtype=int)
+    for m, i, j in np.ndindex(similarity.shape):
+        if gradients[i][m] is not None and gradients[j][m] is not None:
+            similarity[m, i, j], left_out[m, i, j] = row_similarity(gradients[i][m], gradients[j][m])
     return similarity, left_out
 
 
@@ -96,13 +95,15 @@ def main() -> None:
         raise InputError(f"--exit-layers: {args.exit_layers[0]} is one exit, and there is nothing to compare it with")
     rows = load_examples(args.task, "train", args.data_dir)
     args.train_size, measured, N = args.steps * args.batch_size, args.batches * args.batch_size, len(rows.labels)
-    if args.train_size + measured > N:
-        raise InputError(
-            f"--steps: {args.steps} steps and {args.batches} new batches of {args.batch_size} need "
-            f"{args.train_size + measured} examples, and {args.task} has {N}"
-        )
+    if (needed := args.train_size + measured) > N:
+        wish = f"{args.steps} steps and {args.batches} new batches of {args.batch_size}"
+        raise InputError(f"--steps: {wish} need {needed} examples, and {args.task} has {N}")
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
-    model, record = fine_tune(args)
+    with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as temporary:
+        run = Path(temporary) / "run"
+        if status := run_script("train.py", as_options(vars(args) | {"out": run, "epochs": 1}, TRAINING)):
+            sys.exit(abs(status))  # it has said why
+        model, record = load_run(run)
     order = np.random.default_rng(args.seed).permutation(N)
     unseen = order[~np.isin(order, record["subset"])][:measured]
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
@@ -140,28 +141,15 @@ def main() -> None:
     print(f"\nwritten to {args.out / 'gradients.json'} and gradients.png")
 
 
-def fine_tune(args: argparse.Namespace) -> tuple[MultiExitModel, dict]:
-    """The model that train.py makes in one epoch, and its run.json. Ends with train.py's status where that fails."""
-    given = ("model", "method", "task", "train_size", "seed", "lr", "batch_size", "max_length", "exit_layers")
-    options = {name: getattr(args, name) for name in (*given, "data_dir", "device", "amp")}
-    with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as folder:
-        run = Path(folder) / "run"
-        if status := run_script("train.py", as_options(options | {"out": run, "epochs": 1})):
-            sys.exit(abs(status))  # it has said why
-        return load_run(run)
-
-
 def draw_similarities(path: Path, mean: np.ndarray, args: argparse.Namespace) -> None:
     """Draw a heat map with one panel per layer to a PNG: mean (M, K, K). Raises InputError without matplotlib."""
     pyplot = load_pyplot(path)
     M, K, _ = mean.shape
     figure, axes = pyplot.subplots(1, M, figsize=(3.2 * M + 1, 3.6), squeeze=False, layout="constrained")
-    names = [f"C-{k + 1}" for k in range(K)]  # as in the paper
     for m, axis in enumerate(axes[0]):
         image = axis.imshow(mean[m, m:, m:], vmin=-1, vmax=1, cmap="RdBu")
-        axis.set_xticks(range(K - m), names[m:])
-        axis.set_yticks(range(K - m), names[m:])
-        axis.set_title(f"layer {args.exit_layers[m]}")
+        ticks, names = range(K - m), [f"C-{k + 1}" for k in range(m, K)]  # as in the paper
+        axis.set(title=f"layer {args.exit_layers[m]}", xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
         for (i, j), value in np.ndenumerate(mean[m, m:, m:]):
             text = "-" if np.isnan(value) else f"{value:.2f}"
             axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")

@@ -10,10 +10,12 @@ Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup rati
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from minisweet.files.figures import load_pyplot, save_figure
 from minisweet.use.plots import label_axes, sorted_curve
@@ -21,17 +23,18 @@ from minisweet.use.plots import label_axes, sorted_curve
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-RATIOS = (1 / 4, 1 / 2, 3 / 4, 1)  # besides the first exit's
+RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the first exit's
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
 NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
-TITLES = {
-    "individual": "Individual classifiers: mean score ± deviation over seeds",
-    "interpolated": "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds",
-    "areas": "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds",
+KNOWN = {  # what results.json tells of single runs
+    "did_not_converge": "Runs that did not converge",
+    "one_class": "Runs with exits that predict one class (their layers)",
+    "repeated": "Runs that did not converge and are repeated with other seeds",
+    "missing": "Missing runs",
 }
 
-# The records of one method and training size, by task and seed; None for a run whose loss became infinite or NaN.
-Records = dict[str, dict[int, dict | None]]
+# The records of one method and training size, by task and seed; {} for a run whose loss became infinite or NaN.
+Records = dict[str, dict[int, dict]]
 
 
 def one_class_layers(record: dict) -> list[int]:
@@ -44,8 +47,10 @@ def did_not_converge(record: dict) -> bool:
     """Whether every exit predicts one class, or the loss of the last tenth of the steps is not below the first tenth's.
 
     A tenth is at least ten steps, or half of fewer than twenty. MM's exits and branches are trained apart, so that
-    each one's own loss must fall; else the sum does.
+    each one's own loss must fall; else the sum does. The record of a loss that became infinite or NaN is empty.
     """
+    if not record:
+        return True
     losses = np.array(record["losses"])  # (steps, K)
     if record["method"] not in ("mm", "branch"):
         losses = losses.sum(1, keepdims=True)
@@ -54,15 +59,16 @@ def did_not_converge(record: dict) -> bool:
     return rose or len(one_class_layers(record)) == len(record["exit_layers"])
 
 
-def interpolated(record: dict, ratios: np.ndarray) -> np.ndarray:
+def interpolated(record: dict, ratios: Sequence[float]) -> np.ndarray:
     """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach."""
     return np.interp(np.round(ratios, 9), *sorted_curve(record), left=np.nan, right=np.nan)
 
 
-def seed_means(records: Records, tasks: Sequence[str], points: Callable[[dict], np.ndarray]) -> np.ndarray:
-    """The points of each seed that has a run of all `tasks`, averaged over them: (S, P)."""
-    seeds = set.intersection(*({seed for seed, run in records[task].items() if run} for task in tasks))
-    return np.array([np.mean([points(records[task][seed]) for task in tasks], axis=0) for seed in sorted(seeds)])
+def seed_means(records: Records, points: Callable[[dict], ArrayLike]) -> np.ndarray:
+    """The points of each seed that has a run of all tasks, averaged over them: (S, P)."""
+    seeds = set.intersection(*({seed for seed, run in runs.items() if run} for runs in records.values()))
+    values = [np.mean([points(runs[seed]) for runs in records.values()], axis=0) for seed in sorted(seeds)]
+    return np.array(values).reshape(len(values), -1 if values else 0)
 
 
 def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -76,13 +82,6 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.mean(0), std, std * STUDENT_T[min(max(S - 1, 1), 30) - 1] / np.sqrt(S)
 
 
-def table_ratios(records: Records, method: str) -> np.ndarray:
-    """The speedup ratios of the tables (P,): the first exit's and the set ones. Empty without a run."""
-    first = [min(run["speedup_ratios"]) for run in _runs(records) if run][:1]
-    set_ratios = RATIOS + (MULTI_MODEL_RATIOS if method == "mm" else ())
-    return np.array(sorted({round(ratio, 9) for ratio in (*first, *set_ratios)}) if first else [])
-
-
 def results_of(grid: dict[str, Records]) -> dict:
     """`individual`, `interpolated`, `areas`, `differences` and `area_differences`, for JSON, of one training size.
 
@@ -90,21 +89,22 @@ def results_of(grid: dict[str, Records]) -> dict:
     method's, `area_differences` each method's area less each other's; only where there are pairs.
     """
     results: dict[str, dict] = {"individual": {}, "interpolated": {}, "areas": {}}
-    ends, area = (lambda run: np.array(run["exit_scores"])), (lambda run: np.array([run["area"]]))
     for method, records in grid.items():
-        ratios = table_ratios(records, method)
+        runs = _runs(records)
+        ratios = {*RATIOS, *MULTI_MODEL_RATIOS * (method == "mm"), *(min(run["speedup_ratios"]) for run in runs[:1])}
+        ratios = sorted({round(ratio, 9) for ratio in ratios}) if runs else []
         at_ratios = partial(interpolated, ratios=ratios)
-        layers = next((run["exit_layers"] for run in _runs(records) if run), [])
-        results["individual"][method] = {"exit_layers": layers} | _rows(records, ends, "std")
-        results["interpolated"][method] = {"ratios": ratios.tolist()} | _rows(records, at_ratios, "ci95")
-        results["areas"][method] = _rows(records, area, "ci95")
+        layers = runs[0]["exit_layers"] if runs else []
+        results["individual"][method] = {"exit_layers": layers} | _row(records, itemgetter("exit_scores"), "std")
+        results["interpolated"][method] = {"ratios": ratios} | _row(records, at_ratios, "ci95")
+        results["areas"][method] = _row(records, itemgetter("area"), "ci95")
     less_others = less_each_other(grid, method, at_ratios)
-    results["differences"] = {"of": method, "ratios": ratios.tolist(), "from": less_others}
-    results["area_differences"] = {method: less_each_other(grid, method, area) for method in grid}
+    results["differences"] = {"of": method, "ratios": ratios, "from": less_others}
+    results["area_differences"] = {method: less_each_other(grid, method, itemgetter("area")) for method in grid}
     return results
 
 
-def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dict], np.ndarray]) -> dict:
+def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dict], ArrayLike]) -> dict:
     """The points of a method's runs less those of each other method's, paired over tasks and seeds.
 
     The interval is that of as many independent pairs. A method without pairs is left out.
@@ -113,33 +113,33 @@ def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dic
     for other in grid:
         runs = [(grid[method][task], grid[other][task]) for task in grid[method]]
         pairs = [(ours[seed], theirs[seed]) for ours, theirs in runs for seed in ours.keys() & theirs.keys()]
-        values = [points(a) - points(b) for a, b in pairs if a and b]
+        values = [np.subtract(points(ours), points(theirs)) for ours, theirs in pairs if ours and theirs]
         if values and other != method:
-            mean, _, ci95 = over_seeds(np.array(values))
+            mean, _, ci95 = over_seeds(np.array(values).reshape(len(values), -1))
             differences[other] = {"pairs": len(values), "mean": for_json(mean), "ci95": for_json(ci95)}
     return differences
 
 
-def _rows(records: Records, points: Callable, spread: str) -> dict:
-    """The row of the mean over tasks, which holds the rows of the tasks."""
-    return _row(records, points, spread) | {"tasks": {t: _row({t: records[t]}, points, spread) for t in records}}
+def _row(records: Records, points: Callable[[dict], ArrayLike], spread: str) -> dict:
+    """Mean and spread ("std" or "ci95") over seeds, and what of it failed to learn; in `tasks` those of each task."""
+
+    def row(records: Records) -> dict:
+        values = seed_means(records, points)
+        mean, std, ci95 = over_seeds(values)
+        return {
+            "mean": for_json(mean),
+            spread: for_json({"std": std, "ci95": ci95}[spread]),
+            "seeds": len(values),
+            "did_not_converge": sum(did_not_converge(run) for runs in records.values() for run in runs.values()),
+            "one_class_layers": sorted({layer for run in _runs(records) for layer in one_class_layers(run)}),
+        }
+
+    return row(records) | {"tasks": {task: row({task: runs}) for task, runs in records.items()}}
 
 
-def _row(records: Records, points: Callable, spread: str) -> dict:
-    """Mean and spread ("std" or "ci95") over seeds, and what of it failed to learn."""
-    values, runs = seed_means(records, list(records), points), _runs(records)
-    mean, std, ci95 = over_seeds(values)
-    return {
-        "mean": for_json(mean),
-        spread: for_json({"std": std, "ci95": ci95}[spread]),
-        "seeds": len(values),
-        "did_not_converge": sum(run is None or did_not_converge(run) for run in runs),
-        "one_class_layers": sorted({layer for run in runs if run for layer in one_class_layers(run)}),
-    }
-
-
-def _runs(records: Records) -> list[dict | None]:
-    return [run for of_task in records.values() for run in of_task.values()]
+def _runs(records: Records) -> list[dict]:
+    """The records of all tasks and seeds but the empty ones."""
+    return [run for runs in records.values() for run in runs.values() if run]
 
 
 def markdown(results: dict) -> str:
@@ -147,34 +147,31 @@ def markdown(results: dict) -> str:
     text, areas, differences = "", results["areas"], results["differences"]
     tasks = list(areas[differences["of"]]["tasks"])
     shown = ["mean", *tasks] if len(tasks) > 1 else tasks
-    for table, columns, form, spread in (
-        ("individual", "exit_layers", "layer {}", "std"),
-        ("interpolated", "ratios", "{:.3g}", "ci95"),
+    for table, columns, form, title in (
+        ("individual", "exit_layers", "layer {}", "Individual classifiers: mean score ± deviation over seeds"),
+        ("interpolated", "ratios", "{:.3g}", "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds"),
     ):
+        rows, by_exit = [], table == "individual"
         points = max((row[columns] for row in results[table].values()), key=len)
-        rows = []
         for task, (method, row) in product(shown, results[table].items()):
-            row = row if task == "mean" else row["tasks"][task]
-            stuck, name = row["one_class_layers"], method + "†" * (row["did_not_converge"] > 0)
-            cells = _cells(row, spread)
-            cells += [""] * (len(points) - len(cells))
-            if table == "individual":
-                cells = [cell + "°" * (n in stuck) for n, cell in zip(points, cells, strict=True)]
-            else:
-                name += "°" * bool(stuck)
-            rows.append([task, name, row["seeds"], *cells])
-        text += _table(TITLES[table], ["task", "method", "seeds", *map(form.format, points)], rows)
+            row = row["tasks"].get(task, row)
+            stuck = row["one_class_layers"]
+            name = method + "†" * (row["did_not_converge"] > 0) + "°" * (bool(stuck) and not by_exit)
+            cells = zip_longest(points, _cells(row), fillvalue="")
+            rows.append([task, name, row["seeds"], *(cell + "°" * (by_exit and n in stuck) for n, cell in cells)])
+        text += _table(title, ["task", "method", "seeds", *map(form.format, points)], rows)
     text += f"\n{NOTES}\n"
-    if rows := [[other, row["pairs"], *_cells(row, "ci95", "+")] for other, row in differences["from"].items()]:
+    if rows := [[other, row["pairs"], *_cells(row, "+")] for other, row in differences["from"].items()]:
         title = f"{differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval"
         text += _table(title, ["less", "pairs", *map("{:.3g}".format, differences["ratios"])], rows)
     rows = []
     for method, row in areas.items():
-        cells = ["".join(_cells(row if task == "mean" else row["tasks"][task], "ci95")) for task in shown]
         less = results["area_differences"][method]
-        cells += ["".join(_cells(less[other], "ci95", "+")) if other in less else "" for other in areas]
-        rows.append([method, row["seeds"], *cells])
-    return text + _table(TITLES["areas"], ["method", "seeds", *shown, *(f"less {other}" for other in areas)], rows)
+        cells = [_cells(row["tasks"].get(task, row)) for task in shown]
+        cells += [_cells(less[other], "+") if other in less else [] for other in areas]
+        rows.append([method, row["seeds"], *map("".join, cells)])
+    title = "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds"
+    return text + _table(title, ["method", "seeds", *shown, *(f"less {other}" for other in areas)], rows)
 
 
 def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
@@ -184,12 +181,11 @@ def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
     return "\n".join([f"\n### {title}\n", *lines, ""])
 
 
-def _cells(row: dict, spread: str, sign: str = "") -> list[str]:
+def _cells(row: dict, sign: str = "") -> list[str]:
     """A row's means, each with its spread where there is one; blank without a mean."""
-    return [
-        "" if mean is None else f"{mean:{sign}.1f}" + ("" if around is None else f" ±{around:.1f}")
-        for mean, around in zip(row["mean"], row[spread], strict=True)
-    ]
+    pairs = zip(row["mean"], row["std"] if "std" in row else row["ci95"], strict=True)
+    spreads = [(mean, "" if around is None else f" ±{around:.1f}") for mean, around in pairs]
+    return ["" if mean is None else f"{mean:{sign}.1f}{spread}" for mean, spread in spreads]
 
 
 def document(results: dict) -> str:
@@ -213,14 +209,8 @@ def document(results: dict) -> str:
     for size, tables in results["by_train_size"].items():
         text += f"\n## Up to {size} training examples\n{markdown(tables)}"
     text += "\n### What to know of these runs\n\n"
-    for key, what in (
-        ("did_not_converge", "Runs that did not converge"),
-        ("one_class", "Runs with exits that predict one class (their layers)"),
-        ("repeated", "Runs that did not converge and are repeated with other seeds"),
-        ("missing", "Missing runs"),
-    ):
-        names = results[key]
-        if names or key != "repeated":
+    for key, what in KNOWN.items():
+        if (names := results[key]) or key != "repeated":
             items = [f"- {name} {names[name]}\n" if isinstance(names, dict) else f"- {name}\n" for name in names]
             text += f"{what}: {len(items)}\n\n" + "".join(items) + "\n" * bool(items)
     return text
@@ -237,7 +227,7 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     Each panel is a title, a grid as in `results_of`, and the tasks to average over. InputError without matplotlib.
     """
     pyplot = load_pyplot(path)
-    columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
+    columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = pyplot.figure(figsize=(1 + 4.2 * columns, 3.4 * rows))
     for place, (title, grid, tasks) in enumerate(panels, start=1):
@@ -245,9 +235,9 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
         methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle
         for method in grid:
             records = {task: grid[method][task] for task in tasks}
-            reached = [ratio for run in _runs(records) if run for ratio in run["speedup_ratios"]]
+            reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]]
             ratios = np.linspace(min(reached, default=0), max(reached, default=0), 400)
-            mean, _, ci95 = over_seeds(seed_means(records, tasks, partial(interpolated, ratios=ratios)))
+            mean, _, ci95 = over_seeds(seed_means(records, partial(interpolated, ratios=ratios)))
             if len(mean):
                 colour = f"C{methods.index(method)}"
                 axis.plot(ratios, mean, color=colour, label=method)

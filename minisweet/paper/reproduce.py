@@ -2,55 +2,229 @@
 
     python -m minisweet.reproduce --model minilm-l6 --tasks sst2,mrpc --seeds 0,1,2 --lrs 5e-5,1e-4,2e-4,4e-4
 
-What the grid's runs are, and which of them are missing, is worked out in grid.py. Each run is a folder made by train.py
-and evaluate.py; what is complete is skipped. The command may be started several times on one folder, on several
-machines too if their file system shares its locks (flock): each run is made once.
+A learning rate is searched for each task and method on the first seed (and the first training size): the one with the
+largest area under the speed-accuracy curve (App. A). All seeds and training sizes then run at that rate. Nothing is
+kept but the run folders that train.py and evaluate.py make, so that a stopped grid goes on where it was. The command
+may be started several times on one folder, on several machines too if their file system shares its locks (flock): each
+run is made once.
 """
 
 import argparse
 import os
+import platform
 import re
 import shlex
+import subprocess
+import sys
 import time
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
-from minisweet.data.own import DATA_DIR
-from minisweet.data.tasks import TASKS
+import numpy as np
+
+from minisweet.data.own import DATA_DIR, digest
+from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
 from minisweet.files.figures import load_pyplot
-from minisweet.files.safe import InputError, read_json, write_json, written_beside
-from minisweet.paper.grid import EVALUATION, RETRY_STEP, Grid, claimed, run_script
+from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
+from minisweet.files.safe import InputError, lock, read_json, write_json, written_beside
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
-from minisweet.training.options import add_training_options, find_model, search_rates
+from minisweet.training import devices, options
 
+Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
+SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
+ELSEWHERE = "name another --out or --runs"
+THRESHOLDS = 11  # Sec. 3.3
+# What reports use of evaluation.json.
+EVALUATION = ("exit_scores", "class_counts", "thresholds", "speedup_ratios", "scores", "area", "calibration")
+RETRIES, RETRY_STEP = 3, 1000  # a run that did not converge is repeated with its seed + 1000, + 2000, + 3000
 FILES = ("results.md", "curves.png", "tasks.png", "sizes.png")  # beside results.json, which names those it wrote
+SHARED = ("data_dir", "device", "amp")  # options of train.py and evaluate.py
+TRAINING = ("out", *Run._fields, "model", "epochs", "max_length", "batch_size", "exit_layers", "exit_strategy", *SHARED)
 
 
-def method_setting(text: str) -> str:
-    """An argparse type: a method, or one of those that commit fc57fa9 had, such as sweet-flow0.5 or sweet-owner1."""
-    if text not in METHODS and not re.fullmatch(r"sweet-(flow|cap|owner)[0-9][0-9.e+-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}")
-    return text
+class Grid:
+    """The runs that the command line asks for, by their folders: what is wanted, what is there, what is missing."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.slots = list(product(args.train_sizes, args.tasks, args.methods, args.seeds))  # what tables average over
+        self.records: dict[Run, dict] = {}  # of the runs that are made
+        self.rows: dict[tuple, tuple[str, Path]] = {}  # which rows to their digest, and the folder that has them
+        self.load = lru_cache(maxsize=2)(load_examples)
+        self.precision = {}  # any, where runs are only reported or their commands printed, perhaps not for here
+        if args.amp != "auto" or not (args.report_only or args.print_commands):
+            device = devices.choose_device(args.device if args.amp == "auto" else "cpu")
+            self.precision = {"precision": str(devices.choose_precision(args.amp, device) or "torch.float32")}
+
+    def folder(self, run: Run) -> Path:
+        """The run's folder."""
+        return self.args.runs / run_name(vars(self.args) | run._asdict(), in_grid=True)
+
+    def record(self, run: Run) -> dict | None:
+        """run.json and what reports use of evaluation.json; None for a run that is not complete.
+
+        It is empty where the loss became infinite or NaN, so that train.py saved no model. Raises InputError for a
+        folder that holds a run of other settings or rows, or a broken one.
+        """
+        if run in self.records:
+            return self.records[run]
+        folder = self.folder(run)
+        if lost := read_diverged(folder):
+            self.check_settings(run, lost["arguments"], {})
+            self.records[run] = {}
+        elif (folder / "run.json").exists():
+            record = read_record(folder)
+            has = record["arguments"] | {key: record[key] for key in ("exit_strategy", "exit_layers", "precision")}
+            layers = self.args.exit_layers or options.exit_layers_for(record["depth"])
+            wanted = {"exit_layers": list(layers), **self.precision}
+            self.check_settings(run, has, wanted)
+            wanted["calibration"], evaluation = "crossfit", read_evaluation(folder, record, whole=False) or {}
+            same = all(evaluation.get(key, value) == value for key, value in wanted.items())
+            # Else not evaluated, or by hand in another way, or before there were all of these.
+            if same and set(EVALUATION) <= set(evaluation) and len(evaluation["thresholds"]) == THRESHOLDS:
+                self.check_rows(run, record)
+                self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
+        return self.records.get(run)
+
+    def check_settings(self, run: Run, has: dict, wanted: dict) -> None:
+        """Raise InputError unless a run was trained with the command line's arguments and what else is wanted."""
+        keys, has = ("model", "epochs", "max_length", "batch_size", "exit_strategy"), has | {"method": method_name(has)}
+        for key, value in (run._asdict() | {key: getattr(self.args, key) for key in keys} | wanted).items():
+            if has.get(key) != value:
+                raise InputError(f"{self.folder(run)}: a run with {key} {has.get(key)}, not {value}; {ELSEWHERE}")
+
+    def check_rows(self, run: Run, record: dict) -> None:
+        """Raise InputError for a run on other rows than those of --data-dir, or for a report than another run's."""
+        there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
+        for split, *drawn_by in (("train", run.train_size, run.seed), ("dev",)):
+            rows, told = (run.task, split, *drawn_by), record.get(f"{split}_digest")
+            if told is None:
+                continue  # a run from before there were digests
+            if there and rows not in self.rows and not self.args.report_only:
+                data, drawn = self.load(run.task, split, self.args.data_dir), None
+                if split == "train":  # as train.py draws them
+                    drawn = np.sort(np.random.default_rng(run.seed).permutation(len(data.first))[: run.train_size])
+                self.rows[rows] = (digest(data, drawn), self.args.data_dir)
+            known, where = self.rows.setdefault(rows, (told, self.folder(run)))
+            if known != told:
+                raise InputError(f"{self.folder(run)}: a run on other {split} rows than {where}; {ELSEWHERE}")
+
+    def search(self, task: str, method: str) -> list[Run]:
+        """The runs of the learning-rate search; one, if there is one rate."""
+        return [Run(task, method, self.args.train_sizes[0], lr, self.args.seeds[0]) for lr in self.args.lrs]
+
+    def learning_rate(self, task: str, method: str) -> float | None:
+        """The rate with the largest area under the curve; None before the search is complete, or if all are lost."""
+        found = {run.lr: self.record(run) for run in self.search(task, method)}
+        if len(found) == 1:
+            return self.args.lrs[0]
+        areas = {lr: record["area"] for lr, record in found.items() if record}
+        return None if None in found.values() else max(areas, key=areas.get, default=None)
+
+    def early_exits_failed(self, method: str) -> list[tuple[int, int]]:
+        """For each rate of the search, how many exits before the last predict one class, and of how many."""
+        failed = []
+        for searched in zip(*(self.search(task, method) for task in self.args.tasks), strict=True):
+            records = [record for run in searched if (record := self.record(run))]
+            stuck = [n in one_class_layers(record) for record in records for n in record["exit_layers"][:-1]]
+            failed.append((sum(stuck), len(stuck)))
+        return failed
+
+    def attempts(self, train_size: int, task: str, method: str, seed: int) -> list[Run]:
+        """The run of a seed, and with --retry-diverged those that repeat it; none before the search is complete."""
+        lr = self.learning_rate(task, method)
+        runs = [] if lr is None else [Run(task, method, train_size, lr, seed)]
+        while runs and self.args.retry_diverged and len(runs) <= RETRIES:
+            record = self.record(runs[-1])
+            if record is None or not did_not_converge(record):
+                break
+            runs.append(runs[0]._replace(seed=seed + RETRY_STEP * len(runs)))
+        return runs
+
+    def wanted(self) -> list[Run]:
+        """Every run whose settings are known by now, the search first."""
+        runs = [run for pair in product(self.args.tasks, self.args.methods) for run in self.search(*pair)]
+        runs += [run for slot in self.slots for run in self.attempts(*slot)]
+        return list(dict.fromkeys(runs))  # the search's runs are some of the others too
+
+    def missing(self) -> list[Run]:
+        """Those of them that are not made."""
+        return [run for run in self.wanted() if self.record(run) is None]
+
+    def commands(self, run: Run) -> list[list[str]]:
+        """The command lines that complete a run, from the folder of train.py."""
+        folder = self.folder(run)
+        values = vars(self.args) | run._asdict() | {"out": folder}
+        train = ["train.py", *as_options(values, TRAINING), "--resume"]
+        evaluate = ["evaluate.py", str(folder), *as_options(values, SHARED)]
+        return [evaluate] if (folder / "run.json").exists() else [train, evaluate]
+
+
+def as_options(values: dict[str, object], names: tuple[str, ...]) -> list[str]:
+    """The command-line options of these names; those that have no value are left out."""
+    words = []
+    for name in names:
+        if (value := values.get(name)) is not None:
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
+    return words
+
+
+def run_script(script: str, arguments: list[str]) -> int:
+    """Run train.py or evaluate.py as a process, which ends when this one is told to. Returns its exit status."""
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], close_fds=False)  # see `claimed`
+    try:
+        return process.wait()
+    except SystemExit:  # SIGTERM reached this process alone; Ctrl-C reaches both
+        process.terminate()
+        raise
+    finally:
+        process.wait()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Claim a run while the context lasts, by a locked file beside its folder. Gives False where it is claimed already.
+
+    The lock passes on to the script that makes the run: if this process is killed, the claim lasts until that has
+    ended. Who has claimed a run must look whether it is still missing.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.maker")
+    if (held := lock(path)) is None:
+        yield False
+        return
+    try:
+        os.set_inheritable(held, True)
+        os.truncate(held, 0)
+        os.write(held, f"{platform.node()} {os.getpid()} {time.ctime()}\n".encode())  # for people
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(held)
 
 
 def run_all(grid: Grid) -> list[str]:
     """Run what is missing, the search first, but for what other processes make. Returns which runs failed, by name."""
-    failed, waits, start = set(), False, time.monotonic()
-    before = len(grid.wanted()) - len(grid.missing())
+    grid.missing()  # reads what is there
+    failed, waits, start, before = [], False, time.monotonic(), len(grid.records)
     while todo := [run for run in grid.missing() if run not in failed]:
         for run in todo:
             with claimed(grid.folder(run)) as is_ours:
-                if is_ours and grid.is_missing(run):  # no other process made it meanwhile
-                    done = len(grid.wanted()) - len(todo) - before  # by all processes, since this one began
+                if is_ours and grid.record(run) is None:  # no other process made it meanwhile
+                    done = len(grid.records) - before  # by all processes, since this one began
                     minutes = (time.monotonic() - start) / 60 / max(done, 1) * len(todo)
-                    eta = f", about {minutes:.0f} min" if done > 0 else ""
-                    print(f"{grid.name(run)} ({len(todo)} to go{eta})", flush=True)
-                    any(
-                        run_script(script, options) for script, *options in grid.commands(run)
-                    )  # none after one that fails
-                    if grid.is_missing(run):
-                        failed.add(run)
+                    eta = f", about {minutes:.0f} min" if done else ""
+                    print(f"{grid.folder(run).name} ({len(todo)} to go{eta})", flush=True)
+                    # The second is not run where the first fails.
+                    any(run_script(script, words) for script, *words in grid.commands(run))
+                    failed += [run] if grid.record(run) is None else []
             if is_ours:
                 break  # what is missing now may have changed
         else:
@@ -58,7 +232,7 @@ def run_all(grid: Grid) -> list[str]:
                 print(f"{len(todo)} runs are being made by other processes; waiting for them", flush=True)
             waits = True
             time.sleep(1)
-    return [grid.name(run) for run in grid.missing() if run in failed]
+    return [grid.folder(run).name for run in failed if grid.record(run) is None]
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -76,26 +250,25 @@ def check_output(args: argparse.Namespace) -> None:
 
 def write_report(grid: Grid) -> None:
     """Write results.md, results.json and the figures from the runs that are there."""
-    args = grid.args
+    args, wanted = grid.args, grid.wanted()
     check_output(args)
     size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
-    tables: dict[int, dict] = {n: {method: {task: {} for task in tasks} for method in methods} for n in sizes}
-    missing, repeated = [grid.name(run) for run in grid.missing()], {}
-    for n, task, method, seed in grid.slots():
-        attempts, of_method = grid.attempts(task, method, n, seed), tables[n][method][task]
-        over = [run for run in attempts if grid.record(run) or grid.is_lost(run)]
-        if over:  # a run that is being repeated counts, marked, until its repetition is there
-            of_method[seed] = grid.record(over[-1])
-        if len(attempts) > 1:
-            repeated[grid.name(attempts[0])] = [grid.name(run) for run in attempts[1:]]
-        if not attempts and all(grid.is_lost(run) for run in grid.search(task, method)):
-            of_method[seed] = None
+    tables = {n: {method: {task: {} for task in tasks} for method in methods} for n in sizes}
+    missing, repeated = [grid.folder(run).name for run in grid.missing()], {}
+    for slot in grid.slots:
+        (n, task, method, seed), attempts = slot, grid.attempts(*slot)
+        found = [record for run in attempts if (record := grid.record(run)) is not None]
+        if not attempts and all(grid.record(run) == {} for run in grid.search(task, method)):
+            found = [{}]
             missing.append(f"{method} {task} n{n} seed{seed}: no learning rate converged")
         elif not attempts and (n, seed) != (size, args.seeds[0]):
             missing.append(f"{method} {task} n{n} seed{seed}, once its learning rate is known")
-    wanted = grid.wanted()
-    done = {grid.name(run): record for run in wanted if (record := grid.record(run))}
-    lost = [grid.name(run) for run in wanted if grid.is_lost(run)]
+        if found:  # a run that is being repeated counts, marked, until its repetition is there
+            tables[n][method][task][seed] = found[-1]
+        names = [grid.folder(run).name for run in attempts]
+        repeated |= {names[0]: names[1:]} if len(names) > 1 else {}
+    made = {grid.folder(run).name: grid.records[run] for run in wanted if run in grid.records}
+    done = {name: record for name, record in made.items() if record}
 
     title = f"{Path(args.model).name}, mean over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
     figures = {"curves.png": [(title, tables[size], tasks)]}
@@ -112,7 +285,7 @@ def write_report(grid: Grid) -> None:
         "early_exits_failed": {method: grid.early_exits_failed(method) for method in methods},
         **results_of(tables[size]),
         "missing": missing,
-        "did_not_converge": [name for name, record in done.items() if did_not_converge(record)] + lost,
+        "did_not_converge": [name for name, record in made.items() if did_not_converge(record)],
         "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
         "repeated": repeated,
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
@@ -136,8 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    methods = ["ee", "mm", "sweet"]
-    option("--methods", type=list_of(method_setting), default=methods, help="or branch (default: ee,mm,sweet)")
+    option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help="or branch (default: ee,mm,sweet)")
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="first the search's (default: 0,1,2)")
     option("--lrs", type=list_of(positive_float), help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)")
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
@@ -150,12 +322,16 @@ def parse_arguments() -> argparse.Namespace:
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
     option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
-    add_training_options(parser)
+    options.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
-    args.lrs = args.lrs or search_rates(args.model)
-    if old := [method for method in args.methods if method not in METHODS and not args.report_only]:
-        raise InputError(f"--methods: {old[0]} is of commit fc57fa9; here its runs are only reported (--report-only)")
+    args.lrs = args.lrs or options.search_rates(args.model)
+    args.batch_size = args.batch_size or options.default_batch_size(args.model)
+    for name in [name for name in args.methods if name not in METHODS]:
+        if not re.fullmatch(r"sweet-(flow|cap|owner)[0-9][0-9.e+-]*", name):  # such as sweet-flow0.5
+            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}")
+        if not args.report_only:
+            raise InputError(f"--methods: {name} is of commit fc57fa9; here its runs are only reported (--report-only)")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     return args
@@ -169,14 +345,11 @@ def main() -> None:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)  # try now what is needed after hours of training
-    except OSError as error:
-        raise InputError(f"--out: {args.out} cannot be a folder ({error.strerror})") from None
+    args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after hours of training
     load_pyplot(args.out / "curves.png")
     check_output(args)
     if not args.report_only:
-        find_model(args)
+        options.find_model(args)
         failed = run_all(grid)
     write_report(grid)
     if failed:

@@ -16,8 +16,7 @@ import torch
 from minisweet.adaptive import ExitRule
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.operating import candidates, choose
-from minisweet.evaluation.sweep import load_validation
+from minisweet.evaluation.sweep import candidates, choose, load_validation
 from minisweet.evaluation.timing import GATHERED
 from minisweet.files.commands import Parser, number, whole_number
 from minisweet.files.runs import load_run, read_evaluation
