@@ -18,8 +18,7 @@ from minisweet.data.own import DATA_DIR
 from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.files.figures import load_pyplot
-from minisweet.files.safe import InputError, read_json, write_json, written_beside
+from minisweet.files.safe import InputError, load_pyplot, read_json, write_json, written_beside
 from minisweet.paper.grid import EVALUATION, RETRY_STEP, Grid, claimed, run_script
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.training.options import add_training_options, find_model, search_rates
