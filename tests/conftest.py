@@ -15,7 +15,7 @@ from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.evaluation import timing
 from minisweet.exits import MultiModel
 from minisweet.files.commands import run_command
-from minisweet.files.names import bert_names, deberta_names
+from minisweet.files.checkpoint import bert_names, deberta_names
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"

@@ -1,4 +1,4 @@
-"""Public weights into our encoders: strictly, through the explicit name maps of names.py.
+"""Public weights into our encoders: strictly, through explicit maps of names.
 
 Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
 finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
@@ -7,10 +7,10 @@ or DebertaConfig (architectures, use_cache, transformers_version, ...) describe 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import count
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,22 +22,67 @@ from torch.overrides import TorchFunctionMode
 from minisweet.bert import BertEncoder
 from minisweet.deberta import DebertaEncoder
 from minisweet.files.config import BertConfig, DebertaConfig
-from minisweet.files.names import BERT_DROPPED, DEBERTA_DROPPED, bert_names, deberta_names
 from minisweet.files.safe import InputError, is_text, listed, one_line, read_json, written_beside
 
 Encoder = BertEncoder | DebertaEncoder
-Linear = tuple[Tensor, Tensor]  # weight and bias
+Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
+
+LOG = logging.getLogger("minisweet")
+OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
+WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+FLOATS = ("F16", "BF16", "F32", "F64")
+TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
+# Modules of a layer that BERT and DeBERTa share, and what DeBERTa's has beside them.
+SHARED = {
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+DEBERTA = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
+# What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts
+# 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. The pooler is not
+# dropped: each exit head starts from it.
+BERT_DROPPED = ("cls.", "embeddings.position_ids")
+DEBERTA_DROPPED = (*BERT_DROPPED, "lm_predictions.", "mask_predictions.", "embeddings.position_embeddings.")
+
+
+def shared_names(num_layers: int) -> Names:
+    """The names that BERT and DeBERTa share, but for the prefixes "bert." and "deberta."."""
+    names = {"word_embeddings.weight": ("embeddings.word_embeddings.weight",)}
+    for kind in ("weight", "bias"):
+        names[f"embedding_norm.{kind}"] = (f"embeddings.LayerNorm.{kind}",)
+        for n in range(num_layers):
+            for ours, theirs in SHARED.items():
+                names[f"layers.{n}.{ours}.{kind}"] = (f"encoder.layer.{n}.{theirs}.{kind}",)
+    return names
+
+
+def bert_names(num_layers: int) -> Names:
+    """Each parameter of a BertEncoder to its names in a checkpoint."""
+    names = shared_names(num_layers)
+    for part in ("position", "token_type"):
+        names[f"{part}_embeddings.weight"] = (f"embeddings.{part}_embeddings.weight",)
+    for n in range(num_layers):
+        for kind in ("weight", "bias"):
+            parts = tuple(f"encoder.layer.{n}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
+            names[f"layers.{n}.query_key_value.{kind}"] = parts
+    return names
+
+
+def deberta_names(num_layers: int) -> Names:
+    """Each parameter of a DebertaEncoder to its name in a checkpoint; without a position term, both lack some."""
+    names = shared_names(num_layers) | {"relative_table.weight": ("encoder.rel_embeddings.weight",)}
+    for n in range(num_layers):
+        names |= {f"layers.{n}.{part}": (f"encoder.layer.{n}.attention.self.{part}",) for part in DEBERTA}
+    return names
+
 
 ARCHITECTURES = {
     "bert": (BertConfig, BertEncoder, bert_names, BERT_DROPPED),
     "deberta": (DebertaConfig, DebertaEncoder, deberta_names, DEBERTA_DROPPED),
 }
-LOG = logging.getLogger("minisweet")
-OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
-WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-FLOATS = ("F16", "BF16", "F32", "F64")
-POOLER, CLASSIFIER = ("pooler.dense.weight", "pooler.dense.bias"), ("classifier.weight", "classifier.bias")
-TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
 
 
 def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
@@ -88,7 +133,7 @@ def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool =
     return _load(Path(folder), num_layers, warn)[0]
 
 
-def load_classifier(folder: Path) -> tuple[Encoder, Linear, list[str]]:
+def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[str]]:
     """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
 
     Returns the encoder as `load_encoder` does, the classifier's weight (C, D) and bias (C,), and the labels in the
@@ -96,78 +141,65 @@ def load_classifier(folder: Path) -> tuple[Encoder, Linear, list[str]]:
     several labels at once, and heads of other tasks.
     """
     path, content = folder / "config.json", read_json(folder / "config.json")
-    made = content.get("architectures") or ["ForSequenceClassification"]
+    made, kind = content.get("architectures") or ["ForSequenceClassification"], content.get("problem_type")
     if not isinstance(made, list) or not str(made[0]).endswith("ForSequenceClassification"):
         raise InputError(f"{path}: architectures is {made!r}, and must be a model for sequence classification")
-    kind = content.get("problem_type")
     if kind not in (None, "single_label_classification"):
         raise InputError(f"{path}: problem_type is {kind!r}, and only single_label_classification is implemented")
-    encoder, classifier = _load(folder, None, True, with_head=True)
-    C = len(classifier[1])
+    encoder, head = _load(folder, None, True, with_head=True)
+    C = len(head["classifier.bias"])
     if C < 2:
         raise InputError(f"{folder}: its head has {C} output, which is regression; two classes or more are implemented")
     names = content.get("id2label") or {str(n): f"LABEL_{n}" for n in range(C)}
     labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) else []
     if len(names) != C or not all(map(is_text, labels)) or len(set(labels)) < C:
         raise InputError(f"{path}: id2label is {names!r:.100}, and must name each of the head's {C} classes once")
-    return encoder, classifier, labels
+    return encoder, (head["classifier.weight"], head["classifier.bias"]), labels
 
 
-def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = False) -> tuple[Encoder, Linear | tuple]:
-    """The encoder, and the classifier if it is asked for, else ()."""
+def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = False) -> tuple[Encoder, dict]:
+    """The encoder, and by name the tensors of the pooler, where there is one, and of the classifier if asked for."""
     config = read_config(folder)
     depth, D = config.num_hidden_layers, config.hidden_size
     if num_layers is not None and not 1 <= num_layers <= depth:
         raise InputError(f"num_layers is {num_layers}, and must lie in 1 to {depth}, the depth of {folder}")
     _, _, checkpoint_names, dropped = ARCHITECTURES[config.model_type]
+    tensors, head = {}, {}
     with open_weights(folder) as files:
         path = folder / (WEIGHTS if (folder / WEIGHTS).exists() else INDEX)
-        keys: dict[str, str] = {}  # the plain name of each tensor, to its name in the file
         for key in sorted(files):
             plain = key.removeprefix(f"{config.model_type}.")
             plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            if plain in keys:
-                raise InputError(f"{path}: {key} and {keys[plain]} are the same parameter")
-            keys[plain] = key
-        tensors = {plain: files[key] for plain, key in keys.items()}
-        numbers = {name.split(".")[2] for name in keys if name.startswith("encoder.layer.")}
-        found = next(n for n in count() if str(n) not in numbers)
-        if depth > found:
-            raise InputError(f"{path}: num_hidden_layers is {depth}, and encoder.layer.{found} is missing")
-        check_width(path, "embeddings.word_embeddings.weight", tensors, D)
-        config = replace(config, num_hidden_layers=num_layers or depth)
-        with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
-            encoder = new_encoder(config)
-        names, shapes = checkpoint_names(config.num_hidden_layers), {}
-        if with_head or any(name in keys for name in POOLER):
-            shapes |= zip(POOLER, ([D, D], [D]), strict=True)
+            if plain in tensors:
+                raise InputError(f"{path}: {key} and another tensor are the same parameter")
+            tensors[plain] = files[key]
+        check_sizes(path, tensors, "embeddings.word_embeddings", f"encoder.layer.{depth - 1}.intermediate.dense", D)
+        if with_head or "pooler.dense.weight" in tensors:
+            head |= {"pooler.dense.weight": [D, D], "pooler.dense.bias": [D]}
         if with_head:
-            C = [*tensors[CLASSIFIER[1]].get_shape(), 2][0] if CLASSIFIER[1] in tensors else 2
-            shapes |= zip(CLASSIFIER, ([C, D], [C]), strict=True)
-        else:
-            dropped = (*dropped, *TASK_HEADS)
-        wanted = {name: (names[name], list(value.shape)) for name, value in encoder.state_dict().items()}
-        wanted |= {name: ((name,), shape) for name, shape in shapes.items()}
-        sliced_off = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
-        weights = read_tensors(path, tensors, wanted, (*dropped, *sliced_off))
-    pooler, classifier = (
-        tuple(weights.pop(name) for name in names if name in weights) for names in (POOLER, CLASSIFIER)
-    )
-    encoder.load_state_dict(weights, assign=True)
-    encoder.pooler_start = pooler or None
-    left_out = [] if with_head else [key for name, key in keys.items() if name.startswith(TASK_HEADS)]
-    if warn and left_out:
-        LOG.warning("%s: the head of its task is left out (%s)", path, listed(left_out))
-    if warn and not pooler and config.model_type == "bert":
+            there = tensors["classifier.bias"].get_shape() if "classifier.bias" in tensors else []
+            C = there[0] if there else 2
+            head |= {"classifier.weight": [C, D], "classifier.bias": [C]}
+        config = replace(config, num_hidden_layers=num_layers or depth)
+        names = checkpoint_names(config.num_hidden_layers)
+        above = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
+        left_out = () if with_head else TASK_HEADS
+        encoder, head = filled(path, tensors, partial(new_encoder, config), names, head, (*dropped, *above, *left_out))
+    if "pooler.dense.weight" in head:
+        encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
+    elif warn and config.model_type == "bert":
         LOG.warning("%s has no pooler: each exit head starts from a fresh one", path)
-    return encoder, classifier
+    if warn and (left := [name for name in tensors if name.startswith(left_out)]):
+        LOG.warning("%s: the head of its task is left out (%s)", path, listed(left))
+    return encoder, head
 
 
-def check_width(path: Path, name: str, tensors: Mapping, D: int) -> None:
-    """Raise InputError unless the tensor is there, with D columns: of that size is all that will be built."""
-    shape = tensors[name].get_shape() if name in tensors else "missing"
-    if len(shape) != 2 or shape[1] != D:
-        raise InputError(f"{path}: {name} is {shape}, and hidden_size is {D} in config.json")
+def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> None:
+    """Raise InputError unless the first and the last module of an encoder are there: of that size it will be built."""
+    for name in (f"{first}.weight", f"{last}.weight"):
+        shape = tensors[name].get_shape() if name in tensors else "missing"
+        if len(shape) != 2 or shape[1] != D:
+            raise InputError(f"{path}: {name} is {shape}, and config.json says hidden_size {D}, and how many layers")
 
 
 @contextmanager
@@ -203,51 +235,55 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def read_tensors(path: Path, tensors: Mapping, wanted: Mapping, dropped: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read tensors in float32. Raises InputError, with `path`, for all that is wrong with them.
+def filled(
+    path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Names, others: dict, dropped: tuple = ()
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Make a module and fill it with tensors, in float32. Raises InputError, with `path`, for all that is wrong.
 
     Args:
         tensors: each name to its slice, from `open_weights`.
-        wanted: each of our names to its names there, whose tensors are joined along the first dimension, and its shape.
+        make: makes the module; nothing is allocated.
+        names: of the module's parameters in `tensors`, where they are not the same.
+        others: names and shapes of tensors that are wanted beside the module's.
         dropped: what other names may begin with.
+
+    Returns the module, and the others.
     """
-    problems, weights, used = [], {}, set()
-    for ours, (sources, shape) in wanted.items():
-        used.update(sources)
-        part, values = [shape[0] // len(sources), *shape[1:]], []
-        for source in sources:
-            if source not in tensors:
+    with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
+        module = make()
+    shapes = {name: list(value.shape) for name, value in module.state_dict().items()} | others
+    sources = {name: names.get(name, (name,)) for name in shapes}
+    problems, unused, weights = [], dict(tensors), {}
+    for name, shape in shapes.items():
+        part = [shape[0] // len(sources[name]), *shape[1:]]
+        for source in sources[name]:
+            there = unused.pop(source, None)
+            if there is None:
                 problems.append(f"{source} {part} is missing")
-            elif (actual := tensors[source].get_shape()) != part:
-                problems.append(f"{source} is {actual} and should be {part}")
-            elif (dtype := tensors[source].get_dtype()) not in FLOATS:
-                problems.append(f"{source} is of type {dtype} and should be floating-point")
-            else:
-                values.append(tensors[source][...].float())
-                if not values[-1].isfinite().all():
-                    problems.append(f"{source} holds NaN or infinity")
-        if not problems:
-            weights[ours] = torch.cat(values)
-    for name in tensors:
-        if name not in used and not name.startswith(dropped or ("\0",)):
-            problems.append(f"{name} {tensors[name].get_shape()} is unexpected")
+            elif there.get_shape() != part:
+                problems.append(f"{source} is {there.get_shape()} and should be {part}")
+            elif there.get_dtype() not in FLOATS:
+                problems.append(f"{source} is of type {there.get_dtype()} and should be floating-point")
+    problems += [f"{k} {v.get_shape()} is unexpected" for k, v in unused.items() if not k.startswith(dropped)]
+    for name in sources if not problems else ():
+        weights[name] = torch.cat([tensors[source][...].float() for source in sources[name]])
+        if not weights[name].isfinite().all():
+            problems.append(f"{' or '.join(sources[name])} holds NaN or infinity")
     if problems:
         raise InputError(f"{path} does not fit its config.json: {listed(problems)}")
-    return weights
+    others = {name: weights.pop(name) for name in others}
+    module.load_state_dict(weights, assign=True)
+    return module, others
 
 
 def convert(path: Path) -> None:
     """Write the state dict in `path`, a pytorch_model.bin, to model.safetensors beside it. Raises InputError."""
-    room = 2 * path.stat().st_size + 2**20  # bytes: two names may share one tensor
+    room, tensors = 2 * path.stat().st_size + 2**20, {}  # bytes: two names may share one tensor
     try:
-        tensors, state = {}, torch.load(path, weights_only=True, map_location="cpu")
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise TypeError("it must map names to tensors")
-        for name, value in state.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name!r:.80} is no tensor")
-            if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
-                raise TypeError(f"{name!r:.80} is sparse, quantised, nested or empty, and should be a plain tensor")
+        for name, value in torch.load(path, weights_only=True, map_location="cpu").items():
+            plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+            if not isinstance(name, str) or not plain or value.is_nested or value.is_quantized:
+                raise TypeError(f"{name!r:.80} is no name with a plain tensor (sparse, quantised, nested, empty)")
             room -= value.numel() * value.element_size()
             if room < 0:  # an expanded one would fill the memory
                 raise TypeError(f"{name!r:.80} {list(value.shape)} is more than the file can hold")

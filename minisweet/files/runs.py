@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -329,12 +330,9 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     with checkpoint.open_weights(run) as tensors:
         # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
         last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
-        for name in ("word_embeddings.weight", f"layers.{layers[-1] - 1}.intermediate.weight"):
-            checkpoint.check_width(path, last + name, tensors, config.hidden_size)
-        with torch.device("meta"), checkpoint.NoInit():  # shapes only, the weights follow
-            model = _new_model(config, record)
-        wanted = {name: ((name,), list(value.shape)) for name, value in model.state_dict().items()}
-        model.load_state_dict(checkpoint.read_tensors(path, tensors, wanted), assign=True)
+        ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
+        checkpoint.check_sizes(path, tensors, *ends, config.hidden_size)
+        model, _ = checkpoint.filled(path, tensors, partial(_new_model, config, record), {}, {})
     return model.eval(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
 
 
