@@ -47,25 +47,34 @@ DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
 # The suffixes of a method's name (sweet-flow0.5) to the options that older versions of train.py had.
 BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
-SHOWN = ("model", "method", "task", "seed", "exit_strategy", "lr")  # the arguments that a record holds at its top too
-ARGUMENTS = (*SHOWN, "data_dir", "train_size", "epochs", "batch_size", "max_length", *BOUNDARIES.values())
+# The arguments that a record holds at its top too, and their names there.
+SHOWN = {key: key for key in ("model", "method", "task", "seed", "exit_strategy")} | {"lr": "learning_rate"}
 NEEDED = ("model", "method", "exit_strategy", "exit_layers", "depth", "device", "precision", "losses")
 OPTIONAL = ("task", "data_dir", "train_size", "text_columns", *BOUNDARIES.values())  # may be null
+INCREASING = ("exit_layers", "thresholds")
 EVALUATED = ("task", "metric", "method", "exit_layers", "exit_strategy", "exit_scores", "thresholds", "scores")
 EVALUATED += ("speedup_ratios", "exit_counts", "area", "class_counts", "calibration", "temperatures", "examples")
+POINT = ("threshold", "score", "full_depth_score", "speedup_ratio")  # of the operating point
+MANY = range(2**31)  # any length
 
 
-def _rules(
-    K: int | None = None, C: int | None = None, P: int | None = None, depth: int = 10**6, lowest: float = 0
-) -> dict[str, tuple]:
+def _rules(K=MANY, C=MANY, P=MANY, most: float = 1e9, depth: int = 10**6, lowest: float = 0) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
-    First those that the shapes of others follow from. `lowest` is the metric's lowest score.
+    First those that the shapes of others follow from. K, C and P hold the lengths that are right, `most` is the largest
+    speedup ratio, `lowest` the metric's lowest score.
     """
-    count, size, number, score = range(2**31 + 1), range(1, 2**31 + 1), (0, 1e38), (lowest, 100)
+    count, size, layer, number, score = (
+        range(2**31 + 1),
+        range(1, 2**31 + 1),
+        range(1, 10**6 + 1),
+        (0, 1e38),
+        (lowest, 100),
+    )
     return {
-        "exit_layers": (range(1, 10**6 + 1), None),
-        "thresholds": ((0, 1), None),
+        "exit_layers": (layer, MANY[1:]),
+        "thresholds": ((0, 1), MANY[1:]),
+        "arguments operating_point": (object, dict),
         "method": (set(METHODS),),
         "exit_strategy": (set(EXIT_STRATEGIES),),
         "metric": ({"accuracy", "agreement", "matthews"},),
@@ -74,24 +83,24 @@ def _rules(
         "epochs batch_size train_size examples live_batch_size": (size,),
         "seed live_differs": (count,),
         "max_length": (size[7:],),
-        "depth": (range(1, 10**6 + 1),),
+        "depth": (layer,),
         "lr learning_rate": ((1e-300, 1e300),),
         "seconds examples_per_second gradient_flow gradient_cap owner_cap": (number,),
-        "losses": (number, None, None),
-        "labels text_columns": (str, None),
-        "subset": (count, None),
+        "losses": (number, MANY, MANY),
+        "labels": (str, MANY),
+        "text_columns": (str, (1, 2)),
+        "subset": (count, MANY),
         "digests versions": (str, dict),
-        "area": (score,),
+        "threshold": ((0, 1),),
+        "area score full_depth_score": (score,),
         "exit_scores": (score, K),
         "scores": (score, P),
-        "threshold": ((0, 1),),  # this and the next two are of the operating point
-        "score full_depth_score": (score,),
-        "speedup_ratio": ((1e-9, 1 + (K or 0)),),
-        "speedup_ratios": ((1e-9, 1 + (K or 0)), P),
+        "speedup_ratio": ((1e-9, most),),
+        "speedup_ratios": ((1e-9, most), P),
         "exit_counts": (count, P, K),
         "class_counts": (count, K, C),
         "temperatures": ((1e-9, 1e9), K),
-        "certainty_ranges": ((0, 1), K, 2),
+        "certainty_ranges": ((0, 1), K, (2,)),
         "ece nll": (number, dict, K),
         "mean_exit_layers": ((1, depth), dict, P),
         "live": (number, P, dict),
@@ -102,41 +111,40 @@ def fits(value: object, kind: object, *shape: object) -> bool:
     """Whether a value of a JSON file is of a kind and of a shape.
 
     Args:
-        kind: `str` for a text that can be a name, a set of texts, a range of whole numbers, or (low, high).
-        shape: of the lists it stands in, None for any length; `dict` for an object, in which there may be others.
+        kind: `str` for a text that can be a name, a set of texts, a range of whole numbers, (low, high), or `object`.
+        shape: of the lists it stands in, which lengths are right; `dict` for an object, in which there may be others.
     """
     if shape and shape[0] is dict:
         parts = value.values() if isinstance(value, dict) else [None]
         return all(fits(part, kind, *(shape if isinstance(part, dict) else shape[1:])) for part in parts)
     if shape:
-        right_length = isinstance(value, list) and shape[0] in (None, len(value))
-        return right_length and all(fits(part, kind, *shape[1:]) for part in value)
+        return (
+            isinstance(value, list) and len(value) in shape[0] and all(fits(part, kind, *shape[1:]) for part in value)
+        )
     if kind is str or isinstance(kind, set):
         return is_text(value) and (kind is str or value in kind)
     if isinstance(kind, range):
         return type(value) is int and value in kind
-    return type(value) in (int, float) and kind[0] <= value <= kind[1]
+    return kind is object or (type(value) in (int, float) and kind[0] <= value <= kind[1])
 
 
-def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes: float | None) -> None:
+def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes) -> None:
     """Raise InputError, naming file and key, for a value that breaks its rule, and for a needed one that is missing."""
+    if missing := [key for key in needed if key not in values]:
+        script = "evaluate.py" if path.name == "evaluation.json" else "train.py"
+        raise InputError(f"{path}: has no {missing[0]}; run {script} again")
     for keys, rule in _rules(**sizes).items():
         for key in keys.split():
             value = values.get(key)
-            right = fits(value, *rule) or (value is None and key in OPTIONAL)
-            if right and key in ("exit_layers", "thresholds"):
-                right = value and value == sorted(set(value))
-            if right and key == "text_columns":
-                right = value is None or len(value) in (1, 2)
-            if not right and (key in needed or key in values):
+            right = fits(value, *rule) and (key not in INCREASING or value == sorted(set(value)))
+            if key in values and not right and not (value is None and key in OPTIONAL):
                 raise InputError(f"{path}: {key} is {value!r:.100}, which no command here writes")
 
 
-def checked_arguments(path: Path, content: dict, needed: str) -> dict:
-    """Those of a file's `arguments` that are read here. Raises InputError as `check_values` does."""
-    if not isinstance(said := content.get("arguments"), dict):
-        raise InputError(f"{path}: arguments is {said!r:.100}, and should be train.py's")
-    arguments = {key: value for key, value in said.items() if key in ARGUMENTS}
+def check_arguments(path: Path, content: dict, needed: str) -> dict:
+    """The `arguments` of a file that were given. Raises InputError as `check_values` does."""
+    check_values(path, content, ("arguments",))
+    arguments = {key: value for key, value in content["arguments"].items() if value is not None}
     check_values(path, arguments, (needed,))
     return arguments
 
@@ -230,8 +238,7 @@ def read_record(run: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
-    arguments = checked_arguments(path, content, "max_length")
-    said = {{"lr": "learning_rate"}.get(key, key): arguments[key] for key in SHOWN if key in arguments}
+    said = {SHOWN[key]: value for key, value in check_arguments(path, content, "max_length").items() if key in SHOWN}
     for key in (said.keys() & content.keys()) - {"model"}:
         if said[key] != content[key]:
             raise InputError(f"{path}: {key} is {content[key]!r:.100}, and {said[key]!r:.100} in its arguments")
@@ -240,15 +247,11 @@ def read_record(run: Path) -> dict:
     K, columns = len(record["exit_layers"]), sorted({len(row) for row in record["losses"]})
     if columns != [K] and (record["method"], columns) != ("branch", [K - 1]):  # a trunk that was there has no loss
         raise InputError(f"{path}: losses is of {', '.join(map(str, columns))} exits, and exit_layers of {K}")
-    if record["exit_layers"][-1] > record["depth"]:
-        raise InputError(f"{path}: exit_layers is {record['exit_layers']}, and depth is {record['depth']}")
-    if "labels" not in record:
-        if record.get("task") not in TASKS:
-            raise InputError(f"{path}: task is {record.get('task')!r:.100}, and must be one of {', '.join(TASKS)}")
-        record["labels"] = list(TASKS[record["task"]].labels)
-    if not 1 < len(record["labels"]) == len(set(record["labels"])):
-        raise InputError(f"{path}: labels is {record['labels']!r:.100}, and must be two or more that differ")
-    return record | {"num_labels": len(record["labels"])}
+    task = TASKS.get(record.get("task"))
+    labels = record.get("labels", list(task.labels) if task else [])
+    if not 1 < len(labels) == len(set(labels)):
+        raise InputError(f"{path}: labels is {labels!r:.100}, and must be two or more that differ")
+    return record | {"labels": labels, "num_labels": len(labels)}
 
 
 def read_evaluation(run: Path, record: dict | None = None, whole: bool = True) -> dict | None:
@@ -263,21 +266,19 @@ def read_evaluation(run: Path, record: dict | None = None, whole: bool = True) -
     record = record or read_record(run)
     evaluation = read_json(path, finite=True)
     layers, thresholds = evaluation.get("exit_layers", record["exit_layers"]), evaluation.get("thresholds")
-    K, P = (len(values) if isinstance(values, list) else None for values in (layers, thresholds))
-    lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
-    is_new = "run_digest" in evaluation
-    needed = (EVALUATED + ("certainty_ranges",) * (record["exit_strategy"] == "lte")) * (whole or is_new)
-    needed += ("operating_point", "logits_digest") * is_new
-    if missing := [key for key in needed if key not in evaluation]:
-        raise InputError(f"{path}: has no {missing[0]}; run evaluate.py again")
-    check_values(path, evaluation, K=K, C=record["num_labels"], P=P, depth=record["depth"], lowest=lowest)
-    if is_new and evaluation["run_digest"] != run_digest(run, record):
+    K, P = ((len(values),) if isinstance(values, list) else MANY for values in (layers, thresholds))
+    sizes = {"K": K, "C": (record["num_labels"],), "P": P, "most": 1 + len(record["exit_layers"])}
+    sizes |= {"depth": record["depth"], "lowest": 0}
+    if evaluation.get("metric", record.get("metric")) == "matthews":
+        sizes["lowest"] = -100
+    needed = EVALUATED + ("certainty_ranges",) * (record["exit_strategy"] == "lte") if whole else ()
+    if "run_digest" in evaluation:
+        needed = (*EVALUATED, "operating_point", "logits_digest")
+    check_values(path, evaluation, needed, **sizes)
+    if "run_digest" in evaluation and evaluation["run_digest"] != run_digest(run, record):
         raise InputError(f"{path}: is of another run, its run_digest is not this one's; run evaluate.py again")
     if "operating_point" in evaluation:
-        point = evaluation["operating_point"]
-        if not isinstance(point, dict):
-            raise InputError(f"{path}: operating_point is {point!r:.100}, which no command here writes")
-        check_values(path, point, ("threshold", "score", "full_depth_score", "speedup_ratio"), K=K, lowest=lowest)
+        check_values(path, evaluation["operating_point"], POINT, **sizes)
     same = evaluation.keys() & record.keys() & {"task", "method", "exit_strategy", "metric"}
     wrong = [key for key in sorted(same) if evaluation[key] != record[key]]
     fit = set(layers) <= set(record["exit_layers"]) and layers[-1] == record["exit_layers"][-1]
@@ -296,7 +297,7 @@ def read_diverged(run: Path) -> dict | None:
         return None
     content = read_json(path, finite=True)
     check_values(path, content, ("error",))
-    checked_arguments(path, content, "method")
+    check_arguments(path, content, "method")
     return content
 
 
@@ -315,12 +316,7 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     """
     record = read_record(run)
     check_digests(run, record.get("digests"))
-    config, path, layers, length = (
-        read_config(run),
-        run / WEIGHTS,
-        record["exit_layers"],
-        record["arguments"]["max_length"],
-    )
+    config, layers, length = read_config(run), record["exit_layers"], record["arguments"]["max_length"]
     try:
         check_exit_layers(layers, config.num_hidden_layers)
     except ValueError as error:
@@ -331,8 +327,8 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
         # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
         last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
         ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
-        checkpoint.check_sizes(path, tensors, *ends, config.hidden_size)
-        model, _ = checkpoint.filled(path, tensors, partial(_new_model, config, record), {}, {})
+        checkpoint.check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
+        model, _ = checkpoint.filled(run / WEIGHTS, tensors, partial(_new_model, config, record), {}, {})
     return model.eval(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
 
 
@@ -353,13 +349,10 @@ def check_digests(run: Path, digests: dict | None) -> None:
     if digests is None:
         checkpoint.LOG.warning("%s: from before runs had digests, so its files are not compared", run)
         return
-    for name in {WEIGHTS, "config.json", *digests}:
-        if name not in digests or name not in FILES:
-            raise InputError(f"{run / 'run.json'}: digests are of {listed(sorted(digests))}, and must be of its files")
-        if sha256(run / name) != digests[name]:
-            raise InputError(f"{run / name}: is not the file that was saved, its SHA-256 is not that in run.json")
-    if added := [name for name in TOKENIZER_FILES if name not in digests and (run / name).exists()]:
-        raise InputError(f"{run / added[0]}: was not there when the run was saved; remove it")
+    for path in (run / name for name in (WEIGHTS, "config.json", *TOKENIZER_FILES)):
+        if (path.name in digests or path.exists()) and sha256(path) != digests.get(path.name):
+            said = "is not the file that was saved, or was not there when the run was saved"
+            raise InputError(f"{path}: {said} (its SHA-256 is not in run.json)")
 
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
