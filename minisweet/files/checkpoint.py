@@ -32,8 +32,13 @@ OURS = "minisweet"  # the model_type of a run, so that no other library takes it
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 FLOATS = ("F16", "BF16", "F32", "F64")
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
-# Modules of a layer that BERT and DeBERTa share, and what DeBERTa's has beside them.
-SHARED = {
+# What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts
+# 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. The pooler is not
+# dropped: each exit head starts from it.
+DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "embeddings.position_ids", "embeddings.position_embeddings.")
+ARCHITECTURES = {"bert": (BertConfig, BertEncoder), "deberta": (DebertaConfig, DebertaEncoder)}
+# Modules of a layer that BERT and DeBERTa share, and parameters that only DeBERTa's has.
+MODULES = {
     "attention_output": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
     "intermediate": "intermediate.dense",
@@ -41,48 +46,23 @@ SHARED = {
     "output_norm": "output.LayerNorm",
 }
 DEBERTA = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
-# What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts
-# 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. The pooler is not
-# dropped: each exit head starts from it.
-BERT_DROPPED = ("cls.", "embeddings.position_ids")
-DEBERTA_DROPPED = (*BERT_DROPPED, "lm_predictions.", "mask_predictions.", "embeddings.position_embeddings.")
 
 
-def shared_names(num_layers: int) -> Names:
-    """The names that BERT and DeBERTa share, but for the prefixes "bert." and "deberta."."""
-    names = {"word_embeddings.weight": ("embeddings.word_embeddings.weight",)}
+def checkpoint_names(num_layers: int) -> Names:
+    """Each parameter that a BertEncoder or a DebertaEncoder may have to its names, without "bert." or "deberta."."""
+    names = {"relative_table.weight": ("encoder.rel_embeddings.weight",)}
+    for part in ("word", "position", "token_type"):
+        names[f"{part}_embeddings.weight"] = (f"embeddings.{part}_embeddings.weight",)
     for kind in ("weight", "bias"):
         names[f"embedding_norm.{kind}"] = (f"embeddings.LayerNorm.{kind}",)
-        for n in range(num_layers):
-            for ours, theirs in SHARED.items():
-                names[f"layers.{n}.{ours}.{kind}"] = (f"encoder.layer.{n}.{theirs}.{kind}",)
-    return names
-
-
-def bert_names(num_layers: int) -> Names:
-    """Each parameter of a BertEncoder to its names in a checkpoint."""
-    names = shared_names(num_layers)
-    for part in ("position", "token_type"):
-        names[f"{part}_embeddings.weight"] = (f"embeddings.{part}_embeddings.weight",)
     for n in range(num_layers):
+        ours, theirs = f"layers.{n}", f"encoder.layer.{n}"
+        names |= {f"{ours}.{part}": (f"{theirs}.attention.self.{part}",) for part in DEBERTA}
         for kind in ("weight", "bias"):
-            parts = tuple(f"encoder.layer.{n}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
-            names[f"layers.{n}.query_key_value.{kind}"] = parts
+            names |= {f"{ours}.{name}.{kind}": (f"{theirs}.{there}.{kind}",) for name, there in MODULES.items()}
+            parts = tuple(f"{theirs}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
+            names[f"{ours}.query_key_value.{kind}"] = parts
     return names
-
-
-def deberta_names(num_layers: int) -> Names:
-    """Each parameter of a DebertaEncoder to its name in a checkpoint; without a position term, both lack some."""
-    names = shared_names(num_layers) | {"relative_table.weight": ("encoder.rel_embeddings.weight",)}
-    for n in range(num_layers):
-        names |= {f"layers.{n}.{part}": (f"encoder.layer.{n}.attention.self.{part}",) for part in DEBERTA}
-    return names
-
-
-ARCHITECTURES = {
-    "bert": (BertConfig, BertEncoder, bert_names, BERT_DROPPED),
-    "deberta": (DebertaConfig, DebertaEncoder, deberta_names, DEBERTA_DROPPED),
-}
 
 
 def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
@@ -163,7 +143,6 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
     depth, D = config.num_hidden_layers, config.hidden_size
     if num_layers is not None and not 1 <= num_layers <= depth:
         raise InputError(f"num_layers is {num_layers}, and must lie in 1 to {depth}, the depth of {folder}")
-    _, _, checkpoint_names, dropped = ARCHITECTURES[config.model_type]
     tensors, head = {}, {}
     with open_weights(folder) as files:
         path = folder / (WEIGHTS if (folder / WEIGHTS).exists() else INDEX)
@@ -184,7 +163,7 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
         names = checkpoint_names(config.num_hidden_layers)
         above = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
         left_out = () if with_head else TASK_HEADS
-        encoder, head = filled(path, tensors, partial(new_encoder, config), names, head, (*dropped, *above, *left_out))
+        encoder, head = filled(path, tensors, partial(new_encoder, config), names, head, (*DROPPED, *above, *left_out))
     if "pooler.dense.weight" in head:
         encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
     elif warn and config.model_type == "bert":
@@ -292,5 +271,5 @@ def convert(path: Path) -> None:
         packed = save(tensors, metadata={"format": "pt"})  # save_file() would let no other user read it
     except Exception as error:  # pickle, zip, runtime and key errors, according to what is wrong with the file
         raise InputError(f"{path}: not a PyTorch state dict ({type(error).__name__}: {one_line(error, 200)})") from None
-    with written_beside(path.with_name(WEIGHTS)) as partial:
-        partial.write_bytes(packed)
+    with written_beside(path.with_name(WEIGHTS)) as new:
+        new.write_bytes(packed)

@@ -32,16 +32,7 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel
 from minisweet.files import checkpoint, safe
 from minisweet.files.checkpoint import OURS, WEIGHTS, read_config
 from minisweet.files.config import Config
-from minisweet.files.safe import (
-    InputError,
-    clear_leftovers,
-    is_text,
-    listed,
-    read_json,
-    sha256,
-    write_json,
-    written_beside,
-)
+from minisweet.files.safe import InputError, is_text, listed, read_json, sha256, write_json, written_beside
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
@@ -51,29 +42,22 @@ BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_ca
 SHOWN = {key: key for key in ("model", "method", "task", "seed", "exit_strategy")} | {"lr": "learning_rate"}
 NEEDED = ("model", "method", "exit_strategy", "exit_layers", "depth", "device", "precision", "losses")
 OPTIONAL = ("task", "data_dir", "train_size", "text_columns", *BOUNDARIES.values())  # may be null
-INCREASING = ("exit_layers", "thresholds")
 EVALUATED = ("task", "metric", "method", "exit_layers", "exit_strategy", "exit_scores", "thresholds", "scores")
 EVALUATED += ("speedup_ratios", "exit_counts", "area", "class_counts", "calibration", "temperatures", "examples")
 POINT = ("threshold", "score", "full_depth_score", "speedup_ratio")  # of the operating point
-MANY = range(2**31)  # any length
+ANY = range(2**31)
 
 
-def _rules(K=MANY, C=MANY, P=MANY, most: float = 1e9, depth: int = 10**6, lowest: float = 0) -> dict[str, tuple]:
+def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
-    First those that the shapes of others follow from. K, C and P hold the lengths that are right, `most` is the largest
-    speedup ratio, `lowest` the metric's lowest score.
+    First those that the shapes of others follow from. K, C and P hold the lengths that are right. `lowest` is the
+    metric's lowest score.
     """
-    count, size, layer, number, score = (
-        range(2**31 + 1),
-        range(1, 2**31 + 1),
-        range(1, 10**6 + 1),
-        (0, 1e38),
-        (lowest, 100),
-    )
+    size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1e4)
     return {
-        "exit_layers": (layer, MANY[1:]),
-        "thresholds": ((0, 1), MANY[1:]),
+        "exit_layers": (layer, ANY[1:]),
+        "thresholds": (share, ANY[1:]),
         "arguments operating_point": (object, dict),
         "method": (set(METHODS),),
         "exit_strategy": (set(EXIT_STRATEGIES),),
@@ -81,28 +65,28 @@ def _rules(K=MANY, C=MANY, P=MANY, most: float = 1e9, depth: int = 10**6, lowest
         "calibration": (set(CALIBRATIONS),),
         "model task data_dir device precision finished error run_digest logits_digest": (str,),
         "epochs batch_size train_size examples live_batch_size": (size,),
-        "seed live_differs": (count,),
-        "max_length": (size[7:],),
+        "seed live_differs": (ANY,),
+        "max_length": (ANY[8:],),
         "depth": (layer,),
         "lr learning_rate": ((1e-300, 1e300),),
         "seconds examples_per_second gradient_flow gradient_cap owner_cap": (number,),
-        "losses": (number, MANY, MANY),
-        "labels": (str, MANY),
+        "losses": (number, ANY, ANY),
+        "labels": (str, ANY),
         "text_columns": (str, (1, 2)),
-        "subset": (count, MANY),
+        "subset": (ANY, ANY),
         "digests versions": (str, dict),
-        "threshold": ((0, 1),),
-        "area score full_depth_score": (score,),
-        "exit_scores": (score, K),
-        "scores": (score, P),
-        "speedup_ratio": ((1e-9, most),),
-        "speedup_ratios": ((1e-9, most), P),
-        "exit_counts": (count, P, K),
-        "class_counts": (count, K, C),
+        "threshold": (share,),
+        "area score full_depth_score": ((lowest, 100),),
+        "exit_scores": ((lowest, 100), K),
+        "scores": ((lowest, 100), P),
+        "speedup_ratio": (ratio,),
+        "speedup_ratios": (ratio, P),
+        "exit_counts": (ANY, P, K),
+        "class_counts": (ANY, K, C),
         "temperatures": ((1e-9, 1e9), K),
-        "certainty_ranges": ((0, 1), K, (2,)),
+        "certainty_ranges": (share, K, (2,)),
         "ece nll": (number, dict, K),
-        "mean_exit_layers": ((1, depth), dict, P),
+        "mean_exit_layers": ((1, 1e6), dict, P),
         "live": (number, P, dict),
     }
 
@@ -115,12 +99,12 @@ def fits(value: object, kind: object, *shape: object) -> bool:
         shape: of the lists it stands in, which lengths are right; `dict` for an object, in which there may be others.
     """
     if shape and shape[0] is dict:
-        parts = value.values() if isinstance(value, dict) else [None]
-        return all(fits(part, kind, *(shape if isinstance(part, dict) else shape[1:])) for part in parts)
+        parts = value.values() if isinstance(value, dict) else ()
+        inner = all(fits(part, kind, *(shape if isinstance(part, dict) else shape[1:])) for part in parts)
+        return isinstance(value, dict) and inner
     if shape:
-        return (
-            isinstance(value, list) and len(value) in shape[0] and all(fits(part, kind, *shape[1:]) for part in value)
-        )
+        is_list = isinstance(value, list) and len(value) in shape[0]
+        return is_list and all(fits(part, kind, *shape[1:]) for part in value)
     if kind is str or isinstance(kind, set):
         return is_text(value) and (kind is str or value in kind)
     if isinstance(kind, range):
@@ -134,11 +118,12 @@ def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes
         script = "evaluate.py" if path.name == "evaluation.json" else "train.py"
         raise InputError(f"{path}: has no {missing[0]}; run {script} again")
     for keys, rule in _rules(**sizes).items():
-        for key in keys.split():
-            value = values.get(key)
-            right = fits(value, *rule) and (key not in INCREASING or value == sorted(set(value)))
-            if key in values and not right and not (value is None and key in OPTIONAL):
-                raise InputError(f"{path}: {key} is {value!r:.100}, which no command here writes")
+        for key in (key for key in keys.split() if key in values):
+            right = fits(values[key], *rule) or (values[key] is None and key in OPTIONAL)
+            if right and key in ("exit_layers", "thresholds"):
+                right = values[key] == sorted(set(values[key]))
+            if not right:
+                raise InputError(f"{path}: {key} is {values[key]!r:.100}, which no command here writes")
 
 
 def check_arguments(path: Path, content: dict, needed: str) -> dict:
@@ -184,7 +169,7 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
     if held is None:
         raise InputError(f"--out: {out} is being written by another training; wait for it, or name another folder")
     try:
-        clear_leftovers(target)
+        safe.clear_leftovers(target)
         check_output(out, overwrite)
         yield
     finally:
@@ -234,7 +219,7 @@ def read_record(run: Path) -> dict:
     """
     path = run / "run.json"
     if not path.is_file():
-        clear_leftovers(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
+        safe.clear_leftovers(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
     if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
@@ -266,11 +251,9 @@ def read_evaluation(run: Path, record: dict | None = None, whole: bool = True) -
     record = record or read_record(run)
     evaluation = read_json(path, finite=True)
     layers, thresholds = evaluation.get("exit_layers", record["exit_layers"]), evaluation.get("thresholds")
-    K, P = ((len(values),) if isinstance(values, list) else MANY for values in (layers, thresholds))
-    sizes = {"K": K, "C": (record["num_labels"],), "P": P, "most": 1 + len(record["exit_layers"])}
-    sizes |= {"depth": record["depth"], "lowest": 0}
-    if evaluation.get("metric", record.get("metric")) == "matthews":
-        sizes["lowest"] = -100
+    K, P = ((len(values),) if isinstance(values, list) else ANY for values in (layers, thresholds))
+    lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
+    sizes = {"K": K, "C": (record["num_labels"],), "P": P, "lowest": lowest}
     needed = EVALUATED + ("certainty_ranges",) * (record["exit_strategy"] == "lte") if whole else ()
     if "run_digest" in evaluation:
         needed = (*EVALUATED, "operating_point", "logits_digest")
