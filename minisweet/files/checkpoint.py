@@ -85,10 +85,7 @@ def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
 
 
 class NoInit(TorchFunctionMode):
-    """Within, torch.nn.init does nothing.
-
-    On the meta device it has nothing to draw, but torch would import its compiler for that: a second's work.
-    """
+    """Within, torch.nn.init does nothing: on the meta device it would import torch's compiler, a second's work."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
@@ -183,11 +180,22 @@ def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> 
 
 @contextmanager
 def open_weights(folder: Path) -> Iterator[dict]:
-    """Open a folder's weights: each tensor's name to its slice, still unread. Raises InputError where this fails."""
-    slices = {}
+    """Open a folder's weights, of one file or of the shards beside its index: each tensor's name to its slice, unread.
+
+    pytorch_model.bin is converted first, where it is alone. Raises InputError where anything of this fails.
+    """
+    files, slices = [folder / WEIGHTS], {}
+    if not files[0].exists() and (folder / INDEX).exists():
+        index = read_json(folder / INDEX).get("weight_map")
+        names = set(index.values()) if isinstance(index, dict) and all(map(is_text, index.values())) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise InputError(f"{folder / INDEX}: weight_map must name a file of the same folder for each tensor")
+        files = [folder / name for name in sorted(names)]
+    elif not files[0].exists() and (folder / PICKLED).is_file():
+        convert(folder / PICKLED)
     with ExitStack() as stack:
         try:
-            for path in weight_files(folder):
+            for path in files:
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 for key in file.keys():  # noqa: SIM118 (it is no dict)
                     if key in slices:
@@ -200,33 +208,13 @@ def open_weights(folder: Path) -> Iterator[dict]:
             raise InputError(f"{path}: not readable as safetensors ({error})") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, made of pytorch_model.bin where need be, or the files that its index names, all beside it."""
-    weights, path = folder / WEIGHTS, folder / INDEX
-    if weights.exists() or not path.exists():
-        if not weights.exists() and (folder / PICKLED).is_file():
-            convert(folder / PICKLED)
-        return [weights]
-    index = read_json(path).get("weight_map")
-    names = set(index.values()) if isinstance(index, dict) and all(map(is_text, index.values())) else set()
-    if not names or any(Path(name).name != name for name in names):
-        raise InputError(f"{path}: weight_map must name a file of the same folder for each tensor")
-    return [folder / name for name in sorted(names)]
-
-
 def filled(
     path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Names, others: dict, dropped: tuple = ()
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Make a module and fill it with tensors, in float32. Raises InputError, with `path`, for all that is wrong.
+    """What `make` makes, filled with tensors in float32, and `others`. Raises InputError for all that is wrong.
 
-    Args:
-        tensors: each name to its slice, from `open_weights`.
-        make: makes the module; nothing is allocated.
-        names: of the module's parameters in `tensors`, where they are not the same.
-        others: names and shapes of tensors that are wanted beside the module's.
-        dropped: what other names may begin with.
-
-    Returns the module, and the others.
+    `tensors` are slices from `open_weights`, `names` the parameters' names there where they are not the same. `others`
+    are names and shapes of tensors that are wanted too, and `dropped` is what the names of the rest begin with.
     """
     with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
         module = make()

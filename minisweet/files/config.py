@@ -1,8 +1,7 @@
 """The configs of BERT and DeBERTa: the keys of config.json that shape an encoder, honoured or refused by name.
 
-A field's annotation says what it may hold: numbers from a lowest to a highest, or the values that are implemented.
-A config raises ValueError, which names the field, its value and what would be right. Defaults are the published
-format's; a field whose default is None may be None.
+A field's annotation says what it may hold: numbers from a lowest to a highest, or the values that are implemented; any
+other raises ValueError, by name. Defaults are the published format's; a field whose default is None may be None.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,10 +50,9 @@ class Config:
                 wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
             if not (right or value is field.default is None):
                 raise ValueError(f"{field.name} is {value!r}, and must be {wanted}")
-        if self.hidden_size % (heads := self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, and must be a multiple of num_attention_heads, {heads}"
-            )
+        size, heads = self.hidden_size, self.num_attention_heads
+        if size % heads:
+            raise ValueError(f"hidden_size is {size}, and must be a multiple of num_attention_heads, {heads}")
 
     @property
     def head_dropout(self) -> float:

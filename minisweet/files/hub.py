@@ -131,10 +131,10 @@ def _from_hub(model: str, folder: Path) -> None:
             raise InputError(f"{model}: {source} does not answer as a Hugging Face hub does (proxy, HF_ENDPOINT?)")
         there = {file.rfilename: file.lfs for file in info.siblings}
         tokenizer = next((names for names in TOKENIZERS if there.keys() >= set(names)), [])
-        weights = next((name for name in (WEIGHTS, INDEX, PICKLED) if name in there), WEIGHTS)
-        shards = ["model-?????-of-?????.safetensors"] if weights == INDEX else []
+        weights = [name for name in (WEIGHTS, INDEX, PICKLED) if name in there][:1]
+        shards = ["model-?????-of-?????.safetensors"] if weights == [INDEX] else []
         # The small files first, and all files of one commit.
-        for names in (["config.json", "tokenizer_config.json", *tokenizer], [weights, *shards]):
+        for names in filter(None, (["config.json", "tokenizer_config.json", *tokenizer], weights + shards)):
             snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
             if (folder / "config.json").is_file() and tokenizer:
                 _try_tokenizer(folder)
@@ -152,7 +152,7 @@ def _from_hub(model: str, folder: Path) -> None:
     for name, lfs in there.items():  # the client compares only the size
         if lfs and (folder / name).is_file() and lfs.sha256 != sha256(folder / name):
             raise InputError(f"{model}: {name} from {source} does not have the SHA-256 that the hub states; refused")
-    if weights == PICKLED:
+    if weights == [PICKLED]:
         convert(folder / PICKLED)
         (folder / PICKLED).unlink()
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on what it downloaded

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -28,7 +28,7 @@ from safetensors.torch import save
 from minisweet.calibration import CALIBRATIONS
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
-from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel, check_exit_layers
+from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel
 from minisweet.files import checkpoint, safe
 from minisweet.files.checkpoint import OURS, WEIGHTS, read_config
 from minisweet.files.config import Config
@@ -150,7 +150,7 @@ def run_name(arguments: dict, in_grid: bool = False) -> str:
 
 @contextmanager
 def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
-    """Hold `out`, so that no other training writes to it within. A file beside it is locked: .NAME.claim.
+    """Hold `out`, so that no other training writes to it within. A file beside it is locked.
 
     Raises InputError at once where a run must not, or cannot, be written to `out`, and where another training holds it.
     """
@@ -160,9 +160,7 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
             raise OSError("a link to itself")
         str(out).encode()  # raises UnicodeEncodeError, a ValueError
         target.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the longest name beside it, of `written_beside`
-            os.lstat(target.with_name(f".{target.name}.{'0' * 16}.partial"))
-        claim = target.with_name(f".{target.name}.claim")
+        claim = target.with_name(f".{target.name}.claimed-by-another-training")  # no name beside it will be longer
         held = safe.lock(claim)
     except (OSError, ValueError) as error:
         raise InputError(f"--out: {out} cannot be written ({error})") from None
@@ -300,19 +298,18 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
     record = read_record(run)
     check_digests(run, record.get("digests"))
     config, layers, length = read_config(run), record["exit_layers"], record["arguments"]["max_length"]
-    try:
-        check_exit_layers(layers, config.num_hidden_layers)
-    except ValueError as error:
-        raise InputError(f"{run}: {error}") from None
-    if length > (positions := config.max_position_embeddings):
-        raise InputError(f"{run / 'run.json'}: max_length is {length}, and the model has {positions} positions")
+    depth, positions, path = config.num_hidden_layers, config.max_position_embeddings, run / "run.json"
+    if layers[-1] > depth:
+        raise InputError(f"{path}: exit_layers is {layers}, and the model has {depth} layers")
+    if length > positions:
+        raise InputError(f"{path}: max_length is {length}, and the model has {positions} positions")
     with checkpoint.open_weights(run) as tensors:
         # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
         last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
         ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
         checkpoint.check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
         model, _ = checkpoint.filled(run / WEIGHTS, tensors, partial(_new_model, config, record), {}, {})
-    return model.eval(), record | {"depth": config.num_hidden_layers, "vocab_size": config.vocab_size}
+    return model.eval(), record | {"depth": depth, "vocab_size": config.vocab_size}
 
 
 def _new_model(config: Config, record: dict) -> MultiExitModel | MultiModel:
@@ -361,8 +358,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run folder under `runs` that was written last. Raises InputError where there is none."""
-    # A name that starts with a dot is of a half-written run.
-    records = [path for path in runs.glob("[!.]*/run.json") if path.is_file()]
+    records = [path for path in runs.glob("[!.]*/run.json") if path.is_file()]  # a dot: of a half-written run
     if not records:
         raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
     return max(records, key=lambda path: path.stat().st_mtime).parent
