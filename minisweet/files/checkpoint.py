@@ -1,9 +1,9 @@
-"""Public weights into our encoders: strictly, through explicit maps of names.
+"""Public weights into our encoders: strictly, through an explicit map of names.
 
 Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
 finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
-so that a config.json that asks for a billion layers costs nothing. Keys of config.json that are no field of BertConfig
-or DebertaConfig (architectures, use_cache, transformers_version, ...) describe the file, not the model.
+so that a config.json that asks for a billion layers costs nothing. Its keys that are no field of a config describe the
+file, not the model.
 """
 
 import logging
@@ -69,7 +69,7 @@ def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented."""
     path = Path(folder) / "config.json"
     content = read_json(path)
-    # BERT's oldest checkpoints are from before there was a model_type.
+    # BERT's oldest checkpoints have no model_type.
     model_type = content.get("encoder_type" if content.get("model_type") == OURS else "model_type", "bert")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
@@ -95,7 +95,7 @@ def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool =
     """Load a BERT or DeBERTa encoder, as config.json's model_type says, from a folder in the Hugging Face layout.
 
     Args:
-        folder: holds config.json and model.safetensors, or the shards that model.safetensors.index.json names, or
+        folder: holds config.json and the weights: model.safetensors, or shards and model.safetensors.index.json, or
             pytorch_model.bin, which is converted once; in any floating-point type.
         num_layers: keep the first so many layers; the others are not read. Default: all.
         warn: say so where a BERT checkpoint has no pooler, and where the head of a task is left out.

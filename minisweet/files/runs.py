@@ -1,7 +1,7 @@
 """Run folders: all that made a fine-tuned model, next to the model.
 
 run.json            arguments, versions, device, the training subset's row numbers, the loss of each step and exit, and
-                    the SHA-256 of the files below, which `load_run` compares
+                    the SHA-256 of the files, which `load_run` compares
 model.safetensors   the fine-tuned weights, encoder and heads
 config.json, tokenizer files   of the model that was fine-tuned; model_type is ours, so that nothing takes it for a BERT
 evaluation.json, logits.safetensors, curve.png   written by evaluate.py
@@ -51,8 +51,7 @@ ANY = range(2**31)
 def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
-    First those that the shapes of others follow from. K, C and P hold the lengths that are right. `lowest` is the
-    metric's lowest score.
+    First those that others follow from. K, C and P hold the lengths that are right; `lowest` is the lowest score.
     """
     size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1e4)
     return {
@@ -92,11 +91,9 @@ def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
 
 
 def fits(value: object, kind: object, *shape: object) -> bool:
-    """Whether a value of a JSON file is of a kind and of a shape.
+    """Whether a value of a JSON file is of a kind: text (str), of a set, in a range, in (low, high), or any (object).
 
-    Args:
-        kind: `str` for a text that can be a name, a set of texts, a range of whole numbers, (low, high), or `object`.
-        shape: of the lists it stands in, which lengths are right; `dict` for an object, in which there may be others.
+    `shape` tells the lengths of the lists it stands in; `dict` is for an object, in which there may be others.
     """
     if shape and shape[0] is dict:
         parts = value.values() if isinstance(value, dict) else ()
@@ -229,7 +226,7 @@ def read_record(run: Path) -> dict:
     check_values(path, record, NEEDED)
     K, columns = len(record["exit_layers"]), sorted({len(row) for row in record["losses"]})
     if columns != [K] and (record["method"], columns) != ("branch", [K - 1]):  # a trunk that was there has no loss
-        raise InputError(f"{path}: losses is of {', '.join(map(str, columns))} exits, and exit_layers of {K}")
+        raise InputError(f"{path}: losses is of {columns} exits, and exit_layers of {K}")
     task = TASKS.get(record.get("task"))
     labels = record.get("labels", list(task.labels) if task else [])
     if not 1 < len(labels) == len(set(labels)):
@@ -240,8 +237,8 @@ def read_record(run: Path) -> dict:
 def read_evaluation(run: Path, record: dict | None = None, whole: bool = True) -> dict | None:
     """Read a run's evaluation.json; None where there is none. Without `whole`, one of an older version may lack keys.
 
-    `record` is the run's, from `read_record`. Raises InputError for a value that evaluate.py does not write, for one
-    that is missing, and for the evaluation of another run; those of older versions do not tell whose they are.
+    Raises InputError for a value that evaluate.py does not write, for one that is missing, and for the evaluation of
+    another run than `record`'s; those of older versions do not tell whose they are.
     """
     path = run / "evaluation.json"
     if not path.exists():
@@ -252,11 +249,12 @@ def read_evaluation(run: Path, record: dict | None = None, whole: bool = True) -
     K, P = ((len(values),) if isinstance(values, list) else ANY for values in (layers, thresholds))
     lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
     sizes = {"K": K, "C": (record["num_labels"],), "P": P, "lowest": lowest}
-    needed = EVALUATED + ("certainty_ranges",) * (record["exit_strategy"] == "lte") if whole else ()
-    if "run_digest" in evaluation:
-        needed = (*EVALUATED, "operating_point", "logits_digest")
-    check_values(path, evaluation, needed, **sizes)
-    if "run_digest" in evaluation and evaluation["run_digest"] != run_digest(run, record):
+    is_new = "run_digest" in evaluation
+    needed = EVALUATED if whole or is_new else ()
+    if needed and record["exit_strategy"] == "lte":
+        needed += ("certainty_ranges",)
+    check_values(path, evaluation, needed + ("operating_point", "logits_digest") * is_new, **sizes)
+    if is_new and evaluation["run_digest"] != run_digest(run, record):
         raise InputError(f"{path}: is of another run, its run_digest is not this one's; run evaluate.py again")
     if "operating_point" in evaluation:
         check_values(path, evaluation["operating_point"], POINT, **sizes)

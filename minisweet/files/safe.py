@@ -102,9 +102,8 @@ def clear_leftovers(target: Path) -> None:
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
-    After an error nothing is left, and `target` is as it was. Raises InputError where a folder stands in a file's way
-    or a file in a folder's, where the disk is full, and, without `overwrite`, where a file or a filled folder stands at
-    `target` by then.
+    After an error nothing is left, and `target` is as it was. Raises InputError where the disk is full, where `target`
+    is a folder and no folder was written, or the reverse, and without `overwrite` for a file or a filled folder there.
     """
     clear_leftovers(target)
     held = None
