@@ -14,11 +14,10 @@ from minisweet.files.safe import InputError, is_text, one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations, whose errors are one line and exit status 2."""
+    """An argument parser that keeps an epilog's lines and takes no abbreviations. An error is one line and status 2."""
 
     def __init__(self, **options) -> None:
-        kept = argparse.RawDescriptionHelpFormatter  # an epilog's examples stand on lines of their own
-        super().__init__(allow_abbrev=False, formatter_class=kept, **options)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, but no word may hold what neither a path nor a name can: NUL, or half a character."""

@@ -226,7 +226,7 @@ def read_record(run: Path) -> dict:
     check_values(path, record, NEEDED)
     K, columns = len(record["exit_layers"]), sorted({len(row) for row in record["losses"]})
     if columns != [K] and (record["method"], columns) != ("branch", [K - 1]):  # a trunk that was there has no loss
-        raise InputError(f"{path}: losses is of {columns} exits, and exit_layers of {K}")
+        raise InputError(f"{path}: losses is of {', '.join(map(str, columns))} exits, and exit_layers of {K}")
     task = TASKS.get(record.get("task"))
     labels = record.get("labels", list(task.labels) if task else [])
     if not 1 < len(labels) == len(set(labels)):
