@@ -53,7 +53,7 @@ def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
 
     First those that others follow from. K, C and P hold the lengths that are right; `lowest` is the lowest score.
     """
-    size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1e4)
+    size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1 + K[-1])
     return {
         "exit_layers": (layer, ANY[1:]),
         "thresholds": (share, ANY[1:]),
