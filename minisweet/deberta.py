@@ -56,7 +56,7 @@ class DebertaLayer(TransformerLayer):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__(config)
         D = config.hidden_size
-        self.scale = (D // self.num_heads * (1 + len(config.pos_att_type))) ** -0.5
+        self.scale = (D // self.num_heads * (1 + len(config.pos_att_type.split("|")))) ** -0.5
         self.in_proj = nn.Linear(D, 3 * D, bias=False)  # rows ordered by head: q, k, v of the first, of the second, ...
         self.q_bias = nn.Parameter(torch.zeros(D))
         self.v_bias = nn.Parameter(torch.zeros(D))
@@ -118,7 +118,7 @@ class DebertaEncoder(TransformerEncoder):
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__(config)
-        self.relative_table = nn.Embedding(2 * config.relative_span, config.hidden_size)
+        self.relative_table = nn.Embedding(2 * config.max_relative_positions, config.hidden_size)
         self.layers = nn.ModuleList(DebertaLayer(config) for _ in range(config.num_hidden_layers))
         self.draw_weights()
 
@@ -128,7 +128,7 @@ class DebertaEncoder(TransformerEncoder):
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What padding adds to the scores, (B, 1, 1, T), and the positions (2T, D), of a mask (B, T)."""
-        T, k = attention_mask.shape[1], self.config.relative_span
+        T, k = attention_mask.shape[1], self.config.max_relative_positions
         # Of the 2k rows, T tokens reach 2T - 1. One more, never read, gives skew() rows of the right length.
         distance = T - 1 - torch.arange(2 * T, device=attention_mask.device)
         table = self.relative_table.weight

@@ -14,8 +14,8 @@ from minisweet.data import toy
 from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.evaluation import timing
 from minisweet.exits import MultiModel
+from minisweet.files.checkpoint import checkpoint_names
 from minisweet.files.commands import run_command
-from minisweet.files.names import bert_names, deberta_names
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
@@ -62,15 +62,9 @@ def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) 
     return encoder
 
 
-def checkpoint_names(encoder: BertEncoder | DebertaEncoder) -> dict[str, list[str]]:
-    """Each of the encoder's parameters, to the names that public checkpoints hold it under."""
-    names = bert_names if isinstance(encoder, BertEncoder) else deberta_names
-    return names(encoder.config.num_hidden_layers)
-
-
 def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = True) -> dict[str, torch.Tensor]:
     """The encoder's weights under the names of the public checkpoints."""
-    tensors, names = {}, checkpoint_names(encoder)
+    tensors, names = {}, checkpoint_names(encoder.config.num_hidden_layers)
     for name, tensor in encoder.state_dict().items():
         tensors |= dict(zip(names[name], tensor.clone().chunk(len(names[name])), strict=True))
     if isinstance(encoder, BertEncoder) and pooler:

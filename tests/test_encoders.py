@@ -240,8 +240,8 @@ def test_config_is_honoured():
     torch.testing.assert_close(encoder(*batch)[-1], encoder(*batch)[-1], atol=0, rtol=0)
     assert tiny_encoder("bert", classifier_dropout=0.4).config.head_dropout == 0.4
     assert tiny_encoder("deberta", cls_dropout=0.4).config.head_dropout == 0.4
-    assert CONFIGS["deberta"]["max_relative_positions"] == tiny_encoder("deberta").config.relative_span
-    assert tiny_encoder("deberta", max_relative_positions=-1).config.relative_span == 40
+    assert CONFIGS["deberta"]["max_relative_positions"] == tiny_encoder("deberta").config.max_relative_positions
+    assert tiny_encoder("deberta", max_relative_positions=-1).config.max_relative_positions == 40
 
 
 PUBLISHED = {

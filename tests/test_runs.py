@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
         ({"labels": ["a", "b", "c"]}, r"classifier.weight is \[2, 16\] and should be \[3, 16\]"),
         ({"exit_layers": [1, 2, 4], "losses": [[1, 1, 1]]}, "heads.2.* is missing"),
         ({"exit_layers": [4], "losses": [[1]]}, "heads.1.* is unexpected"),
-        ({"exit_layers": [1, 5], "depth": 5}, "exit_layers is '1,5'"),
+        ({"exit_layers": [1, 5], "depth": 5}, r"exit_layers is \[1, 5\], and the model has 4 layers"),
         ({"labels": ["a", "a"]}, "labels is"),
         ({"losses": [[1, 2], [1]]}, "losses is"),
         ({"losses": [[1]]}, "losses is of 1 exits, and exit_layers of 2"),

@@ -14,11 +14,10 @@ from minisweet.files.safe import InputError, is_text, one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations, whose errors are one line and exit status 2."""
+    """An argument parser that keeps an epilog's lines and takes no abbreviations. An error is one line and status 2."""
 
     def __init__(self, **options) -> None:
-        kept = argparse.RawDescriptionHelpFormatter  # an epilog's examples stand on lines of their own
-        super().__init__(allow_abbrev=False, formatter_class=kept, **options)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, but no word may hold what neither a path nor a name can: NUL, or half a character."""
@@ -70,14 +69,13 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
     """An argparse type: values that differ, with commas between them."""
 
     def parse_all(text: str) -> list:
+        parts = text.split(",")
         try:
-            values = [parse(part) for part in text.split(",")]
+            values = [parse(part) for part in parts]
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"{error}; values are separated by commas") from None
-        if not all(part.strip() for part in text.split(",")):
-            raise argparse.ArgumentTypeError(f"{text!r} holds an empty name")
-        if len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
+        if len(set(values)) < len(values) or not all(map(str.strip, parts)):
+            raise argparse.ArgumentTypeError(f"{text!r} names a value twice, or none")
         return values
 
     return parse_all
@@ -97,23 +95,17 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-        sys.exit(141)
-    except (InputError, OSError) as error:
-        with suppress(OSError):
-            print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
-        _discard_output()
-        sys.exit(2)
+        return
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _discard_output() -> None:
-    """Send what is still unwritten nowhere, if it cannot be written: Python would complain of it at its end."""
+        message, status = "interrupted\n", 130
+    except BrokenPipeError:
+        message, status = "", 141
+    except (InputError, OSError) as error:
+        message, status = one_line(f"{Path(sys.argv[0]).name}: error: {error}") + "\n", 2
     try:
+        sys.stderr.write(message)
         sys.stdout.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # what is still unwritten goes nowhere: Python would complain of it at its end
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

@@ -1,29 +1,34 @@
 """The configs of BERT and DeBERTa: the keys of config.json that shape an encoder, honoured or refused by name.
 
-A config raises ValueError, which names the field, its value and what would be right. Defaults are the published
-format's. A field that is no number may hold its default alone, unless `check` is told of other values.
+A field's annotation says what it may hold: numbers from a lowest to a highest, or the values that are implemented; any
+other raises ValueError, by name. Defaults are the published format's; a field whose default is None may be None.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
+
+Size = Annotated[int, 1, 2**31 - 1]
+Share = Annotated[float, 0, 1 - 1e-9]
+Positive = Annotated[float, 1e-38, 1e38]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What BERT and DeBERTa share."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    hidden_act: str = "gelu"
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    intermediate_size: Size
+    max_position_embeddings: Size
+    hidden_dropout_prob: Share = 0.1
+    attention_probs_dropout_prob: Share = 0.1
+    layer_norm_eps: Positive = 1e-12
+    initializer_range: Positive = 0.02
+    hidden_act: Literal["gelu"] = "gelu"
+    head_dropout_key: ClassVar[str]
 
     @classmethod
     def from_json(cls, content: Mapping[str, object]):
@@ -33,97 +38,73 @@ class Config:
             raise ValueError(f"{', '.join(missing)} missing, and {cls.__name__} needs it")
         return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
 
-    def check(self, **implemented: Sequence) -> None:
-        """Raise ValueError for a field that is not of its kind, or is none of the values implemented."""
+    def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            is_number = type(value) in (int, float)
-            if field.name in implemented or field.type in (str, bool):
-                known = implemented.get(field.name, (field.default,))
-                right = any(value == one and type(value) is type(one) for one in known)
-                wanted = f"{' or '.join(map(repr, known))}, since nothing else is implemented"
-            elif field.type is int:
-                right, wanted = type(value) is int and 1 <= value < 2**31, "a positive whole number below 2^31"
-            elif "dropout" in field.name:
-                right = (is_number and 0 <= value < 1) or (value is None and field.default is None)
-                wanted = "from 0 to below 1"
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal:
+                right = any(value == one and type(value) is type(one) for one in allowed)
+                wanted = f"{' or '.join(map(repr, allowed))}, since nothing else is implemented"
             else:
-                right, wanted = is_number and 0 < value < 1e38, "a positive number"
-            if not right:
+                kind, low, high = allowed
+                right = type(value) in (int, kind) and low <= value <= high
+                wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
+            if not (right or value is field.default is None):
                 raise ValueError(f"{field.name} is {value!r}, and must be {wanted}")
-        if self.hidden_size % (heads := self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, and must be a multiple of num_attention_heads, {heads}"
-            )
+        size, heads = self.hidden_size, self.num_attention_heads
+        if size % heads:
+            raise ValueError(f"hidden_size is {size}, and must be a multiple of num_attention_heads, {heads}")
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout between an exit's pooler and its classifier."""
+        own = getattr(self, self.head_dropout_key)
+        return self.hidden_dropout_prob if own is None else own
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(Config):
     """The keys of config.json that shape a BERT encoder."""
 
-    type_vocab_size: int
-    classifier_dropout: float | None = None
-    position_embedding_type: str = "absolute"
-    is_decoder: bool = False
-    add_cross_attention: bool = False
+    type_vocab_size: Annotated[int, 2, 2**31 - 1]  # a pair has two types
+    classifier_dropout: Share = None
+    position_embedding_type: Literal["absolute"] = "absolute"
+    is_decoder: Literal[False] = False
+    add_cross_attention: Literal[False] = False
     model_type: ClassVar[str] = "bert"
+    head_dropout_key: ClassVar[str] = "classifier_dropout"
     pooler_hidden_act: ClassVar[str] = "tanh"
     pooler_dropout: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        self.check()
-        if self.type_vocab_size < 2:
-            raise ValueError(f"type_vocab_size is {self.type_vocab_size}, and must be 2 or more: a pair has two types")
-
-    @property
-    def head_dropout(self) -> float:
-        """Dropout between an exit's pooler and its classifier."""
-        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
 class DebertaConfig(Config):
     """The keys of config.json that shape a DeBERTa encoder, of its first version."""
 
-    pos_att_type: str | Sequence[str]  # "c2p|p2c", or a list
-    relative_attention: bool
-    position_biased_input: bool
-    max_relative_positions: int = -1  # below 1: max_position_embeddings
-    pooler_dropout: float = 0.0
-    cls_dropout: float | None = None
-    layer_norm_eps: float = 1e-7
-    pooler_hidden_act: str = "gelu"
-    talking_head: bool = False
-    share_att_key: bool = False  # this and the next two belong to DeBERTa's second version
-    norm_rel_ebd: str = "none"
-    position_buckets: int = -1
-    type_vocab_size: int = 0
-    embedding_size: int | None = None
-    pooler_hidden_size: int | None = None
+    pos_att_type: Literal["c2p|p2c", "c2p", "p2c"]  # or a list
+    relative_attention: Literal[True]
+    position_biased_input: Literal[False]
+    max_relative_positions: Size = -1  # k; below 1: max_position_embeddings
+    pooler_dropout: Share = 0.0
+    cls_dropout: Share = None
+    layer_norm_eps: Positive = 1e-7
+    pooler_hidden_act: Literal["gelu", "tanh"] = "gelu"
+    talking_head: Literal[False] = False
+    share_att_key: Literal[False] = False  # this and the next two belong to DeBERTa's second version
+    norm_rel_ebd: Literal["none"] = "none"
+    position_buckets: Literal[-1] = -1
+    type_vocab_size: Literal[0] = 0
+    embedding_size: Size = None
+    pooler_hidden_size: Size = None
     model_type: ClassVar[str] = "deberta"
+    head_dropout_key: ClassVar[str] = "cls_dropout"
 
     def __post_init__(self) -> None:
-        terms = self.pos_att_type if isinstance(self.pos_att_type, list | tuple) else str(self.pos_att_type).split("|")
-        object.__setattr__(self, "pos_att_type", tuple(sorted(terms, key=str)))
+        terms = self.pos_att_type.split("|") if isinstance(self.pos_att_type, str) else self.pos_att_type
+        if isinstance(terms, Sequence):
+            object.__setattr__(self, "pos_att_type", "|".join(sorted(map(str, terms))))
         if type(self.max_relative_positions) is int and self.max_relative_positions < 1:
             object.__setattr__(self, "max_relative_positions", self.max_position_embeddings)
-        self.check(
-            pos_att_type=(("c2p", "p2c"), ("c2p",), ("p2c",)),
-            relative_attention=(True,),
-            position_biased_input=(False,),
-            pooler_hidden_act=("gelu", "tanh"),
-            position_buckets=(-1,),
-            type_vocab_size=(0,),
-            embedding_size=(None, self.hidden_size),
-            pooler_hidden_size=(None, self.hidden_size),
-        )
-
-    @property
-    def relative_span(self) -> int:
-        """k: distances i - j are told apart from -k to k - 1, and clamped beyond."""
-        return self.max_relative_positions
-
-    @property
-    def head_dropout(self) -> float:
-        """Dropout between an exit's pooler and its classifier."""
-        return self.hidden_dropout_prob if self.cls_dropout is None else self.cls_dropout
+        super().__post_init__()
+        for key in ("embedding_size", "pooler_hidden_size"):
+            if getattr(self, key) not in (None, self.hidden_size):
+                raise ValueError(f"{key} is {getattr(self, key)}, and must be hidden_size, {self.hidden_size}")

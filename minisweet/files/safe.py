@@ -1,4 +1,4 @@
-"""The error that names what is wrong with a file or an option, and files that are never half-written.
+"""The error that names what is wrong with a file or an option, and files and figures that are never half-written.
 
 What is written stands in a hidden folder beside its target, `.NAME.<random>.partial`, until a rename puts it in place:
 
@@ -9,6 +9,7 @@ What is written stands in a hidden folder beside its target, `.NAME.<random>.par
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -21,8 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")  # or, of older versions, with a process id in place of random digits
-LINE = 400  # characters of a message at most
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 class InputError(ValueError):
@@ -32,7 +33,7 @@ class InputError(ValueError):
         return one_line(super().__str__())
 
 
-def one_line(text: object, limit: int = LINE) -> str:
+def one_line(text: object, limit: int = 400) -> str:
     """`text` as one line of at most `limit` characters; what cannot be printed is escaped, line breaks among it."""
     text = str(text)[: limit + 1]  # a label may be a megabyte long
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -73,49 +74,36 @@ def sha256(path: Path) -> str:
 
 def lock(path: Path) -> int | None:
     """Make the file `path` and hold it until the number returned is closed. None where another process holds it."""
-    while True:
-        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(held)
-            if isinstance(error, BlockingIOError):
-                return None
-            raise
-        if os.fstat(held).st_nlink:
-            return held
-        os.close(held)  # it was removed meanwhile, so that the next to come would hold another file of this name
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    if os.fstat(held).st_nlink:
+        return held
+    os.close(held)  # it was removed meanwhile, so that the next to come would hold another file of this name
+    return lock(path)
 
 
 def clear_leftovers(target: Path) -> None:
     """Remove what dead writers left beside `target`; what they were replacing goes back where its name is free."""
-    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.partial")
-    names = []
-    with suppress(OSError):
-        names = os.listdir(target.parent)
-    for folder in (target.parent / name for name in names if ours.fullmatch(name)):
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # swept by another process meanwhile
             if (held := lock(folder / "lock")) is not None:
-                _remove(folder, target)
+                old = folder / "old"
+                if os.path.lexists(old):  # renamed before it is deleted: a half-deleted one must never be put back
+                    old.rename(folder / "gone" if os.path.lexists(target) else target)
+                shutil.rmtree(folder, ignore_errors=True)
                 os.close(held)
-
-
-def _remove(folder: Path, target: Path) -> None:
-    """Remove a hidden folder whose lock is held. Where the target's name is free, what stood there goes back."""
-    old = folder / "old"
-    if os.path.lexists(old):
-        # Renamed before it is deleted: a half-deleted `old` must never be put back.
-        old.rename(folder / "gone" if os.path.lexists(target) else target)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
-    After an error nothing is left, and `target` is as it was. Raises InputError where a folder stands in a file's way
-    or a file in a folder's, where the disk is full, and, without `overwrite`, where a file or a filled folder stands at
-    `target` by then.
+    After an error nothing is left, and `target` is as it was. Raises InputError where the disk is full, where `target`
+    is a folder and no folder was written, or the reverse, and without `overwrite` for a file or a filled folder there.
     """
     clear_leftovers(target)
     held = None
@@ -132,23 +120,20 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
             raise InputError(f"{target}: a folder, where a file should be written")
         if target.is_dir() and overwrite:
             target.rename(folder / "old")
-        try:
-            if overwrite or new.is_dir():
-                new.rename(target)  # a folder replaces no file, and no folder that is not empty
-            else:
-                os.link(new, target)  # unlike a rename, this refuses a name that is taken
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise InputError(f"{target}: exists already; not overwritten") from None
-            raise
+        if overwrite or new.is_dir():
+            new.rename(target)  # a folder replaces no file, and no folder that is not empty
+        else:
+            os.link(new, target)  # unlike a rename, this refuses a name that is taken
     except OSError as error:
         if error.errno in DISK_FULL:
             raise InputError(f"{target}: cannot be written ({error.strerror})") from None
+        if error.errno in TAKEN and os.path.lexists(target):
+            raise InputError(f"{target}: exists already; not overwritten") from None
         raise
     finally:
         if held is not None:
-            _remove(folder, target)
             os.close(held)
+            clear_leftovers(target)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -169,13 +154,11 @@ def read_json(path: Path, finite: bool = False) -> dict:
     numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite) if finite else {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"), **numbers)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds {type(content).__name__}, not a JSON object")
-    return content
 
 
 def _finite(text: str) -> float:
@@ -183,3 +166,27 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"the number {text:.20}, and none may be infinite or NaN")
     return number
+
+
+def load_pyplot(path: Path):
+    """matplotlib's pyplot, without a screen, to draw `path`. Raises InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError(f"{path}: not drawn, since matplotlib is not installed (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure of matplotlib's to a PNG, whole or not at all, and close it."""
+    with written_beside(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    load_pyplot(path).close(figure)
+
+
+def shown(text: object, limit: int = 30) -> str:
+    """`text` cut for a figure. matplotlib would read what stands between two $ as a formula."""
+    return one_line(text, limit).replace("$", r"\$")

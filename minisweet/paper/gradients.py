@@ -25,9 +25,8 @@ from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
-from minisweet.files.figures import load_pyplot, save_figure
 from minisweet.files.runs import load_run, versions
-from minisweet.files.safe import InputError, write_json
+from minisweet.files.safe import InputError, load_pyplot, save_figure, write_json
 from minisweet.paper.report import for_json
 from minisweet.paper.reproduce import TRAINING, as_options, run_script
 from minisweet.training.devices import choose_device, device_name, reuse_freed_memory

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.files.figures import load_pyplot, save_figure
+from minisweet.files.safe import load_pyplot, save_figure
 from minisweet.use.plots import label_axes, sorted_curve
 
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.

@@ -30,9 +30,8 @@ from minisweet.data.own import DATA_DIR, digest
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.files.figures import load_pyplot
 from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
-from minisweet.files.safe import InputError, lock, read_json, write_json, written_beside
+from minisweet.files.safe import InputError, load_pyplot, lock, read_json, write_json, written_beside
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.training import devices, options
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minisweet.data.text import load_tokenizer
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.files.checkpoint import ARCHITECTURES
+from minisweet.files.checkpoint import checkpoint_names
 from minisweet.files.commands import Parser, run_command, whole_number
 from minisweet.files.config import Config
 from minisweet.files.runs import load_run
@@ -74,7 +74,7 @@ def plain_tensors(model: MultiExitModel, k: int) -> dict[str, Tensor]:
     if model.has_branch(k):
         weights |= {f"layers.{n - 1}.{name}": tensor for name, tensor in model.branches[k].state_dict().items()}
     tensors = {}
-    for ours, theirs in ARCHITECTURES[model_type][2](n).items():
+    for ours, theirs in checkpoint_names(n).items():
         if ours in weights:  # a DeBERTa of one position term lacks the other's projection
             parts = weights[ours].chunk(len(theirs))
             tensors |= {f"{model_type}.{name}": part.clone() for name, part in zip(theirs, parts, strict=True)}

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minisweet.adaptive import exit_costs
-from minisweet.files.figures import load_pyplot, save_figure, shown
-from minisweet.files.safe import InputError, one_line
+from minisweet.files.safe import InputError, load_pyplot, one_line, save_figure, shown
 
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles and markers say the same without colour.
