@@ -23,14 +23,14 @@ from minisweet.data.own import digest, load_dev
 from minisweet.data.tasks import TASKS, classification_report, never_predicted
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import Validation, operating_point
-from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, save_validation, sweep
+from minisweet.evaluation.sweep import calibration_report, mean_exit_layers, predict, save_validation, sweep
 from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
 from minisweet.files.runs import load_run, method_name, newest_run, read_evaluation, run_digest, versions
 from minisweet.files.safe import InputError, check_file, write_json
 from minisweet.training import devices
-from minisweet.training.distributed import in_turn, predict, together
+from minisweet.training.distributed import in_turn, together
 from minisweet.use.plots import compare_curves, draw_curve
 
 EXAMPLES = """examples:

@@ -32,10 +32,9 @@ def place() -> Place:
 
 def add_device_options(parser: Parser) -> None:
     """Add --device and --amp."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument(
-        "--amp", choices=AMP_CHOICES, default="auto", help="mixed precision (default: auto: off on the CPU)"
-    )
+    option = parser.add_argument
+    option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    option("--amp", choices=AMP_CHOICES, default="auto", help="mixed precision (default: auto: off on the CPU)")
 
 
 def choose_device(name: str) -> torch.device:
