@@ -30,7 +30,6 @@ from minisweet.files.commands import Parser, list_of, number, run_command, whole
 from minisweet.files.runs import load_run, method_name, newest_run, read_evaluation, run_digest, versions
 from minisweet.files.safe import InputError, check_file, write_json
 from minisweet.training import devices
-from minisweet.training.distributed import in_turn, together
 from minisweet.use.plots import compare_curves, draw_curve
 
 EXAMPLES = """examples:
@@ -108,7 +107,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     method, exit_layers, depth, names = record["method"], list(model.exit_layers), record["depth"], record["labels"]
-    with in_turn():
+    with devices.in_turn():
         dev = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, args.data, args.data_dir)
     max_length = record["arguments"]["max_length"]
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
@@ -221,4 +220,4 @@ def operating_sentence(point: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(together(main))
+    run_command(devices.together(main))

@@ -29,11 +29,11 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS, build_alone, exit_loss, gr
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
 from minisweet.files.runs import DIVERGED, claim_output, load_trunk, read_record, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.training import options
-from minisweet.training.devices import autocast, choose_device, choose_precision, device_name, place, reuse_freed_memory
-from minisweet.training.distributed import add_up, in_turn, share, together
+from minisweet.training import devices, options
+from minisweet.training.devices import add_up, autocast, place, share
 from minisweet.training.resume import Checkpoints, is_finished
 
+TARGETS = ("labels", "trunk", "half")
 READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
 EXAMPLES = """examples:
   python train.py --task sst2 --method branch
@@ -98,16 +98,14 @@ def train(
             update(optimizer, scaler, groups, learning_rate * (1 - (step - 1) / steps))
             progress.update(len(batch.rows))
             if len(unread) == read_every or step == steps:
-                for row in torch.stack(unread).tolist():
-                    history.append(row)
-                    if not np.isfinite(row).all():
-                        where = f"in step {len(history)}"
-                        raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {sum(row)} {where}")
+                read = torch.stack(unread).tolist()
+                if not np.isfinite(read).all():
+                    raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {np.sum(read)} by step {step}")
+                history += read
                 unread.clear()
                 recent = " ".join(f"{loss:.2f}" for loss in np.mean(history[-50:], axis=0))
-                epoch = 1 + (step - 1) * epochs // steps
-                progress.set_description(f"{title}, epoch {epoch} of {epochs}", refresh=False)
-                progress.set_postfix_str(f"loss per exit, last 50 steps: {recent}", refresh=False)
+                epoch = f"epoch {1 + (step - 1) * epochs // steps} of {epochs}"
+                progress.set_postfix_str(f"{epoch}, loss per exit in the last 50 steps: {recent}", refresh=False)
                 if checkpoints:
                     checkpoints.keep(title, history, parameters, optimizer, scaler, is_over=step == steps)
     return history
@@ -134,8 +132,7 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, group
     scaler.unscale_(optimizer)
     for group in groups:
         clip_grad_norm_(group, 1.0)
-    for settings in optimizer.param_groups:
-        settings["lr"] = learning_rate
+    optimizer.param_groups[0]["lr"] = learning_rate
     scaler.step(optimizer)
     scaler.update()
 
@@ -170,12 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--method", choices=METHODS, help="default: sweet, and branch with --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--trunk", type=Path, metavar="FOLDER", help="branches: on this run or classifier, which stays as it is")
-    option(
-        "--targets",
-        choices=("labels", "trunk", "half"),
-        default="labels",
-        help="branches: learn labels, the trunk's own, or half each",
-    )
+    option("--targets", choices=TARGETS, default="labels", help="branches: learn labels, the trunk's own, or half each")
     option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
     add_data_options(parser)
     option = parser.add_argument_group("training").add_argument
@@ -216,12 +208,11 @@ def fit(
 ) -> tuple[nn.Module, np.ndarray, dict[str, float]]:
     """Make and train the model of --method, or branches on a trunk that is there; go on where `checkpoints` are.
 
-    Returns:
-        The model, on the CPU. The losses (steps, K), or (steps, K-1) without the last exit's where the trunk was there.
-        The seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
+    Returns the model, on the CPU, the losses (steps, K), or (steps, K-1) without the last exit's where the trunk was
+    there, and the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
     """
-    device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
     losses, seconds = [], {}
 
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
@@ -268,44 +259,33 @@ def trunk_targets(
 def main() -> None:
     """Train one run."""
     args = parse_arguments()
-    reuse_freed_memory()
-    is_there = args.resume and is_finished(args.out)
-    with claim_output(args.out, args.overwrite or is_there) if place().rank == 0 else nullcontext():  # not hours later
+    devices.reuse_freed_memory()
+    may_stand = args.overwrite or (args.resume and is_finished(args.out))
+    with claim_output(args.out, may_stand) if place().rank == 0 else nullcontext():  # now, not hours later
         train_run(args)
 
 
 def train_run(args: argparse.Namespace) -> None:
     """Train one run and write its folder, or with --resume say that it is there."""
-    device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
     trunk, told = load_trunk(args.trunk) if args.trunk else (None, {})
-    option = "--exit-layers" if args.exit_layers else "--trunk" if trunk else "--model"  # which gives the exits
     if trunk:
         args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
-    with in_turn():
+    with devices.in_turn():
         folder, config, exit_layers = options.find_model(args)
         data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
     if args.method == "branch" and len(exit_layers) < 2:
-        raise InputError(f"{option}: the exit after layer {exit_layers[0]} is alone; branches need one before the last")
-    if trunk and exit_layers[-1] != trunk.exit_layers[0]:
-        given = ",".join(map(str, exit_layers))
-        raise InputError(f"--exit-layers: {given}, should end with {trunk.exit_layers[0]}, where --trunk ends")
+        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone; branches need one before the last")
+    if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
+        raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
     subset = drawn_rows(data.train, args.train_size, args.seed)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments.pop("resume")  # a run that went on is as one that was never stopped
-    record = {
-        "arguments": arguments,
-        **data.record,
-        "label_counts": data.label_counts,
-        "subset": subset.tolist(),
-        "train_digest": digest(data.train, subset),
-        "metric": data.metric,
-        "exit_layers": exit_layers,
-        "depth": config.num_hidden_layers,
-        "device": device_name(device),
-        "precision": str(precision or torch.float32),
-        "versions": versions(),
-    }
+    record = {"arguments": arguments, **data.record, "label_counts": data.label_counts, "metric": data.metric}
+    record |= {"subset": subset.tolist(), "train_digest": digest(data.train, subset), "versions": versions()}
+    record |= {"exit_layers": exit_layers, "depth": config.num_hidden_layers}
+    record |= {"device": devices.device_name(device), "precision": str(precision or torch.float32)}
     checkpoints = Checkpoints(args, record, folder, device)
     if checkpoints.finished:
         checkpoints.remove()  # of a training that was killed just after it had saved the run
@@ -332,13 +312,9 @@ def train_run(args: argparse.Namespace) -> None:
     if place().rank:  # the first process alone writes
         return
     seconds = sum(stages.values())
-    record |= {
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-        "stages": {stage: round(of_stage, 1) for stage, of_stage in stages.items()},
-        "examples_per_second": round(args.epochs * len(examples) / seconds, 1),
-        "losses": losses.round(5).tolist(),
-    }
+    record |= {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "losses": losses.round(5).tolist()}
+    record |= {"seconds": round(seconds, 1), "examples_per_second": round(args.epochs * len(examples) / seconds, 1)}
+    record["stages"] = {stage: round(of_stage, 1) for stage, of_stage in stages.items()}
     try:
         save_run(args.out, model, folder, record, args.overwrite)
     except (OSError, InputError) as error:
@@ -349,4 +325,4 @@ def train_run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(together(main))
+    run_command(devices.together(main))

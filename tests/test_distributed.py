@@ -22,7 +22,7 @@ from minisweet.evaluation import sweep
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel
 from minisweet.files.checkpoint import load_encoder
 from minisweet.files.safe import InputError
-from minisweet.training import devices, distributed
+from minisweet.training import devices
 from tests.conftest import CHECKOUT, write_model
 from tests.kill import result
 from train import send_back
@@ -58,9 +58,9 @@ def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, monkeypa
     weights, rows, total, loss = [], [], 0, 0
     for rank in range(processes):
         as_process(monkeypatch, rank, processes)
-        mine, weight = distributed.share(batch)
+        mine, weight = devices.share(batch)
         model.zero_grad()
-        loss = loss + distributed.add_up(parameters, send_back(model, mine, scaler), weight)
+        loss = loss + devices.add_up(parameters, send_back(model, mine, scaler), weight)
         total = total + torch.cat([parameter.grad.flatten() for parameter in parameters])
         weights.append(weight)
         rows += mine.rows.tolist() if weight else []
@@ -74,7 +74,7 @@ def test_a_process_without_rows_adds_zeros_whatever_its_loss(monkeypatch):
     weight.grad, unused = torch.tensor([1.0, torch.inf, torch.nan]), torch.nn.Parameter(torch.ones(2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(1))
     as_process(monkeypatch, 1, 2)
-    assert distributed.add_up([weight, unused], torch.tensor([torch.nan]), 0.0).tolist() == [1]
+    assert devices.add_up([weight, unused], torch.tensor([torch.nan]), 0.0).tolist() == [1]
     assert (weight.grad.tolist(), unused.grad.tolist()) == ([1, 1, 1], [1, 1])
 
 
@@ -106,8 +106,8 @@ def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strate
 
 def test_where_a_process_is(monkeypatch):
     assert devices.place() == (0, 0, 1)
-    assert distributed.of_all("x") == ["x"]
-    assert distributed.together(test_where_a_process_is) is test_where_a_process_is
+    assert devices.of_all("x") == ["x"]
+    assert devices.together(test_where_a_process_is) is test_where_a_process_is
     as_process(monkeypatch, 2, 3)
     assert devices.place() == (2, 2, 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -194,7 +194,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line_at_most(tmp_path, mon
     assert training.returncode != 0
     ours = [line for line in re.split(r"[\r\n]", err) if line.startswith("train.py: error:")]
     assert len(ours) <= 1
-    assert not re.search(r'File ".*(train|distributed|resume)\.py"', err), err[-6000:]
+    assert not re.search(r'File ".*(train|devices|resume)\.py"', err), err[-6000:]
 
 
 @pytest.mark.slow

@@ -19,8 +19,7 @@ from minisweet.data.tasks import score
 from minisweet.data.text import TokenizedExamples
 from minisweet.data.toy import LEVELS
 from minisweet.files.safe import InputError, sha256, written_beside
-from minisweet.training.devices import autocast, place
-from minisweet.training.distributed import of_all
+from minisweet.training.devices import autocast, of_all, place
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again

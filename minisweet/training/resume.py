@@ -27,8 +27,7 @@ from tqdm import tqdm
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.files.runs import read_record
 from minisweet.files.safe import InputError, read_json, sha256, write_json
-from minisweet.training.devices import place
-from minisweet.training.distributed import of_all
+from minisweet.training.devices import of_all, place
 
 
 def must_stay(record: dict) -> dict:
