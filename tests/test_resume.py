@@ -30,8 +30,9 @@ def command(monkeypatch, capsys, tmp_path):
     write_model(tmp_path / "tiny", "bert")
     update = train.update
 
-    def run(*arguments, signals=()) -> tuple[int, str, str]:
-        words = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
+    new = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
+
+    def run(*arguments, signals=(), words=new) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [*words, *map(str, arguments)])
         due = dict(signals)
         taken = []
@@ -119,9 +120,34 @@ def test_a_finished_run_says_so(command):
     assert (status, "--lr is 0.5 and was 5e-05" in err) == (2, True)
     assert Path("a/run.json").stat().st_mtime_ns == before
     assert command("--out", "a", "--resume", "--seed", "1", "--overwrite", signals={2: TERM})[0] == 143
+    status, _, err = command("--out", "a", "--resume", "--seed", "1")
+    assert (status, "--out: a holds a run already" in err, command.steps, len(list(STOPPED.glob("*.pt")))) == (
+        2,
+        True,
+        0,
+        1,
+    )
     assert command("--out", "a", "--resume", "--seed", "1", "--overwrite")[0] == 0  # of the one that is to replace it
     assert command.steps == STEPS - 2
     assert json.loads(Path("a/run.json").read_text())["arguments"]["seed"] == 1
+    STOPPED.mkdir()  # as if it had been killed just after it had saved the run
+    (STOPPED / "sweet.end.0.pt").touch()
+    os.utime(STOPPED / "sweet.end.0.pt", (1, 1))
+    assert "finished already" in command("--out", "a", "--resume", "--seed", "1")[1]
+    assert not STOPPED.exists()
+
+
+def test_a_finished_run_of_branches_on_a_trunk_says_so(command):
+    assert command("--out", "trunk", "--exit-layers", "4")[0] == 0
+    words = "train.py --trunk trunk --out a --train-size 20 --max-length 32 --targets trunk --resume".split()
+
+    def branches(*more: str) -> tuple[int, str, str]:
+        return command(*more, words=words)
+
+    assert branches()[0] == 0
+    assert "finished already" in branches("--exit-layers", "1,2,4")[1]  # its default
+    assert "--exit-layers is [2, 4] and was [1, 2, 4]" in branches("--exit-layers", "2,4")[2]
+    assert "--targets is half and was trunk" in branches("--targets", "half")[2]
 
 
 def write_texts(path: str, old: str = "", new: str = "") -> None:
