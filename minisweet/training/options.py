@@ -7,11 +7,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisweet.bert import BertConfig
-from minisweet.deberta import DebertaConfig
 from minisweet.exits import check_exit_layers
 from minisweet.files.checkpoint import read_config
 from minisweet.files.commands import Parser, list_of, whole_number
+from minisweet.files.config import Config
 from minisweet.files.hub import REPOSITORIES, model_folder
 from minisweet.files.safe import InputError
 from minisweet.training.devices import add_device_options
@@ -69,7 +68,7 @@ def add_training_options(parser: Parser) -> None:
     add_device_options(parser)
 
 
-def find_model(args: argparse.Namespace) -> tuple[Path, BertConfig | DebertaConfig, Sequence[int]]:
+def find_model(args: argparse.Namespace) -> tuple[Path, Config, Sequence[int]]:
     """The folder of --model, its config, and the exit layers. Raises InputError where an option does not fit them."""
     folder = model_folder(args.model)
     config = read_config(folder)
