@@ -23,14 +23,13 @@ from minisweet.data.own import digest, load_dev
 from minisweet.data.tasks import TASKS, classification_report, never_predicted
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.sweep import Validation, operating_point, save_validation, sweep
+from minisweet.evaluation.sweep import Validation, operating_point, predict, save_validation, sweep
 from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
 from minisweet.files.runs import load_run, method_name, newest_run, read_evaluation, run_digest, versions
 from minisweet.files.safe import InputError, check_file, write_json
 from minisweet.training import devices
-from minisweet.training.distributed import in_turn, predict, together
 from minisweet.use.plots import compare_curves, draw_curve
 from minisweet.use.prepared import prepare
 
@@ -110,7 +109,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
             model = model.keep_exits(args.use_exits)
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
-    with in_turn():
+    with devices.in_turn():
         dev = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, args.data, args.data_dir)
     max_length = record["arguments"]["max_length"]
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
@@ -228,4 +227,4 @@ def cells(values: Iterable, form: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(together(main))
+    run_command(devices.together(main))

@@ -8,7 +8,6 @@ Writes a run folder, which evaluate.py reads.
 """
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
@@ -22,39 +21,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.data.own import add_data_options, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
-from minisweet.exits import (
-    EXIT_STRATEGIES,
-    METHODS,
-    MultiExitModel,
-    MultiModel,
-    build_alone,
-    build_multi_model,
-    exit_loss,
-    grow_branches,
-)
-from minisweet.files.checkpoint import load_encoder
+from minisweet.evaluation.sweep import predict
+from minisweet.exits import EXIT_STRATEGIES, METHODS, build_alone, exit_loss, grow_branches
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
 from minisweet.files.runs import DIVERGED, claim_output, load_trunk, read_record, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
-from minisweet.training.devices import (
-    autocast,
-    choose_device,
-    choose_precision,
-    device_name,
-    place,
-    reuse_freed_memory,
-)
-from minisweet.training.distributed import add_up, in_turn, own_seed, predict, share, together
-from minisweet.training.options import (
-    add_training_options,
-    default_batch_size,
-    default_learning_rate,
-    exit_layers_for,
-    find_model,
-)
-from minisweet.training.resume import Checkpoints, is_finished, what_is_trained
+from minisweet.training import devices, options
+from minisweet.training.devices import add_up, autocast, place, share
+from minisweet.training.resume import Checkpoints, is_finished
 
 TARGETS = ("labels", "trunk", "half")
 READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
@@ -98,53 +75,40 @@ def train(
     Raises:
         NotFiniteError: the loss is no longer finite.
     """
-    torch.manual_seed(own_seed(seed))
+    torch.manual_seed(seed + place().rank * 10**6)  # of several processes, each has a dropout of its own
     model.train()
     device = next(model.parameters()).device
     steps = epochs * -(-len(examples) // batch_size)
-    rank, _, processes = place()  # of several, each takes a share of every batch
     read_every = 1 if device.type == "cpu" else READ_EVERY
-    with (
-        tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress,
-        used_rows(model, examples) as renumbered,
-    ):
+    with tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress, used_rows(model, examples) as examples:
         groups = model.parameter_groups()
         parameters = list(chain.from_iterable(groups))
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
         history = checkpoints.load(title, parameters, optimizer, scaler) if checkpoints else []
         unread: list[Tensor] = []  # losses that are still on the device
-        batches = chain.from_iterable(renumbered.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
+        batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
         progress.update(sum(len(batch.rows) for batch in islice(batches, len(history))))  # what was done before
         for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()
-            mine, weight = share(batch, rank, processes) if processes > 1 else (batch, 1.0)
+            mine, weight = share(batch)  # of several processes, each takes a share of every batch
             with autocast(device, precision):
                 losses = send_back(model, mine.to(device), scaler)
-            if processes > 1:
-                losses = add_up(parameters, losses, weight)
+            unread.append(add_up(parameters, losses, weight))
             update(optimizer, scaler, groups, learning_rate * (1 - (step - 1) / steps))
-            unread.append(losses)
             progress.update(len(batch.rows))
             if len(unread) == read_every or step == steps:
-                history += finite(torch.stack(unread).tolist(), len(history), learning_rate)
+                read = torch.stack(unread).tolist()
+                if not np.isfinite(read).all():
+                    raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {np.sum(read)} by step {step}")
+                history += read
                 unread.clear()
-                recent = np.mean(history[-50:], axis=0)
-                progress.set_description(
-                    f"{title}, epoch {1 + (step - 1) * epochs // steps} of {epochs}", refresh=False
-                )
-                progress.set_postfix_str(f"loss per exit, last 50 steps: {' '.join(f'{x:.2f}' for x in recent)}", False)
+                recent = " ".join(f"{loss:.2f}" for loss in np.mean(history[-50:], axis=0))
+                epoch = f"epoch {1 + (step - 1) * epochs // steps} of {epochs}"
+                progress.set_postfix_str(f"{epoch}, loss per exit in the last 50 steps: {recent}", refresh=False)
                 if checkpoints:
-                    checkpoints.keep(title, history, parameters, optimizer, scaler)
+                    checkpoints.keep(title, history, parameters, optimizer, scaler, is_over=step == steps)
     return history
-
-
-def finite(losses: list[list[float]], before: int, learning_rate: float) -> list[list[float]]:
-    """The losses (steps, K) of the steps after the first `before`; raises NotFiniteError where one is no number."""
-    for step, row in enumerate(losses, before + 1):
-        if not np.isfinite(row).all():
-            raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {sum(row)} in step {step}")
-    return losses
 
 
 def send_back(model: MultiExitModel, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
@@ -168,8 +132,7 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, group
     scaler.unscale_(optimizer)
     for group in groups:
         clip_grad_norm_(group, 1.0)
-    for settings in optimizer.param_groups:
-        settings["lr"] = learning_rate
+    optimizer.param_groups[0]["lr"] = learning_rate
     scaler.step(optimizer)
     scaler.update()
 
@@ -216,7 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--overwrite", action="store_true", help="replace the run in --out")
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
     option("--resume", action="store_true", help="go on from the last checkpoint of a training that was stopped")
-    add_training_options(parser)
+    options.add_training_options(parser)
     parser.set_defaults(model=None)  # tells whether it is given
     args = parser.parse_args()
     args.method = args.method or ("branch" if args.trunk else "sweet")
@@ -227,9 +190,9 @@ def parse_arguments() -> argparse.Namespace:
     args.task = data_name(args)
     args.model = str(args.trunk or args.model or "minilm-l6")
     told = read_record(args.trunk) if args.trunk and (args.trunk / "run.json").exists() else {}
-    args.lr = args.lr or told.get("learning_rate") or default_learning_rate(args.model, args.task, args.method)
+    args.lr = args.lr or told.get("learning_rate") or options.default_learning_rate(args.model, args.task, args.method)
     args.out = args.out or Path("runs") / run_name(vars(args))
-    args.batch_size = args.batch_size or default_batch_size(args.model)
+    args.batch_size = args.batch_size or options.default_batch_size(args.model)
     args.train_size = args.train_size or (6000 if args.data is None else None)
     return args
 
@@ -242,30 +205,23 @@ def fit(
     trunk: MultiExitModel | None,
     args: argparse.Namespace,
     checkpoints: Checkpoints,
-) -> tuple[MultiExitModel | MultiModel, np.ndarray, dict[str, float]]:
+) -> tuple[nn.Module, np.ndarray, dict[str, float]]:
     """Make and train the model of --method, or branches on a trunk that is there; go on where `checkpoints` are.
 
-    Returns:
-        The model, on the CPU. The losses (steps, K), or (steps, K-1) without the last exit's where the trunk was there.
-        The seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
+    Returns the model, on the CPU, the losses (steps, K), or (steps, K-1) without the last exit's where the trunk was
+    there, and the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
     """
-    device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
-    settings = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "precision": precision}
-    settings["checkpoints"] = checkpoints
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
     losses, seconds = [], {}
 
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
-        parameters = list(chain.from_iterable(model.parameter_groups()))
-        history = checkpoints.load(stage, parameters, which="end")
-        if not history:
-            with checkpoints.signals():
-                model.to(device)
-                history = train(model, examples, learning_rate=learning_rate, **settings, title=stage)
-            model.cpu()  # frees the device for the next one
-            checkpoints.save(stage, history, parameters)
-        losses.append(history)
-        seconds[stage] = round(checkpoints.seconds(), 1)
+        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": learning_rate}
+        settings |= {"seed": args.seed, "precision": precision, "title": stage, "checkpoints": checkpoints}
+        with checkpoints.signals():
+            losses.append(train(model.to(device), examples, **settings))
+        model.cpu()  # frees the device for the next one
+        seconds[stage] = checkpoints.lap()
 
     torch.manual_seed(args.seed)
     if args.method == "mm":
@@ -283,9 +239,8 @@ def fit(
         run(model, examples, args.branch_lr_factor * args.lr, "branches")
         losses.reverse()  # in the order of the exits
     else:
-        model = MultiExitModel(
-            load_encoder(folder, exit_layers[-1]), exit_layers, num_labels, args.method, args.exit_strategy
-        )
+        encoder = load_encoder(folder, exit_layers[-1])
+        model = MultiExitModel(encoder, exit_layers, num_labels, args.method, args.exit_strategy)
         run(model, examples, args.lr, args.method)
     return model, np.concatenate(losses, axis=1), seconds
 
@@ -304,32 +259,39 @@ def trunk_targets(
 def main() -> None:
     """Train one run."""
     args = parse_arguments()
-    reuse_freed_memory()
-    if args.resume and is_finished(args):
-        print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
-        return
-    with claim_output(args.out, args.overwrite) if place().rank == 0 else nullcontext():  # now, not hours later
+    devices.reuse_freed_memory()
+    may_stand = args.overwrite or (args.resume and is_finished(args.out))
+    with claim_output(args.out, may_stand) if place().rank == 0 else nullcontext():  # now, not hours later
         train_run(args)
 
 
 def train_run(args: argparse.Namespace) -> None:
-    """Train one run and write its folder."""
-    device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
+    """Train one run and write its folder, or with --resume say that it is there."""
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
     trunk, told = load_trunk(args.trunk) if args.trunk else (None, {})
-    option = "--exit-layers" if args.exit_layers else "--trunk" if trunk else "--model"  # which gives the exits
     if trunk:
-        args.exit_layers = args.exit_layers or exit_layers_for(trunk.exit_layers[0])
-    with in_turn():
-        folder, config, exit_layers = find_model(args)
+        args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
+    with devices.in_turn():
+        folder, config, exit_layers = options.find_model(args)
         data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
     if args.method == "branch" and len(exit_layers) < 2:
-        raise InputError(f"{option}: the exit after layer {exit_layers[0]} is alone; branches need one before the last")
-    if trunk and exit_layers[-1] != trunk.exit_layers[0]:
-        given = ",".join(map(str, exit_layers))
-        raise InputError(f"--exit-layers: {given}, should end with {trunk.exit_layers[0]}, where --trunk ends")
-
+        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone; branches need one before the last")
+    if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
+        raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
     subset = drawn_rows(data.train, args.train_size, args.seed)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    arguments.pop("resume")  # a run that went on is as one that was never stopped
+    record = {"arguments": arguments, **data.record, "label_counts": data.label_counts, "metric": data.metric}
+    record |= {"subset": subset.tolist(), "train_digest": digest(data.train, subset), "versions": versions()}
+    record |= {"exit_layers": exit_layers, "depth": config.num_hidden_layers}
+    record |= {"device": devices.device_name(device), "precision": str(precision or torch.float32)}
+    checkpoints = Checkpoints(args, record, folder, device)
+    if checkpoints.finished:
+        checkpoints.remove()  # of a training that was killed just after it had saved the run
+        print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
+        return
+
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     examples = TokenizedExamples(tokenizer, data.train, subset)
     notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
@@ -337,13 +299,9 @@ def train_run(args: argparse.Namespace) -> None:
     print(
         f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
         f"{','.join(map(str, exit_layers))} of {config.num_hidden_layers}, learning rate {args.lr:g}, "
-        f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {precision or torch.float32}"
+        f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {record['precision']}"
     )
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    arguments.pop("resume")  # a run that went on is as one that was never stopped
-    trained = what_is_trained(arguments, folder, examples, data.record["dev_digest"], device.type, precision)
-    checkpoints = Checkpoints(args.out, trained, args.save_every, args.resume)
-    start = time.perf_counter()
+    checkpoints.lap()  # what is above is no training
     try:
         model, losses, stages = fit(folder, exit_layers, len(data.labels), examples, trunk, args, checkpoints)
     except NotFiniteError as error:
@@ -353,29 +311,18 @@ def train_run(args: argparse.Namespace) -> None:
         raise
     if place().rank:  # the first process alone writes
         return
-    seconds = checkpoints.earlier + time.perf_counter() - start
-    record = {
-        "arguments": arguments,
-        **data.record,
-        "label_counts": data.label_counts,
-        "train_digest": digest(data.train, subset),
-        "metric": data.metric,
-        "exit_layers": exit_layers,
-        "depth": config.num_hidden_layers,
-        "device": device_name(device),
-        "precision": str(precision or torch.float32),
-        "versions": versions(),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-        "stages": stages,
-        "examples_per_second": round(args.epochs * len(examples) / seconds, 1),
-        "subset": subset.tolist(),
-        "losses": losses.round(5).tolist(),
-    }
-    with checkpoints.until_saved():
+    seconds = sum(stages.values())
+    record |= {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "losses": losses.round(5).tolist()}
+    record |= {"seconds": round(seconds, 1), "examples_per_second": round(args.epochs * len(examples) / seconds, 1)}
+    record["stages"] = {stage: round(of_stage, 1) for stage, of_stage in stages.items()}
+    try:
         save_run(args.out, model, folder, record, args.overwrite)
+    except (OSError, InputError) as error:
+        kept = f"; what was trained is kept in {checkpoints.folder}: --resume saves it" if checkpoints.kept else ""
+        raise InputError(f"{error}{kept}") from None
+    checkpoints.remove()
     print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
 
 
 if __name__ == "__main__":
-    run_command(together(main))
+    run_command(devices.together(main))

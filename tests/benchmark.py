@@ -820,7 +820,7 @@ def main() -> None:
 def processor() -> str:
     """The processor's name, and its fastest instructions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    said = dict(line.split("\t:", 1) for line in reversed(lines) if "\t:" in line)
+    said = {name.strip(): value for name, _, value in (line.partition(":") for line in reversed(lines))}
     flags = said.get("flags", "").split()
     best = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), "unknown")
     return f"{said.get('model name', platform.processor()).strip()} with {best}"

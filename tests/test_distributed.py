@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import sweep
-from minisweet.exits import METHODS, MultiExitModel
+from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel
 from minisweet.files.checkpoint import load_encoder
 from minisweet.files.safe import InputError
-from minisweet.training import devices, distributed
+from minisweet.training import devices
 from tests.conftest import CHECKOUT, write_model
 from tests.kill import result
 from train import send_back
@@ -54,12 +54,13 @@ def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, monkeypa
     batch = examples.batch(np.arange(B))
     losses = send_back(model, batch, scaler)
     whole = [parameter.grad for parameter in parameters]
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, how="SUM": tensor)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     weights, rows, total, loss = [], [], 0, 0
     for rank in range(processes):
-        mine, weight = distributed.share(batch, rank, processes)
+        as_process(monkeypatch, rank, processes)
+        mine, weight = devices.share(batch)
         model.zero_grad()
-        loss = loss + distributed.add_up(parameters, send_back(model, mine, scaler), weight)
+        loss = loss + devices.add_up(parameters, send_back(model, mine, scaler), weight)
         total = total + torch.cat([parameter.grad.flatten() for parameter in parameters])
         weights.append(weight)
         rows += mine.rows.tolist() if weight else []
@@ -71,37 +72,44 @@ def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, monkeypa
 def test_a_process_without_rows_adds_zeros_whatever_its_loss(monkeypatch):
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad, unused = torch.tensor([1.0, torch.inf, torch.nan]), torch.nn.Parameter(torch.ones(2))
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, how="SUM": tensor + 1)
-    assert distributed.add_up([weight, unused], torch.tensor([torch.nan]), 0.0).tolist() == [1]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(1))
+    as_process(monkeypatch, 1, 2)
+    assert devices.add_up([weight, unused], torch.tensor([torch.nan]), 0.0).tolist() == [1]
     assert (weight.grad.tolist(), unused.grad.tolist()) == ([1, 1, 1], [1, 1])
 
 
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 @pytest.mark.parametrize("N", [2, 20])
-def test_the_shares_of_a_prediction_add_up(tiny, monkeypatch, N):
+def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strategy):
     model, examples = tiny
+    model = MultiExitModel(model.encoder, (1, 4), 2, exit_strategy=strategy).eval()
     examples = copy.copy(examples)
     examples.ids = examples.ids[:N]
     for name in ("labels", "targets", "lengths", "first_lengths"):
         setattr(examples, name, getattr(examples, name)[:N])
-    logits, _ = sweep.predict(model.eval(), examples, None)
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, how="SUM": tensor)
-    total = 0
+    monkeypatch.setattr(sweep, "BATCH_SIZE", 3)
+    whole = sweep.predict(model, examples, None)
+    shares = []
+
+    def of_all(share: tuple) -> list[tuple]:
+        shares.append(share)
+        return shares
+
+    monkeypatch.setattr(sweep, "of_all", of_all)
     for rank in range(3):
         as_process(monkeypatch, rank, 3)
-        total = total + distributed.predict(model, examples, None)[0]
-    torch.testing.assert_close(total, logits)
+        logits, certainty = sweep.predict(model, examples, None)
+    assert [len(rows) for rows, _, _ in shares] == ([1, 0, 0] if N == 2 else [3, 2, 2])
+    assert torch.equal(logits, whole[0])  # to the bit: the batches are those of one process
+    assert certainty is whole[1] is None or torch.equal(certainty, whole[1])
 
 
 def test_where_a_process_is(monkeypatch):
     assert devices.place() == (0, 0, 1)
-    assert (distributed.own_seed(7), distributed.largest(3, -3), distributed.of_all("x")) == (7, [3, -3], ["x"])
-    assert distributed.together(test_where_a_process_is) is test_where_a_process_is
-    seeds = set()
-    for rank in range(3):
-        as_process(monkeypatch, rank, 3)
-        seeds.add(distributed.own_seed(7))
-    assert len(seeds) == 3
-    assert 7 in seeds
+    assert devices.of_all("x") == ["x"]
+    assert devices.together(test_where_a_process_is) is test_where_a_process_is
+    as_process(monkeypatch, 2, 3)
+    assert devices.place() == (2, 2, 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert str(devices.choose_device("auto")) == str(devices.choose_device("cuda")) == "cuda:2"
@@ -186,7 +194,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line_at_most(tmp_path, mon
     assert training.returncode != 0
     ours = [line for line in re.split(r"[\r\n]", err) if line.startswith("train.py: error:")]
     assert len(ours) <= 1
-    assert not re.search(r'File ".*(train|distributed|resume)\.py"', err), err[-6000:]
+    assert not re.search(r'File ".*(train|devices|resume)\.py"', err), err[-6000:]
 
 
 @pytest.mark.slow

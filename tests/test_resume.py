@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,8 +30,9 @@ def command(monkeypatch, capsys, tmp_path):
     write_model(tmp_path / "tiny", "bert")
     update = train.update
 
-    def run(*arguments, signals=()) -> tuple[int, str, str]:
-        words = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
+    new = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
+
+    def run(*arguments, signals=(), words=new) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [*words, *map(str, arguments)])
         due = dict(signals)
         taken = []
@@ -95,14 +97,12 @@ def test_what_has_changed_is_refused_with_both_values(command, monkeypatch):
         assert (status, err.count("\n"), len(err) < 400) == (2, 1, True)
         assert all(part in err for part in parts), err
     with monkeypatch.context() as other:
-        other.setattr(
-            "minisweet.training.resume.versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0")
-        )
+        other.setattr(train, "versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0"))
         assert f"torch is 0 and was {version('torch')}" in command("--out", "a", "--resume")[2]
     vocabulary = Path("tiny/vocab.txt")
     words = vocabulary.read_text()
     vocabulary.write_text(words.replace("film\nwas", "was\nfilm"))
-    assert "SHA-256 of the data is" in command("--out", "a", "--resume")[2]
+    assert "SHA-256 of the model is" in command("--out", "a", "--resume")[2]  # which its tokenizer belongs to
     vocabulary.write_text(words)
     write_model(Path("tiny"), "bert", hidden_dropout_prob=0.3)
     assert "SHA-256 of the model is" in command("--out", "a", "--resume")[2]
@@ -120,9 +120,95 @@ def test_a_finished_run_says_so(command):
     assert (status, "--lr is 0.5 and was 5e-05" in err) == (2, True)
     assert Path("a/run.json").stat().st_mtime_ns == before
     assert command("--out", "a", "--resume", "--seed", "1", "--overwrite", signals={2: TERM})[0] == 143
+    status, _, err = command("--out", "a", "--resume", "--seed", "1")
+    assert (status, "--out: a holds a run already" in err, command.steps, len(list(STOPPED.glob("*.pt")))) == (
+        2,
+        True,
+        0,
+        1,
+    )
     assert command("--out", "a", "--resume", "--seed", "1", "--overwrite")[0] == 0  # of the one that is to replace it
     assert command.steps == STEPS - 2
     assert json.loads(Path("a/run.json").read_text())["arguments"]["seed"] == 1
+    STOPPED.mkdir()  # as if it had been killed just after it had saved the run
+    (STOPPED / "sweet.end.0.pt").touch()
+    os.utime(STOPPED / "sweet.end.0.pt", (1, 1))
+    assert "finished already" in command("--out", "a", "--resume", "--seed", "1")[1]
+    assert not STOPPED.exists()
+
+
+def test_a_finished_run_of_branches_on_a_trunk_says_so(command):
+    assert command("--out", "trunk", "--exit-layers", "4")[0] == 0
+    words = "train.py --trunk trunk --out a --train-size 20 --max-length 32 --targets trunk --resume".split()
+
+    def branches(*more: str) -> tuple[int, str, str]:
+        return command(*more, words=words)
+
+    assert branches()[0] == 0
+    assert "finished already" in branches("--exit-layers", "1,2,4")[1]  # its default
+    assert "--exit-layers is [2, 4] and was [1, 2, 4]" in branches("--exit-layers", "2,4")[2]
+    assert "--targets is half and was trunk" in branches("--targets", "half")[2]
+
+
+def write_texts(path: str, old: str = "", new: str = "") -> None:
+    """Own data of two classes, with one piece of it replaced."""
+    rows = [f"a film {word} {i},{label}\n" for i in range(15) for word, label in (("good", "up"), ("bad", "down"))]
+    Path(path).write_text("text,label\n" + "".join(rows).replace(old or "a film", new or "a film"))
+
+
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "stopped"])
+def test_data_and_options_that_changed_are_refused_with_both_values(command, is_finished):
+    write_texts("train.csv")
+    write_texts("dev.csv", "a film", "the film")
+    given = ["--data", "train.csv", "--dev-data", "dev.csv", "--out", "a"]
+    assert command(*given, signals={} if is_finished else {3: TERM})[0] == (0 if is_finished else 143)
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (*Path().glob("a/*"), *STOPPED.glob("*"))}
+
+    def refused(*more: str) -> str:
+        status, _, err = command(*given, "--resume", *more)
+        assert (status, err.count("\n"), command.steps, files()) == (2, 1, 0, before), err
+        assert ("a is finished, but" in err) is is_finished
+        return err
+
+    before = files()
+    assert len(before) == (4 if is_finished else 2)
+    for option, now, was in (
+        ("epochs", 1, 2),
+        ("lr", 0.25, 5e-05),
+        ("exit-layers", [2, 4], [1, 4]),
+        ("exit-strategy", "lte", "confidence"),
+        ("max-length", 16, 32),
+        ("batch-size", 4, 8),
+        ("train-size", 19, 20),
+        ("seed", 7, 0),
+        ("dev-seed", 7, 0),
+        ("method", "ee", "sweet"),
+    ):
+        value = ",".join(map(str, now)) if isinstance(now, list) else str(now)
+        assert f"--{option} is {now} and was {was}" in refused(f"--{option}", value)
+    write_texts("train.csv", "bad", "dull")
+    assert re.search("train_digest is [0-9a-f]{60} and was [0-9a-f]{60}", refused())
+    write_texts("train.csv", "down", "below")
+    write_texts("dev.csv", "down", "below")
+    assert "labels is ['below', 'up'] and was ['down', 'up']" in refused()
+    write_texts("train.csv")
+    write_texts("dev.csv")
+    assert re.search("dev_digest is [0-9a-f]{60} and was [0-9a-f]{60}", refused())
+    write_texts("dev.csv", "a film", "the film")
+    assert command(*given, "--resume")[0] == 0
+    assert command.steps == (0 if is_finished else STEPS - 3)
+
+
+def test_a_finished_run_of_an_older_version_tells_less(command):
+    assert command("--out", "a")[0] == 0
+    record = json.loads(Path("a/run.json").read_text())
+    kept = {key: value for key, value in record.items() if not key.endswith("_digest") and key != "labels"}
+    kept["arguments"] = {key: value for key, value in record["arguments"].items() if key != "exit_strategy"}
+    Path("a/run.json").write_text(json.dumps(kept))
+    assert "finished already" in command("--out", "a", "--resume")[1]
+    assert "--seed is 1 and was 0" in command("--out", "a", "--resume", "--seed", "1")[2]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
@@ -164,12 +250,12 @@ def test_a_full_disk(command, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     status, _, err = command("--out", "a", "--save-every", "1e-9")  # the training goes on
-    assert (status, err.count(f"{STOPPED}/partial: cannot be written")) == (0, STEPS + 1)
+    assert (status, err.count(f"{STOPPED}/partial: cannot be written")) == (0, STEPS)
     assert result("a") == result("whole")
-    room = iter([True, True, False, True])  # for two steps, then only once an older one has gone
-    monkeypatch.setattr(torch, "save", lambda *of: (save if next(room, True) else full)(*of))
+    room = Path(".c.checkpoint")  # for two checkpoints: the older one gives way
+    monkeypatch.setattr(torch, "save", lambda *of: (save if len(list(room.glob("*.pt"))) < 2 else full)(*of))
     assert command("--out", "c", "--save-every", "1e-9", signals={3: TERM})[0] == 143
-    kept = sorted(path.name[:15] for path in Path(".c.checkpoint").glob("*.pt"))
+    kept = sorted(path.name[:15] for path in room.glob("*.pt"))
     assert kept == ["sweet.000000002", "sweet.000000003"]
     monkeypatch.setattr(torch, "save", save)
     with monkeypatch.context() as broken:

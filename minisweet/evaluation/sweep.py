@@ -18,7 +18,7 @@ from minisweet.calibration import fit_rule
 from minisweet.data.tasks import matthews, score
 from minisweet.data.text import TokenizedExamples
 from minisweet.files.safe import InputError, sha256, written_beside
-from minisweet.training.devices import autocast
+from minisweet.training.devices import autocast, of_all, place
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
@@ -53,19 +53,24 @@ def predict(
 ) -> tuple[Tensor, Tensor | None]:
     """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, or K-1 of a branch model, N), else None.
 
-    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`.
+    `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. Of several processes,
+    each takes a share of the batches, and all get the answers for all rows.
     """
+    rank, _, processes = place()
     device = next(model.parameters()).device
     max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
     rows, logits, certainties = [], [], []
     with tqdm(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
-        for batch in examples.by_length(BATCH_SIZE, max_tokens):
+        for number, batch in enumerate(examples.by_length(BATCH_SIZE, max_tokens)):
+            progress.update(len(batch.rows))
+            if number % processes != rank:
+                continue
             rows.append(batch.rows)
             exits = list(model.exit_by_exit(*batch.to(device).inputs))
             logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())
             known = [certainty for _, certainty in exits if certainty is not None]
             certainties += [torch.stack(known).cpu()] if known else []
-            progress.update(len(batch.rows))
+    rows, logits, certainties = (sum(parts, []) for parts in zip(*of_all((rows, logits, certainties)), strict=True))
     order = torch.cat(rows).argsort()
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
 
