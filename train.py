@@ -345,7 +345,7 @@ def train_run(args: argparse.Namespace) -> None:
     checkpoints = Checkpoints(args.out, trained, args.save_every, args.resume)
     start = time.perf_counter()
     try:
-        model, losses, stages = fit(folder, exit_layers, len(data.labels), examples, trunk, args, checkpoints)
+        model, losses, stages = fit(folder, exit_layers, len(data.record["labels"]), examples, trunk, args, checkpoints)
     except NotFiniteError as error:
         checkpoints.remove()
         if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
@@ -357,9 +357,7 @@ def train_run(args: argparse.Namespace) -> None:
     record = {
         "arguments": arguments,
         **data.record,
-        "label_counts": data.label_counts,
         "train_digest": digest(data.train, subset),
-        "metric": data.metric,
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
         "device": device_name(device),

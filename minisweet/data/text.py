@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
 from minisweet.data.tasks import Examples
@@ -40,21 +40,20 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     try:
         with _panics_unseen():
             tokenizer = _read_tokenizer(folder)
-            vocabulary, has = tokenizer.get_vocab(), f"{folder}: its tokenizer has"
+            vocabulary = tokenizer.get_vocab()
             if missing := [token for token in SPECIAL if token not in vocabulary]:
-                raise InputError(f"{has} no {', '.join(missing)}")
+                raise ValueError(f"it has no {', '.join(missing)}")
             if (largest := max(vocabulary.values())) >= vocab_size:
-                raise InputError(f"{has} token {largest}, and the embedding only {vocab_size} rows")
+                raise ValueError(f"it has token {largest}, and the embedding only {vocab_size} rows")
             if 10 * len(vocabulary) < 9 * vocab_size:
-                raise InputError(f"{has} {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
+                raise ValueError(f"it has {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
             tokenizer.add_special_tokens(list(SPECIAL))
-            ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
-            pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+            ends, pair = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")], "[CLS] $A [SEP] $B:1 [SEP]:1"
             tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, ends)
             tokenizer.no_padding()
             tokenizer.enable_truncation(max_length, strategy="longest_first")
             tokenizer.encode(*TRIAL)
-    except (InputError, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and for a panic what is no Exception at all
         raise InputError(f"{folder}: its tokenizer is not usable ({' '.join(str(error).split())[:200]})") from None
@@ -62,40 +61,30 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    """Read whichever files there are. Raises InputError where there are none, and what the library raises."""
+    """Read whichever files there are."""
     whole, words, pieces, merges = (folder / f for f in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"))
     if whole.is_file():
         return Tokenizer.from_file(str(whole))
     if pieces.is_file() and merges.is_file():
-        tokenizer = Tokenizer(models.BPE.from_file(str(pieces), str(merges)))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        made = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
     elif words.is_file():
-        tokenizer = Tokenizer(models.WordPiece.from_file(str(words), unk_token="[UNK]"))
         settings = folder / "tokenizer_config.json"
         lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made = BertWordPieceTokenizer.from_file(str(words), lowercase=lowercase)
     else:
-        raise InputError(f"{folder}: no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    return tokenizer
+        raise ValueError("there is no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
+    return Tokenizer.from_str(made.to_str())
 
 
 @contextmanager
 def _panics_unseen() -> Iterator[None]:
     """Within, nothing reaches standard error: the library's panics print a page there before they are raised."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed, so nothing can reach it
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
+    with open(os.devnull, "wb") as nowhere, os.fdopen(os.dup(2), "wb") as kept:
         os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
 
 
 class Batch(NamedTuple):

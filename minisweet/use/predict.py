@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minisweet.data.own import TEXT_COLUMNS, RowWriter, read_rows
-from minisweet.data.tasks import LONGEST_LINE, TASKS
+from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, decoded, find_columns, read_rows
+from minisweet.data.tasks import TASKS
 from minisweet.files.commands import Parser, list_of, run_command
 from minisweet.files.safe import InputError
 from minisweet.training.devices import reuse_freed_memory
@@ -49,11 +49,14 @@ def main() -> None:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
         chunks, names, total = read_lines_as_they_come(columns), set(columns), None
     else:
-        columns, names, total = find_columns(args.file, args.text_columns, trained), set(), 0
-        for row in read_rows(args.file, columns):  # a broken row is found before hours of work
+        usual, names, total = [columns for columns in (trained, *TEXT_COLUMNS) if columns], set(), 0
+        columns = find_columns("--text-columns", args.file, args.text_columns, usual)
+        for line, row in read_rows(args.file):  # a broken row is found before hours of work
+            for column in columns:
+                cell(args.file, line, row, column)
             names.update(row)
             total += 1
-        chunks = in_chunks(read_rows(args.file, columns))
+        chunks = in_chunks(row for _, row in read_rows(args.file))
     left = Counter()
     with writer, tqdm(total=total, unit="row", desc="predict", disable=to_screen) as progress:
         for rows, answers in predict_rows(classify, chunks, columns):
@@ -89,24 +92,6 @@ def free_name(name: str, taken: set[str]) -> str:
     return name
 
 
-def find_columns(path: Path, named: Sequence[str] | None, trained: Sequence[str]) -> Sequence[str]:
-    """The columns that hold the text: those that are named, or those of training, or the usual ones.
-
-    Raises InputError, with the columns that are there, where there is none of them.
-    """
-    first = next(read_rows(path, ()), None)
-    if first is None:
-        raise InputError(f"{path}: no rows")
-    if named and len(named) > 2:
-        raise InputError(f"--text-columns: {','.join(named)}, should be one or two")
-    candidates = [named] if named else [columns for columns in (trained, *TEXT_COLUMNS) if columns]
-    for columns in candidates:
-        if set(columns) <= first.keys():
-            return columns
-    wanted, there = " or ".join(map(",".join, candidates)), ", ".join(f"{name:.30}" for name in list(first)[:8])
-    raise InputError(f"{path}: no column {wanted}; it has {there}; name yours with --text-columns")
-
-
 def in_chunks(rows: Iterable[dict]) -> Iterator[list[dict]]:
     """Rows in lists of `WINDOW`, or fewer where they are long."""
     chunk, size = [], 0
@@ -130,10 +115,7 @@ def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
     def row(line: bytes) -> dict:
         nonlocal number
         number += 1
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input, line {number}: not readable as UTF-8 ({error.reason})") from None
+        text = decoded(line, number, "standard input").removesuffix("\r")
         parts = text.split("\t", 1) if len(columns) == 2 else [text]
         if len(parts) < len(columns):
             raise InputError(f"standard input, line {number}: {text!r:.60}, should be two texts with a tab between")
