@@ -119,7 +119,9 @@ def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: It
         if set(columns) <= row.keys() and len(columns) <= 2:
             return list(columns)
     names = " or ".join(map(some, wanted))
-    raise InputError(f"{path}, line 1: no column {names}; it has {some(row) or 'no rows'}; name one or two with {option}")
+    raise InputError(
+        f"{path}, line 1: no column {names}; it has {some(row) or 'no rows'}; name one or two with {option}"
+    )
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:

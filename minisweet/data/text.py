@@ -1,7 +1,6 @@
 """Sentences into batches: tokenising once, then batches of similar length, padded to the longest in the batch.
 
-The `tokenizers` library does the tokenising, in parallel. Pairs are [CLS] A [SEP] B [SEP] for BERT and DeBERTa.
-Dimension letters: B batch, T tokens, N examples.
+Pairs are [CLS] A [SEP] B [SEP] for BERT and DeBERTa. Dimension letters: B batch, T tokens, N examples.
 """
 
 import copy
@@ -23,8 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "t
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
 TRIAL = ("It is a test, isn't it?", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
-# Training batches are sorted by length within so many batches, then shuffled: little padding, and still random.
-POOL = 50
+POOL = 50  # training batches are sorted by length within so many, then shuffled: little padding, and still random
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
@@ -48,15 +46,15 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
             if 10 * len(vocabulary) < 9 * vocab_size:
                 raise ValueError(f"it has {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
             tokenizer.add_special_tokens(list(SPECIAL))
-            ends, pair = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")], "[CLS] $A [SEP] $B:1 [SEP]:1"
-            tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, ends)
+            end, start = ((token, vocabulary[token]) for token in ("[SEP]", "[CLS]"))
+            tokenizer.post_processor = processors.BertProcessing(end, start)
             tokenizer.no_padding()
             tokenizer.enable_truncation(max_length, strategy="longest_first")
             tokenizer.encode(*TRIAL)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and for a panic what is no Exception at all
-        raise InputError(f"{folder}: its tokenizer is not usable ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"{folder}: its tokenizer is not usable ({error!s:.200})") from None
     return tokenizer
 
 
@@ -116,22 +114,17 @@ class TokenizedExamples:
         examples = examples if rows is None else examples.take(rows)
         encodings = tokenizer.encode_batch_fast(examples.texts())
         self.pad_id = tokenizer.token_to_id("[PAD]")
-        self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
-        self.targets = self.labels
+        self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         self.lengths = np.array([len(ids) for ids in self.ids])
-        # The second sentence starts after so many tokens.
-        self.first_lengths = self.lengths - np.array([sum(encoding.type_ids) for encoding in encodings])
+        self.first_lengths = self.lengths - [sum(encoding.type_ids) for encoding in encodings]  # before the second
         self.cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def renumbered(self) -> tuple[np.ndarray, "TokenizedExamples"]:
-        """The token ids that occur (V,), [PAD] among them, in increasing order, and the examples with ids 0 to V-1.
-
-        A model whose word embedding holds only those rows, in this order, gives the same answers.
-        """
+        """The token ids that occur (V,), [PAD] among them, sorted, and the examples with their numbers there as ids."""
         used, numbers = np.unique(np.concatenate([*self.ids, [self.pad_id]]), return_inverse=True)
         examples = copy.copy(self)
         *examples.ids, _ = np.split(numbers, np.cumsum(self.lengths))
@@ -151,9 +144,8 @@ class TokenizedExamples:
         input_ids = np.full(mask.shape, self.pad_id)
         input_ids[mask] = np.concatenate([self.ids[row] for row in rows])
         token_types = mask & (positions >= self.first_lengths[rows, None])
-        arrays = (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64))
-        targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
-        return Batch(*map(torch.from_numpy, arrays), targets)
+        arrays = map(torch.from_numpy, (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64)))
+        return Batch(*arrays, None if self.targets is None else torch.from_numpy(self.targets[rows]))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """One epoch of training: every example once, in random batches of similar length."""
