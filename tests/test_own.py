@@ -176,7 +176,7 @@ def test_a_line_that_does_not_end_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_missing_file_a_folder_and_too_many_columns(tmp_path):
-    assert refused(read, tmp_path / "a.csv").endswith("a.csv: no such file")
+    assert "a.csv: cannot be read ([Errno 2] No such file" in refused(read, tmp_path / "a.csv")
     (tmp_path / "b.csv").mkdir()
     assert "b.csv: cannot be read (" in refused(read, tmp_path / "b.csv")
     path = write(tmp_path / "c.csv", [{"a": "1", "b": "2", "c": "3", "label": "x"}])
@@ -271,7 +271,7 @@ def test_changed_validation_rows_are_refused(tickets, change):
     else:
         lines[line - 1] = lines[line - 1].replace("login", "?").replace("refund", "login").replace("?", "refund")
     tickets.write_text("".join(lines))
-    assert ("changed since" if change != "fewer rows" else "fewer than when") in refused(load_dev, data.record)
+    assert "changed since" in refused(load_dev, data.record)
 
 
 def test_a_train_row_may_change(tickets):
@@ -379,7 +379,7 @@ def test_a_task_goes_through_the_same_door(tmp_path):
 )
 def test_a_record_that_is_nothing_of_ours(tickets, key, value):
     record = load("--data", tickets).record
-    assert "run.json" in refused(load_dev, record | {key: value})
+    assert ("changed since" if value == [] else "run.json") in refused(load_dev, record | {key: value})
     record.pop(key)
     assert refused(load_dev, record)
 

@@ -1,14 +1,11 @@
-"""The user's own text: files of it into the same `Examples` as a task's, and the one door to the data of any run.
-
-Rows are numbered from 0, without those whose text is empty; lines from 1.
-"""
+"""The one door to the data of any run: a task's, or the user's own files. Rows are numbered from 0, lines from 1."""
 
 import argparse
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +27,7 @@ class Data(NamedTuple):
     train: Examples
     dev: Examples
     notes: list[str]  # what the user should know, a line each
-    # What run.json must hold: for `load_dev`, and `task`, the data's name; `metric`, "accuracy", "matthews", or
-    # "agreement" (with full depth) where dev has no labels; `label_counts` (C) of train's rows, null without labels
-    record: dict
+    record: dict  # for run.json: what `load_dev` needs, `metric`, and train's `label_counts` (C) or None
 
 
 def add_data_options(parser: Parser) -> None:
@@ -76,7 +71,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
         if need_labels:
             _check_classes(args, train, found, is_named=labels is not None)
-        labels, dev_rows = labels or found or (), None
+        labels, dev_rows = labels or found, None
         if args.dev_data is None:
             classes = train.labels or [0] * len(train.first)
             rows, dev_rows = (part.tolist() for part in stratified_split(classes, args.dev_size, args.dev_seed))
@@ -116,10 +111,8 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
                 raise InputError(f"{path}: no such file; if it moved, name it with --data")
             columns = record["text_columns"], record["label_column"]
             dev, _ = examples_of(path, read_rows(path), *columns, record["labels"])
-            if rows is not None:
-                if rows[-1] >= len(dev.first):
-                    raise InputError(f"{path}: has {len(dev.first)} rows with text, fewer than when it was trained on")
-                dev = dev.take(rows)
+            if rows is not None:  # of a file that has fewer by now, those that are left have another digest
+                dev = dev.take([row for row in rows if row < len(dev.first)])
     except (AttributeError, IndexError, KeyError, TypeError):
         raise InputError("run.json: what it tells of the data is nothing that train.py writes") from None
     if (found := digest(dev)) != record.get("dev_digest", found):
@@ -128,10 +121,7 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
 
 
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Set a share `dev_size` of each class aside, by chance: labels (N,) to the row numbers of train and dev, sorted.
-
-    A class has at least one row on each side; it must have two.
-    """
+    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, but one on each side."""
     rng, labels, dev = np.random.default_rng(seed), np.asarray(labels), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
@@ -144,7 +134,7 @@ def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(len(examples.first))[:size])
 
 
-def digest(examples: Examples, rows: Iterable[int] | None = None) -> str:
+def digest(examples: Examples, rows: Sequence[int] | None = None) -> str:
     """The SHA-256 of the texts and labels of these rows (default: all), in hexadecimal."""
     chosen, result = examples if rows is None else examples.take(rows), hashlib.sha256()
     for text, label in zip(chosen.texts(), chosen.labels or [None] * len(chosen.first), strict=True):

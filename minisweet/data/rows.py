@@ -1,7 +1,4 @@
-"""Files of rows, in and out: CSV (quotes, and line breaks within them), TSV (as CSV, with tabs) and JSON lines.
-
-The suffix tells which; .gz after it means packed by gzip. Lines are numbered from 1.
-"""
+"""Files of rows, in and out: CSV (quotes, line breaks in them), TSV (as CSV, with tabs), JSON lines; also in gzip."""
 
 import csv
 import gzip
@@ -44,8 +41,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             while line := file.readline(LONGEST_LINE):
                 number += 1
                 yield number, decoded(line, number, path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
@@ -118,10 +113,8 @@ def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: It
     for columns in wanted:
         if set(columns) <= row.keys() and len(columns) <= 2:
             return list(columns)
-    names = " or ".join(map(some, wanted))
-    raise InputError(
-        f"{path}, line 1: no column {names}; it has {some(row) or 'no rows'}; name one or two with {option}"
-    )
+    names, there = " or ".join(map(some, wanted)), some(list(row)) or "no rows"
+    raise InputError(f"{path}, line 1: no column {names}; it has {there}; name one or two with {option}")
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
@@ -135,9 +128,8 @@ def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) 
     return value.strip() if is_label else value
 
 
-def some(names: Iterable[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5) -> str:
     """Names for a message: the first few of many, then the count."""
-    names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name!r:.40}"[1:-1] for name in names[:most]) + more
 

@@ -1,14 +1,12 @@
 """The tasks: seven of GLUE (Wang et al., 2019), read from GLUE's own TSV files, and the embedded toy task.
 
-A GLUE task whose folder is missing is fetched once from the host of the public files. GLUE's test files have no labels
-and are never read. The user's own files are read in own.py. Dimension letters: N rows, K exits, C classes.
+GLUE's test files have no labels and are never read. Dimension letters: N rows, C classes.
 """
 
 import io
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +34,8 @@ class Examples(NamedTuple):
     lines: list[int] | None = None  # of a file: the line where each row begins, from 1
     empty: int = 0  # rows without text, which were skipped
 
-    def take(self, rows: Iterable[int]) -> "Examples":
+    def take(self, rows: Sequence[int]) -> "Examples":
         """These rows alone."""
-        rows = list(rows)
         return Examples(*(None if values is None else [values[row] for row in rows] for values in self[:-1]))
 
     def texts(self) -> list:
@@ -46,8 +43,7 @@ class Examples(NamedTuple):
         return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """The labels of a task, how its files are read, and how it is scored."""
 
     labels: tuple[str, ...]  # index = class
@@ -57,14 +53,10 @@ class Task:
     columns: tuple[str, ...] = ()  # of the sentence or the two sentences, then of the label
     numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] = ()  # the names of all columns, where the files have no header line
-    dev_file: str = "dev.tsv"
+    files: tuple[str, str] = ("train.tsv", "dev.tsv")
     fewest_tabs: int = 0  # lines with fewer are skipped
     unlabelled: str | None = None  # what stands for a label where there is none; such rows are skipped
     metric: str = "accuracy"  # or "matthews"
-
-    def file(self, split: str) -> str:
-        """The name of the file of a split, "train" or "dev"."""
-        return "train.tsv" if split == "train" else self.dev_file
 
 
 # The one place that says which class is which. Toolkits disagree about MNLI's order, so a classifier that was trained
@@ -80,7 +72,8 @@ TASKS = {
                  header=("source", "label", "mark", "sentence"), metric="matthews"),
     "sst2": Task(("negative", "positive"), "SST-2", "glue/data/SST-2.zip", (67_349, 872), ("sentence", "label")),
     "mnli": Task(("entailment", "neutral", "contradiction"), "MNLI", "glue/data/MNLI.zip", (392_702, 9_815),
-                 ("sentence1", "sentence2", "gold_label"), numbered=False, dev_file="dev_matched.tsv", unlabelled="-"),
+                 ("sentence1", "sentence2", "gold_label"), numbered=False, files=("train.tsv", "dev_matched.tsv"),
+                 unlabelled="-"),
     "qqp": Task(("not_duplicate", "duplicate"), "QQP", "glue/data/QQP-clean.zip", (363_846, 40_430),
                 ("question1", "question2", "is_duplicate"), fewest_tabs=5),
     "qnli": Task(("entailment", "not_entailment"), "QNLI", "glue/data/QNLIv2.zip", (104_743, 5_463),
@@ -97,11 +90,10 @@ def load_examples(
 
     The toy task needs no file. MNLI's dev split is the matched one. `labels` gives the classes another order than
     the task's. Without `labelled` no label is read.
-    Raises InputError for an unknown task or split, a file that is missing or wrong, and a download that fails.
+    Raises InputError for an unknown task, a file that is missing or wrong, and a download that fails.
     """
-    for kind, name, known in (("task", task, TASKS), ("split", split, SPLITS)):
-        if name not in known:
-            raise InputError(f"{kind} {name!r}: choose one of {', '.join(known)}")
+    if task not in TASKS:
+        raise InputError(f"task {task!r}: choose one of {', '.join(TASKS)}")
     own = TASKS[task]
     if task == "toy":
         first, *rest = make_toy(split)
@@ -110,7 +102,7 @@ def load_examples(
         folder = Path(data_dir) / own.folder
         if not folder.exists():
             _fetch(own, folder)
-        examples = _read(own, folder / own.file(split), labelled)
+        examples = _read(own, folder / own.files[SPLITS.index(split)], labelled)
     if not labelled:
         return examples._replace(labels=None)
     labels = list(labels or own.labels)
@@ -122,11 +114,11 @@ def load_examples(
 
 def examples_of(
     path: Path, rows: Iterable[tuple[int, dict]], text_columns: Sequence[str], label_column: str | None, labels: Names
-) -> tuple[Examples, Names]:
+) -> tuple[Examples, list[str]]:
     """Make examples of a file's rows, which come with their lines; those without text are skipped.
 
-    `labels` are the classes in their order, by default those that occur, sorted; they are returned too, or None where
-    there is no label column. Raises InputError, with the line, for a cell that holds no text or another label.
+    `labels` are the classes in their order, by default those that occur, sorted; they are returned too.
+    Raises InputError, with the line, for a cell that holds no text or another label.
     """
     texts, found, lines, empty = [], [], [], 0
     for line, row in rows:
@@ -143,11 +135,9 @@ def examples_of(
     if not texts:
         raise InputError(f"{path}: no rows with text in {some(text_columns)}")
     first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(text_columns))
-    if not label_column:
-        return Examples(first, second, None, None, lines, empty), None
-    labels = labels or sorted(set(found))
-    numbers = {label: number for number, label in enumerate(labels)}
-    return Examples(first, second, [numbers[label] for label in found], None, lines, empty), labels
+    numbers = {label: number for number, label in enumerate(labels or sorted(set(found)))}
+    classes = [numbers[label] for label in found] if label_column else None
+    return Examples(first, second, classes, None, lines, empty), list(numbers)
 
 
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | np.ndarray:
@@ -185,15 +175,14 @@ def classification_report(predictions: np.ndarray, labels: np.ndarray, num_label
     precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
     f1 = 200 * right / np.maximum(support + predicted, 1)
     per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusion_matrix": confusion}
-    macro_f1 = float(f1[support + predicted > 0].mean())
-    return {"macro_f1": macro_f1} | {name: values.tolist() for name, values in per_class.items()}
+    of_all = {"macro_f1": float(f1[support + predicted > 0].mean())}
+    return of_all | {name: values.tolist() for name, values in per_class.items()}
 
 
 def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
     """Read a GLUE file: UTF-8, tabs between columns, no quoting."""
     if not path.is_file():
-        or_fetch = f"or move the folder {path.parent} away to have both files fetched"
-        raise InputError(f"{path}: no such file; put it there, {or_fetch}")
+        raise InputError(f"{path}: no such file; put it there, or move the folder away to have both files fetched")
     *columns, label = task.columns
     codes = [str(number) for number in range(len(task.labels))] if task.numbered else task.labels
     lines = ((line, text.rstrip("\r\n")) for line, text in read_lines(path))
@@ -206,21 +195,21 @@ def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
 
 def _fetch(task: Task, folder: Path) -> None:
     """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
-    url, files, partial = f"{GLUE_HOST}/{task.source}", [task.file(split) for split in SPLITS], folder
+    url, partial = f"{GLUE_HOST}/{task.source}", folder
     try:
         with written_beside(folder) as partial:
             partial.mkdir()
             if url.endswith(".zip"):
                 archive = zipfile.ZipFile(io.BytesIO(_download(url)))
-                contents = [archive.read(f"{task.folder}/{file}") for file in files]
+                contents = [archive.read(f"{task.folder}/{file}") for file in task.files]
             else:
                 contents = _split_mrpc(_download(url))
-            for file, content, count in zip(files, contents, task.rows, strict=True):
+            for file, content, count in zip(task.files, contents, task.rows, strict=True):
                 (partial / file).write_bytes(content)
                 if (found := len(_read(task, partial / file).first)) != count:
                     raise InputError(f"{partial / file}: {found} rows, should be {count}")
     except Exception as error:  # the network's, the disk's, and each way of compressing has errors of its own
-        reason, by_hand = str(error).replace(str(partial), task.folder), f"put {' and '.join(files)} into {folder}"
+        reason, by_hand = str(error).replace(str(partial), task.folder), f"put {' and '.join(task.files)} into {folder}"
         raise InputError(f"{url}: cannot be fetched ({reason:.200}); try again, or {by_hand} by hand") from None
 
 

@@ -49,7 +49,7 @@ def main() -> None:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
         chunks, names, total = read_lines_as_they_come(columns), set(columns), None
     else:
-        usual, names, total = [columns for columns in (trained, *TEXT_COLUMNS) if columns], set(), 0
+        usual, names, total = (trained, *TEXT_COLUMNS) if trained else TEXT_COLUMNS, set(), 0
         columns = find_columns("--text-columns", args.file, args.text_columns, usual)
         for line, row in read_rows(args.file):  # a broken row is found before hours of work
             for column in columns:
