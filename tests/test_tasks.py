@@ -300,7 +300,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, host, task, 
     message = str(error.value)
     assert message.startswith(tasks.GLUE_HOST), "should name the URL"
     assert (reason[task] if isinstance(reason, dict) else reason) in message
-    assert message.endswith(f"put train.tsv and dev.tsv into {tmp_path / TASKS[task].folder} by hand")
+    assert message.endswith(f"put train.tsv and dev.tsv into {tmp_path / TASKS[task].folder} by hand (--data-dir)")
     assert "\n" not in message
     assert not list(tmp_path.iterdir())
 

@@ -209,8 +209,9 @@ def _fetch(task: Task, folder: Path) -> None:
                 if (found := len(_read(task, partial / file).first)) != count:
                     raise InputError(f"{partial / file}: {found} rows, should be {count}")
     except Exception as error:  # the network's, the disk's, and each way of compressing has errors of its own
-        reason, by_hand = str(error).replace(str(partial), task.folder), f"put {' and '.join(task.files)} into {folder}"
-        raise InputError(f"{url}: cannot be fetched ({reason:.200}); try again, or {by_hand} by hand") from None
+        reason = str(error).replace(str(partial), task.folder)
+        by_hand = f"put {' and '.join(task.files)} into {folder} by hand (--data-dir)"
+        raise InputError(f"{url}: cannot be fetched ({reason:.200}); try again, or {by_hand}") from None
 
 
 def _split_mrpc(corpus: bytes) -> list[bytes]:

@@ -92,7 +92,7 @@ def data_digests(args: argparse.Namespace, labels: Sequence[str]) -> dict:
             return {}
         raise
     train = digest(data.train, drawn_rows(data.train, args.train_size, args.seed))
-    return {"labels": list(data.labels), "train_digest": train, "dev_digest": data.record["dev_digest"]}
+    return {"labels": data.record["labels"], "train_digest": train, "dev_digest": data.record["dev_digest"]}
 
 
 def checkpoint_folder(out: Path) -> Path:
