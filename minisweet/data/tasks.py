@@ -20,7 +20,6 @@ from minisweet.files.safe import InputError, written_beside
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without an answer or without a further byte
-SPLITS = ("train", "dev")
 Names = Sequence[str] | None  # of classes, index = class
 
 
@@ -102,7 +101,7 @@ def load_examples(
         folder = Path(data_dir) / own.folder
         if not folder.exists():
             _fetch(own, folder)
-        examples = _read(own, folder / own.files[SPLITS.index(split)], labelled)
+        examples = _read(own, folder / own.files[("train", "dev").index(split)], labelled)
     if not labelled:
         return examples._replace(labels=None)
     labels = list(labels or own.labels)
@@ -185,8 +184,8 @@ def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
         raise InputError(f"{path}: no such file; put it there, or move the folder away to have both files fetched")
     *columns, label = task.columns
     codes = [str(number) for number in range(len(task.labels))] if task.numbered else task.labels
-    lines = ((line, text.rstrip("\r\n")) for line, text in read_lines(path))
-    records = ((line, text.split("\t")) for line, text in lines if text.count("\t") >= task.fewest_tabs)
+    lines = ((line, text) for line, text in read_lines(path) if text.count("\t") >= task.fewest_tabs)
+    records = ((line, text.rstrip("\r\n").split("\t")) for line, text in lines)
     rows = table(path, chain([(0, task.header)] if task.header else [], records))
     if labelled and task.unlabelled:
         rows = ((line, row) for line, row in rows if row.get(label) != task.unlabelled)
@@ -215,10 +214,7 @@ def _fetch(task: Task, folder: Path) -> None:
 
 
 def _split_mrpc(corpus: bytes) -> list[bytes]:
-    """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others.
-
-    The corpus has a second file, msr_paraphrase_test.txt. It makes GLUE's test split only, so it is not fetched.
-    """
+    """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others."""
     header, *rows = [line + b"\n" for line in corpus.split(b"\n") if line.strip()]
     listed = {tuple(line.split()) for line in _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv").split(b"\n")}
     train, dev = [header], [header]

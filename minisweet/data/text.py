@@ -21,7 +21,6 @@ from minisweet.files.safe import InputError, read_json
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
-TRIAL = ("It is a test, isn't it?", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
 POOL = 50  # training batches are sorted by length within so many, then shuffled: little padding, and still random
 
 
@@ -50,7 +49,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
             tokenizer.post_processor = processors.BertProcessing(end, start)
             tokenizer.no_padding()
             tokenizer.enable_truncation(max_length, strategy="longest_first")
-            tokenizer.encode(*TRIAL)
+            tokenizer.encode("It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and for a panic what is no Exception at all
