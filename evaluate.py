@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
 from minisweet.data.own import digest, load_dev
-from minisweet.data.tasks import TASKS, classification_report, never_predicted
+from minisweet.data.tasks import TASKS, classification_report
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, operating_point, predict, save_validation, sweep
@@ -186,10 +186,10 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     for name in ("ece", "nll"):
         for when in ("before", "after"):
             print(f"{name + ' ' + when:<18}{cells(evaluation[name][when], '8.3f')}{softmax}")
-    unseen = never_predicted(evaluation["class_counts"], per_class[0]["support"])
-    for n, never in zip(exit_layers, unseen, strict=True):
-        if never:
-            print(f"the exit after layer {n} never predicts {', '.join(names[c] for c in never)}")
+    for n, counts in zip(exit_layers, evaluation["class_counts"], strict=True):
+        occurring = zip(names, counts, per_class[0]["support"], strict=True)
+        if never := [name for name, count, support in occurring if support and not count]:
+            print(f"the exit after layer {n} never predicts {', '.join(never)}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
     columns = (evaluation[key] for key in ("thresholds", "scores", "speedup_ratios", "exit_counts"))
     for threshold, value, ratio, counts in zip(*columns, strict=True):

@@ -282,7 +282,7 @@ def train_run(args: argparse.Namespace) -> None:
     subset = drawn_rows(data.train, args.train_size, args.seed)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments.pop("resume")  # a run that went on is as one that was never stopped
-    record = {"arguments": arguments, **data.record, "label_counts": data.label_counts, "metric": data.metric}
+    record = {"arguments": arguments, **data.record}
     record |= {"subset": subset.tolist(), "train_digest": digest(data.train, subset), "versions": versions()}
     record |= {"exit_layers": exit_layers, "depth": config.num_hidden_layers}
     record |= {"device": devices.device_name(device), "precision": str(precision or torch.float32)}
@@ -303,7 +303,7 @@ def train_run(args: argparse.Namespace) -> None:
     )
     checkpoints.lap()  # what is above is no training
     try:
-        model, losses, stages = fit(folder, exit_layers, len(data.labels), examples, trunk, args, checkpoints)
+        model, losses, stages = fit(folder, exit_layers, len(data.record["labels"]), examples, trunk, args, checkpoints)
     except NotFiniteError as error:
         checkpoints.remove()
         if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over

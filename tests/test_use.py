@@ -24,11 +24,12 @@ import train
 from minisweet import EarlyExitClassifier, MultiExitModel
 from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken
 from minisweet.calibration import row_temperatures
+from minisweet.data import rows
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples
 from minisweet.files.commands import run_command
 from minisweet.files.runs import load_run
-from minisweet.files.safe import sha256
+from minisweet.files.safe import InputError, sha256
 from minisweet.use import explain, export, predict
 from tests.conftest import CHECKOUT, random_batch, tiny_encoder, write_model
 
@@ -330,6 +331,27 @@ def test_standard_input_as_it_comes(run):
         out, err = process.communicate(b"a\r\n\n\xff\n")
     assert [line.split(b",")[0] for line in out.splitlines()] == [b"a", b""]  # those before the broken one
     assert (process.returncode, err.count(b"\n"), b"standard input, line 4" in err) == (2, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [(b"b\0", "a NUL character"), (b"b" * 60, "longer than 50 bytes"), (b"\xff", "not readable as UTF-8")],
+)
+def test_broken_lines_of_standard_input(tmp_path, monkeypatch, line, reason):
+    """The message names the line, and the lines before it are there."""
+    monkeypatch.setattr(rows, "LONGEST_LINE", 50)
+    (tmp_path / "in").write_bytes(b"a\n" + line + b"\nc\n")
+    kept, file = os.dup(0), os.open(tmp_path / "in", os.O_RDONLY)
+    os.dup2(file, 0)
+    try:
+        lines = predict.read_lines_as_they_come(["text"])
+        assert next(lines) == [{"text": "a"}]
+        with pytest.raises(InputError, match=f"^standard input, line 2: {reason}"):
+            next(lines)
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+        os.close(file)
 
 
 def test_light_start(run):

@@ -1,45 +1,24 @@
-"""The user's own text: files of it into the same `Examples` as a task's, and the one door to the data of any run.
-
-Files are CSV (quotes, and line breaks within them), TSV (as CSV, with tabs) or JSON lines, by their suffix, and may be
-packed by gzip (.gz). Rows are numbered from 0, without those whose text is empty; lines from 1.
-"""
+"""The one door to the data of any run: a task's, or the user's own files. Rows are numbered from 0, lines from 1."""
 
 import argparse
-import csv
-import gzip
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.data.tasks import LONGEST_LINE, TASKS, Examples, load_examples, read_lines
+from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
+from minisweet.data.tasks import TASKS, Examples, Names, examples_of, load_examples
 from minisweet.files.commands import Parser, list_of, number, whole_number
 from minisweet.files.hub import home
-from minisweet.files.safe import InputError, written_beside
+from minisweet.files.safe import InputError
 
 DATA_DIR = home() / "data"
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
-TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
-Names = Sequence[str] | None  # of columns or classes
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
-
-
-class OwnData(NamedTuple):
-    """What `read_own` found."""
-
-    examples: Examples
-    labels: tuple[str, ...] | None  # index = class; None where there is no label column
-    text_columns: list[str]
-    label_column: str | None
-    empty: int  # rows without text, which were skipped
 
 
 class Data(NamedTuple):
@@ -47,11 +26,8 @@ class Data(NamedTuple):
 
     train: Examples
     dev: Examples
-    labels: tuple[str, ...]  # index = class
-    metric: str  # "accuracy", "matthews", or "agreement" (with full depth) where dev has no labels
-    label_counts: list[int] | None  # (C,) rows of train; None where it has no labels
     notes: list[str]  # what the user should know, a line each
-    record: dict  # what run.json must hold for `load_dev`; its `task` is the data's name
+    record: dict  # for run.json: what `load_dev` needs, `metric`, and train's `label_counts` (C) or None
 
 
 def add_data_options(parser: Parser) -> None:
@@ -85,35 +61,35 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
     for option in ("dev_data", "text_columns", "label_column", "labels"):
         if args.data is None and getattr(args, option) is not None:
             raise InputError(f"--{option.replace('_', '-')}: needs --data")
-    labels, name, empty = _class_order(args, labels), data_name(args), [0, 0]
+    labels, name, metric = _class_order(args, labels), data_name(args), "accuracy"
     if args.data is None:
         labels, metric = labels or TASKS[name].labels, TASKS[name].metric
         train = load_examples(name, "train", args.data_dir, labels, need_labels)
-        dev = load_examples(name, "dev", args.data_dir, labels)
         record = {"task": name, "data_dir": str(args.data_dir.resolve())}
     else:
-        own = read_own(args.data, args.text_columns, args.label_column, labels, need_labels)
-        train, found, columns, column, empty[0] = own
+        columns, column = _columns(args.data, args.text_columns, args.label_column, need_labels)
+        train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
         if need_labels:
             _check_classes(args, train, found, is_named=labels is not None)
-        labels, dev_rows = labels or found or (), None
+        labels, dev_rows = labels or found, None
         if args.dev_data is None:
             classes = train.labels or [0] * len(train.first)
             rows, dev_rows = (part.tolist() for part in stratified_split(classes, args.dev_size, args.dev_seed))
             if not dev_rows:
                 raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more")
-            train, dev = train.take(rows), train.take(dev_rows)
+            train = train.take(rows)._replace(empty=train.empty)
         else:
-            dev, _, _, column, empty[1] = read_own(args.dev_data, columns, column, labels, need_labels=False)
-        metric = "agreement" if dev.labels is None else "accuracy"
+            columns, column = _columns(args.dev_data, columns, column, need_labels=False)
         record = {"task": name, "data": str(args.data.resolve()), "text_columns": columns, "label_column": column}
         record |= {"dev_data": args.dev_data and str(args.dev_data.resolve()), "dev_rows": dev_rows}
-    record |= {"labels": list(labels), "dev_digest": digest(dev)}
-    counts = None if train.labels is None else np.bincount(train.labels, minlength=len(labels)).tolist()
-    notes = _notes("train", train, labels, empty[0]) + _notes("validation", dev, labels, empty[1])
+    record["labels"] = list(labels)
+    dev = load_dev(record)
+    record |= {"dev_digest": digest(dev), "metric": metric if dev.labels else "agreement"}
+    record["label_counts"] = train.labels and np.bincount(train.labels, minlength=len(labels)).tolist()
+    notes = _notes("train", train, labels) + _notes("validation", dev, labels)
     if both := len(set(train.texts()) & set(dev.texts())):
         notes.append(f"texts that are in both train and validation: {both:,}")
-    return Data(train, dev, tuple(labels), metric, counts, notes, record)
+    return Data(train, dev, notes, record)
 
 
 def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = None) -> Examples:
@@ -130,14 +106,13 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
             path = data_dir or Path(record["data_dir"])
             dev = load_examples(record["task"], "dev", path, record.get("labels"))
         else:
-            path, column = data or Path(record["dev_data"] or record["data"]), record["label_column"]
+            path, rows = data or Path(record["dev_data"] or record["data"]), record["dev_rows"]
             if not path.is_file():
                 raise InputError(f"{path}: no such file; if it moved, name it with --data")
-            dev = read_own(path, record["text_columns"], column, record["labels"], need_labels=False).examples
-            rows = range(len(dev.first)) if record["dev_rows"] is None else record["dev_rows"]
-            if rows[-1] >= len(dev.first):
-                raise InputError(f"{path}: has {len(dev.first)} rows with text, fewer than when the run was trained")
-            dev = dev.take(rows)._replace(**({} if column else {"labels": None}))
+            columns = record["text_columns"], record["label_column"]
+            dev, _ = examples_of(path, read_rows(path), *columns, record["labels"])
+            if rows is not None:  # of a file that has fewer by now, those that are left have another digest
+                dev = dev.take([row for row in rows if row < len(dev.first)])
     except (AttributeError, IndexError, KeyError, TypeError):
         raise InputError("run.json: what it tells of the data is nothing that train.py writes") from None
     if (found := digest(dev)) != record.get("dev_digest", found):
@@ -145,51 +120,8 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
     return dev
 
 
-def read_own(
-    path: Path, text_columns: Names = None, column: str | None = None, labels: Names = None, need_labels: bool = True
-) -> OwnData:
-    """Read texts, or pairs of texts, and their labels.
-
-    `text_columns` are one or two, by default the first of `TEXT_COLUMNS` that the file has. `column` is the labels',
-    by default "label", which may be missing without `need_labels`. `labels` are the classes in their order, by default
-    those that occur, sorted. Raises InputError, with file and line, for a missing column, a row that cannot be read,
-    and a label that is not in `labels`.
-    """
-    columns = list(next(_rows(path), (1, {}))[1])
-    chosen = text_columns or next((names for names in TEXT_COLUMNS if set(names) <= set(columns)), TEXT_COLUMNS[0])
-    column = column or ("label" if need_labels or "label" in columns else None)
-    if missing := [name for name in (*chosen, column) if name is not None and name not in columns]:
-        option = "--label-column" if missing == [column] else "--text-columns"
-        there = f"it has {_some(columns)}; name yours with {option}" if columns else "it has no rows"
-        raise InputError(f"{path}, line 1: no column {missing[0]!r:.60}; {there}")
-    if len(chosen) > 2 or column in chosen:
-        raise InputError(f"--text-columns: {_some(chosen)}, should be one or two, and not the label column")
-    texts, names, lines, empty = [], [], [], 0
-    for line, row in _rows(path):
-        text = [_cell(path, line, row, name) for name in chosen]
-        if not any(part.strip() for part in text):
-            empty += 1
-            continue
-        if column:
-            names.append(_cell(path, line, row, column, is_label=True))
-            if labels and names[-1] not in labels:
-                raise InputError(f"{path}, line {line}: label {names[-1]!r:.60}, should be one of {_some(labels)}")
-        texts.append(text)
-        lines.append(line)
-    if not texts:
-        raise InputError(f"{path}: no text in any row of {_some(chosen)}")
-    labels = tuple(labels or sorted(set(names))) if column else None
-    numbers = {label: index for index, label in enumerate(labels or ())}
-    first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(chosen))
-    examples = Examples(first, second, [numbers[name] for name in names] if column else None, lines=lines)
-    return OwnData(examples, labels, list(chosen), column, empty)
-
-
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Set a share `dev_size` of each class aside, by chance: labels (N,) to the row numbers of train and dev, sorted.
-
-    A class has at least one row on each side; it must have two.
-    """
+    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, but one on each side."""
     rng, labels, dev = np.random.default_rng(seed), np.asarray(labels), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
@@ -202,7 +134,7 @@ def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(len(examples.first))[:size])
 
 
-def digest(examples: Examples, rows: Iterable[int] | None = None) -> str:
+def digest(examples: Examples, rows: Sequence[int] | None = None) -> str:
     """The SHA-256 of the texts and labels of these rows (default: all), in hexadecimal."""
     chosen, result = examples if rows is None else examples.take(rows), hashlib.sha256()
     for text, label in zip(chosen.texts(), chosen.labels or [None] * len(chosen.first), strict=True):
@@ -210,113 +142,14 @@ def digest(examples: Examples, rows: Iterable[int] | None = None) -> str:
     return result.hexdigest()
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
-    """Stream a file's rows: dicts of all columns in their order, of strings or, in JSON lines, whatever stands there.
-
-    Raises InputError, with the line, for a wrong row, and for one that has no text in `columns`.
-    """
-    for line, row in _rows(path):
-        for column in columns:
-            _cell(path, line, row, column)
-        yield row
-
-
-class RowWriter(ExitStack):
-    """A file of rows, as CSV, TSV or JSON lines by its suffix: `with RowWriter(path) as writer: writer.write(row)`.
-
-    The file appears at the end of the block, whole. Path("-") is standard output, as CSV. Raises InputError for another
-    suffix, and for a row with a column that the first one lacks.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self.columns, self.file = path, None, sys.stdout
-        self.delimiter = "," if str(path) == "-" else _delimiter(path)
-        # Lines end with "\n"; the csv module is left to think of "\r\n", so that it quotes cells that hold either.
-        lines = SimpleNamespace(write=lambda line: self.file.write(line.removesuffix("\r\n") + "\n"))
-        self.cells = csv.writer(lines, delimiter=self.delimiter or ",")
-
-    def __enter__(self) -> "RowWriter":
-        if str(self.path) != "-":
-            opened = gzip.open if self.path.suffix.lower() == ".gz" else open
-            partial = self.enter_context(written_beside(self.path))
-            self.file = self.enter_context(opened(partial, "wt", encoding="utf-8", newline=""))
-        return self
-
-    def write(self, row: dict) -> None:
-        """Write a row; in CSV and TSV the first one names the columns."""
-        if self.delimiter is None:
-            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            return
-        if self.columns is None:
-            self.columns = list(row)
-            self.cells.writerow(self.columns)
-        if extra := [column for column in row if column not in self.columns]:
-            raise InputError(f"{self.path}: no column {extra[0]!r:.60} in the first row but in a later one; use .jsonl")
-        values = [row.get(column, "") for column in self.columns]
-        self.cells.writerow(value if isinstance(value, str) else json.dumps(value) for value in values)
-        if self.file is sys.stdout:
-            self.file.flush()
-
-
-def _delimiter(path: Path) -> str | None:
-    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
-    if suffix not in DELIMITERS:
-        raise InputError(f"{path}: should end in {', '.join(DELIMITERS)}, or one of these and .gz")
-    return DELIMITERS[suffix]
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the line where each row begins, and the row. Raises InputError for one that is broken."""
-    delimiter, line, header = _delimiter(path), 1, None
-    if delimiter is None:
-        for line, text in read_lines(path):
-            try:
-                if text.isspace():
-                    continue
-                row = json.loads(text, object_pairs_hook=_object)
-                if not isinstance(row, dict) or not row:
-                    raise ValueError(f"{text.strip()!r:.60} is {'empty' if row == {} else 'none'}")
-                if "\\u" in text:
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {line}: not readable as a JSON object ({str(error)[:100]})") from None
-            yield line, row
-        return
-    csv.field_size_limit(LONGEST_LINE)
-    reader = csv.reader((text for _, text in read_lines(path)), delimiter=delimiter, strict=True)
-    try:
-        for cells in reader:
-            if header is None and cells:
-                header = cells
-                [(name, count)] = Counter(header).most_common(1)
-                if count > 1:
-                    raise InputError(f"{path}, line {line}: {count} columns are named {name!r:.60}")
-            elif cells:  # an empty line is no row
-                if len(cells) != len(header):
-                    raise InputError(f"{path}, line {line}: {len(cells)} cells, and the header has {len(header)}")
-                yield line, dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path}, line {line}: no row of cells ({error}); are its quotes right?") from None
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. Raises ValueError where a key stands in it twice."""
-    if len(row := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key of {_some([key for key, _ in pairs])} stands there twice")
-    return row
-
-
-def _cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
-    """The text in a column, or the label: JSON's 1 is the label "1". Raises InputError where there is none."""
-    found = value = row.get(column, "missing")
-    if is_label and isinstance(value, int | float) and value - value == 0:  # not so for NaN and infinity
-        value = json.dumps(value)
-    if column not in row or not isinstance(value, str) or "\0" in value or (is_label and not value.strip()):
-        right = "a label" if is_label else "text"
-        raise InputError(f"{path}, line {line}: {column!r:.60} is {found!r:.60}, should be {right}")
-    return value.strip() if is_label else value
+def _columns(path: Path, text: Names, label: str | None, need_labels: bool) -> tuple[list[str], str | None]:
+    """The columns of the text and of the labels: named, or the usual; labels that are not needed may have none."""
+    usual = [["label"]] if need_labels else [["label"], []]
+    columns = find_columns("--text-columns", path, text, TEXT_COLUMNS)
+    column = next(iter(find_columns("--label-column", path, label and [label], usual)), None)
+    if column in columns:
+        raise InputError(f"--text-columns: {some(columns)}, should not be the label column, {column!r:.60}")
+    return columns, column
 
 
 def _check_classes(args: argparse.Namespace, train: Examples, labels: Sequence[str], is_named: bool) -> None:
@@ -343,21 +176,14 @@ def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
             raise InputError(f"--labels: {given:.80}, should name the trunk's {len(trunk)} classes, in its order")
         return named
     if args.labels and list(args.labels) != list(trunk):
-        raise InputError(f"--labels: {_some(args.labels)}, and the trunk's are {_some(trunk)}")
+        raise InputError(f"--labels: {some(args.labels)}, and the trunk's are {some(trunk)}")
     known = {} if args.data else {label.casefold(): label for label in named}  # POSITIVE is GLUE's positive
     return [known.get(label.casefold(), label) for label in trunk]
 
 
-def _notes(split: str, examples: Examples, labels: Sequence[str], empty: int) -> list[str]:
+def _notes(split: str, examples: Examples, labels: Sequence[str]) -> list[str]:
     rows, counts = len(examples.first), Counter(examples.labels)
     listed = [f"{labels[label]} {count:,}" for label, count in sorted(counts.items())]
-    notes = [f"{split}: {rows:,} rows" + (f": {_some(listed, 20)}" if listed else " without labels")]
-    duplicates = rows - len(set(examples.texts()))
-    counted = (("empty texts, skipped", empty), ("duplicate texts", duplicates))
-    return notes + [f"{split}: {what}: {count:,}" for what, count in counted if count]
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """Names for a message: the first few of many, then the count."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"{name!r:.40}"[1:-1] for name in names[:most]) + more
+    notes = [f"{split}: {rows:,} rows" + (f": {some(listed, 20)}" if listed else " without labels")]
+    counted = {"empty texts, skipped": examples.empty, "duplicate texts": rows - len(set(examples.texts()))}
+    return notes + [f"{split}: {what}: {count:,}" for what, count in counted.items() if count]

@@ -1,73 +1,61 @@
 """The tasks: seven of GLUE (Wang et al., 2019), read from GLUE's own TSV files, and the embedded toy task.
 
-A GLUE task whose folder is missing is fetched once from the host of the public files. GLUE's test files have no labels
-and are never read. The user's own files are read in own.py. Dimension letters: N rows, K exits, C classes.
+GLUE's test files have no labels and are never read. Dimension letters: N rows, C classes.
 """
 
-import codecs
-import gzip
-import shutil
-import tempfile
+import io
+import sys
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from http.client import HTTPException
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
-from tqdm import tqdm
 
+from minisweet.data.rows import cell, read_lines, some, table
 from minisweet.data.toy import make_toy
 from minisweet.files.safe import InputError, written_beside
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without an answer or without a further byte
-LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory
-SPLITS = ("train", "dev")
+Names = Sequence[str] | None  # of classes, index = class
 
 
 class Examples(NamedTuple):
-    """N rows: each field is a list (N), or None."""
+    """N rows: each list has N."""
 
     first: list[str]
     second: list[str] | None  # None where there are single sentences
     labels: list[int] | None  # indices of classes; None where there are no labels
     difficulties: list[str] | None = None  # of the toy task only
-    lines: list[int] | None = None  # of the user's own file: the line where each row begins, from 1
+    lines: list[int] | None = None  # of a file: the line where each row begins, from 1
+    empty: int = 0  # rows without text, which were skipped
 
-    def take(self, rows: Iterable[int]) -> "Examples":
+    def take(self, rows: Sequence[int]) -> "Examples":
         """These rows alone."""
-        rows = list(rows)
-        return Examples(*(None if values is None else [values[row] for row in rows] for values in self))
+        return Examples(*(None if values is None else [values[row] for row in rows] for values in self[:-1]))
 
     def texts(self) -> list:
         """Each row's sentence, or pair of sentences."""
         return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """The labels of a task, how its files are read, and how it is scored."""
 
     labels: tuple[str, ...]  # index = class
     folder: str = ""
-    source: str = ""  # the zip that holds the folder, below GLUE_HOST/glue/data, or "corpus": see _split_mrpc
+    source: str = ""  # on GLUE_HOST: the zip that holds the folder, or the text that _split_mrpc takes apart
     rows: tuple[int, int] = (0, 0)  # of the public train and dev file
     columns: tuple[str, ...] = ()  # of the sentence or the two sentences, then of the label
     numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] = ()  # the names of all columns, where the files have no header line
-    dev_file: str = "dev.tsv"
-    skips_short_rows: bool = False
+    files: tuple[str, str] = ("train.tsv", "dev.tsv")
+    fewest_tabs: int = 0  # lines with fewer are skipped
     unlabelled: str | None = None  # what stands for a label where there is none; such rows are skipped
     metric: str = "accuracy"  # or "matthews"
-
-    def file(self, split: str) -> str:
-        """The name of the file of a split, "train" or "dev"."""
-        return "train.tsv" if split == "train" else self.dev_file
 
 
 # The one place that says which class is which. Toolkits disagree about MNLI's order, so a classifier that was trained
@@ -75,18 +63,19 @@ class Task:
 # few questions hold a line break, which cuts their row into two short ones; these are skipped, as is usual.
 # fmt: off
 TASKS = {
-    "rte": Task(("entailment", "not_entailment"), "RTE", "RTE.zip", (2_490, 277),
+    "rte": Task(("entailment", "not_entailment"), "RTE", "glue/data/RTE.zip", (2_490, 277),
                 ("sentence1", "sentence2", "label"), numbered=False),
-    "mrpc": Task(("not_equivalent", "equivalent"), "MRPC", "corpus", (3_668, 408),
-                 ("#1 String", "#2 String", "Quality")),
-    "cola": Task(("unacceptable", "acceptable"), "CoLA", "CoLA.zip", (8_551, 1_043), ("sentence", "label"),
+    "mrpc": Task(("not_equivalent", "equivalent"), "MRPC", "senteval/senteval_data/msr_paraphrase_train.txt",
+                 (3_668, 408), ("#1 String", "#2 String", "Quality")),
+    "cola": Task(("unacceptable", "acceptable"), "CoLA", "glue/data/CoLA.zip", (8_551, 1_043), ("sentence", "label"),
                  header=("source", "label", "mark", "sentence"), metric="matthews"),
-    "sst2": Task(("negative", "positive"), "SST-2", "SST-2.zip", (67_349, 872), ("sentence", "label")),
-    "mnli": Task(("entailment", "neutral", "contradiction"), "MNLI", "MNLI.zip", (392_702, 9_815),
-                 ("sentence1", "sentence2", "gold_label"), numbered=False, dev_file="dev_matched.tsv", unlabelled="-"),
-    "qqp": Task(("not_duplicate", "duplicate"), "QQP", "QQP-clean.zip", (363_846, 40_430),
-                ("question1", "question2", "is_duplicate"), skips_short_rows=True),
-    "qnli": Task(("entailment", "not_entailment"), "QNLI", "QNLIv2.zip", (104_743, 5_463),
+    "sst2": Task(("negative", "positive"), "SST-2", "glue/data/SST-2.zip", (67_349, 872), ("sentence", "label")),
+    "mnli": Task(("entailment", "neutral", "contradiction"), "MNLI", "glue/data/MNLI.zip", (392_702, 9_815),
+                 ("sentence1", "sentence2", "gold_label"), numbered=False, files=("train.tsv", "dev_matched.tsv"),
+                 unlabelled="-"),
+    "qqp": Task(("not_duplicate", "duplicate"), "QQP", "glue/data/QQP-clean.zip", (363_846, 40_430),
+                ("question1", "question2", "is_duplicate"), fewest_tabs=5),
+    "qnli": Task(("entailment", "not_entailment"), "QNLI", "glue/data/QNLIv2.zip", (104_743, 5_463),
                  ("question", "sentence", "label"), numbered=False),
     "toy": Task(("negative", "positive")),
 }
@@ -100,57 +89,54 @@ def load_examples(
 
     The toy task needs no file. MNLI's dev split is the matched one. `labels` gives the classes another order than
     the task's. Without `labelled` no label is read.
-    Raises InputError for an unknown task or split, a file that is missing or wrong, and a download that fails.
+    Raises InputError for an unknown task, a file that is missing or wrong, and a download that fails.
     """
-    for kind, name, known in (("task", task, TASKS), ("split", split, SPLITS)):
-        if name not in known:
-            raise InputError(f"{kind} {name!r}: choose one of {', '.join(known)}")
+    if task not in TASKS:
+        raise InputError(f"task {task!r}: choose one of {', '.join(TASKS)}")
     own = TASKS[task]
     if task == "toy":
         first, *rest = make_toy(split)
         examples = Examples(first, None, *rest)
     else:
         folder = Path(data_dir) / own.folder
-        if folder.parent.exists() and not folder.parent.is_dir():
-            raise InputError(f"--data-dir: {data_dir} is not a folder")
         if not folder.exists():
             _fetch(own, folder)
-        examples = _read(own, folder / own.file(split), labelled)
+        examples = _read(own, folder / own.files[("train", "dev").index(split)], labelled)
     if not labelled:
         return examples._replace(labels=None)
-    if labels is None or tuple(labels) == own.labels:
-        return examples
+    labels = list(labels or own.labels)
     if not set(own.labels) <= set(labels):
-        lacks = f"which {', '.join(labels)[:200]} lacks"
-        raise InputError(f"task {task}: its labels are {', '.join(own.labels)}, {lacks}")
+        raise InputError(f"task {task}: its labels are {some(own.labels)}, which {some(labels)} lacks")
     order = [labels.index(label) for label in own.labels]
     return examples._replace(labels=[order[label] for label in examples.labels])
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Read a UTF-8 file, or one in gzip (.gz), with or without a byte order mark: yield line numbers and lines.
+def examples_of(
+    path: Path, rows: Iterable[tuple[int, dict]], text_columns: Sequence[str], label_column: str | None, labels: Names
+) -> tuple[Examples, list[str]]:
+    """Make examples of a file's rows, which come with their lines; those without text are skipped.
 
-    Lines keep their ends, and end at "\\n" alone: sentences hold other characters that Python takes for line ends.
-    Raises InputError for a file that is not there, and, with the line, where it is not text.
+    `labels` are the classes in their order, by default those that occur, sorted; they are returned too.
+    Raises InputError, with the line, for a cell that holds no text or another label.
     """
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            while line := file.readline(LONGEST_LINE):
-                number += 1
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if b"\0" in line or len(line) == LONGEST_LINE:
-                    wrong = "a NUL character" if b"\0" in line else f"longer than {LONGEST_LINE} bytes"
-                    raise InputError(f"{path}, line {number}: {wrong}, should be a line of text")
-                yield number, line.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {number}: not readable as UTF-8 text ({error.reason})") from None
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    texts, found, lines, empty = [], [], [], 0
+    for line, row in rows:
+        text = [cell(path, line, row, column) for column in text_columns]
+        if not any(part.strip() for part in text):
+            empty += 1
+            continue
+        if label_column:
+            found.append(cell(path, line, row, label_column, is_label=True))
+            if labels and found[-1] not in labels:
+                raise InputError(f"{path}, line {line}: label {found[-1]!r:.60}, should be one of {some(labels)}")
+        texts.append(text)
+        lines.append(line)
+    if not texts:
+        raise InputError(f"{path}: no rows with text in {some(text_columns)}")
+    first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(text_columns))
+    numbers = {label: number for number, label in enumerate(labels or sorted(set(found)))}
+    classes = [numbers[label] for label in found] if label_column else None
+    return Examples(first, second, classes, None, lines, empty), list(numbers)
 
 
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | np.ndarray:
@@ -158,19 +144,14 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | n
 
     `labels` is (N,), `predictions` (N,) for one float or (..., N) for an array (...). Matthews is of classes 0 and 1,
     and 0 where it is undefined, that is where the predictions or the labels are all of one class.
-    Raises InputError for an unknown metric and for shapes that do not match.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if labels.ndim != 1 or labels.size == 0 or predictions.shape[-1:] != labels.shape:
-        raise InputError(f"predictions of shape {predictions.shape} do not fit labels of shape {labels.shape}")
-    if metric in ("accuracy", "agreement"):
-        result = 100 * (predictions == labels).mean(-1)
-    elif metric == "matthews":
+    if metric == "matthews":
         # float64: the product of four counts of a large dev set does not fit into 64-bit integers
         counted = ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
         result = matthews(*(rows.sum(-1, dtype=np.float64) for rows in counted), labels.size)
     else:
-        raise InputError(f"metric {metric!r}: choose accuracy, agreement or matthews")
+        result = 100 * (predictions == labels).mean(-1)
     return float(result) if result.ndim == 0 else result
 
 
@@ -193,111 +174,57 @@ def classification_report(predictions: np.ndarray, labels: np.ndarray, num_label
     precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
     f1 = 200 * right / np.maximum(support + predicted, 1)
     per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusion_matrix": confusion}
-    macro_f1 = float(f1[support + predicted > 0].mean())
-    return {"macro_f1": macro_f1} | {name: values.tolist() for name, values in per_class.items()}
-
-
-def never_predicted(class_counts: Sequence[Sequence[int]], label_counts: Sequence[int]) -> list[list[int]]:
-    """For each exit the classes that occur and that it never predicts.
-
-    `class_counts` (K, C) tells how often each exit predicts each class, `label_counts` (C) how often each occurs.
-    """
-    return [[c for c, count in enumerate(label_counts) if count and not counts[c]] for counts in class_counts]
+    of_all = {"macro_f1": float(f1[support + predicted > 0].mean())}
+    return of_all | {name: values.tolist() for name, values in per_class.items()}
 
 
 def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
     """Read a GLUE file: UTF-8, tabs between columns, no quoting."""
     if not path.is_file():
-        or_fetch = f"or move the folder {path.parent} away to have both files fetched"
-        raise InputError(f"{path}: no such file; put it there, {or_fetch}")
-    codes = [str(i) for i in range(len(task.labels))] if task.numbered else list(task.labels)
-    columns, header = task.columns if labelled else task.columns[:-1], list(task.header)
-    rows, labels = [], []
-    for number, line in read_lines(path):
-        cells = line.removesuffix("\n").removesuffix("\r").split("\t")
-        if not header:
-            header = cells
-            if missing := [name for name in columns if name not in header]:
-                raise InputError(f"{path}: no column {missing[0]!r}, the first line should name it")
-            continue
-        if task.skips_short_rows and len(cells) < len(header):
-            continue
-        if len(cells) != len(header):
-            raise InputError(f"{path}, line {number}: {len(cells)} columns, should be {len(header)}")
-        chosen = [cells[header.index(name)] for name in columns]
-        if labelled:
-            label = chosen.pop()
-            if label == task.unlabelled:
-                continue
-            if label not in codes:
-                raise InputError(f"{path}, line {number}: label {label!r:.80}, should be one of {', '.join(codes)}")
-            labels.append(codes.index(label))
-        rows.append(chosen)
-    if not rows:
-        raise InputError(f"{path}: no rows, should be a GLUE file with tabs between columns")
-    first, *second = (list(column) for column in zip(*rows, strict=True))
-    return Examples(first, second[0] if second else None, labels if labelled else None)
+        raise InputError(f"{path}: no such file; put it there, or move the folder away to have both files fetched")
+    *columns, label = task.columns
+    codes = [str(number) for number in range(len(task.labels))] if task.numbered else task.labels
+    lines = ((line, text) for line, text in read_lines(path) if text.count("\t") >= task.fewest_tabs)
+    records = ((line, text.rstrip("\r\n").split("\t")) for line, text in lines)
+    rows = table(path, chain([(0, task.header)] if task.header else [], records))
+    if labelled and task.unlabelled:
+        rows = ((line, row) for line, row in rows if row.get(label) != task.unlabelled)
+    return examples_of(path, rows, columns, label if labelled else None, codes)[0]
 
 
 def _fetch(task: Task, folder: Path) -> None:
     """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
-    url, unpack = f"{GLUE_HOST}/glue/data/{task.source}", _unzip
-    if task.source == "corpus":
-        url, unpack = f"{GLUE_HOST}/senteval/senteval_data/msr_paraphrase_train.txt", _split_mrpc
+    url, partial = f"{GLUE_HOST}/{task.source}", folder
     try:
         with written_beside(folder) as partial:
             partial.mkdir()
-            with _download(url, partial) as file:
-                unpack(file, url, task, partial)
-            for split, count in zip(SPLITS, task.rows, strict=True):
-                found = len(_read(task, partial / task.file(split)).first)
-                if found != count:
-                    raise InputError(f"{url}: {found} rows for {split}, should be {count}")
-    except InputError as error:  # some name the temporary folder
-        reason = str(error).replace(str(partial), f"{url}: {task.folder}")
-        by_hand = f"put {' and '.join(map(task.file, SPLITS))} into {folder} by hand"
-        raise InputError(f"{reason}; try again, or {by_hand}") from None
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error})") from None
+            if url.endswith(".zip"):
+                archive = zipfile.ZipFile(io.BytesIO(_download(url)))
+                contents = [archive.read(f"{task.folder}/{file}") for file in task.files]
+            else:
+                contents = _split_mrpc(_download(url))
+            for file, content, count in zip(task.files, contents, task.rows, strict=True):
+                (partial / file).write_bytes(content)
+                if (found := len(_read(task, partial / file).first)) != count:
+                    raise InputError(f"{partial / file}: {found} rows, should be {count}")
+    except Exception as error:  # the network's, the disk's, and each way of compressing has errors of its own
+        reason = str(error).replace(str(partial), task.folder)
+        by_hand = f"put {' and '.join(task.files)} into {folder} by hand (--data-dir)"
+        raise InputError(f"{url}: cannot be fetched ({reason:.200}); try again, or {by_hand}") from None
 
 
-def _unzip(file: IO[bytes], url: str, task: Task, folder: Path) -> None:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for name in map(task.file, SPLITS):  # what else the zip may hold is never written
-                with archive.open(f"{task.folder}/{name}") as source, (folder / name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-    except OSError:
-        raise
-    except Exception as error:  # each way of compressing has errors of its own
-        raise InputError(f"{url}: not the zip of this task ({error})") from None
+def _split_mrpc(corpus: bytes) -> list[bytes]:
+    """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others."""
+    header, *rows = [line + b"\n" for line in corpus.split(b"\n") if line.strip()]
+    listed = {tuple(line.split()) for line in _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv").split(b"\n")}
+    train, dev = [header], [header]
+    for row in rows:
+        (dev if tuple(row.split(b"\t")[1:3]) in listed else train).append(row)
+    return [b"".join(train), b"".join(dev)]
 
 
-def _split_mrpc(file: IO[bytes], url: str, task: Task, folder: Path) -> None:
-    """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others.
-
-    The corpus has a second file, msr_paraphrase_test.txt. It makes GLUE's test split only, so it is not fetched.
-    """
-    header, *rows = [line for line in file.read().split(b"\n") if line.strip()] or [b""]
-    with _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv", folder) as ids:
-        dev_ids = {tuple(line.strip().split(b"\t")) for line in ids}
-    for split in SPLITS:
-        chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in dev_ids) == (split == "dev")]
-        (folder / task.file(split)).write_bytes(b"\n".join([header, *chosen, b""]))
-
-
-@contextmanager
-def _download(url: str, folder: Path) -> Iterator[IO[bytes]]:
-    """Give the content of `url` as a file without a name beside `folder`, so that nothing of it can stay behind."""
-    with tempfile.TemporaryFile(dir=folder.parent) as file:
-        try:
-            with urlopen(url, timeout=TIMEOUT) as response:
-                size = int(response.headers.get("Content-Length") or 0)
-                with tqdm.wrapattr(response, "read", desc=url.rpartition("/")[2], total=size or None) as read:
-                    shutil.copyfileobj(read, file)
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: a length or a redirect that is none
-            raise InputError(f"{url}: cannot be fetched ({error})") from None
-        if size and file.tell() != size:  # urllib itself does not notice
-            raise InputError(f"{url}: cut after {file.tell()} of {size} bytes")
-        file.seek(0)
-        yield file
+def _download(url: str) -> bytes:
+    """What stands at `url`; an answer that is cut short raises."""
+    with urlopen(url, timeout=TIMEOUT) as response:
+        print(f"fetching {url}: {(response.length or 0) / 1e6:.1f} MB", file=sys.stderr, flush=True)
+        return response.read()

@@ -1,7 +1,6 @@
 """Sentences into batches: tokenising once, then batches of similar length, padded to the longest in the batch.
 
-The `tokenizers` library does the tokenising, in parallel. Pairs are [CLS] A [SEP] B [SEP] for BERT and DeBERTa.
-Dimension letters: B batch, T tokens, N examples.
+Pairs are [CLS] A [SEP] B [SEP] for BERT and DeBERTa. Dimension letters: B batch, T tokens, N examples.
 """
 
 import copy
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
 from minisweet.data.tasks import Examples
@@ -22,9 +21,7 @@ from minisweet.files.safe import InputError, read_json
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
-TRIAL = ("It is a test, isn't it?", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
-# Training batches are sorted by length within so many batches, then shuffled: little padding, and still random.
-POOL = 50
+POOL = 50  # training batches are sorted by length within so many, then shuffled: little padding, and still random
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
@@ -40,62 +37,51 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     try:
         with _panics_unseen():
             tokenizer = _read_tokenizer(folder)
-            vocabulary, has = tokenizer.get_vocab(), f"{folder}: its tokenizer has"
+            vocabulary = tokenizer.get_vocab()
             if missing := [token for token in SPECIAL if token not in vocabulary]:
-                raise InputError(f"{has} no {', '.join(missing)}")
+                raise ValueError(f"it has no {', '.join(missing)}")
             if (largest := max(vocabulary.values())) >= vocab_size:
-                raise InputError(f"{has} token {largest}, and the embedding only {vocab_size} rows")
+                raise ValueError(f"it has token {largest}, and the embedding only {vocab_size} rows")
             if 10 * len(vocabulary) < 9 * vocab_size:
-                raise InputError(f"{has} {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
+                raise ValueError(f"it has {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
             tokenizer.add_special_tokens(list(SPECIAL))
-            ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
-            pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
-            tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, ends)
+            end, start = ((token, vocabulary[token]) for token in ("[SEP]", "[CLS]"))
+            tokenizer.post_processor = processors.BertProcessing(end, start)
             tokenizer.no_padding()
             tokenizer.enable_truncation(max_length, strategy="longest_first")
-            tokenizer.encode(*TRIAL)
-    except (InputError, KeyboardInterrupt, SystemExit):
+            tokenizer.encode("It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and for a panic what is no Exception at all
-        raise InputError(f"{folder}: its tokenizer is not usable ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"{folder}: its tokenizer is not usable ({error!s:.200})") from None
     return tokenizer
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    """Read whichever files there are. Raises InputError where there are none, and what the library raises."""
+    """Read whichever files there are."""
     whole, words, pieces, merges = (folder / f for f in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"))
     if whole.is_file():
         return Tokenizer.from_file(str(whole))
     if pieces.is_file() and merges.is_file():
-        tokenizer = Tokenizer(models.BPE.from_file(str(pieces), str(merges)))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        made = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
     elif words.is_file():
-        tokenizer = Tokenizer(models.WordPiece.from_file(str(words), unk_token="[UNK]"))
         settings = folder / "tokenizer_config.json"
         lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made = BertWordPieceTokenizer.from_file(str(words), lowercase=lowercase)
     else:
-        raise InputError(f"{folder}: no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    return tokenizer
+        raise ValueError("there is no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
+    return Tokenizer.from_str(made.to_str())
 
 
 @contextmanager
 def _panics_unseen() -> Iterator[None]:
     """Within, nothing reaches standard error: the library's panics print a page there before they are raised."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed, so nothing can reach it
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
+    with open(os.devnull, "wb") as nowhere, os.fdopen(os.dup(2), "wb") as kept:
         os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
 
 
 class Batch(NamedTuple):
@@ -127,22 +113,17 @@ class TokenizedExamples:
         examples = examples if rows is None else examples.take(rows)
         encodings = tokenizer.encode_batch_fast(examples.texts())
         self.pad_id = tokenizer.token_to_id("[PAD]")
-        self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
-        self.targets = self.labels
+        self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         self.lengths = np.array([len(ids) for ids in self.ids])
-        # The second sentence starts after so many tokens.
-        self.first_lengths = self.lengths - np.array([sum(encoding.type_ids) for encoding in encodings])
+        self.first_lengths = self.lengths - [sum(encoding.type_ids) for encoding in encodings]  # before the second
         self.cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def renumbered(self) -> tuple[np.ndarray, "TokenizedExamples"]:
-        """The token ids that occur (V,), [PAD] among them, in increasing order, and the examples with ids 0 to V-1.
-
-        A model whose word embedding holds only those rows, in this order, gives the same answers.
-        """
+        """The token ids that occur (V,), [PAD] among them, sorted, and the examples with their numbers there as ids."""
         used, numbers = np.unique(np.concatenate([*self.ids, [self.pad_id]]), return_inverse=True)
         examples = copy.copy(self)
         *examples.ids, _ = np.split(numbers, np.cumsum(self.lengths))
@@ -162,9 +143,8 @@ class TokenizedExamples:
         input_ids = np.full(mask.shape, self.pad_id)
         input_ids[mask] = np.concatenate([self.ids[row] for row in rows])
         token_types = mask & (positions >= self.first_lengths[rows, None])
-        arrays = (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64))
-        targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
-        return Batch(*map(torch.from_numpy, arrays), targets)
+        arrays = map(torch.from_numpy, (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64)))
+        return Batch(*arrays, None if self.targets is None else torch.from_numpy(self.targets[rows]))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """One epoch of training: every example once, in random batches of similar length."""

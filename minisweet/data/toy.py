@@ -1,7 +1,6 @@
 """The embedded task: sentiment sentences made from templates, with a known difficulty for each row.
 
-It shows adaptive inference in minutes on a CPU: rows of an easy level should leave at an early exit, rows of a hard
-one late. The levels:
+Rows of an easy level should leave at an early exit, rows of a hard one late. The levels:
 
 - one polar word: "The film was superb." is positive. Any word list solves it.
 - contrast: "Although the play was dull, the film was superb." The main clause decides.
@@ -9,8 +8,7 @@ one late. The levels:
 - two steps: "Anna loved the film and Ben hated it. Ben is right." is negative. Who decides must be looked up.
 
 Sentences come in pairs of one positive and one negative. On the three harder levels a pair has the same words in
-another order, so that nothing but the order can tell the labels apart: a bag of words is right on exactly half.
-Nouns and names are held out: dev has none of those of train.
+another order, so that a bag of words is right on exactly half. Dev has none of train's nouns and names.
 """
 
 import random
@@ -31,40 +29,30 @@ NOUNS = {
     "dev": "movie opera book lecture album lesson visit magazine series sermon drama".split(),
 }
 NAMES = {
-    "train": """Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nick Olga Paul Rosa Simon Tina
-        Victor""".split(),
+    "train": """Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nick Olga Paul Rosa Simon
+        Tina Victor""".split(),
     "dev": "Alice Bruno Clara Daniel Eva George Laura Martin Nina Oscar Sarah Tom".split(),
 }
 # fmt: off
-ONE_WORD = (
-    "The {noun} was {word}.", "This {noun} is {word}.", "We found the {noun} {word}.",
-    "The {noun} last night was really {word}.",
-)
-NEGATION = (
-    "The {noun} was {plain}, and it was not {negated}.", "The {noun} was not {negated}, and it was {plain}.",
-    "We found the {noun} {plain} and never {negated}.", "The {noun} was never {negated} but always {plain}.",
-)
-CONTRAST = (
-    "Although the {noun} was {side}, the {other} was {main}.",
-    "The {noun} was {main}, although the {other} was {side}.",
-    "The {noun} was {side}, but the {other} was {main}.", "The {noun} was {main} despite the {side} {other}.",
-    "Despite the {side} {noun}, the {other} was {main}.", "The {noun} was {main}, even though the {other} was {side}.",
-)
-OPINIONS = (
-    "{fan} loved the {noun} and {critic} hated it.", "{critic} hated the {noun} and {fan} loved it.",
-    "{fan} praised the {noun}, but {critic} complained about it.",
-    "{critic} complained about the {noun}, but {fan} praised it.",
-    "{fan} called the {noun} {good}, {critic} called it {bad}.",
-    "{critic} called the {noun} {bad}, {fan} called it {good}.",
-)
+ONE_WORD = ("The {noun} was {word}.", "This {noun} is {word}.", "We found the {noun} {word}.",
+            "The {noun} last night was really {word}.")
+NEGATION = ("The {noun} was {plain}, and it was not {negated}.", "The {noun} was not {negated}, and it was {plain}.",
+            "We found the {noun} {plain} and never {negated}.", "The {noun} was never {negated} but always {plain}.")
+CONTRAST = ("Although the {noun} was {side}, the {other} was {main}.",
+            "The {noun} was {main}, although the {other} was {side}.",
+            "The {noun} was {side}, but the {other} was {main}.", "The {noun} was {main} despite the {side} {other}.",
+            "Despite the {side} {noun}, the {other} was {main}.",
+            "The {noun} was {main}, even though the {other} was {side}.")
+OPINIONS = ("{fan} loved the {noun} and {critic} hated it.", "{critic} hated the {noun} and {fan} loved it.",
+            "{fan} praised the {noun}, but {critic} complained about it.",
+            "{critic} complained about the {noun}, but {fan} praised it.",
+            "{fan} called the {noun} {good}, {critic} called it {bad}.",
+            "{critic} called the {noun} {bad}, {fan} called it {good}.")
 # fmt: on
 
 
 def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
-    """Make "train" (4,000 rows) or "dev" (1,000 rows), the same on every call, shuffled.
-
-    Returns the sentences, their labels (0 negative, 1 positive) and their difficulties (from `LEVELS`).
-    """
+    """The sentences, labels (0 negative, 1 positive) and difficulties (of `LEVELS`) of a split, always the same."""
     rng, rows = random.Random(SEEDS[split]), []
     for level in LEVELS:
         sentences: dict[str, int] = {}
@@ -74,8 +62,7 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
                 sentences |= {positive: 1, negative: 0}
         rows += [(sentence, label, level) for sentence, label in sentences.items()]
     rng.shuffle(rows)
-    sentences, labels, levels = (list(column) for column in zip(*rows, strict=True))
-    return sentences, labels, levels
+    return tuple(list(column) for column in zip(*rows, strict=True))
 
 
 def _make_pair(level: str, nouns: list[str], names: list[str], rng: random.Random) -> list[str]:

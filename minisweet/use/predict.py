@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minisweet.data.own import TEXT_COLUMNS, RowWriter, read_rows
-from minisweet.data.tasks import LONGEST_LINE, TASKS
+from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, decoded, find_columns, read_rows
+from minisweet.data.tasks import TASKS
 from minisweet.files.commands import Parser, list_of, run_command
 from minisweet.files.safe import InputError
 from minisweet.training.devices import reuse_freed_memory
@@ -53,11 +53,14 @@ def main() -> None:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
         chunks, names, total = read_lines_as_they_come(columns), set(columns), None
     else:
-        columns, names, total = find_columns(args.file, args.text_columns, trained), set(), 0
-        for row in read_rows(args.file, columns):  # a broken row is found before hours of work
+        usual, names, total = (trained, *TEXT_COLUMNS) if trained else TEXT_COLUMNS, set(), 0
+        columns = find_columns("--text-columns", args.file, args.text_columns, usual)
+        for line, row in read_rows(args.file):  # a broken row is found before hours of work
+            for column in columns:
+                cell(args.file, line, row, column)
             names.update(row)
             total += 1
-        chunks = in_chunks(read_rows(args.file, columns))
+        chunks = in_chunks(row for _, row in read_rows(args.file))
     left = Counter()
     with writer, tqdm(total=total, unit="row", desc="predict", disable=to_screen) as progress:
         for rows in chunks:
@@ -81,21 +84,6 @@ def columns_of(answer: Answer, taken: set[str]) -> dict:
             name = f"predicted_{name}"
         named[name] = float(f"{value:.9g}") if isinstance(value, float) else value
     return named
-
-
-def find_columns(path: Path, named: Sequence[str] | None, trained: Sequence[str]) -> Sequence[str]:
-    """The columns that hold the text: those that are named, or those of training, or the usual ones.
-
-    Raises InputError, with the columns that are there, where there is none of them.
-    """
-    first = next(read_rows(path, ()), {})
-    candidates = [named] if named else [columns for columns in (trained, *TEXT_COLUMNS) if columns]
-    for columns in candidates:
-        if set(columns) <= first.keys():
-            return columns
-    wanted, there = " or ".join(map(",".join, candidates)), ", ".join(f"{name:.30}" for name in list(first)[:8])
-    there = f"it has {there}; name yours with --text-columns" if first else "it has no rows"
-    raise InputError(f"{path}: no column {wanted}; {there}")
 
 
 def in_chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
@@ -128,10 +116,7 @@ def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
 
 def row_of(line: bytes, number: int, columns: Sequence[str]) -> dict:
     """A line of standard input, counted from 1, as a row. Raises InputError."""
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input, line {number}: not readable as UTF-8 ({error.reason})") from None
+    text = decoded(line, number, "standard input").removesuffix("\r")
     parts = text.split("\t", len(columns) - 1)
     if len(parts) < len(columns):
         raise InputError(f"standard input, line {number}: {text!r:.60}, should be two texts with a tab between")

@@ -1,0 +1,172 @@
+"""Files of rows, in and out: CSV (quotes, line breaks in them), TSV (as CSV, with tabs), JSON lines; also in gzip."""
+
+import csv
+import gzip
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+from minisweet.files.safe import InputError, written_beside
+
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
+LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory
+TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
+
+
+def decoded(line: bytes, number: int, source: object) -> str:
+    """A line as text, the first without a byte order mark. Raises InputError, with the line, for what is not text."""
+    wrong = f"longer than {LONGEST_LINE} bytes" if len(line) >= LONGEST_LINE else "a NUL character"
+    try:
+        if len(line) < LONGEST_LINE and b"\0" not in line:
+            return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        wrong = f"not readable as UTF-8 text ({error.reason})"
+    raise InputError(f"{source}, line {number}: {wrong}, should be a line of text")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line numbers and the lines of a UTF-8 file, or of one in gzip (.gz).
+
+    Lines keep their ends, and end at "\\n" alone: sentences hold other characters that Python takes for line ends.
+    Raises InputError for a file that cannot be read, and, with the line, where it is not text.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                yield number, decoded(line, number, path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def table(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, dict]]:
+    """Yield the lines of records and their cells by column; the first record names the columns.
+
+    Raises InputError for two columns of one name, and for a record with more or fewer cells.
+    """
+    records = iter(records)
+    line, header = next(records, (1, []))
+    if len(set(header)) < len(header):
+        [(name, count)] = Counter(header).most_common(1)
+        raise InputError(f"{path}, line {line}: {count} columns are named {name!r:.60}")
+    for line, cells in records:
+        if len(cells) != len(header):
+            raise InputError(f"{path}, line {line}: {len(cells)} cells, and the header has {len(header)}")
+        yield line, dict(zip(header, cells, strict=True))
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Stream a file's rows: the line where each begins, and its cells by column.
+
+    Cells are strings or, in JSON lines, whatever stands there. Raises InputError, with the line, for a broken row.
+    """
+    delimiter = _delimiter(path)
+    if delimiter is not None:
+        yield from table(path, _records(path, delimiter))
+        return
+    for line, text in read_lines(path):
+        if text.isspace():
+            continue
+        try:
+            row = json.loads(text)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be
+            if not row or not isinstance(row, dict):
+                raise ValueError(f"{text.strip()!r:.60} has no columns")
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {line}: not readable as a JSON object ({str(error)[:100]})") from None
+        yield line, row
+
+
+def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of CSV or TSV that are not empty, each with the line where it begins."""
+    csv.field_size_limit(LONGEST_LINE)
+    reader, line = csv.reader((text for _, text in read_lines(path)), delimiter=delimiter, strict=True), 1
+    try:
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}, line {line}: no row of cells ({error}); are its quotes right?") from None
+
+
+def _delimiter(path: Path) -> str | None:
+    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    if suffix not in DELIMITERS:
+        raise InputError(f"{path}: should end in {', '.join(DELIMITERS)}, or one of these and .gz")
+    return DELIMITERS[suffix]
+
+
+def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Iterable[Sequence[str]]) -> list[str]:
+    """The columns that are `named` by the option, or the first of the `usual` that the file has.
+
+    Raises InputError, with the columns that are there, where it has none of them, and for more than two.
+    """
+    _, row = next(read_rows(path), (1, {}))
+    wanted = [named] if named else list(usual)
+    for columns in wanted:
+        if set(columns) <= row.keys() and len(columns) <= 2:
+            return list(columns)
+    names, there = " or ".join(map(some, wanted)), some(list(row)) or "no rows"
+    raise InputError(f"{path}, line 1: no column {names}; it has {there}; name one or two with {option}")
+
+
+def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
+    """The text in a column, or the label: JSON's 1 and 1.0 are the label "1". Raises InputError where there is none."""
+    value = row.get(column)
+    if is_label and isinstance(value, int | float) and value - value == 0:  # not so for NaN and infinity
+        value = json.dumps(value).removesuffix(".0")
+    if not isinstance(value, str) or "\0" in value or (is_label and not value.strip()):
+        right = "a label" if is_label else "text"
+        raise InputError(f"{path}, line {line}: {column!r:.60} is {value!r:.60}, should be {right}")
+    return value.strip() if is_label else value
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: the first few of many, then the count."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"{name!r:.40}"[1:-1] for name in names[:most]) + more
+
+
+class RowWriter(ExitStack):
+    """A file of rows, as CSV, TSV or JSON lines by its suffix: `with RowWriter(path) as writer: writer.write(row)`.
+
+    The file appears at the end of the block, whole. Path("-") is standard output, as CSV. Raises InputError for another
+    suffix, and for a row with a column that the first one lacks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.columns, self.file = path, None, sys.stdout
+        self.delimiter = "," if str(path) == "-" else _delimiter(path)
+        # Lines end with "\n"; the csv module is left to think of "\r\n", so that it quotes cells that hold either.
+        lines = SimpleNamespace(write=lambda line: self.file.write(line.removesuffix("\r\n") + "\n"))
+        self.cells = csv.writer(lines, delimiter=self.delimiter or ",")
+
+    def __enter__(self) -> "RowWriter":
+        if str(self.path) != "-":
+            opened = gzip.open if self.path.suffix.lower() == ".gz" else open
+            partial = self.enter_context(written_beside(self.path))
+            self.file = self.enter_context(opened(partial, "wt", encoding="utf-8", newline=""))
+        return self
+
+    def write(self, row: dict) -> None:
+        """Write a row; in CSV and TSV the first one names the columns."""
+        if self.delimiter is None:
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            return
+        if self.columns is None:
+            self.columns = list(row)
+            self.cells.writerow(self.columns)
+        if extra := [column for column in row if column not in self.columns]:
+            raise InputError(f"{self.path}: no column {extra[0]!r:.60} in the first row but in a later one; use .jsonl")
+        values = [row.get(column, "") for column in self.columns]
+        self.cells.writerow(value if isinstance(value, str) else json.dumps(value) for value in values)
+        if self.file is sys.stdout:
+            self.file.flush()
