@@ -66,10 +66,11 @@ def early_exit(
     parts = list(asked) if isinstance(asked, MultiModel) else [asked]
     walk = [(part, k) for part in parts for k in range(len(part.exit_layers))]
 
-    lengths = attention_mask.sum(1).long()
-    labels, exits = torch.zeros_like(lengths), torch.zeros_like(lengths)
-    logits, confidence = (torch.zeros(B, *shape, device=lengths.device) for shape in ((C,), ()))
-    rows = lengths.argsort(descending=True, stable=True)  # who is still here, similar lengths together
+    labels, exits = torch.zeros_like(input_ids[:, 0]), torch.zeros_like(input_ids[:, 0])
+    logits, confidence = (torch.zeros(B, *shape, device=input_ids.device) for shape in ((C,), ()))
+    lengths = attention_mask.sum(1).long().cpu()
+    # Who is still here, similar lengths together; on the CPU, so that a GPU is waited for once per exit, not per group.
+    rows = lengths.argsort(descending=True, stable=True)
     states = None  # the hidden states of all (B, T, D), from one exit to the next; finite at padding
     for exit_number, (part, k) in enumerate(walk, start=first):
         if len(rows) == 0:
@@ -91,7 +92,7 @@ def early_exit(
             before.append((hidden, mask, cls, seen) if goes_on else None)
         exit_logits, certainty = part.heads[k](torch.cat(read))  # (rows, C), (rows,)
         sure = rule.confidence(exit_number, exit_logits, certainty, rows)  # (rows,)
-        stay = ~leaves(sure, threshold, rule.lowest)
+        stay = ~leaves(sure, threshold, rule.lowest).cpu()
         labels[rows], exits[rows] = exit_logits.argmax(-1), exit_number
         logits[rows], confidence[rows] = exit_logits.float(), sure
         if goes_on:

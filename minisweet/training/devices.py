@@ -64,7 +64,7 @@ def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
     """The type to autocast to, None for float32 alone.
 
     auto: bfloat16 on CUDA where it is supported and float16 where it is not; nothing on the CPU, where bfloat16 pays
-    only on processors with instructions for it.
+    only on processors with instructions for it. float32 is never TF32 here, which is torch's default too.
     """
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -121,12 +121,13 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
     taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])  # (P, N)
     cost_terms, metric = (evaluation["exit_layers"], record["depth"], evaluation["method"]), evaluation["metric"]
     costs = np.array([exit_costs(*cost_terms, threshold) for threshold in thresholds])  # (P, K)
-    swept = sweep(predictions, taken, labels.numpy(), thresholds, costs, metric)
+    swept = sweep(predictions, taken, labels.numpy(), costs, metric)
     counts = dict(zip(thresholds, swept["exit_counts"], strict=True))
     if [counts[threshold] for threshold in evaluation["thresholds"]] != evaluation["exit_counts"]:
         raise InputError("evaluation.json: it counts other exits than these logits give; run evaluate.py again")
     data = {
         **{key: evaluation[key] for key in ("task", "method", "exit_layers")},
+        "thresholds": thresholds,
         **swept,
         "operating_point": point,
         "model": Path(record["model"]).name,
