@@ -1,13 +1,15 @@
 """Tables and figures from records."""
 
 import math
+import sys
+import tarfile
 from operator import itemgetter
 
 import numpy as np
 import pytest
 
 from minisweet.files.safe import InputError
-from minisweet.paper import report
+from minisweet.paper import report, reproduce
 from minisweet.paper.report import (
     STUDENT_T,
     did_not_converge,
@@ -20,6 +22,7 @@ from minisweet.paper.report import (
     results_of,
     seed_means,
 )
+from tests.conftest import CHECKOUT
 
 
 def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), counts=((4, 6), (5, 5)), losses=(2.0, 1.0)) -> dict:
@@ -176,3 +179,23 @@ def test_every_method_has_a_colour_of_its_own(tmp_path, monkeypatch):
     assert [line.get_label() for line in lines] == methods
     assert len({line.get_color() for line in lines}) == len(methods)
     report.load_pyplot(tmp_path).close(figures[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("archives", "tasks", "methods", "committed"),
+    [
+        (["records"], "sst2,mrpc,qqp,qnli", "ee,mm,sweet", "results.md"),
+        (["records", "branch"], "sst2,mrpc,qqp,qnli,cola,rte", "ee,mm,sweet,branch", "branch.md"),
+    ],
+)
+def test_the_committed_records_make_the_committed_report(tmp_path, monkeypatch, archives, tasks, methods, committed):
+    results = CHECKOUT / ".github" / "results"
+    for name in archives:
+        with tarfile.open(results / f"{name}.tar.xz") as archive:
+            archive.extractall(tmp_path / "out" / "runs", filter="data")
+    arguments = ["--tasks", tasks, "--methods", methods, "--lrs", "5e-5,1e-4,2e-4,4e-4", "--seeds", "0,1,2"]
+    arguments += ["--amp", "bf16", "--data-dir", tmp_path, "--out", tmp_path / "out", "--report-only"]
+    monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, arguments)])
+    reproduce.main()
+    assert (tmp_path / "out" / "results.md").read_bytes() == (results / committed).read_bytes()
