@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     wish("--max-loss", type=number(0, 200), default=1.0, help=loss)
     wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
     option = parser.add_argument_group("live early exit").add_argument
-    option("--live", action="store_true", help="also run early exit live, and time it")
+    option("--live", action="store_true", help="also run early exit live at each threshold, and time it")
     option("--prepared", action="store_true", help="with --live: lay the weights out for the CPU first")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
     devices.add_device_options(parser)
@@ -97,7 +97,7 @@ def main() -> None:
     name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")
     print_evaluation(evaluation, record["labels"])
-    print(f"\nwritten to {run / 'evaluation.json'} and curve.png")
+    print(f"\nwritten to {run / 'evaluation.json'}, logits.safetensors and curve.png")
 
 
 def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> tuple[Validation, dict]:
@@ -202,7 +202,7 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     ((wish, value),) = point["wish"].items()
     missed = f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
     share = f"with {100 * point['speedup_ratio']:.0f}% of the layers{'' if point['reached'] else missed}"
-    print(f"operating point: threshold {point['threshold']:.3f}: {point['score']:.1f}, {loss}, {share}")
+    print(f"operating point: threshold {point['threshold']:.6g}: {point['score']:.1f}, {loss}, {share}")
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print(f"\nmean exit layer per difficulty\nthreshold{cells(means, '>16')}")
@@ -210,7 +210,8 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
             print(f"{threshold:9.3f}{cells(row, '16.2f')}")
     if "live" in evaluation:
         together = f"{evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches"
-        print(f"\nlive, {together}; latency (p50, ...) of one at a time, milliseconds")
+        prepared = " with prepared weights" if evaluation["live_prepared"] else ""
+        print(f"\nlive{prepared}, {together}; latency (p50, ...) of one at a time, milliseconds")
         print(f"{'threshold':>9}{'layer share':>13}{'wall share':>12}{'instances/s':>13}{'p50':>8}{'p90':>8}{'p99':>8}")
         for row in evaluation["live"]:
             print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")

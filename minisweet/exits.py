@@ -180,7 +180,7 @@ class MultiExitModel(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Cross exit k, which is not the last: the hidden states after its layer, and the context of the next one.
 
-        EE and SWEET differ here alone. The arguments are those of `read`, and what it returned.
+        The gradients of EE and SWEET differ by this alone. The arguments are those of `read`, and what it returned.
         """
         layer = self.encoder.layers[self.exit_layers[k] - 1]
         if self.method == "branch":  # the exit read a layer of its own; the trunk's runs on, and is not trained

@@ -47,16 +47,16 @@ def test_all_exits_say_the_same(tmp_path, model_type, method, strategy, batch):
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_live_takes_the_same_exits_in_batches_and_one_by_one(tmp_path, model_type, method, strategy):
-    model, batch = undecided_model(write_model(tmp_path, model_type), method, strategy=strategy), random_batch(2, 16)
+    model, batch = undecided_model(write_model(tmp_path, model_type), method, strategy=strategy), random_batch(2, 8)
     prepared = prepare(model, None)
     with torch.no_grad():
         logits, certainty = all_exits(model, batch)
     rule = ExitRule(2, ranges=None if certainty is None else certainty_ranges(certainty, 3))
     confidence = rule.confidences(logits, certainty)
-    for threshold in spaced_thresholds(7, rule.lowest):
+    for threshold in spaced_thresholds(4, rule.lowest):
         swept = exits_taken(confidence, threshold, rule.lowest)
         together = early_exit(prepared, *batch, threshold, rule, batch_size=5)
-        alone = [early_exit(prepared, *(tensor[[n]] for tensor in batch), threshold, rule) for n in range(16)]
+        alone = [early_exit(prepared, *(tensor[[n]] for tensor in batch), threshold, rule) for n in range(8)]
         for exits, said in (
             (together.exits, together.logits),
             (torch.cat([answer.exits for answer in alone]), torch.cat([answer.logits for answer in alone])),
@@ -64,7 +64,7 @@ def test_live_takes_the_same_exits_in_batches_and_one_by_one(tmp_path, model_typ
             first = torch.minimum(exits, swept)
             near = (confidence.gather(0, first[None])[0] - threshold).abs() < 1e-4
             assert ((exits == swept) | near).all()
-            expected = logits[exits, torch.arange(16)].softmax(-1)
+            expected = logits[exits, torch.arange(8)].softmax(-1)
             torch.testing.assert_close(said.softmax(-1), expected, atol=1e-4, rtol=0)
 
 

@@ -436,7 +436,7 @@ def test_export_refuses(make_run, run, tmp_path):
     ("model_type", "method"),
     [
         ("bert", "sweet"),
-        ("deberta", "sweet"),
+        pytest.param("deberta", "sweet", marks=pytest.mark.slow),
         pytest.param("bert", "branch", marks=pytest.mark.slow),
         pytest.param("deberta", "branch", marks=pytest.mark.slow),
         pytest.param("deberta", "ee", marks=pytest.mark.slow),

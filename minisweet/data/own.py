@@ -1,4 +1,8 @@
-"""The one door to the data of any run: a task's, or the user's own files. Rows are numbered from 0, lines from 1."""
+"""The one door to the data of any run: a task's, or the user's own files.
+
+rows.py reads the cells of a file, and `examples_of` in tasks.py their texts and labels. Rows are numbered from 0, lines
+from 1.
+"""
 
 import argparse
 import hashlib
@@ -121,7 +125,7 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
 
 
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, but one on each side."""
+    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, at least one row in each."""
     rng, labels, dev = np.random.default_rng(seed), np.asarray(labels), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))

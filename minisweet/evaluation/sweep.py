@@ -150,7 +150,7 @@ def candidates(
     confidence = rule.confidences(validation.logits, validation.certainty)[:-1].double().numpy()  # (K-1, N)
     confidence = confidence.clip(min=rule.lowest)  # at the lowest threshold all leave at the first exit
     thresholds = np.unique(confidence[confidence < 1])
-    # The first threshold above all confidences up to an exit, at which a row is still there after it; M-1 is that of 1.
+    # Of each row and exit: which is the first threshold at which the row goes on past the exit; M-1 stands for 1.
     moves = np.searchsorted(thresholds, np.maximum.accumulate(confidence), side="right")  # (K-1, N)
 
     labels, predictions = validation.labels.numpy(), validation.logits.argmax(-1).numpy()

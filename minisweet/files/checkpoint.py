@@ -2,8 +2,8 @@
 
 Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
 finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
-so that a config.json that asks for a billion layers costs nothing. Its keys that are no field of a config describe the
-file, not the model.
+so that a config.json that asks for a billion layers costs nothing. Keys of config.json that we have no field for are
+ignored: they describe the file, not the model.
 """
 
 import logging
@@ -171,11 +171,11 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
 
 
 def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> None:
-    """Raise InputError unless the first and the last module of an encoder are there: of that size it will be built."""
+    """Raise InputError unless an encoder's first and last module are there, of width D: so large it will be built."""
     for name in (f"{first}.weight", f"{last}.weight"):
         shape = tensors[name].get_shape() if name in tensors else "missing"
         if len(shape) != 2 or shape[1] != D:
-            raise InputError(f"{path}: {name} is {shape}, and config.json says hidden_size {D}, and how many layers")
+            raise InputError(f"{path}: {name} is {shape}, should be of hidden_size {D}, as config.json says")
 
 
 @contextmanager

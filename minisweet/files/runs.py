@@ -51,7 +51,8 @@ ANY = range(2**31)
 def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
-    First those that others follow from. K, C and P hold the lengths that are right; `lowest` is the lowest score.
+    First the kind, then the length of each list around it, the outermost first. K, C and P are the lengths that are
+    right, ANY for any; `lowest` is the lowest score. Values that others follow from stand first.
     """
     size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1 + K[-1])
     return {

@@ -32,6 +32,7 @@ from minisweet.training.devices import of_all, place
 
 def must_stay(record: dict) -> dict:
     """What a run.json tells that must stay the same where a training goes on: options, classes, digests of the data."""
+    # --out may be spelled otherwise, and so may --exit-layers: the layers that it comes to are compared below.
     may_change = ("out", "overwrite", "save_every", "exit_layers")
     given = {name: value for name, value in record["arguments"].items() if name not in may_change}
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
