@@ -18,6 +18,7 @@ from minisweet.files.safe import (
     lock,
     one_line,
     read_json,
+    sha256,
     write_json,
     written_beside,
 )
@@ -259,3 +260,11 @@ def test_a_word_of_no_command_line_is_refused(word, capsys):
         parser.parse_args([word])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("read", [read_json, sha256])
+def test_a_device_is_not_read_for_ever(tmp_path, read):
+    path = tmp_path / "evaluation.json"
+    path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"evaluation.json: .*no regular file"):
+        read(path)

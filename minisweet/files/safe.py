@@ -64,12 +64,19 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises InputError where the file cannot be read."""
     digest = hashlib.sha256()
     try:
+        check_regular(path)
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for a device or the like: reading it might never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a folder gives the system's own message
+        raise OSError(errno.EINVAL, "no regular file")
 
 
 def lock(path: Path) -> int | None:
@@ -153,6 +160,7 @@ def read_json(path: Path, finite: bool = False) -> dict:
     """Read a JSON object. Raises InputError where there is none; if `finite`, also for a number that is not finite."""
     numbers = dict.fromkeys(("parse_constant", "parse_float"), _finite) if finite else {}
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"), **numbers)
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
