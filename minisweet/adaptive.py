@@ -43,7 +43,7 @@ class ExitRule:
     @classmethod
     def from_evaluation(cls, evaluation: dict, num_labels: int) -> "ExitRule":
         """The rule for new text: what evaluation.json keeps for it, which was fitted on all of its rows."""
-        if "certainty_ranges" in evaluation:
+        if evaluation["exit_strategy"] == "lte":
             return cls(num_labels, ranges=torch.tensor(evaluation["certainty_ranges"]))
         if evaluation.get("calibration") == "none":  # temperatures stand there all the same, and were not used
             return cls(num_labels)

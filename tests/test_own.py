@@ -504,3 +504,10 @@ def test_a_changed_value_of_a_tokenizer_is_refused_in_one_line_or_tokenises(tmp_
 
 def test_the_default_folder_of_tasks():
     assert arguments().data_dir == own.DATA_DIR
+
+
+def test_a_key_twice_and_a_label_column_without_a_name(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"text": "a", "text": "b", "label": "x"}\n')
+    with pytest.raises(InputError, match="own.jsonl, line 1: .*a key stands there twice"):
+        list(read_rows(path))

@@ -234,14 +234,14 @@ def test_logits_are_those_of_the_evaluation(run, tmp_path):
     (copied / "evaluation.json").write_text(json.dumps(old))
     with pytest.raises(ValueError, match="logits.safetensors: .*SHA-256"):
         EarlyExitClassifier(copied, speed=0.5)
-    for logits, reason in ((saved["logits"] + 1, "SHA-256"), (saved["logits"][:2], "of shape")):
+    for logits, reason in ((saved["logits"] + 1, "SHA-256"), (saved["logits"][:2], "not the logits")):
         save_file(saved | {"logits": logits.contiguous()}, path)
-        digest = sha256(path) if reason == "of shape" else evaluation["logits_digest"]
+        digest = sha256(path) if reason != "SHA-256" else evaluation["logits_digest"]
         (copied / "evaluation.json").write_text(json.dumps(evaluation | {"logits_digest": digest}))
         with pytest.raises(ValueError, match=rf"logits.safetensors: .*{reason}"):
             EarlyExitClassifier(copied, speed=0.5)
     status, _, err = call(explain, copied, "--html", tmp_path / "page.html")
-    assert (status, "of shape" in err, err.count("\n")) == (2, True, 1)
+    assert (status, "not the logits" in err, err.count("\n")) == (2, True, 1)
     shutil.copytree(run, copied, dirs_exist_ok=True)
     EarlyExitClassifier(copied, speed=0.5)
 
@@ -499,3 +499,38 @@ def test_tokenize_takes_texts_and_pairs(run):
     examples = EarlyExitClassifier(run, 0.9).tokenize(["the film", ("the", "film")])
     assert isinstance(examples, TokenizedExamples)
     assert (examples.lengths - examples.first_lengths).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("argument", [{"threshold": 10**5000}, {"max_loss": -(10**5000)}, {"amp": np.array([1, 2])}])
+def test_arguments_that_cannot_be_written_out_or_compared(run, argument):
+    with pytest.raises(InputError, match=f"{next(iter(argument))}: .*, should be"):
+        EarlyExitClassifier(run, **argument)
+
+
+def test_a_name_that_is_too_long_and_items_of_thousands_of_digits(run):
+    with pytest.raises(InputError, match="no run here"):
+        EarlyExitClassifier("x" * 5000)
+    with pytest.raises(InputError, match="item 0: a number of thousands of digits, should be a text"):
+        EarlyExitClassifier(run)([10**5000])
+
+
+FORGED = {
+    "NaN": lambda tensors: {**tensors, "logits": tensors["logits"] * float("nan")},
+    "no labels": lambda tensors: {"logits": tensors["logits"]},
+    "labels beyond the classes": lambda tensors: {**tensors, "labels": tensors["labels"] + 9},
+    "few labels": lambda tensors: {**tensors, "labels": tensors["labels"][:5].clone()},
+    "whole numbers": lambda tensors: {**tensors, "logits": tensors["logits"].long()},
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_logits_that_no_evaluation_wrote_are_refused_whatever_their_digest(run, tmp_path, what):
+    copied = shutil.copytree(run, tmp_path / "run")
+    path = copied / "logits.safetensors"
+    save_file(FORGED[what](load_file(path)), path)
+    evaluation = json.loads((copied / "evaluation.json").read_text())
+    (copied / "evaluation.json").write_text(json.dumps(evaluation | {"logits_digest": sha256(path)}))
+    with pytest.raises(InputError, match=r"logits.safetensors: not the logits and labels of 1000 rows at 3 exits"):
+        EarlyExitClassifier(copied, max_loss=1.0)
+    status, _, err = call(explain, copied, "--html", tmp_path / "page.html")
+    assert (status, err.count("\n")) == (2, 1)

@@ -7,6 +7,7 @@ from 1.
 import argparse
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
     if args.data is None:
         labels, metric = labels or TASKS[name].labels, TASKS[name].metric
         train = load_examples(name, "train", args.data_dir, labels, need_labels)
-        record = {"task": name, "data_dir": str(args.data_dir.resolve())}
+        record = {"task": name, "data_dir": os.path.realpath(args.data_dir)}
     else:
         columns, column = _columns(args.data, args.text_columns, args.label_column, need_labels)
         train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
@@ -84,8 +85,8 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
             train = train.take(rows)._replace(empty=train.empty)
         else:
             columns, column = _columns(args.dev_data, columns, column, need_labels=False)
-        record = {"task": name, "data": str(args.data.resolve()), "text_columns": columns, "label_column": column}
-        record |= {"dev_data": args.dev_data and str(args.dev_data.resolve()), "dev_rows": dev_rows}
+        record = {"task": name, "data": os.path.realpath(args.data), "text_columns": columns, "label_column": column}
+        record |= {"dev_data": args.dev_data and os.path.realpath(args.dev_data), "dev_rows": dev_rows}
     record["labels"] = list(labels)
     dev = load_dev(record)
     record |= {"dev_digest": digest(dev), "metric": metric if dev.labels else "agreement"}
@@ -150,7 +151,7 @@ def _columns(path: Path, text: Names, label: str | None, need_labels: bool) -> t
     """The columns of the text and of the labels: named, or the usual; labels that are not needed may have none."""
     usual = [["label"]] if need_labels else [["label"], []]
     columns = find_columns("--text-columns", path, text, TEXT_COLUMNS)
-    column = next(iter(find_columns("--label-column", path, label and [label], usual)), None)
+    column = next(iter(find_columns("--label-column", path, None if label is None else [label], usual)), None)
     if column in columns:
         raise InputError(f"--text-columns: {some(columns)}, should not be the label column, {column!r:.60}")
     return columns, column

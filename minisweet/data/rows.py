@@ -74,7 +74,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         if text.isspace():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_object)
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be
             if not row or not isinstance(row, dict):
                 raise ValueError(f"{text.strip()!r:.60} has no columns")
@@ -94,6 +94,13 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: no row of cells ({error}); are its quotes right?") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. Raises ValueError where a key stands in it twice."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return row
 
 
 def _delimiter(path: Path) -> str | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -101,10 +102,23 @@ def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation
     """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for another file."""
     if sha256(path) != evaluation.get("logits_digest"):  # an old evaluation has none
         raise InputError(f"{path}: not of this evaluation.json, its SHA-256 is not logits_digest; evaluate it again")
-    tensors, shape = load_file(path), (len(evaluation["exit_layers"]), evaluation["examples"], num_labels)
-    if tensors["logits"].shape != shape:
-        raise InputError(f"{path}: logits of shape {tuple(tensors['logits'].shape)}, not {shape}; evaluate it again")
-    return Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
+    K, N = len(evaluation["exit_layers"]), evaluation["examples"]
+    try:
+        tensors = load_file(path)
+        validation = Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
+        logits, certainty, labels = validation
+        right = logits.shape == (K, N, num_labels) and logits.is_floating_point() and logits.isfinite().all()
+        right = right and labels.shape == (N,) and labels.dtype == torch.int64 and 0 <= labels.min()
+        right = right and labels.max() < num_labels
+        if evaluation["exit_strategy"] == "lte":
+            right = (
+                right and certainty.shape[1:] == (N,) and len(certainty) in (K - 1, K) and certainty.isfinite().all()
+            )
+    except (SafetensorError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise InputError(f"{path}: not the logits and labels of {N} rows at {K} exits; evaluate it again")
+    return validation
 
 
 def operating_point(validation: Validation, metric: str, calibration: str, of_model: tuple, wish: dict) -> dict:

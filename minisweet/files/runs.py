@@ -32,7 +32,7 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel
 from minisweet.files import checkpoint, safe
 from minisweet.files.checkpoint import OURS, WEIGHTS, read_config
 from minisweet.files.config import Config
-from minisweet.files.safe import InputError, is_text, listed, read_json, sha256, write_json, written_beside
+from minisweet.files.safe import InputError, as_written, is_text, listed, read_json, sha256, write_json, written_beside
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
@@ -214,6 +214,12 @@ def read_record(run: Path) -> dict:
     the runs of older versions. `labels` are the task's where the run does not tell them, and `num_labels` is added.
     """
     path = run / "run.json"
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # the name is too long, or a link to itself
+        raise InputError(f"{as_written(str(run))}: no run here ({error.strerror})") from None
     if not path.is_file():
         safe.clear_leftovers(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
     if not path.is_file():
@@ -232,6 +238,8 @@ def read_record(run: Path) -> dict:
     labels = record.get("labels", list(task.labels) if task else [])
     if not 1 < len(labels) == len(set(labels)):
         raise InputError(f"{path}: labels is {labels!r:.100}, and must be two or more that differ")
+    if task is None and "metric" not in record:
+        raise InputError(f"{path}: has no metric, and its task is {record.get('task')!r:.100}, none of GLUE's")
     return record | {"labels": labels, "num_labels": len(labels)}
 
 

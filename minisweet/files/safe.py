@@ -40,6 +40,14 @@ def one_line(text: object, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def as_written(value: object) -> str:
+    """The start of a value as Python writes it, for a message."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def listed(problems: Sequence[str]) -> str:
     """The problems in a row, each cut to 120 characters; of more than five, how many there are and the first five."""
     count = f"{len(problems)} problems, among them " if len(problems) > 5 else ""

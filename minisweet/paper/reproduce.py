@@ -237,11 +237,12 @@ def run_all(grid: Grid) -> list[str]:
 def check_output(args: argparse.Namespace) -> None:
     """Raise InputError where --out holds other results, or a file that a report would replace and did not write."""
     path = args.out / "results.json"
-    there = read_json(path) if os.path.lexists(path) else {}
+    there = read_json(path) if os.path.lexists(path) else {"files": []}
+    if not isinstance(ours := there.get("files"), list):
+        raise InputError(f"--out: {path} is not of this command; move it away")
     for key in ("model", "exit_strategy"):
-        if there and there.get(key) != getattr(args, key):
+        if ours and there.get(key) != getattr(args, key):
             raise InputError(f"--out: {args.out} holds results of {key} {there.get(key)}; name another folder")
-    ours = there.get("files") if isinstance(there.get("files"), list) else []
     for path in (args.out / name for name in FILES):
         if os.path.lexists(path) and (path.name not in ours or path.is_dir()):
             raise InputError(f"--out: {path} is not of this command (results.json does not name it); move it away")

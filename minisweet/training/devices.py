@@ -52,7 +52,7 @@ def choose_device(name: str) -> torch.device:
         if name != "cuda":
             raise InputError(f"--device: {name!r} under torchrun, where each process takes a GPU of its own: cuda")
         name = f"cuda:{place().local_rank}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
         raise InputError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N")
     kind, _, number = name.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():

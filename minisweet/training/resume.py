@@ -12,6 +12,7 @@ The number of steps says where in the data a training stands, since the seed alo
 import argparse
 import hashlib
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -111,15 +112,18 @@ class Checkpoints:
             if sha256(path) != path.name.split(".")[-2]:
                 tell(f"{path}: broken, its SHA-256 is not that in its name; going on from what is before it")
                 continue
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            with torch.no_grad():
-                for parameter, saved in zip(parameters, content["parameters"], strict=True):
-                    parameter.copy_(saved)
-            for other, saved in zip(others, content["others"], strict=False):  # a stage that is over has none
-                other.load_state_dict(saved)
-            for generator, saved in zip(generators(parameters), content["random"][place().rank], strict=True):
-                generator.set_state(saved)
-            losses, self.before = content["losses"].tolist(), content["seconds"]
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                with torch.no_grad():
+                    for parameter, saved in zip(parameters, content["parameters"], strict=True):
+                        parameter.copy_(saved)
+                for other, saved in zip(others, content["others"], strict=False):  # a stage that is over has none
+                    other.load_state_dict(saved)
+                for generator, saved in zip(generators(parameters), content["random"][place().rank], strict=True):
+                    generator.set_state(saved)
+                losses, self.before = content["losses"].tolist(), content["seconds"]
+            except (pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError):
+                raise InputError(f"{path}: no checkpoint of this training; leave --resume out to start anew") from None
             self.kept.append(path)
             break
         if len(set(of_all(len(losses)))) > 1:

@@ -20,7 +20,7 @@ from minisweet.evaluation.sweep import candidates, choose, load_validation
 from minisweet.evaluation.timing import GATHERED
 from minisweet.files.commands import Parser, number, whole_number
 from minisweet.files.runs import load_run, read_evaluation
-from minisweet.files.safe import InputError, is_text
+from minisweet.files.safe import InputError, as_written, is_text
 from minisweet.live import Answers, early_exit
 from minisweet.training.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
 from minisweet.use.prepared import prepare
@@ -75,12 +75,12 @@ class EarlyExitClassifier:
             ("max_loss", max_loss, "a number, 0 or more", max_loss is None or (is_number(max_loss) and max_loss >= 0)),
             ("speed", speed, "a number above 0, to 1", speed is None or (is_number(speed) and 0 < speed <= 1)),
             ("device", device, "auto, cpu, cuda or cuda:N", isinstance(device, str)),
-            ("amp", amp, f"one of {', '.join(AMP_CHOICES)}", amp in AMP_CHOICES),
+            ("amp", amp, f"one of {', '.join(AMP_CHOICES)}", isinstance(amp, str) and amp in AMP_CHOICES),
             ("batch_size", batch_size, "a whole number, 1 or more", type(batch_size) is int and batch_size > 0),
             ("prepared", prepared, "True or False", isinstance(prepared, bool)),
         ):
             if not fits:
-                raise InputError(f"{name}: {value!r:.80}, should be {right}")
+                raise InputError(f"{name}: {as_written(value)}, should be {right}")
         run = Path(run)
         if sum(value is not None for value in (threshold, max_loss, speed)) > 1:
             raise InputError("threshold, max_loss, speed: more than one is given, and each chooses the threshold")
@@ -102,7 +102,7 @@ class EarlyExitClassifier:
             threshold = self._operating_point(run, max_loss, speed)
         if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
-            raise InputError(f"threshold: {threshold!r:.80}, should be {right}")
+            raise InputError(f"threshold: {as_written(threshold)}, should be {right}")
         self.threshold = float(threshold)
         self.model, self.exit_layers = model.to(self.device), model.exit_layers
         if prepared:
@@ -183,7 +183,9 @@ def is_number(value: object) -> bool:
 def check_texts(texts: Iterable) -> list[str | Sequence[str]]:
     """The texts and pairs, in a list. Raises InputError for another thing, with its index from 0."""
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
-        raise InputError(f"texts: {texts!r:.80}, should be a list of texts or pairs; for one text: classify([text])")
+        raise InputError(
+            f"texts: {as_written(texts)}, should be a list of texts or pairs; for one text: classify([text])"
+        )
     checked = list(texts)
     for i, text in enumerate(checked):
         try:
@@ -191,5 +193,5 @@ def check_texts(texts: Iterable) -> list[str | Sequence[str]]:
                 str.encode(part)
         except (TypeError, UnicodeEncodeError):  # no string, or one with half a character
             right = "a text or a pair of texts, without lone surrogates"
-            raise InputError(f"item {i}: {text!r:.80}, should be {right}") from None
+            raise InputError(f"item {i}: {as_written(text)}, should be {right}") from None
     return checked

@@ -9,6 +9,7 @@ the input has such a column, ours is `predicted_<name>`. An empty text is predic
 line is a text; of a run that was trained on pairs, two texts with a tab between them.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -43,7 +44,7 @@ def main() -> None:
     if args.text_columns and (is_lines or len(args.text_columns) > 2):
         right = "left out: lines of standard input have no columns" if is_lines else "one or two"
         raise InputError(f"--text-columns: {','.join(args.text_columns)}, should be {right}")
-    if not to_screen and (args.out.is_dir() or args.out.resolve() == args.file.resolve()):
+    if not to_screen and (args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(args.file)):
         raise InputError(f"--out: {args.out} is a folder, or the input; name another file")
     writer = RowWriter(args.out)
     classify = classifier_of(args)
@@ -55,6 +56,9 @@ def main() -> None:
     else:
         usual, names, total = (trained, *TEXT_COLUMNS) if trained else TEXT_COLUMNS, set(), 0
         columns = find_columns("--text-columns", args.file, args.text_columns, usual)
+        if trained and len(columns) != len(trained):
+            of_training = "a pair of texts" if len(trained) == 2 else "one text"
+            raise InputError(f"--text-columns: {','.join(columns)}, should be {of_training}, as in training")
         for line, row in read_rows(args.file):  # a broken row is found before hours of work
             for column in columns:
                 cell(args.file, line, row, column)
@@ -117,7 +121,7 @@ def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
 def row_of(line: bytes, number: int, columns: Sequence[str]) -> dict:
     """A line of standard input, counted from 1, as a row. Raises InputError."""
     text = decoded(line, number, "standard input").removesuffix("\r")
-    parts = text.split("\t", len(columns) - 1)
-    if len(parts) < len(columns):
-        raise InputError(f"standard input, line {number}: {text!r:.60}, should be two texts with a tab between")
+    parts = text.split("\t") if len(columns) == 2 else [text]
+    if len(parts) != len(columns):
+        raise InputError(f"standard input, line {number}: {text!r:.60}, should be two texts with one tab between")
     return dict(zip(columns, parts, strict=True))
