@@ -95,7 +95,7 @@ def one_at_a_time(model, batch, threshold, ranges=None):
     return decisions
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     model_type=st.sampled_from(["bert", "deberta"]),
     method=st.sampled_from(METHODS),

@@ -128,7 +128,7 @@ def test_one_example_is_enough(command, tmp_path, method):
     assert (len(record["subset"]), np.shape(record["losses"])) == (1, (3, 3))
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_mixed_precision_trains_close_to_float32(command, tmp_path, model_type, amp):
     model = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     losses = {}

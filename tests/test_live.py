@@ -18,7 +18,7 @@ from minisweet.live import Answers, early_exit, full_depth
 from tests.conftest import all_exits, random_batch, undecided_model, write_model
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     model_type=st.sampled_from(["bert", "deberta"]),
     method=st.sampled_from(METHODS),

@@ -432,15 +432,10 @@ def test_export_refuses(make_run, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "method"),
-    [
-        ("bert", "sweet"),
-        pytest.param("deberta", "sweet", marks=pytest.mark.slow),
-        pytest.param("bert", "branch", marks=pytest.mark.slow),
-        pytest.param("deberta", "branch", marks=pytest.mark.slow),
-        pytest.param("deberta", "ee", marks=pytest.mark.slow),
-    ],
+    [("bert", "sweet"), ("deberta", "sweet"), ("bert", "branch"), ("deberta", "branch"), ("deberta", "ee")],
 )
 def test_torch_export_with_dynamic_shapes(model_type, method):
     """One program for all batches and lengths, from two tokens to all positions."""
