@@ -110,7 +110,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     with devices.in_turn():
-        dev = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, args.data, args.data_dir)
+        dev = load_dev(record, args.data, args.data_dir)
     max_length = record["arguments"]["max_length"]
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
 
@@ -156,8 +156,8 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         evaluation["mean_exit_layers"] = {level: layers[:, of_row == level].mean(1).tolist() for level in LEVELS}
     if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
+        live_model = prepare(model, precision) if args.prepared else model
         with devices.autocast(device, precision):
-            live_model = prepare(model, precision) if args.prepared else model
             live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))

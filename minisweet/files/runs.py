@@ -215,14 +215,12 @@ def read_record(run: Path) -> dict:
     """
     path = run / "run.json"
     try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # the name is too long, or a link to itself
+        if not path.is_file():
+            safe.clear_leftovers(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
+        is_there = path.is_file()
+    except OSError as error:  # the name is too long
         raise InputError(f"{as_written(str(run))}: no run here ({error.strerror})") from None
-    if not path.is_file():
-        safe.clear_leftovers(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
-    if not path.is_file():
+    if not is_there:
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
     said = {SHOWN[key]: value for key, value in check_arguments(path, content, "max_length").items() if key in SHOWN}

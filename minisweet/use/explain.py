@@ -96,7 +96,7 @@ def write_html(run: Path, page: Path, data: Path | None, data_dir: Path | None) 
     if evaluation is None or not path.exists():
         raise InputError(f"{run}: has no evaluation.json or no logits.safetensors; first: evaluate.py {run}")
     validation = load_validation(path, evaluation, record["num_labels"])
-    rows = load_dev({"data_dir": record["arguments"].get("data_dir")} | record, data, data_dir)
+    rows = load_dev(record, data, data_dir)
     if len(rows.first) != len(validation.labels):
         raise InputError(f"{path}: of {len(validation.labels)} rows, and the validation data has {len(rows.first)}")
     write_page(page, evaluation, record, rows, validation)
