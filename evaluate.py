@@ -64,8 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
-    if args.prepared and not args.live:
-        raise InputError("--prepared: needs --live")
+    parser.need(args, args.live, "--live", "prepared", "live_batch_size")
+    idle = vars(args).keys() - {"runs", "plot"}
+    parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
     args.runs = args.runs or [newest_run()]
     return args
 

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.data.own import add_data_options, data_name, digest, drawn_rows, load_data
+from minisweet.data.own import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, METHODS, build_alone, exit_loss, grow_branches
@@ -183,12 +183,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.set_defaults(model=None)  # tells whether it is given
     args = parser.parse_args()
     args.method = args.method or ("branch" if args.trunk else "sweet")
-    if args.method != "branch" and (args.trunk or args.targets != "labels"):
-        raise InputError(f"--trunk, --targets: of --method branch, not {args.method}")
-    if args.trunk and args.model:
+    parser.need(args, args.method == "branch", "--method branch", "trunk", "targets", "branch_lr_factor")
+    parser.need(args, args.data, "--data", *OF_OWN_DATA)
+    parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
+    if args.trunk and args.model is not None:
         raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
     args.task = data_name(args)
-    args.model = str(args.trunk or args.model or "minilm-l6")
+    args.model = str(args.trunk or ("minilm-l6" if args.model is None else args.model))
     told = read_record(args.trunk) if args.trunk and (args.trunk / "run.json").exists() else {}
     args.lr = args.lr or told.get("learning_rate") or options.default_learning_rate(args.model, args.task, args.method)
     args.out = args.out or Path("runs") / run_name(vars(args))

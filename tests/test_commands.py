@@ -180,8 +180,14 @@ BAD = {
     ("--amp", "int8"): "--amp",
     ("--trainsize", "5"): "unrecognized arguments",
     ("--gradient-flow", "0.5"): "unrecognized arguments",  # of an earlier version
-    ("--targets", "trunk"): "--trunk, --targets: of --method branch, not sweet",
-    ("--method", "ee", "--trunk", "tiny"): "--trunk, --targets: of --method branch, not ee",
+    ("--targets", "trunk"): "--targets: trunk needs --method branch",
+    ("--method", "ee", "--trunk", "tiny"): "--trunk: tiny needs --method branch",
+    ("--branch-lr-factor", "3"): "--branch-lr-factor: 3.0 needs --method branch",
+    **{(option, "a"): f"{option}: a needs --data" for option in ("--dev-data", "--label-column")},
+    **{(option, "a,b"): f"{option}: a,b needs --data" for option in ("--text-columns", "--labels")},
+    ("--dev-size", "0.5"): "--dev-size: 0.5 needs --data",
+    ("--data", "a.csv", "--dev-data", "b.csv", "--dev-seed", "1"): "--dev-seed: 1 needs rows of --data, and --dev-data",
+    ("--model", ""): "model '': neither a folder",
     ("--trunk", "tiny"): "tiny",
     ("--branch-lr-factor", "0"): "--branch-lr-factor: '0' is not a positive number",
 }
@@ -374,6 +380,17 @@ def test_a_picture_replaces_no_file_of_another_kind(command, tmp_path):
         status, _, err = command(module, "run", option, path)
         assert (status, err.count("\n"), option in err) == (2, 1, True)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    for module, given, idle in (
+        (evaluate, ("run", "--plot", "new.png", "--calibration", "none"), "--calibration: none needs an evaluation"),
+        (evaluate, ("run", "--plot", "new.png", "--live"), "--live: needs an evaluation"),
+        (evaluate, ("run", "--live-batch-size", 3), "--live-batch-size: 3 needs --live"),
+        (explain, ("run", "a text", "--data", "dev.csv"), "--data: dev.csv needs --html"),
+        (explain, ("run", "--html", "new.html", "--threshold", 0.7), "--threshold: 0.7 needs TEXT"),
+        (explain, ("run", "--html", "new.html", "--prepared"), "--prepared: needs TEXT"),
+    ):
+        status, _, err = command(module, *given)
+        assert (status, err.count("\n"), idle in err) == (2, 1, True), err
+    assert not list(tmp_path.glob("new.*"))
     status, _, err = command(train, "--trunk", "run", "--model", model)
     assert (status, "--model: " in err) == (2, True)
     status, _, err = command(train, *quick(model), "--out", "n" * 240)

@@ -183,7 +183,6 @@ def test_data_and_options_that_changed_are_refused_with_both_values(command, is_
         ("batch-size", 4, 8),
         ("train-size", 19, 20),
         ("seed", 7, 0),
-        ("dev-seed", 7, 0),
         ("method", "ee", "sweet"),
     ):
         value = ",".join(map(str, now)) if isinstance(now, list) else str(now)

@@ -23,6 +23,7 @@ from minisweet.files.hub import home
 from minisweet.files.safe import InputError
 
 DATA_DIR = home() / "data"
+OF_OWN_DATA = ("dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")  # options
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
 
 
@@ -63,9 +64,6 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
     dev alone, and own data may lack the label column.
     Raises InputError for a file or a row that is wrong (with the line), and for options that do not go together.
     """
-    for option in ("dev_data", "text_columns", "label_column", "labels"):
-        if args.data is None and getattr(args, option) is not None:
-            raise InputError(f"--{option.replace('_', '-')}: needs --data")
     labels, name, metric = _class_order(args, labels), data_name(args), "accuracy"
     if args.data is None:
         labels, metric = labels or TASKS[name].labels, TASKS[name].metric

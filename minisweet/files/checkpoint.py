@@ -7,6 +7,7 @@ ignored: they describe the file, not the model.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -247,7 +248,10 @@ def convert(path: Path) -> None:
     """Write the state dict in `path`, a pytorch_model.bin, to model.safetensors beside it. Raises InputError."""
     room, tensors = 2 * path.stat().st_size + 2**20, {}  # bytes: two names may share one tensor
     try:
-        for name, value in torch.load(path, weights_only=True, map_location="cpu").items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another protocol of pickle
+            content = torch.load(path, weights_only=True, map_location="cpu")
+        for name, value in content.items():
             plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
             if not isinstance(name, str) or not plain or value.is_nested or value.is_quantized:
                 raise TypeError(f"{name!r:.80} is no name with a plain tensor (sparse, quantised, nested, empty)")

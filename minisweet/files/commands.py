@@ -1,6 +1,7 @@
 """What every command shares: options that are checked, and errors of one line."""
 
 import argparse
+import errno
 import math
 import os
 import signal
@@ -25,6 +26,13 @@ class Parser(argparse.ArgumentParser):
             if not is_text(word):
                 self.error(f"{word!r}: holds a character that no path and no name can have")
         return super().parse_known_args(args, namespace)
+
+    def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
+        """Raise InputError where an option of these names is given, and would do nothing since `what` is not met."""
+        for name in () if is_met else names:
+            if (value := getattr(args, name)) != self.get_default(name):
+                text = ",".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)
+                raise InputError(f"--{name.replace('_', '-')}: {text[:60]}{' ' * bool(text)}needs {what}")
 
     def error(self, message: str) -> NoReturn:
         """Print the message as one line and exit with status 2."""
@@ -101,6 +109,8 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         message, status = "", 141
     except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            error = f"standard output: cannot be written ({error.strerror})"  # every other file is named
         message, status = one_line(f"{Path(sys.argv[0]).name}: error: {error}") + "\n", 2
     try:
         sys.stderr.write(message)

@@ -24,9 +24,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
-from minisweet.data.own import DATA_DIR, digest
+from minisweet.data.own import DATA_DIR, digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
@@ -106,9 +104,8 @@ class Grid:
             if told is None:
                 continue  # a run from before there were digests
             if there and rows not in self.rows and not self.args.report_only:
-                data, drawn = self.load(run.task, split, self.args.data_dir), None
-                if split == "train":  # as train.py draws them
-                    drawn = np.sort(np.random.default_rng(run.seed).permutation(len(data.first))[: run.train_size])
+                data = self.load(run.task, split, self.args.data_dir)
+                drawn = drawn_rows(data, *drawn_by) if drawn_by else None
                 self.rows[rows] = (digest(data, drawn), self.args.data_dir)
             known, where = self.rows.setdefault(rows, (told, self.folder(run)))
             if known != told:

@@ -47,6 +47,9 @@ def main() -> None:
     option("--data-dir", type=Path, help="of --html: where the GLUE tasks' folders lie, if they moved")
     add_classifier_options(parser)
     args = parser.parse_args()
+    parser.need(args, args.html, "--html", "data", "data_dir")
+    chosen = ("threshold", "speed", "max_loss", "batch_size", "prepared", "device", "amp")
+    parser.need(args, args.text, "TEXT, and the page takes what evaluate.py saved", *chosen)
     if len(args.text) > 2 or not (args.text or args.html):
         raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")
     if args.text:
