@@ -47,7 +47,7 @@ METHODS = ("sweet", "ee", "mm", "branch")
 EXIT_STRATEGIES = ("confidence", "lte")
 
 
-stop_gradient = torch.no_grad  # what is computed within passes no gradient back
+stop_gradient = torch.no_grad  # what is computed within passes no gradient back, and keeps no activations for one
 
 
 class ExitHead(nn.Module):
@@ -125,7 +125,7 @@ class MultiExitModel(nn.Module):
     ) -> None:
         super().__init__()
         check_exit_layers(exit_layers, len(encoder.layers))
-        if method not in ("sweet", "ee", "branch"):
+        if method not in METHODS or method == "mm":  # of which `MultiModel` is the model
             raise ValueError(f"method is {method!r}, and must be 'sweet', 'ee' or 'branch'")
         if exit_strategy not in EXIT_STRATEGIES:
             raise ValueError(f"exit_strategy is {exit_strategy!r}, and must be one of {', '.join(EXIT_STRATEGIES)}")
@@ -165,7 +165,8 @@ class MultiExitModel(nn.Module):
         """Run exit k's layer for [CLS] alone, which is all that the exit reads.
 
         `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder; k counts from 0. Returns
-        the hidden states of [CLS] after the layer (B, 1, D), and what its attention saw, for `go_on`.
+        the hidden states of [CLS] after the layer (B, 1, D), and for `go_on` what `look` gave of it: keys, values, and
+        the queries of all tokens, or of [CLS] alone (CLS) where the hidden states of the others go no further here.
         """
         if self.has_branch(k):
             seen = self.branches[k].look(hidden, context, CLS)
@@ -188,7 +189,7 @@ class MultiExitModel(nn.Module):
                 return layer(hidden, context), context
         if self.method == "ee":  # all later losses flow back through here
             return layer.finish(hidden, seen, cls), context
-        with stop_gradient():  # SWEET: none does
+        with stop_gradient():  # SWEET: no later loss does, neither through the hidden states nor through the context
             hidden = layer.finish(hidden, seen, cls)
         return hidden, tuple(tensor.detach() for tensor in context)
 

@@ -33,8 +33,13 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, mod
         "on-one": ["--trunk", "one", "--exit-strategy", strategy],
         "on-branch": ["--trunk", "branch", "--exit-strategy", strategy],
     }.items():
+        if out == "on-mm":  # a training was killed while it replaced the trunk
+            killed = tmp_path / ".mm.0123456789abcdef.partial"
+            killed.mkdir()
+            (tmp_path / "mm").rename(killed / "old")
         status, _, err = command(train, *short(*arguments, "--out", out))
         assert status == 0, err
+    assert not killed.exists()
     weights = {path.parent.name: load_file(path) for path in tmp_path.glob("*/model.safetensors")}
     ours, mm = weights["branch"], weights["mm"]
     trunk = {name for name in ours if name.startswith(("encoder.", "heads.2."))}

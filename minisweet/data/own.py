@@ -76,7 +76,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
             _check_classes(args, train, found, is_named=labels is not None)
         labels, dev_rows = labels or found, None
         if args.dev_data is None:
-            classes = train.labels or [0] * len(train.first)
+            classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
             rows, dev_rows = (part.tolist() for part in stratified_split(classes, args.dev_size, args.dev_seed))
             if not dev_rows:
                 raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more")
@@ -133,7 +133,11 @@ def stratified_split(labels: Sequence[int], dev_size: float, seed: int) -> tuple
 
 
 def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:
-    """The numbers, sorted, of `size` rows drawn by the seed; of all rows where that is None or too many."""
+    """The numbers, sorted, of `size` rows; of all rows where that is None or too many.
+
+    They depend on the seed alone, so that all methods train on the same ones, and a smaller size draws some of a larger
+    one's.
+    """
     return np.sort(np.random.default_rng(seed).permutation(len(examples.first))[:size])
 
 

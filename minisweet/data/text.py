@@ -99,8 +99,11 @@ class Batch(NamedTuple):
         return self.input_ids, self.attention_mask, self.token_type_ids
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
-        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+        """The same batch on `device`; to a GPU it goes from pinned memory, and nobody waits for it."""
+        tensors = self
+        if torch.device(device).type == "cuda":
+            tensors = (None if tensor is None else tensor.pin_memory() for tensor in self)
+        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 class TokenizedExamples:

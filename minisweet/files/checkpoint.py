@@ -1,9 +1,9 @@
 """Public weights into our encoders: strictly, through an explicit map of names.
 
-Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected, not
-finite or of another shape is listed and stops the load. Sizes are compared with the tensors before anything is built,
-so that a config.json that asks for a billion layers costs nothing. Keys of config.json that we have no field for are
-ignored: they describe the file, not the model.
+Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected or of
+another shape is listed and stops the load, and so is then what is loaded and not finite. Sizes are compared with the
+tensors before anything is built, so that a config.json that asks for a billion layers costs nothing. Keys of
+config.json that we have no field for are ignored: they describe the file, not the model.
 """
 
 import logging
@@ -212,7 +212,8 @@ def open_weights(folder: Path) -> Iterator[dict]:
 def filled(
     path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Names, others: dict, dropped: tuple = ()
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """What `make` makes, filled with tensors in float32, and `others`. Raises InputError for all that is wrong.
+    """What `make` makes, filled with tensors in float32, and `others`. Raises InputError with all wrong names and
+    shapes, or else with all tensors that are not finite.
 
     `tensors` are slices from `open_weights`, `names` the parameters' names there where they are not the same. `others`
     are names and shapes of tensors that are wanted too, and `dropped` is what the names of the rest begin with.

@@ -51,8 +51,10 @@ ANY = range(2**31)
 def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
-    First the kind, then the length of each list around it, the outermost first. K, C and P are the lengths that are
-    right, ANY for any; `lowest` is the lowest score. Values that others follow from stand first.
+    First the kind, then the length of each list around it, the outermost first: `"exit_counts": (ANY, P, K)` is a list
+    of P lists of K whole numbers, and `"ece nll": (number, dict, K)` of two keys, each an object of lists of K numbers.
+    K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest` is the lowest score. Values that
+    others follow from stand first.
     """
     size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1 + K[-1])
     return {
@@ -207,6 +209,16 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
         write_json(folder / "run.json", record | {"digests": digests})
 
 
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is a run. One that a killed training was replacing is put back first."""
+    try:
+        if not (folder / "run.json").is_file():
+            safe.clear_leftovers(Path(os.path.realpath(folder)))
+        return (folder / "run.json").is_file()
+    except OSError as error:  # the name is too long
+        raise InputError(f"{as_written(str(folder))}: no run here ({error.strerror})") from None
+
+
 def read_record(run: Path) -> dict:
     """Read a run's run.json. Raises InputError for a folder that is no run, or a broken one.
 
@@ -214,13 +226,7 @@ def read_record(run: Path) -> dict:
     the runs of older versions. `labels` are the task's where the run does not tell them, and `num_labels` is added.
     """
     path = run / "run.json"
-    try:
-        if not path.is_file():
-            safe.clear_leftovers(Path(os.path.realpath(run)))  # a training that was killed while it replaced this run
-        is_there = path.is_file()
-    except OSError as error:  # the name is too long
-        raise InputError(f"{as_written(str(run))}: no run here ({error.strerror})") from None
-    if not is_there:
+    if not is_run(run):
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
     said = {SHOWN[key]: value for key, value in check_arguments(path, content, "max_length").items() if key in SHOWN}
@@ -346,7 +352,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
     `folder` is a run of one exit, of MM (its last model) or of branches (its trunk), or a classifier in the Hugging
     Face layout, whose record holds its `labels` alone. Raises InputError as `load_run` and `load_classifier` do.
     """
-    if (folder / "run.json").exists():
+    if is_run(folder):
         model, record = load_run(folder)
         model = model[-1] if record["method"] == "mm" else model
         if len(model.heads) > 1 and record["method"] != "branch":

@@ -148,7 +148,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     finally:
         if held is not None:
             os.close(held)
-            clear_leftovers(target)
+            clear_leftovers(target)  # as of a dead writer: after an error what stood at `target` goes back
 
 
 def write_json(path: Path, content: dict) -> None:
