@@ -47,6 +47,8 @@ def make_record(method: str = "sweet", **changes) -> dict:
     return record | {"finished": "now", "subset": [0, 2], "losses": [[0.7, 0.6], [0.5, 0.4]]} | changes
 
 
+DEEP = json.loads('{"a":' * 450 + '"b"' + "}" * 450)
+
 EVALUATION = {
     "task": "toy",
     "method": "sweet",
@@ -236,6 +238,7 @@ def test_an_edited_record_is_refused(tmp_path, changes, reason):
         {"temperatures": [0, 1]},
         {"ece": {"before": [0.1, "0.2"]}},
         {"live": [{"latency_ms": {"p50": -1}}] * 3},
+        {"ece": DEEP},
     ],
 )
 def test_an_edited_evaluation_is_refused(tmp_path, changes):
@@ -422,6 +425,7 @@ def put(content: dict, path: tuple, value) -> dict:
 DELETE = object()
 HOSTILE = [DELETE, None, True, -1, 0, 1, 2, 0.3, 7, 2**31, 10**30, 10**400, 1e300, math.nan, -math.inf, "", "x", "bert"]
 HOSTILE += ["a\0", "\ud800", "a\nb", "x" * 5000, [], {}, [1], [[1]], {"a": math.nan}, ["a"] * 1000, "sweet", "ee", "mm"]
+HOSTILE += [DEEP]
 SHAPES_LOGITS = {"layer_norm_eps", "num_attention_heads"}
 
 

@@ -505,7 +505,7 @@ def test_arguments_that_cannot_be_written_out_or_compared(run, argument):
 def test_a_name_that_is_too_long_and_items_of_thousands_of_digits(run):
     with pytest.raises(InputError, match="no run here"):
         EarlyExitClassifier("x" * 5000)
-    with pytest.raises(InputError, match="item 0: a number of thousands of digits, should be a text"):
+    with pytest.raises(InputError, match="item 0: what is too long or too deep to show, should be a text"):
         EarlyExitClassifier(run)([10**5000])
 
 

@@ -99,8 +99,10 @@ def fits(value: object, kind: object, *shape: object) -> bool:
     `shape` tells the lengths of the lists it stands in; `dict` is for an object, in which there may be others.
     """
     if shape and shape[0] is dict:
-        parts = value.values() if isinstance(value, dict) else ()
-        inner = all(fits(part, kind, *(shape if isinstance(part, dict) else shape[1:])) for part in parts)
+        parts = list(value.values()) if isinstance(value, dict) else []
+        for part in parts:  # grows by what inner objects hold, so that no depth of them is too much
+            parts += part.values() if isinstance(part, dict) else ()
+        inner = all(isinstance(part, dict) or fits(part, kind, *shape[1:]) for part in parts)
         return isinstance(value, dict) and inner
     if shape:
         is_list = isinstance(value, list) and len(value) in shape[0]
@@ -123,7 +125,7 @@ def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes
             if right and key in ("exit_layers", "thresholds"):
                 right = values[key] == sorted(set(values[key]))
             if not right:
-                raise InputError(f"{path}: {key} is {values[key]!r:.100}, which no command here writes")
+                raise InputError(f"{path}: {key} is {as_written(values[key])}, which no command here writes")
 
 
 def check_arguments(path: Path, content: dict, needed: str) -> dict:

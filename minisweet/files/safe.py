@@ -44,8 +44,8 @@ def as_written(value: object) -> str:
     """The start of a value as Python writes it, for a message."""
     try:
         return f"{value!r:.80}"
-    except ValueError:
-        return "a number of thousands of digits"
+    except (ValueError, RecursionError):
+        return "what is too long or too deep to show"
 
 
 def listed(problems: Sequence[str]) -> str:
