@@ -313,7 +313,7 @@ def test_other_heads_are_refused_as_trunks_and_left_out_elsewhere(tmp_path, mode
 
 
 @pytest.mark.parametrize(
-    "id2label", [{"0": "a"}, {"0": "a", "1": "a"}, {"0": "a", "2": "b"}, {"0": "a", "1": 5}, ["a", "b"]]
+    "id2label", [{"0": "a"}, {"0": "a", "1": "a"}, {"0": "a", "2": "b"}, {"0": "a", "1": 5}, ["a", "b"], "ab", True, 2]
 )
 def test_labels_that_do_not_fit_the_head_are_refused(tmp_path, id2label):
     save_classifier(tmp_path, "bert")

@@ -179,6 +179,8 @@ BAD = {
     ("--device", "cuda:99"): "--device: 'cuda:99'",
     ("--amp", "int8"): "--amp",
     ("--trainsize", "5"): "unrecognized arguments",
+    ("--lr", "1_0"): "--lr: '1_0' is not a positive number",
+    ("--max-length=--",): "--max-length: '--' where a value should stand",
     ("--gradient-flow", "0.5"): "unrecognized arguments",  # of an earlier version
     ("--targets", "trunk"): "--targets: trunk needs --method branch",
     ("--method", "ee", "--trunk", "tiny"): "--trunk: tiny needs --method branch",

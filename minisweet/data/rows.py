@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
-from minisweet.files.safe import InputError, written_beside
+from minisweet.files.safe import InputError, check_regular, written_beside
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory
@@ -37,6 +37,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
+        check_regular(path)
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             while line := file.readline(LONGEST_LINE):
                 number += 1

@@ -66,7 +66,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         made = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
     elif words.is_file():
         settings = folder / "tokenizer_config.json"
-        lowercase = read_json(settings).get("do_lower_case", True) if settings.is_file() else True
+        lowercase = read_json(settings).get("do_lower_case", True) if os.path.lexists(settings) else True
         made = BertWordPieceTokenizer.from_file(str(words), lowercase=lowercase)
     else:
         raise ValueError("there is no tokenizer.json, vocab.txt, or vocab.json with merges.txt")

@@ -129,8 +129,8 @@ def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[
     if C < 2:
         raise InputError(f"{folder}: its head has {C} output, which is regression; two classes or more are implemented")
     names = content.get("id2label") or {str(n): f"LABEL_{n}" for n in range(C)}
-    labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) else []
-    if len(names) != C or not all(map(is_text, labels)) or len(set(labels)) < C:
+    labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) and len(names) == C else []
+    if not labels or not all(map(is_text, labels)) or len(set(labels)) < C:
         raise InputError(f"{path}: id2label is {names!r:.100}, and must name each of the head's {C} classes once")
     return encoder, (head["classifier.weight"], head["classifier.bias"]), labels
 

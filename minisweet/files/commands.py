@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -25,7 +26,11 @@ class Parser(argparse.ArgumentParser):
         for word in sys.argv[1:] if args is None else args:
             if not is_text(word):
                 self.error(f"{word!r}: holds a character that no path and no name can have")
-        return super().parse_known_args(args, namespace)
+        namespace, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:  # argparse makes an empty list of "--" where an option's value should stand
+            if action.nargs is None and getattr(namespace, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings)}: '--' where a value should stand")
+        return namespace, rest
 
     def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
         """Raise InputError where an option of these names is given, and would do nothing since `what` is not met."""
@@ -40,11 +45,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def _checked(convert: Callable, is_right: Callable[[object], bool], wanted: str) -> Callable[[str], object]:
-    """An argparse type: what `convert` makes of an option's text, where that is right."""
+    """An argparse type: what `convert` makes of an option's text, where that is right. Not 1_000, nor other digits."""
 
     def parse(text: str) -> object:
         with suppress(ValueError):
-            if text.isascii() and is_right(value := convert(text)):
+            if text.isascii() and not re.search(r"\d_", text) and is_right(value := convert(text)):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is {wanted}")
 
