@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -268,3 +269,18 @@ def test_a_device_is_not_read_for_ever(tmp_path, read):
     path.symlink_to("/dev/zero")
     with pytest.raises(InputError, match=r"evaluation.json: .*no regular file"):
         read(path)
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    (tmp_path / "link.json").symlink_to("there.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    before = {path.name: path.lstat().st_mode for path in tmp_path.iterdir()}
+    for text in ("first", "second"):
+        write_json(tmp_path / "link.json", {"a": text})
+        assert json.loads((tmp_path / "there.json").read_text()) == {"a": text}
+    for name in ("loop.json", "pipe.json"):
+        with pytest.raises(InputError, match=f"{name}: no regular file"):
+            write_json(tmp_path / name, {})
+    (tmp_path / "there.json").unlink()
+    assert {path.name: path.lstat().st_mode for path in tmp_path.iterdir()} == before

@@ -199,7 +199,7 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
     if names := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise InputError(f"--out: {out} is not written, these weights hold NaN or infinity: {listed(names)}")
     replaces = check_output(out, overwrite)
-    with written_beside(Path(os.path.realpath(out)), overwrite=replaces) as folder:
+    with written_beside(out, overwrite=replaces) as folder:
         folder.mkdir()
         (folder / WEIGHTS).write_bytes(save(model.state_dict()))
         ours = {"model_type": OURS, "encoder_type": read_config(model_folder).model_type}

@@ -117,9 +117,13 @@ def clear_leftovers(target: Path) -> None:
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
-    After an error nothing is left, and `target` is as it was. Raises InputError where the disk is full, where `target`
-    is a folder and no folder was written, or the reverse, and without `overwrite` for a file or a filled folder there.
+    After an error nothing is left, and `target` is as it was; a link stays, and what it points to is written. Raises
+    InputError where the disk is full, where `target` is a device, or a folder and no folder was written, or the
+    reverse, and without `overwrite` for a file or a filled folder there.
     """
+    target = Path(os.path.realpath(target))
+    if os.path.lexists(target) and not (target.is_file() or target.is_dir()):
+        raise InputError(f"{target}: no regular file, nor a folder; name another")
     clear_leftovers(target)
     held = None
     try:

@@ -76,7 +76,7 @@ class EarlyExitClassifier:
             ("speed", speed, "a number above 0, to 1", speed is None or (is_number(speed) and 0 < speed <= 1)),
             ("device", device, "auto, cpu, cuda or cuda:N", isinstance(device, str)),
             ("amp", amp, f"one of {', '.join(AMP_CHOICES)}", isinstance(amp, str) and amp in AMP_CHOICES),
-            ("batch_size", batch_size, "a whole number, 1 or more", type(batch_size) is int and batch_size > 0),
+            ("batch_size", batch_size, "a whole number, 1 or more", type(batch_size) is int and 0 < batch_size < 2**31),
             ("prepared", prepared, "True or False", isinstance(prepared, bool)),
         ):
             if not fits:
