@@ -186,6 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     args.method = args.method or ("branch" if args.trunk else "sweet")
     parser.need(args, args.method == "branch", "--method branch", "trunk", "targets", "branch_lr_factor")
     parser.need(args, args.data, "--data", *OF_OWN_DATA)
+    parser.need(args, args.data is None, "a task, and --data is given", "data_dir")
     parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
     if args.trunk and args.model is not None:
         raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")

@@ -112,7 +112,8 @@ class MultiExitModel(nn.Module):
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
 
     Raises:
-        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
+        ValueError: exit layers that are not increasing or not in the encoder, fewer than two labels, another method or
+            exit strategy.
     """
 
     def __init__(
@@ -126,9 +127,11 @@ class MultiExitModel(nn.Module):
         super().__init__()
         check_exit_layers(exit_layers, len(encoder.layers))
         if method not in METHODS or method == "mm":  # of which `MultiModel` is the model
-            raise ValueError(f"method is {method!r}, and must be 'sweet', 'ee' or 'branch'")
+            raise ValueError(f"method is {method!r:.80}, and must be 'sweet', 'ee' or 'branch'")
         if exit_strategy not in EXIT_STRATEGIES:
-            raise ValueError(f"exit_strategy is {exit_strategy!r}, and must be one of {', '.join(EXIT_STRATEGIES)}")
+            raise ValueError(f"exit_strategy is {exit_strategy!r:.80}, and must be {' or '.join(EXIT_STRATEGIES)}")
+        if type(num_labels) is not int or num_labels < 2:
+            raise ValueError(f"num_labels is {num_labels!r:.80}, and must be a whole number, 2 or more")
         self.encoder = encoder
         self.exit_layers = tuple(exit_layers)
         self.method = method
@@ -351,4 +354,6 @@ def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> N
     in_order = in_order and all(low < high for low, high in pairwise((0, *exit_layers)))
     if not in_order or (depth is not None and exit_layers[-1] > depth):
         limit = "" if depth is None else f" in 1 to {depth}"
-        raise ValueError(f"exit_layers is {','.join(map(str, exit_layers))!r}, and must be increasing layers{limit}")
+        raise ValueError(
+            f"exit_layers is {','.join(map(str, exit_layers))!r:.80}, and must be increasing layers{limit}"
+        )

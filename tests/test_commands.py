@@ -188,6 +188,8 @@ BAD = {
     **{(option, "a"): f"{option}: a needs --data" for option in ("--dev-data", "--label-column")},
     **{(option, "a,b"): f"{option}: a,b needs --data" for option in ("--text-columns", "--labels")},
     ("--dev-size", "0.5"): "--dev-size: 0.5 needs --data",
+    ("--data", "a.csv", "--data-dir", "glue"): "--data-dir: glue needs a task, and --data is given",
+    ("--resume", "--out", "/"): "--out: / cannot be written",
     ("--data", "a.csv", "--dev-data", "b.csv", "--dev-seed", "1"): "--dev-seed: 1 needs rows of --data, and --dev-data",
     ("--model", ""): "model '': neither a folder",
     ("--trunk", "tiny"): "tiny",

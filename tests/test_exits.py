@@ -277,6 +277,9 @@ def test_another_method_or_exit_strategy_is_refused():
         MultiExitModel(tiny_encoder("bert"), (1,), 2, "mm")
     with pytest.raises(ValueError, match="'patience'"):
         MultiExitModel(tiny_encoder("bert"), (1,), 2, "sweet", "patience")
+    for C in (1, -1, 2.0, None):
+        with pytest.raises(ValueError, match=f"num_labels is {C}"):
+            MultiExitModel(tiny_encoder("bert"), (1,), C)
 
 
 def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):

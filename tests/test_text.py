@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.data.tasks import Examples
@@ -40,6 +42,23 @@ def write_byte_level(folder):
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\na d\nb ad\nĠ bad\n")
     return folder
+
+
+@given(a=st.integers(0, 60), b=st.none() | st.integers(0, 60), limit=st.integers(8, 24))
+@settings(max_examples=200, deadline=None)
+def test_texts_and_pairs_are_cut_as_the_library_cuts_them(tmp_path_factory, a, b, limit):
+    tokenizer = load_tokenizer(write_wordpiece(tmp_path_factory.mktemp("t")), 26, limit)
+    text = " ".join((WORDS * 4)[:a]) if b is None else (" ".join((WORDS * 4)[:a]), " ".join((WORDS * 4)[-b:][:b]))
+    theirs, ours = tokenizer.encode_batch([text])[0], TokenizedExamples(tokenizer, Examples([text], None, None))
+    batch = ours.batch(np.array([0]))
+    assert (batch.input_ids[0].tolist(), batch.token_type_ids[0].tolist()) == (theirs.ids, theirs.type_ids)
+    assert ours.cut == (len(theirs.overflowing) > 0)
+
+
+def test_a_long_pair_fits_into_the_memory(tmp_path):
+    tokenizer = load_tokenizer(write_wordpiece(tmp_path), 26, 8)
+    examples = TokenizedExamples(tokenizer, Examples(["bad " * 30_000], ["good " * 30_000], None))
+    assert (examples.lengths.tolist(), examples.cut) == ([8], 1)  # the library alone would want 70 GB for it
 
 
 @pytest.mark.parametrize("write", [write_wordpiece, write_tokenizer_json, write_byte_level])

@@ -109,6 +109,8 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
             path = data_dir or Path(record["data_dir"] if "data_dir" in record else record["arguments"]["data_dir"])
             dev = load_examples(record["task"], "dev", path, record.get("labels"))
         else:
+            if data_dir is not None:
+                raise InputError(f"--data-dir: {data_dir}, but the run's data is a file of its own; see --data")
             path, rows = data or Path(record["dev_data"] or record["data"]), record["dev_rows"]
             if not path.is_file():
                 raise InputError(f"{path}: no such file; if it moved, name it with --data")

@@ -122,7 +122,8 @@ def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: It
         if set(columns) <= row.keys() and len(columns) <= 2:
             return list(columns)
     names, there = " or ".join(map(some, wanted)), some(list(row)) or "no rows"
-    raise InputError(f"{path}, line 1: no column {names}; it has {there}; name one or two with {option}")
+    right = "one" if option == "--label-column" else "one or two"
+    raise InputError(f"{path}, line 1: no column {names}; it has {there}; name {right} with {option}")
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:

@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
 
     `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). The
     vocabulary must fit the word embedding: within its `vocab_size` rows, and nine tenths of them. `max_length` counts
-    [CLS] and [SEP] and is from 8 to the encoder's `positions`; of a pair, the longer sentence is cut first.
+    [CLS] and [SEP] and is from 8 to the encoder's `positions`.
     Raises InputError for a tokenizer that is missing, does not tokenise, does not fit or lacks a special token.
     """
     if type(max_length) is not int or not SHORTEST <= max_length <= positions:
@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
             end, start = ((token, vocabulary[token]) for token in ("[SEP]", "[CLS]"))
             tokenizer.post_processor = processors.BertProcessing(end, start)
             tokenizer.no_padding()
-            tokenizer.enable_truncation(max_length, strategy="longest_first")
+            tokenizer.enable_truncation(max_length)
             tokenizer.encode("It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -84,6 +84,14 @@ def _panics_unseen() -> Iterator[None]:
             os.dup2(kept.fileno(), 2)
 
 
+def longest_first(a: int, b: int, room: int) -> tuple[int, int]:
+    """How many of a sentence's `a` and of another's `b` tokens fit into `room`: the longer is cut first, then both."""
+    if a > b:
+        return longest_first(b, a, room)[::-1]
+    a = min(a, max(room // 2, room - b))
+    return a, min(b, room - a)
+
+
 class Batch(NamedTuple):
     """Some examples, padded to the longest of them; all tensors but probabilities are int64."""
 
@@ -114,13 +122,22 @@ class TokenizedExamples:
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples, rows: np.ndarray | None = None) -> None:
         examples = examples if rows is None else examples.take(rows)
-        encodings = tokenizer.encode_batch_fast(examples.texts())
-        self.pad_id = tokenizer.token_to_id("[PAD]")
+        pairs = [(text, None) if isinstance(text, str) else text for text in examples.texts()]
+        # Each sentence by itself: of a pair, the library keeps every piece of one that it cuts off with every other's.
+        sentences = ([sentence or "" for sentence in column] for column in zip(*pairs, strict=True))
+        encodings = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in sentences]
+        start, end, self.pad_id = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
         self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
-        self.ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
-        self.lengths = np.array([len(ids) for ids in self.ids])
-        self.first_lengths = self.lengths - [sum(encoding.type_ids) for encoding in encodings]  # before the second
-        self.cut = sum(len(encoding.overflowing) > 0 for encoding in encodings)
+        self.ids, self.first_lengths, self.cut = [], [], 0
+        for (_, second), *tokens in zip(pairs, *encodings, strict=True):
+            room = tokenizer.truncation["max_length"] - (2 if second is None else 3)
+            a, b = (len(encoding) + sum(map(len, encoding.overflowing)) for encoding in tokens)
+            self.cut += a + b > room
+            kept = longest_first(a, b, room)
+            a, b = (encoding.ids[:n] for encoding, n in zip(tokens, kept, strict=True))
+            self.ids.append(np.array([start, *a, end] + ([] if second is None else [*b, end])))
+            self.first_lengths.append(len(a) + 2)
+        self.lengths, self.first_lengths = np.array([len(ids) for ids in self.ids]), np.array(self.first_lengths)
 
     def __len__(self) -> int:
         return len(self.ids)

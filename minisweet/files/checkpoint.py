@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from minisweet.bert import BertEncoder
 from minisweet.deberta import DebertaEncoder
 from minisweet.files.config import BertConfig, DebertaConfig
-from minisweet.files.safe import InputError, is_text, listed, one_line, read_json, written_beside
+from minisweet.files.safe import InputError, check_regular, is_text, listed, one_line, read_json, written_beside
 
 Encoder = BertEncoder | DebertaEncoder
 Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
@@ -69,7 +69,7 @@ def checkpoint_names(num_layers: int) -> Names:
 def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented."""
     path = Path(folder) / "config.json"
-    content = read_json(path)
+    content = read_json(path, finite=True)  # a run's config.json is written from it, after hours of training
     # BERT's oldest checkpoints have no model_type.
     model_type = content.get("encoder_type" if content.get("model_type") == OURS else "model_type", "bert")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -197,6 +197,7 @@ def open_weights(folder: Path) -> Iterator[dict]:
     with ExitStack() as stack:
         try:
             for path in files:
+                check_regular(path)
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 for key in file.keys():  # noqa: SIM118 (it is no dict)
                     if key in slices:
@@ -259,6 +260,8 @@ def convert(path: Path) -> None:
             room -= value.numel() * value.element_size()
             if room < 0:  # an expanded one would fill the memory
                 raise TypeError(f"{name!r:.80} {list(value.shape)} is more than the file can hold")
+            if not value.isfinite().all():  # before a model.safetensors stands there
+                raise TypeError(f"{name!r:.80} holds NaN or infinity")
             # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
             tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         packed = save(tensors, metadata={"format": "pt"})  # save_file() would let no other user read it

@@ -116,9 +116,11 @@ def _try_tokenizer(folder: Path) -> None:
 
 def _from_hub(model: str, folder: Path) -> None:
     """Download the files of a model to `folder`. Raises _Unreachable where the hub does not answer, else InputError."""
-    from huggingface_hub import HfApi, constants, snapshot_download  # here, since it reads HF_ENDPOINT at the import
-    from huggingface_hub.errors import HfHubHTTPError
-
+    try:  # here, since it reads HF_ENDPOINT and the like at the import
+        from huggingface_hub import HfApi, constants, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ValueError as error:
+        raise InputError(f"{model}: huggingface_hub takes no such variable of the environment ({error})") from None
     repository = REPOSITORIES.get(model, model)
     source = f"{constants.ENDPOINT}/{repository}"
     print(f"fetching {model} from {source}", file=sys.stderr, flush=True)

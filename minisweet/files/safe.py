@@ -22,7 +22,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")  # or, of older versions, with a process id in place of random digits
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
@@ -118,7 +117,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
     After an error nothing is left, and `target` is as it was; a link stays, and what it points to is written. Raises
-    InputError where the disk is full, where `target` is a device, or a folder and no folder was written, or the
+    InputError where `target` cannot be written, where it is a device, or a folder and no folder was written, or the
     reverse, and without `overwrite` for a file or a filled folder there.
     """
     target = Path(os.path.realpath(target))
@@ -144,11 +143,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         else:
             os.link(new, target)  # unlike a rename, this refuses a name that is taken
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise InputError(f"{target}: cannot be written ({error.strerror})") from None
         if error.errno in TAKEN and os.path.lexists(target):
             raise InputError(f"{target}: exists already; not overwritten") from None
-        raise
+        raise InputError(f"{target}: cannot be written ({error})") from None
     finally:
         if held is not None:
             os.close(held)

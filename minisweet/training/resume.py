@@ -50,7 +50,7 @@ def changes(now: dict, before: dict) -> str:
 def checkpoint_folder(out: Path) -> Path:
     """Where the checkpoints of the run `out` stand."""
     target = Path(os.path.realpath(out))
-    return target.with_name(f".{target.name}.checkpoint")
+    return target.parent / f".{target.name}.checkpoint"
 
 
 def is_finished(out: Path) -> bool:
@@ -116,13 +116,13 @@ class Checkpoints:
                 content = torch.load(path, map_location="cpu", weights_only=True)
                 with torch.no_grad():
                     for parameter, saved in zip(parameters, content["parameters"], strict=True):
-                        parameter.copy_(saved)
+                        parameter.copy_(saved.view(parameter.shape))
                 for other, saved in zip(others, content["others"], strict=False):  # a stage that is over has none
                     other.load_state_dict(saved)
                 for generator, saved in zip(generators(parameters), content["random"][place().rank], strict=True):
                     generator.set_state(saved)
                 losses, self.before = content["losses"].tolist(), content["seconds"]
-            except (pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError):
+            except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, RuntimeError):
                 raise InputError(f"{path}: no checkpoint of this training; leave --resume out to start anew") from None
             self.kept.append(path)
             break

@@ -98,11 +98,12 @@ class EarlyExitClassifier:
             is_lte = self.record["exit_strategy"] == "lte"
             ranges = torch.tensor([[0.0, 1.0]]).repeat(len(model.exit_layers), 1) if is_lte else None
             self.rule = ExitRule(len(self.labels), ranges=ranges)
+        name = "threshold"
         if threshold is None:
-            threshold = self._operating_point(run, max_loss, speed)
+            name, threshold = f"{run / 'evaluation.json'}: threshold", self._operating_point(run, max_loss, speed)
         if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
-            raise InputError(f"threshold: {as_written(threshold)}, should be {right}")
+            raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
         self.threshold = float(threshold)
         self.model, self.exit_layers = model.to(self.device), model.exit_layers
         if prepared:

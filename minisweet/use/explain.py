@@ -125,9 +125,10 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
     cost_terms, metric = (evaluation["exit_layers"], record["depth"], evaluation["method"]), evaluation["metric"]
     costs = np.array([exit_costs(*cost_terms, threshold) for threshold in thresholds])  # (P, K)
     swept = sweep(predictions, taken, labels.numpy(), costs, metric)
-    counts = dict(zip(thresholds, swept["exit_counts"], strict=True))
-    if [counts[threshold] for threshold in evaluation["thresholds"]] != evaluation["exit_counts"]:
-        raise InputError("evaluation.json: it counts other exits than these logits give; run evaluate.py again")
+    for key in {"exit_counts", "speedup_ratios"} & evaluation.keys():
+        found = dict(zip(thresholds, swept[key], strict=True))
+        if not np.allclose([found[threshold] for threshold in evaluation["thresholds"]], evaluation[key], atol=1e-9):
+            raise InputError(f"evaluation.json: its {key} are not what these logits give; run evaluate.py again")
     data = {
         **{key: evaluation[key] for key in ("task", "method", "exit_layers")},
         "thresholds": thresholds,

@@ -63,7 +63,7 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
         for name, content in plain_configs(part.encoder.config, layer, record["labels"], tokenizer, max_length).items():
             write_json(partial / name, content)
         tokenizer.no_truncation()  # model_max_length says it
-        tokenizer.save(str(partial / "tokenizer.json"))
+        (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return layer
 
 

@@ -10,6 +10,7 @@ line is a text; of a run that was trained on pairs, two texts with a tab between
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -102,6 +103,8 @@ def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
     Raises InputError, with the line, for what is not UTF-8, too long, or no pair where `columns` are two.
     """
     rest, number = b"", 1
+    if sys.stdin is None:
+        raise InputError("standard input: it is closed, should be lines of text")
     with open(0, "rb", closefd=False) as file:
         while block := file.read1(2**16):
             *lines, rest = (rest + block).split(b"\n")
