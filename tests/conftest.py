@@ -125,6 +125,10 @@ def model_type(request) -> str:
     return request.param
 
 
+# For tests that take long: DeBERTa's part runs with `-m slow`.
+DEBERTA_IS_SLOW = pytest.mark.parametrize("model_type", ["bert", pytest.param("deberta", marks=pytest.mark.slow)])
+
+
 @pytest.fixture
 def model_dir(tmp_path, model_type) -> Path:
     """A tiny model's folder."""

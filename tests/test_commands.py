@@ -17,11 +17,12 @@ from minisweet.files.runs import load_run, newest_run
 from minisweet.training.devices import choose_precision
 from minisweet.training.options import default_batch_size, default_learning_rate
 from minisweet.use import explain
-from tests.conftest import CHECKOUT, quick, random_batch, write_model
+from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, quick, random_batch, write_model
 
 KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
 
 
+@DEBERTA_IS_SLOW
 @pytest.mark.parametrize("method", METHODS)
 def test_train_and_evaluate(command, model_dir, method):
     status, out, err = command(train, *quick(model_dir, "--method", method, "--seed", 3))
@@ -55,9 +56,10 @@ def test_train_and_evaluate(command, model_dir, method):
     assert "differ from the sweep's in 0 of 1000 decisions" in out
     shares = [row["layer_share"] for row in result["live"]]
     assert shares == pytest.approx(result["speedup_ratios"])
-    assert command(evaluate, run)[0] == 0  # renews its own file
+    assert command(evaluate, run, "--thresholds", 2)[0] == 0  # renews its own file
 
 
+@DEBERTA_IS_SLOW
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
 def test_learning_to_exit(command, model_dir, method):
     assert command(train, *quick(model_dir, "--method", method, "--exit-strategy", "lte"))[0] == 0

@@ -432,6 +432,7 @@ def start(out: str) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.slow
 def test_several_processes_make_each_run_once(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,7 @@ from minisweet.files.commands import run_command
 from minisweet.files.runs import load_run
 from minisweet.files.safe import InputError, sha256
 from minisweet.use import explain, export, predict
-from tests.conftest import CHECKOUT, random_batch, tiny_encoder, write_model
+from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, random_batch, tiny_encoder, write_model
 
 TEXTS = ["the film was superb", ("a dull film", "you and i"), "", "not bad , it is great", ("the film", "")]
 
@@ -389,7 +389,7 @@ def test_explain_page(run, tmp_path):
     assert load_examples("toy", "dev", tmp_path).first[0] in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("model_type", ["bert", "deberta"])
+@DEBERTA_IS_SLOW
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
 def test_export_for_transformers(make_run, tmp_path, method, model_type):
     """Logits, ids and labels of each exit, as transformers loads the folder."""
