@@ -63,7 +63,8 @@ def is_text(value: object) -> bool:
 
 def check_file(option: str, path: Path, suffix: str) -> None:
     """Raise InputError where writing to `path` would replace a folder, or a file that is no `suffix` file."""
-    if path.is_dir() or (os.path.lexists(path) and path.suffix.lower() != suffix):
+    real = Path(os.path.realpath(path))  # which a link points to
+    if real.is_dir() or (os.path.lexists(real) and real.suffix.lower() != suffix):
         raise InputError(f"{option}: {path} is there already and is no {suffix} file; name another file")
 
 
