@@ -121,7 +121,14 @@ class Checkpoints:
                     other.load_state_dict(saved)
                 for generator, saved in zip(generators(parameters), content["random"][place().rank], strict=True):
                     generator.set_state(saved)
-                losses, self.before = content["losses"].tolist(), content["seconds"]
+                losses, self.before = content["losses"], content["seconds"]
+                if (
+                    losses.ndim != 2
+                    or type(self.before) is not float
+                    or not all(p.isfinite().all() for p in parameters)
+                ):
+                    raise ValueError("written by something else")
+                losses = losses.tolist()
             except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, RuntimeError):
                 raise InputError(f"{path}: no checkpoint of this training; leave --resume out to start anew") from None
             self.kept.append(path)
