@@ -112,11 +112,10 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, model_type, key, v
     folder = write_model(tmp_path, model_type)
     load_encoder(folder)
     reconfigure(folder, model_type, **{key: value})
-    is_nan = value != value  # JSON knows no such number
-    with pytest.raises(InputError, match="NaN" if is_nan else key) as error:
+    with pytest.raises(InputError, match=key) as error:
         load_encoder(folder)
     assert str(folder / "config.json") in str(error.value)
-    if value != "absent" and not is_nan:
+    if value != "absent":
         assert repr(value) in str(error.value) or "c2p" in str(error.value) or key == "num_attention_heads"
 
 
@@ -186,7 +185,7 @@ def test_of_many_wrong_tensors_five_are_shown_and_all_are_counted(model_dir):
 def test_a_number_that_json_does_not_know_is_refused_wherever_it_stands(tmp_path):
     folder = write_model(tmp_path, "bert")
     reconfigure(folder, "bert", of_another_library=float("inf"))
-    with pytest.raises(InputError, match=r"config\.json: .* none may be infinite or NaN"):
+    with pytest.raises(InputError, match=r"config\.json: Out of range float values"):
         load_encoder(folder)
 
 

@@ -6,6 +6,7 @@ tensors before anything is built, so that a config.json that asks for a billion 
 config.json that we have no field for are ignored: they describe the file, not the model.
 """
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -69,13 +70,15 @@ def checkpoint_names(num_layers: int) -> Names:
 def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented."""
     path = Path(folder) / "config.json"
-    content = read_json(path, finite=True)  # a run's config.json is written from it, after hours of training
+    content = read_json(path)
     # BERT's oldest checkpoints have no model_type.
     model_type = content.get("encoder_type" if content.get("model_type") == OURS else "model_type", "bert")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
     try:
-        return ARCHITECTURES[model_type][0].from_json(content)
+        config = ARCHITECTURES[model_type][0].from_json(content)
+        json.dumps(content, allow_nan=False)  # a run's config.json is made of it, after hours of training
+        return config
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
 

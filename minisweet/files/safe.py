@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")  # or, of older versions, with a process id in place of random digits
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
@@ -125,7 +126,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     if os.path.lexists(target) and not (target.is_file() or target.is_dir()):
         raise InputError(f"{target}: no regular file, nor a folder; name another")
     clear_leftovers(target)
-    held = None
+    held, is_ours = None, True  # whether an error is of what is done here, and not of who writes
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         while held is None:  # another process may clear the folder up before it is held
@@ -134,7 +135,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
             with suppress(FileNotFoundError):
                 held = lock(folder / "lock")
         new = folder / "new"
+        is_ours = False
         yield new
+        is_ours = True
         if target.is_dir() and not new.is_dir():
             raise InputError(f"{target}: a folder, where a file should be written")
         if target.is_dir() and overwrite:
@@ -146,7 +149,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     except OSError as error:
         if error.errno in TAKEN and os.path.lexists(target):
             raise InputError(f"{target}: exists already; not overwritten") from None
-        raise InputError(f"{target}: cannot be written ({error})") from None
+        if is_ours or error.errno in DISK_FULL:
+            raise InputError(f"{target}: cannot be written ({error.strerror})") from None
+        raise
     finally:
         if held is not None:
             os.close(held)
