@@ -15,13 +15,13 @@ from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiModel
 from minisweet.files.safe import InputError
 from minisweet.live import early_exit, full_depth
 from minisweet.use import predict
-from minisweet.use.prepared import PackedLinear, prepare
+from minisweet.use.prepared import PackedLayer, PackedLinear, prepare
 from tests.conftest import all_exits, quick, random_batch, undecided_model, write_model
 
 
 def is_packed(model) -> bool:
     """Whether a copy was made, not the model itself given back."""
-    return any(isinstance(module, PackedLinear) for module in model.modules())
+    return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
 @pytest.fixture(params=[4, 40], ids=["few tokens", "many tokens"])
@@ -116,7 +116,7 @@ def test_the_model_itself_stays_as_it_was(tmp_path, model_type, method):
 
 def test_without_packed_products_a_line_says_so(tmp_path, monkeypatch, caplog):
     model = undecided_model(write_model(tmp_path, "bert"), "sweet")
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: torch.ops.mkldnn.no_such_product(x))
+    monkeypatch.setattr(PackedLinear, "__call__", lambda self, x: torch.ops.mkldnn.no_such_product(x))
     with caplog.at_level(logging.WARNING, "minisweet"):
         assert prepare(model, None) is model
     (line,) = caplog.messages

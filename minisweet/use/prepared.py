@@ -24,21 +24,22 @@ FEW = 128  # tokens: for more, laying the weights out in each call takes nothing
 SHORT = 32  # tokens of a sentence alone: what takes the time is reading the weights, for [CLS] as for all of them
 
 
-class PackedLinear(nn.Module):
+class PackedLinear:
     """A linear layer of a weight (out, in), and a bias (out,) or None, cast to `dtype` and packed when it is made.
 
-    Raises RuntimeError where the processor has no such products.
+    It is no nn.Module, whose call takes a third longer. Raises RuntimeError where the processor has no such
+    products.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the weight's type."""
-        x = x.to(self.weight.dtype)
+        if x.dtype != self.weight.dtype:
+            x = x.to(self.weight.dtype)
         if x.numel() > FEW * x.shape[-1]:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -147,8 +148,9 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
             # The same object with the other class's methods: nothing else of it changes.
             layer.__class__ = PackedBertLayer if isinstance(layer, BertLayer) else PackedDebertaLayer
             layer.pack(dtype, cls_alone=layer not in part.encoder.layers[: part.exit_layers[-1] - 1])
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child.weight, child.bias, dtype))
+            for name, child in list(layer.named_children()):
+                if isinstance(child, nn.Linear):
+                    delattr(layer, name)  # a name of a module takes no other thing
+                    setattr(layer, name, PackedLinear(child.weight, child.bias, dtype))
+        part.heads.to(dtype)  # so small, of [CLS] alone, that packing gains nothing
     return model
