@@ -67,8 +67,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
     Cells are strings or, in JSON lines, whatever stands there. Raises InputError, with the line, for a broken row.
     """
-    delimiter = _delimiter(path)
-    if delimiter is not None:
+    if delimiter := _delimiter(path):
         yield from table(path, _records(path, delimiter))
         return
     for line, text in read_lines(path):
@@ -152,11 +151,8 @@ class RowWriter(ExitStack):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.columns, self.file = path, None, sys.stdout
+        self.path, self.table, self.file = path, None, sys.stdout
         self.delimiter = "," if str(path) == "-" else _delimiter(path)
-        # Lines end with "\n"; the csv module is left to think of "\r\n", so that it quotes cells that hold either.
-        lines = SimpleNamespace(write=lambda line: self.file.write(line.removesuffix("\r\n") + "\n"))
-        self.cells = csv.writer(lines, delimiter=self.delimiter or ",")
 
     def __enter__(self) -> "RowWriter":
         if str(self.path) != "-":
@@ -170,12 +166,14 @@ class RowWriter(ExitStack):
         if self.delimiter is None:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
             return
-        if self.columns is None:
-            self.columns = list(row)
-            self.cells.writerow(self.columns)
-        if extra := [column for column in row if column not in self.columns]:
+        if self.table is None:
+            # Lines end with "\n"; the csv module is left to think of "\r\n", so that it quotes cells that hold either.
+            lines = SimpleNamespace(write=lambda line: self.file.write(line.removesuffix("\r\n") + "\n"))
+            self.table = csv.DictWriter(lines, list(row), delimiter=self.delimiter)
+            self.table.writeheader()
+        if extra := [column for column in row if column not in self.table.fieldnames]:
             raise InputError(f"{self.path}: no column {extra[0]!r:.60} in the first row but in a later one; use .jsonl")
-        values = [row.get(column, "") for column in self.columns]
-        self.cells.writerow(value if isinstance(value, str) else json.dumps(value) for value in values)
+        cells = {column: value if isinstance(value, str) else json.dumps(value) for column, value in row.items()}
+        self.table.writerow(cells)
         if self.file is sys.stdout:
             self.file.flush()
