@@ -82,9 +82,7 @@ TASKS = {
 # fmt: on
 
 
-def load_examples(
-    task: str, split: str, data_dir: Path, labels: Sequence[str] | None = None, labelled: bool = True
-) -> Examples:
+def load_examples(task: str, split: str, data_dir: Path, labels: Names = None, labelled: bool = True) -> Examples:
     """Read one split, "train" or "dev", of a task. Where `data_dir` lacks the task's folder, it is fetched first.
 
     The toy task needs no file. MNLI's dev split is the matched one. `labels` gives the classes another order than
