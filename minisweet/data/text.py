@@ -7,6 +7,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,13 +60,12 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     """Read whichever files there are."""
-    whole, words, pieces, merges = (folder / f for f in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"))
+    whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     if whole.is_file():
         return Tokenizer.from_file(str(whole))
     if pieces.is_file() and merges.is_file():
         made = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
     elif words.is_file():
-        settings = folder / "tokenizer_config.json"
         lowercase = read_json(settings).get("do_lower_case", True) if os.path.lexists(settings) else True
         made = BertWordPieceTokenizer.from_file(str(words), lowercase=lowercase)
     else:
@@ -122,21 +122,21 @@ class TokenizedExamples:
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples, rows: np.ndarray | None = None) -> None:
         examples = examples if rows is None else examples.take(rows)
-        pairs = [(text, None) if isinstance(text, str) else text for text in examples.texts()]
+        texts = [(text,) if isinstance(text, str) else text for text in examples.texts()]
         # Each sentence by itself: of a pair, the library keeps every piece of one that it cuts off with every other's.
-        sentences = ([sentence or "" for sentence in column] for column in zip(*pairs, strict=True))
-        encodings = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in sentences]
+        encodings = iter(tokenizer.encode_batch_fast(list(chain(*texts)), add_special_tokens=False))
         start, end, self.pad_id = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
         self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, self.first_lengths, self.cut = [], [], 0
-        for (_, second), *tokens in zip(pairs, *encodings, strict=True):
-            room = tokenizer.truncation["max_length"] - (2 if second is None else 3)
-            a, b = (len(encoding) + sum(map(len, encoding.overflowing)) for encoding in tokens)
-            self.cut += a + b > room
-            kept = longest_first(a, b, room)
-            a, b = (encoding.ids[:n] for encoding, n in zip(tokens, kept, strict=True))
-            self.ids.append(np.array([start, *a, end] + ([] if second is None else [*b, end])))
-            self.first_lengths.append(len(a) + 2)
+        for text in texts:
+            sentences = list(islice(encodings, len(text)))
+            room = tokenizer.truncation["max_length"] - 1 - len(text)
+            lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]
+            self.cut += sum(lengths) > room
+            kept = longest_first(*lengths, room) if len(text) == 2 else [room]
+            parts = [[*sentence.ids[:n], end] for sentence, n in zip(sentences, kept, strict=True)]
+            self.ids.append(np.array([start, *chain(*parts)]))
+            self.first_lengths.append(1 + len(parts[0]))
         self.lengths, self.first_lengths = np.array([len(ids) for ids in self.ids]), np.array(self.first_lengths)
 
     def __len__(self) -> int:
