@@ -65,15 +65,16 @@ def main() -> None:
                 cell(args.file, line, row, column)
             names.update(row)
             total += 1
-        chunks = in_chunks(row for _, row in read_rows(args.file))
+        rows = (row for _, row in read_rows(args.file))
+        chunks = iter(lambda: list(islice(rows, WINDOW)), [])  # lists of rows, until there are none
     left = Counter()
     with writer, tqdm(total=total, unit="row", desc="predict", disable=to_screen) as progress:
-        for rows in chunks:
-            answers = classify(map(itemgetter(*columns), rows))  # of one column a text, of two a pair
-            for row, answer in zip(rows, answers, strict=True):
+        for chunk in chunks:
+            answers = classify(map(itemgetter(*columns), chunk))  # of one column a text, of two a pair
+            for row, answer in zip(chunk, answers, strict=True):
                 writer.write(row | columns_of(answer, names))
             left.update(answer.exit_layer for answer in answers)
-            progress.update(len(rows))
+            progress.update(len(chunk))
     if not to_screen:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
         print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}")
@@ -81,20 +82,13 @@ def main() -> None:
 
 def columns_of(answer: Answer, taken: set[str]) -> dict:
     """An answer as columns, under names that are not `taken`. Nine digits tell every float32 from its neighbours."""
-    columns = {"label": answer.label, "confidence": answer.confidence, "exit_layer": answer.exit_layer}
-    columns |= {f"p_{name}": p for name, p in answer.probabilities.items()}
-    named = {}
+    named, columns = {}, answer._asdict()
+    columns |= {f"p_{name}": p for name, p in columns.pop("probabilities").items()}
     for name, value in columns.items():
         while name in taken:
             name = f"predicted_{name}"
         named[name] = float(f"{value:.9g}") if isinstance(value, float) else value
     return named
-
-
-def in_chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
-    """Rows in lists of `WINDOW`; the last may be shorter."""
-    while chunk := list(islice(rows, WINDOW)):
-        yield chunk
 
 
 def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
