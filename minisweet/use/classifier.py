@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from minisweet.adaptive import ExitRule
 from minisweet.data.tasks import Examples
@@ -87,17 +86,14 @@ class EarlyExitClassifier:
         self.device, self.batch_size = choose_device(device), batch_size
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
-        self.evaluation = read_evaluation(run, self.record)
-        self.labels = self.record["labels"]
+        self.evaluation, self.labels = read_evaluation(run, self.record), self.record["labels"]
         if self.evaluation is not None:
             model = model.keep_exits(self.evaluation["exit_layers"])  # evaluate.py --use-exits may have left some out
-            self.rule = ExitRule.from_evaluation(self.evaluation, len(self.labels))
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
-        else:
-            is_lte = self.record["exit_strategy"] == "lte"
-            ranges = torch.tensor([[0.0, 1.0]]).repeat(len(model.exit_layers), 1) if is_lte else None
-            self.rule = ExitRule(len(self.labels), ranges=ranges)
+        plain = {"exit_strategy": self.record["exit_strategy"], "calibration": "none"}
+        plain["certainty_ranges"] = [[0.0, 1.0]] * len(model.exit_layers)
+        self.rule = ExitRule.from_evaluation(self.evaluation or plain, len(self.labels))
         name = "threshold"
         if threshold is None:
             name, threshold = f"{run / 'evaluation.json'}: threshold", self._operating_point(run, max_loss, speed)
@@ -184,9 +180,8 @@ def is_number(value: object) -> bool:
 def check_texts(texts: Iterable) -> list[str | Sequence[str]]:
     """The texts and pairs, in a list. Raises InputError for another thing, with its index from 0."""
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
-        raise InputError(
-            f"texts: {as_written(texts)}, should be a list of texts or pairs; for one text: classify([text])"
-        )
+        right = "a list of texts or pairs; for one text: classify([text])"
+        raise InputError(f"texts: {as_written(texts)}, should be {right}")
     checked = list(texts)
     for i, text in enumerate(checked):
         try:
