@@ -57,7 +57,15 @@ def main() -> None:
         print_exits(explain(classify, args.text[0] if len(args.text) == 1 else args.text), classify.threshold)
     if args.html:
         check_file("--html", args.html, ".html")
-        write_html(args.run, args.html, args.data, args.data_dir)
+        record, path = read_record(args.run), args.run / "logits.safetensors"
+        evaluation = read_evaluation(args.run, record)
+        if evaluation is None or not path.exists():
+            raise InputError(f"{args.run}: has no evaluation.json or no {path.name}; first: evaluate.py {args.run}")
+        validation = load_validation(path, evaluation, record["num_labels"])
+        rows = load_dev(record, args.data, args.data_dir)
+        if len(rows.first) != len(validation.labels):
+            raise InputError(f"{path}: of {len(validation.labels)} rows, and the validation data has {len(rows.first)}")
+        write_page(args.html, evaluation, record, rows, validation)
         print(f"written to {args.html}")
 
 
@@ -92,19 +100,6 @@ def print_exits(exits: list[tuple[Answer, bool]], threshold: float) -> None:
     print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
 
 
-def write_html(run: Path, page: Path, data: Path | None, data_dir: Path | None) -> None:
-    """Write the page of a run from its saved evaluation, and its validation rows. Raises InputError."""
-    record = read_record(run)
-    evaluation, path = read_evaluation(run, record), run / "logits.safetensors"
-    if evaluation is None or not path.exists():
-        raise InputError(f"{run}: has no evaluation.json or no logits.safetensors; first: evaluate.py {run}")
-    validation = load_validation(path, evaluation, record["num_labels"])
-    rows = load_dev(record, data, data_dir)
-    if len(rows.first) != len(validation.labels):
-        raise InputError(f"{path}: of {len(validation.labels)} rows, and the validation data has {len(rows.first)}")
-    write_page(page, evaluation, record, rows, validation)
-
-
 def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, validation: Validation) -> None:
     """Write the page, whole or not at all; what stands at `path` is replaced.
 
@@ -131,13 +126,12 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
             raise InputError(f"evaluation.json: its {key} are not what these logits give; run evaluate.py again")
     data = {
         **{key: evaluation[key] for key in ("task", "method", "exit_layers")},
+        **{key: record[key] for key in ("labels", "depth")},
         "thresholds": thresholds,
         **swept,
         "operating_point": point,
         "model": Path(record["model"]).name,
         "metric": METRICS[metric],
-        "labels": record["labels"],
-        "depth": record["depth"],
         "exit_costs": exit_costs(*cost_terms),
         "lowest": rule.lowest,
         "sentences": rows.texts(),
