@@ -59,7 +59,6 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    """Read whichever files there are."""
     whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     if whole.is_file():
         return Tokenizer.from_file(str(whole))
@@ -88,7 +87,7 @@ def longest_first(a: int, b: int, room: int) -> tuple[int, int]:
     """How many of a sentence's `a` and of another's `b` tokens fit into `room`: the longer is cut first, then both."""
     if a > b:
         return longest_first(b, a, room)[::-1]
-    a = min(a, max(room // 2, room - b))
+    a = min(a, room // 2)
     return a, min(b, room - a)
 
 
