@@ -1,8 +1,4 @@
-"""The one door to the data of any run: a task's, or the user's own files.
-
-rows.py reads the cells of a file, and `examples_of` in tasks.py their texts and labels. Rows are numbered from 0, lines
-from 1.
-"""
+"""The one door to the data of any run: a task's, or the user's own files. Rows count from 0, lines from 1."""
 
 import argparse
 import hashlib
