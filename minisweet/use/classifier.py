@@ -1,7 +1,4 @@
-"""Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made.
-
-Dimension letters: B batch, C classes, K exits, N instances.
-"""
+"""Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made."""
 
 import argparse
 import logging
@@ -45,7 +42,7 @@ class EarlyExitClassifier:
 
     Args:
         run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
-        threshold: from 1/C (learning-to-exit: 0; all leave at the first exit) to 1 (all run to the last).
+        threshold: from 1/C of C classes (learning-to-exit: 0; all leave at the first exit) to 1 (all run to the last).
             None for the operating point.
         max_loss, speed: choose the threshold from the saved evaluation instead: the fastest that loses at most so many
             points to full depth, or the best that runs at most this share of the layers.

@@ -3,8 +3,6 @@
 `F.linear` lays the weights out anew in each call, and under autocast casts them. That is little beside the product of a
 large batch; for a short sentence alone it is a third of the time and more. The copy computes what the plain model does,
 but for rounding: oneDNN (https://github.com/uxlfoundation/oneDNN), which torch brings, adds in another order.
-
-Dimension letters as in layers.py.
 """
 
 import copy
