@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.config import BertConfig
-from minisweet.layers import (
-    ALL,
-    Dropout,
-    TransformerEncoder,
-    TransformerLayer,
-    padding_bias,
-)
+from minisweet.layers import ALL, Dropout, TransformerEncoder, TransformerLayer, padding_bias
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:

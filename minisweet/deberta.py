@@ -18,13 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.config import DebertaConfig
-from minisweet.layers import (
-    ALL,
-    CLS,
-    TransformerEncoder,
-    TransformerLayer,
-    padding_bias,
-)
+from minisweet.layers import ALL, CLS, TransformerEncoder, TransformerLayer, padding_bias
 
 
 def by_distance(scores: Tensor, column: int) -> Tensor:
