@@ -360,9 +360,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
         if len(model.heads) > 1 and record["method"] != "branch":
             layers = ",".join(map(str, model.exit_layers))
             raise InputError(f"--trunk: {folder} has exits after layers {layers}, and a trunk has one, at its end")
-        trunk = MultiExitModel(model.encoder, model.exit_layers[-1:], record["num_labels"])
-        trunk.heads[0] = model.heads[-1]
-        return trunk.eval(), record
+        return model.keep_exits(model.exit_layers[-1:]), record
     encoder, classifier, labels = checkpoint.load_classifier(folder)
     trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
     trunk.heads[0].classifier.load_state_dict({"weight": classifier[0], "bias": classifier[1]})
