@@ -128,14 +128,6 @@ def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes
                 raise InputError(f"{path}: {key} is {as_written(values[key])}, which no command here writes")
 
 
-def check_arguments(path: Path, content: dict, needed: str) -> dict:
-    """The `arguments` of a file that were given. Raises InputError as `check_values` does."""
-    check_values(path, content, ("arguments",))
-    arguments = {key: value for key, value in content["arguments"].items() if value is not None}
-    check_values(path, arguments, (needed,))
-    return arguments
-
-
 def method_name(arguments: dict) -> str:
     """The method of a run's arguments, for old runs with what passes their boundaries: ee, sweet, sweet-flow0.5."""
     values = {name: arguments.get(option) for name, option in BOUNDARIES.items()}
@@ -231,7 +223,10 @@ def read_record(run: Path) -> dict:
     if not is_run(run):
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
-    said = {SHOWN[key]: value for key, value in check_arguments(path, content, "max_length").items() if key in SHOWN}
+    check_values(path, content, ("arguments",))
+    given = {key: value for key, value in content["arguments"].items() if value is not None}
+    check_values(path, given, ("max_length",))
+    said = {SHOWN[key]: value for key, value in given.items() if key in SHOWN}
     for key in (said.keys() & content.keys()) - {"model"}:
         if said[key] != content[key]:
             raise InputError(f"{path}: {key} is {content[key]!r:.100}, and {said[key]!r:.100} in its arguments")
@@ -290,8 +285,8 @@ def read_diverged(run: Path) -> dict | None:
     if not path.exists():
         return None
     content = read_json(path, finite=True)
-    check_values(path, content, ("error",))
-    check_arguments(path, content, "method")
+    check_values(path, content, ("error", "arguments"))
+    check_values(path, {key: value for key, value in content["arguments"].items() if value is not None}, ("method",))
     return content
 
 
