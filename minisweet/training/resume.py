@@ -71,8 +71,7 @@ class Checkpoints:
         self.folder, self.minutes, self.resume = checkpoint_folder(args.out), args.save_every, args.resume
         self.kept: list[Path] = []  # what this training has written, or goes on from
         self.signal = 0  # that came
-        self.before, self.start = 0.0, time.perf_counter()  # seconds of this stage before a stop, and when it began
-        self.saved = self.start
+        self.start = self.saved = time.perf_counter()  # when this stage began, if it had never been stopped
         names = ("model*.safetensors", "*.bin", "config.json", *TOKENIZER_FILES)
         digests = [sha256(path) for path in sorted(path for name in names for path in model.glob(name))]
         self.trained = trained = must_stay(record) | {
@@ -98,9 +97,8 @@ class Checkpoints:
 
     def lap(self) -> float:
         """The seconds that the stage which ends here was computed, before a stop too; the next one begins."""
-        seconds = self.before + time.perf_counter() - self.start
-        self.before, self.start = 0.0, time.perf_counter()
-        return seconds
+        before, self.start = self.start, time.perf_counter()
+        return self.start - before
 
     def load(self, stage: str, parameters: Sequence[nn.Parameter], *others) -> list:
         """Load the newest whole checkpoint of a stage into its parameters, and the AdamW and scaler in `others`.
@@ -121,14 +119,11 @@ class Checkpoints:
                     other.load_state_dict(saved)
                 for generator, saved in zip(generators(parameters), content["random"][place().rank], strict=True):
                     generator.set_state(saved)
-                losses, self.before = content["losses"], content["seconds"]
-                if (
-                    losses.ndim != 2
-                    or type(self.before) is not float
-                    or not all(p.isfinite().all() for p in parameters)
-                ):
+                losses, seconds = content["losses"], content["seconds"]
+                is_ours = losses.ndim == 2 and type(seconds) is float
+                if not is_ours or not all(parameter.isfinite().all() for parameter in parameters):
                     raise ValueError("written by something else")
-                losses = losses.tolist()
+                losses, self.start = losses.tolist(), self.start - seconds
             except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, RuntimeError):
                 raise InputError(f"{path}: no checkpoint of this training; leave --resume out to start anew") from None
             self.kept.append(path)
@@ -146,7 +141,7 @@ class Checkpoints:
         is_due, number = map(max, zip(*of_all((late or is_over, self.signal)), strict=True))
         if is_due or number:
             content = {
-                "seconds": self.before + time.perf_counter() - self.start,
+                "seconds": time.perf_counter() - self.start,
                 "losses": torch.tensor(losses).double(),
                 "parameters": [parameter.detach() for parameter in parameters],
                 "others": [other.state_dict() for other in others if not is_over],
@@ -189,10 +184,9 @@ class Checkpoints:
                 sys.exit(128 + number)
             self.signal = number
 
-        former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-        for number, handler in former.items():
-            if handler is not signal.SIG_IGN:  # see nohup
-                signal.signal(number, note)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # see nohup
+        former = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
