@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,8 +52,8 @@ DEBERTA = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.
 def checkpoint_names(num_layers: int) -> Names:
     """Each parameter that a BertEncoder or a DebertaEncoder may have to its names, without "bert." or "deberta."."""
     names = {"relative_table.weight": ("encoder.rel_embeddings.weight",)}
-    for part in ("word", "position", "token_type"):
-        names[f"{part}_embeddings.weight"] = (f"embeddings.{part}_embeddings.weight",)
+    for table in ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"):
+        names[table] = (f"embeddings.{table}",)
     for kind in ("weight", "bias"):
         names[f"embedding_norm.{kind}"] = (f"embeddings.LayerNorm.{kind}",)
     for n in range(num_layers):
@@ -164,7 +163,7 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
         names = checkpoint_names(config.num_hidden_layers)
         above = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
         left_out = () if with_head else TASK_HEADS
-        encoder, head = filled(path, tensors, partial(new_encoder, config), names, head, (*DROPPED, *above, *left_out))
+        encoder, head = filled(path, tensors, lambda: new_encoder(config), names, head, (*DROPPED, *above, *left_out))
     if "pooler.dense.weight" in head:
         encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
     elif warn and config.model_type == "bert":

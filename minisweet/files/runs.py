@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -316,7 +315,7 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
         last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
         ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
         checkpoint.check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
-        model, _ = checkpoint.filled(run / WEIGHTS, tensors, partial(_new_model, config, record), {}, {})
+        model, _ = checkpoint.filled(run / WEIGHTS, tensors, lambda: _new_model(config, record), {}, {})
     return model.eval(), record | {"depth": depth, "vocab_size": config.vocab_size}
 
 
