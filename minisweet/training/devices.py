@@ -90,10 +90,9 @@ def reuse_freed_memory() -> None:
 
 def device_name(device: torch.device) -> str:
     """What a reader of the results should know of the device."""
-    together = f", {place().processes} processes" if place().processes > 1 else ""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device) + together
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads{together}"
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return name + (f", {place().processes} processes" if place().processes > 1 else "")
 
 
 def together(main: Callable[[], None]) -> Callable[[], None]:

@@ -77,7 +77,6 @@ def find_model(args: argparse.Namespace) -> tuple[Path, Config, Sequence[int]]:
         check_exit_layers(exit_layers, config.num_hidden_layers)
     except ValueError as error:
         raise InputError(f"--exit-layers: {error}") from None
-    if args.max_length > config.max_position_embeddings:
-        positions = config.max_position_embeddings
+    if args.max_length > (positions := config.max_position_embeddings):
         raise InputError(f"--max-length: {args.max_length}, and {args.model} has {positions} positions")
     return folder, config, exit_layers
