@@ -95,7 +95,7 @@ def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
 def fits(value: object, kind: object, *shape: object) -> bool:
     """Whether a value of a JSON file is of a kind: text (str), of a set, in a range, in (low, high), or any (object).
 
-    `shape` tells the lengths of the lists it stands in; `dict` is for an object, in which there may be others.
+    `shape` is that of `_rules`; in an object there may be others.
     """
     if shape and shape[0] is dict:
         parts = list(value.values()) if isinstance(value, dict) else []

@@ -42,10 +42,7 @@ def add_device_options(parser: Parser) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device that is there; torchrun's processes take one GPU each.
-
-    Raises InputError.
-    """
+    """The device of auto, cpu, cuda or cuda:N; torchrun's processes take one GPU each. Raises InputError for others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if place().processes > 1 and name.startswith("cuda"):

@@ -133,10 +133,7 @@ class Checkpoints:
         return losses
 
     def keep(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
-        """Save a checkpoint if it is time to, if the stage is over, or if a signal came, which then ends the process.
-
-        `others` are AdamW and the scaler, which are not saved of a stage that is over.
-        """
+        """Save a checkpoint if it is time, if the stage is over, or if a signal came, which then ends the process."""
         late = time.perf_counter() - self.saved > 60 * self.minutes
         is_due, number = map(max, zip(*of_all((late or is_over, self.signal)), strict=True))
         if is_due or number:
@@ -144,7 +141,7 @@ class Checkpoints:
                 "seconds": time.perf_counter() - self.start,
                 "losses": torch.tensor(losses).double(),
                 "parameters": [parameter.detach() for parameter in parameters],
-                "others": [other.state_dict() for other in others if not is_over],
+                "others": [other.state_dict() for other in others if not is_over],  # AdamW and the scaler
                 "random": of_all([generator.get_state() for generator in generators(parameters)]),
             }
             if place().rank == 0:  # the first process alone writes
