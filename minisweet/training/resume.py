@@ -164,9 +164,7 @@ class Checkpoints:
                 old.unlink()
             with partial.open("wb") as file:
                 torch.save(content, file)
-            path = self.folder / f"{name}.{sha256(partial)}.pt"
-            partial.replace(path)
-            self.kept.append(path)
+            self.kept.append(partial.replace(self.folder / f"{name}.{sha256(partial)}.pt"))
         except (OSError, RuntimeError, InputError) as error:  # of a full disk torch may raise either
             partial.unlink(missing_ok=True)
             tell(f"{partial}: cannot be written ({error}); the training goes on")
