@@ -31,7 +31,6 @@ Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined 
 LOG = logging.getLogger("minisweet")
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-FLOATS = ("F16", "BF16", "F32", "F64")
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
 # What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts
 # 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. The pooler is not
@@ -234,7 +233,7 @@ def filled(
                 problems.append(f"{source} {part} is missing")
             elif there.get_shape() != part:
                 problems.append(f"{source} is {there.get_shape()} and should be {part}")
-            elif there.get_dtype() not in FLOATS:
+            elif there.get_dtype() not in ("F16", "BF16", "F32", "F64"):
                 problems.append(f"{source} is of type {there.get_dtype()} and should be floating-point")
     problems += [f"{k} {v.get_shape()} is unexpected" for k, v in unused.items() if not k.startswith(dropped)]
     for name in sources if not problems else ():

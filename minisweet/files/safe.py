@@ -22,8 +22,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")  # or, of older versions, with a process id in place of random digits
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 class InputError(ValueError):
@@ -147,9 +145,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         else:
             os.link(new, target)  # unlike a rename, this refuses a name that is taken
     except OSError as error:
-        if error.errno in TAKEN and os.path.lexists(target):
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(target):
             raise InputError(f"{target}: exists already; not overwritten") from None
-        if is_ours or error.errno in DISK_FULL:
+        if is_ours or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a full disk is of the target too
             raise InputError(f"{target}: cannot be written ({error.strerror})") from None
         raise
     finally:
