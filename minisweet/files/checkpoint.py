@@ -9,8 +9,7 @@ config.json that we have no field for are ignored: they describe the file, not t
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,27 +141,26 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
     depth, D = config.num_hidden_layers, config.hidden_size
     if num_layers is not None and not 1 <= num_layers <= depth:
         raise InputError(f"num_layers is {num_layers}, and must lie in 1 to {depth}, the depth of {folder}")
-    tensors, head = {}, {}
-    with open_weights(folder) as files:
-        path = folder / (WEIGHTS if (folder / WEIGHTS).exists() else INDEX)
-        for key in sorted(files):
-            plain = key.removeprefix(f"{config.model_type}.")
-            plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            if plain in tensors:
-                raise InputError(f"{path}: {key} and another tensor are the same parameter")
-            tensors[plain] = files[key]
-        check_sizes(path, tensors, "embeddings.word_embeddings", f"encoder.layer.{depth - 1}.intermediate.dense", D)
-        if with_head or "pooler.dense.weight" in tensors:
-            head |= {"pooler.dense.weight": [D, D], "pooler.dense.bias": [D]}
-        if with_head:
-            there = tensors["classifier.bias"].get_shape() if "classifier.bias" in tensors else []
-            C = there[0] if there else 2
-            head |= {"classifier.weight": [C, D], "classifier.bias": [C]}
-        config = replace(config, num_hidden_layers=num_layers or depth)
-        names = checkpoint_names(config.num_hidden_layers)
-        above = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
-        left_out = () if with_head else TASK_HEADS
-        encoder, head = filled(path, tensors, lambda: new_encoder(config), names, head, (*DROPPED, *above, *left_out))
+    files, tensors, head = open_weights(folder), {}, {}
+    path = folder / (WEIGHTS if (folder / WEIGHTS).exists() else INDEX)
+    for key in sorted(files):
+        plain = key.removeprefix(f"{config.model_type}.")
+        plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if plain in tensors:
+            raise InputError(f"{path}: {key} and another tensor are the same parameter")
+        tensors[plain] = files[key]
+    check_sizes(path, tensors, "embeddings.word_embeddings", f"encoder.layer.{depth - 1}.intermediate.dense", D)
+    if with_head or "pooler.dense.weight" in tensors:
+        head |= {"pooler.dense.weight": [D, D], "pooler.dense.bias": [D]}
+    if with_head:
+        there = tensors["classifier.bias"].get_shape() if "classifier.bias" in tensors else []
+        C = there[0] if there else 2
+        head |= {"classifier.weight": [C, D], "classifier.bias": [C]}
+    config = replace(config, num_hidden_layers=num_layers or depth)
+    names = checkpoint_names(config.num_hidden_layers)
+    above = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
+    left_out = () if with_head else TASK_HEADS
+    encoder, head = filled(path, tensors, lambda: new_encoder(config), names, head, (*DROPPED, *above, *left_out))
     if "pooler.dense.weight" in head:
         encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
     elif warn and config.model_type == "bert":
@@ -180,8 +178,7 @@ def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> 
             raise InputError(f"{path}: {name} is {shape}, should be of hidden_size {D}, as config.json says")
 
 
-@contextmanager
-def open_weights(folder: Path) -> Iterator[dict]:
+def open_weights(folder: Path) -> dict:
     """Open a folder's weights, of one file or of the shards beside its index: each tensor's name to its slice, unread.
 
     pytorch_model.bin is converted first, where it is alone. Raises InputError where anything of this fails.
@@ -195,20 +192,19 @@ def open_weights(folder: Path) -> Iterator[dict]:
         files = [folder / name for name in sorted(names)]
     elif not files[0].exists() and (folder / PICKLED).is_file():
         convert(folder / PICKLED)
-    with ExitStack() as stack:
-        try:
-            for path in files:
-                check_regular(path)
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                for key in file.keys():  # noqa: SIM118 (it is no dict)
-                    if key in slices:
-                        raise InputError(f"{path}: holds {key!r:.80}, which another shard holds too")
-                    slices[key] = file.get_slice(key)
-            yield slices
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not readable as safetensors ({error})") from None
+    try:
+        for path in files:
+            check_regular(path)
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                if key in slices:
+                    raise InputError(f"{path}: holds {key!r:.80}, which another shard holds too")
+                slices[key] = file.get_slice(key)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not readable as safetensors ({error})") from None
+    return slices
 
 
 def filled(

@@ -72,8 +72,7 @@ def _check(folder: Path) -> None:
     if missing:
         raise InputError(f"{folder}: not a model folder, it lacks {' and '.join(missing)}")
     read_config(folder)
-    with open_weights(folder):  # compares the header with the size of the file, so a truncated one is seen here
-        pass
+    open_weights(folder)  # compares the header with the size of the file, so a truncated one is seen here
 
 
 def _fetch(model: str, folder: Path) -> None:

@@ -310,12 +310,12 @@ def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
         raise InputError(f"{path}: exit_layers is {layers}, and the model has {depth} layers")
     if length > positions:
         raise InputError(f"{path}: max_length is {length}, and the model has {positions} positions")
-    with checkpoint.open_weights(run) as tensors:
-        # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
-        last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
-        ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
-        checkpoint.check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
-        model, _ = checkpoint.filled(run / WEIGHTS, tensors, lambda: _new_model(config, record), {}, {})
+    tensors = checkpoint.open_weights(run)
+    # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
+    last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
+    ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
+    checkpoint.check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
+    model, _ = checkpoint.filled(run / WEIGHTS, tensors, lambda: _new_model(config, record), {}, {})
     return model.eval(), record | {"depth": depth, "vocab_size": config.vocab_size}
 
 
