@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -84,11 +84,11 @@ class Checkpoints:
         for other in of_all(trained):
             if changed := changes(trained, other):
                 raise InputError(f"torchrun: {changed} in another process; all must train the same")
-        if self.finished and (changed := changes(trained, trained | must_stay(read_record(args.out)))):
-            if not args.overwrite:
-                where = f"{args.out} is finished, but {changed}"
-                raise InputError(f"--resume: {where}; name another --out, or pass --overwrite")
-            self.finished = False
+        changed = changes(trained, trained | must_stay(read_record(args.out))) if self.finished else ""
+        if changed and not args.overwrite:
+            where = f"{args.out} is finished, but {changed}"
+            raise InputError(f"--resume: {where}; name another --out, or pass --overwrite")
+        self.finished = self.finished and not changed
         if any(self.folder.glob("*.pt")) and not self.finished:
             if not args.resume:
                 tell(f"{self.folder}: of a training that was stopped; this one starts anew, as --resume is not given")
@@ -179,14 +179,11 @@ class Checkpoints:
                 sys.exit(128 + number)
             self.signal = number
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # see nohup
-        former = {number: signal.signal(number, note) for number in heard}
-        try:
+        with ExitStack() as former:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # see nohup
+                    former.callback(signal.signal, number, signal.signal(number, note))
             yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
     def remove(self) -> None:
         """Remove the checkpoints."""
