@@ -51,9 +51,9 @@ def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
     First the kind, then the length of each list around it, the outermost first: `"exit_counts": (ANY, P, K)` is a list
-    of P lists of K whole numbers, and `"ece nll": (number, dict, K)` of two keys, each an object of lists of K numbers.
-    K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest` is the lowest score. Values that
-    others follow from stand first.
+    of P lists of K whole numbers, and `"ece nll": (number, dict, K)` of two keys, each an object of lists of K numbers,
+    in which there may be other objects. K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest`
+    is the lowest score. Values that others follow from stand first.
     """
     size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1 + K[-1])
     return {
@@ -93,10 +93,7 @@ def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
 
 
 def fits(value: object, kind: object, *shape: object) -> bool:
-    """Whether a value of a JSON file is of a kind: text (str), of a set, in a range, in (low, high), or any (object).
-
-    `shape` is that of `_rules`; in an object there may be others.
-    """
+    """Whether a value of a JSON file is of a kind: text (str), in a set, a range or (low, high), or any (object)."""
     if shape and shape[0] is dict:
         parts = list(value.values()) if isinstance(value, dict) else []
         for part in parts:  # grows by what inner objects hold, so that no depth of them is too much
