@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from minisweet import calibration
-from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
+from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, spaced_thresholds
 from minisweet.data.own import digest, load_dev
 from minisweet.data.tasks import TASKS, classification_report
 from minisweet.data.text import TokenizedExamples, load_tokenizer
@@ -126,18 +126,15 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     temperatures = calibration.row_temperatures(logits, labels, args.calibration)  # (K, N)
     ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
     rule = ExitRule(C, temperatures if ranges is None else None, ranges)
-    confidence = rule.confidences(logits, certainty)  # (K, N)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
-    # What leaving at each exit costs, and which exit each instance takes, at each threshold: (thresholds, K or N)
     of_model = (list(model.exit_layers), record["depth"], record["method"])
-    costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])
-    taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])
+    swept, taken = sweep(rule, validation, thresholds, metric, of_model)  # taken: (thresholds, N)
     wish = {"max_loss": args.max_loss} if args.speed is None else {"speed": args.speed}
     evaluation = {key: record[key] for key in ("task", "method", "exit_strategy")} | {
         "metric": metric,
         "exit_layers": of_model[0],
         "thresholds": thresholds,
-        **sweep(predictions, taken, labels.numpy(), costs, metric),
+        **swept,
         "operating_point": operating_point(validation, metric, args.calibration, of_model, wish),
         # How often each exit predicts each class: (K, C)
         "class_counts": [row.bincount(minlength=C).tolist() for row in predictions],
@@ -158,11 +155,13 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
         live_model = prepare(model, precision) if args.prepared else model
+        costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
         with devices.autocast(device, precision):
             live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
         # Rounding may turn a decision where the first of the two exits is as confident as the threshold.
+        confidence = rule.confidences(logits, certainty)  # (K, N)
         margins = (confidence.gather(0, torch.minimum(live_exits, taken)) - torch.tensor(thresholds)[:, None]).abs()
         near = differs & (margins <= (1e-4 if precision is None else 2e-2))
         evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}

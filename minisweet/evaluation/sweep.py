@@ -76,18 +76,22 @@ def predict(
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
 
 
-def sweep(predictions: Tensor, taken: Tensor, labels: np.ndarray, costs: np.ndarray, metric: str) -> dict:
-    """Score all exits' `predictions` (K, N), and at each threshold those of the exits `taken` (thresholds, N), from 0.
+def sweep(rule: ExitRule, rows: Validation, thresholds: list, metric: str, of_model: tuple) -> tuple[dict, Tensor]:
+    """Score all exits, and at each threshold those that the rows take (`metric`, `of_model`: see `operating_point`).
 
-    `labels` are (N,), `costs` (thresholds, K) of leaving at each exit, as shares of the layers; `metric` as in `score`.
-    Returns exit_scores (K), scores, speedup_ratios, exit_counts (thresholds, K) and area; scores in percent.
+    Returns exit_scores (K), scores, speedup_ratios, exit_counts (thresholds, K) and area, scores in percent; then the
+    exits taken (thresholds, N), from 0.
     """
+    predictions, labels = rows.logits.argmax(-1), rows.labels.numpy()  # (K, N), (N,)
+    confidence = rule.confidences(rows.logits, rows.certainty)  # (K, N)
+    taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])
     counts = [exits.bincount(minlength=len(predictions)).tolist() for exits in taken]
+    costs = [exit_costs(*of_model, threshold) for threshold in thresholds]  # (thresholds, K)
     ratios = [float(np.dot(left, cost) / len(labels)) for left, cost in zip(counts, costs, strict=True)]  # Eq. 1
-    scores = [score(predictions.gather(0, exits[None])[0].numpy(), labels, metric) for exits in taken]
+    scores = [score(chosen, labels, metric) for chosen in predictions.gather(0, taken).numpy()]
     of_exits = score(predictions.numpy(), labels, metric).tolist()
     curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts}
-    return {"exit_scores": of_exits, **curve, "area": area_under_curve(ratios, scores)}
+    return {"exit_scores": of_exits, **curve, "area": area_under_curve(ratios, scores)}, taken
 
 
 def save_validation(path: Path, validation: Validation) -> str:

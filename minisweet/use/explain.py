@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisweet.adaptive import ExitRule, exit_costs, exits_taken, leaves
+from minisweet.adaptive import ExitRule, exit_costs, leaves
 from minisweet.calibration import row_temperatures
 from minisweet.data.own import load_dev
 from minisweet.data.tasks import Examples
@@ -116,10 +116,8 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
     exact |= {point["threshold"]} if point else set()
     hundredths = (n / 100 for n in range(101) if n / 100 > rule.lowest)  # of them those that are not there already
     thresholds = sorted(exact | {t for t in hundredths if np.abs(np.array([*exact]) - t).min() > 1e-9})  # (P)
-    taken = torch.stack([exits_taken(confidence, threshold, rule.lowest) for threshold in thresholds])  # (P, N)
-    cost_terms, metric = (evaluation["exit_layers"], record["depth"], evaluation["method"]), evaluation["metric"]
-    costs = np.array([exit_costs(*cost_terms, threshold) for threshold in thresholds])  # (P, K)
-    swept = sweep(predictions, taken, labels.numpy(), costs, metric)
+    of_model, metric = (evaluation["exit_layers"], record["depth"], evaluation["method"]), evaluation["metric"]
+    swept, _ = sweep(rule, validation, thresholds, metric, of_model)
     for key in {"exit_counts", "speedup_ratios"} & evaluation.keys():
         found = dict(zip(thresholds, swept[key], strict=True))
         if not np.allclose([found[threshold] for threshold in evaluation["thresholds"]], evaluation[key], atol=1e-9):
@@ -132,7 +130,7 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
         "operating_point": point,
         "model": Path(record["model"]).name,
         "metric": METRICS[metric],
-        "exit_costs": exit_costs(*cost_terms),
+        "exit_costs": exit_costs(*of_model),
         "lowest": rule.lowest,
         "sentences": rows.texts(),
         "predictions": predictions.tolist(),
