@@ -27,7 +27,7 @@ from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.files.commands import Parser, positive_float, run_command, whole_number
 from minisweet.files.runs import load_run, versions
 from minisweet.files.safe import InputError, load_pyplot, save_figure, write_json
-from minisweet.paper.report import for_json
+from minisweet.paper.report import for_json, over_seeds
 from minisweet.paper.reproduce import TRAINING, as_options, run_script
 from minisweet.training.devices import choose_device, device_name, reuse_freed_memory
 from minisweet.training.options import add_training_options, default_batch_size, find_model
@@ -111,8 +111,7 @@ def main() -> None:
     batches = (new.batch(chosen).to(device) for chosen in np.arange(measured).reshape(-1, args.batch_size))
     measurements = [exit_similarities(model, batch) for batch in batches]
     similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
-    mean = similarities.mean(0)  # (M, K, K)
-    deviation = similarities.std(0, ddof=1) if args.batches > 1 else np.full_like(mean, np.nan)
+    mean, deviation, _ = over_seeds(similarities)  # of batches here: (M, K, K) each
     conflict = (~np.isnan(mean) & ~np.eye(len(args.exit_layers), dtype=bool)).any()  # two exits update one matrix
     given = ("model", "method", "task", "steps", "batches", "batch_size", "seed")
     report = {key: getattr(args, key) for key in given} | {

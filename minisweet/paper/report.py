@@ -72,13 +72,13 @@ def seed_means(records: Records, points: Callable[[dict], ArrayLike]) -> np.ndar
 
 
 def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, sample deviation, and half of the 95% confidence interval (Student's t): (S, P) to (P,) each.
+    """Mean, sample deviation, and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
 
     NaN where a seed has no value, and the latter two with one seed. Without a seed, three empty arrays.
     """
     if (S := len(values)) == 0:
         return (np.array([]),) * 3
-    std = values.std(0, ddof=1) if S > 1 else np.full(values.shape[1], np.nan)
+    std = values.std(0, ddof=1) if S > 1 else np.full(values.shape[1:], np.nan)
     return values.mean(0), std, std * STUDENT_T[min(max(S - 1, 1), 30) - 1] / np.sqrt(S)
 
 
