@@ -1,7 +1,8 @@
 """Score a run's exits, sweep thresholds for its speed-accuracy curve (Sec. 3.3), and recommend one to deploy.
 
-    python evaluate.py                  # the newest run under runs/
-    python evaluate.py runs/NAME --thresholds 21
+  python evaluate.py runs/NAME --max-loss 0.5
+  python evaluate.py runs/NAME --use-exits 3,6 --live
+  python evaluate.py runs/A runs/B runs/C --plot compare.png
 
 One forward pass over the validation set gives every exit's logits, and with them all thresholds' decisions exactly.
 Prints the scores, and writes evaluation.json, logits.safetensors and curve.png into the run folder.
@@ -33,15 +34,11 @@ from minisweet.training import devices
 from minisweet.use.plots import compare_curves, draw_curve
 from minisweet.use.prepared import prepare
 
-EXAMPLES = """examples:
-  python evaluate.py runs/NAME --max-loss 0.5
-  python evaluate.py runs/NAME --use-exits 3,6 --live
-  python evaluate.py runs/A runs/B runs/C --plot compare.png"""
-
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = Parser(description="Score a run's exits and sweep thresholds for its curve.", epilog=EXAMPLES)
+    examples = "examples:\n" + __doc__.split("\n\n")[1]
+    parser = Parser(description="Score a run's exits and sweep thresholds for its curve.", epilog=examples)
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=Path, metavar="PNG", help="evaluate nothing: draw the saved curves of these runs together")
