@@ -172,20 +172,20 @@ def candidates(
     moves = np.searchsorted(thresholds, np.maximum.accumulate(confidence), side="right")  # (K-1, N)
 
     labels, predictions = validation.labels.numpy(), validation.logits.argmax(-1).numpy()
-    cost = np.array(exit_costs(exit_layers, depth, method))[:, None]
-    # Of each row at each exit, what a score and a ratio are made of: 4 of (K, N).
-    parts = np.broadcast_arrays(predictions == labels, (predictions == 1) & (labels == 1), predictions == 1, cost)
-    at_exit = np.stack(parts, axis=-1).astype(np.float64)  # (K, N, 4)
-    sums = np.zeros((len(thresholds) + 1, 4))  # (M, 4), as steps at first
-    sums[0] = at_exit[0].sum(0)
-    for first, step in zip(moves, np.diff(at_exit, axis=0), strict=True):
-        np.add.at(sums, first, step)
-    right, both, predicted, layers = sums.cumsum(0).T
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        """What each row has at each exit, (K, N), summed over the rows at each threshold: (M,)."""
+        first, steps = values[0].sum(), np.diff(values.astype(np.float64), axis=0)
+        return first + np.bincount(moves.ravel(), steps.ravel(), minlength=len(thresholds) + 1).cumsum()
+
+    costs = np.array(exit_costs(exit_layers, depth, method))  # (K,)
+    layers = summed(np.broadcast_to(costs[:, None], predictions.shape))
     layers[-1] = exit_costs(exit_layers, depth, method, 1.0)[-1] * len(labels)  # at 1 all reach the last exit
     if metric == "matthews":
-        scores = matthews(both, predicted, (labels == 1).sum(), len(labels))
+        positive, both = predictions == 1, (predictions == 1) & (labels == 1)
+        scores = matthews(summed(both), summed(positive), (labels == 1).sum(), len(labels))
     else:
-        scores = 100 * right / len(labels)
+        scores = 100 * summed(predictions == labels) / len(labels)
     return Candidates(np.append(thresholds, 1.0), scores, layers / len(labels))
 
 
