@@ -141,9 +141,8 @@ def main() -> None:
 
 def draw_similarities(path: Path, mean: np.ndarray, args: argparse.Namespace) -> None:
     """Draw a heat map with one panel per layer to a PNG: mean (M, K, K). Raises InputError without matplotlib."""
-    pyplot = load_pyplot(path)
     M, K, _ = mean.shape
-    figure, axes = pyplot.subplots(1, M, figsize=(3.2 * M + 1, 3.6), squeeze=False, layout="constrained")
+    figure, axes = load_pyplot(path).subplots(1, M, figsize=(3.2 * M + 1, 3.6), squeeze=False, layout="constrained")
     for m, axis in enumerate(axes[0]):
         image = axis.imshow(mean[m, m:, m:], vmin=-1, vmax=1, cmap="RdBu")
         ticks, names = range(K - m), [f"C-{k + 1}" for k in range(m, K)]  # as in the paper

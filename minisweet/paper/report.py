@@ -226,10 +226,9 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
 
     Each panel is a title, a grid as in `results_of`, and the tasks to average over. InputError without matplotlib.
     """
-    pyplot = load_pyplot(path)
     columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = pyplot.figure(figsize=(1 + 4.2 * columns, 3.4 * rows))
+    figure = load_pyplot(path).figure(figsize=(1 + 4.2 * columns, 3.4 * rows))
     for place, (title, grid, tasks) in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, columns, place)
         methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle
