@@ -3,7 +3,6 @@
 Dimension letters: K exits, N instances, C classes, M candidate thresholds.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +76,7 @@ def predict(
 
 
 def sweep(rule: ExitRule, rows: Validation, thresholds: list, metric: str, of_model: tuple) -> tuple[dict, Tensor]:
-    """Score all exits, and at each threshold those that the rows take (`metric`, `of_model`: see `operating_point`).
+    """Score all exits, and at each threshold those that the rows take (`metric`, `of_model`: as in `candidates`).
 
     Returns exit_scores (K), scores, speedup_ratios, exit_counts (thresholds, K) and area, scores in percent; then the
     exits taken (thresholds, N), from 0.
@@ -115,9 +114,7 @@ def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation
         right = right and labels.shape == (N,) and labels.dtype == torch.int64 and 0 <= labels.min()
         right = right and labels.max() < num_labels
         if evaluation["exit_strategy"] == "lte":
-            right = (
-                right and certainty.shape[1:] == (N,) and len(certainty) in (K - 1, K) and certainty.isfinite().all()
-            )
+            right = right and certainty.shape in ((K - 1, N), (K, N)) and certainty.isfinite().all()
     except (SafetensorError, KeyError, AttributeError):
         right = False
     if not right:
@@ -128,8 +125,8 @@ def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation
 def operating_point(validation: Validation, metric: str, calibration: str, of_model: tuple, wish: dict) -> dict:
     """Choose the threshold for a wish, and say honestly what it gives.
 
-    `metric` is as in `score`, `calibration` as in `fit_rule`, `of_model` are the exit layers, depth and method of
-    `exit_costs`. The wish is {"max_loss": points} or {"speed": share}, see `choose`.
+    `metric` and `of_model` are as in `candidates`, `calibration` as in `fit_rule`. The wish is {"max_loss": points} or
+    {"speed": share}, see `choose`.
 
     Returns `threshold`, chosen on all rows, for new text. `score` and `speedup_ratio` are estimates for new text: each
     half of the rows (even and odd ones) is scored at the threshold, and with the temperatures, that the other half
@@ -156,14 +153,12 @@ def operating_point(validation: Validation, metric: str, calibration: str, of_mo
     return point | {"speedup_ratio": float(costs.mean()), "wish": wish, "reached": reached}
 
 
-def candidates(
-    rule: ExitRule, validation: Validation, metric: str, exit_layers: Sequence[int], depth: int, method: str
-) -> Candidates:
+def candidates(rule: ExitRule, validation: Validation, metric: str, *of_model: object) -> Candidates:
     """The thresholds at which a decision changes (the confidences that occur, and 1), with their scores and ratios.
 
-    As the threshold rises past all of a row's confidences up to an exit, the row moves on to the next exit. So a sum
-    over rows changes by a step there, and all M sums take one pass over the sorted steps, where a sweep would take M
-    times N decisions.
+    `metric` is as in `score`, `of_model` are the exit layers, depth and method of `exit_costs`. As the threshold rises
+    past all of a row's confidences up to an exit, the row moves on to the next exit. So a sum over rows changes by a
+    step there, and all M sums take one pass over the sorted steps, where a sweep would take M times N decisions.
     """
     confidence = rule.confidences(validation.logits, validation.certainty)[:-1].double().numpy()  # (K-1, N)
     confidence = confidence.clip(min=rule.lowest)  # at the lowest threshold all leave at the first exit
@@ -178,9 +173,9 @@ def candidates(
         first, steps = values[0].sum(), np.diff(values.astype(np.float64), axis=0)
         return first + np.bincount(moves.ravel(), steps.ravel(), minlength=len(thresholds) + 1).cumsum()
 
-    costs = np.array(exit_costs(exit_layers, depth, method))  # (K,)
+    costs = np.array(exit_costs(*of_model))  # (K,)
     layers = summed(np.broadcast_to(costs[:, None], predictions.shape))
-    layers[-1] = exit_costs(exit_layers, depth, method, 1.0)[-1] * len(labels)  # at 1 all reach the last exit
+    layers[-1] = exit_costs(*of_model, 1.0)[-1] * len(labels)  # at 1 all reach the last exit
     if metric == "matthews":
         positive, both = predictions == 1, (predictions == 1) & (labels == 1)
         scores = matthews(summed(both), summed(positive), (labels == 1).sum(), len(labels))

@@ -52,8 +52,7 @@ def measure_live(
         return time.perf_counter() - start, answer
 
     def live_at(threshold: float, batch: Batch) -> tuple[float, Answers]:
-        own = rule.for_rows(batch.rows.cpu())  # their own share of the rule
-        return timed(early_exit, model, *batch.inputs, threshold, own, batch_size)
+        return timed(early_exit, model, *batch.inputs, threshold, rule.for_rows(batch.rows.cpu()), batch_size)
 
     # Not timed: on the CPU bfloat16 products are compiled for each shape at first sight. A stream of batches soon has
     # seen all; here it would be a tenth of the time.
