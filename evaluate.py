@@ -10,7 +10,6 @@ Prints the scores, and writes evaluation.json, logits.safetensors and curve.png 
 
 import argparse
 import time
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -177,12 +176,13 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     """Print what stands in evaluation.json as tables. `names` are the classes'."""
     exit_layers, thresholds, per_class = (evaluation[key] for key in ("exit_layers", "thresholds", "per_class"))
     softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
-    print(f"\n{'exit after layer':<18}{cells(exit_layers, '8')}")
-    print(f"{evaluation['metric']:<18}{cells(evaluation['exit_scores'], '8.1f')}")
-    print(f"{'macro F1':<18}{cells((report['macro_f1'] for report in per_class), '8.1f')}")
+    layers, scores, errors = ("{:<18}" + column * len(exit_layers) for column in ("{:8}", "{:8.1f}", "{:8.3f}"))
+    print("\n" + layers.format("exit after layer", *exit_layers))
+    print(scores.format(evaluation["metric"], *evaluation["exit_scores"]))
+    print(scores.format("macro F1", *(report["macro_f1"] for report in per_class)))
     for name in ("ece", "nll"):
-        for when in ("before", "after"):
-            print(f"{name + ' ' + when:<18}{cells(evaluation[name][when], '8.3f')}{softmax}")
+        for when, values in evaluation[name].items():
+            print(errors.format(f"{name} {when}", *values) + softmax)
     for n, counts in zip(exit_layers, evaluation["class_counts"], strict=True):
         occurring = zip(names, counts, per_class[0]["support"], strict=True)
         if never := [name for name, count, support in occurring if support and not count]:
@@ -202,9 +202,9 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     print(f"operating point: threshold {point['threshold']:.6g}: {point['score']:.1f}, {loss}, {share}")
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
-        print(f"\nmean exit layer per difficulty\nthreshold{cells(means, '>16')}")
-        for threshold, *row in zip(thresholds, *means.values(), strict=True):
-            print(f"{threshold:9.3f}{cells(row, '16.2f')}")
+        print("\nmean exit layer per difficulty\nthreshold" + ("{:>16}" * len(means)).format(*means))
+        for row in zip(thresholds, *means.values(), strict=True):
+            print(("{:9.3f}" + "{:16.2f}" * len(means)).format(*row))
     if "live" in evaluation:
         together = f"{evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches"
         prepared = " with prepared weights" if evaluation["live_prepared"] else ""
@@ -212,16 +212,11 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
         print(f"{'threshold':>9}{'layer share':>13}{'wall share':>12}{'instances/s':>13}{'p50':>8}{'p90':>8}{'p99':>8}")
         for row in evaluation["live"]:
             print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")
-            print(f"{row['instances_per_second']:13.1f}{cells(row['latency_ms'].values(), '8.1f')}")
+            print("{:13.1f}{:8.1f}{:8.1f}{:8.1f}".format(row["instances_per_second"], *row["latency_ms"].values()))
         decisions = len(thresholds) * evaluation["examples"]
         differ, near = evaluation["live_differs"], evaluation["live_differs_near"]
         rounded = f", {near} of them as near to the threshold as rounding goes" if differ else ""
         print(f"exits or labels differ from the sweep's in {differ} of {decisions} decisions{rounded}")
-
-
-def cells(values: Iterable, form: str) -> str:
-    """Values in a row of a table, each as the format `form` says."""
-    return "".join(format(value, form) for value in values)
 
 
 if __name__ == "__main__":
