@@ -1,8 +1,9 @@
 """Score a run's exits, sweep thresholds for its speed-accuracy curve (Sec. 3.3), and recommend one to deploy.
 
-  python evaluate.py runs/NAME --max-loss 0.5
-  python evaluate.py runs/NAME --use-exits 3,6 --live
-  python evaluate.py runs/A runs/B runs/C --plot compare.png
+    python evaluate.py                  # the newest run under runs/
+    python evaluate.py runs/NAME --max-loss 0.5
+    python evaluate.py runs/NAME --use-exits 3,6 --live
+    python evaluate.py runs/A runs/B runs/C --plot compare.png
 
 One forward pass over the validation set gives every exit's logits, and with them all thresholds' decisions exactly.
 Prints the scores, and writes evaluation.json, logits.safetensors and curve.png into the run folder.
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, spaced_thresholds
-from minisweet.data.own import digest, load_dev
+from minisweet.data.load import digest, load_dev
 from minisweet.data.tasks import TASKS, classification_report
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
@@ -36,8 +37,8 @@ from minisweet.use.prepared import prepare
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    examples = "examples:\n" + __doc__.split("\n\n")[1]
-    parser = Parser(description="Score a run's exits and sweep thresholds for its curve.", epilog=examples)
+    about, examples, *_ = __doc__.split("\n\n")
+    parser = Parser(description=about, epilog=f"examples:\n{examples}")
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=Path, metavar="PNG", help="evaluate nothing: draw the saved curves of these runs together")

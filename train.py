@@ -1,8 +1,11 @@
 """Fine-tune BERT or DeBERTa with early exits: the paper's SWEET, Early-Exit (ee) and Multi-Model (mm), and branches.
 
-    python train.py                                                # minilm-l6, sweet, toy: about a minute on a laptop
+    python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
-    python train.py --trunk FOLDER --task rte                      # early exits for a classifier that is there already
+    python train.py --task sst2 --method branch
+    python train.py --data tickets.csv --text-columns subject,body --label-column team
+    python train.py --trunk my-classifier --task rte  # early exits for a classifier that is there already
+    python train.py --trunk my-classifier --data texts.csv --targets trunk          # which needs no labels
 
 Writes a run folder, which evaluate.py reads.
 """
@@ -22,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.data.own import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
+from minisweet.data.load import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, METHODS, build_alone, exit_loss, grow_branches
@@ -30,15 +33,11 @@ from minisweet.files.commands import Parser, positive_float, run_command, whole_
 from minisweet.files.runs import DIVERGED, claim_output, is_run, load_trunk, read_record, run_name, save_run, versions
 from minisweet.files.safe import InputError, write_json
 from minisweet.training import devices, options
-from minisweet.training.devices import add_up, autocast, place, share
+from minisweet.training.devices import add_up_gradients, autocast, own_rows, place
 from minisweet.training.resume import Checkpoints, is_finished
 
 TARGETS = ("labels", "trunk", "half")
 READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
-EXAMPLES = """examples:
-  python train.py --task sst2 --method branch
-  python train.py --data tickets.csv --text-columns subject,body --label-column team
-  python train.py --trunk my-classifier --data texts.csv --targets trunk    (which needs no labels)"""
 
 
 class NotFiniteError(InputError):
@@ -91,10 +90,10 @@ def train(
         progress.update(sum(len(batch.rows) for batch in islice(batches, len(history))))  # what was done before
         for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()
-            mine, weight = share(batch)  # of several processes, each takes a share of every batch
+            mine, weight = own_rows(batch)  # of several processes, each takes a share of every batch
             with autocast(device, precision):
                 losses = send_back(model, mine.to(device), scaler)
-            unread.append(add_up(parameters, losses, weight))
+            unread.append(add_up_gradients(parameters, losses, weight))
             update(optimizer, scaler, groups, learning_rate * (1 - (step - 1) / steps))
             progress.update(len(batch.rows))
             if len(unread) == read_every or step == steps:
@@ -163,7 +162,8 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = Parser(description="Fine-tune BERT or DeBERTa with early exits.", epilog=EXAMPLES)
+    about, examples, *_ = __doc__.split("\n\n")
+    parser = Parser(description=about, epilog=f"examples:\n{examples}")
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=METHODS, help="default: sweet, and branch with --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")

@@ -58,9 +58,9 @@ def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, monkeypa
     weights, rows, total, loss = [], [], 0, 0
     for rank in range(processes):
         as_process(monkeypatch, rank, processes)
-        mine, weight = devices.share(batch)
+        mine, weight = devices.own_rows(batch)
         model.zero_grad()
-        loss = loss + devices.add_up(parameters, send_back(model, mine, scaler), weight)
+        loss = loss + devices.add_up_gradients(parameters, send_back(model, mine, scaler), weight)
         total = total + torch.cat([parameter.grad.flatten() for parameter in parameters])
         weights.append(weight)
         rows += mine.rows.tolist() if weight else []
@@ -74,7 +74,7 @@ def test_a_process_without_rows_adds_zeros_whatever_its_loss(monkeypatch):
     weight.grad, unused = torch.tensor([1.0, torch.inf, torch.nan]), torch.nn.Parameter(torch.ones(2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(1))
     as_process(monkeypatch, 1, 2)
-    assert devices.add_up([weight, unused], torch.tensor([torch.nan]), 0.0).tolist() == [1]
+    assert devices.add_up_gradients([weight, unused], torch.tensor([torch.nan]), 0.0).tolist() == [1]
     assert (weight.grad.tolist(), unused.grad.tolist()) == ([1, 1, 1], [1, 1])
 
 

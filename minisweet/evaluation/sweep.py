@@ -87,7 +87,7 @@ def sweep(rule: ExitRule, rows: Validation, thresholds: list, metric: str, of_mo
     counts = [exits.bincount(minlength=len(predictions)).tolist() for exits in taken]
     costs = [exit_costs(*of_model, threshold) for threshold in thresholds]  # (thresholds, K)
     ratios = [float(np.dot(left, cost) / len(labels)) for left, cost in zip(counts, costs, strict=True)]  # Eq. 1
-    scores = [score(chosen, labels, metric) for chosen in predictions.gather(0, taken).numpy()]
+    scores = [score(predictions.gather(0, exits[None])[0].numpy(), labels, metric) for exits in taken]
     of_exits = score(predictions.numpy(), labels, metric).tolist()
     curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts}
     return {"exit_scores": of_exits, **curve, "area": area_under_curve(ratios, scores)}, taken

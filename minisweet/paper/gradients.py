@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisweet.data.own import DATA_DIR
+from minisweet.data.load import DATA_DIR
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss

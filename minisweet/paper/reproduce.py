@@ -24,7 +24,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from minisweet.data.own import DATA_DIR, digest, drawn_rows
+from minisweet.data.load import DATA_DIR, digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES, METHODS
 from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number

@@ -129,7 +129,7 @@ def in_turn() -> Iterator[None]:
         of_all(0)
 
 
-def share(batch: Batch) -> tuple[Batch, float]:
+def own_rows(batch: Batch) -> tuple[Batch, float]:
     """This process's rows of a batch, and their share of it. Without a row of its own it takes one that counts none."""
     rank, _, processes = place()
     has_rows = rank < len(batch.rows)
@@ -138,7 +138,7 @@ def share(batch: Batch) -> tuple[Batch, float]:
     return mine, len(mine.rows) / len(batch.rows) if has_rows else 0.0
 
 
-def add_up(parameters: Sequence[nn.Parameter], losses: Tensor, weight: float) -> Tensor:
+def add_up_gradients(parameters: Sequence[nn.Parameter], losses: Tensor, weight: float) -> Tensor:
     """Make the gradients, in place, and the losses (K,) those of the whole batch; returns the losses."""
     if place().processes == 1:
         return losses

@@ -18,7 +18,7 @@ import torch
 
 from minisweet.adaptive import ExitRule, exit_costs, leaves
 from minisweet.calibration import row_temperatures
-from minisweet.data.own import load_dev
+from minisweet.data.load import load_dev
 from minisweet.data.tasks import Examples
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, load_validation, sweep

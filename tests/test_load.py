@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet.data import own
-from minisweet.data.own import add_data_options, data_name, digest, load_data, load_dev, stratified_split
+from minisweet.data.load import add_data_options, data_name, digest, load_data, load_dev, stratified_split
 from minisweet.data.rows import TEXT_COLUMNS, RowWriter, find_columns, read_rows
 from minisweet.data.tasks import Examples, examples_of, load_examples
 from minisweet.data.text import load_tokenizer
