@@ -111,6 +111,8 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         dev = load_dev(record, args.data, args.data_dir)
     max_length = record["arguments"]["max_length"]
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
+    if examples.cut:
+        print(f"validation: cut to {max_length} tokens: {examples.cut:,}")
 
     start = time.perf_counter()
     logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None

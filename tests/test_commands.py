@@ -318,6 +318,16 @@ def test_a_changed_run_json_is_refused(command, tmp_path, key, value):
     assert len(err) < 500
 
 
+def test_texts_that_are_cut_are_counted(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    rows = [("good", "a film"), ("bad", "a play " * 20), ("bad", "a film")]
+    (tmp_path / "own.csv").write_text("label,text\n" + "".join(f"{label},{text}\n" for label, text in rows))
+    own = ("--data", "own.csv", "--dev-data", "own.csv", "--max-length", 8)
+    status, out, err = command(train, *quick(model), *own)
+    assert (status, "\ntrain: cut to 8 tokens: 1\n" in out) == (0, True), err
+    assert command(evaluate)[1].startswith("validation: cut to 8 tokens: 1\n")
+
+
 def test_evaluate_names_the_classes_that_an_exit_never_predicts(command, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     assert command(train, *quick(model, "--out", "a"))[0] == 0
