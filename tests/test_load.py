@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet.data import own
-from minisweet.data.load import add_data_options, data_name, digest, load_data, load_dev, stratified_split
+from minisweet.data.load import DATA_DIR, add_data_options, data_name, digest, load_data, load_dev, stratified_split
 from minisweet.data.rows import TEXT_COLUMNS, RowWriter, find_columns, read_rows
 from minisweet.data.tasks import Examples, examples_of, load_examples
 from minisweet.data.text import load_tokenizer
@@ -501,7 +500,7 @@ def test_a_changed_value_of_a_tokenizer_is_refused_in_one_line_or_tokenises(tmp_
 
 
 def test_the_default_folder_of_tasks():
-    assert arguments().data_dir == own.DATA_DIR
+    assert arguments().data_dir == DATA_DIR
 
 
 def test_a_key_twice_and_a_label_column_without_a_name(tmp_path):
