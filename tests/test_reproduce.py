@@ -16,7 +16,7 @@ import evaluate
 import train
 from minisweet.files.commands import run_command
 from minisweet.paper import reproduce
-from tests.conftest import WORDS, write_model
+from tests.conftest import WORDS, be_quick, write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--exit-layers", "1,4", "--max-length", "32", "--tasks", "toy"]
 
@@ -44,6 +44,7 @@ def command(monkeypatch, capsys, tmp_path):
         return 0
 
     def run(*arguments):
+        be_quick(monkeypatch)
         monkeypatch.setattr(reproduce, "run_script", in_process)
         monkeypatch.setattr(sys, "argv", ["reproduce.py", "--model", str(model), *TINY, *map(str, arguments)])
         started.clear()

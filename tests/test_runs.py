@@ -372,6 +372,7 @@ def test_outputs_that_cannot_be_are_one_line(tmp_path):
         load_run(tmp_path / "loop")
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_while_it_replaces_a_run_loses_neither(tmp_path):
     """At every file operation: the run is the old one or the new one, and the next training may go on."""
     run, model_folder = make_run(tmp_path), tmp_path / "tiny"
