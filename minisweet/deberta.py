@@ -98,6 +98,10 @@ class DebertaLayer(TransformerLayer):
                 scores = scores + skew(key @ pos_query.flip(1).mT, T).mT
         return scores, value
 
+    def forward_cls(self, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """See the base class. The query of [CLS] alone is made, and keys and values of all: a sixth of the products."""
+        return self.update(hidden, self.look(hidden, context, CLS), CLS)
+
     def attend(self, scores: Tensor, value: Tensor) -> Tensor:
         """Scores (B, H, R, T) and values (B, H, T, d) to context vectors (B, H, R, d)."""
         weights = self.attention_dropout(scores.softmax(-1))

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.checkpoint import Encoder, load_encoder
-from minisweet.layers import ALL, CLS, Dropout
+from minisweet.layers import CLS, Dropout
 
 METHODS = ("sweet", "ee", "mm", "branch")
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -168,15 +168,16 @@ class MultiExitModel(nn.Module):
         """Run exit k's layer for [CLS] alone, which is all that the exit reads.
 
         `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder; k counts from 0. Returns
-        the hidden states of [CLS] after the layer (B, 1, D), and for `go_on` what `look` gave of it: keys, values, and
-        the queries of all tokens, or of [CLS] alone (CLS) where the hidden states of the others go no further here.
+        the hidden states of [CLS] after the layer (B, 1, D), and for `go_on` what `look` gave of it: nothing, (), where
+        the hidden states of the other tokens go no further through this layer.
         """
         if self.has_branch(k):
-            seen = self.branches[k].look(hidden, context, CLS)
-            return self.branches[k].update(hidden, seen, CLS), seen
+            return self.branches[k].forward_cls(hidden, context), ()
         layer = self.encoder.layers[self.exit_layers[k] - 1]
         with self.frozen_trunk():
-            seen = layer.look(hidden, context, CLS if self.exit_layers[k] == self.exit_layers[-1] else ALL)
+            if self.exit_layers[k] == self.exit_layers[-1]:
+                return layer.forward_cls(hidden, context), ()
+            seen = layer.look(hidden, context)
             return layer.update(hidden, seen, CLS), seen
 
     def go_on(

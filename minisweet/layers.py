@@ -3,10 +3,9 @@
 A layer takes two steps, so that an exit can stop after the first token:
     seen = layer.look(hidden, context)        what its attention reads: queries, keys and values
     hidden = layer.update(hidden, seen)       attention, feed-forward; for all tokens, or for those that `rows` names
-An exit reads [CLS] alone, so `update(..., CLS)` finishes its layer for [CLS] first. Where instances may go on, `look`
-has made the queries of all tokens, and `finish` does the rest for the others, later and for those instances. Where
-nobody goes on through this layer (the last exit, a branch), `look(..., CLS)` makes the query of [CLS] alone, beside the
-keys and values of all tokens: a sixth of the layer's products.
+An exit reads [CLS] alone, so `update(..., CLS)` finishes its layer for [CLS] first; `finish` does the rest for the
+others, later and for the instances that go on. Where nobody goes on through this layer (the last exit, a branch),
+`layer.forward_cls(hidden, context)` runs it for [CLS] alone.
 
 Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.
@@ -33,7 +32,7 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 class TransformerLayer(nn.Module):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, residual sum and LayerNorm.
 
-    BERT's and DeBERTa's own layers say what attention is: `look` and `attend`.
+    BERT's and DeBERTa's own layers say what attention is: `look` and `attend`, and `forward_cls` for one token alone.
     """
 
     def __init__(self, config) -> None:
@@ -49,21 +48,29 @@ class TransformerLayer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     @abstractmethod
-    def look(self, hidden: Tensor, context: tuple[Tensor, ...], rows: slice = ALL) -> tuple[Tensor, ...]:
-        """What attention reads of the hidden states (B, T, D), for the tokens `rows`: ALL, or CLS.
+    def look(self, hidden: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What attention reads of the hidden states (B, T, D).
 
-        The batch comes first in every tensor. The first tensor has a row for each of these tokens: (B, H, R, ...).
+        The batch comes first in every tensor. The first tensor has a row for each token that asks: (B, H, T, ...).
         """
 
     @abstractmethod
     def attend(self, *seen: Tensor) -> Tensor:
         """Attention over what `look` gives: to the context vectors of R tokens (B, H, R, d)."""
 
+    @abstractmethod
+    def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """The whole layer for [CLS] alone: hidden states (B, T, D) to (B, 1, D)."""
+
     def update(self, hidden: Tensor, seen: tuple[Tensor, ...], rows: slice = ALL) -> Tensor:
         """The rest of the layer for the tokens `rows`: hidden states (B, T, D) before it to (B, R, D) after it."""
         queries, *others = seen
-        attended = self.attend(queries[:, :, rows], *others).transpose(1, 2).flatten(2)  # (B, R, D)
-        hidden = self.attention_norm(hidden[:, rows] + self.dropout(self.attention_output(attended)))
+        return self.after_attention(hidden[:, rows], self.attend(queries[:, :, rows], *others))
+
+    def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """All but attention: hidden states (B, R, D) and context vectors (B, H, R, d) to (B, R, D)."""
+        attended = self.attention_output(attended.transpose(1, 2).flatten(2))  # (B, R, D)
+        hidden = self.attention_norm(hidden + self.dropout(attended))
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
 
     def finish(self, hidden: Tensor, seen: tuple[Tensor, ...], cls: Tensor) -> Tensor:

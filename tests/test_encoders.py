@@ -195,8 +195,10 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     monkeypatch.setattr("minisweet.layers.Dropout.forward", lambda self, x: seen.update([(self.p, x.dim())]) or x)
     model(*random_batch())
     # Embeddings; then in each of 4 layers attention weights, attention output, feed-forward output, and once more in
-    # layer 1, where the first token and the others run apart; then two heads.
-    expected = {(0.11, 3): 1 + 5 * 2, (0.12, 4): 5, (0.13, 2): 2}
+    # layer 1, where the first token and the others run apart; then two heads. BERT's last layer runs for [CLS] alone,
+    # whose attention weights are (B, H, T).
+    expected = {(0.11, 3): 1 + 5 * 2, (0.13, 2): 2}
+    expected |= {(0.12, 4): 5} if model_type == "deberta" else {(0.12, 4): 4, (0.12, 3): 1}
     # DeBERTa also in each layer the relative positions (2T, D), and [CLS] before the pooler.
     expected |= {(0.11, 2): 4, (0.14, 2): 2} if model_type == "deberta" else {(0.0, 2): 2}
     assert seen == expected
@@ -230,6 +232,28 @@ def test_first_cls_and_then_the_others_are_the_layer(model_type, n, T, keep):
                 seen_of_some = tuple(tensor[keep] for tensor in seen)
                 of_some, _ = model.go_on(0, hidden[keep], context_of_some, cls[keep], seen_of_some)
                 torch.testing.assert_close(of_some, whole[keep], atol=1e-5, rtol=1e-5)
+
+
+def test_cls_alone_trains_as_all_tokens_do(model_type):
+    """With dropout, whose masks fall alike: what comes out, and each parameter's gradient but for the keys' bias."""
+    layer = tiny_encoder(model_type, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0).layers[0].train()
+    encoder = tiny_encoder(model_type)
+    _, mask, _ = random_batch(length=9)
+    hidden, outputs, gradients = torch.randn(4, 9, encoder.config.hidden_size), [], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        context = encoder.context(mask)
+        if not outputs:
+            output = layer.forward_cls(hidden, context)
+        else:
+            queries, *others = layer.look(hidden, context)
+            output = layer.after_attention(hidden[:, :1], layer.attend(queries[:, :, :1], *others))
+        layer.zero_grad()
+        output.square().sum().backward()
+        outputs.append(output.detach())
+        gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 def test_config_is_honoured():

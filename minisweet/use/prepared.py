@@ -36,8 +36,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the weight's type."""
-        if x.dtype != self.weight.dtype:
-            x = x.to(self.weight.dtype)
+        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
         if x.numel() > FEW * x.shape[-1]:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -46,43 +45,30 @@ class PackedLinear:
         """The same, added to `residual` (..., out)."""
         if x.numel() > FEW * x.shape[-1] or residual.dtype != self.weight.dtype:
             return residual + self(x)
+        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
 class PackedLayer:
     """What the packed layers of BERT and DeBERTa share. Each method does what the plain layer's of its name does."""
 
-    def pack(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, cls_alone: bool) -> None:
-        """Pack the projections to queries, keys and values, in this order: `weight` (3D, D) and `bias` (3D,).
+    projection: PackedLinear  # to queries, keys and values, in this order: (B, T, D) to (B, T, 3D)
 
-        `cls_alone` says that the layer makes the query of [CLS] alone; that is a product of its own then.
-        """
-        D = weight.shape[1]
-        self.query = PackedLinear(weight[:D], bias[:D], dtype) if cls_alone else None
-        rest = slice(D if cls_alone else 0, None)
-        self.projection = PackedLinear(weight[rest], bias[rest], dtype)
-
-    def project(self, hidden: Tensor, rows: slice) -> list[Tensor]:
+    def project(self, hidden: Tensor, rows: slice = ALL) -> tuple[Tensor, ...]:
         """Queries of the tokens `rows` (B, H, R, d), keys and values of all (B, H, T, d)."""
-        if self.query is None:
-            query, key, value = self.heads(self.projection(hidden), 3)
-            return (query if rows == ALL else query[:, :, rows]), key, value
-        (query,) = self.heads(self.query(hidden[:, rows]), 1)
-        return query, *self.heads(self.projection(hidden), 2)
-
-    def heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, T, parts D) to as many tensors (B, H, T, d)."""
-        return x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        projected = self.projection(hidden).view(*hidden.shape[:2], 3, self.num_heads, -1)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        return (query if rows == ALL else query[:, :, rows]), key, value
 
     def update(self, hidden: Tensor, seen: tuple[Tensor, ...], rows: slice = ALL) -> Tensor:
         """For a short sentence alone all tokens are made where [CLS] is asked for; it is the first of them."""
         if rows == CLS and len(hidden) == 1 and seen[0].shape[2] == hidden.shape[1] <= SHORT:
             rows = ALL
-        queries, *others = seen
-        if rows != ALL:
-            queries, hidden = queries[:, :, rows], hidden[:, rows]
-        attended = self.attend(queries, *others).transpose(1, 2).flatten(2)
-        hidden = self.attention_norm(self.attention_output.plus(attended, hidden))
+        return super().update(hidden, seen, rows)
+
+    def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Sums are part of the products."""
+        hidden = self.attention_norm(self.attention_output.plus(attended.transpose(1, 2).flatten(2), hidden))
         return self.output_norm(self.output.plus(F.gelu(self.intermediate(hidden)), hidden))
 
     def finish(self, hidden: Tensor, seen: tuple[Tensor, ...], cls: Tensor) -> Tensor:
@@ -91,16 +77,19 @@ class PackedLayer:
 
 
 class PackedBertLayer(PackedLayer, BertLayer):
-    """BERT's layer with packed weights."""
+    """BERT's layer with packed weights. Where it runs for [CLS] alone, projections stay: their products are small."""
 
     def pack(self, dtype: torch.dtype, cls_alone: bool) -> None:
-        """Replace the projections' weights."""
-        super().pack(self.query_key_value.weight, self.query_key_value.bias, dtype, cls_alone)
-        del self.query_key_value
+        """Pack the projections; `cls_alone` says that `forward_cls` alone will be called."""
+        if cls_alone:
+            self.query_key_value.to(dtype)
+        else:
+            self.projection = PackedLinear(self.query_key_value.weight, self.query_key_value.bias, dtype)
+            del self.query_key_value
 
-    def look(self, hidden: Tensor, context: tuple[Tensor], rows: slice = ALL) -> tuple[Tensor, ...]:
+    def look(self, hidden: Tensor, context: tuple[Tensor]) -> tuple[Tensor, ...]:
         """The projections and the padding's bias."""
-        return *self.project(hidden, rows), *context
+        return *self.project(hidden), *context
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """All of attention in one call, which for few tokens is what takes the time."""
@@ -111,11 +100,11 @@ class PackedDebertaLayer(PackedLayer, DebertaLayer):
     """DeBERTa's layer with packed weights, in BERT's order; the scale of the queries is part of them."""
 
     def pack(self, dtype: torch.dtype, cls_alone: bool) -> None:
-        """Replace the projections' weights."""
+        """Pack the projections."""
         query, key, value = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1)).unbind(1)  # (H, d, D) each
         weight = torch.cat([query.flatten(0, 1) * self.scale, key.flatten(0, 1), value.flatten(0, 1)])
         bias = torch.cat([self.q_bias * self.scale, torch.zeros_like(self.q_bias), self.v_bias])
-        super().pack(weight, bias, dtype, cls_alone)
+        self.projection = PackedLinear(weight, bias, dtype)
         del self.in_proj, self.q_bias, self.v_bias
 
 
@@ -147,7 +136,7 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
             layer.__class__ = PackedBertLayer if isinstance(layer, BertLayer) else PackedDebertaLayer
             layer.pack(dtype, cls_alone=layer not in part.encoder.layers[: part.exit_layers[-1] - 1])
             for name, child in list(layer.named_children()):
-                if isinstance(child, nn.Linear):
+                if isinstance(child, nn.Linear) and name != "query_key_value":
                     delattr(layer, name)  # a name of a module takes no other thing
                     setattr(layer, name, PackedLinear(child.weight, child.bias, dtype))
         part.heads.to(dtype)  # so small, of [CLS] alone, that packing gains nothing
