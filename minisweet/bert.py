@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.config import BertConfig
-from minisweet.layers import CLS, Dropout, TransformerEncoder, TransformerLayer, padding_bias
+from minisweet.layers import Dropout, TransformerEncoder, TransformerLayer, padding_bias
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:
@@ -37,41 +37,31 @@ class BertLayer(TransformerLayer):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, H, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def look(self, hidden: Tensor, context: tuple[Tensor]) -> tuple[Tensor, ...]:
-        """Queries, keys and values of all tokens, (B, H, T, d) each, and the padding's bias."""
+    def attention(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
+        """See `attention`; the context is the padding's bias."""
         bias, D = self.query_key_value.bias, hidden.shape[-1]
         if torch.is_grad_enabled():
-            # A key's bias adds the same to all scores of a query, which the softmax ignores. So its gradient is zero
-            # but for rounding, of which Adam would make whole steps.
+            # The gradient of the keys' bias is zero but for rounding, of which Adam would make whole steps.
             bias = torch.cat([bias[:D], bias[D : 2 * D].detach(), bias[2 * D :]])
-        query, key, value = F.linear(hidden, self.query_key_value.weight, bias).chunk(3, dim=-1)  # (B, T, D) each
-        return self.split_heads(query), self.split_heads(key), self.split_heads(value), *context
+        parts = F.linear(hidden, self.query_key_value.weight, bias).chunk(3, dim=-1)  # (B, T, D) each
+        return attention(*map(self.split_heads, parts), *context, self.attention_dropout)
 
-    def forward_cls(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
-        """See the base class. With a single query no token needs a key and a value of its own.
+    def projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See the base class."""
+        weights = self.query_key_value.weight.unflatten(0, (3, self.num_heads, -1))  # (3, H, d, D)
+        biases = self.query_key_value.bias.view(3, self.num_heads, 1, -1)
+        return *weights, biases[0], biases[2]
 
-        The query's score on a token is q . (K h) = (K^T q) . h. The sum of the values V h + b, each weighted by w, is V
-        times the weighted sum of the hidden states h, and b times the sum of the w, which dropout moves away from 1.
-        """
-        weight, bias, D = self.query_key_value.weight, self.query_key_value.bias, hidden.shape[-1]
-        K, V = (part.view(self.num_heads, -1, D) for part in weight[D:].chunk(2))  # (H, d, D) each
-        query = self.split_heads(F.linear(hidden[:, CLS], weight[:D], bias[:D]))[:, :, 0]  # (B, H, d)
-        asks = (query.transpose(0, 1) * K.shape[1] ** -0.5 @ K).transpose(0, 1)  # (B, H, D)
-        weights = (asks @ hidden.mT + context[0][:, 0]).softmax(-1)  # (B, H, T)
-        weights = self.attention_dropout(weights)
-        value = ((weights @ hidden).transpose(0, 1) @ V.mT).transpose(0, 1)  # (B, H, d)
-        value = value + weights.sum(-1, keepdim=True) * bias[2 * D :].view(self.num_heads, -1)
-        return self.after_attention(hidden[:, CLS], value[:, :, None])
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """See `attention`."""
-        return attention(query, key, value, bias, self.attention_dropout)
+    def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
+        """The padding's bias (B, 1, T)."""
+        return context[0][:, 0]
 
 
 class BertEncoder(TransformerEncoder):

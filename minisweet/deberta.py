@@ -14,11 +14,10 @@ Dimension letters: B batch, T tokens, R of the T tokens, D hidden size, H heads,
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.config import DebertaConfig
-from minisweet.layers import ALL, CLS, TransformerEncoder, TransformerLayer, padding_bias
+from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
 
 
 def by_distance(scores: Tensor, column: int) -> Tensor:
@@ -61,51 +60,47 @@ class DebertaLayer(TransformerLayer):
         """(..., T, D) to (..., H, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
-    def project(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries of the tokens `rows` (B, H, R, d), keys and values of all (B, H, T, d)."""
-        if rows == ALL:
-            query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
-        else:
-            weights = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, d, D)
-            query = self.split_heads(F.linear(hidden[:, rows], weights[:, 0].flatten(0, 1)))  # (B, H, R, d)
-            key, value = self.split_heads(F.linear(hidden, weights[:, 1:].flatten(0, 2))).chunk(2, dim=-1)
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, keys and values, (B, H, T, d) each."""
+        query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)
         query = (query + self.q_bias.view(self.num_heads, 1, -1)) * self.scale
         return query, key, value + self.v_bias.view(self.num_heads, 1, -1)
 
-    def look(self, hidden: Tensor, context: tuple[Tensor, Tensor], rows: slice = ALL) -> tuple[Tensor, Tensor]:
-        """The scores of the tokens `rows` on all keys (B, H, R, T), and the values (B, H, T, d).
-
-        The context holds what padding adds to the scores, (B, 1, 1, T), and the rows of the relative table for the
-        distances i - j from T-1 down to -T: (2T, D).
+    def attention(self, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """Disentangled attention. The context holds what padding adds to the scores, (B, 1, 1, T), and the rows of the
+        relative table for the distances i - j from T-1 down to -T: (2T, D).
         """
         bias, positions = context
         T = hidden.shape[1]
-        query, key, value = self.project(hidden, rows)
+        query, key, value = self.project(hidden)
         positions = self.dropout(positions)
-        scores = query @ key.mT + bias  # (B, H, R, T)
+        scores = query @ key.mT + bias  # (B, H, T, T)
         if self.pos_proj is not None:
             pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), from T-1 down to -T
-            if rows == CLS:  # row 0 meets the distances 0 - j: from 0 down to -(T-1)
-                scores = scores + query @ pos_key[:, T - 1 : 2 * T - 1].mT
-            else:
-                scores = scores + skew(query @ pos_key.mT, T - 1)
+            scores = scores + skew(query @ pos_key.mT, T - 1)
         if self.pos_q_proj is not None:
             pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, 2T, d), from T-1 down to -T
-            if rows == CLS:
-                scores = scores + (key * pos_query[:, T - 1 : 2 * T - 1]).sum(-1, dtype=scores.dtype)[:, :, None]
-            else:
-                # Rows are keys j here, distances go up: column T + i - j of row j is i - j, and .mT puts it at [i, j].
-                scores = scores + skew(key @ pos_query.flip(1).mT, T).mT
-        return scores, value
+            # Rows are keys j here, distances go up: column T + i - j of row j is i - j, and .mT puts it at [i, j].
+            scores = scores + skew(key @ pos_query.flip(1).mT, T).mT
+        return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
 
-    def forward_cls(self, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """See the base class. The query of [CLS] alone is made, and keys and values of all: a sixth of the products."""
-        return self.update(hidden, self.look(hidden, context, CLS), CLS)
+    def projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See the base class."""
+        weights = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, d, D)
+        return *weights.unbind(1), *(bias.view(self.num_heads, 1, -1) for bias in (self.q_bias, self.v_bias))
 
-    def attend(self, scores: Tensor, value: Tensor) -> Tensor:
-        """Scores (B, H, R, T) and values (B, H, T, d) to context vectors (B, H, R, d)."""
-        weights = self.attention_dropout(scores.softmax(-1))
-        return weights.to(value.dtype) @ value
+    def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """The terms of `attention` for i = 0, which meets the distances 0 - j: from 0 down to -(T-1)."""
+        (bias, positions), T = context, hidden.shape[1]
+        positions = self.dropout(positions)[T - 1 : 2 * T - 1]
+        scores = bias[:, 0]  # (B, 1, T)
+        if self.pos_proj is not None:
+            scores = scores + (query @ self.split_heads(self.pos_proj(positions)).mT).transpose(0, 1)
+        if self.pos_q_proj is not None:
+            pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, T, d)
+            asks = (pos_query @ K).permute(1, 2, 0)  # (T, D, H): as with the query, a key k_j = K h_j need not be made
+            scores = scores + (hidden.transpose(0, 1) @ asks).permute(1, 2, 0)
+        return scores
 
 
 class DebertaEncoder(TransformerEncoder):

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.checkpoint import Encoder, load_encoder
-from minisweet.layers import CLS, Dropout
+from minisweet.layers import Dropout
 
 METHODS = ("sweet", "ee", "mm", "branch")
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -157,31 +157,25 @@ class MultiExitModel(nn.Module):
         for k, (start, n) in enumerate(pairwise((0, *self.exit_layers))):
             with self.frozen_trunk():
                 hidden = self.encoder.run_layers(hidden, context, start, n - 1)
-            cls, seen = self.read(k, hidden, context)
+            cls = self.read(k, hidden, context)
             with nullcontext() if self.has_branch(k) else self.frozen_trunk():
                 said = self.heads[k](cls)  # a yield in here would leave the caller without gradient too
             yield said
             if n < self.exit_layers[-1]:
-                hidden, context = self.go_on(k, hidden, context, cls, seen)
+                hidden, context = self.go_on(k, hidden, context, cls)
 
-    def read(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Run exit k's layer for [CLS] alone, which is all that the exit reads.
+    def read(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """Run exit k's layer for [CLS] alone, which is all that the exit reads: to (B, 1, D).
 
-        `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder; k counts from 0. Returns
-        the hidden states of [CLS] after the layer (B, 1, D), and for `go_on` what `look` gave of it: nothing, (), where
-        the hidden states of the other tokens go no further through this layer.
+        `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder; k counts from 0.
         """
         if self.has_branch(k):
-            return self.branches[k].forward_cls(hidden, context), ()
-        layer = self.encoder.layers[self.exit_layers[k] - 1]
+            return self.branches[k].forward_cls(hidden, context)
         with self.frozen_trunk():
-            if self.exit_layers[k] == self.exit_layers[-1]:
-                return layer.forward_cls(hidden, context), ()
-            seen = layer.look(hidden, context)
-            return layer.update(hidden, seen, CLS), seen
+            return self.encoder.layers[self.exit_layers[k] - 1].forward_cls(hidden, context)
 
     def go_on(
-        self, k: int, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor, seen: tuple[Tensor, ...]
+        self, k: int, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Cross exit k, which is not the last: the hidden states after its layer, and the context of the next one.
 
@@ -192,9 +186,9 @@ class MultiExitModel(nn.Module):
             with torch.no_grad():
                 return layer(hidden, context), context
         if self.method == "ee":  # all later losses flow back through here
-            return layer.finish(hidden, seen, cls), context
+            return layer.finish(hidden, context, cls), context
         with stop_gradient():  # SWEET: no later loss does, neither through the hidden states nor through the context
-            hidden = layer.finish(hidden, seen, cls)
+            hidden = layer.finish(hidden, context, cls)
         return hidden, tuple(tensor.detach() for tensor in context)
 
     def has_branch(self, k: int) -> bool:

@@ -1,11 +1,10 @@
-"""What BERT and DeBERTa share: all of a Transformer layer but its attention, dropout, padding, and checks of a config.
+"""What BERT and DeBERTa share: all of a Transformer layer but its attention, dropout, padding and first weights.
 
-A layer takes two steps, so that an exit can stop after the first token:
-    seen = layer.look(hidden, context)        what its attention reads: queries, keys and values
-    hidden = layer.update(hidden, seen)       attention, feed-forward; for all tokens, or for those that `rows` names
-An exit reads [CLS] alone, so `update(..., CLS)` finishes its layer for [CLS] first; `finish` does the rest for the
-others, later and for the instances that go on. Where nobody goes on through this layer (the last exit, a branch),
-`layer.forward_cls(hidden, context)` runs it for [CLS] alone.
+An exit reads [CLS] alone, so a layer runs in two ways:
+    cls = layer.forward_cls(hidden, context)     for [CLS] alone, which costs little beside the whole layer
+    hidden = layer(hidden, context)              for all tokens
+An exit asks for the first. The second runs for the instances that go on; after the last exit, and in a branch, nobody
+does.
 
 Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.
@@ -16,8 +15,6 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-ALL, CLS, OTHERS = slice(None), slice(0, 1), slice(1, None)  # which of the T tokens
 
 # Added to the attention scores of padding. exp() makes it 0 against any real score, and it fits float16 too. It is
 # not -inf, so that a row of nothing but padding still has a softmax.
@@ -32,8 +29,11 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 class TransformerLayer(nn.Module):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, residual sum and LayerNorm.
 
-    BERT's and DeBERTa's own layers say what attention is: `look` and `attend`, and `forward_cls` for one token alone.
+    BERT's and DeBERTa's own layers say what attention is: `attention` for all tokens; `projections` and `cls_scores`
+    for [CLS] alone.
     """
+
+    scale: float  # of a query
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -48,40 +48,56 @@ class TransformerLayer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     @abstractmethod
-    def look(self, hidden: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What attention reads of the hidden states (B, T, D).
+    def attention(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """Attention of all tokens: hidden states (B, T, D) to context vectors (B, H, T, d)."""
 
-        The batch comes first in every tensor. The first tensor has a row for each token that asks: (B, H, T, ...).
+    @abstractmethod
+    def projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The weights of queries, keys and values, (H, d, D) each, and the biases of queries and values, (H, 1, d).
+
+        A bias of keys adds the same to all scores of a query, which the softmax ignores.
         """
 
     @abstractmethod
-    def attend(self, *seen: Tensor) -> Tensor:
-        """Attention over what `look` gives: to the context vectors of R tokens (B, H, R, d)."""
+    def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """What padding and positions add to the scores of [CLS] on all tokens: (B, H, T), or what is broadcast to it.
 
-    @abstractmethod
+        `query` (H, B, d) is that of [CLS], scaled; `K` (H, d, D) are the weights of the keys.
+        """
+
+    def forward(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """The whole layer: hidden states (B, T, D) to (B, T, D). `context` is the encoder's `context(...)`."""
+        return self.after_attention(hidden, self.attention(hidden, context))
+
     def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """The whole layer for [CLS] alone: hidden states (B, T, D) to (B, 1, D)."""
+        """The layer for [CLS] alone: hidden states (B, T, D) to (B, 1, D).
 
-    def update(self, hidden: Tensor, seen: tuple[Tensor, ...], rows: slice = ALL) -> Tensor:
-        """The rest of the layer for the tokens `rows`: hidden states (B, T, D) before it to (B, R, D) after it."""
-        queries, *others = seen
-        return self.after_attention(hidden[:, rows], self.attend(queries[:, :, rows], *others))
+        With a single query, no token needs a key and a value of its own. The query's score on a token is
+        q . (K h) = (K^T q) . h. The sum of the values V h + b, each weighted by w, is V times the weighted sum of the
+        hidden states h, and b times the sum of the w, which dropout moves away from 1.
+        """
+        Q, K, V, query_bias, value_bias = self.projections()
+        query = (hidden[:, 0] @ Q.mT + query_bias) * self.scale  # (H, B, d)
+        scores = (query @ K).transpose(0, 1) @ hidden.mT  # (B, H, T)
+        scores = scores + self.cls_scores(query, K, hidden, context)
+        weights = self.attention_dropout(scores.softmax(-1))
+        value = (weights @ hidden).transpose(0, 1) @ V.mT  # (H, B, d)
+        value = value + weights.sum(-1).mT[..., None] * value_bias
+        return self.after_attention(hidden[:, :1], value.transpose(0, 1)[:, :, None])
+
+    def finish(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
+        """The whole layer, where `forward_cls` has made [CLS], (B, 1, D), already: to (B, T, D).
+
+        In training [CLS] goes on as the exit has read it, with the same dropout.
+        """
+        after = self(hidden, context)
+        return torch.cat([cls, after[:, 1:]], dim=1) if self.training else after
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """All but attention: hidden states (B, R, D) and context vectors (B, H, R, d) to (B, R, D)."""
         attended = self.attention_output(attended.transpose(1, 2).flatten(2))  # (B, R, D)
         hidden = self.attention_norm(hidden + self.dropout(attended))
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
-
-    def finish(self, hidden: Tensor, seen: tuple[Tensor, ...], cls: Tensor) -> Tensor:
-        """The rest of the layer for all tokens, where `update` has made [CLS], (B, 1, D), already: to (B, T, D)."""
-        if torch.compiler.is_compiling() and not self.training:
-            return self.update(hidden, seen)  # torch.export would take T - 1 = 1 for a case of its own
-        return torch.cat([cls, self.update(hidden, seen, OTHERS)], dim=1)
-
-    def forward(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """The whole layer: hidden states (B, T, D) to (B, T, D). `context` is the encoder's `context(...)`."""
-        return self.update(hidden, self.look(hidden, context))
 
 
 class TransformerEncoder(nn.Module):

@@ -45,8 +45,7 @@ def early_exit(
             exit is asked then, but for MM, whose models all run.
         rule: for K exits and B instances; None for confidences as they are.
         batch_size: how many of the B run at once. With more of them, as a few batches' worth, who is left is gathered
-            into batches as full as before. Memory holds the hidden states of all B, and at an exit what its layer's
-            `look` saw: queries, keys and values, or with DeBERTa scores, which grow with T², and values.
+            into batches as full as before. Memory holds the hidden states of all B, at an exit twice.
 
     Raises:
         ValueError: a rule of another shape.
@@ -87,9 +86,9 @@ def early_exit(
             else:
                 hidden = states[group, :T]
             hidden = part.encoder.run_layers(hidden, context, start, n - 1)
-            cls, seen = part.read(k, hidden, context)  # who leaves needs no more of this layer than [CLS]
+            cls = part.read(k, hidden, context)  # who leaves needs no more of this layer than [CLS]
             read.append(cls[:, :1])
-            before.append((hidden, mask, cls, seen) if goes_on else None)
+            before.append((hidden, mask, cls) if goes_on else None)
         exit_logits, certainty = part.heads[k](torch.cat(read))  # (rows, C), (rows,)
         sure = rule.confidence(exit_number, exit_logits, certainty, rows)  # (rows,)
         stay = ~leaves(sure, threshold, rule.lowest).cpu()
@@ -100,10 +99,9 @@ def early_exit(
                 states = read[0].new_zeros(*input_ids.shape, read[0].shape[-1])
             for group, keep, state in zip(groups, stay.split(batch_size), before, strict=True):
                 if keep.any():
-                    hidden, mask, cls, seen = state
+                    hidden, mask, cls = state
                     keep = slice(None) if keep.all() else keep  # a slice copies nothing
-                    context, seen = part.encoder.context(mask[keep]), tuple(tensor[keep] for tensor in seen)
-                    left, _ = part.go_on(k, hidden[keep], context, cls[keep], seen)
+                    left, _ = part.go_on(k, hidden[keep], part.encoder.context(mask[keep]), cls[keep])
                     states[group[keep], : left.shape[1]] = left
         rows = rows[stay]
     return Answers(labels, exits, logits, confidence)

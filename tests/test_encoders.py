@@ -194,13 +194,11 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     seen = Counter()
     monkeypatch.setattr("minisweet.layers.Dropout.forward", lambda self, x: seen.update([(self.p, x.dim())]) or x)
     model(*random_batch())
-    # Embeddings; then in each of 4 layers attention weights, attention output, feed-forward output, and once more in
-    # layer 1, where the first token and the others run apart; then two heads. BERT's last layer runs for [CLS] alone,
-    # whose attention weights are (B, H, T).
-    expected = {(0.11, 3): 1 + 5 * 2, (0.13, 2): 2}
-    expected |= {(0.12, 4): 5} if model_type == "deberta" else {(0.12, 4): 4, (0.12, 3): 1}
-    # DeBERTa also in each layer the relative positions (2T, D), and [CLS] before the pooler.
-    expected |= {(0.11, 2): 4, (0.14, 2): 2} if model_type == "deberta" else {(0.0, 2): 2}
+    # Embeddings; then attention weights, attention output, feed-forward output in layers 1 to 3, and for [CLS] alone,
+    # whose weights are (B, H, T), in layers 1 and 4; then two heads.
+    expected = {(0.11, 3): 1 + 5 * 2, (0.12, 4): 3, (0.12, 3): 2, (0.13, 2): 2}
+    # DeBERTa also each time the relative positions (2T, D), and [CLS] before the pooler.
+    expected |= {(0.11, 2): 5, (0.14, 2): 2} if model_type == "deberta" else {(0.0, 2): 2}
     assert seen == expected
 
 
@@ -222,38 +220,41 @@ def test_first_cls_and_then_the_others_are_the_layer(model_type, n, T, keep):
         hidden = encoder.run_layers(encoder.embed(input_ids, types), context, 0, n - 1)
         whole = encoder.run_layers(hidden, context, n - 1, n)
         for model in models.values():
-            cls, seen = model.read(0, hidden, context)
+            cls = model.read(0, hidden, context)
             torch.testing.assert_close(cls, whole[:, :1], atol=1e-5, rtol=1e-5)
             if n < 4:
-                after, passed_on = model.go_on(0, hidden, context, cls, seen)
+                after, passed_on = model.go_on(0, hidden, context, cls)
                 torch.testing.assert_close(after, whole, atol=1e-5, rtol=1e-5)
                 assert all(torch.equal(a, b) for a, b in zip(passed_on, context, strict=True))
                 context_of_some = model.encoder.context(mask[keep])
-                seen_of_some = tuple(tensor[keep] for tensor in seen)
-                of_some, _ = model.go_on(0, hidden[keep], context_of_some, cls[keep], seen_of_some)
+                of_some, _ = model.go_on(0, hidden[keep], context_of_some, cls[keep])
                 torch.testing.assert_close(of_some, whole[keep], atol=1e-5, rtol=1e-5)
 
 
-def test_cls_alone_trains_as_all_tokens_do(model_type):
-    """With dropout, whose masks fall alike: what comes out, and each parameter's gradient but for the keys' bias."""
-    layer = tiny_encoder(model_type, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0).layers[0].train()
-    encoder = tiny_encoder(model_type)
-    _, mask, _ = random_batch(length=9)
-    hidden, outputs, gradients = torch.randn(4, 9, encoder.config.hidden_size), [], []
-    for _ in range(2):
-        torch.manual_seed(3)
-        context = encoder.context(mask)
-        if not outputs:
-            output = layer.forward_cls(hidden, context)
-        else:
-            queries, *others = layer.look(hidden, context)
-            output = layer.after_attention(hidden[:, :1], layer.attend(queries[:, :, :1], *others))
+def test_cls_alone_trains_as_all_tokens_do(model_type, monkeypatch):
+    """With dropout that drops the same everywhere: what comes out, and each parameter's gradient."""
+    encoder = tiny_encoder(model_type, attention_probs_dropout_prob=0.5).train()
+    layer, (_, mask, _) = encoder.layers[0], random_batch(length=9)
+    dropped = torch.arange(9) % 3 == 0  # tokens, of [CLS]'s attention weights (..., T); nothing else is dropped
+    monkeypatch.setattr(Dropout, "forward", lambda self, x: x * ~dropped * 1.5 if x.shape[-1] == 9 else x)
+    hidden, found = torch.randn(4, 9, encoder.config.hidden_size), []
+    for run in (layer.forward_cls, lambda *arguments: layer(*arguments)[:, :1]):
         layer.zero_grad()
+        output = run(hidden, encoder.context(mask))
         output.square().sum().backward()
-        outputs.append(output.detach())
-        gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+        found.append({"output": output.detach()} | gradients)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_an_exits_cls_goes_on_with_the_dropout_that_the_exit_saw(model_type):
+    for method in ("ee", "sweet"):
+        model = MultiExitModel(tiny_encoder(model_type, hidden_dropout_prob=0.5), (2, 4), 2, method).train()
+        input_ids, mask, types = random_batch()
+        hidden, context = model.encoder.embed(input_ids, types), model.encoder.context(mask)
+        cls = model.read(0, hidden, context)
+        after, _ = model.go_on(0, hidden, context, cls)
+        assert torch.equal(after[:, :1], cls)
 
 
 def test_config_is_honoured():

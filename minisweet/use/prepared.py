@@ -16,9 +16,9 @@ from minisweet.bert import BertLayer
 from minisweet.deberta import DebertaLayer
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.safe import InputError
-from minisweet.layers import ALL, CLS
 
 FEW = 128  # tokens: for more, laying the weights out in each call takes nothing beside the product
+PROJECTIONS = ("query_key_value", "in_proj")
 SHORT = 32  # tokens of a sentence alone: what takes the time is reading the weights, for [CLS] as for all of them
 
 
@@ -53,59 +53,51 @@ class PackedLayer:
     """What the packed layers of BERT and DeBERTa share. Each method does what the plain layer's of its name does."""
 
     projection: PackedLinear  # to queries, keys and values, in this order: (B, T, D) to (B, T, 3D)
+    is_read_alone = False  # whether nobody goes on through this layer, so that `forward_cls` alone is called
 
-    def project(self, hidden: Tensor, rows: slice = ALL) -> tuple[Tensor, ...]:
-        """Queries of the tokens `rows` (B, H, R, d), keys and values of all (B, H, T, d)."""
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (B, H, T, d) each."""
         projected = self.projection(hidden).view(*hidden.shape[:2], 3, self.num_heads, -1)
-        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        return (query if rows == ALL else query[:, :, rows]), key, value
+        return projected.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def update(self, hidden: Tensor, seen: tuple[Tensor, ...], rows: slice = ALL) -> Tensor:
-        """For a short sentence alone all tokens are made where [CLS] is asked for; it is the first of them."""
-        if rows == CLS and len(hidden) == 1 and seen[0].shape[2] == hidden.shape[1] <= SHORT:
-            rows = ALL
-        return super().update(hidden, seen, rows)
+    def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """For a short sentence alone all tokens are made, (B, T, D), if they may go on; [CLS] is the first of them."""
+        if self.is_read_alone or len(hidden) > 1 or hidden.shape[1] > SHORT:
+            return super().forward_cls(hidden, context)
+        return self(hidden, context)
+
+    def finish(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
+        """Nothing is left to do where `forward_cls` has made all tokens."""
+        return cls if cls.shape[1] == hidden.shape[1] else self(hidden, context)
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Sums are part of the products."""
         hidden = self.attention_norm(self.attention_output.plus(attended.transpose(1, 2).flatten(2), hidden))
         return self.output_norm(self.output.plus(F.gelu(self.intermediate(hidden)), hidden))
 
-    def finish(self, hidden: Tensor, seen: tuple[Tensor, ...], cls: Tensor) -> Tensor:
-        """Nothing is left to do where `update` has made all tokens."""
-        return cls if cls.shape[1] == hidden.shape[1] else super().finish(hidden, seen, cls)
-
 
 class PackedBertLayer(PackedLayer, BertLayer):
-    """BERT's layer with packed weights. Where it runs for [CLS] alone, projections stay: their products are small."""
+    """BERT's layer with packed weights."""
 
-    def pack(self, dtype: torch.dtype, cls_alone: bool) -> None:
-        """Pack the projections; `cls_alone` says that `forward_cls` alone will be called."""
-        if cls_alone:
-            self.query_key_value.to(dtype)
-        else:
-            self.projection = PackedLinear(self.query_key_value.weight, self.query_key_value.bias, dtype)
-            del self.query_key_value
+    def pack(self, dtype: torch.dtype) -> None:
+        """Pack the projections."""
+        self.projection = PackedLinear(self.query_key_value.weight, self.query_key_value.bias, dtype)
 
-    def look(self, hidden: Tensor, context: tuple[Tensor]) -> tuple[Tensor, ...]:
-        """The projections and the padding's bias."""
-        return *self.project(hidden), *context
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def attention(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
         """All of attention in one call, which for few tokens is what takes the time."""
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        query, key, value = self.project(hidden)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=context[0].to(query.dtype))
 
 
 class PackedDebertaLayer(PackedLayer, DebertaLayer):
     """DeBERTa's layer with packed weights, in BERT's order; the scale of the queries is part of them."""
 
-    def pack(self, dtype: torch.dtype, cls_alone: bool) -> None:
+    def pack(self, dtype: torch.dtype) -> None:
         """Pack the projections."""
         query, key, value = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1)).unbind(1)  # (H, d, D) each
         weight = torch.cat([query.flatten(0, 1) * self.scale, key.flatten(0, 1), value.flatten(0, 1)])
         bias = torch.cat([self.q_bias * self.scale, torch.zeros_like(self.q_bias), self.v_bias])
         self.projection = PackedLinear(weight, bias, dtype)
-        del self.in_proj, self.q_bias, self.v_bias
 
 
 @torch.no_grad()
@@ -134,9 +126,13 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
         for layer in (*part.encoder.layers, *getattr(part, "branches", ())):
             # The same object with the other class's methods: nothing else of it changes.
             layer.__class__ = PackedBertLayer if isinstance(layer, BertLayer) else PackedDebertaLayer
-            layer.pack(dtype, cls_alone=layer not in part.encoder.layers[: part.exit_layers[-1] - 1])
+            layer.is_read_alone = layer not in part.encoder.layers[: part.exit_layers[-1] - 1]
+            if not layer.is_read_alone:
+                layer.pack(dtype)
             for name, child in list(layer.named_children()):
-                if isinstance(child, nn.Linear) and name != "query_key_value":
+                if name in PROJECTIONS:  # which `forward_cls` reads, whose products are small
+                    child.to(dtype)
+                elif isinstance(child, nn.Linear):
                     delattr(layer, name)  # a name of a module takes no other thing
                     setattr(layer, name, PackedLinear(child.weight, child.bias, dtype))
         part.heads.to(dtype)  # so small, of [CLS] alone, that packing gains nothing
