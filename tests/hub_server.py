@@ -34,6 +34,9 @@ class HubServer(ThreadingHTTPServer):
         self.silent = False  # close every connection without an answer
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers in lower case
 
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing of a client that hangs up before it has its answer: what it was told was nonsense."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
