@@ -44,7 +44,7 @@ class BertLayer(TransformerLayer):
         """(B, T, D) to (B, H, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def attention(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
+    def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
         """See `attention`; the context is the padding's bias."""
         bias, D = self.query_key_value.bias, hidden.shape[-1]
         if torch.is_grad_enabled():

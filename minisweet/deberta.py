@@ -66,7 +66,7 @@ class DebertaLayer(TransformerLayer):
         query = (query + self.q_bias.view(self.num_heads, 1, -1)) * self.scale
         return query, key, value + self.v_bias.view(self.num_heads, 1, -1)
 
-    def attention(self, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
         """Disentangled attention. The context holds what padding adds to the scores, (B, 1, 1, T), and the rows of the
         relative table for the distances i - j from T-1 down to -T: (2T, D).
         """
@@ -90,7 +90,7 @@ class DebertaLayer(TransformerLayer):
         return *weights.unbind(1), *(bias.view(self.num_heads, 1, -1) for bias in (self.q_bias, self.v_bias))
 
     def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """The terms of `attention` for i = 0, which meets the distances 0 - j: from 0 down to -(T-1)."""
+        """The terms of `attend` for i = 0, which meets the distances 0 - j: from 0 down to -(T-1)."""
         (bias, positions), T = context, hidden.shape[1]
         positions = self.dropout(positions)[T - 1 : 2 * T - 1]
         scores = bias[:, 0]  # (B, 1, T)

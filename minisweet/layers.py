@@ -29,7 +29,7 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 class TransformerLayer(nn.Module):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, residual sum and LayerNorm.
 
-    BERT's and DeBERTa's own layers say what attention is: `attention` for all tokens; `projections` and `cls_scores`
+    BERT's and DeBERTa's own layers say what attention is: `attend` for all tokens; `projections` and `cls_scores`
     for [CLS] alone.
     """
 
@@ -48,7 +48,7 @@ class TransformerLayer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     @abstractmethod
-    def attention(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+    def attend(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Attention of all tokens: hidden states (B, T, D) to context vectors (B, H, T, d)."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """The whole layer: hidden states (B, T, D) to (B, T, D). `context` is the encoder's `context(...)`."""
-        return self.after_attention(hidden, self.attention(hidden, context))
+        return self.after_attention(hidden, self.attend(hidden, context))
 
     def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """The layer for [CLS] alone: hidden states (B, T, D) to (B, 1, D).

@@ -25,8 +25,7 @@ SHORT = 32  # tokens of a sentence alone: what takes the time is reading the wei
 class PackedLinear:
     """A linear layer of a weight (out, in), and a bias (out,) or None, cast to `dtype` and packed when it is made.
 
-    It is no nn.Module, whose call takes a third longer. Raises RuntimeError where the processor has no such
-    products.
+    It is no nn.Module, whose call takes a third longer. Raises RuntimeError where the processor has no such products.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -83,7 +82,7 @@ class PackedBertLayer(PackedLayer, BertLayer):
         """Pack the projections."""
         self.projection = PackedLinear(self.query_key_value.weight, self.query_key_value.bias, dtype)
 
-    def attention(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
+    def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
         """All of attention in one call, which for few tokens is what takes the time."""
         query, key, value = self.project(hidden)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=context[0].to(query.dtype))
