@@ -48,7 +48,8 @@ class BertLayer(TransformerLayer):
         """See `attention`; the context is the padding's bias."""
         bias, D = self.query_key_value.bias, hidden.shape[-1]
         if torch.is_grad_enabled():
-            # The gradient of the keys' bias is zero but for rounding, of which Adam would make whole steps.
+            # The gradient of the keys' bias is zero but for rounding (see `projections`), of which Adam would
+            # make whole steps.
             bias = torch.cat([bias[:D], bias[D : 2 * D].detach(), bias[2 * D :]])
         parts = F.linear(hidden, self.query_key_value.weight, bias).chunk(3, dim=-1)  # (B, T, D) each
         return attention(*map(self.split_heads, parts), *context, self.attention_dropout)

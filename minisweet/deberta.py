@@ -10,7 +10,7 @@ no absolute positions and no token types at the input. There is no pooler here: 
 What BERT and DeBERTa share, and the contract that both keep, is in layers.py. DeBERTa's context holds the rows of the
 relative table, so that what happens to the context at an exit happens to the table.
 
-Dimension letters: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size, k relative span.
+Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, k relative span.
 """
 
 import torch
@@ -98,7 +98,7 @@ class DebertaLayer(TransformerLayer):
             scores = scores + (query @ self.split_heads(self.pos_proj(positions)).mT).transpose(0, 1)
         if self.pos_q_proj is not None:
             pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, T, d)
-            asks = (pos_query @ K).permute(1, 2, 0)  # (T, D, H): as with the query, a key k_j = K h_j need not be made
+            asks = (pos_query @ K).permute(1, 2, 0)  # (T, D, H): p_j . (K h_j) = (K^T p_j) . h_j
             scores = scores + (hidden.transpose(0, 1) @ asks).permute(1, 2, 0)
         return scores
 

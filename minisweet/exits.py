@@ -159,13 +159,13 @@ class MultiExitModel(nn.Module):
                 hidden = self.encoder.run_layers(hidden, context, start, n - 1)
             cls = self.read(k, hidden, context)
             with nullcontext() if self.has_branch(k) else self.frozen_trunk():
-                said = self.heads[k](cls)  # a yield in here would leave the caller without gradient too
-            yield said
+                said = self.heads[k](cls)
+            yield said  # out here, since a generator's no_grad reaches its caller
             if n < self.exit_layers[-1]:
                 hidden, context = self.go_on(k, hidden, context, cls)
 
     def read(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Run exit k's layer for [CLS] alone, which is all that the exit reads: to (B, 1, D).
+        """Run exit k's layer for [CLS], which is all that the exit reads: to (B, 1, D), or more tokens, [CLS] first.
 
         `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder; k counts from 0.
         """
@@ -182,7 +182,7 @@ class MultiExitModel(nn.Module):
         The gradients of EE and SWEET differ by this alone. The arguments are those of `read`, and what it returned.
         """
         layer = self.encoder.layers[self.exit_layers[k] - 1]
-        if self.method == "branch":  # the exit read a layer of its own; the trunk's runs on, and is not trained
+        if self.method == "branch":  # the exit has read its private copy; the trunk's layer is not trained
             with torch.no_grad():
                 return layer(hidden, context), context
         if self.method == "ee":  # all later losses flow back through here

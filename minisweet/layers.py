@@ -3,8 +3,8 @@
 An exit reads [CLS] alone, so a layer runs in two ways:
     cls = layer.forward_cls(hidden, context)     for [CLS] alone, which costs little beside the whole layer
     hidden = layer(hidden, context)              for all tokens
-An exit asks for the first. The second runs for the instances that go on; after the last exit, and in a branch, nobody
-does.
+An exit's layer runs the first way, and then the second way for the instances that go on. Behind the last exit, and in a
+branch, nobody goes on. A layer without an exit runs the second way only.
 
 Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.
@@ -22,7 +22,7 @@ PADDING_SCORE = -3e4
 
 
 def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask (B, T), 1 for tokens and 0 for padding, to what is added to the scores (B, H, R, T): (B, 1, 1, T)."""
+    """The mask (B, T), 1 for tokens and 0 for padding, to what is added to the scores (B, H, T, T): (B, 1, 1, T)."""
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
@@ -33,7 +33,7 @@ class TransformerLayer(nn.Module):
     for [CLS] alone.
     """
 
-    scale: float  # of a query
+    scale: float  # what queries are multiplied by
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class TransformerLayer(nn.Module):
 
     @abstractmethod
     def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """What padding and positions add to the scores of [CLS] on all tokens: (B, H, T), or what is broadcast to it.
+        """What padding and positions add to the scores of [CLS] on all tokens: a shape that broadcasts to (B, H, T).
 
         `query` (H, B, d) is that of [CLS], scaled; `K` (H, d, D) are the weights of the keys.
         """
@@ -72,9 +72,9 @@ class TransformerLayer(nn.Module):
     def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """The layer for [CLS] alone: hidden states (B, T, D) to (B, 1, D).
 
-        With a single query, no token needs a key and a value of its own. The query's score on a token is
-        q . (K h) = (K^T q) . h. The sum of the values V h + b, each weighted by w, is V times the weighted sum of the
-        hidden states h, and b times the sum of the w, which dropout moves away from 1.
+        With a single query q, no token t needs a key and a value of its own, but its hidden state h_t alone:
+            score on t      q . (K h_t) = (K^T q) . h_t
+            sum of values   sum of w_t (V h_t + b) = V (sum of w_t h_t) + b (sum of w_t), which dropout moves from 1
         """
         Q, K, V, query_bias, value_bias = self.projections()
         query = (hidden[:, 0] @ Q.mT + query_bias) * self.scale  # (H, B, d)
@@ -88,7 +88,8 @@ class TransformerLayer(nn.Module):
     def finish(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
         """The whole layer, where `forward_cls` has made [CLS], (B, 1, D), already: to (B, T, D).
 
-        In training [CLS] goes on as the exit has read it, with the same dropout.
+        In training [CLS] goes on as the exit has read it, with the same dropout. In evaluation the two are the same but
+        for rounding, and torch.export meets no special case of T - 1 tokens.
         """
         after = self(hidden, context)
         return torch.cat([cls, after[:, 1:]], dim=1) if self.training else after

@@ -51,8 +51,8 @@ def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
     """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
 
     First the kind, then the length of each list around it, the outermost first: `"exit_counts": (ANY, P, K)` is a list
-    of P lists of K whole numbers, and `"ece nll": (number, dict, K)` of two keys, each an object of lists of K numbers,
-    in which there may be other objects. K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest`
+    of P lists of K whole numbers, and `"ece nll": (number, dict, K)` of two keys, each an object of lists of K numbers;
+    objects may nest. K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest`
     is the lowest score. Values that others follow from stand first.
     """
     size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1 + K[-1])

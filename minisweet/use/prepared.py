@@ -105,7 +105,7 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
 
     Args:
         model: on the CPU.
-        precision: the type that the calls are autocast to, None for float32.
+        precision: the type that the calls must be autocast to, None for float32.
 
     Where this processor cannot pack weights of the type, a line says so, and the model itself is returned. Raises
     InputError for a model on another device.
@@ -129,7 +129,9 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
             if not layer.is_read_alone:
                 layer.pack(dtype)
             for name, child in list(layer.named_children()):
-                if name in PROJECTIONS:  # which `forward_cls` reads, whose products are small
+                if (
+                    name in PROJECTIONS
+                ):  # which `forward_cls` reads, for few products; so they stand here twice, but in a last layer
                     child.to(dtype)
                 elif isinstance(child, nn.Linear):
                     delattr(layer, name)  # a name of a module takes no other thing
