@@ -37,8 +37,7 @@ from minisweet.use.prepared import prepare
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    about, examples, *_ = __doc__.split("\n\n")
-    parser = Parser(description=about, epilog=f"examples:\n{examples}")
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=Path, metavar="PNG", help="evaluate nothing: draw the saved curves of these runs together")

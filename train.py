@@ -162,8 +162,7 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
-    about, examples, *_ = __doc__.split("\n\n")
-    parser = Parser(description=about, epilog=f"examples:\n{examples}")
+    parser = Parser(__doc__)
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=METHODS, help="default: sweet, and branch with --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")

@@ -40,10 +40,6 @@ class BertLayer(TransformerLayer):
         self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, H, T, d)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
     def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
         """See `attention`; the context is the padding's bias."""
         bias, D = self.query_key_value.bias, hidden.shape[-1]

@@ -56,10 +56,6 @@ class DebertaLayer(TransformerLayer):
         self.pos_proj = nn.Linear(D, D, bias=False) if "c2p" in config.pos_att_type else None
         self.pos_q_proj = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(..., T, D) to (..., H, T, d)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries, keys and values, (B, H, T, d) each."""
         query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)

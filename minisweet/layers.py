@@ -65,6 +65,10 @@ class TransformerLayer(nn.Module):
         `query` (H, B, d) is that of [CLS], scaled; `K` (H, d, D) are the weights of the keys.
         """
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(..., T, D) to (..., H, T, d)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """The whole layer: hidden states (B, T, D) to (B, T, D). `context` is the encoder's `context(...)`."""
         return self.after_attention(hidden, self.attend(hidden, context))

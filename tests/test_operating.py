@@ -29,7 +29,7 @@ def random_validation(seed: int, K: int, N: int, C: int) -> Validation:
 )
 def test_every_candidate_gives_what_the_sweep_gives(seed, K, N, C, method, metric):
     validation, exit_layers, rule = random_validation(seed, K, N, C), tuple(range(1, K + 1)), ExitRule(C)
-    there = candidates(rule, validation, metric, exit_layers, 6, method)
+    there = candidates(rule, validation, metric, (exit_layers, 6, method))
     confidence, predictions = rule.confidences(validation.logits), validation.logits.argmax(-1)
     assert there.thresholds[-1] == 1
     assert set(np.float32(there.thresholds)) >= set(confidence[:-1][confidence[:-1] < 1].clip(1 / C).numpy())
@@ -69,6 +69,6 @@ def test_each_half_is_scored_at_the_other_halfs_threshold():
 
 def test_a_branch_models_full_depth_costs_the_plain_model():
     validation = random_validation(0, 3, 40, 2)
-    there = candidates(ExitRule(2), validation, "accuracy", (1, 2, 6), 6, "branch")
+    there = candidates(ExitRule(2), validation, "accuracy", ((1, 2, 6), 6, "branch"))
     assert there.ratios[-1] == 1
     assert there.ratios[:-1].max() > 1

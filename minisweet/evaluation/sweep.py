@@ -136,7 +136,7 @@ def operating_point(validation: Validation, metric: str, calibration: str, of_mo
 
     def chosen_on(rows: Validation) -> tuple[ExitRule, float, bool]:
         rule = fit_rule(*rows, calibration)
-        return rule, *choose(candidates(rule, rows, metric, *of_model), **wish)
+        return rule, *choose(candidates(rule, rows, metric, of_model), **wish)
 
     labels, everything = validation.labels.numpy(), torch.arange(len(validation.labels))
     halves = [everything[::2], everything[1::2]] if len(everything) > 1 else [everything, everything]
@@ -153,7 +153,7 @@ def operating_point(validation: Validation, metric: str, calibration: str, of_mo
     return point | {"speedup_ratio": float(costs.mean()), "wish": wish, "reached": reached}
 
 
-def candidates(rule: ExitRule, validation: Validation, metric: str, *of_model: object) -> Candidates:
+def candidates(rule: ExitRule, validation: Validation, metric: str, of_model: tuple) -> Candidates:
     """The thresholds at which a decision changes (the confidences that occur, and 1), with their scores and ratios.
 
     `metric` is as in `score`, `of_model` are the exit layers, depth and method of `exit_costs`. As the threshold rises

@@ -16,9 +16,15 @@ from minisweet.files.safe import InputError, is_text, one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that keeps an epilog's lines and takes no abbreviations. An error is one line and status 2."""
+    """An argument parser that takes no abbreviations. An error is one line and status 2.
 
-    def __init__(self, **options) -> None:
+    `doc` is a command's docstring: what it is for and, after an empty line, examples, whose lines are kept.
+    """
+
+    def __init__(self, doc: str = "", **options) -> None:
+        if doc:
+            about, examples, *_ = doc.split("\n\n")
+            options |= {"description": about, "epilog": f"examples:\n{examples}"}
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):

@@ -28,6 +28,7 @@ class Config:
     layer_norm_eps: Positive = 1e-12
     initializer_range: Positive = 0.02
     hidden_act: Literal["gelu"] = "gelu"
+    head_dropout_key: ClassVar[str]
 
     @classmethod
     def from_json(cls, content: Mapping[str, object]):
@@ -56,7 +57,7 @@ class Config:
     @property
     def head_dropout(self) -> float:
         """Dropout between an exit's pooler and its classifier."""
-        own = self.classifier_dropout if self.model_type == "bert" else self.cls_dropout
+        own = getattr(self, self.head_dropout_key)
         return self.hidden_dropout_prob if own is None else own
 
 
@@ -70,6 +71,7 @@ class BertConfig(Config):
     is_decoder: Literal[False] = False
     add_cross_attention: Literal[False] = False
     model_type: ClassVar[str] = "bert"
+    head_dropout_key: ClassVar[str] = "classifier_dropout"
     pooler_hidden_act: ClassVar[str] = "tanh"
     pooler_dropout: ClassVar[float] = 0.0
 
@@ -94,6 +96,7 @@ class DebertaConfig(Config):
     embedding_size: Size = None
     pooler_hidden_size: Size = None
     model_type: ClassVar[str] = "deberta"
+    head_dropout_key: ClassVar[str] = "cls_dropout"
 
     def __post_init__(self) -> None:
         terms = self.pos_att_type.split("|") if isinstance(self.pos_att_type, str) else self.pos_att_type

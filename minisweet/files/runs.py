@@ -52,8 +52,8 @@ def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
 
     First the kind, then the length of each list around it, the outermost first: `"exit_counts": (ANY, P, K)` is a list
     of P lists of K whole numbers, and `"ece nll": (number, dict, K)` of two keys, each an object of lists of K numbers;
-    objects may nest. K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest`
-    is the lowest score. Values that others follow from stand first.
+    objects may nest. K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest` is the lowest
+    score. Values that others follow from stand first.
     """
     size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1 + K[-1])
     return {
@@ -122,6 +122,14 @@ def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes
                 right = values[key] == sorted(set(values[key]))
             if not right:
                 raise InputError(f"{path}: {key} is {as_written(values[key])}, which no command here writes")
+
+
+def check_arguments(path: Path, content: dict, needed: str) -> dict:
+    """The `arguments` of a file that were given. Raises InputError as `check_values` does."""
+    check_values(path, content, ("arguments",))
+    arguments = {key: value for key, value in content["arguments"].items() if value is not None}
+    check_values(path, arguments, (needed,))
+    return arguments
 
 
 def method_name(arguments: dict) -> str:
@@ -219,10 +227,7 @@ def read_record(run: Path) -> dict:
     if not is_run(run):
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
-    check_values(path, content, ("arguments",))
-    given = {key: value for key, value in content["arguments"].items() if value is not None}
-    check_values(path, given, ("max_length",))
-    said = {SHOWN[key]: value for key, value in given.items() if key in SHOWN}
+    said = {SHOWN[key]: value for key, value in check_arguments(path, content, "max_length").items() if key in SHOWN}
     for key in (said.keys() & content.keys()) - {"model"}:
         if said[key] != content[key]:
             raise InputError(f"{path}: {key} is {content[key]!r:.100}, and {said[key]!r:.100} in its arguments")
@@ -281,8 +286,8 @@ def read_diverged(run: Path) -> dict | None:
     if not path.exists():
         return None
     content = read_json(path, finite=True)
-    check_values(path, content, ("error", "arguments"))
-    check_values(path, {key: value for key, value in content["arguments"].items() if value is not None}, ("method",))
+    check_values(path, content, ("error",))
+    check_arguments(path, content, "method")
     return content
 
 

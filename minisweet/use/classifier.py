@@ -142,8 +142,8 @@ class EarlyExitClassifier:
         if max_loss is None and speed is None and "operating_point" in self.evaluation:
             return self.evaluation["operating_point"]["threshold"]
         validation = load_validation(run / "logits.safetensors", self.evaluation, len(self.labels))
-        layers, depth, method = self.evaluation["exit_layers"], self.record["depth"], self.record["method"]
-        there = candidates(self.rule, validation, self.evaluation["metric"], layers, depth, method)
+        of_model = (self.evaluation["exit_layers"], self.record["depth"], self.record["method"])
+        there = candidates(self.rule, validation, self.evaluation["metric"], of_model)
         threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
         if not reached:
             share = there.ratios[np.searchsorted(there.thresholds, threshold)]

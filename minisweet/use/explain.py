@@ -37,8 +37,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 def main() -> None:
     """Explain one text, or write the page."""
-    about, examples, *_ = __doc__.split("\n\n")
-    parser = Parser(description=about, epilog=f"examples:\n{examples}")
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")

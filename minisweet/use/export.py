@@ -30,8 +30,7 @@ POOLERS = {"bert": "bert.pooler.dense", "deberta": "pooler.dense"}  # where tran
 
 def main() -> None:
     """Export one exit of a run."""
-    about, examples, *_ = __doc__.split("\n\n")
-    parser = Parser(description=about, epilog=f"examples:\n{examples}")
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("--out", type=Path, required=True, help="the folder to write, which must not exist")

@@ -31,8 +31,7 @@ __all__ = ["main", "run_command"]
 
 def main() -> None:
     """Predict one file."""
-    about, examples, *_ = __doc__.split("\n\n")
-    parser = Parser(description=about, epilog=f"examples:\n{examples}")
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl, or one of them in .gz; - is standard input")

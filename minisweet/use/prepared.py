@@ -51,11 +51,17 @@ class PackedLinear:
 class PackedLayer:
     """What the packed layers of BERT and DeBERTa share. Each method does what the plain layer's of its name does."""
 
-    projection: PackedLinear  # to queries, keys and values, in this order: (B, T, D) to (B, T, 3D)
     is_read_alone = False  # whether nobody goes on through this layer, so that `forward_cls` alone is called
 
+    def pack(self, dtype: torch.dtype) -> None:
+        """Pack what makes queries, with their scale, keys and values: (B, T, D) to (B, T, 3D)."""
+        Q, K, V, query_bias, value_bias = self.projections()
+        weight = torch.cat([Q.flatten(0, 1) * self.scale, K.flatten(0, 1), V.flatten(0, 1)])
+        bias = torch.cat([query_bias.flatten() * self.scale, torch.zeros(len(weight) // 3), value_bias.flatten()])
+        self.projection = PackedLinear(weight, bias, dtype)
+
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (B, H, T, d) each."""
+        """Scaled queries, keys and values, (B, H, T, d) each."""
         projected = self.projection(hidden).view(*hidden.shape[:2], 3, self.num_heads, -1)
         return projected.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -78,25 +84,14 @@ class PackedLayer:
 class PackedBertLayer(PackedLayer, BertLayer):
     """BERT's layer with packed weights."""
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Pack the projections."""
-        self.projection = PackedLinear(self.query_key_value.weight, self.query_key_value.bias, dtype)
-
     def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
         """All of attention in one call, which for few tokens is what takes the time."""
         query, key, value = self.project(hidden)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=context[0].to(query.dtype))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=context[0].to(query.dtype), scale=1.0)
 
 
 class PackedDebertaLayer(PackedLayer, DebertaLayer):
-    """DeBERTa's layer with packed weights, in BERT's order; the scale of the queries is part of them."""
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Pack the projections."""
-        query, key, value = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1)).unbind(1)  # (H, d, D) each
-        weight = torch.cat([query.flatten(0, 1) * self.scale, key.flatten(0, 1), value.flatten(0, 1)])
-        bias = torch.cat([self.q_bias * self.scale, torch.zeros_like(self.q_bias), self.v_bias])
-        self.projection = PackedLinear(weight, bias, dtype)
+    """DeBERTa's layer with packed weights."""
 
 
 @torch.no_grad()
