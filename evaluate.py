@@ -113,8 +113,10 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     if examples.cut:
         print(f"validation: cut to {max_length} tokens: {examples.cut:,}")
 
+    model = model.to(device)
+    live_model = prepare(model, precision) if args.prepared else model  # before the first product, as it asks
     start = time.perf_counter()
-    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
+    logits, certainty = predict(model, examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
     predictions, C = logits.argmax(-1), record["num_labels"]  # (K, N)
     metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
@@ -152,16 +154,19 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         evaluation["mean_exit_layers"] = {level: layers[:, of_row == level].mean(1).tolist() for level in LEVELS}
     if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
-        live_model = prepare(model, precision) if args.prepared else model
         costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
         with devices.autocast(device, precision):
             live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
-        # Rounding may turn a decision where the first of the two exits is as confident as the threshold.
+        # Rounding may turn a decision where the first of the two exits is as confident as the threshold, and the label
+        # where two of them are as probable as each other.
+        rounding, first = 1e-4 if precision is None else 2e-2, torch.minimum(live_exits, taken)  # (thresholds, N)
         confidence = rule.confidences(logits, certainty)  # (K, N)
-        margins = (confidence.gather(0, torch.minimum(live_exits, taken)) - torch.tensor(thresholds)[:, None]).abs()
-        near = differs & (margins <= (1e-4 if precision is None else 2e-2))
+        margins = (confidence.gather(0, first) - torch.tensor(thresholds)[:, None]).abs()
+        likeliest = logits.softmax(-1).topk(2).values  # (K, N, 2)
+        gaps = (likeliest[..., 0] - likeliest[..., 1]).gather(0, first)
+        near = differs & ((margins <= rounding) | ((live_exits == taken) & (gaps <= 2 * rounding)))
         evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
         evaluation |= {"live_differs": int(differs.sum()), "live_differs_near": int(near.sum())}
     return validation, evaluation | {

@@ -11,6 +11,7 @@ L layers, K exits, C classes, N instances.
 """
 
 from abc import abstractmethod
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ class TransformerEncoder(nn.Module):
 
     def run_layers(self, hidden: Tensor, context: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
         """Run the layers start+1 to stop, counted from 1: hidden states (B, T, D) to (B, T, D)."""
-        for layer in self.layers[start:stop]:
+        for layer in islice(self.layers, start, stop):  # a slice would be a new module
             hidden = layer(hidden, context)
         return hidden
 

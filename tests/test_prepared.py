@@ -24,15 +24,22 @@ def is_packed(model) -> bool:
     return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
-@pytest.fixture(params=[4, 40], ids=["few tokens", "many tokens"])
+@pytest.fixture(params=[1, 4, 40], ids=["a sentence alone", "few tokens", "many tokens"])
 def batch(request):
-    """44 tokens, and more than `FEW`; padded."""
+    """11 tokens, 44, and more than `FEW` where products are not always packed; padded."""
     return random_batch(5, batch=request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["AVX2", "AVX-512"])
+def processor(request, monkeypatch):
+    """The rules of either kind of processor."""
+    monkeypatch.setattr("minisweet.use.prepared.AVX512", request.param)
+    monkeypatch.setattr("minisweet.use.prepared.FEW", 2**31 if request.param else 128)
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_all_exits_say_the_same(tmp_path, model_type, method, strategy, batch):
+def test_all_exits_say_the_same(tmp_path, model_type, method, strategy, batch, processor):
     model = undecided_model(write_model(tmp_path, model_type), method, 3, strategy=strategy)
     prepared = prepare(model, None)
     assert is_packed(prepared)
@@ -80,20 +87,21 @@ def test_bfloat16_is_that_of_the_plain_model(tmp_path, model_type, method, batch
 class PlainProducts:
     """Stands in for oneDNN's packed products, on a processor that has none in bfloat16."""
 
-    def __call__(self, x, weight, bias, *how):
+    def __call__(self, x, weight, bias, then, *how):
         assert x.dtype == weight.dtype == torch.bfloat16
-        return torch.nn.functional.linear(x, weight, bias)
+        x = torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.gelu(x) if then == "gelu" else x
 
     def binary(self, x, residual, weight, bias, how):
         assert residual.dtype == torch.bfloat16
-        return self(x, weight, bias) + residual
+        return self(x, weight, bias, "none") + residual
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bfloat16_on_any_processor(tmp_path, model_type, method, monkeypatch):
+def test_bfloat16_on_any_processor(tmp_path, model_type, method, batch, processor, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight: weight)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", PlainProducts())
-    model, batch = undecided_model(write_model(tmp_path, model_type), method), random_batch(4)
+    model = undecided_model(write_model(tmp_path, model_type), method)
     prepared = prepare(model, torch.bfloat16)
     assert is_packed(prepared)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

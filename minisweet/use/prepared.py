@@ -1,12 +1,17 @@
 """A copy of a model for inference on the CPU, its weights laid out once for the processor's products.
 
 `F.linear` lays the weights out anew in each call, and under autocast casts them. That is little beside the product of a
-large batch; for a short sentence alone it is a third of the time and more. The copy computes what the plain model does,
-but for rounding: oneDNN (https://github.com/uxlfoundation/oneDNN), which torch brings, adds in another order.
+large batch; for a short sentence alone it is a third of the time and more. Most of the rest there is the calls of small
+operations, so the copy makes few of them. It computes what the plain model does, but for rounding: oneDNN
+(https://github.com/uxlfoundation/oneDNN), which torch brings, adds in another order, and in half precision the sums
+between the products are rounded too.
 """
 
 import copy
 import logging
+import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +21,13 @@ from minisweet.bert import BertLayer
 from minisweet.deberta import DebertaLayer
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.safe import InputError
+from minisweet.layers import Dropout
 
-FEW = 128  # tokens: for more, laying the weights out in each call takes nothing beside the product
+# With AVX-512 oneDNN's products are the fastest for any number of tokens. With AVX2 they are so up to 128; for more,
+# MKL's are, and laying the weights out in each call takes nothing beside them.
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+FEW = 2**31 if AVX512 else 128  # tokens
 PROJECTIONS = ("query_key_value", "in_proj")
-SHORT = 32  # tokens of a sentence alone: what takes the time is reading the weights, for [CLS] as for all of them
 
 
 class PackedLinear:
@@ -29,22 +37,27 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight = weight.detach().to(dtype).contiguous()
+        self.dtype, self.weight = dtype, weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in the weight's type."""
-        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
+    def __call__(self, x: Tensor, then: str = "none") -> Tensor:
+        """(..., in) to (..., out), in the weight's type, and what comes `then`: none or gelu."""
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
         if x.numel() > FEW * x.shape[-1]:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, then, [], "none")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of it. Within the product it takes less time with AVX-512, and more with AVX2."""
+        return self(x, "gelu") if AVX512 else F.gelu(self(x))
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The same, added to `residual` (..., out)."""
-        if x.numel() > FEW * x.shape[-1] or residual.dtype != self.weight.dtype:
-            return residual + self(x)
-        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        residual = residual if residual.dtype == self.dtype else residual.to(self.dtype)
+        if x.numel() > FEW * x.shape[-1]:
+            return residual + F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
@@ -65,33 +78,58 @@ class PackedLayer:
         projected = self.projection(hidden).view(*hidden.shape[:2], 3, self.num_heads, -1)
         return projected.permute(2, 0, 3, 1, 4).unbind(0)
 
+    def is_short(self, hidden: Tensor) -> bool:
+        """Whether this is a sentence alone, so short that one product for all tokens takes less than many for [CLS]."""
+        return len(hidden) == 1 and hidden.shape[1] <= (32 if self.projection.dtype == torch.float32 else 128)
+
     def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """For a short sentence alone all tokens are made, (B, T, D), if they may go on; [CLS] is the first of them."""
-        if self.is_read_alone or len(hidden) > 1 or hidden.shape[1] > SHORT:
-            return super().forward_cls(hidden, context)
-        return self(hidden, context)
+        go_on = self.is_short(hidden) and not self.is_read_alone
+        return self(hidden, context) if go_on else super().forward_cls(hidden, context)
 
     def finish(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
         """Nothing is left to do where `forward_cls` has made all tokens."""
         return cls if cls.shape[1] == hidden.shape[1] else self(hidden, context)
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Sums are part of the products."""
+        """Sums and GELU are part of the products."""
         hidden = self.attention_norm(self.attention_output.plus(attended.transpose(1, 2).flatten(2), hidden))
-        return self.output_norm(self.output.plus(F.gelu(self.intermediate(hidden)), hidden))
+        return self.output_norm(self.output.plus(self.intermediate.gelu(hidden), hidden))
 
 
 class PackedBertLayer(PackedLayer, BertLayer):
     """BERT's layer with packed weights."""
 
     def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
-        """All of attention in one call, which for few tokens is what takes the time."""
+        """For few tokens all of attention in one call; for many, oneDNN's products are faster in half precision."""
         query, key, value = self.project(hidden)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=context[0].to(query.dtype), scale=1.0)
+        bias = context[0].to(query.dtype)
+        if query.dtype != torch.float32 and hidden.shape[0] * hidden.shape[1] > 48:
+            return (query @ key.mT + bias).softmax(-1, dtype=query.dtype) @ value
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+
+    def forward_cls(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
+        """Where nobody goes on, attention of the first token alone."""
+        if not self.is_read_alone or not self.is_short(hidden):
+            return super().forward_cls(hidden, context)
+        query, key, value = self.project(hidden)
+        bias = context[0].to(query.dtype)
+        attended = F.scaled_dot_product_attention(query[:, :, :1], key, value, attn_mask=bias, scale=1.0)
+        return self.after_attention(hidden[:, :1], attended)
 
 
 class PackedDebertaLayer(PackedLayer, DebertaLayer):
     """DeBERTa's layer with packed weights."""
+
+
+def light(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """What does a small module's work without a module's call, in `dtype` where it multiplies; None for others."""
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module.weight, module.bias, dtype)
+    if isinstance(module, nn.LayerNorm):
+        weights = {"weight": module.weight.detach(), "bias": module.bias.detach(), "eps": module.eps}
+        return partial(torch.layer_norm, normalized_shape=module.normalized_shape, **weights)
+    return (lambda x: x) if isinstance(module, Dropout) else None
 
 
 @torch.no_grad()
@@ -102,9 +140,14 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
         model: on the CPU.
         precision: the type that the calls must be autocast to, None for float32.
 
+    oneDNN compiles a product for each number of tokens at first sight, and keeps 1,024 of them, where a sentence alone
+    needs some ten for each length. A process that calls this before its first product keeps 8,192, in 100 MB more,
+    unless its environment says otherwise.
+
     Where this processor cannot pack weights of the type, a line says so, and the model itself is returned. Raises
     InputError for a model on another device.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     if (device := next(model.parameters()).device).type != "cpu":
         raise InputError(f"prepared: is for the CPU, and the device is {str(device)!r}")
     dtype = precision or torch.float32
@@ -117,19 +160,17 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
         return model.eval()
     model = copy.deepcopy(model).eval()
     for part in model if isinstance(model, MultiModel) else [model]:
-        for layer in (*part.encoder.layers, *getattr(part, "branches", ())):
+        layers, branches = list(part.encoder.layers), list(getattr(part, "branches", ()))
+        for layer in layers + branches:
             # The same object with the other class's methods: nothing else of it changes.
             layer.__class__ = PackedBertLayer if isinstance(layer, BertLayer) else PackedDebertaLayer
-            layer.is_read_alone = layer not in part.encoder.layers[: part.exit_layers[-1] - 1]
-            if not layer.is_read_alone:
-                layer.pack(dtype)
-            for name, child in list(layer.named_children()):
-                if (
-                    name in PROJECTIONS
-                ):  # which `forward_cls` reads, for few products; so they stand here twice, but in a last layer
-                    child.to(dtype)
-                elif isinstance(child, nn.Linear):
-                    delattr(layer, name)  # a name of a module takes no other thing
-                    setattr(layer, name, PackedLinear(child.weight, child.bias, dtype))
-        part.heads.to(dtype)  # so small, of [CLS] alone, that packing gains nothing
+            layer.is_read_alone = layer not in layers[: part.exit_layers[-1] - 1]
+            layer.pack(dtype)
+        for owner in (*layers, *branches, *part.heads):
+            for name, child in list(owner.named_children()):
+                if name in PROJECTIONS:
+                    child.to(dtype)  # which the plain `forward_cls` reads, so that it stands here twice
+                elif (instead := light(child, dtype)) is not None:
+                    delattr(owner, name)  # a name of a module takes no other thing
+                    setattr(owner, name, instead)
     return model
