@@ -78,7 +78,7 @@ def main() -> None:
         compare_curves(args.plot, evaluations)
         print(f"written to {args.plot}")
         return
-    devices.reuse_freed_memory()
+    devices.tune_cpu()
     (run,) = args.runs
     before = run_digest(run)
     model, record = load_run(run)

@@ -261,7 +261,7 @@ def trunk_targets(
 def main() -> None:
     """Train one run."""
     args = parse_arguments()
-    devices.reuse_freed_memory()
+    devices.tune_cpu()
     may_stand = args.overwrite or (args.resume and is_finished(args.out))
     with claim_output(args.out, may_stand) if place().rank == 0 else nullcontext():  # now, not hours later
         train_run(args)

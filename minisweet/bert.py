@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.files.config import BertConfig
-from minisweet.layers import Dropout, TransformerEncoder, TransformerLayer, padding_bias
+from minisweet.layers import Dropout, TransformerEncoder, TransformerLayer, float32_by_onednn, padding_bias
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:
@@ -28,8 +28,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: 
 
 
 def fused_is_faster(key: Tensor, training: bool) -> bool:
-    """Whether torch's fused attention is. On the CPU it is slow with dropout, and with fewer than some 128 tokens."""
-    return key.device.type != "cpu" or not (training or torch.compiler.is_compiling() or key.shape[2] < 128)
+    """Whether torch's fused attention is. On the CPU it multiplies many small pieces: it is slow with dropout, with
+    fewer than some 128 tokens, and where oneDNN multiplies them.
+    """
+    if key.device.type != "cpu":
+        return True
+    slow = key.dtype == torch.float32 and float32_by_onednn()
+    return not (slow or training or torch.compiler.is_compiling() or key.shape[2] < 128)
 
 
 class BertLayer(TransformerLayer):

@@ -27,6 +27,12 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
+def float32_by_onednn() -> bool:
+    """Whether oneDNN multiplies float32 on the CPU, not MKL: see `tune_cpu` in training/devices.py."""
+    onednn = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+    return onednn is not None and onednn.fp32_precision == "bf16"
+
+
 class TransformerLayer(nn.Module):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, residual sum and LayerNorm.
 

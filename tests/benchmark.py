@@ -41,7 +41,7 @@ from minisweet.files.hub import model_folder
 from minisweet.files.runs import load_run, method_name, read_record
 from minisweet.files.safe import read_json, write_json
 from minisweet.live import early_exit
-from minisweet.training.devices import reuse_freed_memory
+from minisweet.training.devices import tune_cpu
 from minisweet.use.prepared import prepare
 from tests.conftest import checkpoint_tensors
 from tests.rivals import classify_unit, export_all
@@ -331,7 +331,7 @@ UNITS |= {"classify": classify_unit, "heads": heads_unit, "branch": branch_unit}
 def work(unit: str, arguments: dict) -> None:
     """The process of one side: run the unit each time that a line arrives, and answer with its seconds."""
     if arguments["side"] == "ours":
-        reuse_freed_memory()
+        tune_cpu()
     run = UNITS[unit](**arguments)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -17,6 +17,7 @@ from minisweet.evaluation import timing
 from minisweet.exits import MultiModel
 from minisweet.files.checkpoint import checkpoint_names
 from minisweet.files.commands import run_command
+from minisweet.layers import float32_by_onednn
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared"
@@ -26,6 +27,14 @@ def pytest_configure(config) -> None:
     """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine."""
     config.addinivalue_line("markers", "slow: takes seconds, and runs by `-m slow` or in .ci/run")
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def products_as_torch_chooses():
+    """Undo what a command's `tune_cpu` set for its process."""
+    yield
+    if float32_by_onednn():
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 SIZES = {

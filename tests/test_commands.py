@@ -14,7 +14,8 @@ import evaluate
 import train
 from minisweet.exits import METHODS
 from minisweet.files.runs import load_run, newest_run
-from minisweet.training.devices import choose_precision
+from minisweet.layers import float32_by_onednn
+from minisweet.training.devices import choose_precision, tune_cpu
 from minisweet.training.options import default_batch_size, default_learning_rate
 from minisweet.use import explain
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, quick, random_batch, write_model
@@ -268,6 +269,23 @@ def test_auto_precision_follows_the_device(monkeypatch):
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda yes=supported, **_: yes)
         assert choose_precision("auto", cuda) is dtype
     assert choose_precision("off", cuda) is None
+
+
+@pytest.mark.parametrize(
+    ("amx", "rounds", "by_onednn"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_onednn_multiplies_float32_only_where_it_rounds_nothing(monkeypatch, amx, rounds, by_onednn):
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("before 2.9 torch leaves no float32 to oneDNN")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    identity = torch.eye(256)
+    if rounds:
+        monkeypatch.setattr(torch, "eye", lambda n: identity * (1 - 2**-9))
+    tune_cpu()
+    assert float32_by_onednn() == by_onednn
+    fine = 1 + 2**-20 * torch.arange(256.0).expand(256, 256)
+    assert torch.equal(fine @ identity, fine)
 
 
 def test_the_last_written_run_is_the_newest_and_half_written_ones_are_none(tmp_path):

@@ -29,7 +29,7 @@ from minisweet.files.runs import load_run, versions
 from minisweet.files.safe import InputError, load_pyplot, save_figure, write_json
 from minisweet.paper.report import for_json, over_seeds
 from minisweet.paper.reproduce import TRAINING, as_options, run_script
-from minisweet.training.devices import choose_device, device_name, reuse_freed_memory
+from minisweet.training.devices import choose_device, device_name, tune_cpu
 from minisweet.training.options import add_training_options, default_batch_size, find_model
 
 
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Fine-tune, measure, and write gradients.json and gradients.png."""
     args = parse_arguments()
-    reuse_freed_memory()
+    tune_cpu()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
     load_pyplot(args.out / "gradients.png")

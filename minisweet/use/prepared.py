@@ -21,7 +21,7 @@ from minisweet.bert import BertLayer
 from minisweet.deberta import DebertaLayer
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.safe import InputError
-from minisweet.layers import Dropout
+from minisweet.layers import Dropout, float32_by_onednn
 
 # With AVX-512 oneDNN's products are the fastest for any number of tokens. With AVX2 they are so up to 128; for more,
 # MKL's are, and laying the weights out in each call takes nothing beside them.
@@ -101,10 +101,10 @@ class PackedBertLayer(PackedLayer, BertLayer):
     """BERT's layer with packed weights."""
 
     def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
-        """For few tokens all of attention in one call; for many, oneDNN's products are faster in half precision."""
+        """All of attention in one call, or oneDNN's products, which are faster in half precision for many tokens."""
         query, key, value = self.project(hidden)
         bias = context[0].to(query.dtype)
-        if query.dtype != torch.float32 and hidden.shape[0] * hidden.shape[1] > 48:
+        if float32_by_onednn() if query.dtype == torch.float32 else len(hidden) * hidden.shape[1] > 48:
             return (query @ key.mT + bias).softmax(-1, dtype=query.dtype) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
 
