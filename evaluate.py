@@ -78,6 +78,7 @@ def main() -> None:
         compare_curves(args.plot, evaluations)
         print(f"written to {args.plot}")
         return
+    devices.keep_compiled_products()
     devices.tune_cpu()
     (run,) = args.runs
     before = run_digest(run)
@@ -114,7 +115,6 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         print(f"validation: cut to {max_length} tokens: {examples.cut:,}")
 
     model = model.to(device)
-    live_model = prepare(model, precision) if args.prepared else model  # before the first product, as it asks
     start = time.perf_counter()
     logits, certainty = predict(model, examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
@@ -155,15 +155,18 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
         costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
+        live_model = prepare(model, precision) if args.prepared else model
         with devices.autocast(device, precision):
             live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live
         differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
-        # Rounding may turn a decision where the first of the two exits is as confident as the threshold, and the label
-        # where two of them are as probable as each other.
+        # Rounding may turn a decision where the earlier of the two exits is as sure as the threshold, and a label where
+        # the two likeliest are as probable as each other. The rule of learning-to-exit stretches certainties.
         rounding, first = 1e-4 if precision is None else 2e-2, torch.minimum(live_exits, taken)  # (thresholds, N)
         confidence = rule.confidences(logits, certainty)  # (K, N)
         margins = (confidence.gather(0, first) - torch.tensor(thresholds)[:, None]).abs()
+        if ranges is not None:
+            margins = margins * (ranges[:, 1] - ranges[:, 0])[first]
         likeliest = logits.softmax(-1).topk(2).values  # (K, N, 2)
         gaps = (likeliest[..., 0] - likeliest[..., 1]).gather(0, first)
         near = differs & ((margins <= rounding) | ((live_exits == taken) & (gaps <= 2 * rounding)))

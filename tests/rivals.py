@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from minisweet import EarlyExitClassifier
 from minisweet.data.tasks import load_examples
-from minisweet.training.devices import tune_cpu
+from minisweet.training.devices import keep_compiled_products, tune_cpu
 from minisweet.use.export import export
 
 Classify = Callable[[list[str]], list[str]]
@@ -58,6 +58,7 @@ def export_all(run: Path, folder: Path) -> None:
 
 def ours(run: Path, **arguments) -> Classify:
     """EarlyExitClassifier."""
+    keep_compiled_products()
     tune_cpu()
     classify = EarlyExitClassifier(run, **arguments)
     return lambda texts: [answer.label for answer in classify(texts)]

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_without_packed_products_a_line_says_so(tmp_path, monkeypatch, caplog):
         assert prepare(model, None) is model
     (line,) = caplog.messages
     assert line.startswith("prepared: no packed torch.float32 weights on this processor")
+
+
+def test_the_commands_ask_for_many_compiled_products_before_the_first(command, tmp_path, monkeypatch):
+    run, name = tmp_path / "run", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    assert command(train, *quick(write_model(tmp_path / "tiny", "bert"), "--out", run))[0] == 0
+    (tmp_path / "texts.csv").write_text("text\na good film\n")
+    seen = []
+    monkeypatch.setattr("minisweet.training.devices.tune_cpu", lambda: seen.append(os.environ.get(name)))
+    monkeypatch.setattr("minisweet.use.predict.tune_cpu", lambda: seen.append(os.environ.get(name)))
+    for main, arguments in ((evaluate, [run]), (predict, [run, tmp_path / "texts.csv", "--out", tmp_path / "out.csv"])):
+        monkeypatch.delenv(name, raising=False)
+        assert command(main, *arguments)[0] == 0
+    assert seen == ["8192", "8192"]
 
 
 def test_another_device_is_refused(tmp_path):

@@ -79,9 +79,10 @@ def tune_cpu() -> None:
     Where glibc allocates memory, the process keeps what it frees. By default each large tensor is new memory from the
     kernel, which zeroes it page by page at first touch, in every step again: 10 to 20% of a training step.
 
-    On AMD's processors with AVX-512, oneDNN multiplies float32. MKL, which torch takes, does not use AVX-512 there and
-    needs twice the time. torch leaves float32 to oneDNN only with leave to round to bfloat16 on the way. oneDNN rounds
-    where AMX does that, so not there; and a number that bfloat16 does not have must come through as it was.
+    Processors with AVX512-BF16 and without AMX are mostly AMD's. MKL, which torch takes for float32, does not use AVX-512
+    on them, and oneDNN needs half of its time. torch leaves float32 to oneDNN only with leave to round to bfloat16 on
+    the way. oneDNN takes that leave with AMX, so it is not given there; elsewhere a product with the identity checks
+    that nothing is rounded.
     """
     if sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
@@ -93,6 +94,15 @@ def tune_cpu() -> None:
         fine = torch.full((256, 256), 1 + 2**-12)
         if not torch.equal(fine @ torch.eye(256), fine):
             onednn.fp32_precision = "none"
+
+
+def keep_compiled_products() -> None:
+    """Keep 8,192 of the products that oneDNN compiles for each shape at first sight, not 1,024, in some 100 MB more.
+
+    Texts of all lengths need that many, above all in half precision and with prepared weights. oneDNN hears it before
+    the process's first product, so before `tune_cpu`, and unless the environment says otherwise.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 
 def device_name(device: torch.device) -> str:

@@ -99,10 +99,9 @@ class EarlyExitClassifier:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
             raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
         self.threshold = float(threshold)
-        self.model, self.exit_layers = model.to(self.device), model.exit_layers
-        self.prepared = prepared
-        if prepared:
-            self.model = prepare(self.model, self.precision)
+        model, self.exit_layers = model.to(self.device), model.exit_layers
+        self.model = prepare(model, self.precision) if prepared else model
+        self.casts_nothing = self.model is not model
         self.tokenizer = load_tokenizer(run, self.record["vocab_size"], self.record["arguments"]["max_length"])
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
@@ -118,7 +117,7 @@ class EarlyExitClassifier:
             for pool in examples.by_length(GATHERED * self.batch_size):
                 inputs = pool.to(self.device).inputs
                 # Faster where no weights are left to be cast, see `early_exit`.
-                with torch.inference_mode(self.prepared), autocast(self.device, self.precision):
+                with torch.inference_mode(self.casts_nothing), autocast(self.device, self.precision):
                     found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
                 rows += pool.rows.tolist()
                 window += self.answers(found)

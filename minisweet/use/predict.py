@@ -23,7 +23,7 @@ from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, dec
 from minisweet.data.tasks import TASKS
 from minisweet.files.commands import Parser, list_of, run_command
 from minisweet.files.safe import InputError
-from minisweet.training.devices import tune_cpu
+from minisweet.training.devices import keep_compiled_products, tune_cpu
 from minisweet.use.classifier import WINDOW, Answer, add_classifier_options, classifier_of
 
 __all__ = ["main", "run_command"]
@@ -39,6 +39,7 @@ def main() -> None:
     option("--text-columns", type=list_of(str), help="one or two (default: as in training, or text or sentence or ...)")
     add_classifier_options(parser)
     args = parser.parse_args()
+    keep_compiled_products()
     tune_cpu()
     is_lines, to_screen = str(args.file) == "-", str(args.out) == "-"
     if args.text_columns and (is_lines or len(args.text_columns) > 2):

@@ -9,7 +9,6 @@ between the products are rounded too.
 
 import copy
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -22,9 +21,10 @@ from minisweet.deberta import DebertaLayer
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.files.safe import InputError
 from minisweet.layers import Dropout, float32_by_onednn
+from minisweet.training.devices import keep_compiled_products
 
-# With AVX-512 oneDNN's products are the fastest for any number of tokens. With AVX2 they are so up to 128; for more,
-# MKL's are, and laying the weights out in each call takes nothing beside them.
+# With AVX-512 oneDNN's products are the fastest for any number of tokens (measured on AMD's processors). With AVX2 they
+# are so up to 128; for more, MKL's are, and laying the weights out in each call takes nothing beside them.
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 FEW = 2**31 if AVX512 else 128  # tokens
 PROJECTIONS = ("query_key_value", "in_proj")
@@ -37,9 +37,10 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.dtype, self.weight = dtype, weight.detach().to(dtype).contiguous()
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        weight = weight.detach().to(dtype).contiguous()
+        self.dtype, self.bias = dtype, None if bias is None else bias.detach().to(dtype)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight = None if AVX512 else weight  # for more tokens than `FEW`
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:
         """(..., in) to (..., out), in the weight's type, and what comes `then`: none or gelu."""
@@ -83,7 +84,7 @@ class PackedLayer:
         return len(hidden) == 1 and hidden.shape[1] <= (32 if self.projection.dtype == torch.float32 else 128)
 
     def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """For a short sentence alone all tokens are made, (B, T, D), if they may go on; [CLS] is the first of them."""
+        """A short sentence alone runs whole, to (B, T, D) with [CLS] first, if later layers may need all its tokens."""
         go_on = self.is_short(hidden) and not self.is_read_alone
         return self(hidden, context) if go_on else super().forward_cls(hidden, context)
 
@@ -101,10 +102,11 @@ class PackedBertLayer(PackedLayer, BertLayer):
     """BERT's layer with packed weights."""
 
     def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
-        """All of attention in one call, or oneDNN's products, which are faster in half precision for many tokens."""
+        """All of attention in one call, or oneDNN's products: for float32 where it makes them, else for many tokens."""
         query, key, value = self.project(hidden)
         bias = context[0].to(query.dtype)
-        if float32_by_onednn() if query.dtype == torch.float32 else len(hidden) * hidden.shape[1] > 48:
+        by_products = float32_by_onednn() if query.dtype == torch.float32 else len(hidden) * hidden.shape[1] > 48
+        if by_products:
             return (query @ key.mT + bias).softmax(-1, dtype=query.dtype) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
 
@@ -140,14 +142,12 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
         model: on the CPU.
         precision: the type that the calls must be autocast to, None for float32.
 
-    oneDNN compiles a product for each number of tokens at first sight, and keeps 1,024 of them, where a sentence alone
-    needs some ten for each length. A process that calls this before its first product keeps 8,192, in 100 MB more,
-    unless its environment says otherwise.
+    The copy is for inference alone: it is not trained, saved, copied or prepared again.
 
     Where this processor cannot pack weights of the type, a line says so, and the model itself is returned. Raises
     InputError for a model on another device.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    keep_compiled_products()
     if (device := next(model.parameters()).device).type != "cpu":
         raise InputError(f"prepared: is for the CPU, and the device is {str(device)!r}")
     dtype = precision or torch.float32
@@ -161,15 +161,16 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
     model = copy.deepcopy(model).eval()
     for part in model if isinstance(model, MultiModel) else [model]:
         layers, branches = list(part.encoder.layers), list(getattr(part, "branches", ()))
+        crossed = layers[: part.exit_layers[-1] - 1]
         for layer in layers + branches:
             # The same object with the other class's methods: nothing else of it changes.
             layer.__class__ = PackedBertLayer if isinstance(layer, BertLayer) else PackedDebertaLayer
-            layer.is_read_alone = layer not in layers[: part.exit_layers[-1] - 1]
+            layer.is_read_alone = layer not in crossed
             layer.pack(dtype)
         for owner in (*layers, *branches, *part.heads):
             for name, child in list(owner.named_children()):
                 if name in PROJECTIONS:
-                    child.to(dtype)  # which the plain `forward_cls` reads, so that it stands here twice
+                    child.to(dtype)  # which the plain `forward_cls` reads, beside the packed ones
                 elif (instead := light(child, dtype)) is not None:
                     delattr(owner, name)  # a name of a module takes no other thing
                     setattr(owner, name, instead)
