@@ -79,10 +79,10 @@ def tune_cpu() -> None:
     Where glibc allocates memory, the process keeps what it frees. By default each large tensor is new memory from the
     kernel, which zeroes it page by page at first touch, in every step again: 10 to 20% of a training step.
 
-    Processors with AVX512-BF16 and without AMX are mostly AMD's. MKL, which torch takes for float32, does not use AVX-512
-    on them, and oneDNN needs half of its time. torch leaves float32 to oneDNN only with leave to round to bfloat16 on
-    the way. oneDNN takes that leave with AMX, so it is not given there; elsewhere a product with the identity checks
-    that nothing is rounded.
+    Processors with AVX512-BF16 and without AMX are mostly AMD's. MKL, which torch takes for float32, does not use
+    AVX-512 on them, and oneDNN needs half of its time. torch leaves float32 to oneDNN only with leave to round to
+    bfloat16 on the way. oneDNN takes that leave with AMX, so it is not given there; elsewhere a product with the
+    identity checks that nothing is rounded.
     """
     if sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
