@@ -22,7 +22,8 @@ from tests.conftest import all_exits, quick, random_batch, undecided_model, writ
 
 def is_packed(model) -> bool:
     """Whether a copy was made, not the model itself given back."""
-    return any(isinstance(module, PackedLayer) for module in model.modules())
+    parts = model if isinstance(model, MultiModel) else [model]
+    return all(isinstance(layer, PackedLayer) for part in parts for layer in part.encoder.layers)
 
 
 @pytest.fixture(params=[1, 4, 40], ids=["a sentence alone", "few tokens", "many tokens"])

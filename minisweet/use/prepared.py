@@ -174,4 +174,9 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
                 elif (instead := light(child, dtype)) is not None:
                     delattr(owner, name)  # a name of a module takes no other thing
                     setattr(owner, name, instead)
+        for owner in (part.encoder, part):
+            for name, child in list(owner.named_children()):
+                if isinstance(child, nn.ModuleList):  # whose index takes some twenty times as long as a list's
+                    delattr(owner, name)
+                    setattr(owner, name, list(child))
     return model
