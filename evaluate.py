@@ -114,9 +114,8 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     if examples.cut:
         print(f"validation: cut to {max_length} tokens: {examples.cut:,}")
 
-    model = model.to(device)
     start = time.perf_counter()
-    logits, certainty = predict(model, examples, precision)  # (K, N, C), and (K or K-1, N) or None
+    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
     predictions, C = logits.argmax(-1), record["num_labels"]  # (K, N)
     metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
@@ -154,8 +153,8 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         evaluation["mean_exit_layers"] = {level: layers[:, of_row == level].mean(1).tolist() for level in LEVELS}
     if args.live and devices.place().rank == 0:
         progress = partial(tqdm, desc="live", unit="threshold")
-        costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
         live_model = prepare(model, precision) if args.prepared else model
+        costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
         with devices.autocast(device, precision):
             live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
         evaluation["live"], live_labels, live_exits = live

@@ -85,7 +85,7 @@ class PackedLayer:
 
     def forward_cls(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """A short sentence alone runs whole, to (B, T, D) with [CLS] first, if later layers may need all its tokens."""
-        go_on = self.is_short(hidden) and not self.is_read_alone
+        go_on = not self.is_read_alone and self.is_short(hidden)
         return self(hidden, context) if go_on else super().forward_cls(hidden, context)
 
     def finish(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
@@ -166,7 +166,8 @@ def prepare(model: MultiExitModel | MultiModel, precision: torch.dtype | None) -
             # The same object with the other class's methods: nothing else of it changes.
             layer.__class__ = PackedBertLayer if isinstance(layer, BertLayer) else PackedDebertaLayer
             layer.is_read_alone = layer not in crossed
-            layer.pack(dtype)
+            if isinstance(layer, BertLayer) or not layer.is_read_alone:  # DeBERTa's reads [CLS] as the plain layer does
+                layer.pack(dtype)
         for owner in (*layers, *branches, *part.heads):
             for name, child in list(owner.named_children()):
                 if name in PROJECTIONS:
