@@ -20,17 +20,18 @@ from tqdm import tqdm
 
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, spaced_thresholds
+from minisweet.base import devices
+from minisweet.base.commands import Parser, list_of, number, run_command, whole_number
+from minisweet.base.safe import InputError, check_file, write_json
 from minisweet.data.load import digest, load_dev
-from minisweet.data.tasks import TASKS, classification_report
+from minisweet.data.tasks import TASKS
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
+from minisweet.evaluation.metrics import classification_report
 from minisweet.evaluation.sweep import Validation, operating_point, predict, save_validation, sweep
 from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.files.commands import Parser, list_of, number, run_command, whole_number
-from minisweet.files.runs import load_run, method_name, newest_run, read_evaluation, run_digest, versions
-from minisweet.files.safe import InputError, check_file, write_json
-from minisweet.training import devices
+from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, run_digest, versions
 from minisweet.use.plots import compare_curves, draw_curve
 from minisweet.use.prepared import prepare
 

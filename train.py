@@ -25,16 +25,17 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet.base import devices
+from minisweet.base.commands import Parser, positive_float, run_command, whole_number
+from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
+from minisweet.base.safe import InputError, write_json
 from minisweet.data.load import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, METHODS, build_alone, exit_loss, grow_branches
-from minisweet.files.commands import Parser, positive_float, run_command, whole_number
-from minisweet.files.runs import DIVERGED, claim_output, is_run, load_trunk, read_record, run_name, save_run, versions
-from minisweet.files.safe import InputError, write_json
-from minisweet.training import devices, options
-from minisweet.training.devices import add_up_gradients, autocast, own_rows, place
-from minisweet.training.resume import Checkpoints, is_finished
+from minisweet.runs import options
+from minisweet.runs.folders import DIVERGED, claim_output, is_run, load_trunk, read_record, run_name, save_run, versions
+from minisweet.runs.resume import Checkpoints, is_finished
 
 TARGETS = ("labels", "trunk", "half")
 READ_EVERY = 50  # steps: each reading of the losses waits for the GPU

@@ -1,7 +1,7 @@
 """minisweet: early-exit fine-tuning of BERT and DeBERTa, after "Finding the SWEET Spot" (Rotem et al. 2023)."""
 
+from minisweet.checkpoint import load_encoder
 from minisweet.exits import MultiExitModel, build_multi_model
-from minisweet.files.checkpoint import load_encoder
 
 __all__ = ["EarlyExitClassifier", "MultiExitModel", "build_multi_model", "load_encoder"]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.files.config import BertConfig
+from minisweet.config import BertConfig
 from minisweet.layers import Dropout, TransformerEncoder, TransformerLayer, float32_by_onednn, padding_bias
 
 

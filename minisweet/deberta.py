@@ -16,7 +16,7 @@ Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size,
 import torch
 from torch import Tensor, nn
 
-from minisweet.files.config import DebertaConfig
+from minisweet.config import DebertaConfig
 from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
 
 

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.files.checkpoint import Encoder, load_encoder
+from minisweet.checkpoint import Encoder, load_encoder
 from minisweet.layers import Dropout
 
 METHODS = ("sweet", "ee", "mm", "branch")

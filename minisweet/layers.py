@@ -28,7 +28,7 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def float32_by_onednn() -> bool:
-    """Whether oneDNN multiplies float32 on the CPU, not MKL, because `tune_cpu` of training/devices.py chose it."""
+    """Whether oneDNN multiplies float32 on the CPU, not MKL, because `tune_cpu` of base/devices.py chose it."""
     onednn = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
     return onednn is not None and onednn.fp32_precision == "bf16"
 

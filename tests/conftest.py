@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet.base.commands import run_command
 from minisweet.bert import BertConfig, BertEncoder
+from minisweet.checkpoint import checkpoint_names
 from minisweet.data import toy
 from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.evaluation import timing
 from minisweet.exits import MultiModel
-from minisweet.files.checkpoint import checkpoint_names
-from minisweet.files.commands import run_command
 from minisweet.layers import float32_by_onednn
 
 CHECKOUT = Path(__file__).parent.parent
@@ -25,7 +25,6 @@ SHARED = CHECKOUT.parent / "shared"
 
 def pytest_configure(config) -> None:
     """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine."""
-    config.addinivalue_line("markers", "slow: takes seconds, and runs by `-m slow` or in .ci/run")
     torch.set_num_threads(1)
 
 

@@ -12,8 +12,8 @@ import evaluate
 import train
 from minisweet.adaptive import ExitRule
 from minisweet.exits import EXIT_STRATEGIES
-from minisweet.files.runs import load_run, load_trunk
 from minisweet.live import early_exit
+from minisweet.runs.folders import load_run, load_trunk
 from tests.conftest import quick, random_batch, write_model
 
 

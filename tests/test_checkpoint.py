@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.files import checkpoint
-from minisweet.files.checkpoint import load_classifier
-from minisweet.files.safe import InputError
+from minisweet import MultiExitModel, build_multi_model, checkpoint, load_encoder
+from minisweet.base.safe import InputError
+from minisweet.checkpoint import load_classifier
 from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder, write_model
 
 

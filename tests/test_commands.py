@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
+from minisweet.base.devices import choose_precision, tune_cpu
 from minisweet.exits import METHODS
-from minisweet.files.runs import load_run, newest_run
 from minisweet.layers import float32_by_onednn
-from minisweet.training.devices import choose_precision, tune_cpu
-from minisweet.training.options import default_batch_size, default_learning_rate
+from minisweet.runs.folders import load_run, newest_run
+from minisweet.runs.options import default_batch_size, default_learning_rate
 from minisweet.use import explain
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, quick, random_batch, write_model
 
@@ -153,7 +153,7 @@ def test_cuda(command, tmp_path, model_type, amp):
 
 def test_a_save_that_is_interrupted_leaves_the_finished_training_alone(command, tmp_path, monkeypatch):
     model = write_model(tmp_path / "tiny", "bert")
-    monkeypatch.setattr("minisweet.files.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("minisweet.runs.folders.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     status, _, err = command(train, *quick(model, "--out", "runs/a"))
     assert (status, err.splitlines()[-1]) == (130, "interrupted")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".a.checkpoint"]

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minisweet.base import devices
+from minisweet.base.safe import InputError
+from minisweet.checkpoint import load_encoder
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import sweep
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel
-from minisweet.files.checkpoint import load_encoder
-from minisweet.files.safe import InputError
-from minisweet.training import devices
+from tests.benchmark.kill import result
 from tests.conftest import CHECKOUT, write_model
-from tests.kill import result
 from train import send_back
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

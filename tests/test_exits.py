@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import train
 from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet.checkpoint import checkpoint_names
 from minisweet.data.text import Batch
 from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss, grow_branches
-from minisweet.files.checkpoint import checkpoint_names
 from tests.conftest import CHECKOUT, SHARED, random_batch, tiny_encoder, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 import train
 from minisweet import MultiExitModel, load_encoder
+from minisweet.base.commands import run_command
 from minisweet.data.text import Batch, TokenizedExamples
-from minisweet.files.commands import run_command
-from minisweet.files.runs import load_run
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities, row_similarity
+from minisweet.runs.folders import load_run
 from tests.conftest import random_batch, tiny_encoder, write_model
 
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from minisweet.files import hub
-from minisweet.files.commands import run_command
-from minisweet.files.safe import InputError
+from minisweet.base.commands import run_command
+from minisweet.base.safe import InputError
+from minisweet.runs import hub
 from tests.conftest import CHECKOUT, CONFIGS, WORDS
 from tests.hub_server import HubServer
 
@@ -49,8 +49,8 @@ BERT_FETCHED = {
 }
 FETCH = """
 import sys
-from minisweet.files import hub
-from minisweet.files.commands import run_command
+from minisweet.runs import hub
+from minisweet.base.commands import run_command
 run_command(lambda: print(hub.model_folder(sys.argv[1])))
 """
 

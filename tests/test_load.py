@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisweet.base.commands import Parser
+from minisweet.base.safe import InputError
 from minisweet.data.load import DATA_DIR, add_data_options, data_name, digest, load_data, load_dev, stratified_split
 from minisweet.data.rows import TEXT_COLUMNS, RowWriter, find_columns, read_rows
 from minisweet.data.tasks import Examples, examples_of, load_examples
 from minisweet.data.text import load_tokenizer
-from minisweet.files.commands import Parser
-from minisweet.files.safe import InputError
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c", "caf\u00e9 \u2028 \\", " "]  # the last is empty
 LABELS = ["refund, please", "login", "login", "login"]

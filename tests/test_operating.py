@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, exit_costs, exits_taken
-from minisweet.data.tasks import score
+from minisweet.evaluation.metrics import score
 from minisweet.evaluation.sweep import Candidates, Validation, candidates, choose, operating_point
 
 

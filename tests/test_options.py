@@ -3,7 +3,7 @@
 import pytest
 
 from minisweet.exits import METHODS
-from minisweet.training.options import default_learning_rate, exit_layers_for
+from minisweet.runs.options import default_learning_rate, exit_layers_for
 
 
 def test_every_depth_has_exit_layers():

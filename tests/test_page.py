@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from minisweet.base.safe import InputError
 from minisweet.data.tasks import Examples
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation
-from minisweet.files.safe import InputError
 from minisweet.use.explain import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -5,7 +5,7 @@ import sys
 import matplotlib.pyplot as pyplot
 import pytest
 
-from minisweet.files.safe import InputError
+from minisweet.base.safe import InputError
 from minisweet.use import plots
 from minisweet.use.plots import compare_curves, draw_curve
 

@@ -12,8 +12,8 @@ import evaluate
 import train
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken, spaced_thresholds
+from minisweet.base.safe import InputError
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiModel
-from minisweet.files.safe import InputError
 from minisweet.live import early_exit, full_depth
 from minisweet.use import predict
 from minisweet.use.prepared import PackedLayer, PackedLinear, prepare
@@ -138,7 +138,7 @@ def test_the_commands_ask_for_many_compiled_products_before_the_first(command, t
     assert command(train, *quick(write_model(tmp_path / "tiny", "bert"), "--out", run))[0] == 0
     (tmp_path / "texts.csv").write_text("text\na good film\n")
     seen = []
-    monkeypatch.setattr("minisweet.training.devices.tune_cpu", lambda: seen.append(os.environ.get(name)))
+    monkeypatch.setattr("minisweet.base.devices.tune_cpu", lambda: seen.append(os.environ.get(name)))
     monkeypatch.setattr("minisweet.use.predict.tune_cpu", lambda: seen.append(os.environ.get(name)))
     for main, arguments in ((evaluate, [run]), (predict, [run, tmp_path / "texts.csv", "--out", tmp_path / "out.csv"])):
         monkeypatch.delenv(name, raising=False)

@@ -8,7 +8,7 @@ from operator import itemgetter
 import numpy as np
 import pytest
 
-from minisweet.files.safe import InputError
+from minisweet.base.safe import InputError
 from minisweet.paper import report, reproduce
 from minisweet.paper.report import (
     STUDENT_T,

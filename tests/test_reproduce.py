@@ -14,7 +14,7 @@ import pytest
 
 import evaluate
 import train
-from minisweet.files.commands import run_command
+from minisweet.base.commands import run_command
 from minisweet.paper import reproduce
 from tests.conftest import WORDS, be_quick, write_model
 

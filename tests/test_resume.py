@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import train
-from minisweet.files.commands import run_command
+from minisweet.base.commands import run_command
+from tests.benchmark.kill import METHODS, result
 from tests.conftest import CHECKOUT, write_model
-from tests.kill import METHODS, result
 
 STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
 STOPPED = Path(".a.checkpoint")
@@ -258,7 +258,7 @@ def test_a_full_disk(command, monkeypatch):
     assert kept == ["sweet.000000002", "sweet.000000003"]
     monkeypatch.setattr(torch, "save", save)
     with monkeypatch.context() as broken:
-        broken.setattr("minisweet.files.runs.save", full)
+        broken.setattr("minisweet.runs.folders.save", full)
         status, _, err = command("--out", "b")
     assert (status, "kept in" in err, ".b.checkpoint: --resume saves it" in err) == (2, True, True)
     assert (command("--out", "b", "--resume")[0], command.steps) == (0, 0)
@@ -280,5 +280,7 @@ def test_the_seconds_are_those_that_were_computed(command, monkeypatch):
 @pytest.mark.slow
 def test_trainings_killed_at_random_moments():
     seed = str(random.randrange(10**6))
-    killed = subprocess.run([sys.executable, "-m", "tests.kill", "--kills", "3", "--seed", seed], cwd=CHECKOUT)
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.benchmark.kill", "--kills", "3", "--seed", seed], cwd=CHECKOUT
+    )
     assert killed.returncode == 0

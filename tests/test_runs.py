@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, load_encoder
+from minisweet.base.safe import InputError, clear_leftovers, write_json
+from minisweet.checkpoint import load_classifier
 from minisweet.exits import build_multi_model
-from minisweet.files import runs
-from minisweet.files.checkpoint import load_classifier
-from minisweet.files.runs import (
+from minisweet.runs import folders as runs
+from minisweet.runs.folders import (
     claim_output,
     load_run,
     load_trunk,
@@ -30,7 +31,6 @@ from minisweet.files.runs import (
     run_name,
     save_run,
 )
-from minisweet.files.safe import InputError, clear_leftovers, write_json
 from tests.conftest import CONFIGS, random_batch, write_model
 from tests.test_checkpoint import save_classifier
 from tests.test_safe import content, stopped_at

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from minisweet.files.commands import Parser, run_command
-from minisweet.files.safe import (
+from minisweet.base.commands import Parser, run_command
+from minisweet.base.safe import (
     InputError,
     clear_leftovers,
     is_text,
@@ -249,7 +249,7 @@ def test_a_reader_that_went_away_ends_the_command_in_silence(monkeypatch):
 @pytest.mark.slow
 def test_a_real_pipe_that_is_closed(tmp_path):
     code = (
-        "from minisweet.files.commands import run_command\nrun_command(lambda: [print('x' * 99) for _ in range(9999)])"
+        "from minisweet.base.commands import run_command\nrun_command(lambda: [print('x' * 99) for _ in range(9999)])"
     )
     command = f'{sys.executable} -c "{code}" | head -1; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=CHECKOUT)

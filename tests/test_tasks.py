@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisweet.base.safe import InputError
 from minisweet.data import tasks
-from minisweet.data.tasks import TASKS, Examples, classification_report, load_examples, score
-from minisweet.files.safe import InputError
+from minisweet.data.tasks import TASKS, Examples, load_examples
+from minisweet.evaluation.metrics import classification_report, score
 
 GLUE = Path(__file__).resolve().parents[2] / "shared" / "glue"
 GLUE_TASKS = [name for name in TASKS if name != "toy"]

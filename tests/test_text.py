@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from minisweet.base.safe import InputError
 from minisweet.data.tasks import Examples
 from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer
-from minisweet.files.safe import InputError
 from tests.conftest import WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -23,13 +23,13 @@ import evaluate
 import train
 from minisweet import EarlyExitClassifier, MultiExitModel
 from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken
+from minisweet.base.commands import run_command
+from minisweet.base.safe import InputError, sha256
 from minisweet.calibration import row_temperatures
 from minisweet.data import rows
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples
-from minisweet.files.commands import run_command
-from minisweet.files.runs import load_run
-from minisweet.files.safe import InputError, sha256
+from minisweet.runs.folders import load_run
 from minisweet.use import explain, export, predict
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, random_batch, tiny_encoder, write_model
 

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minisweet.base.commands import Parser, list_of, number, whole_number
+from minisweet.base.safe import InputError, home
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
 from minisweet.data.tasks import TASKS, Examples, Names, examples_of, load_examples
-from minisweet.files.commands import Parser, list_of, number, whole_number
-from minisweet.files.hub import home
-from minisweet.files.safe import InputError
 
 DATA_DIR = home() / "data"
 OF_OWN_DATA = ("dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")  # options

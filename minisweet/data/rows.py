@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
-from minisweet.files.safe import InputError, check_regular, written_beside
+from minisweet.base.safe import InputError, check_regular, written_beside
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory

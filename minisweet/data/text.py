@@ -16,8 +16,8 @@ import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
+from minisweet.base.safe import InputError, read_json
 from minisweet.data.tasks import Examples
-from minisweet.files.safe import InputError, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisweet.adaptive import ExitRule, area_under_curve, exit_costs, exits_taken
+from minisweet.base.devices import autocast, of_all, place
+from minisweet.base.safe import InputError, sha256, written_beside
 from minisweet.calibration import fit_rule
-from minisweet.data.tasks import matthews, score
 from minisweet.data.text import TokenizedExamples
-from minisweet.files.safe import InputError, sha256, written_beside
-from minisweet.training.devices import autocast, of_all, place
+from minisweet.evaluation.metrics import matthews, score
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisweet.base.commands import Parser, positive_float, run_command, whole_number
+from minisweet.base.devices import choose_device, device_name, tune_cpu
+from minisweet.base.safe import InputError, write_json
 from minisweet.data.load import DATA_DIR
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
-from minisweet.files.commands import Parser, positive_float, run_command, whole_number
-from minisweet.files.runs import load_run, versions
-from minisweet.files.safe import InputError, load_pyplot, save_figure, write_json
 from minisweet.paper.report import for_json, over_seeds
 from minisweet.paper.reproduce import TRAINING, as_options, run_script
-from minisweet.training.devices import choose_device, device_name, tune_cpu
-from minisweet.training.options import add_training_options, default_batch_size, find_model
+from minisweet.runs.folders import load_run, versions
+from minisweet.runs.options import add_training_options, default_batch_size, find_model
+from minisweet.use.plots import load_pyplot, save_figure
 
 
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.files.safe import load_pyplot, save_figure
-from minisweet.use.plots import label_axes, sorted_curve
+from minisweet.use.plots import label_axes, load_pyplot, save_figure, sorted_curve
 
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]

@@ -24,14 +24,16 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from minisweet.base import devices
+from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
+from minisweet.base.safe import InputError, lock, read_json, write_json, written_beside
 from minisweet.data.load import DATA_DIR, digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES, METHODS
-from minisweet.files.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.files.runs import method_name, read_diverged, read_evaluation, read_record, run_name
-from minisweet.files.safe import InputError, load_pyplot, lock, read_json, write_json, written_beside
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
-from minisweet.training import devices, options
+from minisweet.runs import options
+from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
+from minisweet.use.plots import load_pyplot
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are

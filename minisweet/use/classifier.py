@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule
+from minisweet.base.commands import Parser, number, whole_number
+from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
+from minisweet.base.safe import InputError, as_written, is_text
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import candidates, choose, load_validation
 from minisweet.evaluation.timing import GATHERED
-from minisweet.files.commands import Parser, number, whole_number
-from minisweet.files.runs import load_run, read_evaluation
-from minisweet.files.safe import InputError, as_written, is_text
 from minisweet.live import Answers, early_exit
-from minisweet.training.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
+from minisweet.runs.folders import load_run, read_evaluation
 from minisweet.use.prepared import prepare
 
 LOG = logging.getLogger("minisweet")

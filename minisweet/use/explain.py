@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule, exit_costs, leaves
+from minisweet.base.commands import Parser, run_command
+from minisweet.base.devices import autocast
+from minisweet.base.safe import InputError, check_file, one_line, written_beside
 from minisweet.calibration import row_temperatures
 from minisweet.data.load import load_dev
 from minisweet.data.tasks import Examples
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
-from minisweet.files.commands import Parser, run_command
-from minisweet.files.runs import read_evaluation, read_record
-from minisweet.files.safe import InputError, check_file, one_line, written_beside
 from minisweet.live import Answers
-from minisweet.training.devices import autocast
+from minisweet.runs.folders import read_evaluation, read_record
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, check_texts, classifier_of
 from minisweet.use.plots import METRICS
 

@@ -16,13 +16,13 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.base.safe import InputError, write_json, written_beside
+from minisweet.checkpoint import checkpoint_names
+from minisweet.config import Config
 from minisweet.data.text import load_tokenizer
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.files.checkpoint import checkpoint_names
-from minisweet.files.commands import Parser, run_command, whole_number
-from minisweet.files.config import Config
-from minisweet.files.runs import load_run
-from minisweet.files.safe import InputError, write_json, written_beside
+from minisweet.runs.folders import load_run
 
 __all__ = ["main", "run_command"]
 POOLERS = {"bert": "bert.pooler.dense", "deberta": "pooler.dense"}  # where transformers keeps them

@@ -10,13 +10,37 @@ from pathlib import Path
 import numpy as np
 
 from minisweet.adaptive import exit_costs
-from minisweet.files.safe import InputError, load_pyplot, one_line, save_figure, shown
+from minisweet.base.safe import InputError, one_line, written_beside
 
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles and markers say the same without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vP*"
 SAME = ("task", "metric", "examples", "dev_digest")  # in evaluations of the same data
+
+
+def load_pyplot(path: Path):
+    """matplotlib's pyplot, without a screen, to draw `path`. Raises InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError(f"{path}: not drawn, since matplotlib is not installed (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure of matplotlib's to a PNG, whole or not at all, and close it."""
+    with written_beside(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    load_pyplot(path).close(figure)
+
+
+def shown(text: object, limit: int = 30) -> str:
+    """`text` cut for a figure. matplotlib would read what stands between two $ as a formula."""
+    return one_line(text, limit).replace("$", r"\$")
 
 
 def sorted_curve(evaluation: dict) -> tuple[np.ndarray, np.ndarray]:

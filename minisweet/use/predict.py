@@ -19,11 +19,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minisweet.base.commands import Parser, list_of, run_command
+from minisweet.base.devices import keep_compiled_products, tune_cpu
+from minisweet.base.safe import InputError
 from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, decoded, find_columns, read_rows
 from minisweet.data.tasks import TASKS
-from minisweet.files.commands import Parser, list_of, run_command
-from minisweet.files.safe import InputError
-from minisweet.training.devices import keep_compiled_products, tune_cpu
 from minisweet.use.classifier import WINDOW, Answer, add_classifier_options, classifier_of
 
 __all__ = ["main", "run_command"]

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.base.devices import keep_compiled_products
+from minisweet.base.safe import InputError
 from minisweet.bert import BertLayer
 from minisweet.deberta import DebertaLayer
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.files.safe import InputError
 from minisweet.layers import Dropout, float32_by_onednn
-from minisweet.training.devices import keep_compiled_products
 
 # With AVX-512 oneDNN's products are the fastest for any number of tokens (measured on AMD's processors). With AVX2 they
 # are so up to 128; for more, MKL's are, and laying the weights out in each call takes nothing beside them.

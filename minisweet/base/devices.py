@@ -16,13 +16,13 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minisweet.data.text import Batch
-from minisweet.files.commands import Parser
-from minisweet.files.safe import InputError
+from minisweet.base.commands import Parser
+from minisweet.base.safe import InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 Place = namedtuple("Place", "rank local_rank processes")  # which process of all, and on its machine, from 0
@@ -149,12 +149,12 @@ def in_turn() -> Iterator[None]:
         of_all(0)
 
 
-def own_rows(batch: Batch) -> tuple[Batch, float]:
-    """This process's rows of a batch, and their share of it. Without a row of its own it takes one that counts none."""
+def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:
+    """This process's rows of a `Batch`, and their share of it. Where it has none, it takes one that counts nothing."""
     rank, _, processes = place()
     has_rows = rank < len(batch.rows)
     rows = slice(rank, None, processes) if has_rows else slice(1)
-    mine = Batch(*(tensor[rows] for tensor in batch))
+    mine = type(batch)(*(tensor[rows] for tensor in batch))
     return mine, len(mine.rows) / len(batch.rows) if has_rows else 0.0
 
 

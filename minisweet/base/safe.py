@@ -60,6 +60,11 @@ def is_text(value: object) -> bool:
         return False
 
 
+def home() -> Path:
+    """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone's own folder."""
+    return Path(os.environ.get("MINISWEET_HOME") or Path(__file__).parents[2])
+
+
 def check_file(option: str, path: Path, suffix: str) -> None:
     """Raise InputError where writing to `path` would replace a folder, or a file that is no `suffix` file."""
     real = Path(os.path.realpath(path))  # which a link points to
@@ -187,27 +192,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"the number {text:.20}, and none may be infinite or NaN")
     return number
-
-
-def load_pyplot(path: Path):
-    """matplotlib's pyplot, without a screen, to draw `path`. Raises InputError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError(f"{path}: not drawn, since matplotlib is not installed (pip install matplotlib)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a figure of matplotlib's to a PNG, whole or not at all, and close it."""
-    with written_beside(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    load_pyplot(path).close(figure)
-
-
-def shown(text: object, limit: int = 30) -> str:
-    """`text` cut for a figure. matplotlib would read what stands between two $ as a formula."""
-    return one_line(text, limit).replace("$", r"\$")

@@ -29,6 +29,9 @@ from torch import nn
 
 from minisweet import MultiExitModel, load_encoder
 from minisweet.adaptive import ExitRule, exits_taken, leaves, spaced_thresholds
+from minisweet.base.commands import Parser, list_of, one_of, run_command
+from minisweet.base.devices import tune_cpu
+from minisweet.base.safe import read_json, write_json
 from minisweet.bert import BertConfig, BertEncoder
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
@@ -36,15 +39,12 @@ from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.evaluation.sweep import predict
 from minisweet.evaluation.timing import GATHERED
 from minisweet.exits import METHODS
-from minisweet.files.commands import Parser, list_of, one_of, run_command
-from minisweet.files.hub import model_folder
-from minisweet.files.runs import load_run, method_name, read_record
-from minisweet.files.safe import read_json, write_json
 from minisweet.live import early_exit
-from minisweet.training.devices import tune_cpu
+from minisweet.runs.folders import load_run, method_name, read_record
+from minisweet.runs.hub import model_folder
 from minisweet.use.prepared import prepare
+from tests.benchmark.rivals import classify_unit, export_all
 from tests.conftest import checkpoint_tensors
-from tests.rivals import classify_unit, export_all
 from train import send_back, used_rows
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads

@@ -24,14 +24,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from minisweet import checkpoint
+from minisweet.base import safe
+from minisweet.base.safe import InputError, as_written, is_text, listed, read_json, sha256, write_json, written_beside
 from minisweet.calibration import CALIBRATIONS
+from minisweet.checkpoint import OURS, WEIGHTS, read_config
+from minisweet.config import Config
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel
-from minisweet.files import checkpoint, safe
-from minisweet.files.checkpoint import OURS, WEIGHTS, read_config
-from minisweet.files.config import Config
-from minisweet.files.safe import InputError, as_written, is_text, listed, read_json, sha256, write_json, written_beside
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}

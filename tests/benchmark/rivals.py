@@ -1,4 +1,4 @@
-"""Text in, label out: EarlyExitClassifier, and what one would use in its place. For tests/benchmark.py.
+"""Text in, label out: EarlyExitClassifier, and what one would use in its place. For __main__.py.
 
 `transformers` and ONNX Runtime run the model of a run's last exit, as `python -m minisweet.export` writes it. All read
 texts with the same tokenizer, and take batches of texts of similar length.
@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from minisweet import EarlyExitClassifier
+from minisweet.base.devices import keep_compiled_products, tune_cpu
 from minisweet.data.tasks import load_examples
-from minisweet.training.devices import keep_compiled_products, tune_cpu
 from minisweet.use.export import export
 
 Classify = Callable[[list[str]], list[str]]

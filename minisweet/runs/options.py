@@ -7,13 +7,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from minisweet.base.commands import Parser, list_of, whole_number
+from minisweet.base.devices import add_device_options
+from minisweet.base.safe import InputError
+from minisweet.checkpoint import read_config
+from minisweet.config import Config
 from minisweet.exits import check_exit_layers
-from minisweet.files.checkpoint import read_config
-from minisweet.files.commands import Parser, list_of, whole_number
-from minisweet.files.config import Config
-from minisweet.files.hub import REPOSITORIES, model_folder
-from minisweet.files.safe import InputError
-from minisweet.training.devices import add_device_options
+from minisweet.runs.hub import REPOSITORIES, model_folder
 
 # Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve.
 TABLE_2_TASKS = ("sst2", "mrpc", "cola", "mnli", "qqp", "qnli", "rte")

@@ -19,10 +19,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minisweet.base.safe import InputError, check_regular, is_text, listed, one_line, read_json, written_beside
 from minisweet.bert import BertEncoder
+from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
-from minisweet.files.config import BertConfig, DebertaConfig
-from minisweet.files.safe import InputError, check_regular, is_text, listed, one_line, read_json, written_beside
 
 Encoder = BertEncoder | DebertaEncoder
 Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension

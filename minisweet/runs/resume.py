@@ -25,10 +25,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from minisweet.base.devices import of_all, place
+from minisweet.base.safe import InputError, read_json, sha256, write_json
 from minisweet.data.text import TOKENIZER_FILES
-from minisweet.files.runs import read_record
-from minisweet.files.safe import InputError, read_json, sha256, write_json
-from minisweet.training.devices import of_all, place
+from minisweet.runs.folders import read_record
 
 
 def must_stay(record: dict) -> dict:

@@ -1,6 +1,6 @@
 """Kill trainings at random moments (kill -9), resume each, and compare byte for byte with one that was never stopped.
 
-    python -m tests.kill --kills 20
+    python -m tests.benchmark.kill --kills 20
 
 A training is a fork of this process, so that it starts at once. Prints a line per method, and exits with 1 if any
 result differs or a resumed training fails.
@@ -21,7 +21,7 @@ import torch._dynamo  # noqa: F401  AdamW imports it, which takes longer than th
 
 import evaluate
 import train
-from minisweet.files.commands import run_command
+from minisweet.base.commands import run_command
 from tests.conftest import write_model
 
 METHODS = [

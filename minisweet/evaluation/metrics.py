@@ -1,0 +1,42 @@
+"""How right predictions are: accuracy, agreement and Matthews correlation; precision, recall and F1 of each class."""
+
+import numpy as np
+
+
+def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | np.ndarray:
+    """Accuracy, agreement (the same, with the last exit's answers as labels) or Matthews correlation, all x100.
+
+    `labels` is (N,), `predictions` (N,) for one float or (..., N) for an array (...). Matthews is of classes 0 and 1,
+    and 0 where it is undefined, that is where the predictions or the labels are all of one class.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if metric == "matthews":
+        # float64: the product of four counts of a large dev set does not fit into 64-bit integers
+        counted = ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
+        result = matthews(*(rows.sum(-1, dtype=np.float64) for rows in counted), labels.size)
+    else:
+        result = 100 * (predictions == labels).mean(-1)
+    return float(result) if result.ndim == 0 else result
+
+
+def matthews(both: np.ndarray, predicted: np.ndarray, actual: np.ndarray, rows: int) -> np.ndarray:
+    """Matthews correlation x100 from counts: of class 1 predicted rightly, predicted, and actual; of how many rows."""
+    covariance = both * float(rows) - predicted * actual
+    spread = np.sqrt(predicted * (rows - predicted) * actual * (rows - actual))
+    return 100 * covariance / np.where(spread > 0, spread, np.inf)
+
+
+def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict:
+    """How each class fares: predictions (N,) and labels (N,), both class indices, to what JSON can hold.
+
+    Returns `precision`, `recall` and `f1` (C), x100 and 0 where undefined; `macro_f1`, the mean over the classes that
+    occur or are predicted; `support` (C), how often each occurs; `confusion_matrix` (C, C), rows by label.
+    """
+    pairs = np.asarray(labels) * num_labels + np.asarray(predictions)
+    confusion = np.bincount(pairs, minlength=num_labels**2).reshape(num_labels, num_labels)
+    right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)  # each (C,)
+    precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
+    f1 = 200 * right / np.maximum(support + predicted, 1)
+    per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusion_matrix": confusion}
+    of_all = {"macro_f1": float(f1[support + predicted > 0].mean())}
+    return of_all | {name: values.tolist() for name, values in per_class.items()}
