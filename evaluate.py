@@ -3,10 +3,12 @@
     python evaluate.py                  # the newest run under runs/
     python evaluate.py runs/NAME --max-loss 0.5
     python evaluate.py runs/NAME --use-exits 3,6 --live
+    python evaluate.py runs/NAME --test FILE.csv
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 
 One forward pass over the validation set gives every exit's logits, and with them all thresholds' decisions exactly.
-Prints the scores, and writes evaluation.json, logits.safetensors and curve.png into the run folder.
+Prints the scores, and writes evaluation.json, logits.safetensors and curve.png into the run folder. predict and the
+classifier take the operating point from there, so that each evaluation replaces the one that they use.
 """
 
 import argparse
@@ -19,21 +21,35 @@ import torch
 from tqdm import tqdm
 
 from minisweet import calibration
-from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, spaced_thresholds
+from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
-from minisweet.base.commands import Parser, list_of, number, run_command, whole_number
-from minisweet.base.safe import InputError, check_file, write_json
+from minisweet.base.commands import Parser, list_of, run_command, whole_number
+from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
-from minisweet.data.tasks import TASKS
+from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
+from minisweet.data.tasks import TASKS, Examples, examples_of
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import classification_report
-from minisweet.evaluation.sweep import Validation, operating_point, predict, save_validation, sweep
-from minisweet.evaluation.timing import GATHERED, measure_live
+from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, stated, wish_of
+from minisweet.evaluation.sweep import (
+    Validation,
+    draw_keys,
+    folds_of,
+    predict,
+    reliability,
+    save_evaluation,
+    sweep,
+)
+from minisweet.evaluation.timing import GATHERED, differences, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, run_digest, versions
 from minisweet.use.plots import compare_curves, draw_curve
 from minisweet.use.prepared import prepare
+
+LEVEL = 1.0  # points: no exit is better than the first by more
+AGREES = 70.0  # percent of texts, with full depth
+FEW = 20  # rows: too few for a temperature
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,6 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=Path, metavar="PNG", help="evaluate nothing: draw the saved curves of these runs together")
+    test = "evaluate nothing: score this labelled file at the operating point that is there, beside what it promised"
+    option("--test", type=Path, metavar="FILE", help=test)
     option = parser.add_argument_group("data").add_argument
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
     option("--data", type=Path, metavar="FILE", help="your own file of the validation rows, if it moved")
@@ -49,10 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
     option("--calibration", choices=calibration.CALIBRATIONS, default="crossfit", help="scaling (default: crossfit)")
     option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
-    wish = parser.add_argument_group("operating point").add_mutually_exclusive_group().add_argument
-    loss = "the fastest at most so many points below full depth (default: 1.0)"
-    wish("--max-loss", type=number(0, 200), default=1.0, help=loss)
-    wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
+    default = "--max-loss 1.0; without labels --max-change 3"
+    add_wish_options(parser, f"operating point (default: {default}); it replaces the one that predict uses")
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live at each threshold, and time it")
     option("--prepared", action="store_true", help="with --live: lay the weights out for the CPU first")
@@ -62,14 +78,17 @@ def parse_arguments() -> argparse.Namespace:
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
     parser.need(args, args.live, "--live", "prepared", "live_batch_size")
+    parser.need(args, args.max_change is not None, "--max-change", "sure")
     idle = vars(args).keys() - {"runs", "plot"}
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
+    idle -= {"test", "device", "amp"}
+    parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(idle))
     args.runs = args.runs or [newest_run()]
     return args
 
 
 def main() -> None:
-    """Evaluate one run, or draw the evaluations of several."""
+    """Evaluate one run, test it, or draw the evaluations of several."""
     args = parse_arguments()
     if args.plot:
         check_file("--plot", args.plot, ".png")
@@ -84,25 +103,45 @@ def main() -> None:
     (run,) = args.runs
     before = run_digest(run)
     model, record = load_run(run)
+    if args.test:
+        test(model, record, args)
+        return
     validation, evaluation = evaluate(model, record, args)
     if devices.place().rank:  # the first process alone writes
         return
     if run_digest(run) != before:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
-    # The logits first: a stop between the two leaves an evaluation that tells of others.
-    digests = {"run_digest": before, "logits_digest": save_validation(run / "logits.safetensors", validation)}
-    write_json(run / "evaluation.json", evaluation | digests)
-    draw_curve(run / "curve.png", evaluation)
+    save_evaluation(run, evaluation | {"run_digest": before}, validation)
     name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
     print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")
-    print_evaluation(evaluation, record["labels"])
-    print(f"\nwritten to {run / 'evaluation.json'}, logits.safetensors and curve.png")
+    print_evaluation(evaluation)
+    print(
+        f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict uses this operating point from now on"
+    )
+    try:  # last: nothing else waits for a picture
+        draw_curve(run / "curve.png", evaluation)
+        print(f"drawn: {run / 'curve.png'}")
+    except Exception as error:  # matplotlib has many, of fonts, caches and backends
+        print(one_line(f"{run / 'curve.png'}: not drawn, it is not of this evaluation ({error})"))
+
+
+def answers_of(
+    model: MultiExitModel | MultiModel, record: dict, rows: Examples, metric: str, args: argparse.Namespace, title: str
+) -> tuple[TokenizedExamples, Validation]:
+    """The rows as tokens, and what all exits say of them. Counts the texts that are cut."""
+    device = devices.choose_device(args.device)
+    max_length = record["arguments"]["max_length"]
+    examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), rows)
+    if examples.cut:
+        print(f"{title}: cut to {max_length} tokens: {examples.cut:,}")
+    logits, certainty = predict(model.to(device), examples, devices.choose_precision(args.amp, device), title)
+    labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
+    exits = Exits(list(model.exit_layers), record["depth"], record["method"])
+    return examples, Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)
 
 
 def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> tuple[Validation, dict]:
     """Run all exits on the validation rows: what they said, and what evaluation.json will hold."""
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
     if args.use_exits:
         try:
             model = model.keep_exits(args.use_exits)
@@ -110,68 +149,47 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
             raise InputError(f"--use-exits: {error}") from None
     with devices.in_turn():
         dev = load_dev(record, args.data, args.data_dir)
-    max_length = record["arguments"]["max_length"]
-    examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
-    if examples.cut:
-        print(f"validation: cut to {max_length} tokens: {examples.cut:,}")
-
-    start = time.perf_counter()
-    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
-    seconds = time.perf_counter() - start
-    predictions, C = logits.argmax(-1), record["num_labels"]  # (K, N)
     metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
-    labels = predictions[-1] if dev.labels is None else torch.from_numpy(examples.labels)  # (N,)
-    validation = Validation(logits, certainty, labels)
-
-    temperatures = calibration.row_temperatures(logits, labels, args.calibration)  # (K, N)
-    ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
-    rule = ExitRule(C, temperatures if ranges is None else None, ranges)
+    start = time.perf_counter()
+    examples, validation = answers_of(model, record, dev, metric, args, "validation")
+    seconds = time.perf_counter() - start
+    wish = wish_of(dev.labels is not None, args.max_loss, args.speed, args.max_change, args.sure)
+    rule, point = operating_point(validation, args.calibration, wish)
+    folds, predictions = folds_of(validation, args.calibration), validation.logits.argmax(-1)  # (K, N)
+    (K, _, C), labels, layers = validation.logits.shape, validation.labels, validation.exits.layers
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
-    of_model = (list(model.exit_layers), record["depth"], record["method"])
-    swept, taken = sweep(rule, validation, thresholds, metric, of_model)  # taken: (thresholds, N)
-    wish = {"max_loss": args.max_loss} if args.speed is None else {"speed": args.speed}
+    swept, taken = sweep(folds, validation, thresholds)  # taken: (P, N)
     evaluation = {key: record[key] for key in ("task", "method", "exit_strategy")} | {
         "metric": metric,
-        "exit_layers": of_model[0],
+        "exit_layers": layers,
         "thresholds": thresholds,
         **swept,
-        "operating_point": operating_point(validation, metric, args.calibration, of_model, wish),
+        "operating_point": point,
         # How often each exit predicts each class: (K, C)
         "class_counts": [row.bincount(minlength=C).tolist() for row in predictions],
         "per_class": [classification_report(row.numpy(), labels.numpy(), C) for row in predictions],
         "calibration": args.calibration,
-        # Fitted on all rows, to be kept for new text: (K,)
-        "temperatures": [calibration.fit_temperature(exit_logits, labels) for exit_logits in logits],
+        # The rule for new text: (K,)
+        "temperatures": [1.0] * K if rule.temperatures is None else rule.temperatures.tolist(),
+        **reliability(folds, validation),
     }
-    scaled = {"before": logits, "after": logits / temperatures[..., None]}
-    measures = {"ece": calibration.expected_calibration_error, "nll": calibration.negative_log_likelihood}
-    for name, measure in measures.items():
-        evaluation[name] = {when: [measure(part, labels) for part in exits] for when, exits in scaled.items()}
-    if ranges is not None:
-        evaluation["certainty_ranges"] = ranges.tolist()
-    if dev.difficulties is not None:  # for each, easy to hard, the mean layer after which it leaves: (thresholds,)
-        layers, of_row = np.array(of_model[0])[taken], np.array(dev.difficulties)  # (thresholds, N), (N,)
-        evaluation["mean_exit_layers"] = {level: layers[:, of_row == level].mean(1).tolist() for level in LEVELS}
+    evaluation["warnings"] = warnings_of(validation, evaluation["exit_scores"], record["labels"])
+    if rule.ranges is not None:
+        evaluation["certainty_ranges"] = rule.ranges.tolist()
+    if dev.difficulties is not None:  # for each, easy to hard, the mean layer after which it leaves: (P,)
+        left, of_row = np.array(layers)[taken], np.array(dev.difficulties)  # (P, N), (N,)
+        evaluation["mean_exit_layers"] = {level: left[:, of_row == level].mean(1).tolist() for level in LEVELS}
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
     if args.live and devices.place().rank == 0:
-        progress = partial(tqdm, desc="live", unit="threshold")
-        live_model = prepare(model, precision) if args.prepared else model
-        costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
+        ready = prepare(model, precision) if args.prepared else model
+        setting = (thresholds, validation.exits, args.live_batch_size, rule)
         with devices.autocast(device, precision):
-            live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
-        evaluation["live"], live_labels, live_exits = live
-        differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
-        # Rounding may turn a decision where the earlier of the two exits is as sure as the threshold, and a label where
-        # the two likeliest are as probable as each other. The rule of learning-to-exit stretches certainties.
-        rounding, first = 1e-4 if precision is None else 2e-2, torch.minimum(live_exits, taken)  # (thresholds, N)
-        confidence = rule.confidences(logits, certainty)  # (K, N)
-        margins = (confidence.gather(0, first) - torch.tensor(thresholds)[:, None]).abs()
-        if ranges is not None:
-            margins = margins * (ranges[:, 1] - ranges[:, 0])[first]
-        likeliest = logits.softmax(-1).topk(2).values  # (K, N, 2)
-        gaps = (likeliest[..., 0] - likeliest[..., 1]).gather(0, first)
-        near = differs & ((margins <= rounding) | ((live_exits == taken) & (gaps <= 2 * rounding)))
+            live = measure_live(ready, examples, *setting, partial(tqdm, desc="live", unit="threshold"))
+        evaluation["live"], *decided = live
+        differ = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
         evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
-        evaluation |= {"live_differs": int(differs.sum()), "live_differs_near": int(near.sum())}
+        evaluation |= dict(zip(("live_differs", "live_differs_near"), differ, strict=True))
     return validation, evaluation | {
         "examples": len(examples),
         "dev_digest": digest(dev),
@@ -182,8 +200,71 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     }
 
 
-def print_evaluation(evaluation: dict, names: list[str]) -> None:
-    """Print what stands in evaluation.json as tables. `names` are the classes'."""
+def warnings_of(validation: Validation, scores: list[float], names: list[str]) -> list[str]:
+    """What a user should know of the exits, whose scores these are (K), and what to try: a line each."""
+    layers, predictions, found = validation.exits.layers, validation.logits.argmax(-1), []  # predictions (K, N)
+    support, longer = validation.labels.bincount(minlength=len(names)), "train longer (--epochs) or at a higher --lr"
+    if (classes := int((support > 0).sum())) < 2 or len(validation.labels) < FEW:
+        rows = f"{len(validation.labels)} validation rows of {classes} classes"
+        found.append(f"{rows} tell little of temperatures and thresholds: validate on more (--dev-data, --dev-size)")
+    if len(layers) > 1 and max(scores) - scores[0] <= LEVEL:
+        smaller = f"a model of the first {layers[0]} of the layers would be as good and faster"
+        found.append(f"the exits are level, so early exit gains nothing; {smaller}: {longer}, or with --method branch")
+    for n, said in zip(layers, predictions, strict=True):
+        counts, agrees = said.bincount(minlength=len(names)), 100 * float((said == predictions[-1]).double().mean())
+        if never := [name for name, count, there in zip(names, counts, support, strict=True) if there and not count]:
+            found.append(f"the exit after layer {n} never predicts {some(never)}: {longer}, or on more rows of them")
+        if agrees < AGREES:
+            share = f"agrees with full depth on {agrees:.0f}% of texts"
+            found.append(f"the exit after layer {n} {share}: {longer}, or leave it out (--use-exits)")
+    return found
+
+
+def test(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> None:
+    """Score a labelled file at the run's operating point, and print it beside what was promised."""
+    (run,) = args.runs
+    evaluation = read_evaluation(run, record)
+    if evaluation is None:
+        raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
+    task = TASKS.get(record["task"])
+    trained = list(record.get("text_columns") or (task.columns[:-1] if task else ()))
+    usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
+    columns = find_columns("--test", args.test, None, usual)
+    (column,) = find_columns("--test", args.test, None, [[record.get("label_column") or "label"], ["label"]])
+    rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record["labels"])
+    same = evaluation["metric"] != "agreement"  # which was measured without labels, and promises nothing of them
+    _, said = answers_of(
+        model.keep_exits(evaluation["exit_layers"]),
+        record,
+        rows,
+        evaluation["metric"] if same else "accuracy",
+        args,
+        "test",
+    )
+    rule, point = ExitRule.from_evaluation(evaluation, record["num_labels"]), evaluation["operating_point"]
+    found = stated(rule, said, point["threshold"])
+    full_depth = said._replace(labels=said.logits[-1].argmax(-1), metric="agreement")
+    changed, sure = stated(rule, full_depth, point["threshold"])["loss"], point["wish"].get("sure")
+    print(f"{run} at threshold {point['threshold']:.6g}: {len(rows.first):,} rows of {args.test}\n")
+    print(f"{'':<24}{'here':>8}   promised, by {evaluation['examples']:,} validation rows")
+    for name, key, fits in (
+        (said.metric, "score", same),
+        ("macro F1", "macro_f1", same),
+        ("full depth", "full_depth_score", same),
+        ("points lost", "loss", same),
+        ("share of the layers", "speedup_ratio", True),
+    ):
+        low, high = point.get({"loss": "loss_interval", "speedup_ratio": "speedup_interval"}.get(key), (0, 0))
+        interval = f" (95% interval: {low:.2f} to {high:.2f})" if high else ""
+        print(f"{name:<24}{found[key]:8.2f}   " + (f"{point[key]:.2f}{interval}" if fits else ""))
+    if sure:
+        print(
+            f"{'percent changed':<24}{changed:8.2f}   at most {point['wish']['max_change']:g}, at {sure:g}% confidence"
+        )
+
+
+def print_evaluation(evaluation: dict) -> None:
+    """Print what stands in evaluation.json as tables."""
     exit_layers, thresholds, per_class = (evaluation[key] for key in ("exit_layers", "thresholds", "per_class"))
     softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
     layers, scores, errors = ("{:<18}" + column * len(exit_layers) for column in ("{:8}", "{:8.1f}", "{:8.3f}"))
@@ -193,10 +274,6 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     for name in ("ece", "nll"):
         for when, values in evaluation[name].items():
             print(errors.format(f"{name} {when}", *values) + softmax)
-    for n, counts in zip(exit_layers, evaluation["class_counts"], strict=True):
-        occurring = zip(names, counts, per_class[0]["support"], strict=True)
-        if never := [name for name, count, support in occurring if support and not count]:
-            print(f"the exit after layer {n} never predicts {', '.join(never)}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
     columns = (evaluation[key] for key in ("thresholds", "scores", "speedup_ratios", "exit_counts"))
     for threshold, value, ratio, counts in zip(*columns, strict=True):
@@ -204,12 +281,17 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
     point, seconds = evaluation["operating_point"], evaluation["seconds"]
     print(f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {seconds:.1f} s")
-    below = point["full_depth_score"] - point["score"]
-    loss = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
-    ((wish, value),) = point["wish"].items()
-    missed = f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
-    share = f"with {100 * point['speedup_ratio']:.0f}% of the layers{'' if point['reached'] else missed}"
-    print(f"operating point: threshold {point['threshold']:.6g}: {point['score']:.1f}, {loss}, {share}")
+    (low, high), (least, most) = point["loss_interval"], 100 * np.array(point["speedup_interval"])
+    loss = f"{abs(point['loss']):.1f} {'below' if point['loss'] >= 0 else 'above'} full depth"
+    score, share = f"{point['score']:.1f} (macro F1 {point['macro_f1']:.1f})", f"{100 * point['speedup_ratio']:.0f}%"
+    print(f"operating point: threshold {point['threshold']:.6g}: {score}, {loss}, with {share} of the layers")
+    print(f"on new text, 95% intervals: {low:.1f} to {high:.1f} points lost, {least:.0f} to {most:.0f}% of the layers")
+    if "certified_rows" in point and point["threshold"] < 1:
+        rows, changes, wish = point["certified_rows"], point["certified_changes"], point["wish"]
+        sure = f"with {wish['sure']:g}% confidence at most {wish['max_change']:g}% of answers change"
+        print(f"certified: {sure}; of {rows:,} rows {changes:,} did")
+    for line in filter(None, [shortfall(point) * (len(exit_layers) > 1), *evaluation["warnings"]]):
+        print(f"warning: {line}")
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print("\nmean exit layer per difficulty\nthreshold" + ("{:>16}" * len(means)).format(*means))

@@ -34,7 +34,7 @@ from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
-from minisweet.use.plots import load_pyplot
+from minisweet.use.plots import new_figure
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
@@ -346,7 +346,7 @@ def main() -> None:
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after hours of training
-    load_pyplot(args.out / "curves.png")
+    new_figure(args.out / "curves.png")
     check_output(args)
     if not args.report_only:
         options.find_model(args)

@@ -38,6 +38,7 @@ from minisweet.exits import EXIT_STRATEGIES, MultiExitModel, MultiModel
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
+FILES |= {"logits.next.safetensors"}  # what a stopped evaluate.py left
 # The suffixes of a method's name (sweet-flow0.5) to the options that older versions of train.py had.
 BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
 # The arguments that a record holds at its top too, and their names there.

@@ -16,7 +16,8 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.safe import InputError, as_written, is_text
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.sweep import candidates, choose, load_validation
+from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, wish_of
+from minisweet.evaluation.sweep import load_validation
 from minisweet.evaluation.timing import GATHERED
 from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
@@ -45,8 +46,10 @@ class EarlyExitClassifier:
         run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
         threshold: from 1/C of C classes (learning-to-exit: 0; all leave at the first exit) to 1 (all run to the last).
             None for the operating point.
-        max_loss, speed: choose the threshold from the saved evaluation instead: the fastest that loses at most so many
-            points to full depth, or the best that runs at most this share of the layers.
+        max_loss, speed, max_change: choose the threshold from the saved evaluation instead: the fastest that loses at
+            most so many points to full depth, or the best that runs at most this share of the layers, or the fastest
+            that changes at most so many percent of full depth's answers.
+        sure: of max_change, the confidence in percent, 50 to 99.9, with which that is certified.
         device, amp: as the commands' --device and --amp.
         batch_size: texts that run at once.
         prepared: lay the weights out for the processor first, see prepared.py: single texts take less time, with
@@ -62,6 +65,8 @@ class EarlyExitClassifier:
         *,
         max_loss: float | None = None,
         speed: float | None = None,
+        max_change: float | None = None,
+        sure: float = 90.0,
         device: str = "auto",
         amp: str = "auto",
         batch_size: int = 32,
@@ -71,6 +76,13 @@ class EarlyExitClassifier:
             ("run", run, "the path of a run folder", isinstance(run, str | Path) and is_text(str(run))),
             ("max_loss", max_loss, "a number, 0 or more", max_loss is None or (is_number(max_loss) and max_loss >= 0)),
             ("speed", speed, "a number above 0, to 1", speed is None or (is_number(speed) and 0 < speed <= 1)),
+            (
+                "max_change",
+                max_change,
+                "a number from 0.01 to 99.99",
+                max_change is None or (is_number(max_change) and 0.01 <= max_change <= 99.99),
+            ),
+            ("sure", sure, "a number from 50 to 99.9", is_number(sure) and 50 <= sure <= 99.9),
             ("device", device, "auto, cpu, cuda or cuda:N", isinstance(device, str)),
             ("amp", amp, f"one of {', '.join(AMP_CHOICES)}", isinstance(amp, str) and amp in AMP_CHOICES),
             ("batch_size", batch_size, "a whole number, 1 or more", type(batch_size) is int and 0 < batch_size < 2**31),
@@ -79,8 +91,12 @@ class EarlyExitClassifier:
             if not fits:
                 raise InputError(f"{name}: {as_written(value)}, should be {right}")
         run = Path(run)
-        if sum(value is not None for value in (threshold, max_loss, speed)) > 1:
-            raise InputError("threshold, max_loss, speed: more than one is given, and each chooses the threshold")
+        wishes = (max_loss, speed, max_change)
+        if sum(value is not None for value in (threshold, *wishes)) > 1:
+            given = "threshold, max_loss, speed, max_change"
+            raise InputError(f"{given}: more than one is given, and each chooses the threshold")
+        if sure != 90.0 and max_change is None:
+            raise InputError(f"sure: {sure:g} needs max_change")
         self.device, self.batch_size = choose_device(device), batch_size
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
@@ -89,12 +105,13 @@ class EarlyExitClassifier:
             model = model.keep_exits(self.evaluation["exit_layers"])  # evaluate.py --use-exits may have left some out
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
-        plain = {"exit_strategy": self.record["exit_strategy"], "calibration": "none"}
-        plain["certainty_ranges"] = [[0.0, 1.0]] * len(model.exit_layers)
+        K = len(model.exit_layers)
+        plain = {"exit_strategy": self.record["exit_strategy"], "temperatures": [1.0] * K}
+        plain["certainty_ranges"] = [[0.0, 1.0]] * K
         self.rule = ExitRule.from_evaluation(self.evaluation or plain, len(self.labels))
         name = "threshold"
         if threshold is None:
-            name, threshold = f"{run / 'evaluation.json'}: threshold", self._operating_point(run, max_loss, speed)
+            name, threshold = f"{run / 'evaluation.json'}: threshold", self._operating_point(run, *wishes, sure)
         if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
             raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
@@ -132,34 +149,29 @@ class EarlyExitClassifier:
         """What exits said of B texts, each text by one of them, as users read it."""
         logits = found.logits
         if self.rule.temperatures is not None:
-            logits = logits / self.rule.temperatures.to(logits.device)[found.exits]  # (K, 1) to (B, 1)
+            logits = logits / self.rule.temperatures.to(logits.device)[found.exits, None]  # (K,) to (B, 1)
         columns = (found.labels, found.confidence, found.exits, logits.softmax(-1))
         return [
             Answer(self.labels[label], confidence, self.exit_layers[k], dict(zip(self.labels, row, strict=True)))
             for label, confidence, k, row in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def _operating_point(self, run: Path, max_loss: float | None, speed: float | None) -> float:
-        """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
-        if max_loss is None and speed is None and "operating_point" in self.evaluation:
+    def _operating_point(self, run: Path, *wishes: float | None) -> float:
+        """The threshold of evaluation.json; or the one for a wish, whose rule is then taken too."""
+        if all(value is None for value in wishes[:-1]):
             return self.evaluation["operating_point"]["threshold"]
-        validation = load_validation(run / "logits.safetensors", self.evaluation, len(self.labels))
-        of_model = (self.evaluation["exit_layers"], self.record["depth"], self.record["method"])
-        there = candidates(self.rule, validation, self.evaluation["metric"], of_model)
-        threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
-        if not reached:
-            share = there.ratios[np.searchsorted(there.thresholds, threshold)]
-            LOG.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
-        return threshold
+        validation = load_validation(run, self.evaluation, self.record)
+        wish = wish_of(validation.metric != "agreement", *wishes)
+        self.rule, point = operating_point(validation, self.evaluation["calibration"], wish)
+        if line := shortfall(point) * (len(validation.logits) > 1):
+            LOG.warning("%s", line)
+        return point["threshold"]
 
 
 def add_classifier_options(parser: Parser) -> None:
     """Add the options that `classifier_of` reads."""
-    group = parser.add_argument_group("threshold (default: the operating point of evaluation.json)")
-    option = group.add_mutually_exclusive_group().add_argument
+    option = add_wish_options(parser, "threshold (default: the operating point of evaluation.json)")
     option("--threshold", type=number(0, 1), help="leave at this confidence; at 1 all run to the last exit")
-    option("--speed", type=number(0, 1), metavar="S", help="the best score at no more than this share of the layers")
-    option("--max-loss", type=number(0, 200), metavar="P", help="the fastest at most so many points below full depth")
     parser.add_argument("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
     parser.add_argument("--prepared", action="store_true", help="lay the weights out for the CPU once: single texts")
     add_device_options(parser)
@@ -167,7 +179,7 @@ def add_classifier_options(parser: Parser) -> None:
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     """The classifier that a command's options ask for."""
-    names = ("run", "threshold", "max_loss", "speed", "device", "amp", "batch_size", "prepared")
+    names = ("run", "threshold", "max_loss", "speed", "max_change", "sure", "device", "amp", "batch_size", "prepared")
     return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
 
 
