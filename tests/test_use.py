@@ -246,9 +246,8 @@ def test_a_wish_gives_one_rule_and_threshold_everywhere(make_run, tmp_path, wish
     assert theirs.threshold == ours.threshold == point["threshold"]
     for name in ("temperatures", "ranges"):
         torch.testing.assert_close(getattr(theirs.rule, name), getattr(ours.rule, name))
-    status, out, _ = call(
-        predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]), "--out", tmp_path / "b.csv", *options
-    )
+    path = write_csv(tmp_path / "a.csv", [(1, "a")])
+    status, out, _ = call(predict, run, path, "--out", tmp_path / "b.csv", *options)
     assert (status, f"at threshold {point['threshold']:.4g}" in out) == (0, True)
     assert f"threshold {point['threshold']:.4g}" in call(explain, run, "a text", *options)[1]
     for module, given in ((predict, (path,)), (explain, ("a text",)), (evaluate, ())):
