@@ -28,9 +28,10 @@ from safetensors.torch import save
 from minisweet import checkpoint
 from minisweet.base import safe
 from minisweet.base.safe import InputError, as_written, is_text, listed, read_json, sha256, write_json, written_beside
+from minisweet.base.weights import WEIGHTS
 from minisweet.branches import METHODS, BranchModel
 from minisweet.calibration import CALIBRATIONS
-from minisweet.checkpoint import OURS, WEIGHTS, read_config
+from minisweet.checkpoint import OURS, read_config
 from minisweet.config import Config
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
