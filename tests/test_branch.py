@@ -58,7 +58,7 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, mod
     assert losses["branch"][0][:2] != losses["branch"][1][:2]
 
     batch, (model, record), plain = random_batch(1), load_run(tmp_path / "branch"), load_run(tmp_path / "mm")[0][-1]
-    assert (record["method"], record["exit_strategy"], record["depth"]) == ("branch", strategy, 4)
+    assert (record.method, record.exit_strategy, record.depth) == ("branch", strategy, 4)
     rule = ExitRule(2) if strategy == "confidence" else ExitRule(2, ranges=torch.tensor([[0.0, 1.0]] * 3))
     with torch.no_grad():
         expected = plain(*batch)[0]
