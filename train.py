@@ -199,8 +199,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
     args.task = data_name(args)
     args.model = str(args.trunk or ("minilm-l6" if args.model is None else args.model))
-    told = read_record(args.trunk) if args.trunk and is_run(args.trunk) else {}
-    args.lr = args.lr or told.get("learning_rate") or options.default_learning_rate(args.model, args.task, args.method)
+    told = read_record(args.trunk).lr if args.trunk and is_run(args.trunk) else None
+    args.lr = args.lr or told or options.default_learning_rate(args.model, args.task, args.method)
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.batch_size = args.batch_size or options.default_batch_size(args.model)
     args.train_size = args.train_size or (6000 if args.data is None else None)
@@ -290,12 +290,12 @@ def train_run(args: argparse.Namespace) -> None:
     """Train one run and write its folder, or with --resume say that it is there."""
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device)
-    trunk, told = load_trunk(args.trunk) if args.trunk else (None, {})
+    trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     if trunk:
         args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
     with devices.in_turn():
         folder, config, exit_layers = options.find_model(args)
-        data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
+        data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
     if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
         raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
     if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
