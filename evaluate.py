@@ -30,20 +30,13 @@ from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
 from minisweet.data.tasks import TASKS, Examples, examples_of
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.metrics import classification_report
+from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, stated, wish_of
-from minisweet.evaluation.sweep import (
-    Validation,
-    draw_keys,
-    folds_of,
-    predict,
-    reliability,
-    save_evaluation,
-    sweep,
-)
+from minisweet.evaluation.sweep import Validation, draw_keys, folds_of, predict, reliability, save_evaluation, sweep
 from minisweet.evaluation.timing import GATHERED, differences, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, run_digest, versions
+from minisweet.runs import folders
+from minisweet.runs.records import Record
 from minisweet.use.plots import compare_curves, draw_curve
 from minisweet.use.prepared import prepare
 
@@ -83,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
     idle -= {"test", "device", "amp"}
     parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(idle))
-    args.runs = args.runs or [newest_run()]
+    args.runs = args.runs or [folders.newest_run()]
     return args
 
 
@@ -92,7 +85,7 @@ def main() -> None:
     args = parse_arguments()
     if args.plot:
         check_file("--plot", args.plot, ".png")
-        evaluations = {str(run): read_evaluation(run) for run in args.runs}
+        evaluations = {str(run): folders.read_evaluation(run, folders.read_record(run)) for run in args.runs}
         if missing := [run for run, evaluation in evaluations.items() if evaluation is None]:
             raise InputError(f"{missing[0]}: no evaluation.json; make it with evaluate.py")
         compare_curves(args.plot, evaluations)
@@ -101,46 +94,41 @@ def main() -> None:
     devices.keep_compiled_products()
     devices.tune_cpu()
     (run,) = args.runs
-    before = run_digest(run)
-    model, record = load_run(run)
+    model, record = folders.load_run(run)
     if args.test:
         test(model, record, args)
         return
     validation, evaluation = evaluate(model, record, args)
     if devices.place().rank:  # the first process alone writes
         return
-    if run_digest(run) != before:
+    if folders.read_record(run).digests != record.digests:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
-    save_evaluation(run, evaluation | {"run_digest": before}, validation)
-    name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
-    print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")
+    save_evaluation(run, evaluation | {"run_digest": folders.run_digest(record)}, validation)
+    named = f"{record.model}, {folders.method_name(vars(record))}, {record.task}"
+    print(f"{run}: {named}, {evaluation['examples']} validation examples")
     print_evaluation(evaluation)
-    print(
-        f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict uses this operating point from now on"
-    )
+    print(f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict takes this operating point now")
     try:  # last: nothing else waits for a picture
-        draw_curve(run / "curve.png", evaluation)
-        print(f"drawn: {run / 'curve.png'}")
+        draw_curve(run / "curve.png", folders.read_evaluation(run, record))
     except Exception as error:  # matplotlib has many, of fonts, caches and backends
         print(one_line(f"{run / 'curve.png'}: not drawn, it is not of this evaluation ({error})"))
 
 
 def answers_of(
-    model: MultiExitModel | MultiModel, record: dict, rows: Examples, metric: str, args: argparse.Namespace, title: str
+    model: MultiExitModel | MultiModel, record: Record, rows: Examples, metric: str, args: argparse.Namespace
 ) -> tuple[TokenizedExamples, Validation]:
     """The rows as tokens, and what all exits say of them. Counts the texts that are cut."""
-    device = devices.choose_device(args.device)
-    max_length = record["arguments"]["max_length"]
-    examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), rows)
+    device, title = devices.choose_device(args.device), "test" if args.test else "validation"
+    examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, record.max_length), rows)
     if examples.cut:
-        print(f"{title}: cut to {max_length} tokens: {examples.cut:,}")
+        print(f"{title}: cut to {record.max_length} tokens: {examples.cut:,}")
     logits, certainty = predict(model.to(device), examples, devices.choose_precision(args.amp, device), title)
     labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
-    exits = Exits(list(model.exit_layers), record["depth"], record["method"])
+    exits = Exits(list(model.exit_layers), record.depth, record.method)
     return examples, Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)
 
 
-def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> tuple[Validation, dict]:
+def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.Namespace) -> tuple[Validation, dict]:
     """Run all exits on the validation rows: what they said, and what evaluation.json will hold."""
     if args.use_exits:
         try:
@@ -148,71 +136,86 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     with devices.in_turn():
-        dev = load_dev(record, args.data, args.data_dir)
-    metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
+        dev = load_dev(vars(record), args.data, args.data_dir)
     start = time.perf_counter()
-    examples, validation = answers_of(model, record, dev, metric, args, "validation")
+    metric = "agreement" if dev.labels is None else record.metric
+    examples, validation = answers_of(model, record, dev, metric, args)
     seconds = time.perf_counter() - start
     wish = wish_of(dev.labels is not None, args.max_loss, args.speed, args.max_change, args.sure)
     rule, point = operating_point(validation, args.calibration, wish)
-    folds, predictions = folds_of(validation, args.calibration), validation.logits.argmax(-1)  # (K, N)
-    (K, _, C), labels, layers = validation.logits.shape, validation.labels, validation.exits.layers
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
-    swept, taken = sweep(folds, validation, thresholds)  # taken: (P, N)
-    evaluation = {key: record[key] for key in ("task", "method", "exit_strategy")} | {
-        "metric": metric,
-        "exit_layers": layers,
-        "thresholds": thresholds,
-        **swept,
-        "operating_point": point,
-        # How often each exit predicts each class: (K, C)
-        "class_counts": [row.bincount(minlength=C).tolist() for row in predictions],
-        "per_class": [classification_report(row.numpy(), labels.numpy(), C) for row in predictions],
-        "calibration": args.calibration,
-        # The rule for new text: (K,)
-        "temperatures": [1.0] * K if rule.temperatures is None else rule.temperatures.tolist(),
-        **reliability(folds, validation),
-    }
-    evaluation["warnings"] = warnings_of(validation, evaluation["exit_scores"], record["labels"])
+    evaluation = {key: getattr(record, key) for key in ("task", "method", "exit_strategy")}
+    evaluation |= {"metric": metric, "exit_layers": validation.exits.layers, "calibration": args.calibration}
+    evaluation |= curve_of(validation, args.calibration, thresholds, dev.difficulties)
+    evaluation |= {"operating_point": point, "warnings": warnings_of(validation, record.labels)}
+    # The rule for new text: (K,), or (K, 2)
+    evaluation["temperatures"] = [1.0] * len(validation.logits)
+    if rule.temperatures is not None:
+        evaluation["temperatures"] = rule.temperatures.tolist()
     if rule.ranges is not None:
         evaluation["certainty_ranges"] = rule.ranges.tolist()
-    if dev.difficulties is not None:  # for each, easy to hard, the mean layer after which it leaves: (P,)
-        left, of_row = np.array(layers)[taken], np.array(dev.difficulties)  # (P, N), (N,)
-        evaluation["mean_exit_layers"] = {level: left[:, of_row == level].mean(1).tolist() for level in LEVELS}
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
     if args.live and devices.place().rank == 0:
-        ready = prepare(model, precision) if args.prepared else model
-        setting = (thresholds, validation.exits, args.live_batch_size, rule)
-        with devices.autocast(device, precision):
-            live = measure_live(ready, examples, *setting, partial(tqdm, desc="live", unit="threshold"))
-        evaluation["live"], *decided = live
-        differ = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
-        evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
-        evaluation |= dict(zip(("live_differs", "live_differs_near"), differ, strict=True))
+        evaluation |= live_of(model, examples, validation, rule, thresholds, args)
+    device = devices.choose_device(args.device)
     return validation, evaluation | {
         "examples": len(examples),
         "dev_digest": digest(dev),
         "seconds": round(seconds, 2),
         "device": devices.device_name(device),
-        "precision": str(precision or torch.float32),
-        "versions": versions(),
+        "precision": str(devices.choose_precision(args.amp, device) or torch.float32),
+        "versions": folders.versions(),
     }
 
 
-def warnings_of(validation: Validation, scores: list[float], names: list[str]) -> list[str]:
-    """What a user should know of the exits, whose scores these are (K), and what to try: a line each."""
-    layers, predictions, found = validation.exits.layers, validation.logits.argmax(-1), []  # predictions (K, N)
-    support, longer = validation.labels.bincount(minlength=len(names)), "train longer (--epochs) or at a higher --lr"
-    if (classes := int((support > 0).sum())) < 2 or len(validation.labels) < FEW:
-        rows = f"{len(validation.labels)} validation rows of {classes} classes"
-        found.append(f"{rows} tell little of temperatures and thresholds: validate on more (--dev-data, --dev-size)")
+def curve_of(validation: Validation, calibration: str, thresholds: list[float], difficulties: list | None) -> dict:
+    """How the exits fare alone, and at each threshold; on the toy task also where each of its difficulties leaves."""
+    folds, labels, C = folds_of(validation, calibration), validation.labels.numpy(), validation.logits.shape[-1]
+    swept, taken = sweep(folds, validation, thresholds)  # taken: (P, N)
+    predictions = validation.logits.argmax(-1)  # (K, N)
+    swept |= {"thresholds": thresholds, **reliability(folds, validation)}
+    # How often each exit predicts each class: (K, C)
+    swept["class_counts"] = [row.bincount(minlength=C).tolist() for row in predictions]
+    swept["per_class"] = [classification_report(row.numpy(), labels, C) for row in predictions]
+    if difficulties is not None:  # for each, easy to hard, the mean layer after which it leaves: (P,)
+        left, of_row = np.array(validation.exits.layers)[taken], np.array(difficulties)  # (P, N), (N,)
+        swept["mean_exit_layers"] = {level: left[:, of_row == level].mean(1).tolist() for level in LEVELS}
+    return swept
+
+
+def live_of(
+    model: MultiExitModel | MultiModel,
+    examples: TokenizedExamples,
+    validation: Validation,
+    rule: ExitRule,
+    thresholds: list[float],
+    args: argparse.Namespace,
+) -> dict:
+    """Early exit live, by the rule that new text gets: its time, and how often it differs from that rule's sweep."""
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
+    ready, progress = prepare(model, precision) if args.prepared else model, partial(tqdm, desc="live")
+    setting = (thresholds, validation.exits, args.live_batch_size, rule, progress)
+    with devices.autocast(device, precision):
+        live, *decided = measure_live(ready, examples, *setting)
+    differ, near = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
+    found = {"live": live, "live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
+    return found | {"live_differs": differ, "live_differs_near": near}
+
+
+def warnings_of(validation: Validation, names: list[str]) -> list[str]:
+    """What a user should know of the exits, and what to try, a line each. `names` are the classes'."""
+    layers, predictions, labels = validation.exits.layers, validation.logits.argmax(-1), validation.labels
+    support, longer, found = labels.bincount(minlength=len(names)), "train longer (--epochs) or at a higher --lr", []
+    if (classes := int((support > 0).sum())) < 2 or len(labels) < FEW:
+        rows = f"{len(labels)} validation rows of {classes} classes tell little of temperatures and thresholds"
+        found.append(f"{rows}: validate on more of them (--dev-data, --dev-size)")
+    scores = score(predictions.numpy(), labels.numpy(), validation.metric)
     if len(layers) > 1 and max(scores) - scores[0] <= LEVEL:
-        smaller = f"a model of the first {layers[0]} of the layers would be as good and faster"
-        found.append(f"the exits are level, so early exit gains nothing; {smaller}: {longer}, or with --method branch")
+        smaller = f"the first {layers[0]} of the layers alone would be as good a model"
+        found.append(f"the exits are level, so early exit gains nothing, {smaller}: {longer}, or with --method branch")
     for n, said in zip(layers, predictions, strict=True):
         counts, agrees = said.bincount(minlength=len(names)), 100 * float((said == predictions[-1]).double().mean())
-        if never := [name for name, count, there in zip(names, counts, support, strict=True) if there and not count]:
+        if never := [names[c] for c in range(len(names)) if support[c] and not counts[c]]:
             found.append(f"the exit after layer {n} never predicts {some(never)}: {longer}, or on more rows of them")
         if agrees < AGREES:
             share = f"agrees with full depth on {agrees:.0f}% of texts"
@@ -220,47 +223,33 @@ def warnings_of(validation: Validation, scores: list[float], names: list[str]) -
     return found
 
 
-def test(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> None:
+def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Namespace) -> None:
     """Score a labelled file at the run's operating point, and print it beside what was promised."""
     (run,) = args.runs
-    evaluation = read_evaluation(run, record)
+    evaluation = folders.read_evaluation(run, record)
     if evaluation is None:
         raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
-    task = TASKS.get(record["task"])
-    trained = list(record.get("text_columns") or (task.columns[:-1] if task else ()))
+    task, point = TASKS.get(record.task), evaluation.operating_point
+    trained = list(record.text_columns or (task.columns[:-1] if task else ()))
     usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
     columns = find_columns("--test", args.test, None, usual)
-    (column,) = find_columns("--test", args.test, None, [[record.get("label_column") or "label"], ["label"]])
-    rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record["labels"])
-    same = evaluation["metric"] != "agreement"  # which was measured without labels, and promises nothing of them
-    _, said = answers_of(
-        model.keep_exits(evaluation["exit_layers"]),
-        record,
-        rows,
-        evaluation["metric"] if same else "accuracy",
-        args,
-        "test",
-    )
-    rule, point = ExitRule.from_evaluation(evaluation, record["num_labels"]), evaluation["operating_point"]
-    found = stated(rule, said, point["threshold"])
-    full_depth = said._replace(labels=said.logits[-1].argmax(-1), metric="agreement")
-    changed, sure = stated(rule, full_depth, point["threshold"])["loss"], point["wish"].get("sure")
-    print(f"{run} at threshold {point['threshold']:.6g}: {len(rows.first):,} rows of {args.test}\n")
-    print(f"{'':<24}{'here':>8}   promised, by {evaluation['examples']:,} validation rows")
-    for name, key, fits in (
-        (said.metric, "score", same),
-        ("macro F1", "macro_f1", same),
-        ("full depth", "full_depth_score", same),
-        ("points lost", "loss", same),
-        ("share of the layers", "speedup_ratio", True),
-    ):
-        low, high = point.get({"loss": "loss_interval", "speedup_ratio": "speedup_interval"}.get(key), (0, 0))
-        interval = f" (95% interval: {low:.2f} to {high:.2f})" if high else ""
-        print(f"{name:<24}{found[key]:8.2f}   " + (f"{point[key]:.2f}{interval}" if fits else ""))
-    if sure:
-        print(
-            f"{'percent changed':<24}{changed:8.2f}   at most {point['wish']['max_change']:g}, at {sure:g}% confidence"
-        )
+    (column,) = find_columns("--test", args.test, None, [[record.label_column or "label"], ["label"]])
+    rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
+    promised = evaluation.metric != "agreement"  # which was measured without labels, and promises nothing of them
+    model, metric = model.keep_exits(evaluation.exit_layers), evaluation.metric if promised else "accuracy"
+    _, said = answers_of(model, record, rows, metric, args)
+    rule, full_depth = ExitRule.from_evaluation(evaluation, record.num_labels), said.logits[-1].argmax(-1)
+    found = stated(rule, said, point.threshold)
+    changed = stated(rule, said._replace(labels=full_depth, metric="agreement"), point.threshold)["loss"]
+    print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}\n")
+    print(f"{'':<24}{'here':>8}   as promised by {evaluation.examples:,} validation rows, and 95% interval")
+    names = {"score": metric, "macro_f1": "macro F1", "full_depth_score": "full depth", "loss": "points lost"}
+    for key, name in (names | {"speedup_ratio": "share of the layers"}).items():
+        interval = {"loss": point.loss_interval, "speedup_ratio": point.speedup_interval}.get(key, ())
+        said = " ".join([f"{getattr(point, key):8.2f} ", *(f"{end:8.2f}" for end in interval)])
+        print(f"{name:<24}{found[key]:8.2f}   {said if promised or key == 'speedup_ratio' else ''}")
+    most = "at most {max_change:g}, with {sure:g}% confidence".format(**point.wish) if "sure" in point.wish else ""
+    print(f"{'percent changed':<24}{changed:8.2f}   {most}")
 
 
 def print_evaluation(evaluation: dict) -> None:

@@ -42,11 +42,11 @@ class ExitRule:
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
     @classmethod
-    def from_evaluation(cls, evaluation: dict, num_labels: int) -> "ExitRule":
+    def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
         """The rule for new text, which `fit_rule` made and evaluation.json keeps."""
-        if evaluation["exit_strategy"] == "lte":
-            return cls(num_labels, ranges=torch.tensor(evaluation["certainty_ranges"]))
-        return cls(num_labels, torch.tensor(evaluation["temperatures"]))
+        if evaluation.exit_strategy == "lte":
+            return cls(num_labels, ranges=torch.tensor(evaluation.certainty_ranges))
+        return cls(num_labels, torch.tensor(evaluation.temperatures))
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
         """Exit k's confidence in some instances: (n,), in float32.

@@ -1,35 +1,26 @@
 """Public weights into our encoders: strictly, through an explicit map of names.
 
-Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected or of
-another shape is listed and stops the load, and so is then what is loaded and not finite. Sizes are compared with the
-tensors before anything is built, so that a config.json that asks for a billion layers costs nothing. Keys of
+Every tensor of a checkpoint is either loaded, or dropped on purpose and by name (`filled` in base/weights.py). Keys of
 config.json that we have no field for are ignored: they describe the file, not the model.
 """
 
 import json
 import logging
-import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from minisweet.base.safe import InputError, check_regular, is_text, listed, one_line, read_json, written_beside
+from minisweet.base.safe import InputError, is_text, listed, read_json
+from minisweet.base.weights import INDEX, WEIGHTS, Names, check_sizes, filled, open_weights
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
 
 Encoder = BertEncoder | DebertaEncoder
-Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
 
 LOG = logging.getLogger("minisweet")
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
-WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
 # What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts
 # 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. The pooler is not
@@ -83,13 +74,6 @@ def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
 def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
     """Make an encoder with random weights."""
     return ARCHITECTURES[config.model_type][1](config)
-
-
-class NoInit(TorchFunctionMode):
-    """Within, torch.nn.init does nothing: on the meta device it would import torch's compiler, a second's work."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
 
 
 def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool = True) -> Encoder:
@@ -168,101 +152,3 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
     if warn and (left := [name for name in tensors if name.startswith(left_out)]):
         LOG.warning("%s: the head of its task is left out (%s)", path, listed(left))
     return encoder, head
-
-
-def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> None:
-    """Raise InputError unless an encoder's first and last module are there, of width D: so large it will be built."""
-    for name in (f"{first}.weight", f"{last}.weight"):
-        shape = tensors[name].get_shape() if name in tensors else "missing"
-        if len(shape) != 2 or shape[1] != D:
-            raise InputError(f"{path}: {name} is {shape}, should be of hidden_size {D}, as config.json says")
-
-
-def open_weights(folder: Path) -> dict:
-    """Open a folder's weights, of one file or of the shards beside its index: each tensor's name to its slice, unread.
-
-    pytorch_model.bin is converted first, where it is alone. Raises InputError where anything of this fails.
-    """
-    files, slices = [folder / WEIGHTS], {}
-    if not files[0].exists() and (folder / INDEX).exists():
-        index = read_json(folder / INDEX).get("weight_map")
-        names = set(index.values()) if isinstance(index, dict) and all(map(is_text, index.values())) else set()
-        if not names or any(Path(name).name != name for name in names):
-            raise InputError(f"{folder / INDEX}: weight_map must name a file of the same folder for each tensor")
-        files = [folder / name for name in sorted(names)]
-    elif not files[0].exists() and (folder / PICKLED).is_file():
-        convert(folder / PICKLED)
-    try:
-        for path in files:
-            check_regular(path)
-            file = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
-                if key in slices:
-                    raise InputError(f"{path}: holds {key!r:.80}, which another shard holds too")
-                slices[key] = file.get_slice(key)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not readable as safetensors ({error})") from None
-    return slices
-
-
-def filled(
-    path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Names, others: dict, dropped: tuple = ()
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """What `make` makes, filled with tensors in float32, and `others`. Raises InputError with all wrong names and
-    shapes, or else with all tensors that are not finite.
-
-    `tensors` are slices from `open_weights`, `names` the parameters' names there where they are not the same. `others`
-    are names and shapes of tensors that are wanted too, and `dropped` is what the names of the rest begin with.
-    """
-    with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
-        module = make()
-    shapes = {name: list(value.shape) for name, value in module.state_dict().items()} | others
-    sources = {name: names.get(name, (name,)) for name in shapes}
-    problems, unused, weights = [], dict(tensors), {}
-    for name, shape in shapes.items():
-        part = [shape[0] // len(sources[name]), *shape[1:]]
-        for source in sources[name]:
-            there = unused.pop(source, None)
-            if there is None:
-                problems.append(f"{source} {part} is missing")
-            elif there.get_shape() != part:
-                problems.append(f"{source} is {there.get_shape()} and should be {part}")
-            elif there.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-                problems.append(f"{source} is of type {there.get_dtype()} and should be floating-point")
-    problems += [f"{k} {v.get_shape()} is unexpected" for k, v in unused.items() if not k.startswith(dropped)]
-    for name in sources if not problems else ():
-        weights[name] = torch.cat([tensors[source][...].float() for source in sources[name]])
-        if not weights[name].isfinite().all():
-            problems.append(f"{' or '.join(sources[name])} holds NaN or infinity")
-    if problems:
-        raise InputError(f"{path} does not fit its config.json: {listed(problems)}")
-    others = {name: weights.pop(name) for name in others}
-    module.load_state_dict(weights, assign=True)
-    return module, others
-
-
-def convert(path: Path) -> None:
-    """Write the state dict in `path`, a pytorch_model.bin, to model.safetensors beside it. Raises InputError."""
-    room, tensors = 2 * path.stat().st_size + 2**20, {}  # bytes: two names may share one tensor
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another protocol of pickle
-            content = torch.load(path, weights_only=True, map_location="cpu")
-        for name, value in content.items():
-            plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-            if not isinstance(name, str) or not plain or value.is_nested or value.is_quantized:
-                raise TypeError(f"{name!r:.80} is no name with a plain tensor (sparse, quantised, nested, empty)")
-            room -= value.numel() * value.element_size()
-            if room < 0:  # an expanded one would fill the memory
-                raise TypeError(f"{name!r:.80} {list(value.shape)} is more than the file can hold")
-            if not value.isfinite().all():  # before a model.safetensors stands there
-                raise TypeError(f"{name!r:.80} holds NaN or infinity")
-            # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
-            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        packed = save(tensors, metadata={"format": "pt"})  # save_file() would let no other user read it
-    except Exception as error:  # pickle, zip, runtime and key errors, according to what is wrong with the file
-        raise InputError(f"{path}: not a PyTorch state dict ({type(error).__name__}: {one_line(error, 200)})") from None
-    with written_beside(path.with_name(WEIGHTS)) as new:
-        new.write_bytes(packed)

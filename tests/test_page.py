@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,9 +50,10 @@ class Case:
             "exit_strategy": "lte" if lte else "confidence",
             "temperatures": [1.0] * 3,
             "certainty_ranges": [[0.0, 1.0]] * 3,
-            "operating_point": {"threshold": thresholds[6], "score": 80.0, "speedup_ratio": 0.5},
+            "operating_point": SimpleNamespace(threshold=thresholds[6], score=80.0, speedup_ratio=0.5),
         }
-        self.record = {"model": "weights/tiny", "labels": ["no", "yes", "<i>perhaps</i>"], "depth": DEPTH}
+        labels = ["no", "yes", "<i>perhaps</i>"]
+        self.record = SimpleNamespace(model="weights/tiny", labels=labels, num_labels=3, depth=DEPTH)
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
@@ -67,7 +69,7 @@ class Case:
         exits = Exits(LAYERS, DEPTH, self.evaluation["method"])
         said = (self.logits, self.certainty, torch.tensor(self.targets), draw_keys(self.sentences))
         validation = Validation(*said, self.evaluation["metric"], exits)
-        write_page(path, self.evaluation, self.record, rows, validation)
+        write_page(path, SimpleNamespace(**self.evaluation), self.record, rows, validation)
         return path
 
 
@@ -84,7 +86,7 @@ def test_the_file_holds_what_was_evaluated(tmp_path):
     case = Case()
     case.sentences[3] = HOSTILE
     point = {"threshold": float(case.confidence[0, 5]), "score": 80.0, "full_depth_score": 81.0, "speedup_ratio": 0.5}
-    case.evaluation["operating_point"] = point
+    case.evaluation["operating_point"] = SimpleNamespace(**point)
     data = data_of(case.write(tmp_path / "page.html"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
     assert data["sentences"] == [list(text) if isinstance(text, tuple) else text for text in case.sentences]

@@ -200,16 +200,6 @@ def test_data_and_options_that_changed_are_refused_with_both_values(command, is_
     assert command.steps == (0 if is_finished else STEPS - 3)
 
 
-def test_a_finished_run_of_an_older_version_tells_less(command):
-    assert command("--out", "a")[0] == 0
-    record = json.loads(Path("a/run.json").read_text())
-    kept = {key: value for key, value in record.items() if not key.endswith("_digest") and key != "labels"}
-    kept["arguments"] = {key: value for key, value in record["arguments"].items() if key != "exit_strategy"}
-    Path("a/run.json").write_text(json.dumps(kept))
-    assert "finished already" in command("--out", "a", "--resume")[1]
-    assert "--seed is 1 and was 0" in command("--out", "a", "--resume", "--seed", "1")[2]
-
-
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_a_broken_checkpoint_falls_back_to_the_one_before(command, damage):
     assert command("--out", "whole")[0] == 0

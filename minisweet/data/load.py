@@ -93,15 +93,15 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
 def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = None) -> Examples:
     """Read a run's validation rows again.
 
-    `record` is `Data.record`, or a run's; of an old run, `data_dir` stands in its `arguments` alone. `data` is the own
-    file that holds the rows, if it moved, `data_dir` the folder of GLUE's.
+    `record` is `Data.record`, or what a run's `Record` holds. `data` is the own file that holds the rows, if it moved,
+    `data_dir` the folder of GLUE's.
     Raises InputError where the rows cannot be read, or their texts or labels have changed.
     """
     try:
         if record.get("data") is None:
             if data is not None:
                 raise InputError(f"--data: {data}, but the run's data is the task {record['task']}; see --data-dir")
-            path = data_dir or Path(record["data_dir"] if "data_dir" in record else record["arguments"]["data_dir"])
+            path = data_dir or Path(record["data_dir"])
             dev = load_examples(record["task"], "dev", path, record.get("labels"))
         else:
             if data_dir is not None:

@@ -21,6 +21,7 @@ from minisweet.base.safe import InputError, sha256, write_json, written_beside
 from minisweet.calibration import expected_calibration_error, fit_rule, negative_log_likelihood
 from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.metrics import score
+from minisweet.runs.records import Evaluation, Record
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
@@ -143,25 +144,25 @@ def save_evaluation(run: Path, evaluation: dict, validation: Validation) -> None
     (run / NEXT_LOGITS).replace(run / LOGITS)
 
 
-def load_validation(run: Path, evaluation: dict, record: dict) -> Validation:
+def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Validation:
     """Read what `save_evaluation` wrote. Raises InputError for a file that is not there, or another one."""
     found = [path for path in (run / NEXT_LOGITS, run / LOGITS) if path.exists()]  # the first: it was stopped
-    path = next((path for path in found if sha256(path) == evaluation["logits_digest"]), None)
+    path = next((path for path in found if sha256(path) == evaluation.logits_digest), None)
     if path is None:
         reason = "not of this evaluation.json, its SHA-256 is not logits_digest" if found else "no such file"
         raise InputError(f"{run / LOGITS}: {reason}; evaluate it again: evaluate.py {run}")
-    layers, N, C = evaluation["exit_layers"], evaluation["examples"], record["num_labels"]
+    layers, N, C = evaluation.exit_layers, evaluation.examples, record.num_labels
     try:
         tensors, K = load_file(path), len(layers)
         logits, certainty, labels, keys = (tensors.get(name) for name in ("logits", "certainty", "labels", "keys"))
         right = logits.shape == (K, N, C) and logits.is_floating_point() and logits.isfinite().all()
         right = right and labels.shape == keys.shape == (N,) and labels.dtype == keys.dtype == torch.int64
         right = right and 0 <= labels.min() and labels.max() < C
-        if evaluation["exit_strategy"] == "lte":
+        if evaluation.exit_strategy == "lte":
             right = right and certainty.shape in ((K - 1, N), (K, N)) and certainty.isfinite().all()
     except (SafetensorError, AttributeError):
         right = False
     if not right:
         raise InputError(f"{path}: not the logits and labels of {N} rows at {K} exits; evaluate it again")
-    exits = Exits(layers, record["depth"], evaluation["method"])
-    return Validation(logits, certainty, labels, keys, evaluation["metric"], exits)
+    exits = Exits(layers, record.depth, evaluation.method)
+    return Validation(logits, certainty, labels, keys, evaluation.metric, exits)

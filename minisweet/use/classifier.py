@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -100,14 +101,14 @@ class EarlyExitClassifier:
         self.device, self.batch_size = choose_device(device), batch_size
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
-        self.evaluation, self.labels = read_evaluation(run, self.record), self.record["labels"]
+        self.evaluation, self.labels = read_evaluation(run, self.record), self.record.labels
         if self.evaluation is not None:
-            model = model.keep_exits(self.evaluation["exit_layers"])  # evaluate.py --use-exits may have left some out
+            model = model.keep_exits(self.evaluation.exit_layers)  # evaluate.py --use-exits may have left some out
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
         K = len(model.exit_layers)
-        plain = {"exit_strategy": self.record["exit_strategy"], "temperatures": [1.0] * K}
-        plain["certainty_ranges"] = [[0.0, 1.0]] * K
+        plain = SimpleNamespace(exit_strategy=self.record.exit_strategy, temperatures=[1.0] * K)
+        plain.certainty_ranges = [[0.0, 1.0]] * K
         self.rule = ExitRule.from_evaluation(self.evaluation or plain, len(self.labels))
         name = "threshold"
         if threshold is None:
@@ -119,7 +120,7 @@ class EarlyExitClassifier:
         model, self.exit_layers = model.to(self.device), model.exit_layers
         self.model = prepare(model, self.precision) if prepared else model
         self.casts_nothing = self.model is not model
-        self.tokenizer = load_tokenizer(run, self.record["vocab_size"], self.record["arguments"]["max_length"])
+        self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
         """Classify texts and pairs of texts, any number, in their order.
@@ -159,10 +160,10 @@ class EarlyExitClassifier:
     def _operating_point(self, run: Path, *wishes: float | None) -> float:
         """The threshold of evaluation.json; or the one for a wish, whose rule is then taken too."""
         if all(value is None for value in wishes[:-1]):
-            return self.evaluation["operating_point"]["threshold"]
+            return self.evaluation.operating_point.threshold
         validation = load_validation(run, self.evaluation, self.record)
         wish = wish_of(validation.metric != "agreement", *wishes)
-        self.rule, point = operating_point(validation, self.evaluation["calibration"], wish)
+        self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
         if line := shortfall(point) * (len(validation.logits) > 1):
             LOG.warning("%s", line)
         return point["threshold"]

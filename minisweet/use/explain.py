@@ -26,6 +26,7 @@ from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.live import Answers
 from minisweet.runs.folders import read_evaluation, read_record
+from minisweet.runs.records import Evaluation, Record
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, check_texts, classifier_of
 from minisweet.use.plots import METRICS
 
@@ -61,7 +62,7 @@ def main() -> None:
         if evaluation is None:
             raise InputError(f"{args.run}: has no evaluation.json; first: evaluate.py {args.run}")
         validation = load_validation(args.run, evaluation, record)
-        rows = load_dev(record, args.data, args.data_dir)
+        rows = load_dev(vars(record), args.data, args.data_dir)
         if len(rows.first) != len(validation.labels):
             there = f"{len(validation.labels)} rows, and the validation data has {len(rows.first)}"
             raise InputError(f"{args.run}: its evaluation is of {there}")
@@ -100,26 +101,25 @@ def print_exits(exits: list[tuple[Answer, bool]], threshold: float) -> None:
     print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
 
 
-def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, validation: Validation) -> None:
+def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, validation: Validation) -> None:
     """Write the page, whole or not at all; what stands at `path` is replaced.
 
     `evaluation` and `record` are what evaluation.json and run.json hold, `validation` what the exits said of `rows`.
     """
     logits, certainty, labels, _, metric, exits = validation
-    rule = ExitRule.from_evaluation(evaluation, len(record["labels"]))
+    rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     confidence, predictions = rule.confidences(logits, certainty), logits.argmax(-1)  # (K, N) each
-    point = evaluation["operating_point"]
-    exact = {*evaluation["thresholds"], point["threshold"]}
+    exact = {*evaluation.thresholds, evaluation.operating_point.threshold}
     hundredths = (n / 100 for n in range(101) if n / 100 > rule.lowest)  # of them those that are not there already
     thresholds = sorted(exact | {t for t in hundredths if np.abs(np.array([*exact]) - t).min() > 1e-9})  # (P)
     swept, _ = sweep([(rule, torch.arange(len(labels)))], validation, thresholds)
     data = {
-        **{key: evaluation[key] for key in ("task", "method", "exit_layers")},
-        **{key: record[key] for key in ("labels", "depth")},
+        **{key: getattr(evaluation, key) for key in ("task", "method", "exit_layers")},
+        **{key: getattr(record, key) for key in ("labels", "depth")},
         "thresholds": thresholds,
         **swept,
-        "operating_point": point,
-        "model": Path(record["model"]).name,
+        "operating_point": vars(evaluation.operating_point),
+        "model": Path(record.model).name,
         "metric": METRICS[metric],
         "exit_costs": exits.costs(),
         "lowest": rule.lowest,
