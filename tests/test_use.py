@@ -180,7 +180,7 @@ def test_threshold_outside_its_range(run, threshold):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("run", [None, 5, b"x", "a\0b"]),
+        ("run", [None, 5, b"x", "a\0b", ""]),
         ("amp", ["bfloat16", None]),
         ("speed", [0, 1.5, float("nan"), "0.5"]),
         ("max_loss", [-1, float("inf"), True]),
@@ -500,6 +500,28 @@ def test_tokenize_takes_texts_and_pairs(run):
 def test_arguments_that_cannot_be_written_out_or_compared(run, argument):
     with pytest.raises(InputError, match=f"{next(iter(argument))}: .*, should be"):
         EarlyExitClassifier(run, **argument)
+
+
+def test_a_device_that_is_not_here_is_named_as_it_was_given(run, tmp_path):
+    """An argument in Python, an option in a command."""
+    with pytest.raises(InputError, match=r"^device: 'cuda:99' is not here"):
+        EarlyExitClassifier(run, 0.9, device="cuda:99")
+    path = write_csv(tmp_path / "in.csv", [(1, "a")])
+    assert "error: --device: 'cuda:99' is not here" in call(predict, run, path, "--device", "cuda:99")[2]
+    assert "error: --threshold: 0.2, should be" in call(predict, run, path, "--threshold", "0.2")[2]
+
+
+def test_predict_counts_empty_and_cut_texts(run, tmp_path):
+    rows = [(1, "the film"), (2, ""), (3, " \t"), (4, "bad " * 31), (5, "bad " * 30)]
+    path = write_csv(tmp_path / "in.csv", rows)
+    _, out, _ = call(predict, run, path, "--out", tmp_path / "out.csv", "--threshold", 0.6)
+    assert out.splitlines()[-1].endswith("; empty: 2; cut to 32 tokens: 1")
+
+
+def test_classifiers_made_by_threads_at_once(run):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: EarlyExitClassifier(run, 0.9)(TEXTS), range(16)))
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_a_name_that_is_too_long_and_items_of_thousands_of_digits(run):

@@ -131,7 +131,7 @@ def _read_dev(record: dict, data: Path | None = None, data_dir: Path | None = No
         raise InputError(f"--data-dir: {data_dir}, but the run's data is a file of its own; see --data")
     path, rows = data or Path(record["dev_data"] or record["data"]), record["dev_rows"]
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file, or none that may be read; if it moved, name it with --data")
+        raise InputError(f"{path}: no such file; if it moved, name it with --data")
     dev, _ = examples_of(path, read_rows(path), record["text_columns"], record["label_column"], record["labels"])
     if rows is not None:  # of a file that has fewer by now, those that are left have another digest
         dev = dev.take([row for row in rows if row < len(dev.first)])

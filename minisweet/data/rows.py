@@ -18,7 +18,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory
 FOREIGN = {  # what the first line shows of a file that is no UTF-8 text
     "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff|.\0.\0|\0.\0."),
-    "a zip or an Excel file": re.compile(rb"PK\3\4"),
+    "a zip or an Excel file": re.compile(rb"PK\x03\x04"),
     "packed by gzip without .gz in its name": re.compile(rb"\x1f\x8b"),
 }
 LONE_CR = "a carriage return alone, and lines should end in \\n or \\r\\n"
