@@ -21,7 +21,6 @@ from minisweet.exits import MultiModel
 from minisweet.layers import float32_by_onednn
 
 CHECKOUT = Path(__file__).parent.parent
-SHARED = CHECKOUT.parent / "shared"
 
 
 def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confidence"):
