@@ -448,7 +448,5 @@ def test_a_folder_that_may_not_be_searched_is_no_hub_id(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="^model 'sealed/m': sealed/m cannot be reached .Permission denied"):
             hub.model_folder("sealed/m")
     seal(monkeypatch, tmp_path / "weights")
-    with pytest.raises(
-        InputError, match="^model .minilm-l6.: .*minilm-l6 cannot be reached .Permission denied"
-    ):
+    with pytest.raises(InputError, match="^model .minilm-l6.: .*minilm-l6 cannot be reached .Permission denied"):
         hub.model_folder("minilm-l6", tmp_path / "weights")

@@ -1,6 +1,7 @@
 """What users call: the classifier, and the commands predict, explain and export."""
 
 import csv
+import http.client
 import io
 import json
 import os
@@ -472,7 +473,17 @@ def test_http_service_of_the_readme(run, tmp_path):
                     assert [row["label"] for row in answer] == [row["label"] for row in expected_answers]
                 else:
                     assert "item 1" in answer["error"] or "texts" in answer["error"]
-            assert post(port, b"no JSON", process)[0] == 400
+            for body in (b"no JSON", b"[" * 99_999, b""):
+                assert post(port, body, process)[0] == 400
+            for length, expected in ((None, 411), ("two", 411), ("-1", 411), ("1000000", 413), ("9" * 5000, 413)):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.putrequest("POST", "/")
+                if length:
+                    connection.putheader("Content-Length", length)
+                connection.endheaders()
+                answer = connection.getresponse()
+                assert (answer.status, answer.headers["Content-Type"]) == (expected, "application/json")
+                assert "error" in json.load(answer)
         finally:
             process.terminate()
 

@@ -40,6 +40,7 @@ class EarlyExitClassifier:
     """Classifies texts, or pairs of them, each at the first exit whose confidence reaches the threshold.
 
     Exits, calibration and the operating point are those of evaluation.json. Several threads may share one classifier.
+    On a CPU, `minisweet.tune_cpu()` before the first model, once per process, makes it as fast as the commands are.
 
     Args:
         run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
