@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from minisweet.base.devices import choose_precision, tune_cpu
-from minisweet.exits import METHODS
+from minisweet.branches import METHODS
 from minisweet.layers import float32_by_onednn
 from minisweet.runs.folders import load_run, newest_run
 from minisweet.runs.options import default_batch_size, default_learning_rate
@@ -186,8 +186,7 @@ BAD = {
     ("--lr", "1_0"): "--lr: '1_0' is not a positive number",
     ("--max-length=--",): "--max-length: '--' where a value should stand",
     ("--gradient-flow", "0.5"): "unrecognized arguments",  # of an earlier version
-    ("--targets", "trunk"): "--targets: trunk needs --method branch",
-    ("--method", "ee", "--trunk", "tiny"): "--trunk: tiny needs --method branch",
+    ("--targets", "trunk"): "--targets: trunk needs --trunk or --method branch",
     ("--branch-lr-factor", "3"): "--branch-lr-factor: 3.0 needs --method branch",
     **{(option, "a"): f"{option}: a needs --data" for option in ("--dev-data", "--label-column")},
     **{(option, "a,b"): f"{option}: a,b needs --data" for option in ("--text-columns", "--labels")},

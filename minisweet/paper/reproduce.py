@@ -26,9 +26,10 @@ from pathlib import Path
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
 from minisweet.base.safe import InputError, lock, read_json, write_json, written_beside
+from minisweet.branches import METHODS
 from minisweet.data.load import DATA_DIR, digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
-from minisweet.exits import EXIT_STRATEGIES, METHODS
+from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
@@ -325,11 +326,10 @@ def parse_arguments() -> argparse.Namespace:
     args.runs = args.runs or args.out / "runs"
     args.lrs = args.lrs or options.search_rates(args.model)
     args.batch_size = args.batch_size or options.default_batch_size(args.model)
-    for name in [name for name in args.methods if name not in METHODS]:
-        if not args.report_only:  # which reports whatever method a record names
-            raise InputError(
-                f"--methods: {name!r} is none of {', '.join(METHODS)}; others are only reported (--report-only)"
-            )
+    for name in args.methods:
+        if name not in METHODS and not args.report_only:  # which reports whatever method a record names
+            only = "others are only reported (--report-only)"
+            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}; {only}")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     return args

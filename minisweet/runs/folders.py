@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from minisweet import checkpoint
 from minisweet.base import safe
 from minisweet.base.fields import Fields
 from minisweet.base.safe import InputError, as_written, listed, read_json, sha256, write_json, written_beside
-from minisweet.checkpoint import OURS, WEIGHTS, read_config
+from minisweet.base.weights import WEIGHTS
+from minisweet.branches import METHODS, BranchModel
+from minisweet.checkpoint import OURS, read_config
 from minisweet.config import Config
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
-from minisweet.exits import METHODS, MultiExitModel, MultiModel
+from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.records import Arguments, Curve, Evaluation, Record
 
 DIVERGED = "diverged.json"
@@ -40,9 +43,10 @@ FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json"
 
 
 def method_name(arguments: dict) -> str:
-    """The method as reports name it: on a given trunk, ee is mixed training, and mm's models are taught by it."""
+    """The method as reports name it: from a finished trunk, ee is mixed training, and mm's models are taught by it."""
     method = arguments["method"]
-    return {"ee": "ee-mixed", "mm": "mm-taught"}.get(method, method) if arguments.get("trunk") else method
+    on_trunk = {"ee": "ee-mixed", "sweet": "sweet-mixed", "mm": "mm-taught"}
+    return on_trunk.get(method, method) if arguments.get("trunk") else method
 
 
 def run_name(arguments: dict, in_grid: bool = False) -> str:
@@ -231,7 +235,8 @@ def _new_model(config: Config, record: Record) -> MultiExitModel | MultiModel:
 
     def with_exits(exit_layers: list[int], method: str) -> MultiExitModel:
         encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
-        return MultiExitModel(encoder, exit_layers, record.num_labels, method, record.exit_strategy)
+        make = BranchModel if method == "branch" else partial(MultiExitModel, method=method)
+        return make(encoder, exit_layers, record.num_labels, exit_strategy=record.exit_strategy)
 
     if record.method == "mm":
         return MultiModel(with_exits([n], "sweet") for n in record.exit_layers)
@@ -255,7 +260,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
     if is_run(folder):
         model, record = load_run(folder)
         model = model[-1] if record.method == "mm" else model
-        if len(model.heads) > 1 and record.method != "branch":
+        if len(model.heads) > 1 and not isinstance(model, BranchModel):
             layers = ",".join(map(str, model.exit_layers))
             raise InputError(f"--trunk: {folder} has exits after layers {layers}, and a trunk has one, at its end")
         return model.keep_exits(model.exit_layers[-1:]), record.labels
