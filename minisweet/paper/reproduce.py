@@ -25,9 +25,9 @@ from pathlib import Path
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.base.safe import InputError, lock, read_json, write_json, written_beside
+from minisweet.base.safe import InputError, home, lock, read_json, write_json, written_beside
 from minisweet.branches import METHODS
-from minisweet.data.load import DATA_DIR, digest, drawn_rows
+from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
@@ -320,17 +320,16 @@ def parse_arguments() -> argparse.Namespace:
     instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
-    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     options.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     args.lrs = args.lrs or options.search_rates(args.model)
     args.batch_size = args.batch_size or options.default_batch_size(args.model)
-    for name in [name for name in args.methods if name not in METHODS]:
-        if not args.report_only:  # which reports whatever method a record names
-            raise InputError(
-                f"--methods: {name!r} is none of {', '.join(METHODS)}; others are only reported (--report-only)"
-            )
+    for name in args.methods:
+        if name not in METHODS and not args.report_only:  # which reports whatever method a record names
+            only = "others are only reported (--report-only)"
+            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}; {only}")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     return args
