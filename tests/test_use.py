@@ -30,7 +30,7 @@ from minisweet.calibration import row_temperatures
 from minisweet.data import rows
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples
-from minisweet.runs.folders import load_run
+from minisweet.runs.folders import load_run, read_evaluation, read_record
 from minisweet.use import explain, export, predict
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, exit_model, random_batch, tiny_encoder, write_model
 
@@ -82,7 +82,7 @@ def run(make_run):
 def middle(run) -> float:
     """A threshold at which half of the validation rows or so leave at the first exit, in a gap of confidences."""
     saved = load_file(run / "logits.safetensors")
-    rule = ExitRule.from_evaluation(json.loads((run / "evaluation.json").read_text()), saved["logits"].shape[-1])
+    rule = ExitRule.from_evaluation(read_evaluation(run, read_record(run)), saved["logits"].shape[-1])
     sure = rule.confidences(saved["logits"], saved.get("certainty"))[0].unique()  # sorted
     sure = sure[len(sure) // 4 : -(len(sure) // 4)]
     place = int(sure.diff().argmax())
@@ -227,12 +227,11 @@ def test_operating_point(make_run, run, tmp_path):
 
 
 def test_logits_are_those_of_the_evaluation(run, tmp_path):
-    """Compared by their SHA-256; an old evaluation that tells none must be made again."""
+    """Compared by their SHA-256."""
     copied = shutil.copytree(run, tmp_path / "run")
     saved, path = load_file(run / "logits.safetensors"), copied / "logits.safetensors"
     evaluation = json.loads((run / "evaluation.json").read_text())
-    old = {key: value for key, value in evaluation.items() if key not in ("run_digest", "logits_digest")}
-    (copied / "evaluation.json").write_text(json.dumps(old))
+    (copied / "evaluation.json").write_text(json.dumps(evaluation | {"logits_digest": "0"}))
     with pytest.raises(ValueError, match="logits.safetensors: .*SHA-256"):
         EarlyExitClassifier(copied, speed=0.5)
     for logits, reason in ((saved["logits"] + 1, "SHA-256"), (saved["logits"][:2], "not the logits")):

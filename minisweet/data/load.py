@@ -106,8 +106,8 @@ def _own_train(args: argparse.Namespace, labels: Names, need_labels: bool) -> tu
 def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = None) -> Examples:
     """Read a run's validation rows again.
 
-    `record` is `Data.record`, or a run's. `data` is the own file that holds the rows, if it moved, `data_dir` the
-    folder of GLUE's.
+    `record` is `Data.record`, or what a run's `Record` holds. `data` is the own file that holds the rows, if it moved,
+    `data_dir` the folder of GLUE's.
     Raises InputError where the rows cannot be read, or their texts or labels have changed.
     """
     try:

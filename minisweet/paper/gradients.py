@@ -104,7 +104,7 @@ def main() -> None:
             sys.exit(abs(status))  # it has said why
         model, record = load_run(run)
     order = np.random.default_rng(args.seed).permutation(N)
-    unseen = order[~np.isin(order, record["subset"])][:measured]
+    unseen = order[~np.isin(order, record.subset)][:measured]
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     new = TokenizedExamples(tokenizer, rows, unseen)
     model.to(device).eval()
@@ -117,7 +117,7 @@ def main() -> None:
     report = {key: getattr(args, key) for key in given} | {
         "learning_rate": args.lr,
         "device": device_name(device),
-        "precision": record["precision"],
+        "precision": record.precision,
         "versions": versions(),
         "layers": list(args.exit_layers[:-1]),
         "exits": list(args.exit_layers),

@@ -12,7 +12,6 @@ run is made once.
 import argparse
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
+from minisweet.runs.records import Arguments, Curve, Record
 from minisweet.use.plots import load_pyplot
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
@@ -76,36 +76,35 @@ class Grid:
             return self.records[run]
         folder = self.folder(run)
         if lost := read_diverged(folder):
-            self.check_settings(run, lost["arguments"], {})
+            self.check_settings(run, lost, {})
             self.records[run] = {}
         elif (folder / "run.json").exists():
             record = read_record(folder)
-            has = record["arguments"] | {key: record[key] for key in ("exit_strategy", "exit_layers", "precision")}
-            layers = self.args.exit_layers or options.exit_layers_for(record["depth"])
+            layers = self.args.exit_layers or options.exit_layers_for(record.depth)
             wanted = {"exit_layers": list(layers), **self.precision}
-            self.check_settings(run, has, wanted)
-            wanted["calibration"], evaluation = "crossfit", read_evaluation(folder, record, whole=False) or {}
-            same = all(evaluation.get(key, value) == value for key, value in wanted.items())
-            # Else not evaluated, or by hand in another way, or before there were all of these.
-            if same and set(EVALUATION) <= set(evaluation) and len(evaluation["thresholds"]) == THRESHOLDS:
+            self.check_settings(run, record, wanted)
+            wanted["calibration"], curve = "crossfit", read_evaluation(folder, record, Curve)
+            # Else not evaluated, or by hand in another way.
+            if curve and wanted.items() <= vars(curve).items() and len(curve.thresholds) == THRESHOLDS:
                 self.check_rows(run, record)
-                self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
+                self.records[run] = vars(record) | {key: getattr(curve, key) for key in EVALUATION}
         return self.records.get(run)
 
-    def check_settings(self, run: Run, has: dict, wanted: dict) -> None:
+    def check_settings(self, run: Run, arguments: Arguments, wanted: dict) -> None:
         """Raise InputError unless a run was trained with the command line's arguments and what else is wanted."""
-        keys, has = ("model", "epochs", "max_length", "batch_size", "exit_strategy"), has | {"method": method_name(has)}
+        has = vars(arguments) | {"method": method_name(vars(arguments))}
+        keys = ("epochs", "max_length", "batch_size", "exit_strategy") + ("model",) * (arguments.trunk is None)
         for key, value in (run._asdict() | {key: getattr(self.args, key) for key in keys} | wanted).items():
-            if has.get(key) != value:
-                raise InputError(f"{self.folder(run)}: a run with {key} {has.get(key)}, not {value}; {ELSEWHERE}")
+            if has[key] != value:
+                raise InputError(f"{self.folder(run)}: a run with {key} {has[key]}, not {value}; {ELSEWHERE}")
 
-    def check_rows(self, run: Run, record: dict) -> None:
+    def check_rows(self, run: Run, record: Record) -> None:
         """Raise InputError for a run on other rows than those of --data-dir, or for a report than another run's."""
         there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
         for split, *drawn_by in (("train", run.train_size, run.seed), ("dev",)):
-            rows, told = (run.task, split, *drawn_by), record.get(f"{split}_digest")
+            rows, told = (run.task, split, *drawn_by), getattr(record, f"{split}_digest")
             if told is None:
-                continue  # a run from before there were digests
+                continue  # a record of the archives
             if there and rows not in self.rows and not self.args.report_only:
                 data = self.load(run.task, split, self.args.data_dir)
                 drawn = drawn_rows(data, *drawn_by) if drawn_by else None
@@ -328,10 +327,10 @@ def parse_arguments() -> argparse.Namespace:
     args.lrs = args.lrs or options.search_rates(args.model)
     args.batch_size = args.batch_size or options.default_batch_size(args.model)
     for name in [name for name in args.methods if name not in METHODS]:
-        if not re.fullmatch(r"sweet-(flow|cap|owner)[0-9][0-9.e+-]*", name):  # such as sweet-flow0.5
-            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}")
-        if not args.report_only:
-            raise InputError(f"--methods: {name} is of commit fc57fa9; here its runs are only reported (--report-only)")
+        if not args.report_only:  # which reports whatever method a record names
+            raise InputError(
+                f"--methods: {name!r} is none of {', '.join(METHODS)}; others are only reported (--report-only)"
+            )
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     return args

@@ -37,7 +37,7 @@ def must_stay(record: dict) -> dict:
     may_change = ("out", "overwrite", "save_every", "exit_layers")
     given = {name: value for name, value in record["arguments"].items() if name not in may_change}
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-    data = {key: record[key] for key in ("labels", "train_digest", "dev_digest") if key in record}  # old runs tell less
+    data = {key: record.get(key) for key in ("labels", "train_digest", "dev_digest")}
     return options | data | {"--exit-layers": list(record["exit_layers"])}
 
 
@@ -84,7 +84,9 @@ class Checkpoints:
         for other in of_all(trained):
             if changed := changes(trained, other):
                 raise InputError(f"torchrun: {changed} in another process; all must train the same")
-        changed = changes(trained, trained | must_stay(read_record(args.out))) if self.finished else ""
+        changed = ""
+        if self.finished and read_record(args.out):  # a broken one is refused
+            changed = changes(trained, trained | must_stay(read_json(args.out / "run.json")))
         if changed and not args.overwrite:
             where = f"{args.out} is finished, but {changed}"
             raise InputError(f"--resume: {where}; name another --out, or pass --overwrite")

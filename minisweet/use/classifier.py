@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -88,13 +89,13 @@ class EarlyExitClassifier:
             raise InputError(str(error).removeprefix("--")) from None
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
-        self.evaluation, self.labels = read_evaluation(run, self.record), self.record["labels"]
+        self.evaluation, self.labels = read_evaluation(run, self.record), self.record.labels
         if self.evaluation is not None:
-            model = model.keep_exits(self.evaluation["exit_layers"])  # evaluate.py --use-exits may have left some out
+            model = model.keep_exits(self.evaluation.exit_layers)  # evaluate.py --use-exits may have left some out
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
-        plain = {"exit_strategy": self.record["exit_strategy"], "calibration": "none"}
-        plain["certainty_ranges"] = [[0.0, 1.0]] * len(model.exit_layers)
+        plain = {"exit_strategy": self.record.exit_strategy, "calibration": "none"}
+        plain = SimpleNamespace(**plain, certainty_ranges=[[0.0, 1.0]] * len(model.exit_layers))
         self.rule = ExitRule.from_evaluation(self.evaluation or plain, len(self.labels))
         name = "threshold"
         if threshold is None:
@@ -106,7 +107,7 @@ class EarlyExitClassifier:
         model, self.exit_layers = model.to(self.device), model.exit_layers
         self.model = prepare(model, self.precision) if prepared else model
         self.casts_nothing = self.model is not model
-        self.tokenizer = load_tokenizer(run, self.record["vocab_size"], self.record["arguments"]["max_length"])
+        self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
         """Classify texts and pairs of texts, any number, in their order.
@@ -148,12 +149,12 @@ class EarlyExitClassifier:
 
     def _operating_point(self, run: Path, max_loss: float | None, speed: float | None) -> float:
         """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
-        if max_loss is None and speed is None and "operating_point" in self.evaluation:
-            return self.evaluation["operating_point"]["threshold"]
+        if max_loss is None and speed is None:
+            return self.evaluation.operating_point.threshold
         validation = load_validation(run / "logits.safetensors", self.evaluation, len(self.labels))
-        of_model = (self.evaluation["exit_layers"], self.record["depth"], self.record["method"])
-        there = candidates(self.rule, validation, self.evaluation["metric"], of_model)
-        threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
+        of_model = (self.evaluation.exit_layers, self.record.depth, self.record.method)
+        there = candidates(self.rule, validation, self.evaluation.metric, of_model)
+        threshold, reached = choose(there, max_loss, speed)
         if not reached:
             share = there.ratios[np.searchsorted(there.thresholds, threshold)]
             LOG.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)

@@ -49,8 +49,8 @@ def main() -> None:
         raise InputError(f"--out: {args.out} is a folder, or the input; name another file")
     writer = RowWriter(args.out)
     classify = classifier_of(args)
-    task = TASKS.get(classify.record.get("task"))
-    trained = classify.record.get("text_columns") or (task.columns[:-1] if task else ())
+    task = TASKS.get(classify.record.task)
+    trained = classify.record.text_columns or (task.columns[:-1] if task else ())
     if is_lines:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
         chunks, names, total = read_lines_as_they_come(columns), set(columns), None
