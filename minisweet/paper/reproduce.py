@@ -326,11 +326,10 @@ def parse_arguments() -> argparse.Namespace:
     args.runs = args.runs or args.out / "runs"
     args.lrs = args.lrs or options.search_rates(args.model)
     args.batch_size = args.batch_size or options.default_batch_size(args.model)
-    for name in [name for name in args.methods if name not in METHODS]:
-        if not args.report_only:  # which reports whatever method a record names
-            raise InputError(
-                f"--methods: {name!r} is none of {', '.join(METHODS)}; others are only reported (--report-only)"
-            )
+    for name in args.methods:
+        if name not in METHODS and not args.report_only:  # which reports whatever method a record names
+            only = "others are only reported (--report-only)"
+            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}; {only}")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     return args

@@ -43,9 +43,10 @@ FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json"
 
 
 def method_name(arguments: dict) -> str:
-    """The method as reports name it: on a given trunk, ee is mixed training, and mm's models are taught by it."""
+    """The method as reports name it: from a finished trunk, ee is mixed training, and mm's models are taught by it."""
     method = arguments["method"]
-    return {"ee": "ee-mixed", "mm": "mm-taught"}.get(method, method) if arguments.get("trunk") else method
+    on_trunk = {"ee": "ee-mixed", "sweet": "sweet-mixed", "mm": "mm-taught"}
+    return on_trunk.get(method, method) if arguments.get("trunk") else method
 
 
 def run_name(arguments: dict, in_grid: bool = False) -> str:
