@@ -279,7 +279,7 @@ def print_evaluation(evaluation: dict) -> None:
         rows, changes, wish = point["certified_rows"], point["certified_changes"], point["wish"]
         sure = f"with {wish['sure']:g}% confidence at most {wish['max_change']:g}% of answers change"
         print(f"certified: {sure}; of {rows:,} rows {changes:,} did")
-    for line in filter(None, [shortfall(point) * (len(exit_layers) > 1), *evaluation["warnings"]]):
+    for line in filter(None, [shortfall(point, len(exit_layers)), *evaluation["warnings"]]):
         print(f"warning: {line}")
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]

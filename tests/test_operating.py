@@ -122,10 +122,10 @@ def test_the_rows_that_a_certificate_needs():
     each = [math.exp(log[k] + k * math.log(p) + (n - k) * math.log(1 - p)) for k in range(allowed + 2)]
     assert sum(each[:-1]) <= 0.1 < sum(each)
     point = {"reached": True, "threshold": 1.0, "certified_rows": 97, "wish": {"max_change": 1.0, "sure": 90.0}}
-    assert "230 rows" in shortfall(point)
-    assert "97" in shortfall(point)
-    assert not shortfall(point | {"threshold": 0.9})
-    assert not shortfall(point | {"wish": {"max_loss": 1.0}})
+    assert "230 rows" in shortfall(point, 4)
+    assert "97" in shortfall(point, 4)
+    assert not shortfall(point | {"threshold": 0.9}, 4)
+    assert not shortfall(point | {"wish": {"max_loss": 1.0}}, 4)
 
 
 def draw(rng: np.random.Generator, N: int) -> Validation:

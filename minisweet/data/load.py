@@ -76,8 +76,9 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         notes.append(f"texts that are in both train and validation: {both:,}")
     if dev.labels and (lacking := sorted(set(train.labels or ()) - set(dev.labels))):
         notes.append(f"validation: labels without a row: {some([labels[label] for label in lacking])}")
-    plain = [normalize("NFKC", label.casefold()) for label in labels]
-    if alike := [label for label, form in zip(labels, plain, strict=True) if plain.count(form) > 1]:
+    plain = {label: normalize("NFKC", label.casefold()) for label in labels}
+    counts = Counter(plain.values())
+    if alike := [label for label in labels if counts[plain[label]] > 1]:
         notes.append(f"labels that differ by case or Unicode form alone, each a class of its own: {some(alike)}")
     return Data(train, dev, notes, record)
 

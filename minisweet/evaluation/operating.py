@@ -229,12 +229,12 @@ def loss_interval(cells: np.ndarray, metric: str) -> list[float]:
     return [float(100 * (lost - won - spread)), float(100 * (lost - won + spread))]
 
 
-def shortfall(point: dict) -> str:
-    """A line on a wish that nothing grants but the nearest threshold, or full depth; else nothing."""
+def shortfall(point: dict, K: int) -> str:
+    """A line on a wish that no threshold grants, or none but full depth; else nothing. `point` is of K exits."""
     wish = point["wish"]
     if not point["reached"]:
         return f"speed: {wish['speed']:g} is out of reach; the nearest is {point['speedup_ratio']:.3f}"
-    if "max_change" not in wish or point["threshold"] < 1:
+    if "max_change" not in wish or point["threshold"] < 1 or K == 1:
         return ""
     rows = math.ceil(math.log(1 - wish["sure"] / 100) / math.log1p(-wish["max_change"] / 100))
     asked, there = f"max_change: {wish['max_change']:g} at {wish['sure']:g}%", f"{point['certified_rows']} were there"
