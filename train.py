@@ -30,7 +30,7 @@ from minisweet.base.commands import Parser, positive_float, run_command, whole_n
 from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
 from minisweet.base.safe import InputError, write_json
 from minisweet.branches import METHODS, BranchModel, add_exits, grow_branches, slice_trunk
-from minisweet.data.load import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
+from minisweet.data.load import OF_OWN_DATA, add_data_options, class_weights, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
@@ -175,6 +175,7 @@ def parse_arguments() -> argparse.Namespace:
         default="labels",
         help="learn labels, the trunk's own, or half each (default: labels)",
     )
+    option("--class-weights", choices=("balanced",), help="rows count N / (C n) for the n of all N in their class")
     option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
     add_data_options(parser)
     option = parser.add_argument_group("training").add_argument
@@ -223,6 +224,7 @@ def fit(
     losses, seconds = [], {}
 
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
+        examples = balanced(examples, num_labels) if args.class_weights else examples
         settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": learning_rate}
         settings |= {"seed": args.seed, "precision": precision, "title": stage, "checkpoints": checkpoints}
         with checkpoints.signals():
@@ -272,6 +274,18 @@ def trunk_targets(
     if targets == "half":
         probabilities = (probabilities + F.one_hot(torch.from_numpy(examples.labels), probabilities.shape[1])) / 2
     return probabilities.numpy()
+
+
+def balanced(examples: TokenizedExamples, C: int) -> TokenizedExamples:
+    """The same examples, each counted N / (C n) in the loss: n of the N are of its class, which is its label.
+
+    Without labels it is the likeliest of the targets (N, C).
+    """
+    targets = torch.from_numpy(examples.targets)
+    targets = F.one_hot(targets, C).float() if targets.ndim == 1 else targets
+    classes = targets.argmax(-1) if examples.labels is None else torch.from_numpy(examples.labels)  # (N,)
+    weights = torch.tensor(class_weights(classes.bincount(minlength=C).tolist()))  # (C,)
+    return examples.with_targets((targets * weights[classes, None]).numpy())
 
 
 def main() -> None:

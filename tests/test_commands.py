@@ -1,5 +1,6 @@
 """train.py and evaluate.py as a user runs them, on tiny models."""
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from minisweet.base.devices import choose_precision, tune_cpu
 from minisweet.branches import METHODS
 from minisweet.layers import float32_by_onednn
 from minisweet.runs.folders import load_run, newest_run
-from minisweet.use import explain
+from minisweet.use import explain, predict
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, quick, random_batch, write_model
 from tests.test_runs import trust
 
@@ -410,3 +411,35 @@ def test_a_picture_replaces_no_file_of_another_kind(command, tmp_path):
     assert (status, "--model: " in err) == (2, True)
     status, _, err = command(train, *quick(model), "--out", "n" * 240)
     assert (status, "--out: " in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "option"),
+    [
+        (train, ("--data", "sealed/a.csv"), "--data"),
+        (train, ("--task", "rte", "--data-dir", "sealed"), "--data-dir"),
+        (train, ("--trunk", "sealed/run"), "--trunk"),
+        (train, ("--out", "sealed/run"), "--out"),
+        (evaluate, ("sealed/run",), "RUN"),
+        (predict, ("run", "sealed/a.csv"), "FILE"),
+    ],
+)
+def test_a_folder_that_may_not_be_searched_names_the_option(command, monkeypatch, module, options, option):
+    real = os.stat
+
+    def ask(path, *args, **more):  # tests may run as root, for whom there are no permissions
+        if str(path).startswith("sealed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", ask)
+    path = next(word for word in options if word.startswith("sealed"))
+    status, _, err = command(module, *options)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"argument {option}: {path!r} cannot be reached (Permission denied)" in err
+
+
+@pytest.mark.parametrize("option", ["--data", "--out", "--trunk", "--data-dir"])
+def test_no_path_is_empty(command, option):
+    status, _, err = command(train, option, "")
+    assert (status, err.count("\n"), f"argument {option}: '' cannot be reached" in err) == (2, 1, True)

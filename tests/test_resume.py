@@ -160,7 +160,7 @@ def write_texts(path: str, old: str = "", new: str = "") -> None:
 def test_data_and_options_that_changed_are_refused_with_both_values(command, is_finished):
     write_texts("train.csv")
     write_texts("dev.csv", "a film", "the film")
-    given = ["--data", "train.csv", "--dev-data", "dev.csv", "--out", "a"]
+    given = ["--data", "train.csv", "--dev-data", "dev.csv", "--out", "a", "--method", "sweet"]
     assert command(*given, signals={} if is_finished else {3: TERM})[0] == (0 if is_finished else 143)
 
     def files() -> dict[Path, bytes]:

@@ -1,6 +1,7 @@
 """What users call: the classifier, and the commands predict, explain and export."""
 
 import csv
+import http.client
 import io
 import json
 import os
@@ -180,7 +181,7 @@ def test_threshold_outside_its_range(run, threshold):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("run", [None, 5, b"x", "a\0b"]),
+        ("run", [None, 5, b"x", "a\0b", ""]),
         ("amp", ["bfloat16", None]),
         ("speed", [0, 1.5, float("nan"), "0.5"]),
         ("max_loss", [-1, float("inf"), True]),
@@ -471,7 +472,17 @@ def test_http_service_of_the_readme(run, tmp_path):
                     assert [row["label"] for row in answer] == [row["label"] for row in expected_answers]
                 else:
                     assert "item 1" in answer["error"] or "texts" in answer["error"]
-            assert post(port, b"no JSON", process)[0] == 400
+            for body in (b"no JSON", b"[" * 99_999, b""):
+                assert post(port, body, process)[0] == 400
+            for length, expected in ((None, 411), ("two", 411), ("-1", 411), ("1000000", 413), ("9" * 5000, 413)):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.putrequest("POST", "/")
+                if length:
+                    connection.putheader("Content-Length", length)
+                connection.endheaders()
+                answer = connection.getresponse()
+                assert (answer.status, answer.headers["Content-Type"]) == (expected, "application/json")
+                assert "error" in json.load(answer)
         finally:
             process.terminate()
 
@@ -499,6 +510,28 @@ def test_tokenize_takes_texts_and_pairs(run):
 def test_arguments_that_cannot_be_written_out_or_compared(run, argument):
     with pytest.raises(InputError, match=f"{next(iter(argument))}: .*, should be"):
         EarlyExitClassifier(run, **argument)
+
+
+def test_a_device_that_is_not_here_is_named_as_it_was_given(run, tmp_path):
+    """An argument in Python, an option in a command."""
+    with pytest.raises(InputError, match=r"^device: 'cuda:99' is not here"):
+        EarlyExitClassifier(run, 0.9, device="cuda:99")
+    path = write_csv(tmp_path / "in.csv", [(1, "a")])
+    assert "error: --device: 'cuda:99' is not here" in call(predict, run, path, "--device", "cuda:99")[2]
+    assert "error: --threshold: 0.2, should be" in call(predict, run, path, "--threshold", "0.2")[2]
+
+
+def test_predict_counts_empty_and_cut_texts(run, tmp_path):
+    rows = [(1, "the film"), (2, ""), (3, " \t"), (4, "bad " * 31), (5, "bad " * 30)]
+    path = write_csv(tmp_path / "in.csv", rows)
+    _, out, _ = call(predict, run, path, "--out", tmp_path / "out.csv", "--threshold", 0.6)
+    assert out.splitlines()[-1].endswith("; empty: 2; cut to 32 tokens: 1")
+
+
+def test_classifiers_made_by_threads_at_once(run):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: EarlyExitClassifier(run, 0.9)(TEXTS), range(16)))
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_a_name_that_is_too_long_and_items_of_thousands_of_digits(run):

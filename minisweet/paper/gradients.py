@@ -22,8 +22,7 @@ from torch import Tensor
 
 from minisweet.base.commands import Parser, positive_float, run_command, whole_number
 from minisweet.base.devices import choose_device, device_name, tune_cpu
-from minisweet.base.safe import InputError, write_json
-from minisweet.data.load import DATA_DIR
+from minisweet.base.safe import InputError, home, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
@@ -74,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; small models 2e-4)")
     option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
     option("--overwrite", action="store_true", help="replace the measurement in --out")
-    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     add_training_options(parser)
     args = parser.parse_args()
     return args

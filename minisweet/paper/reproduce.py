@@ -26,9 +26,9 @@ from pathlib import Path
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.base.safe import InputError, lock, read_json, write_json, written_beside
+from minisweet.base.safe import InputError, home, lock, read_json, write_json, written_beside
 from minisweet.branches import METHODS
-from minisweet.data.load import DATA_DIR, digest, drawn_rows
+from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
@@ -321,7 +321,7 @@ def parse_arguments() -> argparse.Namespace:
     instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
-    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     options.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
