@@ -442,4 +442,4 @@ def test_a_folder_that_may_not_be_searched_names_the_option(command, monkeypatch
 @pytest.mark.parametrize("option", ["--data", "--out", "--trunk", "--data-dir"])
 def test_no_path_is_empty(command, option):
     status, _, err = command(train, option, "")
-    assert (status, err.count("\n"), f"argument {option}: '' cannot be reached" in err) == (2, 1, True)
+    assert (status, err.count("\n"), f"argument {option}: '' is no path" in err) == (2, 1, True)

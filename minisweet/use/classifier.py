@@ -26,6 +26,15 @@ from minisweet.use.prepared import prepare
 LOG = logging.getLogger("minisweet")
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
+ARGUMENTS = {  # of the classifier: what is right, and whether a value is
+    "run": ("the path of a run folder", lambda run: isinstance(run, str | Path) and run != "" and is_text(str(run))),
+    "max_loss": ("a number, 0 or more", lambda points: points is None or (is_number(points) and points >= 0)),
+    "speed": ("a number above 0, to 1", lambda share: share is None or (is_number(share) and 0 < share <= 1)),
+    "device": ("auto, cpu, cuda or cuda:N", lambda device: isinstance(device, str)),
+    "amp": (f"one of {', '.join(AMP_CHOICES)}", lambda amp: isinstance(amp, str) and amp in AMP_CHOICES),
+    "batch_size": ("a whole number, 1 or more", lambda size: type(size) is int and 0 < size < 2**31),
+    "prepared": ("True or False", lambda prepared: isinstance(prepared, bool)),
+}
 
 
 class Answer(NamedTuple):
@@ -69,17 +78,8 @@ class EarlyExitClassifier:
         batch_size: int = 32,
         prepared: bool = False,
     ) -> None:
-        for name, value, right, fits in (
-            ("run", run, "the path of a run folder", isinstance(run, str | Path) and run != "" and is_text(str(run))),
-            ("max_loss", max_loss, "a number, 0 or more", max_loss is None or (is_number(max_loss) and max_loss >= 0)),
-            ("speed", speed, "a number above 0, to 1", speed is None or (is_number(speed) and 0 < speed <= 1)),
-            ("device", device, "auto, cpu, cuda or cuda:N", isinstance(device, str)),
-            ("amp", amp, f"one of {', '.join(AMP_CHOICES)}", isinstance(amp, str) and amp in AMP_CHOICES),
-            ("batch_size", batch_size, "a whole number, 1 or more", type(batch_size) is int and 0 < batch_size < 2**31),
-            ("prepared", prepared, "True or False", isinstance(prepared, bool)),
-        ):
-            if not fits:
-                raise InputError(f"{name}: {as_written(value)}, should be {right}")
+        given = {"run": run, "max_loss": max_loss, "speed": speed, "device": device, "amp": amp}
+        check_arguments(given | {"batch_size": batch_size, "prepared": prepared})
         run = Path(run)
         if sum(value is not None for value in (threshold, max_loss, speed)) > 1:
             raise InputError("threshold, max_loss, speed: more than one is given, and each chooses the threshold")
@@ -100,10 +100,7 @@ class EarlyExitClassifier:
         name = "threshold"
         if threshold is None:
             name, threshold = f"{run / 'evaluation.json'}: threshold", self._operating_point(run, max_loss, speed)
-        if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
-            right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
-            raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
-        self.threshold = float(threshold)
+        self.threshold = self._checked(name, threshold)
         model, self.exit_layers = model.to(self.device), model.exit_layers
         self.model = prepare(model, self.precision) if prepared else model
         self.casts_nothing = self.model is not model
@@ -147,6 +144,13 @@ class EarlyExitClassifier:
             for label, confidence, k, row in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
+    def _checked(self, name: str, threshold: object) -> float:
+        """The threshold. Raises InputError for none, or one outside its range."""
+        if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
+            right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
+            raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
+        return float(threshold)
+
     def _operating_point(self, run: Path, max_loss: float | None, speed: float | None) -> float:
         """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
         if max_loss is None and speed is None:
@@ -182,6 +186,14 @@ def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
         name, colon, rest = str(error).partition(": ")
         option = f"--{name.replace('_', '-')}" if name in names[1:] else name
         raise InputError(f"{option}{colon}{rest}") from None
+
+
+def check_arguments(given: dict) -> None:
+    """Raise InputError for an argument of the classifier, by its name, that is outside its range."""
+    for name, value in given.items():
+        right, fits = ARGUMENTS[name]
+        if not fits(value):
+            raise InputError(f"{name}: {as_written(value)}, should be {right}")
 
 
 def is_number(value: object) -> bool:
