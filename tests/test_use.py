@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from minisweet import EarlyExitClassifier
+from minisweet import EarlyExitClassifier, MultiExitModel, load_encoder
 from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.base.commands import run_command
 from minisweet.base.safe import InputError, sha256
@@ -131,6 +131,27 @@ def test_predictions_are_those_of_the_evaluation(make_run, tmp_path, method, str
         assert max(p, key=p.get) == row["label"]
         if strategy == "confidence":
             assert p[row["label"]] == float(row["confidence"])
+
+
+@pytest.mark.parametrize("strategy", ["confidence", "lte"])
+@pytest.mark.parametrize(("kind", "value"), [("dtype", torch.float64), ("dtype", torch.bfloat16), ("device", "meta")])
+def test_torchs_defaults_change_no_answer(make_run, model_dir, kind, value, strategy):
+    run, texts = make_run("sweet", exit_strategy=strategy), TEXTS[:3]
+
+    def answers() -> list:
+        model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, exit_strategy=strategy).train()
+        ids = torch.from_numpy(np.ones((2, 5), dtype=np.int64))
+        assert model(ids, ids, ids * 0).isfinite().all()
+        found = [EarlyExitClassifier(run, wish)(some) for wish in (0.7, 1.0) for some in (texts, texts[:1])]
+        return [*found, EarlyExitClassifier(run, max_loss=5.0)(texts)]
+
+    expected, set_default = answers(), getattr(torch, f"set_default_{kind}")
+    before = getattr(torch, f"get_default_{kind}")()
+    set_default(value)
+    try:
+        assert answers() == expected
+    finally:
+        set_default(before)
 
 
 def test_classifier_answers_any_number_in_order(run):

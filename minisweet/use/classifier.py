@@ -168,9 +168,10 @@ class EarlyExitClassifier:
         """The threshold of evaluation.json; or the one for a wish, whose rule is then taken too."""
         if all(value is None for name, value in wishes.items() if name != "sure"):
             return self.evaluation.operating_point.threshold
-        validation = load_validation(run, self.evaluation, self.record)
-        wish = wish_of(validation.metric != "agreement", **wishes)
-        self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
+        with torch.device("cpu"):  # whatever the user's default is
+            validation = load_validation(run, self.evaluation, self.record)
+            wish = wish_of(validation.metric != "agreement", **wishes)
+            self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
         if line := shortfall(point, len(validation.logits)):
             LOG.warning("%s", line)
         return point["threshold"]
