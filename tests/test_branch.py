@@ -210,7 +210,7 @@ def test_exits_that_are_not_used_are_neither_run_nor_counted(command, tmp_path, 
         return model, record
 
     monkeypatch.setattr(evaluate, "load_run", watched)
-    status, out, err = command(evaluate, "a", "--use-exits", "2,4", "--thresholds", 5, "--live")
+    status, out, err = command(evaluate, "a", "--use-exits", "2,4", "--thresholds", 5, "--live", "--calibration", "dev")
     assert status == 0, err
     unused = {"sweet": ("heads.0.",), "mm": ("0.",), "branch": ("heads.0.", "branches.0.")}[method]
     used = {"sweet": "heads.1.", "mm": "1.", "branch": "branches.1."}[method]
