@@ -281,7 +281,7 @@ def test_what_no_threshold_can_certify_is_said_in_one_line(run, caplog):
     assert EarlyExitClassifier(run, max_change=0.1, sure=99).threshold == 1
     assert EarlyExitClassifier(run, speed=0.1).threshold < 1
     certificate, speed = (record.getMessage() for record in caplog.records)
-    assert "4603 rows would do, and 750 were there" in certificate
+    assert "4603 rows would do, of 750 here" in certificate
     assert "speed: 0.1 is out of reach; the nearest is 0.25" in speed
 
 
