@@ -183,6 +183,22 @@ def test_a_report_takes_the_rates_that_are_there(command, tmp_path):
     assert (status, "holds no run ...-n32-seed0 of these methods and tasks" in err, err.count("\n")) == (2, True, 1)
 
 
+def test_chosen_ratios_bring_single_models_too(command, tmp_path):
+    for method in ("mm", "branch"):
+        fake_run(tmp_path / "reproduced" / "runs", method, 1e-3, 0, 60.0)
+    report = ["--methods", "mm,branch", "--seeds", "0", "--lrs", "1e-3", "--report-only"]
+    assert command(*report, "--ratios", "1/4,2/3,1")[0] == 0
+    text = (tmp_path / "reproduced" / "results.md").read_text()
+    assert "| task | method | seeds | 0.25 | 0.667 | 1 |" in text
+    assert "| toy | mm: one model of n layers | 1 | 60.0 |  | 60.0 |" in text
+    assert "| mm: one model of n layers | 1 | +0.0 |  | +0.0 |" in text
+    assert command(*report)[0] == 0
+    assert "one model" not in (tmp_path / "reproduced" / "results.md").read_text()
+    for ratio in ("0", "1/0", "-1/2", "half"):
+        status, _, err, _ = command(*report, f"--ratios={ratio}")
+        assert (status, f"'{ratio}' is no share of the layers, such as 1/6 or 0.5" in err) == (2, True)
+
+
 def test_what_is_missing_is_named(command, tmp_path):
     runs = tmp_path / "reproduced" / "runs"
     fake_run(runs, "sweet", 1e-3, 0, 60.0)

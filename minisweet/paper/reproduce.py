@@ -20,6 +20,7 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,15 @@ from minisweet.branches import METHODS
 from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES
-from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
+from minisweet.paper.report import (
+    Records,
+    did_not_converge,
+    document,
+    draw_curves,
+    one_class_layers,
+    results_of,
+    with_single_models,
+)
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.runs.records import Arguments, Curve, Record
@@ -248,12 +257,10 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--out: {path} is not of this command (results.json does not name it); move it away")
 
 
-def write_report(grid: Grid) -> None:
-    """Write results.md, results.json and the figures from the runs that are there."""
-    args, wanted = grid.args, grid.wanted()
-    check_output(args)
-    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
-    tables = {n: {method: {task: {} for task in tasks} for method in methods} for n in sizes}
+def tables_of(grid: Grid) -> tuple[dict[int, dict[str, Records]], list[str], dict[str, list[str]]]:
+    """What is there by training size, method, task and seed; what is missing; and which runs are repeated by which."""
+    args = grid.args
+    tables = {n: {method: {task: {} for task in args.tasks} for method in args.methods} for n in args.train_sizes}
     missing, repeated = [grid.folder(run).name for run in grid.missing()], {}
     for slot in grid.slots:
         (n, task, method, seed), attempts = slot, grid.attempts(*slot)
@@ -261,21 +268,37 @@ def write_report(grid: Grid) -> None:
         if not attempts and all(grid.record(run) == {} for run in grid.search(task, method)):
             found = [{}]
             missing.append(f"{method} {task} n{n} seed{seed}: no learning rate converged")
-        elif not attempts and (n, seed) != (size, args.seeds[0]):
+        elif not attempts and (n, seed) != (args.train_sizes[0], args.seeds[0]):
             missing.append(f"{method} {task} n{n} seed{seed}, once its learning rate is known")
         if found:  # a run that is being repeated counts, marked, until its repetition is there
             tables[n][method][task][seed] = found[-1]
         names = [grid.folder(run).name for run in attempts]
         repeated |= {names[0]: names[1:]} if len(names) > 1 else {}
-    made = {grid.folder(run).name: grid.records[run] for run in wanted if run in grid.records}
-    done = {name: record for name, record in made.items() if record}
+    return tables, missing, repeated
 
+
+def figures_of(args: argparse.Namespace, tables: dict[int, dict[str, Records]]) -> dict[str, list[tuple]]:
+    """The figures' names, and the panels of each, as `draw_curves` takes them."""
+    size, tasks = args.train_sizes[0], args.tasks
     title = f"{Path(args.model).name}, mean over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
     figures = {"curves.png": [(title, tables[size], tasks)]}
     if len(tasks) > 1:
         figures["tasks.png"] = [(task, tables[size], [task]) for task in tasks]
-    if len(sizes) > 1:
-        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(sizes)]
+    if len(tables) > 1:
+        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(tables)]
+    return figures
+
+
+def write_report(grid: Grid) -> None:
+    """Write results.md, results.json and the figures from the runs that are there."""
+    args = grid.args
+    check_output(args)
+    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
+    tables, missing, repeated = tables_of(grid)
+    if args.ratios:
+        tables = {n: with_single_models(table) for n, table in tables.items()}
+    made = {grid.folder(run).name: grid.records[run] for run in grid.wanted() if run in grid.records}
+    done, figures = {name: record for name, record in made.items() if record}, figures_of(args, tables)
     results = {
         **{key: getattr(args, key) for key in ("model", "exit_strategy", "seeds")},
         "train_size": size,
@@ -283,13 +306,13 @@ def write_report(grid: Grid) -> None:
         "rates_searched": args.lrs,
         "learning_rates": {method: {task: grid.learning_rate(task, method) for task in tasks} for method in methods},
         "early_exits_failed": {method: grid.early_exits_failed(method) for method in methods},
-        **results_of(tables[size]),
+        **results_of(tables[size], args.ratios),
         "missing": missing,
         "did_not_converge": [name for name, record in made.items() if did_not_converge(record)],
         "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
         "repeated": repeated,
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
-        "by_train_size": {str(n): results_of(tables[n]) for n in sizes[1:]},
+        "by_train_size": {str(n): results_of(tables[n], args.ratios) for n in sizes[1:]},
         "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
         "files": ["results.md", *figures],
     }
@@ -301,6 +324,16 @@ def write_report(grid: Grid) -> None:
     for name, panels in figures.items():
         draw_curves(args.out / name, panels)
     print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0, which may be a fraction."""
+    try:
+        if (value := float(Fraction(text))) > 0:
+            return value
+    except (ValueError, ArithmeticError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no share of the layers, such as 1/6 or 0.5")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -315,6 +348,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
+    ratios = "speedup ratios of the tables, such as 1/6,1/2,1, where MM's models stand alone too (default: the paper's)"
+    option("--ratios", type=list_of(share), help=ratios)
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
     instead = parser.add_mutually_exclusive_group().add_argument
