@@ -179,8 +179,8 @@ def test_a_report_takes_the_rates_that_are_there(command, tmp_path):
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
     assert results["rates_searched"] == [5e-5, 1e-2]  # the third is of another seed
     assert results["learning_rates"]["ee"]["toy"] == 1e-2
-    status, _, err, _ = command("--methods", "sweet", "--report-only")
-    assert (status, "holds no run ...-n32-seed0 of these methods and tasks" in err, err.count("\n")) == (2, True, 1)
+    status, _, err, _ = command("--methods", "ee", "--seeds", "7", "--report-only")
+    assert (status, "holds no run whose name ends with -n32-seed7" in err, err.count("\n")) == (2, True, 1)
 
 
 def test_chosen_ratios_bring_single_models_too(command, tmp_path):
@@ -196,7 +196,7 @@ def test_chosen_ratios_bring_single_models_too(command, tmp_path):
     assert "one model" not in (tmp_path / "reproduced" / "results.md").read_text()
     for ratio in ("0", "1/0", "-1/2", "half"):
         status, _, err, _ = command(*report, f"--ratios={ratio}")
-        assert (status, f"'{ratio}' is no share of the layers, such as 1/6 or 0.5" in err) == (2, True)
+        assert (status, "--ratios: " in err, "is not a positive number" in err) == (2, True, True)
 
 
 def test_what_is_missing_is_named(command, tmp_path):

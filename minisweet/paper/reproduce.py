@@ -20,7 +20,6 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -32,15 +31,8 @@ from minisweet.branches import METHODS
 from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES
-from minisweet.paper.report import (
-    Records,
-    did_not_converge,
-    document,
-    draw_curves,
-    one_class_layers,
-    results_of,
-    with_single_models,
-)
+from minisweet.paper import report
+from minisweet.paper.report import Records, did_not_converge, one_class_layers
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.runs.records import Arguments, Curve, Record
@@ -296,7 +288,7 @@ def write_report(grid: Grid) -> None:
     size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
     tables, missing, repeated = tables_of(grid)
     if args.ratios:
-        tables = {n: with_single_models(table) for n, table in tables.items()}
+        tables = {n: report.with_single_models(table) for n, table in tables.items()}
     made = {grid.folder(run).name: grid.records[run] for run in grid.wanted() if run in grid.records}
     done, figures = {name: record for name, record in made.items() if record}, figures_of(args, tables)
     results = {
@@ -306,13 +298,13 @@ def write_report(grid: Grid) -> None:
         "rates_searched": args.lrs,
         "learning_rates": {method: {task: grid.learning_rate(task, method) for task in tasks} for method in methods},
         "early_exits_failed": {method: grid.early_exits_failed(method) for method in methods},
-        **results_of(tables[size], args.ratios),
+        **report.results_of(tables[size], args.ratios),
         "missing": missing,
         "did_not_converge": [name for name, record in made.items() if did_not_converge(record)],
         "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
         "repeated": repeated,
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
-        "by_train_size": {str(n): results_of(tables[n], args.ratios) for n in sizes[1:]},
+        "by_train_size": {str(n): report.results_of(tables[n], args.ratios) for n in sizes[1:]},
         "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
         "files": ["results.md", *figures],
     }
@@ -320,20 +312,16 @@ def write_report(grid: Grid) -> None:
         (args.out / name).unlink(missing_ok=True)  # one of other tables would mislead
     write_json(args.out / "results.json", results)  # first, since it tells that the others are ours
     with written_beside(args.out / "results.md") as partial:
-        partial.write_text(document(results), encoding="utf-8")
+        partial.write_text(report.document(results), encoding="utf-8")
     for name, panels in figures.items():
-        draw_curves(args.out / name, panels)
+        report.draw_curves(args.out / name, panels)
     print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
 
 
 def share(text: str) -> float:
-    """An argparse type: a number above 0, which may be a fraction."""
-    try:
-        if (value := float(Fraction(text))) > 0:
-            return value
-    except (ValueError, ArithmeticError):
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no share of the layers, such as 1/6 or 0.5")
+    """An argparse type: a positive number, which may be a fraction."""
+    numerator, _, denominator = text.partition("/")
+    return positive_float(numerator) / positive_float(denominator or "1")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -375,13 +363,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def rates_there(args: argparse.Namespace) -> list[float]:
     """The rates of --runs on the first seed and size, which a report takes for those that were searched."""
-    methods, tasks = ("|".join(map(re.escape, names)) for names in (args.methods, args.tasks))
     tail = f"-n{args.train_sizes[0]}-seed{args.seeds[0]}" + "-lte" * (args.exit_strategy == "lte")
-    name = re.compile(rf".+-({methods})-({tasks})-lr(\d[\d.]*(e[-+]\d+)?){tail}")
-    rates = {float(found[3]) for folder in args.runs.glob("*") if (found := name.fullmatch(folder.name))}
-    if not rates:
-        raise InputError(f"--runs: {args.runs} holds no run ...{tail} of these methods and tasks")
-    return sorted(rates)
+    found = (re.fullmatch(rf".+-lr(\d[\d.]*(?:e[-+]\d+)?){tail}", folder.name) for folder in args.runs.glob("*"))
+    if not (rates := sorted({float(match[1]) for match in found if match})):
+        raise InputError(f"--runs: {args.runs} holds no run whose name ends with {tail}")
+    return rates
 
 
 def main() -> None:
