@@ -140,7 +140,10 @@ def test_whatever_method_a_record_names_is_reported_and_not_made(command, tmp_pa
     runs, methods = tmp_path / "reproduced" / "runs", ["sweet-owner0.125", "ee-mixed", "mm-taught"]
     fake_run(runs, "sweet-owner0.125", 1e-3, 0, 60)
     for area, method in enumerate(methods[1:], start=61):  # as train.py writes them
-        folder = fake_run(runs, method, 1e-3, 0, area, trunk="runs/branch", model="runs/branch")
+        targets = {"ee-mixed": "labels", "mm-taught": "trunk"}[method]  # the trunk's need no labels: another digest
+        folder = fake_run(runs, method, 1e-3, 0, area, trunk="runs/branch", model="runs/branch", targets=targets)
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"train_digest": f"of {targets}", "dev_digest": "a"}))
         for name in ("run.json", "evaluation.json"):
             (folder / name).write_text((folder / name).read_text().replace(method, method[:2]))
     grid = ["--methods", ",".join(methods), "--seeds", "0", "--lrs", "1e-3"]

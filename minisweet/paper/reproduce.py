@@ -105,6 +105,7 @@ class Grid:
         there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
         for split, *drawn_by in (("train", run.train_size, run.seed), ("dev",)):
             rows, told = (run.task, split, *drawn_by), getattr(record, f"{split}_digest")
+            rows += ("without labels",) * (split == "train" and record.targets == "trunk")
             if told is None:
                 continue  # a record of the archives
             if there and rows not in self.rows and not self.args.report_only:

@@ -38,6 +38,7 @@ class Arguments(Fields):
     max_length: Annotated[int, 8, 2**31 - 1]
     train_size: Size = None  # None for all rows
     trunk: Text = None
+    targets: Text = None
 
 
 @dataclass(frozen=True, kw_only=True)
