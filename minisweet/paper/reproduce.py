@@ -31,7 +31,8 @@ from minisweet.branches import METHODS
 from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES
-from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
+from minisweet.paper import report
+from minisweet.paper.report import Records, did_not_converge, one_class_layers
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.runs.records import Arguments, Curve, Record
@@ -104,6 +105,7 @@ class Grid:
         there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
         for split, *drawn_by in (("train", run.train_size, run.seed), ("dev",)):
             rows, told = (run.task, split, *drawn_by), getattr(record, f"{split}_digest")
+            rows += ("without labels",) * (split == "train" and record.targets == "trunk")
             if told is None:
                 continue  # a record of the archives
             if there and rows not in self.rows and not self.args.report_only:
@@ -248,12 +250,10 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--out: {path} is not of this command (results.json does not name it); move it away")
 
 
-def write_report(grid: Grid) -> None:
-    """Write results.md, results.json and the figures from the runs that are there."""
-    args, wanted = grid.args, grid.wanted()
-    check_output(args)
-    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
-    tables = {n: {method: {task: {} for task in tasks} for method in methods} for n in sizes}
+def tables_of(grid: Grid) -> tuple[dict[int, dict[str, Records]], list[str], dict[str, list[str]]]:
+    """What is there by training size, method, task and seed; what is missing; and which runs are repeated by which."""
+    args = grid.args
+    tables = {n: {method: {task: {} for task in args.tasks} for method in args.methods} for n in args.train_sizes}
     missing, repeated = [grid.folder(run).name for run in grid.missing()], {}
     for slot in grid.slots:
         (n, task, method, seed), attempts = slot, grid.attempts(*slot)
@@ -261,21 +261,37 @@ def write_report(grid: Grid) -> None:
         if not attempts and all(grid.record(run) == {} for run in grid.search(task, method)):
             found = [{}]
             missing.append(f"{method} {task} n{n} seed{seed}: no learning rate converged")
-        elif not attempts and (n, seed) != (size, args.seeds[0]):
+        elif not attempts and (n, seed) != (args.train_sizes[0], args.seeds[0]):
             missing.append(f"{method} {task} n{n} seed{seed}, once its learning rate is known")
         if found:  # a run that is being repeated counts, marked, until its repetition is there
             tables[n][method][task][seed] = found[-1]
         names = [grid.folder(run).name for run in attempts]
         repeated |= {names[0]: names[1:]} if len(names) > 1 else {}
-    made = {grid.folder(run).name: grid.records[run] for run in wanted if run in grid.records}
-    done = {name: record for name, record in made.items() if record}
+    return tables, missing, repeated
 
+
+def figures_of(args: argparse.Namespace, tables: dict[int, dict[str, Records]]) -> dict[str, list[tuple]]:
+    """The figures' names, and the panels of each, as `draw_curves` takes them."""
+    size, tasks = args.train_sizes[0], args.tasks
     title = f"{Path(args.model).name}, mean over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
     figures = {"curves.png": [(title, tables[size], tasks)]}
     if len(tasks) > 1:
         figures["tasks.png"] = [(task, tables[size], [task]) for task in tasks]
-    if len(sizes) > 1:
-        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(sizes)]
+    if len(tables) > 1:
+        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(tables)]
+    return figures
+
+
+def write_report(grid: Grid) -> None:
+    """Write results.md, results.json and the figures from the runs that are there."""
+    args = grid.args
+    check_output(args)
+    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
+    tables, missing, repeated = tables_of(grid)
+    if args.ratios:
+        tables = {n: report.with_single_models(table) for n, table in tables.items()}
+    made = {grid.folder(run).name: grid.records[run] for run in grid.wanted() if run in grid.records}
+    done, figures = {name: record for name, record in made.items() if record}, figures_of(args, tables)
     results = {
         **{key: getattr(args, key) for key in ("model", "exit_strategy", "seeds")},
         "train_size": size,
@@ -283,13 +299,13 @@ def write_report(grid: Grid) -> None:
         "rates_searched": args.lrs,
         "learning_rates": {method: {task: grid.learning_rate(task, method) for task in tasks} for method in methods},
         "early_exits_failed": {method: grid.early_exits_failed(method) for method in methods},
-        **results_of(tables[size]),
+        **report.results_of(tables[size], args.ratios),
         "missing": missing,
         "did_not_converge": [name for name, record in made.items() if did_not_converge(record)],
         "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
         "repeated": repeated,
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
-        "by_train_size": {str(n): results_of(tables[n]) for n in sizes[1:]},
+        "by_train_size": {str(n): report.results_of(tables[n], args.ratios) for n in sizes[1:]},
         "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
         "files": ["results.md", *figures],
     }
@@ -297,10 +313,16 @@ def write_report(grid: Grid) -> None:
         (args.out / name).unlink(missing_ok=True)  # one of other tables would mislead
     write_json(args.out / "results.json", results)  # first, since it tells that the others are ours
     with written_beside(args.out / "results.md") as partial:
-        partial.write_text(document(results), encoding="utf-8")
+        partial.write_text(report.document(results), encoding="utf-8")
     for name, panels in figures.items():
-        draw_curves(args.out / name, panels)
+        report.draw_curves(args.out / name, panels)
     print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
+
+
+def share(text: str) -> float:
+    """An argparse type: a positive number, which may be a fraction."""
+    numerator, _, denominator = text.partition("/")
+    return positive_float(numerator) / positive_float(denominator or "1")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -315,6 +337,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
+    ratios = "speedup ratios of the tables, such as 1/6,1/2,1, where MM's models stand alone too (default: the paper's)"
+    option("--ratios", type=list_of(share), help=ratios)
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
     instead = parser.add_mutually_exclusive_group().add_argument
@@ -340,13 +364,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def rates_there(args: argparse.Namespace) -> list[float]:
     """The rates of --runs on the first seed and size, which a report takes for those that were searched."""
-    methods, tasks = ("|".join(map(re.escape, names)) for names in (args.methods, args.tasks))
     tail = f"-n{args.train_sizes[0]}-seed{args.seeds[0]}" + "-lte" * (args.exit_strategy == "lte")
-    name = re.compile(rf".+-({methods})-({tasks})-lr(\d[\d.]*(e[-+]\d+)?){tail}")
-    rates = {float(found[3]) for folder in args.runs.glob("*") if (found := name.fullmatch(folder.name))}
-    if not rates:
-        raise InputError(f"--runs: {args.runs} holds no run ...{tail} of these methods and tasks")
-    return sorted(rates)
+    found = (re.fullmatch(rf".+-lr(\d[\d.]*(?:e[-+]\d+)?){tail}", folder.name) for folder in args.runs.glob("*"))
+    if not (rates := sorted({float(match[1]) for match in found if match})):
+        raise InputError(f"--runs: {args.runs} holds no run whose name ends with {tail}")
+    return rates
 
 
 def main() -> None:
