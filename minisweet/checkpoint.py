@@ -7,7 +7,6 @@ config.json that we have no field for are ignored: they describe the file, not t
 """
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minisweet.base.safe import InputError, check_regular, is_text, listed, one_line, read_json, written_beside
+from minisweet.base.safe import LOG, InputError, check_regular, is_text, listed, one_line, read_json, written_beside
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
@@ -27,7 +26,6 @@ from minisweet.deberta import DebertaEncoder
 Encoder = BertEncoder | DebertaEncoder
 Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
 
-LOG = logging.getLogger("minisweet")
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering

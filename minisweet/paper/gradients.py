@@ -28,7 +28,7 @@ from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.paper.report import for_json, over_seeds
-from minisweet.paper.reproduce import TRAINING, as_options, run_script
+from minisweet.paper.reproduce import TRAINING, as_options, need_clone, run_script
 from minisweet.runs.folders import load_run, versions
 from minisweet.runs.options import add_training_options, default_batch_size, find_model
 from minisweet.use.plots import load_pyplot, save_figure
@@ -85,6 +85,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Fine-tune, measure, and write gradients.json and gradients.png."""
     args = parse_arguments()
+    need_clone("gradients")
     tune_cpu()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
