@@ -29,10 +29,11 @@ from minisweet.base import devices
 from minisweet.base.commands import Parser, positive_float, run_command, whole_number
 from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
 from minisweet.base.safe import InputError, write_json
+from minisweet.branches import METHODS, BranchModel, grow_branches
 from minisweet.data.load import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
-from minisweet.exits import EXIT_STRATEGIES, METHODS, build_alone, exit_loss, grow_branches
+from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
 from minisweet.runs import options
 from minisweet.runs.folders import DIVERGED, claim_output, is_run, load_trunk, read_record, run_name, save_run, versions
 from minisweet.runs.resume import Checkpoints, is_finished
@@ -145,7 +146,7 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
     need be trained: SST-2 takes 12% less time. The optimizer must be made within. At the end all rows are back. A
     frozen trunk's stay as they are.
     """
-    if model.method == "branch":
+    if isinstance(model, BranchModel):
         yield examples
         return
     embedding = model.encoder.word_embeddings

@@ -58,7 +58,7 @@ class BertLayer(TransformerLayer):
         biases = self.query_key_value.bias.view(3, self.num_heads, 1, -1)
         return *weights, biases[0], biases[2]
 
-    def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
+    def cls_scores(self, query: Tensor, Wk: Tensor, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
         """The padding's bias (B, 1, T)."""
         return context[0][:, 0]
 

@@ -85,7 +85,7 @@ class DebertaLayer(TransformerLayer):
         weights = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, d, D)
         return *weights.unbind(1), *(bias.view(self.num_heads, 1, -1) for bias in (self.q_bias, self.v_bias))
 
-    def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+    def cls_scores(self, query: Tensor, Wk: Tensor, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
         """The terms of `attend` for i = 0, which meets the distances 0 - j: from 0 down to -(T-1)."""
         (bias, positions), T = context, hidden.shape[1]
         positions = self.dropout(positions)[T - 1 : 2 * T - 1]
@@ -94,7 +94,7 @@ class DebertaLayer(TransformerLayer):
             scores = scores + (query @ self.split_heads(self.pos_proj(positions)).mT).transpose(0, 1)
         if self.pos_q_proj is not None:
             pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, T, d)
-            asks = (pos_query @ K).permute(1, 2, 0)  # (T, D, H): p_j . (K h_j) = (K^T p_j) . h_j
+            asks = (pos_query @ Wk).permute(1, 2, 0)  # (T, D, H): p_j . (Wk h_j) = (Wk^T p_j) . h_j
             scores = scores + (hidden.transpose(0, 1) @ asks).permute(1, 2, 0)
         return scores
 

@@ -1,4 +1,4 @@
-"""Exits on an encoder, and the four ways to train them: the paper's EE, SWEET and MM (Sections 2 to 4), and branches.
+"""Exits on an encoder, and the paper's three ways to train them: EE, SWEET and MM (Sections 2 to 4).
 
 Which loss reaches which layers, for exits after layers 1, 2 and 3. Each exit's classifier hangs on its layer; x is
 where the gradient stops:
@@ -9,30 +9,20 @@ where the gradient stops:
     SWEET                1 --x----- 2 --x----- 3        every layer gets the gradient of one loss: the next exit's
                          loss 1     loss 2     loss 3
 
-    branch               1 -------- 2 -------- 3        the trunk is trained for the last exit alone, then frozen;
-                    x /        x /             |        exits 1 and 2 have a private copy, 1' and 2', of their layer
-                    1'         2'            loss 3
-                    loss 1     loss 2
-
     Multi-Model (MM)     1        1 -- 2        1 -- 2 -- 3        one model per exit
                          loss 1        loss 2             loss 3
 
-With SWEET, branches and MM *each parameter is updated by exactly one classifier*. We keep that sentence of the paper
-where the authors' code does not: each exit has a pooler of its own (theirs is one for all exits), and DeBERTa's
-relative table stops together with the hidden states (theirs gets every exit's gradient), so that it belongs to the
-first exit, as the embeddings do. SWEET's exits still share the norm that their gradients are clipped to, as in the
-authors' code: another exit can shorten a step, not turn it.
-
-Branches go beyond the paper. EE-Tuning (Pan et al. 2024, https://arxiv.org/abs/2402.00518) does the like for language
-models that generate: a frozen backbone, and exit layers that start as copies. Here a branch classifies and so runs for
-[CLS] alone, its confidence is calibrated, and batches regroup after each exit (live.py).
+With SWEET and MM *each parameter is updated by exactly one classifier*. We keep that sentence of the paper where the
+authors' code does not: each exit has a pooler of its own (theirs is one for all exits), and DeBERTa's relative table
+stops together with the hidden states (theirs gets every exit's gradient), so that it belongs to the first exit, as the
+embeddings do. SWEET's exits still share the norm that their gradients are clipped to, as in the authors' code: another
+exit can shorten a step, not turn it. Branches on a frozen trunk, which go beyond the paper, are in branches.py.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,11 +33,12 @@ from torch import Tensor, nn
 from minisweet.checkpoint import Encoder, load_encoder
 from minisweet.layers import Dropout
 
-METHODS = ("sweet", "ee", "mm", "branch")
 EXIT_STRATEGIES = ("confidence", "lte")
 
 
-stop_gradient = torch.no_grad  # what is computed within passes no gradient back, and keeps no activations for one
+def stop_gradient(x: Tensor) -> Tensor:
+    """The same values, behind which no gradient passes back: the x of the picture."""
+    return x.detach()
 
 
 class ExitHead(nn.Module):
@@ -62,12 +53,13 @@ class ExitHead(nn.Module):
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
         super().__init__()
-        config = encoder.config
+        config, weights = encoder.config, encoder.word_embeddings.weight
+        D, of_encoder = config.hidden_size, {"device": weights.device, "dtype": weights.dtype}
         self.pooler_dropout = Dropout(config.pooler_dropout)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.pooler = nn.Linear(D, D, **of_encoder)
         self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
         self.dropout = Dropout(config.head_dropout)
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        self.classifier = nn.Linear(D, num_labels, **of_encoder)
         for linear in (self.pooler, self.classifier):
             nn.init.normal_(linear.weight, std=config.initializer_range)
             nn.init.zeros_(linear.bias)
@@ -75,7 +67,7 @@ class ExitHead(nn.Module):
             with torch.no_grad():
                 self.pooler.weight.copy_(encoder.pooler_start[0])
                 self.pooler.bias.copy_(encoder.pooler_start[1])
-        self.lte = nn.Linear(config.hidden_size, 1) if exit_strategy == "lte" else None
+        self.lte = nn.Linear(D, 1, **of_encoder) if exit_strategy == "lte" else None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states (B, T, D), of which the first token is read, to logits (B, C) and certainty (B,), or None."""
@@ -100,21 +92,21 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
 
 
 class MultiExitModel(nn.Module):
-    """An encoder with an exit head after each layer of `exit_layers`: EE, SWEET, or branches on a frozen trunk.
+    """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
 
     Args:
         encoder: from `load_encoder`.
         exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
         num_labels: C.
-        method: "sweet", "ee" or "branch". SWEET and EE give the same logits from the same weights; only the gradients
-            differ. In a branch model the encoder and the last head are the trunk: they get no gradient and stay in
-            evaluation mode. `grow_branches` makes one of a fine-tuned model.
+        method: "sweet" or "ee", which give the same logits from the same weights; only the gradients differ.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
 
     Raises:
         ValueError: exit layers that are not increasing or not in the encoder, fewer than two labels, another method or
             exit strategy.
     """
+
+    methods: tuple[str, ...] = ("sweet", "ee")
 
     def __init__(
         self,
@@ -126,8 +118,9 @@ class MultiExitModel(nn.Module):
     ) -> None:
         super().__init__()
         check_exit_layers(exit_layers, len(encoder.layers))
-        if method not in METHODS or method == "mm":  # of which `MultiModel` is the model
-            raise ValueError(f"method is {method!r:.80}, and must be 'sweet', 'ee' or 'branch'")
+        if method not in self.methods:
+            others = "; others: build_multi_model for mm, minisweet.branches.BranchModel for branch"
+            raise ValueError(f"method is {method!r:.80}, and must be {' or '.join(map(repr, self.methods))}{others}")
         if exit_strategy not in EXIT_STRATEGIES:
             raise ValueError(f"exit_strategy is {exit_strategy!r:.80}, and must be {' or '.join(EXIT_STRATEGIES)}")
         if type(num_labels) is not int or num_labels < 2:
@@ -137,10 +130,6 @@ class MultiExitModel(nn.Module):
         self.method = method
         self.num_labels = num_labels
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
-        if method == "branch":
-            self.branches = nn.ModuleList(copy.deepcopy(encoder.layers[n - 1]) for n in exit_layers[:-1])
-            self.heads[-1].lte = None  # nobody asks the last exit whether it is right
-            self.train(self.training)
 
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
@@ -151,61 +140,35 @@ class MultiExitModel(nn.Module):
         right there, while this generator waits: that frees the segment's activations. What is not asked for, the
         layers after the last exit taken from here, is not run. For the arguments see `forward`.
         """
-        with self.frozen_trunk():
-            hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
-            context = self.encoder.context(attention_mask)
+        hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
+        context = self.encoder.context(attention_mask)
         for k, (start, n) in enumerate(pairwise((0, *self.exit_layers))):
-            with self.frozen_trunk():
-                hidden = self.encoder.run_layers(hidden, context, start, n - 1)
-            cls = self.read(k, hidden, context)
-            with nullcontext() if self.has_branch(k) else self.frozen_trunk():
-                said = self.heads[k](cls)
-            yield said  # out here, since a generator's no_grad reaches its caller
+            hidden = self.encoder.run_layers(hidden, context, start, n - 1)
+            cls = self.cls_at_exit(k, hidden, context)
+            yield self.heads[k](cls)
             if n < self.exit_layers[-1]:
-                hidden, context = self.go_on(k, hidden, context, cls)
+                hidden, context = self.cross_exit(k, hidden, context, cls)
 
-    def read(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Run exit k's layer for [CLS], which is all that the exit reads: to (B, 1, D), or more tokens, [CLS] first.
+    def cls_at_exit(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """What exit k reads, counted from 0: [CLS] after the exit's layer, (B, 1, D).
 
-        `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder; k counts from 0.
+        `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder.
         """
-        if self.has_branch(k):
-            return self.branches[k].forward_cls(hidden, context)
-        with self.frozen_trunk():
-            return self.encoder.layers[self.exit_layers[k] - 1].forward_cls(hidden, context)
+        return self.encoder.layers[self.exit_layers[k] - 1].forward_cls(hidden, context)
 
-    def go_on(
+    def cross_exit(
         self, k: int, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Cross exit k, which is not the last: the hidden states after its layer, and the context of the next one.
 
-        The gradients of EE and SWEET differ by this alone. The arguments are those of `read`, and what it returned.
+        The gradients of EE and SWEET differ by this alone. Arguments: those of `cls_at_exit`, and what it returned.
         """
         layer = self.encoder.layers[self.exit_layers[k] - 1]
-        if self.method == "branch":  # the exit has read its private copy; the trunk's layer is not trained
-            with torch.no_grad():
-                return layer(hidden, context), context
         if self.method == "ee":  # all later losses flow back through here
-            return layer.finish(hidden, context, cls), context
-        with stop_gradient():  # SWEET: no later loss does, neither through the hidden states nor through the context
-            hidden = layer.finish(hidden, context, cls)
-        return hidden, tuple(tensor.detach() for tensor in context)
-
-    def has_branch(self, k: int) -> bool:
-        """Whether exit k reads a private copy of its layer."""
-        return self.method == "branch" and k < len(self.branches)
-
-    def frozen_trunk(self):
-        """The context in which the trunk runs: without gradient if it is frozen, that is, in a branch model."""
-        return torch.no_grad() if self.method == "branch" else nullcontext()
-
-    def train(self, mode: bool = True) -> "MultiExitModel":
-        """As any module's, but for a branch model's trunk, which stays in evaluation mode."""
-        super().train(mode)
-        if self.method == "branch":
-            self.encoder.eval()
-            self.heads[-1].eval()
-        return self
+            return layer.forward_keeping_cls(hidden, context, cls), context
+        with torch.no_grad():  # nothing is kept for a backward pass that will not come
+            hidden = layer.forward_keeping_cls(hidden, context, cls)
+        return stop_gradient(hidden), tuple(map(stop_gradient, context))  # SWEET: no later loss flows back
 
     @property
     def losses_are_apart(self) -> bool:
@@ -214,33 +177,26 @@ class MultiExitModel(nn.Module):
 
     @property
     def trained_exits(self) -> int:
-        """How many exits are trained, from the first on: all, but for the last one of a branch model."""
-        return len(self.heads) - (self.method == "branch")
+        """How many exits are trained, from the first on."""
+        return len(self.heads)
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters that training updates, in groups of which each is clipped by itself.
+        """The parameters that training updates, in groups of which each is clipped by itself: here all, in one.
 
-        A branch model has a group for each branch, in the order of its exits; the others have one for all, whose
-        gradients the authors clip together.
+        The authors clip all exits' gradients together.
         """
-        if self.method != "branch":
-            return [list(self.parameters())]
-        pairs = zip(self.branches, self.heads[:-1], strict=True)
-        return [[*branch.parameters(), *head.parameters()] for branch, head in pairs]
+        return [list(self.parameters())]
 
     def keep_exits(self, exit_layers: Sequence[int]) -> "MultiExitModel":
         """The same model with only these of its exits, sharing all weights; the last exit must be among them.
 
         Raises ValueError for other layers.
         """
-        kept = [k for k, n in enumerate(self.exit_layers) if n in exit_layers]
         check_kept(self.exit_layers, exit_layers)
         model = copy.copy(self)
         model._modules = self._modules.copy()
         model.exit_layers = tuple(exit_layers)
-        model.heads = nn.ModuleList(self.heads[k] for k in kept)
-        if self.method == "branch":
-            model.branches = nn.ModuleList(self.branches[k] for k in kept[:-1])
+        model.heads = nn.ModuleList(self.heads[self.exit_layers.index(n)] for n in exit_layers)
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -255,25 +211,6 @@ class MultiExitModel(nn.Module):
             Logits (K, B, C).
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
-
-
-def grow_branches(
-    trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy: str = "confidence"
-) -> MultiExitModel:
-    """A branch model on a fine-tuned model of one exit, at its end, whose encoder and head it takes over as they are.
-
-    Each branch is a copy of the trunk's layer, a pooler that starts from the trunk's, and a fresh classifier. Raises
-    ValueError for exit layers that do not end where the trunk does.
-    """
-    if len(trunk.heads) != 1 or exit_layers[-1] != trunk.exit_layers[0]:
-        ends = f"{','.join(map(str, trunk.exit_layers))}"
-        raise ValueError(f"exit_layers is {','.join(map(str, exit_layers))!r}, and the trunk has its exit after {ends}")
-    encoder, head = trunk.encoder, trunk.heads[0]
-    encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
-    model = MultiExitModel(encoder, exit_layers, trunk.num_labels, "branch", exit_strategy)
-    model.heads[-1] = head
-    head.lte = None
-    return model.train(trunk.training)
 
 
 class MultiModel(nn.ModuleList):

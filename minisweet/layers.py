@@ -66,10 +66,10 @@ class TransformerLayer(nn.Module):
         """
 
     @abstractmethod
-    def cls_scores(self, query: Tensor, K: Tensor, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+    def cls_scores(self, query: Tensor, Wk: Tensor, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """What padding and positions add to the scores of [CLS] on all tokens: a shape that broadcasts to (B, H, T).
 
-        `query` (H, B, d) is that of [CLS], scaled; `K` (H, d, D) are the weights of the keys.
+        `query` (H, B, d) is that of [CLS], scaled; `Wk` (H, d, D) are the weights of the keys.
         """
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -84,19 +84,19 @@ class TransformerLayer(nn.Module):
         """The layer for [CLS] alone: hidden states (B, T, D) to (B, 1, D).
 
         With a single query q, no token t needs a key and a value of its own, but its hidden state h_t alone:
-            score on t      q . (K h_t) = (K^T q) . h_t
-            sum of values   sum of w_t (V h_t + b) = V (sum of w_t h_t) + b (sum of w_t), which dropout moves from 1
+            score on t      q . (Wk h_t) = (Wk^T q) . h_t
+            sum of values   sum of w_t (Wv h_t + b) = Wv (sum of w_t h_t) + b (sum of w_t), which dropout moves from 1
         """
-        Q, K, V, query_bias, value_bias = self.projections()
-        query = (hidden[:, 0] @ Q.mT + query_bias) * self.scale  # (H, B, d)
-        scores = (query @ K).transpose(0, 1) @ hidden.mT  # (B, H, T)
-        scores = scores + self.cls_scores(query, K, hidden, context)
+        Wq, Wk, Wv, query_bias, value_bias = self.projections()
+        query = (hidden[:, 0] @ Wq.mT + query_bias) * self.scale  # (H, B, d)
+        scores = (query @ Wk).transpose(0, 1) @ hidden.mT  # (B, H, T)
+        scores = scores + self.cls_scores(query, Wk, hidden, context)
         weights = self.attention_dropout(scores.softmax(-1))
-        value = (weights @ hidden).transpose(0, 1) @ V.mT  # (H, B, d)
+        value = (weights @ hidden).transpose(0, 1) @ Wv.mT  # (H, B, d)
         value = value + weights.sum(-1).mT[..., None] * value_bias
         return self.after_attention(hidden[:, :1], value.transpose(0, 1)[:, :, None])
 
-    def finish(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
+    def forward_keeping_cls(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
         """The whole layer, where `forward_cls` has made [CLS], (B, 1, D), already: to (B, T, D).
 
         In training [CLS] goes on as the exit has read it, with the same dropout. In evaluation the two are the same but

@@ -4,7 +4,7 @@ Who is left goes on in batches as full as before, each shortened to its longest 
 sweep in adaptive.py, since an instance's logits do not depend on its batch. Their rounding does: a confidence within
 about 1e-6 of the threshold in float32, 1e-2 in bfloat16, may fall on either side.
 
-Dimension letters: B instances, T tokens, D hidden size, K exits, C classes, N instances of a data set.
+Dimension letters: B instances, T tokens, D hidden size, K exits, C classes, R instances that are still here.
 """
 
 from typing import NamedTuple
@@ -50,61 +50,78 @@ def early_exit(
     Raises:
         ValueError: a rule of another shape.
     """
-    K, B, C = len(model.exit_layers), len(input_ids), model.num_labels
-    rule = rule or ExitRule(C)
-    rule.check(K, B)
+    K = len(model.exit_layers)
+    rule = rule or ExitRule(model.num_labels)
+    rule.check(K, len(input_ids))
     first = K - 1 if threshold >= 1 and model.method != "mm" else 0  # the first exit that is asked
     asked = model.keep_exits(model.exit_layers[-1:]) if first else model
-    if B == 1:  # nobody to regroup
-        inputs = (x[:, : max(1, int(attention_mask.sum()))] for x in (input_ids, attention_mask, token_type_ids))
-        for exit_number, (exit_logits, certainty) in enumerate(asked.exit_by_exit(*inputs), start=first):
-            sure = rule.confidence(exit_number, exit_logits, certainty)
-            if exit_number == K - 1 or leaves(sure, threshold, rule.lowest):
-                exit_taken = torch.full_like(sure, exit_number, dtype=torch.long)
-                return Answers(exit_logits.argmax(-1), exit_taken, exit_logits.float(), sure)
-    parts = list(asked) if isinstance(asked, MultiModel) else [asked]
-    walk = [(part, k) for part in parts for k in range(len(part.exit_layers))]
+    inputs = (input_ids, attention_mask, token_type_ids)
+    if len(input_ids) != 1:
+        return _regrouped(asked, inputs, threshold, rule, batch_size, first)
+    inputs = (x[:, : max(1, int(attention_mask.sum()))] for x in inputs)  # alone: nobody to regroup
+    for k, (logits, certainty) in enumerate(asked.exit_by_exit(*inputs), start=first):
+        sure = rule.confidence(k, logits, certainty)
+        if k == K - 1 or leaves(sure, threshold, rule.lowest):
+            break
+    return Answers(logits.argmax(-1), torch.full_like(sure, k, dtype=torch.long), logits.float(), sure)
 
-    labels, exits = torch.zeros_like(input_ids[:, 0]), torch.zeros_like(input_ids[:, 0])
-    logits, confidence = (torch.zeros(B, *shape, device=input_ids.device) for shape in ((C,), ()))
+
+def _regrouped(
+    asked: MultiExitModel | MultiModel,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    threshold: float,
+    rule: ExitRule,
+    batch_size: int,
+    first: int,
+) -> Answers:
+    """`early_exit` of many instances. `first` is the number of `asked`'s first exit in the rule."""
+    input_ids, attention_mask, _ = inputs
     lengths = attention_mask.sum(1).long().cpu()
-    # Who is still here, similar lengths together; on the CPU, so that a GPU is waited for once per exit, not per group.
+    # Who is still here, (R,), similar lengths together; on the CPU, so that a GPU is waited for once per exit.
     rows = lengths.argsort(descending=True, stable=True)
+    of_all = {"device": input_ids.device, "dtype": torch.float32}
+    logits, confidence = torch.zeros(len(rows), asked.num_labels, **of_all), torch.zeros(len(rows), **of_all)
+    labels, exits = torch.zeros_like(input_ids[:, 0]), torch.zeros_like(input_ids[:, 0])
     states = None  # the hidden states of all (B, T, D), from one exit to the next; finite at padding
-    for exit_number, (part, k) in enumerate(walk, start=first):
+    parts = list(asked) if isinstance(asked, MultiModel) else [asked]
+    exits_of_parts = [(part, k) for part in parts for k in range(len(part.exit_layers))]
+    for exit_number, (part, k) in enumerate(exits_of_parts, start=first):
         if len(rows) == 0:
             break
-        start, n = (0, *part.exit_layers)[k : k + 2]
-        goes_on = k + 1 < len(part.exit_layers)  # into layers of this model; MM's next model starts anew
-        groups, read, before = rows.split(batch_size), [], []
-        for group in groups:
-            T = max(1, int(lengths[group[0]]))  # of the longest; 1 for a batch of nothing but padding
-            mask = attention_mask[group, :T]
-            context = part.encoder.context(mask)
-            if k == 0:
-                hidden = part.encoder.embed(input_ids[group, :T], token_type_ids[group, :T])
-            else:
-                hidden = states[group, :T]
-            hidden = part.encoder.run_layers(hidden, context, start, n - 1)
-            cls = part.read(k, hidden, context)  # who leaves needs no more of this layer than [CLS]
-            read.append(cls[:, :1])
-            before.append((hidden, mask, cls) if goes_on else None)
-        exit_logits, certainty = part.heads[k](torch.cat(read))  # (rows, C), (rows,)
-        sure = rule.confidence(exit_number, exit_logits, certainty, rows)  # (rows,)
+        groups = rows.split(batch_size)
+        reached = [_run_to_exit(part, k, group, inputs, lengths, states) for group in groups]
+        exit_logits, certainty = part.heads[k](torch.cat([cls[:, :1] for _, _, cls in reached]))  # (R, C), (R,)
+        sure = rule.confidence(exit_number, exit_logits, certainty, rows)  # (R,)
         stay = ~leaves(sure, threshold, rule.lowest).cpu()
         labels[rows], exits[rows] = exit_logits.argmax(-1), exit_number
-        logits[rows], confidence[rows] = exit_logits.float(), sure
-        if goes_on:
+        logits[rows], confidence[rows] = exit_logits.float(), sure.float()
+        if k + 1 < len(part.exit_layers):  # into layers of this model; MM's next model starts anew
             if states is None:
-                states = read[0].new_zeros(*input_ids.shape, read[0].shape[-1])
-            for group, keep, state in zip(groups, stay.split(batch_size), before, strict=True):
+                states = reached[0][0].new_zeros(*input_ids.shape, reached[0][0].shape[-1])
+            for group, keep, (hidden, mask, cls) in zip(groups, stay.split(batch_size), reached, strict=True):
                 if keep.any():
-                    hidden, mask, cls = state
                     keep = slice(None) if keep.all() else keep  # a slice copies nothing
-                    left, _ = part.go_on(k, hidden[keep], part.encoder.context(mask[keep]), cls[keep])
+                    left, _ = part.cross_exit(k, hidden[keep], part.encoder.context(mask[keep]), cls[keep])
                     states[group[keep], : left.shape[1]] = left
         rows = rows[stay]
     return Answers(labels, exits, logits, confidence)
+
+
+def _run_to_exit(
+    part: MultiExitModel, k: int, group: Tensor, inputs: tuple[Tensor, ...], lengths: Tensor, states: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the instances `group` to exit k, from the embeddings or from their `states` (B, T, D) at the exit before.
+
+    Returns the hidden states before the exit's layer, shortened to the longest instance, their mask, and what the exit
+    reads: who leaves needs no more of its layer than [CLS].
+    """
+    T = max(1, int(lengths[group[0]]))  # of the longest; 1 for a batch of nothing but padding
+    input_ids, mask, token_type_ids = (x[group, :T] for x in inputs)
+    context = part.encoder.context(mask)
+    start, n = (0, *part.exit_layers)[k : k + 2]
+    hidden = part.encoder.embed(input_ids, token_type_ids) if k == 0 else states[group, :T]
+    hidden = part.encoder.run_layers(hidden, context, start, n - 1)
+    return hidden, mask, part.cls_at_exit(k, hidden, context)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.base.commands import run_command
 from minisweet.bert import BertConfig, BertEncoder
+from minisweet.branches import BranchModel
 from minisweet.checkpoint import checkpoint_names
 from minisweet.data import toy
 from minisweet.deberta import DebertaConfig, DebertaEncoder
@@ -20,7 +21,13 @@ from minisweet.exits import MultiModel
 from minisweet.layers import float32_by_onednn
 
 CHECKOUT = Path(__file__).parent.parent
-SHARED = CHECKOUT.parent / "shared"
+
+
+def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confidence"):
+    """A model of one encoder, by the name of its method."""
+    if method == "branch":
+        return BranchModel(encoder, exit_layers, num_labels, strategy)
+    return MultiExitModel(encoder, exit_layers, num_labels, method, strategy)
 
 
 def pytest_configure(config) -> None:
@@ -112,7 +119,7 @@ def undecided_model(
     if method == "mm":
         model = build_multi_model(folder, (1, 2, 4), num_labels, strategy)
     else:
-        model = MultiExitModel(load_encoder(folder), (1, 2, 4), num_labels, method, strategy)
+        model = exit_model(load_encoder(folder), (1, 2, 4), num_labels, method, strategy)
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)

@@ -15,7 +15,8 @@ from minisweet.adaptive import (
     leaves,
     spaced_thresholds,
 )
-from minisweet.exits import EXIT_STRATEGIES, METHODS
+from minisweet.branches import METHODS
+from minisweet.exits import EXIT_STRATEGIES
 from tests.conftest import all_exits, random_batch, undecided_model, write_model
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from minisweet.base.devices import choose_precision, tune_cpu
-from minisweet.exits import METHODS
+from minisweet.branches import METHODS
 from minisweet.layers import float32_by_onednn
 from minisweet.runs.folders import load_run, newest_run
 from minisweet.runs.options import default_batch_size, default_learning_rate

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from minisweet.base import devices
 from minisweet.base.safe import InputError
+from minisweet.branches import METHODS
 from minisweet.checkpoint import load_encoder
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import sweep
-from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel
+from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from tests.benchmark.kill import result
 from tests.conftest import CHECKOUT, write_model
 from train import send_back

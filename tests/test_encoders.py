@@ -14,7 +14,7 @@ from minisweet import MultiExitModel, bert, load_encoder
 from minisweet.bert import attention, fused_is_faster
 from minisweet.deberta import by_distance, skew
 from minisweet.layers import Dropout, padding_bias
-from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder
+from tests.conftest import CHECKOUT, CONFIGS, exit_model, random_batch, tiny_encoder
 from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
 from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
 
@@ -210,24 +210,24 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     keep=st.lists(st.booleans(), min_size=4, max_size=4).map(torch.tensor),
 )
 def test_first_cls_and_then_the_others_are_the_layer(model_type, n, T, keep):
-    """`read` and `go_on` of an exit after layer n, for all instances and for those that stay alone."""
+    """`cls_at_exit` and `cross_exit` of an exit after layer n, for all instances and for those that stay alone."""
     encoder = tiny_encoder(model_type).eval()
     input_ids, mask, types = random_batch(length=T)
     exit_layers = (n,) if n == 4 else (n, 4)
-    models = {method: MultiExitModel(encoder, exit_layers, 2, method).eval() for method in ("ee", "sweet", "branch")}
+    models = {method: exit_model(encoder, exit_layers, 2, method).eval() for method in ("ee", "sweet", "branch")}
     with torch.no_grad():
         context = encoder.context(mask)
         hidden = encoder.run_layers(encoder.embed(input_ids, types), context, 0, n - 1)
         whole = encoder.run_layers(hidden, context, n - 1, n)
         for model in models.values():
-            cls = model.read(0, hidden, context)
+            cls = model.cls_at_exit(0, hidden, context)
             torch.testing.assert_close(cls, whole[:, :1], atol=1e-5, rtol=1e-5)
             if n < 4:
-                after, passed_on = model.go_on(0, hidden, context, cls)
+                after, passed_on = model.cross_exit(0, hidden, context, cls)
                 torch.testing.assert_close(after, whole, atol=1e-5, rtol=1e-5)
                 assert all(torch.equal(a, b) for a, b in zip(passed_on, context, strict=True))
                 context_of_some = model.encoder.context(mask[keep])
-                of_some, _ = model.go_on(0, hidden[keep], context_of_some, cls[keep])
+                of_some, _ = model.cross_exit(0, hidden[keep], context_of_some, cls[keep])
                 torch.testing.assert_close(of_some, whole[keep], atol=1e-5, rtol=1e-5)
 
 
@@ -252,8 +252,8 @@ def test_an_exits_cls_goes_on_with_the_dropout_that_the_exit_saw(model_type):
         model = MultiExitModel(tiny_encoder(model_type, hidden_dropout_prob=0.5), (2, 4), 2, method).train()
         input_ids, mask, types = random_batch()
         hidden, context = model.encoder.embed(input_ids, types), model.encoder.context(mask)
-        cls = model.read(0, hidden, context)
-        after, _ = model.go_on(0, hidden, context, cls)
+        cls = model.cls_at_exit(0, hidden, context)
+        after, _ = model.cross_exit(0, hidden, context, cls)
         assert torch.equal(after[:, :1], cls)
 
 

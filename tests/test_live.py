@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
+from minisweet.branches import METHODS
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import timing
 from minisweet.evaluation.timing import measure_live
-from minisweet.exits import EXIT_STRATEGIES, METHODS
+from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import Answers, early_exit, full_depth
 from tests.conftest import all_exits, random_batch, undecided_model, write_model
 

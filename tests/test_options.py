@@ -2,7 +2,7 @@
 
 import pytest
 
-from minisweet.exits import METHODS
+from minisweet.branches import METHODS
 from minisweet.runs.options import default_learning_rate, exit_layers_for
 
 

@@ -13,7 +13,8 @@ import train
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken, spaced_thresholds
 from minisweet.base.safe import InputError
-from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiModel
+from minisweet.branches import METHODS
+from minisweet.exits import EXIT_STRATEGIES, MultiModel
 from minisweet.live import early_exit, full_depth
 from minisweet.use import predict
 from minisweet.use.prepared import PackedLayer, PackedLinear, prepare

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minisweet import MultiExitModel, load_encoder
+from minisweet import load_encoder
 from minisweet.base.safe import InputError, clear_leftovers, write_json
 from minisweet.checkpoint import load_classifier
 from minisweet.exits import build_multi_model
@@ -31,7 +31,7 @@ from minisweet.runs.folders import (
     run_name,
     save_run,
 )
-from tests.conftest import CONFIGS, random_batch, write_model
+from tests.conftest import CONFIGS, exit_model, random_batch, write_model
 from tests.test_checkpoint import save_classifier
 from tests.test_safe import content, stopped_at
 
@@ -75,7 +75,7 @@ EVALUATION = {
 def make_model(folder: Path, method: str = "sweet", num_labels: int = 2):
     if method == "mm":
         return build_multi_model(folder, LAYERS, num_labels).eval()
-    return MultiExitModel(load_encoder(folder), LAYERS, num_labels, method).eval()
+    return exit_model(load_encoder(folder), LAYERS, num_labels, method).eval()
 
 
 def make_run(folder: Path, model_type: str = "bert", method: str = "sweet", **changes) -> Path:

@@ -13,7 +13,7 @@ from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
-from tests.conftest import write_model
+from tests.conftest import exit_model, write_model
 
 
 def test_only_the_embeddings_of_words_that_occur_move(tmp_path, model_type):
@@ -60,7 +60,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     tokenizer = load_tokenizer(folder, 60, 16)
     examples = TokenizedExamples(tokenizer, load_examples("toy", "train", Path()), np.arange(24))
     torch.manual_seed(0)
-    ours = MultiExitModel(load_encoder(folder), (1, 2, 4), 2, method)
+    ours = exit_model(load_encoder(folder), (1, 2, 4), 2, method)
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain = copy.deepcopy(ours)
@@ -99,7 +99,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
 def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_path, model_type, strategy):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
     examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
-    model = MultiExitModel(load_encoder(folder), (1, 3, 4), 2, "branch", strategy).eval()
+    model = exit_model(load_encoder(folder), (1, 3, 4), 2, "branch", strategy).eval()
     before, modes = {name: tensor.clone() for name, tensor in model.state_dict().items()}, set()
     for name, module in model.named_modules():
         if name.endswith(("output", "classifier", "embedding_norm")):
@@ -120,7 +120,7 @@ def test_a_branch_trains_as_if_it_were_alone(tmp_path, model_type):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
     torch.manual_seed(0)
-    together = MultiExitModel(load_encoder(folder), (1, 2, 4), 2, "branch")
+    together = exit_model(load_encoder(folder), (1, 2, 4), 2, "branch")
     for head in together.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     alone = copy.deepcopy(together).keep_exits((2, 4))
@@ -145,7 +145,7 @@ def test_the_trunks_probabilities_are_targets(tmp_path, method):
     np.testing.assert_allclose(own, logits.softmax(-1), atol=1e-5)
     half = train.trunk_targets(trunk, examples, None, "half")
     np.testing.assert_allclose(half, (own + np.eye(2)[examples.labels]) / 2, atol=1e-6)
-    model = MultiExitModel(load_encoder(folder), (1, 4), 2, method)
+    model = exit_model(load_encoder(folder), (1, 4), 2, method)
     batch = examples.with_targets(own).batch(np.array([3, 7, 1]))
     losses = train.send_back(model.eval(), batch, torch.amp.GradScaler("cpu", enabled=False))
     ours = model(*batch.inputs).log_softmax(-1)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from minisweet import EarlyExitClassifier, MultiExitModel
+from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken
 from minisweet.base.commands import run_command
 from minisweet.base.safe import InputError, sha256
@@ -31,7 +31,7 @@ from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples
 from minisweet.runs.folders import load_run
 from minisweet.use import explain, export, predict
-from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, random_batch, tiny_encoder, write_model
+from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, exit_model, random_batch, tiny_encoder, write_model
 
 TEXTS = ["the film was superb", ("a dull film", "you and i"), "", "not bad , it is great", ("the film", "")]
 
@@ -440,7 +440,7 @@ def test_export_refuses(make_run, run, tmp_path):
 def test_torch_export_with_dynamic_shapes(model_type, method):
     """One program for all batches and lengths, from two tokens to all positions."""
     encoder = tiny_encoder(model_type, num_hidden_layers=2, max_position_embeddings=200)
-    model = MultiExitModel(encoder, (1, 2), 3, method).eval()
+    model = exit_model(encoder, (1, 2), 3, method).eval()
     shape = {0: torch.export.Dim("B", min=1, max=512), 1: torch.export.Dim("T", min=2, max=200)}
     with torch.no_grad():
         program = torch.export.export(model, random_batch(batch=3), dynamic_shapes=[shape] * 3).module()

@@ -27,9 +27,10 @@ from pathlib import Path
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
 from minisweet.base.safe import LOG, InputError, clone, hold, read_json, write_json, written_beside
+from minisweet.branches import METHODS
 from minisweet.data.load import DATA_DIR, digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
-from minisweet.exits import EXIT_STRATEGIES, METHODS
+from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name

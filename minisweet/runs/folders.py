@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,12 +28,14 @@ from safetensors.torch import save
 from minisweet import checkpoint
 from minisweet.base import safe
 from minisweet.base.safe import InputError, as_written, is_text, listed, read_json, sha256, write_json, written_beside
+from minisweet.base.weights import WEIGHTS
+from minisweet.branches import METHODS, BranchModel
 from minisweet.calibration import CALIBRATIONS
-from minisweet.checkpoint import OURS, WEIGHTS, read_config
+from minisweet.checkpoint import OURS, read_config
 from minisweet.config import Config
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
-from minisweet.exits import EXIT_STRATEGIES, METHODS, MultiExitModel, MultiModel
+from minisweet.exits import EXIT_STRATEGIES, MultiExitModel, MultiModel
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
@@ -324,7 +327,8 @@ def _new_model(config: Config, record: dict) -> MultiExitModel | MultiModel:
 
     def with_exits(exit_layers: list[int], method: str) -> MultiExitModel:
         encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
-        return MultiExitModel(encoder, exit_layers, record["num_labels"], method, record["exit_strategy"])
+        make = BranchModel if method == "branch" else partial(MultiExitModel, method=method)
+        return make(encoder, exit_layers, record["num_labels"], exit_strategy=record["exit_strategy"])
 
     if record["method"] == "mm":
         return MultiModel(with_exits([n], "sweet") for n in record["exit_layers"])
@@ -351,7 +355,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
     if is_run(folder):
         model, record = load_run(folder)
         model = model[-1] if record["method"] == "mm" else model
-        if len(model.heads) > 1 and record["method"] != "branch":
+        if len(model.heads) > 1 and not isinstance(model, BranchModel):
             layers = ",".join(map(str, model.exit_layers))
             raise InputError(f"--trunk: {folder} has exits after layers {layers}, and a trunk has one, at its end")
         return model.keep_exits(model.exit_layers[-1:]), record

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from minisweet.base.safe import LOG, InputError, home, is_text, one_line, sha256, written_beside
-from minisweet.checkpoint import INDEX, PICKLED, WEIGHTS, open_weights, read_config
+from minisweet.base.weights import INDEX, PICKLED, WEIGHTS, open_weights
+from minisweet.checkpoint import read_config
 from minisweet.data.text import load_tokenizer
 
 REPOSITORIES = {

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minisweet.base.commands import Parser, run_command, whole_number
 from minisweet.base.safe import InputError, write_json, written_beside
+from minisweet.branches import BranchModel
 from minisweet.checkpoint import checkpoint_names
 from minisweet.config import Config
 from minisweet.data.text import load_tokenizer
@@ -70,7 +71,7 @@ def plain_tensors(model: MultiExitModel, k: int) -> dict[str, Tensor]:
     """The weights up to exit k under the names of transformers: a branch's own layer stands where the trunk's was."""
     model_type, n, head = model.encoder.config.model_type, model.exit_layers[k], model.heads[k]
     weights = model.encoder.state_dict()
-    if model.has_branch(k):
+    if isinstance(model, BranchModel) and k < len(model.branches):
         weights |= {f"layers.{n - 1}.{name}": tensor for name, tensor in model.branches[k].state_dict().items()}
     tensors = {}
     for ours, theirs in checkpoint_names(n).items():

@@ -88,7 +88,7 @@ class PackedLayer:
         go_on = not self.is_read_alone and self.is_short(hidden)
         return self(hidden, context) if go_on else super().forward_cls(hidden, context)
 
-    def finish(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
+    def forward_keeping_cls(self, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor) -> Tensor:
         """Nothing is left to do where `forward_cls` has made all tokens."""
         return cls if cls.shape[1] == hidden.shape[1] else self(hidden, context)
 

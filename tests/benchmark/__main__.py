@@ -33,18 +33,18 @@ from minisweet.base.commands import Parser, list_of, one_of, run_command
 from minisweet.base.devices import tune_cpu
 from minisweet.base.safe import read_json, write_json
 from minisweet.bert import BertConfig, BertEncoder
+from minisweet.branches import METHODS
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.evaluation.sweep import predict
 from minisweet.evaluation.timing import GATHERED
-from minisweet.exits import METHODS
 from minisweet.live import early_exit
 from minisweet.runs.folders import load_run, method_name, read_record
 from minisweet.runs.hub import model_folder
 from minisweet.use.prepared import prepare
 from tests.benchmark.rivals import classify_unit, export_all
-from tests.conftest import checkpoint_tensors
+from tests.conftest import checkpoint_tensors, exit_model
 from train import send_back, used_rows
 
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
@@ -455,7 +455,7 @@ def live(rows: list, args) -> None:
 def saved_bytes(method: str) -> int:
     """Peak bytes that autograd holds for the backward pass in one step: base size, batch 16 x 128, exits 1,4,6,12."""
     torch.manual_seed(0)
-    model = MultiExitModel(our_encoder("bert", "base"), (1, 4, 6, 12), 2, method).train()
+    model = exit_model(our_encoder("bert", "base"), (1, 4, 6, 12), 2, method).train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held: dict[int, int] = {}
     now = peak = 0
