@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, spaced_thresholds
 from minisweet.base import devices
-from minisweet.base.commands import Parser, list_of, number, run_command, whole_number
+from minisweet.base.commands import Parser, Progress, list_of, number, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, write_json
 from minisweet.data.load import digest, load_dev
 from minisweet.data.tasks import TASKS
@@ -153,7 +152,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         layers, of_row = np.array(of_model[0])[taken], np.array(dev.difficulties)  # (thresholds, N), (N,)
         evaluation["mean_exit_layers"] = {level: layers[:, of_row == level].mean(1).tolist() for level in LEVELS}
     if args.live and devices.place().rank == 0:
-        progress = partial(tqdm, desc="live", unit="threshold")
+        progress = partial(Progress, desc="live", unit="threshold")
         live_model = prepare(model, precision) if args.prepared else model
         costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
         with devices.autocast(device, precision):

@@ -32,9 +32,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def as_process(monkeypatch, rank: int, processes: int) -> None:
-    """As if torchrun had started this process."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", processes)):
-        monkeypatch.setenv(name, str(value))
+    """As if this process were one of torchrun's, and had met the others."""
+    monkeypatch.setattr(devices, "PLACES", [devices.Place(rank, rank, processes)])
 
 
 @pytest.fixture
@@ -108,7 +107,6 @@ def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strate
 def test_where_a_process_is(monkeypatch):
     assert devices.place() == (0, 0, 1)
     assert devices.of_all("x") == ["x"]
-    assert devices.together(test_where_a_process_is) is test_where_a_process_is
     as_process(monkeypatch, 2, 3)
     assert devices.place() == (2, 2, 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
