@@ -29,7 +29,7 @@ from minisweet.base import devices
 from minisweet.base.commands import Parser, Progress, positive_float, run_command, whole_number
 from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
 from minisweet.base.safe import InputError, write_json
-from minisweet.branches import METHODS, BranchModel, grow_branches
+from minisweet.branches import METHODS, BranchModel, add_exits, grow_branches, slice_trunk
 from minisweet.config import Config
 from minisweet.data.load import OF_OWN_DATA, Data, add_data_options, data_name, digest, drawn_rows, load_data
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
@@ -169,10 +169,15 @@ def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(__doc__)
     option = parser.add_argument_group("method").add_argument
-    option("--method", choices=METHODS, help="default: sweet, and branch with --trunk")
+    option("--method", choices=METHODS, help="default: sweet; branch with --data or --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option("--trunk", type=Path, metavar="FOLDER", help="branches: on this run or classifier, which stays as it is")
-    option("--targets", choices=TARGETS, default="labels", help="branches: learn labels, the trunk's own, or half each")
+    option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; branches leave it as it is")
+    option(
+        "--targets",
+        choices=TARGETS,
+        default="labels",
+        help="learn labels, the trunk's own, or half each (default: labels)",
+    )
     option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
     add_data_options(parser)
     option = parser.add_argument_group("training").add_argument
@@ -187,8 +192,9 @@ def parse_arguments() -> argparse.Namespace:
     options.add_training_options(parser)
     parser.set_defaults(model=None)  # tells whether it is given
     args = parser.parse_args()
-    args.method = args.method or ("branch" if args.trunk else "sweet")
-    parser.need(args, args.method == "branch", "--method branch", "trunk", "targets", "branch_lr_factor")
+    args.method = args.method or ("branch" if args.trunk or args.data else "sweet")
+    parser.need(args, args.method == "branch", "--method branch", "branch_lr_factor")
+    parser.need(args, args.trunk or args.method == "branch", "--trunk or --method branch", "targets")
     parser.need(args, args.data, "--data", *OF_OWN_DATA)
     parser.need(args, args.data is None, "a task, and --data is given", "data_dir")
     parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
@@ -213,10 +219,10 @@ def fit(
     args: argparse.Namespace,
     checkpoints: Checkpoints,
 ) -> tuple[nn.Module, np.ndarray, dict[str, float]]:
-    """Make and train the model of --method, or branches on a trunk that is there; go on where `checkpoints` are.
+    """Make and train the model of --method, from a trunk where one is given; go on where `checkpoints` are.
 
-    Returns the model, on the CPU, the losses (steps, K), or (steps, K-1) without the last exit's where the trunk was
-    there, and the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
+    Returns the model, on the CPU, the losses (steps, K), or (steps, K-1) without the last exit's where it is a trunk
+    that stays as it was, and the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
     """
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device)
@@ -231,23 +237,34 @@ def fit(
         seconds[stage] = checkpoints.lap()
 
     torch.manual_seed(args.seed)
-    if args.method == "mm":
-        model = build_multi_model(folder, exit_layers, num_labels, args.exit_strategy)
-        for part in model:
-            run(part, examples, args.lr, f"layers {part.exit_layers[0]}")
-    elif args.method == "branch":
-        if trunk is None:
-            trunk = build_alone(folder, exit_layers[-1], num_labels, args.exit_strategy)  # MM's last model, to the bit
-            run(trunk, examples, args.lr, "trunk")
+    is_given = trunk is not None
+    if args.method == "branch" and not is_given:
+        trunk = build_alone(folder, exit_layers[-1], num_labels, args.exit_strategy)  # MM's last model, to the bit
+        run(trunk, examples, args.lr, "trunk")
+    if trunk is not None:
         if args.targets != "labels":
             examples = examples.with_targets(trunk_targets(trunk.to(device), examples, precision, args.targets))
-        torch.manual_seed(args.seed)  # so that the branches are the same ones on any trunk
-        model = grow_branches(trunk, exit_layers, args.exit_strategy)
-        run(model, examples, args.branch_lr_factor * args.lr, "branches")
-        losses.reverse()  # the trunk's, of the last exit, was trained first
+            trunk.cpu()
+        torch.manual_seed(args.seed)  # so that what is new is the same on any trunk
+    strategy = args.exit_strategy
+    if args.method == "mm":
+        if is_given:
+            model = slice_trunk(trunk, exit_layers, strategy)
+        else:
+            model = build_multi_model(folder, exit_layers, num_labels, strategy)
+        for part in model[:-1] if is_given else model:  # a trunk that is there stays as it is
+            run(part, examples, args.lr, f"layers {part.exit_layers[0]}")
+    elif args.method == "branch":
+        model = grow_branches(trunk, exit_layers, strategy)
+        if model.branches:  # else the trunk is all
+            run(model, examples, args.branch_lr_factor * args.lr, "branches")
+            losses.reverse()  # the trunk's, of the last exit, was trained first
     else:
-        encoder = load_encoder(folder, exit_layers[-1])
-        model = MultiExitModel(encoder, exit_layers, num_labels, args.method, args.exit_strategy)
+        if is_given:
+            model = add_exits(trunk, exit_layers, args.method, strategy)
+        else:
+            encoder = load_encoder(folder, exit_layers[-1])
+            model = MultiExitModel(encoder, exit_layers, num_labels, args.method, strategy)
         run(model, examples, args.lr, args.method)
     return model, np.concatenate(losses, axis=1), seconds
 
@@ -255,7 +272,7 @@ def fit(
 def trunk_targets(
     trunk: MultiExitModel, examples: TokenizedExamples, precision: torch.dtype | None, targets: str
 ) -> np.ndarray:
-    """What branches learn instead of labels, (N, C): the trunk's probabilities, or half of them and half the label."""
+    """What exits learn instead of labels, (N, C): the trunk's probabilities, or half of them and half the label."""
     logits, _ = predict(trunk.eval(), examples, precision, "targets")
     probabilities = logits[-1].softmax(-1)
     if targets == "half":
@@ -313,7 +330,7 @@ def train_run(args: argparse.Namespace) -> None:
 class Start(NamedTuple):
     """What a training starts from."""
 
-    trunk: MultiExitModel | None  # to grow branches on
+    trunk: MultiExitModel | None
     folder: Path  # of the model
     config: Config
     exit_layers: Sequence[int]
@@ -328,8 +345,8 @@ def find_start(args: argparse.Namespace) -> Start:
     with devices.in_turn():
         folder, config, exit_layers = options.find_model(args)
         data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
-    if args.method == "branch" and len(exit_layers) < 2:
-        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone; branches need one before the last")
+    if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
+        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
     if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
         raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
     return Start(trunk, folder, config, exit_layers, data)

@@ -12,13 +12,14 @@ Dimension letters: B batch, T tokens, D hidden size, K exits, C classes.
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from minisweet.checkpoint import Encoder
-from minisweet.exits import MultiExitModel
+from minisweet.exits import ExitHead, MultiExitModel, MultiModel
 
 METHODS = ("sweet", "ee", "mm", "branch")
 
@@ -97,12 +98,44 @@ def grow_branches(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strate
     Each branch is a copy of the trunk's layer, a pooler that starts from the trunk's, and a fresh classifier. Raises
     ValueError for exit layers that do not end where the trunk does.
     """
+    model = BranchModel(_encoder_of(trunk, exit_layers), exit_layers, trunk.num_labels, exit_strategy)
+    model.heads[-1] = trunk.heads[0]
+    model.heads[-1].lte = None
+    return model.train(trunk.training)
+
+
+def add_exits(
+    trunk: MultiExitModel, exit_layers: Sequence[int], method: str = "ee", exit_strategy: str = "confidence"
+) -> MultiExitModel:
+    """EE or SWEET that starts from a fine-tuned model of one exit, which becomes the last one, bit for bit.
+
+    EE so started is "mixed" training (https://arxiv.org/abs/2407.14320). The other exits' heads start as those of
+    `grow_branches`. The trunk's weights are taken over, not copied. Raises ValueError as `grow_branches` does.
+    """
+    model = MultiExitModel(_encoder_of(trunk, exit_layers), exit_layers, trunk.num_labels, method, exit_strategy)
+    trunk.heads[0].lte, model.heads[-1] = model.heads[-1].lte, trunk.heads[0]
+    return model.train(trunk.training)
+
+
+def slice_trunk(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy: str = "confidence") -> MultiModel:
+    """MM's models from a fine-tuned model of one exit: copies of its first n layers, and the trunk itself as the last.
+
+    The copies' heads start as those of `grow_branches`. Raises ValueError as it does.
+    """
+    whole, models = _encoder_of(trunk, exit_layers), MultiModel()
+    for n in exit_layers[:-1]:
+        encoder = copy.deepcopy(whole)
+        encoder.layers, encoder.config = encoder.layers[:n], replace(whole.config, num_hidden_layers=n)
+        models.append(MultiExitModel(encoder, (n,), trunk.num_labels, exit_strategy=exit_strategy))
+    trunk.heads[0].lte = ExitHead(whole, trunk.num_labels, exit_strategy).lte
+    return models.append(trunk).train(trunk.training)
+
+
+def _encoder_of(trunk: MultiExitModel, exit_layers: Sequence[int]) -> Encoder:
+    """A trunk's encoder, from whose pooler new heads start. Raises ValueError unless exits end where the trunk does."""
     if len(trunk.heads) != 1 or exit_layers[-1] != trunk.exit_layers[0]:
         ends = ",".join(map(str, trunk.exit_layers))
         raise ValueError(f"exit_layers is {','.join(map(str, exit_layers))!r}, and the trunk has its exit after {ends}")
-    encoder, head = trunk.encoder, trunk.heads[0]
-    encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
-    model = BranchModel(encoder, exit_layers, trunk.num_labels, exit_strategy)
-    model.heads[-1] = head
-    head.lte = None
-    return model.train(trunk.training)
+    pooler = trunk.heads[0].pooler
+    trunk.encoder.pooler_start = (pooler.weight.detach(), pooler.bias.detach())
+    return trunk.encoder

@@ -1,28 +1,22 @@
 """Public weights into our encoders: strictly, through an explicit map of names.
 
-Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. What is missing, unexpected or of
-another shape is listed and stops the load, and so is then what is loaded and not finite. Sizes are compared with the
-tensors before anything is built, so that a config.json that asks for a billion layers costs nothing. Keys of
+Every tensor of a checkpoint is either loaded, or dropped on purpose and by name (`filled` in base/weights.py). Keys of
 config.json that we have no field for are ignored: they describe the file, not the model.
 """
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from minisweet.base.safe import LOG, InputError, is_text, listed, read_json
-from minisweet.base.weights import INDEX, WEIGHTS, open_weights
+from minisweet.base.weights import INDEX, WEIGHTS, Names, check_sizes, filled, open_weights
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
 
 Encoder = BertEncoder | DebertaEncoder
-Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
 
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
@@ -78,13 +72,6 @@ def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
 def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
     """Make an encoder with random weights."""
     return ARCHITECTURES[config.model_type][1](config)
-
-
-class NoInit(TorchFunctionMode):
-    """Within, torch.nn.init does nothing: on the meta device it would import torch's compiler, a second's work."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
 
 
 def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool = True) -> Encoder:
@@ -163,47 +150,3 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
     if warn and (left := [name for name in tensors if name.startswith(left_out)]):
         LOG.warning("%s: the head of its task is left out (%s)", path, listed(left))
     return encoder, head
-
-
-def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> None:
-    """Raise InputError unless an encoder's first and last module are there, of width D: so large it will be built."""
-    for name in (f"{first}.weight", f"{last}.weight"):
-        shape = tensors[name].get_shape() if name in tensors else "missing"
-        if len(shape) != 2 or shape[1] != D:
-            raise InputError(f"{path}: {name} is {shape}, should be of hidden_size {D}, as config.json says")
-
-
-def filled(
-    path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Names, others: dict, dropped: tuple = ()
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """What `make` makes, filled with tensors in float32, and `others`. Raises InputError with all wrong names and
-    shapes, or else with all tensors that are not finite.
-
-    `tensors` are slices from `open_weights`, `names` the parameters' names there where they are not the same. `others`
-    are names and shapes of tensors that are wanted too, and `dropped` is what the names of the rest begin with.
-    """
-    with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
-        module = make()
-    shapes = {name: list(value.shape) for name, value in module.state_dict().items()} | others
-    sources = {name: names.get(name, (name,)) for name in shapes}
-    problems, unused, weights = [], dict(tensors), {}
-    for name, shape in shapes.items():
-        part = [shape[0] // len(sources[name]), *shape[1:]]
-        for source in sources[name]:
-            there = unused.pop(source, None)
-            if there is None:
-                problems.append(f"{source} {part} is missing")
-            elif there.get_shape() != part:
-                problems.append(f"{source} is {there.get_shape()} and should be {part}")
-            elif there.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-                problems.append(f"{source} is of type {there.get_dtype()} and should be floating-point")
-    problems += [f"{k} {v.get_shape()} is unexpected" for k, v in unused.items() if not k.startswith(dropped)]
-    for name in sources if not problems else ():
-        weights[name] = torch.cat([tensors[source][...].float() for source in sources[name]])
-        if not weights[name].isfinite().all():
-            problems.append(f"{' or '.join(sources[name])} holds NaN or infinity")
-    if problems:
-        raise InputError(f"{path} does not fit its config.json: {listed(problems)}")
-    others = {name: weights.pop(name) for name in others}
-    module.load_state_dict(weights, assign=True)
-    return module, others

@@ -20,24 +20,14 @@ from minisweet.config import DebertaConfig
 from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
 
 
-def by_distance(scores: Tensor, column: int) -> Tensor:
-    """Read scores per distance as scores per token: (..., T, 2T) to (..., T, T), out[i, j] = scores[i, column + j - i].
-
-    This is the plain form, which the equation asks for. `skew` is the fast one.
-    """
-    T = scores.shape[-2]
-    i, j = torch.arange(T, device=scores.device)[:, None], torch.arange(T, device=scores.device)
-    return scores.gather(-1, (column + j - i).expand(*scores.shape[:-1], T))
-
-
 def skew(scores: Tensor, column: int) -> Tensor:
-    """`by_distance` without an index tensor and a gather, for a `column` of T - 1 or T.
+    """Scores per distance as scores per token: (..., T, 2T) to (..., T, T), out[i, j] = scores[i, column + j - i].
 
-    For T = 3 and column 2 the answer is the marked numbers, whose rows start 2T - 1 = 5 apart in memory:
+    `column` is T - 1 or T. For T = 3 and column 2 the answer is the marked numbers, whose rows start 2T - 1 = 5 apart
+    in memory, so it is a view, without an index tensor and a gather:
         . . x x x .
         . x x x . .
         x x x . . .
-    So it is a view of the same memory.
     """
     T = scores.shape[-2]
     return scores.flatten(-2)[..., column : column + T * (2 * T - 1)].unflatten(-1, (T, 2 * T - 1))[..., :T]

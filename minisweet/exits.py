@@ -82,12 +82,12 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
     Args:
         logits: (B, C).
         certainty: (B,) that the exit is right, or None.
-        targets: the labels (B,), or the probabilities (B, C) to learn.
+        targets: the labels (B,), or the probabilities (B, C) to learn, each row times what it counts.
     """
     loss = F.cross_entropy(logits.float(), targets)
     if certainty is not None:
-        right = targets if targets.ndim == 1 else targets.argmax(-1)
-        loss = loss + F.mse_loss(certainty, (logits.argmax(-1) == right).float())
+        right, counts = (targets, 1) if targets.ndim == 1 else (targets.argmax(-1), targets.sum(-1))
+        loss = loss + (counts * (certainty - (logits.argmax(-1) == right).float()) ** 2).mean()
     return loss
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from minisweet.adaptive import ExitRule
-from minisweet.exits import EXIT_STRATEGIES
+from minisweet.branches import METHODS, add_exits, slice_trunk
+from minisweet.exits import EXIT_STRATEGIES, MultiExitModel, build_alone
 from minisweet.live import early_exit
 from minisweet.runs.folders import load_run, load_trunk
 from tests.conftest import quick, random_batch, write_model
@@ -68,6 +69,74 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, mod
         ours, alone = (early_exit(m, *batch, 1.0, r) for m, r in ((model, rule), (plain, ExitRule(2))))
         assert torch.equal(ours.logits, alone.logits)
         assert not any(torch.equal(logits, expected) for logits in model(*batch)[:-1])
+
+
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+def test_ee_sweet_and_slices_start_from_a_trunk_to_the_bit(model_dir, strategy):
+    def new_trunk() -> MultiExitModel:
+        torch.manual_seed(5)
+        trunk = build_alone(model_dir, 4, 2, strategy).eval()
+        torch.manual_seed(6)
+        return trunk
+
+    batch = random_batch()
+    with torch.no_grad():
+        expected = new_trunk()(*batch)[0]
+        for method in ("ee", "sweet"):
+            model = add_exits(new_trunk(), (1, 2, 4), method, strategy)
+            assert (model.method, model.exit_layers) == (method, (1, 2, 4))
+            assert torch.equal(model(*batch)[-1], expected)
+            assert all((head.lte is None) is (strategy == "confidence") for head in model.heads)
+            assert torch.equal(model.heads[0].pooler.weight, model.heads[2].pooler.weight)
+            assert not torch.equal(model.heads[0].classifier.weight, model.heads[2].classifier.weight)
+        trunk = new_trunk()
+        models = slice_trunk(trunk, (1, 2, 4), strategy)
+        assert (models.exit_layers, models[-1]) == ((1, 2, 4), trunk)
+        assert torch.equal(models(*batch)[-1], expected)
+        for n, part in zip((1, 2), models, strict=False):
+            assert len(part.encoder.layers) == part.encoder.config.num_hidden_layers == n
+            for ours, theirs in zip(part.encoder.parameters(), trunk.encoder.parameters(), strict=False):
+                assert torch.equal(ours, theirs)
+                assert ours.data_ptr() != theirs.data_ptr()
+    for make in (add_exits, slice_trunk):
+        with pytest.raises(ValueError, match="the trunk has its exit after 4"):
+            make(new_trunk(), (1, 3))
+
+
+@pytest.mark.parametrize(("method", "targets"), [("ee", "labels"), ("ee", "trunk"), ("sweet", "half"), ("mm", "trunk")])
+def test_every_method_trains_from_a_trunk(command, tmp_path, method, targets):
+    model = write_model(tmp_path / "tiny", "bert")
+    trunk = ["--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "trunk"]
+    for arguments in (trunk, ["--trunk", "trunk", "--method", method, "--targets", targets, "--out", "grown"]):
+        status, _, err = command(train, *short(*arguments))
+        assert status == 0, err
+    (grown, record), (plain, _) = load_run(tmp_path / "grown"), load_run(tmp_path / "trunk")
+    assert (record["method"], len(record["losses"][0])) == (method, 2 if method == "mm" else 3)
+    same = torch.equal(grown(*random_batch())[-1], plain(*random_batch())[-1])
+    assert same is (method == "mm")  # whose last model is the trunk; the others go on training it
+    assert command(evaluate, "grown")[0] == 0
+
+
+@pytest.mark.parametrize("method", ["branch", "mm"])
+def test_nothing_is_left_to_train_where_a_trunk_has_the_only_exit(command, tmp_path, method):
+    write_model(tmp_path / "tiny", "bert")
+    assert command(train, *short("--model", "tiny", "--lr", "1e-3", "--out", "trunk", "--exit-layers", 4))[0] == 0
+    arguments = ["--trunk", "trunk", "--method", method, "--exit-layers", 4]
+    status, _, err = command(train, *short(*arguments))
+    assert status == 2
+    assert "--exit-layers: 4 is one exit alone, which --trunk has" in err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_one_exit_alone_every_method_is_the_plain_model(command, tmp_path, method):
+    model = write_model(tmp_path / "tiny", "bert")
+    arguments = ["--model", model, "--lr", "1e-3", "--exit-layers", 4]
+    for name in ("sweet", method):
+        assert command(train, *short(*arguments, "--method", name, "--out", name, "--overwrite"))[0] == 0
+    assert command(evaluate, method)[0] == 0
+    with torch.no_grad():
+        ours, plain = (load_run(tmp_path / name)[0](*random_batch()) for name in (method, "sweet"))
+    assert torch.equal(ours, plain)
 
 
 def test_the_branches_rate_is_the_factor_times_the_trunks(command, tmp_path, monkeypatch):

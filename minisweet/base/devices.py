@@ -121,7 +121,7 @@ def tune_cpu() -> None:
     onednn, cuda, (_, has) = getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul, processor()
     if "avx512_bf16" not in has or "amx_tile" in has or not hasattr(onednn, "fp32_precision"):  # from torch 2.9 on
         return
-    with suppress(RuntimeError):  # torch cannot tell what was set in several ways
+    with suppress(AttributeError, RuntimeError):  # torch cannot tell what was set in several ways
         before = torch.get_float32_matmul_precision(), onednn.fp32_precision, cuda.fp32_precision
         if before == ("highest", "none", "none"):
             torch.set_float32_matmul_precision("medium")

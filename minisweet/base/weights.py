@@ -1,16 +1,24 @@
-"""Files of weights: one safetensors file, its shards, or a pytorch_model.bin, which is converted once."""
+"""Files of weights into modules, strictly: one safetensors file, its shards, or a pytorch_model.bin, converted once.
+
+What is missing, unexpected or of another shape is listed and stops the load, and so is then what is loaded and not
+finite. Sizes are compared with the tensors before anything is built, so that a config.json that asks for a billion
+layers costs nothing.
+"""
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from minisweet.base.safe import InputError, check_regular, is_text, one_line, read_json, written_beside
+from minisweet.base.safe import InputError, check_regular, is_text, listed, one_line, read_json, written_beside
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
 
 
 def open_weights(folder: Path) -> dict:
@@ -40,6 +48,57 @@ def open_weights(folder: Path) -> dict:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not readable as safetensors ({error})") from None
     return slices
+
+
+def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> None:
+    """Raise InputError unless an encoder's first and last module are there, of width D: so large it will be built."""
+    for name in (f"{first}.weight", f"{last}.weight"):
+        shape = tensors[name].get_shape() if name in tensors else "missing"
+        if len(shape) != 2 or shape[1] != D:
+            raise InputError(f"{path}: {name} is {shape}, should be of hidden_size {D}, as config.json says")
+
+
+def filled(
+    path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Names, others: dict, dropped: tuple = ()
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """What `make` makes, filled with tensors in float32, and `others`. Raises InputError with all wrong names and
+    shapes, or else with all tensors that are not finite.
+
+    `tensors` are slices from `open_weights`, `names` the parameters' names there where they are not the same. `others`
+    are names and shapes of tensors that are wanted too, and `dropped` is what the names of the rest begin with.
+    """
+    with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
+        module = make()
+    shapes = {name: list(value.shape) for name, value in module.state_dict().items()} | others
+    sources = {name: names.get(name, (name,)) for name in shapes}
+    problems, unused, weights = [], dict(tensors), {}
+    for name, shape in shapes.items():
+        part = [shape[0] // len(sources[name]), *shape[1:]]
+        for source in sources[name]:
+            there = unused.pop(source, None)
+            if there is None:
+                problems.append(f"{source} {part} is missing")
+            elif there.get_shape() != part:
+                problems.append(f"{source} is {there.get_shape()} and should be {part}")
+            elif there.get_dtype() not in ("F16", "BF16", "F32", "F64"):
+                problems.append(f"{source} is of type {there.get_dtype()} and should be floating-point")
+    problems += [f"{k} {v.get_shape()} is unexpected" for k, v in unused.items() if not k.startswith(dropped)]
+    for name in sources if not problems else ():
+        weights[name] = torch.cat([tensors[source][...].float() for source in sources[name]])
+        if not weights[name].isfinite().all():
+            problems.append(f"{' or '.join(sources[name])} holds NaN or infinity")
+    if problems:
+        raise InputError(f"{path} does not fit its config.json: {listed(problems)}")
+    others = {name: weights.pop(name) for name in others}
+    module.load_state_dict(weights, assign=True)
+    return module, others
+
+
+class NoInit(TorchFunctionMode):
+    """Within, torch.nn.init does nothing: on the meta device it would import torch's compiler, a second's work."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
 
 
 def convert(path: Path) -> None:

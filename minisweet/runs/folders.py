@@ -235,7 +235,8 @@ def read_record(run: Path) -> dict:
     record = {"exit_strategy": "confidence"} | said | content  # the oldest runs do not tell their exit strategy
     check_values(path, record, NEEDED)
     K, columns = len(record["exit_layers"]), sorted({len(row) for row in record["losses"]})
-    if columns != [K] and (record["method"], columns) != ("branch", [K - 1]):  # a trunk that was there has no loss
+    # The last exit has no loss where it is a trunk that was there.
+    if columns != [K] and (record["method"] not in ("mm", "branch") or columns != [K - 1]):
         raise InputError(f"{path}: losses is of {', '.join(map(str, columns))} exits, and exit_layers of {K}")
     task = TASKS.get(record.get("task"))
     labels = record.get("labels", list(task.labels) if task else [])

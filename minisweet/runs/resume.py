@@ -49,6 +49,7 @@ def must_stay(record: dict) -> dict:
     # The layers that --exit-layers comes to are compared below. Own data is called as its file is.
     may_change = {"overwrite", "save_every", "exit_layers", *PLACES} | ({"task"} if arguments.get("data") else set())
     options = {f"--{name.replace('_', '-')}": value for name, value in arguments.items() if name not in may_change}
+    options["--trunk"] = "given" if arguments.get("trunk") else "not given"
     kept = {key: record.get(key) for key in ("labels", *DIGESTS)}
     return options | {"--exit-layers": list(record["exit_layers"])} | kept
 
