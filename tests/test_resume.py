@@ -159,7 +159,7 @@ def write_texts(path: str, old: str = "", new: str = "") -> None:
 def test_data_and_options_that_changed_are_refused_with_both_values(command, is_finished):
     write_texts("train.csv")
     write_texts("dev.csv", "a film", "the film")
-    given = ["--data", "train.csv", "--dev-data", "dev.csv", "--out", "a"]
+    given = ["--method", "sweet", "--data", "train.csv", "--dev-data", "dev.csv", "--out", "a"]
     assert command(*given, signals={} if is_finished else {3: TERM})[0] == (0 if is_finished else 143)
 
     def files() -> dict[Path, bytes]:
@@ -202,14 +202,16 @@ def test_data_and_options_that_changed_are_refused_with_both_values(command, is_
 @pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "stopped"])
 def test_files_may_move_where_their_digests_agree(command, is_finished):
     write_texts("train.csv")
-    assert command("--data", "train.csv", "--out", "whole")[0] == 0
-    assert command("--data", "train.csv", "--out", "a", signals={} if is_finished else {3: TERM})[0] in (0, 143)
+    assert command("--method", "sweet", "--data", "train.csv", "--out", "whole")[0] == 0
+    assert command("--method", "sweet", "--data", "train.csv", "--out", "a", signals={} if is_finished else {3: TERM})[
+        0
+    ] in (0, 143)
     Path("elsewhere").mkdir()
     for name in ("tiny", "train.csv"):
         Path(name).rename(Path("elsewhere", name))
     Path("elsewhere/train.csv").rename("elsewhere/other.csv")
     words = [word.replace("tiny", "elsewhere/tiny") for word in NEW]
-    moved = ["--data", "elsewhere/other.csv", "--out", "a", "--resume"]
+    moved = ["--method", "sweet", "--data", "elsewhere/other.csv", "--out", "a", "--resume"]
     status, _, err = command(*moved, words=words)
     assert (status, command.steps) == (0, 0 if is_finished else STEPS - 3), err
     assert Path("a/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()

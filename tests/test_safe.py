@@ -192,6 +192,30 @@ def test_a_hold_ends_with_its_process_however_that_ends(tmp_path):
             assert is_ours
 
 
+def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
+    """Of a file and a folder: what they hold is synced before the rename, the folder of the name after it."""
+    done, fsync, replace = [], os.fsync, Path.replace
+
+    def note_sync(held: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{held}"))
+        fsync(held)
+
+    def note_replace(path: Path, target: Path) -> Path:
+        done.append(f"{path} -> {target}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    for write in (lambda target: write_json(target, {"a": 1}), lambda target: write_folder(target, "new")):
+        target, done[:] = tmp_path / "target", []
+        write(target)
+        (rename,) = [i for i, event in enumerate(done) if "->" in event]
+        new = done[rename].split(" -> ")[0]
+        inside = {new} if target.is_file() else {new, f"{new}/a", f"{new}/b"}
+        assert (set(done[:rename]), done[rename + 1 :]) == (inside, [str(tmp_path)])
+        target.unlink() if target.is_file() else None
+
+
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
 def test_numbers_that_are_not_finite_are_neither_read_nor_written(tmp_path, number):
     (tmp_path / "a").write_text(f'{{"a": [{number}]}}')
