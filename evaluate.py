@@ -23,14 +23,22 @@ from minisweet.base import devices
 from minisweet.base.commands import Parser, Progress, list_of, number, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, write_json
 from minisweet.data.load import digest, load_dev
-from minisweet.data.tasks import TASKS
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import classification_report
 from minisweet.evaluation.sweep import Validation, operating_point, predict, save_validation, sweep
 from minisweet.evaluation.timing import GATHERED, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, run_digest, versions
+from minisweet.runs.folders import (
+    load_run,
+    method_name,
+    newest_run,
+    read_evaluation,
+    read_record,
+    run_digest,
+    versions,
+)
+from minisweet.runs.records import Record
 from minisweet.use.plots import compare_curves, draw_curve
 from minisweet.use.prepared import prepare
 
@@ -72,7 +80,7 @@ def main() -> None:
     args = parse_arguments()
     if args.plot:
         check_file("--plot", args.plot, ".png")
-        evaluations = {str(run): read_evaluation(run) for run in args.runs}
+        evaluations = {str(run): read_evaluation(run, read_record(run)) for run in args.runs}
         if missing := [run for run, evaluation in evaluations.items() if evaluation is None]:
             raise InputError(f"{missing[0]}: no evaluation.json; make it with evaluate.py")
         compare_curves(args.plot, evaluations)
@@ -81,24 +89,23 @@ def main() -> None:
     devices.keep_compiled_products()
     devices.tune_cpu()
     (run,) = args.runs
-    before = run_digest(run)
     model, record = load_run(run)
     validation, evaluation = evaluate(model, record, args)
     if devices.place().rank:  # the first process alone writes
         return
-    if run_digest(run) != before:
+    if read_record(run).digests != record.digests:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
     # The logits first: a stop between the two leaves an evaluation that tells of others.
-    digests = {"run_digest": before, "logits_digest": save_validation(run / "logits.safetensors", validation)}
-    write_json(run / "evaluation.json", evaluation | digests)
-    draw_curve(run / "curve.png", evaluation)
-    name = method_name(record["arguments"] | {"method": record["method"]})  # of old runs with their boundaries
-    print(f"{run}: {record['model']}, {name}, {record['task']}, {evaluation['examples']} validation examples")
-    print_evaluation(evaluation, record["labels"])
+    evaluation["logits_digest"] = save_validation(run / "logits.safetensors", validation)
+    write_json(run / "evaluation.json", evaluation | {"run_digest": run_digest(record)})
+    draw_curve(run / "curve.png", read_evaluation(run, record))
+    name = method_name(vars(record))
+    print(f"{run}: {record.model}, {name}, {record.task}, {evaluation['examples']} validation examples")
+    print_evaluation(evaluation, record.labels)
     print(f"\nwritten to {run / 'evaluation.json'}, logits.safetensors and curve.png")
 
 
-def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Namespace) -> tuple[Validation, dict]:
+def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.Namespace) -> tuple[Validation, dict]:
     """Run all exits on the validation rows: what they said, and what evaluation.json will hold."""
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device)
@@ -108,17 +115,17 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     with devices.in_turn():
-        dev = load_dev(record, args.data, args.data_dir)
-    max_length = record["arguments"]["max_length"]
-    examples = TokenizedExamples(load_tokenizer(args.runs[0], record["vocab_size"], max_length), dev)
+        dev = load_dev(vars(record), args.data, args.data_dir)
+    max_length = record.max_length
+    examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, max_length), dev)
     if examples.cut:
         print(f"validation: cut to {max_length} tokens: {examples.cut:,}")
 
     start = time.perf_counter()
     logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
     seconds = time.perf_counter() - start
-    predictions, C = logits.argmax(-1), record["num_labels"]  # (K, N)
-    metric = "agreement" if dev.labels is None else record.get("metric") or TASKS[record["task"]].metric
+    predictions, C = logits.argmax(-1), record.num_labels  # (K, N)
+    metric = "agreement" if dev.labels is None else record.metric
     labels = predictions[-1] if dev.labels is None else torch.from_numpy(examples.labels)  # (N,)
     validation = Validation(logits, certainty, labels)
 
@@ -126,10 +133,10 @@ def evaluate(model: MultiExitModel | MultiModel, record: dict, args: argparse.Na
     ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
     rule = ExitRule(C, temperatures if ranges is None else None, ranges)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
-    of_model = (list(model.exit_layers), record["depth"], record["method"])
+    of_model = (list(model.exit_layers), record.depth, record.method)
     swept, taken = sweep(rule, validation, thresholds, metric, of_model)  # taken: (thresholds, N)
     wish = {"max_loss": args.max_loss} if args.speed is None else {"speed": args.speed}
-    evaluation = {key: record[key] for key in ("task", "method", "exit_strategy")} | {
+    evaluation = {key: getattr(record, key) for key in ("task", "method", "exit_strategy")} | {
         "metric": metric,
         "exit_layers": of_model[0],
         "thresholds": thresholds,

@@ -31,12 +31,13 @@ from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
 from minisweet.base.safe import InputError, write_json
 from minisweet.branches import METHODS, BranchModel, add_exits, grow_branches, slice_trunk
 from minisweet.config import Config
-from minisweet.data.load import OF_OWN_DATA, Data, add_data_options, data_name, digest, drawn_rows, load_data
+from minisweet.data import load
+from minisweet.data.load import OF_OWN_DATA, class_weights, digest, drawn_rows
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
 from minisweet.runs import options
-from minisweet.runs.folders import DIVERGED, claim_output, is_run, load_trunk, read_record, run_name, save_run, versions
+from minisweet.runs.folders import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
 from minisweet.runs.resume import Checkpoints, is_finished, model_digest
 
 TARGETS = ("labels", "trunk", "half")
@@ -178,12 +179,13 @@ def parse_arguments() -> argparse.Namespace:
         default="labels",
         help="learn labels, the trunk's own, or half each (default: labels)",
     )
+    option("--class-weights", choices=("balanced",), help="rows count N / (C n) for the n of all N in their class")
     option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
-    add_data_options(parser)
+    load.add_data_options(parser)
     option = parser.add_argument_group("training").add_argument
     option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
-    option("--lr", type=positive_float, help="first learning rate (default: the paper's; minilm-l6 2e-4, others 5e-5)")
+    option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
@@ -200,12 +202,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
     if args.trunk and args.model is not None:
         raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
-    args.task = data_name(args)
+    args.task = load.data_name(args)
     args.model = str(args.trunk or ("minilm-l6" if args.model is None else args.model))
-    told = read_record(args.trunk) if args.trunk and is_run(args.trunk) else {}
-    args.lr = args.lr or told.get("learning_rate") or options.default_learning_rate(args.model, args.task, args.method)
     args.out = args.out or Path("runs") / run_name(vars(args))
-    args.batch_size = args.batch_size or options.default_batch_size(args.model)
     args.train_size = args.train_size or (6000 if args.data is None else None)
     return args
 
@@ -229,6 +228,7 @@ def fit(
     losses, seconds = [], {}
 
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
+        examples = balanced(examples, num_labels) if args.class_weights else examples
         settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": learning_rate}
         settings |= {"seed": args.seed, "precision": precision, "title": stage, "checkpoints": checkpoints}
         with checkpoints.signals():
@@ -278,6 +278,18 @@ def trunk_targets(
     if targets == "half":
         probabilities = (probabilities + F.one_hot(torch.from_numpy(examples.labels), probabilities.shape[1])) / 2
     return probabilities.numpy()
+
+
+def balanced(examples: TokenizedExamples, C: int) -> TokenizedExamples:
+    """The same examples, each counted N / (C n) in the loss: n of the N are of its class, which is its label.
+
+    Without labels it is the likeliest of the targets (N, C).
+    """
+    targets = torch.from_numpy(examples.targets)
+    targets = F.one_hot(targets, C).float() if targets.ndim == 1 else targets
+    classes = targets.argmax(-1) if examples.labels is None else torch.from_numpy(examples.labels)  # (N,)
+    weights = torch.tensor(class_weights(classes.bincount(minlength=C).tolist()))  # (C,)
+    return examples.with_targets((targets * weights[classes, None]).numpy())
 
 
 def main() -> None:
@@ -334,17 +346,18 @@ class Start(NamedTuple):
     folder: Path  # of the model
     config: Config
     exit_layers: Sequence[int]
-    data: Data
+    data: load.Data
 
 
 def find_start(args: argparse.Namespace) -> Start:
     """Fetch and read what the options name. Raises InputError where it does not go together."""
-    trunk, told = load_trunk(args.trunk) if args.trunk else (None, {})
+    trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     if trunk:
         args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
     with devices.in_turn():
         folder, config, exit_layers = options.find_model(args)
-        data = load_data(args, told.get("labels"), need_labels=trunk is None or args.targets != "trunk")
+        args.lr = args.lr or options.default_learning_rate(config, args.task, args.method, trunk is not None)
+        data = load.load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
     if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
         raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
     if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):

@@ -41,13 +41,13 @@ class ExitRule:
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
     @classmethod
-    def from_evaluation(cls, evaluation: dict, num_labels: int) -> "ExitRule":
+    def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
         """The rule for new text: what evaluation.json keeps for it, which was fitted on all of its rows."""
-        if evaluation["exit_strategy"] == "lte":
-            return cls(num_labels, ranges=torch.tensor(evaluation["certainty_ranges"]))
-        if evaluation.get("calibration") == "none":  # temperatures stand there all the same, and were not used
+        if evaluation.exit_strategy == "lte":
+            return cls(num_labels, ranges=torch.tensor(evaluation.certainty_ranges))
+        if evaluation.calibration == "none":  # temperatures stand there all the same, and were not used
             return cls(num_labels)
-        return cls(num_labels, torch.tensor(evaluation["temperatures"])[:, None])
+        return cls(num_labels, torch.tensor(evaluation.temperatures)[:, None])
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Exit k's confidence in some instances: (n,), in float32.

@@ -1,12 +1,14 @@
 """The configs of BERT and DeBERTa: the keys of config.json that shape an encoder, honoured or refused by name.
 
-A field's annotation says what it may hold: numbers from a lowest to a highest, or the values that are implemented; any
-other raises ValueError, by name. Defaults are the published format's; a field whose default is None may be None.
+A field's annotation says what it may hold (see base/fields.py); anything else raises ValueError, by name. Defaults are
+the published format's; a field whose default is None may be None.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, ClassVar, Literal, get_args, get_origin
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from minisweet.base.fields import Fields
 
 Size = Annotated[int, 1, 2**31 - 1]
 Share = Annotated[float, 0, 1 - 1e-9]
@@ -14,7 +16,7 @@ Positive = Annotated[float, 1e-38, 1e38]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Fields):
     """What BERT and DeBERTa share."""
 
     vocab_size: Size
@@ -30,26 +32,8 @@ class Config:
     hidden_act: Literal["gelu"] = "gelu"
     head_dropout_key: ClassVar[str]
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, object]):
-        """Build a config from config.json's content. Raises ValueError where a field is missing or wrong."""
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in content]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} missing, and {cls.__name__} needs it")
-        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
-
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal:
-                right = any(value == one and type(value) is type(one) for one in allowed)
-                wanted = f"{' or '.join(map(repr, allowed))}, since nothing else is implemented"
-            else:
-                kind, low, high = allowed
-                right = type(value) in (int, kind) and low <= value <= high
-                wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
-            if not (right or value is field.default is None):
-                raise ValueError(f"{field.name} is {value!r}, and must be {wanted}")
+        super().__post_init__()
         size, heads = self.hidden_size, self.num_attention_heads
         if size % heads:
             raise ValueError(f"hidden_size is {size}, and must be a multiple of num_attention_heads, {heads}")

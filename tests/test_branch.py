@@ -25,14 +25,15 @@ def short(*arguments) -> list:
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, model_dir, tmp_path, strategy):
-    new = ["--model", model_dir, "--lr", "1e-3", "--exit-strategy", strategy]
+    same = ["--lr", "1e-3", "--exit-strategy", strategy]
+    new = ["--model", model_dir, *same]
     for out, arguments in {
         "mm": [*new, "--method", "mm"],
         "one": [*new, "--method", "sweet", "--exit-layers", 4],
         "branch": [*new, "--method", "branch"],
-        "on-mm": ["--trunk", "mm", "--exit-strategy", strategy],  # at the trunk's rate
-        "on-one": ["--trunk", "one", "--exit-strategy", strategy],
-        "on-branch": ["--trunk", "branch", "--exit-strategy", strategy],
+        "on-mm": ["--trunk", "mm", *same],
+        "on-one": ["--trunk", "one", *same],
+        "on-branch": ["--trunk", "branch", *same],
     }.items():
         if out == "on-mm":  # a training was killed while it replaced the trunk
             killed = tmp_path / ".mm.0123456789abcdef.partial"
@@ -59,7 +60,7 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, mod
     assert losses["branch"][0][:2] != losses["branch"][1][:2]
 
     batch, (model, record), plain = random_batch(1), load_run(tmp_path / "branch"), load_run(tmp_path / "mm")[0][-1]
-    assert (record["method"], record["exit_strategy"], record["depth"]) == ("branch", strategy, 4)
+    assert (record.method, record.exit_strategy, record.depth) == ("branch", strategy, 4)
     rule = ExitRule(2) if strategy == "confidence" else ExitRule(2, ranges=torch.tensor([[0.0, 1.0]] * 3))
     with torch.no_grad():
         expected = plain(*batch)[0]
@@ -111,7 +112,7 @@ def test_every_method_trains_from_a_trunk(command, tmp_path, method, targets):
         status, _, err = command(train, *short(*arguments))
         assert status == 0, err
     (grown, record), (plain, _) = load_run(tmp_path / "grown"), load_run(tmp_path / "trunk")
-    assert (record["method"], len(record["losses"][0])) == (method, 2 if method == "mm" else 3)
+    assert (record.method, len(record.losses[0])) == (method, 2 if method == "mm" else 3)
     same = torch.equal(grown(*random_batch())[-1], plain(*random_batch())[-1])
     assert same is (method == "mm")  # whose last model is the trunk; the others go on training it
     assert command(evaluate, "grown")[0] == 0

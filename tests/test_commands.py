@@ -1,5 +1,6 @@
 """train.py and evaluate.py as a user runs them, on tiny models."""
 
+import errno
 import json
 import os
 import pathlib
@@ -20,9 +21,9 @@ from minisweet.base.devices import choose_precision, tune_cpu
 from minisweet.branches import METHODS
 from minisweet.layers import float32_by_onednn
 from minisweet.runs.folders import load_run, newest_run
-from minisweet.runs.options import default_batch_size, default_learning_rate
-from minisweet.use import explain
+from minisweet.use import explain, predict
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, quick, random_batch, write_model
+from tests.test_runs import trust
 
 KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
 
@@ -32,7 +33,7 @@ KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_rat
 def test_train_and_evaluate(command, model_dir, method):
     status, out, err = command(train, *quick(model_dir, "--method", method, "--seed", 3))
     assert (status, "Traceback" in err) == (0, False)
-    assert "learning rate 5e-05" in out
+    assert "learning rate 0.0002" in out
     run = newest_run()
     assert run.name == f"tiny-{method}-toy-seed3"
     assert not list(run.parent.glob(".*"))
@@ -238,28 +239,11 @@ def test_evaluate_refuses_what_is_no_run(command, tmp_path):
     assert "runs/a" in err
 
 
-def test_the_papers_settings_are_the_defaults():
-    """Table 2 as printed: EE, MM and SWEET, in 1e-5, for SST-2, MRPC, CoLA, MNLI, QQP, QNLI and RTE."""
-    printed = {
-        "bert-base": "5/5/5 5/3/4 4/4/5 5/5/5 5/5/5 5/4/5 5/5/4",
-        "bert-large": "4/2/2 4/5/4 4/3/4 4/3/4 5/3/4 4/4/3 3/3/3",
-        "deberta-base": "3/3/3 4/5/5 4/5/4 2/4/3 4/5/5 3/4/3 2/1/4",
-        "deberta-large": "2/4/3 3/2/1 3/3/2 2/2/2 2/2/3 3/2/1 1/2/2",
-    }
-    for model, row in printed.items():
-        for task, rates in zip("sst2 mrpc cola mnli qqp qnli rte".split(), row.split(), strict=True):
-            ours = [default_learning_rate(model, task, method) for method in ("ee", "mm", "sweet")]
-            assert ours == pytest.approx([int(rate) * 1e-5 for rate in rates.split("/")])
-    assert default_learning_rate("minilm-l6", "rte", "mm") == 2e-4
-    assert default_learning_rate("my/folder", "rte", "mm") == 5e-5
-    assert [default_batch_size(model) for model in ("bert-large", "deberta-large")] == [16, 8]
-
-
 def test_a_saved_run_answers_like_the_model_that_was_trained(command, tmp_path, model_type):
     model = write_model(tmp_path / "tiny", model_type)
     assert command(train, *quick(model, "--out", "a", "--exit-layers", "1,3"))[0] == 0
     loaded, record = load_run(tmp_path / "a")
-    assert (loaded.exit_layers, record["depth"], len(loaded.encoder.layers)) == ((1, 3), 4, 3)
+    assert (loaded.exit_layers, record.depth, len(loaded.encoder.layers)) == ((1, 3), 4, 3)
     assert command(evaluate, "a")[0] == 0
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["speedup_ratios"][-1] == pytest.approx(3 / 4)
 
@@ -374,23 +358,24 @@ def test_an_overwritten_folder_must_hold_nothing_but_a_run(command, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("task", "wnli"),
-        ("task", None),
-        ("method", "x"),
+        ("arguments", {"task": "wnli"}),
+        ("arguments", {"task": None}),
+        ("arguments", {"method": "x"}),
+        ("arguments", {"model": 1}),
+        ("arguments", {"max_length": "20"}),
         ("exit_layers", 4),
         ("exit_layers", [1.0]),
         ("exit_layers", [1, 9]),
         ("arguments", []),
-        ("arguments", {"data_dir": "x", "max_length": "20"}),
-        ("arguments", {"data_dir": "x", "max_length": 20, "owner_cap": "4"}),
-        ("model", 1),
     ],
 )
 def test_a_changed_run_json_is_refused(command, tmp_path, key, value):
     model = write_model(tmp_path / "tiny", "bert")
     assert command(train, *quick(model, "--out", "runs/a"))[0] == 0
     path = tmp_path / "runs" / "a" / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    content = json.loads(path.read_text())
+    value = content[key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(content | {key: value}))
     status, out, err = command(evaluate)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "runs/a" in err
@@ -415,9 +400,7 @@ def test_evaluate_names_the_classes_that_an_exit_never_predicts(command, tmp_pat
         tensors[f"heads.{k}.classifier.bias"] = torch.tensor(bias)
         tensors[f"heads.{k}.classifier.weight"].zero_()
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    record = json.loads((tmp_path / "a" / "run.json").read_text())
-    del record["digests"]
-    (tmp_path / "a" / "run.json").write_text(json.dumps(record))
+    trust(tmp_path / "a")
     status, out, _ = command(evaluate, "a")
     counts = json.loads((tmp_path / "a" / "evaluation.json").read_text())["class_counts"]
     assert counts[:2] == [[200, 0], [0, 200]]
@@ -490,3 +473,35 @@ def test_a_picture_replaces_no_file_of_another_kind(command, tmp_path):
     assert (status, "--model: " in err) == (2, True)
     status, _, err = command(train, *quick(model), "--out", "n" * 240)
     assert (status, "--out: " in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "option"),
+    [
+        (train, ("--data", "sealed/a.csv"), "--data"),
+        (train, ("--task", "rte", "--data-dir", "sealed"), "--data-dir"),
+        (train, ("--trunk", "sealed/run"), "--trunk"),
+        (train, ("--out", "sealed/run"), "--out"),
+        (evaluate, ("sealed/run",), "RUN"),
+        (predict, ("run", "sealed/a.csv"), "FILE"),
+    ],
+)
+def test_a_folder_that_may_not_be_searched_names_the_option(command, monkeypatch, module, options, option):
+    real = os.stat
+
+    def ask(path, *args, **more):  # tests may run as root, for whom there are no permissions
+        if str(path).startswith("sealed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", ask)
+    path = next(word for word in options if word.startswith("sealed"))
+    status, _, err = command(module, *options)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"argument {option}: {path!r} cannot be reached (Permission denied)" in err
+
+
+@pytest.mark.parametrize("option", ["--data", "--out", "--trunk", "--data-dir"])
+def test_no_path_is_empty(command, option):
+    status, _, err = command(train, option, "")
+    assert (status, err.count("\n"), f"argument {option}: '' cannot be reached" in err) == (2, 1, True)

@@ -104,7 +104,7 @@ def test_the_command_writes_what_it_measured(command, tmp_path, monkeypatch):
 
     def load(run):
         model, record = load_run(run)
-        trained.append(record["subset"])
+        trained.append(record.subset)
         return model, record
 
     def measure(model, batch):

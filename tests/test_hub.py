@@ -1,5 +1,6 @@
 """Fetching public weights, against a loopback server that answers as the Hugging Face hub does."""
 
+import errno
 import hashlib
 import json
 import os
@@ -424,3 +425,28 @@ def test_a_link_to_itself_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError, match="neither a folder"):
         hub.model_folder(str(tmp_path / "loop"), tmp_path)
+
+
+def seal(monkeypatch, folder) -> None:
+    """As if `folder` might not be searched: tests may run as root, for whom there are no permissions."""
+    for name in ("stat", "listdir"):
+        real = getattr(os, name)
+
+        def ask(path, *args, real=real, **more):
+            if str(path).startswith(str(folder)):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *args, **more)
+
+        monkeypatch.setattr(os, name, ask)
+
+
+def test_a_folder_that_may_not_be_searched_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_fetch", lambda *_: pytest.fail("taken for an id of the hub"))
+    with monkeypatch.context() as patch:
+        seal(patch, "sealed")
+        with pytest.raises(InputError, match="^model 'sealed/m': sealed/m cannot be reached .Permission denied"):
+            hub.model_folder("sealed/m")
+    seal(monkeypatch, tmp_path / "weights")
+    with pytest.raises(InputError, match="^model .minilm-l6.: .*minilm-l6 cannot be reached .Permission denied"):
+        hub.model_folder("minilm-l6", tmp_path / "weights")

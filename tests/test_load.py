@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 
 from minisweet.base.commands import Parser
 from minisweet.base.safe import InputError
-from minisweet.data.load import DATA_DIR, add_data_options, data_name, digest, load_data, load_dev, stratified_split
+from minisweet.data.load import (
+    add_data_options,
+    class_weights,
+    data_name,
+    digest,
+    load_data,
+    load_dev,
+    stratified_split,
+)
 from minisweet.data.rows import TEXT_COLUMNS, RowWriter, find_columns, read_rows
 from minisweet.data.tasks import Examples, examples_of, load_examples
 from minisweet.data.text import load_tokenizer
@@ -157,6 +166,20 @@ REFUSED = [
     ("a.jsonl", b'{"text": "a", "label": NaN}\n', "line 1: 'label' is nan, should be a label"),
     ("a.csv.gz", b"text,label\na,x\n", "cannot be read (Not a gzipped file"),
     ("a.csv.gz", gzip.compress(b"text,label\na,x\n")[:-9], "cannot be read ("),
+    ("a.csv", "text,label\na,x\n".encode("utf-16"), "a.csv: UTF-16, should be text in UTF-8"),
+    ("a.tsv", "\ufefftext\tlabel\n\u6f22\tx\n".encode("utf-16-be"), "a.tsv: UTF-16, should be text in UTF-8"),
+    ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "a.jsonl: UTF-16, should be text in UTF-8"),
+    ("a.csv.gz", gzip.compress("text\na\n".encode("utf-16-be")), "a.csv.gz: UTF-16, should be text in UTF-8"),
+    ("a.csv", b"PK\3\4\x14\0\6\0", "a.csv: a zip or an Excel file, should be text in UTF-8"),
+    ("a.csv", gzip.compress(b"text\na\n"), "a.csv: packed by gzip without .gz in its name, should be text in UTF-8"),
+    ("a.csv", b"text,label\ra,x\rb,y\r", "line 1: no row of cells (a carriage return alone, and lines should end in"),
+    ("a.csv", b'"text","label"\r"a","x"', "line 1: no row of cells (a carriage return alone, and lines should end in"),
+    ("a.tsv", b"text\tlabel\na\rb\tx\n", "line 2: no row of cells (a carriage return alone, and lines should end in"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\r{"text": "b"}\r',
+        "line 1: not readable as a JSON object (a carriage return alone, and",
+    ),
     ("a.xlsx", b"", "should end in .csv, .tsv, .jsonl, or one of these and .gz"),
 ]
 
@@ -180,7 +203,8 @@ def test_a_missing_file_a_folder_and_too_many_columns(tmp_path):
     assert "b.csv: cannot be read (" in refused(read, tmp_path / "b.csv")
     path = write(tmp_path / "c.csv", [{"a": "1", "b": "2", "c": "3", "label": "x"}])
     assert "one or two" in refused(read, path, ["a", "b", "c"])
-    assert "no column a, d; it has a, b, c, label; name one or two with --text-columns" in refused(
+    assert refused(read, path, ["a", "b", "c"]) == "--text-columns: a,b,c, should be one or two"
+    assert "line 1: no column d; it has a, b, c, label; name one or two with --text-columns" in refused(
         read, path, ["a", "d"]
     )
 
@@ -219,6 +243,61 @@ def test_the_split_is_stratified(labels, dev_size, seed):
     assert stratified_split(labels, dev_size, seed)[1].tolist() == dev.tolist()
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=1, max_size=60),
+    st.floats(0.01, 0.99),
+    st.integers(0, 9),
+)
+@settings(max_examples=200, deadline=None)
+def test_equal_texts_are_on_one_side(rows, dev_size, seed):
+    """Whatever their labels, and each class that has texts of its own is on both sides."""
+    labels, texts = zip(*rows, strict=True)
+    train, dev = stratified_split(labels, dev_size, seed, texts)
+    assert sorted([*train, *dev]) == list(range(len(labels)))
+    assert not {texts[row] for row in train} & {texts[row] for row in dev}
+    for label in set(labels):
+        own = {text for of, text in rows if of == label}
+        others = {text for of, text in rows if of != label}
+        if len(own - others) > 1:
+            assert label in {labels[row] for row in train}
+            assert label in {labels[row] for row in dev}
+    assert stratified_split(labels, dev_size, seed, texts)[1].tolist() == dev.tolist()
+
+
+def test_the_share_of_dev_holds_with_duplicates():
+    texts = [f"a{i // 3}" for i in range(300)] + [f"b{i}" for i in range(100)] + ["c"] * 30 + ["d"] * 9 + ["e"]
+    labels = [0] * 300 + [1] * 100 + [2] * 30 + [3] * 10
+    _, dev = stratified_split(labels, 0.2, 0, texts)
+    assert np.bincount(np.array(labels)[dev]).tolist() == [60, 20, 0, 1]
+    assert stratified_split(labels, 0.2, 0)[1].tolist() == stratified_split(labels, 0.2, 0, range(440))[1].tolist()
+
+
+def test_a_class_of_one_text_is_trained_on_and_named(tmp_path):
+    texts = [f"t{i}" for i in range(20)] + ["same"] * 10
+    path = write(tmp_path / "a.csv", table(texts, ["x", "y"] * 10 + ["z"] * 10))
+    data = load("--data", path)
+    assert (data.record["label_counts"], Counter(data.dev.labels)) == ([8, 8, 10], {0: 2, 1: 2})
+    assert "validation: labels without a row: z" in data.notes
+    assert not any("both" in note for note in data.notes)
+    write(path, table(["same"] * 9, ["x", "y", "y"] * 3))
+    assert "no row of it can be set aside, it should have two or more different texts" in refused(load, "--data", path)
+
+
+def test_labels_that_differ_by_case_or_unicode_form_are_named(tmp_path):
+    labels = ["caf\u00e9", "cafe\u0301", "Login", "login", "x"]
+    path = write(tmp_path / "a.csv", table([f"t{i}" for i in range(20)], labels * 4))
+    (note,) = (note for note in load("--data", path).notes if "Unicode" in note)
+    assert note.startswith("labels that differ by case or Unicode form alone, each a class of its own: Login, cafe")
+    assert not any("Unicode" in note for note in load().notes)
+
+
+def test_class_weights_are_balanced():
+    assert class_weights([30, 10, 0]) == [40 / (2 * 30), 40 / (2 * 10), 0.0]
+    counts = [7, 1, 92]
+    assert sum(n * weight for n, weight in zip(counts, class_weights(counts), strict=True)) == pytest.approx(100)
+    assert class_weights([5, 5]) == [1.0, 1.0]
+
+
 def test_another_seed_sets_other_rows_aside():
     assert stratified_split([0] * 50, 0.2, 0)[1].tolist() != stratified_split([0] * 50, 0.2, 1)[1].tolist()
 
@@ -241,7 +320,8 @@ def test_one_file_makes_train_and_dev_which_are_found_again(tickets, tmp_path):
     counted = {what: int(count) for what, _, count in (note.rpartition(": ") for note in data.notes) if count.isdigit()}
     copies = sum(text == "text 3" for text in data.train.first)
     assert counted.get("train: duplicate texts", 0) == max(copies - 1, 0)
-    assert counted.get("texts that are in both train and validation", 0) == (0 < copies < 3)
+    assert copies in (0, 3)
+    assert "texts that are in both train and validation" not in counted
     record = json.loads(json.dumps(data.record))
     assert record["task"] == "tickets"
     assert record["data"] == str(tickets)
@@ -357,7 +437,6 @@ def test_a_task_goes_through_the_same_door(tmp_path):
         "validation: 1,000 rows: negative 500, positive 500"
     ]
     assert load_dev(data.record) == data.dev
-    assert load_dev({"task": "toy", "data_dir": "data"}) == data.dev  # of a run from before
     assert load_dev(data.record | {"data": None}) == data.dev  # as a run's arguments have it
     unlabelled = load("--task", "toy", need_labels=False)
     assert unlabelled.train.labels is None
@@ -499,8 +578,11 @@ def test_a_changed_value_of_a_tokenizer_is_refused_in_one_line_or_tokenises(tmp_
     assert set(ids) <= set(range(6))
 
 
-def test_the_default_folder_of_tasks():
-    assert arguments().data_dir == DATA_DIR
+def test_the_default_folder_of_tasks_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path))
+    assert arguments().data_dir == tmp_path / "data"
+    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path / "other"))
+    assert arguments().data_dir == tmp_path / "other" / "data"
 
 
 def test_a_key_twice_and_a_label_column_without_a_name(tmp_path):

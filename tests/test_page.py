@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from minisweet.adaptive import exit_costs
 from minisweet.base.safe import InputError
 from minisweet.data.tasks import Examples
 from minisweet.data.toy import LEVELS
@@ -46,10 +48,14 @@ class Case:
             "exit_scores": [float((row == self.targets).mean() * 100) for row in self.predictions],
             "thresholds": thresholds,
             "exit_counts": [np.bincount(self.taken(t), minlength=3).tolist() for t in thresholds],
+            "operating_point": SimpleNamespace(threshold=1.0, score=80.0, speedup_ratio=1.0),
             "calibration": "none",
             "certainty_ranges": [[0.0, 1.0]] * 3,
         }
-        self.record = {"model": "weights/tiny", "labels": ["no", "yes", "<i>perhaps</i>"], "depth": DEPTH}
+        counts, costs = self.evaluation["exit_counts"], [exit_costs(LAYERS, DEPTH, method, t) for t in thresholds]
+        self.evaluation["speedup_ratios"] = [np.dot(*row) / N for row in zip(counts, costs, strict=True)]
+        labels = ["no", "yes", "<i>perhaps</i>"]
+        self.record = SimpleNamespace(model="weights/tiny", labels=labels, num_labels=3, depth=DEPTH)
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
@@ -63,7 +69,7 @@ class Case:
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), self.levels)  # the sentences are pairs in part
         validation = Validation(self.logits, self.certainty, torch.tensor(self.targets))
-        write_page(path, self.evaluation, self.record, rows, validation)
+        write_page(path, SimpleNamespace(**self.evaluation), self.record, rows, validation)
         return path
 
 
@@ -80,7 +86,7 @@ def test_the_file_holds_what_was_evaluated(tmp_path):
     case = Case()
     case.sentences[3] = HOSTILE
     point = {"threshold": float(case.confidence[0, 5]), "score": 80.0, "full_depth_score": 81.0, "speedup_ratio": 0.5}
-    case.evaluation["operating_point"] = point
+    case.evaluation["operating_point"] = SimpleNamespace(**point)
     data = data_of(case.write(tmp_path / "page.html"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
     assert data["sentences"] == [list(text) if isinstance(text, tuple) else text for text in case.sentences]

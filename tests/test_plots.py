@@ -1,6 +1,7 @@
 """The curve of one run and the comparison of several, drawn from evaluations: what stands in the figure."""
 
 import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as pyplot
 import pytest
@@ -22,8 +23,14 @@ EVALUATION = {
     "exit_counts": [[8, 0, 0], [3, 1, 4], [0, 0, 8], [0, 0, 8]],
     "area": 75.0,
     "examples": 8,
+    "dev_digest": "0",
+    "mean_exit_layers": None,
+    "operating_point": SimpleNamespace(threshold=0.8, score=88.0, speedup_ratio=0.7),
 }
-POINT = {"threshold": 0.8, "score": 88.0, "full_depth_score": 90.0, "speedup_ratio": 0.7}
+
+
+def an_evaluation(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**EVALUATION | changes)
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def line(axis, label: str):
 
 def test_the_curve_has_exits_full_depth_and_the_operating_point(tmp_path, figures):
     path = tmp_path / "curve.png"
-    draw_curve(path, EVALUATION | {"operating_point": POINT})
+    draw_curve(path, an_evaluation())
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
     (axis,) = figures[0].axes
@@ -61,7 +68,7 @@ def test_the_curve_has_exits_full_depth_and_the_operating_point(tmp_path, figure
 
 def test_the_toy_task_shows_where_each_difficulty_leaves(tmp_path, figures):
     means = {"easy": [1.0, 1.5, 4.0, 4.0], "hard": [1.0, 3.0, 4.0, 4.0]}
-    draw_curve(tmp_path / "curve.png", EVALUATION | {"mean_exit_layers": means})
+    draw_curve(tmp_path / "curve.png", an_evaluation(mean_exit_layers=means))
     _, axis = figures[0].axes
     assert list(line(axis, "hard").get_xdata()) == EVALUATION["thresholds"]
     assert list(line(axis, "hard").get_ydata()) == means["hard"]
@@ -69,26 +76,26 @@ def test_the_toy_task_shows_where_each_difficulty_leaves(tmp_path, figures):
 
 
 def test_an_exit_that_runs_models_one_after_the_other_costs_all_of_them(tmp_path, figures):
-    mm = EVALUATION | {"method": "mm", "speedup_ratios": [0.25, 0.9, 1.6, 1.75]}
+    mm = an_evaluation(method="mm", speedup_ratios=[0.25, 0.9, 1.6, 1.75])
     draw_curve(tmp_path / "curve.png", mm)
     assert list(line(figures[0].axes[0], "each exit").get_xdata()) == [0.25, 0.75, 1.75]
 
 
 def test_a_branch_costs_the_exits_that_were_asked_before_it(tmp_path, figures):
-    draw_curve(tmp_path / "curve.png", EVALUATION | {"method": "branch"})
+    draw_curve(tmp_path / "curve.png", an_evaluation(method="branch"))
     assert list(line(figures[0].axes[0], "each exit").get_xdata()) == pytest.approx(
         [1 / 4, (2 + 1 / 6) / 4, (4 + 2 / 6) / 4]
     )
 
 
 def test_several_runs_in_one_picture(tmp_path, figures):
-    other = EVALUATION | {"method": "mm", "area": 70.0, "operating_point": POINT, "dev_digest": "1"}
-    compare_curves(tmp_path / "compare.png", {"first": EVALUATION, "second": other})
+    other = an_evaluation(method="mm", area=70.0)
+    compare_curves(tmp_path / "compare.png", {"first": an_evaluation(), "second": other})
     (axis,) = figures[0].axes
     assert list(line(axis, "first, sweet: area 75.0").get_xdata()) == [0.25, 0.6, 1.0, 1.05]
     assert list(line(axis, "second, mm: area 70.0").get_ydata()) == [60.0, 80.0, 90.0, 89.0]
     assert line(axis, "first").get_color() != line(axis, "second").get_color()
-    assert sum(entry.get_marker() == "*" for entry in axis.lines) == 1
+    assert sum(entry.get_marker() == "*" for entry in axis.lines) == 2
     assert "operating point" in axis.get_title()
 
 
@@ -96,19 +103,21 @@ def test_several_runs_in_one_picture(tmp_path, figures):
     ("key", "value"), [("task", "sst2"), ("metric", "matthews"), ("examples", 9), ("dev_digest", "2")]
 )
 def test_a_run_of_other_data_is_refused_by_name(tmp_path, key, value):
-    first = EVALUATION | {"dev_digest": "1"}
+    first = an_evaluation()
     with pytest.raises(InputError, match=f"^runs/odd: .*{key}"):
-        compare_curves(tmp_path / "compare.png", {"one": first, "two": first, "runs/odd": first | {key: value}})
+        compare_curves(
+            tmp_path / "compare.png", {"one": first, "two": first, "runs/odd": an_evaluation(**{key: value})}
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"curve\.png.*matplotlib"):
-        draw_curve(tmp_path / "curve.png", EVALUATION)
+        draw_curve(tmp_path / "curve.png", an_evaluation())
 
 
 def test_names_that_matplotlib_would_read_as_formulas_or_never_end(tmp_path):
-    draw_curve(tmp_path / "curve.png", EVALUATION | {"task": r"a$x^$^" + "x" * 100_000, "operating_point": POINT})
-    compare_curves(tmp_path / "both.png", {r"r$\frac{$_": EVALUATION, "x" * 100_000: EVALUATION})
+    draw_curve(tmp_path / "curve.png", an_evaluation(task=r"a$x^$^" + "x" * 100_000))
+    compare_curves(tmp_path / "both.png", {r"r$\frac{$_": an_evaluation(), "x" * 100_000: an_evaluation()})
     assert (tmp_path / "curve.png").stat().st_size > 1000 < (tmp_path / "both.png").stat().st_size

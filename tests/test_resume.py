@@ -203,9 +203,8 @@ def test_data_and_options_that_changed_are_refused_with_both_values(command, is_
 def test_files_may_move_where_their_digests_agree(command, is_finished):
     write_texts("train.csv")
     assert command("--method", "sweet", "--data", "train.csv", "--out", "whole")[0] == 0
-    assert command("--method", "sweet", "--data", "train.csv", "--out", "a", signals={} if is_finished else {3: TERM})[
-        0
-    ] in (0, 143)
+    stop = {} if is_finished else {3: TERM}
+    assert command("--method", "sweet", "--data", "train.csv", "--out", "a", signals=stop)[0] in (0, 143)
     Path("elsewhere").mkdir()
     for name in ("tiny", "train.csv"):
         Path(name).rename(Path("elsewhere", name))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.base.safe import InputError
 from minisweet.data.tasks import Examples
-from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer
-from tests.conftest import WORDS
+from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer, with_special
+from tests.conftest import CHECKOUT, WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LONG = " ".join(WORDS * 4)
@@ -102,6 +104,10 @@ def precompiled(content):
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAA="}
 
 
+def fixed_length(content):
+    content["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -116,8 +122,9 @@ def precompiled(content):
         (lambda folder: changed(folder, lambda content: content["model"].update(unk_token="<none>")), "not usable"),
         (lambda folder: changed(folder, lambda content: content["model"].update(vocab={})), r"has no \[CLS\]"),
         (lambda folder: changed(folder, precompiled), "not usable .*index out of bounds"),
+        (lambda folder: changed(folder, fixed_length), "not usable .*chunk size must be non-zero"),
     ],
-    ids=["none", "special", "too many", "too few", "not one", "unknown", "empty", "panic"],
+    ids=["none", "special", "too many", "too few", "not one", "unknown", "empty", "panic", "another panic"],
 )
 def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, capfd, write, message):
     write(tmp_path)
@@ -127,6 +134,38 @@ def test_unusable_tokenizers_are_refused_in_one_line(tmp_path, capfd, write, mes
     assert "\n" not in str(error.value)
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "after\n", "a panic should not print, and what comes after it should"
+
+
+def test_standard_error_is_left_alone_while_tokenizers_are_read(tmp_path, monkeypatch):
+    """Of a process whose threads write there, and where descriptors 0 and 2 are closed, as a daemon's may be."""
+    folder = write_wordpiece(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup2", lambda *_: pytest.fail("a descriptor of the whole process was led elsewhere"))
+        assert load_tokenizer(folder, 26, 40).encode("bad").tokens == ["[CLS]", "bad", "[SEP]"]
+    code = f"""
+import os, sys
+from pathlib import Path
+from minisweet.data.text import load_tokenizer
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: load_tokenizer(Path({str(folder)!r}), 26, 40), range(40)))
+os.write(2, b"still here")
+os.close(0), os.close(2)
+print(load_tokenizer(Path({str(folder)!r}), 26, 40).encode("bad").tokens)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT)
+    assert (done.stdout, done.stderr) == ("['[CLS]', 'bad', '[SEP]']\n", "still here")
+
+
+def test_special_tokens_as_the_library_puts_them(tmp_path):
+    """`with_special` and the post-processor, which stand apart, agree."""
+    tokenizer = load_tokenizer(write_wordpiece(tmp_path), 26, 40)
+    start, end = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
+    for text in (["not bad"], ["the film", ""]):
+        ids = [tokenizer.encode(part, add_special_tokens=False).ids for part in text]
+        expected = tokenizer.encode(*text)
+        assert with_special(ids, start, end) == (expected.ids, expected.type_ids.count(0))
+        assert tokenizer.num_special_tokens_to_add(len(text) == 2) == len(expected.ids) - sum(map(len, ids))
 
 
 @pytest.mark.parametrize("max_length", [-1, 7, 41, 2**64, True, 16.0, "16", None])

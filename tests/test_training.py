@@ -1,7 +1,9 @@
 """train.py's loop, without its command line."""
 
 import copy
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import torch
 
 import train
 from minisweet import MultiExitModel, load_encoder
+from minisweet.branches import METHODS
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
-from tests.conftest import exit_model, write_model
+from tests.conftest import exit_model, quick, write_model
 
 
 def test_only_the_embeddings_of_words_that_occur_move(tmp_path, model_type):
@@ -209,3 +212,36 @@ def test_after_an_error_the_whole_table_of_words_is_back(tmp_path):
     assert embedding.weight is whole
     old[used] = 0
     assert torch.equal(whole, old)
+
+
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+def test_balanced_rows_count_by_their_class(strategy):
+    logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
+    certainty = torch.rand(8) if strategy == "lte" else None
+    examples = SimpleNamespace(targets=labels.numpy(), labels=labels.numpy(), with_targets=torch.from_numpy)
+    targets = train.balanced(examples, 3)
+    sure = [None] * 8 if certainty is None else certainty[:, None]
+    of_rows = torch.stack([exit_loss(logits[[i]], sure[i], labels[[i]]) for i in range(8)])
+    weights = torch.tensor([8 / (3 * n) for n in (5, 5, 5, 5, 5, 2, 2, 1)])
+    torch.testing.assert_close(exit_loss(logits, certainty, targets), (weights * of_rows).mean())
+    soft = torch.randn(8, 3).softmax(-1)  # as of a trunk; without labels its answers are the classes
+    examples.targets, examples.labels, answers = soft.numpy(), None, soft.argmax(-1)
+    counts = answers.bincount(minlength=3)
+    weights = 8 / (counts.count_nonzero() * counts[answers])
+    torch.testing.assert_close(train.balanced(examples, 3), soft * weights[:, None])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_class_weights_change_the_training_and_are_recorded(command, tmp_path, method):
+    model = write_model(tmp_path / "tiny", "bert")
+    rows = ["a good film,up\n"] * 2 + [f"a bad film {i},down\n" for i in range(28)]
+    Path("t.csv").write_text("text,label\n" + "".join(rows))
+    losses = {}
+    for weights in ([], ["--class-weights", "balanced"]):
+        arguments = ["--data", "t.csv", "--dev-data", "t.csv", "--model", model, "--method", method, "--lr", "1e-3"]
+        status, _, err = command(train, *quick(model, *arguments, *weights, "--out", "run", "--overwrite"))
+        assert status == 0, err
+        record = json.loads(Path("run/run.json").read_text())
+        assert record["arguments"]["class_weights"] == ("balanced" if weights else None)
+        losses[bool(weights)] = record["losses"]
+    assert losses[True] != losses[False]

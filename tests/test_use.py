@@ -1,6 +1,7 @@
 """What users call: the classifier, and the commands predict, explain and export."""
 
 import csv
+import http.client
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from minisweet.calibration import row_temperatures
 from minisweet.data import rows
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples
-from minisweet.runs.folders import load_run
+from minisweet.runs.folders import load_run, read_evaluation, read_record
 from minisweet.use import explain, export, predict
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, exit_model, random_batch, tiny_encoder, write_model
 
@@ -81,7 +82,7 @@ def run(make_run):
 def middle(run) -> float:
     """A threshold at which half of the validation rows or so leave at the first exit, in a gap of confidences."""
     saved = load_file(run / "logits.safetensors")
-    rule = ExitRule.from_evaluation(json.loads((run / "evaluation.json").read_text()), saved["logits"].shape[-1])
+    rule = ExitRule.from_evaluation(read_evaluation(run, read_record(run)), saved["logits"].shape[-1])
     sure = rule.confidences(saved["logits"], saved.get("certainty"))[0].unique()  # sorted
     sure = sure[len(sure) // 4 : -(len(sure) // 4)]
     place = int(sure.diff().argmax())
@@ -180,7 +181,7 @@ def test_threshold_outside_its_range(run, threshold):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("run", [None, 5, b"x", "a\0b"]),
+        ("run", [None, 5, b"x", "a\0b", ""]),
         ("amp", ["bfloat16", None]),
         ("speed", [0, 1.5, float("nan"), "0.5"]),
         ("max_loss", [-1, float("inf"), True]),
@@ -226,12 +227,11 @@ def test_operating_point(make_run, run, tmp_path):
 
 
 def test_logits_are_those_of_the_evaluation(run, tmp_path):
-    """Compared by their SHA-256; an old evaluation that tells none must be made again."""
+    """Compared by their SHA-256."""
     copied = shutil.copytree(run, tmp_path / "run")
     saved, path = load_file(run / "logits.safetensors"), copied / "logits.safetensors"
     evaluation = json.loads((run / "evaluation.json").read_text())
-    old = {key: value for key, value in evaluation.items() if key not in ("run_digest", "logits_digest")}
-    (copied / "evaluation.json").write_text(json.dumps(old))
+    (copied / "evaluation.json").write_text(json.dumps(evaluation | {"logits_digest": "0"}))
     with pytest.raises(ValueError, match="logits.safetensors: .*SHA-256"):
         EarlyExitClassifier(copied, speed=0.5)
     for logits, reason in ((saved["logits"] + 1, "SHA-256"), (saved["logits"][:2], "not the logits")):
@@ -472,7 +472,17 @@ def test_http_service_of_the_readme(run, tmp_path):
                     assert [row["label"] for row in answer] == [row["label"] for row in expected_answers]
                 else:
                     assert "item 1" in answer["error"] or "texts" in answer["error"]
-            assert post(port, b"no JSON", process)[0] == 400
+            for body in (b"no JSON", b"[" * 99_999, b""):
+                assert post(port, body, process)[0] == 400
+            for length, expected in ((None, 411), ("two", 411), ("-1", 411), ("1000000", 413), ("9" * 5000, 413)):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.putrequest("POST", "/")
+                if length:
+                    connection.putheader("Content-Length", length)
+                connection.endheaders()
+                answer = connection.getresponse()
+                assert (answer.status, answer.headers["Content-Type"]) == (expected, "application/json")
+                assert "error" in json.load(answer)
         finally:
             process.terminate()
 
@@ -500,6 +510,28 @@ def test_tokenize_takes_texts_and_pairs(run):
 def test_arguments_that_cannot_be_written_out_or_compared(run, argument):
     with pytest.raises(InputError, match=f"{next(iter(argument))}: .*, should be"):
         EarlyExitClassifier(run, **argument)
+
+
+def test_a_device_that_is_not_here_is_named_as_it_was_given(run, tmp_path):
+    """An argument in Python, an option in a command."""
+    with pytest.raises(InputError, match=r"^device: 'cuda:99' is not here"):
+        EarlyExitClassifier(run, 0.9, device="cuda:99")
+    path = write_csv(tmp_path / "in.csv", [(1, "a")])
+    assert "error: --device: 'cuda:99' is not here" in call(predict, run, path, "--device", "cuda:99")[2]
+    assert "error: --threshold: 0.2, should be" in call(predict, run, path, "--threshold", "0.2")[2]
+
+
+def test_predict_counts_empty_and_cut_texts(run, tmp_path):
+    rows = [(1, "the film"), (2, ""), (3, " \t"), (4, "bad " * 31), (5, "bad " * 30)]
+    path = write_csv(tmp_path / "in.csv", rows)
+    _, out, _ = call(predict, run, path, "--out", tmp_path / "out.csv", "--threshold", 0.6)
+    assert out.splitlines()[-1].endswith("; empty: 2; cut to 32 tokens: 1")
+
+
+def test_classifiers_made_by_threads_at_once(run):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: EarlyExitClassifier(run, 0.9)(TEXTS), range(16)))
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_a_name_that_is_too_long_and_items_of_thousands_of_digits(run):

@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
             about, examples, *_ = doc.split("\n\n")
             options |= {"description": about, "epilog": f"examples:\n{examples}"}
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("type", Path, _path)
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, but no word may hold what neither a path nor a name can: NUL, or half a character."""
@@ -52,6 +53,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message as one line and exit with status 2."""
         self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
+
+
+def _path(text: str) -> Path:
+    """An argparse type: a path, of what is there or not. Not "", which Path takes for the folder at hand."""
+    try:
+        os.stat(f"{text}/." if text else "")  # asks whether a folder may be searched
+    except OSError as error:
+        if not text or error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be reached ({error.strerror})") from None
+    return Path(text)
 
 
 def _checked(convert: Callable, is_right: Callable[[object], bool], wanted: str) -> Callable[[str], object]:

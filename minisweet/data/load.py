@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from minisweet.base.safe import InputError, home
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
 from minisweet.data.tasks import TASKS, Examples, Names, examples_of, load_examples
 
-DATA_DIR = home() / "data"
 OF_OWN_DATA = ("dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")  # options
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
 
@@ -43,7 +43,7 @@ def add_data_options(parser: Parser) -> None:
     option("--labels", type=list_of(str), help="the classes in their order, such as a,b,c (default: as in --data)")
     option("--dev-size", type=number(0.0001, 0.9999), default=0.2, help="share of --data set aside (default: 0.2)")
     option("--dev-seed", type=whole_number(0), default=0, help="of which rows are set aside (default: 0)")
-    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
 
 
 def data_name(args: argparse.Namespace) -> str:
@@ -59,74 +59,119 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
     dev alone, and own data may lack the label column.
     Raises InputError for a file or a row that is wrong (with the line), and for options that do not go together.
     """
-    labels, name, metric = _class_order(args, labels), data_name(args), "accuracy"
+    labels = _class_order(args, labels)
     if args.data is None:
+        name = data_name(args)
         labels, metric = labels or TASKS[name].labels, TASKS[name].metric
         train = load_examples(name, "train", args.data_dir, labels, need_labels)
-        record = {"task": name, "data_dir": os.path.realpath(args.data_dir)}
+        record = {"task": name, "data_dir": os.path.realpath(args.data_dir), "labels": list(labels)}
     else:
-        columns, column = _columns(args.data, args.text_columns, args.label_column, need_labels)
-        train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
-        if need_labels:
-            _check_classes(args, train, found, is_named=labels is not None)
-        labels, dev_rows = labels or found, None
-        if args.dev_data is None:
-            classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
-            rows, dev_rows = (part.tolist() for part in stratified_split(classes, args.dev_size, args.dev_seed))
-            if not dev_rows:
-                raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more")
-            train = train.take(rows)._replace(empty=train.empty)
-        else:
-            columns, column = _columns(args.dev_data, columns, column, need_labels=False)
-        record = {"task": name, "data": os.path.realpath(args.data), "text_columns": columns, "label_column": column}
-        record |= {"dev_data": args.dev_data and os.path.realpath(args.dev_data), "dev_rows": dev_rows}
-    record["labels"] = list(labels)
-    dev = load_dev(record)
+        train, record = _own_train(args, labels, need_labels)
+        labels, metric = record["labels"], "accuracy"
+    dev, _ = _read_dev(record)
     record |= {"dev_digest": digest(dev), "metric": metric if dev.labels else "agreement"}
     record["label_counts"] = train.labels and np.bincount(train.labels, minlength=len(labels)).tolist()
     notes = _notes("train", train, labels) + _notes("validation", dev, labels)
     if both := len(set(train.texts()) & set(dev.texts())):
         notes.append(f"texts that are in both train and validation: {both:,}")
+    if dev.labels and (lacking := sorted(set(train.labels or ()) - set(dev.labels))):
+        notes.append(f"validation: labels without a row: {some([labels[label] for label in lacking])}")
+    plain = [normalize("NFKC", label.casefold()) for label in labels]
+    if alike := [label for label, form in zip(labels, plain, strict=True) if plain.count(form) > 1]:
+        notes.append(f"labels that differ by case or Unicode form alone, each a class of its own: {some(alike)}")
     return Data(train, dev, notes, record)
+
+
+def _own_train(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple[Examples, dict]:
+    """The rows of --data that are trained on, and what the record tells of it; `labels` where they are prescribed."""
+    columns, column = _columns(args.data, args.text_columns, args.label_column, need_labels)
+    train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
+    if need_labels:
+        _check_classes(args, train, found, is_named=labels is not None)
+    dev_rows = None
+    if args.dev_data is None:
+        classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
+        split = stratified_split(classes, args.dev_size, args.dev_seed, train.texts())
+        rows, dev_rows = (part.tolist() for part in split)
+        if not dev_rows:
+            raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more different texts")
+        train = train.take(rows)._replace(empty=train.empty)
+    else:
+        columns, column = _columns(args.dev_data, columns, column, need_labels=False)
+    record = {"task": data_name(args), "data": os.path.realpath(args.data), "labels": list(labels or found)}
+    record |= {"dev_data": args.dev_data and os.path.realpath(args.dev_data), "dev_rows": dev_rows}
+    return train, record | {"text_columns": columns, "label_column": column}
 
 
 def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = None) -> Examples:
     """Read a run's validation rows again.
 
-    `record` is `Data.record`, or a run's; of an old run, `data_dir` stands in its `arguments` alone. `data` is the own
-    file that holds the rows, if it moved, `data_dir` the folder of GLUE's.
+    `record` is `Data.record`, or what a run's `Record` holds. `data` is the own file that holds the rows, if it moved,
+    `data_dir` the folder of GLUE's.
     Raises InputError where the rows cannot be read, or their texts or labels have changed.
     """
     try:
-        if record.get("data") is None:
-            if data is not None:
-                raise InputError(f"--data: {data}, but the run's data is the task {record['task']}; see --data-dir")
-            path = data_dir or Path(record["data_dir"] if "data_dir" in record else record["arguments"]["data_dir"])
-            dev = load_examples(record["task"], "dev", path, record.get("labels"))
-        else:
-            if data_dir is not None:
-                raise InputError(f"--data-dir: {data_dir}, but the run's data is a file of its own; see --data")
-            path, rows = data or Path(record["dev_data"] or record["data"]), record["dev_rows"]
-            if not path.is_file():
-                raise InputError(f"{path}: no such file; if it moved, name it with --data")
-            columns = record["text_columns"], record["label_column"]
-            dev, _ = examples_of(path, read_rows(path), *columns, record["labels"])
-            if rows is not None:  # of a file that has fewer by now, those that are left have another digest
-                dev = dev.take([row for row in rows if row < len(dev.first)])
+        dev, path = _read_dev(record, data, data_dir)
+        is_same = digest(dev) == record["dev_digest"]
     except (AttributeError, IndexError, KeyError, TypeError):
         raise InputError("run.json: what it tells of the data is nothing that train.py writes") from None
-    if (found := digest(dev)) != record.get("dev_digest", found):
+    if not is_same:
         raise InputError(f"{path}: the validation rows' texts or labels have changed since the run was trained")
     return dev
 
 
-def stratified_split(labels: Sequence[int], dev_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, at least one row in each."""
-    rng, labels, dev = np.random.default_rng(seed), np.asarray(labels), np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        dev[rows[: min(max(1, round(dev_size * len(rows))), len(rows) - 1)]] = True
-    return np.flatnonzero(~dev), np.flatnonzero(dev)
+def _read_dev(record: dict, data: Path | None = None, data_dir: Path | None = None) -> tuple[Examples, Path]:
+    """The validation rows, and where they were read. Raises what a broken record raises, and InputError."""
+    if record.get("data") is None:
+        if data is not None:
+            raise InputError(f"--data: {data}, but the run's data is the task {record['task']}; see --data-dir")
+        path = data_dir or Path(record["data_dir"])
+        return load_examples(record["task"], "dev", path, record["labels"]), path
+    if data_dir is not None:
+        raise InputError(f"--data-dir: {data_dir}, but the run's data is a file of its own; see --data")
+    path, rows = data or Path(record["dev_data"] or record["data"]), record["dev_rows"]
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; if it moved, name it with --data")
+    dev, _ = examples_of(path, read_rows(path), record["text_columns"], record["label_column"], record["labels"])
+    if rows is not None:  # of a file that has fewer by now, those that are left have another digest
+        dev = dev.take([row for row in rows if row < len(dev.first)])
+    return dev, path
+
+
+def stratified_split(
+    labels: Sequence[int], dev_size: float, seed: int, texts: Sequence | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, at least one row in each.
+
+    Rows of equal `texts` (N,), by default none, are on one side, so that a class which has one text alone is all in
+    train. Of a class with few and frequent texts, dev's share may be another.
+    """
+    rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
+    texts = range(len(labels)) if texts is None else texts
+    which = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=int)  # (N,)
+    side = np.full(len(numbers), -1)  # of each text: 1 dev, 0 train, -1 not decided
+    classes = [np.unique(which[labels == label], return_counts=True) for label in np.unique(labels)]
+    for own, rows in sorted(classes, key=lambda part: len(part[0])):  # rarest first: others may share its texts
+        in_dev, free = rows[side[own] == 1].sum(), rng.permutation(np.flatnonzero(side[own] < 0))
+        room, chosen = min(max(1, round(dev_size * rows.sum())), rows.sum() - 1) - in_dev, []
+        for text in free:
+            if rows[text] <= room:
+                room -= rows[text]
+                chosen.append(text)
+        if not (in_dev or chosen) and len(own) > 1:
+            chosen = free[rows[free].argsort()[:1]]
+        side[own[free]] = 0
+        side[own[chosen]] = 1
+    return np.flatnonzero(side[which] == 0), np.flatnonzero(side[which] == 1)
+
+
+def class_weights(label_counts: Sequence[int]) -> list[float]:
+    """What a row of each class counts, (C,), so that all classes count alike and a row 1 on average: N / (C n_c).
+
+    C is how many classes occur; one that does not, counts 0.
+    """
+    occurring = sum(map(bool, label_counts))
+    return [sum(label_counts) / (occurring * count) if count else 0.0 for count in label_counts]
 
 
 def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:

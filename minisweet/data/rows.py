@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections import Counter
@@ -15,6 +16,12 @@ from minisweet.base.safe import InputError, check_regular, written_beside
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory
+FOREIGN = {  # what the first line shows of a file that is no UTF-8 text
+    "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff|.\0.\0|\0.\0."),
+    "a zip or an Excel file": re.compile(rb"PK\x03\x04"),
+    "packed by gzip without .gz in its name": re.compile(rb"\x1f\x8b"),
+}
+LONE_CR = "a carriage return alone, and lines should end in \\n or \\r\\n"
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
 
 
@@ -26,7 +33,9 @@ def decoded(line: bytes, number: int, source: object) -> str:
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         wrong = f"not readable as UTF-8 text ({error.reason})"
-    raise InputError(f"{source}, line {number}: {wrong}, should be a line of text")
+    if foreign := [name for name, start in FOREIGN.items() if number == 1 and start.match(line)]:
+        raise InputError(f"{source}: {foreign[0]}, should be text in UTF-8")
+    raise InputError(f"{source}, line {number}: {wrong}, should be a line of text in UTF-8")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -79,7 +88,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
             if not row or not isinstance(row, dict):
                 raise ValueError(f"{text.strip()!r:.60} has no columns")
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {line}: not readable as a JSON object ({str(error)[:100]})") from None
+            reason = LONE_CR if "\r" in text.strip() else str(error)[:100]
+            raise InputError(f"{path}, line {line}: not readable as a JSON object ({reason})") from None
         yield line, row
 
 
@@ -93,7 +103,8 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}, line {line}: no row of cells ({error}); are its quotes right?") from None
+        reason = f"({LONE_CR})" if "new-line" in str(error) else f"({error}); are its quotes right?"
+        raise InputError(f"{path}, line {line}: no row of cells {reason}") from None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -115,13 +126,15 @@ def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: It
 
     Raises InputError, with the columns that are there, where it has none of them, and for more than two.
     """
-    _, row = next(read_rows(path), (1, {}))
-    wanted = [named] if named else list(usual)
-    for columns in wanted:
-        if set(columns) <= row.keys() and len(columns) <= 2:
-            return list(columns)
-    names, there = " or ".join(map(some, wanted)), some(list(row)) or "no rows"
     right = "one" if option == "--label-column" else "one or two"
+    if named and len(named) > 2:
+        raise InputError(f"{option}: {','.join(named)}, should be {right}")
+    _, row = next(read_rows(path), (1, {}))
+    for columns in [named] if named else usual:
+        if row.keys() >= set(columns):
+            return list(columns)
+    wanted = [[name for name in named if name not in row]] if named else usual
+    names, there = " or ".join(map(some, wanted)), some(list(row)) or "no rows"
     raise InputError(f"{path}, line 1: no column {names}; it has {there}; name {right} with {option}")
 
 

@@ -4,6 +4,7 @@ GLUE's test files have no labels and are never read. Dimension letters: N rows, 
 """
 
 import io
+import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -94,7 +95,7 @@ def load_examples(task: str, split: str, data_dir: Path, labels: Names = None, l
         examples = Examples(first, None, *rest)
     else:
         folder = Path(data_dir) / own.folder
-        if not folder.exists():
+        if not os.path.exists(folder):  # nor where it cannot be reached
             _fetch(own, folder)
         examples = _read(own, folder / own.files[("train", "dev").index(split)], labelled)
     if not labelled:
@@ -136,7 +137,7 @@ def examples_of(
 
 def _read(task: Task, path: Path, labelled: bool = True) -> Examples:
     """Read a GLUE file: UTF-8, tabs between columns, no quoting."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; put it there, or move the folder away to have both files fetched")
     *columns, label = task.columns
     codes = [str(number) for number in range(len(task.labels))] if task.numbered else task.labels

@@ -1,12 +1,13 @@
 """Sentences into batches: tokenising once, then batches of similar length, padded to the longest in the batch.
 
-Pairs are [CLS] A [SEP] B [SEP] for BERT and DeBERTa. Dimension letters: B batch, T tokens, N examples.
+Dimension letters: B batch, T tokens, N examples.
 """
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +22,20 @@ from minisweet.data.tasks import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
-SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
+# All that says which special tokens there are, and where: these names, `with_special`, and BertProcessing below, which
+# tells the same to the library. RoBERTa has <s> A </s></s> B </s>, <pad>, <unk>, one token type, and RobertaProcessing.
+SPECIAL = START, END, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
+PROBE = "It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv"  # words, and what few vocabularies hold
+# Parts of tokenizers, strange to BERT and DeBERTa, that panic where their settings are wrong.
+PANICKING = b'"Precompiled"', b'"FixedLength"'
+TRIAL = f"import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1]).encode(*{PROBE!a})"
 POOL = 50  # training batches are sorted by length within so many, then shuffled: little padding, and still random
+
+
+def with_special(sentences: list[list[int]], start: int, end: int) -> tuple[list[int], int]:
+    """One or two sentences' ids as a model reads them, [CLS] A [SEP] B [SEP], and how many have token type 0."""
+    parts = [[*sentence, end] for sentence in sentences]
+    return [start, *chain(*parts)], 1 + len(parts[0])
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
@@ -36,21 +49,19 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     if type(max_length) is not int or not SHORTEST <= max_length <= positions:
         raise InputError(f"{folder}: max_length is {max_length!r:.80}, should be from {SHORTEST} to {positions} tokens")
     try:
-        with _panics_unseen():
-            tokenizer = _read_tokenizer(folder)
-            vocabulary = tokenizer.get_vocab()
-            if missing := [token for token in SPECIAL if token not in vocabulary]:
-                raise ValueError(f"it has no {', '.join(missing)}")
-            if (largest := max(vocabulary.values())) >= vocab_size:
-                raise ValueError(f"it has token {largest}, and the embedding only {vocab_size} rows")
-            if 10 * len(vocabulary) < 9 * vocab_size:
-                raise ValueError(f"it has {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
-            tokenizer.add_special_tokens(list(SPECIAL))
-            end, start = ((token, vocabulary[token]) for token in ("[SEP]", "[CLS]"))
-            tokenizer.post_processor = processors.BertProcessing(end, start)
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(max_length)
-            tokenizer.encode("It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv")  # words, and what few vocabularies hold
+        tokenizer = _read_tokenizer(folder)
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in SPECIAL if token not in vocabulary]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        if (largest := max(vocabulary.values())) >= vocab_size:
+            raise ValueError(f"it has token {largest}, and the embedding only {vocab_size} rows")
+        if 10 * len(vocabulary) < 9 * vocab_size:
+            raise ValueError(f"it has {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.post_processor = processors.BertProcessing((END, vocabulary[END]), (START, vocabulary[START]))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length)
+        tokenizer.encode(*PROBE)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and for a panic what is no Exception at all
@@ -61,6 +72,10 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
 def _read_tokenizer(folder: Path) -> Tokenizer:
     whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     if whole.is_file():
+        if any(map(whole.read_bytes().count, PANICKING)):  # a page on standard error, which threads share: tried apart
+            trial = subprocess.run([sys.executable, "-c", TRIAL, whole], capture_output=True)
+            if trial.returncode:
+                raise ValueError(trial.stderr.decode(errors="replace").strip().rpartition("\n")[2])
         return Tokenizer.from_file(str(whole))
     if pieces.is_file() and merges.is_file():
         made = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
@@ -70,17 +85,6 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     else:
         raise ValueError("there is no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
     return Tokenizer.from_str(made.to_str())
-
-
-@contextmanager
-def _panics_unseen() -> Iterator[None]:
-    """Within, nothing reaches standard error: the library's panics print a page there before they are raised."""
-    with open(os.devnull, "wb") as nowhere, os.fdopen(os.dup(2), "wb") as kept:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept.fileno(), 2)
 
 
 def longest_first(a: int, b: int, room: int) -> tuple[int, int]:
@@ -124,18 +128,19 @@ class TokenizedExamples:
         texts = [(text,) if isinstance(text, str) else text for text in examples.texts()]
         # Each sentence by itself: of a pair, the library keeps every piece of one that it cuts off with every other's.
         encodings = iter(tokenizer.encode_batch_fast(list(chain(*texts)), add_special_tokens=False))
-        start, end, self.pad_id = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+        start, end, self.pad_id = map(tokenizer.token_to_id, (START, END, PAD))
         self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, self.first_lengths, self.cut = [], [], 0
         for text in texts:
             sentences = list(islice(encodings, len(text)))
-            room = tokenizer.truncation["max_length"] - 1 - len(text)
+            room = tokenizer.truncation["max_length"] - tokenizer.num_special_tokens_to_add(len(text) == 2)
             lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]
             self.cut += sum(lengths) > room
             kept = longest_first(*lengths, room) if len(text) == 2 else [room]
-            parts = [[*sentence.ids[:n], end] for sentence, n in zip(sentences, kept, strict=True)]
-            self.ids.append(np.array([start, *chain(*parts)]))
-            self.first_lengths.append(1 + len(parts[0]))
+            parts = [sentence.ids[:n] for sentence, n in zip(sentences, kept, strict=True)]
+            ids, first_length = with_special(parts, start, end)
+            self.ids.append(np.array(ids))
+            self.first_lengths.append(first_length)
         self.lengths, self.first_lengths = np.array([len(ids) for ids in self.ids]), np.array(self.first_lengths)
 
     def __len__(self) -> int:

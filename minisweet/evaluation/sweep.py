@@ -19,6 +19,7 @@ from minisweet.base.safe import InputError, sha256, written_beside
 from minisweet.calibration import fit_rule
 from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.metrics import matthews, score
+from minisweet.runs.records import Evaluation
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
@@ -101,11 +102,11 @@ def save_validation(path: Path, validation: Validation) -> str:
     return sha256(path)
 
 
-def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation:
+def load_validation(path: Path, evaluation: Evaluation, num_labels: int) -> Validation:
     """Read what `save_validation` wrote beside `evaluation`; C is `num_labels`. Raises InputError for another file."""
-    if sha256(path) != evaluation.get("logits_digest"):  # an old evaluation has none
+    if sha256(path) != evaluation.logits_digest:
         raise InputError(f"{path}: not of this evaluation.json, its SHA-256 is not logits_digest; evaluate it again")
-    K, N = len(evaluation["exit_layers"]), evaluation["examples"]
+    K, N = len(evaluation.exit_layers), evaluation.examples
     try:
         tensors = load_file(path)
         validation = Validation(tensors["logits"], tensors.get("certainty"), tensors["labels"])
@@ -113,7 +114,7 @@ def load_validation(path: Path, evaluation: dict, num_labels: int) -> Validation
         right = logits.shape == (K, N, num_labels) and logits.is_floating_point() and logits.isfinite().all()
         right = right and labels.shape == (N,) and labels.dtype == torch.int64 and 0 <= labels.min()
         right = right and labels.max() < num_labels
-        if evaluation["exit_strategy"] == "lte":
+        if evaluation.exit_strategy == "lte":
             right = right and certainty.shape in ((K - 1, N), (K, N)) and certainty.isfinite().all()
     except (SafetensorError, KeyError, AttributeError):
         right = False

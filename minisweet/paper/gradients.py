@@ -22,15 +22,14 @@ from torch import Tensor
 
 from minisweet.base.commands import Parser, positive_float, run_command, whole_number
 from minisweet.base.devices import choose_device, device_name, tune_cpu
-from minisweet.base.safe import InputError, write_json
-from minisweet.data.load import DATA_DIR
+from minisweet.base.safe import InputError, home, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.paper.report import for_json, over_seeds
 from minisweet.paper.reproduce import TRAINING, as_options, need_clone, run_script
 from minisweet.runs.folders import load_run, versions
-from minisweet.runs.options import add_training_options, default_batch_size, find_model
+from minisweet.runs.options import SMALL, add_training_options, find_model
 from minisweet.use.plots import load_pyplot, save_figure
 
 
@@ -71,14 +70,12 @@ def parse_arguments() -> argparse.Namespace:
     option("--steps", type=whole_number(1), default=400, help="of fine-tuning; small tasks need fewer (default: 400)")
     option("--batches", type=whole_number(1), default=10, help="new training batches to measure on (default: 10)")
     option("--seed", type=whole_number(0), default=0, help="of the examples, new weights, dropout (default: 0)")
-    option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; minilm-l6 2e-4)")
+    option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; small models 2e-4)")
     option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
     option("--overwrite", action="store_true", help="replace the measurement in --out")
-    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     add_training_options(parser)
     args = parser.parse_args()
-    args.lr = args.lr or (2e-4 if args.model == "minilm-l6" else 2e-5)
-    args.batch_size = args.batch_size or default_batch_size(args.model)
     return args
 
 
@@ -92,6 +89,7 @@ def main() -> None:
     load_pyplot(args.out / "gradients.png")
     device = choose_device(args.device)
     folder, config, args.exit_layers = find_model(args)
+    args.lr = args.lr or (2e-4 if config.hidden_size <= SMALL else 2e-5)
     if len(args.exit_layers) < 2:
         raise InputError(f"--exit-layers: {args.exit_layers[0]} is one exit, and there is nothing to compare it with")
     rows = load_examples(args.task, "train", args.data_dir)
@@ -106,7 +104,7 @@ def main() -> None:
             sys.exit(abs(status))  # it has said why
         model, record = load_run(run)
     order = np.random.default_rng(args.seed).permutation(N)
-    unseen = order[~np.isin(order, record["subset"])][:measured]
+    unseen = order[~np.isin(order, record.subset)][:measured]
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     new = TokenizedExamples(tokenizer, rows, unseen)
     model.to(device).eval()
@@ -119,7 +117,7 @@ def main() -> None:
     report = {key: getattr(args, key) for key in given} | {
         "learning_rate": args.lr,
         "device": device_name(device),
-        "precision": record["precision"],
+        "precision": record.precision,
         "versions": versions(),
         "layers": list(args.exit_layers[:-1]),
         "exits": list(args.exit_layers),

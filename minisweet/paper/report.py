@@ -60,7 +60,8 @@ def did_not_converge(record: dict) -> bool:
 
 def interpolated(record: dict, ratios: Sequence[float]) -> np.ndarray:
     """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach."""
-    return np.interp(np.round(ratios, 9), *sorted_curve(record), left=np.nan, right=np.nan)
+    curve = sorted_curve(record["speedup_ratios"], record["scores"])
+    return np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
 
 
 def seed_means(records: Records, points: Callable[[dict], ArrayLike]) -> np.ndarray:

@@ -26,14 +26,15 @@ from pathlib import Path
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.base.safe import LOG, InputError, clone, hold, read_json, write_json, written_beside
+from minisweet.base.safe import LOG, InputError, clone, hold, home, read_json, write_json, written_beside
 from minisweet.branches import METHODS
-from minisweet.data.load import DATA_DIR, digest, drawn_rows
+from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
+from minisweet.runs.records import Arguments, Curve, Record
 from minisweet.use.plots import load_pyplot
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
@@ -76,36 +77,35 @@ class Grid:
             return self.records[run]
         folder = self.folder(run)
         if lost := read_diverged(folder):
-            self.check_settings(run, lost["arguments"], {})
+            self.check_settings(run, lost, {})
             self.records[run] = {}
         elif (folder / "run.json").exists():
             record = read_record(folder)
-            has = record["arguments"] | {key: record[key] for key in ("exit_strategy", "exit_layers", "precision")}
-            layers = self.args.exit_layers or options.exit_layers_for(record["depth"])
+            layers = self.args.exit_layers or options.exit_layers_for(record.depth)
             wanted = {"exit_layers": list(layers), **self.precision}
-            self.check_settings(run, has, wanted)
-            wanted["calibration"], evaluation = "crossfit", read_evaluation(folder, record, whole=False) or {}
-            same = all(evaluation.get(key, value) == value for key, value in wanted.items())
-            # Else not evaluated, or by hand in another way, or before there were all of these.
-            if same and set(EVALUATION) <= set(evaluation) and len(evaluation["thresholds"]) == THRESHOLDS:
+            self.check_settings(run, record, wanted)
+            wanted["calibration"], curve = "crossfit", read_evaluation(folder, record, Curve)
+            # Else not evaluated, or by hand in another way.
+            if curve and wanted.items() <= vars(curve).items() and len(curve.thresholds) == THRESHOLDS:
                 self.check_rows(run, record)
-                self.records[run] = record | {key: evaluation[key] for key in EVALUATION}
+                self.records[run] = vars(record) | {key: getattr(curve, key) for key in EVALUATION}
         return self.records.get(run)
 
-    def check_settings(self, run: Run, has: dict, wanted: dict) -> None:
+    def check_settings(self, run: Run, arguments: Arguments, wanted: dict) -> None:
         """Raise InputError unless a run was trained with the command line's arguments and what else is wanted."""
-        keys, has = ("model", "epochs", "max_length", "batch_size", "exit_strategy"), has | {"method": method_name(has)}
+        has = vars(arguments) | {"method": method_name(vars(arguments))}
+        keys = ("epochs", "max_length", "batch_size", "exit_strategy") + ("model",) * (arguments.trunk is None)
         for key, value in (run._asdict() | {key: getattr(self.args, key) for key in keys} | wanted).items():
-            if has.get(key) != value:
-                raise InputError(f"{self.folder(run)}: a run with {key} {has.get(key)}, not {value}; {ELSEWHERE}")
+            if has[key] != value and not (key == "batch_size" and value is None):  # of a report
+                raise InputError(f"{self.folder(run)}: a run with {key} {has[key]}, not {value}; {ELSEWHERE}")
 
-    def check_rows(self, run: Run, record: dict) -> None:
+    def check_rows(self, run: Run, record: Record) -> None:
         """Raise InputError for a run on other rows than those of --data-dir, or for a report than another run's."""
         there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
         for split, *drawn_by in (("train", run.train_size, run.seed), ("dev",)):
-            rows, told = (run.task, split, *drawn_by), record.get(f"{split}_digest")
+            rows, told = (run.task, split, *drawn_by), getattr(record, f"{split}_digest")
             if told is None:
-                continue  # a run from before there were digests
+                continue  # a record of the archives
             if there and rows not in self.rows and not self.args.report_only:
                 data = self.load(run.task, split, self.args.data_dir)
                 drawn = drawn_rows(data, *drawn_by) if drawn_by else None
@@ -312,7 +312,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
     option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help="or branch (default: ee,mm,sweet)")
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="first the search's (default: 0,1,2)")
-    option("--lrs", type=list_of(positive_float), help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)")
+    option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
@@ -322,20 +322,32 @@ def parse_arguments() -> argparse.Namespace:
     instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--retry-diverged", action="store_true", help="repeat runs that did not converge with another seed")
-    option("--data-dir", type=Path, default=DATA_DIR, help="holds the GLUE tasks' folders (default: %(default)s)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     options.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
-    args.lrs = args.lrs or options.search_rates(args.model)
-    args.batch_size = args.batch_size or options.default_batch_size(args.model)
-    for name in [name for name in args.methods if name not in METHODS]:
-        if not re.fullmatch(r"sweet-(flow|cap|owner)[0-9][0-9.e+-]*", name):  # such as sweet-flow0.5
-            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}")
-        if not args.report_only:
-            raise InputError(f"--methods: {name} is of commit fc57fa9; here its runs are only reported (--report-only)")
+    for name in args.methods:
+        if name not in METHODS and not args.report_only:  # which reports whatever method a record names
+            only = "others are only reported (--report-only)"
+            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}; {only}")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
+    if not args.report_only:
+        _, config, _ = options.find_model(args)
+        args.lrs = args.lrs or options.search_rates(config)
+    args.lrs = args.lrs or rates_there(args)
     return args
+
+
+def rates_there(args: argparse.Namespace) -> list[float]:
+    """The rates of --runs on the first seed and size, which a report takes for those that were searched."""
+    methods, tasks = ("|".join(map(re.escape, names)) for names in (args.methods, args.tasks))
+    tail = f"-n{args.train_sizes[0]}-seed{args.seeds[0]}" + "-lte" * (args.exit_strategy == "lte")
+    name = re.compile(rf".+-({methods})-({tasks})-lr(\d[\d.]*(e[-+]\d+)?){tail}")
+    rates = {float(found[3]) for folder in args.runs.glob("*") if (found := name.fullmatch(folder.name))}
+    if not rates:
+        raise InputError(f"--runs: {args.runs} holds no run ...{tail} of these methods and tasks")
+    return sorted(rates)
 
 
 def main() -> None:
@@ -343,7 +355,7 @@ def main() -> None:
     args = parse_arguments()
     if not args.report_only:
         need_clone("reproduce")
-    grid, failed = Grid(args), []
+    grid = Grid(args)
     if args.print_commands:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
@@ -351,9 +363,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after hours of training
     load_pyplot(args.out / "curves.png")
     check_output(args)
-    if not args.report_only:
-        options.find_model(args)
-        failed = run_all(grid)
+    failed = [] if args.report_only else run_all(grid)
     write_report(grid)
     if failed:
         raise InputError(f"{len(failed)} runs failed, see their messages above: {', '.join(failed)}")

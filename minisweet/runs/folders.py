@@ -7,7 +7,7 @@ config.json, tokenizer files   of the model that was fine-tuned; model_type is o
 evaluation.json, logits.safetensors, curve.png   written by evaluate.py
 diverged.json       alone, where the loss became infinite or NaN: the arguments, and when
 
-Every number is checked where it is read. Dimension letters: K exits, C classes, P thresholds.
+Every number that is used is checked where it is read, see records.py. Dimension letter: K exits.
 """
 
 import hashlib
@@ -27,119 +27,26 @@ from safetensors.torch import save
 
 from minisweet import checkpoint
 from minisweet.base import safe
-from minisweet.base.safe import InputError, as_written, is_text, listed, read_json, sha256, write_json, written_beside
+from minisweet.base.fields import Fields
+from minisweet.base.safe import InputError, as_written, listed, read_json, sha256, write_json, written_beside
 from minisweet.base.weights import WEIGHTS
 from minisweet.branches import METHODS, BranchModel
-from minisweet.calibration import CALIBRATIONS
 from minisweet.checkpoint import OURS, read_config
 from minisweet.config import Config
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
-from minisweet.exits import EXIT_STRATEGIES, MultiExitModel, MultiModel
+from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.runs.records import Arguments, Curve, Evaluation, Record
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
-# The suffixes of a method's name (sweet-flow0.5) to the options that older versions of train.py had.
-BOUNDARIES = {"flow": "gradient_flow", "cap": "gradient_cap", "owner": "owner_cap"}
-# The arguments that a record holds at its top too, and their names there.
-SHOWN = {key: key for key in ("model", "method", "task", "seed", "exit_strategy")} | {"lr": "learning_rate"}
-NEEDED = ("model", "method", "exit_strategy", "exit_layers", "depth", "device", "precision", "losses")
-OPTIONAL = ("task", "data_dir", "train_size", "text_columns", *BOUNDARIES.values())  # may be null
-EVALUATED = ("task", "metric", "method", "exit_layers", "exit_strategy", "exit_scores", "thresholds", "scores")
-EVALUATED += ("speedup_ratios", "exit_counts", "area", "class_counts", "calibration", "temperatures", "examples")
-POINT = ("threshold", "score", "full_depth_score", "speedup_ratio")  # of the operating point
-ANY = range(2**31)
-
-
-def _rules(K=ANY, C=ANY, P=ANY, lowest: float = 0) -> dict[str, tuple]:
-    """What the values of run.json, evaluation.json, diverged.json and their arguments may be, as `fits` takes it.
-
-    First the kind, then the length of each list around it, the outermost first: `"exit_counts": (ANY, P, K)` is a list
-    of P lists of K whole numbers, and `"ece nll": (number, dict, K)` of two keys, each an object of lists of K numbers;
-    objects may nest. K, C and P are the lengths that are right, (3,) for 3 and ANY for any; `lowest` is the lowest
-    score. Values that others follow from stand first.
-    """
-    size, layer, share, number, ratio = ANY[1:], range(1, 10**6 + 1), (0, 1), (0, 1e38), (1e-9, 1 + K[-1])
-    return {
-        "exit_layers": (layer, ANY[1:]),
-        "thresholds": (share, ANY[1:]),
-        "arguments operating_point": (object, dict),
-        "method": (set(METHODS),),
-        "exit_strategy": (set(EXIT_STRATEGIES),),
-        "metric": ({"accuracy", "agreement", "matthews"},),
-        "calibration": (set(CALIBRATIONS),),
-        "model task data_dir device precision finished error run_digest logits_digest": (str,),
-        "epochs batch_size train_size examples live_batch_size": (size,),
-        "seed live_differs": (ANY,),
-        "max_length": (ANY[8:],),
-        "depth": (layer,),
-        "lr learning_rate": ((1e-300, 1e300),),
-        "seconds examples_per_second gradient_flow gradient_cap owner_cap": (number,),
-        "losses": (number, ANY, ANY),
-        "labels": (str, ANY),
-        "text_columns": (str, (1, 2)),
-        "subset": (ANY, ANY),
-        "digests versions": (str, dict),
-        "threshold": (share,),
-        "area score full_depth_score": ((lowest, 100),),
-        "exit_scores": ((lowest, 100), K),
-        "scores": ((lowest, 100), P),
-        "speedup_ratio": (ratio,),
-        "speedup_ratios": (ratio, P),
-        "exit_counts": (ANY, P, K),
-        "class_counts": (ANY, K, C),
-        "temperatures": ((1e-9, 1e9), K),
-        "certainty_ranges": (share, K, (2,)),
-        "ece nll": (number, dict, K),
-        "mean_exit_layers": ((1, 1e6), dict, P),
-        "live": (number, P, dict),
-    }
-
-
-def fits(value: object, kind: object, *shape: object) -> bool:
-    """Whether a value of a JSON file is of a kind: text (str), in a set, a range or (low, high), or any (object)."""
-    if shape and shape[0] is dict:
-        parts = list(value.values()) if isinstance(value, dict) else []
-        for part in parts:  # grows by what inner objects hold, so that no depth of them is too much
-            parts += part.values() if isinstance(part, dict) else ()
-        inner = all(isinstance(part, dict) or fits(part, kind, *shape[1:]) for part in parts)
-        return isinstance(value, dict) and inner
-    if shape:
-        is_list = isinstance(value, list) and len(value) in shape[0]
-        return is_list and all(fits(part, kind, *shape[1:]) for part in value)
-    if kind is str or isinstance(kind, set):
-        return is_text(value) and (kind is str or value in kind)
-    if isinstance(kind, range):
-        return type(value) is int and value in kind
-    return kind is object or (type(value) in (int, float) and kind[0] <= value <= kind[1])
-
-
-def check_values(path: Path, values: dict, needed: tuple[str, ...] = (), **sizes) -> None:
-    """Raise InputError, naming file and key, for a value that breaks its rule, and for a needed one that is missing."""
-    if missing := [key for key in needed if key not in values]:
-        script = "evaluate.py" if path.name == "evaluation.json" else "train.py"
-        raise InputError(f"{path}: has no {missing[0]}; run {script} again")
-    for keys, rule in _rules(**sizes).items():
-        for key in (key for key in keys.split() if key in values):
-            right = fits(values[key], *rule) or (values[key] is None and key in OPTIONAL)
-            if right and key in ("exit_layers", "thresholds"):
-                right = values[key] == sorted(set(values[key]))
-            if not right:
-                raise InputError(f"{path}: {key} is {as_written(values[key])}, which no command here writes")
-
-
-def check_arguments(path: Path, content: dict, needed: str) -> dict:
-    """The `arguments` of a file that were given. Raises InputError as `check_values` does."""
-    check_values(path, content, ("arguments",))
-    arguments = {key: value for key, value in content["arguments"].items() if value is not None}
-    check_values(path, arguments, (needed,))
-    return arguments
 
 
 def method_name(arguments: dict) -> str:
-    """The method of a run's arguments, for old runs with what passes their boundaries: ee, sweet, sweet-flow0.5."""
-    values = {name: arguments.get(option) for name, option in BOUNDARIES.items()}
-    return arguments["method"] + "".join(f"-{name}{value:.12g}" for name, value in values.items() if value is not None)
+    """The method as reports name it: from a finished trunk, ee is mixed training, and mm's models are taught by it."""
+    method = arguments["method"]
+    on_trunk = {"ee": "ee-mixed", "sweet": "sweet-mixed", "mm": "mm-taught"}
+    return on_trunk.get(method, method) if arguments.get("trunk") else method
 
 
 def run_name(arguments: dict, in_grid: bool = False) -> str:
@@ -218,152 +125,146 @@ def is_run(folder: Path) -> bool:
         raise InputError(f"{as_written(str(folder))}: no run here ({error.strerror})") from None
 
 
-def read_record(run: Path) -> dict:
-    """Read a run's run.json. Raises InputError for a folder that is no run, or a broken one.
-
-    The arguments model, method, task, seed, exit_strategy and lr (as learning_rate) stand at the top too, as they do in
-    the runs of older versions. `labels` are the task's where the run does not tell them, and `num_labels` is added.
-    """
+def read_record(run: Path) -> Record:
+    """Read a run's run.json. Raises InputError for a folder that is no run, or a broken one."""
     path = run / "run.json"
     if not is_run(run):
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
-    said = {SHOWN[key]: value for key, value in check_arguments(path, content, "max_length").items() if key in SHOWN}
-    for key in (said.keys() & content.keys()) - {"model"}:
-        if said[key] != content[key]:
-            raise InputError(f"{path}: {key} is {content[key]!r:.100}, and {said[key]!r:.100} in its arguments")
-    record = {"exit_strategy": "confidence"} | said | content  # the oldest runs do not tell their exit strategy
-    check_values(path, record, NEEDED)
-    K, columns = len(record["exit_layers"]), sorted({len(row) for row in record["losses"]})
-    # The last exit has no loss where it is a trunk that was there.
-    if columns != [K] and (record["method"] not in ("mm", "branch") or columns != [K - 1]):
-        raise InputError(f"{path}: losses is of {', '.join(map(str, columns))} exits, and exit_layers of {K}")
-    task = TASKS.get(record.get("task"))
-    labels = record.get("labels", list(task.labels) if task else [])
-    if not 1 < len(labels) == len(set(labels)):
-        raise InputError(f"{path}: labels is {labels!r:.100}, and must be two or more that differ")
-    if task is None and "metric" not in record:
-        raise InputError(f"{path}: has no metric, and its task is {record.get('task')!r:.100}, none of GLUE's")
-    return record | {"labels": labels, "num_labels": len(labels)}
+    record = _taken(Record, path, content | vars(_taken(Arguments, path, content.get("arguments"))))
+    layers, columns = record.exit_layers, {len(row) for row in record.losses}
+    wrong = ["exit_layers"] * (not rises(layers))
+    wrong += ["losses"] * (not columns <= {len(layers), len(layers) - (record.trunk is not None)})  # a trunk has none
+    wrong += ["labels"] * (not 1 < record.num_labels == len(set(record.labels)))
+    wrong += ["task"] * (record.data is None and record.task not in TASKS)
+    wrong += ["text_columns"] * (len(record.text_columns or "1") not in (1, 2))
+    return _agreeing(record, path, wrong)
 
 
-def read_evaluation(run: Path, record: dict | None = None, whole: bool = True) -> dict | None:
-    """Read a run's evaluation.json; None where there is none. Without `whole`, one of an older version may lack keys.
+def read_evaluation(run: Path, record: Record, kind: type[Curve] = Evaluation) -> Curve | Evaluation | None:
+    """Read a run's evaluation.json, all of it or the `Curve` alone; None where there is none.
 
-    Raises InputError for a value that evaluate.py does not write, for one that is missing, and for the evaluation of
-    another run than `record`'s; those of older versions do not tell whose they are.
+    Raises InputError for a value that evaluate.py does not write, a missing one, and an evaluation of another run.
     """
     path = run / "evaluation.json"
     if not path.exists():
         return None
-    record = record or read_record(run)
-    evaluation = read_json(path, finite=True)
-    layers, thresholds = evaluation.get("exit_layers", record["exit_layers"]), evaluation.get("thresholds")
-    K, P = ((len(values),) if isinstance(values, list) else ANY for values in (layers, thresholds))
-    lowest = -100 if evaluation.get("metric", record.get("metric")) == "matthews" else 0
-    sizes = {"K": K, "C": (record["num_labels"],), "P": P, "lowest": lowest}
-    is_new = "run_digest" in evaluation
-    needed = EVALUATED if whole or is_new else ()
-    if needed and record["exit_strategy"] == "lte":
-        needed += ("certainty_ranges",)
-    check_values(path, evaluation, needed + ("operating_point", "logits_digest") * is_new, **sizes)
-    if is_new and evaluation["run_digest"] != run_digest(run, record):
+    found = _taken(kind, path, read_json(path, finite=True))
+    if found.run_digest != run_digest(record):
         raise InputError(f"{path}: is of another run, its run_digest is not this one's; run evaluate.py again")
-    if "operating_point" in evaluation:
-        check_values(path, evaluation["operating_point"], POINT, **sizes)
-    same = evaluation.keys() & record.keys() & {"task", "method", "exit_strategy", "metric"}
-    wrong = [key for key in sorted(same) if evaluation[key] != record[key]]
-    fit = set(layers) <= set(record["exit_layers"]) and layers[-1] == record["exit_layers"][-1]
-    wrong += ["exit_layers"] * (not fit)  # --use-exits asks some alone, the last among them
-    for key in ("exit_counts", "class_counts"):  # of all instances in each row
-        wrong += [key] * any(sum(row) != evaluation.get("examples", sum(row)) for row in evaluation.get(key, ()))
-    if wrong:
-        raise InputError(f"{path}: {wrong[0]} is {evaluation[wrong[0]]!r:.100}, which does not fit this run")
-    return evaluation
+    same = ("task", "method", "exit_strategy", "metric")
+    wrong = [key for key in same if getattr(found, key) != getattr(record, key)]
+    layers, scores = found.exit_layers, (*found.scores, *found.exit_scores, found.area)
+    used = rises(layers) and {*layers} <= {*record.exit_layers} and layers[-1] == record.exit_layers[-1]
+    wrong += ["exit_layers"] * (not used)  # --use-exits asks some alone, the last among them
+    wrong += ["thresholds"] * (not rises(found.thresholds))
+    wrong += ["scores"] * (found.metric != "matthews" and min(scores) < 0)
+    wrong += ["speedup_ratios"] * (max(found.speedup_ratios, default=0) > 1 + len(layers))
+    wrong += ["class_counts"] * any(len(row) != record.num_labels for row in found.class_counts)
+    if kind is Evaluation:
+        for key in ("exit_counts", "class_counts"):  # of all instances in each row
+            wrong += [key] * any(sum(row) != found.examples for row in getattr(found, key))
+        wrong += ["certainty_ranges"] * (found.exit_strategy == "lte" and found.certainty_ranges is None)
+    return _agreeing(found, path, wrong)
 
 
-def read_diverged(run: Path) -> dict | None:
-    """What a training left whose loss became infinite or NaN: `error` and `arguments`. None where there is none."""
+def read_diverged(run: Path) -> Arguments | None:
+    """The arguments of a training whose loss became infinite or NaN, which left no run. None where there is none."""
     path = run / DIVERGED
-    if not path.exists():
-        return None
-    content = read_json(path, finite=True)
-    check_values(path, content, ("error",))
-    check_arguments(path, content, "method")
-    return content
+    return _taken(Arguments, path, read_json(path, finite=True).get("arguments")) if path.exists() else None
 
 
-def run_digest(run: Path, record: dict | None = None) -> str:
-    """What tells a run's model from another one: the SHA-256 over its digests, or, of an old run, of its weights."""
-    if digests := (record or read_record(run)).get("digests"):
-        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-    return sha256(run / WEIGHTS)
+def rises(values: list) -> bool:
+    """Whether there are values, each above the one before."""
+    return len(values) > 0 and values == sorted(set(values))
 
 
-def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, dict]:
+def _taken(kind: type[Fields], path: Path, content: object) -> Fields:
+    """What a file holds. Raises InputError, with file and key."""
+    try:
+        return kind.from_json(content if isinstance(content, dict) else {})
+    except ValueError as error:
+        script = "evaluate.py" if path.name == "evaluation.json" else "train.py"
+        raise InputError(f"{path}: {error}; {script} writes another") from None
+
+
+def _agreeing(found: Fields, path: Path, wrong: list[str]) -> Fields:
+    """`found`, unless some of its values do not go with others."""
+    if wrong:
+        value = as_written(getattr(found, wrong[0]))
+        raise InputError(f"{path}: {wrong[0]} is {value}, which does not fit what else is known of this run")
+    return found
+
+
+def run_digest(record: Record) -> str | None:
+    """What tells a run's model from another one: the SHA-256 over its digests. None for records without a model."""
+    digests = record.digests
+    return digests and hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, Record]:
     """Load a run's model to predict with, in float32, in evaluation mode and on the CPU, and its record.
 
-    The record is `read_record`'s, with `depth` and `vocab_size` of config.json. Raises InputError for a folder that is
-    no run, for a broken one, and for files that are not those that were saved.
+    The record has `depth` and `vocab_size` of config.json. Raises InputError for a folder that is no run, for a broken
+    one, and for files that are not those that were saved.
     """
-    record = read_record(run)
-    check_digests(run, record.get("digests"))
-    config, layers, length = read_config(run), record["exit_layers"], record["arguments"]["max_length"]
-    depth, positions, path = config.num_hidden_layers, config.max_position_embeddings, run / "run.json"
+    record, path = read_record(run), run / "run.json"
+    if record.method not in METHODS:
+        raise InputError(f"{path}: method is {record.method!r:.80}, should be one of {', '.join(METHODS)}")
+    check_digests(run, record.digests or {})
+    config, layers, length = read_config(run), record.exit_layers, record.max_length
+    depth, positions = config.num_hidden_layers, config.max_position_embeddings
     if layers[-1] > depth:
         raise InputError(f"{path}: exit_layers is {layers}, and the model has {depth} layers")
     if length > positions:
         raise InputError(f"{path}: max_length is {length}, and the model has {positions} positions")
     tensors = checkpoint.open_weights(run)
     # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
-    last = f"{len(layers) - 1}.encoder." if record["method"] == "mm" else "encoder."
+    last = f"{len(layers) - 1}.encoder." if record.method == "mm" else "encoder."
     ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
     checkpoint.check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
     model, _ = checkpoint.filled(run / WEIGHTS, tensors, lambda: _new_model(config, record), {}, {})
-    return model.eval(), record | {"depth": depth, "vocab_size": config.vocab_size}
+    return model.eval(), replace(record, depth=depth, vocab_size=config.vocab_size)
 
 
-def _new_model(config: Config, record: dict) -> MultiExitModel | MultiModel:
+def _new_model(config: Config, record: Record) -> MultiExitModel | MultiModel:
     """The model that a run's record describes, with new weights, or none, on the current device."""
 
     def with_exits(exit_layers: list[int], method: str) -> MultiExitModel:
         encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
         make = BranchModel if method == "branch" else partial(MultiExitModel, method=method)
-        return make(encoder, exit_layers, record["num_labels"], exit_strategy=record["exit_strategy"])
+        return make(encoder, exit_layers, record.num_labels, exit_strategy=record.exit_strategy)
 
-    if record["method"] == "mm":
-        return MultiModel(with_exits([n], "sweet") for n in record["exit_layers"])
-    return with_exits(record["exit_layers"], record["method"])
+    if record.method == "mm":
+        return MultiModel(with_exits([n], "sweet") for n in record.exit_layers)
+    return with_exits(record.exit_layers, record.method)
 
 
-def check_digests(run: Path, digests: dict | None) -> None:
+def check_digests(run: Path, digests: dict[str, str]) -> None:
     """Raise InputError unless the run's files are those whose SHA-256 run.json tells."""
-    if digests is None:
-        safe.LOG.warning("%s: from before runs had digests, so its files are not compared", run)
-        return
     for path in (run / name for name in (WEIGHTS, "config.json", *TOKENIZER_FILES)):
         if (path.name in digests or path.exists()) and sha256(path) != digests.get(path.name):
             said = "is not the file that was saved, or was not there when the run was saved"
             raise InputError(f"{path}: {said} (its SHA-256 is not in run.json)")
 
 
-def load_trunk(folder: Path) -> tuple[MultiExitModel, dict]:
-    """A finished model with one exit, at its end, to grow branches on, and the record of the run that it is.
+def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
+    """A finished model with one exit, at its end, to grow branches on, and its labels.
 
     `folder` is a run of one exit, of MM (its last model) or of branches (its trunk), or a classifier in the Hugging
-    Face layout, whose record holds its `labels` alone. Raises InputError as `load_run` and `load_classifier` do.
+    Face layout. Raises InputError as `load_run` and `load_classifier` do.
     """
     if is_run(folder):
         model, record = load_run(folder)
-        model = model[-1] if record["method"] == "mm" else model
+        model = model[-1] if record.method == "mm" else model
         if len(model.heads) > 1 and not isinstance(model, BranchModel):
             layers = ",".join(map(str, model.exit_layers))
             raise InputError(f"--trunk: {folder} has exits after layers {layers}, and a trunk has one, at its end")
-        return model.keep_exits(model.exit_layers[-1:]), record
+        return model.keep_exits(model.exit_layers[-1:]), record.labels
     encoder, classifier, labels = checkpoint.load_classifier(folder)
     trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
     trunk.heads[0].classifier.load_state_dict({"weight": classifier[0], "bias": classifier[1]})
-    return trunk.eval(), {"labels": labels, "num_labels": len(labels)}
+    return trunk.eval(), labels
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:

@@ -44,17 +44,29 @@ def model_folder(model: str, weights_dir: Path | None = None) -> Path:
     which then leaves no folder.
     """
     weights_dir = weights_dir or home() / "weights"
-    if model not in REPOSITORIES and is_text(model) and os.path.isdir(model):
+    if model not in REPOSITORIES and is_text(model) and _is_folder(model, model):
         folder = Path(model)
     elif model in REPOSITORIES or HUB_ID.fullmatch(model):
         folder = weights_dir / model.replace("/", "--")
-        if not folder.is_dir():
+        if not _is_folder(model, folder):
             _fetch(model, folder)
     else:
         names = ", ".join(REPOSITORIES)
         raise InputError(f"model {model!r:.80}: neither a folder, nor owner/name on the hub, nor one of {names}")
     _check(folder)
     return folder
+
+
+def _is_folder(model: str, path: str | Path) -> bool:
+    """Whether `path` is a folder. Raises InputError where permission lacks to find out, or to look into it."""
+    try:
+        os.stat(f"{path}/.")
+        os.listdir(path)
+    except PermissionError as error:
+        raise InputError(f"model {model!r:.80}: {path} cannot be reached ({error.strerror})") from None
+    except OSError:  # there is none, or no such name can be
+        return False
+    return True
 
 
 def _check(folder: Path) -> None:

@@ -98,7 +98,8 @@ class Checkpoints:
 
     def _is_same_run(self, out: Path, overwrite: bool) -> bool:
         """Whether the run at `out` is this training's. Raises InputError where it is not, and may not be replaced."""
-        changed = changes(self.trained, self.trained | must_stay(read_record(out)))
+        read_record(out)  # a broken one is refused
+        changed = changes(self.trained, self.trained | must_stay(read_json(out / "run.json")))
         if changed and not overwrite:
             raise InputError(f"--resume: {out} is finished, but {changed}; name another --out, or pass --overwrite")
         return not changed

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ class EarlyExitClassifier:
     """Classifies texts, or pairs of them, each at the first exit whose confidence reaches the threshold.
 
     Exits, calibration and the operating point are those of evaluation.json. Several threads may share one classifier.
+    On a CPU, `minisweet.tune_cpu()` before the first model, once per process, makes it as fast as the commands are.
 
     Args:
         run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
@@ -66,7 +68,7 @@ class EarlyExitClassifier:
         prepared: bool = False,
     ) -> None:
         for name, value, right, fits in (
-            ("run", run, "the path of a run folder", isinstance(run, str | Path) and is_text(str(run))),
+            ("run", run, "the path of a run folder", isinstance(run, str | Path) and run != "" and is_text(str(run))),
             ("max_loss", max_loss, "a number, 0 or more", max_loss is None or (is_number(max_loss) and max_loss >= 0)),
             ("speed", speed, "a number above 0, to 1", speed is None or (is_number(speed) and 0 < speed <= 1)),
             ("device", device, "auto, cpu, cuda or cuda:N", isinstance(device, str)),
@@ -79,16 +81,19 @@ class EarlyExitClassifier:
         run = Path(run)
         if sum(value is not None for value in (threshold, max_loss, speed)) > 1:
             raise InputError("threshold, max_loss, speed: more than one is given, and each chooses the threshold")
-        self.device, self.batch_size = choose_device(device), batch_size
+        try:
+            self.device, self.batch_size = choose_device(device), batch_size
+        except InputError as error:  # names the option
+            raise InputError(str(error).removeprefix("--")) from None
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
-        self.evaluation, self.labels = read_evaluation(run, self.record), self.record["labels"]
+        self.evaluation, self.labels = read_evaluation(run, self.record), self.record.labels
         if self.evaluation is not None:
-            model = model.keep_exits(self.evaluation["exit_layers"])  # evaluate.py --use-exits may have left some out
+            model = model.keep_exits(self.evaluation.exit_layers)  # evaluate.py --use-exits may have left some out
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
-        plain = {"exit_strategy": self.record["exit_strategy"], "calibration": "none"}
-        plain["certainty_ranges"] = [[0.0, 1.0]] * len(model.exit_layers)
+        plain = {"exit_strategy": self.record.exit_strategy, "calibration": "none"}
+        plain = SimpleNamespace(**plain, certainty_ranges=[[0.0, 1.0]] * len(model.exit_layers))
         self.rule = ExitRule.from_evaluation(self.evaluation or plain, len(self.labels))
         name = "threshold"
         if threshold is None:
@@ -100,27 +105,30 @@ class EarlyExitClassifier:
         model, self.exit_layers = model.to(self.device), model.exit_layers
         self.model = prepare(model, self.precision) if prepared else model
         self.casts_nothing = self.model is not model
-        self.tokenizer = load_tokenizer(run, self.record["vocab_size"], self.record["arguments"]["max_length"])
+        self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
         """Classify texts and pairs of texts, any number, in their order.
 
         Raises InputError (a ValueError), with the item's index from 0, for what is neither text nor pair.
         """
-        checked, answers = check_texts(texts), []
+        checked = check_texts(texts)
+        windows = (checked[start : start + WINDOW] for start in range(0, len(checked), WINDOW))
+        return [answer for window in windows for answer in self.classify(self.tokenize(window))]
+
+    def classify(self, examples: TokenizedExamples) -> list[Answer]:
+        """Classify what `tokenize` made, in its order."""
+        rows, answers = [], []
         if self.model.training:
             self.model.eval()
-        for start in range(0, len(checked), WINDOW):
-            examples, rows, window = self.tokenize(checked[start : start + WINDOW]), [], []
-            for pool in examples.by_length(GATHERED * self.batch_size):
-                inputs = pool.to(self.device).inputs
-                # Faster where no weights are left to be cast, see `early_exit`.
-                with torch.inference_mode(self.casts_nothing), autocast(self.device, self.precision):
-                    found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
-                rows += pool.rows.tolist()
-                window += self.answers(found)
-            answers += [window[place] for place in np.argsort(rows)]
-        return answers
+        for pool in examples.by_length(GATHERED * self.batch_size):
+            inputs = pool.to(self.device).inputs
+            # Faster where no weights are left to be cast, see `early_exit`.
+            with torch.inference_mode(self.casts_nothing), autocast(self.device, self.precision):
+                found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
+            rows += pool.rows.tolist()
+            answers += self.answers(found)
+        return [answers[place] for place in np.argsort(rows)]
 
     def tokenize(self, texts: list) -> TokenizedExamples:
         """Texts and pairs, mixed, as `check_texts` gives them."""
@@ -139,12 +147,12 @@ class EarlyExitClassifier:
 
     def _operating_point(self, run: Path, max_loss: float | None, speed: float | None) -> float:
         """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
-        if max_loss is None and speed is None and "operating_point" in self.evaluation:
-            return self.evaluation["operating_point"]["threshold"]
+        if max_loss is None and speed is None:
+            return self.evaluation.operating_point.threshold
         validation = load_validation(run / "logits.safetensors", self.evaluation, len(self.labels))
-        of_model = (self.evaluation["exit_layers"], self.record["depth"], self.record["method"])
-        there = candidates(self.rule, validation, self.evaluation["metric"], of_model)
-        threshold, reached = choose(there, 1.0 if max_loss is None else max_loss, speed)
+        of_model = (self.evaluation.exit_layers, self.record.depth, self.record.method)
+        there = candidates(self.rule, validation, self.evaluation.metric, of_model)
+        threshold, reached = choose(there, max_loss, speed)
         if not reached:
             share = there.ratios[np.searchsorted(there.thresholds, threshold)]
             LOG.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
@@ -164,9 +172,14 @@ def add_classifier_options(parser: Parser) -> None:
 
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
-    """The classifier that a command's options ask for."""
+    """The classifier that a command's options ask for. Its errors name these."""
     names = ("run", "threshold", "max_loss", "speed", "device", "amp", "batch_size", "prepared")
-    return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
+    try:
+        return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
+    except InputError as error:
+        name, colon, rest = str(error).partition(": ")
+        option = f"--{name.replace('_', '-')}" if name in names[1:] else name
+        raise InputError(f"{option}{colon}{rest}") from None
 
 
 def is_number(value: object) -> bool:

@@ -27,6 +27,7 @@ from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.live import Answers
 from minisweet.runs.folders import read_evaluation, read_record
+from minisweet.runs.records import Evaluation, Record
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, check_texts, classifier_of
 from minisweet.use.plots import METRICS
 
@@ -60,8 +61,8 @@ def main() -> None:
         evaluation = read_evaluation(args.run, record)
         if evaluation is None or not path.exists():
             raise InputError(f"{args.run}: has no evaluation.json or no {path.name}; first: evaluate.py {args.run}")
-        validation = load_validation(path, evaluation, record["num_labels"])
-        rows = load_dev(record, args.data, args.data_dir)
+        validation = load_validation(path, evaluation, record.num_labels)
+        rows = load_dev(vars(record), args.data, args.data_dir)
         if len(rows.first) != len(validation.labels):
             raise InputError(f"{path}: of {len(validation.labels)} rows, and the validation data has {len(rows.first)}")
         write_page(args.html, evaluation, record, rows, validation)
@@ -99,7 +100,7 @@ def print_exits(exits: list[tuple[Answer, bool]], threshold: float) -> None:
     print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
 
 
-def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, validation: Validation) -> None:
+def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, validation: Validation) -> None:
     """Write the page, whole or not at all; what stands at `path` is replaced.
 
     `evaluation` and `record` are what evaluation.json and run.json hold, `validation` what the exits said of `rows`.
@@ -107,27 +108,26 @@ def write_page(path: Path, evaluation: dict, record: dict, rows: Examples, valid
     """
     logits, certainty, labels = validation
     if certainty is None:
-        rule = ExitRule(len(record["labels"]), row_temperatures(logits, labels, evaluation["calibration"]))
+        rule = ExitRule(record.num_labels, row_temperatures(logits, labels, evaluation.calibration))
     else:
-        rule = ExitRule(len(record["labels"]), ranges=torch.tensor(evaluation["certainty_ranges"]))
+        rule = ExitRule(record.num_labels, ranges=torch.tensor(evaluation.certainty_ranges))
     confidence, predictions = rule.confidences(logits, certainty), logits.argmax(-1)  # (K, N) each
-    point, exact = evaluation.get("operating_point"), set(evaluation["thresholds"])
-    exact |= {point["threshold"]} if point else set()
+    exact = {*evaluation.thresholds, evaluation.operating_point.threshold}
     hundredths = (n / 100 for n in range(101) if n / 100 > rule.lowest)  # of them those that are not there already
     thresholds = sorted(exact | {t for t in hundredths if np.abs(np.array([*exact]) - t).min() > 1e-9})  # (P)
-    of_model, metric = (evaluation["exit_layers"], record["depth"], evaluation["method"]), evaluation["metric"]
+    of_model, metric = (evaluation.exit_layers, record.depth, evaluation.method), evaluation.metric
     swept, _ = sweep(rule, validation, thresholds, metric, of_model)
-    for key in {"exit_counts", "speedup_ratios"} & evaluation.keys():
+    for key in ("exit_counts", "speedup_ratios"):
         found = dict(zip(thresholds, swept[key], strict=True))
-        if not np.allclose([found[threshold] for threshold in evaluation["thresholds"]], evaluation[key], atol=1e-9):
+        if not np.allclose([found[t] for t in evaluation.thresholds], getattr(evaluation, key), atol=1e-9):
             raise InputError(f"evaluation.json: its {key} are not what these logits give; run evaluate.py again")
     data = {
-        **{key: evaluation[key] for key in ("task", "method", "exit_layers")},
-        **{key: record[key] for key in ("labels", "depth")},
+        **{key: getattr(evaluation, key) for key in ("task", "method", "exit_layers")},
+        **{key: getattr(record, key) for key in ("labels", "depth")},
         "thresholds": thresholds,
         **swept,
-        "operating_point": point,
-        "model": Path(record["model"]).name,
+        "operating_point": vars(evaluation.operating_point),
+        "model": Path(record.model).name,
         "metric": METRICS[metric],
         "exit_costs": exit_costs(*of_model),
         "lowest": rule.lowest,

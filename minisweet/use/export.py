@@ -49,18 +49,18 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     if out.exists() or out.is_symlink():
         raise InputError(f"--out: {out} exists already; name a new folder")
     model, record = load_run(run)
-    if record["exit_strategy"] == "lte":
+    if record.exit_strategy == "lte":
         raise InputError(f"{run}: a run of learning-to-exit (lte), whose exits say more than a plain classifier can")
-    layers, max_length = model.exit_layers, record["arguments"]["max_length"]
+    layers, max_length = model.exit_layers, record.max_length
     layer = layers[-1] if exit_layer is None else exit_layer
     if layer not in layers:
         raise InputError(f"--exit-layer: {layer}, should be one of {', '.join(map(str, layers))}, the exits of {run}")
-    tokenizer, k = load_tokenizer(run, record["vocab_size"], max_length), layers.index(layer)
+    tokenizer, k = load_tokenizer(run, record.vocab_size, max_length), layers.index(layer)
     part, k = (model[k], 0) if isinstance(model, MultiModel) else (model, k)
     with written_beside(out, overwrite=False) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(plain_tensors(part, k), metadata={"format": "pt"}))
-        for name, content in plain_configs(part.encoder.config, layer, record["labels"], tokenizer, max_length).items():
+        for name, content in plain_configs(part.encoder.config, layer, record.labels, tokenizer, max_length).items():
             write_json(partial / name, content)
         tokenizer.no_truncation()  # model_max_length says it
         (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")

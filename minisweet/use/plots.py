@@ -8,9 +8,11 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from minisweet.adaptive import exit_costs
 from minisweet.base.safe import InputError, one_line, written_beside
+from minisweet.runs.records import Evaluation
 
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles and markers say the same without colour.
@@ -43,14 +45,14 @@ def shown(text: object, limit: int = 30) -> str:
     return one_line(text, limit).replace("$", r"\$")
 
 
-def sorted_curve(evaluation: dict) -> tuple[np.ndarray, np.ndarray]:
+def sorted_curve(ratios: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """The speedup ratios of the thresholds, (P,), in increasing order, and their scores, (P,).
 
     The order is not that of the thresholds: at t = 1 a branch model asks no exit but the last, which is cheaper.
     """
-    ratios = np.round(evaluation["speedup_ratios"], 9)
+    ratios = np.round(ratios, 9)
     order = ratios.argsort(kind="stable")
-    return ratios[order], np.array(evaluation["scores"])[order]
+    return ratios[order], np.array(scores)[order]
 
 
 def label_axes(axis, title: str, score: str) -> None:
@@ -59,38 +61,39 @@ def label_axes(axis, title: str, score: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def draw_curve(path: Path, evaluation: dict) -> None:
+def draw_curve(path: Path, evaluation: Evaluation) -> None:
     """Draw what one run's evaluation.json holds: its curve, each exit as a dot, full depth, the operating point.
 
     On the toy task a second panel shows where each difficulty leaves. A PNG at `path` is replaced. Raises InputError
     where matplotlib is not installed.
     """
-    means, layers, scores = (evaluation.get(key) for key in ("mean_exit_layers", "exit_layers", "exit_scores"))
+    means, layers, scores = evaluation.mean_exit_layers, evaluation.exit_layers, evaluation.exit_scores
     size = {"ncols": 2 if means else 1, "figsize": (11 if means else 6.4, 4.4)}
     figure, axes = load_pyplot(path).subplots(**size, squeeze=False, layout="tight")
     axis = axes[0, 0]
     axis.axhline(scores[-1], color="0.35", linestyle="--", linewidth=1, label=f"full depth: {scores[-1]:.1f}")
-    axis.plot(*sorted_curve(evaluation), color=COLOURS[0], marker=".", label="early exit, a point per threshold")
-    depth = round(layers[0] / evaluation["speedup_ratios"][0])  # all leave at the first exit there
-    costs = exit_costs(layers, depth, evaluation["method"])
+    curve = sorted_curve(evaluation.speedup_ratios, evaluation.scores)
+    axis.plot(*curve, color=COLOURS[0], marker=".", label="early exit, a point per threshold")
+    depth = round(layers[0] / evaluation.speedup_ratios[0])  # all leave at the first exit there
+    costs = exit_costs(layers, depth, evaluation.method)
     axis.plot(costs, scores, "o", color=COLOURS[1], markersize=8, label="each exit alone, and its layer")
     for layer, *place in zip(layers, costs, scores, strict=True):
         axis.annotate(layer, place, xytext=(0, -15), textcoords="offset points", ha="center")
-    if point := evaluation.get("operating_point"):
-        name = f"operating point: threshold {point['threshold']:.2f}, score {point['score']:.1f}"
-        axis.plot(point["speedup_ratio"], point["score"], "*", color=COLOURS[2], markersize=17, zorder=3, label=name)
-    _finish(axis, evaluation, f"{evaluation['method']} on ")
+    point = evaluation.operating_point
+    name = f"operating point: threshold {point.threshold:.2f}, score {point.score:.1f}"
+    axis.plot(point.speedup_ratio, point.score, "*", color=COLOURS[2], markersize=17, zorder=3, label=name)
+    _finish(axis, evaluation, f"{evaluation.method} on ")
     if means:
         axis = axes[0, 1]
         for (level, mean), colour, line in zip(means.items(), COLOURS, LINES, strict=False):
-            axis.plot(evaluation["thresholds"], mean, line, color=colour, marker=".", label=shown(level))
+            axis.plot(evaluation.thresholds, mean, line, color=colour, marker=".", label=shown(level))
         label_axes(axis, "where each difficulty leaves", "mean layer of the exit taken")
         axis.set(xlabel="threshold", yticks=layers)
         axis.legend(fontsize=9)
     save_figure(figure, path)
 
 
-def compare_curves(path: Path, evaluations: dict[str, dict]) -> None:
+def compare_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     """Draw what several runs' evaluation.json hold, by the names to show, in one picture. A PNG at `path` is replaced.
 
     Raises InputError for a run that was evaluated on other data than the first, by its name, and without matplotlib.
@@ -98,24 +101,23 @@ def compare_curves(path: Path, evaluations: dict[str, dict]) -> None:
     first, of_first = next(iter(evaluations.items()))
     for name, evaluation in evaluations.items():
         for key in SAME:
-            ours, theirs = of_first.get(key), evaluation.get(key)
-            if ours != theirs and (key != "dev_digest" or (ours and theirs)):  # old runs have no digest
+            ours, theirs = getattr(of_first, key), getattr(evaluation, key)
+            if ours != theirs:
                 values = f"{key} is {theirs!r:.50}, and {ours!r:.50} in {str(first)[:80]}"
                 raise InputError(f"{str(name)[:120]}: its evaluation is of other data ({values})")
     figure, axis = load_pyplot(path).subplots(figsize=(7.2, 4.8), layout="tight")
-    styles, starred = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False), ""
+    styles = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
     for (name, evaluation), (colour, line, marker) in zip(evaluations.items(), styles, strict=False):
-        label = f"{shown(name, 80)}, {evaluation['method']}: area {evaluation['area']:.1f}"
-        axis.plot(*sorted_curve(evaluation), line, color=colour, marker=marker, markersize=4, label=label)
-        if point := evaluation.get("operating_point"):
-            axis.plot(point["speedup_ratio"], point["score"], "*", color=colour, markersize=15, zorder=3)
-            starred = "; stars: operating points"
-    _finish(axis, of_first, "", starred)
+        label = f"{shown(name, 80)}, {evaluation.method}: area {evaluation.area:.1f}"
+        curve, point = sorted_curve(evaluation.speedup_ratios, evaluation.scores), evaluation.operating_point
+        axis.plot(*curve, line, color=colour, marker=marker, markersize=4, label=label)
+        axis.plot(point.speedup_ratio, point.score, "*", color=colour, markersize=15, zorder=3)
+    _finish(axis, of_first, "", "; stars: operating points")
     save_figure(figure, path)
 
 
-def _finish(axis, evaluation: dict, before: str, after: str = "") -> None:
-    title = f"{before}{one_line(evaluation['task'], 30)}, {evaluation['examples']} examples{after}"
-    label_axes(axis, title, f"{METRICS[evaluation['metric']]}, in percent")
+def _finish(axis, evaluation: Evaluation, before: str, after: str = "") -> None:
+    title = f"{before}{one_line(evaluation.task, 30)}, {evaluation.examples} examples{after}"
+    label_axes(axis, title, f"{METRICS[evaluation.metric]}, in percent")
     axis.margins(y=0.12)
     axis.legend(fontsize=9)

@@ -40,15 +40,15 @@ def main() -> None:
     keep_compiled_products()
     tune_cpu()
     is_lines, to_screen = str(args.file) == "-", str(args.out) == "-"
-    if args.text_columns and (is_lines or len(args.text_columns) > 2):
-        right = "left out: lines of standard input have no columns" if is_lines else "one or two"
+    if args.text_columns and is_lines:
+        right = "left out: lines of standard input have no columns"
         raise InputError(f"--text-columns: {','.join(args.text_columns)}, should be {right}")
     if not to_screen and (args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(args.file)):
         raise InputError(f"--out: {args.out} is a folder, or the input; name another file")
     writer = RowWriter(args.out)
     classify = classifier_of(args)
-    task = TASKS.get(classify.record.get("task"))
-    trained = classify.record.get("text_columns") or (task.columns[:-1] if task else ())
+    task = TASKS.get(classify.record.task)
+    trained = classify.record.text_columns or (task.columns[:-1] if task else ())
     if is_lines:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
         chunks, names, total = read_lines_as_they_come(columns), set(columns), None
@@ -65,17 +65,22 @@ def main() -> None:
             total += 1
         rows = (row for _, row in read_rows(args.file))
         chunks = iter(lambda: list(islice(rows, WINDOW)), [])  # lists of rows, until there are none
-    left = Counter()
+    left, empty, cut = Counter(), 0, 0
     with writer, Progress(total=total, unit="row", desc="predict", disable=to_screen or None) as progress:
         for chunk in chunks:
-            answers = classify(map(itemgetter(*columns), chunk))  # of one column a text, of two a pair
+            texts = list(map(itemgetter(*columns), chunk))  # of one column texts, of two pairs
+            examples = classify.tokenize(texts)
+            answers = classify.classify(examples)
+            empty += sum(not "".join(text).strip() for text in texts)
+            cut += examples.cut
             for row, answer in zip(chunk, answers, strict=True):
                 writer.write(row | columns_of(answer, names))
             left.update(answer.exit_layer for answer in answers)
             progress.update(len(chunk))
     if not to_screen:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
-        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}")
+        noticed = f"; empty: {empty:,}; cut to {classify.tokenizer.truncation['max_length']} tokens: {cut:,}"
+        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}{noticed}")
 
 
 def columns_of(answer: Answer, taken: set[str]) -> dict:

@@ -224,8 +224,8 @@ def epoch_unit(side: str, amp: bool, data_dir: str):
 def sweep_unit(side: str, run: str):
     """Eleven thresholds: ours on the whole validation set at once; theirs instance by instance, padded to 256."""
     model, record = load_run(Path(run))
-    examples = glue(record["task"], "dev", record["arguments"]["data_dir"])
-    rule = ExitRule(record["num_labels"])
+    examples = glue(record.task, "dev", record.data_dir)
+    rule = ExitRule(record.num_labels)
     thresholds, rows = spaced_thresholds(11, rule.lowest), range(0, len(examples), len(examples) // 20)
     if side == "ours":
 
@@ -257,7 +257,7 @@ def sweep_unit(side: str, run: str):
 def live_unit(side: str, run: str, amp: bool, threshold: float = 1.0):
     """The validation set in batches of 32: ours live at a threshold; theirs MM's last model, alone, at full depth."""
     model, record = load_run(Path(run))
-    examples = glue(record["task"], "dev", record["arguments"]["data_dir"])
+    examples = glue(record.task, "dev", record.data_dir)
     batches = list(examples.by_length(32 * GATHERED if side == "ours" else 32))
     if side == "ours":
         run_batch = partial(early_exit, model, threshold=threshold)
@@ -293,7 +293,7 @@ def branch_unit(side: str, run: str, data_dir: str):
     """Ten batches of branches' training: with the trunk's layers, or with its states as if they had been kept."""
     model, record = load_run(Path(run))
     model.train()
-    examples = glue(record["task"], "train", data_dir)
+    examples = glue(record.task, "train", data_dir)
     batches = [batch for batch, _ in zip(examples.shuffled(BATCH, 0, 0), range(10), strict=False)]
     optimizer = torch.optim.AdamW(sum(model.parameter_groups(), []), lr=1e-5, weight_decay=0.0, fused=True)
     number, kept = [0], {}
@@ -411,8 +411,8 @@ def epoch(rows: list, args) -> None:
 def runs_given(args, methods: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """The run folders of --runs that were trained with one of `methods`: folder, task, method by its whole name."""
     records = [(str(run), read_record(run)) for run in args.runs]
-    chosen = [(run, record) for run, record in records if record["method"] in methods]
-    return [(run, record["task"], method_name(record["arguments"])) for run, record in chosen]
+    chosen = [(run, record) for run, record in records if record.method in methods]
+    return [(run, record.task, method_name(vars(record))) for run, record in chosen]
 
 
 def sweeps(rows: list, args) -> None:
@@ -582,7 +582,7 @@ def rival_of(run: str) -> dict:
     folder = Path(tempfile.mkdtemp()) / "export"
     TO_THE_END.callback(shutil.rmtree, folder.parent)
     export_all(Path(run), folder)
-    return {"run": run, "folder": str(folder), "labels": read_record(Path(run))["labels"]}
+    return {"run": run, "folder": str(folder), "labels": read_record(Path(run)).labels}
 
 
 def say(rows: list, row: dict, line: str) -> None:
@@ -744,7 +744,7 @@ def methods(rows: list, args) -> None:
             start = time.perf_counter()
             done = subprocess.run([sys.executable, "-c", PEAK_OF, *command], check=True, capture_output=True, text=True)
             wall = time.perf_counter() - start
-            trained = read_record(Path(folder) / "run")["seconds"]
+            trained = read_record(Path(folder) / "run").seconds
         row = {"row": "training", "method": method, "s": trained, "wall_s": wall, "peak_bytes": int(done.stdout)}
         base = base or row
         times, memory = trained / base["s"], row["peak_bytes"] / base["peak_bytes"]
@@ -759,7 +759,7 @@ def trunk(rows: list, args) -> None:
         seconds, _ = take_turns("branch", sides, 7)
         ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
         model, record = load_run(Path(run))
-        lengths = glue(record["task"], "train", str(args.data_dir)).lengths[:6000]
+        lengths = glue(record.task, "train", str(args.data_dir)).lengths[:6000]
         size = 2 * 4 * (len(model.exit_layers) - 1) * model.encoder.config.hidden_size * int(lengths.sum())
         row = {"row": "trunk's states kept", "ratio": ratio, "bytes": size}
         line = f"a step of branches, the trunk's states kept: {ratio:.2f} of the time, {size / 1e6:.0f} MB for 6,000"
