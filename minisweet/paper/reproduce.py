@@ -333,6 +333,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     if not args.report_only:
+        need_clone("reproduce")
         _, config, _ = options.find_model(args)
         args.lrs = args.lrs or options.search_rates(config)
     args.lrs = args.lrs or rates_there(args)
@@ -353,8 +354,6 @@ def rates_there(args: argparse.Namespace) -> list[float]:
 def main() -> None:
     """Run the grid, or print its commands, or report what is there."""
     args = parse_arguments()
-    if not args.report_only:
-        need_clone("reproduce")
     grid = Grid(args)
     if args.print_commands:
         for run in grid.missing():
