@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Fine-tune, measure, and write gradients.json and gradients.png."""
     args = parse_arguments()
-    need_clone("gradients")
+    need_clone()
     tune_cpu()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")

@@ -165,10 +165,10 @@ class Grid:
         return [evaluate] if (folder / "run.json").exists() else [train, evaluate]
 
 
-def need_clone(command: str) -> None:
-    """Raise InputError where train.py and evaluate.py are not at hand, since the package is installed."""
+def need_clone() -> None:
+    """Raise InputError where the package is installed, without train.py and evaluate.py."""
     if clone() is None:
-        raise InputError(f"{command}: runs train.py, and so needs a clone of the repository; call it there")
+        raise InputError("train.py: not here, and it is run, so this needs a clone of the repository; call it there")
 
 
 def as_options(values: dict[str, object], names: tuple[str, ...]) -> list[str]:
@@ -333,7 +333,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     if not args.report_only:
-        need_clone("reproduce")
+        need_clone()
         _, config, _ = options.find_model(args)
         args.lrs = args.lrs or options.search_rates(config)
     args.lrs = args.lrs or rates_there(args)

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -189,8 +190,9 @@ class Checkpoints:
                 old.unlink()
             with partial.open("wb") as file:
                 torch.save(content, file)
-            sync(partial)
-            self.kept.append(partial.replace(self.folder / f"{name}.{sha256(partial)}.pt"))
+            with ThreadPoolExecutor() as pool:  # the disk works while the digest is computed
+                _, digest = pool.map(lambda do: do(partial), (sync, sha256))
+            self.kept.append(partial.replace(self.folder / f"{name}.{digest}.pt"))
             sync(self.folder)
         except (OSError, RuntimeError, InputError) as error:  # of a full disk torch may raise either
             with suppress(OSError):
