@@ -30,7 +30,7 @@ from minisweet.paper.report import for_json, over_seeds
 from minisweet.paper.reproduce import TRAINING, as_options, need_clone, run_script
 from minisweet.runs.folders import load_run, versions
 from minisweet.runs.options import SMALL, add_training_options, find_model
-from minisweet.use.plots import load_pyplot, save_figure
+from minisweet.use.plots import new_figure, save_figure
 
 
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
@@ -86,7 +86,7 @@ def main() -> None:
     tune_cpu()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
-    load_pyplot(args.out / "gradients.png")
+    new_figure(args.out / "gradients.png")
     device = choose_device(args.device)
     folder, config, args.exit_layers = find_model(args)
     args.lr = args.lr or (2e-4 if config.hidden_size <= SMALL else 2e-5)
@@ -142,7 +142,8 @@ def main() -> None:
 def draw_similarities(path: Path, mean: np.ndarray, args: argparse.Namespace) -> None:
     """Draw a heat map with one panel per layer to a PNG: mean (M, K, K). Raises InputError without matplotlib."""
     M, K, _ = mean.shape
-    figure, axes = load_pyplot(path).subplots(1, M, figsize=(3.2 * M + 1, 3.6), squeeze=False, layout="constrained")
+    figure = new_figure(path, figsize=(3.2 * M + 1, 3.6), layout="constrained")
+    axes = figure.subplots(1, M, squeeze=False)
     for m, axis in enumerate(axes[0]):
         image = axis.imshow(mean[m, m:, m:], vmin=-1, vmax=1, cmap="RdBu")
         ticks, names = range(K - m), [f"C-{k + 1}" for k in range(m, K)]  # as in the paper

@@ -35,7 +35,7 @@ from minisweet.paper.report import did_not_converge, document, draw_curves, one_
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.runs.records import Arguments, Curve, Record
-from minisweet.use.plots import load_pyplot
+from minisweet.use.plots import new_figure
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
@@ -360,7 +360,7 @@ def main() -> None:
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after hours of training
-    load_pyplot(args.out / "curves.png")
+    new_figure(args.out / "curves.png")
     check_output(args)
     failed = [] if args.report_only else run_all(grid)
     write_report(grid)
