@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
-from minisweet.base.commands import Parser, list_of, run_command, whole_number
+from minisweet.base.commands import Parser, Progress, list_of, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
@@ -156,7 +155,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device)
     if args.live and devices.place().rank == 0:  # by the rule that new text gets
-        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(tqdm, desc="live"))
+        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(Progress, desc="live"))
         with devices.autocast(device, precision):
             ready = prepare(model, precision) if args.prepared else model
             evaluation["live"], *decided = measure_live(ready, examples, *setting)

@@ -16,27 +16,29 @@ from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.base import devices
-from minisweet.base.commands import Parser, positive_float, run_command, whole_number
+from minisweet.base.commands import Parser, Progress, positive_float, run_command, whole_number
 from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
 from minisweet.base.safe import InputError, write_json
 from minisweet.branches import METHODS, BranchModel, add_exits, grow_branches, slice_trunk
-from minisweet.data.load import OF_OWN_DATA, add_data_options, class_weights, data_name, digest, drawn_rows, load_data
+from minisweet.config import Config
+from minisweet.data import load
+from minisweet.data.load import OF_OWN_DATA, class_weights, digest, drawn_rows
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
 from minisweet.runs import options
 from minisweet.runs.folders import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
-from minisweet.runs.resume import Checkpoints, is_finished
+from minisweet.runs.resume import Checkpoints, is_finished, model_digest
 
 TARGETS = ("labels", "trunk", "half")
 READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
@@ -81,7 +83,8 @@ def train(
     device = next(model.parameters()).device
     steps = epochs * -(-len(examples) // batch_size)
     read_every = 1 if device.type == "cpu" else READ_EVERY
-    with tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress, used_rows(model, examples) as examples:
+    bar = Progress(total=epochs * len(examples), unit="ex", desc=title)
+    with bar as progress, used_rows(model, examples) as examples:
         groups = model.parameter_groups()
         parameters = list(chain.from_iterable(groups))
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -89,7 +92,8 @@ def train(
         history = checkpoints.load(title, parameters, optimizer, scaler) if checkpoints else []
         unread: list[Tensor] = []  # losses that are still on the device
         batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
-        progress.update(sum(len(batch.rows) for batch in islice(batches, len(history))))  # what was done before
+        for batch in islice(batches, len(history)):  # skipped: these steps were taken before the training was stopped
+            progress.update(len(batch.rows))
         for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()
             mine, weight = own_rows(batch)  # of several processes, each takes a share of every batch
@@ -177,14 +181,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     option("--class-weights", choices=("balanced",), help="rows count N / (C n) for the n of all N in their class")
     option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
-    add_data_options(parser)
+    load.add_data_options(parser)
     option = parser.add_argument_group("training").add_argument
     option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    option("--overwrite", action="store_true", help="replace the run in --out")
+    option("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
     option("--resume", action="store_true", help="go on from the last checkpoint of a training that was stopped")
     options.add_training_options(parser)
@@ -198,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
     if args.trunk and args.model is not None:
         raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
-    args.task = data_name(args)
+    args.task = load.data_name(args)
     args.model = str(args.trunk or ("minilm-l6" if args.model is None else args.model))
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.train_size = args.train_size or (6000 if args.data is None else None)
@@ -299,48 +303,26 @@ def main() -> None:
 
 def train_run(args: argparse.Namespace) -> None:
     """Train one run and write its folder, or with --resume say that it is there."""
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
-    trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
-    if trunk:
-        args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
-    with devices.in_turn():
-        folder, config, exit_layers = options.find_model(args)
-        args.lr = args.lr or options.default_learning_rate(config, args.task, args.method, trunk is not None)
-        data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
-    if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
-        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
-    if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
-        raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
-    subset = drawn_rows(data.train, args.train_size, args.seed)
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    arguments.pop("resume")  # a run that went on is as one that was never stopped
-    record = {"arguments": arguments, **data.record}
-    record |= {"subset": subset.tolist(), "train_digest": digest(data.train, subset), "versions": versions()}
-    record |= {"exit_layers": exit_layers, "depth": config.num_hidden_layers}
-    record |= {"device": devices.device_name(device), "precision": str(precision or torch.float32)}
-    checkpoints = Checkpoints(args, record, folder, device)
+    start = find_start(args)
+    subset = drawn_rows(start.data.train, args.train_size, args.seed)
+    record = start_of_record(args, start, subset)
+    checkpoints = Checkpoints(args, record, devices.choose_device(args.device))
     if checkpoints.finished:
         checkpoints.remove()  # of a training that was killed just after it had saved the run
         print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
         return
-
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
-    examples = TokenizedExamples(tokenizer, data.train, subset)
-    notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
-    print(*data.notes, *notes, sep="\n")
-    print(
-        f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
-        f"{','.join(map(str, exit_layers))} of {config.num_hidden_layers}, learning rate {args.lr:g}, "
-        f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {record['precision']}"
-    )
+    vocab_size, positions = start.config.vocab_size, start.config.max_position_embeddings
+    tokenizer = load_tokenizer(start.folder, vocab_size, args.max_length, positions)
+    examples = TokenizedExamples(tokenizer, start.data.train, subset)
+    announce(args, start, examples, record)
     checkpoints.lap()  # what is above is no training
+    folder, exit_layers, C = start.folder, start.exit_layers, len(record["labels"])
     try:
-        model, losses, stages = fit(folder, exit_layers, len(data.record["labels"]), examples, trunk, args, checkpoints)
+        model, losses, stages = fit(folder, exit_layers, C, examples, start.trunk, args, checkpoints)
     except NotFiniteError as error:
         checkpoints.remove()
         if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
-            write_json(args.out / DIVERGED, {"error": str(error), "arguments": arguments})
+            write_json(args.out / DIVERGED, {"error": str(error), "arguments": record["arguments"]})
         raise
     if place().rank:  # the first process alone writes
         return
@@ -355,6 +337,56 @@ def train_run(args: argparse.Namespace) -> None:
         raise InputError(f"{error}{kept}") from None
     checkpoints.remove()
     print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
+
+
+class Start(NamedTuple):
+    """What a training starts from."""
+
+    trunk: MultiExitModel | None
+    folder: Path  # of the model
+    config: Config
+    exit_layers: Sequence[int]
+    data: load.Data
+
+
+def find_start(args: argparse.Namespace) -> Start:
+    """Fetch and read what the options name. Raises InputError where it does not go together."""
+    trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
+    if trunk:
+        args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
+    with devices.in_turn():
+        folder, config, exit_layers = options.find_model(args)
+        args.lr = args.lr or options.default_learning_rate(config, args.task, args.method, trunk is not None)
+        data = load.load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
+    if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
+        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
+    if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
+        raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
+    return Start(trunk, folder, config, exit_layers, data)
+
+
+def start_of_record(args: argparse.Namespace, start: Start, subset: np.ndarray) -> dict:
+    """What run.json tells before there is a model: options, data, versions, and where it is computed."""
+    device = devices.choose_device(args.device)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    arguments.pop("resume")  # a run that went on is as one that was never stopped
+    record = {"arguments": arguments, **start.data.record, "model_digest": model_digest(start.folder)}
+    record |= {"subset": subset.tolist(), "train_digest": digest(start.data.train, subset), "versions": versions()}
+    record |= {"exit_layers": start.exit_layers, "depth": start.config.num_hidden_layers}
+    precision = str(devices.choose_precision(args.amp, device) or torch.float32)
+    return record | {"device": devices.device_name(device), "precision": precision}
+
+
+def announce(args: argparse.Namespace, start: Start, examples: TokenizedExamples, record: dict) -> None:
+    """Print what the user should know of the data, and what is trained."""
+    notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
+    print(*start.data.notes, *notes, sep="\n")
+    print(
+        f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
+        f"{','.join(map(str, start.exit_layers))} of {start.config.num_hidden_layers}, learning rate {args.lr:g}, "
+        f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {record['device']}, "
+        f"{record['precision']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made."""
 
 import argparse
-import logging
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
-from minisweet.base.safe import InputError, as_written, is_text
+from minisweet.base.safe import LOG, InputError, as_written, is_text
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, wish_of
@@ -24,7 +23,6 @@ from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
 from minisweet.use.prepared import prepare
 
-LOG = logging.getLogger("minisweet")
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
 ARGUMENTS = {  # of the classifier: what is right, and whether a value is
