@@ -1,0 +1,343 @@
+"""A run as one ONNX file that leaves early by itself: `python -m minisweet.export RUN --onnx FILE.onnx`.
+
+torch exports the model in pieces, side by side in one flat graph. Each piece has inputs of its own, since fewer rows
+enter it than the one before. `Joiner` then puts one into the other:
+
+    start                  the layers before the first exit's
+    ask k                  what exit k says of each row, and which rows stay; at threshold 1 skip k instead: all stay
+    If there are such:     go k, for them alone: the layers up to the next exit's; then ask k+1, and so on;
+                           what later exits say takes the place (ScatterND) of what exit k has said
+    end                    probabilities, confidence, and the layer of the exit taken
+
+Dimension letters: B rows, M of them that stay, T tokens, D hidden size, K exits, C classes, N validation rows.
+"""
+
+import json
+import logging
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxscript  # noqa: F401  torch's exporter imports it, late
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from onnx.helper import make_node, make_tensor_value_info
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minisweet.adaptive import ExitRule, exit_costs, exits_taken
+from minisweet.base.safe import InputError, written_beside
+from minisweet.data.load import load_dev
+from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.evaluation.metrics import score
+from minisweet.evaluation.sweep import predict
+from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.runs.folders import load_run, read_evaluation, versions
+from minisweet.runs.records import Evaluation, Record
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
+LARGEST = 2**31  # bytes of a protocol buffer
+INPUTS, OUTPUTS = (*Batch._fields[1:4], "threshold"), ("probabilities", "confidence", "exit_layer")
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+NEAR = 1e-4  # rounding moves a probability by less
+
+
+def export_onnx(
+    run: Path, out: Path, int8: bool = False, data: Path | None = None, data_dir: Path | None = None
+) -> list[str]:
+    """Write one file of a run, whole or not at all, and run the validation rows through it before it is there.
+
+    `data` and `data_dir` are as in `load_dev`. Returns what came out, a line each.
+
+    Raises InputError for an `out` that exists or is no .onnx, no run, one without an evaluation, of Multi-Model or of
+    learning-to-exit, more than 2 GiB, and in float32 for answers that differ from the model's by more than rounding.
+    """
+    if out.suffix != ".onnx" or out.exists() or out.is_symlink():
+        raise InputError(
+            f"--onnx: {out} {'exists already' if out.suffix == '.onnx' else 'is no .onnx'}; name a new file"
+        )
+    model, record = load_run(run)
+    if record.exit_strategy == "lte" or isinstance(model, MultiModel):
+        what = "learning-to-exit (lte)" if record.exit_strategy == "lte" else "Multi-Model (mm)"
+        raise InputError(f"--onnx: {run} is a run of {what}; the file is for one model whose exits have a confidence")
+    if (evaluation := read_evaluation(run, record)) is None:
+        raise InputError(f"--onnx: {run} has no evaluation.json, which tells the threshold; first: evaluate.py {run}")
+    if (size := 4 * sum(parameter.numel() for parameter in model.parameters())) >= LARGEST:
+        raise InputError(f"--onnx: {run} has weights of {size:,} bytes, and a file holds less than {LARGEST:,}")
+    model, rule = model.keep_exits(evaluation.exit_layers), ExitRule.from_evaluation(evaluation, record.num_labels)
+    tokenizer, threshold = (
+        load_tokenizer(run, record.vocab_size, record.max_length),
+        evaluation.operating_point.threshold,
+    )
+    examples = None
+    try:
+        examples = TokenizedExamples(tokenizer, load_dev(vars(record), data, data_dir))
+    except InputError as error:
+        if data or data_dir:
+            raise
+        found = f"nothing was checked, since the validation rows are not at hand ({error})"
+
+    flat = flat_graph(Pieces(model, rule))
+    # A threshold just below 1 must not become 1 in float32: there no exit but the last is asked.
+    nearest = min(
+        np.float32(threshold), np.float32(1) if threshold == 1 else np.nextafter(np.float32(1), np.float32(0))
+    )
+    file = Joiner(quantized(flat) if int8 else flat).model(nearest, record.num_labels)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
+    told = {"labels": record.labels, "exit_layers": model.exit_layers, "max_length": record.max_length}
+    told |= {"threshold": threshold, "versions": versions() | {name: version(name) for name in PACKAGES}}
+    helper.set_model_props(
+        file, {"tokenizer": tokenizer.to_str()} | {k: json.dumps(value) for k, value in told.items()}
+    )
+    with written_beside(out, overwrite=False) as partial:
+        partial.write_bytes(file.SerializeToString())
+        if examples:
+            found = check(partial, examples, model, rule, evaluation, record, int8)
+    kind, layers = "int8" if int8 else "float32", ",".join(map(str, model.exit_layers))
+    size = f"{out.stat().st_size / 1e6:.1f} MB"
+    return [f"{out}: {kind}, {size}, exits after layers {layers}, threshold {threshold:.6g} by default", found]
+
+
+def check(path, examples, model, rule, evaluation: Evaluation, record: Record, int8: bool) -> str:
+    """Compare a file's answers on validation rows with the model's, in float32, at the operating point.
+
+    Raises InputError where a float32 file's differ, and neither is a confidence as near to the threshold as rounding
+    goes, nor are the two likeliest labels to each other.
+    """
+    threshold = evaluation.operating_point.threshold
+    logits, rows = predict(model, examples, None, "model")[0], torch.arange(len(examples))  # (K, N, C), (N,)
+    confidence = rule.confidences(logits)  # (K, N)
+    exits = exits_taken(confidence, threshold, rule.lowest)  # (N,)
+    labels = logits[exits, rows].argmax(-1)
+    answers = {"model": (labels, exits), "file": answers_of_file(path, examples, model.exit_layers)}
+    gold = logits[-1].argmax(-1).numpy() if examples.labels is None else examples.labels
+    costs = torch.tensor(exit_costs(model.exit_layers, record.depth, record.method, threshold))
+    found = {
+        name: f"{score(said.numpy(), gold, evaluation.metric):.1f} with {100 * costs[taken].mean():.1f}% of the layers"
+        for name, (said, taken) in answers.items()
+    }
+    said, taken = answers["file"]
+    if int8:
+        return f"on {len(rows):,} validation rows: int8 {found['file']}, float32 {found['model']}"
+    first, likeliest = torch.minimum(exits, taken), logits[exits, rows].softmax(-1).topk(2).values  # (N, 2)
+    near = (confidence[first, rows] - threshold).abs() <= NEAR
+    near |= (exits == taken) & (likeliest[:, 0] - likeliest[:, 1] <= NEAR)
+    differs = (exits != taken) | (labels != said)
+    if beyond := int((differs & ~near).sum()):
+        raise InputError(
+            f"--onnx: not written, {beyond} of {len(rows)} answers differ from the model's by more than rounding"
+        )
+    return f"on {len(rows):,} validation rows: {found['file']}, all as the model but {differs.sum()}, by rounding"
+
+
+def answers_of_file(path: Path, examples: TokenizedExamples, exit_layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The labels and the exits from 0, (N,) each, that a file gives in batches of 32 texts of similar length."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of an initializer that may be overridden
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    labels, exits = torch.empty(2, len(examples), dtype=torch.long)
+    for batch in tqdm(list(examples.by_length(32)), desc="file", unit="batch", disable=None):
+        probabilities, _, layers = session.run(None, dict(zip(INPUTS, map(Tensor.numpy, batch.inputs), strict=False)))
+        labels[batch.rows] = torch.from_numpy(probabilities.argmax(-1))
+        exits[batch.rows] = torch.from_numpy(np.searchsorted(exit_layers, layers))
+    return labels, exits
+
+
+class Pieces(nn.Module):
+    """A run's model in pieces, with the temperatures of `rule`."""
+
+    def __init__(self, model: MultiExitModel, rule: ExitRule) -> None:
+        super().__init__()
+        self.model, self.exit_layers, self.lowest = model, model.exit_layers, rule.lowest
+        K = len(self.exit_layers)
+        self.temperatures = [1.0] * K if rule.temperatures is None else rule.temperatures.flatten().tolist()
+
+    def example(self) -> dict[str, tuple[Tensor, ...]]:
+        """Inputs of all pieces, with B = M = 3 and T = 7."""
+        ids, rows, threshold = torch.ones(3, 7).long(), torch.ones(3, 1).long(), torch.ones(())
+        state = (torch.zeros(3, 7, self.model.encoder.config.hidden_size), *self.model.encoder.context(ids))
+        pieces: dict[str, tuple[Tensor, ...]] = {"start.0": (ids, ids, ids, threshold)}
+        for k in range(len(self.exit_layers)):
+            pieces |= {f"ask.{k}": (threshold, *state), f"skip.{k}": state[:1], f"go.{k}": (rows, *state)}
+        pieces.popitem()  # nobody goes on from the last exit, and all are asked there
+        pieces.popitem()
+        return pieces | {"end.0": (torch.zeros(3, self.model.num_labels + 1),)}
+
+    def forward(self, inputs: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
+        """All pieces' outputs."""
+        return {name: getattr(self, name.split(".")[0])(int(name.split(".")[1]), *inputs[name]) for name in inputs}
+
+    def start(self, _: int, input_ids: Tensor, mask: Tensor, types: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
+        """Whether exits before the last are asked, below which confidence a row stays, hidden states, and context."""
+        asks = threshold < 1
+        limit = torch.where(asks, threshold, 2.0)  # the threshold alone decides at both ends, as in `leaves`
+        limit = torch.where(threshold <= self.lowest, 0.0, limit)
+        encoder, context = self.model.encoder, self.model.encoder.context(mask)
+        hidden = encoder.run_layers(encoder.embed(input_ids, types), context, 0, self.exit_layers[0] - 1)
+        return asks, limit, hidden, *context
+
+    def ask(self, k: int, limit: Tensor, hidden: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """Exit k's answer (B, C+1), probabilities and the exit's layer, and which rows stay, (M, 1)."""
+        logits, _ = self.model.heads[k](self.model.cls_at_exit(k, hidden, context))
+        probabilities = (logits / self.temperatures[k]).softmax(-1)
+        answer = F.pad(probabilities, (0, 1), value=float(self.exit_layers[k]))
+        if k == len(self.exit_layers) - 1:
+            return (answer,)
+        return answer, (probabilities.amax(-1) < limit).nonzero()
+
+    def skip(self, _: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """No answer (B, C+1), and all rows (B, 1)."""
+        B = hidden.shape[0]
+        return hidden.new_zeros(B, self.model.num_labels + 1), torch.arange(B)[:, None]
+
+    def go(self, k: int, rows: Tensor, hidden: Tensor, bias: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that stay, before the next exit's layer: hidden states (M, T, D) and padding's bias (M, 1, 1, T)."""
+        hidden, bias = hidden.index_select(0, rows[:, 0]), bias.index_select(0, rows[:, 0])
+        start, stop = (n - 1 for n in self.exit_layers[k : k + 2])
+        return self.model.encoder.run_layers(hidden, (bias, *context), start, stop), bias
+
+    def end(self, _: int, answer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities (B, C), confidence (B,) and exit layer (B,)."""
+        return answer[:, :-1], answer[:, :-1].amax(-1), answer[:, -1].long()
+
+
+@torch.no_grad()
+def flat_graph(pieces: Pieces) -> onnx.ModelProto:
+    """All pieces side by side: input 1 of `ask.0` is `ask.0.in.1` there, output 0 `ask.0.out.0`."""
+    D = pieces.model.encoder.config.hidden_size
+    inputs = {name: tuple(x.clone() for x in tensors) for name, tensors in pieces.example().items()}  # or they are one
+    names = [
+        [f"{name}.{kind}.{i}" for name, tensors in of_pieces.items() for i in range(len(tensors))]
+        for kind, of_pieces in (("in", inputs), ("out", pieces(inputs)))
+    ]
+    free = {  # all sizes, unless something else decides them
+        name: tuple({axis: torch.export.Dim.AUTO for axis, size in enumerate(x.shape) if size != D} for x in tensors)
+        for name, tensors in inputs.items()
+    }
+    with quiet():
+        program = torch.export.export(pieces, (inputs,), dynamic_shapes=(free,), strict=False)
+        options = {"dynamo": True, "optimize": True, "external_data": False, "verbose": False, "opset_version": OPSET}
+        return torch.onnx.export(program, input_names=names[0], output_names=names[1], **options).model_proto
+
+
+def quantized(flat: onnx.ModelProto) -> onnx.ModelProto:
+    """The flat graph with int8 weights, a scale per column; ONNX Runtime quantises activations as they come.
+
+    The weights of `forward_cls` that have an axis for heads stay: ONNX Runtime has no such products in int8.
+    """
+    for_heads = {weight.name for weight in flat.graph.initializer if len(weight.dims) > 2}
+    kept = [node.name for node in flat.graph.node if for_heads & set(node.input)]
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        path = f"{folder}/int8.onnx"
+        quantize_dynamic(flat, path, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=kept)
+        return onnx.load(path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, nobody hears of what the exporters think of themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class Joiner:
+    """Puts the pieces of a flat graph together.
+
+    A weight stands in the graph that reads it, since ONNX Runtime packs it only there; one that several pieces read
+    stands outside. The shapes that torch knows come along: without them ONNX Runtime fuses less.
+    """
+
+    def __init__(self, flat: onnx.ModelProto) -> None:
+        graph, self.opsets = flat.graph, flat.opset_import
+        self.weights = {weight.name: weight for weight in graph.initializer}
+        self.shapes = {value.name: value for value in graph.value_info}
+        self.outputs: dict[str, list[str]] = {}
+        for value in graph.output:
+            self.outputs.setdefault(value.name.split(".out.")[0], []).append(value.name)
+        self.nodes = {name: nodes_for(graph.node, outputs) for name, outputs in self.outputs.items()}
+        read = ({value for node in nodes for value in node.input} for nodes in self.nodes.values())
+        self.readers = Counter(value for values in read for value in values & self.weights.keys())
+
+    def model(self, threshold: float, num_labels: int) -> onnx.ModelProto:
+        """The whole model, whose threshold is this one by default."""
+        nodes = self.piece("start.0", *INPUTS) + self.level(0, *self.outputs["start.0"][2:4])
+        nodes += self.piece("end.0", "answer.0")
+        nodes += [make_node("Identity", [f"end.0.out.{i}"], [name]) for i, name in enumerate(OUTPUTS)]
+        shapes = {
+            OUTPUTS[0]: (FLOAT, ["batch", num_labels]),
+            OUTPUTS[1]: (FLOAT, ["batch"]),
+            OUTPUTS[2]: (INT64, ["batch"]),
+        }
+        graph = self.graph("early_exit", nodes, shapes)
+        graph.input.extend(make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS[:3])
+        graph.input.append(make_tensor_value_info("threshold", FLOAT, []))
+        graph.initializer.append(helper.make_tensor("threshold", FLOAT, [], [threshold]))
+        graph.initializer.extend(self.weights[name] for name, readers in self.readers.items() if readers > 1)
+        return helper.make_model(graph, opset_imports=self.opsets, ir_version=IR_VERSION)
+
+    def level(self, k: int, hidden: str, bias: str) -> list[onnx.NodeProto]:
+        """The nodes from exit k on, which make `answer.k`: what it and later exits say of the rows that come so far."""
+        asks, limit, _, _, *rest = self.outputs["start.0"]
+        state = (hidden, bias, *rest)
+        ask, said = self.piece(f"ask.{k}", limit, *state), self.outputs[f"ask.{k}"]
+        if f"go.{k}" not in self.nodes:
+            return [*ask, make_node("Identity", said, [f"answer.{k}"])]
+        skip, go = self.piece(f"skip.{k}", hidden), self.piece(f"go.{k}", f"rows.{k}", *state)
+        go += self.level(k + 1, *self.outputs[f"go.{k}"])
+        go += [make_node("ScatterND", [f"said.{k}", f"rows.{k}", f"answer.{k + 1}"], [f"later.{k}"])]
+        leave = [make_node("Identity", [f"said.{k}"], [f"kept.{k}"])]
+        return [
+            self.choice(asks, [f"said.{k}", f"rows.{k}"], (ask, said), (skip, self.outputs[f"skip.{k}"])),
+            make_node("Size", [f"rows.{k}"], [f"count.{k}"]),
+            make_node("Cast", [f"count.{k}"], [f"stays.{k}"], to=TensorProto.BOOL),
+            self.choice(f"stays.{k}", [f"answer.{k}"], (go, [f"later.{k}"]), (leave, [f"kept.{k}"])),
+        ]
+
+    def choice(self, condition: str, values: list[str], then: tuple[list, list], otherwise: tuple[list, list]):
+        """An If whose branches, nodes and what they make, give an answer, and rows."""
+        branches = {}
+        for branch, (nodes, made) in (("then_branch", then), ("else_branch", otherwise)):
+            outputs = dict(zip(made, ((FLOAT, None), (INT64, None)), strict=False))
+            branches[branch] = self.graph(f"{values[0]} {branch}", nodes, outputs)
+        return make_node("If", [condition], values, **branches)
+
+    def piece(self, name: str, *inputs: str) -> list[onnx.NodeProto]:
+        """A piece's nodes, with these inputs."""
+        given = {f"{name}.in.{i}": value for i, value in enumerate(inputs)}
+        for node in self.nodes[name]:
+            node.input[:] = [given.get(value, value) for value in node.input]
+        return self.nodes[name]
+
+    def graph(self, name: str, nodes: list[onnx.NodeProto], outputs: dict[str, tuple]) -> onnx.GraphProto:
+        """The graph of some nodes. `outputs` are values, their types and shapes."""
+        infos = [make_tensor_value_info(value, *of_value) for value, of_value in outputs.items()]
+        made = {value for node in nodes for value in node.output} - outputs.keys()
+        read = sorted({value for node in nodes for value in node.input})
+        weights = [self.weights[value] for value in read if self.readers[value] == 1]
+        known = [self.shapes[value] for value in sorted(made) if value in self.shapes]
+        return helper.make_graph(nodes, name, [], infos, weights, value_info=known)
+
+
+def nodes_for(nodes: Sequence[onnx.NodeProto], values: list[str]) -> list[onnx.NodeProto]:
+    """Those of the nodes that some values depend on, in their order."""
+    wanted, found = set(values), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            found.append(node)
+    return found[::-1]
