@@ -17,9 +17,10 @@ import logging
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,15 @@ import onnxruntime
 import onnxscript  # noqa: F401  torch's exporter imports it, late
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
-from onnx.helper import make_node, make_tensor_value_info
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model, make_node, make_tensor, make_tensor_value_info, set_model_props
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisweet.adaptive import ExitRule, exit_costs, exits_taken
 from minisweet.base.safe import InputError, written_beside
+from minisweet.branches import BranchModel
 from minisweet.data.load import load_dev
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import score
@@ -96,7 +98,7 @@ def export_onnx(
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
     told = {"labels": record.labels, "exit_layers": model.exit_layers, "max_length": record.max_length}
     told |= {"threshold": threshold, "versions": versions() | {name: version(name) for name in PACKAGES}}
-    helper.set_model_props(
+    set_model_props(
         file, {"tokenizer": tokenizer.to_str()} | {k: json.dumps(value) for k, value in told.items()}
     )
     with written_beside(out, overwrite=False) as partial:
@@ -154,24 +156,28 @@ def answers_of_file(path: Path, examples: TokenizedExamples, exit_layers: Sequen
 
 
 class Pieces(nn.Module):
-    """A run's model in pieces, with the temperatures of `rule`."""
+    """A run's model in pieces, with the temperatures of `rule`. Here each exit has a layer of its own, as branches do."""
 
     def __init__(self, model: MultiExitModel, rule: ExitRule) -> None:
         super().__init__()
-        self.model, self.exit_layers, self.lowest = model, model.exit_layers, rule.lowest
-        K = len(self.exit_layers)
-        self.temperatures = [1.0] * K if rule.temperatures is None else rule.temperatures.flatten().tolist()
+        self.model, self.exit_layers, self.C, self.lowest = model, model.exit_layers, model.num_labels, rule.lowest
+        if not isinstance(model, BranchModel):
+            self.model = BranchModel(model.encoder, model.exit_layers, model.num_labels)
+            self.model.heads = model.heads
+        self.temperatures = rule.temperatures
+        self.eval()
 
     def example(self) -> dict[str, tuple[Tensor, ...]]:
         """Inputs of all pieces, with B = M = 3 and T = 7."""
-        ids, rows, threshold = torch.ones(3, 7).long(), torch.ones(3, 1).long(), torch.ones(())
+        ids, rows, number = torch.ones(3, 7).long(), torch.ones(3, 1).long(), torch.ones(())
         state = (torch.zeros(3, 7, self.model.encoder.config.hidden_size), *self.model.encoder.context(ids))
-        pieces: dict[str, tuple[Tensor, ...]] = {"start.0": (ids, ids, ids, threshold)}
-        for k in range(len(self.exit_layers)):
-            pieces |= {f"ask.{k}": (threshold, *state), f"skip.{k}": state[:1], f"go.{k}": (rows, *state)}
-        pieces.popitem()  # nobody goes on from the last exit, and all are asked there
-        pieces.popitem()
-        return pieces | {"end.0": (torch.zeros(3, self.model.num_labels + 1),)}
+        pieces: dict[str, tuple[Tensor, ...]] = {"start.0": (ids, ids, ids, number)}
+        for k, n in enumerate(self.exit_layers):
+            pieces[f"ask.{k}"] = (number, *state)
+            if n < self.exit_layers[-1]:
+                pieces |= {f"skip.{k}": state[:1], f"go.{k}": (rows, *state)}
+        pieces["end.0"] = (torch.zeros(3, self.C + 1),)
+        return {name: tuple(x.clone() for x in inputs) for name, inputs in pieces.items()}  # the exporter knows them apart
 
     def forward(self, inputs: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
         """All pieces' outputs."""
@@ -186,19 +192,18 @@ class Pieces(nn.Module):
         hidden = encoder.run_layers(encoder.embed(input_ids, types), context, 0, self.exit_layers[0] - 1)
         return asks, limit, hidden, *context
 
-    def ask(self, k: int, limit: Tensor, hidden: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """Exit k's answer (B, C+1), probabilities and the exit's layer, and which rows stay, (M, 1)."""
+    def ask(self, k: int, limit: Tensor, hidden: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
+        """Exit k's answer (B, C+1), probabilities and its layer, and which rows stay, (M, 1), which the last lacks."""
         logits, _ = self.model.heads[k](self.model.cls_at_exit(k, hidden, context))
-        probabilities = (logits / self.temperatures[k]).softmax(-1)
+        probabilities = (logits if self.temperatures is None else logits / self.temperatures[k]).softmax(-1)
         answer = F.pad(probabilities, (0, 1), value=float(self.exit_layers[k]))
-        if k == len(self.exit_layers) - 1:
+        if self.exit_layers[k] == self.exit_layers[-1]:
             return (answer,)
         return answer, (probabilities.amax(-1) < limit).nonzero()
 
     def skip(self, _: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """No answer (B, C+1), and all rows (B, 1)."""
-        B = hidden.shape[0]
-        return hidden.new_zeros(B, self.model.num_labels + 1), torch.arange(B)[:, None]
+        return hidden.new_zeros(hidden.shape[0], self.C + 1), torch.arange(hidden.shape[0])[:, None]
 
     def go(self, k: int, rows: Tensor, hidden: Tensor, bias: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that stay, before the next exit's layer: hidden states (M, T, D) and padding's bias (M, 1, 1, T)."""
@@ -212,22 +217,21 @@ class Pieces(nn.Module):
 
 
 @torch.no_grad()
-def flat_graph(pieces: Pieces) -> onnx.ModelProto:
-    """All pieces side by side: input 1 of `ask.0` is `ask.0.in.1` there, output 0 `ask.0.out.0`."""
-    D = pieces.model.encoder.config.hidden_size
-    inputs = {name: tuple(x.clone() for x in tensors) for name, tensors in pieces.example().items()}  # or they are one
-    names = [
-        [f"{name}.{kind}.{i}" for name, tensors in of_pieces.items() for i in range(len(tensors))]
-        for kind, of_pieces in (("in", inputs), ("out", pieces(inputs)))
-    ]
+def flat_graph(pieces: Pieces) -> tuple[onnx.ModelProto, dict[str, list[str]], dict[str, list[str]]]:
+    """All pieces side by side, and the names of each one's inputs and outputs there."""
+    inputs, D = pieces.example(), pieces.model.encoder.config.hidden_size
+    ins = {name: [f"{name}.in.{i}" for i in range(len(values))] for name, values in inputs.items()}
+    outs = {name: [f"{name}.out.{i}" for i in range(len(values))] for name, values in pieces(inputs).items()}
+    ins["start.0"], outs["end.0"] = list(INPUTS), list(OUTPUTS)
     free = {  # all sizes, unless something else decides them
-        name: tuple({axis: torch.export.Dim.AUTO for axis, size in enumerate(x.shape) if size != D} for x in tensors)
-        for name, tensors in inputs.items()
+        name: tuple({axis: torch.export.Dim.AUTO for axis, size in enumerate(x.shape) if size != D} for x in values)
+        for name, values in inputs.items()
     }
+    options = {"dynamo": True, "optimize": True, "external_data": False, "verbose": False, "opset_version": OPSET}
+    options |= {"input_names": sum(ins.values(), []), "output_names": sum(outs.values(), [])}
     with quiet():
         program = torch.export.export(pieces, (inputs,), dynamic_shapes=(free,), strict=False)
-        options = {"dynamo": True, "optimize": True, "external_data": False, "verbose": False, "opset_version": OPSET}
-        return torch.onnx.export(program, input_names=names[0], output_names=names[1], **options).model_proto
+        return torch.onnx.export(program, **options).model_proto, ins, outs
 
 
 def quantized(flat: onnx.ModelProto) -> onnx.ModelProto:
@@ -256,81 +260,68 @@ def quiet() -> Iterator[None]:
 
 
 class Joiner:
-    """Puts the pieces of a flat graph together.
+    """Puts the pieces of a flat graph together; `ins` and `outs` name each one's inputs and outputs.
 
-    A weight stands in the graph that reads it, since ONNX Runtime packs it only there; one that several pieces read
-    stands outside. The shapes that torch knows come along: without them ONNX Runtime fuses less.
+    What only one piece reads, all weights, stands in the innermost graph around it: only there ONNX Runtime packs it. The
+    shapes that torch knows are left out: with them it would fuse sums and LayerNorms, which makes batches slower.
     """
 
-    def __init__(self, flat: onnx.ModelProto) -> None:
-        graph, self.opsets = flat.graph, flat.opset_import
-        self.weights = {weight.name: weight for weight in graph.initializer}
-        self.shapes = {value.name: value for value in graph.value_info}
-        self.outputs: dict[str, list[str]] = {}
-        for value in graph.output:
-            self.outputs.setdefault(value.name.split(".out.")[0], []).append(value.name)
-        self.nodes = {name: nodes_for(graph.node, outputs) for name, outputs in self.outputs.items()}
-        read = ({value for node in nodes for value in node.input} for nodes in self.nodes.values())
-        self.readers = Counter(value for values in read for value in values & self.weights.keys())
+    def __init__(self, flat: onnx.ModelProto, ins: dict[str, list[str]], outs: dict[str, list[str]]) -> None:
+        self.ins, self.outs, self.opsets = ins, outs, flat.opset_import
+        self.weights = {weight.name: weight for weight in flat.graph.initializer}
+        self.nodes = {name: nodes_for(flat.graph.node, outputs) for name, outputs in outs.items()}
+        self.readers = Counter(chain.from_iterable(self.weights.keys() & read(nodes) for nodes in self.nodes.values()))
 
     def model(self, threshold: float, num_labels: int) -> onnx.ModelProto:
         """The whole model, whose threshold is this one by default."""
-        nodes = self.piece("start.0", *INPUTS) + self.level(0, *self.outputs["start.0"][2:4])
-        nodes += self.piece("end.0", "answer.0")
-        nodes += [make_node("Identity", [f"end.0.out.{i}"], [name]) for i, name in enumerate(OUTPUTS)]
-        shapes = {
-            OUTPUTS[0]: (FLOAT, ["batch", num_labels]),
-            OUTPUTS[1]: (FLOAT, ["batch"]),
-            OUTPUTS[2]: (INT64, ["batch"]),
-        }
-        graph = self.graph("early_exit", nodes, shapes)
+        start, (_, _, hidden, bias, *_) = self.piece("start.0", *INPUTS), self.outs["start.0"]
+        nodes = [*start, *self.level(0, hidden, bias), *self.piece("end.0", "answer.0")]
+        outputs = zip(OUTPUTS, (FLOAT, FLOAT, INT64), (["batch", num_labels], ["batch"], ["batch"]), strict=True)
+        graph = self.graph("early_exit", nodes, *outputs)
         graph.input.extend(make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS[:3])
         graph.input.append(make_tensor_value_info("threshold", FLOAT, []))
-        graph.initializer.append(helper.make_tensor("threshold", FLOAT, [], [threshold]))
+        graph.initializer.append(make_tensor("threshold", FLOAT, [], [threshold]))
         graph.initializer.extend(self.weights[name] for name, readers in self.readers.items() if readers > 1)
-        return helper.make_model(graph, opset_imports=self.opsets, ir_version=IR_VERSION)
+        return make_model(graph, opset_imports=self.opsets, ir_version=IR_VERSION)
 
     def level(self, k: int, hidden: str, bias: str) -> list[onnx.NodeProto]:
         """The nodes from exit k on, which make `answer.k`: what it and later exits say of the rows that come so far."""
-        asks, limit, _, _, *rest = self.outputs["start.0"]
-        state = (hidden, bias, *rest)
-        ask, said = self.piece(f"ask.{k}", limit, *state), self.outputs[f"ask.{k}"]
+        asks, limit, _, _, *context = self.outs["start.0"]
+        ask, said = self.piece(f"ask.{k}", limit, hidden, bias, *context), self.outs[f"ask.{k}"]
         if f"go.{k}" not in self.nodes:
             return [*ask, make_node("Identity", said, [f"answer.{k}"])]
-        skip, go = self.piece(f"skip.{k}", hidden), self.piece(f"go.{k}", f"rows.{k}", *state)
-        go += self.level(k + 1, *self.outputs[f"go.{k}"])
+        skip, go = self.piece(f"skip.{k}", hidden), self.piece(f"go.{k}", f"rows.{k}", hidden, bias, *context)
+        go += self.level(k + 1, *self.outs[f"go.{k}"])
         go += [make_node("ScatterND", [f"said.{k}", f"rows.{k}", f"answer.{k + 1}"], [f"later.{k}"])]
         leave = [make_node("Identity", [f"said.{k}"], [f"kept.{k}"])]
         return [
-            self.choice(asks, [f"said.{k}", f"rows.{k}"], (ask, said), (skip, self.outputs[f"skip.{k}"])),
+            self.choice(asks, [f"said.{k}", f"rows.{k}"], (ask, said), (skip, self.outs[f"skip.{k}"])),
             make_node("Size", [f"rows.{k}"], [f"count.{k}"]),
             make_node("Cast", [f"count.{k}"], [f"stays.{k}"], to=TensorProto.BOOL),
             self.choice(f"stays.{k}", [f"answer.{k}"], (go, [f"later.{k}"]), (leave, [f"kept.{k}"])),
         ]
 
-    def choice(self, condition: str, values: list[str], then: tuple[list, list], otherwise: tuple[list, list]):
-        """An If whose branches, nodes and what they make, give an answer, and rows."""
-        branches = {}
-        for branch, (nodes, made) in (("then_branch", then), ("else_branch", otherwise)):
-            outputs = dict(zip(made, ((FLOAT, None), (INT64, None)), strict=False))
-            branches[branch] = self.graph(f"{values[0]} {branch}", nodes, outputs)
-        return make_node("If", [condition], values, **branches)
+    def choice(self, condition: str, made: list[str], *ways: tuple[list[onnx.NodeProto], list[str]]) -> onnx.NodeProto:
+        """An If, and what it makes: an answer, or that and rows. A way is nodes and what they make of it."""
+        graphs = [self.graph(values[0], nodes, *zip(values, (FLOAT, INT64), (None, None))) for nodes, values in ways]
+        return make_node("If", [condition], made, then_branch=graphs[0], else_branch=graphs[1])
 
     def piece(self, name: str, *inputs: str) -> list[onnx.NodeProto]:
         """A piece's nodes, with these inputs."""
-        given = {f"{name}.in.{i}": value for i, value in enumerate(inputs)}
+        given = dict(zip(self.ins[name], inputs, strict=True))
         for node in self.nodes[name]:
             node.input[:] = [given.get(value, value) for value in node.input]
         return self.nodes[name]
 
-    def graph(self, name: str, nodes: list[onnx.NodeProto], outputs: dict[str, tuple]) -> onnx.GraphProto:
-        """The graph of some nodes. `outputs` are values, their types and shapes."""
-        infos = [make_tensor_value_info(value, *of_value) for value, of_value in outputs.items()]
-        made = {value for node in nodes for value in node.output} - outputs.keys()
-        read = sorted({value for node in nodes for value in node.input})
-        weights = [self.weights[value] for value in read if self.readers[value] == 1]
-        known = [self.shapes[value] for value in sorted(made) if value in self.shapes]
-        return helper.make_graph(nodes, name, [], infos, weights, value_info=known)
+    def graph(self, name: str, nodes: list[onnx.NodeProto], *outputs: tuple) -> onnx.GraphProto:
+        """A graph of nodes and the weights that nobody else reads; outputs are names, types and shapes."""
+        weights = [self.weights[value] for value in sorted(read(nodes)) if self.readers[value] == 1]
+        return make_graph(nodes, name, [], [make_tensor_value_info(*output) for output in outputs], weights)
+
+
+def read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """The values that nodes read."""
+    return {value for node in nodes for value in node.input}
 
 
 def nodes_for(nodes: Sequence[onnx.NodeProto], values: list[str]) -> list[onnx.NodeProto]:
