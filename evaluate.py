@@ -3,10 +3,12 @@
     python evaluate.py                  # the newest run under runs/
     python evaluate.py runs/NAME --max-loss 0.5
     python evaluate.py runs/NAME --use-exits 3,6 --live
+    python evaluate.py runs/NAME --test FILE.csv
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 
 One forward pass over the validation set gives every exit's logits, and with them all thresholds' decisions exactly.
-Prints the scores, and writes evaluation.json, logits.safetensors and curve.png into the run folder.
+Prints the scores, and writes evaluation.json, logits.safetensors and curve.png into the run folder. predict and the
+classifier take the operating point from there, so that each evaluation replaces the one that they use.
 """
 
 import argparse
@@ -19,29 +21,28 @@ import torch
 from tqdm import tqdm
 
 from minisweet import calibration
-from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, spaced_thresholds
+from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
-from minisweet.base.commands import Parser, list_of, number, run_command, whole_number
-from minisweet.base.safe import InputError, check_file, write_json
+from minisweet.base.commands import Parser, list_of, run_command, whole_number
+from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
+from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
+from minisweet.data.tasks import TASKS, Examples, examples_of
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.metrics import classification_report
-from minisweet.evaluation.sweep import Validation, operating_point, predict, save_validation, sweep
-from minisweet.evaluation.timing import GATHERED, measure_live
+from minisweet.evaluation.metrics import classification_report, score
+from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, stated, wish_of
+from minisweet.evaluation.sweep import Validation, draw_keys, folds_of, predict, reliability, save_evaluation, sweep
+from minisweet.evaluation.timing import GATHERED, differences, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.runs.folders import (
-    load_run,
-    method_name,
-    newest_run,
-    read_evaluation,
-    read_record,
-    run_digest,
-    versions,
-)
+from minisweet.runs import folders
 from minisweet.runs.records import Record
 from minisweet.use.plots import compare_curves, draw_curve
 from minisweet.use.prepared import prepare
+
+LEVEL = 1.0  # points: no exit is better than the first by more
+AGREES = 70.0  # percent of texts, with full depth
+FEW = 20  # rows: too few for a temperature
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=Path, metavar="PNG", help="evaluate nothing: draw the saved curves of these runs together")
+    test = "evaluate nothing: score this labelled file at the operating point that is there, beside what it promised"
+    option("--test", type=Path, metavar="FILE", help=test)
     option = parser.add_argument_group("data").add_argument
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
     option("--data", type=Path, metavar="FILE", help="your own file of the validation rows, if it moved")
@@ -57,10 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
     option("--calibration", choices=calibration.CALIBRATIONS, default="crossfit", help="scaling (default: crossfit)")
     option("--use-exits", type=list_of(whole_number(1)), help="ask these exits alone, such as 3,6 (default: all)")
-    wish = parser.add_argument_group("operating point").add_mutually_exclusive_group().add_argument
-    loss = "the fastest at most so many points below full depth (default: 1.0)"
-    wish("--max-loss", type=number(0, 200), default=1.0, help=loss)
-    wish("--speed", type=number(0, 1), help="instead, the best score at no more than this share of the layers")
+    default = "--max-loss 1.0; without labels --max-change 3"
+    add_wish_options(parser, f"operating point (default: {default}); it replaces the one that predict uses")
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live at each threshold, and time it")
     option("--prepared", action="store_true", help="with --live: lay the weights out for the CPU first")
@@ -70,18 +71,21 @@ def parse_arguments() -> argparse.Namespace:
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
     parser.need(args, args.live, "--live", "prepared", "live_batch_size")
+    parser.need(args, args.max_change is not None, "--max-change", "sure")
     idle = vars(args).keys() - {"runs", "plot"}
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
-    args.runs = args.runs or [newest_run()]
+    idle -= {"test", "device", "amp"}
+    parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(idle))
+    args.runs = args.runs or [folders.newest_run()]
     return args
 
 
 def main() -> None:
-    """Evaluate one run, or draw the evaluations of several."""
+    """Evaluate one run, test it, or draw the evaluations of several."""
     args = parse_arguments()
     if args.plot:
         check_file("--plot", args.plot, ".png")
-        evaluations = {str(run): read_evaluation(run, read_record(run)) for run in args.runs}
+        evaluations = {str(run): folders.read_evaluation(run, folders.read_record(run)) for run in args.runs}
         if missing := [run for run, evaluation in evaluations.items() if evaluation is None]:
             raise InputError(f"{missing[0]}: no evaluation.json; make it with evaluate.py")
         compare_curves(args.plot, evaluations)
@@ -90,26 +94,42 @@ def main() -> None:
     devices.keep_compiled_products()
     devices.tune_cpu()
     (run,) = args.runs
-    model, record = load_run(run)
+    model, record = folders.load_run(run)
+    if args.test:
+        test(model, record, args)
+        return
     validation, evaluation = evaluate(model, record, args)
     if devices.place().rank:  # the first process alone writes
         return
-    if read_record(run).digests != record.digests:
+    if folders.read_record(run).digests != record.digests:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
-    # The logits first: a stop between the two leaves an evaluation that tells of others.
-    evaluation["logits_digest"] = save_validation(run / "logits.safetensors", validation)
-    write_json(run / "evaluation.json", evaluation | {"run_digest": run_digest(record)})
-    draw_curve(run / "curve.png", read_evaluation(run, record))
-    name = method_name(vars(record))
-    print(f"{run}: {record.model}, {name}, {record.task}, {evaluation['examples']} validation examples")
-    print_evaluation(evaluation, record.labels)
-    print(f"\nwritten to {run / 'evaluation.json'}, logits.safetensors and curve.png")
+    save_evaluation(run, evaluation | {"run_digest": folders.run_digest(record)}, validation)
+    named = f"{record.model}, {folders.method_name(vars(record))}, {record.task}"
+    print(f"{run}: {named}, {evaluation['examples']} validation examples")
+    print_evaluation(evaluation)
+    print(f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict takes this operating point now")
+    try:  # last: nothing else waits for a picture
+        draw_curve(run / "curve.png", folders.read_evaluation(run, record))
+    except Exception as error:  # matplotlib has many, of fonts, caches and backends
+        print(one_line(f"{run / 'curve.png'}: not drawn, it is not of this evaluation ({error})"))
+
+
+def answers_of(
+    model: MultiExitModel | MultiModel, record: Record, rows: Examples, metric: str, args: argparse.Namespace
+) -> tuple[TokenizedExamples, Validation]:
+    """The rows as tokens, and what all exits say of them. Counts the texts that are cut."""
+    device, title = devices.choose_device(args.device), "test" if args.test else "validation"
+    examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, record.max_length), rows)
+    if examples.cut:
+        print(f"{title}: cut to {record.max_length} tokens: {examples.cut:,}")
+    logits, certainty = predict(model.to(device), examples, devices.choose_precision(args.amp, device), title)
+    labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
+    exits = Exits(list(model.exit_layers), record.depth, record.method)
+    return examples, Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)
 
 
 def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.Namespace) -> tuple[Validation, dict]:
     """Run all exits on the validation rows: what they said, and what evaluation.json will hold."""
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
     if args.use_exits:
         try:
             model = model.keep_exits(args.use_exits)
@@ -117,80 +137,123 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
             raise InputError(f"--use-exits: {error}") from None
     with devices.in_turn():
         dev = load_dev(vars(record), args.data, args.data_dir)
-    max_length = record.max_length
-    examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, max_length), dev)
-    if examples.cut:
-        print(f"validation: cut to {max_length} tokens: {examples.cut:,}")
-
     start = time.perf_counter()
-    logits, certainty = predict(model.to(device), examples, precision)  # (K, N, C), and (K or K-1, N) or None
-    seconds = time.perf_counter() - start
-    predictions, C = logits.argmax(-1), record.num_labels  # (K, N)
     metric = "agreement" if dev.labels is None else record.metric
-    labels = predictions[-1] if dev.labels is None else torch.from_numpy(examples.labels)  # (N,)
-    validation = Validation(logits, certainty, labels)
-
-    temperatures = calibration.row_temperatures(logits, labels, args.calibration)  # (K, N)
-    ranges = None if certainty is None else certainty_ranges(certainty, len(logits))  # (K, 2)
-    rule = ExitRule(C, temperatures if ranges is None else None, ranges)
+    examples, validation = answers_of(model, record, dev, metric, args)
+    seconds = time.perf_counter() - start
+    wish = wish_of(dev.labels is not None, args.max_loss, args.speed, args.max_change, args.sure)
+    rule, point = operating_point(validation, args.calibration, wish)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
-    of_model = (list(model.exit_layers), record.depth, record.method)
-    swept, taken = sweep(rule, validation, thresholds, metric, of_model)  # taken: (thresholds, N)
-    wish = {"max_loss": args.max_loss} if args.speed is None else {"speed": args.speed}
-    evaluation = {key: getattr(record, key) for key in ("task", "method", "exit_strategy")} | {
-        "metric": metric,
-        "exit_layers": of_model[0],
-        "thresholds": thresholds,
-        **swept,
-        "operating_point": operating_point(validation, metric, args.calibration, of_model, wish),
-        # How often each exit predicts each class: (K, C)
-        "class_counts": [row.bincount(minlength=C).tolist() for row in predictions],
-        "per_class": [classification_report(row.numpy(), labels.numpy(), C) for row in predictions],
-        "calibration": args.calibration,
-        # Fitted on all rows, to be kept for new text: (K,)
-        "temperatures": [calibration.fit_temperature(exit_logits, labels) for exit_logits in logits],
-    }
-    scaled = {"before": logits, "after": logits / temperatures[..., None]}
-    measures = {"ece": calibration.expected_calibration_error, "nll": calibration.negative_log_likelihood}
-    for name, measure in measures.items():
-        evaluation[name] = {when: [measure(part, labels) for part in exits] for when, exits in scaled.items()}
-    if ranges is not None:
-        evaluation["certainty_ranges"] = ranges.tolist()
-    if dev.difficulties is not None:  # for each, easy to hard, the mean layer after which it leaves: (thresholds,)
-        layers, of_row = np.array(of_model[0])[taken], np.array(dev.difficulties)  # (thresholds, N), (N,)
-        evaluation["mean_exit_layers"] = {level: layers[:, of_row == level].mean(1).tolist() for level in LEVELS}
+    evaluation = {key: getattr(record, key) for key in ("task", "method", "exit_strategy")}
+    evaluation |= {"metric": metric, "exit_layers": validation.exits.layers, "calibration": args.calibration}
+    evaluation |= curve_of(validation, args.calibration, thresholds, dev.difficulties)
+    evaluation |= {"operating_point": point, "warnings": warnings_of(validation, record.labels)}
+    # The rule for new text: (K,), or (K, 2)
+    evaluation["temperatures"] = [1.0] * len(validation.logits)
+    if rule.temperatures is not None:
+        evaluation["temperatures"] = rule.temperatures.tolist()
+    if rule.ranges is not None:
+        evaluation["certainty_ranges"] = rule.ranges.tolist()
     if args.live and devices.place().rank == 0:
-        progress = partial(tqdm, desc="live", unit="threshold")
-        live_model = prepare(model, precision) if args.prepared else model
-        costs = np.array([exit_costs(*of_model, threshold) for threshold in thresholds])  # (thresholds, K)
-        with devices.autocast(device, precision):
-            live = measure_live(live_model, examples, thresholds, costs, args.live_batch_size, rule, progress)
-        evaluation["live"], live_labels, live_exits = live
-        differs = (live_exits != taken) | (live_labels != predictions.gather(0, taken))
-        # Rounding may turn a decision where the earlier of the two exits is as sure as the threshold, and a label where
-        # the two likeliest are as probable as each other. The rule of learning-to-exit stretches certainties.
-        rounding, first = 1e-4 if precision is None else 2e-2, torch.minimum(live_exits, taken)  # (thresholds, N)
-        confidence = rule.confidences(logits, certainty)  # (K, N)
-        margins = (confidence.gather(0, first) - torch.tensor(thresholds)[:, None]).abs()
-        if ranges is not None:
-            margins = margins * (ranges[:, 1] - ranges[:, 0])[first]
-        likeliest = logits.softmax(-1).topk(2).values  # (K, N, 2)
-        gaps = (likeliest[..., 0] - likeliest[..., 1]).gather(0, first)
-        near = differs & ((margins <= rounding) | ((live_exits == taken) & (gaps <= 2 * rounding)))
-        evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
-        evaluation |= {"live_differs": int(differs.sum()), "live_differs_near": int(near.sum())}
+        evaluation |= live_of(model, examples, validation, rule, thresholds, args)
+    device = devices.choose_device(args.device)
     return validation, evaluation | {
         "examples": len(examples),
         "dev_digest": digest(dev),
         "seconds": round(seconds, 2),
         "device": devices.device_name(device),
-        "precision": str(precision or torch.float32),
-        "versions": versions(),
+        "precision": str(devices.choose_precision(args.amp, device) or torch.float32),
+        "versions": folders.versions(),
     }
 
 
-def print_evaluation(evaluation: dict, names: list[str]) -> None:
-    """Print what stands in evaluation.json as tables. `names` are the classes'."""
+def curve_of(validation: Validation, calibration: str, thresholds: list[float], difficulties: list | None) -> dict:
+    """How the exits fare alone, and at each threshold; on the toy task also where each of its difficulties leaves."""
+    folds, labels, C = folds_of(validation, calibration), validation.labels.numpy(), validation.logits.shape[-1]
+    swept, taken = sweep(folds, validation, thresholds)  # taken: (P, N)
+    predictions = validation.logits.argmax(-1)  # (K, N)
+    swept |= {"thresholds": thresholds, **reliability(folds, validation)}
+    # How often each exit predicts each class: (K, C)
+    swept["class_counts"] = [row.bincount(minlength=C).tolist() for row in predictions]
+    swept["per_class"] = [classification_report(row.numpy(), labels, C) for row in predictions]
+    if difficulties is not None:  # for each, easy to hard, the mean layer after which it leaves: (P,)
+        left, of_row = np.array(validation.exits.layers)[taken], np.array(difficulties)  # (P, N), (N,)
+        swept["mean_exit_layers"] = {level: left[:, of_row == level].mean(1).tolist() for level in LEVELS}
+    return swept
+
+
+def live_of(
+    model: MultiExitModel | MultiModel,
+    examples: TokenizedExamples,
+    validation: Validation,
+    rule: ExitRule,
+    thresholds: list[float],
+    args: argparse.Namespace,
+) -> dict:
+    """Early exit live, by the rule that new text gets: its time, and how often it differs from that rule's sweep."""
+    device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
+    ready, progress = prepare(model, precision) if args.prepared else model, partial(tqdm, desc="live")
+    setting = (thresholds, validation.exits, args.live_batch_size, rule, progress)
+    with devices.autocast(device, precision):
+        live, *decided = measure_live(ready, examples, *setting)
+    differ, near = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
+    found = {"live": live, "live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
+    return found | {"live_differs": differ, "live_differs_near": near}
+
+
+def warnings_of(validation: Validation, names: list[str]) -> list[str]:
+    """What a user should know of the exits, and what to try, a line each. `names` are the classes'."""
+    layers, predictions, labels = validation.exits.layers, validation.logits.argmax(-1), validation.labels
+    support, longer, found = labels.bincount(minlength=len(names)), "train longer (--epochs) or at a higher --lr", []
+    if (classes := int((support > 0).sum())) < 2 or len(labels) < FEW:
+        rows = f"{len(labels)} validation rows of {classes} classes tell little of temperatures and thresholds"
+        found.append(f"{rows}: validate on more of them (--dev-data, --dev-size)")
+    scores = score(predictions.numpy(), labels.numpy(), validation.metric)
+    if len(layers) > 1 and max(scores) - scores[0] <= LEVEL:
+        smaller = f"the first {layers[0]} of the layers alone would be as good a model"
+        found.append(f"the exits are level, so early exit gains nothing, {smaller}: {longer}, or with --method branch")
+    for n, said in zip(layers, predictions, strict=True):
+        counts, agrees = said.bincount(minlength=len(names)), 100 * float((said == predictions[-1]).double().mean())
+        if never := [names[c] for c in range(len(names)) if support[c] and not counts[c]]:
+            found.append(f"the exit after layer {n} never predicts {some(never)}: {longer}, or on more rows of them")
+        if agrees < AGREES:
+            share = f"agrees with full depth on {agrees:.0f}% of texts"
+            found.append(f"the exit after layer {n} {share}: {longer}, or leave it out (--use-exits)")
+    return found
+
+
+def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Namespace) -> None:
+    """Score a labelled file at the run's operating point, and print it beside what was promised."""
+    (run,) = args.runs
+    evaluation = folders.read_evaluation(run, record)
+    if evaluation is None:
+        raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
+    task, point = TASKS.get(record.task), evaluation.operating_point
+    trained = list(record.text_columns or (task.columns[:-1] if task else ()))
+    usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
+    columns = find_columns("--test", args.test, None, usual)
+    (column,) = find_columns("--test", args.test, None, [[record.label_column or "label"], ["label"]])
+    rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
+    promised = evaluation.metric != "agreement"  # which was measured without labels, and promises nothing of them
+    model, metric = model.keep_exits(evaluation.exit_layers), evaluation.metric if promised else "accuracy"
+    _, said = answers_of(model, record, rows, metric, args)
+    rule, full_depth = ExitRule.from_evaluation(evaluation, record.num_labels), said.logits[-1].argmax(-1)
+    found = stated(rule, said, point.threshold)
+    changed = stated(rule, said._replace(labels=full_depth, metric="agreement"), point.threshold)["loss"]
+    print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}\n")
+    print(f"{'':<24}{'here':>8}   as promised by {evaluation.examples:,} validation rows, and 95% interval")
+    names = {"score": metric, "macro_f1": "macro F1", "full_depth_score": "full depth", "loss": "points lost"}
+    for key, name in (names | {"speedup_ratio": "share of the layers"}).items():
+        interval = {"loss": point.loss_interval, "speedup_ratio": point.speedup_interval}.get(key, ())
+        said = " ".join([f"{getattr(point, key):8.2f} ", *(f"{end:8.2f}" for end in interval)])
+        print(f"{name:<24}{found[key]:8.2f}   {said if promised or key == 'speedup_ratio' else ''}")
+    most = "at most {max_change:g}, with {sure:g}% confidence".format(**point.wish) if "sure" in point.wish else ""
+    print(f"{'percent changed':<24}{changed:8.2f}   {most}")
+
+
+def print_evaluation(evaluation: dict) -> None:
+    """Print what stands in evaluation.json as tables."""
     exit_layers, thresholds, per_class = (evaluation[key] for key in ("exit_layers", "thresholds", "per_class"))
     softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
     layers, scores, errors = ("{:<18}" + column * len(exit_layers) for column in ("{:8}", "{:8.1f}", "{:8.3f}"))
@@ -200,10 +263,6 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
     for name in ("ece", "nll"):
         for when, values in evaluation[name].items():
             print(errors.format(f"{name} {when}", *values) + softmax)
-    for n, counts in zip(exit_layers, evaluation["class_counts"], strict=True):
-        occurring = zip(names, counts, per_class[0]["support"], strict=True)
-        if never := [name for name, count, support in occurring if support and not count]:
-            print(f"the exit after layer {n} never predicts {', '.join(never)}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   layer:instances that leave after it")
     columns = (evaluation[key] for key in ("thresholds", "scores", "speedup_ratios", "exit_counts"))
     for threshold, value, ratio, counts in zip(*columns, strict=True):
@@ -211,12 +270,17 @@ def print_evaluation(evaluation: dict, names: list[str]) -> None:
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
     point, seconds = evaluation["operating_point"], evaluation["seconds"]
     print(f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {seconds:.1f} s")
-    below = point["full_depth_score"] - point["score"]
-    loss = f"{abs(below):.1f} {'below' if below >= 0 else 'above'} full depth"
-    ((wish, value),) = point["wish"].items()
-    missed = f" (no threshold gives --{wish.replace('_', '-')} {value:g}; this is the nearest)"
-    share = f"with {100 * point['speedup_ratio']:.0f}% of the layers{'' if point['reached'] else missed}"
-    print(f"operating point: threshold {point['threshold']:.6g}: {point['score']:.1f}, {loss}, {share}")
+    (low, high), (least, most) = point["loss_interval"], 100 * np.array(point["speedup_interval"])
+    loss = f"{abs(point['loss']):.1f} {'below' if point['loss'] >= 0 else 'above'} full depth"
+    score, share = f"{point['score']:.1f} (macro F1 {point['macro_f1']:.1f})", f"{100 * point['speedup_ratio']:.0f}%"
+    print(f"operating point: threshold {point['threshold']:.6g}: {score}, {loss}, with {share} of the layers")
+    print(f"on new text, 95% intervals: {low:.1f} to {high:.1f} points lost, {least:.0f} to {most:.0f}% of the layers")
+    if "certified_rows" in point and point["threshold"] < 1:
+        rows, changes, wish = point["certified_rows"], point["certified_changes"], point["wish"]
+        sure = f"with {wish['sure']:g}% confidence at most {wish['max_change']:g}% of answers change"
+        print(f"certified: {sure}; of {rows:,} rows {changes:,} did")
+    for line in filter(None, [shortfall(point, len(exit_layers)), *evaluation["warnings"]]):
+        print(f"warning: {line}")
     if "mean_exit_layers" in evaluation:
         means = evaluation["mean_exit_layers"]
         print("\nmean exit layer per difficulty\nthreshold" + ("{:>16}" * len(means)).format(*means))

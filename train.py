@@ -35,7 +35,7 @@ from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.sweep import predict
 from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
 from minisweet.runs import options
-from minisweet.runs.folders import DIVERGED, claim_output, is_run, load_trunk, read_record, run_name, save_run, versions
+from minisweet.runs.folders import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
 from minisweet.runs.resume import Checkpoints, is_finished
 
 TARGETS = ("labels", "trunk", "half")
@@ -181,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument_group("training").add_argument
     option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
-    option("--lr", type=positive_float, help="first learning rate (default: the paper's; minilm-l6 2e-4, others 5e-5)")
+    option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run in --out")
@@ -200,10 +200,7 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
     args.task = data_name(args)
     args.model = str(args.trunk or ("minilm-l6" if args.model is None else args.model))
-    told = read_record(args.trunk).lr if args.trunk and is_run(args.trunk) else None
-    args.lr = args.lr or told or options.default_learning_rate(args.model, args.task, args.method)
     args.out = args.out or Path("runs") / run_name(vars(args))
-    args.batch_size = args.batch_size or options.default_batch_size(args.model)
     args.train_size = args.train_size or (6000 if args.data is None else None)
     return args
 
@@ -309,6 +306,7 @@ def train_run(args: argparse.Namespace) -> None:
         args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
     with devices.in_turn():
         folder, config, exit_layers = options.find_model(args)
+        args.lr = args.lr or options.default_learning_rate(config, args.task, args.method, trunk is not None)
         data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
     if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
         raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")

@@ -43,7 +43,7 @@ def early_exit(
             padded at the end.
         threshold: the rule's lowest (1/C, or 0) sends all to the first exit. 1 sends all to the last one; no other
             exit is asked then, but for MM, whose models all run.
-        rule: for K exits and B instances; None for confidences as they are.
+        rule: for K exits; None for confidences as they are.
         batch_size: how many of the B run at once. With more of them, as a few batches' worth, who is left is gathered
             into batches as full as before. Memory holds the hidden states of all B, at an exit twice.
 
@@ -52,7 +52,7 @@ def early_exit(
     """
     K = len(model.exit_layers)
     rule = rule or ExitRule(model.num_labels)
-    rule.check(K, len(input_ids))
+    rule.check(K)
     first = K - 1 if threshold >= 1 and model.method != "mm" else 0  # the first exit that is asked
     asked = model.keep_exits(model.exit_layers[-1:]) if first else model
     inputs = (input_ids, attention_mask, token_type_ids)
@@ -91,7 +91,7 @@ def _regrouped(
         groups = rows.split(batch_size)
         reached = [_run_to_exit(part, k, group, inputs, lengths, states) for group in groups]
         exit_logits, certainty = part.heads[k](torch.cat([cls[:, :1] for _, _, cls in reached]))  # (R, C), (R,)
-        sure = rule.confidence(exit_number, exit_logits, certainty, rows)  # (R,)
+        sure = rule.confidence(exit_number, exit_logits, certainty)  # (R,)
         stay = ~leaves(sure, threshold, rule.lowest).cpu()
         labels[rows], exits[rows] = exit_logits.argmax(-1), exit_number
         logits[rows], confidence[rows] = exit_logits.float(), sure.float()

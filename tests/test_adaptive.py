@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from minisweet.adaptive import (
     ExitRule,
+    Exits,
     area_under_curve,
     certainty_ranges,
-    exit_costs,
     exits_taken,
     leaves,
     spaced_thresholds,
@@ -21,17 +21,17 @@ from tests.conftest import all_exits, random_batch, undecided_model, write_model
 
 
 def test_exit_costs_are_those_of_equation_1():
-    assert exit_costs((1, 4, 6, 12), 12, "sweet") == [1 / 12, 4 / 12, 6 / 12, 1.0]
-    assert exit_costs((1, 4, 6, 12), 12, "mm") == pytest.approx([1 / 12, 5 / 12, 11 / 12, 23 / 12])
-    assert exit_costs((1, 3), 6, "ee") == [1 / 6, 0.5]  # of the backbone's depth, not of the last exit's
+    assert Exits((1, 4, 6, 12), 12, "sweet").costs() == [1 / 12, 4 / 12, 6 / 12, 1.0]
+    assert Exits((1, 4, 6, 12), 12, "mm").costs() == pytest.approx([1 / 12, 5 / 12, 11 / 12, 23 / 12])
+    assert Exits((1, 3), 6, "ee").costs() == [1 / 6, 0.5]  # of the backbone's depth, not of the last exit's
     # A sixth of a layer for each branch that was asked in vain, but at threshold 1, where none is asked.
     branch = [1 / 6, (2 + 1 / 6) / 6, (3 + 2 / 6) / 6, (6 + 3 / 6) / 6]
     for threshold in (0.0, 0.5, 0.999):
-        assert exit_costs((1, 2, 3, 6), 6, "branch", threshold) == pytest.approx(branch)
-    assert exit_costs((1, 2, 3, 6), 6, "branch", 1.0)[-1] == 1
-    assert exit_costs((3, 6), 6, "branch", 0.9) == pytest.approx([3 / 6, (6 + 1 / 6) / 6])
+        assert Exits((1, 2, 3, 6), 6, "branch").costs(threshold) == pytest.approx(branch)
+    assert Exits((1, 2, 3, 6), 6, "branch").costs(1.0)[-1] == 1
+    assert Exits((3, 6), 6, "branch").costs(0.9) == pytest.approx([3 / 6, (6 + 1 / 6) / 6])
     for method in ("sweet", "ee", "mm"):
-        assert exit_costs((1, 4, 12), 12, method, 1.0) == exit_costs((1, 4, 12), 12, method)
+        assert Exits((1, 4, 12), 12, method).costs(1.0) == Exits((1, 4, 12), 12, method).costs()
 
 
 def test_thresholds_span_chance_to_certainty():
@@ -148,39 +148,31 @@ def test_an_exit_without_certainty_has_the_whole_range_and_is_sure():
     assert rule.confidence(2, torch.randn(5, 2), None).tolist() == [1] * 5
 
 
-def test_a_rule_scales_each_exit_and_instance_by_its_own_temperature():
+def test_a_rule_scales_each_exit_by_its_own_temperature():
     logits = torch.randn(3, 5, 4)
-    for temperatures in (None, torch.rand(3, 1) + 0.5, torch.rand(3, 5) + 0.5):
+    for temperatures in (None, torch.rand(3) + 0.5):
         rule = ExitRule(4, temperatures)
-        divisor = torch.ones(3, 1) if temperatures is None else temperatures
-        expected = (logits / divisor[..., None]).softmax(-1).amax(-1)
+        divisor = torch.ones(3) if temperatures is None else temperatures
+        expected = (logits / divisor[:, None, None]).softmax(-1).amax(-1)
         torch.testing.assert_close(rule.confidences(logits), expected)
+        torch.testing.assert_close(rule.confidence(2, logits[2, 1:3], None), expected[2, 1:3])
         assert rule.lowest == 1 / 4
-        rows = torch.tensor([4, 0, 2])
-        some, own = logits[:, rows], rule.for_rows(rows)
-        for k in range(3):
-            torch.testing.assert_close(rule.confidence(k, some[k], None, rows), expected[k, rows])
-            torch.testing.assert_close(own.confidence(k, some[k], None), expected[k, rows])
-            # of those rows again some: what early exit asks of the share of a batch
-            torch.testing.assert_close(
-                own.confidence(k, some[k, [2, 1]], None, torch.tensor([2, 1])), expected[k, [2, 0]]
-            )
     halves = ExitRule(2).confidences(torch.randn(1, 3, 2).half())
     assert halves.dtype == torch.float32
 
 
 def test_a_rule_of_another_shape_is_refused():
     ranges = torch.tensor([[0.1, 0.9]] * 3)
-    for rule in (ExitRule(2), ExitRule(2, torch.ones(3, 1)), ExitRule(2, torch.ones(3, 7)), ExitRule(2, ranges=ranges)):
-        rule.check(3, 7)
-        rule.for_rows(torch.arange(2)).check(3, 2)
-    for temperatures in (torch.ones(3), torch.ones(2, 1), torch.ones(3, 2), torch.ones(7, 3)):
-        with pytest.raises(ValueError, match=r"temperatures are .* must be \(3, 1\) or \(3, 7\)"):
-            ExitRule(2, temperatures).check(3, 7)
-    with pytest.raises(ValueError, match=r"ranges are \(3, 2\), and must be \(4, 2\)"):
-        ExitRule(2, ranges=ranges).check(4, 7)
+    for rule in (ExitRule(2), ExitRule(2, torch.ones(3)), ExitRule(2, ranges=ranges)):
+        rule.check(3)
+    with pytest.raises(ValueError, match="temperatures are of 2 exits, and must be of 3"):
+        ExitRule(2, torch.ones(2)).check(3)
+    with pytest.raises(ValueError, match="ranges are of 3 exits, and must be of 4"):
+        ExitRule(2, ranges=ranges).check(4)
     for wrong in (torch.ones(2), torch.ones(3, 3)):
         with pytest.raises(ValueError, match=r"must be \(K, 2\)"):
             ExitRule(2, ranges=wrong)
+    with pytest.raises(ValueError, match=r"temperatures are \(3, 1\), and must be \(K,\)"):
+        ExitRule(2, torch.ones(3, 1))
     with pytest.raises(ValueError, match="no temperatures"):
-        ExitRule(2, torch.ones(3, 1), ranges)
+        ExitRule(2, torch.ones(3), ranges)

@@ -25,14 +25,15 @@ def short(*arguments) -> list:
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, model_dir, tmp_path, strategy):
-    new = ["--model", model_dir, "--lr", "1e-3", "--exit-strategy", strategy]
+    same = ["--lr", "1e-3", "--exit-strategy", strategy]
+    new = ["--model", model_dir, *same]
     for out, arguments in {
         "mm": [*new, "--method", "mm"],
         "one": [*new, "--method", "sweet", "--exit-layers", 4],
         "branch": [*new, "--method", "branch"],
-        "on-mm": ["--trunk", "mm", "--exit-strategy", strategy],  # at the trunk's rate
-        "on-one": ["--trunk", "one", "--exit-strategy", strategy],
-        "on-branch": ["--trunk", "branch", "--exit-strategy", strategy],
+        "on-mm": ["--trunk", "mm", *same],
+        "on-one": ["--trunk", "one", *same],
+        "on-branch": ["--trunk", "branch", *same],
     }.items():
         if out == "on-mm":  # a training was killed while it replaced the trunk
             killed = tmp_path / ".mm.0123456789abcdef.partial"

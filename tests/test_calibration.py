@@ -2,15 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.calibration import (
     expected_calibration_error,
+    fit_rule,
     fit_temperature,
     negative_log_likelihood,
-    row_temperatures,
 )
 
 
@@ -21,52 +22,67 @@ def sampled(temperature: float, size: int = 4000, num_labels: int = 3, seed: int
     return logits, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
+def nll_and_prior(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
+    return negative_log_likelihood(logits / temperature, labels) + math.log(temperature) ** 2 / len(labels)
+
+
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 4.0])
 def test_the_right_temperature_is_found_and_lowers_nll_and_ece(temperature):
     logits, labels = sampled(temperature)
     fitted = fit_temperature(logits, labels)
     assert fitted == pytest.approx(temperature, rel=0.1)
-    best = negative_log_likelihood(logits / fitted, labels)
+    best = nll_and_prior(logits, labels, fitted)
     for other in (fitted * 0.97, fitted * 1.03):
-        assert best < negative_log_likelihood(logits / other, labels)
+        assert best < nll_and_prior(logits, labels, other)
     if temperature != 1:
         assert expected_calibration_error(logits / fitted, labels) < expected_calibration_error(logits, labels) / 2
 
 
-def test_ends_are_finite():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    assert 0.01 <= fit_temperature(logits, torch.tensor([0, 1])) < 0.2
-    assert fit_temperature(logits, torch.tensor([1, 0])) == 100
-    assert fit_temperature(logits / 1000, torch.tensor([0, 1])) == 0.01
-    assert math.isfinite(fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])))
+@pytest.mark.parametrize("rows", [1, 2, 30, 3000])
+def test_what_is_always_right_or_always_wrong_stays_within_the_prior(rows):
+    logits, right = torch.tensor([[2.0, -1.0]]).repeat(rows, 1), torch.zeros(rows, dtype=torch.int64)
+    grid = np.geomspace(1e-3, 1e3, 6001)
+    for labels in (right, 1 - right):
+        expected = grid[np.argmin([nll_and_prior(logits, labels, temperature) for temperature in grid])]
+        assert fit_temperature(logits, labels) == pytest.approx(expected, rel=3e-3)
+    assert 0.3 < fit_temperature(logits, right) < 1 < fit_temperature(logits, 1 - right)
 
 
-def test_each_half_is_scaled_by_what_the_other_half_says():
+def test_a_temperature_of_nothing_is_one():
+    assert fit_temperature(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)) == 1
+    assert fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])) == 1  # logits that say nothing
+    assert math.isfinite(fit_temperature(torch.tensor([[1e4, -1e4]] * 3), torch.ones(3, dtype=torch.int64)))
+
+
+def test_without_labels_the_last_exit_is_left_as_it_is():
+    logits, _ = sampled(2.0, size=300)
+    logits = torch.stack([logits * 0.3, logits])
+    own = logits[-1].argmax(-1)
+    rule = fit_rule(logits, None, own, "crossfit", labelled=False)
+    assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], own)), 1.0]
+    rule = fit_rule(logits, None, own, "crossfit")  # gold labels that happen to be those: the prior holds it
+    assert 0.01 < rule.temperatures[-1] < 1
+
+
+def test_a_rule_is_that_of_its_calibration():
     logits, labels = sampled(2.0, size=200)
     logits = torch.stack([logits, logits.flip(-1) * 0.5])
-    crossfit = row_temperatures(logits, labels, "crossfit")
-    for k in range(2):
-        assert crossfit[k, 0::2].unique().item() == pytest.approx(fit_temperature(logits[k, 1::2], labels[1::2]))
-        assert crossfit[k, 1::2].unique().item() == pytest.approx(fit_temperature(logits[k, 0::2], labels[0::2]))
-    changed = labels.clone()
-    changed[0::2] = 2 - changed[0::2]  # labels of even rows must not reach the temperatures of even rows
-    assert torch.equal(row_temperatures(logits, changed, "crossfit")[:, 0::2], crossfit[:, 0::2])
-    dev = row_temperatures(logits, labels, "dev")
-    assert [row.unique().item() for row in dev] == pytest.approx([fit_temperature(x, labels) for x in logits])
-    assert row_temperatures(logits, labels, "none").eq(1).all()
-    assert row_temperatures(logits[:, :1], labels[:1], "crossfit").eq(1).all()  # there is no other half
-    with pytest.raises(ValueError, match="cross-fit"):
-        row_temperatures(logits, labels, "cross-fit")
+    for calibration in ("crossfit", "dev"):
+        fitted = fit_rule(logits, None, labels, calibration).temperatures.tolist()
+        assert fitted == pytest.approx([fit_temperature(x, labels) for x in logits])
+    assert fit_rule(logits, None, labels, "none").temperatures is None
+    certainty = torch.rand(2, 200)
+    rule = fit_rule(logits, certainty, labels, "crossfit")
+    assert rule.temperatures is None
+    torch.testing.assert_close(rule.ranges, torch.stack(certainty.aminmax(dim=1), dim=1))
 
 
 def test_a_temperature_changes_confidence_and_exits_but_no_prediction():
     logits, labels = sampled(4.0, size=300)
     logits = logits[None]
-    temperatures = row_temperatures(logits, labels, "crossfit")
-    scaled = logits / temperatures[..., None]
-    assert torch.equal(scaled.argmax(-1), logits.argmax(-1))
-    before, after = ExitRule(3).confidences(logits), ExitRule(3, temperatures).confidences(logits)
-    assert torch.equal(after, ExitRule(3).confidences(scaled))
+    rule = fit_rule(logits, None, labels, "dev")
+    before, after = ExitRule(3).confidences(logits), rule.confidences(logits)
+    assert torch.equal(after, ExitRule(3).confidences(logits / rule.temperatures[:, None, None]))
     assert (before > after).all()
     assert exits_taken(before.repeat(2, 1), 0.8, 1 / 3).sum() < exits_taken(after.repeat(2, 1), 0.8, 1 / 3).sum()
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
+from minisweet import EarlyExitClassifier
+from minisweet.adaptive import Exits
 from minisweet.base.devices import choose_precision, tune_cpu
 from minisweet.branches import METHODS
+from minisweet.evaluation.sweep import Validation
 from minisweet.layers import float32_by_onednn
 from minisweet.runs.folders import load_run, newest_run
-from minisweet.runs.options import default_batch_size, default_learning_rate
 from minisweet.use import explain, predict
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, quick, random_batch, write_model
 from tests.test_runs import trust
@@ -30,7 +32,7 @@ KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_rat
 def test_train_and_evaluate(command, model_dir, method):
     status, out, err = command(train, *quick(model_dir, "--method", method, "--seed", 3))
     assert (status, "Traceback" in err) == (0, False)
-    assert "learning rate 5e-05" in out
+    assert "learning rate 0.0002" in out
     run = newest_run()
     assert run.name == f"tiny-{method}-toy-seed3"
     assert not list(run.parent.glob(".*"))
@@ -40,7 +42,7 @@ def test_train_and_evaluate(command, model_dir, method):
     assert np.shape(record["losses"]) == (6, 3)
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
 
-    status, out, err = command(evaluate, "--thresholds", 5, "--live")
+    status, out, err = command(evaluate, "--thresholds", 5, "--live", "--calibration", "dev")
     assert (status, "Traceback" in err) == (0, False)
     result = json.loads((run / "evaluation.json").read_text())
     assert set(KEYS) <= set(result)
@@ -236,23 +238,6 @@ def test_evaluate_refuses_what_is_no_run(command, tmp_path):
     assert "runs/a" in err
 
 
-def test_the_papers_settings_are_the_defaults():
-    """Table 2 as printed: EE, MM and SWEET, in 1e-5, for SST-2, MRPC, CoLA, MNLI, QQP, QNLI and RTE."""
-    printed = {
-        "bert-base": "5/5/5 5/3/4 4/4/5 5/5/5 5/5/5 5/4/5 5/5/4",
-        "bert-large": "4/2/2 4/5/4 4/3/4 4/3/4 5/3/4 4/4/3 3/3/3",
-        "deberta-base": "3/3/3 4/5/5 4/5/4 2/4/3 4/5/5 3/4/3 2/1/4",
-        "deberta-large": "2/4/3 3/2/1 3/3/2 2/2/2 2/2/3 3/2/1 1/2/2",
-    }
-    for model, row in printed.items():
-        for task, rates in zip("sst2 mrpc cola mnli qqp qnli rte".split(), row.split(), strict=True):
-            ours = [default_learning_rate(model, task, method) for method in ("ee", "mm", "sweet")]
-            assert ours == pytest.approx([int(rate) * 1e-5 for rate in rates.split("/")])
-    assert default_learning_rate("minilm-l6", "rte", "mm") == 2e-4
-    assert default_learning_rate("my/folder", "rte", "mm") == 5e-5
-    assert [default_batch_size(model) for model in ("bert-large", "deberta-large")] == [16, 8]
-
-
 def test_a_saved_run_answers_like_the_model_that_was_trained(command, tmp_path, model_type):
     model = write_model(tmp_path / "tiny", model_type)
     assert command(train, *quick(model, "--out", "a", "--exit-layers", "1,3"))[0] == 0
@@ -358,12 +343,99 @@ def test_evaluate_names_the_classes_that_an_exit_never_predicts(command, tmp_pat
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     trust(tmp_path / "a")
     status, out, _ = command(evaluate, "a")
-    counts = json.loads((tmp_path / "a" / "evaluation.json").read_text())["class_counts"]
+    evaluation = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    counts, names = evaluation["class_counts"], ("negative", "positive")
     assert counts[:2] == [[200, 0], [0, 200]]
-    lines = ["the exit after layer 1 never predicts positive", "the exit after layer 2 never predicts negative"]
-    names = ("negative", "positive")
-    lines += [f"the exit after layer 4 never predicts {names[c]}" for c in (0, 1) if counts[2][c] == 0]
-    assert (status, [line for line in out.splitlines() if "never" in line]) == (0, lines)
+    expected = ["the exit after layer 1 never predicts positive", "the exit after layer 2 never predicts negative"]
+    expected += [f"the exit after layer 4 never predicts {names[c]}" for c in (0, 1) if counts[2][c] == 0]
+    never = [warning for warning in evaluation["warnings"] if "never" in warning]
+    assert [warning.split(":")[0] for warning in never] == expected
+    assert all("--epochs" in warning for warning in never)
+    assert (status, [f"warning: {warning}" in out for warning in evaluation["warnings"]].count(False)) == (0, 0)
+
+
+def said(predictions: list[list[int]], labels: list[int]) -> list[str]:
+    """evaluate.py's warnings of exits with these predictions; only who is likeliest counts."""
+    logits = torch.nn.functional.one_hot(torch.tensor(predictions), 3).float()
+    exits = Exits(tuple(range(1, len(predictions) + 1)), 4, "sweet")
+    validation = Validation(logits, None, torch.tensor(labels), torch.arange(len(labels)), "accuracy", exits)
+    return evaluate.warnings_of(validation, ["a", "b", "c"])
+
+
+def test_evaluate_warns_of_level_exits_and_of_exits_that_disagree():
+    labels = [0, 1, 2, 0, 1] * 30
+    wrong = [(label + 1) % 3 for label in labels]
+    assert said([wrong[:30] + labels[30:], labels], labels) == []
+    (level,) = said([wrong[:1] + labels[1:], labels], labels)
+    assert "level" in level
+    assert "--method branch" in level
+    (disagrees,) = said([wrong[:60] + labels[60:], labels], labels)
+    assert "after layer 1 agrees with full depth on 60% of texts" in disagrees
+    assert said([labels], labels) == []  # one exit is never level
+    assert "2 validation rows of 2 classes" in said([labels[:2]] * 2, labels[:2])[0]
+    assert "30 validation rows of 1 classes" in said([[1] * 30] * 2, [1] * 30)[0]
+
+
+def test_evaluation_does_not_depend_on_the_order_of_its_rows(command, tmp_path):
+    """The same training twice, validated on the same rows in another order: sorted by label, and alternating."""
+    model = write_model(tmp_path / "tiny", "bert")
+    words = "film bad good great dull not superb awful".split()
+    texts = [f"the {words[n % 8]} {words[n // 8 % 8]} {words[n // 64]}" for n in range(120)]
+    rows = [("ab"[(n * 7 // 3) % 2], text) for n, text in enumerate(texts)]
+    in_turn = [row for pair in zip(*([r for r in rows if r[0] == c] for c in "ab"), strict=False) for row in pair]
+    for name, content in {"train": rows, "sorted": sorted(in_turn), "turns": in_turn}.items():
+        (tmp_path / f"{name}.csv").write_text("label,text\n" + "".join(f"{label},{text}\n" for label, text in content))
+    found = []
+    for name in ("sorted", "turns"):
+        own = ("--data", "train.csv", "--dev-data", f"{name}.csv", "--method", "sweet")
+        assert command(train, *quick(model, "--out", name), *own)[0] == 0
+        assert command(evaluate, name)[0] == 0
+        found.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    first, second = found
+    for key in ("scores", "speedup_ratios", "temperatures", "exit_scores", "area"):
+        assert first[key] == pytest.approx(second[key], rel=1e-4), key
+    for key in ("ece", "nll"):
+        assert first[key]["after"] == pytest.approx(second[key]["after"], rel=1e-3), key
+    assert first["operating_point"]["threshold"] == pytest.approx(second["operating_point"]["threshold"], rel=1e-4)
+
+
+def test_a_trunks_answers_are_told_no_certainty_that_they_do_not_have(command, tmp_path):
+    """Without labels the last exit is not scaled by its own answers: here, and in what reads the evaluation."""
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model, "--out", "a", "--method", "mm", "--exit-layers", "4"))[0] == 0
+    words = "film bad good great dull not superb awful".split()
+    texts = [f"the {words[n % 8]} {words[n // 8 % 8]} {words[n // 64]}" for n in range(200)]
+    (tmp_path / "texts.csv").write_text("text\n" + "\n".join(texts) + "\n")
+    options = ("--data", "texts.csv", "--targets", "trunk", "--exit-layers", "1,2,4", "--max-length", 32)
+    assert command(train, "--trunk", "a", *options, "--out", "b")[0] == 0
+    assert command(evaluate, "b")[0] == 0
+    evaluation = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    assert evaluation["metric"] == "agreement"
+    assert evaluation["operating_point"]["wish"] == {"max_change": 3.0, "sure": 90.0}
+    assert evaluation["operating_point"]["certified_rows"] == 30  # of forty
+    assert evaluation["temperatures"][-1] == 1
+    assert all(temperature > 0.05 for temperature in evaluation["temperatures"])
+    assert evaluation["nll"]["after"][-1] == evaluation["nll"]["before"][-1]
+    sure = [answer.confidence for answer in EarlyExitClassifier(tmp_path / "b", 1.0)(texts[:20])]
+    assert sure == pytest.approx([answer.confidence for answer in EarlyExitClassifier(tmp_path / "a", 1.0)(texts[:20])])
+
+
+@pytest.mark.parametrize("fails", [OSError("no space"), RuntimeError("no font")])
+def test_a_figure_that_cannot_be_drawn_costs_no_table(command, tmp_path, monkeypatch, fails):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model, "--out", "a"))[0] == 0
+
+    def savefig(*_, **__):
+        raise fails
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    status, out, err = command(evaluate, "a")
+    assert (status, "Traceback" in err) == (0, False)
+    assert "operating point: threshold" in out
+    assert out.splitlines()[-1].startswith("a/curve.png: not drawn")
+    assert str(fails) in out.splitlines()[-1]
+    assert not (tmp_path / "a" / "curve.png").exists()
+    assert (tmp_path / "a" / "evaluation.json").exists()
 
 
 def test_evaluation_reads_the_data_dir_of_training_from_anywhere_or_the_given_one(command, tmp_path, monkeypatch):
@@ -460,4 +532,4 @@ def test_a_folder_that_may_not_be_searched_names_the_option(command, monkeypatch
 @pytest.mark.parametrize("option", ["--data", "--out", "--trunk", "--data-dir"])
 def test_no_path_is_empty(command, option):
     status, _, err = command(train, option, "")
-    assert (status, err.count("\n"), f"argument {option}: '' cannot be reached" in err) == (2, 1, True)
+    assert (status, err.count("\n"), f"argument {option}: '' is no path" in err) == (2, 1, True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet.adaptive import ExitRule, certainty_ranges, exit_costs, exits_taken, spaced_thresholds
+from minisweet.adaptive import ExitRule, Exits, certainty_ranges, exits_taken, spaced_thresholds
 from minisweet.branches import METHODS
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
@@ -26,12 +26,9 @@ from tests.conftest import all_exits, random_batch, undecided_model, write_model
     strategy=st.sampled_from(EXIT_STRATEGIES),
     num_labels=st.integers(2, 3),
     batch_size=st.sampled_from([3, 16]),
-    per_row=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_live_decides_as_the_sweep(
-    tmp_path_factory, model_type, method, strategy, num_labels, batch_size, per_row, seed
-):
+def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed):
     folder = write_model(tmp_path_factory.mktemp("live"), model_type)
     model, batch = undecided_model(folder, method, num_labels, seed, strategy), random_batch(seed, batch=16)
     with torch.no_grad():
@@ -39,7 +36,7 @@ def test_live_decides_as_the_sweep(
     if strategy == "lte":
         rule = ExitRule(num_labels, ranges=certainty_ranges(certainty, 3))
     else:
-        rule = ExitRule(num_labels, torch.rand(3, 16 if per_row else 1) + 0.5)
+        rule = ExitRule(num_labels, torch.rand(3) + 0.5)
     confidence = rule.confidences(logits, certainty)
     for threshold in spaced_thresholds(11, rule.lowest):
         answers = early_exit(model, *batch, threshold, rule, batch_size)
@@ -118,22 +115,22 @@ def test_nothing_in_nothing_out(tmp_path):
     assert [tuple(part.shape) for part in answers] == [(0,), (0,), (0, 2), (0,)]
 
 
-@pytest.mark.parametrize("wrong", [{"temperatures": torch.ones(2, 1)}, {"ranges": torch.ones(2, 2)}])
+@pytest.mark.parametrize("wrong", [{"temperatures": torch.ones(2)}, {"ranges": torch.ones(2, 2)}])
 @pytest.mark.parametrize("threshold", [0.75, 1.0])
 def test_a_rule_of_another_model_is_refused(tmp_path, wrong, threshold):
     model = undecided_model(write_model(tmp_path, "bert"), "sweet")
-    with pytest.raises(ValueError, match=r"(temperatures|ranges) are .* and must be"):
+    with pytest.raises(ValueError, match=r"(temperatures|ranges) are of 2 exits, and must be of 3"):
         early_exit(model, *random_batch(), threshold, ExitRule(2, **wrong))
 
 
 def test_the_wall_clock_is_that_of_all_batches_and_latency_that_of_all_lengths(tmp_path, monkeypatch):
     folder, clock, calls = write_model(tmp_path, "bert"), [0.0], []
     examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), np.arange(40))
-    rule = ExitRule(2, torch.arange(40.0).expand(3, 40))  # tell which row they are of
+    examples.ids = [np.full_like(ids, row) for row, ids in enumerate(examples.ids)]  # tell which row they are of
 
-    def fake_early_exit(model, input_ids, mask, types, threshold, own, batch_size):
+    def fake_early_exit(model, input_ids, mask, types, threshold, rule, batch_size):
         clock[0] += 3 * len(input_ids)
-        calls.append((len(input_ids), batch_size, own.temperatures[0].tolist()))
+        calls.append((len(input_ids), batch_size, input_ids[:, 0].tolist()))
         return Answers(*torch.zeros(2, len(input_ids), dtype=torch.int64), None, None)
 
     def fake_full_depth(model, input_ids, mask, types):
@@ -144,7 +141,7 @@ def test_the_wall_clock_is_that_of_all_batches_and_latency_that_of_all_lengths(t
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(timing, "LATENCY_INSTANCES", 10)
     model = undecided_model(folder, "sweet")
-    (row,), _, _ = measure_live(model, examples, [0.7], np.array([[0.25, 0.5, 1]]), 8, rule)
+    (row,), _, _ = measure_live(model, examples, [0.7], Exits((1, 2, 4), 4, "sweet"), 8, ExitRule(2))
     assert row["wall_share"] == pytest.approx(3 / 4)
     assert row["instances_per_second"] == pytest.approx(1 / 3)
     assert row["latency_ms"]["50"] == pytest.approx(3000)
@@ -163,10 +160,12 @@ def test_the_report_agrees_with_equation_1(tmp_path):
     examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), rows)
     for method in ("ee", "mm", "branch"):
         model = undecided_model(folder, method)
-        costs = np.array([exit_costs((1, 2, 4), 4, method, threshold) for threshold in (0.5, 0.7, 1.0)])
-        report, labels, exits = measure_live(model, examples, [0.5, 0.7, 1.0], costs, 16, ExitRule(2))
+        costed = Exits((1, 2, 4), 4, method)
+        report, labels, exits = measure_live(model, examples, [0.5, 0.7, 1.0], costed, 16, ExitRule(2))
         for n, row in enumerate(report):
-            assert row["layer_share"] == pytest.approx(costs[n][exits[n].numpy()].mean())
+            assert row["layer_share"] == pytest.approx(
+                np.array(costed.costs(row["threshold"]))[exits[n].numpy()].mean()
+            )
             assert row["wall_share"] > 0
             assert row["instances_per_second"] > 0
             assert 0 < row["latency_ms"]["50"] <= row["latency_ms"]["90"] <= row["latency_ms"]["99"]

@@ -284,10 +284,15 @@ def test_a_class_of_one_text_is_trained_on_and_named(tmp_path):
 
 
 def test_labels_that_differ_by_case_or_unicode_form_are_named(tmp_path):
-    labels = ["caf\u00e9", "cafe\u0301", "Login", "login", "x"]
-    path = write(tmp_path / "a.csv", table([f"t{i}" for i in range(20)], labels * 4))
+    labels = ["caf\u00e9", "cafe\u0301", "Login", "login", "x", "1", "1.0"]
+    path = write(tmp_path / "a.csv", table([f"t{i}" for i in range(28)], labels * 4))
     (note,) = (note for note in load("--data", path).notes if "Unicode" in note)
-    assert note.startswith("labels that differ by case or Unicode form alone, each a class of its own: Login, cafe")
+    assert note.startswith(
+        "labels that look alike, each a class of its own: 1, 1.0, Login, cafe\u0301, caf\u00e9 and 1"
+    )
+    dev = write(tmp_path / "dev.csv", table(["t"], ["X"]))
+    assert "label 'X', should be one of" in refused(load, "--data", path, "--dev-data", dev)
+    assert "differ by case, Unicode form" in refused(load, "--data", path, "--dev-data", dev)
     assert not any("Unicode" in note for note in load().notes)
 
 

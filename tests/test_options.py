@@ -1,9 +1,11 @@
 """What a user need not give."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from minisweet.branches import METHODS
-from minisweet.runs.options import default_learning_rate, exit_layers_for
+from minisweet.runs.options import default_batch_size, default_learning_rate, exit_layers_for, search_rates
 
 
 def test_every_depth_has_exit_layers():
@@ -15,9 +17,38 @@ def test_every_depth_has_exit_layers():
         assert (layers[0] >= 1, layers[-1]) == (True, depth)
 
 
-@pytest.mark.parametrize("model", ["bert-base", "deberta-large", "minilm-l6", "./mine"])
-def test_every_method_has_a_rate_and_branches_have_the_trunks(model):
-    rates = {method: default_learning_rate(model, "mrpc", method) for method in METHODS}
-    assert rates["branch"] == rates["mm"]
-    if model == "bert-base":
-        assert rates == pytest.approx({"ee": 5e-5, "mm": 3e-5, "sweet": 4e-5, "branch": 3e-5})
+def shape(model_type: str, hidden_size: int, depth: int) -> SimpleNamespace:
+    return SimpleNamespace(model_type=model_type, hidden_size=hidden_size, num_hidden_layers=depth)
+
+
+def test_the_papers_settings_are_the_defaults():
+    """Table 2 as printed: EE, MM and SWEET, in 1e-5, for SST-2, MRPC, CoLA, MNLI, QQP, QNLI and RTE."""
+    printed = {
+        ("bert", 768, 12): "5/5/5 5/3/4 4/4/5 5/5/5 5/5/5 5/4/5 5/5/4",
+        ("bert", 1024, 24): "4/2/2 4/5/4 4/3/4 4/3/4 5/3/4 4/4/3 3/3/3",
+        ("deberta", 768, 12): "3/3/3 4/5/5 4/5/4 2/4/3 4/5/5 3/4/3 2/1/4",
+        ("deberta", 1024, 24): "2/4/3 3/2/1 3/3/2 2/2/2 2/2/3 3/2/1 1/2/2",
+    }
+    for model, row in printed.items():
+        for task, rates in zip("sst2 mrpc cola mnli qqp qnli rte".split(), row.split(), strict=True):
+            ours = [default_learning_rate(shape(*model), task, method) for method in ("ee", "mm", "sweet")]
+            assert ours == pytest.approx([int(rate) * 1e-5 for rate in rates.split("/")])
+        assert search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
+    assert [default_batch_size(shape(*model)) for model in printed] == [16, 16, 16, 8]
+
+
+@pytest.mark.parametrize(
+    ("model", "rates"),
+    [
+        (("bert", 768, 12), {"ee": 5e-5, "mm": 3e-5, "sweet": 4e-5, "branch": 3e-5}),
+        (("bert", 768, 6), dict.fromkeys(METHODS, 5e-5)),
+        (("bert", 384, 6), dict.fromkeys(METHODS, 2e-4)),
+        (("bert", 384, 12), dict.fromkeys(METHODS, 2e-4)),
+        (("deberta", 1536, 48), dict.fromkeys(METHODS, 5e-5)),
+    ],
+)
+def test_every_method_has_a_rate_and_branches_have_the_trunks(model, rates):
+    assert {method: default_learning_rate(shape(*model), "mrpc", method) for method in METHODS} == pytest.approx(rates)
+    by_size = 2e-4 if model[1] == 384 else 5e-5
+    assert default_learning_rate(shape(*model), "my own", "branch") == by_size
+    assert default_learning_rate(shape(*model), "mrpc", "branch", on_trunk=True) == by_size

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from minisweet.adaptive import exit_costs
-from minisweet.base.safe import InputError
+from minisweet.adaptive import Exits
 from minisweet.data.tasks import Examples
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.sweep import Validation
+from minisweet.evaluation.sweep import Validation, draw_keys
 from minisweet.use.explain import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -48,12 +47,11 @@ class Case:
             "exit_scores": [float((row == self.targets).mean() * 100) for row in self.predictions],
             "thresholds": thresholds,
             "exit_counts": [np.bincount(self.taken(t), minlength=3).tolist() for t in thresholds],
-            "operating_point": SimpleNamespace(threshold=1.0, score=80.0, speedup_ratio=1.0),
-            "calibration": "none",
+            "exit_strategy": "lte" if lte else "confidence",
+            "temperatures": [1.0] * 3,
             "certainty_ranges": [[0.0, 1.0]] * 3,
+            "operating_point": SimpleNamespace(threshold=thresholds[6], score=80.0, speedup_ratio=0.5),
         }
-        counts, costs = self.evaluation["exit_counts"], [exit_costs(LAYERS, DEPTH, method, t) for t in thresholds]
-        self.evaluation["speedup_ratios"] = [np.dot(*row) / N for row in zip(counts, costs, strict=True)]
         labels = ["no", "yes", "<i>perhaps</i>"]
         self.record = SimpleNamespace(model="weights/tiny", labels=labels, num_labels=3, depth=DEPTH)
 
@@ -68,7 +66,9 @@ class Case:
 
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), self.levels)  # the sentences are pairs in part
-        validation = Validation(self.logits, self.certainty, torch.tensor(self.targets))
+        exits = Exits(LAYERS, DEPTH, self.evaluation["method"])
+        said = (self.logits, self.certainty, torch.tensor(self.targets), draw_keys(self.sentences))
+        validation = Validation(*said, self.evaluation["metric"], exits)
         write_page(path, SimpleNamespace(**self.evaluation), self.record, rows, validation)
         return path
 
@@ -105,12 +105,16 @@ def test_the_file_holds_what_was_evaluated(tmp_path):
         assert ratio == pytest.approx(np.array([0.25, 0.5, 1])[taken].mean())
 
 
-def test_confidences_have_the_evaluations_temperatures(tmp_path):
+def test_confidences_and_counts_are_those_of_the_rule_for_new_text(tmp_path):
+    """Whatever the curve of evaluation.json was decided by: each of its halves by the other's temperatures."""
     case = Case()
-    case.evaluation["calibration"] = "dev"
-    with pytest.raises(InputError, match=r"evaluation\.json.*evaluate\.py"):  # those counts are without temperatures
-        case.write(tmp_path / "page.html")
-    assert not list(tmp_path.iterdir())
+    case.evaluation["temperatures"] = [0.5, 1.5, 2.0]
+    data = data_of(case.write(tmp_path / "page.html"))
+    scaled = case.logits / torch.tensor([0.5, 1.5, 2.0])[:, None, None]
+    case.confidence = scaled.softmax(-1).amax(-1).numpy()
+    np.testing.assert_allclose(np.array(data["confidences"], dtype=np.float32), case.confidence, rtol=1e-6)
+    for threshold, counts in zip(data["thresholds"], data["exit_counts"], strict=True):
+        assert counts == np.bincount(case.taken(threshold), minlength=3).tolist()
 
 
 def test_without_labels_agreement_with_full_depth_is_shown(tmp_path):

@@ -1,14 +1,16 @@
 """The curve of one run and the comparison of several, drawn from evaluations: what stands in the figure."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
-import matplotlib.pyplot as pyplot
 import pytest
 
 from minisweet.base.safe import InputError
 from minisweet.use import plots
 from minisweet.use.plots import compare_curves, draw_curve
+from tests.conftest import CHECKOUT
 
 # The last ratio but one is larger than the last, as it is with branches: at t = 1 they are not asked.
 EVALUATION = {
@@ -63,7 +65,6 @@ def test_the_curve_has_exits_full_depth_and_the_operating_point(tmp_path, figure
     assert (*star.get_xdata(), *star.get_ydata()) == (0.7, 88.0)
     assert "accuracy" in axis.get_ylabel()
     assert "percent" in axis.get_ylabel()
-    assert not pyplot.get_fignums()  # closed, so that a loop over runs does not fill the memory
 
 
 def test_the_toy_task_shows_where_each_difficulty_leaves(tmp_path, figures):
@@ -115,6 +116,19 @@ def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"curve\.png.*matplotlib"):
         draw_curve(tmp_path / "curve.png", an_evaluation())
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no-such-backend"])
+def test_the_backend_of_a_notebook_or_a_window_has_no_say(tmp_path, backend):
+    """In a process of its own, since matplotlib reads the environment once."""
+    code = "import sys, pathlib; from types import SimpleNamespace as namespace; "
+    code += "from minisweet.use.plots import draw_curve; "
+    code += f"draw_curve(pathlib.Path(sys.argv[1]), {an_evaluation()!r}); assert 'matplotlib.pyplot' not in sys.modules"
+    environment = os.environ | {"MPLBACKEND": backend}
+    command = [sys.executable, "-c", code, tmp_path / "curve.png"]
+    done = subprocess.run(command, env=environment, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
 def test_names_that_matplotlib_would_read_as_formulas_or_never_end(tmp_path):

@@ -15,8 +15,8 @@ from minisweet.paper.report import (
     did_not_converge,
     draw_curves,
     interpolated,
-    load_pyplot,
     markdown,
+    new_figure,
     one_class_layers,
     over_seeds,
     results_of,
@@ -166,7 +166,7 @@ def test_a_figure_is_drawn_or_matplotlib_is_asked_for(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["curves.png"]
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
-        load_pyplot(path)
+        new_figure(path)
 
 
 def test_every_method_has_a_colour_of_its_own(tmp_path, monkeypatch):
@@ -178,7 +178,6 @@ def test_every_method_has_a_colour_of_its_own(tmp_path, monkeypatch):
     lines = figures[0].axes[0].lines
     assert [line.get_label() for line in lines] == methods
     assert len({line.get_color() for line in lines}) == len(methods)
-    report.load_pyplot(tmp_path).close(figures[0])
 
 
 @pytest.mark.slow

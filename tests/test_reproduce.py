@@ -170,6 +170,19 @@ def test_branches_are_a_method_whose_cost_is_lower_at_the_last_threshold(command
     assert curve["mean"] == pytest.approx([60, 60 + 20 * 0.25 / 0.83, 60 + 20 * 0.5 / 0.83, 80.5], abs=1e-3)
 
 
+def test_a_report_takes_the_rates_that_are_there(command, tmp_path):
+    runs = tmp_path / "reproduced" / "runs"
+    for lr, seed in ((1e-2, 0), (5e-5, 0), (1e-4, 1)):
+        fake_run(runs, "ee", lr, seed, 60.0 + lr)
+    report = ["--methods", "ee,sweet", "--seeds", "0", "--report-only"]
+    assert command(*report)[0] == 0
+    results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
+    assert results["rates_searched"] == [5e-5, 1e-2]  # the third is of another seed
+    assert results["learning_rates"]["ee"]["toy"] == 1e-2
+    status, _, err, _ = command("--methods", "sweet", "--report-only")
+    assert (status, "holds no run ...-n32-seed0 of these methods and tasks" in err, err.count("\n")) == (2, True, 1)
+
+
 def test_what_is_missing_is_named(command, tmp_path):
     runs = tmp_path / "reproduced" / "runs"
     fake_run(runs, "sweet", 1e-3, 0, 60.0)

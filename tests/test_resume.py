@@ -91,7 +91,7 @@ def test_signals(command, monkeypatch):
 
 def test_what_has_changed_is_refused_with_both_values(command, monkeypatch):
     assert command("--out", "a", signals={3: TERM})[0] == 143
-    changed = {("--lr", "0.5"): ("--lr is 0.5", "5e-05"), ("--seed", "1"): ("--seed is 1", "was 0")}
+    changed = {("--lr", "0.5"): ("--lr is 0.5", "0.0002"), ("--seed", "1"): ("--seed is 1", "was 0")}
     for options, parts in changed.items():
         status, _, err = command("--out", "a", "--resume", *options)
         assert (status, err.count("\n"), len(err) < 400) == (2, 1, True)
@@ -117,7 +117,7 @@ def test_a_finished_run_says_so(command):
     status, out, _ = command("--out", "a", "--resume")
     assert (status, "a: finished already" in out, command.steps) == (0, True, 0)
     status, _, err = command("--out", "a", "--resume", "--lr", "0.5")
-    assert (status, "--lr is 0.5 and was 5e-05" in err) == (2, True)
+    assert (status, "--lr is 0.5 and was 0.0002" in err) == (2, True)
     assert Path("a/run.json").stat().st_mtime_ns == before
     assert command("--out", "a", "--resume", "--seed", "1", "--overwrite", signals={2: TERM})[0] == 143
     status, _, err = command("--out", "a", "--resume", "--seed", "1")
@@ -176,7 +176,7 @@ def test_data_and_options_that_changed_are_refused_with_both_values(command, is_
     assert len(before) == (4 if is_finished else 2)
     for option, now, was in (
         ("epochs", 1, 2),
-        ("lr", 0.25, 5e-05),
+        ("lr", 0.25, 0.0002),
         ("exit-layers", [2, 4], [1, 4]),
         ("exit-strategy", "lte", "confidence"),
         ("max-length", 16, 32),

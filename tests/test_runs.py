@@ -50,6 +50,8 @@ def make_record(method: str = "sweet", **changes) -> dict:
 DEEP = json.loads('{"a":' * 450 + '"b"' + "}" * 450)
 
 POINT = {"threshold": 0.5, "score": 50.0, "full_depth_score": 75.0, "speedup_ratio": 0.5}
+POINT |= {"macro_f1": 48.5, "loss": 25.0, "loss_interval": [-9.5, 60.0], "speedup_interval": [0.3, 0.9]}
+POINT |= {"reached": True, "wish": {"max_change": 3.0, "sure": 90.0}}
 EVALUATION = {
     "task": "toy",
     "method": "sweet",
@@ -247,6 +249,8 @@ def test_an_edited_record_is_refused(tmp_path, changes, reason):
         {"temperatures": [0, 1]},
         {"operating_point": POINT | {"threshold": 2}},
         {"operating_point": POINT | {"score": "high"}},
+        {"operating_point": POINT | {"loss_interval": [1.0]}},
+        {"operating_point": POINT | {"wish": {"speed": "fast"}}},
         {"operating_point": None},
         {"certainty_ranges": [[0, 1], [0, 1, 1]]},
         {"mean_exit_layers": {"easy": [1, 2]}},

@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from minisweet import EarlyExitClassifier
-from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken
+from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.base.commands import run_command
 from minisweet.base.safe import InputError, sha256
-from minisweet.calibration import row_temperatures
+from minisweet.calibration import fit_rule
 from minisweet.data import rows
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples
+from minisweet.evaluation import sweep
 from minisweet.runs.folders import load_run, read_evaluation, read_record
 from minisweet.use import explain, export, predict
 from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, exit_model, random_batch, tiny_encoder, write_model
@@ -107,8 +108,7 @@ def test_predictions_are_those_of_the_evaluation(make_run, tmp_path, method, str
     """Labels, exits and confidences of the sweep with --calibration dev, through the command, in the input's order."""
     run = make_run(method, exit_strategy=strategy)
     threshold, saved = middle(run), load_file(run / "logits.safetensors")
-    calibrated = row_temperatures(saved["logits"], saved["labels"], "dev") if strategy == "confidence" else None
-    rule = ExitRule(2, calibrated, certainty_ranges(saved["certainty"], 3) if strategy == "lte" else None)
+    rule = fit_rule(saved["logits"], saved.get("certainty"), saved["labels"], "dev")
     confidence = rule.confidences(saved["logits"], saved.get("certainty"))  # (K, N)
     taken = exits_taken(confidence, threshold, rule.lowest)
     assert len(taken.unique()) > 1
@@ -185,6 +185,8 @@ def test_threshold_outside_its_range(run, threshold):
         ("amp", ["bfloat16", None]),
         ("speed", [0, 1.5, float("nan"), "0.5"]),
         ("max_loss", [-1, float("inf"), True]),
+        ("max_change", [0, 100, "3", True]),
+        ("sure", [49, 100, None]),
         ("batch_size", [0, 2.0, True]),
         ("device", [None, 0]),
     ],
@@ -208,7 +210,7 @@ def test_operating_point(make_run, run, tmp_path):
     for path in run.iterdir():
         (copied / path.name).write_bytes(path.read_bytes())
     evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["operating_point"] = {"threshold": 0.8125, "score": 50, "full_depth_score": 50, "speedup_ratio": 0.5}
+    evaluation["operating_point"] |= {"threshold": 0.8125}
     (copied / "evaluation.json").write_text(json.dumps(evaluation))
     assert EarlyExitClassifier(copied).threshold == 0.8125
     assert EarlyExitClassifier(copied, 0.75).threshold == 0.75
@@ -216,14 +218,71 @@ def test_operating_point(make_run, run, tmp_path):
     assert {answer.exit_layer for answer in EarlyExitClassifier(copied, speed=0.25)(rows)} == {1}
     fast, slow = (EarlyExitClassifier(copied, max_loss=points).threshold for points in (100, 0))
     assert fast <= slow
-    with pytest.raises(ValueError, match="more than one"):
-        EarlyExitClassifier(copied, 0.75, speed=0.5)
+    for given in ({"threshold": 0.75, "speed": 0.5}, {"max_change": 3, "max_loss": 1}):
+        with pytest.raises(ValueError, match="more than one"):
+            EarlyExitClassifier(copied, **given)
+    with pytest.raises(ValueError, match="sure: 95 needs max_change"):
+        EarlyExitClassifier(copied, sure=95)
     (copied / "evaluation.json").unlink()
     with pytest.raises(ValueError, match="evaluation.json"):
         EarlyExitClassifier(copied)
     status, _, err = call(predict, copied, write_csv(tmp_path / "a.csv", [(1, "a")]))
     assert (status, "threshold" in err, "Traceback" in err, err.count("\n")) == (2, True, False, 1)
     assert EarlyExitClassifier(copied, 0.75)(TEXTS)[0].label in ("negative", "positive")
+
+
+@pytest.mark.parametrize(
+    "wish", [{"max_loss": 5.0}, {"speed": 0.5}, {"max_change": 20.0}, {"max_change": 20.0, "sure": 60.0}]
+)
+@pytest.mark.parametrize(("method", "strategy"), [("sweet", "confidence"), ("branch", "lte")])
+def test_a_wish_gives_one_rule_and_threshold_everywhere(make_run, tmp_path, wish, method, strategy):
+    """evaluate.py with a wish, and the classifier and predict with that wish, on a run evaluated for another."""
+    run = make_run(method, exit_strategy=strategy)
+    options = [word for name, value in wish.items() for word in (f"--{name.replace('_', '-')}", value)]
+    copied = shutil.copytree(run, tmp_path / "run")
+    assert call(evaluate, copied, "--calibration", "dev", *options)[0] == 0
+    point = json.loads((copied / "evaluation.json").read_text())["operating_point"]
+    assert point["wish"] == ({"sure": 90.0} | wish if "max_change" in wish else wish)
+    theirs, ours = EarlyExitClassifier(copied), EarlyExitClassifier(run, **wish)
+    assert theirs.threshold == ours.threshold == point["threshold"]
+    for name in ("temperatures", "ranges"):
+        torch.testing.assert_close(getattr(theirs.rule, name), getattr(ours.rule, name))
+    path = write_csv(tmp_path / "a.csv", [(1, "a")])
+    status, out, _ = call(predict, run, path, "--out", tmp_path / "b.csv", *options)
+    assert (status, f"at threshold {point['threshold']:.4g}" in out) == (0, True)
+    assert f"threshold {point['threshold']:.4g}" in call(explain, run, "a text", *options)[1]
+    for module, given in ((predict, (path,)), (explain, ("a text",)), (evaluate, ())):
+        status, _, err = call(module, run, *given, "--sure", 95)
+        assert (status, "--sure: 95.0 needs --max-change" in err) == (2, True)
+
+
+def test_what_no_threshold_can_certify_is_said_in_one_line(run, caplog):
+    assert EarlyExitClassifier(run, max_change=0.1, sure=99).threshold == 1
+    assert EarlyExitClassifier(run, speed=0.1).threshold < 1
+    certificate, speed = (record.getMessage() for record in caplog.records)
+    assert "4603 rows would do, and 750 were there" in certificate
+    assert "speed: 0.1 is out of reach; the nearest is 0.25" in speed
+
+
+def test_a_file_is_tested_at_the_operating_point_and_nothing_changes(make_run, run, tmp_path):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    rows = load_examples("toy", "dev", tmp_path)
+    names = [("negative", "positive")[label] for label in rows.labels]
+    path = write_csv(tmp_path / "dev.csv", zip(names, rows.first, strict=True), ("label", "text"))
+    status, out, err = call(evaluate, run, "--test", path)
+    assert (status, "Traceback" in err) == (0, False)
+    point = json.loads(before["evaluation.json"])["operating_point"]
+    lines = {line[:24].strip(): line[24:].split() for line in out.splitlines()}
+    for name, key in (("accuracy", "score"), ("points lost", "loss"), ("share of the layers", "speedup_ratio")):
+        assert float(lines[name][0]) == pytest.approx(point[key], abs=0.006)  # the very rows that promised it
+        assert lines[name][1] == f"{point[key]:.2f}"
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    for content, message in (("label,text\nneutral,a\n", "line 2"), ("text\na\n", "no column label")):
+        (tmp_path / "bad.csv").write_text(content)
+        status, _, err = call(evaluate, run, "--test", tmp_path / "bad.csv")
+        assert (status, message in err, err.count("\n")) == (2, True, 1), err
+    status, _, err = call(evaluate, run, "--test", path, "--speed", 0.5)
+    assert (status, "--speed: 0.5 needs an evaluation" in err) == (2, True)
 
 
 def test_logits_are_those_of_the_evaluation(run, tmp_path):
@@ -242,8 +301,30 @@ def test_logits_are_those_of_the_evaluation(run, tmp_path):
             EarlyExitClassifier(copied, speed=0.5)
     status, _, err = call(explain, copied, "--html", tmp_path / "page.html")
     assert (status, "not the logits" in err, err.count("\n")) == (2, True, 1)
+    path.unlink()
+    with pytest.raises(ValueError, match="logits.safetensors: no such file; evaluate it again"):
+        EarlyExitClassifier(copied, speed=0.5)
     shutil.copytree(run, copied, dirs_exist_ok=True)
     EarlyExitClassifier(copied, speed=0.5)
+
+
+@pytest.mark.parametrize("stop", ["evaluation.json", "replace", "neither"])
+def test_a_stopped_evaluation_leaves_a_pair_that_fits(run, tmp_path, monkeypatch, stop):
+    """The old pair until evaluation.json is there, then the new one; and the next evaluation clears up."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        if stop == "evaluation.json":
+            patch.setattr(sweep, "write_json", lambda *_: sys.exit(143))
+        elif stop == "replace":
+            patch.setattr(type(copied), "replace", lambda *_: sys.exit(143))
+        status, *_ = call(evaluate, copied, "--use-exits", "2,4", "--calibration", "none")
+    assert status == (0 if stop == "neither" else 143)
+    is_old = stop == "evaluation.json"
+    assert EarlyExitClassifier(copied, speed=0.5).exit_layers == ((1, 2, 4) if is_old else (2, 4))
+    assert call(explain, copied, "--html", tmp_path / "page.html")[0] == 0
+    assert call(evaluate, copied, "--thresholds", 3)[0] == 0
+    assert EarlyExitClassifier(copied, speed=0.5).exit_layers == (1, 2, 4)
+    assert {path.name for path in copied.iterdir()} == {path.name for path in run.iterdir()}
 
 
 def test_exits_in_use_are_the_evaluations(make_run, run, tmp_path):
@@ -545,6 +626,7 @@ FORGED = {
     "NaN": lambda tensors: {**tensors, "logits": tensors["logits"] * float("nan")},
     "no labels": lambda tensors: {"logits": tensors["logits"]},
     "labels beyond the classes": lambda tensors: {**tensors, "labels": tensors["labels"] + 9},
+    "no keys": lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "keys"},
     "few labels": lambda tensors: {**tensors, "labels": tensors["labels"][:5].clone()},
     "whole numbers": lambda tensors: {**tensors, "logits": tensors["logits"].long()},
 }

@@ -54,10 +54,12 @@ class Parser(argparse.ArgumentParser):
 def _path(text: str) -> Path:
     """An argparse type: a path, of what is there or not. Not "", which Path takes for the folder at hand."""
     try:
-        os.stat(f"{text}/." if text else "")  # asks whether a folder may be searched
+        os.stat(f"{text}/.")  # of a folder, whether it may be searched
     except OSError as error:
-        if not text or error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise argparse.ArgumentTypeError(f"{text!r} cannot be reached ({error.strerror})") from None
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
     return Path(text)
 
 

@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 
 from minisweet.base.commands import Parser, list_of, number, whole_number
 from minisweet.base.safe import InputError, home
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
-from minisweet.data.tasks import TASKS, Examples, Names, examples_of, load_examples
+from minisweet.data.tasks import LOOK, TASKS, Examples, Names, examples_of, load_examples, plain
 
 OF_OWN_DATA = ("dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")  # options
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
@@ -76,9 +75,9 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         notes.append(f"texts that are in both train and validation: {both:,}")
     if dev.labels and (lacking := sorted(set(train.labels or ()) - set(dev.labels))):
         notes.append(f"validation: labels without a row: {some([labels[label] for label in lacking])}")
-    plain = [normalize("NFKC", label.casefold()) for label in labels]
-    if alike := [label for label, form in zip(labels, plain, strict=True) if plain.count(form) > 1]:
-        notes.append(f"labels that differ by case or Unicode form alone, each a class of its own: {some(alike)}")
+    counts = Counter(map(plain, labels))
+    if alike := [label for label in labels if counts[plain(label)] > 1]:
+        notes.append(f"labels that look alike, each a class of its own: {some(alike)} ({LOOK})")
     return Data(train, dev, notes, record)
 
 

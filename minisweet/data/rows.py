@@ -121,7 +121,7 @@ def _delimiter(path: Path) -> str | None:
     return DELIMITERS[suffix]
 
 
-def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Iterable[Sequence[str]]) -> list[str]:
+def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
     """The columns that are `named` by the option, or the first of the `usual` that the file has.
 
     Raises InputError, with the columns that are there, where it has none of them, and for more than two.
@@ -130,12 +130,14 @@ def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: It
     if named and len(named) > 2:
         raise InputError(f"{option}: {','.join(named)}, should be {right}")
     _, row = next(read_rows(path), (1, {}))
+    if not row:
+        raise InputError(f"{path}: no rows, should have a row or more, in CSV and TSV below a header")
     for columns in [named] if named else usual:
         if row.keys() >= set(columns):
             return list(columns)
     wanted = [[name for name in named if name not in row]] if named else usual
-    names, there = " or ".join(map(some, wanted)), some(list(row)) or "no rows"
-    raise InputError(f"{path}, line 1: no column {names}; it has {there}; name {right} with {option}")
+    names = " or ".join(map(some, wanted))
+    raise InputError(f"{path}, line 1: no column {names}; it has {some(list(row))}; name {right} with {option}")
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
@@ -172,6 +174,8 @@ class RowWriter(ExitStack):
             opened = gzip.open if self.path.suffix.lower() == ".gz" else open
             partial = self.enter_context(written_beside(self.path))
             self.file = self.enter_context(opened(partial, "wt", encoding="utf-8", newline=""))
+        elif hasattr(self.file, "reconfigure"):  # whatever the locale, as all files here
+            self.file.reconfigure(encoding="utf-8")
         return self
 
     def write(self, row: dict) -> None:

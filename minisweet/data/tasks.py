@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 from urllib.request import urlopen
 
 from minisweet.base.safe import InputError, written_beside
@@ -19,6 +20,7 @@ from minisweet.data.toy import make_toy
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without an answer or without a further byte
+LOOK = "they differ by case, Unicode form or a final .0 alone"
 Names = Sequence[str] | None  # of classes, index = class
 
 
@@ -125,7 +127,8 @@ def examples_of(
         if label_column:
             found.append(cell(path, line, row, label_column, is_label=True))
             if labels and found[-1] not in labels:
-                raise InputError(f"{path}, line {line}: label {found[-1]!r:.60}, should be one of {some(labels)}")
+                like = f" ({LOOK})" if plain(found[-1]) in map(plain, labels) else ""
+                raise InputError(f"{path}, line {line}: label {found[-1]!r:.60}, should be one of {some(labels)}{like}")
         texts.append(text)
         lines.append(line)
     if not texts:
@@ -134,6 +137,11 @@ def examples_of(
     numbers = {label: number for number, label in enumerate(labels or sorted(set(found)))}
     classes = [numbers[label] for label in found] if label_column else None
     return Examples(first, second, classes, None, lines, empty), list(numbers)
+
+
+def plain(label: str) -> str:
+    """A label without what is easily overlooked."""
+    return normalize("NFKC", label.casefold()).removesuffix(".0")
 
 
 def _read(task: Task, path: Path, labelled: bool = True) -> Examples:

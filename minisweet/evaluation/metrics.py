@@ -21,7 +21,7 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | n
 
 def matthews(both: np.ndarray, predicted: np.ndarray, actual: np.ndarray, rows: int) -> np.ndarray:
     """Matthews correlation x100 from counts: of class 1 predicted rightly, predicted, and actual; of how many rows."""
-    covariance = both * float(rows) - predicted * actual
+    covariance = both * rows - predicted * actual
     spread = np.sqrt(predicted * (rows - predicted) * actual * (rows - actual))
     return 100 * covariance / np.where(spread > 0, spread, np.inf)
 

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisweet.adaptive import ExitRule, Exits
 from minisweet.data.text import Batch, TokenizedExamples
+from minisweet.evaluation.sweep import Validation, sweep
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.live import Answers, ExitRule, early_exit, full_depth
+from minisweet.live import Answers, early_exit, full_depth
 
 # Batches whose remainders are gathered: a quarter of a batch reads all weights as a full one does. With gathering MM
 # took a sixth less time where it runs half of the layers; 8 and 28 batches gave no more.
@@ -21,16 +23,15 @@ def measure_live(
     model: MultiExitModel | MultiModel,
     examples: TokenizedExamples,
     thresholds: list[float],
-    costs: np.ndarray,
+    exits: Exits,
     batch_size: int,
     rule: ExitRule,
     progress=iter,
 ) -> tuple[list[dict], Tensor, Tensor]:
     """Run all examples live at each threshold, and time it against running all at full depth.
 
-    `model` is in evaluation mode, on the device to measure. `costs` (thresholds, K) are of leaving at each exit, from
-    `exit_costs`. `batch_size` examples of similar length run at once; what is left of four batches is gathered. `rule`
-    is for K exits and N examples. `progress` wraps the thresholds, for a progress bar.
+    `model` is in evaluation mode, on the device to measure. `batch_size` examples of similar length run at once; what
+    is left of four batches is gathered. `progress` wraps the thresholds, for a progress bar.
 
     Returns for each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
     `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then the
@@ -52,7 +53,7 @@ def measure_live(
         return time.perf_counter() - start, answer
 
     def live_at(threshold: float, batch: Batch) -> tuple[float, Answers]:
-        return timed(early_exit, model, *batch.inputs, threshold, rule.for_rows(batch.rows.cpu()), batch_size)
+        return timed(early_exit, model, *batch.inputs, threshold, rule, batch_size)
 
     # Not timed: on the CPU bfloat16 products are compiled for each shape at first sight. A stream of batches soon has
     # seen all; here it would be a tenth of the time.
@@ -60,8 +61,8 @@ def measure_live(
         full_depth(model, *batch.inputs)
     for single in singles:
         live_at(1.0, single)
-    report, labels, exits = [], [], []
-    for threshold, cost in zip(progress(thresholds), costs, strict=True):
+    report, labels, taken = [], [], []
+    for threshold in progress(thresholds):
         answers = [live_at(threshold, pool)[1] for pool in pools]  # not timed: the shapes that are left
         full = live = 0.0
         for i, pool in enumerate(pools):  # in turn, so that a machine whose speed drifts is fair to both
@@ -70,9 +71,32 @@ def measure_live(
             live += live_at(threshold, pool)[0]
         latency = [live_at(threshold, single)[0] for single in singles]
         labels.append(torch.cat([answer.labels for answer in answers]).cpu()[order])
-        exits.append(torch.cat([answer.exits for answer in answers]).cpu()[order])
-        row = {"threshold": threshold, "layer_share": float(cost[exits[-1].numpy()].mean()), "wall_share": live / full}
+        taken.append(torch.cat([answer.exits for answer in answers]).cpu()[order])
+        share = float(np.array(exits.costs(threshold))[taken[-1]].mean())
+        row = {"threshold": threshold, "layer_share": share, "wall_share": live / full}
         row["instances_per_second"] = len(examples) / live
         row["latency_ms"] = {str(p): 1000 * float(np.percentile(latency, p)) for p in (50, 90, 99)}
         report.append(row)
-    return report, torch.stack(labels), torch.stack(exits)
+    return report, torch.stack(labels), torch.stack(taken)
+
+
+def differences(
+    labels: Tensor, taken: Tensor, rule: ExitRule, validation: Validation, thresholds: list[float], rounding: float
+) -> tuple[int, int]:
+    """In how many decisions live labels and exits, (P, N) each, differ from the sweep's by the same rule, and how many
+    of them rounding explains.
+
+    It may turn a decision where the earlier of the two exits is as sure as the threshold but for `rounding`, and a
+    label where the two likeliest are as probable as each other.
+    """
+    logits, certainty = validation.logits, validation.certainty
+    _, swept = sweep([(rule, torch.arange(len(validation.labels)))], validation, thresholds)
+    differs = (taken != swept) | (labels != logits.argmax(-1).gather(0, swept))
+    first = torch.minimum(taken, swept)  # (P, N)
+    margins = (rule.confidences(logits, certainty).gather(0, first) - torch.tensor(thresholds)[:, None]).abs()
+    if rule.ranges is not None:  # learning-to-exit stretches its certainties
+        margins = margins * (rule.ranges[:, 1] - rule.ranges[:, 0])[first]
+    likeliest = logits.softmax(-1).topk(2).values  # (K, N, 2)
+    gaps = (likeliest[..., 0] - likeliest[..., 1]).gather(0, first)
+    near = differs & ((margins <= rounding) | ((taken == swept) & (gaps <= 2 * rounding)))
+    return int(differs.sum()), int(near.sum())

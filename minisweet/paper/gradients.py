@@ -29,8 +29,8 @@ from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.paper.report import for_json, over_seeds
 from minisweet.paper.reproduce import TRAINING, as_options, run_script
 from minisweet.runs.folders import load_run, versions
-from minisweet.runs.options import add_training_options, default_batch_size, find_model
-from minisweet.use.plots import load_pyplot, save_figure
+from minisweet.runs.options import SMALL, add_training_options, find_model
+from minisweet.use.plots import new_figure, save_figure
 
 
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
@@ -70,14 +70,12 @@ def parse_arguments() -> argparse.Namespace:
     option("--steps", type=whole_number(1), default=400, help="of fine-tuning; small tasks need fewer (default: 400)")
     option("--batches", type=whole_number(1), default=10, help="new training batches to measure on (default: 10)")
     option("--seed", type=whole_number(0), default=0, help="of the examples, new weights, dropout (default: 0)")
-    option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; minilm-l6 2e-4)")
+    option("--lr", type=positive_float, help="first learning rate (default: 2e-5, the paper's; small models 2e-4)")
     option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
     option("--overwrite", action="store_true", help="replace the measurement in --out")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     add_training_options(parser)
     args = parser.parse_args()
-    args.lr = args.lr or (2e-4 if args.model == "minilm-l6" else 2e-5)
-    args.batch_size = args.batch_size or default_batch_size(args.model)
     return args
 
 
@@ -87,9 +85,10 @@ def main() -> None:
     tune_cpu()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
-    load_pyplot(args.out / "gradients.png")
+    new_figure(args.out / "gradients.png")
     device = choose_device(args.device)
     folder, config, args.exit_layers = find_model(args)
+    args.lr = args.lr or (2e-4 if config.hidden_size <= SMALL else 2e-5)
     if len(args.exit_layers) < 2:
         raise InputError(f"--exit-layers: {args.exit_layers[0]} is one exit, and there is nothing to compare it with")
     rows = load_examples(args.task, "train", args.data_dir)
@@ -142,7 +141,8 @@ def main() -> None:
 def draw_similarities(path: Path, mean: np.ndarray, args: argparse.Namespace) -> None:
     """Draw a heat map with one panel per layer to a PNG: mean (M, K, K). Raises InputError without matplotlib."""
     M, K, _ = mean.shape
-    figure, axes = load_pyplot(path).subplots(1, M, figsize=(3.2 * M + 1, 3.6), squeeze=False, layout="constrained")
+    figure = new_figure(path, figsize=(3.2 * M + 1, 3.6), layout="constrained")
+    axes = figure.subplots(1, M, squeeze=False)
     for m, axis in enumerate(axes[0]):
         image = axis.imshow(mean[m, m:, m:], vmin=-1, vmax=1, cmap="RdBu")
         ticks, names = range(K - m), [f"C-{k + 1}" for k in range(m, K)]  # as in the paper

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.use.plots import label_axes, load_pyplot, save_figure, sorted_curve
+from minisweet.use.plots import label_axes, new_figure, save_figure, sorted_curve
 
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -228,7 +228,7 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     """
     columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = load_pyplot(path).figure(figsize=(1 + 4.2 * columns, 3.4 * rows))
+    figure = new_figure(path, figsize=(1 + 4.2 * columns, 3.4 * rows))
     for place, (title, grid, tasks) in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, columns, place)
         methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle

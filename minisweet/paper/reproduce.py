@@ -12,6 +12,7 @@ run is made once.
 import argparse
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from minisweet.paper.report import did_not_converge, document, draw_curves, one_
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.runs.records import Arguments, Curve, Record
-from minisweet.use.plots import load_pyplot
+from minisweet.use.plots import new_figure
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SCRIPTS = Path(__file__).parents[2]  # where train.py and evaluate.py are
@@ -95,7 +96,7 @@ class Grid:
         has = vars(arguments) | {"method": method_name(vars(arguments))}
         keys = ("epochs", "max_length", "batch_size", "exit_strategy") + ("model",) * (arguments.trunk is None)
         for key, value in (run._asdict() | {key: getattr(self.args, key) for key in keys} | wanted).items():
-            if has[key] != value:
+            if has[key] != value and not (key == "batch_size" and value is None):  # of a report
                 raise InputError(f"{self.folder(run)}: a run with {key} {has[key]}, not {value}; {ELSEWHERE}")
 
     def check_rows(self, run: Run, record: Record) -> None:
@@ -310,7 +311,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
     option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help="or branch (default: ee,mm,sweet)")
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="first the search's (default: 0,1,2)")
-    option("--lrs", type=list_of(positive_float), help="to search (default: the paper's five; minilm-l6: 5e-5 to 4e-4)")
+    option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
@@ -324,31 +325,42 @@ def parse_arguments() -> argparse.Namespace:
     options.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
-    args.lrs = args.lrs or options.search_rates(args.model)
-    args.batch_size = args.batch_size or options.default_batch_size(args.model)
     for name in args.methods:
         if name not in METHODS and not args.report_only:  # which reports whatever method a record names
             only = "others are only reported (--report-only)"
             raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}; {only}")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
+    if not args.report_only:
+        _, config, _ = options.find_model(args)
+        args.lrs = args.lrs or options.search_rates(config)
+    args.lrs = args.lrs or rates_there(args)
     return args
+
+
+def rates_there(args: argparse.Namespace) -> list[float]:
+    """The rates of --runs on the first seed and size, which a report takes for those that were searched."""
+    methods, tasks = ("|".join(map(re.escape, names)) for names in (args.methods, args.tasks))
+    tail = f"-n{args.train_sizes[0]}-seed{args.seeds[0]}" + "-lte" * (args.exit_strategy == "lte")
+    name = re.compile(rf".+-({methods})-({tasks})-lr(\d[\d.]*(e[-+]\d+)?){tail}")
+    rates = {float(found[3]) for folder in args.runs.glob("*") if (found := name.fullmatch(folder.name))}
+    if not rates:
+        raise InputError(f"--runs: {args.runs} holds no run ...{tail} of these methods and tasks")
+    return sorted(rates)
 
 
 def main() -> None:
     """Run the grid, or print its commands, or report what is there."""
     args = parse_arguments()
-    grid, failed = Grid(args), []
+    grid = Grid(args)
     if args.print_commands:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
     args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after hours of training
-    load_pyplot(args.out / "curves.png")
+    new_figure(args.out / "curves.png")
     check_output(args)
-    if not args.report_only:
-        options.find_model(args)
-        failed = run_all(grid)
+    failed = [] if args.report_only else run_all(grid)
     write_report(grid)
     if failed:
         raise InputError(f"{len(failed)} runs failed, see their messages above: {', '.join(failed)}")

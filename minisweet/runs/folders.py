@@ -40,6 +40,7 @@ from minisweet.runs.records import Arguments, Curve, Evaluation, Record
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
+FILES |= {"logits.next.safetensors"}  # what a stopped evaluate.py left
 
 
 def method_name(arguments: dict) -> str:

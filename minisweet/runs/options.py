@@ -15,14 +15,15 @@ from minisweet.config import Config
 from minisweet.exits import check_exit_layers
 from minisweet.runs.hub import REPOSITORIES, model_folder
 
-# Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve.
+# Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve, by model type, hidden size and depth.
 TABLE_2_TASKS = ("sst2", "mrpc", "cola", "mnli", "qqp", "qnli", "rte")
 TABLE_2 = {
-    "bert-base": {"ee": (5, 5, 4, 5, 5, 5, 5), "mm": (5, 3, 4, 5, 5, 4, 5), "sweet": (5, 4, 5, 5, 5, 5, 4)},
-    "bert-large": {"ee": (4, 4, 4, 4, 5, 4, 3), "mm": (2, 5, 3, 3, 3, 4, 3), "sweet": (2, 4, 4, 4, 4, 3, 3)},
-    "deberta-base": {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
-    "deberta-large": {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
+    ("bert", 768, 12): {"ee": (5, 5, 4, 5, 5, 5, 5), "mm": (5, 3, 4, 5, 5, 4, 5), "sweet": (5, 4, 5, 5, 5, 5, 4)},
+    ("bert", 1024, 24): {"ee": (4, 4, 4, 4, 5, 4, 3), "mm": (2, 5, 3, 3, 3, 4, 3), "sweet": (2, 4, 4, 4, 4, 3, 3)},
+    ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
+    ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
 }
+SMALL = 512  # the hidden size up to which a model wants larger rates, as MiniLM's 384 does
 
 
 def exit_layers_for(depth: int) -> tuple[int, ...]:
@@ -36,42 +37,46 @@ def exit_layers_for(depth: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}))
 
 
-def default_learning_rate(model: str, task: str, method: str) -> float:
-    """The paper's rate for this model, task and method; 2e-4 for minilm-l6, 5e-5 where the paper has none.
+def default_learning_rate(config: Config, task: str, method: str, on_trunk: bool = False) -> float:
+    """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above.
 
-    For branches it is the trunk's, which is trained as MM's last model is.
+    For branches it is the trunk's, which is trained as MM's last model is. On a trunk that is there (`on_trunk`), of
+    which nobody knows how it was trained, the size alone decides.
     """
-    if model == "minilm-l6":
-        return 2e-4
-    if model not in TABLE_2 or task not in TABLE_2_TASKS:
-        return 5e-5
-    return TABLE_2[model]["mm" if method == "branch" else method][TABLE_2_TASKS.index(task)] / 1e5
+    rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
+    if on_trunk or not rates or task not in TABLE_2_TASKS:
+        return 2e-4 if config.hidden_size <= SMALL else 5e-5
+    return rates["mm" if method == "branch" else method][TABLE_2_TASKS.index(task)] / 1e5
 
 
-def search_rates(model: str) -> list[float]:
-    """The learning rates to choose from: the paper's five (App. A), and larger ones for minilm-l6."""
-    return [5e-5, 1e-4, 2e-4, 4e-4] if model == "minilm-l6" else [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
+def search_rates(config: Config) -> list[float]:
+    """The learning rates to choose from: the paper's five (App. A), and larger ones for small models."""
+    return [5e-5, 1e-4, 2e-4, 4e-4] if config.hidden_size <= SMALL else [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
 
 
-def default_batch_size(model: str) -> int:
-    """16, and 8 for deberta-large, as in App. A."""
-    return 8 if model == "deberta-large" else 16
+def default_batch_size(config: Config) -> int:
+    """16, and 8 for a large DeBERTa, as in App. A."""
+    return 8 if config.model_type == "deberta" and config.hidden_size >= 1024 else 16
 
 
 def add_training_options(parser: Parser) -> None:
     """Add what every command that trains takes: the model, and how batches are made and computed."""
     option = parser.add_argument
     option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
-    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for deberta-large)")
+    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for a large DeBERTa)")
     option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
     option("--exit-layers", type=list_of(whole_number(1)), help="counted from 1, such as 1,4,6,12 (default: by depth)")
     add_device_options(parser)
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, Config, Sequence[int]]:
-    """The folder of --model, its config, and the exit layers. Raises InputError where an option does not fit them."""
+    """The folder of --model, its config, and the exit layers; --batch-size gets its default.
+
+    Raises InputError where an option does not fit them.
+    """
     folder = model_folder(args.model)
     config = read_config(folder)
+    args.batch_size = args.batch_size or default_batch_size(config)
     exit_layers = args.exit_layers or exit_layers_for(config.num_hidden_layers)
     try:
         check_exit_layers(exit_layers, config.num_hidden_layers)

@@ -15,6 +15,7 @@ Size = Annotated[int, 1, 2**31 - 1]
 Layer = Annotated[int, 1, 10**6]
 Share = Annotated[float, 0, 1]
 Score = Annotated[float, -100, 100]
+Points = Annotated[float, -200, 200]  # between two scores
 Amount = Annotated[float, 0, 1e38]
 Positive = Annotated[float, 1e-300, 1e300]
 Text = Annotated[str, 0, 10**6]
@@ -75,8 +76,14 @@ class OperatingPoint(Fields):
 
     threshold: Share
     score: Score
+    macro_f1: Score
     full_depth_score: Score
+    loss: Points
+    loss_interval: Annotated[Points, 2]
     speedup_ratio: Positive
+    speedup_interval: Annotated[Positive, 2]
+    reached: bool
+    wish: Annotated[Amount, dict]
 
 
 @dataclass(frozen=True, kw_only=True)

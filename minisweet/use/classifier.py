@@ -17,7 +17,8 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.safe import InputError, as_written, is_text
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.sweep import candidates, choose, load_validation
+from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, wish_of
+from minisweet.evaluation.sweep import load_validation
 from minisweet.evaluation.timing import GATHERED
 from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
@@ -26,6 +27,17 @@ from minisweet.use.prepared import prepare
 LOG = logging.getLogger("minisweet")
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
+ARGUMENTS = {  # of the classifier: what is right, and whether a value is
+    "run": ("the path of a run folder", lambda run: isinstance(run, str | Path) and run != "" and is_text(str(run))),
+    "max_loss": ("a number, 0 or more", lambda points: points is None or (is_number(points) and points >= 0)),
+    "speed": ("a number above 0, to 1", lambda share: share is None or (is_number(share) and 0 < share <= 1)),
+    "max_change": ("a number from 0.01 to 99.99", lambda p: p is None or (is_number(p) and 0.01 <= p <= 99.99)),
+    "sure": ("a number from 50 to 99.9", lambda percent: is_number(percent) and 50 <= percent <= 99.9),
+    "device": ("auto, cpu, cuda or cuda:N", lambda device: isinstance(device, str)),
+    "amp": (f"one of {', '.join(AMP_CHOICES)}", lambda amp: isinstance(amp, str) and amp in AMP_CHOICES),
+    "batch_size": ("a whole number, 1 or more", lambda size: type(size) is int and 0 < size < 2**31),
+    "prepared": ("True or False", lambda prepared: isinstance(prepared, bool)),
+}
 
 
 class Answer(NamedTuple):
@@ -47,8 +59,10 @@ class EarlyExitClassifier:
         run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
         threshold: from 1/C of C classes (learning-to-exit: 0; all leave at the first exit) to 1 (all run to the last).
             None for the operating point.
-        max_loss, speed: choose the threshold from the saved evaluation instead: the fastest that loses at most so many
-            points to full depth, or the best that runs at most this share of the layers.
+        max_loss, speed, max_change: choose the threshold from the saved evaluation instead: the fastest that loses at
+            most so many points to full depth, or the best that runs at most this share of the layers, or the fastest
+            that changes at most so many percent of full depth's answers.
+        sure: of max_change, the confidence in percent, 50 to 99.9, with which that is certified.
         device, amp: as the commands' --device and --amp.
         batch_size: texts that run at once.
         prepared: lay the weights out for the processor first, see prepared.py: single texts take less time, with
@@ -64,25 +78,22 @@ class EarlyExitClassifier:
         *,
         max_loss: float | None = None,
         speed: float | None = None,
+        max_change: float | None = None,
+        sure: float = 90.0,
         device: str = "auto",
         amp: str = "auto",
         batch_size: int = 32,
         prepared: bool = False,
     ) -> None:
-        for name, value, right, fits in (
-            ("run", run, "the path of a run folder", isinstance(run, str | Path) and run != "" and is_text(str(run))),
-            ("max_loss", max_loss, "a number, 0 or more", max_loss is None or (is_number(max_loss) and max_loss >= 0)),
-            ("speed", speed, "a number above 0, to 1", speed is None or (is_number(speed) and 0 < speed <= 1)),
-            ("device", device, "auto, cpu, cuda or cuda:N", isinstance(device, str)),
-            ("amp", amp, f"one of {', '.join(AMP_CHOICES)}", isinstance(amp, str) and amp in AMP_CHOICES),
-            ("batch_size", batch_size, "a whole number, 1 or more", type(batch_size) is int and 0 < batch_size < 2**31),
-            ("prepared", prepared, "True or False", isinstance(prepared, bool)),
-        ):
-            if not fits:
-                raise InputError(f"{name}: {as_written(value)}, should be {right}")
+        wishes = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
+        given = {"run": run, "device": device, "amp": amp, "batch_size": batch_size, "prepared": prepared, "sure": sure}
+        check_arguments(given | wishes)
         run = Path(run)
-        if sum(value is not None for value in (threshold, max_loss, speed)) > 1:
-            raise InputError("threshold, max_loss, speed: more than one is given, and each chooses the threshold")
+        if sum(value is not None for value in (threshold, *wishes.values())) > 1:
+            names = ", ".join(["threshold", *wishes])
+            raise InputError(f"{names}: more than one is given, and each chooses the threshold")
+        if sure != 90.0 and max_change is None:
+            raise InputError(f"sure: {sure:g} needs max_change")
         try:
             self.device, self.batch_size = choose_device(device), batch_size
         except InputError as error:  # names the option
@@ -94,16 +105,15 @@ class EarlyExitClassifier:
             model = model.keep_exits(self.evaluation.exit_layers)  # evaluate.py --use-exits may have left some out
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
-        plain = {"exit_strategy": self.record.exit_strategy, "calibration": "none"}
-        plain = SimpleNamespace(**plain, certainty_ranges=[[0.0, 1.0]] * len(model.exit_layers))
+        K = len(model.exit_layers)
+        plain = SimpleNamespace(exit_strategy=self.record.exit_strategy, temperatures=[1.0] * K)
+        plain.certainty_ranges = [[0.0, 1.0]] * K
         self.rule = ExitRule.from_evaluation(self.evaluation or plain, len(self.labels))
         name = "threshold"
         if threshold is None:
-            name, threshold = f"{run / 'evaluation.json'}: threshold", self._operating_point(run, max_loss, speed)
-        if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
-            right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
-            raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
-        self.threshold = float(threshold)
+            found = self._operating_point(run, **wishes, sure=sure)
+            name, threshold = f"{run / 'evaluation.json'}: threshold", found
+        self.threshold = self._checked(name, threshold)
         model, self.exit_layers = model.to(self.device), model.exit_layers
         self.model = prepare(model, self.precision) if prepared else model
         self.casts_nothing = self.model is not model
@@ -140,34 +150,36 @@ class EarlyExitClassifier:
         """What exits said of B texts, each text by one of them, as users read it."""
         logits = found.logits
         if self.rule.temperatures is not None:
-            logits = logits / self.rule.temperatures.to(logits.device)[found.exits]  # (K, 1) to (B, 1)
+            logits = logits / self.rule.temperatures.to(logits.device)[found.exits, None]  # (K,) to (B, 1)
         columns = (found.labels, found.confidence, found.exits, logits.softmax(-1))
         return [
             Answer(self.labels[label], confidence, self.exit_layers[k], dict(zip(self.labels, row, strict=True)))
             for label, confidence, k, row in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def _operating_point(self, run: Path, max_loss: float | None, speed: float | None) -> float:
-        """The threshold of evaluation.json, or the one that suits a wish best on the rows that were evaluated."""
-        if max_loss is None and speed is None:
+    def _checked(self, name: str, threshold: object) -> float:
+        """The threshold. Raises InputError for none, or one outside its range."""
+        if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
+            right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
+            raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
+        return float(threshold)
+
+    def _operating_point(self, run: Path, **wishes: float | None) -> float:
+        """The threshold of evaluation.json; or the one for a wish, whose rule is then taken too."""
+        if all(value is None for name, value in wishes.items() if name != "sure"):
             return self.evaluation.operating_point.threshold
-        validation = load_validation(run / "logits.safetensors", self.evaluation, len(self.labels))
-        of_model = (self.evaluation.exit_layers, self.record.depth, self.record.method)
-        there = candidates(self.rule, validation, self.evaluation.metric, of_model)
-        threshold, reached = choose(there, max_loss, speed)
-        if not reached:
-            share = there.ratios[np.searchsorted(there.thresholds, threshold)]
-            LOG.warning("speed: %g is out of reach; the nearest is %.3f, at threshold %.4g", speed, share, threshold)
-        return threshold
+        validation = load_validation(run, self.evaluation, self.record)
+        wish = wish_of(validation.metric != "agreement", **wishes)
+        self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
+        if line := shortfall(point, len(validation.logits)):
+            LOG.warning("%s", line)
+        return point["threshold"]
 
 
 def add_classifier_options(parser: Parser) -> None:
     """Add the options that `classifier_of` reads."""
-    group = parser.add_argument_group("threshold (default: the operating point of evaluation.json)")
-    option = group.add_mutually_exclusive_group().add_argument
+    option = add_wish_options(parser, "threshold (default: the operating point of evaluation.json)")
     option("--threshold", type=number(0, 1), help="leave at this confidence; at 1 all run to the last exit")
-    option("--speed", type=number(0, 1), metavar="S", help="the best score at no more than this share of the layers")
-    option("--max-loss", type=number(0, 200), metavar="P", help="the fastest at most so many points below full depth")
     parser.add_argument("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
     parser.add_argument("--prepared", action="store_true", help="lay the weights out for the CPU once: single texts")
     add_device_options(parser)
@@ -175,13 +187,21 @@ def add_classifier_options(parser: Parser) -> None:
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     """The classifier that a command's options ask for. Its errors name these."""
-    names = ("run", "threshold", "max_loss", "speed", "device", "amp", "batch_size", "prepared")
+    names = ("run", "threshold", "max_loss", "speed", "max_change", "sure", "device", "amp", "batch_size", "prepared")
     try:
         return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
     except InputError as error:
         name, colon, rest = str(error).partition(": ")
         option = f"--{name.replace('_', '-')}" if name in names[1:] else name
         raise InputError(f"{option}{colon}{rest}") from None
+
+
+def check_arguments(given: dict) -> None:
+    """Raise InputError for an argument of the classifier, by its name, that is outside its range."""
+    for name, value in given.items():
+        right, fits = ARGUMENTS[name]
+        if not fits(value):
+            raise InputError(f"{name}: {as_written(value)}, should be {right}")
 
 
 def is_number(value: object) -> bool:

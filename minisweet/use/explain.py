@@ -4,8 +4,8 @@
     python -m minisweet.explain RUN "How old are you?" "What is your age?"
     python -m minisweet.explain RUN --html page.html
 
-The page is one HTML file, page.html with the data of a saved evaluation. It decides by the confidences that stand in it
-as `minisweet.adaptive.leaves` does: in float32, so that it counts what evaluation.json counts.
+The page is one HTML file, page.html with the data of a saved evaluation. It decides by the rule that new text gets, and
+as `minisweet.adaptive.leaves` does: in float32.
 Dimension letters: C classes, K exits, N instances, P thresholds.
 """
 
@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisweet.adaptive import ExitRule, exit_costs, leaves
+from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import autocast
 from minisweet.base.safe import InputError, check_file, one_line, written_beside
-from minisweet.calibration import row_temperatures
 from minisweet.data.load import load_dev
 from minisweet.data.tasks import Examples
 from minisweet.data.toy import LEVELS
@@ -48,7 +47,8 @@ def main() -> None:
     add_classifier_options(parser)
     args = parser.parse_args()
     parser.need(args, args.html, "--html", "data", "data_dir")
-    chosen = ("threshold", "speed", "max_loss", "batch_size", "prepared", "device", "amp")
+    parser.need(args, args.max_change is not None, "--max-change", "sure")
+    chosen = ("threshold", "speed", "max_loss", "max_change", "sure", "batch_size", "prepared", "device", "amp")
     parser.need(args, args.text, "TEXT, and the page takes what evaluate.py saved", *chosen)
     if len(args.text) > 2 or not (args.text or args.html):
         raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")
@@ -57,14 +57,15 @@ def main() -> None:
         print_exits(explain(classify, args.text[0] if len(args.text) == 1 else args.text), classify.threshold)
     if args.html:
         check_file("--html", args.html, ".html")
-        record, path = read_record(args.run), args.run / "logits.safetensors"
+        record = read_record(args.run)
         evaluation = read_evaluation(args.run, record)
-        if evaluation is None or not path.exists():
-            raise InputError(f"{args.run}: has no evaluation.json or no {path.name}; first: evaluate.py {args.run}")
-        validation = load_validation(path, evaluation, record.num_labels)
+        if evaluation is None:
+            raise InputError(f"{args.run}: has no evaluation.json; first: evaluate.py {args.run}")
+        validation = load_validation(args.run, evaluation, record)
         rows = load_dev(vars(record), args.data, args.data_dir)
         if len(rows.first) != len(validation.labels):
-            raise InputError(f"{path}: of {len(validation.labels)} rows, and the validation data has {len(rows.first)}")
+            there = f"{len(validation.labels)} rows, and the validation data has {len(rows.first)}"
+            raise InputError(f"{args.run}: its evaluation is of {there}")
         write_page(args.html, evaluation, record, rows, validation)
         print(f"written to {args.html}")
 
@@ -104,23 +105,14 @@ def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Example
     """Write the page, whole or not at all; what stands at `path` is replaced.
 
     `evaluation` and `record` are what evaluation.json and run.json hold, `validation` what the exits said of `rows`.
-    Raises InputError where the evaluation counts other exits at its thresholds than these logits give.
     """
-    logits, certainty, labels = validation
-    if certainty is None:
-        rule = ExitRule(record.num_labels, row_temperatures(logits, labels, evaluation.calibration))
-    else:
-        rule = ExitRule(record.num_labels, ranges=torch.tensor(evaluation.certainty_ranges))
+    logits, certainty, labels, _, metric, exits = validation
+    rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     confidence, predictions = rule.confidences(logits, certainty), logits.argmax(-1)  # (K, N) each
     exact = {*evaluation.thresholds, evaluation.operating_point.threshold}
     hundredths = (n / 100 for n in range(101) if n / 100 > rule.lowest)  # of them those that are not there already
     thresholds = sorted(exact | {t for t in hundredths if np.abs(np.array([*exact]) - t).min() > 1e-9})  # (P)
-    of_model, metric = (evaluation.exit_layers, record.depth, evaluation.method), evaluation.metric
-    swept, _ = sweep(rule, validation, thresholds, metric, of_model)
-    for key in ("exit_counts", "speedup_ratios"):
-        found = dict(zip(thresholds, swept[key], strict=True))
-        if not np.allclose([found[t] for t in evaluation.thresholds], getattr(evaluation, key), atol=1e-9):
-            raise InputError(f"evaluation.json: its {key} are not what these logits give; run evaluate.py again")
+    swept, _ = sweep([(rule, torch.arange(len(labels)))], validation, thresholds)
     data = {
         **{key: getattr(evaluation, key) for key in ("task", "method", "exit_layers")},
         **{key: getattr(record, key) for key in ("labels", "depth")},
@@ -129,7 +121,7 @@ def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Example
         "operating_point": vars(evaluation.operating_point),
         "model": Path(record.model).name,
         "metric": METRICS[metric],
-        "exit_costs": exit_costs(*of_model),
+        "exit_costs": exits.costs(),
         "lowest": rule.lowest,
         "sentences": rows.texts(),
         "predictions": predictions.tolist(),

@@ -4,13 +4,14 @@ A curve has a point per threshold: the score in percent over the speedup ratio, 
 Dimension letter: P points of a curve.
 """
 
+import os
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.adaptive import exit_costs
+from minisweet.adaptive import Exits
 from minisweet.base.safe import InputError, one_line, written_beside
 from minisweet.runs.records import Evaluation
 
@@ -21,23 +22,28 @@ LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vP*"
 SAME = ("task", "metric", "examples", "dev_digest")  # in evaluations of the same data
 
 
-def load_pyplot(path: Path):
-    """matplotlib's pyplot, without a screen, to draw `path`. Raises InputError where it is not installed."""
+def new_figure(path: Path, **options):
+    """A figure of matplotlib's to draw `path` in, whatever backend the environment asks for.
+
+    Raises InputError where matplotlib is not installed, or cannot be loaded.
+    """
+    asked = os.environ.pop("MPLBACKEND", None)  # of a notebook or a window: matplotlib would load it, or fail
     try:
-        import matplotlib
+        from matplotlib import figure
     except ImportError:
         raise InputError(f"{path}: not drawn, since matplotlib is not installed (pip install matplotlib)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    except Exception as error:  # of its settings or its cache
+        raise InputError(f"{path}: not drawn, since matplotlib cannot be loaded ({error})") from None
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
+    return figure.Figure(**options)
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a figure of matplotlib's to a PNG, whole or not at all, and close it."""
+    """Write a figure of matplotlib's to a PNG, whole or not at all."""
     with written_beside(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
-    load_pyplot(path).close(figure)
 
 
 def shown(text: object, limit: int = 30) -> str:
@@ -65,17 +71,17 @@ def draw_curve(path: Path, evaluation: Evaluation) -> None:
     """Draw what one run's evaluation.json holds: its curve, each exit as a dot, full depth, the operating point.
 
     On the toy task a second panel shows where each difficulty leaves. A PNG at `path` is replaced. Raises InputError
-    where matplotlib is not installed.
+    where matplotlib cannot be used.
     """
     means, layers, scores = evaluation.mean_exit_layers, evaluation.exit_layers, evaluation.exit_scores
-    size = {"ncols": 2 if means else 1, "figsize": (11 if means else 6.4, 4.4)}
-    figure, axes = load_pyplot(path).subplots(**size, squeeze=False, layout="tight")
+    figure = new_figure(path, figsize=(11 if means else 6.4, 4.4), layout="tight")
+    axes = figure.subplots(ncols=2 if means else 1, squeeze=False)
     axis = axes[0, 0]
     axis.axhline(scores[-1], color="0.35", linestyle="--", linewidth=1, label=f"full depth: {scores[-1]:.1f}")
     curve = sorted_curve(evaluation.speedup_ratios, evaluation.scores)
     axis.plot(*curve, color=COLOURS[0], marker=".", label="early exit, a point per threshold")
     depth = round(layers[0] / evaluation.speedup_ratios[0])  # all leave at the first exit there
-    costs = exit_costs(layers, depth, evaluation.method)
+    costs = Exits(layers, depth, evaluation.method).costs()
     axis.plot(costs, scores, "o", color=COLOURS[1], markersize=8, label="each exit alone, and its layer")
     for layer, *place in zip(layers, costs, scores, strict=True):
         axis.annotate(layer, place, xytext=(0, -15), textcoords="offset points", ha="center")
@@ -105,7 +111,8 @@ def compare_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
             if ours != theirs:
                 values = f"{key} is {theirs!r:.50}, and {ours!r:.50} in {str(first)[:80]}"
                 raise InputError(f"{str(name)[:120]}: its evaluation is of other data ({values})")
-    figure, axis = load_pyplot(path).subplots(figsize=(7.2, 4.8), layout="tight")
+    figure = new_figure(path, figsize=(7.2, 4.8), layout="tight")
+    axis = figure.subplots()
     styles = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
     for (name, evaluation), (colour, line, marker) in zip(evaluations.items(), styles, strict=False):
         label = f"{shown(name, 80)}, {evaluation.method}: area {evaluation.area:.1f}"

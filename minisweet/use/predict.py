@@ -39,6 +39,7 @@ def main() -> None:
     option("--text-columns", type=list_of(str), help="one or two (default: as in training, or text or sentence or ...)")
     add_classifier_options(parser)
     args = parser.parse_args()
+    parser.need(args, args.max_change is not None, "--max-change", "sure")
     keep_compiled_products()
     tune_cpu()
     is_lines, to_screen = str(args.file) == "-", str(args.out) == "-"
