@@ -32,26 +32,27 @@ import torch.nn.functional as F
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_tensor, make_tensor_value_info, set_model_props
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisweet.adaptive import ExitRule, exit_costs, exits_taken
+from minisweet.adaptive import ExitRule, Exits
 from minisweet.base.safe import InputError, written_beside
 from minisweet.branches import BranchModel
 from minisweet.data.load import load_dev
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import score
-from minisweet.evaluation.sweep import predict
+from minisweet.evaluation.sweep import Validation, draw_keys, predict, sweep
+from minisweet.evaluation.timing import differences
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run, read_evaluation, versions
-from minisweet.runs.records import Evaluation, Record
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
 LARGEST = 2**31  # bytes of a protocol buffer
 INPUTS, OUTPUTS = (*Batch._fields[1:4], "threshold"), ("probabilities", "confidence", "exit_layer")
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
-NEAR = 1e-4  # rounding moves a probability by less
+TYPES = FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+ROUNDING = 1e-4  # moves a probability by less
 
 
 def export_onnx(
@@ -64,108 +65,93 @@ def export_onnx(
     Raises InputError for an `out` that exists or is no .onnx, no run, one without an evaluation, of Multi-Model or of
     learning-to-exit, more than 2 GiB, and in float32 for answers that differ from the model's by more than rounding.
     """
-    if out.suffix != ".onnx" or out.exists() or out.is_symlink():
-        raise InputError(
-            f"--onnx: {out} {'exists already' if out.suffix == '.onnx' else 'is no .onnx'}; name a new file"
-        )
+    if out.suffix != ".onnx":
+        raise InputError(f"--onnx: {out} should end in .onnx")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"--onnx: {out} exists already; name a new file")
     model, record = load_run(run)
     if record.exit_strategy == "lte" or isinstance(model, MultiModel):
         what = "learning-to-exit (lte)" if record.exit_strategy == "lte" else "Multi-Model (mm)"
         raise InputError(f"--onnx: {run} is a run of {what}; the file is for one model whose exits have a confidence")
     if (evaluation := read_evaluation(run, record)) is None:
         raise InputError(f"--onnx: {run} has no evaluation.json, which tells the threshold; first: evaluate.py {run}")
-    if (size := 4 * sum(parameter.numel() for parameter in model.parameters())) >= LARGEST:
-        raise InputError(f"--onnx: {run} has weights of {size:,} bytes, and a file holds less than {LARGEST:,}")
-    model, rule = model.keep_exits(evaluation.exit_layers), ExitRule.from_evaluation(evaluation, record.num_labels)
-    tokenizer, threshold = (
-        load_tokenizer(run, record.vocab_size, record.max_length),
-        evaluation.operating_point.threshold,
-    )
-    examples = None
+    rule, threshold = ExitRule.from_evaluation(evaluation, record.num_labels), evaluation.operating_point.threshold
+    model = model.keep_exits(evaluation.exit_layers)
+    pieces, tokenizer = Pieces(model, rule), load_tokenizer(run, record.vocab_size, record.max_length)
+    if (size := 4 * sum(weights.numel() for weights in pieces.parameters())) >= LARGEST:
+        raise InputError(f"--onnx: {run} would take {size:,} bytes, and an ONNX file holds less than {LARGEST:,}")
     try:
-        examples = TokenizedExamples(tokenizer, load_dev(vars(record), data, data_dir))
+        rows = load_dev(vars(record), data, data_dir)
     except InputError as error:
         if data or data_dir:
             raise
-        found = f"nothing was checked, since the validation rows are not at hand ({error})"
+        rows, found = None, f"nothing was checked, since the validation rows are not at hand: {error}"
 
-    flat = flat_graph(Pieces(model, rule))
+    flat, *names = flat_graph(pieces)
     # A threshold just below 1 must not become 1 in float32: there no exit but the last is asked.
-    nearest = min(
-        np.float32(threshold), np.float32(1) if threshold == 1 else np.nextafter(np.float32(1), np.float32(0))
-    )
-    file = Joiner(quantized(flat) if int8 else flat).model(nearest, record.num_labels)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
+    nearest = 1.0 if threshold == 1 else min(np.float32(threshold), np.nextafter(np.float32(1), np.float32(0)))
+    file = Joiner(quantized(flat) if int8 else flat, *names).model(nearest, record.num_labels)
+    padding = Tokenizer.from_str(tokenizer.to_str())
+    padding.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
     told = {"labels": record.labels, "exit_layers": model.exit_layers, "max_length": record.max_length}
     told |= {"threshold": threshold, "versions": versions() | {name: version(name) for name in PACKAGES}}
-    set_model_props(
-        file, {"tokenizer": tokenizer.to_str()} | {k: json.dumps(value) for k, value in told.items()}
-    )
+    set_model_props(file, {"tokenizer": padding.to_str()} | {key: json.dumps(value) for key, value in told.items()})
     with written_beside(out, overwrite=False) as partial:
         partial.write_bytes(file.SerializeToString())
-        if examples:
-            found = check(partial, examples, model, rule, evaluation, record, int8)
+        if rows:
+            examples = TokenizedExamples(tokenizer, rows)
+            logits, _ = predict(model, examples, None, "model")
+            gold = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
+            exits = Exits(model.exit_layers, record.depth, record.method)
+            expected = Validation(logits, None, gold, draw_keys(rows.texts()), evaluation.metric, exits)
+            found = compared(answers_of_file(partial, examples, exits.layers), expected, rule, threshold, int8)
     kind, layers = "int8" if int8 else "float32", ",".join(map(str, model.exit_layers))
-    size = f"{out.stat().st_size / 1e6:.1f} MB"
-    return [f"{out}: {kind}, {size}, exits after layers {layers}, threshold {threshold:.6g} by default", found]
+    megabytes = f"{out.stat().st_size / 1e6:.1f} MB"
+    return [f"{out}: {kind}, {megabytes}, exits after layers {layers}, by default at threshold {threshold:.6g}", found]
 
 
-def check(path, examples, model, rule, evaluation: Evaluation, record: Record, int8: bool) -> str:
-    """Compare a file's answers on validation rows with the model's, in float32, at the operating point.
+def compared(answers: Tensor, expected: Validation, rule: ExitRule, threshold: float, int8: bool) -> str:
+    """A line on a file's `answers_of_file` beside what the model's exits say.
 
-    Raises InputError where a float32 file's differ, and neither is a confidence as near to the threshold as rounding
-    goes, nor are the two likeliest labels to each other.
+    Raises InputError where a float32 file's differ by more than rounding.
     """
-    threshold = evaluation.operating_point.threshold
-    logits, rows = predict(model, examples, None, "model")[0], torch.arange(len(examples))  # (K, N, C), (N,)
-    confidence = rule.confidences(logits)  # (K, N)
-    exits = exits_taken(confidence, threshold, rule.lowest)  # (N,)
-    labels = logits[exits, rows].argmax(-1)
-    answers = {"model": (labels, exits), "file": answers_of_file(path, examples, model.exit_layers)}
-    gold = logits[-1].argmax(-1).numpy() if examples.labels is None else examples.labels
-    costs = torch.tensor(exit_costs(model.exit_layers, record.depth, record.method, threshold))
-    found = {
-        name: f"{score(said.numpy(), gold, evaluation.metric):.1f} with {100 * costs[taken].mean():.1f}% of the layers"
-        for name, (said, taken) in answers.items()
-    }
-    said, taken = answers["file"]
+    labels, taken = answers
+    swept, _ = sweep([(rule, torch.arange(len(taken)))], expected, [threshold])
+    share = np.array(expected.exits.costs(threshold))[taken].mean()
+    value = score(labels.numpy(), expected.labels.numpy(), expected.metric)
+    found = f"{len(taken):,} validation rows: {expected.metric} {value:.1f} with {100 * share:.1f}% of the layers"
     if int8:
-        return f"on {len(rows):,} validation rows: int8 {found['file']}, float32 {found['model']}"
-    first, likeliest = torch.minimum(exits, taken), logits[exits, rows].softmax(-1).topk(2).values  # (N, 2)
-    near = (confidence[first, rows] - threshold).abs() <= NEAR
-    near |= (exits == taken) & (likeliest[:, 0] - likeliest[:, 1] <= NEAR)
-    differs = (exits != taken) | (labels != said)
-    if beyond := int((differs & ~near).sum()):
-        raise InputError(
-            f"--onnx: not written, {beyond} of {len(rows)} answers differ from the model's by more than rounding"
-        )
-    return f"on {len(rows):,} validation rows: {found['file']}, all as the model but {differs.sum()}, by rounding"
+        return f"{found}; float32: {swept['scores'][0]:.1f} with {100 * swept['speedup_ratios'][0]:.1f}%"
+    differ, near = differences(labels[None], taken[None], rule, expected, [threshold], ROUNDING)
+    if differ > near:
+        raise InputError(f"--onnx: not written: {differ - near} of {len(taken)} answers are not the model's")
+    return f"{found}; all but {differ} labels and exits are the model's, and these as near to it as rounding goes"
 
 
-def answers_of_file(path: Path, examples: TokenizedExamples, exit_layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The labels and the exits from 0, (N,) each, that a file gives in batches of 32 texts of similar length."""
+def answers_of_file(path: Path, examples: TokenizedExamples, exit_layers: Sequence[int]) -> Tensor:
+    """The labels and the exits from 0, (2, N), that a file gives in batches of 32 texts of similar length."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of an initializer that may be overridden
+    options.log_severity_level = 3  # else it warns that the threshold is no constant
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    labels, exits = torch.empty(2, len(examples), dtype=torch.long)
+    answers = torch.empty(2, len(examples), dtype=torch.long)
     for batch in tqdm(list(examples.by_length(32)), desc="file", unit="batch", disable=None):
         probabilities, _, layers = session.run(None, dict(zip(INPUTS, map(Tensor.numpy, batch.inputs), strict=False)))
-        labels[batch.rows] = torch.from_numpy(probabilities.argmax(-1))
-        exits[batch.rows] = torch.from_numpy(np.searchsorted(exit_layers, layers))
-    return labels, exits
+        answers[0, batch.rows] = torch.from_numpy(probabilities.argmax(-1))
+        answers[1, batch.rows] = torch.from_numpy(np.searchsorted(exit_layers, layers))
+    return answers
 
 
 class Pieces(nn.Module):
-    """A run's model in pieces, with the temperatures of `rule`. Here each exit has a layer of its own, as branches do."""
+    """A run's model in pieces, with a rule's temperatures. Each exit has its own layer here, as with branches."""
 
     def __init__(self, model: MultiExitModel, rule: ExitRule) -> None:
         super().__init__()
-        self.model, self.exit_layers, self.C, self.lowest = model, model.exit_layers, model.num_labels, rule.lowest
+        self.model, self.exit_layers, self.C = model, model.exit_layers, model.num_labels
+        self.temperatures, self.lowest = rule.temperatures.tolist(), rule.lowest
         if not isinstance(model, BranchModel):
-            self.model = BranchModel(model.encoder, model.exit_layers, model.num_labels)
+            self.model = BranchModel(model.encoder, self.exit_layers, self.C)
             self.model.heads = model.heads
-        self.temperatures = rule.temperatures
-        self.eval()
+        self.requires_grad_(False).eval()
 
     def example(self) -> dict[str, tuple[Tensor, ...]]:
         """Inputs of all pieces, with B = M = 3 and T = 7."""
@@ -177,7 +163,7 @@ class Pieces(nn.Module):
             if n < self.exit_layers[-1]:
                 pieces |= {f"skip.{k}": state[:1], f"go.{k}": (rows, *state)}
         pieces["end.0"] = (torch.zeros(3, self.C + 1),)
-        return {name: tuple(x.clone() for x in inputs) for name, inputs in pieces.items()}  # the exporter knows them apart
+        return {name: tuple(x.clone() for x in inputs) for name, inputs in pieces.items()}  # else some are one
 
     def forward(self, inputs: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
         """All pieces' outputs."""
@@ -195,7 +181,7 @@ class Pieces(nn.Module):
     def ask(self, k: int, limit: Tensor, hidden: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
         """Exit k's answer (B, C+1), probabilities and its layer, and which rows stay, (M, 1), which the last lacks."""
         logits, _ = self.model.heads[k](self.model.cls_at_exit(k, hidden, context))
-        probabilities = (logits if self.temperatures is None else logits / self.temperatures[k]).softmax(-1)
+        probabilities = (logits / self.temperatures[k]).softmax(-1)
         answer = F.pad(probabilities, (0, 1), value=float(self.exit_layers[k]))
         if self.exit_layers[k] == self.exit_layers[-1]:
             return (answer,)
@@ -237,7 +223,7 @@ def flat_graph(pieces: Pieces) -> tuple[onnx.ModelProto, dict[str, list[str]], d
 def quantized(flat: onnx.ModelProto) -> onnx.ModelProto:
     """The flat graph with int8 weights, a scale per column; ONNX Runtime quantises activations as they come.
 
-    The weights of `forward_cls` that have an axis for heads stay: ONNX Runtime has no such products in int8.
+    What `forward_cls` reads head by head stays as it is: ONNX Runtime has no such products.
     """
     for_heads = {weight.name for weight in flat.graph.initializer if len(weight.dims) > 2}
     kept = [node.name for node in flat.graph.node if for_heads & set(node.input)]
@@ -262,8 +248,8 @@ def quiet() -> Iterator[None]:
 class Joiner:
     """Puts the pieces of a flat graph together; `ins` and `outs` name each one's inputs and outputs.
 
-    What only one piece reads, all weights, stands in the innermost graph around it: only there ONNX Runtime packs it. The
-    shapes that torch knows are left out: with them it would fuse sums and LayerNorms, which makes batches slower.
+    What one piece alone reads, as weights are, stands in the innermost graph around it: only there ONNX Runtime packs
+    it. The shapes that torch knows are left out: with them it fuses sums and LayerNorms, which makes batches slower.
     """
 
     def __init__(self, flat: onnx.ModelProto, ins: dict[str, list[str]], outs: dict[str, list[str]]) -> None:
@@ -277,7 +263,7 @@ class Joiner:
         start, (_, _, hidden, bias, *_) = self.piece("start.0", *INPUTS), self.outs["start.0"]
         nodes = [*start, *self.level(0, hidden, bias), *self.piece("end.0", "answer.0")]
         outputs = zip(OUTPUTS, (FLOAT, FLOAT, INT64), (["batch", num_labels], ["batch"], ["batch"]), strict=True)
-        graph = self.graph("early_exit", nodes, *outputs)
+        graph = self.graph("early_exit", nodes, *(make_tensor_value_info(*output) for output in outputs))
         graph.input.extend(make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS[:3])
         graph.input.append(make_tensor_value_info("threshold", FLOAT, []))
         graph.initializer.append(make_tensor("threshold", FLOAT, [], [threshold]))
@@ -302,8 +288,13 @@ class Joiner:
         ]
 
     def choice(self, condition: str, made: list[str], *ways: tuple[list[onnx.NodeProto], list[str]]) -> onnx.NodeProto:
-        """An If, and what it makes: an answer, or that and rows. A way is nodes and what they make of it."""
-        graphs = [self.graph(values[0], nodes, *zip(values, (FLOAT, INT64), (None, None))) for nodes, values in ways]
+        """An If that makes an answer, or that and rows, by one of two ways: nodes, and what they call it."""
+        graphs = [
+            self.graph(
+                names[0], nodes, *(make_tensor_value_info(*named, None) for named in zip(names, TYPES, strict=False))
+            )
+            for nodes, names in ways
+        ]
         return make_node("If", [condition], made, then_branch=graphs[0], else_branch=graphs[1])
 
     def piece(self, name: str, *inputs: str) -> list[onnx.NodeProto]:
@@ -313,10 +304,10 @@ class Joiner:
             node.input[:] = [given.get(value, value) for value in node.input]
         return self.nodes[name]
 
-    def graph(self, name: str, nodes: list[onnx.NodeProto], *outputs: tuple) -> onnx.GraphProto:
-        """A graph of nodes and the weights that nobody else reads; outputs are names, types and shapes."""
+    def graph(self, name: str, nodes: list[onnx.NodeProto], *outputs: onnx.ValueInfoProto) -> onnx.GraphProto:
+        """A graph of nodes, and of the weights that nobody else reads."""
         weights = [self.weights[value] for value in sorted(read(nodes)) if self.readers[value] == 1]
-        return make_graph(nodes, name, [], [make_tensor_value_info(*output) for output in outputs], weights)
+        return make_graph(nodes, name, [], outputs, weights)
 
 
 def read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
