@@ -149,20 +149,26 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     evaluation |= curve_of(validation, args.calibration, thresholds, dev.difficulties)
     evaluation |= {"operating_point": point, "warnings": warnings_of(validation, record.labels)}
     # The rule for new text: (K,), or (K, 2)
-    evaluation["temperatures"] = [1.0] * len(validation.logits)
-    if rule.temperatures is not None:
-        evaluation["temperatures"] = rule.temperatures.tolist()
+    scaled = torch.ones(len(validation.logits)) if rule.temperatures is None else rule.temperatures
+    evaluation["temperatures"] = scaled.tolist()
     if rule.ranges is not None:
         evaluation["certainty_ranges"] = rule.ranges.tolist()
-    if args.live and devices.place().rank == 0:
-        evaluation |= live_of(model, examples, validation, rule, thresholds, args)
     device = devices.choose_device(args.device)
+    precision = devices.choose_precision(args.amp, device)
+    if args.live and devices.place().rank == 0:  # by the rule that new text gets
+        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(tqdm, desc="live"))
+        with devices.autocast(device, precision):
+            ready = prepare(model, precision) if args.prepared else model
+            evaluation["live"], *decided = measure_live(ready, examples, *setting)
+        differ = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
+        evaluation |= dict(zip(("live_differs", "live_differs_near"), differ, strict=True))
+        evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
     return validation, evaluation | {
         "examples": len(examples),
         "dev_digest": digest(dev),
         "seconds": round(seconds, 2),
         "device": devices.device_name(device),
-        "precision": str(devices.choose_precision(args.amp, device) or torch.float32),
+        "precision": str(precision or torch.float32),
         "versions": folders.versions(),
     }
 
@@ -182,26 +188,6 @@ def curve_of(validation: Validation, calibration: str, thresholds: list[float], 
     return swept
 
 
-def live_of(
-    model: MultiExitModel | MultiModel,
-    examples: TokenizedExamples,
-    validation: Validation,
-    rule: ExitRule,
-    thresholds: list[float],
-    args: argparse.Namespace,
-) -> dict:
-    """Early exit live, by the rule that new text gets: its time, and how often it differs from that rule's sweep."""
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
-    ready, progress = prepare(model, precision) if args.prepared else model, partial(tqdm, desc="live")
-    setting = (thresholds, validation.exits, args.live_batch_size, rule, progress)
-    with devices.autocast(device, precision):
-        live, *decided = measure_live(ready, examples, *setting)
-    differ, near = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
-    found = {"live": live, "live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
-    return found | {"live_differs": differ, "live_differs_near": near}
-
-
 def warnings_of(validation: Validation, names: list[str]) -> list[str]:
     """What a user should know of the exits, and what to try, a line each. `names` are the classes'."""
     layers, predictions, labels = validation.exits.layers, validation.logits.argmax(-1), validation.labels
@@ -216,7 +202,9 @@ def warnings_of(validation: Validation, names: list[str]) -> list[str]:
     for n, said in zip(layers, predictions, strict=True):
         counts, agrees = said.bincount(minlength=len(names)), 100 * float((said == predictions[-1]).double().mean())
         if never := [names[c] for c in range(len(names)) if support[c] and not counts[c]]:
-            found.append(f"the exit after layer {n} never predicts {some(never)}: {longer}, or on more rows of them")
+            found.append(
+                f"the exit after layer {n} never predicts {some(never)}: {longer}, or with --class-weights balanced"
+            )
         if agrees < AGREES:
             share = f"agrees with full depth on {agrees:.0f}% of texts"
             found.append(f"the exit after layer {n} {share}: {longer}, or leave it out (--use-exits)")
@@ -270,15 +258,14 @@ def print_evaluation(evaluation: dict) -> None:
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
     point, seconds = evaluation["operating_point"], evaluation["seconds"]
     print(f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {seconds:.1f} s")
-    (low, high), (least, most) = point["loss_interval"], 100 * np.array(point["speedup_interval"])
+    (low, high), (least, most) = point["loss_interval"], point["speedup_interval"]
     loss = f"{abs(point['loss']):.1f} {'below' if point['loss'] >= 0 else 'above'} full depth"
-    score, share = f"{point['score']:.1f} (macro F1 {point['macro_f1']:.1f})", f"{100 * point['speedup_ratio']:.0f}%"
+    score, share = f"{point['score']:.1f} (macro F1 {point['macro_f1']:.1f})", f"{point['speedup_ratio']:.0%}"
     print(f"operating point: threshold {point['threshold']:.6g}: {score}, {loss}, with {share} of the layers")
-    print(f"on new text, 95% intervals: {low:.1f} to {high:.1f} points lost, {least:.0f} to {most:.0f}% of the layers")
+    print(f"on new text, 95% intervals: {low:.1f} to {high:.1f} points lost, {least:.0%} to {most:.0%} of the layers")
     if "certified_rows" in point and point["threshold"] < 1:
-        rows, changes, wish = point["certified_rows"], point["certified_changes"], point["wish"]
-        sure = f"with {wish['sure']:g}% confidence at most {wish['max_change']:g}% of answers change"
-        print(f"certified: {sure}; of {rows:,} rows {changes:,} did")
+        sure = "at most {max_change:g}% of answers change, with {sure:g}% confidence".format(**point["wish"])
+        print(f"certified: {sure}; of {point['certified_rows']:,} rows {point['certified_changes']:,} did")
     for line in filter(None, [shortfall(point, len(exit_layers)), *evaluation["warnings"]]):
         print(f"warning: {line}")
     if "mean_exit_layers" in evaluation:

@@ -226,7 +226,8 @@ def loss_interval(cells: np.ndarray, metric: str) -> list[float]:
         return np.percentile(loss_of(draws, metric), (2.5, 97.5)).tolist()
     lost, won = cells[6] / rows, cells[5] / rows
     spread = NORMAL * math.sqrt((lost + won - (lost - won) ** 2) / rows)
-    return [float(100 * (lost - won - spread)), float(100 * (lost - won + spread))]
+    low, high = 100 * (lost - won - spread), 100 * (lost - won + spread)
+    return [float(max(0, low) if metric == "agreement" else low), float(high)]  # full depth agrees with itself
 
 
 def shortfall(point: dict, K: int) -> str:
@@ -237,5 +238,7 @@ def shortfall(point: dict, K: int) -> str:
     if "max_change" not in wish or point["threshold"] < 1 or K == 1:
         return ""
     rows = math.ceil(math.log(1 - wish["sure"] / 100) / math.log1p(-wish["max_change"] / 100))
-    asked, there = f"max_change: {wish['max_change']:g} at {wish['sure']:g}%", f"{point['certified_rows']} were there"
-    return f"{asked} cannot be certified below threshold 1; if none changed, {rows} rows would do, and {there}"
+    asked = f"max_change: {wish['max_change']:g} at {wish['sure']:g}% cannot be certified below threshold 1"
+    return (
+        f"{asked}, full depth is taken; if none changed, {rows} rows would do, and {point['certified_rows']} were there"
+    )

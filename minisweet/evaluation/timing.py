@@ -83,11 +83,8 @@ def measure_live(
 def differences(
     labels: Tensor, taken: Tensor, rule: ExitRule, validation: Validation, thresholds: list[float], rounding: float
 ) -> tuple[int, int]:
-    """In how many decisions live labels and exits, (P, N) each, differ from the sweep's by the same rule, and how many
-    of them rounding explains.
-
-    It may turn a decision where the earlier of the two exits is as sure as the threshold but for `rounding`, and a
-    label where the two likeliest are as probable as each other.
+    """In how many decisions live labels and exits, (P, N) each, differ from the sweep's, and how many of them rounding
+    explains: the earlier exit is as sure as the threshold, or a label's two likeliest are as probable as each other.
     """
     logits, certainty = validation.logits, validation.certainty
     _, swept = sweep([(rule, torch.arange(len(validation.labels)))], validation, thresholds)
