@@ -125,7 +125,7 @@ def compared(answers: Tensor, expected: Validation, rule: ExitRule, threshold: f
     differ, near = differences(labels[None], taken[None], rule, expected, [threshold], ROUNDING)
     if differ > near:
         raise InputError(f"--onnx: not written: {differ - near} of {len(taken)} answers are not the model's")
-    return f"{found}; all but {differ} labels and exits are the model's, and these as near to it as rounding goes"
+    return f"{found}; labels and exits are the model's" + f", but for {differ} that rounding decides" * bool(differ)
 
 
 def answers_of_file(path: Path, examples: TokenizedExamples, exit_layers: Sequence[int]) -> Tensor:
