@@ -554,7 +554,6 @@ def test_a_picture_replaces_no_file_of_another_kind(command, tmp_path):
         (evaluate, ("run", "--live-batch-size", 3), "--live-batch-size: 3 needs --live"),
         (explain, ("run", "a text", "--data", "dev.csv"), "--data: dev.csv needs --html"),
         (explain, ("run", "--html", "new.html", "--threshold", 0.7), "--threshold: 0.7 needs TEXT"),
-        (explain, ("run", "--html", "new.html", "--prepared"), "--prepared: needs TEXT"),
     ):
         status, _, err = command(module, *given)
         assert (status, err.count("\n"), idle in err) == (2, 1, True), err

@@ -16,6 +16,7 @@ import torch
 
 import train
 from minisweet.base.commands import run_command
+from minisweet.runs import start
 from tests.benchmark.kill import METHODS, result
 from tests.conftest import CHECKOUT, write_model
 
@@ -96,7 +97,7 @@ def test_what_has_changed_is_refused_with_both_values(command, monkeypatch):
         assert (status, err.count("\n"), len(err) < 400) == (2, 1, True)
         assert all(part in err for part in parts), err
     with monkeypatch.context() as other:
-        other.setattr(train, "versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0"))
+        other.setattr(start, "versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0"))
         assert f"torch is 0 and was {version('torch')}" in command("--out", "a", "--resume")[2]
     vocabulary = Path("tiny/vocab.txt")
     words = vocabulary.read_text()

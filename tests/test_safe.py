@@ -194,18 +194,18 @@ def test_a_hold_ends_with_its_process_however_that_ends(tmp_path):
 
 def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
     """Of a file and a folder: what they hold is synced before the rename, the folder of the name after it."""
-    done, fsync, replace = [], os.fsync, Path.replace
+    done, fsync, replace = [], os.fsync, os.replace
 
     def note_sync(held: int) -> None:
         done.append(os.readlink(f"/proc/self/fd/{held}"))
         fsync(held)
 
-    def note_replace(path: Path, target: Path) -> Path:
+    def note_replace(path: Path, target: Path) -> None:
         done.append(f"{path} -> {target}")
-        return replace(path, target)
+        replace(path, target)
 
     monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(Path, "replace", note_replace)
+    monkeypatch.setattr(os, "replace", note_replace)
     for write in (lambda target: write_json(target, {"a": 1}), lambda target: write_folder(target, "new")):
         target, done[:] = tmp_path / "target", []
         write(target)

@@ -175,7 +175,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         if target.is_dir() and overwrite:
             target.rename(folder / "old")
         if overwrite or new.is_dir():
-            new.replace(target)  # a folder replaces no file, and no folder that is not empty
+            os.replace(new, target)  # a folder replaces no file, and no folder that is not empty
         else:
             os.link(new, target)  # unlike a rename, this refuses a name that is taken
         sync(target.parent)
