@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
-from minisweet.base.commands import Parser, list_of, run_command, whole_number
+from minisweet.base.commands import Parser, Progress, list_of, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
@@ -35,7 +34,7 @@ from minisweet.evaluation.operating import add_wish_options, operating_point, sh
 from minisweet.evaluation.sweep import Validation, draw_keys, folds_of, predict, reliability, save_evaluation, sweep
 from minisweet.evaluation.timing import GATHERED, differences, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.runs import folders
+from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, read_record, run_digest, versions
 from minisweet.runs.records import Record
 from minisweet.use.plots import compare_curves, draw_curve
 
@@ -74,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
     idle -= {"test", "device", "amp"}
     parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(idle))
-    args.runs = args.runs or [folders.newest_run()]
+    args.runs = args.runs or [newest_run()]
     return args
 
 
@@ -83,7 +82,7 @@ def main() -> None:
     args = parse_arguments()
     if args.plot:
         check_file("--plot", args.plot, ".png")
-        evaluations = {str(run): folders.read_evaluation(run, folders.read_record(run)) for run in args.runs}
+        evaluations = {str(run): read_evaluation(run, read_record(run)) for run in args.runs}
         if missing := [run for run, evaluation in evaluations.items() if evaluation is None]:
             raise InputError(f"{missing[0]}: no evaluation.json; make it with evaluate.py")
         compare_curves(args.plot, evaluations)
@@ -92,22 +91,22 @@ def main() -> None:
     devices.keep_compiled_products()
     devices.tune_cpu()
     (run,) = args.runs
-    model, record = folders.load_run(run)
+    model, record = load_run(run)
     if args.test:
         test(model, record, args)
         return
     validation, evaluation = evaluate(model, record, args)
     if devices.place().rank:  # the first process alone writes
         return
-    if folders.read_record(run).digests != record.digests:
+    if read_record(run).digests != record.digests:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
-    save_evaluation(run, evaluation | {"run_digest": folders.run_digest(record)}, validation)
-    named = f"{record.model}, {folders.method_name(vars(record))}, {record.task}"
+    save_evaluation(run, evaluation | {"run_digest": run_digest(record)}, validation)
+    named = f"{record.model}, {method_name(vars(record))}, {record.task}"
     print(f"{run}: {named}, {evaluation['examples']} validation examples")
     print_evaluation(evaluation)
     print(f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict takes this operating point now")
     try:  # last: nothing else waits for a picture
-        draw_curve(run / "curve.png", folders.read_evaluation(run, record))
+        draw_curve(run / "curve.png", read_evaluation(run, record))
     except Exception as error:  # matplotlib has many, of fonts, caches and backends
         print(one_line(f"{run / 'curve.png'}: not drawn, it is not of this evaluation ({error})"))
 
@@ -154,7 +153,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device)
     if args.live and devices.place().rank == 0:  # by the rule that new text gets
-        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(tqdm, desc="live"))
+        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(Progress, desc="live"))
         with devices.autocast(device, precision):
             evaluation["live"], *decided = measure_live(model, examples, *setting)
         differ = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
@@ -166,7 +165,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
         "seconds": round(seconds, 2),
         "device": devices.device_name(device),
         "precision": str(precision or torch.float32),
-        "versions": folders.versions(),
+        "versions": versions(),
     }
 
 
@@ -211,7 +210,7 @@ def warnings_of(validation: Validation, names: list[str]) -> list[str]:
 def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Namespace) -> None:
     """Score a labelled file at the run's operating point, and print it beside what was promised."""
     (run,) = args.runs
-    evaluation = folders.read_evaluation(run, record)
+    evaluation = read_evaluation(run, record)
     if evaluation is None:
         raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
     task, point = TASKS.get(record.task), evaluation.operating_point

@@ -44,9 +44,10 @@ class ExitRule:
     @classmethod
     def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
         """The rule for new text, which `fit_rule` made and evaluation.json keeps."""
+        plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
         if evaluation.exit_strategy == "lte":
-            return cls(num_labels, ranges=torch.tensor(evaluation.certainty_ranges))
-        return cls(num_labels, torch.tensor(evaluation.temperatures))
+            return cls(num_labels, ranges=torch.tensor(evaluation.certainty_ranges, **plain))
+        return cls(num_labels, torch.tensor(evaluation.temperatures, **plain))
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
         """Exit k's confidence in some instances: (n,), in float32.
@@ -81,7 +82,7 @@ def certainty_ranges(certainty: Tensor, K: int) -> Tensor:
 
     An exit without certainty, the last of a branch model, has the range 0 to 1.
     """
-    ranges = torch.tensor([[0.0, 1.0]]).repeat(K, 1)
+    ranges = certainty.new_tensor([[0.0, 1.0]]).repeat(K, 1)
     ranges[: len(certainty)] = torch.stack(certainty.aminmax(dim=1), dim=1)
     return ranges
 

@@ -56,7 +56,7 @@ def fit_rule(
     if calibration == "none":
         return ExitRule(C)
     temperatures = [fit_temperature(exit_logits, labels) for exit_logits in logits[: K if labelled else K - 1]]
-    return ExitRule(C, torch.tensor(temperatures + [1.0] * (not labelled)))
+    return ExitRule(C, torch.tensor(temperatures + [1.0] * (not labelled), dtype=torch.float32))
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:

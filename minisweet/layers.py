@@ -177,7 +177,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         dropped = min(round(self.p * 65536), 65535)
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
         return x * (kept.to(x.dtype) * (65536 / (65536 - dropped)))

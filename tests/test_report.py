@@ -21,6 +21,7 @@ from minisweet.paper.report import (
     over_seeds,
     results_of,
     seed_means,
+    with_single_models,
 )
 from tests.conftest import CHECKOUT
 
@@ -135,6 +136,33 @@ def test_differences_are_paired_over_tasks_and_seeds():
     assert difference["mean"] == [2, 2, 1, 0]
     assert difference["ci95"] == pytest.approx([12.706, 0, 0, 0], abs=1e-3)
     assert "| ee | 2 | +2.0 ±12.7 | +2.0 ±0.0 | +1.0 ±0.0 | +0.0 ±0.0 |" in markdown(results_of(grid))
+
+
+def test_one_model_of_n_layers_is_a_point_at_its_own_cost(tmp_path, monkeypatch):
+    def of(*exit_scores: float) -> dict:
+        alone = {"method": "mm", "depth": 6, "exit_scores": list(exit_scores)}  # after layers 1 and 4
+        return record(ratios=(1 / 6, 0.5, 5 / 6)) | alone
+
+    taught = {0: of(62, 81), 1: of(64, 83), 2: {}}
+    branch = {seed: record((60, 70, 80), (1 / 6, 0.5, 1.0)) for seed in range(3)}
+    grid = with_single_models({"ee": {"sst2": branch}, "mm-taught": {"sst2": taught}, "branch": {"sst2": branch}})
+    single = "mm-taught: one model of n layers"
+    assert list(grid) == ["ee", single, "mm-taught", "branch"]
+    results = results_of(grid, (1 / 6, 1 / 2, 2 / 3, 1))
+    assert results["interpolated"][single]["ratios"] == [0.166666667, 0.5, 0.666666667, 1]
+    assert results["interpolated"][single]["mean"] == [63, None, 82, None]  # nothing between the models
+    assert results["interpolated"]["mm-taught"]["mean"][3] is None  # whose cost adds up
+    difference = results["differences"]["from"][single]
+    assert (difference["pairs"], difference["mean"]) == (2, [-3, None, pytest.approx(73.3333 - 82, abs=1e-3), None])
+    assert difference["ci95"][0] == pytest.approx(12.706, abs=1e-3)
+    assert single not in results["areas"] | results["individual"] | results["area_differences"]["branch"]
+    assert f"| {single}† | 2 | 63.0 ±12.7 |  | 82.0 ±12.7 |  |" in markdown(results)
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    draw_curves(tmp_path / "a.png", [("title", grid, ["sst2"])])
+    (points,) = figures[0].axes[0].containers
+    assert points.lines[0].get_xydata() == pytest.approx(np.array([[1 / 6, 63], [2 / 3, 82]]))
 
 
 def test_areas_are_compared_for_every_pair_of_methods():

@@ -140,7 +140,10 @@ def test_whatever_method_a_record_names_is_reported_and_not_made(command, tmp_pa
     runs, methods = tmp_path / "reproduced" / "runs", ["sweet-owner0.125", "ee-mixed", "mm-taught"]
     fake_run(runs, "sweet-owner0.125", 1e-3, 0, 60)
     for area, method in enumerate(methods[1:], start=61):  # as train.py writes them
-        folder = fake_run(runs, method, 1e-3, 0, area, trunk="runs/branch", model="runs/branch")
+        targets = {"ee-mixed": "labels", "mm-taught": "trunk"}[method]  # the trunk's need no labels: another digest
+        folder = fake_run(runs, method, 1e-3, 0, area, trunk="runs/branch", model="runs/branch", targets=targets)
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"train_digest": f"of {targets}", "dev_digest": "a"}))
         for name in ("run.json", "evaluation.json"):
             (folder / name).write_text((folder / name).read_text().replace(method, method[:2]))
     grid = ["--methods", ",".join(methods), "--seeds", "0", "--lrs", "1e-3"]
@@ -179,8 +182,24 @@ def test_a_report_takes_the_rates_that_are_there(command, tmp_path):
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())
     assert results["rates_searched"] == [5e-5, 1e-2]  # the third is of another seed
     assert results["learning_rates"]["ee"]["toy"] == 1e-2
-    status, _, err, _ = command("--methods", "sweet", "--report-only")
-    assert (status, "holds no run ...-n32-seed0 of these methods and tasks" in err, err.count("\n")) == (2, True, 1)
+    status, _, err, _ = command("--methods", "ee", "--seeds", "7", "--report-only")
+    assert (status, "holds no run whose name ends with -n32-seed7" in err, err.count("\n")) == (2, True, 1)
+
+
+def test_chosen_ratios_bring_single_models_too(command, tmp_path):
+    for method in ("mm", "branch"):
+        fake_run(tmp_path / "reproduced" / "runs", method, 1e-3, 0, 60.0)
+    report = ["--methods", "mm,branch", "--seeds", "0", "--lrs", "1e-3", "--report-only"]
+    assert command(*report, "--ratios", "1/4,2/3,1")[0] == 0
+    text = (tmp_path / "reproduced" / "results.md").read_text()
+    assert "| task | method | seeds | 0.25 | 0.667 | 1 |" in text
+    assert "| toy | mm: one model of n layers | 1 | 60.0 |  | 60.0 |" in text
+    assert "| mm: one model of n layers | 1 | +0.0 |  | +0.0 |" in text
+    assert command(*report)[0] == 0
+    assert "one model" not in (tmp_path / "reproduced" / "results.md").read_text()
+    for ratio in ("0", "1/0", "-1/2", "half"):
+        status, _, err, _ = command(*report, f"--ratios={ratio}")
+        assert (status, "--ratios: " in err, "is not a positive number" in err) == (2, True, True)
 
 
 def test_what_is_missing_is_named(command, tmp_path):
@@ -452,16 +471,18 @@ def test_several_processes_make_each_run_once(tmp_path, monkeypatch):
     write_model(tmp_path / "tiny", "bert")
     fake_run(tmp_path / "a" / "b", "ee", 1e-3, 0, 60.0).rename("example")
     made = Path("made")
-    for out, count in (("alone", 1), ("together", 3), ("killed", 3)):
+    for out, count in (("alone", 1), ("together", 3), ("killed", 8)):
         processes = [start(out) for _ in range(count)]
         if out == "killed":
             while not made.exists() or len(made.read_text().splitlines()) < 3:
                 time.sleep(0.02)
-            claim = next(Path("killed/runs").glob(".*.maker"))
-            killed = next(process for process in processes if f" {process.pid} " in claim.read_text())
-            killed.kill()
-            killed.join()  # its training goes on, and keeps the claim
-            processes.remove(killed)
+            claims = "".join(claim.read_text() for claim in Path("killed/runs").glob(".*.maker"))
+            for killed in [process for process in processes if f" {process.pid} " in claims][:2]:
+                killed.kill()
+                killed.join()  # its training goes on, and keeps the claim
+                processes.remove(killed)
+            time.sleep(1.5)  # nobody takes over what the two have left at work
+            assert (len(processes), len(made.read_text().splitlines())) == (6, 3)
             Path("go").touch()
         for process in processes:
             process.join()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from minisweet import EarlyExitClassifier
+from minisweet import EarlyExitClassifier, MultiExitModel, load_encoder
 from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.base.commands import run_command
 from minisweet.base.safe import InputError, sha256
@@ -131,6 +131,27 @@ def test_predictions_are_those_of_the_evaluation(make_run, tmp_path, method, str
         assert max(p, key=p.get) == row["label"]
         if strategy == "confidence":
             assert p[row["label"]] == float(row["confidence"])
+
+
+@pytest.mark.parametrize("strategy", ["confidence", "lte"])
+@pytest.mark.parametrize(("kind", "value"), [("dtype", torch.float64), ("dtype", torch.bfloat16), ("device", "meta")])
+def test_torchs_defaults_change_no_answer(make_run, model_dir, kind, value, strategy):
+    run, texts = make_run("sweet", exit_strategy=strategy), TEXTS[:3]
+
+    def answers() -> list:
+        model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, exit_strategy=strategy).train()
+        ids = torch.from_numpy(np.ones((2, 5), dtype=np.int64))
+        assert model(ids, ids, ids * 0).isfinite().all()
+        found = [EarlyExitClassifier(run, wish)(some) for wish in (0.7, 1.0) for some in (texts, texts[:1])]
+        return [*found, EarlyExitClassifier(run, max_loss=5.0)(texts)]
+
+    expected, set_default = answers(), getattr(torch, f"set_default_{kind}")
+    before = getattr(torch, f"get_default_{kind}")()
+    set_default(value)
+    try:
+        assert answers() == expected
+    finally:
+        set_default(before)
 
 
 def test_classifier_answers_any_number_in_order(run):
@@ -260,7 +281,7 @@ def test_what_no_threshold_can_certify_is_said_in_one_line(run, caplog):
     assert EarlyExitClassifier(run, max_change=0.1, sure=99).threshold == 1
     assert EarlyExitClassifier(run, speed=0.1).threshold < 1
     certificate, speed = (record.getMessage() for record in caplog.records)
-    assert "4603 rows would do, and 750 were there" in certificate
+    assert "4603 rows would do, of 750 here" in certificate
     assert "speed: 0.1 is out of reach; the nearest is 0.25" in speed
 
 
@@ -316,7 +337,9 @@ def test_a_stopped_evaluation_leaves_a_pair_that_fits(run, tmp_path, monkeypatch
         if stop == "evaluation.json":
             patch.setattr(sweep, "write_json", lambda *_: sys.exit(143))
         elif stop == "replace":
-            patch.setattr(type(copied), "replace", lambda *_: sys.exit(143))
+            replace, last = type(copied).replace, sweep.NEXT_LOGITS
+            stopped = lambda path, to: sys.exit(143) if path.name == last else replace(path, to)  # noqa: E731
+            patch.setattr(type(copied), "replace", stopped)
         status, *_ = call(evaluate, copied, "--use-exits", "2,4", "--calibration", "none")
     assert status == (0 if stop == "neither" else 143)
     is_old = stop == "evaluation.json"

@@ -84,7 +84,8 @@ def filled(
                 problems.append(f"{source} is of type {there.get_dtype()} and should be floating-point")
     problems += [f"{k} {v.get_shape()} is unexpected" for k, v in unused.items() if not k.startswith(dropped)]
     for name in sources if not problems else ():
-        weights[name] = torch.cat([tensors[source][...].float() for source in sources[name]])
+        with torch.device("cpu"):  # whatever the user's default is
+            weights[name] = torch.cat([tensors[source][...].float() for source in sources[name]])
         if not weights[name].isfinite().all():
             problems.append(f"{' or '.join(sources[name])} holds NaN or infinity")
     if problems:

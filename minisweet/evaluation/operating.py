@@ -238,7 +238,5 @@ def shortfall(point: dict, K: int) -> str:
     if "max_change" not in wish or point["threshold"] < 1 or K == 1:
         return ""
     rows = math.ceil(math.log(1 - wish["sure"] / 100) / math.log1p(-wish["max_change"] / 100))
-    asked = f"max_change: {wish['max_change']:g} at {wish['sure']:g}% cannot be certified below threshold 1"
-    return (
-        f"{asked}, full depth is taken; if none changed, {rows} rows would do, and {point['certified_rows']} were there"
-    )
+    asked = f"max_change: no faster threshold can be certified for {wish['max_change']:g} at {wish['sure']:g}%"
+    return f"{asked}, full depth is taken; if none changed, {rows} rows would do, of {point['certified_rows']} here"

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from minisweet.base.commands import Parser, positive_float, run_command, whole_number
-from minisweet.base.devices import choose_device, device_name, tune_cpu
+from minisweet.base.devices import choose_device, tune_cpu
 from minisweet.base.safe import InputError, home, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.paper.report import for_json, over_seeds
-from minisweet.paper.reproduce import TRAINING, as_options, run_script
+from minisweet.paper.reproduce import TRAINING, as_options, need_clone, run_script
 from minisweet.runs.folders import load_run, versions
 from minisweet.runs.options import SMALL, add_training_options, find_model
+from minisweet.runs.records import Record
 from minisweet.use.plots import new_figure, save_figure
 
 
@@ -79,9 +80,28 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def fine_tuned(args: argparse.Namespace) -> tuple[MultiExitModel, Record]:
+    """The model that train.py makes of these options, and its record."""
+    args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
+    with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as temporary:
+        run = Path(temporary) / "run"
+        if status := run_script("train.py", as_options(vars(args) | {"out": run, "epochs": 1}, TRAINING)):
+            sys.exit(abs(status))  # it has said why
+        return load_run(run)
+
+
+def measured(model: MultiExitModel, new: TokenizedExamples, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`exit_similarities` of each batch of the rows: (batches, M, K, K) each."""
+    device = next(model.parameters()).device
+    batches = (new.batch(rows).to(device) for rows in np.arange(len(new)).reshape(-1, batch_size))
+    similarities, left_out = zip(*(exit_similarities(model, batch) for batch in batches), strict=True)
+    return np.stack(similarities), np.stack(left_out)
+
+
 def main() -> None:
     """Fine-tune, measure, and write gradients.json and gradients.png."""
     args = parse_arguments()
+    need_clone()
     tune_cpu()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")
@@ -92,30 +112,28 @@ def main() -> None:
     if len(args.exit_layers) < 2:
         raise InputError(f"--exit-layers: {args.exit_layers[0]} is one exit, and there is nothing to compare it with")
     rows = load_examples(args.task, "train", args.data_dir)
-    args.train_size, measured, N = args.steps * args.batch_size, args.batches * args.batch_size, len(rows.labels)
-    if (needed := args.train_size + measured) > N:
+    args.train_size, unseen, N = args.steps * args.batch_size, args.batches * args.batch_size, len(rows.labels)
+    if (needed := args.train_size + unseen) > N:
         wish = f"{args.steps} steps and {args.batches} new batches of {args.batch_size}"
         raise InputError(f"--steps: {wish} need {needed} examples, and {args.task} has {N}")
-    args.out.mkdir(parents=True, exist_ok=True)  # tried now, since it is needed after the training
-    with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as temporary:
-        run = Path(temporary) / "run"
-        if status := run_script("train.py", as_options(vars(args) | {"out": run, "epochs": 1}, TRAINING)):
-            sys.exit(abs(status))  # it has said why
-        model, record = load_run(run)
+    model, record = fine_tuned(args)
     order = np.random.default_rng(args.seed).permutation(N)
-    unseen = order[~np.isin(order, record.subset)][:measured]
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
-    new = TokenizedExamples(tokenizer, rows, unseen)
-    model.to(device).eval()
-    batches = (new.batch(chosen).to(device) for chosen in np.arange(measured).reshape(-1, args.batch_size))
-    measurements = [exit_similarities(model, batch) for batch in batches]
-    similarities, left_out = (np.stack(part) for part in zip(*measurements, strict=True))
+    new = TokenizedExamples(tokenizer, rows, order[~np.isin(order, record.subset)][:unseen])
+    similarities, left_out = measured(model.to(device).eval(), new, args.batch_size)
     mean, deviation, _ = over_seeds(similarities)  # of batches here: (M, K, K) each
+    write_report(args, record, mean, deviation, left_out.sum(0))
+
+
+def write_report(
+    args: argparse.Namespace, record: Record, mean: np.ndarray, deviation: np.ndarray, left_out: np.ndarray
+) -> None:
+    """Write and print similarities, their deviation over batches, and how many rows were left out: (M, K, K) each."""
     conflict = (~np.isnan(mean) & ~np.eye(len(args.exit_layers), dtype=bool)).any()  # two exits update one matrix
     given = ("model", "method", "task", "steps", "batches", "batch_size", "seed")
     report = {key: getattr(args, key) for key in given} | {
         "learning_rate": args.lr,
-        "device": device_name(device),
+        "device": record.device,
         "precision": record.precision,
         "versions": versions(),
         "layers": list(args.exit_layers[:-1]),
@@ -123,7 +141,7 @@ def main() -> None:
         "nothing_to_conflict": not conflict,
         "cosine": for_json(mean),
         "deviation": for_json(deviation),
-        "rows_left_out": left_out.sum(0).tolist(),
+        "rows_left_out": left_out.tolist(),
     }
     write_json(args.out / "gradients.json", report)
     draw_similarities(args.out / "gradients.png", mean, args)

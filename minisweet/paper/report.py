@@ -22,6 +22,7 @@ from minisweet.use.plots import label_axes, new_figure, save_figure, sorted_curv
 # 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+SINGLE = ": one model of n layers"
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the first exit's
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
 NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
@@ -34,6 +35,23 @@ KNOWN = {  # what results.json tells of single runs
 
 # The records of one method and training size, by task and seed; {} for a run whose loss became infinite or NaN.
 Records = dict[str, dict[int, dict]]
+Points = Callable[[dict], ArrayLike]  # of a record: (P,)
+
+
+def with_single_models(grid: dict[str, Records]) -> dict[str, Records]:
+    """The grid, and before each Multi-Model, mm or mm-taught, its models alone: points at their own cost, n / L."""
+
+    def alone(run: dict) -> dict:
+        costs = [n / run["depth"] for n in run["exit_layers"]]
+        return run | {"method": run["method"] + SINGLE, "speedup_ratios": costs, "scores": run["exit_scores"]}
+
+    models = {}
+    for method, records in grid.items():
+        if method.startswith("mm"):
+            points = {task: {seed: run and alone(run) for seed, run in runs.items()} for task, runs in records.items()}
+            models[method + SINGLE] = points
+        models[method] = records
+    return models
 
 
 def one_class_layers(record: dict) -> list[int]:
@@ -51,7 +69,7 @@ def did_not_converge(record: dict) -> bool:
     if not record:
         return True
     losses = np.array(record["losses"])  # (steps, K)
-    if record["method"] not in ("mm", "branch"):
+    if not record["method"].startswith(("mm", "branch")):
         losses = losses.sum(1, keepdims=True)
     part = max(len(losses) // 10, min(10, len(losses) // 2))
     rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()  # a single step tells nothing
@@ -59,12 +77,14 @@ def did_not_converge(record: dict) -> bool:
 
 
 def interpolated(record: dict, ratios: Sequence[float]) -> np.ndarray:
-    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at a ratio that it does not reach."""
+    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at one that it, or no point, reaches."""
     curve = sorted_curve(record["speedup_ratios"], record["scores"])
-    return np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
+    scores = np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
+    is_curve = not record["method"].endswith(SINGLE)
+    return np.where(is_curve | np.isin(np.round(ratios, 9), curve[0]), scores, np.nan)
 
 
-def seed_means(records: Records, points: Callable[[dict], ArrayLike]) -> np.ndarray:
+def seed_means(records: Records, points: Points) -> np.ndarray:
     """The points of each seed that has a run of all tasks, averaged over them: (S, P)."""
     seeds = set.intersection(*({seed for seed, run in runs.items() if run} for runs in records.values()))
     values = [np.mean([points(runs[seed]) for runs in records.values()], axis=0) for seed in sorted(seeds)]
@@ -82,29 +102,34 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.mean(0), std, std * STUDENT_T[min(max(S - 1, 1), 30) - 1] / np.sqrt(S)
 
 
-def results_of(grid: dict[str, Records]) -> dict:
+def results_of(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> dict:
     """`individual`, `interpolated`, `areas`, `differences` and `area_differences`, for JSON, of one training size.
 
     `grid` is method to task to seed to record. `differences` are the last method's interpolated scores less each other
-    method's, `area_differences` each method's area less each other's; only where there are pairs.
+    method's, `area_differences` each method's area less each other's; only where there are pairs. `chosen` are the
+    speedup ratios, by default the paper's.
     """
     results: dict[str, dict] = {"individual": {}, "interpolated": {}, "areas": {}}
     for method, records in grid.items():
         runs = _runs(records)
-        ratios = {*RATIOS, *MULTI_MODEL_RATIOS * (method == "mm"), *(min(run["speedup_ratios"]) for run in runs[:1])}
-        ratios = sorted({round(ratio, 9) for ratio in ratios}) if runs else []
+        first = [min(run["speedup_ratios"]) for run in runs[:1]]
+        papers = (*RATIOS, *MULTI_MODEL_RATIOS * method.startswith("mm"), *first)
+        ratios = sorted({round(ratio, 9) for ratio in chosen or papers}) if runs else []
         at_ratios = partial(interpolated, ratios=ratios)
         layers = runs[0]["exit_layers"] if runs else []
-        results["individual"][method] = {"exit_layers": layers} | _row(records, itemgetter("exit_scores"), "std")
         results["interpolated"][method] = {"ratios": ratios} | _row(records, at_ratios, "ci95")
+        if method.endswith(SINGLE):
+            continue
+        results["individual"][method] = {"exit_layers": layers} | _row(records, itemgetter("exit_scores"), "std")
         results["areas"][method] = _row(records, itemgetter("area"), "ci95")
     less_others = less_each_other(grid, method, at_ratios)
+    curves = {method: grid[method] for method in results["areas"]}
     results["differences"] = {"of": method, "ratios": ratios, "from": less_others}
-    results["area_differences"] = {method: less_each_other(grid, method, itemgetter("area")) for method in grid}
+    results["area_differences"] = {method: less_each_other(curves, method, itemgetter("area")) for method in curves}
     return results
 
 
-def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dict], ArrayLike]) -> dict:
+def less_each_other(grid: dict[str, Records], method: str, points: Points) -> dict:
     """The points of a method's runs less those of each other method's, paired over tasks and seeds.
 
     The interval is that of as many independent pairs. A method without pairs is left out.
@@ -120,7 +145,7 @@ def less_each_other(grid: dict[str, Records], method: str, points: Callable[[dic
     return differences
 
 
-def _row(records: Records, points: Callable[[dict], ArrayLike], spread: str) -> dict:
+def _row(records: Records, points: Points, spread: str) -> dict:
     """Mean and spread ("std" or "ci95") over seeds, and what of it failed to learn; in `tasks` those of each task."""
 
     def row(records: Records) -> dict:
@@ -236,9 +261,12 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
             records = {task: grid[method][task] for task in tasks}
             reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]]
             ratios = np.linspace(min(reached, default=0), max(reached, default=0), 400)
+            ratios = np.unique(reached) if method.endswith(SINGLE) else ratios
             mean, _, ci95 = over_seeds(seed_means(records, partial(interpolated, ratios=ratios)))
-            if len(mean):
-                colour = f"C{methods.index(method)}"
+            colour = f"C{methods.index(method)}"
+            if len(mean) and method.endswith(SINGLE):
+                axis.errorbar(ratios, mean, ci95, color=colour, label=method, fmt="o")
+            elif len(mean):
                 axis.plot(ratios, mean, color=colour, label=method)
                 axis.fill_between(ratios, mean - ci95, mean + ci95, color=colour, alpha=0.15, linewidth=0)
         label_axes(axis, title, "score")

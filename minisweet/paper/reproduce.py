@@ -26,12 +26,13 @@ from pathlib import Path
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.base.safe import InputError, home, lock, read_json, write_json, written_beside
+from minisweet.base.safe import LOG, InputError, clone, hold, home, read_json, write_json, written_beside
 from minisweet.branches import METHODS
 from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.exits import EXIT_STRATEGIES
-from minisweet.paper.report import did_not_converge, document, draw_curves, one_class_layers, results_of
+from minisweet.paper import report
+from minisweet.paper.report import Records, did_not_converge, one_class_layers
 from minisweet.runs import options
 from minisweet.runs.folders import method_name, read_diverged, read_evaluation, read_record, run_name
 from minisweet.runs.records import Arguments, Curve, Record
@@ -104,6 +105,7 @@ class Grid:
         there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
         for split, *drawn_by in (("train", run.train_size, run.seed), ("dev",)):
             rows, told = (run.task, split, *drawn_by), getattr(record, f"{split}_digest")
+            rows += ("without labels",) * (split == "train" and record.targets == "trunk")
             if told is None:
                 continue  # a record of the archives
             if there and rows not in self.rows and not self.args.report_only:
@@ -165,6 +167,12 @@ class Grid:
         return [evaluate] if (folder / "run.json").exists() else [train, evaluate]
 
 
+def need_clone() -> None:
+    """Raise InputError where the package is installed, without train.py and evaluate.py."""
+    if clone() is None:
+        raise InputError("train.py: not here, and it is run, so this needs a clone of the repository; call it there")
+
+
 def as_options(values: dict[str, object], names: tuple[str, ...]) -> list[str]:
     """The command-line options of these names; those that have no value are left out."""
     words = []
@@ -194,19 +202,14 @@ def claimed(folder: Path) -> Iterator[bool]:
     The lock passes on to the script that makes the run: if this process is killed, the claim lasts until that has
     ended. Who has claimed a run must look whether it is still missing.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.maker")
-    if (held := lock(path)) is None:
-        yield False
-        return
-    try:
+
+    def pass_on(held: int) -> None:
         os.set_inheritable(held, True)
-        os.truncate(held, 0)
         os.write(held, f"{platform.node()} {os.getpid()} {time.ctime()}\n".encode())  # for people
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(held)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with hold(folder.with_name(f".{folder.name}.maker"), on_acquired=pass_on) as is_ours:
+        yield is_ours
 
 
 def run_all(grid: Grid) -> list[str]:
@@ -220,7 +223,7 @@ def run_all(grid: Grid) -> list[str]:
                     done = len(grid.records) - before  # by all processes, since this one began
                     minutes = (time.monotonic() - start) / 60 / max(done, 1) * len(todo)
                     eta = f", about {minutes:.0f} min" if done else ""
-                    print(f"{grid.folder(run).name} ({len(todo)} to go{eta})", flush=True)
+                    LOG.info("%s (%d to go%s)", grid.folder(run).name, len(todo), eta)
                     # The second is not run where the first fails.
                     any(run_script(script, words) for script, *words in grid.commands(run))
                     failed += [run] if grid.record(run) is None else []
@@ -228,7 +231,7 @@ def run_all(grid: Grid) -> list[str]:
                 break  # what is missing now may have changed
         else:
             if not waits:
-                print(f"{len(todo)} runs are being made by other processes; waiting for them", flush=True)
+                LOG.info("%d runs are being made by other processes; waiting for them", len(todo))
             waits = True
             time.sleep(1)
     return [grid.folder(run).name for run in failed if grid.record(run) is None]
@@ -248,12 +251,10 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--out: {path} is not of this command (results.json does not name it); move it away")
 
 
-def write_report(grid: Grid) -> None:
-    """Write results.md, results.json and the figures from the runs that are there."""
-    args, wanted = grid.args, grid.wanted()
-    check_output(args)
-    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
-    tables = {n: {method: {task: {} for task in tasks} for method in methods} for n in sizes}
+def tables_of(grid: Grid) -> tuple[dict[int, dict[str, Records]], list[str], dict[str, list[str]]]:
+    """What is there by training size, method, task and seed; what is missing; and which runs are repeated by which."""
+    args = grid.args
+    tables = {n: {method: {task: {} for task in args.tasks} for method in args.methods} for n in args.train_sizes}
     missing, repeated = [grid.folder(run).name for run in grid.missing()], {}
     for slot in grid.slots:
         (n, task, method, seed), attempts = slot, grid.attempts(*slot)
@@ -261,21 +262,37 @@ def write_report(grid: Grid) -> None:
         if not attempts and all(grid.record(run) == {} for run in grid.search(task, method)):
             found = [{}]
             missing.append(f"{method} {task} n{n} seed{seed}: no learning rate converged")
-        elif not attempts and (n, seed) != (size, args.seeds[0]):
+        elif not attempts and (n, seed) != (args.train_sizes[0], args.seeds[0]):
             missing.append(f"{method} {task} n{n} seed{seed}, once its learning rate is known")
         if found:  # a run that is being repeated counts, marked, until its repetition is there
             tables[n][method][task][seed] = found[-1]
         names = [grid.folder(run).name for run in attempts]
         repeated |= {names[0]: names[1:]} if len(names) > 1 else {}
-    made = {grid.folder(run).name: grid.records[run] for run in wanted if run in grid.records}
-    done = {name: record for name, record in made.items() if record}
+    return tables, missing, repeated
 
+
+def figures_of(args: argparse.Namespace, tables: dict[int, dict[str, Records]]) -> dict[str, list[tuple]]:
+    """The figures' names, and the panels of each, as `draw_curves` takes them."""
+    size, tasks = args.train_sizes[0], args.tasks
     title = f"{Path(args.model).name}, mean over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
     figures = {"curves.png": [(title, tables[size], tasks)]}
     if len(tasks) > 1:
         figures["tasks.png"] = [(task, tables[size], [task]) for task in tasks]
-    if len(sizes) > 1:
-        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(sizes)]
+    if len(tables) > 1:
+        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(tables)]
+    return figures
+
+
+def write_report(grid: Grid) -> None:
+    """Write results.md, results.json and the figures from the runs that are there."""
+    args = grid.args
+    check_output(args)
+    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
+    tables, missing, repeated = tables_of(grid)
+    if args.ratios:
+        tables = {n: report.with_single_models(table) for n, table in tables.items()}
+    made = {grid.folder(run).name: grid.records[run] for run in grid.wanted() if run in grid.records}
+    done, figures = {name: record for name, record in made.items() if record}, figures_of(args, tables)
     results = {
         **{key: getattr(args, key) for key in ("model", "exit_strategy", "seeds")},
         "train_size": size,
@@ -283,13 +300,13 @@ def write_report(grid: Grid) -> None:
         "rates_searched": args.lrs,
         "learning_rates": {method: {task: grid.learning_rate(task, method) for task in tasks} for method in methods},
         "early_exits_failed": {method: grid.early_exits_failed(method) for method in methods},
-        **results_of(tables[size]),
+        **report.results_of(tables[size], args.ratios),
         "missing": missing,
         "did_not_converge": [name for name, record in made.items() if did_not_converge(record)],
         "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
         "repeated": repeated,
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
-        "by_train_size": {str(n): results_of(tables[n]) for n in sizes[1:]},
+        "by_train_size": {str(n): report.results_of(tables[n], args.ratios) for n in sizes[1:]},
         "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
         "files": ["results.md", *figures],
     }
@@ -297,10 +314,16 @@ def write_report(grid: Grid) -> None:
         (args.out / name).unlink(missing_ok=True)  # one of other tables would mislead
     write_json(args.out / "results.json", results)  # first, since it tells that the others are ours
     with written_beside(args.out / "results.md") as partial:
-        partial.write_text(document(results), encoding="utf-8")
+        partial.write_text(report.document(results), encoding="utf-8")
     for name, panels in figures.items():
-        draw_curves(args.out / name, panels)
+        report.draw_curves(args.out / name, panels)
     print(f"{args.out}: results.md, results.json and figures, of {len(done)} runs; {len(missing)} missing")
+
+
+def share(text: str) -> float:
+    """An argparse type: a positive number, which may be a fraction."""
+    numerator, _, denominator = text.partition("/")
+    return positive_float(numerator) / positive_float(denominator or "1")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -315,6 +338,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
+    ratios = "speedup ratios of the tables, such as 1/6,1/2,1, where MM's models stand alone too (default: the paper's)"
+    option("--ratios", type=list_of(share), help=ratios)
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
     instead = parser.add_mutually_exclusive_group().add_argument
@@ -332,6 +357,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     if not args.report_only:
+        need_clone()
         _, config, _ = options.find_model(args)
         args.lrs = args.lrs or options.search_rates(config)
     args.lrs = args.lrs or rates_there(args)
@@ -340,13 +366,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def rates_there(args: argparse.Namespace) -> list[float]:
     """The rates of --runs on the first seed and size, which a report takes for those that were searched."""
-    methods, tasks = ("|".join(map(re.escape, names)) for names in (args.methods, args.tasks))
     tail = f"-n{args.train_sizes[0]}-seed{args.seeds[0]}" + "-lte" * (args.exit_strategy == "lte")
-    name = re.compile(rf".+-({methods})-({tasks})-lr(\d[\d.]*(e[-+]\d+)?){tail}")
-    rates = {float(found[3]) for folder in args.runs.glob("*") if (found := name.fullmatch(folder.name))}
-    if not rates:
-        raise InputError(f"--runs: {args.runs} holds no run ...{tail} of these methods and tasks")
-    return sorted(rates)
+    found = (re.fullmatch(rf".+-lr(\d[\d.]*(?:e[-+]\d+)?){tail}", folder.name) for folder in args.runs.glob("*"))
+    if not (rates := sorted({float(match[1]) for match in found if match})):
+        raise InputError(f"--runs: {args.runs} holds no run whose name ends with {tail}")
+    return rates
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ class Arguments(Fields):
     max_length: Annotated[int, 8, 2**31 - 1]
     train_size: Size = None  # None for all rows
     trunk: Text = None
+    targets: Text = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class OperatingPoint(Fields):
     loss_interval: Annotated[Points, 2]
     speedup_ratio: Positive
     speedup_interval: Annotated[Positive, 2]
-    reached: bool
+    reached: Literal[True, False]
     wish: Annotated[Amount, dict]
 
 

@@ -1,7 +1,6 @@
 """Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made."""
 
 import argparse
-import logging
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
-from minisweet.base.safe import InputError, as_written, is_text
+from minisweet.base.safe import LOG, InputError, as_written, is_text
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, wish_of
@@ -22,7 +21,6 @@ from minisweet.evaluation.timing import GATHERED
 from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
 
-LOG = logging.getLogger("minisweet")
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
 ARGUMENTS = {  # of the classifier: what is right, and whether a value is
@@ -159,9 +157,10 @@ class EarlyExitClassifier:
         """The threshold of evaluation.json; or the one for a wish, whose rule is then taken too."""
         if all(value is None for name, value in wishes.items() if name != "sure"):
             return self.evaluation.operating_point.threshold
-        validation = load_validation(run, self.evaluation, self.record)
-        wish = wish_of(validation.metric != "agreement", **wishes)
-        self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
+        with torch.device("cpu"):  # whatever the user's default is
+            validation = load_validation(run, self.evaluation, self.record)
+            wish = wish_of(validation.metric != "agreement", **wishes)
+            self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
         if line := shortfall(point, len(validation.logits)):
             LOG.warning("%s", line)
         return point["threshold"]
