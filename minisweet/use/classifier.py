@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number, whole_number
