@@ -252,11 +252,11 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
         for method in grid:
             look = {"color": f"C{methods.index(method)}", "label": method}
             records = {task: grid[method][task] for task in tasks}
-            reached = {ratio for run in _runs(records) for ratio in run["speedup_ratios"]} or {0}
-            ratios = np.linspace(min(reached), max(reached), 400)
-            ratios = np.array(sorted(reached)) if method.endswith(SINGLE) else ratios
+            reached = sorted({ratio for run in _runs(records) for ratio in run["speedup_ratios"]}) or [0]
+            is_curve = not method.endswith(SINGLE)
+            ratios = np.linspace(reached[0], reached[-1], 400) if is_curve else reached
             mean, _, ci95 = over_seeds(seed_means(records, partial(interpolated, ratios=ratios)))
-            if len(mean) and method.endswith(SINGLE):
+            if len(mean) and not is_curve:
                 axis.errorbar(ratios, mean, ci95, fmt="o", **look)
             elif len(mean):
                 axis.plot(ratios, mean, **look)
