@@ -4,7 +4,6 @@ A field's annotation says what it may hold (see base/fields.py); anything else r
 the published format's; a field whose default is None may be None.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -34,9 +33,9 @@ class Config(Fields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size, heads = self.hidden_size, self.num_attention_heads
-        if size % heads:
-            raise ValueError(f"hidden_size is {size}, and must be a multiple of num_attention_heads, {heads}")
+        D, H = self.hidden_size, self.num_attention_heads
+        if D % H:
+            raise ValueError(f"hidden_size is {D}, and must be a multiple of num_attention_heads, {H}")
 
     @property
     def head_dropout(self) -> float:
@@ -64,7 +63,7 @@ class BertConfig(Config):
 class DebertaConfig(Config):
     """The keys of config.json that shape a DeBERTa encoder, of its first version."""
 
-    pos_att_type: Literal["c2p|p2c", "c2p", "p2c"]  # or a list
+    pos_att_type: Literal["c2p|p2c", "p2c|c2p", "c2p", "p2c"]  # or a list
     relative_attention: Literal[True]
     position_biased_input: Literal[False]
     max_relative_positions: Size = -1  # k; below 1: max_position_embeddings
@@ -83,9 +82,8 @@ class DebertaConfig(Config):
     head_dropout_key: ClassVar[str] = "cls_dropout"
 
     def __post_init__(self) -> None:
-        terms = self.pos_att_type.split("|") if isinstance(self.pos_att_type, str) else self.pos_att_type
-        if isinstance(terms, Sequence):
-            object.__setattr__(self, "pos_att_type", "|".join(sorted(map(str, terms))))
+        if isinstance(self.pos_att_type, list):
+            object.__setattr__(self, "pos_att_type", "|".join(map(str, self.pos_att_type)))
         if type(self.max_relative_positions) is int and self.max_relative_positions < 1:
             object.__setattr__(self, "max_relative_positions", self.max_position_embeddings)
         super().__post_init__()

@@ -15,6 +15,8 @@ from typing import Literal, get_args, get_origin
 
 from minisweet.base.safe import as_written, is_text
 
+NOUNS = {int: "a whole number from", float: "a number from", str: "text of"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
@@ -23,8 +25,7 @@ class Fields:
     @classmethod
     def from_json(cls, content: Mapping[str, object]):
         """Take the fields of a file's content. Raises ValueError, by name, where one is missing or wrong."""
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in content]
-        if missing:
+        if missing := [one.name for one in fields(cls) if one.default is MISSING and one.name not in content]:
             raise ValueError(f"{', '.join(missing)} missing, and {cls.__name__} needs it")
         values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         for field in fields(cls):
@@ -33,7 +34,7 @@ class Fields:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        found: dict[str, int] = {}  # how long the lists of each letter are
+        found: dict[str, int] = {}  # the length of each letter's lists
         for field in fields(self):
             value, allowed = getattr(self, field.name), get_args(field.type)
             if isinstance(field.type, type):
@@ -44,8 +45,7 @@ class Fields:
             else:
                 kind, low, high, *lengths = allowed
                 right = _fits(value, kind, low, high, lengths, found)
-                wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
-                wanted = f"text of {low} to {high} characters" if kind is str else wanted
+                wanted = f"{NOUNS[kind]} {low} to {high}{' characters' * (kind is str)}"
                 wanted = f"lists ({', '.join(map(str, lengths))}) of {wanted}" if lengths else wanted
             if not (right or value is field.default is None):
                 raise ValueError(f"{field.name} is {as_written(value)}, and must be {wanted}")

@@ -1,8 +1,7 @@
 """Files of weights into modules, strictly: one safetensors file, its shards, or a pytorch_model.bin, converted once.
 
-What is missing, unexpected or of another shape is listed and stops the load, and so is then what is loaded and not
-finite. Sizes are compared with the tensors before anything is built, so that a config.json that asks for a billion
-layers costs nothing.
+All that is missing, unexpected, of another shape or not finite is listed, and nothing is loaded. Sizes are compared
+with the tensors before anything is built, so that a config.json that asks for a billion layers costs nothing.
 """
 
 import warnings
@@ -71,23 +70,23 @@ def filled(
         module = make()
     shapes = {name: list(value.shape) for name, value in module.state_dict().items()} | others
     sources = {name: names.get(name, (name,)) for name in shapes}
-    problems, unused, weights = [], dict(tensors), {}
-    for name, shape in shapes.items():
-        part = [shape[0] // len(sources[name]), *shape[1:]]
-        for source in sources[name]:
-            there = unused.pop(source, None)
-            if there is None:
-                problems.append(f"{source} {part} is missing")
-            elif there.get_shape() != part:
-                problems.append(f"{source} is {there.get_shape()} and should be {part}")
-            elif there.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-                problems.append(f"{source} is of type {there.get_dtype()} and should be floating-point")
-    problems += [f"{k} {v.get_shape()} is unexpected" for k, v in unused.items() if not k.startswith(dropped)]
-    for name in sources if not problems else ():
+    wanted, problems = {}, []
+    for name, (rows, *rest) in shapes.items():
+        wanted |= dict.fromkeys(sources[name], [rows // len(sources[name]), *rest])
+    for name, shape in wanted.items():
+        if name not in tensors:
+            problems.append(f"{name} {shape} is missing")
+        elif (there := tensors[name].get_shape()) != shape:
+            problems.append(f"{name} is {there} and should be {shape}")
+        elif (dtype := tensors[name].get_dtype()) not in ("F16", "BF16", "F32", "F64"):
+            problems.append(f"{name} is of type {dtype} and should be floating-point")
+    unused = [name for name in tensors if name not in wanted and not name.startswith(dropped)]
+    problems += [f"{name} {tensors[name].get_shape()} is unexpected" for name in unused]
+    if not problems:
         with torch.device("cpu"):  # whatever the user's default is
-            weights[name] = torch.cat([tensors[source][...].float() for source in sources[name]])
-        if not weights[name].isfinite().all():
-            problems.append(f"{' or '.join(sources[name])} holds NaN or infinity")
+            weights = {name: torch.cat([tensors[part][...].float() for part in sources[name]]) for name in shapes}
+        infinite = [name for name in shapes if not weights[name].isfinite().all()]
+        problems = [f"{' or '.join(sources[name])} holds NaN or infinity" for name in infinite]
     if problems:
         raise InputError(f"{path} does not fit its config.json: {listed(problems)}")
     others = {name: weights.pop(name) for name in others}
@@ -111,7 +110,7 @@ def convert(path: Path) -> None:
             content = torch.load(path, weights_only=True, map_location="cpu")
         for name, value in content.items():
             plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-            if not isinstance(name, str) or not plain or value.is_nested or value.is_quantized:
+            if not (isinstance(name, str) and plain) or value.is_nested or value.is_quantized:
                 raise TypeError(f"{name!r:.80} is no name with a plain tensor (sparse, quantised, nested, empty)")
             room -= value.numel() * value.element_size()
             if room < 0:  # an expanded one would fill the memory

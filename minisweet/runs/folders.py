@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from minisweet import checkpoint
 from minisweet.base import safe
 from minisweet.base.fields import Fields
 from minisweet.base.safe import InputError, as_written, listed, read_json, sha256, write_json, written_beside
-from minisweet.base.weights import WEIGHTS
+from minisweet.base.weights import WEIGHTS, check_sizes, filled, open_weights
 from minisweet.branches import METHODS, BranchModel
 from minisweet.checkpoint import OURS, read_config
 from minisweet.config import Config
@@ -88,23 +87,18 @@ def check_output(out: Path, overwrite: bool) -> bool:
         raise InputError(f"--out: {out} is a file; name a folder that is new, empty, or a run")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     found = {name for name in names if not safe.PARTIAL.fullmatch(name)}  # what a killed evaluate.py left
-    if foreign := found - (FILES if "run.json" in found else set()) - {DIVERGED}:
-        found = listed(sorted(foreign))
-        raise InputError(f"--out: {out} holds other files than a run's ({found}); name a folder that is new or empty")
+    if foreign := listed(sorted(found - (FILES if "run.json" in found else set()) - {DIVERGED})):
+        raise InputError(f"--out: {out} holds other files than a run's ({foreign}); name a folder that is new or empty")
     if "run.json" in found and not overwrite:
         raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
     return bool(names)
 
 
 def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict, overwrite: bool) -> None:
-    """Write a run folder, whole or not at all. Call it within `claim_output`.
-
-    Raises InputError as `claim_output` does, and for weights that are not finite.
-    """
+    """Write a run folder, whole or not at all, within `claim_output`. InputError as there, and for NaN or infinity."""
     if names := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise InputError(f"--out: {out} is not written, these weights hold NaN or infinity: {listed(names)}")
-    replaces = check_output(out, overwrite)
-    with written_beside(out, overwrite=replaces) as folder:
+    with written_beside(out, overwrite=check_output(out, overwrite)) as folder:
         folder.mkdir()
         (folder / WEIGHTS).write_bytes(save(model.state_dict()))
         ours = {"model_type": OURS, "encoder_type": read_config(model_folder).model_type}
@@ -133,13 +127,15 @@ def read_record(run: Path) -> Record:
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path, finite=True)
     record = _taken(Record, path, content | vars(_taken(Arguments, path, content.get("arguments"))))
-    layers, columns = record.exit_layers, {len(row) for row in record.losses}
-    wrong = ["exit_layers"] * (not rises(layers))
-    wrong += ["losses"] * (not columns <= {len(layers), len(layers) - (record.trunk is not None)})  # a trunk has none
-    wrong += ["labels"] * (not 1 < record.num_labels == len(set(record.labels)))
-    wrong += ["task"] * (record.data is None and record.task not in TASKS)
-    wrong += ["text_columns"] * (len(record.text_columns or "1") not in (1, 2))
-    return _agreeing(record, path, wrong)
+    K = len(record.exit_layers)
+    fits = {
+        "exit_layers": _rises(record.exit_layers),
+        "losses": {len(row) for row in record.losses} <= {K, K - (record.trunk is not None)},  # a trunk has none
+        "labels": 1 < record.num_labels == len(set(record.labels)),
+        "task": record.data is not None or record.task in TASKS,
+        "text_columns": record.text_columns is None or len(record.text_columns) in (1, 2),
+    }
+    return _agreeing(path, record, fits)
 
 
 def read_evaluation(run: Path, record: Record, kind: type[Curve] = Evaluation) -> Curve | Evaluation | None:
@@ -153,20 +149,20 @@ def read_evaluation(run: Path, record: Record, kind: type[Curve] = Evaluation) -
     found = _taken(kind, path, read_json(path, finite=True))
     if found.run_digest != run_digest(record):
         raise InputError(f"{path}: is of another run, its run_digest is not this one's; run evaluate.py again")
-    same = ("task", "method", "exit_strategy", "metric")
-    wrong = [key for key in same if getattr(found, key) != getattr(record, key)]
-    layers, scores = found.exit_layers, (*found.scores, *found.exit_scores, found.area)
-    used = rises(layers) and {*layers} <= {*record.exit_layers} and layers[-1] == record.exit_layers[-1]
-    wrong += ["exit_layers"] * (not used)  # --use-exits asks some alone, the last among them
-    wrong += ["thresholds"] * (not rises(found.thresholds))
-    wrong += ["scores"] * (found.metric != "matthews" and min(scores) < 0)
-    wrong += ["speedup_ratios"] * (max(found.speedup_ratios, default=0) > 1 + len(layers))
-    wrong += ["class_counts"] * any(len(row) != record.num_labels for row in found.class_counts)
-    if kind is Evaluation:
-        for key in ("exit_counts", "class_counts"):  # of all instances in each row
-            wrong += [key] * any(sum(row) != found.examples for row in getattr(found, key))
-        wrong += ["certainty_ranges"] * (found.exit_strategy == "lte" and found.certainty_ranges is None)
-    return _agreeing(found, path, wrong)
+    layers, all_layers = found.exit_layers, record.exit_layers  # --use-exits asks some alone, the last among them
+    fits = {key: getattr(found, key) == getattr(record, key) for key in ("task", "method", "exit_strategy", "metric")}
+    fits |= {
+        "exit_layers": _rises(layers) and {*layers} <= {*all_layers} and layers[-1] == all_layers[-1],
+        "thresholds": _rises(found.thresholds),
+        "scores": found.metric == "matthews" or min(*found.scores, *found.exit_scores, found.area) >= 0,
+        "speedup_ratios": all(ratio <= 1 + len(layers) for ratio in found.speedup_ratios),
+        "class_counts": all(len(row) == record.num_labels for row in found.class_counts),
+    }
+    if kind is Evaluation:  # each row counts all examples
+        fits["exit_counts"] = all(sum(row) == found.examples for row in found.exit_counts)
+        fits["class_counts"] &= all(sum(row) == found.examples for row in found.class_counts)
+        fits["certainty_ranges"] = found.exit_strategy != "lte" or found.certainty_ranges is not None
+    return _agreeing(path, found, fits)
 
 
 def read_diverged(run: Path) -> Arguments | None:
@@ -175,13 +171,13 @@ def read_diverged(run: Path) -> Arguments | None:
     return _taken(Arguments, path, read_json(path, finite=True).get("arguments")) if path.exists() else None
 
 
-def rises(values: list) -> bool:
+def _rises(values: list) -> bool:
     """Whether there are values, each above the one before."""
     return len(values) > 0 and values == sorted(set(values))
 
 
 def _taken(kind: type[Fields], path: Path, content: object) -> Fields:
-    """What a file holds. Raises InputError, with file and key."""
+    """What a file holds."""
     try:
         return kind.from_json(content if isinstance(content, dict) else {})
     except ValueError as error:
@@ -189,76 +185,64 @@ def _taken(kind: type[Fields], path: Path, content: object) -> Fields:
         raise InputError(f"{path}: {error}; {script} writes another") from None
 
 
-def _agreeing(found: Fields, path: Path, wrong: list[str]) -> Fields:
-    """`found`, unless some of its values do not go with others."""
-    if wrong:
-        value = as_written(getattr(found, wrong[0]))
-        raise InputError(f"{path}: {wrong[0]} is {value}, which does not fit what else is known of this run")
+def _agreeing(path: Path, found: Fields, fits: dict[str, bool]) -> Fields:
+    """`found`, unless a value of it does not fit the others."""
+    for key in (key for key in fits if not fits[key]):
+        value = as_written(getattr(found, key))
+        raise InputError(f"{path}: {key} is {value}, which does not fit what else is known of this run")
     return found
 
 
 def run_digest(record: Record) -> str | None:
     """What tells a run's model from another one: the SHA-256 over its digests. None for records without a model."""
-    digests = record.digests
-    return digests and hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return record.digests and hashlib.sha256(json.dumps(record.digests, sort_keys=True).encode()).hexdigest()
 
 
 def load_run(run: Path) -> tuple[MultiExitModel | MultiModel, Record]:
-    """Load a run's model to predict with, in float32, in evaluation mode and on the CPU, and its record.
-
-    The record has `depth` and `vocab_size` of config.json. Raises InputError for a folder that is no run, for a broken
-    one, and for files that are not those that were saved.
+    """A run's model to predict with, in float32, in evaluation mode and on the CPU, and its record, with config.json's
+    `depth` and `vocab_size`. Raises InputError for no run, a broken one, and files that are not those that were saved.
     """
     record, path = read_record(run), run / "run.json"
     if record.method not in METHODS:
         raise InputError(f"{path}: method is {record.method!r:.80}, should be one of {', '.join(METHODS)}")
-    check_digests(run, record.digests or {})
-    config, layers, length = read_config(run), record.exit_layers, record.max_length
+    digests = record.digests or {}
+    for file in (run / name for name in (WEIGHTS, "config.json", *TOKENIZER_FILES)):
+        if (file.name in digests or file.exists()) and sha256(file) != digests.get(file.name):
+            said = "is not the file that was saved, or was not there when the run was saved"
+            raise InputError(f"{file}: {said} (its SHA-256 is not in run.json)")
+    config, layers = read_config(run), record.exit_layers
     depth, positions = config.num_hidden_layers, config.max_position_embeddings
     if layers[-1] > depth:
         raise InputError(f"{path}: exit_layers is {layers}, and the model has {depth} layers")
-    if length > positions:
-        raise InputError(f"{path}: max_length is {length}, and the model has {positions} positions")
-    tensors = checkpoint.open_weights(run)
+    if record.max_length > positions:
+        raise InputError(f"{path}: max_length is {record.max_length}, and the model has {positions} positions")
+    tensors = open_weights(run)
     # Compared before anything is built: exit_layers may ask for a million layers, and hidden_size for a billion.
     last = f"{len(layers) - 1}.encoder." if record.method == "mm" else "encoder."
     ends = (f"{last}word_embeddings", f"{last}layers.{layers[-1] - 1}.intermediate")
-    checkpoint.check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
-    model, _ = checkpoint.filled(run / WEIGHTS, tensors, lambda: _new_model(config, record), {}, {})
+    check_sizes(run / WEIGHTS, tensors, *ends, config.hidden_size)
+    model, _ = filled(run / WEIGHTS, tensors, lambda: _new_model(config, record, layers, record.method), {}, {})
     return model.eval(), replace(record, depth=depth, vocab_size=config.vocab_size)
 
 
-def _new_model(config: Config, record: Record) -> MultiExitModel | MultiModel:
+def _new_model(config: Config, record: Record, exit_layers: list[int], method: str) -> MultiExitModel | MultiModel:
     """The model that a run's record describes, with new weights, or none, on the current device."""
-
-    def with_exits(exit_layers: list[int], method: str) -> MultiExitModel:
-        encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
-        make = BranchModel if method == "branch" else partial(MultiExitModel, method=method)
-        return make(encoder, exit_layers, record.num_labels, exit_strategy=record.exit_strategy)
-
-    if record.method == "mm":
-        return MultiModel(with_exits([n], "sweet") for n in record.exit_layers)
-    return with_exits(record.exit_layers, record.method)
-
-
-def check_digests(run: Path, digests: dict[str, str]) -> None:
-    """Raise InputError unless the run's files are those whose SHA-256 run.json tells."""
-    for path in (run / name for name in (WEIGHTS, "config.json", *TOKENIZER_FILES)):
-        if (path.name in digests or path.exists()) and sha256(path) != digests.get(path.name):
-            said = "is not the file that was saved, or was not there when the run was saved"
-            raise InputError(f"{path}: {said} (its SHA-256 is not in run.json)")
+    if method == "mm":
+        return MultiModel(_new_model(config, record, [n], "sweet") for n in exit_layers)
+    encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=exit_layers[-1]))
+    if method == "branch":
+        return BranchModel(encoder, exit_layers, record.num_labels, record.exit_strategy)
+    return MultiExitModel(encoder, exit_layers, record.num_labels, method, record.exit_strategy)
 
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
-    """A finished model with one exit, at its end, to grow branches on, and its labels.
-
-    `folder` is a run of one exit, of MM (its last model) or of branches (its trunk), or a classifier in the Hugging
-    Face layout. Raises InputError as `load_run` and `load_classifier` do.
+    """A finished model with one exit, at its end, and its labels: of a run of one exit, of MM (its last model) or of
+    branches (their trunk), or of a classifier in the Hugging Face layout. Raises InputError as their loaders do.
     """
     if is_run(folder):
         model, record = load_run(folder)
         model = model[-1] if record.method == "mm" else model
-        if len(model.heads) > 1 and not isinstance(model, BranchModel):
+        if len(model.heads) > 1 and record.method != "branch":
             layers = ",".join(map(str, model.exit_layers))
             raise InputError(f"--trunk: {folder} has exits after layers {layers}, and a trunk has one, at its end")
         return model.keep_exits(model.exit_layers[-1:]), record.labels

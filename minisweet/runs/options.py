@@ -1,7 +1,4 @@
-"""The options of every command that trains, and the settings that a user need not give.
-
-Those are the exit layers (Sec. 3.2), the paper's learning rates (Table 2) and its batch sizes (App. A).
-"""
+"""The options of every command that trains, and their defaults: exit layers (Sec. 3.2), rates, batch sizes."""
 
 import argparse
 from collections.abc import Sequence
@@ -29,19 +26,18 @@ SMALL = 512  # the hidden size up to which a model wants larger rates, as MiniLM
 def exit_layers_for(depth: int) -> tuple[int, ...]:
     """The default exit layers of an encoder of `depth` layers, counted from 1: the paper's for 12 and 24 (Sec. 3.2).
 
-    Others have the rule that gives the paper's of 12, the layers next to 1/12, 1/3, 1/2 and 1 of the depth; shallow
-    ones have fewer exits, since no layer is taken twice: 2 layers give 1, 2.
+    Others follow the rule that gives 12's: the layers next to 1/12, 1/3, 1/2 and 1 of the depth, none of them twice.
     """
     if depth == 24:
         return (1, 6, 12, 24)
     return tuple(sorted({max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}))
 
 
-def default_learning_rate(config: Config, task: str, method: str, on_trunk: bool = False) -> float:
+def default_learning_rate(config: Config, task: str | None, method: str, on_trunk: bool = False) -> float:
     """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above.
 
-    For branches it is the trunk's, which is trained as MM's last model is. On a trunk that is there (`on_trunk`), of
-    which nobody knows how it was trained, the size alone decides.
+    `task` is None for own data. For branches it is their trunk's, which is trained as MM's last model is. `on_trunk`:
+    on a trunk that somebody else trained, nobody knows how, the size alone decides.
     """
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
     if on_trunk or not rates or task not in TABLE_2_TASKS:
@@ -70,10 +66,7 @@ def add_training_options(parser: Parser) -> None:
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, Config, Sequence[int]]:
-    """The folder of --model, its config, and the exit layers; --batch-size gets its default.
-
-    Raises InputError where an option does not fit them.
-    """
+    """The folder of --model, its config, the exit layers; --batch-size gets its default. InputError for a misfit."""
     folder = model_folder(args.model)
     config = read_config(folder)
     args.batch_size = args.batch_size or default_batch_size(config)

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +54,9 @@ class EarlyExitClassifier:
         run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
         threshold: from 1/C of C classes (learning-to-exit: 0; all leave at the first exit) to 1 (all run to the last).
             None for the operating point.
-        max_loss, speed, max_change: choose the threshold from the saved evaluation instead: the fastest that loses at
-            most so many points to full depth, or the best that runs at most this share of the layers, or the fastest
-            that changes at most so many percent of full depth's answers.
-        sure: of max_change, the confidence in percent, 50 to 99.9, with which that is certified.
+        max_loss, speed, max_change: choose the threshold instead: the fastest that loses at most so many points to full
+            depth, the best that runs at most this share of the layers, or the fastest that changes at most so many
+            percent of full depth's answers, certified with the confidence `sure`, 50 to 99.9 percent.
         device, amp: as the commands' --device and --amp.
         batch_size: texts that run at once.
 
@@ -80,11 +78,13 @@ class EarlyExitClassifier:
     ) -> None:
         wishes = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
         given = {"run": run, "device": device, "amp": amp, "batch_size": batch_size, "sure": sure}
-        check_arguments(given | wishes)
+        for name, value in (given | wishes).items():
+            right, fits = ARGUMENTS[name]
+            if not fits(value):
+                raise InputError(f"{name}: {as_written(value)}, should be {right}")
         run = Path(run)
         if sum(value is not None for value in (threshold, *wishes.values())) > 1:
-            names = ", ".join(["threshold", *wishes])
-            raise InputError(f"{names}: more than one is given, and each chooses the threshold")
+            raise InputError(f"threshold, {', '.join(wishes)}: more than one is given, and each chooses the threshold")
         if sure != 90.0 and max_change is None:
             raise InputError(f"sure: {sure:g} needs max_change")
         try:
@@ -96,28 +96,22 @@ class EarlyExitClassifier:
         self.evaluation, self.labels = read_evaluation(run, self.record), self.record.labels
         if self.evaluation is not None:
             model = model.keep_exits(self.evaluation.exit_layers)  # evaluate.py --use-exits may have left some out
+            self.rule = ExitRule.from_evaluation(self.evaluation, len(self.labels))
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
-        K = len(model.exit_layers)
-        plain = SimpleNamespace(exit_strategy=self.record.exit_strategy, temperatures=[1.0] * K)
-        plain.certainty_ranges = [[0.0, 1.0]] * K
-        self.rule = ExitRule.from_evaluation(self.evaluation or plain, len(self.labels))
-        name = "threshold"
-        if threshold is None:
-            found = self._operating_point(run, **wishes, sure=sure)
-            name, threshold = f"{run / 'evaluation.json'}: threshold", found
-        self.threshold = self._checked(name, threshold)
+        else:
+            ranges = torch.tensor([[0.0, 1.0]] * len(model.exit_layers), dtype=torch.float32, device="cpu")
+            self.rule = ExitRule(len(self.labels), ranges=ranges if self.record.exit_strategy == "lte" else None)
+        self.threshold = self._chosen(run, threshold, wishes, sure)
         self.model, self.exit_layers = model.to(self.device), model.exit_layers
         self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
-        """Classify texts and pairs of texts, any number, in their order.
-
-        Raises InputError (a ValueError), with the item's index from 0, for what is neither text nor pair.
-        """
-        checked = check_texts(texts)
-        windows = (checked[start : start + WINDOW] for start in range(0, len(checked), WINDOW))
-        return [answer for window in windows for answer in self.classify(self.tokenize(window))]
+        """Classify texts and pairs, in their order. Raises InputError, with the index from 0, for what is neither."""
+        checked, answers = check_texts(texts), []
+        for start in range(0, len(checked), WINDOW):
+            answers += self.classify(self.tokenize(checked[start : start + WINDOW]))
+        return answers
 
     def classify(self, examples: TokenizedExamples) -> list[Answer]:
         """Classify what `tokenize` made, in its order."""
@@ -147,24 +141,23 @@ class EarlyExitClassifier:
             for label, confidence, k, row in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def _checked(self, name: str, threshold: object) -> float:
-        """The threshold. Raises InputError for none, or one outside its range."""
+    def _chosen(self, run: Path, threshold: object, wishes: dict, sure: float) -> float:
+        """The threshold that is given, or that of evaluation.json, or the one for a wish, whose rule is then taken."""
+        name = "threshold" if threshold is not None else f"{run / 'evaluation.json'}: threshold"
+        if any(value is not None for value in wishes.values()):
+            with torch.device("cpu"):  # whatever the user's default is
+                validation = load_validation(run, self.evaluation, self.record)
+                wish = wish_of(validation.metric != "agreement", **wishes, sure=sure)
+                self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
+            if line := shortfall(point, len(validation.logits)):
+                LOG.warning("%s", line)
+            threshold = point["threshold"]
+        elif threshold is None:
+            threshold = self.evaluation.operating_point.threshold
         if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
             raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
         return float(threshold)
-
-    def _operating_point(self, run: Path, **wishes: float | None) -> float:
-        """The threshold of evaluation.json; or the one for a wish, whose rule is then taken too."""
-        if all(value is None for name, value in wishes.items() if name != "sure"):
-            return self.evaluation.operating_point.threshold
-        with torch.device("cpu"):  # whatever the user's default is
-            validation = load_validation(run, self.evaluation, self.record)
-            wish = wish_of(validation.metric != "agreement", **wishes)
-            self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
-        if line := shortfall(point, len(validation.logits)):
-            LOG.warning("%s", line)
-        return point["threshold"]
 
 
 def add_classifier_options(parser: Parser) -> None:
@@ -184,14 +177,6 @@ def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
         name, colon, rest = str(error).partition(": ")
         option = f"--{name.replace('_', '-')}" if name in names[1:] else name
         raise InputError(f"{option}{colon}{rest}") from None
-
-
-def check_arguments(given: dict) -> None:
-    """Raise InputError for an argument of the classifier, by its name, that is outside its range."""
-    for name, value in given.items():
-        right, fits = ARGUMENTS[name]
-        if not fits(value):
-            raise InputError(f"{name}: {as_written(value)}, should be {right}")
 
 
 def is_number(value: object) -> bool:

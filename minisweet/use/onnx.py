@@ -39,7 +39,7 @@ from minisweet.adaptive import ExitRule, Exits
 from minisweet.base.safe import InputError, written_beside
 from minisweet.branches import BranchModel
 from minisweet.data.load import load_dev
-from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.data.text import PAD, Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.sweep import Validation, draw_keys, predict, sweep
 from minisweet.evaluation.timing import differences
@@ -91,7 +91,7 @@ def export_onnx(
     nearest = 1.0 if threshold == 1 else min(np.float32(threshold), np.nextafter(np.float32(1), np.float32(0)))
     file = joined(quantized(flat) if int8 else flat, *names, nearest, record.num_labels)
     padding = Tokenizer.from_str(tokenizer.to_str())
-    padding.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
+    padding.enable_padding(pad_id=tokenizer.token_to_id(PAD))
     told = {"labels": record.labels, "exit_layers": model.exit_layers, "max_length": record.max_length}
     told |= {"threshold": threshold, "versions": versions() | {name: version(name) for name in PACKAGES}}
     set_model_props(file, {"tokenizer": padding.to_str()} | {key: json.dumps(value) for key, value in told.items()})
