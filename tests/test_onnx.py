@@ -62,7 +62,7 @@ def test_answers_are_the_models(tmp_path, model_type, method):
             parameter.data.mul_(1.2)
     rule = ExitRule(3, torch.tensor([0.8, 1.0, 1.5]))
     flat, *names = onnx.flat_graph(onnx.Pieces(model, rule))
-    file, ways = onnx.Joiner(flat, *names).model(0.7, 3), set()
+    file, ways = onnx.joined(flat, *names, 0.7, 3), set()
     session = session_of(file.SerializeToString())
     for B, T in ((1, 11), (7, 11), (32, 40), (1, 1)):
         batch = random_batch(B, B, T)

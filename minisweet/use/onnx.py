@@ -1,7 +1,7 @@
 """A run as one ONNX file that leaves early by itself: `python -m minisweet.export RUN --onnx FILE.onnx`.
 
 torch exports the model in pieces, side by side in one flat graph. Each piece has inputs of its own, since fewer rows
-enter it than the one before. `Joiner` then puts one into the other:
+enter it than the one before. `joined` then puts one into the other:
 
     start                  the layers before the first exit's
     ask k                  what exit k says of each row, and which rows stay; at threshold 1 skip k instead: all stay
@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
 LARGEST = 2**31  # bytes of a protocol buffer
 INPUTS, OUTPUTS = (*Batch._fields[1:4], "threshold"), ("probabilities", "confidence", "exit_layer")
-TYPES = FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 ROUNDING = 1e-4  # moves a probability by less
 
 
@@ -90,7 +89,7 @@ def export_onnx(
     flat, *names = flat_graph(pieces)
     # A threshold just below 1 must not become 1 in float32: there no exit but the last is asked.
     nearest = 1.0 if threshold == 1 else min(np.float32(threshold), np.nextafter(np.float32(1), np.float32(0)))
-    file = Joiner(quantized(flat) if int8 else flat, *names).model(nearest, record.num_labels)
+    file = joined(quantized(flat) if int8 else flat, *names, nearest, record.num_labels)
     padding = Tokenizer.from_str(tokenizer.to_str())
     padding.enable_padding(pad_id=tokenizer.token_to_id(PAD))
     told = {"labels": record.labels, "exit_layers": model.exit_layers, "max_length": record.max_length}
@@ -104,23 +103,25 @@ def export_onnx(
             gold = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
             exits = Exits(model.exit_layers, record.depth, record.method)
             expected = Validation(logits, None, gold, draw_keys(rows.texts()), evaluation.metric, exits)
-            found = compared(answers_of_file(partial, examples, exits.layers), expected, rule, threshold, int8)
-    kind, layers = "int8" if int8 else "float32", ",".join(map(str, model.exit_layers))
-    megabytes = f"{out.stat().st_size / 1e6:.1f} MB"
+            found = compared(partial, examples, expected, rule, threshold, int8)
+    kind, megabytes = "int8" if int8 else "float32", f"{out.stat().st_size / 1e6:.1f} MB"
+    layers = ",".join(map(str, model.exit_layers))
     return [f"{out}: {kind}, {megabytes}, exits after layers {layers}, by default at threshold {threshold:.6g}", found]
 
 
-def compared(answers: Tensor, expected: Validation, rule: ExitRule, threshold: float, int8: bool) -> str:
-    """A line on a file's `answers_of_file` beside what the model's exits say.
+def compared(
+    path: Path, examples: TokenizedExamples, expected: Validation, rule: ExitRule, threshold: float, int8: bool
+) -> str:
+    """What a file says of texts, in batches of 32, beside what the model's exits say of them, in a line.
 
-    Raises InputError where a float32 file's differ by more than rounding.
+    Raises InputError where they differ in float32, by more than rounding.
     """
-    labels, taken = answers
-    swept, _ = sweep([(rule, torch.arange(len(taken)))], expected, [threshold])
-    share = np.array(expected.exits.costs(threshold))[taken].mean()
+    labels, taken = answers_of_file(path, examples, expected.exits.layers)
+    share = 100 * np.array(expected.exits.costs(threshold))[taken].mean()
     value = score(labels.numpy(), expected.labels.numpy(), expected.metric)
-    found = f"{len(taken):,} validation rows: {expected.metric} {value:.1f} with {100 * share:.1f}% of the layers"
+    found = f"{len(taken):,} validation rows: {expected.metric} {value:.1f} with {share:.1f}% of the layers"
     if int8:
+        swept, _ = sweep([(rule, torch.arange(len(taken)))], expected, [threshold])
         return f"{found}; float32: {swept['scores'][0]:.1f} with {100 * swept['speedup_ratios'][0]:.1f}%"
     differ, near = differences(labels[None], taken[None], rule, expected, [threshold], ROUNDING)
     if differ > near:
@@ -129,15 +130,15 @@ def compared(answers: Tensor, expected: Validation, rule: ExitRule, threshold: f
 
 
 def answers_of_file(path: Path, examples: TokenizedExamples, exit_layers: Sequence[int]) -> Tensor:
-    """The labels and the exits from 0, (2, N), that a file gives in batches of 32 texts of similar length."""
+    """The labels and the exits from 0, (2, N)."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # else it warns that the threshold is no constant
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     answers = torch.empty(2, len(examples), dtype=torch.long)
     for batch in tqdm(list(examples.by_length(32)), desc="file", unit="batch", disable=None):
         probabilities, _, layers = session.run(None, dict(zip(INPUTS, map(Tensor.numpy, batch.inputs), strict=False)))
-        answers[0, batch.rows] = torch.from_numpy(probabilities.argmax(-1))
-        answers[1, batch.rows] = torch.from_numpy(np.searchsorted(exit_layers, layers))
+        exits = np.searchsorted(exit_layers, layers)
+        answers[:, batch.rows] = torch.from_numpy(np.stack([probabilities.argmax(-1), exits]))
     return answers
 
 
@@ -235,85 +236,64 @@ def quantized(flat: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(path)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within, nobody hears of what the exporters think of themselves."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-class Joiner:
-    """Puts the pieces of a flat graph together; `ins` and `outs` name each one's inputs and outputs.
+def joined(
+    flat: onnx.ModelProto, ins: dict[str, list[str]], outs: dict[str, list[str]], threshold: float, num_labels: int
+) -> onnx.ModelProto:
+    """The pieces of a flat graph, put together as the module's docstring says; `threshold` is the default.
 
     What one piece alone reads, as weights are, stands in the innermost graph around it: only there ONNX Runtime packs
     it. The shapes that torch knows are left out: with them it fuses sums and LayerNorms, which makes batches slower.
     """
+    weights = {weight.name: weight for weight in flat.graph.initializer}
+    nodes_of = {piece: nodes_for(flat.graph.node, values) for piece, values in outs.items()}
+    readers = Counter(value for nodes in nodes_of.values() for value in weights.keys() & values_read(nodes))
+    asks, limit, hidden, bias, *context = outs["start.0"]
+    value = make_tensor_value_info
 
-    def __init__(self, flat: onnx.ModelProto, ins: dict[str, list[str]], outs: dict[str, list[str]]) -> None:
-        self.ins, self.outs, self.opsets = ins, outs, flat.opset_import
-        self.weights = {weight.name: weight for weight in flat.graph.initializer}
-        self.nodes = {name: nodes_for(flat.graph.node, outputs) for name, outputs in outs.items()}
-        self.readers = Counter(chain.from_iterable(self.weights.keys() & read(nodes) for nodes in self.nodes.values()))
+    def piece(name: str, *inputs: str) -> list[onnx.NodeProto]:
+        given = dict(zip(ins[name], inputs, strict=True))
+        for node in nodes_of[name]:
+            node.input[:] = [given.get(value, value) for value in node.input]
+        return nodes_of[name]
 
-    def model(self, threshold: float, num_labels: int) -> onnx.ModelProto:
-        """The whole model, whose threshold is this one by default."""
-        start, (_, _, hidden, bias, *_) = self.piece("start.0", *INPUTS), self.outs["start.0"]
-        nodes = [*start, *self.level(0, hidden, bias), *self.piece("end.0", "answer.0")]
-        outputs = zip(OUTPUTS, (FLOAT, FLOAT, INT64), (["batch", num_labels], ["batch"], ["batch"]), strict=True)
-        graph = self.graph("early_exit", nodes, *(make_tensor_value_info(*output) for output in outputs))
-        graph.input.extend(make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS[:3])
-        graph.input.append(make_tensor_value_info("threshold", FLOAT, []))
-        graph.initializer.append(make_tensor("threshold", FLOAT, [], [threshold]))
-        graph.initializer.extend(self.weights[name] for name, readers in self.readers.items() if readers > 1)
-        return make_model(graph, opset_imports=self.opsets, ir_version=IR_VERSION)
+    def graph(name: str, nodes: list[onnx.NodeProto], *outputs: onnx.ValueInfoProto) -> onnx.GraphProto:
+        return make_graph(nodes, name, [], outputs, [weights[v] for v in sorted(values_read(nodes)) if readers[v] == 1])
 
-    def level(self, k: int, hidden: str, bias: str) -> list[onnx.NodeProto]:
-        """The nodes from exit k on, which make `answer.k`: what it and later exits say of the rows that come so far."""
-        asks, limit, _, _, *context = self.outs["start.0"]
-        ask, said = self.piece(f"ask.{k}", limit, hidden, bias, *context), self.outs[f"ask.{k}"]
-        if f"go.{k}" not in self.nodes:
-            return [*ask, make_node("Identity", said, [f"answer.{k}"])]
-        skip, go = self.piece(f"skip.{k}", hidden), self.piece(f"go.{k}", f"rows.{k}", hidden, bias, *context)
-        go += self.level(k + 1, *self.outs[f"go.{k}"])
-        go += [make_node("ScatterND", [f"said.{k}", f"rows.{k}", f"answer.{k + 1}"], [f"later.{k}"])]
-        leave = [make_node("Identity", [f"said.{k}"], [f"kept.{k}"])]
-        return [
-            self.choice(asks, [f"said.{k}", f"rows.{k}"], (ask, said), (skip, self.outs[f"skip.{k}"])),
-            make_node("Size", [f"rows.{k}"], [f"count.{k}"]),
-            make_node("Cast", [f"count.{k}"], [f"stays.{k}"], to=TensorProto.BOOL),
-            self.choice(f"stays.{k}", [f"answer.{k}"], (go, [f"later.{k}"]), (leave, [f"kept.{k}"])),
-        ]
-
-    def choice(self, condition: str, made: list[str], *ways: tuple[list[onnx.NodeProto], list[str]]) -> onnx.NodeProto:
-        """An If that makes an answer, or that and rows, by one of two ways: nodes, and what they call it."""
+    def either(condition: str, made: list[str], *ways: tuple[list[onnx.NodeProto], list[str]]) -> onnx.NodeProto:
+        """An answer, or that and rows, by one of two ways: their nodes, and what these call it."""
         graphs = [
-            self.graph(
-                names[0], nodes, *(make_tensor_value_info(*named, None) for named in zip(names, TYPES, strict=False))
-            )
+            graph(names[0], nodes, *(value(*named, None) for named in zip(names, (FLOAT, INT64), strict=False)))
             for nodes, names in ways
         ]
         return make_node("If", [condition], made, then_branch=graphs[0], else_branch=graphs[1])
 
-    def piece(self, name: str, *inputs: str) -> list[onnx.NodeProto]:
-        """A piece's nodes, with these inputs."""
-        given = dict(zip(self.ins[name], inputs, strict=True))
-        for node in self.nodes[name]:
-            node.input[:] = [given.get(value, value) for value in node.input]
-        return self.nodes[name]
+    def level(k: int, hidden: str, bias: str) -> list[onnx.NodeProto]:
+        """The nodes from exit k on, which make `answer.k`: what it and later exits say of the rows that come so far."""
+        ask, said = piece(f"ask.{k}", limit, hidden, bias, *context), outs[f"ask.{k}"]
+        if f"go.{k}" not in outs:
+            return [*ask, make_node("Identity", said, [f"answer.{k}"])]
+        skip, go = piece(f"skip.{k}", hidden), piece(f"go.{k}", f"rows.{k}", hidden, bias, *context)
+        go += level(k + 1, *outs[f"go.{k}"])
+        go += [make_node("ScatterND", [f"said.{k}", f"rows.{k}", f"answer.{k + 1}"], [f"later.{k}"])]
+        leave = [make_node("Identity", [f"said.{k}"], [f"kept.{k}"])]
+        return [
+            either(asks, [f"said.{k}", f"rows.{k}"], (ask, said), (skip, outs[f"skip.{k}"])),
+            make_node("Size", [f"rows.{k}"], [f"count.{k}"]),
+            make_node("Cast", [f"count.{k}"], [f"stays.{k}"], to=TensorProto.BOOL),
+            either(f"stays.{k}", [f"answer.{k}"], (go, [f"later.{k}"]), (leave, [f"kept.{k}"])),
+        ]
 
-    def graph(self, name: str, nodes: list[onnx.NodeProto], *outputs: onnx.ValueInfoProto) -> onnx.GraphProto:
-        """A graph of nodes, and of the weights that nobody else reads."""
-        weights = [self.weights[value] for value in sorted(read(nodes)) if self.readers[value] == 1]
-        return make_graph(nodes, name, [], outputs, weights)
+    nodes = piece("start.0", *INPUTS) + level(0, hidden, bias) + piece("end.0", "answer.0")
+    shapes = (FLOAT, ["batch", num_labels]), (FLOAT, ["batch"]), (INT64, ["batch"])
+    whole = graph("early_exit", nodes, *(value(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)))
+    whole.input.extend([*(value(name, INT64, ["batch", "tokens"]) for name in INPUTS[:3]), value(INPUTS[3], FLOAT, [])])
+    whole.initializer.extend(weights[v] for v in sorted(readers) if readers[v] > 1)
+    whole.initializer.append(make_tensor(INPUTS[3], FLOAT, [], [threshold]))
+    return make_model(whole, opset_imports=flat.opset_import, ir_version=IR_VERSION)
 
 
-def read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """The values that nodes read."""
+def values_read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """What nodes read."""
     return {value for node in nodes for value in node.input}
 
 
@@ -325,3 +305,15 @@ def nodes_for(nodes: Sequence[onnx.NodeProto], values: list[str]) -> list[onnx.N
             wanted |= set(node.input)
             found.append(node)
     return found[::-1]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, nobody hears of what the exporters think of themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
