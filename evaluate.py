@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
-from minisweet.base.commands import Parser, list_of, run_command, whole_number
+from minisweet.base.commands import Parser, Progress, list_of, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
@@ -38,7 +37,6 @@ from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, read_record, run_digest, versions
 from minisweet.runs.records import Record
 from minisweet.use.plots import compare_curves, draw_curve
-from minisweet.use.prepared import prepare
 
 LEVEL = 1.0  # points: no exit is better than the first by more
 AGREES = 70.0  # percent of texts, with full depth
@@ -64,13 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     add_wish_options(parser, f"operating point (default: {default}); it replaces the one that predict uses")
     option = parser.add_argument_group("live early exit").add_argument
     option("--live", action="store_true", help="also run early exit live at each threshold, and time it")
-    option("--prepared", action="store_true", help="with --live: lay the weights out for the CPU first")
     option("--live-batch-size", type=whole_number(1), default=32, help="examples that run together (default: 32)")
     devices.add_device_options(parser)
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
-    parser.need(args, args.live, "--live", "prepared", "live_batch_size")
+    parser.need(args, args.live, "--live", "live_batch_size")
     parser.need(args, args.max_change is not None, "--max-change", "sure")
     idle = vars(args).keys() - {"runs", "plot"}
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
@@ -156,13 +153,12 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device)
     if args.live and devices.place().rank == 0:  # by the rule that new text gets
-        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(tqdm, desc="live"))
+        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(Progress, desc="live"))
         with devices.autocast(device, precision):
-            ready = prepare(model, precision) if args.prepared else model
-            evaluation["live"], *decided = measure_live(ready, examples, *setting)
+            evaluation["live"], *decided = measure_live(model, examples, *setting)
         differ = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
         evaluation |= dict(zip(("live_differs", "live_differs_near"), differ, strict=True))
-        evaluation |= {"live_batch_size": args.live_batch_size, "live_prepared": args.prepared}
+        evaluation["live_batch_size"] = args.live_batch_size
     return validation, evaluation | {
         "examples": len(examples),
         "dev_digest": digest(dev),
@@ -275,8 +271,7 @@ def print_evaluation(evaluation: dict) -> None:
             print(("{:9.3f}" + "{:16.2f}" * len(means)).format(*row))
     if "live" in evaluation:
         together = f"{evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches"
-        prepared = " with prepared weights" if evaluation["live_prepared"] else ""
-        print(f"\nlive{prepared}, {together}; latency (p50, ...) of one at a time, milliseconds")
+        print(f"\nlive, {together}; latency (p50, ...) of one at a time, milliseconds")
         print(f"{'threshold':>9}{'layer share':>13}{'wall share':>12}{'instances/s':>13}{'p50':>8}{'p90':>8}{'p99':>8}")
         for row in evaluation["live"]:
             print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")

@@ -11,34 +11,31 @@ Writes a run folder, which evaluate.py reads.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.base import devices
-from minisweet.base.commands import Parser, positive_float, run_command, whole_number
+from minisweet.base.commands import Progress, run_command
 from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
 from minisweet.base.safe import InputError, write_json
-from minisweet.branches import METHODS, BranchModel, add_exits, grow_branches, slice_trunk
-from minisweet.data.load import OF_OWN_DATA, add_data_options, class_weights, data_name, digest, drawn_rows, load_data
-from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.branches import BranchModel, add_exits, grow_branches, slice_trunk
+from minisweet.data.load import class_weights
+from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.sweep import predict
-from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
-from minisweet.runs import options
-from minisweet.runs.folders import DIVERGED, claim_output, load_trunk, run_name, save_run, versions
+from minisweet.exits import build_alone, exit_loss
+from minisweet.runs.folders import DIVERGED, claim_output, save_run
 from minisweet.runs.resume import Checkpoints, is_finished
+from minisweet.runs.start import Start, find_start, parse_arguments
 
-TARGETS = ("labels", "trunk", "half")
 READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
 
 
@@ -81,7 +78,8 @@ def train(
     device = next(model.parameters()).device
     steps = epochs * -(-len(examples) // batch_size)
     read_every = 1 if device.type == "cpu" else READ_EVERY
-    with tqdm(total=epochs * len(examples), unit="ex", desc=title) as progress, used_rows(model, examples) as examples:
+    bar = Progress(total=epochs * len(examples), unit="ex", desc=title)
+    with bar as progress, used_rows(model, examples) as examples:
         groups = model.parameter_groups()
         parameters = list(chain.from_iterable(groups))
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -89,7 +87,8 @@ def train(
         history = checkpoints.load(title, parameters, optimizer, scaler) if checkpoints else []
         unread: list[Tensor] = []  # losses that are still on the device
         batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
-        progress.update(sum(len(batch.rows) for batch in islice(batches, len(history))))  # what was done before
+        for batch in islice(batches, len(history)):  # skipped: these steps were taken before the training was stopped
+            progress.update(len(batch.rows))
         for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()
             mine, weight = own_rows(batch)  # of several processes, each takes a share of every batch
@@ -162,63 +161,16 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
         embedding.weight = whole
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = Parser(__doc__)
-    option = parser.add_argument_group("method").add_argument
-    option("--method", choices=METHODS, help="default: sweet; branch with --data or --trunk")
-    option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; branches leave it as it is")
-    option(
-        "--targets",
-        choices=TARGETS,
-        default="labels",
-        help="learn labels, the trunk's own, or half each (default: labels)",
-    )
-    option("--class-weights", choices=("balanced",), help="rows count N / (C n) for the n of all N in their class")
-    option("--branch-lr-factor", type=positive_float, default=2.0, help="branches: their rate over --lr (default: 2)")
-    add_data_options(parser)
-    option = parser.add_argument_group("training").add_argument
-    option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
-    option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
-    option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
-    option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
-    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    option("--overwrite", action="store_true", help="replace the run in --out")
-    option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
-    option("--resume", action="store_true", help="go on from the last checkpoint of a training that was stopped")
-    options.add_training_options(parser)
-    parser.set_defaults(model=None)  # tells whether it is given
-    args = parser.parse_args()
-    args.method = args.method or ("branch" if args.trunk or args.data else "sweet")
-    parser.need(args, args.method == "branch", "--method branch", "branch_lr_factor")
-    parser.need(args, args.trunk or args.method == "branch", "--trunk or --method branch", "targets")
-    parser.need(args, args.data, "--data", *OF_OWN_DATA)
-    parser.need(args, args.data is None, "a task, and --data is given", "data_dir")
-    parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
-    if args.trunk and args.model is not None:
-        raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
-    args.task = data_name(args)
-    args.model = str(args.trunk or ("minilm-l6" if args.model is None else args.model))
-    args.out = args.out or Path("runs") / run_name(vars(args))
-    args.train_size = args.train_size or (6000 if args.data is None else None)
-    return args
-
-
 def fit(
-    folder: Path,
-    exit_layers: Sequence[int],
-    num_labels: int,
-    examples: TokenizedExamples,
-    trunk: MultiExitModel | None,
-    args: argparse.Namespace,
-    checkpoints: Checkpoints,
+    start: Start, args: argparse.Namespace, checkpoints: Checkpoints
 ) -> tuple[nn.Module, np.ndarray, dict[str, float]]:
     """Make and train the model of --method, from a trunk where one is given; go on where `checkpoints` are.
 
     Returns the model, on the CPU, the losses (steps, K), or (steps, K-1) without the last exit's where it is a trunk
     that stays as it was, and the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
     """
+    folder, exit_layers, num_labels, strategy = start.folder, start.exit_layers, start.num_labels, args.exit_strategy
+    trunk, examples, is_given = start.trunk, start.examples, start.trunk is not None
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device)
     losses, seconds = [], {}
@@ -233,16 +185,14 @@ def fit(
         seconds[stage] = checkpoints.lap()
 
     torch.manual_seed(args.seed)
-    is_given = trunk is not None
     if args.method == "branch" and not is_given:
-        trunk = build_alone(folder, exit_layers[-1], num_labels, args.exit_strategy)  # MM's last model, to the bit
+        trunk = build_alone(folder, exit_layers[-1], num_labels, strategy)  # MM's last model, to the bit
         run(trunk, examples, args.lr, "trunk")
     if trunk is not None:
         if args.targets != "labels":
             examples = examples.with_targets(trunk_targets(trunk.to(device), examples, precision, args.targets))
             trunk.cpu()
         torch.manual_seed(args.seed)  # so that what is new is the same on any trunk
-    strategy = args.exit_strategy
     if args.method == "mm":
         if is_given:
             model = slice_trunk(trunk, exit_layers, strategy)
@@ -290,7 +240,7 @@ def balanced(examples: TokenizedExamples, C: int) -> TokenizedExamples:
 
 def main() -> None:
     """Train one run."""
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     devices.tune_cpu()
     may_stand = args.overwrite or (args.resume and is_finished(args.out))
     with claim_output(args.out, may_stand) if place().rank == 0 else nullcontext():  # now, not hours later
@@ -299,57 +249,29 @@ def main() -> None:
 
 def train_run(args: argparse.Namespace) -> None:
     """Train one run and write its folder, or with --resume say that it is there."""
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
-    trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
-    if trunk:
-        args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
-    with devices.in_turn():
-        folder, config, exit_layers = options.find_model(args)
-        args.lr = args.lr or options.default_learning_rate(config, args.task, args.method, trunk is not None)
-        data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
-    if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
-        raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
-    if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
-        raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
-    subset = drawn_rows(data.train, args.train_size, args.seed)
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    arguments.pop("resume")  # a run that went on is as one that was never stopped
-    record = {"arguments": arguments, **data.record}
-    record |= {"subset": subset.tolist(), "train_digest": digest(data.train, subset), "versions": versions()}
-    record |= {"exit_layers": exit_layers, "depth": config.num_hidden_layers}
-    record |= {"device": devices.device_name(device), "precision": str(precision or torch.float32)}
-    checkpoints = Checkpoints(args, record, folder, device)
+    start = find_start(args)
+    record, checkpoints = start.record, Checkpoints(args, start.record, devices.choose_device(args.device))
     if checkpoints.finished:
         checkpoints.remove()  # of a training that was killed just after it had saved the run
         print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
         return
-
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
-    examples = TokenizedExamples(tokenizer, data.train, subset)
-    notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
-    print(*data.notes, *notes, sep="\n")
-    print(
-        f"{args.model}, {args.method}, {args.task}: {len(examples)} examples, exits after layers "
-        f"{','.join(map(str, exit_layers))} of {config.num_hidden_layers}, learning rate {args.lr:g}, "
-        f"batch size {args.batch_size}, epochs {args.epochs}, seed {args.seed}, {device}, {record['precision']}"
-    )
+    print(*start.notes, sep="\n")
     checkpoints.lap()  # what is above is no training
     try:
-        model, losses, stages = fit(folder, exit_layers, len(data.record["labels"]), examples, trunk, args, checkpoints)
+        model, losses, stages = fit(start, args, checkpoints)
     except NotFiniteError as error:
         checkpoints.remove()
         if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
-            write_json(args.out / DIVERGED, {"error": str(error), "arguments": arguments})
+            write_json(args.out / DIVERGED, {"error": str(error), "arguments": record["arguments"]})
         raise
     if place().rank:  # the first process alone writes
         return
     seconds = sum(stages.values())
     record |= {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "losses": losses.round(5).tolist()}
-    record |= {"seconds": round(seconds, 1), "examples_per_second": round(args.epochs * len(examples) / seconds, 1)}
-    record["stages"] = {stage: round(of_stage, 1) for stage, of_stage in stages.items()}
+    record |= {"seconds": round(seconds, 1), "stages": {stage: round(took, 1) for stage, took in stages.items()}}
+    record["examples_per_second"] = round(args.epochs * len(start.examples) / seconds, 1)
     try:
-        save_run(args.out, model, folder, record, args.overwrite)
+        save_run(args.out, model, start.folder, record, args.overwrite)
     except (OSError, InputError) as error:
         kept = f"; what was trained is kept in {checkpoints.folder}: --resume saves it" if checkpoints.kept else ""
         raise InputError(f"{error}{kept}") from None

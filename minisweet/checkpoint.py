@@ -5,13 +5,12 @@ config.json that we have no field for are ignored: they describe the file, not t
 """
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from minisweet.base.safe import InputError, is_text, listed, read_json
+from minisweet.base.safe import LOG, InputError, is_text, listed, read_json
 from minisweet.base.weights import INDEX, WEIGHTS, Names, check_sizes, filled, open_weights
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
@@ -19,7 +18,6 @@ from minisweet.deberta import DebertaEncoder
 
 Encoder = BertEncoder | DebertaEncoder
 
-LOG = logging.getLogger("minisweet")
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
 # What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts

@@ -90,7 +90,7 @@ def _regrouped(
             break
         groups = rows.split(batch_size)
         reached = [_run_to_exit(part, k, group, inputs, lengths, states) for group in groups]
-        exit_logits, certainty = part.heads[k](torch.cat([cls[:, :1] for _, _, cls in reached]))  # (R, C), (R,)
+        exit_logits, certainty = part.heads[k](torch.cat([cls for _, _, cls in reached]))  # (R, C), (R,)
         sure = rule.confidence(exit_number, exit_logits, certainty)  # (R,)
         stay = ~leaves(sure, threshold, rule.lowest).cpu()
         labels[rows], exits[rows] = exit_logits.argmax(-1), exit_number

@@ -40,7 +40,8 @@ def products_as_torch_chooses():
     """Undo what a command's `tune_cpu` set for its process."""
     yield
     if float32_by_onednn():
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 SIZES = {

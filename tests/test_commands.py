@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pathlib
+import platform
 import re
 import shutil
 
@@ -10,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 import evaluate
 import train
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import Exits
+from minisweet.base import devices
 from minisweet.base.devices import choose_precision, tune_cpu
 from minisweet.branches import METHODS
 from minisweet.evaluation.sweep import Validation
@@ -257,21 +261,79 @@ def test_auto_precision_follows_the_device(monkeypatch):
     assert choose_precision("off", cuda) is None
 
 
-@pytest.mark.parametrize(
-    ("amx", "rounds", "by_onednn"), [(False, False, True), (True, False, False), (False, True, False)]
+def precisions() -> tuple:
+    """What torch tells of products in float32; it raises where that was set in ways that do not go together."""
+    backends = torch.backends
+    return (
+        torch.get_float32_matmul_precision(),
+        backends.mkldnn.matmul.fp32_precision,
+        backends.cuda.matmul.fp32_precision,
+    )
+
+
+class Rounds(TorchFunctionMode):
+    """Within, one kind of product is rounded to bfloat16."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        product = func(*args, **(kwargs or {}))
+        kind = None
+        if func is torch.nn.functional.linear:
+            kind = "one row" if len(args[0]) == 1 else "linear"
+        elif func is torch.Tensor.matmul:
+            kind = "batch" if product.dim() == 3 else "gradient of x" if args[0].is_contiguous() else "gradient of W"
+        return product.bfloat16().float() if kind == self.kind else product
+
+
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="before 2.9 torch leaves no float32 to oneDNN"
 )
-def test_onednn_multiplies_float32_only_where_it_rounds_nothing(monkeypatch, amx, rounds, by_onednn):
-    if not hasattr(torch.backends.mkldnn, "matmul"):
-        pytest.skip("before 2.9 torch leaves no float32 to oneDNN")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    identity = torch.eye(256)
-    if rounds:
-        monkeypatch.setattr(torch, "eye", lambda n: identity * (1 - 2**-9))
-    tune_cpu()
-    assert float32_by_onednn() == by_onednn
+
+
+@needs_onednn
+@pytest.mark.parametrize("rounded", ["", "linear", "one row", "gradient of x", "gradient of W", "batch"])
+@pytest.mark.parametrize("has", [{"avx512_bf16"}, {"avx512_bf16", "amx_tile"}, set()])
+def test_onednn_multiplies_float32_only_where_it_rounds_nothing(monkeypatch, has, rounded):
+    monkeypatch.setattr(devices, "processor", lambda: ("any", has))
+    before = precisions()
+    with Rounds(rounded):
+        tune_cpu()
+    assert float32_by_onednn() == (has == {"avx512_bf16"} and not rounded)
+    assert precisions()[0] == ("medium" if float32_by_onednn() else "highest")  # torch can still tell
+    if not float32_by_onednn():
+        assert precisions() == before
     fine = 1 + 2**-20 * torch.arange(256.0).expand(256, 256)
-    assert torch.equal(fine @ identity, fine)
+    assert torch.equal(fine @ torch.eye(256), fine)
+
+
+@needs_onednn
+def test_a_precision_that_the_user_chose_stays(monkeypatch):
+    monkeypatch.setattr(devices, "processor", lambda: ("any", {"avx512_bf16"}))
+    torch.set_float32_matmul_precision("high")
+    before = precisions()
+    tune_cpu()
+    assert precisions() == before
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_nothing_hangs_on_names_inside_torch(monkeypatch):
+    """Whatever torch renames, the processor is asked in another way, and where it cannot be, nothing is switched."""
+    name, has = devices.processor()
+    for private in [name for name in dir(torch.cpu) if name.startswith("_is_")]:
+        monkeypatch.delattr(torch.cpu, private)
+    assert devices.processor() == (name, has)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if pathlib.Path("/proc/cpuinfo").exists():
+        assert has & {"avx512_bf16", "amx_tile"} == devices.processor()[1] & {"avx512_bf16", "amx_tile"}
+    tune_cpu()
+    monkeypatch.setattr(pathlib.Path, "read_text", pathlib.Path.rmdir)  # raises OSError
+    assert devices.processor() == (f"{platform.machine()} CPU", set())
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    tune_cpu()
 
 
 def test_the_last_written_run_is_the_newest_and_half_written_ones_are_none(tmp_path):
@@ -492,7 +554,6 @@ def test_a_picture_replaces_no_file_of_another_kind(command, tmp_path):
         (evaluate, ("run", "--live-batch-size", 3), "--live-batch-size: 3 needs --live"),
         (explain, ("run", "a text", "--data", "dev.csv"), "--data: dev.csv needs --html"),
         (explain, ("run", "--html", "new.html", "--threshold", 0.7), "--threshold: 0.7 needs TEXT"),
-        (explain, ("run", "--html", "new.html", "--prepared"), "--prepared: needs TEXT"),
     ):
         status, _, err = command(module, *given)
         assert (status, err.count("\n"), idle in err) == (2, 1, True), err

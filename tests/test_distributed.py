@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from minisweet.base import devices
+from minisweet.base.commands import run_command
 from minisweet.base.safe import InputError
 from minisweet.branches import METHODS
 from minisweet.checkpoint import load_encoder
@@ -32,9 +33,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def as_process(monkeypatch, rank: int, processes: int) -> None:
-    """As if torchrun had started this process."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", processes)):
-        monkeypatch.setenv(name, str(value))
+    """As if this process were one of torchrun's, and had met the others."""
+    monkeypatch.setattr(devices, "PLACES", [devices.Place(rank, rank, processes)])
 
 
 @pytest.fixture
@@ -108,7 +108,6 @@ def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strate
 def test_where_a_process_is(monkeypatch):
     assert devices.place() == (0, 0, 1)
     assert devices.of_all("x") == ["x"]
-    assert devices.together(test_where_a_process_is) is test_where_a_process_is
     as_process(monkeypatch, 2, 3)
     assert devices.place() == (2, 2, 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -120,6 +119,54 @@ def test_where_a_process_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="'cuda:2' is not here; this machine has 2"):
         devices.choose_device("auto")
+
+
+GROUP = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK 1, LOCAL_RANK 0, WORLD_SIZE 1: should be as torchrun sets them"),
+        ({"RANK": "1", "LOCAL_RANK": None, "WORLD_SIZE": "1"}, "RANK 1, "),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE 0: should be"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE two: should be"),
+        ({"RANK": "-1"}, "RANK -1, "),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR: not set, and WORLD_SIZE is 2"),
+        ({"RANK": None}, "RANK: not set, and WORLD_SIZE is 2"),
+        ({"MASTER_PORT": "http"}, "the processes do not meet"),
+    ],
+)
+def test_what_torchrun_never_sets_is_one_line(monkeypatch, capsys, changed, message):
+    for name, value in (GROUP | changed).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(devices.together(lambda: print("it ran")))
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n"), message in err) == (2, "", 1, True), err
+
+
+def test_one_process_of_torchrun_is_the_only_one(monkeypatch):
+    for name, value in (GROUP | {"WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    ran = []
+    devices.together(lambda: ran.append(devices.place()))()
+    monkeypatch.delenv("WORLD_SIZE")
+    devices.together(lambda: ran.append(devices.place()))()  # some clusters set RANK alone
+    assert ran == [(0, 0, 1)] * 2
+
+
+def test_a_group_that_a_librarys_user_made_is_not_ours(tiny, monkeypatch):
+    """In a user's job of two processes a model predicts all rows by itself, on any device."""
+    for name, value in (GROUP | {"RANK": "1", "LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(devices.choose_device(name)) for name in ("auto", "cuda:1", "cuda:0")] == ["cuda", "cuda:1", "cuda:0"]
+    assert devices.of_all("x") == ["x"]
+    model, examples = tiny
+    assert sweep.predict(model.eval(), examples, None)[0].shape == (2, 20, 2)
 
 
 OPTIONS = "--model tiny --train-size 161 --batch-size 8 --epochs 3 --exit-layers 1,2,4 --max-length 32 --lr 1e-4"

@@ -16,11 +16,13 @@ import torch
 
 import train
 from minisweet.base.commands import run_command
+from minisweet.runs import start
 from tests.benchmark.kill import METHODS, result
 from tests.conftest import CHECKOUT, write_model
 
 STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
 STOPPED = Path(".a.checkpoint")
+NEW = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
 
 
 @pytest.fixture
@@ -30,9 +32,7 @@ def command(monkeypatch, capsys, tmp_path):
     write_model(tmp_path / "tiny", "bert")
     update = train.update
 
-    new = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
-
-    def run(*arguments, signals=(), words=new) -> tuple[int, str, str]:
+    def run(*arguments, signals=(), words=NEW) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [*words, *map(str, arguments)])
         due = dict(signals)
         taken = []
@@ -97,15 +97,15 @@ def test_what_has_changed_is_refused_with_both_values(command, monkeypatch):
         assert (status, err.count("\n"), len(err) < 400) == (2, 1, True)
         assert all(part in err for part in parts), err
     with monkeypatch.context() as other:
-        other.setattr(train, "versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0"))
+        other.setattr(start, "versions", lambda: dict.fromkeys(("torch", "numpy", "tokenizers"), "0"))
         assert f"torch is 0 and was {version('torch')}" in command("--out", "a", "--resume")[2]
     vocabulary = Path("tiny/vocab.txt")
     words = vocabulary.read_text()
     vocabulary.write_text(words.replace("film\nwas", "was\nfilm"))
-    assert "SHA-256 of the model is" in command("--out", "a", "--resume")[2]  # which its tokenizer belongs to
+    assert "the model has changed" in command("--out", "a", "--resume")[2]  # which its tokenizer belongs to
     vocabulary.write_text(words)
     write_model(Path("tiny"), "bert", hidden_dropout_prob=0.3)
-    assert "SHA-256 of the model is" in command("--out", "a", "--resume")[2]
+    assert "the model has changed" in command("--out", "a", "--resume")[2]
     assert len(list(STOPPED.glob("*.pt"))) == 1  # and nothing is lost
     write_model(Path("tiny"), "bert")
     assert command("--out", "a", "--resume", "--save-every", "5", "--overwrite")[0] == 0
@@ -160,7 +160,7 @@ def write_texts(path: str, old: str = "", new: str = "") -> None:
 def test_data_and_options_that_changed_are_refused_with_both_values(command, is_finished):
     write_texts("train.csv")
     write_texts("dev.csv", "a film", "the film")
-    given = ["--data", "train.csv", "--dev-data", "dev.csv", "--out", "a", "--method", "sweet"]
+    given = ["--method", "sweet", "--data", "train.csv", "--dev-data", "dev.csv", "--out", "a"]
     assert command(*given, signals={} if is_finished else {3: TERM})[0] == (0 if is_finished else 143)
 
     def files() -> dict[Path, bytes]:
@@ -188,16 +188,57 @@ def test_data_and_options_that_changed_are_refused_with_both_values(command, is_
         value = ",".join(map(str, now)) if isinstance(now, list) else str(now)
         assert f"--{option} is {now} and was {was}" in refused(f"--{option}", value)
     write_texts("train.csv", "bad", "dull")
-    assert re.search("train_digest is [0-9a-f]{60} and was [0-9a-f]{60}", refused())
+    assert "the training data has changed" in refused()
     write_texts("train.csv", "down", "below")
     write_texts("dev.csv", "down", "below")
     assert "labels is ['below', 'up'] and was ['down', 'up']" in refused()
     write_texts("train.csv")
     write_texts("dev.csv")
-    assert re.search("dev_digest is [0-9a-f]{60} and was [0-9a-f]{60}", refused())
+    assert "the validation data has changed" in refused()
     write_texts("dev.csv", "a film", "the film")
     assert command(*given, "--resume")[0] == 0
     assert command.steps == (0 if is_finished else STEPS - 3)
+
+
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "stopped"])
+def test_files_may_move_where_their_digests_agree(command, is_finished):
+    write_texts("train.csv")
+    assert command("--method", "sweet", "--data", "train.csv", "--out", "whole")[0] == 0
+    stop = {} if is_finished else {3: TERM}
+    assert command("--method", "sweet", "--data", "train.csv", "--out", "a", signals=stop)[0] in (0, 143)
+    Path("elsewhere").mkdir()
+    for name in ("tiny", "train.csv"):
+        Path(name).rename(Path("elsewhere", name))
+    Path("elsewhere/train.csv").rename("elsewhere/other.csv")
+    words = [word.replace("tiny", "elsewhere/tiny") for word in NEW]
+    moved = ["--method", "sweet", "--data", "elsewhere/other.csv", "--out", "a", "--resume"]
+    status, _, err = command(*moved, words=words)
+    assert (status, command.steps) == (0, 0 if is_finished else STEPS - 3), err
+    assert Path("a/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    write_model(Path("elsewhere/tiny"), "bert", hidden_dropout_prob=0.3)
+    if is_finished:
+        assert "a is finished, but the model has changed" in command(*moved, words=words)[2]
+
+
+def test_a_task_in_another_folder_goes_on(command):
+    for folder in ("one", "two"):
+        rows = "".join(f"{n}\tthe film\tnot bad {n}\t{'not_' * (n % 2)}entailment\n" for n in range(20))
+        Path(folder, "RTE").mkdir(parents=True)
+        for name in ("train", "dev"):
+            Path(folder, "RTE", f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
+    assert command("--task", "rte", "--data-dir", "one", "--out", "a", signals={3: TERM})[0] == 143
+    assert command("--task", "rte", "--data-dir", "two", "--out", "a", "--resume")[0] == 0
+    assert command.steps == STEPS - 3
+
+
+def test_another_machine_is_noted(command, monkeypatch):
+    assert command("--out", "a", signals={3: TERM})[0] == 143
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    status, _, err = command("--out", "a", "--resume", signals={1: TERM})
+    machine = "--resume: machine is .*, 77 threads and was .*, " + f"{threads} threads; the last bits may not be"
+    assert (status, len(re.findall(machine, err))) == (143, 1), err
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
@@ -224,9 +265,17 @@ def test_a_finished_stage_that_is_broken_is_trained_again(command):
     assert result("a") == result("whole")
 
 
-def test_without_resume_a_training_starts_anew_and_says_so(command):
+def test_without_resume_or_overwrite_what_was_stopped_is_kept(command):
     assert command("--out", "a", signals={3: TERM})[0] == 143
-    status, _, err = command("--out", "a", "--seed", "1")
+    before = {path: path.read_bytes() for path in STOPPED.iterdir()}
+    for more in ((), ("--seed", "1"), ("--save-every", "1e-9")):
+        status, _, err = command("--out", "a", *more)
+        assert (status, err.count("\n"), command.steps) == (2, 1, 0)
+        assert "--out: a has a training that was stopped" in err
+        assert "--resume" in err
+        assert "--overwrite" in err
+        assert {path: path.read_bytes() for path in STOPPED.iterdir()} == before
+    status, _, err = command("--out", "a", "--seed", "1", "--overwrite")
     assert (status, command.steps, "this one starts anew" in err, STOPPED.exists()) == (0, STEPS, True, False)
 
 

@@ -14,9 +14,9 @@ from minisweet.base.commands import Parser, run_command
 from minisweet.base.safe import (
     InputError,
     clear_leftovers,
+    hold,
     is_text,
     listed,
-    lock,
     one_line,
     read_json,
     sha256,
@@ -171,11 +171,49 @@ def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_lock_is_held_once(tmp_path):
-    held = lock(tmp_path / "lock")
-    assert lock(tmp_path / "lock") is None
-    os.close(held)
-    os.close(lock(tmp_path / "lock"))
+def test_a_file_is_held_once_and_is_gone_afterwards(tmp_path):
+    for _ in range(2):
+        with hold(tmp_path / "lock") as is_ours, hold(tmp_path / "lock") as is_ours_again:
+            assert (is_ours, is_ours_again, os.listdir(tmp_path)) == (True, False, ["lock"])
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_hold_ends_with_its_process_however_that_ends(tmp_path):
+    code = "import sys, time\nfrom minisweet.base.safe import hold\nfrom pathlib import Path\n"
+    code += "with hold(Path(sys.argv[1])) as is_ours:\n    print(is_ours, flush=True)\n    time.sleep(600)"
+    words = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as holder:
+        assert holder.stdout.readline() == "True\n"
+        with hold(tmp_path / "lock") as is_ours:
+            assert not is_ours
+        holder.kill()
+        holder.wait()
+        with hold(tmp_path / "lock") as is_ours:
+            assert is_ours
+
+
+def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
+    """Of a file and a folder: what they hold is synced before the rename, the folder of the name after it."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def note_sync(held: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{held}"))
+        fsync(held)
+
+    def note_replace(path: Path, target: Path) -> None:
+        done.append(f"{path} -> {target}")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    for write in (lambda target: write_json(target, {"a": 1}), lambda target: write_folder(target, "new")):
+        target, done[:] = tmp_path / "target", []
+        write(target)
+        (rename,) = [i for i, event in enumerate(done) if "->" in event]
+        new = done[rename].split(" -> ")[0]
+        inside = {new} if target.is_file() else {new, f"{new}/a", f"{new}/b"}
+        assert (set(done[:rename]), done[rename + 1 :]) == (inside, [str(tmp_path)])
+        target.unlink() if target.is_file() else None
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])

@@ -337,7 +337,9 @@ def test_a_stopped_evaluation_leaves_a_pair_that_fits(run, tmp_path, monkeypatch
         if stop == "evaluation.json":
             patch.setattr(sweep, "write_json", lambda *_: sys.exit(143))
         elif stop == "replace":
-            patch.setattr(type(copied), "replace", lambda *_: sys.exit(143))
+            replace, last = type(copied).replace, sweep.NEXT_LOGITS
+            stopped = lambda path, to: sys.exit(143) if path.name == last else replace(path, to)  # noqa: E731
+            patch.setattr(type(copied), "replace", stopped)
         status, *_ = call(evaluate, copied, "--use-exits", "2,4", "--calibration", "none")
     assert status == (0 if stop == "neither" else 143)
     is_old = stop == "evaluation.json"

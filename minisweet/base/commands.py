@@ -1,18 +1,22 @@
-"""What every command shares: options that are checked, and errors of one line."""
+"""What every command shares: options that are checked, errors and notices of one line, and progress."""
 
 import argparse
 import errno
+import logging
 import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from minisweet.base.safe import InputError, is_text, one_line
+from tqdm import tqdm
+
+from minisweet.base.safe import LOG, InputError, is_text, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,6 +117,45 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
     return parse_all
 
 
+class Progress(tqdm):
+    """A progress bar where standard error is a terminal; elsewhere a notice at the end, and each minute until then."""
+
+    def __init__(self, *args, disable: bool | None = None, **options) -> None:
+        super().__init__(*args, disable=disable, **options)
+        self.is_told = self.disable and not disable
+        self.words, self.told = (options.get("desc"), options.get("unit", "it")), time.monotonic()
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            yield item
+            self.update()
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more."""
+        if not self.disable:
+            super().update(n)
+            return
+        self.n += n
+        if self.is_told and (self.n == self.total or time.monotonic() > self.told + 60):
+            self.told, (desc, unit) = time.monotonic(), self.words
+            of_total = f" of {self.total:,}" if self.total else ""
+            more = f", {text}" if (text := getattr(self, "postfix", None)) else ""
+            LOG.info("%s: %s%s %s%s", desc, f"{self.n:,}", of_total, unit, more)
+
+
+class Notices(logging.Handler):
+    """Prints notices on standard error, one line each, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one; where nobody can read it, it is lost."""
+        with suppress(OSError, ValueError):
+            tqdm.write(one_line(record.getMessage()), file=sys.stderr)
+
+
+NOTICES = Notices()
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130, SIGTERM with 143.
 
@@ -124,6 +167,8 @@ def run_command(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # an ASCII terminal shows \\xe9 for what it does not know
             stream.reconfigure(errors="backslashreplace")
+    LOG.addHandler(NOTICES)  # here alone: who imports minisweet configures logging as they like
+    LOG.setLevel(logging.INFO)
     try:
         main()
         sys.stdout.flush()

@@ -16,9 +16,11 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.base.commands import Parser
@@ -26,12 +28,27 @@ from minisweet.base.safe import InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 Place = namedtuple("Place", "rank local_rank processes")  # which process of all, and on its machine, from 0
+PLACES = [Place(0, 0, 1)]  # the last counts; `together` adds another one
 
 
 def place() -> Place:
-    """Where torchrun has put this process; without torchrun it is the only one."""
-    said = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-    return Place(*map(int, said)) if all(map(str.isdecimal, said)) else Place(0, 0, 1)
+    """Which process of `together` this is; else the only one, whatever process group a library's user has made."""
+    return PLACES[-1]
+
+
+def place_by_torchrun() -> Place:
+    """Where the environment puts this process, as torchrun sets it. Raises InputError for what torchrun never sets."""
+    if not os.environ.get("WORLD_SIZE"):
+        return Place(0, 0, 1)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    said = [os.environ.get(name) or "0" for name in names]
+    shown = ", ".join(map(" ".join, zip(names, said, strict=True)))
+    if not all(text.isdecimal() for text in said) or not max(map(int, said[:2])) < int(said[2]):
+        raise InputError(f"{shown}: should be as torchrun sets them, ranks from 0 and below WORLD_SIZE; or unset them")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if int(said[2]) > 1 else ():
+        if not os.environ.get(name):
+            raise InputError(f"{name}: not set, and WORLD_SIZE is {said[2]}; start several processes with torchrun")
+    return Place(*map(int, said))
 
 
 def add_device_options(parser: Parser) -> None:
@@ -73,69 +90,112 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractCon
     return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
 
 
+def processor() -> tuple[str, set[str]]:
+    """The processor's name, and what it has (avx2, avx512_bf16, amx_tile, ...): nothing where it cannot be asked."""
+    unnamed, lines = f"{platform.machine()} CPU", {}
+    with suppress(AttributeError, RuntimeError):  # of newer versions of torch
+        told = torch.cpu.get_capabilities()
+        return str(told.get("cpu_name") or unnamed), {name for name, has in told.items() if has is True}
+    with suppress(OSError):
+        lines = dict(re.findall(r"^(model name|flags)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    return lines.get("model name", unnamed), set(lines.get("flags", "").split())
+
+
 def tune_cpu() -> None:
-    """Settings that make this process faster on the CPU; but for rounding they change nothing.
+    """Make this process faster on the CPU, before its first model; but for rounding nothing else changes.
+
+    The commands call it. A library leaves such settings to its user, who calls it once: `minisweet.tune_cpu()`.
 
     Where glibc allocates memory, the process keeps what it frees. By default each large tensor is new memory from the
     kernel, which zeroes it page by page at first touch, in every step again: 10 to 20% of a training step.
 
     Processors with AVX512-BF16 and without AMX are mostly AMD's. MKL, which torch takes for float32, does not use
     AVX-512 on them, and oneDNN needs half of its time. torch leaves float32 to oneDNN only with leave to round to
-    bfloat16 on the way. oneDNN takes that leave with AMX, so it is not given there; elsewhere a product with the
-    identity checks that nothing is rounded.
+    bfloat16 on the way ("medium"). oneDNN takes that leave with AMX, so it is not given there; elsewhere products with
+    the identity check that nothing is rounded. Who has set torch's precision of float32 keeps what was set.
     """
     if sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
         glibc.mallopt(M_MMAP_MAX, 0)
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    onednn = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
-    if onednn is not None and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
-        onednn.fp32_precision = "bf16"
-        fine = torch.full((256, 256), 1 + 2**-12)
-        if not torch.equal(fine @ torch.eye(256), fine):
-            onednn.fp32_precision = "none"
+    onednn, cuda, (_, has) = getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul, processor()
+    if "avx512_bf16" not in has or "amx_tile" in has or not hasattr(onednn, "fp32_precision"):  # from torch 2.9 on
+        return
+    with suppress(AttributeError, RuntimeError):  # torch cannot tell what was set in several ways
+        before = torch.get_float32_matmul_precision(), onednn.fp32_precision, cuda.fp32_precision
+        if before == ("highest", "none", "none"):
+            torch.set_float32_matmul_precision("medium")
+            is_fine = onednn.fp32_precision == "bf16" and rounds_nothing()
+            if not is_fine:
+                torch.set_float32_matmul_precision("highest")
+                onednn.fp32_precision = "none"
+            if not is_fine or torch.cuda.is_available():
+                cuda.fp32_precision = "none"  # not TF32
+
+
+def rounds_nothing() -> bool:
+    """Whether the CPU's products in float32 keep all bits, those of training and of inference."""
+    for D in (64, 384):
+        eye, one = torch.eye(D, dtype=torch.float32, device="cpu"), torch.ones(D, dtype=torch.float32, device="cpu")
+        fine = one + one.cumsum(0).outer(one) * 2**-20  # (D, D)
+        # A linear layer with its bias, of one row, its two gradients as autograd multiplies them, and a batch.
+        found = [F.linear(fine, eye, one) - 1, F.linear(fine[-1:], eye), fine @ eye, (fine.T @ eye).T]
+        found.append((fine.expand(3, D, D) @ eye.expand(3, D, D))[2])
+        if not all(torch.equal(product, fine[-len(product) :]) for product in found):
+            return False
+    return True
 
 
 def keep_compiled_products() -> None:
     """Keep 8,192 of the products that oneDNN compiles for each shape at first sight, not 1,024, in some 100 MB more.
 
-    Texts of all lengths need that many, above all in half precision and with prepared weights. oneDNN hears it before
-    the process's first product, so before `tune_cpu`, and unless the environment says otherwise.
+    Texts of all lengths need that many: early exit in batches takes 0.8 of the time. oneDNN hears it before the
+    process's first product, so before `tune_cpu`, and unless the environment says otherwise.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 
 def device_name(device: torch.device) -> str:
     """What a reader of the results should know of the device."""
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpu = f"{processor()[0]}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return name + (f", {place().processes} processes" if place().processes > 1 else "")
 
 
 def together(main: Callable[[], None]) -> Callable[[], None]:
-    """`main` as one of several processes, of which the first alone prints; `main` itself without torchrun."""
-    rank, local_rank, processes = place()
+    """`main` as one of the processes of torchrun, of which the first alone prints; without torchrun `main` itself.
+
+    What is returned raises InputError where the environment is none of torchrun's, or the processes do not meet.
+    """
 
     def run() -> None:
-        if rank:  # the others have nothing to say but what nobody foresaw
+        here = place_by_torchrun()
+        if here.processes == 1:
+            main()
+            return
+        if here.rank:  # the others have nothing to say but what nobody foresaw
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
         if cuda := torch.cuda.is_available():
-            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
         backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        torch.distributed.init_process_group(backends, timeout=timedelta(hours=2))  # as long as a download may take
+        try:
+            torch.distributed.init_process_group(backends, timeout=timedelta(hours=2))  # as long as a download may take
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"torchrun: the processes do not meet ({error})") from None
+        PLACES.append(here)
         farewell = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=1))
         try:
             main()
             of_all(0)
         except (InputError, OSError, SystemExit):
-            if rank:  # torchrun ends the first one, which may be writing, with us
+            if here.rank:  # torchrun ends the first one, which may be writing, with us
                 with suppress(RuntimeError):
                     torch.distributed.barrier(farewell)
             raise
         torch.distributed.destroy_process_group()
 
-    return run if processes > 1 else main
+    return run
 
 
 @contextmanager

@@ -4,24 +4,27 @@ What is written stands in a hidden folder beside its target, `.NAME.<random>.par
 
     new     what is being written
     old     what stood at the target, between the two renames that replace a folder; gone, when it may be deleted
-    lock    held by the writer (flock); a folder whose lock nobody holds is of a dead process, and is swept up
+    lock    held by the writer; a folder whose lock nobody holds is of a dead process, and is swept up
 """
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")  # or, of older versions, with a process id in place of random digits
+from filelock import FileLock, Timeout
+
+LOG = logging.getLogger("minisweet")  # for notices; results are printed
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class InputError(ValueError):
@@ -60,9 +63,15 @@ def is_text(value: object) -> bool:
         return False
 
 
+def clone() -> Path | None:
+    """The clone that this package lies in, with train.py beside it; None where the package is installed."""
+    folder = Path(__file__).parents[2]
+    return folder if (folder / "train.py").is_file() else None
+
+
 def home() -> Path:
-    """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone's own folder."""
-    return Path(os.environ.get("MINISWEET_HOME") or Path(__file__).parents[2])
+    """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone, or else ~/.cache/minisweet."""
+    return Path(os.environ.get("MINISWEET_HOME") or clone() or Path.home() / ".cache" / "minisweet")
 
 
 def check_file(option: str, path: Path, suffix: str) -> None:
@@ -91,30 +100,47 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "no regular file")
 
 
-def lock(path: Path) -> int | None:
-    """Make the file `path` and hold it until the number returned is closed. None where another process holds it."""
-    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+@contextmanager
+def hold(path: Path, **options) -> Iterator[bool]:
+    """Hold the file `path` within, which is made for that. Gives False where another process holds it.
+
+    A hold ends with its process, however that ends. `options` are FileLock's.
+    """
+    held = FileLock(path, timeout=0, **options)
+    with suppress(Timeout):
+        held.acquire()
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        return None
-    if os.fstat(held).st_nlink:
-        return held
-    os.close(held)  # it was removed meanwhile, so that the next to come would hold another file of this name
-    return lock(path)
+        yield held.is_locked
+    finally:
+        if held.is_locked:
+            with suppress(OSError):
+                path.unlink()  # while it is held, so that nobody else can hold it
+            held.release()
 
 
 def clear_leftovers(target: Path) -> None:
     """Remove what dead writers left beside `target`; what they were replacing goes back where its name is free."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # swept by another process meanwhile
-            if (held := lock(folder / "lock")) is not None:
+            with hold(folder / "lock") as is_ours:
+                if not is_ours:
+                    continue
                 old = folder / "old"
                 if os.path.lexists(old):  # renamed before it is deleted: a half-deleted one must never be put back
                     old.rename(folder / "gone" if os.path.lexists(target) else target)
                 shutil.rmtree(folder, ignore_errors=True)
-                os.close(held)
+            folder.rmdir()  # on Windows, which deletes no file that is held
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk itself: after a power cut they must be there."""
+    is_file = path.is_file()
+    with nullcontext() if is_file else suppress(OSError):  # Windows opens no folder
+        held = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
+        try:
+            os.fsync(held)
+        finally:
+            os.close(held)
 
 
 @contextmanager
@@ -132,23 +158,27 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     held, is_ours = None, True  # whether an error is of what is done here, and not of who writes
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        while held is None:  # another process may clear the folder up before it is held
+        while held is None or not held.is_locked:  # another process may clear the folder up before it is held
             folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
             folder.mkdir()
-            with suppress(FileNotFoundError):
-                held = lock(folder / "lock")
+            held = FileLock(folder / "lock", timeout=0)
+            with suppress(FileNotFoundError, Timeout):
+                held.acquire()
         new = folder / "new"
         is_ours = False
         yield new
         is_ours = True
         if target.is_dir() and not new.is_dir():
             raise InputError(f"{target}: a folder, where a file should be written")
+        for part in (*new.rglob("*"), new) if new.is_dir() else (new,):
+            sync(part)
         if target.is_dir() and overwrite:
             target.rename(folder / "old")
         if overwrite or new.is_dir():
-            new.rename(target)  # a folder replaces no file, and no folder that is not empty
+            os.replace(new, target)  # a folder replaces no file, and no folder that is not empty
         else:
             os.link(new, target)  # unlike a rename, this refuses a name that is taken
+        sync(target.parent)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(target):
             raise InputError(f"{target}: exists already; not overwritten") from None
@@ -157,7 +187,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         raise
     finally:
         if held is not None:
-            os.close(held)
+            held.release()
             clear_leftovers(target)  # as of a dead writer: after an error what stood at `target` goes back
 
 

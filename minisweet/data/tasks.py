@@ -5,7 +5,6 @@ GLUE's test files have no labels and are never read. Dimension letters: N rows, 
 
 import io
 import os
-import sys
 import zipfile
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 from urllib.request import urlopen
 
-from minisweet.base.safe import InputError, written_beside
+from minisweet.base.safe import LOG, InputError, written_beside
 from minisweet.data.rows import cell, read_lines, some, table
 from minisweet.data.toy import make_toy
 
@@ -192,5 +191,5 @@ def _split_mrpc(corpus: bytes) -> list[bytes]:
 def _download(url: str) -> bytes:
     """What stands at `url`; an answer that is cut short raises."""
     with urlopen(url, timeout=TIMEOUT) as response:
-        print(f"fetching {url}: {(response.length or 0) / 1e6:.1f} MB", file=sys.stderr, flush=True)
+        LOG.info("fetching %s: %.1f MB", url, (response.length or 0) / 1e6)
         return response.read()

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minisweet.adaptive import ExitRule, Exits, area_under_curve, exits_taken
+from minisweet.base.commands import Progress
 from minisweet.base.devices import autocast, of_all, place
 from minisweet.base.safe import InputError, sha256, write_json, written_beside
 from minisweet.calibration import expected_calibration_error, fit_rule, negative_log_likelihood
@@ -73,7 +73,7 @@ def predict(
     device = next(model.parameters()).device
     max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
     rows, logits, certainties = [], [], []
-    with tqdm(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
+    with Progress(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
         for number, batch in enumerate(examples.by_length(BATCH_SIZE, max_tokens)):
             progress.update(len(batch.rows))
             if number % processes != rank:

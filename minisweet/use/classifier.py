@@ -1,7 +1,6 @@
 """Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made."""
 
 import argparse
-import logging
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
-from minisweet.base.safe import InputError, as_written, is_text
+from minisweet.base.safe import LOG, InputError, as_written, is_text
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, wish_of
@@ -21,9 +20,7 @@ from minisweet.evaluation.sweep import load_validation
 from minisweet.evaluation.timing import GATHERED
 from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
-from minisweet.use.prepared import prepare
 
-LOG = logging.getLogger("minisweet")
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
 ARGUMENTS = {  # of the classifier: what is right, and whether a value is
@@ -35,7 +32,6 @@ ARGUMENTS = {  # of the classifier: what is right, and whether a value is
     "device": ("auto, cpu, cuda or cuda:N", lambda device: isinstance(device, str)),
     "amp": (f"one of {', '.join(AMP_CHOICES)}", lambda amp: isinstance(amp, str) and amp in AMP_CHOICES),
     "batch_size": ("a whole number, 1 or more", lambda size: type(size) is int and 0 < size < 2**31),
-    "prepared": ("True or False", lambda prepared: isinstance(prepared, bool)),
 }
 
 
@@ -63,8 +59,6 @@ class EarlyExitClassifier:
             percent of full depth's answers, certified with the confidence `sure`, 50 to 99.9 percent.
         device, amp: as the commands' --device and --amp.
         batch_size: texts that run at once.
-        prepared: lay the weights out for the processor first, see prepared.py: single texts take less time, with
-            AVX-512 all texts, and the answers are the same but for rounding. On the CPU alone.
 
     Raises InputError (a ValueError) for no run, a broken one, an argument outside its range, a threshold that lacks.
     """
@@ -81,10 +75,9 @@ class EarlyExitClassifier:
         device: str = "auto",
         amp: str = "auto",
         batch_size: int = 32,
-        prepared: bool = False,
     ) -> None:
         wishes = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
-        given = {"run": run, "device": device, "amp": amp, "batch_size": batch_size, "prepared": prepared, "sure": sure}
+        given = {"run": run, "device": device, "amp": amp, "batch_size": batch_size, "sure": sure}
         for name, value in (given | wishes).items():
             right, fits = ARGUMENTS[name]
             if not fits(value):
@@ -110,9 +103,7 @@ class EarlyExitClassifier:
             ranges = torch.tensor([[0.0, 1.0]] * len(model.exit_layers), dtype=torch.float32, device="cpu")
             self.rule = ExitRule(len(self.labels), ranges=ranges if self.record.exit_strategy == "lte" else None)
         self.threshold = self._chosen(run, threshold, wishes, sure)
-        model, self.exit_layers = model.to(self.device), model.exit_layers
-        self.model = prepare(model, self.precision) if prepared else model
-        self.casts_nothing = self.model is not model
+        self.model, self.exit_layers = model.to(self.device), model.exit_layers
         self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
@@ -129,8 +120,7 @@ class EarlyExitClassifier:
             self.model.eval()
         for pool in examples.by_length(GATHERED * self.batch_size):
             inputs = pool.to(self.device).inputs
-            # Faster where no weights are left to be cast, see `early_exit`.
-            with torch.inference_mode(self.casts_nothing), autocast(self.device, self.precision):
+            with autocast(self.device, self.precision):
                 found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
             rows += pool.rows.tolist()
             answers += self.answers(found)
@@ -175,13 +165,12 @@ def add_classifier_options(parser: Parser) -> None:
     option = add_wish_options(parser, "threshold (default: the operating point of evaluation.json)")
     option("--threshold", type=number(0, 1), help="leave at this confidence; at 1 all run to the last exit")
     parser.add_argument("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
-    parser.add_argument("--prepared", action="store_true", help="lay the weights out for the CPU once: single texts")
     add_device_options(parser)
 
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     """The classifier that a command's options ask for. Its errors name these."""
-    names = ("run", "threshold", "max_loss", "speed", "max_change", "sure", "device", "amp", "batch_size", "prepared")
+    names = ("run", "threshold", "max_loss", "speed", "max_change", "sure", "device", "amp", "batch_size")
     try:
         return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
     except InputError as error:

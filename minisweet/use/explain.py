@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     parser.need(args, args.html, "--html", "data", "data_dir")
     parser.need(args, args.max_change is not None, "--max-change", "sure")
-    chosen = ("threshold", "speed", "max_loss", "max_change", "sure", "batch_size", "prepared", "device", "amp")
+    chosen = ("threshold", "speed", "max_loss", "max_change", "sure", "batch_size", "device", "amp")
     parser.need(args, args.text, "TEXT, and the page takes what evaluate.py saved", *chosen)
     if len(args.text) > 2 or not (args.text or args.html):
         raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")

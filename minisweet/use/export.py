@@ -1,12 +1,11 @@
-"""A run's model up to one exit as a folder that transformers loads, config, weights and tokenizer.
+"""A run as one ONNX file that leaves early by itself, or its model up to one exit as a folder that transformers loads.
 
-    python -m minisweet.export RUN --out folder
+    python -m minisweet.export RUN --onnx file.onnx --int8
     python -m minisweet.export RUN --out folder --exit-layer 6
     python -c 'from transformers import pipeline; print(pipeline("text-classification", "folder")("no invoice"))'
 
-The folder holds a plain BertForSequenceClassification or DebertaForSequenceClassification: nothing leaves early there.
-ONNX export starts from here too: its exporter (torch.onnx.export(..., dynamo=True)) builds on torch.export, which our
-models pass with dynamic batch and length, and needs the packages onnx and onnxscript beside torch.
+The file is made in use/onnx.py. The folder holds a plain BertForSequenceClassification or
+DebertaForSequenceClassification: nothing leaves early there.
 """
 
 from dataclasses import asdict
@@ -30,13 +29,26 @@ POOLERS = {"bert": "bert.pooler.dense", "deberta": "pooler.dense"}  # where tran
 
 
 def main() -> None:
-    """Export one exit of a run."""
+    """Export a run."""
     parser = Parser(__doc__)
-    option = parser.add_argument
+    option, either = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
-    option("--out", type=Path, required=True, help="the folder to write, which must not exist")
-    option("--exit-layer", type=whole_number(1), help="the exit to end at (default: the last)")
+    either("--onnx", type=Path, metavar="FILE.onnx", help="the file to write, which must not exist")
+    either("--out", type=Path, help="the folder to write, which must not exist")
+    option("--int8", action="store_true", help="--onnx: weights in eight bits")
+    option("--data", type=Path, metavar="FILE", help="--onnx: your own file of the validation rows, if it moved")
+    option("--data-dir", type=Path, help="--onnx: holds the GLUE tasks' folders, if they moved")
+    option("--exit-layer", type=whole_number(1), help="--out: the exit to end at (default: the last)")
     args = parser.parse_args()
+    parser.need(args, args.onnx, "--onnx", "int8", "data", "data_dir")
+    parser.need(args, args.out, "--out", "exit_layer")
+    if args.onnx:
+        try:
+            from minisweet.use.onnx import export_onnx
+        except ImportError as error:
+            raise InputError(f"--onnx: needs the package {error.name} (pip install '.[onnx]')") from None
+        print(*export_onnx(args.run, args.onnx, args.int8, args.data, args.data_dir), sep="\n")
+        return
     layer = export(args.run, args.out, args.exit_layer)
     print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
 

@@ -17,9 +17,7 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
-from tqdm import tqdm
-
-from minisweet.base.commands import Parser, list_of, run_command
+from minisweet.base.commands import Parser, Progress, list_of, run_command
 from minisweet.base.devices import keep_compiled_products, tune_cpu
 from minisweet.base.safe import InputError
 from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, decoded, find_columns, read_rows
@@ -69,7 +67,7 @@ def main() -> None:
         rows = (row for _, row in read_rows(args.file))
         chunks = iter(lambda: list(islice(rows, WINDOW)), [])  # lists of rows, until there are none
     left, empty, cut = Counter(), 0, 0
-    with writer, tqdm(total=total, unit="row", desc="predict", disable=to_screen) as progress:
+    with writer, Progress(total=total, unit="row", desc="predict", disable=to_screen or None) as progress:
         for chunk in chunks:
             texts = list(map(itemgetter(*columns), chunk))  # of one column texts, of two pairs
             examples = classify.tokenize(texts)
