@@ -13,7 +13,6 @@ classifier take the operating point from there, so that each evaluation replaces
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from minisweet import calibration
 from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
-from minisweet.base.commands import Parser, Progress, list_of, run_command, whole_number
+from minisweet.base.commands import Parser, list_of, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
@@ -37,10 +36,6 @@ from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, read_record, run_digest, versions
 from minisweet.runs.records import Record
 from minisweet.use.plots import compare_curves, draw_curve
-
-LEVEL = 1.0  # points: no exit is better than the first by more
-AGREES = 70.0  # percent of texts, with full depth
-FEW = 20  # rows: too few for a temperature
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
     idle -= {"test", "device", "amp"}
     parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(idle))
+    args.device = devices.choose_device(args.device)
+    args.precision = devices.choose_precision(args.amp, args.device)
     args.runs = args.runs or [newest_run()]
     return args
 
@@ -101,8 +98,8 @@ def main() -> None:
     if read_record(run).digests != record.digests:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
     save_evaluation(run, evaluation | {"run_digest": run_digest(record)}, validation)
-    named = f"{record.model}, {method_name(vars(record))}, {record.task}"
-    print(f"{run}: {named}, {evaluation['examples']} validation examples")
+    method, examples = method_name(vars(record)), evaluation["examples"]
+    print(f"{run}: {record.model}, {method}, {record.task}, {examples} validation examples")
     print_evaluation(evaluation)
     print(f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict takes this operating point now")
     try:  # last: nothing else waits for a picture
@@ -115,11 +112,11 @@ def answers_of(
     model: MultiExitModel | MultiModel, record: Record, rows: Examples, metric: str, args: argparse.Namespace
 ) -> tuple[TokenizedExamples, Validation]:
     """The rows as tokens, and what all exits say of them. Counts the texts that are cut."""
-    device, title = devices.choose_device(args.device), "test" if args.test else "validation"
+    title = "test" if args.test else "validation"
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, record.max_length), rows)
     if examples.cut:
         print(f"{title}: cut to {record.max_length} tokens: {examples.cut:,}")
-    logits, certainty = predict(model.to(device), examples, devices.choose_precision(args.amp, device), title)
+    logits, certainty = predict(model.to(args.device), examples, args.precision, title)
     labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
     exits = Exits(list(model.exit_layers), record.depth, record.method)
     return examples, Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)
@@ -135,14 +132,13 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     with devices.in_turn():
         dev = load_dev(vars(record), args.data, args.data_dir)
     start = time.perf_counter()
-    metric = "agreement" if dev.labels is None else record.metric
-    examples, validation = answers_of(model, record, dev, metric, args)
+    examples, validation = answers_of(model, record, dev, record.metric, args)
     seconds = time.perf_counter() - start
-    wish = wish_of(dev.labels is not None, args.max_loss, args.speed, args.max_change, args.sure)
+    wish = wish_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
     rule, point = operating_point(validation, args.calibration, wish)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
     evaluation = {key: getattr(record, key) for key in ("task", "method", "exit_strategy")}
-    evaluation |= {"metric": metric, "exit_layers": validation.exits.layers, "calibration": args.calibration}
+    evaluation |= {"metric": record.metric, "exit_layers": validation.exits.layers, "calibration": args.calibration}
     evaluation |= curve_of(validation, args.calibration, thresholds, dev.difficulties)
     evaluation |= {"operating_point": point, "warnings": warnings_of(validation, record.labels)}
     # The rule for new text: (K,), or (K, 2)
@@ -150,20 +146,19 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     evaluation["temperatures"] = scaled.tolist()
     if rule.ranges is not None:
         evaluation["certainty_ranges"] = rule.ranges.tolist()
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
+    precision = args.precision
     if args.live and devices.place().rank == 0:  # by the rule that new text gets
-        setting = (thresholds, validation.exits, args.live_batch_size, rule, partial(Progress, desc="live"))
-        with devices.autocast(device, precision):
+        setting = (thresholds, validation.exits, args.live_batch_size, rule)
+        with devices.autocast(args.device, precision):
             evaluation["live"], *decided = measure_live(model, examples, *setting)
-        differ = differences(*decided, rule, validation, thresholds, 1e-4 if precision is None else 2e-2)
-        evaluation |= dict(zip(("live_differs", "live_differs_near"), differ, strict=True))
+        differ, near = differences(*decided, rule, validation, thresholds, 2e-2 if precision else 1e-4)
+        evaluation |= {"live_differs": differ, "live_differs_near": near}
         evaluation["live_batch_size"] = args.live_batch_size
     return validation, evaluation | {
         "examples": len(examples),
         "dev_digest": digest(dev),
         "seconds": round(seconds, 2),
-        "device": devices.device_name(device),
+        "device": devices.device_name(args.device),
         "precision": str(precision or torch.float32),
         "versions": versions(),
     }
@@ -188,20 +183,19 @@ def warnings_of(validation: Validation, names: list[str]) -> list[str]:
     """What a user should know of the exits, and what to try, a line each. `names` are the classes'."""
     layers, predictions, labels = validation.exits.layers, validation.logits.argmax(-1), validation.labels
     support, longer, found = labels.bincount(minlength=len(names)), "train longer (--epochs) or at a higher --lr", []
-    if (classes := int((support > 0).sum())) < 2 or len(labels) < FEW:
+    if (classes := int((support > 0).sum())) < 2 or len(labels) < 20:
         rows = f"{len(labels)} validation rows of {classes} classes tell little of temperatures and thresholds"
         found.append(f"{rows}: validate on more of them (--dev-data, --dev-size)")
     scores = score(predictions.numpy(), labels.numpy(), validation.metric)
-    if len(layers) > 1 and max(scores) - scores[0] <= LEVEL:
-        smaller = f"the first {layers[0]} of the layers alone would be as good a model"
-        found.append(f"the exits are level, so early exit gains nothing, {smaller}: {longer}, or with --method branch")
+    if len(layers) > 1 and max(scores) - scores[0] <= 1.0:
+        level = f"early exit gains nothing, the first {layers[0]} of the layers alone would be as good a model"
+        found.append(f"the exits are level, so {level}: {longer}, or with --method branch")
     for n, said in zip(layers, predictions, strict=True):
         counts, agrees = said.bincount(minlength=len(names)), 100 * float((said == predictions[-1]).double().mean())
-        if never := [names[c] for c in range(len(names)) if support[c] and not counts[c]]:
-            found.append(
-                f"the exit after layer {n} never predicts {some(never)}: {longer}, or with --class-weights balanced"
-            )
-        if agrees < AGREES:
+        if never := [name for name, there, count in zip(names, support, counts, strict=True) if there and not count]:
+            advice = f"{longer}, or with --class-weights balanced"
+            found.append(f"the exit after layer {n} never predicts {some(never)}: {advice}")
+        if agrees < 70:
             share = f"agrees with full depth on {agrees:.0f}% of texts"
             found.append(f"the exit after layer {n} {share}: {longer}, or leave it out (--use-exits)")
     return found
@@ -213,15 +207,14 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
     evaluation = read_evaluation(run, record)
     if evaluation is None:
         raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
-    task, point = TASKS.get(record.task), evaluation.operating_point
-    trained = list(record.text_columns or (task.columns[:-1] if task else ()))
+    trained = list(record.text_columns or TASKS.get(record.task, TASKS["toy"]).columns[:-1])
     usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
     columns = find_columns("--test", args.test, None, usual)
     (column,) = find_columns("--test", args.test, None, [[record.label_column or "label"], ["label"]])
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
-    promised = evaluation.metric != "agreement"  # which was measured without labels, and promises nothing of them
-    model, metric = model.keep_exits(evaluation.exit_layers), evaluation.metric if promised else "accuracy"
-    _, said = answers_of(model, record, rows, metric, args)
+    promised = record.metric != "agreement"  # which was measured without labels, and promises nothing of them
+    metric, point = record.metric if promised else "accuracy", evaluation.operating_point
+    _, said = answers_of(model.keep_exits(evaluation.exit_layers), record, rows, metric, args)
     rule, full_depth = ExitRule.from_evaluation(evaluation, record.num_labels), said.logits[-1].argmax(-1)
     found = stated(rule, said, point.threshold)
     changed = stated(rule, said._replace(labels=full_depth, metric="agreement"), point.threshold)["loss"]
@@ -229,21 +222,21 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
     print(f"{'':<24}{'here':>8}   as promised by {evaluation.examples:,} validation rows, and 95% interval")
     names = {"score": metric, "macro_f1": "macro F1", "full_depth_score": "full depth", "loss": "points lost"}
     for key, name in (names | {"speedup_ratio": "share of the layers"}).items():
-        interval = {"loss": point.loss_interval, "speedup_ratio": point.speedup_interval}.get(key, ())
-        said = " ".join([f"{getattr(point, key):8.2f} ", *(f"{end:8.2f}" for end in interval)])
-        print(f"{name:<24}{found[key]:8.2f}   {said if promised or key == 'speedup_ratio' else ''}")
+        interval = getattr(point, key.removesuffix("_ratio") + "_interval", ())
+        promise = f"{getattr(point, key):8.2f} " + "".join(f" {end:8.2f}" for end in interval)
+        print(f"{name:<24}{found[key]:8.2f}   {promise if promised or key == 'speedup_ratio' else ''}")
     most = "at most {max_change:g}, with {sure:g}% confidence".format(**point.wish) if "sure" in point.wish else ""
     print(f"{'percent changed':<24}{changed:8.2f}   {most}")
 
 
 def print_evaluation(evaluation: dict) -> None:
     """Print what stands in evaluation.json as tables."""
-    exit_layers, thresholds, per_class = (evaluation[key] for key in ("exit_layers", "thresholds", "per_class"))
+    exit_layers, thresholds = evaluation["exit_layers"], evaluation["thresholds"]
     softmax = "   (of the softmax, which lte does not use)" if evaluation["exit_strategy"] == "lte" else ""
     layers, scores, errors = ("{:<18}" + column * len(exit_layers) for column in ("{:8}", "{:8.1f}", "{:8.3f}"))
     print("\n" + layers.format("exit after layer", *exit_layers))
     print(scores.format(evaluation["metric"], *evaluation["exit_scores"]))
-    print(scores.format("macro F1", *(report["macro_f1"] for report in per_class)))
+    print(scores.format("macro F1", *(report["macro_f1"] for report in evaluation["per_class"])))
     for name in ("ece", "nll"):
         for when, values in evaluation[name].items():
             print(errors.format(f"{name} {when}", *values) + softmax)
@@ -252,20 +245,19 @@ def print_evaluation(evaluation: dict) -> None:
     for threshold, value, ratio, counts in zip(*columns, strict=True):
         left = "".join(f"{n:>5}:{count:<6}" for n, count in zip(exit_layers, counts, strict=True))
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   {left}")
-    point, seconds = evaluation["operating_point"], evaluation["seconds"]
-    print(f"\narea under the curve {evaluation['area']:.2f}; all exits of all examples in {seconds:.1f} s")
-    (low, high), (least, most) = point["loss_interval"], point["speedup_interval"]
+    print("\narea under the curve {area:.2f}; all exits of all examples in {seconds:.1f} s".format(**evaluation))
+    point = evaluation["operating_point"]
     loss = f"{abs(point['loss']):.1f} {'below' if point['loss'] >= 0 else 'above'} full depth"
-    score, share = f"{point['score']:.1f} (macro F1 {point['macro_f1']:.1f})", f"{point['speedup_ratio']:.0%}"
-    print(f"operating point: threshold {point['threshold']:.6g}: {score}, {loss}, with {share} of the layers")
+    chosen = "threshold {threshold:.6g}: {score:.1f} (macro F1 {macro_f1:.1f})".format(**point)
+    print(f"operating point: {chosen}, {loss}, with {point['speedup_ratio']:.0%} of the layers")
+    (low, high), (least, most) = point["loss_interval"], point["speedup_interval"]
     print(f"on new text, 95% intervals: {low:.1f} to {high:.1f} points lost, {least:.0%} to {most:.0%} of the layers")
     if "certified_rows" in point and point["threshold"] < 1:
         sure = "at most {max_change:g}% of answers change, with {sure:g}% confidence".format(**point["wish"])
         print(f"certified: {sure}; of {point['certified_rows']:,} rows {point['certified_changes']:,} did")
     for line in filter(None, [shortfall(point, len(exit_layers)), *evaluation["warnings"]]):
         print(f"warning: {line}")
-    if "mean_exit_layers" in evaluation:
-        means = evaluation["mean_exit_layers"]
+    if means := evaluation.get("mean_exit_layers"):
         print("\nmean exit layer per difficulty\nthreshold" + ("{:>16}" * len(means)).format(*means))
         for row in zip(thresholds, *means.values(), strict=True):
             print(("{:9.3f}" + "{:16.2f}" * len(means)).format(*row))
@@ -273,9 +265,9 @@ def print_evaluation(evaluation: dict) -> None:
         together = f"{evaluation['live_batch_size']} at a time, gathered from {GATHERED} such batches"
         print(f"\nlive, {together}; latency (p50, ...) of one at a time, milliseconds")
         print(f"{'threshold':>9}{'layer share':>13}{'wall share':>12}{'instances/s':>13}{'p50':>8}{'p90':>8}{'p99':>8}")
+        form = "{threshold:9.3f}{layer_share:13.3f}{wall_share:12.3f}{instances_per_second:13.1f}{:8.1f}{:8.1f}{:8.1f}"
         for row in evaluation["live"]:
-            print(f"{row['threshold']:9.3f}{row['layer_share']:13.3f}{row['wall_share']:12.3f}", end="")
-            print("{:13.1f}{:8.1f}{:8.1f}{:8.1f}".format(row["instances_per_second"], *row["latency_ms"].values()))
+            print(form.format(*row["latency_ms"].values(), **row))
         decisions = len(thresholds) * evaluation["examples"]
         differ, near = evaluation["live_differs"], evaluation["live_differs_near"]
         rounded = f", {near} of them as near to the threshold as rounding goes" if differ else ""

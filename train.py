@@ -3,7 +3,7 @@
     python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
     python train.py --task sst2 --method branch
-    python train.py --data tickets.csv --text-columns subject,body --label-column team
+    python train.py --data tickets.csv --text-columns subject,body --label-column team        # branches
     python train.py --trunk my-classifier --task rte  # early exits for a classifier that is there already
     python train.py --trunk my-classifier --data texts.csv --targets trunk          # which needs no labels
 

@@ -107,7 +107,7 @@ def grow_branches(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strate
 def add_exits(
     trunk: MultiExitModel, exit_layers: Sequence[int], method: str = "ee", exit_strategy: str = "confidence"
 ) -> MultiExitModel:
-    """EE or SWEET that starts from a fine-tuned model of one exit, which becomes the last one, bit for bit.
+    """EE or SWEET that starts from a fine-tuned model of one exit: before training the last exit is its, bit for bit.
 
     EE so started is "mixed" training (https://arxiv.org/abs/2407.14320). The other exits' heads start as those of
     `grow_branches`. The trunk's weights are taken over, not copied. Raises ValueError as `grow_branches` does.

@@ -20,9 +20,9 @@ Encoder = BertEncoder | DebertaEncoder
 
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
-# What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts
-# 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. The pooler is not
-# dropped: each exit head starts from it.
+# What the names of tensors begin with that are dropped on purpose, where no parameter of ours wants them: the heads of
+# pre-training, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of
+# pre-training read. The pooler is not dropped: each exit head starts from it.
 DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "embeddings.position_ids", "embeddings.position_embeddings.")
 ARCHITECTURES = {"bert": (BertConfig, BertEncoder), "deberta": (DebertaConfig, DebertaEncoder)}
 # Modules of a layer that BERT and DeBERTa share, and parameters that only DeBERTa's has.

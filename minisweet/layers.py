@@ -1,7 +1,7 @@
 """What BERT and DeBERTa share: all of a Transformer layer but its attention, dropout, padding and first weights.
 
 An exit reads [CLS] alone, so a layer runs in two ways:
-    cls = layer.forward_cls(hidden, context)     for [CLS] alone, which costs little beside the whole layer
+    cls = layer.forward_cls(hidden, context)     for [CLS] alone: BERT's costs about 1/T of the whole layer
     hidden = layer(hidden, context)              for all tokens
 An exit's layer runs the first way, and then the second way for the instances that go on. Behind the last exit, and in a
 branch, nobody goes on. A layer without an exit runs the second way only.

@@ -232,7 +232,8 @@ def test_hundreds_of_numbers_may_be_classes_where_they_are_named(tmp_path):
 @settings(max_examples=50, deadline=None)
 def test_the_split_is_stratified(labels, dev_size, seed):
     labels = np.array(labels + [0, 1, 2, 3] * 2)
-    train, dev = stratified_split(labels, dev_size, seed)
+    rows = range(len(labels))
+    train, dev = stratified_split(labels, dev_size, seed, rows)
     assert sorted([*train, *dev]) == list(range(len(labels)))
     assert (np.diff(train) > 0).all()
     assert (np.diff(dev) > 0).all()
@@ -240,7 +241,7 @@ def test_the_split_is_stratified(labels, dev_size, seed):
         count, chosen = (labels == label).sum(), (labels[dev] == label).sum()
         assert 1 <= chosen <= count - 1
         assert chosen in (1, count - 1) or abs(chosen - dev_size * count) <= 0.5
-    assert stratified_split(labels, dev_size, seed)[1].tolist() == dev.tolist()
+    assert stratified_split(labels, dev_size, seed, rows)[1] == dev
 
 
 @given(
@@ -261,7 +262,7 @@ def test_equal_texts_are_on_one_side(rows, dev_size, seed):
         if len(own - others) > 1:
             assert label in {labels[row] for row in train}
             assert label in {labels[row] for row in dev}
-    assert stratified_split(labels, dev_size, seed, texts)[1].tolist() == dev.tolist()
+    assert stratified_split(labels, dev_size, seed, texts)[1] == dev
 
 
 def test_the_share_of_dev_holds_with_duplicates():
@@ -269,7 +270,6 @@ def test_the_share_of_dev_holds_with_duplicates():
     labels = [0] * 300 + [1] * 100 + [2] * 30 + [3] * 10
     _, dev = stratified_split(labels, 0.2, 0, texts)
     assert np.bincount(np.array(labels)[dev]).tolist() == [60, 20, 0, 1]
-    assert stratified_split(labels, 0.2, 0)[1].tolist() == stratified_split(labels, 0.2, 0, range(440))[1].tolist()
 
 
 def test_a_class_of_one_text_is_trained_on_and_named(tmp_path):
@@ -304,7 +304,7 @@ def test_class_weights_are_balanced():
 
 
 def test_another_seed_sets_other_rows_aside():
-    assert stratified_split([0] * 50, 0.2, 0)[1].tolist() != stratified_split([0] * 50, 0.2, 1)[1].tolist()
+    assert stratified_split([0] * 50, 0.2, 0, range(50)) != stratified_split([0] * 50, 0.2, 1, range(50))
 
 
 @pytest.fixture

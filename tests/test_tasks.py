@@ -153,12 +153,6 @@ def test_a_folder_that_lacks_a_file_is_left_alone(tmp_path, host):
     assert not host.asked
 
 
-@pytest.mark.parametrize(("task", "split"), [("wnli", "dev"), ("", "train")])
-def test_unknown_task(tmp_path, task, split):
-    with pytest.raises(InputError, match=r"task '(wnli)?': choose one of "):
-        load_examples(task, split, tmp_path)
-
-
 class Host(BaseHTTPRequestHandler):
     """Serves `files`; those in `cut` end before their stated length."""
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.base.safe import InputError
 from minisweet.data.tasks import Examples
-from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer, with_special
+from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer
 from tests.conftest import CHECKOUT, WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -155,17 +155,6 @@ print(load_tokenizer(Path({str(folder)!r}), 26, 40).encode("bad").tokens)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT)
     assert (done.stdout, done.stderr) == ("['[CLS]', 'bad', '[SEP]']\n", "still here")
-
-
-def test_special_tokens_as_the_library_puts_them(tmp_path):
-    """`with_special` and the post-processor, which stand apart, agree."""
-    tokenizer = load_tokenizer(write_wordpiece(tmp_path), 26, 40)
-    start, end = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
-    for text in (["not bad"], ["the film", ""]):
-        ids = [tokenizer.encode(part, add_special_tokens=False).ids for part in text]
-        expected = tokenizer.encode(*text)
-        assert with_special(ids, start, end) == (expected.ids, expected.type_ids.count(0))
-        assert tokenizer.num_special_tokens_to_add(len(text) == 2) == len(expected.ids) - sum(map(len, ids))
 
 
 @pytest.mark.parametrize("max_length", [-1, 7, 41, 2**64, True, 16.0, "16", None])

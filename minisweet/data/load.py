@@ -53,10 +53,9 @@ def data_name(args: argparse.Namespace) -> str:
 def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> Data:
     """Read what the options of `add_data_options` name.
 
-    `labels` are the classes of a finished trunk, in its order: the data's must be among them, and LABEL_0, LABEL_1 and
-    so on are no names and take those of the task or of --labels. Without `need_labels` a task's labels are read for
-    dev alone, and own data may lack the label column.
-    Raises InputError for a file or a row that is wrong (with the line), and for options that do not go together.
+    `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels` a
+    task's labels are read for dev alone, and own data may lack the label column. Raises InputError for a file or a row
+    that is wrong (with the line), and for options that do not go together.
     """
     labels = _class_order(args, labels)
     if args.data is None:
@@ -90,8 +89,7 @@ def _own_train(args: argparse.Namespace, labels: Names, need_labels: bool) -> tu
     dev_rows = None
     if args.dev_data is None:
         classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
-        split = stratified_split(classes, args.dev_size, args.dev_seed, train.texts())
-        rows, dev_rows = (part.tolist() for part in split)
+        rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed, train.texts())
         if not dev_rows:
             raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more different texts")
         train = train.take(rows)._replace(empty=train.empty)
@@ -103,10 +101,8 @@ def _own_train(args: argparse.Namespace, labels: Names, need_labels: bool) -> tu
 
 
 def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = None) -> Examples:
-    """Read a run's validation rows again.
+    """Read the validation rows of a run's record again; `data` is the own file, if it moved, `data_dir` GLUE's folder.
 
-    `record` is `Data.record`, or what a run's `Record` holds. `data` is the own file that holds the rows, if it moved,
-    `data_dir` the folder of GLUE's.
     Raises InputError where the rows cannot be read, or their texts or labels have changed.
     """
     try:
@@ -137,17 +133,14 @@ def _read_dev(record: dict, data: Path | None = None, data_dir: Path | None = No
     return dev, path
 
 
-def stratified_split(
-    labels: Sequence[int], dev_size: float, seed: int, texts: Sequence | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: Sequence) -> tuple[list[int], list[int]]:
     """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, at least one row in each.
 
-    Rows of equal `texts` (N,), by default none, are on one side, so that a class which has one text alone is all in
-    train. Of a class with few and frequent texts, dev's share may be another.
+    Rows of equal `texts` (N,) are on one side, so that a class which has one text alone is all in train. Of a class
+    with few and frequent texts, dev's share may be another.
     """
     rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
-    texts = range(len(labels)) if texts is None else texts
-    which = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=int)  # (N,)
+    which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)
     side = np.full(len(numbers), -1)  # of each text: 1 dev, 0 train, -1 not decided
     classes = [np.unique(which[labels == label], return_counts=True) for label in np.unique(labels)]
     for own, rows in sorted(classes, key=lambda part: len(part[0])):  # rarest first: others may share its texts
@@ -161,24 +154,17 @@ def stratified_split(
             chosen = free[rows[free].argsort()[:1]]
         side[own[free]] = 0
         side[own[chosen]] = 1
-    return np.flatnonzero(side[which] == 0), np.flatnonzero(side[which] == 1)
+    return np.flatnonzero(side[which] == 0).tolist(), np.flatnonzero(side[which] == 1).tolist()
 
 
 def class_weights(label_counts: Sequence[int]) -> list[float]:
-    """What a row of each class counts, (C,), so that all classes count alike and a row 1 on average: N / (C n_c).
-
-    C is how many classes occur; one that does not, counts 0.
-    """
+    """What a row of each class counts, (C,): N / (C n_c), where C classes occur, and 0 where n_c is 0."""
     occurring = sum(map(bool, label_counts))
     return [sum(label_counts) / (occurring * count) if count else 0.0 for count in label_counts]
 
 
 def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:
-    """The numbers, sorted, of `size` rows; of all rows where that is None or too many.
-
-    They depend on the seed alone, so that all methods train on the same ones, and a smaller size draws some of a larger
-    one's.
-    """
+    """The numbers, sorted, of `size` rows, or of all; the seed's alone, and a smaller size draws some of a larger's."""
     return np.sort(np.random.default_rng(seed).permutation(len(examples.first))[:size])
 
 
@@ -214,7 +200,7 @@ def _check_classes(args: argparse.Namespace, train: Examples, labels: Sequence[s
 
 
 def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
-    """The classes that --labels or a trunk prescribe, in their order; None where neither does."""
+    """The classes that --labels or a trunk prescribe, or None. A trunk's LABEL_0, LABEL_1 and so on are no names."""
     if trunk is None:
         return args.labels
     named = (TASKS[data_name(args)].labels if args.data is None else args.labels) or ()

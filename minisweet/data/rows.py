@@ -4,9 +4,9 @@ import csv
 import gzip
 import json
 import re
+import statistics
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,10 +16,10 @@ from minisweet.base.safe import InputError, check_regular, written_beside
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 LONGEST_LINE = 2**24  # bytes, so that a file without line breaks cannot fill the memory
-FOREIGN = {  # what the first line shows of a file that is no UTF-8 text
-    "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff|.\0.\0|\0.\0."),
-    "a zip or an Excel file": re.compile(rb"PK\x03\x04"),
-    "packed by gzip without .gz in its name": re.compile(rb"\x1f\x8b"),
+FOREIGN = {  # how the first line of a file begins that is no UTF-8 text
+    "UTF-16": rb"\xff\xfe|\xfe\xff|.\0.\0|\0.\0.",
+    "a zip or an Excel file": rb"PK\x03\x04",
+    "packed by gzip without .gz in its name": rb"\x1f\x8b",
 }
 LONE_CR = "a carriage return alone, and lines should end in \\n or \\r\\n"
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
@@ -27,22 +27,23 @@ TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken whe
 
 def decoded(line: bytes, number: int, source: object) -> str:
     """A line as text, the first without a byte order mark. Raises InputError, with the line, for what is not text."""
+    for name, start in FOREIGN.items() if number == 1 else ():
+        if re.match(start, line):
+            raise InputError(f"{source}: {name}, should be text in UTF-8")
     wrong = f"longer than {LONGEST_LINE} bytes" if len(line) >= LONGEST_LINE else "a NUL character"
     try:
         if len(line) < LONGEST_LINE and b"\0" not in line:
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         wrong = f"not readable as UTF-8 text ({error.reason})"
-    if foreign := [name for name, start in FOREIGN.items() if number == 1 and start.match(line)]:
-        raise InputError(f"{source}: {foreign[0]}, should be text in UTF-8")
     raise InputError(f"{source}, line {number}: {wrong}, should be a line of text in UTF-8")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line numbers and the lines of a UTF-8 file, or of one in gzip (.gz).
+    """Yield the numbers and the lines, with their ends, of a file in UTF-8, or of one in gzip (.gz).
 
-    Lines keep their ends, and end at "\\n" alone: sentences hold other characters that Python takes for line ends.
-    Raises InputError for a file that cannot be read, and, with the line, where it is not text.
+    A line ends at "\\n" alone: sentences hold other characters that Python takes for line ends. Raises InputError for a
+    file that cannot be read, and, with the line, where it is not text.
     """
     number = 0
     try:
@@ -56,15 +57,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def table(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, dict]]:
-    """Yield the lines of records and their cells by column; the first record names the columns.
-
-    Raises InputError for two columns of one name, and for a record with more or fewer cells.
-    """
+    """Yield the lines of records and their cells by column, which the first record names. Raises InputError."""
     records = iter(records)
     line, header = next(records, (1, []))
     if len(set(header)) < len(header):
-        [(name, count)] = Counter(header).most_common(1)
-        raise InputError(f"{path}, line {line}: {count} columns are named {name!r:.60}")
+        name = statistics.mode(header)
+        raise InputError(f"{path}, line {line}: {header.count(name)} columns are named {name!r:.60}")
     for line, cells in records:
         if len(cells) != len(header):
             raise InputError(f"{path}, line {line}: {len(cells)} cells, and the header has {len(header)}")
@@ -115,17 +113,13 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _delimiter(path: Path) -> str | None:
-    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
-    if suffix not in DELIMITERS:
+    if (suffix := Path(path.name.lower().removesuffix(".gz")).suffix) not in DELIMITERS:
         raise InputError(f"{path}: should end in {', '.join(DELIMITERS)}, or one of these and .gz")
     return DELIMITERS[suffix]
 
 
 def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
-    """The columns that are `named` by the option, or the first of the `usual` that the file has.
-
-    Raises InputError, with the columns that are there, where it has none of them, and for more than two.
-    """
+    """The columns `named` by the option, at most two, or the first of the `usual` that are there. Raises InputError."""
     right = "one" if option == "--label-column" else "one or two"
     if named and len(named) > 2:
         raise InputError(f"{option}: {','.join(named)}, should be {right}")
@@ -135,9 +129,8 @@ def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Se
     for columns in [named] if named else usual:
         if row.keys() >= set(columns):
             return list(columns)
-    wanted = [[name for name in named if name not in row]] if named else usual
-    names = " or ".join(map(some, wanted))
-    raise InputError(f"{path}, line 1: no column {names}; it has {some(list(row))}; name {right} with {option}")
+    lacking = " or ".join(map(some, [[name for name in named if name not in row]] if named else usual))
+    raise InputError(f"{path}, line 1: no column {lacking}; it has {some(list(row))}; name {right} with {option}")
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
@@ -158,10 +151,9 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 
 class RowWriter(ExitStack):
-    """A file of rows, as CSV, TSV or JSON lines by its suffix: `with RowWriter(path) as writer: writer.write(row)`.
+    """`with RowWriter(path) as writer:` a file of rows, by its suffix, which appears at the end of the block, whole.
 
-    The file appears at the end of the block, whole. Path("-") is standard output, as CSV. Raises InputError for another
-    suffix, and for a row with a column that the first one lacks.
+    Path("-") is standard output, as CSV. Raises InputError for another suffix.
     """
 
     def __init__(self, path: Path) -> None:
@@ -179,7 +171,7 @@ class RowWriter(ExitStack):
         return self
 
     def write(self, row: dict) -> None:
-        """Write a row; in CSV and TSV the first one names the columns."""
+        """Write a row. Raises InputError for a column that the first one lacks, which names those of CSV and TSV."""
         if self.delimiter is None:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
             return
@@ -190,7 +182,6 @@ class RowWriter(ExitStack):
             self.table.writeheader()
         if extra := [column for column in row if column not in self.table.fieldnames]:
             raise InputError(f"{self.path}: no column {extra[0]!r:.60} in the first row but in a later one; use .jsonl")
-        cells = {column: value if isinstance(value, str) else json.dumps(value) for column, value in row.items()}
-        self.table.writerow(cells)
+        self.table.writerow({name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in row.items()})
         if self.file is sys.stdout:
             self.file.flush()

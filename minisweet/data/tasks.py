@@ -1,7 +1,4 @@
-"""The tasks: seven of GLUE (Wang et al., 2019), read from GLUE's own TSV files, and the embedded toy task.
-
-GLUE's test files have no labels and are never read. Dimension letters: N rows, C classes.
-"""
+"""The tasks: seven of GLUE (Wang et al., 2019), read from GLUE's own train and dev files, and the toy task."""
 
 import io
 import os
@@ -85,12 +82,9 @@ TASKS = {
 def load_examples(task: str, split: str, data_dir: Path, labels: Names = None, labelled: bool = True) -> Examples:
     """Read one split, "train" or "dev", of a task. Where `data_dir` lacks the task's folder, it is fetched first.
 
-    The toy task needs no file. MNLI's dev split is the matched one. `labels` gives the classes another order than
-    the task's. Without `labelled` no label is read.
-    Raises InputError for an unknown task, a file that is missing or wrong, and a download that fails.
+    MNLI's dev split is the matched one. `labels` gives the classes another order than the task's. Without `labelled` no
+    label is read. Raises InputError for a file that is missing or wrong, and a download that fails.
     """
-    if task not in TASKS:
-        raise InputError(f"task {task!r}: choose one of {', '.join(TASKS)}")
     own = TASKS[task]
     if task == "toy":
         first, *rest = make_toy(split)
@@ -114,8 +108,8 @@ def examples_of(
 ) -> tuple[Examples, list[str]]:
     """Make examples of a file's rows, which come with their lines; those without text are skipped.
 
-    `labels` are the classes in their order, by default those that occur, sorted; they are returned too.
-    Raises InputError, with the line, for a cell that holds no text or another label.
+    `labels` are the classes in their order, by default those that occur, sorted; they are returned too. Raises
+    InputError, with the line, for a cell that holds no text or another label.
     """
     texts, found, lines, empty = [], [], [], 0
     for line, row in rows:

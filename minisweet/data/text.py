@@ -1,7 +1,4 @@
-"""Sentences into batches: tokenising once, then batches of similar length, padded to the longest in the batch.
-
-Dimension letters: B batch, T tokens, N examples.
-"""
+"""Sentences into batches (B) of tokens (T): N examples are tokenised once, and padded to the longest of a batch."""
 
 import copy
 import os
@@ -22,29 +19,21 @@ from minisweet.data.tasks import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
-# All that says which special tokens there are, and where: these names, `with_special`, and BertProcessing below, which
-# tells the same to the library. RoBERTa has <s> A </s></s> B </s>, <pad>, <unk>, one token type, and RobertaProcessing.
+# All that says which special tokens there are, and where: these names, `TokenizedExamples`, and BertProcessing below.
+# RoBERTa has <s> A </s></s> B </s>, <pad>, <unk>, one token type, and RobertaProcessing.
 SPECIAL = START, END, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
 PROBE = "It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv"  # words, and what few vocabularies hold
-# Parts of tokenizers, strange to BERT and DeBERTa, that panic where their settings are wrong.
-PANICKING = b'"Precompiled"', b'"FixedLength"'
+PANICKING = b'"Precompiled"', b'"FixedLength"'  # parts, strange to BERT and DeBERTa, that panic where they are wrong
 TRIAL = f"import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1]).encode(*{PROBE!a})"
 POOL = 50  # training batches are sorted by length within so many, then shuffled: little padding, and still random
 
 
-def with_special(sentences: list[list[int]], start: int, end: int) -> tuple[list[int], int]:
-    """One or two sentences' ids as a model reads them, [CLS] A [SEP] B [SEP], and how many have token type 0."""
-    parts = [[*sentence, end] for sentence in sentences]
-    return [start, *chain(*parts)], 1 + len(parts[0])
-
-
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
-    """Load a tokenizer that truncates to `max_length` tokens and does not pad, whatever its file says.
+    """Load a tokenizer that truncates to `max_length` tokens, [CLS] and [SEP] among them, and does not pad.
 
-    `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). The
-    vocabulary must fit the word embedding: within its `vocab_size` rows, and nine tenths of them. `max_length` counts
-    [CLS] and [SEP] and is from 8 to the encoder's `positions`.
-    Raises InputError for a tokenizer that is missing, does not tokenise, does not fit or lacks a special token.
+    `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). Raises
+    InputError for a tokenizer that is missing, does not tokenise or lacks a special token, for a vocabulary that does
+    not fill nine tenths of `vocab_size` rows, or more than all, and for a length not from 8 to `positions`.
     """
     if type(max_length) is not int or not SHORTEST <= max_length <= positions:
         raise InputError(f"{folder}: max_length is {max_length!r:.80}, should be from {SHORTEST} to {positions} tokens")
@@ -72,7 +61,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
 def _read_tokenizer(folder: Path) -> Tokenizer:
     whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     if whole.is_file():
-        if any(map(whole.read_bytes().count, PANICKING)):  # a page on standard error, which threads share: tried apart
+        if any(map(whole.read_bytes().count, PANICKING)):  # tried apart: a panic prints a page on standard error
             trial = subprocess.run([sys.executable, "-c", TRIAL, whole], capture_output=True)
             if trial.returncode:
                 raise ValueError(trial.stderr.decode(errors="replace").strip().rpartition("\n")[2])
@@ -89,10 +78,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def longest_first(a: int, b: int, room: int) -> tuple[int, int]:
     """How many of a sentence's `a` and of another's `b` tokens fit into `room`: the longer is cut first, then both."""
-    if a > b:
-        return longest_first(b, a, room)[::-1]
-    a = min(a, room // 2)
-    return a, min(b, room - a)
+    short = min(a, b, room // 2)
+    return (short, min(b, room - short)) if a <= b else (min(a, room - short), short)
 
 
 class Batch(NamedTuple):
@@ -102,7 +89,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T): 1 for tokens, 0 for padding
     token_type_ids: Tensor  # (B, T): 1 in the second sentence
-    targets: Tensor | None  # (B,) labels, or (B, C) probabilities in float32, or None: no targets
+    targets: Tensor | None = None  # (B,) labels, or (B, C) probabilities in float32
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,14 +98,13 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; to a GPU it goes from pinned memory, and nobody waits for it."""
-        tensors = self
-        if torch.device(device).type == "cuda":
-            tensors = (None if tensor is None else tensor.pin_memory() for tensor in self)
-        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))
+        to_gpu = torch.device(device).type == "cuda"
+        tensors = (tensor.pin_memory() if to_gpu else tensor for tensor in self if tensor is not None)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 class TokenizedExamples:
-    """N tokenised examples, by default all: `len()`, `labels` (N,) or None, `lengths` (N,) in tokens, and batches.
+    """N tokenised examples, by default all: `labels` (N,) or None, and `lengths` (N,) in tokens.
 
     `cut` counts those that were longer than the tokenizer's limit. `targets` are what batches bring: first, the labels.
     """
@@ -130,18 +116,17 @@ class TokenizedExamples:
         encodings = iter(tokenizer.encode_batch_fast(list(chain(*texts)), add_special_tokens=False))
         start, end, self.pad_id = map(tokenizer.token_to_id, (START, END, PAD))
         self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
-        self.ids, self.first_lengths, self.cut = [], [], 0
+        self.ids, first_lengths, self.cut = [], [], 0
         for text in texts:
             sentences = list(islice(encodings, len(text)))
             room = tokenizer.truncation["max_length"] - tokenizer.num_special_tokens_to_add(len(text) == 2)
             lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]
             self.cut += sum(lengths) > room
             kept = longest_first(*lengths, room) if len(text) == 2 else [room]
-            parts = [sentence.ids[:n] for sentence, n in zip(sentences, kept, strict=True)]
-            ids, first_length = with_special(parts, start, end)
-            self.ids.append(np.array(ids))
-            self.first_lengths.append(first_length)
-        self.lengths, self.first_lengths = np.array([len(ids) for ids in self.ids]), np.array(self.first_lengths)
+            parts = [[*sentence.ids[:n], end] for sentence, n in zip(sentences, kept, strict=True)]
+            self.ids.append(np.array([start, *chain(*parts)]))  # [CLS] A [SEP] B [SEP]
+            first_lengths.append(1 + len(parts[0]))  # those of token type 0
+        self.lengths, self.first_lengths = np.array(list(map(len, self.ids))), np.array(first_lengths)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -167,8 +152,9 @@ class TokenizedExamples:
         input_ids = np.full(mask.shape, self.pad_id)
         input_ids[mask] = np.concatenate([self.ids[row] for row in rows])
         token_types = mask & (positions >= self.first_lengths[rows, None])
-        arrays = map(torch.from_numpy, (rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64)))
-        return Batch(*arrays, None if self.targets is None else torch.from_numpy(self.targets[rows]))
+        arrays = [rows, input_ids, mask.astype(np.int64), token_types.astype(np.int64)]
+        arrays += [] if self.targets is None else [self.targets[rows]]
+        return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """One epoch of training: every example once, in random batches of similar length."""

@@ -1,14 +1,12 @@
-"""The embedded task: sentiment sentences made from templates, with a known difficulty for each row.
-
-Rows of an easy level should leave at an early exit, rows of a hard one late. The levels:
+"""The embedded task: sentiment sentences from templates. Easy rows should leave at an early exit, hard ones late.
 
 - one polar word: "The film was superb." is positive. Any word list solves it.
 - contrast: "Although the play was dull, the film was superb." The main clause decides.
 - negation: "The film was long, and it was not superb." What the negation stands before decides.
 - two steps: "Anna loved the film and Ben hated it. Ben is right." is negative. Who decides must be looked up.
 
-Sentences come in pairs of one positive and one negative. On the three harder levels a pair has the same words in
-another order, so that a bag of words is right on exactly half. Dev has none of train's nouns and names.
+Sentences come in pairs, one positive and one negative; on the three harder levels both have the same words, so that a
+bag of words is right on exactly half. Dev has none of train's nouns and names.
 """
 
 import random

@@ -10,13 +10,11 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | n
     and 0 where it is undefined, that is where the predictions or the labels are all of one class.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if metric == "matthews":
-        # float64: the product of four counts of a large dev set does not fit into 64-bit integers
-        counted = ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
-        result = matthews(*(rows.sum(-1, dtype=np.float64) for rows in counted), labels.size)
-    else:
-        result = 100 * (predictions == labels).mean(-1)
-    return float(result) if result.ndim == 0 else result
+    if metric != "matthews":
+        return 100 * (predictions == labels).mean(-1)
+    # float64: the product of four counts of a large dev set does not fit into 64-bit integers
+    counted = ((predictions == 1) & (labels == 1), predictions == 1, labels == 1)
+    return matthews(*(rows.sum(-1, dtype=np.float64) for rows in counted), labels.size)
 
 
 def matthews(both: np.ndarray, predicted: np.ndarray, actual: np.ndarray, rows: int) -> np.ndarray:
@@ -32,8 +30,7 @@ def classification_report(predictions: np.ndarray, labels: np.ndarray, num_label
     Returns `precision`, `recall` and `f1` (C), x100 and 0 where undefined; `macro_f1`, the mean over the classes that
     occur or are predicted; `support` (C), how often each occurs; `confusion_matrix` (C, C), rows by label.
     """
-    pairs = np.asarray(labels) * num_labels + np.asarray(predictions)
-    confusion = np.bincount(pairs, minlength=num_labels**2).reshape(num_labels, num_labels)
+    confusion = np.bincount(labels * num_labels + predictions, minlength=num_labels**2).reshape(num_labels, num_labels)
     right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)  # each (C,)
     precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
     f1 = 200 * right / np.maximum(support + predicted, 1)

@@ -20,7 +20,6 @@ from minisweet.evaluation.sweep import SEED, Validation
 
 SLACK = 1e-9  # of rounding
 NORMAL = 1.959964  # 97.5% quantile: of 95% intervals
-DRAWS = 10_000  # of a bootstrap
 
 
 def add_wish_options(parser: Parser, title: str):
@@ -57,15 +56,12 @@ class Candidates(NamedTuple):
 
 
 def operating_point(validation: Validation, calibration: str, wish: dict[str, float]) -> tuple[ExitRule, dict]:
-    """The rule for new text, and the threshold that grants a wish at it.
+    """The rule for new text, and what evaluation.json says of the threshold that grants a wish (see `choose`) at it.
 
-    The wish is {"max_loss": points}, {"speed": share} or {"max_change": percent, "sure": percent}, see `choose`. The
-    rule is fitted on all rows; for a certificate on a quarter of them, and the others certify. Where nothing is fitted
-    (`calibration` "none"), all certify.
-
-    Returns the rule, and what evaluation.json says of the threshold: see `stated`; `wish`; `reached`, False where no
-    threshold grants the wish, so that the nearest was taken; of a certified one `certified_rows`, and how many of these
-    changed, `certified_changes`.
+    The rule is fitted on all rows; for a certificate on a quarter of them, and the others certify. Where nothing is
+    fitted (`calibration` "none"), all certify. To what is `stated` come `wish`; `reached`, False where no threshold
+    grants the wish, so that the nearest was taken; of a certified one `certified_rows`, and how many of these changed,
+    `certified_changes`.
     """
     fitted = certifying = torch.arange(len(validation.labels))
     if "max_change" in wish and (calibration != "none" or validation.certainty is not None):
@@ -83,9 +79,8 @@ def operating_point(validation: Validation, calibration: str, wish: dict[str, fl
 def candidates(rule: ExitRule, validation: Validation, certifying: Tensor) -> Candidates:
     """The thresholds at which a decision changes: the confidences that occur, and 1. `certifying` are rows (n,).
 
-    As the threshold rises past all of a row's confidences up to an exit, the row moves on to the next exit. So a sum
-    over rows changes by a step there, and all M sums take one pass over the sorted steps, where a sweep would take M
-    times N decisions.
+    As the threshold rises past all of a row's confidences up to an exit, the row moves on to the next exit, and a sum
+    over rows changes by a step. So all M sums take one pass over the steps; a sweep would take M times N decisions.
     """
     confidence = rule.confidences(validation.logits, validation.certainty)[:-1].double().numpy()  # (K-1, N)
     confidence = confidence.clip(min=rule.lowest)  # at the lowest threshold all leave at the first exit
@@ -95,15 +90,15 @@ def candidates(rule: ExitRule, validation: Validation, certifying: Tensor) -> Ca
 
     def summed(values: np.ndarray) -> np.ndarray:
         """What each row has at each exit, (K, N), summed over the rows at each threshold: (M,)."""
-        first, steps = values[0].sum(), np.diff(values.astype(np.float64), axis=0)
-        return first + np.bincount(moves.ravel(), steps.ravel(), minlength=len(thresholds) + 1).cumsum()
+        steps = np.diff(values.astype(np.float64), axis=0)
+        return values[0].sum() + np.bincount(moves.ravel(), steps.ravel(), minlength=len(thresholds) + 1).cumsum()
 
     predictions, codes = validation.logits.argmax(-1).numpy(), outcomes(validation)  # (K, N) each
-    costs, certifies = np.array(validation.exits.costs()), np.isin(np.arange(predictions.shape[1]), certifying)
-    ratios = summed(np.broadcast_to(costs[:, None], codes.shape)) / codes.shape[1]
+    costs, N = np.array(validation.exits.costs()), codes.shape[1]
+    ratios = summed(np.broadcast_to(costs[:, None], codes.shape)) / N
     ratios[-1] = validation.exits.costs(1.0)[-1]  # at 1 all reach the last exit
     cells = np.stack([summed(codes == code) for code in range(8)]).round()
-    changes = summed((predictions != predictions[-1]) & certifies).round()
+    changes = summed((predictions != predictions[-1]) & np.isin(np.arange(N), certifying)).round()
     return Candidates(np.append(thresholds, 1.0), ratios, cells, changes)
 
 
@@ -111,16 +106,16 @@ def choose(there: Candidates, metric: str, wish: dict[str, float], certifying: i
     """Which candidate grants the wish best, and whether it grants it; if none does, the fastest.
 
     speed: the best score at no more than this share of the layers.
-    max_loss: from threshold 1 downward, until the loss and half its standard error first exceed so many points; of the
-    thresholds passed, the fastest. What is passed after a failure would be luck.
-    max_change, sure: from threshold 1 downward, until the test first fails that more than so many percent of new texts
-    change, at that confidence; of the thresholds passed, the fastest. `certifying` rows were tested.
+    max_loss: the fastest threshold passed from 1 downward, until the loss and half its standard error first exceed so
+    many points. What is passed after a failure would be luck.
+    max_change, sure: the fastest passed from 1 downward, until the test on `certifying` rows first fails that, with so
+    much confidence, at most so many percent of new texts change.
     """
     _, scores = scores_of(there.cells, metric)
-    order = np.lexsort((-scores, there.ratios))  # fastest first, of equals the best
     if "speed" in wish:
         granted, order = there.ratios <= wish["speed"] + SLACK, np.lexsort((there.ratios, -scores))
     else:
+        order = np.lexsort((-scores, there.ratios))  # fastest first, of equals the best
         if "max_loss" in wish:
             fails = loss_of(there.cells, metric) + standard_error(there.cells, metric) / 2 > wish["max_loss"] + SLACK
         else:
@@ -146,24 +141,20 @@ def between(thresholds: np.ndarray, place: int, lowest: float) -> float:
     """What is deployed for a candidate: midway to the next lower one, so that rounding elsewhere turns no row."""
     threshold, below = thresholds[place], thresholds[place - 1] if place else lowest
     middle = (threshold + below) / 2
-    is_free = np.float32(below) < np.float32(middle)  # in float32, in which it is compared
-    return float(middle if is_free and threshold < 1 else threshold)
+    is_apart = np.float32(below) < np.float32(middle)  # in float32, in which it is compared
+    return float(middle if is_apart and threshold < 1 else threshold)
 
 
 def stated(rule: ExitRule, validation: Validation, threshold: float) -> dict:
-    """What a threshold gives on these rows, and the 95% intervals of what it gives on new text.
-
-    Returns `threshold`; `score`, `macro_f1` and `full_depth_score` in percent; `loss`, points below full depth, with
-    `loss_interval`; `speedup_ratio` with `speedup_interval`.
-    """
+    """What a threshold gives on these rows: scores in percent, loss in points; 95% intervals for new text."""
     exits, metric, codes = validation.exits, validation.metric, outcomes(validation)
     taken = exits_taken(rule.confidences(validation.logits, validation.certainty), threshold, rule.lowest)  # (N,)
-    costs, rows = np.array(exits.costs(threshold))[taken], len(taken)
-    cells = np.bincount(codes[taken, np.arange(rows)], minlength=8).astype(np.float64)
+    costs, possible, rows = np.array(exits.costs(threshold))[taken], exits.costs(), np.arange(len(taken))
+    cells = np.bincount(codes[taken, rows], minlength=8).astype(np.float64)
     full_depth, score = map(float, scores_of(cells, metric))
-    predictions = validation.logits.argmax(-1).gather(0, taken[None])[0].numpy()
-    report = classification_report(predictions, validation.labels.numpy(), validation.logits.shape[-1])
-    spread, possible = NORMAL * costs.std() / math.sqrt(rows), exits.costs()
+    logits = validation.logits[taken, rows]  # (N, C)
+    report = classification_report(logits.argmax(-1).numpy(), validation.labels.numpy(), logits.shape[-1])
+    spread = NORMAL * costs.std() / math.sqrt(len(rows))
     return {
         "threshold": threshold,
         "score": score,
@@ -182,20 +173,19 @@ def outcomes(validation: Validation) -> np.ndarray:
     For Matthews correlation. For accuracy and agreement every row's class is 1, and who is right says so.
     """
     predictions, labels = validation.logits.argmax(-1).numpy(), validation.labels.numpy()
-    is_one, said = labels == 1, predictions == 1
-    if validation.metric != "matthews":
-        is_one, said = np.ones_like(is_one), predictions == labels
-    return 4 * is_one + 2 * said[-1] + said
+    is_plain = validation.metric != "matthews"
+    said = predictions == (labels if is_plain else 1)
+    return 4 * (is_plain | (labels == 1)) + 2 * said[-1] + said
 
 
 def scores_of(cells: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Full depth's and early exit's score in percent, (...) each, of how many rows have which outcome, (8, ...)."""
-    rows, cells = cells.sum(0), cells.reshape(2, 2, 2, *cells.shape[1:])
-    both, said = (cells[1].sum(1), cells[1].sum(0)), (cells.sum((0, 2)), cells.sum((0, 1)))  # full depth's, and early's
+    rows, cells = cells.sum(0), cells.reshape(2, 2, 2, *cells.shape[1:])  # by class, full depth, early exit
+    full_depth, early = cells[1, 1].sum(0), cells[1, :, 1].sum(0)  # of class 1, said rightly
     if metric != "matthews":
-        return 100 * both[0][1] / rows, 100 * both[1][1] / rows
-    full_depth, early = (matthews(b[1], s[1], cells[1].sum((0, 1)), rows) for b, s in zip(both, said, strict=True))
-    return full_depth, early
+        return 100 * full_depth / rows, 100 * early / rows
+    said, ones = (cells[:, 1].sum((0, 1)), cells[:, :, 1].sum((0, 1))), cells[1].sum((0, 1))
+    return matthews(full_depth, said[0], ones, rows), matthews(early, said[1], ones, rows)
 
 
 def loss_of(cells: np.ndarray, metric: str) -> np.ndarray:
@@ -215,14 +205,13 @@ def standard_error(cells: np.ndarray, metric: str) -> np.ndarray:
 def loss_interval(cells: np.ndarray, metric: str) -> list[float]:
     """The 95% interval of the loss on new text, in points, from how many rows have which outcome: (8,).
 
-    Bonett and Price's for paired proportions (2012): a row is added to those that
-    full depth alone has right, and one to those that early exit alone has; so it holds where there are none. For
-    Matthews correlation a bootstrap, with the same two rows.
+    Bonett and Price's for paired proportions (2012): a row is added to those that full depth alone has right, and one
+    to those of early exit, so that it holds where there are none. For Matthews a bootstrap, with the same two rows.
     """
     cells = cells + np.array([0, 0.5, 0.5, 0, 0, 0.5, 0.5, 0] if metric == "matthews" else [0, 0, 0, 0, 0, 1, 1, 0])
     rows = cells.sum()
     if metric == "matthews":
-        draws = np.random.default_rng(SEED).multinomial(round(rows), cells / rows, DRAWS).T.astype(np.float64)
+        draws = np.random.default_rng(SEED).multinomial(round(rows), cells / rows, 10_000).T.astype(np.float64)
         return np.percentile(loss_of(draws, metric), (2.5, 97.5)).tolist()
     lost, won = cells[6] / rows, cells[5] / rows
     spread = NORMAL * math.sqrt((lost + won - (lost - won) ** 2) / rows)

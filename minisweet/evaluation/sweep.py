@@ -5,12 +5,12 @@ Dimension letters: K exits, N instances, n some of them, C classes, P thresholds
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ class Validation(NamedTuple):
 
 
 def draw_keys(texts: list) -> Tensor:
-    """For texts and pairs of texts the numbers (N,) that draws go by: the order of the rows has no say in them."""
+    """The numbers (N,) that draws go by, of texts and pairs of texts: the order of the rows has no say in them."""
     hashes = (hashlib.sha256(json.dumps([SEED, text]).encode()).digest() for text in texts)
     return torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in hashes], dtype=torch.int64)
 
@@ -69,8 +69,7 @@ def predict(
     `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. Of several processes,
     each takes a share of the batches, and all get the answers for all rows.
     """
-    rank, _, processes = place()
-    device = next(model.parameters()).device
+    device, (rank, _, processes) = next(model.parameters()).device, place()
     max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
     rows, logits, certainties = [], [], []
     with Progress(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
@@ -79,10 +78,10 @@ def predict(
             if number % processes != rank:
                 continue
             rows.append(batch.rows)
-            exits = list(model.exit_by_exit(*batch.to(device).inputs))
-            logits.append(torch.stack([exit_logits for exit_logits, _ in exits]).float().cpu())
-            known = [certainty for _, certainty in exits if certainty is not None]
-            certainties += [torch.stack(known).cpu()] if known else []
+            exit_logits, certainty = zip(*model.exit_by_exit(*batch.to(device).inputs), strict=True)
+            logits.append(torch.stack(exit_logits).float().cpu())
+            if certainty[0] is not None:  # the last exit of a branch model has none
+                certainties.append(torch.stack([values for values in certainty if values is not None]).cpu())
     rows, logits, certainties = (sum(parts, []) for parts in zip(*of_all((rows, logits, certainties)), strict=True))
     order = torch.cat(rows).argsort()
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
@@ -110,8 +109,8 @@ def sweep(folds: Folds, validation: Validation, thresholds: list[float]) -> tupl
         for i, threshold in enumerate(thresholds):
             taken[i, rows] = exits_taken(confidence, threshold, rule.lowest)
     counts = [row.bincount(minlength=len(logits)).tolist() for row in taken]
-    costs = map(exits.costs, thresholds)  # of (K,)
-    ratios = [float(np.dot(left, cost) / len(labels)) for left, cost in zip(counts, costs, strict=True)]  # Eq. 1
+    costs = [exits.costs(threshold) for threshold in thresholds]  # (P, K)
+    ratios = [float(np.dot(*pair) / len(labels)) for pair in zip(counts, costs, strict=True)]  # Eq. 1
     scores = score(predictions.gather(0, taken).numpy(), labels.numpy(), metric).tolist()
     of_exits = score(predictions.numpy(), labels.numpy(), metric).tolist()
     curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts}
@@ -120,16 +119,15 @@ def sweep(folds: Folds, validation: Validation, thresholds: list[float]) -> tupl
 
 def reliability(folds: Folds, validation: Validation) -> dict:
     """`ece` and `nll` of each exit (K), "before" and "after" temperature scaling."""
-    before, after = validation.logits, validation.logits.clone()
+    scaled = {"before": validation.logits, "after": validation.logits.clone()}
     for rule, rows in folds:
         if rule.temperatures is not None:
-            after[:, rows] /= rule.temperatures[:, None, None]
-    measures = {"ece": expected_calibration_error, "nll": negative_log_likelihood}
-    scaled = {"before": before, "after": after}.items()
-    return {
-        name: {when: [measure(one, validation.labels) for one in logits] for when, logits in scaled}
-        for name, measure in measures.items()
-    }
+            scaled["after"][:, rows] /= rule.temperatures[:, None, None]
+
+    def of_exits(measure: Callable[[Tensor, Tensor], float]) -> dict:
+        return {when: [measure(one, validation.labels) for one in logits] for when, logits in scaled.items()}
+
+    return {"ece": of_exits(expected_calibration_error), "nll": of_exits(negative_log_likelihood)}
 
 
 def save_evaluation(run: Path, evaluation: dict, validation: Validation) -> None:
@@ -137,9 +135,9 @@ def save_evaluation(run: Path, evaluation: dict, validation: Validation) -> None
 
     The two belong together, by `logits_digest`: until the first names the second, both old ones stand.
     """
-    tensors = {name: getattr(validation, name) for name in ("logits", "certainty", "labels", "keys")}
+    values = validation._asdict().items()
     with written_beside(run / NEXT_LOGITS) as partial:
-        partial.write_bytes(save({name: values.contiguous() for name, values in tensors.items() if values is not None}))
+        partial.write_bytes(save({name: value.contiguous() for name, value in values if isinstance(value, Tensor)}))
     write_json(run / "evaluation.json", evaluation | {"logits_digest": sha256(run / NEXT_LOGITS)})
     (run / NEXT_LOGITS).replace(run / LOGITS)
 
@@ -151,18 +149,9 @@ def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Valida
     if path is None:
         reason = "not of this evaluation.json, its SHA-256 is not logits_digest" if found else "no such file"
         raise InputError(f"{run / LOGITS}: {reason}; evaluate it again: evaluate.py {run}")
-    layers, N, C = evaluation.exit_layers, evaluation.examples, record.num_labels
-    try:
-        tensors, K = load_file(path), len(layers)
-        logits, certainty, labels, keys = (tensors.get(name) for name in ("logits", "certainty", "labels", "keys"))
-        right = logits.shape == (K, N, C) and logits.is_floating_point() and logits.isfinite().all()
-        right = right and labels.shape == keys.shape == (N,) and labels.dtype == keys.dtype == torch.int64
-        right = right and 0 <= labels.min() and labels.max() < C
-        if evaluation.exit_strategy == "lte":
-            right = right and certainty.shape in ((K - 1, N), (K, N)) and certainty.isfinite().all()
-    except (SafetensorError, AttributeError):
-        right = False
-    if not right:
-        raise InputError(f"{path}: not the logits and labels of {N} rows at {K} exits; evaluate it again")
-    exits = Exits(layers, record.depth, evaluation.method)
+    logits, certainty, labels, keys = map(load_file(path).get, ("logits", "certainty", "labels", "keys"))
+    exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
+    K, N = len(exits.layers), evaluation.examples
+    if logits.shape != (K, N, record.num_labels):
+        raise InputError(f"{path}: not the logits of {N} rows at {K} exits; evaluate it again")
     return Validation(logits, certainty, labels, keys, evaluation.metric, exits)

@@ -1,4 +1,7 @@
-"""What live early exit takes on the clock, against running everything at full depth."""
+"""What live early exit takes on the clock, against running everything at full depth.
+
+Dimension letters: N instances, K exits, P thresholds.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,10 +11,11 @@ import torch
 from torch import Tensor
 
 from minisweet.adaptive import ExitRule, Exits
-from minisweet.data.text import Batch, TokenizedExamples
+from minisweet.base.commands import Progress
+from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.sweep import Validation, sweep
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.live import Answers, early_exit, full_depth
+from minisweet.live import early_exit, full_depth
 
 # Batches whose remainders are gathered: a quarter of a batch reads all weights as a full one does. With gathering MM
 # took a sixth less time where it runs half of the layers; 8 and 28 batches gave no more.
@@ -26,16 +30,15 @@ def measure_live(
     exits: Exits,
     batch_size: int,
     rule: ExitRule,
-    progress=iter,
 ) -> tuple[list[dict], Tensor, Tensor]:
     """Run all examples live at each threshold, and time it against running all at full depth.
 
     `model` is in evaluation mode, on the device to measure. `batch_size` examples of similar length run at once; what
-    is left of four batches is gathered. `progress` wraps the thresholds, for a progress bar.
+    is left of four batches is gathered.
 
     Returns for each threshold a dict: `threshold`, `layer_share` (Eq. 1), `wall_share` (of running all at full depth),
     `instances_per_second`, and `latency_ms` at batch size 1: percentiles "50", "90", "99" in milliseconds. Then the
-    labels and the exits taken, (thresholds, N) each.
+    labels and the exits taken, (P, N) each.
     """
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in examples.by_length(batch_size)]
@@ -44,40 +47,37 @@ def measure_live(
     singles = [examples.batch(row[None]).to(device) for row in rows]
     order = torch.cat([pool.rows for pool in pools]).argsort().cpu()
 
-    def timed(function: Callable, *arguments: object) -> tuple[float, object]:
-        """The seconds of a call, to the end of what it started on the device, and what it returns."""
+    def seconds(function: Callable, *arguments: object) -> float:
+        """How long a call takes, to the end of what it starts on the device."""
         start = time.perf_counter()
-        answer = function(*arguments)
+        function(*arguments)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start, answer
-
-    def live_at(threshold: float, batch: Batch) -> tuple[float, Answers]:
-        return timed(early_exit, model, *batch.inputs, threshold, rule, batch_size)
+        return time.perf_counter() - start
 
     # Not timed: on the CPU bfloat16 products are compiled for each shape at first sight. A stream of batches soon has
     # seen all; here it would be a tenth of the time.
     for batch in batches:
         full_depth(model, *batch.inputs)
     for single in singles:
-        live_at(1.0, single)
-    report, labels, taken = [], [], []
-    for threshold in progress(thresholds):
-        answers = [live_at(threshold, pool)[1] for pool in pools]  # not timed: the shapes that are left
+        early_exit(model, *single.inputs, 1.0, rule, batch_size)
+    report, decided = [], []
+    for threshold in Progress(thresholds, desc="live"):
+        setting = (threshold, rule, batch_size)
+        answers = [early_exit(model, *pool.inputs, *setting) for pool in pools]  # not timed: the shapes that are left
         full = live = 0.0
         for i, pool in enumerate(pools):  # in turn, so that a machine whose speed drifts is fair to both
             for batch in batches[GATHERED * i : GATHERED * (i + 1)]:
-                full += timed(full_depth, model, *batch.inputs)[0]
-            live += live_at(threshold, pool)[0]
-        latency = [live_at(threshold, single)[0] for single in singles]
-        labels.append(torch.cat([answer.labels for answer in answers]).cpu()[order])
-        taken.append(torch.cat([answer.exits for answer in answers]).cpu()[order])
-        share = float(np.array(exits.costs(threshold))[taken[-1]].mean())
+                full += seconds(full_depth, model, *batch.inputs)
+            live += seconds(early_exit, model, *pool.inputs, *setting)
+        latency = [1000 * seconds(early_exit, model, *single.inputs, *setting) for single in singles]
+        labels, taken = (torch.cat([answer[i] for answer in answers]).cpu()[order] for i in (0, 1))  # (N,) each
+        decided.append((labels, taken))
+        share = float(np.array(exits.costs(threshold))[taken].mean())
         row = {"threshold": threshold, "layer_share": share, "wall_share": live / full}
         row["instances_per_second"] = len(examples) / live
-        row["latency_ms"] = {str(p): 1000 * float(np.percentile(latency, p)) for p in (50, 90, 99)}
-        report.append(row)
-    return report, torch.stack(labels), torch.stack(taken)
+        report.append(row | {"latency_ms": {str(p): float(np.percentile(latency, p)) for p in (50, 90, 99)}})
+    return report, *map(torch.stack, zip(*decided, strict=True))
 
 
 def differences(

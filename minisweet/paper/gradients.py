@@ -5,8 +5,7 @@
 train.py fine-tunes EE for some steps. Then, on training rows that it did not see, each exit's loss is back-propagated
 alone, and the gradients that two exits send to the same matrix are compared: the cosine similarity of their rows,
 averaged over the rows. The matrices are the last feed-forward matrix of each layer that precedes an exit; the last
-exit's is left out, since no other exit updates it. A similarity near 1 is agreement, near 0 indifference, below 0
-conflict.
+exit's is left out, since no other exit updates it. A similarity near 1 is agreement, below 0 conflict.
 
 Dimension letters: K exits, M = K-1 matrices.
 """
@@ -46,10 +45,9 @@ def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Compare all exits' gradients on one batch, which is on the model's device. Dropout is off in evaluation mode.
+    """Compare all exits' gradients on one batch, on the model's device. Dropout is off in evaluation mode.
 
-    Returns the similarities (M, K, K), NaN where an exit sends a matrix no gradient, and how many rows were left out
-    of each (M, K, K).
+    Returns similarities (M, K, K), NaN where an exit sends a matrix no gradient, and how many rows each leaves out.
     """
     matrices = [model.encoder.layers[n - 1].output.weight for n in model.exit_layers[:-1]]
     losses = [exit_loss(*answer, batch.targets) for answer in model.exit_by_exit(*batch.inputs)]
@@ -76,8 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--overwrite", action="store_true", help="replace the measurement in --out")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     add_training_options(parser)
-    args = parser.parse_args()
-    return args
+    return parser.parse_args()
 
 
 def fine_tuned(args: argparse.Namespace) -> tuple[MultiExitModel, Record]:
@@ -88,14 +85,6 @@ def fine_tuned(args: argparse.Namespace) -> tuple[MultiExitModel, Record]:
         if status := run_script("train.py", as_options(vars(args) | {"out": run, "epochs": 1}, TRAINING)):
             sys.exit(abs(status))  # it has said why
         return load_run(run)
-
-
-def measured(model: MultiExitModel, new: TokenizedExamples, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`exit_similarities` of each batch of the rows: (batches, M, K, K) each."""
-    device = next(model.parameters()).device
-    batches = (new.batch(rows).to(device) for rows in np.arange(len(new)).reshape(-1, batch_size))
-    similarities, left_out = zip(*(exit_similarities(model, batch) for batch in batches), strict=True)
-    return np.stack(similarities), np.stack(left_out)
 
 
 def main() -> None:
@@ -120,24 +109,25 @@ def main() -> None:
     order = np.random.default_rng(args.seed).permutation(N)
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     new = TokenizedExamples(tokenizer, rows, order[~np.isin(order, record.subset)][:unseen])
-    similarities, left_out = measured(model.to(device).eval(), new, args.batch_size)
+    model.to(device).eval()
+    batches = (new.batch(rows).to(device) for rows in np.arange(unseen).reshape(args.batches, -1))
+    similarities, left_out = map(np.stack, zip(*(exit_similarities(model, batch) for batch in batches), strict=True))
+    write_report(args, record, similarities, left_out.sum(0))
+
+
+def write_report(args: argparse.Namespace, record: Record, similarities: np.ndarray, left_out: np.ndarray) -> None:
+    """Write and print the mean of the batches' similarities (batches, M, K, K), and the rows left out (M, K, K)."""
+    layers, exits = list(args.exit_layers[:-1]), list(args.exit_layers)
     mean, deviation, _ = over_seeds(similarities)  # of batches here: (M, K, K) each
-    write_report(args, record, mean, deviation, left_out.sum(0))
-
-
-def write_report(
-    args: argparse.Namespace, record: Record, mean: np.ndarray, deviation: np.ndarray, left_out: np.ndarray
-) -> None:
-    """Write and print similarities, their deviation over batches, and how many rows were left out: (M, K, K) each."""
-    conflict = (~np.isnan(mean) & ~np.eye(len(args.exit_layers), dtype=bool)).any()  # two exits update one matrix
+    conflict = (~np.isnan(mean) & ~np.eye(len(exits), dtype=bool)).any()  # two exits update one matrix
     given = ("model", "method", "task", "steps", "batches", "batch_size", "seed")
     report = {key: getattr(args, key) for key in given} | {
         "learning_rate": args.lr,
         "device": record.device,
         "precision": record.precision,
         "versions": versions(),
-        "layers": list(args.exit_layers[:-1]),
-        "exits": list(args.exit_layers),
+        "layers": layers,
+        "exits": exits,
         "nothing_to_conflict": not conflict,
         "cosine": for_json(mean),
         "deviation": for_json(deviation),
@@ -145,9 +135,8 @@ def write_report(
     }
     write_json(args.out / "gradients.json", report)
     draw_similarities(args.out / "gradients.png", mean, args)
-    for m, layer in enumerate(args.exit_layers[:-1]):
-        exits = ", ".join(map(str, args.exit_layers[m:]))
-        print(f"\nlayer {layer}: cosine similarity of the gradients of the exits after {exits}")
+    for m, layer in enumerate(layers):
+        print(f"\nlayer {layer}: cosine similarity of the gradients of the exits after {str(exits[m:])[1:-1]}")
         print(mean[m, m:, m:].round(3))
     if not conflict:
         print("\nNo two exits update the same matrix: there is nothing to conflict.")

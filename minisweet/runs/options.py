@@ -33,11 +33,11 @@ def exit_layers_for(depth: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}))
 
 
-def default_learning_rate(config: Config, task: str, method: str, on_trunk: bool = False) -> float:
+def default_learning_rate(config: Config, task: str | None, method: str, on_trunk: bool = False) -> float:
     """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above.
 
-    Branches have their trunk's, which is trained as MM's last model is. `on_trunk`: on a trunk that somebody else
-    trained, nobody knows how, the size alone decides.
+    `task` is None for own data. For branches it is their trunk's, which is trained as MM's last model is. `on_trunk`:
+    on a trunk that somebody else trained, nobody knows how, the size alone decides.
     """
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
     if on_trunk or not rates or task not in TABLE_2_TASKS:

@@ -86,7 +86,8 @@ def find_start(args: argparse.Namespace) -> Start:
         raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
     if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
         raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
-    args.lr = args.lr or default_learning_rate(config, args.task, args.method, trunk is not None)
+    task = args.task if args.data is None else None  # a file may be called rte.csv
+    args.lr = args.lr or default_learning_rate(config, task, args.method, trunk is not None)
     subset, depth, size = drawn_rows(data.train, args.train_size, args.seed), config.num_hidden_layers, args.batch_size
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     examples = TokenizedExamples(tokenizer, data.train, subset)
@@ -97,7 +98,7 @@ def find_start(args: argparse.Namespace) -> Start:
     record = {"arguments": arguments, **data.record, "model_digest": model_digest(folder), "subset": subset.tolist()}
     record |= {"train_digest": digest(data.train, subset), "versions": versions(), "exit_layers": exit_layers}
     record |= {"depth": depth, "device": name, "precision": str(precision)}
-    rate = args.why.get("lr", f"by the model: {config.model_type}, {depth} layers of {config.hidden_size}")
+    rate = args.why.get("lr", f"for {config.model_type}, {depth} layers of {config.hidden_size}")
     notes = [
         f"method {args.method} ({args.why['method']}), learning rate {args.lr:g} ({rate}), {args.epochs} epochs of "
         f"{-(-len(examples) // size)} steps of {size} examples",

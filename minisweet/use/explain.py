@@ -31,7 +31,6 @@ from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier
 from minisweet.use.plots import METRICS
 
 __all__ = ["main", "run_command"]
-SHOWN = 5  # probabilities of an exit, the highest ones
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -62,19 +61,15 @@ def main() -> None:
         if evaluation is None:
             raise InputError(f"{args.run}: has no evaluation.json; first: evaluate.py {args.run}")
         validation = load_validation(args.run, evaluation, record)
-        rows = load_dev(vars(record), args.data, args.data_dir)
-        if len(rows.first) != len(validation.labels):
-            there = f"{len(validation.labels)} rows, and the validation data has {len(rows.first)}"
-            raise InputError(f"{args.run}: its evaluation is of {there}")
-        write_page(args.html, evaluation, record, rows, validation)
+        write_page(args.html, evaluation, record, load_dev(vars(record), args.data, args.data_dir), validation)
         print(f"written to {args.html}")
 
 
 @torch.no_grad()
 def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
-    """What each exit says of a text or a pair, and whether that is enough to leave: the first such exit is taken.
+    """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last.
 
-    At the last exit it always is. Raises InputError for what is neither text nor pair.
+    The first such exit is taken. Raises InputError for what is neither text nor pair.
     """
     inputs = next(classify.tokenize(check_texts([text])).by_length(1)).to(classify.device).inputs
     with autocast(classify.device, classify.precision):
@@ -88,24 +83,22 @@ def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tu
 
 
 def print_exits(exits: list[tuple[Answer, bool]], threshold: float) -> None:
-    """Print a row per exit."""
+    """Print a row per exit, each with its five likeliest labels."""
     taken = next(answer for answer, is_enough in exits if is_enough)
-    width = max(5, *(len(one_line(answer.label, 30)) for answer, _ in exits))
+    labels = [one_line(answer.label, 30) for answer, _ in exits]
+    width = max(5, *map(len, labels))
     print(f"threshold {threshold:.4g}\n\n   layer  {'label':<{width}}  confidence  leaves  probabilities")
-    for answer, is_enough in exits:
-        highest = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:SHOWN]
-        shown = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in highest)
-        more = f", and {len(answer.probabilities) - SHOWN} more" if len(answer.probabilities) > SHOWN else ""
-        row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {one_line(answer.label, 30):<{width}}"
+    for label, (answer, is_enough) in zip(labels, exits, strict=True):
+        likeliest = sorted(answer.probabilities.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{one_line(name, 30)} {p:.3f}" for name, p in likeliest[:5])
+        more = f", and {len(likeliest) - 5} more" if len(likeliest) > 5 else ""
+        row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {label:<{width}}"
         print(f"{row}  {answer.confidence:>10.3f}  {'yes' if is_enough else 'no':<6}  {shown}{more}")
     print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
 
 
 def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, validation: Validation) -> None:
-    """Write the page, whole or not at all; what stands at `path` is replaced.
-
-    `evaluation` and `record` are what evaluation.json and run.json hold, `validation` what the exits said of `rows`.
-    """
+    """Write the page, or replace it, whole or not at all. `validation` is what the exits said of `rows`."""
     logits, certainty, labels, _, metric, exits = validation
     rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     confidence, predictions = rule.confidences(logits, certainty), logits.argmax(-1)  # (K, N) each
@@ -134,4 +127,4 @@ def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Example
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     with written_beside(path) as partial:
-        partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text), encoding="utf-8")
+        partial.write_text(TEMPLATE.read_text("utf-8").replace("{{data}}", text), encoding="utf-8")

@@ -20,7 +20,7 @@ from minisweet.base.safe import InputError, write_json, written_beside
 from minisweet.branches import BranchModel
 from minisweet.checkpoint import checkpoint_names
 from minisweet.config import Config
-from minisweet.data.text import load_tokenizer
+from minisweet.data.text import PAD, load_tokenizer
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run
 
@@ -106,7 +106,7 @@ def plain_configs(config: Config, depth: int, labels: list[str], tokenizer: Toke
         "id2label": dict(enumerate(labels)),
         "label2id": {label: c for c, label in enumerate(labels)},
         "problem_type": "single_label_classification",
-        "pad_token_id": tokenizer.token_to_id("[PAD]"),
+        "pad_token_id": tokenizer.token_to_id(PAD),
     }
     texts = {
         "tokenizer_class": "PreTrainedTokenizerFast",

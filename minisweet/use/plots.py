@@ -5,7 +5,7 @@ Dimension letter: P points of a curve.
 """
 
 import os
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,10 @@ METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreemen
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles and markers say the same without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vP*"
-SAME = ("task", "metric", "examples", "dev_digest")  # in evaluations of the same data
 
 
 def new_figure(path: Path, **options):
-    """A figure of matplotlib's to draw `path` in, whatever backend the environment asks for.
-
-    Raises InputError where matplotlib is not installed, or cannot be loaded.
-    """
+    """A figure of matplotlib's for `path`, whatever backend is asked for. Raises InputError where there is none."""
     asked = os.environ.pop("MPLBACKEND", None)  # of a notebook or a window: matplotlib would load it, or fail
     try:
         from matplotlib import figure
@@ -52,9 +48,9 @@ def shown(text: object, limit: int = 30) -> str:
 
 
 def sorted_curve(ratios: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The speedup ratios of the thresholds, (P,), in increasing order, and their scores, (P,).
+    """The ratios (P,) in increasing order, and their scores (P,).
 
-    The order is not that of the thresholds: at t = 1 a branch model asks no exit but the last, which is cheaper.
+    The thresholds' order is another: at t = 1 a branch model asks no exit but the last, which is cheaper.
     """
     ratios = np.round(ratios, 9)
     order = ratios.argsort(kind="stable")
@@ -68,10 +64,9 @@ def label_axes(axis, title: str, score: str) -> None:
 
 
 def draw_curve(path: Path, evaluation: Evaluation) -> None:
-    """Draw what one run's evaluation.json holds: its curve, each exit as a dot, full depth, the operating point.
+    """Draw one run's curve, each exit as a dot, full depth, the operating point; replaces a PNG at `path`.
 
-    On the toy task a second panel shows where each difficulty leaves. A PNG at `path` is replaced. Raises InputError
-    where matplotlib cannot be used.
+    On the toy task a second panel shows where each difficulty leaves. Raises InputError without matplotlib.
     """
     means, layers, scores = evaluation.mean_exit_layers, evaluation.exit_layers, evaluation.exit_scores
     figure = new_figure(path, figsize=(11 if means else 6.4, 4.4), layout="tight")
@@ -100,17 +95,16 @@ def draw_curve(path: Path, evaluation: Evaluation) -> None:
 
 
 def compare_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
-    """Draw what several runs' evaluation.json hold, by the names to show, in one picture. A PNG at `path` is replaced.
+    """Draw several runs' curves, by the names to show, in one picture; replaces a PNG at `path`.
 
     Raises InputError for a run that was evaluated on other data than the first, by its name, and without matplotlib.
     """
     first, of_first = next(iter(evaluations.items()))
-    for name, evaluation in evaluations.items():
-        for key in SAME:
-            ours, theirs = getattr(of_first, key), getattr(evaluation, key)
-            if ours != theirs:
-                values = f"{key} is {theirs!r:.50}, and {ours!r:.50} in {str(first)[:80]}"
-                raise InputError(f"{str(name)[:120]}: its evaluation is of other data ({values})")
+    for name, key in product(evaluations, ("task", "metric", "examples", "dev_digest")):
+        ours, theirs = getattr(of_first, key), getattr(evaluations[name], key)
+        if ours != theirs:
+            values = f"{key} is {theirs!r:.50}, and {ours!r:.50} in {first[:80]}"
+            raise InputError(f"{name[:120]}: its evaluation is of other data ({values})")
     figure = new_figure(path, figsize=(7.2, 4.8), layout="tight")
     axis = figure.subplots()
     styles = zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)

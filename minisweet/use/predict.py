@@ -42,8 +42,7 @@ def main() -> None:
     tune_cpu()
     is_lines, to_screen = str(args.file) == "-", str(args.out) == "-"
     if args.text_columns and is_lines:
-        right = "left out: lines of standard input have no columns"
-        raise InputError(f"--text-columns: {','.join(args.text_columns)}, should be {right}")
+        raise InputError(f"--text-columns: {','.join(args.text_columns)}, should be left out: lines have no columns")
     if not to_screen and (args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(args.file)):
         raise InputError(f"--out: {args.out} is a folder, or the input; name another file")
     writer = RowWriter(args.out)
@@ -57,8 +56,7 @@ def main() -> None:
         usual, names, total = (trained, *TEXT_COLUMNS) if trained else TEXT_COLUMNS, set(), 0
         columns = find_columns("--text-columns", args.file, args.text_columns, usual)
         if trained and len(columns) != len(trained):
-            of_training = "a pair of texts" if len(trained) == 2 else "one text"
-            raise InputError(f"--text-columns: {','.join(columns)}, should be {of_training}, as in training")
+            raise InputError(f"--text-columns: {','.join(columns)}, should be {len(trained)}, as in training")
         for line, row in read_rows(args.file):  # a broken row is found before hours of work
             for column in columns:
                 cell(args.file, line, row, column)
@@ -96,23 +94,19 @@ def columns_of(answer: Answer, taken: set[str]) -> dict:
 
 
 def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
-    """Yield the lines of standard input that have arrived, as rows: who writes one line has its answer at once.
-
-    Raises InputError, with the line, for what is not UTF-8, too long, or no pair where `columns` are two.
-    """
+    """Yield the lines of standard input that have arrived, as rows: who writes one line has its answer at once."""
     rest, number = b"", 1
     if sys.stdin is None:
         raise InputError("standard input: it is closed, should be lines of text")
     with open(0, "rb", closefd=False) as file:
         while block := file.read1(2**16):
             *lines, rest = (rest + block).split(b"\n")
+            lines += [rest] if len(rest) > LONGEST_LINE else []  # which is refused
             rows = []
             try:
                 for line in lines:
                     rows.append(row_of(line, number, columns))
                     number += 1
-                if len(rest) > LONGEST_LINE:
-                    raise InputError(f"standard input, line {number}: longer than {LONGEST_LINE} bytes")
             finally:  # the lines before a broken one are answered
                 yield rows
     if rest:
@@ -120,7 +114,7 @@ def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
 
 
 def row_of(line: bytes, number: int, columns: Sequence[str]) -> dict:
-    """A line of standard input, counted from 1, as a row. Raises InputError."""
+    """A line of standard input, counted from 1, as a row. Raises InputError for no text, or no pair."""
     text = decoded(line, number, "standard input").removesuffix("\r")
     parts = text.split("\t") if len(columns) == 2 else [text]
     if len(parts) != len(columns):

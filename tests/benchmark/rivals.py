@@ -77,17 +77,19 @@ def encoder_of(folder: Path) -> Callable[[list[str]], list[np.ndarray]]:
     return encode
 
 
-def onnx(folder: Path, kind: str, labels: list[str]) -> Classify:
-    """ONNX Runtime on the CPU; `kind` is float32 or int8."""
+def onnx(folder: Path, kind: str, labels: list[str], threshold: float | None = None) -> Classify:
+    """ONNX Runtime on the CPU: float32.onnx, int8.onnx, or a file that leaves early, at a threshold or at its own."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / f"{kind}.onnx"), providers=["CPUExecutionProvider"])
     encode = encoder_of(folder)
     names = [value.name for value in session.get_inputs()]
 
+    given = {} if threshold is None else {"threshold": np.array(threshold, np.float32)}
+
     def classify(texts: list[str]) -> list[str]:
-        (logits,) = session.run(None, dict(zip(names, encode(texts), strict=True)))
-        return [labels[c] for c in logits.argmax(-1)]
+        scores, *_ = session.run(None, dict(zip(names, encode(texts), strict=True)) | given)
+        return [labels[c] for c in scores.argmax(-1)]
 
     return classify
 
@@ -109,34 +111,40 @@ def theirs(folder: Path, amp: str, labels: list[str]) -> Classify:
     return classify
 
 
-def texts_of(source: dict) -> list[str]:
-    """`count` texts: of so many `tokens`, or, longest first, of the dev set of a `task` in `data_dir`."""
+def texts_of(source: dict) -> tuple[list, list[int]]:
+    """`count` texts: of so many `tokens`, or of the dev set of a `task` in `data_dir`, with their labels.
+
+    For batches the longest come first.
+    """
     if "tokens" in source:
-        return [" ".join(["film"] * (source["tokens"] - 2))] * source["count"]
-    texts = load_examples(source["task"], "dev", Path(source["data_dir"])).first
-    texts = [texts[n] for n in np.random.default_rng(0).permutation(len(texts))[: source["count"]]]
-    return sorted(texts, key=len, reverse=True) if source["batch"] > 1 else texts
+        return [" ".join(["film"] * (source["tokens"] - 2))] * source["count"], []
+    rows = load_examples(source["task"], "dev", Path(source["data_dir"]))
+    rows = rows.take(np.random.default_rng(0).permutation(len(rows.first))[: source["count"]])
+    pairs = list(zip(rows.texts(), rows.labels, strict=True))
+    if source["batch"] > 1:
+        pairs.sort(key=lambda pair: -len("".join(pair[0])))
+    return [text for text, _ in pairs], [label for _, label in pairs]
 
 
 def classify_unit(side: str, run: str, folder: str, labels: list[str], source: dict, **arguments):
-    """The unit of a process: all texts, `source["batch"]` at once. It answers with the seconds of each call."""
+    """The unit of a process: all texts, `source["batch"]` at once. It answers with each call's seconds, and labels."""
     if side == "ours":
         classify = ours(Path(run), **arguments)
     elif side == "transformers":
         classify = theirs(Path(folder), labels=labels, **arguments)
     else:
-        classify = onnx(Path(folder), side.removeprefix("onnx "), labels)
-    texts, batch = texts_of(source), source["batch"]
+        classify = onnx(Path(folder), side.removeprefix("onnx "), labels, **arguments)
+    (texts, _), batch = texts_of(source), source["batch"]
     # Ours gathers who is left of four batches; the others take a batch at a time.
     size = batch * 4 if side == "ours" and batch > 1 else batch
 
-    def run_all() -> list[float]:
-        seconds = []
+    def run_all() -> dict[str, list]:
+        seconds, said = [], []
         for start in range(0, len(texts), size):
             before = time.perf_counter()
-            classify(texts[start : start + size])
+            said += classify(texts[start : start + size])
             seconds.append(time.perf_counter() - before)
-        return seconds
+        return {"seconds": seconds, "labels": said}
 
     run_all.examples = len(texts)
     return run_all
