@@ -280,7 +280,7 @@ def test_a_class_of_one_text_is_trained_on_and_named(tmp_path):
     assert "validation: labels without a row: z" in data.notes
     assert not any("both" in note for note in data.notes)
     write(path, table(["same"] * 9, ["x", "y", "y"] * 3))
-    assert "no row of it can be set aside, it should have two or more different texts" in refused(load, "--data", path)
+    assert "no row can be set aside: no label has two different texts; see --dev-data" in refused(load, "--data", path)
 
 
 def test_labels_that_differ_by_case_or_unicode_form_are_named(tmp_path):
@@ -410,7 +410,7 @@ def test_data_without_labels(tmp_path):
         load, "--data", path, "--label-column", "team", labels=["x", "y"], need_labels=False
     )
     write(path, [{"text": "a"}])
-    assert "no row of it can be set aside" in refused(load, "--data", path, labels=["x", "y"], need_labels=False)
+    assert "no row can be set aside" in refused(load, "--data", path, labels=["x", "y"], need_labels=False)
 
 
 def test_the_classes_of_a_trunk(tickets):

@@ -71,7 +71,7 @@ def clone() -> Path | None:
 
 def home() -> Path:
     """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone, or else ~/.cache/minisweet."""
-    return Path(os.environ.get("MINISWEET_HOME") or clone() or Path.home() / ".cache" / "minisweet")
+    return Path(os.environ.get("MINISWEET_HOME") or clone() or "~/.cache/minisweet").expanduser()
 
 
 def check_file(option: str, path: Path, suffix: str) -> None:

@@ -91,7 +91,7 @@ def _own_train(args: argparse.Namespace, labels: Names, need_labels: bool) -> tu
         classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
         rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed, train.texts())
         if not dev_rows:
-            raise InputError(f"{args.data}: no row of it can be set aside, it should have two or more different texts")
+            raise InputError(f"{args.data}: no row can be set aside: no label has two different texts; see --dev-data")
         train = train.take(rows)._replace(empty=train.empty)
     else:
         columns, column = _columns(args.dev_data, columns, column, need_labels=False)
