@@ -166,6 +166,7 @@ def test_int8_says_what_it_costs(run, tmp_path, exported_once):
     assert layer.tolist() == [3] * 4
 
 
+@pytest.mark.slow
 def test_exits_and_calibration_of_the_evaluation(make_run, tmp_path):
     """What --use-exits left out is not in the file, and --calibration none leaves probabilities as they are."""
     run = shutil.copytree(make_run("--method", "sweet"), tmp_path / "run")

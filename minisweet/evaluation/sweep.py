@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -149,9 +150,17 @@ def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Valida
     if path is None:
         reason = "not of this evaluation.json, its SHA-256 is not logits_digest" if found else "no such file"
         raise InputError(f"{run / LOGITS}: {reason}; evaluate it again: evaluate.py {run}")
-    logits, certainty, labels, keys = map(load_file(path).get, ("logits", "certainty", "labels", "keys"))
     exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
-    K, N = len(exits.layers), evaluation.examples
-    if logits.shape != (K, N, record.num_labels):
-        raise InputError(f"{path}: not the logits of {N} rows at {K} exits; evaluate it again")
+    K, N, C = len(exits.layers), evaluation.examples, record.num_labels
+    try:
+        logits, certainty, labels, keys = map(load_file(path).get, ("logits", "certainty", "labels", "keys"))
+        right = logits.shape == (K, N, C) and logits.is_floating_point() and logits.isfinite().all()
+        right = right and labels.shape == keys.shape == (N,) and labels.dtype == keys.dtype == torch.int64
+        right = right and 0 <= labels.min() and labels.max() < C
+        if evaluation.exit_strategy == "lte":
+            right = right and certainty.shape in ((K - 1, N), (K, N)) and certainty.isfinite().all()
+    except (SafetensorError, AttributeError):
+        right = False
+    if not right:
+        raise InputError(f"{path}: not the logits and labels of {N} rows at {K} exits; evaluate it again")
     return Validation(logits, certainty, labels, keys, evaluation.metric, exits)
