@@ -56,6 +56,7 @@ def installed(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_an_installed_package_keeps_its_files_in_the_users_cache(installed, tmp_path):
     code = (
         "from minisweet import EarlyExitClassifier, InputError, tune_cpu; from minisweet.base.safe import clone, home"
@@ -66,6 +67,7 @@ def test_an_installed_package_keeps_its_files_in_the_users_cache(installed, tmp_
     assert not (tmp_path / "user").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["reproduce", "gradients"])
 def test_what_runs_train_py_says_that_it_needs_the_clone(installed, tmp_path, command):
     done = installed("-m", f"minisweet.{command}", "--model", "tiny")
