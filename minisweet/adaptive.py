@@ -148,4 +148,5 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float]) -> float:
     x, y = np.array(ratios)[order], np.array(scores)[order]
     end = min(1.0, x[-1])
     x, y = np.append(x[x <= end], end), np.append(y[x <= end], np.interp(end, x, y))
-    return float(np.trapezoid(y, x) / (end - x[0])) if end > x[0] else float(y[-1])
+    mean = np.trapezoid(y, x) / (end - x[0]) if end > x[0] else y[-1]
+    return float(np.clip(mean, y.min(), y.max()))  # rounding must not make 100.00000000000001 of 100

@@ -176,3 +176,9 @@ def test_a_rule_of_another_shape_is_refused():
         ExitRule(2, torch.ones(3, 1))
     with pytest.raises(ValueError, match="no temperatures"):
         ExitRule(2, torch.ones(3), ranges)
+
+
+def test_the_area_of_a_perfect_model_is_100_whatever_rounding_does():
+    for n in range(2, 200):
+        ratios = np.linspace(1 / 6, 1, n) ** 1.1
+        assert area_under_curve(ratios.tolist(), [100.0] * n) == 100.0
