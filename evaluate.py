@@ -19,18 +19,18 @@ import numpy as np
 import torch
 
 from minisweet import calibration
-from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
+from minisweet.adaptive import ExitRule, spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
 from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
-from minisweet.data.tasks import TASKS, Examples, examples_of
+from minisweet.data.tasks import Examples, examples_of
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, stated, wish_of
-from minisweet.evaluation.sweep import Validation, draw_keys, folds_of, predict, reliability, save_evaluation, sweep
+from minisweet.evaluation.sweep import Validation, folds_of, reliability, save_evaluation, sweep, validate
 from minisweet.evaluation.timing import GATHERED, differences, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, read_record, run_digest, versions
@@ -116,10 +116,7 @@ def answers_of(
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, record.max_length), rows)
     if examples.cut:
         print(f"{title}: cut to {record.max_length} tokens: {examples.cut:,}")
-    logits, certainty = predict(model.to(args.device), examples, args.precision, title)
-    labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
-    exits = Exits(list(model.exit_layers), record.depth, record.method)
-    return examples, Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)
+    return examples, validate(model.to(args.device), record, rows, examples, metric, args.precision, title)
 
 
 def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.Namespace) -> tuple[Validation, dict]:
@@ -146,12 +143,11 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     evaluation["temperatures"] = scaled.tolist()
     if rule.ranges is not None:
         evaluation["certainty_ranges"] = rule.ranges.tolist()
-    precision = args.precision
     if args.live and devices.place().rank == 0:  # by the rule that new text gets
         setting = (thresholds, validation.exits, args.live_batch_size, rule)
-        with devices.autocast(args.device, precision):
+        with devices.autocast(args.device, args.precision):
             evaluation["live"], *decided = measure_live(model, examples, *setting)
-        differ, near = differences(*decided, rule, validation, thresholds, 2e-2 if precision else 1e-4)
+        differ, near = differences(*decided, rule, validation, thresholds, 2e-2 if args.precision else 1e-4)
         evaluation |= {"live_differs": differ, "live_differs_near": near}
         evaluation["live_batch_size"] = args.live_batch_size
     return validation, evaluation | {
@@ -159,7 +155,7 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
         "dev_digest": digest(dev),
         "seconds": round(seconds, 2),
         "device": devices.device_name(args.device),
-        "precision": str(precision or torch.float32),
+        "precision": str(args.precision or torch.float32),
         "versions": versions(),
     }
 
@@ -207,7 +203,7 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
     evaluation = read_evaluation(run, record)
     if evaluation is None:
         raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
-    trained = list(record.text_columns or TASKS.get(record.task, TASKS["toy"]).columns[:-1])
+    trained = record.columns
     usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
     columns = find_columns("--test", args.test, None, usual)
     (column,) = find_columns("--test", args.test, None, [[record.label_column or "label"], ["label"]])

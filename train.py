@@ -162,7 +162,7 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
 
 
 def fit(
-    start: Start, args: argparse.Namespace, checkpoints: Checkpoints
+    start: Start, examples: TokenizedExamples, args: argparse.Namespace, checkpoints: Checkpoints
 ) -> tuple[nn.Module, np.ndarray, dict[str, float]]:
     """Make and train the model of --method, from a trunk where one is given; go on where `checkpoints` are.
 
@@ -170,9 +170,7 @@ def fit(
     that stays as it was, and the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
     """
     folder, exit_layers, num_labels, strategy = start.folder, start.exit_layers, start.num_labels, args.exit_strategy
-    trunk, examples, is_given = start.trunk, start.examples, start.trunk is not None
-    device = devices.choose_device(args.device)
-    precision = devices.choose_precision(args.amp, device)
+    trunk, device, precision, is_given = start.trunk, start.device, start.precision, start.trunk is not None
     losses, seconds = [], {}
 
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
@@ -250,15 +248,17 @@ def main() -> None:
 def train_run(args: argparse.Namespace) -> None:
     """Train one run and write its folder, or with --resume say that it is there."""
     start = find_start(args)
-    record, checkpoints = start.record, Checkpoints(args, start.record, devices.choose_device(args.device))
+    record, checkpoints = start.record, Checkpoints(args, start.record, start.device)
     if checkpoints.finished:
         checkpoints.remove()  # of a training that was killed just after it had saved the run
         print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
         return
-    print(*start.notes, sep="\n")
+    examples = TokenizedExamples(start.tokenizer, start.rows)
+    notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
+    print(*start.notes, *notes, sep="\n")
     checkpoints.lap()  # what is above is no training
     try:
-        model, losses, stages = fit(start, args, checkpoints)
+        model, losses, stages = fit(start, examples, args, checkpoints)
     except NotFiniteError as error:
         checkpoints.remove()
         if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
@@ -269,7 +269,7 @@ def train_run(args: argparse.Namespace) -> None:
     seconds = sum(stages.values())
     record |= {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "losses": losses.round(5).tolist()}
     record |= {"seconds": round(seconds, 1), "stages": {stage: round(took, 1) for stage, took in stages.items()}}
-    record["examples_per_second"] = round(args.epochs * len(start.examples) / seconds, 1)
+    record["examples_per_second"] = round(args.epochs * len(examples) / seconds, 1)
     try:
         save_run(args.out, model, start.folder, record, args.overwrite)
     except (OSError, InputError) as error:

@@ -21,6 +21,10 @@ OF_OWN_DATA = ("dev_data", "text_columns", "label_column", "labels", "dev_size",
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
 
 
+class ChangedRows(InputError):
+    """A run's validation rows are there, and are not those that it was trained with."""
+
+
 class Data(NamedTuple):
     """What `load_data` found."""
 
@@ -111,7 +115,7 @@ def load_dev(record: dict, data: Path | None = None, data_dir: Path | None = Non
     except (AttributeError, IndexError, KeyError, TypeError):
         raise InputError("run.json: what it tells of the data is nothing that train.py writes") from None
     if not is_same:
-        raise InputError(f"{path}: the validation rows' texts or labels have changed since the run was trained")
+        raise ChangedRows(f"{path}: the validation rows' texts or labels have changed since the run was trained")
     return dev
 
 

@@ -20,8 +20,10 @@ from minisweet.base.commands import Progress
 from minisweet.base.devices import autocast, of_all, place
 from minisweet.base.safe import InputError, sha256, write_json, written_beside
 from minisweet.calibration import expected_calibration_error, fit_rule, negative_log_likelihood
+from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.metrics import score
+from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.records import Evaluation, Record
 
 BATCH_SIZE = 64
@@ -86,6 +88,22 @@ def predict(
     rows, logits, certainties = (sum(parts, []) for parts in zip(*of_all((rows, logits, certainties)), strict=True))
     order = torch.cat(rows).argsort()
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
+
+
+def validate(
+    model: MultiExitModel | MultiModel,
+    record: Record,
+    rows: Examples,
+    examples: TokenizedExamples,
+    metric: str,
+    precision: torch.dtype | None,
+    title: str,
+) -> Validation:
+    """What a run's model says of rows, which `examples` are as tokens. `metric` is as in `score`; see `predict`."""
+    logits, certainty = predict(model, examples, precision, title)
+    labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
+    exits = Exits(list(model.exit_layers), record.depth, record.method)
+    return Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)
 
 
 def folds_of(validation: Validation, calibration: str) -> Folds:

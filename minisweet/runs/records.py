@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from minisweet.base.fields import Fields
 from minisweet.calibration import CALIBRATIONS
+from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES
 
 Count = Annotated[int, 0, 2**31 - 1]
@@ -69,6 +70,11 @@ class Record(Arguments):
     def num_labels(self) -> int:
         """C."""
         return len(self.labels)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the texts that it was trained on: of own data, or of a task of GLUE; of the toy none."""
+        return list(self.text_columns or TASKS.get(self.task, TASKS["toy"]).columns[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)

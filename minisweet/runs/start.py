@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, positive_float, whole_number
 from minisweet.base.safe import InputError
 from minisweet.branches import METHODS
 from minisweet.data.load import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
-from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.data.tasks import Examples
+from minisweet.data.text import load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.runs.folders import load_trunk, run_name, versions
 from minisweet.runs.options import add_training_options, default_learning_rate, exit_layers_for, find_model
@@ -27,8 +29,11 @@ class Start(NamedTuple):
     folder: Path  # of the model
     exit_layers: Sequence[int]
     trunk: MultiExitModel | None
-    examples: TokenizedExamples
+    rows: Examples  # to train on
+    tokenizer: Tokenizer
     num_labels: int  # C
+    device: torch.device
+    precision: torch.dtype | None  # to autocast to
     record: dict  # of run.json, as far as it is known before the training
     notes: list[str]  # for the user, a line each
 
@@ -89,22 +94,21 @@ def find_start(args: argparse.Namespace) -> Start:
     task = args.task if args.data is None else None  # a file may be called rte.csv
     args.lr = args.lr or default_learning_rate(config, task, args.method, trunk is not None)
     subset, depth, size = drawn_rows(data.train, args.train_size, args.seed), config.num_hidden_layers, args.batch_size
+    rows, device = data.train.take(subset), devices.choose_device(args.device)
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
-    examples = TokenizedExamples(tokenizer, data.train, subset)
-    device = devices.choose_device(args.device)
-    precision, name = devices.choose_precision(args.amp, device) or torch.float32, devices.device_name(device)
+    precision, name = devices.choose_precision(args.amp, device), devices.device_name(device)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     del arguments["resume"], arguments["why"]  # a run that went on is as one that was never stopped
     record = {"arguments": arguments, **data.record, "model_digest": model_digest(folder), "subset": subset.tolist()}
-    record |= {"train_digest": digest(data.train, subset), "versions": versions(), "exit_layers": exit_layers}
-    record |= {"depth": depth, "device": name, "precision": str(precision)}
+    record |= {"train_digest": digest(rows), "versions": versions(), "exit_layers": exit_layers}
+    record |= {"depth": depth, "device": name, "precision": str(precision or torch.float32)}
     rate = args.why.get("lr", f"for {config.model_type}, {depth} layers of {config.hidden_size}")
     notes = [
         f"method {args.method} ({args.why['method']}), learning rate {args.lr:g} ({rate}), {args.epochs} epochs of "
-        f"{-(-len(examples) // size)} steps of {size} examples",
-        f"{args.model}, {args.task}: {len(examples)} examples, exits after layers {','.join(map(str, exit_layers))} of "
-        f"{depth}, seed {args.seed}, {name}, {precision}",
+        f"{-(-len(subset) // size)} steps of {size} examples",
+        f"{args.model}, {args.task}: {len(subset)} examples, exits after layers {','.join(map(str, exit_layers))} of "
+        f"{depth}, seed {args.seed}, {name}, {record['precision']}",
         *data.notes,
-        *[f"train: cut to {args.max_length} tokens: {examples.cut:,}"] * (examples.cut > 0),
     ]
-    return Start(folder, exit_layers, trunk, examples, len(data.record["labels"]), record, notes)
+    C = len(data.record["labels"])
+    return Start(folder, exit_layers, trunk, rows, tokenizer, C, device, precision, record, notes)

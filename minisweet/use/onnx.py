@@ -33,15 +33,15 @@ from onnx.helper import make_graph, make_model, make_node, make_tensor, make_ten
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from minisweet.adaptive import ExitRule, Exits
+from minisweet.adaptive import ExitRule
+from minisweet.base.commands import Progress
 from minisweet.base.safe import InputError, written_beside
 from minisweet.branches import BranchModel
-from minisweet.data.load import load_dev
+from minisweet.data.load import ChangedRows, load_dev
 from minisweet.data.text import PAD, Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import score
-from minisweet.evaluation.sweep import Validation, draw_keys, predict, sweep
+from minisweet.evaluation.sweep import Validation, sweep, validate
 from minisweet.evaluation.timing import differences
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run, read_evaluation, versions
@@ -81,8 +81,10 @@ def export_onnx(
         raise InputError(f"--onnx: {run} would take {size:,} bytes, and an ONNX file holds less than {LARGEST:,}")
     try:
         rows = load_dev(vars(record), data, data_dir)
+    except ChangedRows:
+        raise
     except InputError as error:
-        if data or data_dir or "have changed" in str(error):  # rows that are there must be the run's
+        if data or data_dir:
             raise
         rows, found = None, f"nothing was checked, since the validation rows are not at hand: {error}"
 
@@ -99,10 +101,7 @@ def export_onnx(
         partial.write_bytes(file.SerializeToString())
         if rows:
             examples = TokenizedExamples(tokenizer, rows)
-            logits, _ = predict(model, examples, None, "model")
-            gold = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
-            exits = Exits(model.exit_layers, record.depth, record.method)
-            expected = Validation(logits, None, gold, draw_keys(rows.texts()), evaluation.metric, exits)
+            expected = validate(model, record, rows, examples, evaluation.metric, None, "model")
             found = compared(partial, examples, expected, rule, threshold, int8)
     kind, megabytes = "int8" if int8 else "float32", f"{out.stat().st_size / 1e6:.1f} MB"
     layers = ",".join(map(str, model.exit_layers))
@@ -135,7 +134,7 @@ def answers_of_file(path: Path, examples: TokenizedExamples, exit_layers: Sequen
     options.log_severity_level = 3  # else it warns that the threshold is no constant
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     answers = torch.empty(2, len(examples), dtype=torch.long)
-    for batch in tqdm(list(examples.by_length(32)), desc="file", unit="batch", disable=None):
+    for batch in Progress(list(examples.by_length(32)), desc="file", unit="batch"):
         probabilities, _, layers = session.run(None, dict(zip(INPUTS, map(Tensor.numpy, batch.inputs), strict=False)))
         exits = np.searchsorted(exit_layers, layers)
         answers[:, batch.rows] = torch.from_numpy(np.stack([probabilities.argmax(-1), exits]))

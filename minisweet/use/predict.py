@@ -21,7 +21,6 @@ from minisweet.base.commands import Parser, Progress, list_of, run_command
 from minisweet.base.devices import keep_compiled_products, tune_cpu
 from minisweet.base.safe import InputError
 from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, decoded, find_columns, read_rows
-from minisweet.data.tasks import TASKS
 from minisweet.use.classifier import WINDOW, Answer, add_classifier_options, classifier_of
 
 __all__ = ["main", "run_command"]
@@ -47,8 +46,7 @@ def main() -> None:
         raise InputError(f"--out: {args.out} is a folder, or the input; name another file")
     writer = RowWriter(args.out)
     classify = classifier_of(args)
-    task = TASKS.get(classify.record.task)
-    trained = classify.record.text_columns or (task.columns[:-1] if task else ())
+    trained = classify.record.columns
     if is_lines:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
         chunks, names, total = read_lines_as_they_come(columns), set(columns), None
