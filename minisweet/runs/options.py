@@ -20,6 +20,7 @@ TABLE_2 = {
     ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
     ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
 }
+STEPS = 1000  # that a training on own text takes at least
 SMALL = 512  # the hidden size up to which a model wants larger rates, as MiniLM's 384 does
 
 
@@ -43,6 +44,11 @@ def default_learning_rate(config: Config, task: str | None, method: str, on_trun
     if on_trunk or not rates or task not in TABLE_2_TASKS:
         return 2e-4 if config.hidden_size <= SMALL else 5e-5
     return rates["mm" if method == "branch" else method][TABLE_2_TASKS.index(task)] / 1e5
+
+
+def epochs_of(steps: int, examples: int, batch_size: int) -> int:
+    """As many epochs as make so many steps, at least two (.github/results/epochs.md)."""
+    return max(2, -(-steps // -(-examples // batch_size)))
 
 
 def search_rates(config: Config) -> list[float]:

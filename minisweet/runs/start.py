@@ -16,8 +16,8 @@ from minisweet.data.load import OF_OWN_DATA, add_data_options, data_name, digest
 from minisweet.data.tasks import Examples
 from minisweet.data.text import load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
+from minisweet.runs import options
 from minisweet.runs.folders import load_trunk, run_name, versions
-from minisweet.runs.options import add_training_options, default_learning_rate, exit_layers_for, find_model
 from minisweet.runs.resume import model_digest
 
 TARGETS = ("labels", "trunk", "half")
@@ -53,15 +53,15 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
-    option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
+    option("--epochs", type=whole_number(1), help=f"passes over it (default: 2; --data: for {options.STEPS:,} steps)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
     option("--resume", action="store_true", help="go on from the last checkpoint of a training that was stopped")
-    add_training_options(parser)
+    options.add_training_options(parser)
     parser.set_defaults(model=None)  # tells whether it is given
     args = parser.parse_args()
-    args.why = {name: "as given" for name in ("method", "lr") if getattr(args, name) is not None}
+    args.why = {name: "as given" for name in ("method", "lr", "epochs") if getattr(args, name) is not None}
     reason = "for a trunk" if args.trunk else "for your own text" if args.data else "the paper's"
     args.why.setdefault("method", reason)
     args.method = args.method or ("branch" if args.trunk or args.data else "sweet")
@@ -83,17 +83,19 @@ def find_start(args: argparse.Namespace) -> Start:
     """Fetch and read what the options name. Raises InputError where it does not go together."""
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     if trunk:
-        args.exit_layers = args.exit_layers or exit_layers_for(trunk.exit_layers[0])
+        args.exit_layers = args.exit_layers or options.exit_layers_for(trunk.exit_layers[0])
     with devices.in_turn():
-        folder, config, exit_layers = find_model(args)
+        folder, config, exit_layers = options.find_model(args)
         data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
     if trunk and args.method in ("mm", "branch") and len(exit_layers) < 2:
         raise InputError(f"--exit-layers: {exit_layers[0]} is one exit alone, which --trunk has; name others too")
     if trunk and exit_layers[-1] != (end := trunk.exit_layers[0]):
         raise InputError(f"--exit-layers: {exit_layers[-1]} is the last of them, should be {end}, where --trunk ends")
     task = args.task if args.data is None else None  # a file may be called rte.csv
-    args.lr = args.lr or default_learning_rate(config, task, args.method, trunk is not None)
+    args.lr = args.lr or options.default_learning_rate(config, task, args.method, trunk is not None)
     subset, depth, size = drawn_rows(data.train, args.train_size, args.seed), config.num_hidden_layers, args.batch_size
+    if args.epochs is None:  # Sec. 3.2 and App. A train two; own text is often less of it
+        args.epochs = options.epochs_of(options.STEPS, len(subset), size) if args.data else 2
     rows, device = data.train.take(subset), devices.choose_device(args.device)
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     precision, name = devices.choose_precision(args.amp, device), devices.device_name(device)
@@ -103,9 +105,11 @@ def find_start(args: argparse.Namespace) -> Start:
     record |= {"train_digest": digest(rows), "versions": versions(), "exit_layers": exit_layers}
     record |= {"depth": depth, "device": name, "precision": str(precision or torch.float32)}
     rate = args.why.get("lr", f"for {config.model_type}, {depth} layers of {config.hidden_size}")
+    epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
+    why = args.why.get("epochs", f"to make {options.STEPS:,} steps, at least 2 epochs" if args.data else "the paper's")
     notes = [
-        f"method {args.method} ({args.why['method']}), learning rate {args.lr:g} ({rate}), {args.epochs} epochs of "
-        f"{-(-len(subset) // size)} steps of {size} examples",
+        f"method {args.method} ({args.why['method']}), learning rate {args.lr:g} ({rate}), {epochs} of "
+        f"{-(-len(subset) // size)} steps of {size} examples ({why})",
         f"{args.model}, {args.task}: {len(subset)} examples, exits after layers {','.join(map(str, exit_layers))} of "
         f"{depth}, seed {args.seed}, {name}, {record['precision']}",
         *data.notes,

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +39,14 @@ from minisweet.branches import METHODS
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.deberta import DebertaConfig, DebertaEncoder
-from minisweet.evaluation.sweep import predict
+from minisweet.evaluation.operating import operating_point
+from minisweet.evaluation.sweep import load_validation, predict
 from minisweet.evaluation.timing import GATHERED
 from minisweet.live import early_exit
-from minisweet.runs.folders import load_run, method_name, read_record
+from minisweet.runs.folders import load_run, method_name, read_evaluation, read_record
 from minisweet.runs.hub import model_folder
 from minisweet.use.onnx import export_onnx
+from minisweet.use.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark.rivals import classify_unit, export_all, texts_of
 from tests.conftest import checkpoint_tensors, exit_model
 from train import send_back, used_rows
@@ -50,6 +54,7 @@ from train import send_back, used_rows
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
 DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
 BATCH = 16
+SPEEDS = (0.25, 0.5, 0.75)  # shares of the layers
 TO_THE_END = ExitStack()  # what a process enters once and never leaves
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -563,16 +568,11 @@ def bandwidth() -> float:
     return 4 * len(numbers) / min(seconds)
 
 
-def rival_of(run: str, is_early: bool = False) -> dict:
-    """What a process for a run's rivals needs: the run's last exit in their formats, and its labels.
-
-    With `is_early` the files that leave early are made too.
-    """
+def rival_of(run: str) -> dict:
+    """What a process for a run's rivals needs: the run's last exit in their formats, and its labels."""
     folder = Path(tempfile.mkdtemp()) / "export"
     TO_THE_END.callback(shutil.rmtree, folder.parent)
     export_all(Path(run), folder)
-    for kind in ("float32", "int8") if is_early else ():
-        print(*export_onnx(Path(run), folder / f"early-{kind}.onnx", kind == "int8"), sep="\n")
     return {"run": run, "folder": str(folder), "labels": read_record(Path(run)).labels}
 
 
@@ -605,7 +605,7 @@ def race(rows: list, title: str, sides: dict, case: dict, turns: int, against: s
         ratio, p99_ratio = (ratio_of(one[key], found[against][key]) for key in ("ms", "p99_ms"))
         medians = {key: statistics.median(one[key]) for key in ("ms", "p99_ms")}
         row = {"row": title, "side": name, **medians, "score": one["score"], "ratio": ratio, "p99_ratio": p99_ratio}
-        row |= {"run": case["run"], "batch": case["source"]["batch"]}
+        row |= {"run": case["run"], "batch": case["source"]["batch"], "task": case["source"].get("task")}
         right = f"  score {one['score']:.1f}" if gold else ""
         line = f"{title:<34} {name:<32}{row['ms']:8.2f} ms{ratio:7.2f}x, p99{row['p99_ms']:8.2f} ms{p99_ratio:6.2f}x"
         say(rows, row, f"{line}{right}")
@@ -633,40 +633,98 @@ def alone(rows: list, args) -> None:
 
 
 def one_file(rows: list, args) -> None:
-    """The ONNX file that leaves early beside ONNX Runtime's full model, text in, label out: branch runs at their
-    operating points, one by one and in batches of 32 of similar length."""
+    """The ONNX file that leaves early beside ONNX Runtime's full model, text in, label out: branch runs at shares of
+    the layers, one by one and in batches of 32 of similar length; and beside the slices of MM's runs, models of their
+    first layers, and runs with an exit after every layer, where --runs names such of the same task and seed."""
     ratios: dict[str, dict[str, list[float]]] = {}  # of a target, the runs of each task
-    for run, task, _ in runs_given(args, ("branch",)):
-        case, sides = rival_of(run, is_early=True), {}
+    records = {run: read_record(run) for run in args.runs}
+    for run, record in records.items():
+        if record.method != "branch" or len(record.exit_layers) == record.depth:
+            continue
+        case, sides = rival_of(str(run)), {}
+        folder = Path(case["folder"])
+        of_seed = [
+            other for other in records if (records[other].task, records[other].seed) == (record.task, record.seed)
+        ]
+        slices = [other for other in of_seed if records[other].method == "mm"]
+        for other in slices:
+            for n in records[other].exit_layers[:-1]:
+                export_all(other, folder / str(n), n)
         for kind in ("float32", "int8"):
-            sides[f"ONNX Runtime, {kind}"] = {"side": f"onnx {kind}"}
-            sides[f"one file, {kind}"] = {"side": f"onnx early-{kind}"}
-            sides[f"one file, {kind}, full depth"] = {"side": f"onnx early-{kind}", "threshold": 1.0}
-        for amp in precisions():
-            sides[f"ours, {'bfloat16' if amp == 'bf16' else 'float32'}"] = {"side": "ours", "amp": amp}
-        for batch, count, turns in ((1, 400, 5), (32, 2000, 3)):
-            source = {"task": task, "data_dir": str(args.data_dir.resolve()), "count": count, "batch": batch}
-            title = f"{Path(run).name}, {'one by one' if batch == 1 else 'in batches'}"
-            found = race(rows, title, sides, case | {"source": source}, turns, "ONNX Runtime, float32")
+            sides[f"full model, {kind}"] = {"side": f"onnx {kind}"}
+            for n in [n for other in slices for n in records[other].exit_layers[:-1]]:
+                sides[f"{n} layers, {kind}"] = {"side": f"onnx {n}/{kind}"}
+            for other in of_seed:
+                if records[other].method == "branch":
+                    name = "one file" if other == run else "exits after every layer"
+                    print(*export_onnx(other, folder / f"{name}-{kind}.onnx", kind == "int8", data_dir=args.data_dir))
+                    for speed, threshold in thresholds_at(other, (*SPEEDS, 1.0)).items():
+                        sides[f"{name}, {speed:g}, {kind}"] = {"side": f"onnx {name}-{kind}", "threshold": threshold}
+        for batch, count, turns in ((1, 300, 3), (32, 2000, 3)):
+            source = {"task": record.task, "data_dir": str(args.data_dir.resolve()), "count": count, "batch": batch}
+            title = f"{record.task}, seed {record.seed}, {'one by one' if batch == 1 else 'in batches'}"
+            found = race(rows, title, sides, case | {"source": source}, turns, "full model, float32")
             for kind, (mean, p99, batches) in {"float32": (0.60, 1.15, 0.50), "int8": (0.65, 1.25, 0.45)}.items():
-                ours, whole, theirs = (
-                    found[name]
-                    for name in (f"one file, {kind}", f"one file, {kind}, full depth", f"ONNX Runtime, {kind}")
-                )
+                ours, whole = found[f"one file, 0.5, {kind}"], found[f"one file, 1, {kind}"]
+                theirs = found[f"full model, {kind}"]
                 measured = {f"3 batches of 32, {kind} (<= {batches})": ratio_of(ours["ms"], theirs["ms"])}
                 if batch == 1:
                     measured = {f"1 one by one, {kind} (<= {mean})": ratio_of(ours["ms"], theirs["ms"])}
                     measured[f"2 its p99, {kind} (<= {p99})"] = ratio_of(ours["p99_ms"], theirs["p99_ms"])
                 elif kind == "int8":
-                    measured["4 points that int8 loses (<= 1.0)"] = found["one file, float32"]["score"] - ours["score"]
+                    lost = found["one file, 0.5, float32"]["score"] - ours["score"]
+                    measured["4 points that int8 loses (<= 1.0)"] = lost
                 measured[f"5 full depth, {kind}, {batch} at once (<= 1.05)"] = ratio_of(whole["ms"], theirs["ms"])
                 for name, value in measured.items():
-                    ratios.setdefault(name, {}).setdefault(task, []).append(value)
+                    ratios.setdefault(name, {}).setdefault(record.task, []).append(value)
     for name in sorted(ratios):
         for task, values in ratios[name].items():
             row = {"row": name, "side": task, "ratio": statistics.mean(values), "ratios": values}
             each = ", ".join(f"{value:.2f}" for value in values)
             say(rows, row, f"{name:<46} {task}: {row['ratio']:.2f}, mean of {each}")
+
+
+def thresholds_at(run: Path, speeds: Sequence[float]) -> dict[float, float]:
+    """What `evaluate.py --speed` takes for each share of the layers, on a run's evaluation; 1 for full depth."""
+    record = read_record(run)
+    validation = load_validation(run, read_evaluation(run, record), record)
+    wishes = {speed: {"speed": speed} for speed in speeds if speed < 1}
+    found = {speed: operating_point(validation, "crossfit", wish)[1]["threshold"] for speed, wish in wishes.items()}
+    return found | {speed: 1.0 for speed in speeds if speed == 1}
+
+
+def draw_budgets(result: dict, path: Path) -> None:
+    """Draw score over milliseconds per text from what `one_file` measured, mean over the seeds."""
+    rows = [row for row in result["rows"] if row["part"] == "one_file" and "batch" in row]
+    tasks, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "batch"))
+    figure = new_figure(path, figsize=(5.6 * len(tasks), 3.9 * len(batches)), layout="tight")
+    axes = figure.subplots(len(batches), len(tasks), squeeze=False)
+    for (line, task), axis in zip(product(range(len(batches)), tasks), axes.flat, strict=True):
+        here = [row for row in rows if (row["task"], row["batch"]) == (task, batches[line])]
+        # The score of all rows that were run: in batches these are more.
+        scores = [row for row in rows if (row["task"], row["batch"]) == (task, max(batches))]
+        for kind, style in (("float32", "--"), ("int8", "-")):
+            curves: dict[str, list[tuple[float, float, str]]] = {}
+            for side in dict.fromkeys(row["side"] for row in here):
+                family, _, which = side.removesuffix(f", {kind}").rpartition(", ")
+                if side.endswith(kind):
+                    x, y = (
+                        statistics.mean(row[key] for row in of if row["side"] == side)
+                        for of, key in ((here, "ms"), (scores, "score"))
+                    )
+                    name = which.removesuffix(" layers") if not family else which
+                    curves.setdefault(family or "a model of n layers", []).append((x, y, name))
+            for (family, points), colour in zip(sorted(curves.items()), COLOURS, strict=False):
+                points.sort()
+                xs, ys, names = zip(*points, strict=True)
+                axis.plot(xs, ys, style, color=colour, marker="o" if kind == "int8" else "s", label=f"{family}, {kind}")
+                for x, y, name in points:
+                    name = {"full model": "all"}.get(name, name)
+                    axis.annotate(name, (x, y), xytext=(3, -10), textcoords="offset points", fontsize=7, color=colour)
+        label_axes(axis, f"{task}, {'one by one' if batches[line] == 1 else f'batches of {batches[line]}'}", "score")
+        axis.set(xlabel="milliseconds per text", xscale="log")
+    axes.flat[0].legend(fontsize=7)
+    save_figure(figure, path)
 
 
 def batches(rows: list, args) -> None:
@@ -772,8 +830,9 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--only", type=list_of(one_of(PARTS)), default=PARTS, help="parts, of " + ",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
-    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders, for the parts sweeps and live")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders, for the parts on runs")
     parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: put --out's lines into this file")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="measure nothing: draw what one_file left in --out")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -781,6 +840,9 @@ def main() -> None:
         return
     if args.report:
         report(read_json(args.out), args.report)
+        return
+    if args.figure:
+        draw_budgets(read_json(args.out), args.figure)
         return
     tune_cpu()  # for the products' peak, as the sides have it
     rows: list[dict] = []

@@ -21,12 +21,12 @@ from minisweet.use.export import export
 Classify = Callable[[list[str]], list[str]]
 
 
-def export_all(run: Path, folder: Path) -> None:
-    """The run's last exit for transformers, and for ONNX Runtime in float32 and with int8 weights."""
+def export_all(run: Path, folder: Path, exit_layer: int | None = None) -> None:
+    """One of the run's exits, by default the last, for transformers, and for ONNX Runtime in float32 and in int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from transformers import AutoModelForSequenceClassification
 
-    export(run, folder)
+    export(run, folder, exit_layer)
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
 
     class Logits(torch.nn.Module):
@@ -78,7 +78,7 @@ def encoder_of(folder: Path) -> Callable[[list[str]], list[np.ndarray]]:
 
 
 def onnx(folder: Path, kind: str, labels: list[str], threshold: float | None = None) -> Classify:
-    """ONNX Runtime on the CPU: float32.onnx, int8.onnx, or a file that leaves early, at a threshold or at its own."""
+    """ONNX Runtime on the CPU: float32.onnx, int8.onnx, or a file that leaves early, at a threshold."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / f"{kind}.onnx"), providers=["CPUExecutionProvider"])
