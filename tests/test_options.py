@@ -4,8 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 
+import train
 from minisweet.branches import METHODS
-from minisweet.runs.options import default_batch_size, default_learning_rate, exit_layers_for, search_rates
+from minisweet.runs.options import (
+    STEPS,
+    default_batch_size,
+    default_learning_rate,
+    epochs_of,
+    exit_layers_for,
+    search_rates,
+)
+from tests.conftest import quick
 
 
 def test_every_depth_has_exit_layers():
@@ -52,3 +61,30 @@ def test_every_method_has_a_rate_and_branches_have_the_trunks(model, rates):
     by_size = 2e-4 if model[1] == 384 else 5e-5
     assert default_learning_rate(shape(*model), "my own", "branch") == by_size
     assert default_learning_rate(shape(*model), "mrpc", "branch", on_trunk=True) == by_size
+
+
+@pytest.mark.parametrize("examples", [1, 15, 16, 17, 300, 1200, 5000, 10**6])
+@pytest.mark.parametrize("batch_size", [1, 8, 16])
+def test_epochs_make_the_steps_and_none_more_and_are_two_at_least(examples, batch_size):
+    epochs, per_epoch = epochs_of(STEPS, examples, batch_size), -(-examples // batch_size)
+    assert epochs >= 2
+    assert epochs * per_epoch >= STEPS
+    assert epochs == 2 or (epochs - 1) * per_epoch < STEPS
+
+
+@pytest.mark.parametrize("model_type", ["bert"])
+def test_the_first_line_says_what_is_trained_and_why(command, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("minisweet.runs.options.STEPS", 9)
+    rows = "".join(f"text number {n},{'ab'[n % 2]}\n" for n in range(40))
+    (tmp_path / "own.csv").write_text("text,label\n" + rows)
+    own, rate = ["--data", "own.csv", "--train-size", 32], "learning rate 0.0002 (for bert, 4 layers of 16)"
+    cases = {
+        (): f"method sweet (the paper's), {rate}, 2 epochs of 3 steps of 16 examples (the paper's)",
+        (*own,): f"method branch (for your own text), {rate}, 5 epochs of 2 steps of 16 examples (to make 9 steps, at "
+        "least 2 epochs)",
+        (*own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee (as given), learning rate 0.001 (as "
+        "given), 1 epoch of 2 steps of 16 examples (as given)",
+    }
+    for options, expected in cases.items():
+        status, out, _ = command(train, *quick(model_dir, "--overwrite", "--out", "run", *options))
+        assert (status, out.splitlines()[0]) == (0, expected)
