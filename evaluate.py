@@ -31,8 +31,9 @@ from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, stated, wish_of
 from minisweet.evaluation.sweep import Validation, folds_of, reliability, save_evaluation, sweep, validate
-from minisweet.evaluation.timing import GATHERED, differences, measure_live
+from minisweet.evaluation.timing import differences, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.live import GATHERED
 from minisweet.runs.folders import load_run, method_name, newest_run, read_evaluation, read_record, run_digest, versions
 from minisweet.runs.records import Record
 from minisweet.use.plots import compare_curves, draw_curve

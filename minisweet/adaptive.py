@@ -125,10 +125,11 @@ class Exits(NamedTuple):
         EE and SWEET have run the exit's n layers: n / depth. MM has run all the models up to and including the exit's.
 
         Branches have run the exit's layers too, and have asked the k exits before it in vain: (n + k/6) / depth. Each
-        of them has run its private layer for [CLS] alone. For that we count the keys and values of all tokens, 2 of the
-        12 D x D matrices of a layer (query, key, value, output, and a feed-forward block of 2 x 4): a sixth.
-        `forward_cls` does without them: BERT's takes about 1/T of a layer, DeBERTa's also projects T positions, once
-        per batch. The layer of the exit taken counts as a whole one, though it too ran for [CLS] alone: that is Eq. 1.
+        of them has run its private layer for [CLS] alone. A sixth of a layer is what the keys and values of all tokens
+        take: 2 of its 12 D x D matrices (query, key, value, output, and a feed-forward block of 2 x 4). That is more
+        than is paid, since `forward_cls` does without them: BERT's takes about 1/T of a layer, DeBERTa's also projects
+        T positions, once per batch. The layer of the exit taken counts as a whole one, though it too ran for [CLS]
+        alone: that is Eq. 1.
         At threshold 1 nobody is asked but the last exit, which costs the plain model.
         """
         if self.method == "mm":

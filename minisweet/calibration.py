@@ -6,7 +6,7 @@ Without the prior, an exit that is right on every row would be told that it is c
 
 The authors fit the temperatures on the very set that they then score. By default we do not: the curve is what two
 halves of the validation set give, each decided by the rule that was fitted on the other (evaluation/sweep.py). For new
-text one rule is kept, of all rows (evaluation/operating.py).
+text one rule is kept, of all rows, or of a quarter where the others certify (evaluation/operating.py).
 
 Dimension letters: K exits, N instances, C classes.
 """

@@ -119,7 +119,11 @@ class TransformerEncoder(nn.Module):
     context = encoder.context(attention_mask)                     -> what every layer reads beside the hidden states
     hidden = encoder.run_layers(hidden, context, start, stop)     -> (B, T, D) after layer `stop`
     encoder(input_ids, attention_mask, token_type_ids)            -> all L+1 hidden states
+
+    The first tensor of the context has a row for each instance; all others serve every instance.
     """
+
+    layers: nn.ModuleList  # L `TransformerLayer`s
 
     def __init__(self, config) -> None:
         super().__init__()

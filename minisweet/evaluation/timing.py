@@ -15,11 +15,8 @@ from minisweet.base.commands import Progress
 from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.sweep import Validation, sweep
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.live import early_exit, full_depth
+from minisweet.live import GATHERED, early_exit, full_depth
 
-# Batches whose remainders are gathered: a quarter of a batch reads all weights as a full one does. With gathering MM
-# took a sixth less time where it runs half of the layers; 8 and 28 batches gave no more.
-GATHERED = 4
 LATENCY_INSTANCES = 200  # at least, where there are as many: timed one by one, spread evenly over all lengths
 
 

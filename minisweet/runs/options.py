@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, whole_number
@@ -37,8 +38,8 @@ def exit_layers_for(depth: int) -> tuple[int, ...]:
 def default_learning_rate(config: Config, task: str | None, method: str, on_trunk: bool = False) -> float:
     """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above.
 
-    `task` is None for own data. For branches it is their trunk's, which is trained as MM's last model is. `on_trunk`:
-    on a trunk that somebody else trained, nobody knows how, the size alone decides.
+    `task` is None for own data, which is none of Table 2's tasks. Branches give the rate of their trunk, which is
+    trained as MM's last model is. `on_trunk`: nobody knows how that trunk was trained, so its size decides.
     """
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
     if on_trunk or not rates or task not in TABLE_2_TASKS:
@@ -48,7 +49,8 @@ def default_learning_rate(config: Config, task: str | None, method: str, on_trun
 
 def epochs_of(steps: int, examples: int, batch_size: int) -> int:
     """As many epochs as make so many steps, at least two (.github/results/epochs.md)."""
-    return max(2, -(-steps // -(-examples // batch_size)))
+    steps_of_one = ceil(examples / batch_size)
+    return max(2, ceil(steps / steps_of_one))
 
 
 def search_rates(config: Config) -> list[float]:

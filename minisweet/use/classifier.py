@@ -17,8 +17,7 @@ from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, wish_of
 from minisweet.evaluation.sweep import load_validation
-from minisweet.evaluation.timing import GATHERED
-from minisweet.live import Answers, early_exit
+from minisweet.live import GATHERED, Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
 
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once

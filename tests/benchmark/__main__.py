@@ -41,8 +41,7 @@ from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.deberta import DebertaConfig, DebertaEncoder
 from minisweet.evaluation.operating import operating_point
 from minisweet.evaluation.sweep import load_validation, predict
-from minisweet.evaluation.timing import GATHERED
-from minisweet.live import early_exit
+from minisweet.live import GATHERED, early_exit
 from minisweet.runs.folders import load_run, method_name, read_evaluation, read_record
 from minisweet.runs.hub import model_folder
 from minisweet.use.onnx import export_onnx
