@@ -22,7 +22,7 @@ from tests.conftest import CHECKOUT, write_model
 
 STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
 STOPPED = Path(".a.checkpoint")
-NEW = "train.py --model tiny --train-size 20 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
+NEW = "train.py --model tiny --train-size 20 --epochs 2 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
 
 
 @pytest.fixture
