@@ -17,8 +17,6 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -179,7 +177,7 @@ def as_options(values: dict[str, object], names: tuple[str, ...]) -> list[str]:
 
 def run_script(script: str, arguments: list[str]) -> int:
     """Run train.py or evaluate.py as a process, which ends when this one is told to. Returns its exit status."""
-    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], close_fds=False)  # see `claimed`
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], close_fds=False)  # see `pass_on`
     try:
         return process.wait()
     except SystemExit:  # SIGTERM reached this process alone; Ctrl-C reaches both
@@ -189,30 +187,24 @@ def run_script(script: str, arguments: list[str]) -> int:
         process.wait()
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Claim a run while the context lasts, by a locked file beside its folder. Gives False where it is claimed already.
-
-    The lock passes on to the script that makes the run: if this process is killed, the claim lasts until that has
-    ended. Who has claimed a run must look whether it is still missing.
-    """
-
-    def pass_on(held: int) -> None:
-        os.set_inheritable(held, True)
-        os.write(held, f"{platform.node()} {os.getpid()} {time.ctime()}\n".encode())  # for people
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold(folder.with_name(f".{folder.name}.maker"), on_acquired=pass_on) as is_ours:
-        yield is_ours
+def pass_on(claim: int) -> None:
+    """Pass a claim on to the script that makes the run: if this process is killed, it lasts until that has ended."""
+    os.set_inheritable(claim, True)
+    os.write(claim, f"{platform.node()} {os.getpid()} {time.ctime()}\n".encode())  # for people
 
 
 def run_all(grid: Grid) -> list[str]:
-    """Run what is missing, the search first, but for what other processes make. Returns which runs failed, by name."""
+    """Run what is missing, the search first, but for what other processes make. Returns which runs failed, by name.
+
+    Who makes a run claims it meanwhile, by a locked file beside its folder.
+    """
     grid.missing()  # reads what is there
+    grid.args.runs.mkdir(parents=True, exist_ok=True)
     failed, waits, start, before = [], False, time.monotonic(), len(grid.records)
     while todo := [run for run in grid.missing() if run not in failed]:
         for run in todo:
-            with claimed(grid.folder(run)) as is_ours:
+            claim = grid.args.runs / f".{grid.folder(run).name}.maker"
+            with hold(claim, on_acquired=pass_on) as is_ours:
                 if is_ours and grid.record(run) is None:  # no other process made it meanwhile
                     done = len(grid.records) - before  # by all processes, since this one began
                     minutes = (time.monotonic() - start) / 60 / max(done, 1) * len(todo)
