@@ -52,7 +52,7 @@ def train(
     learning_rate: float,
     seed: int,
     precision: torch.dtype | None = None,
-    title: str = "train",
+    stage: str = "train",
     checkpoints: Checkpoints | None = None,
 ) -> list[list[float]]:
     """Fine-tune the exits of `model` in place, on the device where it is (App. A).
@@ -64,7 +64,7 @@ def train(
         learning_rate: of the first step; it decays linearly to zero.
         seed: of the order of the examples and of dropout.
         precision: type to autocast to; None for float32 alone.
-        title: for the progress bar, and the name of this stage in the checkpoints.
+        stage: its name, for the progress bar and in the checkpoints.
         checkpoints: to go on from, and to write to.
 
     Returns:
@@ -78,13 +78,13 @@ def train(
     device = next(model.parameters()).device
     steps = epochs * -(-len(examples) // batch_size)
     read_every = 1 if device.type == "cpu" else READ_EVERY
-    bar = Progress(total=epochs * len(examples), unit="ex", desc=title)
+    bar = Progress(total=epochs * len(examples), unit="ex", desc=stage)
     with bar as progress, used_rows(model, examples) as examples:
         groups = model.parameter_groups()
         parameters = list(chain.from_iterable(groups))
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-        history = checkpoints.load(title, parameters, optimizer, scaler) if checkpoints else []
+        history = checkpoints.load(stage, parameters, optimizer, scaler) if checkpoints else []
         unread: list[Tensor] = []  # losses that are still on the device
         batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
         for batch in islice(batches, len(history)):  # skipped: these steps were taken before the training was stopped
@@ -107,7 +107,7 @@ def train(
                 epoch = f"epoch {1 + (step - 1) * epochs // steps} of {epochs}"
                 progress.set_postfix_str(f"{epoch}, loss per exit in the last 50 steps: {recent}", refresh=False)
                 if checkpoints:
-                    checkpoints.keep(title, history, parameters, optimizer, scaler, is_over=step == steps)
+                    checkpoints.keep(stage, history, parameters, optimizer, scaler, is_over=step == steps)
     return history
 
 
@@ -166,8 +166,8 @@ def fit(
 ) -> tuple[nn.Module, np.ndarray, dict[str, float]]:
     """Make and train the model of --method, from a trunk where one is given; go on where `checkpoints` are.
 
-    Returns the model, on the CPU, the losses (steps, K), or (steps, K-1) without the last exit's where it is a trunk
-    that stays as it was, and the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
+    Returns the model, on the CPU; the losses (steps, K), or (steps, K-1) where --trunk is the last exit, untrained; and
+    the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
     """
     folder, exit_layers, num_labels, strategy = start.folder, start.exit_layers, start.num_labels, args.exit_strategy
     trunk, device, precision, is_given = start.trunk, start.device, start.precision, start.trunk is not None
@@ -176,7 +176,7 @@ def fit(
     def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
         examples = balanced(examples, num_labels) if args.class_weights else examples
         settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": learning_rate}
-        settings |= {"seed": args.seed, "precision": precision, "title": stage, "checkpoints": checkpoints}
+        settings |= {"seed": args.seed, "precision": precision, "stage": stage, "checkpoints": checkpoints}
         with checkpoints.signals():
             losses.append(train(model.to(device), examples, **settings))
         model.cpu()  # frees the device for the next one

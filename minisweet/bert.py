@@ -53,7 +53,7 @@ class BertLayer(TransformerLayer):
         return attention(*map(self.split_heads, parts), *context, self.attention_dropout)
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """See the base class."""
+        """As the base class says, for `forward_cls` of layers.py."""
         weights = self.query_key_value.weight.unflatten(0, (3, self.num_heads, -1))  # (3, H, d, D)
         biases = self.query_key_value.bias.view(3, self.num_heads, 1, -1)
         return *weights, biases[0], biases[2]

@@ -95,10 +95,10 @@ class BranchModel(MultiExitModel):
 def grow_branches(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy: str = "confidence") -> BranchModel:
     """A branch model on a fine-tuned model of one exit, at its end, whose encoder and head it takes over as they are.
 
-    Each branch is a copy of the trunk's layer, a pooler that starts from the trunk's, and a fresh classifier. Raises
-    ValueError for exit layers that do not end where the trunk does.
+    Each branch is a copy of the trunk's layer; its head has the trunk's pooler to start from, and a fresh classifier.
+    Raises ValueError for exit layers that do not end where the trunk does.
     """
-    model = BranchModel(_encoder_of(trunk, exit_layers), exit_layers, trunk.num_labels, exit_strategy)
+    model = BranchModel(_encoder_to_grow(trunk, exit_layers), exit_layers, trunk.num_labels, exit_strategy)
     model.heads[-1] = trunk.heads[0]
     model.heads[-1].lte = None
     return model.train(trunk.training)
@@ -112,7 +112,7 @@ def add_exits(
     EE so started is "mixed" training (https://arxiv.org/abs/2407.14320). The other exits' heads start as those of
     `grow_branches`. The trunk's weights are taken over, not copied. Raises ValueError as `grow_branches` does.
     """
-    model = MultiExitModel(_encoder_of(trunk, exit_layers), exit_layers, trunk.num_labels, method, exit_strategy)
+    model = MultiExitModel(_encoder_to_grow(trunk, exit_layers), exit_layers, trunk.num_labels, method, exit_strategy)
     trunk.heads[0].lte, model.heads[-1] = model.heads[-1].lte, trunk.heads[0]
     return model.train(trunk.training)
 
@@ -122,7 +122,7 @@ def slice_trunk(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy
 
     The copies' heads start as those of `grow_branches`. Raises ValueError as it does.
     """
-    whole, models = _encoder_of(trunk, exit_layers), MultiModel()
+    whole, models = _encoder_to_grow(trunk, exit_layers), MultiModel()
     for n in exit_layers[:-1]:
         encoder = copy.deepcopy(whole)
         encoder.layers, encoder.config = encoder.layers[:n], replace(whole.config, num_hidden_layers=n)
@@ -131,8 +131,11 @@ def slice_trunk(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy
     return models.append(trunk).train(trunk.training)
 
 
-def _encoder_of(trunk: MultiExitModel, exit_layers: Sequence[int]) -> Encoder:
-    """A trunk's encoder, from whose pooler new heads start. Raises ValueError unless exits end where the trunk does."""
+def _encoder_to_grow(trunk: MultiExitModel, exit_layers: Sequence[int]) -> Encoder:
+    """A trunk's encoder, which is told that new heads start from the trunk's pooler.
+
+    Raises ValueError unless exits end where the trunk does.
+    """
     if len(trunk.heads) != 1 or exit_layers[-1] != trunk.exit_layers[0]:
         ends = ",".join(map(str, trunk.exit_layers))
         raise ValueError(f"exit_layers is {','.join(map(str, exit_layers))!r}, and the trunk has its exit after {ends}")

@@ -6,7 +6,7 @@ where the gradient stops:
     Early-Exit (EE)      1 -------- 2 -------- 3        every loss reaches all the layers below its exit
                          loss 1     loss 2     loss 3
 
-    SWEET                1 --x----- 2 --x----- 3        every layer gets the gradient of one loss: the next exit's
+    SWEET                1 --x----- 2 --x----- 3        each loss updates the layers after the exit before it
                          loss 1     loss 2     loss 3
 
     Multi-Model (MM)     1        1 -- 2        1 -- 2 -- 3        one model per exit
@@ -136,6 +136,9 @@ class MultiExitModel(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield what each exit's head says, logits (B, C) and certainty (B,) or None, before the next segment runs.
 
+        A segment is the layers after one exit up to the next. The exit's own layer runs for [CLS] before the yield, and
+        for all tokens after it, if somebody goes on.
+
         Where no gradient crosses an exit (`losses_are_apart`), a training loop may call backward() on an exit's loss
         right there, while this generator waits: that frees the segment's activations. What is not asked for, the
         layers after the last exit taken from here, is not run. For the arguments see `forward`.
@@ -161,7 +164,8 @@ class MultiExitModel(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Cross exit k, which is not the last: the hidden states after its layer, and the context of the next one.
 
-        The gradients of EE and SWEET differ by this alone. Arguments: those of `cls_at_exit`, and what it returned.
+        The gradients of EE and SWEET differ by this alone (`losses_are_apart` only says when they may be computed).
+        Arguments: those of `cls_at_exit`, and what it returned.
         """
         layer = self.encoder.layers[self.exit_layers[k] - 1]
         if self.method == "ee":  # all later losses flow back through here
@@ -265,8 +269,7 @@ def build_alone(
 ) -> MultiExitModel:
     """The first n layers of a checkpoint with one exit at their end: one of MM's models, or a trunk for branches.
 
-    Its new weights are drawn from the random state as it is, which stays as it was: they are the same whatever is
-    built beside it.
+    Its new weights are drawn from a copy of the random state, so that they are the same whatever is built beside it.
     """
     with torch.random.fork_rng(devices=[]):
         # With one exit all methods are the same.

@@ -85,7 +85,7 @@ class TransformerLayer(nn.Module):
 
         With a single query q, no token t needs a key and a value of its own, but its hidden state h_t alone:
             score on t      q . (Wk h_t) = (Wk^T q) . h_t
-            sum of values   sum of w_t (Wv h_t + b) = Wv (sum of w_t h_t) + b (sum of w_t), which dropout moves from 1
+            sum of values   sum of w_t (Wv h_t + b) = Wv (sum of w_t h_t) + b (sum of w_t: 1 but for dropout)
         """
         Wq, Wk, Wv, query_bias, value_bias = self.projections()
         query = (hidden[:, 0] @ Wq.mT + query_bias) * self.scale  # (H, B, d)

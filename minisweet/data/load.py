@@ -138,24 +138,24 @@ def _read_dev(record: dict, data: Path | None = None, data_dir: Path | None = No
 
 
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: Sequence) -> tuple[list[int], list[int]]:
-    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`, at least one row in each.
+    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
 
-    Rows of equal `texts` (N,) are on one side, so that a class which has one text alone is all in train. Of a class
-    with few and frequent texts, dev's share may be another.
+    Each class has at least one row on either side, unless all its rows are one text: equal `texts` (N,) are on one
+    side, there in train. Of a class with few and frequent texts, dev's share may be another.
     """
     rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
     which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)
     side = np.full(len(numbers), -1)  # of each text: 1 dev, 0 train, -1 not decided
     classes = [np.unique(which[labels == label], return_counts=True) for label in np.unique(labels)]
-    for own, rows in sorted(classes, key=lambda part: len(part[0])):  # rarest first: others may share its texts
-        in_dev, free = rows[side[own] == 1].sum(), rng.permutation(np.flatnonzero(side[own] < 0))
-        room, chosen = min(max(1, round(dev_size * rows.sum())), rows.sum() - 1) - in_dev, []
-        for text in free:
-            if rows[text] <= room:
-                room -= rows[text]
-                chosen.append(text)
+    for own, counts in sorted(classes, key=lambda part: len(part[0])):  # rarest first: others may share its texts
+        in_dev, free = counts[side[own] == 1].sum(), rng.permutation(np.flatnonzero(side[own] < 0))
+        room, chosen = min(max(1, round(dev_size * counts.sum())), counts.sum() - 1) - in_dev, []
+        for i in free:
+            if counts[i] <= room:
+                room -= counts[i]
+                chosen.append(i)
         if not (in_dev or chosen) and len(own) > 1:
-            chosen = free[rows[free].argsort()[:1]]
+            chosen = free[counts[free].argsort()[:1]]
         side[own[free]] = 0
         side[own[chosen]] = 1
     return np.flatnonzero(side[which] == 0).tolist(), np.flatnonzero(side[which] == 1).tolist()

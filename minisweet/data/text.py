@@ -25,11 +25,13 @@ SPECIAL = START, END, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
 PROBE = "It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv"  # words, and what few vocabularies hold
 PANICKING = b'"Precompiled"', b'"FixedLength"'  # parts, strange to BERT and DeBERTa, that panic where they are wrong
 TRIAL = f"import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1]).encode(*{PROBE!a})"
-POOL = 50  # training batches are sorted by length within so many, then shuffled: little padding, and still random
+POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
     """Load a tokenizer that truncates to `max_length` tokens, [CLS] and [SEP] among them, and does not pad.
+
+    Pairs are cut in `TokenizedExamples`.
 
     `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). Raises
     InputError for a tokenizer that is missing, does not tokenise or lacks a special token, for a vocabulary that does
@@ -166,7 +168,7 @@ class TokenizedExamples:
             yield self.batch(order[start : start + batch_size])
 
     def by_length(self, batch_size: int, max_tokens: int = 2**31) -> Iterator[Batch]:
-        """Every example once, longest first, in batches of `batch_size`, or fewer, within `max_tokens` tokens."""
+        """To evaluate: every example once, longest first, in batches of `batch_size`, or of `max_tokens` tokens."""
         order = np.argsort(-self.lengths, kind="stable")
         while len(order):
             size = min(batch_size, max(1, max_tokens // self.lengths[order[0]]))

@@ -72,7 +72,9 @@ def _check(folder: Path) -> None:
     if missing := [what for what, ways in wanted.items() if not any(map(there.issuperset, ways))]:
         raise InputError(f"{folder}: not a model folder, it lacks {' and '.join(missing)}")
     read_config(folder)
-    open_weights(folder)  # compares the header with the size of the file, so a truncated one is seen here
+    # Compares the header with the size of the file, so a truncated one is seen here; a lone pytorch_model.bin is
+    # converted, before any digest of the model is taken.
+    open_weights(folder)
 
 
 def _fetch(model: str, folder: Path) -> None:

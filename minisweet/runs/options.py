@@ -1,4 +1,4 @@
-"""The options of every command that trains, and their defaults: exit layers (Sec. 3.2), rates, batch sizes."""
+"""What all commands that train have in common: defaults of exit layers (Sec. 3.2), rates, epochs, batch sizes."""
 
 import argparse
 from collections.abc import Sequence

@@ -4,7 +4,8 @@ Until a run is saved, they stand beside its folder NAME in the hidden folder .NA
 
     STAGE.STEP.SHA256.pt   after so many steps: weights, AdamW, scaler, random states, losses; the last two are kept
     STAGE.end.SHA256.pt    a stage that is over, one of MM's models, a trunk, branches: without AdamW and scaler
-    trained.json           what they must be resumed with: options, versions, digests of the model and the data
+    trained.json           what they must be resumed with: options and exit layers, labels, digests of the model and the
+                           data, versions, device, precision, number of processes; and which machine it was
 
 The number of steps says where in the data a training stands, since the seed alone sets the order of the examples. The
 weights are then those of a training that never stopped, to the last bit where the processor and its threads are the
@@ -56,7 +57,7 @@ def must_stay(record: dict) -> dict:
 
 
 def changes(now: dict, before: dict) -> str:
-    """What differs, with both values, or where nothing else does, which files; "" where nothing does."""
+    """What differs, with both values; if digests alone do, of which files; "" where nothing differs."""
     names = [name for name in now if now[name] != before.get(name)]
     told = [f"{name} is {now[name]!s:.60} and was {before.get(name)!s:.60}" for name in names if name not in DIGESTS]
     return ", ".join(told[:2]) or ", ".join(f"the {DIGESTS[name]} has changed" for name in names)
@@ -100,6 +101,7 @@ class Checkpoints:
     def _is_same_run(self, out: Path, overwrite: bool) -> bool:
         """Whether the run at `out` is this training's. Raises InputError where it is not, and may not be replaced."""
         read_record(out)  # a broken one is refused
+        # Versions and device of a finished run do not matter.
         changed = changes(self.trained, self.trained | must_stay(read_json(out / "run.json")))
         if changed and not overwrite:
             raise InputError(f"--resume: {out} is finished, but {changed}; name another --out, or pass --overwrite")
