@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -661,7 +660,7 @@ def one_file(rows: list, args) -> None:
                         sides[f"{name}, {speed:g}, {kind}"] = {"side": f"onnx {name}-{kind}", "threshold": threshold}
         for batch, count, turns in ((1, 200, 3), (32, 1000, 3)):
             source = {"task": record.task, "data_dir": str(args.data_dir.resolve()), "count": count, "batch": batch}
-            title = f"{record.task}, seed {record.seed}, {'one by one' if batch == 1 else 'in batches'}"
+            title = f"{record.task}, seed {record.seed}, {called(batch)}"
             found = race(rows, title, sides, case | {"source": source}, turns, "full model, float32")
             for kind, (mean, p99, batches) in {"float32": (0.60, 1.15, 0.50), "int8": (0.65, 1.25, 0.45)}.items():
                 ours, whole = found[f"one file, 0.5, {kind}"], found[f"one file, 1, {kind}"]
@@ -692,35 +691,58 @@ def thresholds_at(run: Path, speeds: Sequence[float]) -> dict[float, float]:
     return found | {speed: 1.0 for speed in speeds if speed == 1}
 
 
+def points_of(result: dict) -> dict[tuple[str, int], dict[str, tuple[float, float, float]]]:
+    """What `one_file` measured, means over the seeds: of each task and batch size, each side's milliseconds per text,
+    their ratio to the full model's in float32, and its score on the rows that ran in batches, which are more."""
+    rows = [row for row in result["rows"] if row["part"] == "one_file" and "batch" in row]
+    most = max(row["batch"] for row in rows)
+    found: dict = {}
+    for task, batch, side in dict.fromkeys((row["task"], row["batch"], row["side"]) for row in rows):
+        here = [row for row in rows if (row["task"], row["side"]) == (task, side)]
+        means = [statistics.mean(row[key] for row in here if row["batch"] == batch) for key in ("ms", "ratio")]
+        score = statistics.mean(row["score"] for row in here if row["batch"] == most)
+        found.setdefault((task, batch), {})[side] = (*means, score)
+    return found
+
+
+def called(batch: int) -> str:
+    """How many texts run at once, in words."""
+    return "one by one" if batch == 1 else f"in batches of {batch}"
+
+
+def table_of(result: dict) -> list[str]:
+    """`points_of` as a table in Markdown."""
+    found = points_of(result)
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    head = ["side", *(f"{task} {called(batch)}" for task, batch in found), *(f"score, {task}" for task in tasks)]
+    lines = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for side in next(iter(found.values())):
+        cells = ["{:.2f} ms, {:.2f}".format(*sides[side]) for sides in found.values()]
+        cells += [f"{found[task, 1][side][2]:.1f}" for task in tasks]
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def draw_budgets(result: dict, path: Path) -> None:
     """Draw score over milliseconds per text from what `one_file` measured, mean over the seeds."""
-    rows = [row for row in result["rows"] if row["part"] == "one_file" and "batch" in row]
-    tasks, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "batch"))
-    figure = new_figure(path, figsize=(5.6 * len(tasks), 3.9 * len(batches)), layout="tight")
-    axes = figure.subplots(len(batches), len(tasks), squeeze=False)
-    for (line, task), axis in zip(product(range(len(batches)), tasks), axes.flat, strict=True):
-        here = [row for row in rows if (row["task"], row["batch"]) == (task, batches[line])]
-        # The score of all rows that were run: in batches these are more.
-        scores = [row for row in rows if (row["task"], row["batch"]) == (task, max(batches))]
-        for kind, style in (("float32", "--"), ("int8", "-")):
+    found = points_of(result)
+    columns = len({task for task, _ in found})
+    figure = new_figure(path, figsize=(5.6 * columns, 3.9 * len(found) // columns), layout="tight")
+    axes = figure.subplots(len(found) // columns, columns, squeeze=False)
+    for (task, batch), axis in zip(sorted(found, key=lambda key: key[1]), axes.flat, strict=True):
+        for kind, line, marker in (("float32", "--", "s"), ("int8", "-", "o")):
             curves: dict[str, list[tuple[float, float, str]]] = {}
-            for side in dict.fromkeys(row["side"] for row in here):
-                family, _, which = side.removesuffix(f", {kind}").rpartition(", ")
+            for side, (ms, _, score) in found[task, batch].items():
+                family, _, name = side.removesuffix(f", {kind}").rpartition(", ")
                 if side.endswith(kind):
-                    x, y = (
-                        statistics.mean(row[key] for row in of if row["side"] == side)
-                        for of, key in ((here, "ms"), (scores, "score"))
-                    )
-                    name = which.removesuffix(" layers") if not family else which
-                    curves.setdefault(family or "a model of n layers", []).append((x, y, name))
+                    name = "all" if name == "full model" else name.removesuffix(" layers")
+                    curves.setdefault(family or "a model of n layers", []).append((ms, score, name))
             for (family, points), colour in zip(sorted(curves.items()), COLOURS, strict=False):
-                points.sort()
-                xs, ys, names = zip(*points, strict=True)
-                axis.plot(xs, ys, style, color=colour, marker="o" if kind == "int8" else "s", label=f"{family}, {kind}")
+                xs, ys, _ = zip(*sorted(points), strict=True)
+                axis.plot(xs, ys, line, color=colour, marker=marker, markersize=4, label=f"{family}, {kind}")
                 for x, y, name in points:
-                    name = {"full model": "all"}.get(name, name)
-                    axis.annotate(name, (x, y), xytext=(3, -10), textcoords="offset points", fontsize=7, color=colour)
-        label_axes(axis, f"{task}, {'one by one' if batches[line] == 1 else f'batches of {batches[line]}'}", "score")
+                    axis.annotate(name, (x, y), xytext=(3, -9), textcoords="offset points", fontsize=7, color=colour)
+        label_axes(axis, f"{task}, {called(batch)}", "score")
         axis.set(xlabel="milliseconds per text", xlim=(0, None))
     axes.flat[0].legend(fontsize=7)
     save_figure(figure, path)
@@ -817,9 +839,12 @@ def report(result: dict, path: Path) -> None:
     machine += "GFLOP/s in float32, {gflops_bfloat16:.0f} in bfloat16, memory {gigabytes:.0f} GB/s; commit {commit}.\n"
     text = machine.format(**result)
     for part in PARTS:
-        lines = [row["line"] for row in result["rows"] if row["part"] == part]
-        if lines:
-            text += "\n".join(["", PARTS[part].__doc__, "", "```", *lines, "```", ""])
+        rows, table = [row for row in result["rows"] if row["part"] == part], []
+        if part == "one_file" and rows:  # too many rows for lines of their own
+            rows, table = [row for row in rows if "batch" not in row], table_of(result)
+        if rows:
+            about = " ".join(PARTS[part].__doc__.split())
+            text += "\n".join(["", about, *table, "", "```", *(row["line"] for row in rows), "```", ""])
     path.write_text(before + MARKS[0] + text + MARKS[1] + after)
 
 
