@@ -122,12 +122,12 @@ class TransformerEncoder(nn.Module):
 
     The first tensor of the context has a row for each instance; all others serve every instance.
 
-    Another encoder, such as RoBERTa, takes a layer with `scale`, `attend`, `projections` and `cls_scores` and an encoder
-    with `embed` and `context`; in config.py its config, with how many token types and usable positions it has; in
-    checkpoint.py its names (`Encoder`, `ARCHITECTURES`, `checkpoint_names`, `DROPPED`, `TASK_HEADS`, and those of pooler
-    and classifier in `_load`); in data/text.py its special tokens, and how a pair is put together (`TokenizedExamples`,
-    `load_tokenizer`); in use/export.py the classifier's names (`POOLERS`); in runs/hub.py a preset, and in
-    runs/options.py its rates. tests/test_encoders.py compares it with transformers.
+    Another encoder, such as RoBERTa, takes a layer with `scale`, `attend`, `projections` and `cls_scores`, and an
+    encoder with `embed` and `context`; in config.py its config, with how many token types and usable positions it has;
+    in checkpoint.py its names (`Encoder`, `ARCHITECTURES`, `checkpoint_names`, `DROPPED`, `TASK_HEADS`, and those of
+    pooler and classifier in `_load`); in data/text.py its special tokens, and how a pair is put together
+    (`TokenizedExamples`, `load_tokenizer`); in use/export.py the classifier's names (`POOLERS`); in runs/hub.py a
+    preset, and in runs/options.py its rates. tests/test_encoders.py compares it with transformers.
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s

@@ -7,6 +7,7 @@ import pathlib
 import platform
 import re
 import shutil
+import textwrap
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 import evaluate
+import minisweet
 import train
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import Exits
@@ -25,7 +27,7 @@ from minisweet.evaluation.sweep import Validation
 from minisweet.layers import float32_by_onednn
 from minisweet.runs.folders import load_run, newest_run
 from minisweet.use import explain, predict
-from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, quick, random_batch, write_model
+from tests.conftest import DEBERTA_IS_SLOW, quick, random_batch, write_model
 from tests.test_runs import trust
 
 KEYS = "task metric method exit_layers exit_scores thresholds scores speedup_ratios exit_counts area".split()
@@ -525,11 +527,12 @@ def test_a_model_of_multi_model_does_not_depend_on_the_others(command, tmp_path)
     assert last[0] == last[1]
 
 
-def test_the_readmes_python_runs(tmp_path, model_type):
-    block = re.search(r"```text\n(from minisweet.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_packages_names_and_shapes_are_as_it_says(tmp_path, model_type):
+    block = textwrap.dedent("".join(re.findall(r"^    .*\n", minisweet.__doc__, re.MULTILINE)))
     write_model(tmp_path / "tiny", model_type, num_hidden_layers=6)
     input_ids, attention_mask, token_type_ids = random_batch()
     names = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids, "k": 3}
+    names |= {name: getattr(minisweet, name) for name in minisweet.__all__}
     exec(block.replace("weights/minilm-l6", str(tmp_path / "tiny")), names)
     assert [tuple(hidden.shape) for hidden in names["hidden"]] == [(4, 11, 16)] * 7
     assert names["logits"].shape == (4, 4, 2)
