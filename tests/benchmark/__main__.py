@@ -692,13 +692,17 @@ def thresholds_at(run: Path, speeds: Sequence[float]) -> dict[float, float]:
 
 
 def points_of(result: dict) -> dict[tuple[str, int], dict[str, tuple[float, float, float]]]:
-    """What `one_file` measured, means over the seeds: of each task and batch size, each side's milliseconds per text,
-    their ratio to the full model's in float32, and its score on the rows that ran in batches, which are more."""
+    """What `one_file` measured: of each task and batch size, each side's milliseconds per text, their ratio to the full
+    model's in float32, and its score on the rows that ran in batches, which are more. Means over the runs that have all
+    sides."""
     rows = [row for row in result["rows"] if row["part"] == "one_file" and "batch" in row]
-    most = max(row["batch"] for row in rows)
-    found: dict = {}
+    most, found = max(row["batch"] for row in rows), {}
+    runs_of: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        runs_of.setdefault((row["task"], row["side"]), set()).add(row["run"])
     for task, batch, side in dict.fromkeys((row["task"], row["batch"], row["side"]) for row in rows):
-        here = [row for row in rows if (row["task"], row["side"]) == (task, side)]
+        runs = set.intersection(*(runs for (of_task, _), runs in runs_of.items() if of_task == task))
+        here = [row for row in rows if (row["task"], row["side"]) == (task, side) and row["run"] in runs]
         means = [statistics.mean(row[key] for row in here if row["batch"] == batch) for key in ("ms", "ratio")]
         score = statistics.mean(row["score"] for row in here if row["batch"] == most)
         found.setdefault((task, batch), {})[side] = (*means, score)
