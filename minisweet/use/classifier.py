@@ -19,6 +19,7 @@ from minisweet.evaluation.operating import add_wish_options, operating_point, sh
 from minisweet.evaluation.sweep import load_validation
 from minisweet.live import GATHERED, Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
+from minisweet.runs.records import Record
 
 WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
 ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
@@ -76,21 +77,14 @@ class EarlyExitClassifier:
         batch_size: int = 32,
     ) -> None:
         wishes = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
-        given = {"run": run, "device": device, "amp": amp, "batch_size": batch_size, "sure": sure}
-        for name, value in (given | wishes).items():
-            right, fits = ARGUMENTS[name]
-            if not fits(value):
-                raise InputError(f"{name}: {as_written(value)}, should be {right}")
-        run = Path(run)
+        check_arguments({"run": run, "device": device, "amp": amp, "batch_size": batch_size, "sure": sure}, wishes)
         if sum(value is not None for value in (threshold, *wishes.values())) > 1:
             raise InputError(f"threshold, {', '.join(wishes)}: more than one is given, and each chooses the threshold")
-        if sure != 90.0 and max_change is None:
-            raise InputError(f"sure: {sure:g} needs max_change")
         try:
             self.device, self.batch_size = choose_device(device), batch_size
         except InputError as error:  # names the option
             raise InputError(str(error).removeprefix("--")) from None
-        self.precision = choose_precision(amp, self.device)
+        self.precision, run = choose_precision(amp, self.device), Path(run)
         model, self.record = load_run(run)
         self.evaluation, self.labels = read_evaluation(run, self.record), self.record.labels
         if self.evaluation is not None:
@@ -99,8 +93,7 @@ class EarlyExitClassifier:
         elif threshold is None:
             raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
         else:
-            ranges = torch.tensor([[0.0, 1.0]] * len(model.exit_layers), dtype=torch.float32, device="cpu")
-            self.rule = ExitRule(len(self.labels), ranges=ranges if self.record.exit_strategy == "lte" else None)
+            self.rule = uncalibrated(self.record, len(model.exit_layers))
         self.threshold = self._chosen(run, threshold, wishes, sure)
         self.model, self.exit_layers = model.to(self.device), model.exit_layers
         self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
@@ -157,6 +150,22 @@ class EarlyExitClassifier:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
             raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
         return float(threshold)
+
+
+def check_arguments(given: dict, wishes: dict) -> None:
+    """Raise InputError for an argument of the classifier outside its range, or one without another that it needs."""
+    for name, value in (given | wishes).items():
+        right, fits = ARGUMENTS[name]
+        if not fits(value):
+            raise InputError(f"{name}: {as_written(value)}, should be {right}")
+    if given["sure"] != 90.0 and wishes["max_change"] is None:
+        raise InputError(f"sure: {given['sure']:g} needs max_change")
+
+
+def uncalibrated(record: Record, K: int) -> ExitRule:
+    """The rule of a run that was not evaluated: each exit's confidence, or certainty, as it is."""
+    ranges = torch.tensor([[0.0, 1.0]] * K, dtype=torch.float32, device="cpu")
+    return ExitRule(record.num_labels, ranges=ranges if record.exit_strategy == "lte" else None)
 
 
 def add_classifier_options(parser: Parser) -> None:

@@ -52,6 +52,7 @@ from train import send_back, used_rows
 SIZES = {"minilm-l6": (384, 6, 1536), "base": (768, 12, 3072)}  # D, L, feed-forward; 12 heads
 DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c"}
 BATCH = 16
+FAMILIES = ("a model of n layers", "one file", "exits after every layer")  # of the sides of `one_file`
 SPEEDS = (0.25, 0.5, 0.75)  # shares of the layers
 TO_THE_END = ExitStack()  # what a process enters once and never leaves
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -603,7 +604,7 @@ def race(rows: list, title: str, sides: dict, case: dict, turns: int, against: s
         ratio, p99_ratio = (ratio_of(one[key], found[against][key]) for key in ("ms", "p99_ms"))
         medians = {key: statistics.median(one[key]) for key in ("ms", "p99_ms")}
         row = {"row": title, "side": name, **medians, "score": one["score"], "ratio": ratio, "p99_ratio": p99_ratio}
-        row |= {"run": case["run"], "batch": case["source"]["batch"], "task": case["source"].get("task")}
+        row |= {"run": Path(case["run"]).name, "batch": case["source"]["batch"], "task": case["source"].get("task")}
         right = f"  score {one['score']:.1f}" if gold else ""
         line = f"{title:<34} {name:<32}{row['ms']:8.2f} ms{ratio:7.2f}x, p99{row['p99_ms']:8.2f} ms{p99_ratio:6.2f}x"
         say(rows, row, f"{line}{right}")
@@ -653,7 +654,7 @@ def one_file(rows: list, args) -> None:
             for n in [n for other in slices for n in records[other].exit_layers[:-1]]:
                 sides[f"{n} layers, {kind}"] = {"side": f"onnx {n}/{kind}"}
             for other in of_seed:
-                name = "one file" if other == run else "exits after every layer"
+                name = FAMILIES[1 if other == run else 2]
                 if records[other].method == "branch" and (other == run or kind == "int8"):
                     print(*export_onnx(other, folder / f"{name}-{kind}.onnx", kind == "int8", data_dir=args.data_dir))
                     for speed, threshold in thresholds_at(other, [*SPEEDS, 1.0][: 4 if other == run else 3]).items():
@@ -740,8 +741,9 @@ def draw_budgets(result: dict, path: Path) -> None:
                 family, _, name = side.removesuffix(f", {kind}").rpartition(", ")
                 if side.endswith(kind):
                     name = "all" if name == "full model" else name.removesuffix(" layers")
-                    curves.setdefault(family or "a model of n layers", []).append((ms, score, name))
-            for (family, points), colour in zip(sorted(curves.items()), COLOURS, strict=False):
+                    curves.setdefault(family or FAMILIES[0], []).append((ms, score, name))
+            for family, points in curves.items():
+                colour = COLOURS[FAMILIES.index(family)]
                 xs, ys, _ = zip(*sorted(points), strict=True)
                 axis.plot(xs, ys, line, color=colour, marker=marker, markersize=4, label=f"{family}, {kind}")
                 for x, y, name in points:
@@ -848,7 +850,7 @@ def report(result: dict, path: Path) -> None:
             rows, table = [row for row in rows if "batch" not in row], table_of(result)
         if rows:
             about = " ".join(PARTS[part].__doc__.split())
-            text += "\n".join(["", about, *table, "", "```", *(row["line"] for row in rows), "```", ""])
+            text += "\n".join(["", about, *table, "```", *(row["line"] for row in rows), "```", ""])
     path.write_text(before + MARKS[0] + text + MARKS[1] + after)
 
 
