@@ -129,8 +129,9 @@ def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Se
     for columns in [named] if named else usual:
         if row.keys() >= set(columns):
             return list(columns)
-    lacking = " or ".join(map(some, [[name for name in named if name not in row]] if named else usual))
-    raise InputError(f"{path}, line 1: no column {lacking}; it has {some(list(row))}; name {right} with {option}")
+    lacking = " or ".join(dict.fromkeys(map(some, [[name for name in named if name not in row]] if named else usual)))
+    way = "rename what the run was not trained with" if option == "--test" else f"name {right} with {option}"
+    raise InputError(f"{path}, line 1: no column {lacking}; it has {some(list(row))}; {way}")
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:

@@ -52,7 +52,8 @@ def write_rows(args: argparse.Namespace, task: str) -> None:
     else:
         examples = load_examples(task, "train", args.data_dir)
         labels = [GLUE[task].labels[label] for label in examples.labels]
-        rows = [[*texts, label] for texts, label in zip(examples.texts(), labels, strict=True)]
+        texts = [[text] if isinstance(text, str) else list(text) for text in examples.texts()]
+        rows = [[*text, label] for text, label in zip(texts, labels, strict=True)]
     head = ["text", "label"] if len(rows[0]) == 2 else ["sentence1", "sentence2", "label"]
     held = np.random.default_rng(0).permutation(len(rows))
     write_csv(args.out / f"{task}-held.csv", head, [rows[n] for n in held[:HELD]])
