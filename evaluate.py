@@ -29,7 +29,7 @@ from minisweet.data.tasks import Examples, examples_of
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import classification_report, score
-from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, stated, wish_of
+from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, stated, wish_of
 from minisweet.evaluation.sweep import Validation, folds_of, reliability, save_evaluation, sweep, validate
 from minisweet.evaluation.timing import differences, measure_live
 from minisweet.exits import MultiExitModel, MultiModel
@@ -224,6 +224,8 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
         print(f"{name:<24}{found[key]:8.2f}   {promise if promised or key == 'speedup_ratio' else ''}")
     most = "at most {max_change:g}, with {sure:g}% confidence".format(**point.wish) if "sure" in point.wish else ""
     print(f"{'percent changed':<24}{changed:8.2f}   {most}")
+    if line := not_certified(point.wish, evaluation, args.precision):
+        print(f"warning: {line}")
 
 
 def print_evaluation(evaluation: dict) -> None:

@@ -281,8 +281,19 @@ def test_what_no_threshold_can_certify_is_said_in_one_line(run, caplog):
     assert EarlyExitClassifier(run, max_change=0.1, sure=99).threshold == 1
     assert EarlyExitClassifier(run, speed=0.1).threshold < 1
     certificate, speed = (record.getMessage() for record in caplog.records)
-    assert "4603 rows would do, of 750 here" in certificate
+    assert "4603 rows would do, in place of the 750 that certify here" in certificate
     assert "speed: 0.1 is out of reach; the nearest is 0.25" in speed
+
+
+@pytest.mark.parametrize(
+    ("amp", "said"), [("off", ""), ("bf16", "it was certified in float32, which says nothing of bf")]
+)
+def test_a_certificate_is_of_one_precision(run, caplog, amp, said):
+    EarlyExitClassifier(run, threshold=0.9, amp=amp)
+    EarlyExitClassifier(run, max_loss=1.0, amp=amp)
+    assert "certified" not in caplog.text
+    EarlyExitClassifier(run, max_change=30, amp=amp)
+    assert ("certified in" in caplog.text, said in caplog.text) == (bool(said), True)
 
 
 def test_a_file_is_tested_at_the_operating_point_and_nothing_changes(make_run, run, tmp_path):

@@ -87,7 +87,7 @@ def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
 
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a number from `low` to `high`, finite."""
-    wanted = f"not a number, {low:g} {'or more' if math.isinf(high) else f'to {high:g}'}"
+    wanted = f"not a number from {low:g} {'on' if math.isinf(high) else f'to {high:g}'}"
     # Adding 0.0 makes 0.0 of -0.0.
     return _checked(lambda text: float(text) + 0.0, lambda value: low <= value <= high and value < math.inf, wanted)
 

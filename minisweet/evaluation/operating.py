@@ -17,6 +17,7 @@ from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.base.commands import Parser, number
 from minisweet.evaluation.metrics import classification_report, matthews
 from minisweet.evaluation.sweep import SEED, Validation
+from minisweet.runs.records import Evaluation
 
 SLACK = 1e-9  # of rounding
 NORMAL = 1.959964  # 97.5% quantile: of 95% intervals
@@ -227,5 +228,14 @@ def shortfall(point: dict, K: int) -> str:
     if "max_change" not in wish or point["threshold"] < 1 or K == 1:
         return ""
     rows = math.ceil(math.log(1 - wish["sure"] / 100) / math.log1p(-wish["max_change"] / 100))
-    asked = f"max_change: no faster threshold can be certified for {wish['max_change']:g} at {wish['sure']:g}%"
-    return f"{asked}, full depth is taken; if none changed, {rows} rows would do, of {point['certified_rows']} here"
+    asked = f"max_change: no faster threshold can be certified for {wish['max_change']:g}% at {wish['sure']:g}%"
+    here = f"of the {point['certified_rows']} that certify here"
+    return f"{asked}, full depth is taken; if none changed, {rows} rows would do, in place {here}"
+
+
+def not_certified(wish: dict, evaluation: Evaluation, precision: object) -> str:
+    """A line where a wish is certified, by an evaluation in another precision than this one; else nothing."""
+    was, now = (str(name or "float32").removeprefix("torch.") for name in (evaluation.precision, precision))
+    if wish.get("max_change") is None or was == now:
+        return ""
+    return f"max_change: it was certified in {was}, which says nothing of {now}"

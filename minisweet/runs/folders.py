@@ -246,6 +246,8 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
             layers = ",".join(map(str, model.exit_layers))
             raise InputError(f"--trunk: {folder} has exits after layers {layers}, and a trunk has one, at its end")
         return model.keep_exits(model.exit_layers[-1:]), record.labels
+    if not folder.is_dir():
+        raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")
     encoder, classifier, labels = checkpoint.load_classifier(folder)
     trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
     trunk.heads[0].classifier.load_state_dict({"weight": classifier[0], "bias": classifier[1]})

@@ -15,7 +15,7 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.safe import LOG, InputError, as_written, is_text
 from minisweet.data.tasks import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.operating import add_wish_options, operating_point, shortfall, wish_of
+from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, wish_of
 from minisweet.evaluation.sweep import load_validation
 from minisweet.live import GATHERED, Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
@@ -136,16 +136,18 @@ class EarlyExitClassifier:
     def _chosen(self, run: Path, threshold: object, wishes: dict, sure: float) -> float:
         """The threshold that is given, or that of evaluation.json, or the one for a wish, whose rule is then taken."""
         name = "threshold" if threshold is not None else f"{run / 'evaluation.json'}: threshold"
+        wish, said = {}, ""
         if any(value is not None for value in wishes.values()):
             with torch.device("cpu"):  # whatever the user's default is
                 validation = load_validation(run, self.evaluation, self.record)
                 wish = wish_of(validation.metric != "agreement", **wishes, sure=sure)
                 self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
-            if line := shortfall(point, len(validation.logits)):
-                LOG.warning("%s", line)
-            threshold = point["threshold"]
+            said, threshold = shortfall(point, len(validation.logits)), point["threshold"]
         elif threshold is None:
-            threshold = self.evaluation.operating_point.threshold
+            wish, threshold = self.evaluation.operating_point.wish, self.evaluation.operating_point.threshold
+        if wish:
+            for line in filter(None, [said, not_certified(wish, self.evaluation, self.precision)]):
+                LOG.warning("%s", line)
         if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
             raise InputError(f"{name}: {as_written(threshold)}, should be {right}")

@@ -41,6 +41,7 @@ from minisweet.branches import BranchModel
 from minisweet.data.load import ChangedRows, load_dev
 from minisweet.data.text import PAD, Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import score
+from minisweet.evaluation.operating import not_certified
 from minisweet.evaluation.sweep import Validation, sweep, validate
 from minisweet.evaluation.timing import differences
 from minisweet.exits import MultiExitModel, MultiModel
@@ -105,7 +106,8 @@ def export_onnx(
             found = compared(partial, examples, expected, rule, threshold, int8)
     kind, megabytes = "int8" if int8 else "float32", f"{out.stat().st_size / 1e6:.1f} MB"
     layers = ",".join(map(str, model.exit_layers))
-    return [f"{out}: {kind}, {megabytes}, exits after layers {layers}, by default at threshold {threshold:.6g}", found]
+    lines = [f"{out}: {kind}, {megabytes}, exits after layers {layers}, by default at threshold {threshold:.6g}", found]
+    return lines + list(filter(None, [not_certified(evaluation.operating_point.wish, evaluation, kind)]))
 
 
 def compared(
@@ -310,9 +312,11 @@ def nodes_for(nodes: Sequence[onnx.NodeProto], values: list[str]) -> list[onnx.N
 def quiet() -> Iterator[None]:
     """Within, nobody hears of what the exporters think of themselves."""
     logging.disable(logging.WARNING)
+    before = logging.root.handlers[:]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(logging.NOTSET)
+        logging.root.handlers[:] = before  # they add one, which would print our notices once more
