@@ -53,7 +53,7 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
-    option("--epochs", type=whole_number(1), help=f"passes over it (default: 2; --data: for {options.STEPS:,} steps)")
+    option("--epochs", type=whole_number(1), help=f"over the rows (default: 2; --data: for {options.STEPS} steps)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
@@ -106,7 +106,7 @@ def find_start(args: argparse.Namespace) -> Start:
     record |= {"depth": depth, "device": name, "precision": str(precision or torch.float32)}
     rate = args.why.get("lr", f"for {config.model_type}, {depth} layers of {config.hidden_size}")
     epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
-    why = args.why.get("epochs", f"to make {options.STEPS:,} steps, at least 2 epochs" if args.data else "the paper's")
+    why = args.why.get("epochs", f"to make {options.STEPS} steps, at least 2 epochs" if args.data else "the paper's")
     notes = [
         f"method {args.method} ({args.why['method']}), learning rate {args.lr:g} ({rate}), {epochs} of "
         f"{-(-len(subset) // size)} steps of {size} examples ({why})",
