@@ -206,8 +206,8 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
         raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
     trained = record.columns
     usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
-    columns = find_columns("--test", args.test, None, usual)
-    (column,) = find_columns("--test", args.test, None, [[record.label_column or "label"], ["label"]])
+    columns = find_columns(None, args.test, None, usual)
+    (column,) = find_columns(None, args.test, None, [[record.label_column or "label"], ["label"]])
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     promised = record.metric != "agreement"  # which was measured without labels, and promises nothing of them
     metric, point = record.metric if promised else "accuracy", evaluation.operating_point

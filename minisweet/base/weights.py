@@ -50,7 +50,7 @@ def open_weights(folder: Path) -> dict:
 
 
 def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> None:
-    """Raise InputError unless an encoder's first and last module are there, of width D. It is built so large."""
+    """Raise InputError unless an encoder's first and last module are there, of width D, before it is built so wide."""
     for name in (f"{first}.weight", f"{last}.weight"):
         shape = tensors[name].get_shape() if name in tensors else "missing"
         if len(shape) != 2 or shape[1] != D:
@@ -64,8 +64,8 @@ def filled(
     shapes, or else with all tensors that are not finite.
 
     `tensors` are slices from `open_weights`, `names` the parameters' names there where they are not the same. `others`
-    are names and shapes of tensors that are wanted too, and `dropped` is what the names of the rest begin
-    with; any other is an error.
+    are names and shapes of tensors that are wanted too, and `dropped` is what the names of the rest begin with;
+    any other is an error.
     """
     with torch.device("meta"), NoInit():  # shapes only: random weights would be drawn and thrown away
         module = make()

@@ -77,9 +77,8 @@ class EarlyExitClassifier:
         batch_size: int = 32,
     ) -> None:
         wishes = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
-        check_arguments({"run": run, "device": device, "amp": amp, "batch_size": batch_size, "sure": sure}, wishes)
-        if sum(value is not None for value in (threshold, *wishes.values())) > 1:
-            raise InputError(f"threshold, {', '.join(wishes)}: more than one is given, and each chooses the threshold")
+        given = {"run": run, "device": device, "amp": amp, "batch_size": batch_size, "sure": sure}
+        check_arguments(given, wishes, threshold)
         try:
             self.device, self.batch_size = choose_device(device), batch_size
         except InputError as error:  # names the option
@@ -154,12 +153,14 @@ class EarlyExitClassifier:
         return float(threshold)
 
 
-def check_arguments(given: dict, wishes: dict) -> None:
-    """Raise InputError for an argument of the classifier outside its range, or one without another that it needs."""
+def check_arguments(given: dict, wishes: dict, threshold: object) -> None:
+    """Raise InputError for an argument of the classifier outside its range, and for those that do not go together."""
     for name, value in (given | wishes).items():
         right, fits = ARGUMENTS[name]
         if not fits(value):
             raise InputError(f"{name}: {as_written(value)}, should be {right}")
+    if sum(value is not None for value in (threshold, *wishes.values())) > 1:
+        raise InputError(f"threshold, {', '.join(wishes)}: more than one is given, and each chooses the threshold")
     if given["sure"] != 90.0 and wishes["max_change"] is None:
         raise InputError(f"sure: {given['sure']:g} needs max_change")
 

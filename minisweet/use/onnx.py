@@ -82,10 +82,8 @@ def export_onnx(
         raise InputError(f"--onnx: {run} would take {size:,} bytes, and an ONNX file holds less than {LARGEST:,}")
     try:
         rows = load_dev(vars(record), data, data_dir)
-    except ChangedRows:
-        raise
     except InputError as error:
-        if data or data_dir:
+        if data or data_dir or isinstance(error, ChangedRows):
             raise
         rows, found = None, f"nothing was checked, since the validation rows are not at hand: {error}"
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -642,22 +641,20 @@ def one_file(rows: list, args) -> None:
             continue
         case, sides = rival_of(str(run)), {}
         folder = Path(case["folder"])
-        of_seed = [
-            other for other in records if (records[other].task, records[other].seed) == (record.task, record.seed)
-        ]
-        slices = [other for other in of_seed if records[other].method == "mm"]
-        for other in slices:
-            for n in records[other].exit_layers[:-1]:
-                export_all(other, folder / str(n), n)
+        of_seed = {run: its for run, its in records.items() if (its.task, its.seed) == (record.task, record.seed)}
+        slices = {n: other for other, its in of_seed.items() if its.method == "mm" for n in its.exit_layers[:-1]}
+        for n, other in slices.items():
+            export_all(other, folder / str(n), n)
         for kind in ("float32", "int8"):
             sides[f"full model, {kind}"] = {"side": f"onnx {kind}"}
-            for n in [n for other in slices for n in records[other].exit_layers[:-1]]:
+            for n in slices:
                 sides[f"{n} layers, {kind}"] = {"side": f"onnx {n}/{kind}"}
-            for other in of_seed:
+            for other, its in of_seed.items():
                 name = FAMILIES[1 if other == run else 2]
-                if records[other].method == "branch" and (other == run or kind == "int8"):
+                if its.method == "branch" and (other == run or kind == "int8"):
                     print(*export_onnx(other, folder / f"{name}-{kind}.onnx", kind == "int8", data_dir=args.data_dir))
-                    for speed, threshold in thresholds_at(other, [*SPEEDS, 1.0][: 4 if other == run else 3]).items():
+                    thresholds = thresholds_at(other) | ({1.0: 1.0} if other == run else {})
+                    for speed, threshold in thresholds.items():
                         sides[f"{name}, {speed:g}, {kind}"] = {"side": f"onnx {name}-{kind}", "threshold": threshold}
         for batch, count, turns in ((1, 150, 3), (32, 640, 3)):
             source = {"task": record.task, "data_dir": str(args.data_dir.resolve()), "count": count, "batch": batch}
@@ -683,13 +680,11 @@ def one_file(rows: list, args) -> None:
             say(rows, row, f"{name:<46} {task}: {row['ratio']:.2f}, mean of {each}")
 
 
-def thresholds_at(run: Path, speeds: Sequence[float]) -> dict[float, float]:
-    """What `evaluate.py --speed` takes for each share of the layers, on a run's evaluation; 1 for full depth."""
+def thresholds_at(run: Path) -> dict[float, float]:
+    """What `evaluate.py --speed` takes for each share of the layers, on a run's evaluation."""
     record = read_record(run)
     validation = load_validation(run, read_evaluation(run, record), record)
-    wishes = {speed: {"speed": speed} for speed in speeds if speed < 1}
-    found = {speed: operating_point(validation, "crossfit", wish)[1]["threshold"] for speed, wish in wishes.items()}
-    return found | {speed: 1.0 for speed in speeds if speed == 1}
+    return {speed: operating_point(validation, "crossfit", {"speed": speed})[1]["threshold"] for speed in SPEEDS}
 
 
 def points_of(result: dict) -> dict[tuple[str, int], dict[str, tuple[float, float, float]]]:
