@@ -48,6 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     test = "evaluate nothing: score this labelled file at the operating point that is there, beside what it promised"
     option("--test", type=Path, metavar="FILE", help=test)
     option = parser.add_argument_group("data").add_argument
+    option("--text-columns", type=list_of(str), help="of --test: one or two (default: as in training, or the usual)")
+    option("--label-column", help="of --test (default: as in training, or label)")
     option("--data-dir", type=Path, help="holds the GLUE tasks' folders (default: as in training)")
     option("--data", type=Path, metavar="FILE", help="your own file of the validation rows, if it moved")
     option = parser.add_argument_group("exits").add_argument
@@ -67,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.max_change is not None, "--max-change", "sure")
     idle = vars(args).keys() - {"runs", "plot"}
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(idle))
-    idle -= {"test", "device", "amp"}
+    of_test = {"text_columns", "label_column"}
+    parser.need(args, args.test, "--test", *sorted(of_test))
+    idle -= {"test", "device", "amp"} | of_test
     parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(idle))
     args.device = devices.choose_device(args.device)
     args.precision = devices.choose_precision(args.amp, args.device)
@@ -206,8 +210,9 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
         raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
     trained = record.columns
     usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
-    columns = find_columns(None, args.test, None, usual)
-    (column,) = find_columns(None, args.test, None, [[record.label_column or "label"], ["label"]])
+    columns = find_columns("--text-columns", args.test, args.text_columns, usual)
+    named = None if args.label_column is None else [args.label_column]
+    (column,) = find_columns("--label-column", args.test, named, [[record.label_column or "label"], ["label"]])
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     promised = record.metric != "agreement"  # which was measured without labels, and promises nothing of them
     metric, point = record.metric if promised else "accuracy", evaluation.operating_point
@@ -224,7 +229,7 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
         print(f"{name:<24}{found[key]:8.2f}   {promise if promised or key == 'speedup_ratio' else ''}")
     most = "at most {max_change:g}, with {sure:g}% confidence".format(**point.wish) if "sure" in point.wish else ""
     print(f"{'percent changed':<24}{changed:8.2f}   {most}")
-    if line := not_certified(point.wish, evaluation, args.precision):
+    if line := not_certified(point.wish, point.threshold, evaluation, args.precision):
         print(f"warning: {line}")
 
 

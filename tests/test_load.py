@@ -148,7 +148,12 @@ REFUSED = [
         b"body,team\na,x\n",
         "line 1: no column text or sentence or sentence1, sentence2; it has body, team; name",
     ),
-    ("a.csv", b"text,team\na,x\n", "line 1: no column label; it has text, team; name one with --label-column"),
+    (
+        "a.csv",
+        b"text,team\na,x\n",
+        "line 1: no column label; it has text, team; name one with --label-column, or "
+        "learn from a --trunk with --targets trunk",
+    ),
     ("a.csv", b",".join(b"c%d" % i for i in range(99)) + b"\n" + b"," * 98, "it has c0, c1, c2, c3, c4 and 94 more"),
     ("a.csv", b"text,label\n", "no rows"),
     ("a.csv", b"", "no rows"),

@@ -76,6 +76,7 @@ def test_without_a_terminal_progress_is_a_line_a_minute_and_one_at_the_end(capsy
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "live: 7 of 7 threshold"
     assert 2 <= len(lines) <= 4
+    assert lines[0].endswith(" minutes left")
     assert all(line.startswith("live: ") for line in lines)
 
 

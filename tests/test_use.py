@@ -294,6 +294,9 @@ def test_a_certificate_is_of_one_precision(run, caplog, amp, said):
     assert "certified" not in caplog.text
     EarlyExitClassifier(run, max_change=30, amp=amp)
     assert ("certified in" in caplog.text, said in caplog.text) == (bool(said), True)
+    caplog.clear()
+    assert EarlyExitClassifier(run, max_change=0.1, sure=99, amp=amp).threshold == 1  # where nothing can change
+    assert "certified in" not in caplog.text
 
 
 def test_a_file_is_tested_at_the_operating_point_and_nothing_changes(make_run, run, tmp_path):
@@ -309,12 +312,19 @@ def test_a_file_is_tested_at_the_operating_point_and_nothing_changes(make_run, r
         assert float(lines[name][0]) == pytest.approx(point[key], abs=0.006)  # the very rows that promised it
         assert lines[name][1] == f"{point[key]:.2f}"
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    renamed = write_csv(tmp_path / "renamed.csv", zip(names, rows.first, strict=True), ("side", "body"))
+    told = call(evaluate, run, "--test", renamed, "--text-columns", "body", "--label-column", "side")[1]
+    assert told == out.replace(str(path), str(renamed))
+    predicted = call(predict, run, path, "--out", tmp_path / "predicted.csv")[1]
+    assert f"; {point['speedup_ratio']:.0%} of the layers; " in predicted
     for content, message in (("label,text\nneutral,a\n", "line 2"), ("text\na\n", "no column label")):
         (tmp_path / "bad.csv").write_text(content)
         status, _, err = call(evaluate, run, "--test", tmp_path / "bad.csv")
         assert (status, message in err, err.count("\n")) == (2, True, 1), err
     status, _, err = call(evaluate, run, "--test", path, "--speed", 0.5)
     assert (status, "--speed: 0.5 needs an evaluation" in err) == (2, True)
+    status, _, err = call(evaluate, run, "--label-column", "side")
+    assert (status, "--label-column: side needs --test" in err) == (2, True)
 
 
 def test_logits_are_those_of_the_evaluation(run, tmp_path):

@@ -124,6 +124,7 @@ class Progress(tqdm):
         super().__init__(*args, disable=disable, **options)
         self.is_told = self.disable and not disable
         self.words, self.told = (options.get("desc"), options.get("unit", "it")), time.monotonic()
+        self.started = self.told
 
     def __iter__(self) -> Iterator:
         for item in self.iterable:
@@ -141,6 +142,8 @@ class Progress(tqdm):
             self.told, (desc, unit) = time.monotonic(), self.words
             of_total = f" of {self.total:,}" if self.total else ""
             more = f", {text}" if (text := getattr(self, "postfix", None)) else ""
+            if self.total and self.n < self.total:
+                more += f", {(self.told - self.started) * (self.total / self.n - 1) / 60:.0f} minutes left"
             LOG.info("%s: %s%s %s%s", desc, f"{self.n:,}", of_total, unit, more)
 
 

@@ -184,7 +184,10 @@ def _columns(path: Path, text: Names, label: str | None, need_labels: bool) -> t
     """The columns of the text and of the labels: named, or the usual; labels that are not needed may have none."""
     usual = [["label"]] if need_labels else [["label"], []]
     columns = find_columns("--text-columns", path, text, TEXT_COLUMNS)
-    column = next(iter(find_columns("--label-column", path, None if label is None else [label], usual)), None)
+    try:
+        column = next(iter(find_columns("--label-column", path, None if label is None else [label], usual)), None)
+    except InputError as error:
+        raise InputError(f"{error}, or learn from a --trunk with --targets trunk") from None
     if column in columns:
         raise InputError(f"--text-columns: {some(columns)}, should not be the label column, {column!r:.60}")
     return columns, column

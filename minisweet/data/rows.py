@@ -118,13 +118,8 @@ def _delimiter(path: Path) -> str | None:
     return DELIMITERS[suffix]
 
 
-def find_columns(
-    option: str | None, path: Path, named: Sequence[str] | None, usual: Sequence[Sequence[str]]
-) -> list[str]:
-    """The columns `named` by the option, at most two, or the first of the `usual` that are there. Raises InputError.
-
-    `option` is None where none can name them.
-    """
+def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
+    """The columns `named` by the option, at most two, or the first of the `usual` that are there. Raises InputError."""
     right = "one" if option == "--label-column" else "one or two"
     if named and len(named) > 2:
         raise InputError(f"{option}: {','.join(named)}, should be {right}")
@@ -135,8 +130,7 @@ def find_columns(
         if row.keys() >= set(columns):
             return list(columns)
     lacking = " or ".join(dict.fromkeys(map(some, [[name for name in named if name not in row]] if named else usual)))
-    way = "rename what the run was not trained with" if option is None else f"name {right} with {option}"
-    raise InputError(f"{path}, line 1: no column {lacking}; it has {some(list(row))}; {way}")
+    raise InputError(f"{path}, line 1: no column {lacking}; it has {some(list(row))}; name {right} with {option}")
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:

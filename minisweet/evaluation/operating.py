@@ -233,9 +233,9 @@ def shortfall(point: dict, K: int) -> str:
     return f"{asked}, full depth is taken; if none changed, {rows} rows would do, in place {here}"
 
 
-def not_certified(wish: dict, evaluation: Evaluation, precision: object) -> str:
+def not_certified(wish: dict, threshold: float, evaluation: Evaluation, precision: object) -> str:
     """A line where a wish is certified, by an evaluation in another precision than this one; else nothing."""
     was, now = (str(name or "float32").removeprefix("torch.") for name in (evaluation.precision, precision))
-    if wish.get("max_change") is None or was == now:
+    if wish.get("max_change") is None or threshold == 1 or was == now:  # at 1 nothing can change
         return ""
     return f"max_change: it was certified in {was}, which says nothing of {now}"

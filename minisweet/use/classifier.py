@@ -145,7 +145,7 @@ class EarlyExitClassifier:
         elif threshold is None:
             wish, threshold = self.evaluation.operating_point.wish, self.evaluation.operating_point.threshold
         if wish:
-            for line in filter(None, [said, not_certified(wish, self.evaluation, self.precision)]):
+            for line in filter(None, [said, not_certified(wish, threshold, self.evaluation, self.precision)]):
                 LOG.warning("%s", line)
         if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
             right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"

@@ -105,7 +105,7 @@ def export_onnx(
     kind, megabytes = "int8" if int8 else "float32", f"{out.stat().st_size / 1e6:.1f} MB"
     layers = ",".join(map(str, model.exit_layers))
     lines = [f"{out}: {kind}, {megabytes}, exits after layers {layers}, by default at threshold {threshold:.6g}", found]
-    return lines + list(filter(None, [not_certified(evaluation.operating_point.wish, evaluation, kind)]))
+    return lines + list(filter(None, [not_certified(evaluation.operating_point.wish, threshold, evaluation, kind)]))
 
 
 def compared(

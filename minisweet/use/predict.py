@@ -17,6 +17,7 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
+from minisweet.adaptive import Exits
 from minisweet.base.commands import Parser, Progress, list_of, run_command
 from minisweet.base.devices import keep_compiled_products, tune_cpu
 from minisweet.base.safe import InputError
@@ -76,8 +77,11 @@ def main() -> None:
             progress.update(len(chunk))
     if not to_screen:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
+        costs = Exits(classify.exit_layers, classify.record.depth, classify.record.method).costs(classify.threshold)
+        share = sum(left[n] * cost for n, cost in zip(classify.exit_layers, costs, strict=True)) / left.total()
         noticed = f"; empty: {empty:,}; cut to {classify.tokenizer.truncation['max_length']} tokens: {cut:,}"
-        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}{noticed}")
+        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}", end="")
+        print(f"; {share:.0%} of the layers{noticed}")
 
 
 def columns_of(answer: Answer, taken: set[str]) -> dict:
