@@ -143,11 +143,10 @@ def evaluate(model: MultiExitModel | MultiModel, record: Record, args: argparse.
     evaluation |= {"metric": record.metric, "exit_layers": validation.exits.layers, "calibration": args.calibration}
     evaluation |= curve_of(validation, args.calibration, thresholds, dev.difficulties)
     evaluation |= {"operating_point": point, "warnings": warnings_of(validation, record.labels)}
-    # The rule for new text: (K,), or (K, 2)
     scaled = torch.ones(len(validation.logits)) if rule.temperatures is None else rule.temperatures
-    evaluation["temperatures"] = scaled.tolist()
+    evaluation["temperatures"] = scaled.tolist()  # of the rule for new text, (K,)
     if rule.ranges is not None:
-        evaluation["certainty_ranges"] = rule.ranges.tolist()
+        evaluation["certainty_ranges"] = rule.ranges.tolist()  # (K, 2)
     if args.live and devices.place().rank == 0:  # by the rule that new text gets
         setting = (thresholds, validation.exits, args.live_batch_size, rule)
         with devices.autocast(args.device, args.precision):

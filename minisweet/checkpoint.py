@@ -20,9 +20,9 @@ Encoder = BertEncoder | DebertaEncoder
 
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
-# What the names of tensors begin with that are dropped on purpose, where no parameter of ours wants them: the heads of
-# pre-training, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of
-# pre-training read. The pooler is not dropped: each exit head starts from it.
+# What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts 0,
+# 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. BERT's positions have a
+# parameter here, so they are kept, as the pooler is: each exit head starts from it. `_load` also drops task heads.
 DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "embeddings.position_ids", "embeddings.position_embeddings.")
 ARCHITECTURES = {"bert": (BertConfig, BertEncoder), "deberta": (DebertaConfig, DebertaEncoder)}
 # Modules of a layer that BERT and DeBERTa share, and parameters that only DeBERTa's has.
@@ -33,7 +33,7 @@ MODULES = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-DEBERTA = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
+DEBERTA_PARAMETERS = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
 
 
 def checkpoint_names(num_layers: int) -> Names:
@@ -45,7 +45,7 @@ def checkpoint_names(num_layers: int) -> Names:
         names[f"embedding_norm.{kind}"] = (f"embeddings.LayerNorm.{kind}",)
     for n in range(num_layers):
         ours, theirs = f"layers.{n}", f"encoder.layer.{n}"
-        names |= {f"{ours}.{part}": (f"{theirs}.attention.self.{part}",) for part in DEBERTA}
+        names |= {f"{ours}.{part}": (f"{theirs}.attention.self.{part}",) for part in DEBERTA_PARAMETERS}
         for kind in ("weight", "bias"):
             names |= {f"{ours}.{name}.{kind}": (f"{theirs}.{there}.{kind}",) for name, there in MODULES.items()}
             parts = tuple(f"{theirs}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))

@@ -140,8 +140,8 @@ class MultiExitModel(nn.Module):
         for all tokens after it, if somebody goes on.
 
         Where no gradient crosses an exit (`losses_are_apart`), a training loop may call backward() on an exit's loss
-        right there, while this generator waits: that frees the segment's activations. What is not asked for, the
-        layers after the last exit taken from here, is not run. For the arguments see `forward`.
+        right there, while this generator waits: that frees the segment's activations. Layers after the last exit that
+        the caller takes are not run. For the arguments see `forward`.
         """
         hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
         context = self.encoder.context(attention_mask)
@@ -170,7 +170,7 @@ class MultiExitModel(nn.Module):
         layer = self.encoder.layers[self.exit_layers[k] - 1]
         if self.method == "ee":  # all later losses flow back through here
             return layer.forward_keeping_cls(hidden, context, cls), context
-        with torch.no_grad():  # nothing is kept for a backward pass that will not come
+        with torch.no_grad():  # to save memory alone; what stops the gradient is the next line
             hidden = layer.forward_keeping_cls(hidden, context, cls)
         return stop_gradient(hidden), tuple(map(stop_gradient, context))  # SWEET: no later loss flows back
 

@@ -126,8 +126,9 @@ class TransformerEncoder(nn.Module):
     encoder with `embed` and `context`; in config.py its config, with how many token types and usable positions it has;
     in checkpoint.py its names (`Encoder`, `ARCHITECTURES`, `checkpoint_names`, `DROPPED`, `TASK_HEADS`, and those of
     pooler and classifier in `_load`); in data/text.py its special tokens, and how a pair is put together
-    (`TokenizedExamples`, `load_tokenizer`); in use/export.py the classifier's names (`POOLERS`); in runs/hub.py a
-    preset, and in runs/options.py its rates. tests/test_encoders.py compares it with transformers.
+    (`TokenizedExamples`, `load_tokenizer`); in use/export.py the names of pooler and classifier (`POOLERS`,
+    `plain_tensors`) and what transformers is told (`plain_configs`); in runs/hub.py a preset, and in
+    runs/options.py its rates. tests/test_encoders.py compares it with transformers.
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s

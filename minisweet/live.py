@@ -1,9 +1,9 @@
 """Live early exit, as one would deploy it: the confident instances leave at each exit, and the rest is regrouped.
 
-Who is left goes on in batches as full as before, each shortened to its longest instance: users gather them from four
-batches. Decisions are those of the
-sweep in adaptive.py, since an instance's logits do not depend on its batch. Their rounding does: a confidence within
-about 1e-6 of the threshold in float32, 1e-2 in bfloat16, may fall on either side.
+Who is left goes on in batches as full as before, each shortened to its longest instance. For that, callers hand over
+`GATHERED` batches at once. Decisions are those of the sweep in adaptive.py, since an instance's logits do not depend on
+its batch. Their rounding does: a confidence within about 1e-6 of the threshold in float32, 1e-2 in bfloat16, may fall
+on either side.
 
 Dimension letters: B instances, T tokens, D hidden size, K exits, C classes, R instances that are still here.
 """

@@ -346,6 +346,10 @@ def test_the_last_written_run_is_the_newest_and_half_written_ones_are_none(tmp_p
         os.utime(tmp_path / name / "run.json", (100 - age, 100 + age if name != "m" else 99))
     (tmp_path / "h" / "run.json").mkdir(parents=True)
     assert newest_run(tmp_path).name == "a"
+    half = tmp_path / ".k.0123456789abcdef.partial" / "old"  # killed while it replaced the run k
+    half.mkdir(parents=True)
+    (half / "run.json").write_text("{}")
+    assert newest_run(tmp_path) == tmp_path / "k"
 
 
 def test_an_overwritten_folder_must_hold_nothing_but_a_run(command, tmp_path):

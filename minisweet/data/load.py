@@ -140,8 +140,9 @@ def _read_dev(record: dict, data: Path | None = None, data_dir: Path | None = No
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: Sequence) -> tuple[list[int], list[int]]:
     """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
 
-    Each class has at least one row on either side, unless all its rows are one text: equal `texts` (N,) are on one
-    side, there in train. Of a class with few and frequent texts, dev's share may be another.
+    Each class has at least one row on either side, unless all its rows are one text, or texts of rarer classes too:
+    equal `texts` (N,) are on one side, a single one in train. Of a class with few and frequent texts, dev's share may
+    be another.
     """
     rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
     which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)
@@ -168,7 +169,7 @@ def class_weights(label_counts: Sequence[int]) -> list[float]:
 
 
 def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:
-    """The numbers, sorted, of `size` rows, or of all; the seed's alone, and a smaller size draws some of a larger's."""
+    """The numbers, sorted, of `size` rows, or of all: the seed's alone. Of one seed, 500 rows are among its 6,000."""
     return np.sort(np.random.default_rng(seed).permutation(len(examples.first))[:size])
 
 

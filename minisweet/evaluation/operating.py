@@ -82,6 +82,7 @@ def candidates(rule: ExitRule, validation: Validation, certifying: Tensor) -> Ca
 
     As the threshold rises past all of a row's confidences up to an exit, the row moves on to the next exit, and a sum
     over rows changes by a step. So all M sums take one pass over the steps; a sweep would take M times N decisions.
+    All are over all rows, but `changes`, which counts the certifying ones alone.
     """
     confidence = rule.confidences(validation.logits, validation.certainty)[:-1].double().numpy()  # (K-1, N)
     confidence = confidence.clip(min=rule.lowest)  # at the lowest threshold all leave at the first exit
@@ -107,10 +108,10 @@ def choose(there: Candidates, metric: str, wish: dict[str, float], certifying: i
     """Which candidate grants the wish best, and whether it grants it; if none does, the fastest.
 
     speed: the best score at no more than this share of the layers.
-    max_loss: the fastest threshold passed from 1 downward, until the loss and half its standard error first exceed so
-    many points. What is passed after a failure would be luck.
-    max_change, sure: the fastest passed from 1 downward, until the test on `certifying` rows first fails that, with so
-    much confidence, at most so many percent of new texts change.
+    max_loss, max_change: thresholds are tried from 1 downward, up to the first that fails; what passes after a failure
+    would be luck. Of those passed the fastest is taken. One fails where the loss and half its standard error exceed
+    so many points; or where it cannot be said of `certifying` rows that, with the confidence `sure`, at most so many
+    percent of new texts change.
     """
     _, scores = scores_of(there.cells, metric)
     if "speed" in wish:
