@@ -36,7 +36,7 @@ from minisweet.runs.folders import DIVERGED, claim_output, save_run
 from minisweet.runs.resume import Checkpoints, is_finished
 from minisweet.runs.start import Start, find_start, parse_arguments
 
-READ_EVERY = 50  # steps: each reading of the losses waits for the GPU
+READ_EVERY = 50  # steps: each reading of the losses waits for the GPU, and a signal waits as long
 
 
 class NotFiniteError(InputError):

@@ -44,7 +44,7 @@ class BranchModel(MultiExitModel):
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """As `MultiExitModel.exit_by_exit`. The trunk runs to before an exit, whose branch goes on."""
+        """As `MultiExitModel.exit_by_exit`, but for the trunk's own layer at an exit, with which a segment starts."""
         with torch.no_grad():
             hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
             context = self.encoder.context(attention_mask)
@@ -64,7 +64,7 @@ class BranchModel(MultiExitModel):
     def cross_exit(
         self, k: int, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As `MultiExitModel.cross_exit`, by the trunk's own layer, which owes nothing to the branch's [CLS]."""
+        """As `MultiExitModel.cross_exit`, for live.py: the trunk's own layer, and nothing of the branch's."""
         with torch.no_grad():
             return self.encoder.layers[self.exit_layers[k] - 1](hidden, context), context
 
@@ -127,7 +127,7 @@ def slice_trunk(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy
         encoder = copy.deepcopy(whole)
         encoder.layers, encoder.config = encoder.layers[:n], replace(whole.config, num_hidden_layers=n)
         models.append(MultiExitModel(encoder, (n,), trunk.num_labels, exit_strategy=exit_strategy))
-    trunk.heads[0].lte = ExitHead(whole, trunk.num_labels, exit_strategy).lte
+    trunk.heads[0].lte = ExitHead(whole, trunk.num_labels, exit_strategy).lte  # untrained, and never asked
     return models.append(trunk).train(trunk.training)
 
 

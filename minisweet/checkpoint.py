@@ -20,9 +20,9 @@ Encoder = BertEncoder | DebertaEncoder
 
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
 TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
-# What the names of tensors begin with that are dropped on purpose: the heads of pre-training, a buffer that counts 0,
-# 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read. BERT's positions have a
-# parameter here, so they are kept, as the pooler is: each exit head starts from it. `_load` also drops task heads.
+# What the names of tensors begin with that are dropped where no parameter asks for them: the heads of pre-training, a
+# buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read (BERT
+# asks for its own). The pooler is kept, since each exit head starts from it. `_load` also drops task heads.
 DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "embeddings.position_ids", "embeddings.position_embeddings.")
 ARCHITECTURES = {"bert": (BertConfig, BertEncoder), "deberta": (DebertaConfig, DebertaEncoder)}
 # Modules of a layer that BERT and DeBERTa share, and parameters that only DeBERTa's has.
@@ -37,7 +37,7 @@ DEBERTA_PARAMETERS = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "
 
 
 def checkpoint_names(num_layers: int) -> Names:
-    """Each parameter that a BertEncoder or a DebertaEncoder may have to its names, without "bert." or "deberta."."""
+    """The parameters of both encoders to their names, without "bert." or "deberta."; `filled` knows which must be."""
     names = {"relative_table.weight": ("encoder.rel_embeddings.weight",)}
     for table in ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"):
         names[table] = (f"embeddings.{table}",)
@@ -132,7 +132,7 @@ def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = Fa
             raise InputError(f"{path}: {key} and another tensor are the same parameter")
         tensors[plain] = files[key]
     check_sizes(path, tensors, "embeddings.word_embeddings", f"encoder.layer.{depth - 1}.intermediate.dense", D)
-    if with_head or "pooler.dense.weight" in tensors:
+    if with_head or "pooler.dense.weight" in tensors:  # a finished classifier must have it, another may
         head |= {"pooler.dense.weight": [D, D], "pooler.dense.bias": [D]}
     if with_head:
         there = tensors["classifier.bias"].get_shape() if "classifier.bias" in tensors else []

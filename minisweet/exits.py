@@ -170,9 +170,9 @@ class MultiExitModel(nn.Module):
         layer = self.encoder.layers[self.exit_layers[k] - 1]
         if self.method == "ee":  # all later losses flow back through here
             return layer.forward_keeping_cls(hidden, context, cls), context
-        with torch.no_grad():  # to save memory alone; what stops the gradient is the next line
+        with torch.no_grad():  # keeps no activations, and so cuts the hidden states already
             hidden = layer.forward_keeping_cls(hidden, context, cls)
-        return stop_gradient(hidden), tuple(map(stop_gradient, context))  # SWEET: no later loss flows back
+        return stop_gradient(hidden), tuple(map(stop_gradient, context))  # SWEET's cut, and that of the context
 
     @property
     def losses_are_apart(self) -> bool:

@@ -100,7 +100,7 @@ class TransformerLayer(nn.Module):
         """The whole layer, where `forward_cls` has made [CLS], (B, 1, D), already: to (B, T, D).
 
         In training [CLS] goes on as the exit has read it, with the same dropout. In evaluation the two are the same but
-        for rounding, and torch.export meets no special case of T - 1 tokens.
+        for rounding; without a slice of T - 1 tokens torch.export needs no special case.
         """
         after = self(hidden, context)
         return torch.cat([cls, after[:, 1:]], dim=1) if self.training else after

@@ -141,8 +141,8 @@ def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: S
     """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
 
     Each class has at least one row on either side, unless all its rows are one text, or texts of rarer classes too:
-    equal `texts` (N,) are on one side, a single one in train. Of a class with few and frequent texts, dev's share may
-    be another.
+    equal `texts` (N,) are on one side, a class of one text in train. Of a class with few and frequent texts,
+    dev's share may be another.
     """
     rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
     which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)
@@ -150,7 +150,8 @@ def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: S
     classes = [np.unique(which[labels == label], return_counts=True) for label in np.unique(labels)]
     for own, counts in sorted(classes, key=lambda part: len(part[0])):  # rarest first: others may share its texts
         in_dev, free = counts[side[own] == 1].sum(), rng.permutation(np.flatnonzero(side[own] < 0))
-        room, chosen = min(max(1, round(dev_size * counts.sum())), counts.sum() - 1) - in_dev, []
+        wanted, chosen = min(max(1, round(dev_size * counts.sum())), counts.sum() - 1), []
+        room = wanted - in_dev
         for i in free:
             if counts[i] <= room:
                 room -= counts[i]

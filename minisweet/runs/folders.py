@@ -5,7 +5,7 @@ run.json            arguments, versions, device, the training subset's row numbe
 model.safetensors   the fine-tuned weights, encoder and heads
 config.json, tokenizer files   of the model that was fine-tuned; model_type is ours, so that nothing takes it for a BERT
 evaluation.json, logits.safetensors, curve.png   written by evaluate.py
-diverged.json       alone, where the loss became infinite or NaN: the arguments, and when
+diverged.json       the only file, where the loss became infinite or NaN: the arguments, and when
 
 Every number that is used is checked where it is read, see records.py. Dimension letter: K exits.
 """
@@ -87,7 +87,8 @@ def check_output(out: Path, overwrite: bool) -> bool:
         raise InputError(f"--out: {out} is a file; name a folder that is new, empty, or a run")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     found = {name for name in names if not safe.PARTIAL.fullmatch(name)}  # what a killed evaluate.py left
-    if foreign := listed(sorted(found - (FILES if "run.json" in found else set()) - {DIVERGED})):
+    of_a_run = FILES if "run.json" in found else set()  # --overwrite replaces runs, and nothing else
+    if foreign := listed(sorted(found - of_a_run - {DIVERGED})):
         raise InputError(f"--out: {out} holds other files than a run's ({foreign}); name a folder that is new or empty")
     if "run.json" in found and not overwrite:
         raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")

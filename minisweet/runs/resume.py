@@ -48,7 +48,7 @@ def model_digest(folder: Path) -> str:
 def must_stay(record: dict) -> dict:
     """What a run.json tells that must stay the same where a training goes on: options, classes, digests."""
     arguments = record["arguments"]
-    # The layers that --exit-layers comes to are compared below. Own data is called as its file is.
+    # --exit-layers is compared as the layers that it comes to. --task is the name of an own file, which may move.
     may_change = {"overwrite", "save_every", "exit_layers", *PLACES} | ({"task"} if arguments.get("data") else set())
     options = {f"--{name.replace('_', '-')}": value for name, value in arguments.items() if name not in may_change}
     options["--trunk"] = "given" if arguments.get("trunk") else "not given"
@@ -101,7 +101,7 @@ class Checkpoints:
     def _is_same_run(self, out: Path, overwrite: bool) -> bool:
         """Whether the run at `out` is this training's. Raises InputError where it is not, and may not be replaced."""
         read_record(out)  # a broken one is refused
-        # Versions and device of a finished run do not matter.
+        # Of a finished run, versions and device count as the same.
         changed = changes(self.trained, self.trained | must_stay(read_json(out / "run.json")))
         if changed and not overwrite:
             raise InputError(f"--resume: {out} is finished, but {changed}; name another --out, or pass --overwrite")
