@@ -17,9 +17,9 @@ from minisweet.calibration import (
 
 def sampled(temperature: float, size: int = 4000, num_labels: int = 3, seed: int = 0):
     """Labels drawn from softmax(logits / temperature), so that `temperature` is the right one."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(size, num_labels, generator=generator)
-    return logits, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    rng = np.random.default_rng(seed)  # whose draws are the same in every version
+    logits = 3 * torch.from_numpy(rng.standard_normal((size, num_labels))).float()
+    return logits, (logits / temperature + torch.from_numpy(rng.gumbel(size=(size, num_labels)))).argmax(-1)
 
 
 def nll_and_prior(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:

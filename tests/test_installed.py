@@ -21,10 +21,11 @@ for module, names in ((signal, ("SIGHUP", "SIGKILL")), (os, ("fork", "mkfifo", "
         delattr(module, name)
 del ctypes.CDLL
 sys.platform = "win32-like"
-import importlib, pkgutil, runpy
+import importlib.util, pkgutil, runpy
 import minisweet
 for module in pkgutil.walk_packages(minisweet.__path__, "minisweet."):
-    importlib.import_module(module.name)
+    if module.name != "minisweet.use.onnx" or importlib.util.find_spec("onnx"):  # which is an extra
+        importlib.import_module(module.name)
 """
 
 

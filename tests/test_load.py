@@ -148,12 +148,7 @@ REFUSED = [
         b"body,team\na,x\n",
         "line 1: no column text or sentence or sentence1, sentence2; it has body, team; name",
     ),
-    (
-        "a.csv",
-        b"text,team\na,x\n",
-        "line 1: no column label; it has text, team; name one with --label-column, or "
-        "learn from a --trunk with --targets trunk",
-    ),
+    ("a.csv", b"text,team\na,x\n", "line 1: no column label; it has text, team; name one with --label-column"),
     ("a.csv", b",".join(b"c%d" % i for i in range(99)) + b"\n" + b"," * 98, "it has c0, c1, c2, c3, c4 and 94 more"),
     ("a.csv", b"text,label\n", "no rows"),
     ("a.csv", b"", "no rows"),
@@ -396,7 +391,9 @@ def test_a_second_file_to_validate_on(tickets, tmp_path):
 
 def test_data_without_labels(tmp_path):
     path = write(tmp_path / "a.csv", [{"text": f"t{i}"} for i in range(20)])
-    assert "no column label" in refused(load, "--data", path)
+    said = refused(load, "--data", path)
+    assert "no column label" in said
+    assert said.endswith("or learn from a --trunk with --targets trunk")
     data = load("--data", path, labels=["x", "y"], need_labels=False)
     assert (data.record["labels"], data.record["metric"], data.record["label_counts"]) == (
         ["x", "y"],
