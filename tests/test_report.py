@@ -210,19 +210,27 @@ def test_every_method_has_a_colour_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("archives", "tasks", "methods", "committed"),
+    ("archives", "tasks", "methods", "ratios", "committed"),
     [
-        (["records"], "sst2,mrpc,qqp,qnli", "ee,mm,sweet", "results.md"),
-        (["records", "branch"], "sst2,mrpc,qqp,qnli,cola,rte", "ee,mm,sweet,branch", "branch.md"),
+        (["records"], "sst2,mrpc,qqp,qnli", "ee,mm,sweet", [], "results.md"),
+        (
+            ["records", "branch"],
+            "sst2,mrpc,qqp,qnli,cola,rte",
+            "ee,mm,sweet,ee-mixed,mm-taught,branch",
+            ["--ratios", "1/6,1/4,1/3,1/2,2/3,3/4,1"],
+            "branch.md",
+        ),
     ],
 )
-def test_the_committed_records_make_the_committed_report(tmp_path, monkeypatch, archives, tasks, methods, committed):
+def test_the_committed_records_make_the_committed_report(
+    tmp_path, monkeypatch, archives, tasks, methods, ratios, committed
+):
     results = CHECKOUT / ".github" / "results"
     for name in archives:
         with tarfile.open(results / f"{name}.tar.xz") as archive:
             archive.extractall(tmp_path / "out" / "runs", filter="data")
     arguments = ["--tasks", tasks, "--methods", methods, "--lrs", "5e-5,1e-4,2e-4,4e-4", "--seeds", "0,1,2"]
-    arguments += ["--amp", "bf16", "--data-dir", tmp_path, "--out", tmp_path / "out", "--report-only"]
+    arguments += ["--amp", "bf16", "--data-dir", tmp_path, "--out", tmp_path / "out", "--report-only", *ratios]
     monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, arguments)])
     reproduce.main()
     assert (tmp_path / "out" / "results.md").read_bytes() == (results / committed).read_bytes()

@@ -245,7 +245,7 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     """
     columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = new_figure(path, figsize=(1 + 4.2 * columns, 3.4 * rows))
+    figure, legend = new_figure(path, figsize=(3 + 4.2 * columns, 3.4 * rows), layout="constrained"), {}
     for place, (title, grid, tasks) in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, columns, place)
         methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle
@@ -262,7 +262,6 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
                 axis.plot(ratios, mean, **look)
                 axis.fill_between(ratios, mean - ci95, mean + ci95, color=look["color"], alpha=0.15, linewidth=0)
         label_axes(axis, title, "score")
-        if axis.lines:
-            axis.legend()
-    figure.tight_layout()
+        legend |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside right upper")  # it would hide curves
     save_figure(figure, path)
