@@ -124,7 +124,7 @@ class Progress(tqdm):
         super().__init__(*args, disable=disable, **options)
         self.is_told = self.disable and not disable
         self.words, self.told = (options.get("desc"), options.get("unit", "it")), time.monotonic()
-        self.started = self.told
+        self.counted = 0  # by then
 
     def __iter__(self) -> Iterator:
         for item in self.iterable:
@@ -139,11 +139,14 @@ class Progress(tqdm):
             return
         self.n += n
         if self.is_told and (self.n == self.total or time.monotonic() > self.told + 60):
-            self.told, (desc, unit) = time.monotonic(), self.words
+            (desc, unit), now = self.words, time.monotonic()
             of_total = f" of {self.total:,}" if self.total else ""
             more = f", {text}" if (text := getattr(self, "postfix", None)) else ""
             if self.total and self.n < self.total:
-                more += f", {(self.told - self.started) * (self.total / self.n - 1) / 60:.0f} minutes left"
+                # At the pace since the last notice: a resumed training skips many at once.
+                each = (now - self.told) / max(1, self.n - self.counted)
+                more += f", {each * (self.total - self.n) / 60:.0f} minutes left"
+            self.told, self.counted = now, self.n
             LOG.info("%s: %s%s %s%s", desc, f"{self.n:,}", of_total, unit, more)
 
 

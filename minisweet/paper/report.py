@@ -263,5 +263,6 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
                 axis.fill_between(ratios, mean - ci95, mean + ci95, color=look["color"], alpha=0.15, linewidth=0)
         label_axes(axis, title, "score")
         legend |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(legend.values(), legend.keys(), loc="outside right upper")  # it would hide curves
+    if legend:
+        figure.legend(legend.values(), legend.keys(), loc="outside right upper")  # it would hide curves
     save_figure(figure, path)

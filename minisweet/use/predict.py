@@ -80,8 +80,8 @@ def main() -> None:
         costs = Exits(classify.exit_layers, classify.record.depth, classify.record.method).costs(classify.threshold)
         share = sum(left[n] * cost for n, cost in zip(classify.exit_layers, costs, strict=True)) / left.total()
         noticed = f"; empty: {empty:,}; cut to {classify.tokenizer.truncation['max_length']} tokens: {cut:,}"
-        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}", end="")
-        print(f"; {share:.0%} of the layers{noticed}")
+        counted = f"{left.total():,} rows at threshold {classify.threshold:.4g}"
+        print(f"{args.out}: {counted}; left {where}; {share:.0%} of the layers{noticed}")
 
 
 def columns_of(answer: Answer, taken: set[str]) -> dict:
