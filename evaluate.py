@@ -210,8 +210,8 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
     trained = record.columns
     usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
     columns = find_columns("--text-columns", args.test, args.text_columns, usual)
-    named = None if args.label_column is None else [args.label_column]
-    (column,) = find_columns("--label-column", args.test, named, [[record.label_column or "label"], ["label"]])
+    usual = [[record.label_column or "label"], ["label"]]
+    (column,) = find_columns("--label-column", args.test, args.label_column, usual)
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     promised = record.metric != "agreement"  # which was measured without labels, and promises nothing of them
     metric, point = record.metric if promised else "accuracy", evaluation.operating_point

@@ -55,7 +55,7 @@ def train(
     stage: str = "train",
     checkpoints: Checkpoints | None = None,
 ) -> list[list[float]]:
-    """Fine-tune the exits of `model` in place, on the device where it is (App. A).
+    """Fine-tune the parameters of `model.parameter_groups()` in place, on the device where they are (App. A).
 
     Args:
         model: of EE or SWEET, one of MM's models, or branches on their trunk.
@@ -87,7 +87,7 @@ def train(
         history = checkpoints.load(stage, parameters, optimizer, scaler) if checkpoints else []
         unread: list[Tensor] = []  # losses that are still on the device
         batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
-        for batch in islice(batches, len(history)):  # skipped: these steps were taken before the training was stopped
+        for batch in islice(batches, len(history)):  # taken out: these steps were done before the training was stopped
             progress.update(len(batch.rows))
         for step, batch in enumerate(batches, len(history) + 1):
             optimizer.zero_grad()

@@ -142,8 +142,8 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float]) -> float:
     """Mean score over the speedup ratios from the first exit's to 1: the trapezoid's area, divided by its width.
 
     `ratios` and `scores` hold a point per threshold from 1/C on, where all take the first exit. Ratios may fall again,
-    as branches' do from just below threshold 1 to 1, so points are sorted here. The curve is cut at 1, and one
-    that ends before 1 is taken as far as it goes, never extrapolated.
+    as branches' do from just below threshold 1 to 1, so points are sorted here. The curve is cut at 1, where its score
+    is interpolated, and one that ends before 1 is taken as far as it goes, never extrapolated.
     """
     order = np.argsort(ratios, kind="stable")
     x, y = np.array(ratios)[order], np.array(scores)[order]

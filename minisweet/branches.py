@@ -1,11 +1,11 @@
 """Branches on a frozen trunk: early exits for a finished model, which stays as it is. They go beyond the paper.
 
 The trunk is trained for the last exit alone, then frozen. Each earlier exit has a branch: a private copy of its layer,
-which its loss trains together with its head, and nothing else. So each parameter is updated by exactly one classifier,
-and the trunk's own answers are those of the plain fine-tuned model. EE-Tuning (Pan et al. 2024,
-https://arxiv.org/abs/2402.00518) does the like for language models that generate: a frozen backbone, and exit layers
-that start as copies. Here a branch classifies and so runs for [CLS] alone, its confidence is calibrated, and batches
-regroup after each exit (live.py).
+which runs in that layer's place. The exit's loss trains the copy and the exit's head, and nothing else. So each
+parameter is updated by exactly one classifier, and the trunk's own answers are those of the plain fine-tuned model.
+EE-Tuning (Pan et al. 2024, https://arxiv.org/abs/2402.00518) does the like for language models that generate: a frozen
+backbone, and exit layers that start as copies. Here a branch classifies and so runs for [CLS] alone, its confidence is
+calibrated, and batches regroup after each exit (live.py).
 
 Dimension letters: B batch, T tokens, D hidden size, K exits, C classes.
 """
@@ -27,8 +27,8 @@ METHODS = ("sweet", "ee", "mm", "branch")
 class BranchModel(MultiExitModel):
     """A frozen trunk, the encoder and the last head, with a branch for each exit before the last.
 
-    The trunk gets no gradient and stays in evaluation mode. `grow_branches` makes one of a fine-tuned model. For the
-    arguments and errors see `MultiExitModel`.
+    The trunk gets no gradient: it runs under no_grad, and `parameter_groups` lacks it. It stays in evaluation mode.
+    `grow_branches` makes one of a fine-tuned model. For the arguments and errors see `MultiExitModel`.
     """
 
     methods = ("branch",)
@@ -44,7 +44,7 @@ class BranchModel(MultiExitModel):
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """As `MultiExitModel.exit_by_exit`, but for the trunk's own layer at an exit, with which a segment starts."""
+        """As `MultiExitModel.exit_by_exit`. From exit to exit the trunk runs, first with its own layer at the exit."""
         with torch.no_grad():
             hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
             context = self.encoder.context(attention_mask)
@@ -64,7 +64,7 @@ class BranchModel(MultiExitModel):
     def cross_exit(
         self, k: int, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As `MultiExitModel.cross_exit`, for live.py: the trunk's own layer, and nothing of the branch's."""
+        """As `MultiExitModel.cross_exit`, for live.py alone: the trunk's own layer, and nothing of the branch's."""
         with torch.no_grad():
             return self.encoder.layers[self.exit_layers[k] - 1](hidden, context), context
 

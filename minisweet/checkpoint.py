@@ -1,6 +1,7 @@
 """Public weights into our encoders: strictly, through an explicit map of names.
 
-Every tensor of a checkpoint is either loaded, or dropped on purpose and by name (`filled` in base/weights.py). Keys of
+Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. Where one is missing, unexpected, of
+another shape or not finite, all is refused, by names, and nothing is loaded (`filled` in base/weights.py). Keys of
 config.json that we have no field for are ignored: they describe the file, not the model.
 """
 

@@ -45,7 +45,8 @@ class ExitHead(nn.Module):
     """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
 
     BERT's pooler ends in tanh and has no dropout before it; DeBERTa's context pooler ends in gelu. Either starts from
-    the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa.
+    the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa. Other weights
+    are drawn from a normal distribution.
 
     For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
     classifier learns to tell whether the classifier is right. Its loss flows back as far as the exit's other loss does.
@@ -185,9 +186,9 @@ class MultiExitModel(nn.Module):
         return len(self.heads)
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters that training updates, in groups of which each is clipped by itself: here all, in one.
+        """The parameters that training updates, in groups that are clipped one by one.
 
-        The authors clip all exits' gradients together.
+        Here there is one group of all, since the authors clip all exits' gradients together.
         """
         return [list(self.parameters())]
 

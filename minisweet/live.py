@@ -87,10 +87,10 @@ def _regrouped(
     of_all = {"device": input_ids.device, "dtype": torch.float32}
     logits, confidence = torch.zeros(len(rows), asked.num_labels, **of_all), torch.zeros(len(rows), **of_all)
     labels, exits = torch.zeros_like(input_ids[:, 0]), torch.zeros_like(input_ids[:, 0])
-    states = None  # the hidden states of all (B, T, D), from one exit to the next; finite at padding
+    states = None  # (B, T, D): from one exit to the next, the hidden states of those who stay; finite at padding
     parts = list(asked) if isinstance(asked, MultiModel) else [asked]
     exits_of_parts = [(part, k) for part in parts for k in range(len(part.exit_layers))]
-    for exit_number, (part, k) in enumerate(exits_of_parts, start=first):
+    for exit_number, (part, k) in enumerate(exits_of_parts, start=first):  # in the rule, and k in its model
         if len(rows) == 0:
             break
         groups = rows.split(batch_size)

@@ -1,7 +1,8 @@
 """Files of weights into modules, strictly: one safetensors file, its shards, or a pytorch_model.bin, converted once.
 
-All that is missing, unexpected, of another shape or not finite is listed, and nothing is loaded. Sizes are compared
-with the tensors before anything is built, so that a config.json that asks for a billion layers costs nothing.
+What is missing, unexpected or of another shape is listed, or else what is not finite, and nothing is loaded. Before
+anything is built, the first and the last module's sizes are compared with config.json's (`check_sizes`): one that asks
+for a billion layers costs nothing.
 """
 
 import warnings

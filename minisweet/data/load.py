@@ -70,7 +70,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
     else:
         train, record = _own_train(args, labels, need_labels)
         labels, metric = record["labels"], "accuracy"
-    dev, _ = _read_dev(record)
+    dev, _ = _read_dev(record)  # as evaluate.py will, so that what cannot be read again is found now
     record |= {"dev_digest": digest(dev), "metric": metric if dev.labels else "agreement"}
     record["label_counts"] = train.labels and np.bincount(train.labels, minlength=len(labels)).tolist()
     notes = _notes("train", train, labels) + _notes("validation", dev, labels)
@@ -140,9 +140,8 @@ def _read_dev(record: dict, data: Path | None = None, data_dir: Path | None = No
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: Sequence) -> tuple[list[int], list[int]]:
     """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
 
-    Each class has at least one row on either side, unless all its rows are one text, or texts of rarer classes too:
-    equal `texts` (N,) are on one side, a class of one text in train. Of a class with few and frequent texts,
-    dev's share may be another.
+    Equal `texts` (N,) are on one side. So dev's share of a class with few and frequent texts may be another. Each class
+    has a row on either side, unless it has one text alone, which goes to train, or shares all with rarer classes.
     """
     rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
     which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)
@@ -187,7 +186,7 @@ def _columns(path: Path, text: Names, label: str | None, need_labels: bool) -> t
     usual = [["label"]] if need_labels else [["label"], []]
     columns = find_columns("--text-columns", path, text, TEXT_COLUMNS)
     try:
-        column = next(iter(find_columns("--label-column", path, None if label is None else [label], usual)), None)
+        column = next(iter(find_columns("--label-column", path, label, usual)), None)
     except InputError as error:
         raise InputError(f"{error}, or learn from a --trunk with --targets trunk") from None
     if column in columns:

@@ -118,9 +118,11 @@ def _delimiter(path: Path) -> str | None:
     return DELIMITERS[suffix]
 
 
-def find_columns(option: str, path: Path, named: Sequence[str] | None, usual: Sequence[Sequence[str]]) -> list[str]:
+def find_columns(
+    option: str, path: Path, named: str | Sequence[str] | None, usual: Sequence[Sequence[str]]
+) -> list[str]:
     """The columns `named` by the option, at most two, or the first of the `usual` that are there. Raises InputError."""
-    right = "one" if option == "--label-column" else "one or two"
+    right, named = "one" if option == "--label-column" else "one or two", [named] if isinstance(named, str) else named
     if named and len(named) > 2:
         raise InputError(f"{option}: {','.join(named)}, should be {right}")
     _, row = next(read_rows(path), (1, {}))

@@ -5,8 +5,10 @@ run.json            arguments, versions, device, the training subset's row numbe
 model.safetensors   the fine-tuned weights, encoder and heads
 config.json, tokenizer files   of the model that was fine-tuned; model_type is ours, so that nothing takes it for a BERT
 evaluation.json, logits.safetensors, curve.png   written by evaluate.py
-diverged.json       the only file, where the loss became infinite or NaN: the arguments, and when
+diverged.json       the only file, where the loss became infinite or NaN: the error, with the step, and the arguments
 
+By default a run is runs/<model>-<method>-<task>-seed<k> (`run_name`). It is written in a hidden folder beside,
+and renamed at the end (`written_beside` in base/safe.py); until then a file beside it is locked (`claim_output`).
 Every number that is used is checked where it is read, see records.py. Dimension letter: K exits.
 """
 
@@ -82,7 +84,7 @@ def claim_output(out: Path, overwrite: bool) -> Iterator[None]:
 
 
 def check_output(out: Path, overwrite: bool) -> bool:
-    """Whether something stands at `out` that a run may replace. Raises InputError where a run must not be written."""
+    """Whether a folder stands at `out` that a run may replace. Raises InputError where a run must not be written."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file; name a folder that is new, empty, or a run")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -99,7 +101,8 @@ def save_run(out: Path, model: torch.nn.Module, model_folder: Path, record: dict
     """Write a run folder, whole or not at all, within `claim_output`. InputError as there, and for NaN or infinity."""
     if names := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise InputError(f"--out: {out} is not written, these weights hold NaN or infinity: {listed(names)}")
-    with written_beside(out, overwrite=check_output(out, overwrite)) as folder:
+    may_replace = check_output(out, overwrite)
+    with written_beside(out, overwrite=may_replace) as folder:
         folder.mkdir()
         (folder / WEIGHTS).write_bytes(save(model.state_dict()))
         ours = {"model_type": OURS, "encoder_type": read_config(model_folder).model_type}

@@ -79,8 +79,8 @@ class Checkpoints:
     """The checkpoints of a training by `args`, train.py's options, on `device`.
 
     `record` is what its run.json will tell. `finished` says that the run which --resume asks for is there. Raises
-    InputError where it, or the checkpoints, are of another training, and where checkpoints would be lost: those that
-    are there go only where --resume goes on from them or --overwrite is given, and then when the first one is written.
+    InputError where it, or the checkpoints, are of another training, and where there are checkpoints and neither
+    --resume nor --overwrite is given. With --overwrite they go when the first new one is written.
     """
 
     def __init__(self, args: argparse.Namespace, record: dict, device: torch.device) -> None:
@@ -101,7 +101,7 @@ class Checkpoints:
     def _is_same_run(self, out: Path, overwrite: bool) -> bool:
         """Whether the run at `out` is this training's. Raises InputError where it is not, and may not be replaced."""
         read_record(out)  # a broken one is refused
-        # Of a finished run, versions and device count as the same.
+        # Versions and device, of which `must_stay` tells nothing, may be others than the finished run's.
         changed = changes(self.trained, self.trained | must_stay(read_json(out / "run.json")))
         if changed and not overwrite:
             raise InputError(f"--resume: {out} is finished, but {changed}; name another --out, or pass --overwrite")
@@ -133,7 +133,8 @@ class Checkpoints:
         Returns the losses until there; [] where there is none.
         """
         losses = []
-        for path in sorted(self.folder.glob(f"{stage.replace(' ', '-')}.*.pt"), reverse=True) if self.resume else ():
+        found = self.folder.glob(f"{stage.replace(' ', '-')}.*.pt") if self.resume else ()
+        for path in sorted(found, reverse=True):  # the newest first: names hold nine digits, or "end", which sorts last
             if sha256(path) != path.name.split(".")[-2]:
                 LOG.warning("%s: broken, its SHA-256 is not that in its name; going on from what is before it", path)
                 continue
@@ -163,6 +164,7 @@ class Checkpoints:
     def keep(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
         """Save a checkpoint if it is time, if the stage is over, or if a signal came, which then ends the process."""
         late = time.perf_counter() - self.saved > 60 * self.minutes
+        # Where it is time for one of the processes, or one of them got a signal, all save.
         is_due, number = map(max, zip(*of_all((late or is_over, self.signal)), strict=True))
         if is_due or number:
             content = {
@@ -183,7 +185,7 @@ class Checkpoints:
         """Write a checkpoint, whole or not at all; where that fails, a line says why, and the training goes on."""
         partial = self.folder / "partial"
         steps = [path for path in self.kept if ".end." not in path.name]
-        self.kept = [path for path in self.kept if path not in steps[:-1]]  # older ones make room
+        self.kept = [path for path in self.kept if path not in steps[:-1]]  # the last one stays, beside the new one
         try:
             if not self.kept:
                 self.remove()  # what was there is of another training, or broken
