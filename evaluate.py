@@ -24,8 +24,7 @@ from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
-from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
-from minisweet.data.tasks import Examples, examples_of
+from minisweet.data.rows import TEXT_COLUMNS, Examples, examples_of, find_columns, read_rows, some
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import classification_report, score
@@ -183,6 +182,8 @@ def warnings_of(validation: Validation, names: list[str]) -> list[str]:
     """What a user should know of the exits, and what to try, a line each. `names` are the classes'."""
     layers, predictions, labels = validation.exits.layers, validation.logits.argmax(-1), validation.labels
     support, longer, found = labels.bincount(minlength=len(names)), "train longer (--epochs) or at a higher --lr", []
+    if (predictions[-1] == predictions[-1, 0]).all():  # full depth has learnt nothing, often since it was too fast
+        longer = "train at a lower --lr, with another --seed, or longer (--epochs)"
     if (classes := int((support > 0).sum())) < 2 or len(labels) < 20:
         rows = f"{len(labels)} validation rows of {classes} classes tell little of temperatures and thresholds"
         found.append(f"{rows}: validate on more of them (--dev-data, --dev-size)")

@@ -225,9 +225,9 @@ def trunk_targets(
 
 
 def balanced(examples: TokenizedExamples, C: int) -> TokenizedExamples:
-    """The same examples, each counted N / (C n) in the loss: n of the N are of its class, which is its label.
+    """The same examples, each counted N / (c n) in the loss: n of the N are of its class, and c of the C classes occur.
 
-    Without labels it is the likeliest of the targets (N, C).
+    Its class is its label, or without labels the likeliest of its targets.
     """
     targets = torch.from_numpy(examples.targets)
     targets = F.one_hot(targets, C).float() if targets.ndim == 1 else targets

@@ -1,7 +1,8 @@
 """When to leave, and what it costs: exit decisions, Eq. 1 and the speed-accuracy curve (Sec. 3.3).
 
 An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. An
-exit's confidence is its highest softmax probability, or what it has learned of itself: learning-to-exit (Sec. 5).
+exit's confidence is its highest probability, after temperature scaling, or what it has learned of itself:
+learning-to-exit (Sec. 5).
 
 The sweep needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
 Dimension letters: K exits, N instances, n some of them, C classes.

@@ -445,6 +445,14 @@ def test_evaluate_warns_of_level_exits_and_of_exits_that_disagree():
     assert "30 validation rows of 1 classes" in said([[1] * 30] * 2, [1] * 30)[0]
 
 
+def test_where_full_depth_has_learnt_nothing_no_higher_rate_is_advised():
+    labels = [0, 1, 2] * 20
+    stuck, learnt = said([labels, [1] * 60], labels), said([[1] * 60, labels], labels)
+    assert any("2 never predicts a, c: train at a lower --lr, with another --seed" in line for line in stuck)
+    assert not any("higher --lr" in line for line in stuck)
+    assert any("1 never predicts a, c: train longer (--epochs) or at a higher --lr" in line for line in learnt)
+
+
 def test_evaluation_does_not_depend_on_the_order_of_its_rows(command, tmp_path):
     """The same training twice, validated on the same rows in another order: sorted by label, and alternating."""
     model = write_model(tmp_path / "tiny", "bert")

@@ -53,8 +53,9 @@ def open_weights(folder: Path) -> dict:
 def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> None:
     """Raise InputError unless an encoder's first and last module are there, of width D, before it is built so wide."""
     for name in (f"{first}.weight", f"{last}.weight"):
-        shape = tensors[name].get_shape() if name in tensors else "missing"
-        if len(shape) != 2 or shape[1] != D:
+        if name not in tensors:
+            raise InputError(f"{path}: {name} is missing, and config.json's num_hidden_layers and the like ask for it")
+        if len(shape := tensors[name].get_shape()) != 2 or shape[1] != D:
             raise InputError(f"{path}: {name} is {shape}, should be of hidden_size {D}, as config.json says")
 
 

@@ -14,15 +14,15 @@ import numpy as np
 
 from minisweet.base.commands import Parser, list_of, number, whole_number
 from minisweet.base.safe import InputError, home
-from minisweet.data.rows import TEXT_COLUMNS, find_columns, read_rows, some
-from minisweet.data.tasks import LOOK, TASKS, Examples, Names, examples_of, load_examples, plain
+from minisweet.data.rows import LOOK, TEXT_COLUMNS, Examples, Names, examples_of, find_columns, plain, read_rows, some
+from minisweet.data.tasks import TASKS, load_examples
 
 OF_OWN_DATA = ("dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")  # options
 MANY, NUMBER = 100, re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?", re.I)  # so many numbers are measurements, not classes
 
 
 class ChangedRows(InputError):
-    """A run's validation rows are there, and are not those that it was trained with."""
+    """A run's validation rows are there, and are not those that it was trained with. An export to ONNX must know it."""
 
 
 class Data(NamedTuple):

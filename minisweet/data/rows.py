@@ -1,4 +1,7 @@
-"""Files of rows, in and out: CSV (quotes, line breaks in them), TSV (as CSV, with tabs), JSON lines; also in gzip."""
+"""Files of rows, in and out: CSV (quotes, line breaks in them), TSV (as CSV, with tabs), JSON lines; also in gzip.
+
+`read_rows` gives the rows, `cell` a row's text or label, and `examples_of` makes examples of them.
+"""
 
 import csv
 import gzip
@@ -11,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
+from unicodedata import normalize
 
 from minisweet.base.safe import InputError, check_regular, written_beside
 
@@ -23,6 +28,27 @@ FOREIGN = {  # how the first line of a file begins that is no UTF-8 text
 }
 LONE_CR = "a carriage return alone, and lines should end in \\n or \\r\\n"
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # taken where none are named
+LOOK = "they differ by case, Unicode form or a final .0 alone"
+Names = Sequence[str] | None  # of classes, index = class
+
+
+class Examples(NamedTuple):
+    """N rows: each list has N."""
+
+    first: list[str]
+    second: list[str] | None  # None where there are single sentences
+    labels: list[int] | None  # indices of classes; None where there are no labels
+    difficulties: list[str] | None = None  # of the toy task only
+    lines: list[int] | None = None  # of a file: the line where each row begins, from 1
+    empty: int = 0  # rows without text, which were skipped
+
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """These rows alone."""
+        return Examples(*(None if values is None else [values[row] for row in rows] for values in self[:-1]))
+
+    def texts(self) -> list:
+        """Each row's sentence, or pair of sentences."""
+        return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
 
 
 def decoded(line: bytes, number: int, source: object) -> str:
@@ -150,6 +176,40 @@ def some(names: Sequence[str], most: int = 5) -> str:
     """Names for a message: the first few of many, then the count."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name!r:.40}"[1:-1] for name in names[:most]) + more
+
+
+def examples_of(
+    path: Path, rows: Iterable[tuple[int, dict]], text_columns: Sequence[str], label_column: str | None, labels: Names
+) -> tuple[Examples, list[str]]:
+    """Make examples of a file's rows, which come with their lines; those without text are skipped.
+
+    `labels` are the classes in their order, by default those that occur, sorted; they are returned too. Raises
+    InputError, with the line, for a cell that holds no text or another label.
+    """
+    texts, found, lines, empty = [], [], [], 0
+    for line, row in rows:
+        text = [cell(path, line, row, column) for column in text_columns]
+        if not any(part.strip() for part in text):
+            empty += 1
+            continue
+        if label_column:
+            found.append(cell(path, line, row, label_column, is_label=True))
+            if labels and found[-1] not in labels:
+                like = f" ({LOOK})" if plain(found[-1]) in map(plain, labels) else ""
+                raise InputError(f"{path}, line {line}: label {found[-1]!r:.60}, should be one of {some(labels)}{like}")
+        texts.append(text)
+        lines.append(line)
+    if not texts:
+        raise InputError(f"{path}: no rows with text in {some(text_columns)}")
+    first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(text_columns))
+    numbers = {label: number for number, label in enumerate(labels or sorted(set(found)))}
+    classes = [numbers[label] for label in found] if label_column else None
+    return Examples(first, second, classes, None, lines, empty), list(numbers)
+
+
+def plain(label: str) -> str:
+    """A label without what is easily overlooked."""
+    return normalize("NFKC", label.casefold()).removesuffix(".0")
 
 
 class RowWriter(ExitStack):

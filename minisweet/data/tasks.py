@@ -3,40 +3,17 @@
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-from unicodedata import normalize
 from urllib.request import urlopen
 
 from minisweet.base.safe import LOG, InputError, written_beside
-from minisweet.data.rows import cell, read_lines, some, table
+from minisweet.data.rows import Examples, Names, examples_of, read_lines, some, table
 from minisweet.data.toy import make_toy
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 TIMEOUT = 30  # seconds without an answer or without a further byte
-LOOK = "they differ by case, Unicode form or a final .0 alone"
-Names = Sequence[str] | None  # of classes, index = class
-
-
-class Examples(NamedTuple):
-    """N rows: each list has N."""
-
-    first: list[str]
-    second: list[str] | None  # None where there are single sentences
-    labels: list[int] | None  # indices of classes; None where there are no labels
-    difficulties: list[str] | None = None  # of the toy task only
-    lines: list[int] | None = None  # of a file: the line where each row begins, from 1
-    empty: int = 0  # rows without text, which were skipped
-
-    def take(self, rows: Sequence[int]) -> "Examples":
-        """These rows alone."""
-        return Examples(*(None if values is None else [values[row] for row in rows] for values in self[:-1]))
-
-    def texts(self) -> list:
-        """Each row's sentence, or pair of sentences."""
-        return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
 
 
 class Task(NamedTuple):
@@ -101,40 +78,6 @@ def load_examples(task: str, split: str, data_dir: Path, labels: Names = None, l
         raise InputError(f"task {task}: its labels are {some(own.labels)}, which {some(labels)} lacks")
     order = [labels.index(label) for label in own.labels]
     return examples._replace(labels=[order[label] for label in examples.labels])
-
-
-def examples_of(
-    path: Path, rows: Iterable[tuple[int, dict]], text_columns: Sequence[str], label_column: str | None, labels: Names
-) -> tuple[Examples, list[str]]:
-    """Make examples of a file's rows, which come with their lines; those without text are skipped.
-
-    `labels` are the classes in their order, by default those that occur, sorted; they are returned too. Raises
-    InputError, with the line, for a cell that holds no text or another label.
-    """
-    texts, found, lines, empty = [], [], [], 0
-    for line, row in rows:
-        text = [cell(path, line, row, column) for column in text_columns]
-        if not any(part.strip() for part in text):
-            empty += 1
-            continue
-        if label_column:
-            found.append(cell(path, line, row, label_column, is_label=True))
-            if labels and found[-1] not in labels:
-                like = f" ({LOOK})" if plain(found[-1]) in map(plain, labels) else ""
-                raise InputError(f"{path}, line {line}: label {found[-1]!r:.60}, should be one of {some(labels)}{like}")
-        texts.append(text)
-        lines.append(line)
-    if not texts:
-        raise InputError(f"{path}: no rows with text in {some(text_columns)}")
-    first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(text_columns))
-    numbers = {label: number for number, label in enumerate(labels or sorted(set(found)))}
-    classes = [numbers[label] for label in found] if label_column else None
-    return Examples(first, second, classes, None, lines, empty), list(numbers)
-
-
-def plain(label: str) -> str:
-    """A label without what is easily overlooked."""
-    return normalize("NFKC", label.casefold()).removesuffix(".0")
 
 
 def _read(task: Task, path: Path, labelled: bool = True) -> Examples:

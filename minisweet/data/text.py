@@ -15,7 +15,7 @@ from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer,
 from torch import Tensor
 
 from minisweet.base.safe import InputError, read_json
-from minisweet.data.tasks import Examples
+from minisweet.data.rows import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
@@ -91,7 +91,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T): 1 for tokens, 0 for padding
     token_type_ids: Tensor  # (B, T): 1 in the second sentence
-    targets: Tensor | None = None  # (B,) labels, or (B, C) probabilities in float32
+    targets: Tensor | None = None  # (B,) labels, or (B, C) probabilities in float32, each row times what it counts
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from minisweet.base.commands import Progress
 from minisweet.base.devices import autocast, of_all, place
 from minisweet.base.safe import InputError, sha256, write_json, written_beside
 from minisweet.calibration import expected_calibration_error, fit_rule, negative_log_likelihood
-from minisweet.data.tasks import Examples
+from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.metrics import score
 from minisweet.exits import MultiExitModel, MultiModel

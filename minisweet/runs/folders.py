@@ -1,11 +1,13 @@
 """Run folders: all that made a fine-tuned model, next to the model.
 
-run.json            arguments, versions, device, the training subset's row numbers, the loss of each step and exit, and
-                    the SHA-256 of the files, which `load_run` compares
+run.json            arguments, versions, device, the rows of training and validation, each step's loss at each exit, and
+                    `digests`: the SHA-256 of the files below up to the tokenizer's, which `load_run` compares
 model.safetensors   the fine-tuned weights, encoder and heads
 config.json, tokenizer files   of the model that was fine-tuned; model_type is ours, so that nothing takes it for a BERT
-evaluation.json, logits.safetensors, curve.png   written by evaluate.py
-diverged.json       the only file, where the loss became infinite or NaN: the error, with the step, and the arguments
+evaluation.json, logits.safetensors, curve.png   written by evaluate.py; the first names the run (`run_digest`, compared
+                    in `read_evaluation`) and the second (`logits_digest`, in `load_validation`)
+diverged.json       the only file, where the loss became infinite or NaN: the error, with the step, and the arguments;
+                    written where nothing else is
 
 By default a run is runs/<model>-<method>-<task>-seed<k> (`run_name`). It is written in a hidden folder beside,
 and renamed at the end (`written_beside` in base/safe.py); until then a file beside it is locked (`claim_output`).

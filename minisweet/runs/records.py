@@ -1,4 +1,5 @@
-"""What is read of a run's JSON files: run.json, evaluation.json, diverged.json. Every value that is used is checked.
+"""What is read of a run's JSON files: run.json, evaluation.json, diverged.json. Every value that is used is checked;
+what is for people alone, as each class's F1, is no field here.
 
 Dimension letters: K exits, C classes, P thresholds.
 """

@@ -178,11 +178,12 @@ class Checkpoints:
                 self.write(f"{stage.replace(' ', '-')}.{'end' if is_over else f'{len(losses):09d}'}", content)
             self.saved = time.perf_counter()
         if number:
-            LOG.warning("stopped after %d steps of %s; --resume goes on from %s", len(losses), stage, self.folder)
+            kept = f"--resume goes on from {self.folder}" if self.kept or place().rank else "nothing of it is kept"
+            LOG.warning("stopped after %d steps of %s; %s", len(losses), stage, kept)
             sys.exit(128 + number)
 
     def write(self, name: str, content: dict) -> None:
-        """Write a checkpoint, whole or not at all; where that fails, a line says why, and the training goes on."""
+        """Write a checkpoint, whole or not at all; where that fails, a line says why, and the one before stays."""
         partial = self.folder / "partial"
         steps = [path for path in self.kept if ".end." not in path.name]
         self.kept = [path for path in self.kept if path not in steps[:-1]]  # the last one stays, beside the new one
@@ -201,7 +202,7 @@ class Checkpoints:
         except (OSError, RuntimeError, InputError) as error:  # of a full disk torch may raise either
             with suppress(OSError):
                 partial.unlink()
-            LOG.warning("%s: cannot be written (%s); the training goes on", partial, error)
+            LOG.warning("%s: cannot be written (%s)%s", partial, error, "; the training goes on" * (not self.signal))
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from minisweet.base.commands import Parser, positive_float, whole_number
 from minisweet.base.safe import InputError
 from minisweet.branches import METHODS
 from minisweet.data.load import OF_OWN_DATA, add_data_options, data_name, digest, drawn_rows, load_data
-from minisweet.data.tasks import Examples
+from minisweet.data.rows import Examples
 from minisweet.data.text import load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.runs import options

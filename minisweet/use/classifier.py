@@ -13,7 +13,7 @@ from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
 from minisweet.base.safe import LOG, InputError, as_written, is_text
-from minisweet.data.tasks import Examples
+from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, wish_of
 from minisweet.evaluation.sweep import load_validation

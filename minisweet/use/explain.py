@@ -21,7 +21,7 @@ from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import autocast
 from minisweet.base.safe import InputError, check_file, one_line, written_beside
 from minisweet.data.load import load_dev
-from minisweet.data.tasks import Examples
+from minisweet.data.rows import Examples
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.live import Answers
