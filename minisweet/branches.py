@@ -44,7 +44,7 @@ class BranchModel(MultiExitModel):
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """As `MultiExitModel.exit_by_exit`. From exit to exit the trunk runs, first with its own layer at the exit."""
+        """As `MultiExitModel.exit_by_exit`, but each stretch of the trunk starts with its layer at the last exit."""
         with torch.no_grad():
             hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
             context = self.encoder.context(attention_mask)

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minisweet.base.safe import LOG, InputError, is_text, listed, read_json
-from minisweet.base.weights import INDEX, WEIGHTS, Names, check_sizes, filled, open_weights
+from minisweet.base.weights import INDEX, WEIGHTS, Sources, check_sizes, filled, open_weights
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
@@ -37,8 +37,11 @@ MODULES = {
 DEBERTA_PARAMETERS = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
 
 
-def checkpoint_names(num_layers: int) -> Names:
-    """The parameters of both encoders to their names, without "bert." or "deberta."; `filled` knows which must be."""
+def checkpoint_names(num_layers: int) -> Sources:
+    """The parameters of both encoders to their names, without "bert." or "deberta."; several are concatenated.
+
+    `filled` takes those that the encoder has.
+    """
     names = {"relative_table.weight": ("encoder.rel_embeddings.weight",)}
     for table in ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"):
         names[table] = (f"embeddings.{table}",)
@@ -99,7 +102,7 @@ def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[
 
     Returns the encoder as `load_encoder` does, the classifier's weight (C, D) and bias (C,), and the labels in the
     order of the classes: id2label's, or LABEL_0, LABEL_1, ... Raises InputError as `load_encoder`, and for regression,
-    several labels at once, and heads of other tasks.
+    several labels at once, heads of other tasks, and one without a pooler.
     """
     path, content = folder / "config.json", read_json(folder / "config.json")
     made, kind = content.get("architectures") or ["ForSequenceClassification"], content.get("problem_type")

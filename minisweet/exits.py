@@ -46,7 +46,7 @@ class ExitHead(nn.Module):
 
     BERT's pooler ends in tanh and has no dropout before it; DeBERTa's context pooler ends in gelu. Either starts from
     the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa. Other weights
-    are drawn from a normal distribution.
+    are drawn from a normal distribution, and biases are 0.
 
     For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
     classifier learns to tell whether the classifier is right. Its loss flows back as far as the exit's other loss does.
@@ -68,7 +68,7 @@ class ExitHead(nn.Module):
             with torch.no_grad():
                 self.pooler.weight.copy_(encoder.pooler_start[0])
                 self.pooler.bias.copy_(encoder.pooler_start[1])
-        self.lte = nn.Linear(D, 1, **of_encoder) if exit_strategy == "lte" else None
+        self.lte = nn.Linear(D, 1, **of_encoder) if exit_strategy == "lte" else None  # as torch draws it
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states (B, T, D), of which the first token is read, to logits (B, C) and certainty (B,), or None."""

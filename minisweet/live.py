@@ -90,7 +90,7 @@ def _regrouped(
     states = None  # (B, T, D): from one exit to the next, the hidden states of those who stay; finite at padding
     parts = list(asked) if isinstance(asked, MultiModel) else [asked]
     exits_of_parts = [(part, k) for part in parts for k in range(len(part.exit_layers))]
-    for exit_number, (part, k) in enumerate(exits_of_parts, start=first):  # in the rule, and k in its model
+    for exit_number, (part, k) in enumerate(exits_of_parts, start=first):  # of all, and k of its model's
         if len(rows) == 0:
             break
         groups = rows.split(batch_size)

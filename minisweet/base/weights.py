@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from minisweet.base.safe import InputError, check_regular, is_text, listed, one_line, read_json, written_beside
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-Names = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
+Sources = dict[str, tuple[str, ...]]  # a parameter of ours to those it is joined of, along the first dimension
 
 
 def open_weights(folder: Path) -> dict:
@@ -60,7 +60,7 @@ def check_sizes(path: Path, tensors: Mapping, first: str, last: str, D: int) -> 
 
 
 def filled(
-    path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Names, others: dict, dropped: tuple = ()
+    path: Path, tensors: Mapping, make: Callable[[], nn.Module], names: Sources, others: dict, dropped: tuple = ()
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """What `make` makes, filled with tensors in float32, and `others`. Raises InputError with all wrong names and
     shapes, or else with all tensors that are not finite.

@@ -169,7 +169,7 @@ def class_weights(label_counts: Sequence[int]) -> list[float]:
 
 
 def drawn_rows(examples: Examples, size: int | None, seed: int) -> np.ndarray:
-    """The numbers, sorted, of `size` rows, or of all: the seed's alone. Of one seed, 500 rows are among its 6,000."""
+    """The numbers, sorted, of `size` rows, or of all: by --seed alone. Of one seed, 500 rows are among its 6,000."""
     return np.sort(np.random.default_rng(seed).permutation(len(examples.first))[:size])
 
 

@@ -122,7 +122,7 @@ class TokenizedExamples:
         for text in texts:
             sentences = list(islice(encodings, len(text)))
             room = tokenizer.truncation["max_length"] - tokenizer.num_special_tokens_to_add(len(text) == 2)
-            lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]
+            lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]  # uncut
             self.cut += sum(lengths) > room
             kept = longest_first(*lengths, room) if len(text) == 2 else [room]
             parts = [[*sentence.ids[:n], end] for sentence, n in zip(sentences, kept, strict=True)]
@@ -159,7 +159,7 @@ class TokenizedExamples:
         return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """One epoch of training: every example once, in random batches, each of similar length within its pool."""
+        """One epoch of training: every example once, in random batches, each of similar length within 50 batches."""
         rng = np.random.default_rng((seed, epoch))
         order = rng.permutation(len(self))
         pools = np.split(order, range(POOL * batch_size, len(order), POOL * batch_size))

@@ -9,7 +9,7 @@ evaluation.json, logits.safetensors, curve.png   written by evaluate.py; the fir
 diverged.json       the only file, where the loss became infinite or NaN: the error, with the step, and the arguments;
                     written where nothing else is
 
-By default a run is runs/<model>-<method>-<task>-seed<k> (`run_name`). It is written in a hidden folder beside,
+By default a run is runs/<model>-<method>-<task>-seed<k>, see `run_name`. It is written in a hidden folder beside,
 and renamed at the end (`written_beside` in base/safe.py); until then a file beside it is locked (`claim_output`).
 Every number that is used is checked where it is read, see records.py. Dimension letter: K exits.
 """

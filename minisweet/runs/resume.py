@@ -7,7 +7,8 @@ Until a run is saved, they stand beside its folder NAME in the hidden folder .NA
     trained.json           what they must be resumed with: options and exit layers, labels, digests of the model and the
                            data, versions, device, precision, number of processes; and which machine it was
 
-The number of steps says where in the data a training stands, since the seed alone sets the order of the examples. The
+One is written every `--save-every` minutes, at the end of a stage, and when a signal comes. The number of steps says
+where in the data a training stands, since the seed alone sets the order of the examples: train.py skips as many. The
 weights are then those of a training that never stopped, to the last bit where the processor and its threads are the
 same; trained.json tells which they were.
 """
