@@ -10,7 +10,7 @@ Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D 
 L layers, K exits, C classes, N instances.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from itertools import islice
 
 import torch
@@ -33,7 +33,7 @@ def float32_by_onednn() -> bool:
     return onednn is not None and onednn.fp32_precision == "bf16"
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(nn.Module, ABC):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, residual sum and LayerNorm.
 
     BERT's and DeBERTa's own layers say what attention is: `attend` for all tokens; `projections` and `cls_scores`
@@ -112,7 +112,7 @@ class TransformerLayer(nn.Module):
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
 
 
-class TransformerEncoder(nn.Module):
+class TransformerEncoder(nn.Module, ABC):
     """What both encoders do with their embeddings and layers. The contract, for all that stands above them:
 
     hidden = encoder.embed(input_ids, token_type_ids)             -> (B, T, D), which enters layer 1

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from minisweet import MultiExitModel, bert, load_encoder
 from minisweet.bert import attention, fused_is_faster
 from minisweet.deberta import skew
-from minisweet.layers import Dropout, padding_bias
+from minisweet.layers import Dropout, TransformerLayer, padding_bias
 from tests.conftest import CHECKOUT, CONFIGS, exit_model, random_batch, tiny_encoder
 from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
 from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
@@ -253,6 +253,15 @@ def test_an_exits_cls_goes_on_with_the_dropout_that_the_exit_saw(model_type):
         cls = model.cls_at_exit(0, hidden, context)
         after, _ = model.cross_exit(0, hidden, context, cls)
         assert torch.equal(after[:, :1], cls)
+
+
+def test_a_layer_of_another_encoder_that_lacks_a_part_is_refused_by_its_name():
+    class Layer(TransformerLayer):
+        attend = bert.BertLayer.attend
+        projections = bert.BertLayer.projections
+
+    with pytest.raises(TypeError, match="Layer.*cls_scores"):
+        Layer(tiny_encoder("bert").config)
 
 
 def test_config_is_honoured():
