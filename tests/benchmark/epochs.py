@@ -8,7 +8,7 @@ classes), and Debian's package descriptions with their section (twelve uneven cl
 training file are held out, and 300, 1,200 and 5,000 others are trained on, at train.py's defaults but for the epochs:
 as many as make so many steps, at least two. `--on-trunk` trains branches alone, from texts without labels, on a trunk
 that 5,000 further rows made (`--tasks sst2,qqp`). A run that is there is not made again, and several processes may
-share FOLDER.
+share FOLDER. The table is of the runs that are there; ° says that not all seeds are.
 """
 
 import argparse
@@ -121,9 +121,12 @@ def main() -> None:
                 found = read_json(path)
                 scores.setdefault(task, []).append([found["exit_scores"][-1], found["area"]])
         means = [np.mean(scores[task], axis=0) if task in scores else None for task in args.tasks]
+        is_part = [len(scores.get(task, ())) < len(args.seeds) for task in args.tasks]
+        if all(mean is not None for mean in means):
+            means, is_part = [*means, np.mean(means, axis=0)], [*is_part, any(is_part)]
         cells = ["" if mean is None else f"{mean[0]:.1f}, {mean[1]:.1f}" for mean in means]
-        there = [mean for mean in means if mean is not None]
-        cells.append("{:.1f}, {:.1f}".format(*np.mean(there, axis=0)) if len(there) == len(means) else "")
+        cells = [cell + "°" * bool(cell and part) for cell, part in zip(cells, is_part, strict=True)]
+        cells += [""] * (len(args.tasks) + 1 - len(cells))
         print(f"| {size:,} | {steps:,} ({epochs} epochs) | {' | '.join(cells)} |", flush=True)
 
 
