@@ -7,6 +7,7 @@ import pytest
 import train
 from minisweet.branches import METHODS
 from minisweet.runs.options import (
+    EPOCHS,
     STEPS,
     default_batch_size,
     default_learning_rate,
@@ -65,11 +66,11 @@ def test_every_method_has_a_rate_and_branches_have_the_trunks(model, rates):
 
 @pytest.mark.parametrize("examples", [1, 15, 16, 17, 300, 1200, 5000, 10**6])
 @pytest.mark.parametrize("batch_size", [1, 8, 16])
-def test_epochs_make_the_steps_and_none_more_and_are_two_at_least(examples, batch_size):
+def test_epochs_make_the_steps_and_none_more_and_are_three_at_least(examples, batch_size):
     epochs, per_epoch = epochs_of(STEPS, examples, batch_size), -(-examples // batch_size)
-    assert epochs >= 2
+    assert epochs >= EPOCHS == 3
     assert epochs * per_epoch >= STEPS
-    assert epochs == 2 or (epochs - 1) * per_epoch < STEPS
+    assert epochs == 3 or (epochs - 1) * per_epoch < STEPS
 
 
 @pytest.mark.parametrize("model_type", ["bert"])
@@ -81,7 +82,7 @@ def test_the_first_line_says_what_is_trained_and_why(command, model_dir, tmp_pat
     cases = {
         (): f"method sweet (the paper's), {rate}, 2 epochs of 3 steps of 16 examples (the paper's)",
         (*own,): f"method branch (for your own text), {rate}, 5 epochs of 2 steps of 16 examples (to make 9 steps, at "
-        "least 2 epochs)",
+        "least 3 epochs)",
         (*own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee (as given), learning rate 0.001 (as "
         "given), 1 epoch of 2 steps of 16 examples (as given)",
     }

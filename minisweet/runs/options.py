@@ -21,7 +21,7 @@ TABLE_2 = {
     ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
     ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
 }
-STEPS = 300  # that a training on own text takes at least
+STEPS, EPOCHS = 300, 3  # that a training on own text takes at least
 SMALL = 512  # the hidden size up to which a model wants larger rates, as MiniLM's 384 does
 
 
@@ -47,10 +47,10 @@ def default_learning_rate(config: Config, task: str | None, method: str, on_trun
     return rates["mm" if method == "branch" else method][TABLE_2_TASKS.index(task)] / 1e5
 
 
-def epochs_of(steps: int, examples: int, batch_size: int) -> int:
-    """As many epochs as make so many steps, at least two (.github/results/epochs.md)."""
+def epochs_of(steps: int, examples: int, batch_size: int, least: int = EPOCHS) -> int:
+    """As many epochs as make so many steps, and at least so many (.github/results/epochs.md)."""
     steps_of_one = ceil(examples / batch_size)
-    return max(2, ceil(steps / steps_of_one))
+    return max(least, ceil(steps / steps_of_one))
 
 
 def search_rates(config: Config) -> list[float]:

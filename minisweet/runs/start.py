@@ -106,7 +106,8 @@ def find_start(args: argparse.Namespace) -> Start:
     record |= {"depth": depth, "device": name, "precision": str(precision or torch.float32)}
     rate = args.why.get("lr", f"for {config.model_type}, {depth} layers of {config.hidden_size}")
     epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
-    why = args.why.get("epochs", f"to make {options.STEPS} steps, at least 2 epochs" if args.data else "the paper's")
+    by_size = f"to make {options.STEPS} steps, at least {options.EPOCHS} epochs"
+    why = args.why.get("epochs", by_size if args.data else "the paper's")
     notes = [
         f"method {args.method} ({args.why['method']}), learning rate {args.lr:g} ({rate}), {epochs} of "
         f"{-(-len(subset) // size)} steps of {size} examples ({why})",

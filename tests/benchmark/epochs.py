@@ -6,9 +6,9 @@
 Four tasks of own text, as train.py's --data reads them: SST-2 (single texts), QQP and MNLI (pairs, two and three
 classes), and Debian's package descriptions with their section (twelve uneven classes). Of each, 1,000 rows of the
 training file are held out, and 300, 1,200 and 5,000 others are trained on, at train.py's defaults but for the epochs:
-as many as make so many steps, at least two. `--on-trunk` trains branches alone, from texts without labels, on a trunk
-that 5,000 further rows made (`--tasks sst2,qqp`). A run that is there is not made again, and several processes may
-share FOLDER. The table is of the runs that are there; ° says that not all seeds are.
+here as many as make so many steps, at least two. `--on-trunk` trains branches alone, from texts without labels, on a
+trunk that 5,000 further rows made (`--tasks sst2,qqp`). A run that is there is not made again, and several processes
+may share FOLDER. The table is of the runs that are there; ° says that not all seeds are.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def main() -> None:
     print("|---" * (3 + len(args.tasks)) + "|")
     for size, steps in product(args.sizes, args.steps):
         scores = {}
-        epochs = epochs_of(steps, size, BATCH_SIZE)
+        epochs = epochs_of(steps, size, BATCH_SIZE, least=2)
         for task, seed in product(args.tasks, args.seeds):
             own = ["--dev-data", str(args.out / f"{task}-held.csv"), "--seed", str(seed)]
             name, options = f"{task}-{size}-e{epochs}-{seed}", own
