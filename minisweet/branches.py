@@ -113,7 +113,8 @@ def add_exits(
     `grow_branches`. The trunk's weights are taken over, not copied. Raises ValueError as `grow_branches` does.
     """
     model = MultiExitModel(_encoder_to_grow(trunk, exit_layers), exit_layers, trunk.num_labels, method, exit_strategy)
-    head, head.lte = trunk.heads[0], model.heads[-1].lte
+    head = trunk.heads[0]
+    head.lte = model.heads[-1].lte
     model.heads[-1] = head
     return model.train(trunk.training)
 

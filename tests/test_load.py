@@ -24,8 +24,8 @@ from minisweet.data.load import (
     load_dev,
     stratified_split,
 )
-from minisweet.data.rows import TEXT_COLUMNS, RowWriter, find_columns, read_rows
-from minisweet.data.tasks import Examples, examples_of, load_examples
+from minisweet.data.rows import TEXT_COLUMNS, Examples, RowWriter, examples_of, find_columns, read_rows
+from minisweet.data.tasks import load_examples
 from minisweet.data.text import load_tokenizer
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c", "caf\u00e9 \u2028 \\", " "]  # the last is empty

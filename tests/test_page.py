@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minisweet.adaptive import Exits
-from minisweet.data.tasks import Examples
+from minisweet.data.rows import Examples
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, draw_keys
 from minisweet.use.explain import TEMPLATE, write_page

@@ -290,6 +290,8 @@ def test_a_full_disk(command, monkeypatch):
     status, _, err = command("--out", "a", "--save-every", "1e-9")  # the training goes on
     assert (status, err.count(f"{STOPPED}/partial: cannot be written")) == (0, STEPS)
     assert result("a") == result("whole")
+    status, _, err = command("--out", "b", "--save-every", "1e-9", signals={3: TERM})
+    assert (status, "nothing of it is kept" in err, "--resume goes on from" in err) == (143, True, False)
     room = Path(".c.checkpoint")  # for two checkpoints: the older one gives way
     monkeypatch.setattr(torch, "save", lambda *of: (save if len(list(room.glob("*.pt"))) < 2 else full)(*of))
     assert command("--out", "c", "--save-every", "1e-9", signals={3: TERM})[0] == 143

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from minisweet.base.safe import InputError
 from minisweet.data import tasks
-from minisweet.data.tasks import TASKS, Examples, load_examples
+from minisweet.data.rows import Examples
+from minisweet.data.tasks import TASKS, load_examples
 from minisweet.evaluation.metrics import classification_report, score
 
 GLUE = Path(__file__).resolve().parents[2] / "shared" / "glue"

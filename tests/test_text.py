@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.base.safe import InputError
-from minisweet.data.tasks import Examples
+from minisweet.data.rows import Examples
 from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer
 from tests.conftest import CHECKOUT, WORDS
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOG = logging.getLogger("minisweet")  # for notices; results are printed
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
+PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")  # and the target's name in it
 
 
 class InputError(ValueError):

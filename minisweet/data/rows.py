@@ -148,7 +148,8 @@ def find_columns(
     option: str, path: Path, named: str | Sequence[str] | None, usual: Sequence[Sequence[str]]
 ) -> list[str]:
     """The columns `named` by the option, at most two, or the first of the `usual` that are there. Raises InputError."""
-    right, named = "one" if option == "--label-column" else "one or two", [named] if isinstance(named, str) else named
+    right = "one" if option == "--label-column" else "one or two"
+    named = [named] if isinstance(named, str) else named
     if named and len(named) > 2:
         raise InputError(f"{option}: {','.join(named)}, should be {right}")
     _, row = next(read_rows(path), (1, {}))

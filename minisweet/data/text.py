@@ -159,7 +159,7 @@ class TokenizedExamples:
         return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """One epoch of training: every example once, in random batches, each of similar length within 50 batches."""
+        """One epoch of training: every example once, in random batches, each of similar length within POOL batches."""
         rng = np.random.default_rng((seed, epoch))
         order = rng.permutation(len(self))
         pools = np.split(order, range(POOL * batch_size, len(order), POOL * batch_size))

@@ -263,8 +263,8 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run folder under `runs` that was written last. Raises InputError where there is none."""
     for folder in runs.glob(".*.partial"):  # a run that a killed training was replacing is put back first
-        if safe.PARTIAL.fullmatch(folder.name):
-            safe.clear_leftovers(folder.with_name(folder.name[1:].rsplit(".", 2)[0]))
+        if match := safe.PARTIAL.fullmatch(folder.name):
+            safe.clear_leftovers(folder.with_name(match[1]))
     records = [path for path in runs.glob("[!.]*/run.json") if path.is_file()]  # a dot: of a half-written run
     if not records:
         raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")

@@ -118,15 +118,14 @@ def main() -> None:
                 data = str(args.out / f"{task}-{size}-{seed}.csv")
                 make(args, name, "--data", data, *options, "--epochs", str(epochs))
             if (path := args.out / name / "evaluation.json").exists():
-                found = read_json(path)
-                scores.setdefault(task, []).append([found["exit_scores"][-1], found["area"]])
-        means = [np.mean(scores[task], axis=0) if task in scores else None for task in args.tasks]
-        is_part = [len(scores.get(task, ())) < len(args.seeds) for task in args.tasks]
-        if all(mean is not None for mean in means):
-            means, is_part = [*means, np.mean(means, axis=0)], [*is_part, any(is_part)]
-        cells = ["" if mean is None else f"{mean[0]:.1f}, {mean[1]:.1f}" for mean in means]
-        cells = [cell + "°" * bool(cell and part) for cell, part in zip(cells, is_part, strict=True)]
-        cells += [""] * (len(args.tasks) + 1 - len(cells))
+                evaluation = read_json(path)
+                scores.setdefault(task, []).append([evaluation["exit_scores"][-1], evaluation["area"]])
+        found = [scores.get(task, []) for task in args.tasks]
+        means = [np.mean(runs, axis=0) if runs else None for runs in found]
+        is_part = [len(runs) < len(args.seeds) for runs in found]
+        whole = np.mean(means, axis=0) if all(found) else None
+        pairs = zip([*means, whole], [*is_part, any(is_part)], strict=True)
+        cells = ["" if mean is None else "{:.1f}, {:.1f}".format(*mean) + "°" * part for mean, part in pairs]
         print(f"| {size:,} | {steps:,} ({epochs} epochs) | {' | '.join(cells)} |", flush=True)
 
 
