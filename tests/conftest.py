@@ -184,4 +184,5 @@ def command(monkeypatch, capsys, tmp_path):
 
 def quick(model, *arguments) -> list:
     """train.py's arguments for a run in no time."""
-    return ["--model", model, "--train-size", 48, "--exit-layers", "1,2,4", "--max-length", 32, *arguments]
+    sizes = ["--train-size", 48, "--epochs", 2, "--exit-layers", "1,2,4", "--max-length", 32]
+    return ["--model", model, *sizes, *arguments]

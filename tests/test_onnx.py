@@ -18,7 +18,7 @@ from minisweet.adaptive import ExitRule, spaced_thresholds
 from minisweet.live import early_exit
 from minisweet.runs.folders import load_run
 from minisweet.use import export
-from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, exit_model, quick, random_batch, write_model
+from tests.conftest import CHECKOUT, exit_model, quick, random_batch, write_model
 from tests.test_use import call
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -28,7 +28,6 @@ import onnxruntime  # noqa: E402
 
 from minisweet.use import onnx  # noqa: E402
 
-METHODS = ["branch", *(pytest.param(method, marks=pytest.mark.slow) for method in ("sweet", "ee"))]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TEXTS = ["the film was superb", ("a dull film", "you and i"), "", "not bad , it is great", "bad " * 60]
 
@@ -48,8 +47,9 @@ def asked(session, batch, threshold=None) -> tuple[np.ndarray, ...]:
     return session.run(None, inputs)
 
 
-@DEBERTA_IS_SLOW
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["bert", "deberta"])
+@pytest.mark.parametrize("method", ["branch", "sweet", "ee"])
 def test_answers_are_the_models(tmp_path, model_type, method):
     """At eleven thresholds and beyond, alone and in padded batches, where all leave at once and where nobody does."""
     encoder = load_encoder(write_model(tmp_path, model_type, num_hidden_layers=3))

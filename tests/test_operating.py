@@ -41,7 +41,7 @@ def random_validation(seed: int, K: int, N: int, C: int, method: str = "sweet", 
     return Validation(logits, certainty, labels, draw_keys([f"text {n}" for n in range(N)]), metric, exits)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     K=st.integers(1, 4),

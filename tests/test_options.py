@@ -15,7 +15,6 @@ from minisweet.runs.options import (
     exit_layers_for,
     search_rates,
 )
-from tests.conftest import quick
 
 
 def test_every_depth_has_exit_layers():
@@ -78,6 +77,7 @@ def test_the_first_line_says_what_is_trained_and_why(command, model_dir, tmp_pat
     monkeypatch.setattr("minisweet.runs.options.STEPS", 9)
     rows = "".join(f"text number {n},{'ab'[n % 2]}\n" for n in range(40))
     (tmp_path / "own.csv").write_text("text,label\n" + rows)
+    common = ["--model", model_dir, "--exit-layers", "1,4", "--max-length", 32, "--train-size", 48, "--out", "run"]
     own, rate = ["--data", "own.csv", "--train-size", 32], "learning rate 0.0002 (for bert, 4 layers of 16)"
     cases = {
         (): f"method sweet (the paper's), {rate}, 2 epochs of 3 steps of 16 examples (the paper's)",
@@ -87,5 +87,5 @@ def test_the_first_line_says_what_is_trained_and_why(command, model_dir, tmp_pat
         "given), 1 epoch of 2 steps of 16 examples (as given)",
     }
     for options, expected in cases.items():
-        status, out, _ = command(train, *quick(model_dir, "--overwrite", "--out", "run", *options))
+        status, out, _ = command(train, *common, *options, "--overwrite")
         assert (status, out.splitlines()[0]) == (0, expected)
