@@ -1,6 +1,7 @@
 """What several tests use: tiny models in the Hugging Face layout, with random weights."""
 
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +32,11 @@ def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confi
 
 
 def pytest_configure(config) -> None:
-    """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine."""
+    """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine. Nor is the disk
+    waited for: no test cuts the power.
+    """
     torch.set_num_threads(1)
+    os.fsync = lambda held: None
 
 
 @pytest.fixture(autouse=True)
@@ -152,15 +156,20 @@ def model_dir(tmp_path, model_type) -> Path:
     return write_model(tmp_path / "tiny", model_type)
 
 
+def draw_quickly(monkeypatch) -> None:
+    """A figure is made, but its file is no whole PNG."""
+    with suppress(ImportError):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
+
+
 def be_quick(monkeypatch) -> None:
     """Give commands less to do: the toy task has 400 rows to train on and 200 to validate on, live early exit times 10
-    of them alone, and a figure is drawn, but its file is no whole PNG.
+    of them alone, and figures are drawn quickly.
     """
+    draw_quickly(monkeypatch)
     monkeypatch.setitem(toy.SIZES, "train", 400)
     monkeypatch.setitem(toy.SIZES, "dev", 200)
     monkeypatch.setattr(timing, "LATENCY_INSTANCES", 10)
-    with suppress(ImportError):
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ for module in pkgutil.walk_packages(minisweet.__path__, "minisweet."):
 """
 
 
+@pytest.mark.slow
 def test_nothing_needs_what_windows_lacks(tmp_path):
     """All modules are imported, and a run is trained and evaluated, without fcntl, SIGHUP, fork and the C library."""
     model = write_model(tmp_path / "tiny", "bert")

@@ -127,6 +127,7 @@ def exported_once(monkeypatch, kept={}):  # noqa: B006  kept from test to test
     monkeypatch.setattr(onnx, "flat_graph", flat_graph)
 
 
+@pytest.mark.slow
 def test_command_writes_all_that_a_deployment_needs(run, tmp_path, exported_once):
     file, evaluation = tmp_path / "a.onnx", json.loads((run / "evaluation.json").read_text())
     status, out, err = call(export, run, "--onnx", file)
@@ -154,6 +155,7 @@ def test_command_writes_all_that_a_deployment_needs(run, tmp_path, exported_once
         assert (answer.confidence, answer.exit_layer) == (pytest.approx(confidence, abs=1e-5), layer)
 
 
+@pytest.mark.slow
 def test_int8_says_what_it_costs(run, tmp_path, exported_once):
     assert call(export, run, "--onnx", tmp_path / "b.onnx")[0] == 0
     status, out, _ = call(export, run, "--onnx", tmp_path / "a.onnx", "--int8")
@@ -181,6 +183,7 @@ def test_exits_and_calibration_of_the_evaluation(make_run, tmp_path):
     assert json.loads(session.get_modelmeta().custom_metadata_map["exit_layers"]) == [2, 3]
 
 
+@pytest.mark.slow
 def test_answers_that_are_not_the_models_leave_no_file(run, tmp_path, monkeypatch, exported_once):
     answers = onnx.answers_of_file
     monkeypatch.setattr(onnx, "answers_of_file", lambda *arguments: 1 - answers(*arguments).clamp(max=1))
@@ -190,6 +193,7 @@ def test_answers_that_are_not_the_models_leave_no_file(run, tmp_path, monkeypatc
     assert call(export, run, "--onnx", tmp_path / "a.onnx", "--int8")[0] == 0  # where they may differ
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_at_hand(tmp_path, exported_once):
     """Nothing is checked where the user's file is gone; --data names it where it moved."""
     rows = [f"{'good' if n % 2 else 'bad'} film {n},{n % 2}" for n in range(60)]
@@ -236,6 +240,7 @@ def test_refusals(make_run, run, tmp_path, monkeypatch):
     assert (tmp_path / "there.onnx").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_python_of_the_readme(run, tmp_path, exported_once):
     """Run as it stands there, where neither torch nor minisweet can be imported."""
     assert call(export, run, "--onnx", tmp_path / "reviews.onnx")[0] == 0

@@ -118,7 +118,10 @@ def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
         draw_curve(tmp_path / "curve.png", an_evaluation())
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no-such-backend"])
+INLINE = pytest.param("module://matplotlib_inline.backend_inline", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("backend", [INLINE, "no-such-backend"])
 def test_the_backend_of_a_notebook_or_a_window_has_no_say(tmp_path, backend):
     """In a process of its own, since matplotlib reads the environment once."""
     code = "import sys, pathlib; from types import SimpleNamespace as namespace; "

@@ -33,7 +33,7 @@ from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation import sweep
 from minisweet.runs.folders import load_run, read_evaluation, read_record
 from minisweet.use import explain, export, predict
-from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, exit_model, random_batch, tiny_encoder, write_model
+from tests.conftest import CHECKOUT, DEBERTA_IS_SLOW, draw_quickly, exit_model, random_batch, tiny_encoder, write_model
 
 TEXTS = ["the film was superb", ("a dull film", "you and i"), "", "not bad , it is great", ("the film", "")]
 
@@ -45,6 +45,7 @@ def call(module, *arguments) -> tuple[int, str, str]:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
+        draw_quickly(patch)
         status = 0
         try:
             run_command(module.main)
