@@ -190,7 +190,8 @@ def warnings_of(validation: Validation, names: list[str]) -> list[str]:
     scores = score(predictions.numpy(), labels.numpy(), validation.metric)
     if len(layers) > 1 and max(scores) - scores[0] <= 1.0:
         level = f"early exit gains nothing, the first {layers[0]} of the layers alone would be as good a model"
-        found.append(f"the exits are level, so {level}: {longer}, or with --method branch")
+        branches = ", or with --method branch" * (validation.exits.method != "branch")
+        found.append(f"the exits are level, so {level}: {longer}{branches}")
     for n, said in zip(layers, predictions, strict=True):
         counts, agrees = said.bincount(minlength=len(names)), 100 * float((said == predictions[-1]).double().mean())
         if never := [name for name, there, count in zip(names, support, counts, strict=True) if there and not count]:
@@ -213,6 +214,10 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
     columns = find_columns("--text-columns", args.test, args.text_columns, usual)
     usual = [[record.label_column or "label"], ["label"]]
     (column,) = find_columns("--label-column", args.test, args.label_column, usual)
+    if trained and len(columns) != len(trained):
+        raise InputError(f"--text-columns: {','.join(columns)}, should be {len(trained)}, as in training")
+    if column in columns:
+        raise InputError(f"--text-columns: {','.join(columns)}, should not be the label column, {column!r:.60}")
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     promised = record.metric != "agreement"  # which was measured without labels, and promises nothing of them
     metric, point = record.metric if promised else "accuracy", evaluation.operating_point
@@ -221,6 +226,8 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
     found = stated(rule, said, point.threshold)
     changed = stated(rule, said._replace(labels=full_depth, metric="agreement"), point.threshold)["loss"]
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}\n")
+    if rows.empty:
+        print(f"test: empty texts, skipped: {rows.empty:,}\n")
     print(f"{'':<24}{'here':>8}   as promised by {evaluation.examples:,} validation rows, and 95% interval")
     names = {"score": metric, "macro_f1": "macro F1", "full_depth_score": "full depth", "loss": "points lost"}
     for key, name in (names | {"speedup_ratio": "share of the layers"}).items():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
+from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule
 from minisweet.branches import METHODS, add_exits, slice_trunk
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel, build_alone
@@ -138,6 +139,16 @@ def test_with_one_exit_alone_every_method_is_the_plain_model(command, tmp_path, 
     with torch.no_grad():
         ours, plain = (load_run(tmp_path / name)[0](*random_batch()) for name in (method, "sweet"))
     assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_exit_alone_that_would_learn_to_exit(command, tmp_path, method):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *short("--model", model, "--method", method, "--exit-strategy", "lte", "--out", "a"))[0] == 0
+    for options in (["--use-exits", 4], ["--use-exits", 4, "--speed", 1], ["--use-exits", 4, "--max-change", 5]):
+        status, out, err = command(evaluate, "a", *options)
+        assert (status, "not drawn" in out) == (0, False), err
+        assert [answer.exit_layer for answer in EarlyExitClassifier("a", max_loss=1)(["a film", "bad"])] == [4, 4]
 
 
 def test_the_branches_rate_is_the_factor_times_the_trunks(command, tmp_path, monkeypatch):

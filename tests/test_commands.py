@@ -400,6 +400,8 @@ def test_texts_that_are_cut_are_counted(command, tmp_path):
     status, out, err = command(train, *quick(model), *own)
     assert (status, "\ntrain: cut to 8 tokens: 1\n" in out) == (0, True), err
     assert command(evaluate)[1].startswith("validation: cut to 8 tokens: 1\n")
+    status, _, err = command(evaluate, "--test", "own.csv", "--text-columns", "text,label")
+    assert (status, "--text-columns: text,label, should be 1, as in training" in err) == (2, True)
 
 
 def test_evaluate_names_the_classes_that_an_exit_never_predicts(command, tmp_path):

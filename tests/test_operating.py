@@ -20,6 +20,7 @@ from minisweet.evaluation.operating import (
     loss_of,
     most_changes,
     operating_point,
+    rows_to_certify,
     shortfall,
     standard_error,
     stated,
@@ -122,10 +123,40 @@ def test_the_rows_that_a_certificate_needs():
     each = [math.exp(log[k] + k * math.log(p) + (n - k) * math.log(1 - p)) for k in range(allowed + 2)]
     assert sum(each[:-1]) <= 0.1 < sum(each)
     point = {"reached": True, "threshold": 1.0, "certified_rows": 97, "wish": {"max_change": 1.0, "sure": 90.0}}
-    assert "230 rows" in shortfall(point, 4)
-    assert "97" in shortfall(point, 4)
+    assert "230 rows would do if none changed, and 97 certify here" in shortfall(point, 4)
+    assert "too many of the 300 that certify here do" in shortfall(point | {"certified_rows": 300}, 4)
     assert not shortfall(point | {"threshold": 0.9}, 4)
     assert not shortfall(point | {"wish": {"max_loss": 1.0}}, 4)
+
+
+@given(st.sampled_from([0.01, 0.5, 1, 3, 10, 50, 80, 90, 95, 99, 99.99]), st.sampled_from([50, 80, 87.5, 90, 95, 99.9]))
+def test_the_rows_that_are_named_are_the_fewest_that_certify(percent, sure):
+    share, error = percent / 100, (100 - sure) / 100
+    rows = rows_to_certify(share, error)
+    assert [most_changes(n, share, error) >= 0 for n in (rows - 1, rows)] == [False, True]
+
+
+@pytest.mark.parametrize("wish", [{"max_loss": 1.0}, {"speed": 0.7}, {"max_change": 3.0, "sure": 90.0}])
+def test_rows_of_confidence_1_leave_at_the_highest_threshold_below(wish):
+    """Of 300 rows the first exit is certain of 250, which float32 rounds to 1, and wrong on the others."""
+    labels = torch.arange(300) % 2
+    wrong = torch.arange(300) >= 250
+    first = torch.nn.functional.one_hot(labels ^ wrong, 2) * torch.where(wrong, 0.3, 40.0)[:, None]
+    logits = torch.stack([first, torch.nn.functional.one_hot(labels, 2) * 40.0])
+    validation = Validation(logits, None, labels, EVERY(300), "accuracy", Exits((1, 2), 2, "sweet"))
+    _, point = operating_point(validation, "none", wish)
+    assert (point["loss"], point["reached"]) == (0, True)
+    assert point["speedup_ratio"] == pytest.approx((250 * 0.5 + 50) / 300)
+    assert 0.58 < point["threshold"] < 1
+
+
+def test_of_one_row_nothing_is_promised():
+    validation = random_validation(1, 2, 1, 2)
+    validation = validation._replace(logits=torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]]), labels=torch.tensor([1]))
+    _, point = operating_point(validation, "none", {"max_loss": 1.0})
+    assert (point["threshold"], point["loss"]) == (1.0, 0)
+    low, high = loss_interval(np.eye(8)[6], "accuracy")
+    assert -100 <= low < high == 100
 
 
 def draw(rng: np.random.Generator, N: int) -> Validation:

@@ -78,11 +78,12 @@ def test_the_first_line_says_what_is_trained_and_why(command, model_dir, tmp_pat
     rows = "".join(f"text number {n},{'ab'[n % 2]}\n" for n in range(40))
     (tmp_path / "own.csv").write_text("text,label\n" + rows)
     common = ["--model", model_dir, "--exit-layers", "1,4", "--max-length", 32, "--train-size", 48, "--out", "run"]
-    own, rate = ["--data", "own.csv", "--train-size", 32], "learning rate 0.0002 (for bert, 4 layers of 16)"
+    own, size = ["--data", "own.csv", "--train-size", 32], "(for bert, 4 layers of 16)"
     cases = {
-        (): f"method sweet (the paper's), {rate}, 2 epochs of 3 steps of 16 examples (the paper's)",
-        (*own,): f"method branch (for your own text), {rate}, 5 epochs of 2 steps of 16 examples (to make 9 steps, at "
-        "least 3 epochs)",
+        (): f"method sweet (the paper's), learning rate 0.0002 {size}, 2 epochs of 3 steps of 16 examples (the "
+        "paper's)",
+        (*own,): f"method branch (for your own text), learning rate 0.0002, of branches 0.0004 {size}, 5 epochs of 2 "
+        "steps of 16 examples (to make 9 steps, at least 3 epochs)",
         (*own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee (as given), learning rate 0.001 (as "
         "given), 1 epoch of 2 steps of 16 examples (as given)",
     }

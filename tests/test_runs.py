@@ -251,6 +251,8 @@ def test_an_edited_record_is_refused(tmp_path, changes, reason):
         {"operating_point": POINT | {"score": "high"}},
         {"operating_point": POINT | {"loss_interval": [1.0]}},
         {"operating_point": POINT | {"wish": {"speed": "fast"}}},
+        {"operating_point": POINT | {"wish": {"sure": 90}}},
+        {"operating_point": POINT | {"wish": {}}},
         {"operating_point": None},
         {"certainty_ranges": [[0, 1], [0, 1, 1]]},
         {"mean_exit_layers": {"easy": [1, 2]}},

@@ -274,15 +274,15 @@ def test_a_wish_gives_one_rule_and_threshold_everywhere(make_run, tmp_path, wish
     assert (status, f"at threshold {point['threshold']:.4g}" in out) == (0, True)
     assert f"threshold {point['threshold']:.4g}" in call(explain, run, "a text", *options)[1]
     for module, given in ((predict, (path,)), (explain, ("a text",)), (evaluate, ())):
-        status, _, err = call(module, run, *given, "--sure", 95)
-        assert (status, "--sure: 95.0 needs --max-change" in err) == (2, True)
+        status, _, err = call(module, run, *given, "--sure", 90)
+        assert (status, "--sure: 90.0 needs --max-change" in err) == (2, True)
 
 
 def test_what_no_threshold_can_certify_is_said_in_one_line(run, caplog):
     assert EarlyExitClassifier(run, max_change=0.1, sure=99).threshold == 1
     assert EarlyExitClassifier(run, speed=0.1).threshold < 1
     certificate, speed = (record.getMessage() for record in caplog.records)
-    assert "4603 rows would do, in place of the 750 that certify here" in certificate
+    assert "4603 rows would do if none changed, and 750 certify here" in certificate
     assert "speed: 0.1 is out of reach; the nearest is 0.25" in speed
 
 
@@ -322,6 +322,10 @@ def test_a_file_is_tested_at_the_operating_point_and_nothing_changes(make_run, r
         (tmp_path / "bad.csv").write_text(content)
         status, _, err = call(evaluate, run, "--test", tmp_path / "bad.csv")
         assert (status, message in err, err.count("\n")) == (2, True, 1), err
+    status, _, err = call(evaluate, run, "--test", path, "--text-columns", "label")
+    assert (status, "should not be the label column, 'label'" in err, err.count("\n")) == (2, True, 1), err
+    (tmp_path / "gap.csv").write_text("label,text\nnegative,a\nnegative, \n")
+    assert "\ntest: empty texts, skipped: 1\n" in call(evaluate, run, "--test", tmp_path / "gap.csv")[1]
     status, _, err = call(evaluate, run, "--test", path, "--speed", 0.5)
     assert (status, "--speed: 0.5 needs an evaluation" in err) == (2, True)
     status, _, err = call(evaluate, run, "--label-column", "side")

@@ -95,7 +95,8 @@ def _own_train(args: argparse.Namespace, labels: Names, need_labels: bool) -> tu
         classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
         rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed, train.texts())
         if not dev_rows:
-            raise InputError(f"{args.data}: no row can be set aside: no label has two different texts; see --dev-data")
+            what = "no label has two different texts" if train.labels else "all texts are the same"
+            raise InputError(f"{args.data}: no row can be set aside: {what}; see --dev-data")
         train = train.take(rows)._replace(empty=train.empty)
     else:
         columns, column = _columns(args.dev_data, columns, column, need_labels=False)
@@ -188,7 +189,8 @@ def _columns(path: Path, text: Names, label: str | None, need_labels: bool) -> t
     try:
         column = next(iter(find_columns("--label-column", path, label, usual)), None)
     except InputError as error:
-        raise InputError(f"{error}, or learn from a --trunk with --targets trunk") from None
+        without = ", or learn from a --trunk with --targets trunk" if need_labels else ""
+        raise InputError(f"{error}{without}") from None
     if column in columns:
         raise InputError(f"--text-columns: {some(columns)}, should not be the label column, {column!r:.60}")
     return columns, column

@@ -32,19 +32,19 @@ def add_wish_options(parser: Parser, title: str):
     change = "the fastest that changes at most so many percent of full depth's answers, certified"
     wish("--max-change", type=number(0.01, 99.99), metavar="P", help=change)
     sure = "with --max-change: certified with this confidence, in percent (default: 90)"
-    group.add_argument("--sure", type=number(50, 99.9), metavar="S", default=90.0, help=sure)
+    group.add_argument("--sure", type=number(50, 99.9), metavar="S", help=sure)
     return wish
 
 
 def wish_of(
-    labelled: bool, max_loss: float | None, speed: float | None, max_change: float | None, sure: float
+    labelled: bool, max_loss: float | None, speed: float | None, max_change: float | None, sure: float | None
 ) -> dict[str, float]:
     """The wish that is given; by default a loss of one point, and without labels 3% of answers changed, at 90%."""
     if speed is not None:
         return {"speed": speed}
     if max_change is None and (labelled or max_loss is not None):
         return {"max_loss": 1.0 if max_loss is None else max_loss}
-    return {"max_change": 3.0 if max_change is None else max_change, "sure": sure}
+    return {"max_change": 3.0 if max_change is None else max_change, "sure": 90.0 if sure is None else sure}
 
 
 class Candidates(NamedTuple):
@@ -80,13 +80,15 @@ def operating_point(validation: Validation, calibration: str, wish: dict[str, fl
 def candidates(rule: ExitRule, validation: Validation, certifying: Tensor) -> Candidates:
     """The thresholds at which a decision changes: the confidences that occur, and 1. `certifying` are rows (n,).
 
+    At 1 all run to the last exit, even a row whose confidence is 1, as float32 rounds it. Just below 1 it leaves.
+
     As the threshold rises past all of a row's confidences up to an exit, the row moves on to the next exit, and a sum
     over rows changes by a step. So all M sums take one pass over the steps; a sweep would take M times N decisions.
     All are over all rows, but `changes`, which counts the certifying ones alone.
     """
     confidence = rule.confidences(validation.logits, validation.certainty)[:-1].double().numpy()  # (K-1, N)
     confidence = confidence.clip(min=rule.lowest)  # at the lowest threshold all leave at the first exit
-    thresholds = np.unique(confidence[confidence < 1])
+    thresholds = np.unique(confidence.clip(max=np.nextafter(np.float32(1), np.float32(0))))
     # Of each row and exit: which is the first threshold at which the row goes on past the exit; M-1 stands for 1.
     moves = np.searchsorted(thresholds, np.maximum.accumulate(confidence), side="right")  # (K-1, N)
 
@@ -121,7 +123,7 @@ def choose(there: Candidates, metric: str, wish: dict[str, float], certifying: i
         if "max_loss" in wish:
             fails = loss_of(there.cells, metric) + standard_error(there.cells, metric) / 2 > wish["max_loss"] + SLACK
         else:
-            fails = there.changes > most_changes(certifying, wish["max_change"] / 100, 1 - wish["sure"] / 100)
+            fails = there.changes > most_changes(certifying, wish["max_change"] / 100, (100 - wish["sure"]) / 100)
         fails[-1] = False  # full depth loses nothing and changes nothing
         granted = np.arange(len(fails)) > np.flatnonzero(fails).max(initial=-1)
     best = order[granted[order]][0] if granted.any() else there.ratios.argmin()
@@ -136,7 +138,12 @@ def most_changes(rows: int, share: float, error: float) -> int:
     k = np.arange(rows)
     steps = np.log((rows - k) / (k + 1)) + math.log(share / (1 - share))  # from the logarithm of P(X = k) to the next
     probabilities = np.exp(rows * math.log1p(-share) + np.append(0, steps.cumsum()))
-    return int(np.searchsorted(probabilities.cumsum(), error, side="right")) - 1
+    return int(np.searchsorted(probabilities.cumsum(), error * (1 + SLACK), side="right")) - 1
+
+
+def rows_to_certify(share: float, error: float) -> int:
+    """The fewest rows of which `most_changes` allows none to be changed, and not -1."""
+    return math.ceil((math.log(error) + SLACK) / math.log1p(-share))
 
 
 def between(thresholds: np.ndarray, place: int, lowest: float) -> float:
@@ -197,8 +204,13 @@ def loss_of(cells: np.ndarray, metric: str) -> np.ndarray:
 
 
 def standard_error(cells: np.ndarray, metric: str) -> np.ndarray:
-    """Of the loss, paired, by the jackknife: (8, M) to (M,). Rows of one outcome are the same one left out."""
+    """Of the loss, paired, by the jackknife: (8, M) to (M,). Rows of one outcome are the same one left out.
+
+    One row alone tells nothing of it: infinity.
+    """
     rows = cells.sum(0)
+    if rows[0] < 2:
+        return np.full_like(rows, np.inf)
     left_out = np.stack([loss_of((cells - one[:, None]).clip(min=0), metric) for one in np.eye(8)])  # (8, M)
     mean = (cells * left_out).sum(0) / rows
     return np.sqrt((rows - 1) / rows * (cells * (left_out - mean) ** 2).sum(0))
@@ -217,8 +229,8 @@ def loss_interval(cells: np.ndarray, metric: str) -> list[float]:
         return np.percentile(loss_of(draws, metric), (2.5, 97.5)).tolist()
     lost, won = cells[6] / rows, cells[5] / rows
     spread = NORMAL * math.sqrt((lost + won - (lost - won) ** 2) / rows)
-    low, high = 100 * (lost - won - spread), 100 * (lost - won + spread)
-    return [float(max(0, low) if metric == "agreement" else low), float(high)]  # full depth agrees with itself
+    least = 0 if metric == "agreement" else -1  # full depth agrees with itself
+    return [100 * float(max(least, lost - won - spread)), 100 * float(min(1, lost - won + spread))]
 
 
 def shortfall(point: dict, K: int) -> str:
@@ -228,10 +240,10 @@ def shortfall(point: dict, K: int) -> str:
         return f"speed: {wish['speed']:g} is out of reach; the nearest is {point['speedup_ratio']:.3f}"
     if "max_change" not in wish or point["threshold"] < 1 or K == 1:
         return ""
-    rows = math.ceil(math.log(1 - wish["sure"] / 100) / math.log1p(-wish["max_change"] / 100))
+    rows, here = rows_to_certify(wish["max_change"] / 100, (100 - wish["sure"]) / 100), point["certified_rows"]
     asked = f"max_change: no faster threshold can be certified for {wish['max_change']:g}% at {wish['sure']:g}%"
-    here = f"of the {point['certified_rows']} that certify here"
-    return f"{asked}, full depth is taken; if none changed, {rows} rows would do, in place {here}"
+    found = f"too many of the {here} that certify here do" if here >= rows else f"{here} certify here"
+    return f"{asked}, full depth is taken; {rows} rows would do if none changed, and {found}"
 
 
 def not_certified(wish: dict, threshold: float, evaluation: Evaluation, precision: object) -> str:

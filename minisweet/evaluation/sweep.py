@@ -101,6 +101,8 @@ def validate(
 ) -> Validation:
     """What a run's model says of rows, which `examples` are as tokens. `metric` is as in `score`; see `predict`."""
     logits, certainty = predict(model, examples, precision, title)
+    if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
+        certainty = logits.new_zeros(0, len(examples))
     labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
     exits = Exits(list(model.exit_layers), record.depth, record.method)
     return Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)

@@ -39,7 +39,7 @@ from minisweet.config import Config
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.runs.records import Arguments, Curve, Evaluation, Record
+from minisweet.runs.records import WISHES, Arguments, Curve, Evaluation, Record
 
 DIVERGED = "diverged.json"
 FILES = {"run.json", WEIGHTS, "config.json", *TOKENIZER_FILES, "evaluation.json", "logits.safetensors", "curve.png"}
@@ -167,6 +167,7 @@ def read_evaluation(run: Path, record: Record, kind: type[Curve] = Evaluation) -
     if kind is Evaluation:  # each row counts all examples
         fits["exit_counts"] = all(sum(row) == found.examples for row in found.exit_counts)
         fits["class_counts"] &= all(sum(row) == found.examples for row in found.class_counts)
+        fits["operating_point"] = {*found.operating_point.wish} in WISHES
         fits["certainty_ranges"] = found.exit_strategy != "lte" or found.certainty_ranges is not None
     return _agreeing(path, found, fits)
 

@@ -23,6 +23,7 @@ Positive = Annotated[float, 1e-300, 1e300]
 Text = Annotated[str, 0, 10**6]
 Strategy = Literal[EXIT_STRATEGIES]
 Metric = Literal["accuracy", "agreement", "matthews"]
+WISHES = ({"max_loss"}, {"speed"}, {"max_change", "sure"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class OperatingPoint(Fields):
     speedup_ratio: Positive
     speedup_interval: Annotated[Positive, 2]
     reached: Literal[True, False]
-    wish: Annotated[Amount, dict]
+    wish: Annotated[Amount, dict]  # one of WISHES
 
 
 @dataclass(frozen=True, kw_only=True)

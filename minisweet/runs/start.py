@@ -40,7 +40,7 @@ class Start(NamedTuple):
 
 def parse_arguments(doc: str) -> argparse.Namespace:
     """Read and check the command line of train.py, whose docstring is `doc`."""
-    parser = Parser(doc)
+    parser, by_size = Parser(doc), f"for {options.STEPS} steps, at least {options.EPOCHS}"
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=METHODS, help="default: sweet; branch with --data or --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
@@ -53,7 +53,7 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
-    option("--epochs", type=whole_number(1), help=f"over the rows (default: 2; --data: for {options.STEPS} steps)")
+    option("--epochs", type=whole_number(1), help=f"over the rows (default: 2; --data: {by_size})")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
@@ -105,11 +105,14 @@ def find_start(args: argparse.Namespace) -> Start:
     record |= {"train_digest": digest(rows), "versions": versions(), "exit_layers": exit_layers}
     record |= {"depth": depth, "device": name, "precision": str(precision or torch.float32)}
     rate = args.why.get("lr", f"for {config.model_type}, {depth} layers of {config.hidden_size}")
+    branches = (
+        f", of branches {args.branch_lr_factor * args.lr:g}" if args.method == "branch" and exit_layers[1:] else ""
+    )
     epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
     by_size = f"to make {options.STEPS} steps, at least {options.EPOCHS} epochs"
     why = args.why.get("epochs", by_size if args.data else "the paper's")
     notes = [
-        f"method {args.method} ({args.why['method']}), learning rate {args.lr:g} ({rate}), {epochs} of "
+        f"method {args.method} ({args.why['method']}), learning rate {args.lr:g}{branches} ({rate}), {epochs} of "
         f"{-(-len(subset) // size)} steps of {size} examples ({why})",
         f"{args.model}, {args.task}: {len(subset)} examples, exits after layers {','.join(map(str, exit_layers))} of "
         f"{depth}, seed {args.seed}, {name}, {record['precision']}",

@@ -183,7 +183,7 @@ def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     """The classifier that a command's options ask for. Its errors name these."""
     names = ("run", "threshold", "max_loss", "speed", "max_change", "sure", "device", "amp", "batch_size")
     try:
-        return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
+        return EarlyExitClassifier(**{name: value for name in names if (value := getattr(args, name)) is not None})
     except InputError as error:
         name, colon, rest = str(error).partition(": ")
         option = f"--{name.replace('_', '-')}" if name in names[1:] else name

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from minisweet.base.commands import Parser, list_of, run_command, whole_number
-from minisweet.base.safe import hold, read_json
+from minisweet.base.safe import hold, read_json, written_beside
 from minisweet.data.tasks import TASKS as GLUE
 from minisweet.data.tasks import load_examples
 from minisweet.runs.options import epochs_of
@@ -46,7 +46,7 @@ def packages(path: Path) -> list[list[str]]:
 
 
 def write_rows(args: argparse.Namespace, task: str) -> None:
-    """Draw the rows of a task and write them: held.csv, and for each seed what is trained on."""
+    """Draw the rows of a task and write them: held.csv, and for each seed what is trained on. What is there stays."""
     if task == "packages":
         rows = packages(args.packages)
     else:
@@ -65,9 +65,10 @@ def write_rows(args: argparse.Namespace, task: str) -> None:
 
 
 def write_csv(path: Path, head: list[str], rows: list[list[str]]) -> None:
-    """A CSV file with a header."""
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
+    """A CSV file with a header, unless it is there."""
+    if not path.exists():
+        with written_beside(path) as partial, partial.open("w", newline="") as file:
+            csv.writer(file).writerows([head, *rows])
 
 
 def make(args: argparse.Namespace, name: str, *options: str) -> None:
@@ -99,8 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for task in () if args.report_only else args.tasks:
-        if not (args.out / f"{task}-trunk-{args.seeds[-1]}.csv").exists():
-            write_rows(args, task)
+        write_rows(args, task)
     print("| rows | steps | " + " | ".join(f"{task}: full depth, area" for task in args.tasks) + " | mean |")
     print("|---" * (3 + len(args.tasks)) + "|")
     for size, steps in product(args.sizes, args.steps):
