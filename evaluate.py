@@ -24,7 +24,7 @@ from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, run_command, whole_number
 from minisweet.base.safe import InputError, check_file, one_line
 from minisweet.data.load import digest, load_dev
-from minisweet.data.rows import TEXT_COLUMNS, Examples, examples_of, find_columns, read_rows, some
+from minisweet.data.rows import Examples, columns_as_trained, examples_of, find_columns, read_rows, some
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import classification_report, score
@@ -101,10 +101,10 @@ def main() -> None:
         return
     if read_record(run).digests != record.digests:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
-    save_evaluation(run, evaluation | {"run_digest": run_digest(record)}, validation)
     method, examples = method_name(vars(record)), evaluation["examples"]
     print(f"{run}: {record.model}, {method}, {record.task}, {examples} validation examples")
     print_evaluation(evaluation)
+    save_evaluation(run, evaluation | {"run_digest": run_digest(record)}, validation)
     print(f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict takes this operating point now")
     try:  # last: nothing else waits for a picture
         draw_curve(run / "curve.png", read_evaluation(run, record))
@@ -209,13 +209,9 @@ def test(model: MultiExitModel | MultiModel, record: Record, args: argparse.Name
     evaluation = read_evaluation(run, record)
     if evaluation is None:
         raise InputError(f"{run}: has no evaluation.json, so no operating point; first: evaluate.py {run}")
-    trained = record.columns
-    usual = [trained] * bool(trained) + [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
-    columns = find_columns("--text-columns", args.test, args.text_columns, usual)
+    columns = columns_as_trained(args.test, args.text_columns, record.columns)
     usual = [[record.label_column or "label"], ["label"]]
     (column,) = find_columns("--label-column", args.test, args.label_column, usual)
-    if trained and len(columns) != len(trained):
-        raise InputError(f"--text-columns: {','.join(columns)}, should be {len(trained)}, as in training")
     if column in columns:
         raise InputError(f"--text-columns: {','.join(columns)}, should not be the label column, {column!r:.60}")
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)

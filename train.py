@@ -101,6 +101,8 @@ def train(
                 read = torch.stack(unread).tolist()
                 if not np.isfinite(read).all():
                     raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {np.sum(read)} by step {step}")
+                if step == steps and not all(parameter.isfinite().all() for parameter in parameters):
+                    raise NotFiniteError(f"--lr: at {learning_rate:g} the last step made NaN or infinity of weights")
                 history += read
                 unread.clear()
                 recent = " ".join(f"{loss:.2f}" for loss in np.mean(history[-50:], axis=0))

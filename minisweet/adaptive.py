@@ -36,7 +36,7 @@ class ExitRule:
         if temperatures is not None and ranges is not None:
             raise ValueError("temperatures and ranges: learning-to-exit has no temperatures")
         for name, value, shape in (("temperatures", temperatures, "(K,)"), ("ranges", ranges, "(K, 2)")):
-            if value is not None and value.shape[1:] != ((2,) if name == "ranges" else ()):
+            if value is not None and (value.ndim, *value.shape[1:]) != ((2, 2) if name == "ranges" else (1,)):
                 raise ValueError(f"{name} are {tuple(value.shape)}, and must be {shape}")
         self.temperatures, self.ranges = temperatures, ranges
         # The confidence that nobody falls below: at this threshold all leave at the first exit.

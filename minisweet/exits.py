@@ -243,7 +243,9 @@ class MultiModel(nn.ModuleList):
     def keep_exits(self, exit_layers: Sequence[int]) -> "MultiModel":
         """Only the models of these depths; the largest must be among them. Raises ValueError for others."""
         check_kept(self.exit_layers, exit_layers)
-        return MultiModel(model for model in self if model.exit_layers[0] in exit_layers).train(self.training)
+        kept = MultiModel(model for model in self if model.exit_layers[0] in exit_layers)
+        kept.training = self.training  # each shared model stays in its own mode
+        return kept
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """All models' logits (K, B, C). For the arguments see `MultiExitModel.forward`."""

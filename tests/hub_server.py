@@ -27,6 +27,7 @@ class HubServer(ThreadingHTTPServer):
         self.plain: dict[str, bytes] = {}  # path, as "/data.zip" -> content
         self.cut = ""  # the file whose body breaks off in the middle, after which the server is down
         self.down = False  # every answer is 503
+        self.answers = 10**6  # so many, then the server is down
         self.corrupt = ""  # the large file whose body is not what its ETag says
         self.answers_api = b""  # instead of what a repository holds
         self.redirect = ""  # where large files are said to lie
@@ -67,6 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         server, headers = self.server, {name.lower(): value for name, value in self.headers.items()}
         server.requests.append((self.command, self.path, headers))
+        server.down |= len(server.requests) > server.answers
         if server.silent:
             self.close_connection = True
         elif server.down:

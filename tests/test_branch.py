@@ -185,6 +185,14 @@ def test_targets_change_what_branches_learn_and_the_trunks_need_no_labels(comman
     assert (result["metric"], result["exit_scores"][-1]) == ("agreement", 100)
 
 
+def test_a_trunk_in_a_folder_that_is_called_like_a_preset(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *short("--model", model, "--exit-layers", 4, "--out", "bert-base"))[0] == 0
+    status, out, err = command(train, *short("--trunk", "bert-base", "--out", "a"))
+    assert (status, "of 4, seed" in out) == (0, True), err
+    assert load_run(Path("a"))[1].model == "./bert-base"
+
+
 def test_a_classifier_of_transformers_keeps_its_answers_when_branches_are_grown_on_it(command, model_dir, model_type):
     transformers = pytest.importorskip("transformers")
     name = {"bert": "Bert", "deberta": "Deberta"}[model_type]

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,6 +208,30 @@ BAD = {
     ("--trunk", "tiny"): "tiny",
     ("--branch-lr-factor", "0"): "--branch-lr-factor: '0' is not a positive number",
 }
+
+
+def test_a_last_step_that_breaks_the_weights_is_no_training_to_resume(command, tmp_path, monkeypatch):
+    model, update, steps = write_model(tmp_path / "tiny", "bert"), train.update, iter(range(10))
+
+    def break_the_last(optimizer, *rest):
+        update(optimizer, *rest)
+        if next(steps) == 5:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(torch.nan)
+
+    monkeypatch.setattr(train, "update", break_the_last)
+    status, _, err = command(train, *quick(model, "--out", "a"))
+    assert (status, "the last step made NaN or infinity of weights" in err) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "tiny"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["diverged.json"]
+
+
+def test_too_little_memory_is_one_line(command, monkeypatch):
+    def allocate():
+        torch.empty(10**15)
+
+    status, _, err = command(SimpleNamespace(__name__="train", main=allocate))
+    assert (status, "too little memory" in err, err.count("\n")) == (2, True, 1)
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD.items())

@@ -61,7 +61,9 @@ def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, monkeypa
         as_process(monkeypatch, rank, processes)
         mine, weight = devices.own_rows(batch)
         model.zero_grad()
-        loss = loss + devices.add_up_gradients(parameters, send_back(model, mine, scaler), weight)
+        mean = devices.add_up_gradients(parameters, send_back(model, mine, scaler), weight)
+        assert mean.untyped_storage().nbytes() == mean.nbytes  # and not all gradients too, for many steps
+        loss = loss + mean
         total = total + torch.cat([parameter.grad.flatten() for parameter in parameters])
         weights.append(weight)
         rows += mine.rows.tolist() if weight else []
@@ -118,6 +120,10 @@ def test_where_a_process_is(monkeypatch):
         devices.choose_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="'cuda:2' is not here; this machine has 2"):
+        devices.choose_device("auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    as_process(monkeypatch, 0, 3)  # which alone is heard
+    with pytest.raises(InputError, match="--nproc-per-node: 3, and this machine has 2"):
         devices.choose_device("auto")
 
 

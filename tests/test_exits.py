@@ -264,6 +264,9 @@ def test_kept_exits_answer_as_before_from_the_same_weights(model_dir, method):
             torch.testing.assert_close(logits, before_logits, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(certainty, before_certainty, atol=1e-5, rtol=1e-5)
         assert {parameter.data_ptr() for parameter in fewer.parameters()} <= own
+    if method == "mm":  # each model was put into evaluation mode, and the whole was not
+        model.training = True
+        assert not any(one.training for one in model.keep_exits((1, 4)))
     assert model.exit_layers == (1, 2, 4)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(everything, model.exit_by_exit(*batch), strict=True))
     for wrong in ((), (1, 2), (3, 4), (2, 1, 4), (4, 4), (1, 4, 5)):

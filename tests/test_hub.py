@@ -175,6 +175,15 @@ def test_a_cut_connection_leaves_nothing(server, fetch, tmp_path):
     assert_refused(done, tmp_path, "503")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [1, 2, 3, 5, 6, 8])
+def test_a_hub_that_falls_silent_at_any_request_leaves_nothing(server, fetch, tmp_path, answers):
+    server.answers = answers
+    done = fetch("bert-base", server.url, apart=True)
+    assert server.down
+    assert_refused(done, tmp_path, "as weights/README.md tells")
+
+
 def test_other_content_than_stated_is_refused(server, fetch, tmp_path):
     server.corrupt = "model.safetensors"
     assert_refused(fetch("bert-base", server.url), tmp_path, "model.safetensors", "SHA-256")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minisweet.base import safe
+from minisweet.base.safe import InputError
 from tests.conftest import CHECKOUT, quick, write_model
 
 HIDDEN = """
@@ -86,3 +87,6 @@ def test_home_is_the_environments_or_the_clone(monkeypatch, tmp_path):
     monkeypatch.setenv("MINISWEET_HOME", "")
     monkeypatch.setattr(safe, "clone", lambda: None)
     assert safe.home() == Path.home() / ".cache" / "minisweet"
+    monkeypatch.setenv("MINISWEET_HOME", "~who-is-nobody/x")
+    with pytest.raises(InputError, match="^MINISWEET_HOME: ~who-is-nobody/x has no home folder"):
+        safe.home()

@@ -394,6 +394,13 @@ def test_data_without_labels(tmp_path):
     said = refused(load, "--data", path)
     assert "no column label" in said
     assert said.endswith("or learn from a --trunk with --targets trunk")
+    for label in ("", "z"):  # a column of this name that holds no label, or another's
+        other = write(tmp_path / "b.csv", [{"text": f"t{i}", "label": label} for i in range(20)])
+        data = load("--data", other, labels=["x", "y"], need_labels=False)
+        assert (data.train.labels, data.record["label_column"], data.record["metric"]) == (None, None, "agreement")
+        assert "label" in refused(
+            load, "--data", other, "--label-column", "label", labels=["x", "y"], need_labels=False
+        )
     data = load("--data", path, labels=["x", "y"], need_labels=False)
     assert (data.record["labels"], data.record["metric"], data.record["label_counts"]) == (
         ["x", "y"],
@@ -496,7 +503,7 @@ def test_json_values_in_cells_and_rows_that_differ(tmp_path):
         writer.write({"text": "a", "n": 1.5, "tags": ["x"], "none": None})
         writer.write({"text": "b"})
     assert path.read_text() == 'text,n,tags,none\na,1.5,"[""x""]",null\nb,,,\n'
-    with pytest.raises(InputError, match="no column 'other' in the first row"):
+    with pytest.raises(ValueError, match="'other'"):  # predict refuses such rows before
         write_all(path, [{"text": "a"}, {"text": "b", "other": "c"}])
     assert path.read_text().startswith("text,n,tags"), "what was there should stay"
     assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]

@@ -177,6 +177,7 @@ def test_a_report_takes_the_rates_that_are_there(command, tmp_path):
     runs = tmp_path / "reproduced" / "runs"
     for lr, seed in ((1e-2, 0), (5e-5, 0), (1e-4, 1)):
         fake_run(runs, "ee", lr, seed, 60.0 + lr)
+    (runs / "x-lr1.2.3-n32-seed0").mkdir()
     report = ["--methods", "ee,sweet", "--seeds", "0", "--report-only"]
     assert command(*report)[0] == 0
     results = json.loads((tmp_path / "reproduced" / "results.json").read_text())

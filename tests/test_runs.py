@@ -194,6 +194,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
         ({"labels": ["a"]}, "labels is"),
         ({"labels": []}, "labels is"),
         ({"losses": [[1, 2], [1]]}, "losses is"),
+        ({"losses": []}, "losses is"),
         ({"losses": [[1]]}, r"losses is \[\[1\]\], which does not fit"),
         ({"exit_layers": []}, "exit_layers is"),
         ({"exit_layers": [4, 1]}, "exit_layers is"),

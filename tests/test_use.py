@@ -463,6 +463,20 @@ def test_standard_input_as_it_comes(run):
     assert (process.returncode, err.count(b"\n"), b"standard input, line 4" in err) == (2, 1, True)
 
 
+def test_no_line_of_standard_input_is_no_rows(run, tmp_path):
+    command = [sys.executable, "-m", "minisweet.predict", run, "-", "--out", tmp_path / "out.csv"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=CHECKOUT)
+    assert (done.returncode, "out.csv: 0 rows" in done.stdout, done.stderr) == (0, True, "")
+
+
+def test_rows_that_no_table_can_hold_are_found_before_they_are_predicted(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "id": 1}\n')
+    for out in ("-", tmp_path / "out.csv"):
+        status, printed, err = call(predict, run, tmp_path / "in.jsonl", "--out", out)
+        assert (status, printed, "in.jsonl, line 2: line 1 has no 'id'" in err) == (2, "", True)
+    assert call(predict, run, tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [(b"b\0", "a NUL character"), (b"b" * 60, "longer than 50 bytes"), (b"\xff", "not readable as UTF-8")],

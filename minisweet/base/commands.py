@@ -79,7 +79,7 @@ def _checked(convert: Callable, is_right: Callable[[object], bool], wanted: str)
     return parse
 
 
-def whole_number(low: int, high: int = 2**31) -> Callable[[str], int]:
+def whole_number(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
     wanted = f"not a whole number from {low} to {high}"
     return _checked(lambda text: int(text) if text.isdecimal() else -1, lambda value: low <= value <= high, wanted)
@@ -163,7 +163,8 @@ NOTICES = Notices()
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`. Bad input prints its one line and exits with status 2, Ctrl-C with 130, SIGTERM with 143.
+    """Call `main`. Bad input, or too little memory, prints its one line and exits with status 2, Ctrl-C with 130,
+    SIGTERM with 143.
 
     Where nobody reads what is printed any more, as after `| head`, the command ends in silence, with 141.
     """
@@ -187,6 +188,11 @@ def run_command(main: Callable[[], None]) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             error = f"standard output: cannot be written ({error.strerror})"  # every other file is named
         message, status = one_line(f"{Path(sys.argv[0]).name}: error: {error}") + "\n", 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        reason = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
+        message, status = one_line(f"{Path(sys.argv[0]).name}: error: {reason}") + "\n", 2
     try:
         sys.stderr.write(message)
         sys.stdout.flush()

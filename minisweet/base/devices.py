@@ -66,7 +66,10 @@ def choose_device(name: str) -> torch.device:
         if name != "cuda":
             raise InputError(f"--device: {name!r} under torchrun, where each process takes a GPU of its own: cuda")
         name = f"cuda:{place().local_rank}"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        here, count = os.environ.get("LOCAL_WORLD_SIZE", ""), torch.cuda.device_count()
+        if here.isdecimal() and int(here) > count:  # all processes say so, since the first alone is heard
+            raise InputError(f"--nproc-per-node: {here}, and this machine has {count} CUDA devices")
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", name):
         raise InputError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N")
     kind, _, number = name.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
@@ -229,7 +232,7 @@ def add_up_gradients(parameters: Sequence[nn.Parameter], losses: Tensor, weight:
     *gradients, losses = flat.split([*(p.numel() for p in parameters), len(losses)])
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter)
-    return losses
+    return losses.clone()  # a view would keep all of `flat`
 
 
 def with_others(operation: Callable, *arguments: object) -> None:

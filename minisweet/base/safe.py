@@ -70,8 +70,15 @@ def clone() -> Path | None:
 
 
 def home() -> Path:
-    """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone, or else ~/.cache/minisweet."""
-    return Path(os.environ.get("MINISWEET_HOME") or clone() or "~/.cache/minisweet").expanduser()
+    """Where weights/ and data/ are: the environment's MINISWEET_HOME, or else the clone, or else ~/.cache/minisweet.
+
+    Raises InputError where the user has no home folder.
+    """
+    folder = Path(os.environ.get("MINISWEET_HOME") or clone() or "~/.cache/minisweet")
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise InputError(f"MINISWEET_HOME: {folder} has no home folder for its ~; name a folder by its path") from None
 
 
 def check_file(option: str, path: Path, suffix: str) -> None:

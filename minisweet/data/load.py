@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minisweet.base.commands import Parser, list_of, number, whole_number
-from minisweet.base.safe import InputError, home
+from minisweet.base.safe import LOG, InputError, home
 from minisweet.data.rows import LOOK, TEXT_COLUMNS, Examples, Names, examples_of, find_columns, plain, read_rows, some
 from minisweet.data.tasks import TASKS, load_examples
 
@@ -43,7 +43,7 @@ def add_data_options(parser: Parser) -> None:
     option("--dev-data", type=Path, metavar="FILE", help="to validate on (default: rows of --data set aside)")
     option("--text-columns", type=list_of(str), help="one or two (default: text, sentence or sentence1,sentence2)")
     option("--label-column", metavar="NAME", help="(default: label)")
-    option("--labels", type=list_of(str), help="the classes in their order, such as a,b,c (default: as in --data)")
+    option("--labels", type=list_of(str.strip), help="the classes in their order, as a,b,c (default: as in --data)")
     option("--dev-size", type=number(0.0001, 0.9999), default=0.2, help="share of --data set aside (default: 0.2)")
     option("--dev-seed", type=whole_number(0), default=0, help="of which rows are set aside (default: 0)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
@@ -87,7 +87,14 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
 def _own_train(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple[Examples, dict]:
     """The rows of --data that are trained on, and what the record tells of it; `labels` where they are prescribed."""
     columns, column = _columns(args.data, args.text_columns, args.label_column, need_labels)
-    train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
+    try:
+        train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
+    except InputError as error:
+        if need_labels or args.label_column or column is None:
+            raise
+        column = None  # a column of this name, which is empty or of something else, is no reason to have labels
+        train, found = examples_of(args.data, read_rows(args.data), columns, column, labels)
+        LOG.warning("labels are left out: %s", error)
     if need_labels:
         _check_classes(args, train, found, is_named=labels is not None)
     dev_rows = None

@@ -162,6 +162,17 @@ def find_columns(
     raise InputError(f"{path}, line 1: no column {lacking}; it has {some(list(row))}; name {right} with {option}")
 
 
+def columns_as_trained(path: Path, named: Sequence[str] | None, trained: Sequence[str]) -> list[str]:
+    """The text columns of a file for a run that was trained on such ones, or on the toy task, which has none: those
+    `named`, or the same, or as many of the usual. Raises InputError, for another number too.
+    """
+    usual = [names for names in TEXT_COLUMNS if len(names) == max(1, len(trained))]
+    columns = find_columns("--text-columns", path, named, [trained] * bool(trained) + usual)
+    if trained and len(columns) != len(trained):
+        raise InputError(f"--text-columns: {','.join(columns)}, should be {len(trained)}, as in training")
+    return columns
+
+
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:
     """The text in a column, or the label: JSON's 1 and 1.0 are the label "1". Raises InputError where there is none."""
     value = row.get(column)
@@ -234,7 +245,7 @@ class RowWriter(ExitStack):
         return self
 
     def write(self, row: dict) -> None:
-        """Write a row. Raises InputError for a column that the first one lacks, which names those of CSV and TSV."""
+        """Write a row. The first one names the columns of CSV and TSV, of which later ones may have fewer."""
         if self.delimiter is None:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
             return
@@ -243,8 +254,6 @@ class RowWriter(ExitStack):
             lines = SimpleNamespace(write=lambda line: self.file.write(line.removesuffix("\r\n") + "\n"))
             self.table = csv.DictWriter(lines, list(row), delimiter=self.delimiter)
             self.table.writeheader()
-        if extra := [column for column in row if column not in self.table.fieldnames]:
-            raise InputError(f"{self.path}: no column {extra[0]!r:.60} in the first row but in a later one; use .jsonl")
         self.table.writerow({name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in row.items()})
         if self.file is sys.stdout:
             self.file.flush()

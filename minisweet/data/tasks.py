@@ -98,7 +98,7 @@ def _fetch(task: Task, folder: Path) -> None:
     """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
     url, partial = f"{GLUE_HOST}/{task.source}", folder
     try:
-        with written_beside(folder) as partial:
+        with written_beside(folder, overwrite=False) as partial:
             partial.mkdir()
             if url.endswith(".zip"):
                 archive = zipfile.ZipFile(io.BytesIO(_download(url)))
@@ -110,6 +110,8 @@ def _fetch(task: Task, folder: Path) -> None:
                 if (found := len(_read(task, partial / file).first)) != count:
                     raise InputError(f"{partial / file}: {found} rows, should be {count}")
     except Exception as error:  # the network's, the disk's, and each way of compressing has errors of its own
+        if folder.is_dir():  # another process, or the user, has put it there meanwhile
+            return
         reason = str(error).replace(str(partial), task.folder)
         by_hand = f"put {' and '.join(task.files)} into {folder} by hand (--data-dir)"
         raise InputError(f"{url}: cannot be fetched ({reason:.200}); try again, or {by_hand}") from None

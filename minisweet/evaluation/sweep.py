@@ -6,6 +6,7 @@ Dimension letters: K exits, N instances, n some of them, C classes, P thresholds
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,10 +158,12 @@ def save_evaluation(run: Path, evaluation: dict, validation: Validation) -> None
     The two belong together, by `logits_digest`: until the first names the second, both old ones stand.
     """
     values = validation._asdict().items()
+    content = save({name: value.contiguous() for name, value in values if isinstance(value, Tensor)})
     with written_beside(run / NEXT_LOGITS) as partial:
-        partial.write_bytes(save({name: value.contiguous() for name, value in values if isinstance(value, Tensor)}))
-    write_json(run / "evaluation.json", evaluation | {"logits_digest": sha256(run / NEXT_LOGITS)})
-    (run / NEXT_LOGITS).replace(run / LOGITS)
+        partial.write_bytes(content)
+    write_json(run / "evaluation.json", evaluation | {"logits_digest": hashlib.sha256(content).hexdigest()})
+    with suppress(FileNotFoundError):  # another evaluation has renamed it
+        (run / NEXT_LOGITS).replace(run / LOGITS)
 
 
 def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Validation:
@@ -177,6 +180,7 @@ def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Valida
         right = logits.shape == (K, N, C) and logits.is_floating_point() and logits.isfinite().all()
         right = right and labels.shape == keys.shape == (N,) and labels.dtype == keys.dtype == torch.int64
         right = right and 0 <= labels.min() and labels.max() < C
+        certainty = certainty if evaluation.exit_strategy == "lte" else None
         if evaluation.exit_strategy == "lte":
             right = right and certainty.shape in ((K - 1, N), (K, N)) and certainty.isfinite().all()
     except (SafetensorError, AttributeError):

@@ -30,7 +30,7 @@ from minisweet.paper.reproduce import TRAINING, as_options, need_clone, run_scri
 from minisweet.runs.folders import load_run, versions
 from minisweet.runs.options import SMALL, add_training_options, find_model
 from minisweet.runs.records import Record
-from minisweet.use.plots import new_figure, save_figure
+from minisweet.use.plots import new_figure, save_figure, shown
 
 
 def row_similarity(a: Tensor, b: Tensor) -> tuple[float, int]:
@@ -83,7 +83,7 @@ def fine_tuned(args: argparse.Namespace) -> tuple[MultiExitModel, Record]:
     with tempfile.TemporaryDirectory(prefix=".training-", dir=args.out) as temporary:
         run = Path(temporary) / "run"
         if status := run_script("train.py", as_options(vars(args) | {"out": run, "epochs": 1}, TRAINING)):
-            sys.exit(abs(status))  # it has said why
+            sys.exit(status if status > 0 else 128 - status)  # it has said why, or a signal ended it
         return load_run(run)
 
 
@@ -158,7 +158,7 @@ def draw_similarities(path: Path, mean: np.ndarray, args: argparse.Namespace) ->
             text = "-" if np.isnan(value) else f"{value:.2f}"
             axis.text(j, i, text, ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
-    figure.suptitle(f"{args.model}, {args.method}, {args.task}")
+    figure.suptitle(shown(f"{args.model}, {args.method}, {args.task}", 100))
     save_figure(figure, path)
 
 

@@ -350,7 +350,7 @@ def parse_arguments() -> argparse.Namespace:
 def rates_there(args: argparse.Namespace) -> list[float]:
     """The rates of --runs on the first seed and size, which a report takes for those that were searched."""
     tail = f"-n{args.train_sizes[0]}-seed{args.seeds[0]}" + "-lte" * (args.exit_strategy == "lte")
-    found = (re.fullmatch(rf".+-lr(\d[\d.]*(?:e[-+]\d+)?){tail}", folder.name) for folder in args.runs.glob("*"))
+    found = (re.fullmatch(rf".+-lr(\d+(?:\.\d+)?(?:e[-+]\d+)?){tail}", folder.name) for folder in args.runs.glob("*"))
     if not (rates := sorted({float(match[1]) for match in found if match})):
         raise InputError(f"--runs: {args.runs} holds no run whose name ends with {tail}")
     return rates

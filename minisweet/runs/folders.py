@@ -136,7 +136,7 @@ def read_record(run: Path) -> Record:
     K = len(record.exit_layers)
     fits = {
         "exit_layers": _rises(record.exit_layers),
-        "losses": {len(row) for row in record.losses} <= {K, K - (record.trunk is not None)},  # a trunk has none
+        "losses": {len(row) for row in record.losses or [[]]} <= {K, K - (record.trunk is not None)},  # no trunk's
         "labels": 1 < record.num_labels == len(set(record.labels)),
         "task": record.data is not None or record.task in TASKS,
         "text_columns": record.text_columns is None or len(record.text_columns) in (1, 2),

@@ -4,6 +4,7 @@ The presets are the checkpoints that the paper fine-tunes, and a small MiniLM fo
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
 """
 
+import fnmatch
 import os
 import re
 import shutil
@@ -98,7 +99,8 @@ def _fetch(model: str, folder: Path) -> None:
     except (InputError, OSError) as error:
         if not folder.is_dir():  # else another process has fetched it meanwhile, and that is taken
             # The checks name the temporary folder, which is gone.
-            message = re.sub(rf"\S*\.{re.escape(folder.name)}\.\w+\.partial/new", f"{model} as fetched", str(error))
+            beside = re.escape(os.path.join(os.path.realpath(folder.parent), f".{folder.name}."))
+            message = re.sub(rf"{beside}\w+\.partial/new", f"{model} as fetched", str(error))
             if isinstance(error, ConnectionError):
                 message += f"; or fill {folder} by hand, as weights/README.md tells"
             raise InputError(message) from None
@@ -127,10 +129,15 @@ def _from_hub(model: str, folder: Path) -> None:
         # The small files first, and all files of one commit.
         for names in filter(None, (["config.json", "tokenizer_config.json", *tokenizer], weights + shards)):
             snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
+            for name in (name for pattern in names for name in fnmatch.filter(there, pattern)):
+                if not (folder / name).is_file():  # before version 1 the client may say nothing of it
+                    raise ConnectionError(f"it broke off before {name}")
             if (folder / "config.json").is_file() and tokenizer:
                 config = read_config(folder)
                 load_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
     except HfHubHTTPError as error:
+        if error.response is None:  # before version 1: nobody answered
+            raise ConnectionError(f"{model}: {source}: not fetched ({one_line(error, 120)})") from None
         status = error.response.status_code
         if status == 429 or status >= 500:
             raise ConnectionError(f"{model}: {source} answered {status}") from None

@@ -1,6 +1,7 @@
 """What a training starts from: train.py's command line, the model, the data, and the record of the run to come."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from minisweet.data.text import load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.runs import options
 from minisweet.runs.folders import load_trunk, run_name, versions
+from minisweet.runs.hub import REPOSITORIES
 from minisweet.runs.resume import model_digest
 
 TARGETS = ("labels", "trunk", "half")
@@ -74,6 +76,8 @@ def parse_arguments(doc: str) -> argparse.Namespace:
         raise InputError(f"--model: {args.model}, and --trunk is the model already; leave one of them out")
     args.task = data_name(args)
     args.model = str(args.trunk or ("minilm-l6" if args.model is None else args.model))
+    if args.trunk and args.model in REPOSITORIES:  # a folder that is called like a preset
+        args.model = os.path.join(os.curdir, args.model)
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.train_size = args.train_size or (6000 if args.data is None else None)
     return args

@@ -53,6 +53,8 @@ def main() -> None:
         raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")
     if args.text:
         classify = classifier_of(args)
+        if (trained := classify.record.columns) and len(args.text) != len(trained):
+            raise InputError(f"TEXT: {len(args.text)} texts, should be {len(trained)}, as in training")
         print_exits(explain(classify, args.text[0] if len(args.text) == 1 else args.text), classify.threshold)
     if args.html:
         check_file("--html", args.html, ".html")

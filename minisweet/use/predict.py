@@ -12,7 +12,7 @@ line is a text; of a run that was trained on pairs, two texts with a tab between
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +21,7 @@ from minisweet.adaptive import Exits
 from minisweet.base.commands import Parser, Progress, list_of, run_command
 from minisweet.base.devices import keep_compiled_products, tune_cpu
 from minisweet.base.safe import InputError
-from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, decoded, find_columns, read_rows
+from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, columns_as_trained, decoded, read_rows
 from minisweet.use.classifier import WINDOW, Answer, add_classifier_options, classifier_of
 
 __all__ = ["main", "run_command"]
@@ -50,16 +50,15 @@ def main() -> None:
     trained = classify.record.columns
     if is_lines:
         columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
-        chunks, names, total = read_lines_as_they_come(columns), set(columns), None
+        chunks, names, total = read_lines_as_they_come(columns), columns, None
     else:
-        usual, names, total = (trained, *TEXT_COLUMNS) if trained else TEXT_COLUMNS, set(), 0
-        columns = find_columns("--text-columns", args.file, args.text_columns, usual)
-        if trained and len(columns) != len(trained):
-            raise InputError(f"--text-columns: {','.join(columns)}, should be {len(trained)}, as in training")
+        columns, names, total = columns_as_trained(args.file, args.text_columns, trained), {}, 0
         for line, row in read_rows(args.file):  # a broken row is found before hours of work
             for column in columns:
                 cell(args.file, line, row, column)
-            names.update(row)
+            if total and writer.delimiter and (extra := [column for column in row if column not in names]):
+                raise InputError(f"{args.file}, line {line}: line 1 has no {extra[0]!r:.60}; write such rows to .jsonl")
+            names |= row
             total += 1
         rows = (row for _, row in read_rows(args.file))
         chunks = iter(lambda: list(islice(rows, WINDOW)), [])  # lists of rows, until there are none
@@ -78,13 +77,13 @@ def main() -> None:
     if not to_screen:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
         costs = Exits(classify.exit_layers, classify.record.depth, classify.record.method).costs(classify.threshold)
-        share = sum(left[n] * cost for n, cost in zip(classify.exit_layers, costs, strict=True)) / left.total()
+        share = sum(left[n] * cost for n, cost in zip(classify.exit_layers, costs, strict=True)) / max(1, left.total())
         noticed = f"; empty: {empty:,}; cut to {classify.tokenizer.truncation['max_length']} tokens: {cut:,}"
         counted = f"{left.total():,} rows at threshold {classify.threshold:.4g}"
         print(f"{args.out}: {counted}; left {where}; {share:.0%} of the layers{noticed}")
 
 
-def columns_of(answer: Answer, taken: set[str]) -> dict:
+def columns_of(answer: Answer, taken: Container[str]) -> dict:
     """An answer as columns, under names that are not `taken`. Nine digits tell every float32 from its neighbours."""
     named, columns = {}, answer._asdict()
     columns |= {f"p_{name}": p for name, p in columns.pop("probabilities").items()}
