@@ -172,7 +172,7 @@ def test_a_cut_connection_leaves_nothing(server, fetch, tmp_path):
     server.cut = "model.safetensors"
     done = fetch("bert-base", server.url, apart=True)
     assert server.down
-    assert_refused(done, tmp_path, "503")
+    assert_refused(done, tmp_path, "as weights/README.md tells")
 
 
 @pytest.mark.slow
