@@ -245,7 +245,7 @@ class RowWriter(ExitStack):
         return self
 
     def write(self, row: dict) -> None:
-        """Write a row. The first one names the columns of CSV and TSV, of which later ones may have fewer."""
+        """Write a row. The first names the columns of CSV and TSV; later ones may have fewer. ValueError for others."""
         if self.delimiter is None:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
             return

@@ -109,9 +109,8 @@ def find_start(args: argparse.Namespace) -> Start:
     record |= {"train_digest": digest(rows), "versions": versions(), "exit_layers": exit_layers}
     record |= {"depth": depth, "device": name, "precision": str(precision or torch.float32)}
     rate = args.why.get("lr", f"for {config.model_type}, {depth} layers of {config.hidden_size}")
-    branches = (
-        f", of branches {args.branch_lr_factor * args.lr:g}" if args.method == "branch" and exit_layers[1:] else ""
-    )
+    has_branches = args.method == "branch" and len(exit_layers) > 1
+    branches = f", of branches {args.branch_lr_factor * args.lr:g}" if has_branches else ""
     epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
     by_size = f"to make {options.STEPS} steps, at least {options.EPOCHS} epochs"
     why = args.why.get("epochs", by_size if args.data else "the paper's")
