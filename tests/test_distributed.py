@@ -199,6 +199,35 @@ def differences(one: str, other: str) -> tuple[float, float]:
     return (losses[0] - losses[1]).abs().max().item(), max(weight.max().item() for weight in weights)
 
 
+ALONE = """
+import os
+from datetime import timedelta
+from minisweet.base import devices
+from minisweet.base.commands import run_command
+from minisweet.base.safe import InputError
+
+devices.FAREWELL = timedelta(seconds=3)
+
+def main():
+    if os.environ["RANK"] in os.environ["FAIL"]:
+        raise InputError("--data: not on this machine")
+    devices.of_all(0)
+
+run_command(devices.together(main))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fail", "said"), [("1", "process 1: error: "), ("01", "alone.py: error: ")])
+def test_what_one_process_alone_must_say_is_heard(tmp_path, monkeypatch, fail, said):
+    (tmp_path / "alone.py").write_text(ALONE)
+    monkeypatch.setenv("FAIL", fail)
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    done = run(2, tmp_path / "alone.py")
+    ours = [line for line in done.stderr.splitlines() if "not on this machine" in line]
+    assert (done.returncode == 0, ours) == (False, [f"{said}--data: not on this machine"]), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_processes_train_and_evaluate_as_one_does(tmp_path, monkeypatch, method):

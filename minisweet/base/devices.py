@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+import time
 import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.base.commands import Parser
-from minisweet.base.safe import InputError
+from minisweet.base.safe import InputError, one_line
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 Place = namedtuple("Place", "rank local_rank processes")  # which process of all, and on its machine, from 0
+FAREWELL = timedelta(minutes=1)  # that a process which fails waits for the first one to fail too
 PLACES = [Place(0, 0, 1)]  # the last counts; `together` adds another one
 
 
@@ -187,14 +189,18 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
         except (RuntimeError, ValueError) as error:
             raise InputError(f"torchrun: the processes do not meet ({error})") from None
         PLACES.append(here)
-        farewell = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=1))
+        farewell = torch.distributed.new_group(backend="gloo", timeout=FAREWELL)
         try:
             main()
             of_all(0)
-        except (InputError, OSError, SystemExit):
+        except (InputError, OSError, SystemExit) as error:
             if here.rank:  # torchrun ends the first one, which may be writing, with us
+                start = time.monotonic()
                 with suppress(RuntimeError):
                     torch.distributed.barrier(farewell)
+                waited = timedelta(seconds=time.monotonic() - start)
+                if waited > 0.9 * FAREWELL and not isinstance(error, SystemExit):  # it has not failed, nor said why
+                    print(one_line(f"process {here.rank}: error: {error}"), file=sys.__stderr__, flush=True)
             raise
         torch.distributed.destroy_process_group()
 
