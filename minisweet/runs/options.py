@@ -21,7 +21,7 @@ TABLE_2 = {
     ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
     ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
 }
-STEPS, EPOCHS = 300, 3  # that a training on own text takes at least
+STEPS, EPOCHS = 300, 4  # that a training on own text takes at least
 SMALL = 512  # the hidden size up to which a model wants larger rates, as MiniLM's 384 does
 
 
