@@ -102,9 +102,11 @@ def main() -> None:
     if read_record(run).digests != record.digests:
         raise InputError(f"{run}: the run was replaced while it was evaluated; evaluate it again")
     method, examples = method_name(vars(record)), evaluation["examples"]
-    print(f"{run}: {record.model}, {method}, {record.task}, {examples} validation examples")
-    print_evaluation(evaluation)
-    save_evaluation(run, evaluation | {"run_digest": run_digest(record)}, validation)
+    try:  # first, since nobody may read what is printed, as after `| head`
+        save_evaluation(run, evaluation | {"run_digest": run_digest(record)}, validation)
+    finally:  # shown even where it cannot be written
+        print(f"{run}: {record.model}, {method}, {record.task}, {examples} validation examples")
+        print_evaluation(evaluation)
     print(f"\nwritten to {run / 'evaluation.json'} and logits.safetensors; predict takes this operating point now")
     try:  # last: nothing else waits for a picture
         draw_curve(run / "curve.png", read_evaluation(run, record))

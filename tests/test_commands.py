@@ -9,6 +9,7 @@ import re
 import shutil
 import textwrap
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -427,6 +428,21 @@ def test_texts_that_are_cut_are_counted(command, tmp_path):
     assert command(evaluate)[1].startswith("validation: cut to 8 tokens: 1\n")
     status, _, err = command(evaluate, "--test", "own.csv", "--text-columns", "text,label")
     assert (status, "--text-columns: text,label, should be 1, as in training" in err) == (2, True)
+
+
+def test_an_evaluation_is_saved_though_nobody_reads_it_and_shown_though_it_cannot_be_saved(
+    command, tmp_path, monkeypatch
+):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model, "--out", "a"))[0] == 0
+    for name, error, expected in (
+        ("save_evaluation", PermissionError(errno.EACCES, "denied", "a"), (2, True, False)),
+        ("print_evaluation", BrokenPipeError(), (141, False, True)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, name, Mock(side_effect=error))
+            status, out, _ = command(evaluate, "a")
+        assert (status, "area under the curve" in out, (tmp_path / "a" / "evaluation.json").exists()) == expected
 
 
 def test_evaluate_names_the_classes_that_an_exit_never_predicts(command, tmp_path):
