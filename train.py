@@ -2,284 +2,228 @@
 
     python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
-    python train.py --task sst2 --method branch
-    python train.py --data tickets.csv --text-columns subject,body --label-column team        # branches
+    python train.py --task sst2 --method branch       # with --exit-layers 0,1,2,3,6: branches
+    python train.py --data tickets.csv --text-columns subject,body --label-column team
     python train.py --trunk my-classifier --task rte  # early exits for a classifier that is there already
     python train.py --trunk my-classifier --data texts.csv --targets trunk          # which needs no labels
 
-Writes a run folder, which evaluate.py reads.
+Writes a run folder, which evaluate.py reads. Dimension letters: N instances, K exits, C classes, V words, D hidden.
 """
 
-import argparse
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
-from itertools import chain, islice
+from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
-from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet import MultiExitModel
 from minisweet.base import devices
 from minisweet.base.commands import Progress, run_command
-from minisweet.base.devices import add_up_gradients, autocast, own_rows, place
-from minisweet.base.safe import InputError, write_json
-from minisweet.branches import BranchModel, add_exits, grow_branches, slice_trunk
-from minisweet.data.load import class_weights
+from minisweet.base.devices import add_up_gradients, autocast, own_rows, process_rank
+from minisweet.base.files import InputError
+from minisweet.branches import METHODS, BranchModel
+from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.sweep import predict
-from minisweet.exits import build_alone, exit_loss
-from minisweet.runs.folders import DIVERGED, claim_output, save_run
-from minisweet.runs.resume import Checkpoints, is_finished
-from minisweet.runs.start import Start, find_start, parse_arguments
-
-READ_EVERY = 50  # steps: each reading of the losses waits for the GPU, and a signal waits as long
-
-
-class NotFiniteError(InputError):
-    """The loss of a training became infinite or NaN."""
+from minisweet.exits import ExitModel, exit_loss
+from minisweet.multi_model import MultiModel, build_alone
+from minisweet.ngrams import NgramExit, fit_ngrams
+from minisweet.runs.folders import save_run
+from minisweet.runs.resume import Checkpoint, claim_output
+from minisweet.runs.start import TrainingSetup, find_start, parse_arguments
 
 
-def train(
-    model: MultiExitModel,
-    examples: TokenizedExamples,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    precision: torch.dtype | None = None,
-    stage: str = "train",
-    checkpoints: Checkpoints | None = None,
-) -> list[list[float]]:
-    """Fine-tune the parameters of `model.parameter_groups()` in place, on the device where they are (App. A).
+class Training:
+    """One training, in stages that its method's function calls. Each leaves its losses (steps, K) and its seconds.
 
-    Args:
-        model: of EE or SWEET, one of MM's models, or branches on their trunk.
-        examples: the training set; its targets are labels, or probabilities.
-        epochs, batch_size: passes over it, and examples in each step.
-        learning_rate: of the first step; it decays linearly to zero.
-        seed: of the order of the examples and of dropout.
-        precision: type to autocast to; None for float32 alone.
-        stage: its name, for the progress bar and in the checkpoints.
-        checkpoints: to go on from, and to write to.
-
-    Returns:
-        Each step's loss at each exit that is trained: (steps, K), and for branches (steps, K-1).
-
-    Raises:
-        NotFiniteError: the loss is no longer finite.
+    `start` has one exit, at its end. It is the trunk, or a new model of which the method's own is made.
     """
-    torch.manual_seed(seed + place().rank * 10**6)  # of several processes, each has a dropout of its own
-    model.train()
-    device = next(model.parameters()).device
-    steps = epochs * -(-len(examples) // batch_size)
-    read_every = 1 if device.type == "cpu" else READ_EVERY
-    bar = Progress(total=epochs * len(examples), unit="ex", desc=stage)
-    with bar as progress, used_rows(model, examples) as examples:
-        groups = model.parameter_groups()
-        parameters = list(chain.from_iterable(groups))
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-        history = checkpoints.load(stage, parameters, optimizer, scaler) if checkpoints else []
-        unread: list[Tensor] = []  # losses that are still on the device
-        batches = chain.from_iterable(examples.shuffled(batch_size, seed, epoch) for epoch in range(epochs))
-        for batch in islice(batches, len(history)):  # taken out: these steps were done before the training was stopped
-            progress.update(len(batch.rows))
-        for step, batch in enumerate(batches, len(history) + 1):
-            optimizer.zero_grad()
-            mine, weight = own_rows(batch)  # of several processes, each takes a share of every batch
-            with autocast(device, precision):
-                losses = send_back(model, mine.to(device), scaler)
-            unread.append(add_up_gradients(parameters, losses, weight))
-            update(optimizer, scaler, groups, learning_rate * (1 - (step - 1) / steps))
-            progress.update(len(batch.rows))
-            if len(unread) == read_every or step == steps:
-                read = torch.stack(unread).tolist()
-                if not np.isfinite(read).all():
-                    raise NotFiniteError(f"--lr: at {learning_rate:g} the loss is {np.sum(read)} by step {step}")
-                if step == steps and not all(parameter.isfinite().all() for parameter in parameters):
-                    raise NotFiniteError(f"--lr: at {learning_rate:g} the last step made NaN or infinity of weights")
-                history += read
-                unread.clear()
-                recent = " ".join(f"{loss:.2f}" for loss in np.mean(history[-50:], axis=0))
-                epoch = f"epoch {1 + (step - 1) * epochs // steps} of {epochs}"
-                progress.set_postfix_str(f"{epoch}, loss per exit in the last 50 steps: {recent}", refresh=False)
-                if checkpoints:
-                    checkpoints.keep(stage, history, parameters, optimizer, scaler, is_over=step == steps)
-    return history
+
+    def __init__(self, setup: TrainingSetup, checkpoint: Checkpoint) -> None:
+        self.setup, self.args, self.examples, self.checkpoint = setup, setup.args, setup.examples, checkpoint
+        self.losses, self.seconds, C = [], {}, setup.num_labels
+        torch.manual_seed(self.args.seed)
+        self.start = setup.trunk or build_alone(setup.folder, setup.layers[-1], C, self.args.exit_strategy)
+
+    def grow(self) -> ExitModel:
+        """The method's model, which starts from `start`. With --targets trunk it is to learn what `start` answers."""
+        args, device = self.args, self.setup.device
+        if args.targets == "trunk":
+            precision = devices.choose_precision(args.amp, device)  # as it is evaluated
+            logits, _ = predict(self.start.to(device).eval(), self.examples, precision, "targets")
+            self.examples = self.examples.with_targets(logits[-1].softmax(-1).numpy())
+            self.start.cpu()
+        torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
+        return METHODS[args.method](self.start, self.setup.layers, exit_strategy=args.exit_strategy)
+
+    def fine_tune(self, model: MultiExitModel, learning_rate: float, stage: str) -> None:
+        """Train the parameters of `model.parameter_groups()` (App. A), or go on where the checkpoint stopped.
+
+        The learning rate decays linearly to zero. Raises FloatingPointError, with the step, where a loss is not finite.
+        """
+        args, device, precision = self.args, self.setup.device, self.setup.precision
+        model.to(device).train()
+        with self.checkpoint.signals(), used_rows(model, self.weighted()) as examples:
+            groups = model.parameter_groups()
+            parameters = list(chain.from_iterable(groups))
+            optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+            scaler = GradScaler(device.type, enabled=precision is torch.float16)
+            history = self.checkpoint.start(stage, parameters, optimizer, scaler)
+            steps = args.epochs * -(-len(examples) // args.batch_size)
+            epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
+            bar = Progress(chain.from_iterable(epochs), total=steps, unit="step", desc=stage)
+            for step, batch in enumerate(bar, start=1):
+                if step <= len(history):  # the step was done before the training was stopped
+                    continue
+                torch.manual_seed(hash((args.seed, step, process_rank())))  # of dropout, which needs no checkpoint so
+                optimizer.zero_grad()
+                share, weight = own_rows(batch)  # each of several processes takes a share of every batch
+                losses = compute_gradients(model, share.to(device), scaler, precision)
+                history.append(add_up_gradients(parameters, losses, weight).tolist())
+                if not np.isfinite(history[-1]).all():
+                    raise FloatingPointError(step)
+                scaler.unscale_(optimizer)
+                for group in groups:
+                    clip_grad_norm_(group, 1.0)
+                optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
+                scaler.step(optimizer)
+                scaler.update()
+                bar.set_postfix_str(f"loss per exit {np.mean(history[-50:], axis=0).round(2)}", refresh=False)
+                self.checkpoint.keep(stage, history, parameters, optimizer, scaler, is_over=step == steps)
+        model.cpu()  # frees the device for the next stage
+        self.losses.append(history)
+        self.seconds[stage] = self.checkpoint.stages[stage]["seconds"]
+
+    def weighted(self) -> TokenizedExamples:
+        """The examples. With --class-weights balanced, each counts N / (c n): n of N are of its class, and c occur.
+
+        Its class is its label, or with --targets trunk the likeliest of its targets.
+        """
+        if not self.args.class_weights:
+            return self.examples
+        targets = self.examples.targets
+        if targets.ndim == 1:
+            targets = np.eye(self.setup.num_labels, dtype=np.float32)[targets]  # (N, C)
+        classes, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
+        weights = len(targets) / (len(classes) * counts[of_row])  # (N,)
+        return self.examples.with_targets(targets * weights[:, None].astype(np.float32))
+
+    def fit_exit_0(self, ngrams: NgramExit, embeddings: Tensor) -> NgramExit:
+        """Fit exit 0, a bag of words, with the word embeddings (V, D) that the training started from."""
+        started, examples = time.perf_counter(), self.weighted()
+        chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
+        batches = (examples.batch(rows).inputs for rows in chunks)
+        fit_ngrams(ngrams, batches, torch.from_numpy(examples.targets), embeddings)
+        self.seconds["ngrams"] = time.perf_counter() - started
+        return ngrams
 
 
-def send_back(model: MultiExitModel, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
+def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
     """Add up the gradients of all exits' losses on a batch. Returns the losses (K,), or (K-1,) for branches."""
-    losses = []
-    for logits, certainty in islice(model.exit_by_exit(*batch.inputs), model.trained_exits):
-        loss = exit_loss(logits, certainty, batch.targets)
-        if model.losses_are_apart:
-            # The forward pass waits here, between two segments. No later loss reaches what it has run, so backward()
-            # can run now, which frees the segment's activations. The gradients are those of the summed loss.
-            scaler.scale(loss).backward()
-            loss = loss.detach()
-        losses.append(loss)
+    losses, exits = [], model.exit_by_exit(*batch.inputs)
+    for k in range(model.trained_exits):
+        with autocast(batch.input_ids.device, precision):
+            losses.append(exit_loss(*next(exits), batch.targets))
+        if model.losses_are_apart:  # no later loss reaches the segment that was run: this frees its activations
+            scaler.scale(losses[k]).backward()
     if not model.losses_are_apart:
         scaler.scale(sum(losses)).backward()
     return torch.stack(losses).detach()
 
 
-def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, groups: list, learning_rate: float) -> None:
-    """Take a step, with the gradients of each group of parameters clipped to norm 1."""
-    scaler.unscale_(optimizer)
-    for group in groups:
-        clip_grad_norm_(group, 1.0)
-    optimizer.param_groups[0]["lr"] = learning_rate
-    scaler.step(optimizer)
-    scaler.update()
-
-
 @contextmanager
 def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[TokenizedExamples]:
-    """Within, the word embeddings hold only the rows that the examples use, and ids count these: id 5 is the sixth.
+    """Within, the word embeddings hold only the rows that the examples use, and the examples' ids count these.
 
-    A row that no example uses gets no gradient, and AdamW without weight decay leaves it as it is. So only the others
-    need be trained: SST-2 takes 12% less time. The optimizer must be made within. At the end all rows are back. A
-    frozen trunk's stay as they are.
+    The others get no gradient, and AdamW without weight decay leaves them as they are: this saves 10 to 12% of a step.
+    The optimizer must be made within.
     """
-    if isinstance(model, BranchModel):
-        yield examples
-        return
-    embedding = model.encoder.word_embeddings
-    whole = embedding.weight
+    embedding, whole = model.encoder.word_embeddings, model.encoder.word_embeddings.weight
     used, renumbered = examples.renumbered()  # ids (V,)
     used = torch.from_numpy(used).to(whole.device)
-    embedding.weight = nn.Parameter(whole.detach()[used])
+    embedding.weight = nn.Parameter(whole.detach()[used], whole.requires_grad)
+    yield renumbered
+    with torch.no_grad():
+        whole[used] = embedding.weight
+    embedding.weight = whole
+
+
+def train_together(training: Training) -> MultiExitModel:
+    """EE and SWEET: one model, whose exits are trained together. A trunk is trained on."""
+    model = training.grow()
+    if training.setup.trunk is None or len(model.heads) > 1:  # else no exit is new but exit 0
+        training.fine_tune(model, training.args.lr, training.args.method)
+    return model
+
+
+def train_one_by_one(training: Training) -> MultiModel:
+    """Multi-Model: one model for each exit. A trunk is the last of them, and stays as it is."""
+    model = training.grow()
+    for part in model.models[:-1] if training.setup.trunk else model.models:
+        training.fine_tune(part, training.args.lr, f"layers {part.exit_layers[0]}")
+    return model
+
+
+def train_branches(training: Training) -> BranchModel:
+    """Branches on a trunk, at twice the learning rate. A trunk that is not given is trained as MM's last model is."""
+    if training.setup.trunk is None:
+        training.fine_tune(training.start, training.args.lr, "trunk")
+    model = training.grow()
+    if model.branches:
+        training.fine_tune(model, 2 * training.args.lr, "branches")
+    training.losses.reverse()  # the trunk's exit is the last
+    return model
+
+
+TRAIN = {"sweet": train_together, "ee": train_together, "mm": train_one_by_one, "branch": train_branches}
+
+
+def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
+    """Train one run and write its folder."""
+    print(*setup.notes, sep="\n")
+    training, args, record = Training(setup, checkpoint), setup.args, setup.record
+    embeddings = training.start.encoder.word_embeddings.weight.detach().clone()  # before they are trained
     try:
-        yield renumbered
-    finally:
-        with torch.no_grad():
-            whole[used] = embedding.weight
-        embedding.weight = whole
-
-
-def fit(
-    start: Start, examples: TokenizedExamples, args: argparse.Namespace, checkpoints: Checkpoints
-) -> tuple[nn.Module, np.ndarray, dict[str, float]]:
-    """Make and train the model of --method, from a trunk where one is given; go on where `checkpoints` are.
-
-    Returns the model, on the CPU; the losses (steps, K), or (steps, K-1) where --trunk is the last exit, untrained; and
-    the seconds of each stage: MM's models by name, "trunk" and "branches", or the method.
-    """
-    folder, exit_layers, num_labels, strategy = start.folder, start.exit_layers, start.num_labels, args.exit_strategy
-    trunk, device, precision, is_given = start.trunk, start.device, start.precision, start.trunk is not None
-    losses, seconds = [], {}
-
-    def run(model: MultiExitModel, examples: TokenizedExamples, learning_rate: float, stage: str) -> None:
-        examples = balanced(examples, num_labels) if args.class_weights else examples
-        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": learning_rate}
-        settings |= {"seed": args.seed, "precision": precision, "stage": stage, "checkpoints": checkpoints}
-        with checkpoints.signals():
-            losses.append(train(model.to(device), examples, **settings))
-        model.cpu()  # frees the device for the next one
-        seconds[stage] = checkpoints.lap()
-
-    torch.manual_seed(args.seed)
-    if args.method == "branch" and not is_given:
-        trunk = build_alone(folder, exit_layers[-1], num_labels, strategy)  # MM's last model, to the bit
-        run(trunk, examples, args.lr, "trunk")
-    if trunk is not None:
-        if args.targets != "labels":
-            examples = examples.with_targets(trunk_targets(trunk.to(device), examples, precision, args.targets))
-            trunk.cpu()
-        torch.manual_seed(args.seed)  # so that what is new is the same on any trunk
-    if args.method == "mm":
-        if is_given:
-            model = slice_trunk(trunk, exit_layers, strategy)
-        else:
-            model = build_multi_model(folder, exit_layers, num_labels, strategy)
-        for part in model[:-1] if is_given else model:  # a trunk that is there stays as it is
-            run(part, examples, args.lr, f"layers {part.exit_layers[0]}")
-    elif args.method == "branch":
-        model = grow_branches(trunk, exit_layers, strategy)
-        if model.branches:  # else the trunk is all
-            run(model, examples, args.branch_lr_factor * args.lr, "branches")
-            losses.reverse()  # the trunk's, of the last exit, was trained first
-    else:
-        if is_given:
-            model = add_exits(trunk, exit_layers, args.method, strategy)
-        else:
-            encoder = load_encoder(folder, exit_layers[-1])
-            model = MultiExitModel(encoder, exit_layers, num_labels, args.method, strategy)
-        run(model, examples, args.lr, args.method)
-    return model, np.concatenate(losses, axis=1), seconds
-
-
-def trunk_targets(
-    trunk: MultiExitModel, examples: TokenizedExamples, precision: torch.dtype | None, targets: str
-) -> np.ndarray:
-    """What exits learn instead of labels, (N, C): the trunk's probabilities, or half of them and half the label."""
-    logits, _ = predict(trunk.eval(), examples, precision, "targets")
-    probabilities = logits[-1].softmax(-1)
-    if targets == "half":
-        probabilities = (probabilities + F.one_hot(torch.from_numpy(examples.labels), probabilities.shape[1])) / 2
-    return probabilities.numpy()
-
-
-def balanced(examples: TokenizedExamples, C: int) -> TokenizedExamples:
-    """The same examples, each counted N / (c n) in the loss: n of the N are of its class, and c of the C classes occur.
-
-    Its class is its label, or without labels the likeliest of its targets.
-    """
-    targets = torch.from_numpy(examples.targets)
-    targets = F.one_hot(targets, C).float() if targets.ndim == 1 else targets
-    classes = targets.argmax(-1) if examples.labels is None else torch.from_numpy(examples.labels)  # (N,)
-    weights = torch.tensor(class_weights(classes.bincount(minlength=C).tolist()))  # (C,)
-    return examples.with_targets((targets * weights[classes, None]).numpy())
+        model = TRAIN[args.method](training)
+    except FloatingPointError as error:
+        step = record["diverged"] = error.args[0]
+        if process_rank() == 0:
+            checkpoint.path.unlink(missing_ok=True)
+            if not (args.out / WEIGHTS).exists():  # a run with weights is worth more
+                save_run(args.out, None, setup.folder, record, setup.validation)
+        raise InputError(
+            f"--lr: at {args.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
+        ) from None
+    if process_rank():  # the first process alone fits exit 0 and writes
+        return
+    if setup.ngrams:
+        model.add_ngrams(training.fit_exit_0(setup.ngrams, embeddings))
+    record["losses"] = np.concatenate(training.losses, axis=1).round(5).tolist() if training.losses else []
+    record["stages"] = {stage: round(seconds, 1) for stage, seconds in training.seconds.items()}
+    record["seconds"] = round(sum(training.seconds.values()), 1)
+    save_run(args.out, model, setup.folder, record, setup.validation)
+    print(f"{args.out}: trained in {record['seconds']:.0f} s; next: python evaluate.py {args.out}")
 
 
 def main() -> None:
-    """Train one run."""
-    args = parse_arguments(__doc__)
+    """Train one run, or with --resume say that it is there."""
+    args, method = parse_arguments(__doc__)
     devices.tune_cpu()
-    may_stand = args.overwrite or (args.resume and is_finished(args.out))
-    with claim_output(args.out, may_stand) if place().rank == 0 else nullcontext():  # now, not hours later
-        train_run(args)
-
-
-def train_run(args: argparse.Namespace) -> None:
-    """Train one run and write its folder, or with --resume say that it is there."""
-    start = find_start(args)
-    record, checkpoints = start.record, Checkpoints(args, start.record, start.device)
-    if checkpoints.finished:
-        checkpoints.remove()  # of a training that was killed just after it had saved the run
-        print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
-        return
-    examples = TokenizedExamples(start.tokenizer, start.rows)
-    notes = [f"train: cut to {args.max_length} tokens: {examples.cut:,}"] if examples.cut else []
-    print(*start.notes, *notes, sep="\n")
-    checkpoints.lap()  # what is above is no training
-    try:
-        model, losses, stages = fit(start, examples, args, checkpoints)
-    except NotFiniteError as error:
-        checkpoints.remove()
-        if place().rank == 0 and not args.out.exists():  # a grid's search must know that this rate is over
-            write_json(args.out / DIVERGED, {"error": str(error), "arguments": record["arguments"]})
-        raise
-    if place().rank:  # the first process alone writes
-        return
-    seconds = sum(stages.values())
-    record |= {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "losses": losses.round(5).tolist()}
-    record |= {"seconds": round(seconds, 1), "stages": {stage: round(took, 1) for stage, took in stages.items()}}
-    record["examples_per_second"] = round(args.epochs * len(examples) / seconds, 1)
-    try:
-        save_run(args.out, model, start.folder, record, args.overwrite)
-    except (OSError, InputError) as error:
-        kept = f"; what was trained is kept in {checkpoints.folder}: --resume saves it" if checkpoints.kept else ""
-        raise InputError(f"{error}{kept}") from None
-    checkpoints.remove()
-    print(f"{args.out}: trained in {seconds:.0f} s; next: python evaluate.py {args.out}")
+    with claim_output(args.out, args.resume or args.overwrite) as path:
+        setup = find_start(args, method)
+        checkpoint = Checkpoint(path, args, setup.record)
+        if checkpoint.is_finished:
+            print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
+        else:
+            train_run(setup, checkpoint)
+        if process_rank() == 0:
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    run_command(devices.together(main))
+    run_command(devices.distributed(main))

@@ -8,18 +8,22 @@ Names and shapes that stay (B batch, T tokens, D hidden size, L layers, K exits,
     logits = model(input_ids, attention_mask, token_type_ids)    # (K, B, C); call model.eval() first to predict
     model.heads[k].pooler, model.heads[k].classifier             # nn.Linear each, k from 0
     models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM: answers likewise
+    model.add_ngrams(NgramExit(...))                             # exit 0: logits are (K+1, B, C) then
 """
 
 from minisweet.base.devices import tune_cpu
-from minisweet.base.safe import InputError
+from minisweet.base.files import InputError
 from minisweet.checkpoint import load_encoder
-from minisweet.exits import MultiExitModel, build_multi_model
+from minisweet.exits import MultiExitModel
+from minisweet.multi_model import build_multi_model
+from minisweet.ngrams import NgramExit
 
-__all__ = ["EarlyExitClassifier", "InputError", "MultiExitModel", "build_multi_model", "load_encoder", "tune_cpu"]
+__all__ = ["EarlyExitClassifier", "InputError", "MultiExitModel", "NgramExit", "build_multi_model", "load_encoder"]
+__all__ += ["tune_cpu"]
 
 
 def __getattr__(name: str):
-    """Import what few need when it is first asked for."""
+    """Import the classifier, which needs the rooms above, only where somebody asks for it."""
     if name != "EarlyExitClassifier":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from minisweet.use.classifier import EarlyExitClassifier

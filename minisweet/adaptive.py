@@ -5,7 +5,7 @@ exit's confidence is its highest probability, after temperature scaling, or what
 learning-to-exit (Sec. 5).
 
 The sweep needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
-Dimension letters: K exits, N instances, n some of them, C classes.
+Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
 
 from collections.abc import Sequence
@@ -27,18 +27,10 @@ class ExitRule:
         temperatures: (K,), what each exit's logits are divided by; None for 1. Not for learning-to-exit.
         ranges: (K, 2), the lowest and the highest certainty of each exit on validation data. This makes it the rule
             of learning-to-exit.
-
-    Raises:
-        ValueError: both are given, or one has another shape.
     """
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
-        if temperatures is not None and ranges is not None:
-            raise ValueError("temperatures and ranges: learning-to-exit has no temperatures")
-        for name, value, shape in (("temperatures", temperatures, "(K,)"), ("ranges", ranges, "(K, 2)")):
-            if value is not None and (value.ndim, *value.shape[1:]) != ((2, 2) if name == "ranges" else (1,)):
-                raise ValueError(f"{name} are {tuple(value.shape)}, and must be {shape}")
-        self.temperatures, self.ranges = temperatures, ranges
+        self.num_labels, self.temperatures, self.ranges = num_labels, temperatures, ranges
         # The confidence that nobody falls below: at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
@@ -56,13 +48,12 @@ class ExitRule:
         Args:
             k: counted from 0.
             logits: (n, C).
-            certainty: (n,), or None where the exit has none, as the last of a branch model: it is never asked.
+            certainty: (n,), or None where the exit has none: without learning-to-exit, and at the last of a branch
+                model, which is never asked whether it is right.
         """
-        if self.ranges is None:
+        if certainty is None:
             temperature = 1 if self.temperatures is None else self.temperatures[k]
             return (logits.float() / temperature).softmax(-1).amax(-1)
-        if certainty is None:
-            return logits.new_ones(len(logits), dtype=torch.float32)
         low, high = self.ranges[k]
         return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
@@ -71,11 +62,10 @@ class ExitRule:
         of_exit = [None] * len(logits) if certainty is None else [*certainty, None]
         return torch.stack([self.confidence(k, exit_logits, of_exit[k]) for k, exit_logits in enumerate(logits)])
 
-    def check(self, K: int) -> None:
-        """Raise ValueError unless the rule is one for K exits."""
-        for name, values in (("temperatures", self.temperatures), ("ranges", self.ranges)):
-            if values is not None and len(values) != K:
-                raise ValueError(f"{name} are of {len(values)} exits, and must be of {K}")
+    def kept(self, places: Sequence[int]) -> "ExitRule":
+        """The rule of some of its exits, counted from 0."""
+        temperatures, ranges = (None if x is None else x[list(places)] for x in (self.temperatures, self.ranges))
+        return ExitRule(self.num_labels, temperatures, ranges)
 
 
 def certainty_ranges(certainty: Tensor, K: int) -> Tensor:
@@ -116,39 +106,42 @@ def exits_taken(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
 class Exits(NamedTuple):
     """Which exits a model has, and what leaving there costs."""
 
-    layers: Sequence[int]  # (K,), counted from 1
-    depth: int  # of the whole encoder, in layers
+    layers: Sequence[int]  # (K,), counted from 1; 0 is exit 0
+    depth: int  # L, of the whole encoder
     method: str
 
     def costs(self, threshold: float = 0.0) -> list[float]:
         """What leaving at each exit costs, as a share of the encoder's layers: (K,) (Eq. 1 for one instance).
 
-        EE and SWEET have run the exit's n layers: n / depth. MM has run all the models up to and including the exit's.
+        EE and SWEET have run the exit's n layers: n / L. MM has run all the models up to and including the exit's. Exit
+        0 runs no layer.
 
-        Branches have run the exit's layers too, and have asked the k exits before it in vain: (n + k/6) / depth. Each
-        of them has run its private layer for [CLS] alone. A sixth of a layer is what the keys and values of all tokens
-        take: 2 of its 12 D x D matrices (query, key, value, output, and a feed-forward block of 2 x 4). That is more
-        than is paid, since `forward_cls` does without them: BERT's takes about 1/T of a layer, DeBERTa's also projects
-        T positions, once per batch. The layer of the exit taken counts as a whole one, though it too ran for [CLS]
-        alone: that is Eq. 1.
-        At threshold 1 nobody is asked but the last exit, which costs the plain model.
+        Branches have run the exit's n layers too, and k branches before it, whose exits were asked in vain:
+        (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D products per
+        token, those of the keys and the values: a sixth. At threshold 1 no exit but the last is asked.
+
+        Eq. 1 counts layers. What it leaves out is small but not nothing: the exits' heads, exit 0's sum over words, and
+        that EE's and SWEET's exits, too, run their layer for [CLS] before they run it for all tokens.
         """
         if self.method == "mm":
             return [n / self.depth for n in accumulate(self.layers)]
         asked = ASKING_A_BRANCH if self.method == "branch" and threshold < 1 else 0
-        return [(n + k * asked) / self.depth for k, n in enumerate(self.layers)]
+        branches = accumulate((n > 0 for n in self.layers), initial=0)  # before each exit
+        return [(n + k * asked) / self.depth for n, k in zip(self.layers, branches, strict=False)]
 
 
-def area_under_curve(ratios: Sequence[float], scores: Sequence[float]) -> float:
-    """Mean score over the speedup ratios from the first exit's to 1: the trapezoid's area, divided by its width.
+def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: float = 0.0) -> float:
+    """The mean score over the speedup ratios from `start` to 1: the trapezoid's area, divided by its width.
 
-    `ratios` and `scores` hold a point per threshold from 1/C on, where all take the first exit. Ratios may fall again,
-    as branches' do from just below threshold 1 to 1, so points are sorted here. The curve is cut at 1, where its score
-    is interpolated, and one that ends before 1 is taken as far as it goes, never extrapolated.
+    It starts at the first exit's ratio where that is larger than `start`. Evaluations start at 1/L, so that a model
+    with exit 0, whose ratio is 0, compares with one without it. `ratios` and `scores` hold a point per threshold.
+    Ratios may fall again, as branches' do from just below threshold 1 to 1, so points are sorted here. At both ends the
+    score is interpolated; a curve that ends before 1 is taken as far as it goes, never extrapolated.
     """
     order = np.argsort(ratios, kind="stable")
     x, y = np.array(ratios)[order], np.array(scores)[order]
-    end = min(1.0, x[-1])
-    x, y = np.append(x[x <= end], end), np.append(y[x <= end], np.interp(end, x, y))
-    mean = np.trapezoid(y, x) / (end - x[0]) if end > x[0] else y[-1]
+    low, high = np.clip([start, 1.0], x[0], x[-1])
+    inside, ends = (low < x) & (x < high), np.interp([low, high], x, y)
+    x, y = np.r_[low, x[inside], high], np.r_[ends[0], y[inside], ends[1]]
+    mean = np.trapezoid(y, x) / (high - low) if high > low else ends[1]
     return float(np.clip(mean, y.min(), y.max()))  # rounding must not make 100.00000000000001 of 100

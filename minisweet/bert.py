@@ -1,70 +1,41 @@
 """BERT's encoder (Devlin et al. 2019, https://arxiv.org/abs/1810.04805), by hand.
 
 Embeddings and L post-norm Transformer layers. There is no pooler here: each exit has its own, see exits.py. What BERT
-and DeBERTa share, and the contract that both keep, is in layers.py, where the dimension letters are explained too.
+and DeBERTa share is in layers.py, where the dimension letters are explained too.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.config import BertConfig
-from minisweet.layers import Dropout, TransformerEncoder, TransformerLayer, float32_by_onednn, padding_bias
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: Dropout) -> Tensor:
-    """Scaled dot-product attention with dropout on its weights: to (B, H, R, d).
-
-    Args:
-        query: (B, H, R, d).
-        key, value: (B, H, T, d).
-        bias: (B, 1, 1, T), what padding adds to the scores.
-    """
-    if fused_is_faster(key, dropout.training):
-        p = dropout.p if dropout.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=p)
-    scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
-    return dropout(scores.softmax(-1)) @ value
-
-
-def fused_is_faster(key: Tensor, training: bool) -> bool:
-    """Whether torch's fused attention is. On the CPU it makes many small products: slow, but for long texts by MKL."""
-    slow = training or torch.compiler.is_compiling() or key.shape[2] < 128
-    slow = slow or (key.dtype == torch.float32 and float32_by_onednn())
-    return key.device.type != "cpu" or not slow
+from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
 
 
 class BertLayer(TransformerLayer):
-    """Self-attention and a feed-forward block."""
+    """Self-attention and a feed-forward block.
+
+    The key has no bias. A checkpoint's would add the same number to all scores of a query, which the softmax ignores.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        D = config.hidden_size
+        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
 
-    def attend(self, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
-        """See `attention`; the context is the padding's bias."""
-        bias, D = self.query_key_value.bias, hidden.shape[-1]
-        if torch.is_grad_enabled():
-            # The gradient of the keys' bias is zero but for rounding (see `projections`), of which Adam would
-            # make whole steps.
-            bias = torch.cat([bias[:D], bias[D : 2 * D].detach(), bias[2 * D :]])
-        parts = F.linear(hidden, self.query_key_value.weight, bias).chunk(3, dim=-1)  # (B, T, D) each
-        return attention(*map(self.split_heads, parts), *context, self.attention_dropout)
-
-    def projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """As the base class says, for `forward_cls` of layers.py."""
-        weights = self.query_key_value.weight.unflatten(0, (3, self.num_heads, -1))  # (3, H, d, D)
-        biases = self.query_key_value.bias.view(3, self.num_heads, 1, -1)
-        return *weights, biases[0], biases[2]
-
-    def cls_scores(self, query: Tensor, Wk: Tensor, hidden: Tensor, context: tuple[Tensor]) -> Tensor:
-        """The padding's bias (B, 1, T)."""
-        return context[0][:, 0]
+    def attend(self, hidden: Tensor, context: tuple[Tensor], rows: int | None) -> Tensor:
+        """Scaled dot-product attention; the context is `padding_bias`. (B, T, D) to (B, H, R, d)."""
+        asking = hidden[:, :rows].contiguous()  # else torch may sum in another order where the weights are frozen
+        projected = self.query(asking), self.key(hidden), self.value(hidden)
+        query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
+        (bias,) = context
+        if self.training:  # written out, for a dropout that is fast on a CPU
+            scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
+            return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
 
 
 class BertEncoder(TransformerEncoder):
-    """Embeddings and layers of BERT, randomly initialised. `minisweet.load_encoder` fills in a checkpoint's weights."""
+    """Embeddings and layers of BERT, randomly initialised. `load_encoder` puts a checkpoint's weights there."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)

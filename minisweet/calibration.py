@@ -4,9 +4,9 @@ An exit's logits are divided by one temperature, which makes its confidence more
 The temperature is the one of least negative log-likelihood (NLL), plus a weak prior that keeps it near 1: log(T)^2 / N.
 Without the prior, an exit that is right on every row would be told that it is certain of all there is.
 
-The authors fit the temperatures on the very set that they then score. By default we do not: the curve is what two
-halves of the validation set give, each decided by the rule that was fitted on the other (evaluation/sweep.py). For new
-text one rule is kept, of all rows, or of a quarter where the others certify (evaluation/operating.py).
+The authors fit the temperatures on the very set that they then score. We do not: a fold of the validation set is
+decided by temperatures that were fitted on the other folds (evaluation/sweep.py). For new text one rule is kept, of all
+rows, or of a quarter where the others certify (evaluation/operating.py).
 
 Dimension letters: K exits, N instances, C classes.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minisweet.adaptive import ExitRule, certainty_ranges
 
-CALIBRATIONS = ("crossfit", "dev", "none")
 BINS = 15  # of the expected calibration error
 
 
@@ -38,23 +37,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(log_temperature.detach().exp())
 
 
-def fit_rule(
-    logits: Tensor, certainty: Tensor | None, labels: Tensor, calibration: str, labelled: bool = True
-) -> ExitRule:
+def fit_rule(logits: Tensor, certainty: Tensor | None, labels: Tensor, labelled: bool = True) -> ExitRule:
     """The rule that some validation rows suggest, for other text. Here alone a rule is made of data.
 
     Args:
         logits: (K, N, C).
-        certainty: (K or K-1, N) of learning-to-exit, whose ranges are taken; else None.
+        certainty: (K or K-1, N) of learning-to-exit, whose ranges are taken; None where temperatures are fitted.
         labels: (N,).
-        calibration: "none" for no temperatures, else one temperature per exit is fitted on all rows.
         labelled: False where the labels are the last exit's own answers. They tell nothing of its temperature: it is 1.
     """
     K, _, C = logits.shape
     if certainty is not None:
         return ExitRule(C, ranges=certainty_ranges(certainty, K))
-    if calibration == "none":
-        return ExitRule(C)
     temperatures = [fit_temperature(exit_logits, labels) for exit_logits in logits[: K if labelled else K - 1]]
     return ExitRule(C, torch.tensor(temperatures + [1.0] * (not labelled), dtype=torch.float32))
 

@@ -1,32 +1,31 @@
 """Public weights into our encoders: strictly, through an explicit map of names.
 
-Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. Where one is missing, unexpected, of
-another shape or not finite, all is refused, by names, and nothing is loaded (`filled` in base/weights.py). Keys of
-config.json that we have no field for are ignored: they describe the file, not the model.
+Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. Keys of config.json that we have no
+field for are ignored: they describe the file, not the model.
 """
 
-import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from minisweet.base.safe import LOG, InputError, is_text, listed, read_json
-from minisweet.base.weights import INDEX, WEIGHTS, Sources, check_sizes, filled, open_weights
+from minisweet.base.files import InputError, preview, read_dataclass, read_json, written_beside
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
 
 Encoder = BertEncoder | DebertaEncoder
 
+WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
-TASK_HEADS = ("classifier.", "qa_outputs.")  # of sequence and token classification, of question answering
-# What the names of tensors begin with that are dropped where no parameter asks for them: the heads of pre-training, a
-# buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only the decoder of pre-training read (BERT
-# asks for its own). The pooler is kept, since each exit head starts from it. `_load` also drops task heads.
-DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "embeddings.position_ids", "embeddings.position_embeddings.")
 ARCHITECTURES = {"bert": (BertConfig, BertEncoder), "deberta": (DebertaConfig, DebertaEncoder)}
-# Modules of a layer that BERT and DeBERTa share, and parameters that only DeBERTa's has.
+# A layer's modules, ours to theirs, that both encoders have; then the parameters of BERT's and of DeBERTa's attention.
 MODULES = {
     "attention_output": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
@@ -34,26 +33,26 @@ MODULES = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-DEBERTA_PARAMETERS = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
+BERT_ATTENTION = ("query.weight", "query.bias", "key.weight", "value.weight", "value.bias")
+DEBERTA_ATTENTION = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
+HEAD = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
+# What the names of tensors begin with that are dropped, where no parameter asks for them: heads of pre-training and of
+# tasks, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
+DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
+DROPPED += ("embeddings.position_ids", "embeddings.position_embeddings.")
 
 
-def checkpoint_names(num_layers: int) -> Sources:
-    """The parameters of both encoders to their names, without "bert." or "deberta."; several are concatenated.
-
-    `filled` takes those that the encoder has.
-    """
-    names = {"relative_table.weight": ("encoder.rel_embeddings.weight",)}
+def checkpoint_names(num_layers: int) -> dict[str, str]:
+    """The parameters of both encoders to their public names, without "bert." or "deberta."."""
+    names = {"relative_table.weight": "encoder.rel_embeddings.weight"}
     for table in ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"):
-        names[table] = (f"embeddings.{table}",)
+        names[table] = f"embeddings.{table}"
+    layer = {part: f"attention.self.{part}" for part in BERT_ATTENTION + DEBERTA_ATTENTION}
     for kind in ("weight", "bias"):
-        names[f"embedding_norm.{kind}"] = (f"embeddings.LayerNorm.{kind}",)
+        names[f"embedding_norm.{kind}"] = f"embeddings.LayerNorm.{kind}"
+        layer |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in MODULES.items()}
     for n in range(num_layers):
-        ours, theirs = f"layers.{n}", f"encoder.layer.{n}"
-        names |= {f"{ours}.{part}": (f"{theirs}.attention.self.{part}",) for part in DEBERTA_PARAMETERS}
-        for kind in ("weight", "bias"):
-            names |= {f"{ours}.{name}.{kind}": (f"{theirs}.{there}.{kind}",) for name, there in MODULES.items()}
-            parts = tuple(f"{theirs}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
-            names[f"{ours}.query_key_value.{kind}"] = parts
+        names |= {f"layers.{n}.{ours}": f"encoder.layer.{n}.{theirs}" for ours, theirs in layer.items()}
     return names
 
 
@@ -63,14 +62,11 @@ def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     content = read_json(path)
     # BERT's oldest checkpoints have no model_type.
     model_type = content.get("encoder_type" if content.get("model_type") == OURS else "model_type", "bert")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    if model_type not in list(ARCHITECTURES):
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
-    try:
-        config = ARCHITECTURES[model_type][0].from_json(content)
-        json.dumps(content, allow_nan=False)  # a run's config.json is made of it, after hours of training
-        return config
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from None
+    if isinstance(terms := content.get("pos_att_type"), list):
+        content["pos_att_type"] = "|".join(terms)
+    return read_dataclass(ARCHITECTURES[model_type][0], path, content)
 
 
 def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
@@ -78,79 +74,108 @@ def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
     return ARCHITECTURES[config.model_type][1](config)
 
 
-def load_encoder(folder: str | Path, num_layers: int | None = None, warn: bool = True) -> Encoder:
-    """Load a BERT or DeBERTa encoder, as config.json's model_type says, from a folder in the Hugging Face layout.
+def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
+    """Load the encoder of a folder in the Hugging Face layout: BERT or DeBERTa, as config.json's model_type says.
 
-    Args:
-        folder: holds config.json and the weights: model.safetensors, or shards and model.safetensors.index.json, or
-            pytorch_model.bin, which is converted once; in any floating-point type.
-        num_layers: keep the first so many layers; the others are not read. Default: all.
-        warn: say so where a BERT checkpoint has no pooler, and where the head of a task is left out.
-
-    Returns:
-        The encoder in float32, in training mode. Its `pooler_start` is the checkpoint's pooler (weight, bias), where
-        each exit head starts from, or None where the checkpoint has none.
-
-    Raises InputError where `num_layers` lies outside the encoder, a file is missing or unreadable, config.json asks for
-    what is not implemented, or the tensors are not those that it describes.
+    It has the first `num_layers` layers, by default all, and is in float32 and in training mode. Its `pooler_start` is
+    the checkpoint's pooler (weight, bias), where each exit head starts from, or None. Raises InputError where there are
+    fewer layers, a file is missing or unreadable, config.json asks for what is not implemented, or the tensors are not
+    those that it describes.
     """
-    return _load(Path(folder), num_layers, warn)[0]
+    return _load(Path(folder), num_layers)[0]
 
 
 def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[str]]:
     """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
 
-    Returns the encoder as `load_encoder` does, the classifier's weight (C, D) and bias (C,), and the labels in the
-    order of the classes: id2label's, or LABEL_0, LABEL_1, ... Raises InputError as `load_encoder`, and for regression,
-    several labels at once, heads of other tasks, and one without a pooler.
+    Returns the encoder, the classifier's weight (C, D) and bias (C,), and the labels in the order of the classes:
+    id2label's, or LABEL_0, LABEL_1, ... Raises InputError as `load_encoder`, and for regression, several labels at
+    once, and models of other tasks, which lack a pooler or a classifier.
     """
-    path, content = folder / "config.json", read_json(folder / "config.json")
-    made, kind = content.get("architectures") or ["ForSequenceClassification"], content.get("problem_type")
-    if not isinstance(made, list) or not str(made[0]).endswith("ForSequenceClassification"):
-        raise InputError(f"{path}: architectures is {made!r}, and must be a model for sequence classification")
-    if kind not in (None, "single_label_classification"):
-        raise InputError(f"{path}: problem_type is {kind!r}, and only single_label_classification is implemented")
-    encoder, head = _load(folder, None, True, with_head=True)
-    C = len(head["classifier.bias"])
-    if C < 2:
-        raise InputError(f"{folder}: its head has {C} output, which is regression; two classes or more are implemented")
-    names = content.get("id2label") or {str(n): f"LABEL_{n}" for n in range(C)}
-    labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) and len(names) == C else []
-    if not labels or not all(map(is_text, labels)) or len(set(labels)) < C:
-        raise InputError(f"{path}: id2label is {names!r:.100}, and must name each of the head's {C} classes once")
+    encoder, head = _load(folder)
+    path = folder / "config.json"
+    content = read_json(path)
+    if missing := [name for name in HEAD if name not in head]:
+        raise InputError(f"{folder / WEIGHTS}: {preview(missing)} is missing, and a text classifier has it")
+    kind, C = content.get("problem_type") or "single_label_classification", len(head["classifier.bias"])
+    if kind != "single_label_classification" or C < 2:
+        raise InputError(f"{path}: {kind} with {C} outputs, should be single_label_classification with two or more")
+    labels = [(content.get("id2label") or {}).get(str(n), f"LABEL_{n}") for n in range(C)]
     return encoder, (head["classifier.weight"], head["classifier.bias"]), labels
 
 
-def _load(folder: Path, num_layers: int | None, warn: bool, with_head: bool = False) -> tuple[Encoder, dict]:
-    """The encoder, and by name the tensors of the pooler, where there is one, and of the classifier if asked for."""
-    config = read_config(folder)
-    depth, D = config.num_hidden_layers, config.hidden_size
-    if num_layers is not None and not 1 <= num_layers <= depth:
-        raise InputError(f"num_layers is {num_layers}, and must lie in 1 to {depth}, the depth of {folder}")
-    files, tensors, head = open_weights(folder), {}, {}
-    path = folder / (WEIGHTS if (folder / WEIGHTS).exists() else INDEX)
-    for key in sorted(files):
-        plain = key.removeprefix(f"{config.model_type}.")
-        plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if plain in tensors:
-            raise InputError(f"{path}: {key} and another tensor are the same parameter")
-        tensors[plain] = files[key]
-    check_sizes(path, tensors, "embeddings.word_embeddings", f"encoder.layer.{depth - 1}.intermediate.dense", D)
-    if with_head or "pooler.dense.weight" in tensors:  # a finished classifier must have it, another may
-        head |= {"pooler.dense.weight": [D, D], "pooler.dense.bias": [D]}
-    if with_head:
-        there = tensors["classifier.bias"].get_shape() if "classifier.bias" in tensors else []
-        C = there[0] if there else 2
-        head |= {"classifier.weight": [C, D], "classifier.bias": [C]}
-    config = replace(config, num_hidden_layers=num_layers or depth)
-    names = checkpoint_names(config.num_hidden_layers)
-    above = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, depth))
-    left_out = () if with_head else TASK_HEADS
-    encoder, head = filled(path, tensors, lambda: new_encoder(config), names, head, (*DROPPED, *above, *left_out))
+def _load(folder: Path, num_layers: int | None = None) -> tuple[Encoder, dict[str, Tensor]]:
+    """The encoder, and by name the tensors of the pooler and the classifier that the file has."""
+    config, path = read_config(folder), folder / WEIGHTS
+    depth, L = config.num_hidden_layers, num_layers or config.num_hidden_layers
+    # A key's bias, which BERT has, adds the same to all scores of a query: the softmax ignores it, and ours has none.
+    dropped = [*DROPPED, *(f"encoder.layer.{n}.attention.self.key.bias" for n in range(L))]
+    dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
+    make = partial(new_encoder, replace(config, num_hidden_layers=L))
+    encoder, head = load_strict(path, make, checkpoint_names(L), HEAD, dropped)
     if "pooler.dense.weight" in head:
         encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
-    elif warn and config.model_type == "bert":
-        LOG.warning("%s has no pooler: each exit head starts from a fresh one", path)
-    if warn and (left := [name for name in tensors if name.startswith(left_out)]):
-        LOG.warning("%s: the head of its task is left out (%s)", path, listed(left))
     return encoder, head
+
+
+def open_weights(folder: Path) -> dict:
+    """Open a folder's model.safetensors: each tensor's name to its slice, which is read when it is asked for.
+
+    Names come without "bert." or "deberta.", and with today's names of LayerNorm's parameters. A pytorch_model.bin that
+    stands there alone is converted first. Raises InputError where there is no such file, or one that is not readable.
+    """
+    path, pickled, slices = folder / WEIGHTS, folder / PICKLED, {}
+    try:
+        if not path.exists() and pickled.exists():
+            tensors = torch.load(pickled, weights_only=True, map_location="cpu")
+            # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
+            tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+            with written_beside(path) as new:
+                new.write_bytes(save(tensors, metadata={"format": "pt"}))
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # of pickle, zip, torch or safetensors, according to what is wrong with the file
+        raise InputError(f"{folder}: no readable {WEIGHTS} or {PICKLED} ({error})") from None
+    for name in file.keys():  # noqa: SIM118 (it is no dict)
+        plain = name.removeprefix("bert.").removeprefix("deberta.")
+        plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        slices[plain] = file.get_slice(name)
+    return slices
+
+
+def load_strict(
+    path: Path, make: Callable[[], nn.Module], names: Mapping = {}, extra: Sequence = (), dropped: Sequence = ()
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Make a module, and fill it with the tensors of a file, each of which must be used or dropped.
+
+    `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
+    module's state dict. `names` are its names to the file's, where they differ; tensors of the names `extra` are taken
+    where they are there, in float32, and returned too; names that begin with one of `dropped` may be left over. Raises
+    InputError, naming each with both shapes, where tensors are missing, unexpected, of another shape or not finite.
+    """
+    slices, problems, tensors = open_weights(path.parent), [], {}
+    with torch.device("meta"), _NoInit():
+        module = make()
+    for name, value in module.state_dict().items():
+        source, shape = names.get(name, name), list(value.shape)
+        found = slices.pop(source, None)
+        there = "missing" if found is None else found.get_shape()
+        if there != shape:
+            problems.append(f"{source} is {there} and should be {shape}")
+            continue
+        tensors[name] = found[...].to(value.dtype, copy=True)
+        if not tensors[name].isfinite().all():
+            problems.append(f"{source} holds NaN or infinity")
+    others = {name: slices.pop(name)[...].float() for name in extra if name in slices}
+    unused = [name for name in slices if not name.startswith(tuple(dropped))]
+    problems += [f"{name} {slices[name].get_shape()} is unexpected" for name in unused]
+    if problems:
+        raise InputError(f"{path} does not fit its config.json: {preview(problems)}")
+    module.load_state_dict(tensors, assign=True)
+    return module, others
+
+
+class _NoInit(TorchFunctionMode):
+    """Within it, torch.nn.init does nothing: on the meta device it would import torch's compiler, a second's work."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))

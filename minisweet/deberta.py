@@ -7,8 +7,8 @@ where K and Q are projections of one table of 2k relative positions, which all l
 Q_delta(j,i). The public weights were trained with delta(i,j) in both terms, so that is what is right here.) There are
 no absolute positions and no token types at the input. There is no pooler here: each exit has its own, see exits.py.
 
-What BERT and DeBERTa share, and the contract that both keep, is in layers.py. DeBERTa's context holds the rows of the
-relative table, so that what happens to the context at an exit happens to the table.
+What BERT and DeBERTa share is in layers.py. The relative table is part of DeBERTa's context, so that where the gradient
+of the context stops, it stops for the table too.
 
 Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, k relative span.
 """
@@ -21,10 +21,11 @@ from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
 
 
 def skew(scores: Tensor, column: int) -> Tensor:
-    """Scores per distance as scores per token: (..., T, 2T) to (..., T, T), out[i, j] = scores[i, column + j - i].
+    """Turn scores per distance into scores per token: (..., T, 2T) to (..., T, T).
 
-    `column` is T - 1 or T. For T = 3 and column 2 the answer is the marked numbers, whose rows start 2T - 1 = 5 apart
-    in memory, so it is a view, without an index tensor and a gather:
+    Element [i, j] is scores[i, column + j - i], where `column` is T - 1 or T. For T = 3 and column 2 the answer is the
+    marked numbers. In memory their rows start 2T - 1 = 5 apart, so that the answer is a view of the scores; a gather
+    would take longer than the products do:
         . . x x x .
         . x x x . .
         x x x . . .
@@ -46,47 +47,31 @@ class DebertaLayer(TransformerLayer):
         self.pos_proj = nn.Linear(D, D, bias=False) if "c2p" in config.pos_att_type else None
         self.pos_q_proj = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries, keys and values, (B, H, T, d) each."""
-        query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)
-        query = (query + self.q_bias.view(self.num_heads, 1, -1)) * self.scale
-        return query, key, value + self.v_bias.view(self.num_heads, 1, -1)
+    def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor], rows: int | None) -> Tensor:
+        """Disentangled attention: hidden states (B, T, D) to context vectors (B, H, R, d).
 
-    def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """Disentangled attention. The context holds what padding adds to the scores, (B, 1, 1, T), and the rows of the
-        relative table for the distances i - j from T-1 down to -T: (2T, D).
+        The context holds what padding adds to the scores, (B, 1, 1, T), and the rows of the relative table for the
+        distances i - j from T-1 down to -T: (2T, D).
         """
         bias, positions = context
-        T = hidden.shape[1]
-        query, key, value = self.project(hidden)
-        positions = self.dropout(positions)
-        scores = query @ key.mT + bias  # (B, H, T, T)
+        T, positions = hidden.shape[1], self.dropout(positions)
+        if rows == 1:  # [CLS] meets one distance for each token, 0, -1, ..., -(T-1): there is nothing to skew
+            positions = positions[T - 1 : 2 * T - 1]
+        query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
+        query = (query[:, :, :rows] + self.q_bias.view(self.num_heads, 1, -1)) * self.scale  # (B, H, R, d)
+        value = value + self.v_bias.view(self.num_heads, 1, -1)
+        scores = query @ key.mT + bias  # (B, H, R, T)
         if self.pos_proj is not None:
             pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), from T-1 down to -T
-            scores = scores + skew(query @ pos_key.mT, T - 1)
+            c2p = query @ pos_key.mT  # (B, H, R, 2T)
+            scores = scores + (c2p if rows == 1 else skew(c2p, T - 1))
         if self.pos_q_proj is not None:
             pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, 2T, d), from T-1 down to -T
             # Rows are keys j here, distances go up: column T + i - j of row j is i - j, and .mT puts it at [i, j].
-            scores = scores + skew(key @ pos_query.flip(1).mT, T).mT
+            one_each = rows == 1  # then key j meets its one distance, -j
+            p2c = (key * pos_query).sum(-1)[:, :, None] if one_each else skew(key @ pos_query.flip(1).mT, T).mT
+            scores = scores + p2c  # (B, H, R, T)
         return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
-
-    def projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """See the base class."""
-        weights = self.in_proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, d, D)
-        return *weights.unbind(1), *(bias.view(self.num_heads, 1, -1) for bias in (self.q_bias, self.v_bias))
-
-    def cls_scores(self, query: Tensor, Wk: Tensor, hidden: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """The terms of `attend` for i = 0, which meets the distances 0 - j: from 0 down to -(T-1)."""
-        (bias, positions), T = context, hidden.shape[1]
-        positions = self.dropout(positions)[T - 1 : 2 * T - 1]
-        scores = bias[:, 0]  # (B, 1, T)
-        if self.pos_proj is not None:
-            scores = scores + (query @ self.split_heads(self.pos_proj(positions)).mT).transpose(0, 1)
-        if self.pos_q_proj is not None:
-            pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, T, d)
-            asks = (pos_query @ Wk).permute(1, 2, 0)  # (T, D, H): p_j . (Wk h_j) = (Wk^T p_j) . h_j
-            scores = scores + (hidden.transpose(0, 1) @ asks).permute(1, 2, 0)
-        return scores
 
 
 class DebertaEncoder(TransformerEncoder):

@@ -1,22 +1,32 @@
-"""Exits on an encoder, and the paper's three ways to train them: EE, SWEET and MM (Sections 2 to 4).
-
-Which loss reaches which layers, for exits after layers 1, 2 and 3. Each exit's classifier hangs on its layer; x is
-where the gradient stops:
+"""Exits on an encoder, trained as Early-Exit (EE) or as SWEET: the paper's method (Sections 2 to 4).
 
     Early-Exit (EE)      1 -------- 2 -------- 3        every loss reaches all the layers below its exit
                          loss 1     loss 2     loss 3
 
-    SWEET                1 --x----- 2 --x----- 3        each loss updates the layers after the exit before it
-                         loss 1     loss 2     loss 3
+    SWEET                1 --x----- 2 --x----- 3        the gradient stops at x: each loss updates the layers
+                         loss 1     loss 2     loss 3   after the exit before it
 
-    Multi-Model (MM)     1        1 -- 2        1 -- 2 -- 3        one model per exit
-                         loss 1        loss 2             loss 3
+Which exits' losses update what, for exits after layers 1, 2 and 4 (branches are explained in branches.py; each model
+of Multi-Model, in multi_model.py, has all of its parameters for itself):
 
-With SWEET and MM *each parameter is updated by exactly one classifier*. We keep that sentence of the paper where the
-authors' code does not: each exit has a pooler of its own (theirs is one for all exits), and DeBERTa's relative table
-stops together with the hidden states (theirs gets every exit's gradient), so that it belongs to the first exit, as the
-embeddings do. SWEET's exits still share the norm that their gradients are clipped to, as in the authors' code: another
-exit can shorten a step, not turn it. Branches on a frozen trunk, which go beyond the paper, are in branches.py.
+                 ee      sweet   branch
+    embeddings   1 2 4   1       -
+    layer 1      1 2 4   1       -
+    layer 2      2 4     2       -
+    layer 3      4       4       -
+    layer 4      4       4       -
+    head 1       1       1       1
+    head 2       2       2       2
+    head 4       4       4       -
+    branch 1                     1
+    branch 2                     2
+
+With SWEET *each parameter is updated by exactly one classifier*. We keep that sentence of the paper where the authors'
+code does not: each exit has a pooler of its own, where theirs share one, and the gradient of DeBERTa's relative table
+stops where that of the hidden states does. As in the authors' code, the gradients of all exits are clipped together, so
+that another exit can shorten a step, but not turn it.
+
+Exit 0, in front of the embeddings, is a bag of words that training does not touch: see ngrams.py and `add_ngrams`.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -24,31 +34,29 @@ Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classe
 import copy
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.checkpoint import Encoder, load_encoder
+from minisweet.checkpoint import Encoder
 from minisweet.layers import Dropout
+from minisweet.ngrams import NgramExit
 
 EXIT_STRATEGIES = ("confidence", "lte")
+Said = tuple[Tensor, Tensor | None]  # of one exit: logits (B, C) and certainty (B,), or None without learning-to-exit
 
 
 def stop_gradient(x: Tensor) -> Tensor:
-    """The same values, behind which no gradient passes back: the x of the picture."""
+    """The same values, which pass no gradient back: the x of the picture."""
     return x.detach()
 
 
 class ExitHead(nn.Module):
     """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
 
-    BERT's pooler ends in tanh and has no dropout before it; DeBERTa's context pooler ends in gelu. Either starts from
-    the checkpoint's pooler where there is one, which is the rule for BERT and the exception for DeBERTa. Other weights
-    are drawn from a normal distribution, and biases are 0.
-
-    For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
+    The pooler starts from the checkpoint's where there is one; other weights are drawn as BERT's were. For
+    learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
     classifier learns to tell whether the classifier is right. Its loss flows back as far as the exit's other loss does.
     """
 
@@ -68,10 +76,10 @@ class ExitHead(nn.Module):
             with torch.no_grad():
                 self.pooler.weight.copy_(encoder.pooler_start[0])
                 self.pooler.bias.copy_(encoder.pooler_start[1])
-        self.lte = nn.Linear(D, 1, **of_encoder) if exit_strategy == "lte" else None  # as torch draws it
+        self.lte = nn.Linear(D, 1, **of_encoder) if exit_strategy == "lte" else None
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (B, T, D), of which the first token is read, to logits (B, C) and certainty (B,), or None."""
+    def forward(self, hidden: Tensor) -> Said:
+        """Hidden states of [CLS], (B, 1, D), to logits (B, C) and certainty (B,), or None."""
         pooled = self.activation(self.pooler(self.pooler_dropout(hidden[:, 0])))  # (B, D)
         certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
         return self.classifier(self.dropout(pooled)), certainty
@@ -92,117 +100,22 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
     return loss
 
 
-class MultiExitModel(nn.Module):
-    """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
+class ExitModel(nn.Module):
+    """What all models with exits share: `exit_layers`, exit 0 in front of them, and `forward`."""
 
-    Args:
-        encoder: from `load_encoder`.
-        exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
-        num_labels: C.
-        method: "sweet" or "ee", which give the same logits from the same weights; only the gradients differ.
-        exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
-
-    Raises:
-        ValueError: exit layers that are not increasing or not in the encoder, fewer than two labels, another method or
-            exit strategy.
-    """
-
-    methods: tuple[str, ...] = ("sweet", "ee")
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        exit_layers: Sequence[int],
-        num_labels: int,
-        method: str = "sweet",
-        exit_strategy: str = "confidence",
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        check_exit_layers(exit_layers, len(encoder.layers))
-        if method not in self.methods:
-            others = "; others: build_multi_model for mm, minisweet.branches.BranchModel for branch"
-            raise ValueError(f"method is {method!r:.80}, and must be {' or '.join(map(repr, self.methods))}{others}")
-        if exit_strategy not in EXIT_STRATEGIES:
-            raise ValueError(f"exit_strategy is {exit_strategy!r:.80}, and must be {' or '.join(EXIT_STRATEGIES)}")
-        if type(num_labels) is not int or num_labels < 2:
-            raise ValueError(f"num_labels is {num_labels!r:.80}, and must be a whole number, 2 or more")
-        self.encoder = encoder
-        self.exit_layers = tuple(exit_layers)
-        self.method = method
-        self.num_labels = num_labels
-        self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
+        self.ngrams: NgramExit | None = None
 
-    def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield what each exit's head says, logits (B, C) and certainty (B,) or None, before the next segment runs.
-
-        A segment is the layers after one exit up to the next. The exit's own layer runs for [CLS] before the yield, and
-        for all tokens after it, if somebody goes on.
-
-        Where no gradient crosses an exit (`losses_are_apart`), a training loop may call backward() on an exit's loss
-        right there, while this generator waits: that frees the segment's activations. Layers after the last exit that
-        the caller takes are not run. For the arguments see `forward`.
-        """
-        hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
-        context = self.encoder.context(attention_mask)
-        for k, (start, n) in enumerate(pairwise((0, *self.exit_layers))):
-            hidden = self.encoder.run_layers(hidden, context, start, n - 1)
-            cls = self.cls_at_exit(k, hidden, context)
-            yield self.heads[k](cls)
-            if n < self.exit_layers[-1]:
-                hidden, context = self.cross_exit(k, hidden, context, cls)
-
-    def cls_at_exit(self, k: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """What exit k reads, counted from 0: [CLS] after the exit's layer, (B, 1, D).
-
-        `hidden` (B, T, D) comes from the layer before the exit's, `context` from the encoder.
-        """
-        return self.encoder.layers[self.exit_layers[k] - 1].forward_cls(hidden, context)
-
-    def cross_exit(
-        self, k: int, hidden: Tensor, context: tuple[Tensor, ...], cls: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Cross exit k, which is not the last: the hidden states after its layer, and the context of the next one.
-
-        The gradients of EE and SWEET differ by this alone (`losses_are_apart` only says when they may be computed).
-        Arguments: those of `cls_at_exit`, and what it returned.
-        """
-        layer = self.encoder.layers[self.exit_layers[k] - 1]
-        if self.method == "ee":  # all later losses flow back through here
-            return layer.forward_keeping_cls(hidden, context, cls), context
-        with torch.no_grad():  # keeps no activations, and so cuts the hidden states already
-            hidden = layer.forward_keeping_cls(hidden, context, cls)
-        return stop_gradient(hidden), tuple(map(stop_gradient, context))  # SWEET's cut, and that of the context
+    def add_ngrams(self, ngrams: NgramExit) -> "ExitModel":
+        """Put exit 0, which needs no encoder, in front; returns the model itself."""
+        self.ngrams = ngrams
+        return self
 
     @property
-    def losses_are_apart(self) -> bool:
-        """Whether no two exits' losses reach one parameter, so that each can be sent back alone."""
-        return self.method != "ee" or len(self.heads) == 1
-
-    @property
-    def trained_exits(self) -> int:
-        """How many exits are trained, from the first on."""
-        return len(self.heads)
-
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters that training updates, in groups that are clipped one by one.
-
-        Here there is one group of all, since the authors clip all exits' gradients together.
-        """
-        return [list(self.parameters())]
-
-    def keep_exits(self, exit_layers: Sequence[int]) -> "MultiExitModel":
-        """The same model with only these of its exits, sharing all weights; the last exit must be among them.
-
-        Raises ValueError for other layers.
-        """
-        check_kept(self.exit_layers, exit_layers)
-        model = copy.copy(self)
-        model._modules = self._modules.copy()
-        model.exit_layers = tuple(exit_layers)
-        model.heads = nn.ModuleList(self.heads[self.exit_layers.index(n)] for n in exit_layers)
-        return model
+    def exit_layers(self) -> tuple[int, ...]:
+        """The layers that the exits stand after, counted from 1; exit 0 comes first where there is one."""
+        return self.head_layers if self.ngrams is None else (0, *self.head_layers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """All exits' logits.
@@ -217,81 +130,125 @@ class MultiExitModel(nn.Module):
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 
+    def check_kept(self, kept: Sequence[int]) -> None:
+        """Raise ValueError unless `kept` are some of the exit layers, in order, and the last one among them."""
+        there = self.exit_layers
+        if not kept or list(kept) != [n for n in there if n in kept] or kept[-1] != there[-1]:
+            wanted, there = (",".join(map(str, layers)) for layers in (kept, there))
+            raise ValueError(f"exits {wanted!r}: must be some of {there}, in order, and the last one among them")
 
-class MultiModel(nn.ModuleList):
-    """K independent models, smallest first: `models[k]` is a MultiExitModel with one exit, at its end."""
 
-    method = "mm"
+class MultiExitModel(ExitModel):
+    """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
 
-    def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield each model's logits (B, C) and certainty (B,) or None before the next one runs."""
-        for model in self:
-            yield from model.exit_by_exit(input_ids, attention_mask, token_type_ids)
+    Args:
+        encoder: from `load_encoder`.
+        exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
+        num_labels: C.
+        method: "sweet" or "ee", which give the same logits from the same weights; only the gradients differ.
+        exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
+
+    Raises:
+        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
+    """
+
+    methods: tuple[str, ...] = ("sweet", "ee")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        exit_layers: Sequence[int],
+        num_labels: int,
+        method: str = "sweet",
+        exit_strategy: str = "confidence",
+    ) -> None:
+        super().__init__()
+        check_exit_layers(exit_layers, len(encoder.layers))
+        choices = ("method", method, self.methods), ("exit_strategy", exit_strategy, EXIT_STRATEGIES)
+        for name, value, known in choices:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r:.80}, and must be {' or '.join(known)} in {type(self).__name__}")
+        self.encoder, self.method, self.num_labels = encoder, method, num_labels
+        self.head_layers = tuple(exit_layers)  # without exit 0
+        self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
+
+    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
+        """Yield what each exit says, logits (B, C) and certainty (B,) or None, before anything behind it runs.
+
+        Where no gradient crosses an exit (`losses_are_apart`), a training loop may call backward() on an exit's loss
+        while this generator waits. That frees the activations up to there. For the arguments see `forward`.
+        """
+        if self.ngrams is not None:
+            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
+        hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
+        context = self.encoder.context(attention_mask)
+        for n, layer in enumerate(self.encoder.layers, start=1):
+            if n in self.head_layers:
+                yield self.ask_exit(n, hidden, context)
+            if n == self.head_layers[-1]:
+                return
+            hidden = layer(hidden, context)  # with EE the losses of all later exits flow back through here
+            if n in self.head_layers and self.method == "sweet":
+                hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
+
+    def ask_exit(self, n: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Said:
+        """What the exit after layer n says, from the hidden states (B, T, D) before that layer.
+
+        The exit reads [CLS] alone. So its layer runs for [CLS] here, and for all tokens only where somebody goes on.
+        """
+        head = self.heads[self.head_layers.index(n)]
+        return head(self.layer_of_exit(n)(hidden, context, rows=1))
+
+    def layer_of_exit(self, n: int) -> nn.Module:
+        """The layer that runs for [CLS] at the exit after layer n."""
+        return self.encoder.layers[n - 1]
 
     @property
-    def exit_layers(self) -> tuple[int, ...]:
-        """The depth of each model."""
-        return tuple(model.exit_layers[0] for model in self)
+    def losses_are_apart(self) -> bool:
+        """Whether no two exits' losses reach one parameter, so that each can be sent back alone."""
+        return self.method != "ee" or len(self.heads) == 1
 
     @property
-    def num_labels(self) -> int:
-        """C."""
-        return self[0].num_labels
+    def trained_exits(self) -> int:
+        """How many exits are trained by gradients, from the first head on."""
+        return len(self.heads)
 
-    def keep_exits(self, exit_layers: Sequence[int]) -> "MultiModel":
-        """Only the models of these depths; the largest must be among them. Raises ValueError for others."""
-        check_kept(self.exit_layers, exit_layers)
-        kept = MultiModel(model for model in self if model.exit_layers[0] in exit_layers)
-        kept.training = self.training  # each shared model stays in its own mode
-        return kept
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """The parameters that training updates, in groups whose gradients are clipped one by one: here all in one."""
+        return [[*self.encoder.parameters(), *self.heads.parameters()]]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        """All models' logits (K, B, C). For the arguments see `MultiExitModel.forward`."""
-        return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
+    def keep_exits(self, exit_layers: Sequence[int]) -> "MultiExitModel":
+        """The same model with only these of its exits, sharing all weights; the last exit must be among them.
 
-
-def build_multi_model(
-    folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
-) -> MultiModel:
-    """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into independent models.
-
-    Layers beyond n are neither held nor read. For the arguments see `MultiExitModel`. Returns a MultiModel of K models,
-    smallest first. Raises ValueError for other exit layers, and InputError as `load_encoder` does.
-    """
-    check_exit_layers(exit_layers)
-    models = MultiModel()
-    for n in exit_layers:
-        models.append(build_alone(folder, n, num_labels, exit_strategy, warn=not models))
-    return models
-
-
-def build_alone(
-    folder: str | Path, n: int, num_labels: int, exit_strategy: str = "confidence", warn: bool = True
-) -> MultiExitModel:
-    """The first n layers of a checkpoint with one exit at their end: one of MM's models, or a trunk for branches.
-
-    Its new weights are drawn from a copy of the random state, so that they are the same whatever is built beside it.
-    """
-    with torch.random.fork_rng(devices=[]):
-        # With one exit all methods are the same.
-        return MultiExitModel(load_encoder(folder, n, warn=warn), (n,), num_labels, "sweet", exit_strategy)
-
-
-def check_kept(exit_layers: tuple[int, ...], kept: Sequence[int]) -> None:
-    """Raise ValueError unless `kept` are some of the exit layers, in order, and the last one among them."""
-    if not kept or list(kept) != [n for n in exit_layers if n in kept] or kept[-1] != exit_layers[-1]:
-        wanted, there = (",".join(map(str, layers)) for layers in (kept, exit_layers))
-        raise ValueError(f"exits {wanted!r}: must be some of {there}, in order, and the last one among them")
+        Raises ValueError for other layers.
+        """
+        self.check_kept(exit_layers)
+        model = copy.copy(self)
+        model._modules = self._modules.copy()
+        model.ngrams = self.ngrams if 0 in exit_layers else None
+        model.head_layers = tuple(n for n in exit_layers if n > 0)
+        model.heads = nn.ModuleList(self.heads[self.head_layers.index(n)] for n in model.head_layers)
+        return model
 
 
 def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> None:
     """Raise ValueError unless the layers are increasing whole numbers, and lie in 1 to `depth`."""
-    in_order = len(exit_layers) > 0 and all(type(n) is int for n in exit_layers)
-    in_order = in_order and all(low < high for low, high in pairwise((0, *exit_layers)))
+    in_order = len(exit_layers) > 0 and all(low < high for low, high in pairwise((0, *exit_layers)))
     if not in_order or (depth is not None and exit_layers[-1] > depth):
         limit = "" if depth is None else f" in 1 to {depth}"
         raise ValueError(
             f"exit_layers is {','.join(map(str, exit_layers))!r:.80}, and must be increasing layers{limit}"
         )
+
+
+def encoder_to_grow(trunk: MultiExitModel, exit_layers: Sequence[int]) -> Encoder:
+    """A trunk's encoder, which is told that new heads start from the trunk's pooler.
+
+    Raises ValueError unless the exits end where the trunk does.
+    """
+    if trunk.head_layers != tuple(exit_layers[-1:]):
+        ends, wanted = (",".join(map(str, layers)) for layers in (trunk.head_layers, exit_layers))
+        raise ValueError(f"exit_layers is {wanted!r}, and the trunk has its exit after {ends}")
+    pooler = trunk.heads[0].pooler
+    trunk.encoder.pooler_start = (pooler.weight.detach(), pooler.bias.detach())
+    return trunk.encoder

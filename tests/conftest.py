@@ -1,53 +1,27 @@
-"""What several tests use: tiny models in the Hugging Face layout, with random weights."""
+"""What several tests use: tiny models with random weights, a way to run commands, and one finished run per method."""
 
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.base.commands import run_command
-from minisweet.bert import BertConfig, BertEncoder
+from minisweet.bert import BertEncoder
 from minisweet.branches import BranchModel
-from minisweet.checkpoint import checkpoint_names
+from minisweet.checkpoint import checkpoint_names, load_encoder
+from minisweet.config import BertConfig, DebertaConfig
 from minisweet.data import toy
-from minisweet.deberta import DebertaConfig, DebertaEncoder
-from minisweet.evaluation import timing
-from minisweet.exits import MultiModel
-from minisweet.layers import float32_by_onednn
+from minisweet.deberta import DebertaEncoder
+from minisweet.exits import MultiExitModel
+from minisweet.multi_model import MultiModel, build_multi_model
 
 CHECKOUT = Path(__file__).parent.parent
-
-
-def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confidence"):
-    """A model of one encoder, by the name of its method."""
-    if method == "branch":
-        return BranchModel(encoder, exit_layers, num_labels, strategy)
-    return MultiExitModel(encoder, exit_layers, num_labels, method, strategy)
-
-
-def pytest_configure(config) -> None:
-    """One thread: tiny models lose more to waiting threads than they gain, above all on a busy machine. Nor is the disk
-    waited for: no test cuts the power.
-    """
-    torch.set_num_threads(1)
-    os.fsync = lambda held: None
-
-
-@pytest.fixture(autouse=True)
-def products_as_torch_chooses():
-    """Undo what a command's `tune_cpu` set for its process."""
-    yield
-    if float32_by_onednn():
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
-
-
 SIZES = {
     "vocab_size": 60,
     "hidden_size": 16,
@@ -71,6 +45,24 @@ CONFIGS = {
 WORDS = "the a film was not good bad great dull but and i you we it is in of to superb awful".split()
 
 
+def pytest_configure(config) -> None:
+    """One thread, since tiny models lose more to waiting threads than they gain. The disk is not waited for either."""
+    torch.set_num_threads(1)
+    os.fsync = lambda held: None
+
+
+@pytest.fixture(params=["bert", "deberta"])
+def model_type(request) -> str:
+    """Both encoders."""
+    return request.param
+
+
+@pytest.fixture
+def model_dir(tmp_path, model_type) -> Path:
+    """A tiny model's folder."""
+    return write_model(tmp_path / "tiny", model_type)
+
+
 def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) -> BertEncoder | DebertaEncoder:
     """An encoder with weights large enough that every term of it shows in its output."""
     settings = {key: value for key, value in CONFIGS[model_type].items() if key != "model_type"} | changes
@@ -84,13 +76,14 @@ def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) 
 
 
 def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = True) -> dict[str, torch.Tensor]:
-    """The encoder's weights under the names of the public checkpoints."""
-    tensors, names = {}, checkpoint_names(encoder.config.num_hidden_layers)
-    for name, tensor in encoder.state_dict().items():
-        tensors |= dict(zip(names[name], tensor.clone().chunk(len(names[name])), strict=True))
-    if isinstance(encoder, BertEncoder) and pooler:
+    """The encoder's weights under the names of the public checkpoints, BERT's key biases among them."""
+    names = checkpoint_names(encoder.config.num_hidden_layers)
+    tensors = {names[name]: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    if isinstance(encoder, BertEncoder):
         D = encoder.config.hidden_size
-        tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
+        tensors |= {name.replace("query", "key"): torch.randn(D) for name in tensors if name.endswith("query.bias")}
+        if pooler:
+            tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -114,6 +107,13 @@ def random_batch(seed: int = 0, batch: int = 4, length: int = 11, vocab: int = 6
     lengths[0] = length
     mask = (torch.arange(length) < lengths).long()
     return input_ids, mask, (torch.arange(length) >= length // 2).long().expand(batch, -1) * mask
+
+
+def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confidence") -> MultiExitModel:
+    """A model of one encoder, by the name of its method."""
+    if method == "branch":
+        return BranchModel(encoder, exit_layers, num_labels, strategy)
+    return MultiExitModel(encoder, exit_layers, num_labels, method, strategy)
 
 
 def undecided_model(
@@ -140,58 +140,103 @@ def all_exits(model: MultiExitModel | MultiModel, batch) -> tuple[torch.Tensor, 
     return torch.stack(logits), torch.stack(known) if known else None
 
 
-@pytest.fixture(params=["bert", "deberta"])
-def model_type(request) -> str:
-    """Both encoders."""
-    return request.param
+@contextmanager
+def in_folder(folder: Path, toy_sizes: tuple[int, int] = (400, 200)):
+    """Within, commands run in `folder` and quickly: the toy task has fewer rows, and no figure is really drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(toy.SIZES, "train", toy_sizes[0])
+        patch.setitem(toy.SIZES, "dev", toy_sizes[1])
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
+        yield
 
 
-# For tests that take long: DeBERTa's part runs with `-m slow`.
-DEBERTA_IS_SLOW = pytest.mark.parametrize("model_type", ["bert", pytest.param("deberta", marks=pytest.mark.slow)])
-
-
-@pytest.fixture
-def model_dir(tmp_path, model_type) -> Path:
-    """A tiny model's folder."""
-    return write_model(tmp_path / "tiny", model_type)
-
-
-def draw_quickly(monkeypatch) -> None:
-    """A figure is made, but its file is no whole PNG."""
-    with suppress(ImportError):
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
-
-
-def be_quick(monkeypatch) -> None:
-    """Give commands less to do: the toy task has 400 rows to train on and 200 to validate on, live early exit times 10
-    of them alone, and figures are drawn quickly.
-    """
-    draw_quickly(monkeypatch)
-    monkeypatch.setitem(toy.SIZES, "train", 400)
-    monkeypatch.setitem(toy.SIZES, "dev", 200)
-    monkeypatch.setattr(timing, "LATENCY_INSTANCES", 10)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder, quickly: its exit status, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    be_quick(monkeypatch)
-
-    def run(module, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        status = 0
+def run(module, *arguments) -> int:
+    """Call a module's main() with these arguments, as a command; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, arguments)])
         try:
             run_command(module.main)
-        except SystemExit as exit_:
-            status = exit_.code
+        except SystemExit as stopped:
+            return stopped.code
+    return 0
+
+
+@pytest.fixture
+def command(capsys, tmp_path):
+    """Run a command in an empty folder, quickly: its exit status, standard output and standard error."""
+
+    def run_and_read(module, *arguments) -> tuple[int, str, str]:
+        status = run(module, *arguments)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return run
+    with in_folder(tmp_path):
+        yield run_and_read
 
 
 def quick(model, *arguments) -> list:
-    """train.py's arguments for a run in no time."""
-    sizes = ["--train-size", 48, "--epochs", 2, "--exit-layers", "1,2,4", "--max-length", 32]
+    """train.py's arguments for a run in no time, and of the same losses on every machine."""
+    sizes = ["--train-size", 48, "--epochs", 2, "--exit-layers", "1,2,4", "--max-length", 32, "--amp", "off"]
     return ["--model", model, *sizes, *arguments]
+
+
+# The runs of `run_of`, and what train.py is told for them beside `quick`: later options win.
+RUNS = {
+    "sweet": ["--method", "sweet"],
+    "ee": ["--method", "ee"],
+    "mm": ["--method", "mm"],
+    "branch": ["--method", "branch"],
+    "lte": ["--method", "sweet", "--exit-strategy", "lte"],
+    "pairs": ["--data", "pairs.csv", "--text-columns", "first,second", "--label-column", "verdict"],
+    "trunk0": ["--method", "branch", "--exit-layers", "0,4"],
+}
+
+
+def write_model_of_words(folder: Path) -> Path:
+    """A tiny BERT whose embeddings tell the toy task's good words from its bad ones, so that little training is enough.
+
+    Its exits are then sure and right where a text has one such word, and unsure elsewhere.
+    """
+    write_model(folder, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    vocabulary, tensors = (folder / "vocab.txt").read_text().split(), load_file(folder / "model.safetensors")
+    unused = [n for n, word in enumerate(vocabulary) if word.startswith("[unused")]
+    for words, side in ((toy.POSITIVE, 2.0), (toy.NEGATIVE, -2.0)):
+        for word in words:
+            n = vocabulary.index(word) if word in vocabulary else unused.pop()
+            vocabulary[n] = word
+            tensors["embeddings.word_embeddings.weight"][n, 0] += side
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """A function that gives the folder of a finished and evaluated run: "sweet", "pairs" or another of `RUNS`.
+
+    Each is made at its first use, of a tiny BERT in the folder `tiny` beside it. Nobody changes one: copy it first.
+    """
+    import evaluate
+    import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    model = write_model_of_words(folder / "tiny")
+    good, bad = "good great superb film".split(), "bad dull awful not".split()
+    lines, draw = ["first,second,verdict"], Random(0)
+    for _ in range(240):
+        one, two, other = (draw.choice(good + bad) for _ in range(3))
+        is_yes = (one in good) + (two in good) + draw.random() > 1.5  # by chance where the two texts do not agree
+        lines.append(f"the {one} we {other},was {two},{'yes' if is_yes else 'no'}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+
+    def finished(name: str) -> Path:
+        path = folder / name
+        if not (path / "evaluation.json").exists():
+            options = ["--train-size", 200, "--epochs", 4, "--lr", "3e-3", *RUNS[name]]
+            with in_folder(folder):
+                assert run(train, *quick(model, "--out", name, *options)) == 0
+                assert run(evaluate, name) == 0
+        return path
+
+    return finished

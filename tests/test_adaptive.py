@@ -30,6 +30,11 @@ def test_exit_costs_are_those_of_equation_1():
         assert Exits((1, 2, 3, 6), 6, "branch").costs(threshold) == pytest.approx(branch)
     assert Exits((1, 2, 3, 6), 6, "branch").costs(1.0)[-1] == 1
     assert Exits((3, 6), 6, "branch").costs(0.9) == pytest.approx([3 / 6, (6 + 1 / 6) / 6])
+    # Exit 0 runs no layer, and is no branch.
+    assert Exits((0, 1, 4), 4, "sweet").costs() == [0, 1 / 4, 1]
+    assert Exits((0, 1, 4), 4, "mm").costs() == [0, 1 / 4, 5 / 4]
+    assert Exits((0, 1, 4), 4, "branch").costs() == pytest.approx([0, 1 / 4, (4 + 1 / 6) / 4])
+    assert Exits((0, 4), 4, "branch").costs() == Exits((0, 4), 4, "branch").costs(1.0) == [0, 1]
     for method in ("sweet", "ee", "mm"):
         assert Exits((1, 4, 12), 12, method).costs(1.0) == Exits((1, 4, 12), 12, method).costs()
 
@@ -76,6 +81,9 @@ def test_area_is_the_mean_score_over_the_ratios():
     # Branches: just below threshold 1 it costs more than at it.
     assert area_under_curve([0.25, 0.5, 1.08, 1.0], [60, 80, 82, 80]) == pytest.approx((70 * 0.25 + 80 * 0.5) / 0.75)
     assert area_under_curve([0.25, 0.8, 0.75], [60, 82, 80]) == pytest.approx((70 * 0.5 + 81 * 0.05) / 0.55)
+    # From 1/L on, where the first exit's ratio is smaller, so that exit 0 at ratio 0 makes no other figure of it.
+    assert area_under_curve([0.0, 0.5, 1.0], [60, 80, 80], 0.25) == pytest.approx((75 * 0.25 + 80 * 0.5) / 0.75)
+    assert area_under_curve([0.5, 1.0], [60, 80], 0.25) == pytest.approx(70)
 
 
 def one_at_a_time(model, batch, threshold, ranges=None):
@@ -99,7 +107,7 @@ def one_at_a_time(model, batch, threshold, ranges=None):
 @settings(max_examples=10, deadline=None)
 @given(
     model_type=st.sampled_from(["bert", "deberta"]),
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from(list(METHODS)),
     num_labels=st.integers(2, 3),
     seed=st.integers(0, 10**6),
     strategy=st.sampled_from(EXIT_STRATEGIES),
@@ -139,13 +147,15 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     assert exits_taken(confidence, 1.0, 0.0).tolist() == [1, 1, 1]
 
 
-def test_an_exit_without_certainty_has_the_whole_range_and_is_sure():
+def test_an_exit_without_certainty_has_its_highest_probability():
     certainty = torch.tensor([[0.2, 0.6], [0.3, 0.4]])  # of the first two exits of three
     ranges = certainty_ranges(certainty, 3)
     torch.testing.assert_close(ranges, torch.tensor([[0.2, 0.6], [0.3, 0.4], [0.0, 1.0]]))
-    rule = ExitRule(2, ranges=ranges)
-    assert rule.confidences(torch.randn(3, 2, 2), certainty).tolist() == [[0, 1], [0, 1], [1, 1]]
-    assert rule.confidence(2, torch.randn(5, 2), None).tolist() == [1] * 5
+    rule, logits = ExitRule(2, ranges=ranges), torch.randn(3, 2, 2)
+    confidence = rule.confidences(logits, certainty)
+    assert confidence[:2].tolist() == [[0, 1], [0, 1]]
+    assert torch.equal(confidence[2], logits[2].softmax(-1).amax(-1))
+    assert torch.equal(rule.kept([0, 2]).confidences(logits[[0, 2]], certainty[:1]), confidence[[0, 2]])
 
 
 def test_a_rule_scales_each_exit_by_its_own_temperature():
@@ -156,26 +166,10 @@ def test_a_rule_scales_each_exit_by_its_own_temperature():
         expected = (logits / divisor[:, None, None]).softmax(-1).amax(-1)
         torch.testing.assert_close(rule.confidences(logits), expected)
         torch.testing.assert_close(rule.confidence(2, logits[2, 1:3], None), expected[2, 1:3])
-        assert rule.lowest == 1 / 4
+        assert rule.lowest == rule.kept([2]).lowest == 1 / 4
+        torch.testing.assert_close(rule.kept([0, 2]).confidences(logits[[0, 2]]), expected[[0, 2]])
     halves = ExitRule(2).confidences(torch.randn(1, 3, 2).half())
     assert halves.dtype == torch.float32
-
-
-def test_a_rule_of_another_shape_is_refused():
-    ranges = torch.tensor([[0.1, 0.9]] * 3)
-    for rule in (ExitRule(2), ExitRule(2, torch.ones(3)), ExitRule(2, ranges=ranges)):
-        rule.check(3)
-    with pytest.raises(ValueError, match="temperatures are of 2 exits, and must be of 3"):
-        ExitRule(2, torch.ones(2)).check(3)
-    with pytest.raises(ValueError, match="ranges are of 3 exits, and must be of 4"):
-        ExitRule(2, ranges=ranges).check(4)
-    for wrong in (torch.ones(2), torch.ones(3, 3)):
-        with pytest.raises(ValueError, match=r"must be \(K, 2\)"):
-            ExitRule(2, ranges=wrong)
-    with pytest.raises(ValueError, match=r"temperatures are \(3, 1\), and must be \(K,\)"):
-        ExitRule(2, torch.ones(3, 1))
-    with pytest.raises(ValueError, match="no temperatures"):
-        ExitRule(2, torch.ones(3), ranges)
 
 
 def test_the_area_of_a_perfect_model_is_100_whatever_rounding_does():

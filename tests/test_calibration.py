@@ -58,21 +58,19 @@ def test_without_labels_the_last_exit_is_left_as_it_is():
     logits, _ = sampled(2.0, size=300)
     logits = torch.stack([logits * 0.3, logits])
     own = logits[-1].argmax(-1)
-    rule = fit_rule(logits, None, own, "crossfit", labelled=False)
+    rule = fit_rule(logits, None, own, labelled=False)
     assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], own)), 1.0]
-    rule = fit_rule(logits, None, own, "crossfit")  # gold labels that happen to be those: the prior holds it
+    rule = fit_rule(logits, None, own)  # gold labels that happen to be those: the prior holds it
     assert 0.01 < rule.temperatures[-1] < 1
 
 
-def test_a_rule_is_that_of_its_calibration():
+def test_a_rule_has_a_temperature_for_each_exit_or_the_ranges_of_learning_to_exit():
     logits, labels = sampled(2.0, size=200)
     logits = torch.stack([logits, logits.flip(-1) * 0.5])
-    for calibration in ("crossfit", "dev"):
-        fitted = fit_rule(logits, None, labels, calibration).temperatures.tolist()
-        assert fitted == pytest.approx([fit_temperature(x, labels) for x in logits])
-    assert fit_rule(logits, None, labels, "none").temperatures is None
+    fitted = fit_rule(logits, None, labels).temperatures.tolist()
+    assert fitted == pytest.approx([fit_temperature(x, labels) for x in logits])
     certainty = torch.rand(2, 200)
-    rule = fit_rule(logits, certainty, labels, "crossfit")
+    rule = fit_rule(logits, certainty, labels)
     assert rule.temperatures is None
     torch.testing.assert_close(rule.ranges, torch.stack(certainty.aminmax(dim=1), dim=1))
 
@@ -80,7 +78,7 @@ def test_a_rule_is_that_of_its_calibration():
 def test_a_temperature_changes_confidence_and_exits_but_no_prediction():
     logits, labels = sampled(4.0, size=300)
     logits = logits[None]
-    rule = fit_rule(logits, None, labels, "dev")
+    rule = fit_rule(logits, None, labels)
     before, after = ExitRule(3).confidences(logits), rule.confidences(logits)
     assert torch.equal(after, ExitRule(3).confidences(logits / rule.temperatures[:, None, None]))
     assert (before > after).all()

@@ -1,14 +1,13 @@
 """Loading is strict: every tensor is loaded, or dropped by name, or stops the load."""
 
 import json
-import logging
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, build_multi_model, checkpoint, load_encoder
-from minisweet.base.safe import InputError
+from minisweet.base.files import InputError
 from minisweet.checkpoint import load_classifier
 from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder, write_model
 
@@ -25,14 +24,15 @@ def reconfigure(folder, base, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def test_prefix_old_norm_names_and_known_extras_are_understood(model_dir, model_type):
+def test_prefix_old_norm_names_half_precision_and_known_extras_are_understood(model_dir, model_type):
+    rewrite(model_dir, lambda tensors: {name: tensor.half().float() for name, tensor in tensors.items()})
     plain = load_encoder(model_dir).eval()
 
     def as_published(tensors):
         renamed = {}
         for name, tensor in tensors.items():
             name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-            renamed[f"{model_type}.{name}"] = tensor
+            renamed[f"{model_type}.{name}"] = tensor.half()
         renamed["cls.predictions.bias"] = torch.zeros(3)
         renamed[f"{model_type}.embeddings.position_ids"] = torch.arange(40)
         if model_type == "deberta":
@@ -41,13 +41,9 @@ def test_prefix_old_norm_names_and_known_extras_are_understood(model_dir, model_
         return renamed
 
     rewrite(model_dir, as_published)
-    batch = random_batch()
-    torch.testing.assert_close(load_encoder(model_dir).eval()(*batch), plain(*batch), atol=0, rtol=0)
-
-
-def test_half_precision_checkpoints_become_float32(model_dir):
-    rewrite(model_dir, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
-    assert {parameter.dtype for parameter in load_encoder(model_dir).parameters()} == {torch.float32}
+    encoder, batch = load_encoder(model_dir).eval(), random_batch()
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    torch.testing.assert_close(encoder(*batch), plain(*batch), atol=0, rtol=0)
 
 
 def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
@@ -55,24 +51,18 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
         del tensors["encoder.layer.1.output.dense.bias"]
         tensors["embeddings.word_embeddings.weight"] = torch.zeros(59, 16)
         tensors["encoder.layer.4.output.dense.bias"] = torch.zeros(16)
+        tensors["encoder.layer.2.output.dense.bias"][3] = torch.inf
 
     rewrite(model_dir, damage)
     with pytest.raises(InputError) as error:
         load_encoder(model_dir)
     message = str(error.value)
-    assert "encoder.layer.1.output.dense.bias [16] is missing" in message
-    assert "problems, among them" not in message
+    assert "encoder.layer.1.output.dense.bias is missing and should be [16]" in message
     assert "embeddings.word_embeddings.weight is [59, 16] and should be [60, 16]" in message
     assert "encoder.layer.4.output.dense.bias [16] is unexpected" in message
+    assert "encoder.layer.2.output.dense.bias holds NaN or infinity" in message
     assert "\n" not in message
     assert str(model_dir / "model.safetensors") in message
-
-
-def test_a_parameter_named_twice_is_refused(model_dir, model_type):
-    name = "encoder.layer.0.output.dense.bias"
-    rewrite(model_dir, lambda tensors: tensors | {f"{model_type}.{name}": torch.zeros(16)})
-    with pytest.raises(InputError, match="are the same parameter"):
-        load_encoder(model_dir)
 
 
 @pytest.mark.parametrize(
@@ -80,191 +70,110 @@ def test_a_parameter_named_twice_is_refused(model_dir, model_type):
     [
         ("bert", "model_type", "roberta"),
         ("bert", "hidden_act", "relu"),
-        ("bert", "position_embedding_type", "relative_key"),
         ("bert", "is_decoder", True),
-        ("bert", "hidden_dropout_prob", 1.5),
         ("bert", "num_attention_heads", 3),
         ("bert", "hidden_size", "16"),
-        ("bert", "num_hidden_layers", 0),
-        ("bert", "num_hidden_layers", 4.0),
-        ("bert", "type_vocab_size", 1),
-        ("bert", "layer_norm_eps", float("nan")),
-        ("bert", "model_type", ["bert"]),
-        ("deberta", "max_relative_positions", "6"),
-        ("deberta", "position_buckets", 256),
         ("bert", "vocab_size", "absent"),
-        ("bert", "layer_norm_eps", -1.0),
+        ("deberta", "max_relative_positions", "6"),
         ("deberta", "pos_att_type", "c2p|p2p"),
-        ("deberta", "pos_att_type", ""),
         ("deberta", "pos_att_type", None),
-        ("deberta", "relative_attention", False),
         ("deberta", "relative_attention", "absent"),
         ("deberta", "position_biased_input", True),
-        ("deberta", "talking_head", True),
-        ("deberta", "type_vocab_size", 2),
-        ("deberta", "embedding_size", 8),
-        ("deberta", "hidden_act", "gelu_new"),
-        ("deberta", "pooler_hidden_act", "relu"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, model_type, key, value):
     folder = write_model(tmp_path, model_type)
-    load_encoder(folder)
     reconfigure(folder, model_type, **{key: value})
+    (folder / "model.safetensors").unlink()  # the config is looked at first: RoBERTa is no BERT, with or without
     with pytest.raises(InputError, match=key) as error:
         load_encoder(folder)
     assert str(folder / "config.json") in str(error.value)
-    if value != "absent":
-        assert repr(value) in str(error.value) or "c2p" in str(error.value) or key == "num_attention_heads"
+    if value not in ("absent", 3):
+        assert repr(value) in str(error.value)
 
 
-def test_position_terms_may_be_a_list(tmp_path):
-    folder = write_model(tmp_path, "deberta")
+def test_position_terms_may_be_a_list_and_model_type_may_lack(tmp_path):
+    folder = write_model(tmp_path / "deberta", "deberta")
     before = load_encoder(folder).eval()(*random_batch())
     reconfigure(folder, "deberta", pos_att_type=["p2c", "c2p"])
     torch.testing.assert_close(load_encoder(folder).eval()(*random_batch()), before, atol=0, rtol=0)
+    folder = write_model(tmp_path / "bert", "bert")
+    reconfigure(folder, "bert", model_type="absent")
+    assert load_encoder(folder).config.model_type == "bert"
 
 
 def test_a_missing_or_broken_file_is_one_line(model_dir):
     (model_dir / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(InputError, match="model.safetensors: not readable"):
+    with pytest.raises(InputError, match=r"no readable model.safetensors or pytorch_model.bin"):
         load_encoder(model_dir)
     (model_dir / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="model.safetensors: no such file"):
+    with pytest.raises(InputError, match="No such file"):
         load_encoder(model_dir)
+    (model_dir / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(InputError, match="no readable model.safetensors or pytorch_model.bin"):
+        load_encoder(model_dir)
+    assert not (model_dir / "model.safetensors").exists()
     (model_dir / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not readable as JSON"):
         load_encoder(model_dir)
 
 
-def test_bert_heads_start_from_the_checkpoints_pooler_and_say_so_where_there_is_none(tmp_path, caplog):
+def test_a_pickled_checkpoint_is_converted_once(model_dir):
+    plain, tensors = load_encoder(model_dir).state_dict(), load_file(model_dir / "model.safetensors")
+    (model_dir / "model.safetensors").unlink()
+    tensors["cls.predictions.decoder.weight"] = tensors["embeddings.word_embeddings.weight"]  # tied, as published
+    tensors["encoder.layer.0.output.dense.weight"] = tensors["encoder.layer.0.output.dense.weight"].T.contiguous().T
+    torch.save(tensors, model_dir / "pytorch_model.bin")
+    torch.testing.assert_close(load_encoder(model_dir).state_dict(), plain, rtol=0, atol=0)
+    (model_dir / "pytorch_model.bin").unlink()
+    torch.testing.assert_close(load_encoder(model_dir).state_dict(), plain, rtol=0, atol=0)
+
+
+def test_bert_heads_start_from_the_checkpoints_pooler_where_there_is_one(tmp_path):
     folder = write_model(tmp_path, "bert")
     pooler = load_file(folder / "model.safetensors")["pooler.dense.weight"]
     model = MultiExitModel(load_encoder(folder), (1, 4), 2)
     assert all(torch.equal(head.pooler.weight, pooler) for head in model.heads)
     assert model.heads[0].pooler.weight is not model.heads[1].pooler.weight
-    assert not any(pooler.shape == p.shape and torch.equal(pooler, p) for p in model.encoder.parameters())
-    assert not caplog.records
     save_file(checkpoint_tensors(tiny_encoder("bert"), pooler=False), folder / "model.safetensors")
-    with caplog.at_level(logging.WARNING):
-        model = MultiExitModel(load_encoder(folder), (1, 4), 2)
-    assert len(caplog.records) == 1
-    assert "has no pooler" in caplog.text
+    model = MultiExitModel(load_encoder(folder), (1, 4), 2)
     assert not torch.equal(model.heads[0].pooler.weight, model.heads[1].pooler.weight)
 
 
 def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_type):
-    models = build_multi_model(model_dir, (1, 3), 2)
-    assert [len(model.encoder.layers) for model in models] == [1, 3]
-    whole = load_encoder(model_dir).eval()
-    batch = random_batch()
-    for model, n in zip(models.eval(), (1, 3), strict=True):
-        torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
+    with pytest.raises(InputError, match=r"encoder.layer.4.*is missing"):
+        load_encoder(model_dir, 5)
+    whole, batch = load_encoder(model_dir).eval(), random_batch()
     rewrite(
         model_dir, lambda tensors: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in tensors.items()}
     )
-    assert models(*batch).shape == (2, 4, 2)
-    build_multi_model(model_dir, (1, 3), 2)  # layer 4 is broken, and nobody reads it
+    models = build_multi_model(model_dir, (1, 3), 2)  # layer 4 is broken, and nobody reads it
+    assert [len(model.encoder.layers) for model in models] == [1, 3]
+    for model, n in zip(models.eval(), (1, 3), strict=True):
+        torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
     with pytest.raises(InputError, match="encoder.layer.3"):
         build_multi_model(model_dir, (1, 4), 2)
     parameters = [id(parameter) for parameter in models.parameters()]
     assert len(parameters) == len(set(parameters))
 
 
-def test_of_many_wrong_tensors_five_are_shown_and_all_are_counted(model_dir):
-    rewrite(
-        model_dir, lambda tensors: {name: t.reshape(-1)[1:] if "layer.1" in name else t for name, t in tensors.items()}
-    )
-    with pytest.raises(InputError, match=r"\d\d problems, among them") as error:
-        load_encoder(model_dir)
-    assert str(error.value).count("should be") <= 5
-    assert len(str(error.value)) <= 400
+def test_a_module_keeps_its_types_and_gets_memory_of_its_own(tmp_path):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 2)
+            self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
+            self.register_buffer("scale", torch.zeros(()))
 
-
-def test_a_number_that_json_does_not_know_is_refused_wherever_it_stands(tmp_path):
-    folder = write_model(tmp_path, "bert")
-    reconfigure(folder, "bert", of_another_library=float("inf"))
-    with pytest.raises(InputError, match=r"config\.json: Out of range float values"):
-        load_encoder(folder)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
-def test_weights_that_are_not_finite_are_refused_by_name(model_dir, value):
-    name = "encoder.layer.2.output.dense.bias"
-
-    def spoil(tensors):
-        tensors[name] = tensors[name].double()
-        tensors[name][3] = value  # 1e300 is infinite in float32
-
-    rewrite(model_dir, spoil)
-    with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
-        load_encoder(model_dir)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("num_hidden_layers", 10**5),
-        ("num_hidden_layers", 10**9),
-        ("num_hidden_layers", 10**30),
-        ("hidden_size", 2**31),
-        ("hidden_size", 2**30),
-        ("vocab_size", 2**31 - 1),
-        ("intermediate_size", 2**31 - 1),
-        ("max_position_embeddings", 10**30),
-        ("max_position_embeddings", 2**31 - 1),
-        ("hidden_dropout_prob", None),
-        ("hidden_dropout_prob", 10**400),
-        ("layer_norm_eps", [1]),
-        ("attention_probs_dropout_prob", {}),
-        ("num_attention_heads", True),
-    ],
-)
-def test_hostile_sizes_cost_nothing(model_dir, model_type, key, value, monkeypatch):
-    reconfigure(model_dir, model_type, **{key: value})
-    if (model_type, key, value) == ("deberta", "max_position_embeddings", 2**31 - 1):
-        assert load_encoder(model_dir).config.max_position_embeddings == value  # it has max_relative_positions
-        return
-    if key in ("num_hidden_layers", "hidden_size"):  # of the others nothing is allocated
-        monkeypatch.setattr(checkpoint, "new_encoder", lambda config: pytest.fail("built"))
-    with pytest.raises(InputError) as error:
-        load_encoder(model_dir, 1 if value == 10**9 else None)
-    assert str(model_dir) in str(error.value)
-    assert len(str(error.value)) <= 400
-
-
-def shard(folder) -> dict:
-    """Cut the checkpoint into two files and write their index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    index = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(sorted(tensors))}
-    for file in set(index.values()):
-        save_file({name: tensors[name] for name in index if index[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return index
-
-
-def test_sharded_checkpoints_and_pickled_ones_are_the_same_model(model_dir):
-    plain = load_encoder(model_dir).state_dict()
-    tensors = load_file(model_dir / "model.safetensors")
-    index = shard(model_dir)
-    torch.testing.assert_close(load_encoder(model_dir).state_dict(), plain, rtol=0, atol=0)
-    (model_dir / sorted(index.values())[0]).unlink()
-    with pytest.raises(InputError, match="no such file"):
-        load_encoder(model_dir)
-    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    with pytest.raises(InputError, match="weight_map must name a file of the same folder"):
-        load_encoder(model_dir)
-    (model_dir / "model.safetensors.index.json").unlink()
-    torch.save(tensors, model_dir / "pytorch_model.bin")
-    torch.testing.assert_close(load_encoder(model_dir).state_dict(), plain, rtol=0, atol=0)
-    assert (model_dir / "model.safetensors").is_file()
-
-
-def test_a_checkpoint_without_model_type_is_a_bert(tmp_path):
-    folder = write_model(tmp_path, "bert")
-    reconfigure(folder, "bert", model_type="absent")
-    assert load_encoder(folder).config.model_type == "bert"
+    made = Module()
+    made.counts += torch.arange(3)
+    save_file(made.state_dict() | {"extra": torch.ones(1), "junk.a": torch.ones(1)}, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    module, others = checkpoint.load_strict(path, Module, {}, ["extra", "absent"], ["junk."])
+    torch.testing.assert_close(module.state_dict(), made.state_dict(), rtol=0, atol=0)
+    assert (list(others), module.linear.weight.requires_grad) == (["extra"], True)
+    with pytest.raises(InputError, match=r"does not fit .*: extra \[1\] is unexpected, junk.a \[1\] is unexpected"):
+        checkpoint.load_strict(path, Module)
 
 
 def save_classifier(folder, model_type: str, kind: str = "ForSequenceClassification", **settings):
@@ -301,35 +210,14 @@ def test_a_finished_classifier_is_transformers_own(tmp_path, model_type, labels)
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        ("ForSequenceClassification", {"num_labels": 1}, "1 output, which is regression"),
-        ("ForSequenceClassification", {"problem_type": "regression"}, "problem_type is 'regression'"),
-        ("ForSequenceClassification", {"problem_type": "multi_label_classification"}, "problem_type is 'multi_label"),
-        ("ForTokenClassification", {}, r"architectures is \['\w+ForTokenClassification'\]"),
-        ("ForQuestionAnswering", {}, r"architectures is \['\w+ForQuestionAnswering'\]"),
+        ("ForSequenceClassification", {"num_labels": 1}, "single_label_classification with 1 outputs"),
+        ("ForSequenceClassification", {"problem_type": "multi_label_classification"}, "multi_label_classification"),
+        ("ForTokenClassification", {}, "pooler.dense.weight, pooler.dense.bias is missing"),
+        ("ForQuestionAnswering", {}, "classifier.weight, classifier.bias is missing"),
     ],
 )
-def test_other_heads_are_refused_as_trunks_and_left_out_elsewhere(tmp_path, model_type, kind, settings, reason, caplog):
+def test_other_heads_are_refused_as_trunks_and_left_out_elsewhere(tmp_path, model_type, kind, settings, reason):
     save_classifier(tmp_path, model_type, kind, **settings)
     with pytest.raises(InputError, match=reason):
         load_classifier(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        load_encoder(tmp_path)
-    assert sum("the head of its task is left out" in record.message for record in caplog.records) == 1
-    assert "\n" not in caplog.text.strip() or len(caplog.records) > 1
-
-
-@pytest.mark.parametrize(
-    "id2label", [{"0": "a"}, {"0": "a", "1": "a"}, {"0": "a", "2": "b"}, {"0": "a", "1": 5}, ["a", "b"], "ab", True, 2]
-)
-def test_labels_that_do_not_fit_the_head_are_refused(tmp_path, id2label):
-    save_classifier(tmp_path, "bert")
-    content = json.loads((tmp_path / "config.json").read_text()) | {"id2label": id2label}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="must name each of the head's 2 classes once"):
-        load_classifier(tmp_path)
-
-
-def test_a_classifier_without_its_head_is_refused(tmp_path):
-    folder = write_model(tmp_path, "bert")
-    with pytest.raises(InputError, match=r"classifier.weight \[2, 16\] is missing"):
-        load_classifier(folder)
+    load_encoder(tmp_path)

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minisweet import MultiExitModel, bert, load_encoder
-from minisweet.bert import attention, fused_is_faster
+from minisweet import MultiExitModel, load_encoder
 from minisweet.deberta import skew
-from minisweet.layers import Dropout, TransformerLayer, padding_bias
-from tests.conftest import CHECKOUT, CONFIGS, exit_model, random_batch, tiny_encoder
+from minisweet.layers import Dropout
+from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder
 from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
 from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
 
@@ -133,35 +132,6 @@ def test_rows_of_padding_alone_are_finite(model_type, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize(("T", "fused"), [(9, 0), (127, 0), (128, 1), (150, 1)])
-@pytest.mark.parametrize("first_token_alone", [False, True])
-def test_attention_is_the_softmax_of_scaled_scores_and_ignores_padding(monkeypatch, T, fused, first_token_alone):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 4, T, 8)  # (B, H, T, d) each
-    query = query[:, :, :1] if first_token_alone else query
-    mask = torch.ones(2, T)
-    mask[1, T // 3 :] = 0
-    calls, fast = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(bert.F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or fast(*a, **b))
-    ours = attention(query, key, value, padding_bias(mask, torch.float32), Dropout(0.5).eval())
-    weights = (query @ key.mT / 8**0.5).masked_fill(mask[:, None, None] == 0, float("-inf")).softmax(-1)
-    torch.testing.assert_close(ours, weights @ value, atol=1e-5, rtol=1e-5)
-    assert len(calls) == fused
-    attention(query, key, value, padding_bias(mask, torch.float32), Dropout(0.5).train())
-    assert len(calls) == fused  # with dropout the plain form is faster here
-
-
-def test_a_long_batch_has_the_hidden_states_of_the_plain_attention(monkeypatch):
-    encoder = tiny_encoder("bert", max_position_embeddings=160).eval()
-    batch = random_batch(length=160)
-    assert not batch[1].all()
-    assert fused_is_faster(torch.zeros(1, 1, 160, 1), training=False)
-    fast = encoder(*batch)
-    monkeypatch.setattr(bert, "fused_is_faster", lambda *_: False)
-    for ours, plain in zip(fast, encoder(*batch), strict=True):
-        torch.testing.assert_close(ours[batch[1] == 1], plain[batch[1] == 1], atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("T", [1, 2, 3, 8])
 def test_the_fast_view_of_distances_is_the_plain_gather(T):
     scores, i, j = torch.arange(2 * 3 * T * 2 * T).view(2, 3, T, 2 * T), torch.arange(T)[:, None], torch.arange(T)
@@ -192,76 +162,27 @@ def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     seen = Counter()
     monkeypatch.setattr("minisweet.layers.Dropout.forward", lambda self, x: seen.update([(self.p, x.dim())]) or x)
     model(*random_batch())
-    # Embeddings; then attention weights, attention output, feed-forward output in layers 1 to 3, and for [CLS] alone,
-    # whose weights are (B, H, T), in layers 1 and 4; then two heads.
-    expected = {(0.11, 3): 1 + 5 * 2, (0.12, 4): 3, (0.12, 3): 2, (0.13, 2): 2}
+    # Embeddings; then attention weights, attention output, feed-forward output in layers 1 to 3, and for [CLS] alone in
+    # layers 1 and 4; then two heads.
+    expected = {(0.11, 3): 1 + 5 * 2, (0.12, 4): 5, (0.13, 2): 2}
     # DeBERTa also each time the relative positions (2T, D), and [CLS] before the pooler.
     expected |= {(0.11, 2): 5, (0.14, 2): 2} if model_type == "deberta" else {(0.0, 2): 2}
     assert seen == expected
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    model_type=st.sampled_from(["bert", "deberta"]),
-    n=st.integers(1, 4),
-    T=st.integers(1, 40),
-    keep=st.lists(st.booleans(), min_size=4, max_size=4).map(torch.tensor),
-)
-def test_first_cls_and_then_the_others_are_the_layer(model_type, n, T, keep):
-    """`cls_at_exit` and `cross_exit` of an exit after layer n, for all instances and for those that stay alone."""
-    encoder = tiny_encoder(model_type).eval()
-    input_ids, mask, types = random_batch(length=T)
-    exit_layers = (n,) if n == 4 else (n, 4)
-    models = {method: exit_model(encoder, exit_layers, 2, method).eval() for method in ("ee", "sweet", "branch")}
-    with torch.no_grad():
-        context = encoder.context(mask)
-        hidden = encoder.run_layers(encoder.embed(input_ids, types), context, 0, n - 1)
-        whole = encoder.run_layers(hidden, context, n - 1, n)
-        for model in models.values():
-            cls = model.cls_at_exit(0, hidden, context)
-            torch.testing.assert_close(cls, whole[:, :1], atol=1e-5, rtol=1e-5)
-            if n < 4:
-                after, passed_on = model.cross_exit(0, hidden, context, cls)
-                torch.testing.assert_close(after, whole, atol=1e-5, rtol=1e-5)
-                assert all(torch.equal(a, b) for a, b in zip(passed_on, context, strict=True))
-                context_of_some = model.encoder.context(mask[keep])
-                of_some, _ = model.cross_exit(0, hidden[keep], context_of_some, cls[keep])
-                torch.testing.assert_close(of_some, whole[keep], atol=1e-5, rtol=1e-5)
-
-
-def test_cls_alone_trains_as_all_tokens_do(model_type, monkeypatch):
-    """With dropout that drops the same everywhere: what comes out, and each parameter's gradient."""
-    encoder = tiny_encoder(model_type, attention_probs_dropout_prob=0.5).train()
-    layer, (_, mask, _) = encoder.layers[0], random_batch(length=9)
-    dropped = torch.arange(9) % 3 == 0  # tokens, of [CLS]'s attention weights (..., T); nothing else is dropped
-    monkeypatch.setattr(Dropout, "forward", lambda self, x: x * ~dropped * 1.5 if x.shape[-1] == 9 else x)
-    hidden, found = torch.randn(4, 9, encoder.config.hidden_size), []
-    for run in (layer.forward_cls, lambda *arguments: layer(*arguments)[:, :1]):
+@given(model_type=st.sampled_from(["bert", "deberta"]), T=st.integers(1, 40), training=st.booleans())
+def test_a_layer_for_cls_alone_gives_what_the_whole_layer_gives_cls(model_type, T, training):
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    encoder = tiny_encoder(model_type, **rates).train(training)
+    layer, (input_ids, mask, types) = encoder.layers[0], random_batch(length=T)
+    hidden, context, found = encoder.embed(input_ids, types).detach(), encoder.context(mask), []
+    for output in (layer(hidden, context, rows=1), layer(hidden, context)[:, :1]):
         layer.zero_grad()
-        output = run(hidden, encoder.context(mask))
-        output.square().sum().backward()
-        gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+        output.square().sum().backward(retain_graph=True)
+        gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
         found.append({"output": output.detach()} | gradients)
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
-
-
-def test_an_exits_cls_goes_on_with_the_dropout_that_the_exit_saw(model_type):
-    for method in ("ee", "sweet"):
-        model = MultiExitModel(tiny_encoder(model_type, hidden_dropout_prob=0.5), (2, 4), 2, method).train()
-        input_ids, mask, types = random_batch()
-        hidden, context = model.encoder.embed(input_ids, types), model.encoder.context(mask)
-        cls = model.cls_at_exit(0, hidden, context)
-        after, _ = model.cross_exit(0, hidden, context, cls)
-        assert torch.equal(after[:, :1], cls)
-
-
-def test_a_layer_of_another_encoder_that_lacks_a_part_is_refused_by_its_name():
-    class Layer(TransformerLayer):
-        attend = bert.BertLayer.attend
-        projections = bert.BertLayer.projections
-
-    with pytest.raises(TypeError, match="Layer.*cls_scores"):
-        Layer(tiny_encoder("bert").config)
 
 
 def test_config_is_honoured():
@@ -300,3 +221,32 @@ def test_published_weights_give_the_published_slice(name):
     with torch.no_grad():
         hidden = load_encoder(folder).eval()(input_ids, mask, torch.zeros_like(input_ids))[-1]
     torch.testing.assert_close(hidden[0, 1:4, 1:4], torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_elements_are_dropped_one_by_one_and_the_others_scaled(dtype, p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 103, dtype=dtype, requires_grad=True)  # no multiple of the four numbers of a draw
+    y = Dropout(p).train()(x)
+    dropped = (y == 0).float()
+    assert dropped.mean().item() == pytest.approx(p, abs=0.005)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - round(p * 65536) / 65536), dtype=dtype).item()}
+    centred = dropped - p
+    for dim, shift in ((0, 1), (1, 1), (1, 4)):  # neighbours know nothing of each other, nor do draws
+        correlation = (centred * centred.roll(shift, dim)).mean() / (p * (1 - p))
+        assert abs(correlation) < 0.015
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach())
+
+
+def test_evaluation_and_p_0_change_nothing_and_the_seed_decides():
+    x = torch.randn(5, 7)
+    assert torch.equal(Dropout(0.3).eval()(x), x)
+    assert torch.equal(Dropout(0.0).train()(x), x)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(Dropout(0.5).train()(torch.ones(50)))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])

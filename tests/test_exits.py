@@ -1,4 +1,4 @@
-"""Exits: which exit's loss reaches which parameter, branches, and parity with the authors' code."""
+"""Exits: which exit's loss reaches which parameter, branches, exit 0, and parity with the authors' code."""
 
 import copy
 from itertools import pairwise
@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import minisweet.exits
 import train
-from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.base.safe import home
-from minisweet.branches import grow_branches
+from minisweet import MultiExitModel, NgramExit, build_multi_model, load_encoder
+from minisweet.base.files import home
+from minisweet.branches import METHODS, add_exits, grow_branches
 from minisweet.checkpoint import checkpoint_names
 from minisweet.data.text import Batch
-from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
+from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.multi_model import build_alone, slice_trunk
 from tests.conftest import exit_model, random_batch, tiny_encoder, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -37,10 +39,11 @@ def exit_losses(model, batch, labels):
 def owners(model, batch) -> dict[str, set[int]]:
     """The ownership matrix: which exits' losses give each parameter a gradient other than zero."""
     matrix = {name: set() for name, _ in model.named_parameters()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for k, loss in enumerate(exit_losses(model, batch, LABELS)):
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-            for name, gradient in zip(matrix, gradients, strict=True):
+            gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
+            for name, gradient in zip(trained, gradients, strict=True):
                 if gradient is not None and gradient.abs().max() > 0:
                     matrix[name].add(k)
     return matrix
@@ -107,6 +110,29 @@ def test_under_branch_an_exit_owns_its_branch_and_its_head_and_nobody_the_trunk(
     assert model.trained_exits == len(trained)
 
 
+def test_the_table_of_owners_in_exits_py_is_what_gradients_say():
+    lines = minisweet.exits.__doc__.splitlines()
+    columns = next(line for line in lines if line.split() == ["ee", "sweet", "branch"])
+    starts = [columns.index(method) for method in ("ee", "sweet", "branch")]
+    rows = [line.ljust(60) for line in lines if line[4:9] in ("embed", "layer", "head ", "branc")]
+    cells = [slice(*ends) for ends in pairwise([*starts, 60])]
+    table = {row[4 : starts[0]].strip(): [row[cell].split() for cell in cells] for row in rows}
+    assert len(table) == 10
+    found = {name: [[], [], []] for name in table}
+    for column, method in enumerate(("ee", "sweet", "branch")):
+        model = make("bert", (1, 2, 4), method)
+        for name, owning in owners(model, random_batch()).items():
+            kind, place, *rest = name.split(".")
+            if kind == "encoder":
+                part = f"layer {int(rest[0]) + 1}" if place == "layers" else "embeddings"
+            else:
+                part = f"{ {'heads': 'head', 'branches': 'branch'}[kind] } {(1, 2, 4)[int(place)]}"
+            said = [str((1, 2, 4)[k]) for k in sorted(owning)] or ["-"]
+            assert found[part][column] in ([], said), name
+            found[part][column] = said
+    assert found == table
+
+
 def test_all_methods_have_the_logits_of_the_same_weights(model_dir):
     torch.manual_seed(0)
     sweet = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 3, "sweet").eval()
@@ -131,7 +157,7 @@ def test_multi_model_answers_like_its_models(model_dir):
 def gradients(model, batch) -> dict[str, torch.Tensor]:
     """Each parameter's gradient by train.py, zeros for none."""
     model.zero_grad()
-    train.send_back(model, Batch(torch.arange(4), *batch, LABELS), NO_SCALER)
+    train.compute_gradients(model, Batch(torch.arange(4), *batch, LABELS), NO_SCALER, None)
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -146,16 +172,14 @@ def test_the_loops_gradients_are_those_of_whole_layers_and_the_summed_loss(model
     model.zero_grad()
     losses, encoder = [], model.encoder
     hidden, context = encoder.embed(batch[0], batch[2]), encoder.context(batch[1])
-    for k, (start, n) in enumerate(pairwise((0, *model.exit_layers))):
-        before = encoder.run_layers(hidden, context, start, n - 1)
-        hidden = encoder.run_layers(before, context, n - 1, n)
-        if method == "branch" and k < 2:
-            whole = model.branches[k](before.detach(), tuple(tensor.detach() for tensor in context))
-            losses.append(exit_loss(*model.heads[k](whole), LABELS))
-        elif method != "branch":
-            losses.append(exit_loss(*model.heads[k](hidden), LABELS))
-        if method == "sweet":
-            hidden, context = hidden.detach(), tuple(tensor.detach() for tensor in context)
+    for n, layer in enumerate(encoder.layers, start=1):
+        before, hidden = hidden, layer(hidden, context)
+        if n in (1, 2, 4) and not (method == "branch" and n == 4):
+            k = (1, 2, 4).index(n)
+            read = model.branches[k](before, context) if method == "branch" else hidden
+            losses.append(exit_loss(*model.heads[k](read), LABELS))
+            if method == "sweet":
+                hidden, context = hidden.detach(), tuple(tensor.detach() for tensor in context)
     sum(losses).backward()
     for name, parameter in model.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -181,18 +205,17 @@ def watch(model) -> list[tuple]:
     return calls
 
 
-def test_what_an_exit_does_not_read_runs_without_gradient_or_not_at_all(model_type):
+def test_an_exit_runs_its_layer_for_cls_and_for_all_tokens_where_somebody_goes_on(model_type):
     batch = random_batch()
-    for method, followed in (("sweet", False), ("ee", True)):
+    for method in ("sweet", "ee"):
         model = make(model_type, (1, 2, 4), method)
         calls = watch(model)
         model(*batch)
-        crossed = [(f"encoder.layers.{n}", T, T == 1 or followed) for n in (0, 1) for T in (1, 11)]
+        crossed = [(f"encoder.layers.{n}", T, True) for n in (0, 1) for T in (1, 11)]
         assert calls == [*crossed, ("encoder.layers.2", 11, True), ("encoder.layers.3", 1, True)]
         calls.clear()
-        ends_early = MultiExitModel(model.encoder, (1, 2), 2, method)
-        ends_early(*batch)
-        assert calls == [*crossed[:2], ("encoder.layers.1", 1, True)]
+        MultiExitModel(model.encoder, (1, 2), 2, method)(*batch)  # ends before its encoder does
+        assert calls == crossed[:3]
     model = make(model_type, (1, 3, 4), "branch")
     calls = watch(model)
     model(*batch)
@@ -245,33 +268,100 @@ def test_branches_start_from_the_finished_trunk(model_dir):
         grow_branches(MultiExitModel(load_encoder(model_dir), (1, 4), 3), (1, 4))
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee", "mm", "branch"])
-def test_kept_exits_answer_as_before_from_the_same_weights(model_dir, method):
+def with_ngrams(model):
+    """The model with exit 0 in front, whose table says something."""
+    ngrams = NgramExit(60, model.num_labels, [0, 1, 2, 3], pairs=True)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in ngrams.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model.add_ngrams(ngrams)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+def test_kept_exits_answer_as_before_from_the_same_weights(model_dir, method, strategy):
     torch.manual_seed(0)
     if method == "mm":
-        model = build_multi_model(model_dir, (1, 2, 4), 2, "lte").eval()
+        model = build_multi_model(model_dir, (1, 2, 4), 2, strategy).eval()
     else:
-        model = exit_model(load_encoder(model_dir), (1, 2, 4), 2, method, "lte").eval()
+        model = exit_model(load_encoder(model_dir), (1, 2, 4), 2, method, strategy).eval()
+    there = (1, 2, 4)
+    if strategy == "confidence":
+        model, there = with_ngrams(model), (0, 1, 2, 4)
     batch = random_batch()
     everything = list(model.exit_by_exit(*batch))
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    for kept in ((4,), (1, 4), (2, 4), (1, 2, 4)):
+    for kept in ((4,), (1, 4), (2, 4), (1, 2, 4), (there[0], 4), there):
         fewer = model.keep_exits(kept)
         assert (fewer.exit_layers, fewer.method, fewer.num_labels, fewer.training) == (kept, method, 2, False)
-        answers = list(fewer.exit_by_exit(*batch))
-        for n, (logits, certainty) in zip(kept, answers, strict=True):
-            before_logits, before_certainty = everything[(1, 2, 4).index(n)]
-            torch.testing.assert_close(logits, before_logits, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(certainty, before_certainty, atol=1e-5, rtol=1e-5)
+        for n, said in zip(kept, fewer.exit_by_exit(*batch), strict=True):
+            torch.testing.assert_close(said, everything[there.index(n)], atol=1e-5, rtol=1e-5)
         assert {parameter.data_ptr() for parameter in fewer.parameters()} <= own
-    if method == "mm":  # each model was put into evaluation mode, and the whole was not
-        model.training = True
-        assert not any(one.training for one in model.keep_exits((1, 4)))
-    assert model.exit_layers == (1, 2, 4)
+    assert model.exit_layers == there
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(everything, model.exit_by_exit(*batch), strict=True))
     for wrong in ((), (1, 2), (3, 4), (2, 1, 4), (4, 4), (1, 4, 5)):
-        with pytest.raises(ValueError, match="some of 1,2,4"):
+        with pytest.raises(ValueError, match="some of .*1,2,4"):
             model.keep_exits(wrong)
+
+
+def test_exit_0_stands_in_front_and_needs_no_encoder(model_dir):
+    batch = random_batch()
+    for method in METHODS:
+        torch.manual_seed(0)
+        build = lambda: exit_model(load_encoder(model_dir), (2, 4), 2, method)  # noqa: B023, E731
+        model = (build_multi_model(model_dir, (2, 4), 2) if method == "mm" else build()).eval()
+        plain = model(*batch)
+        model = with_ngrams(model)
+        assert model(*batch).shape == (3, 4, 2)
+        assert torch.equal(model(*batch)[1:], plain)
+        assert {name for name in model.state_dict() if "ngrams" in name} == {
+            f"ngrams.{name}" for name in model.ngrams.state_dict()
+        }
+        embedded = []
+        encoder = (model[0] if method == "mm" else model).encoder
+        encoder.word_embeddings.register_forward_hook(lambda *_: embedded.append(1))  # noqa: B023
+        logits, certainty = next(model.exit_by_exit(*batch))
+        assert torch.equal(logits, model.ngrams(*batch))
+        assert (certainty, embedded) == (None, [])
+        groups = (model[0] if method == "mm" else model).parameter_groups()
+        assert not {id(p) for group in groups for p in group} & {id(p) for p in model.ngrams.parameters()}
+
+
+def new_trunk(folder, strategy: str) -> MultiExitModel:
+    torch.manual_seed(5)
+    trunk = build_alone(folder, 4, 2, strategy).eval()
+    torch.manual_seed(6)
+    return trunk
+
+
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+def test_ee_sweet_and_slices_start_from_a_trunk_to_the_bit(model_dir, strategy):
+    batch = random_batch()
+    with torch.no_grad():
+        expected = new_trunk(model_dir, strategy)(*batch)[0]
+        grown = grow_branches(new_trunk(model_dir, strategy), (1, 2, 4), strategy)
+        for trunk in (new_trunk(model_dir, strategy), grown.keep_exits((4,))):  # a branch model's was frozen
+            for method in ("ee", "sweet"):
+                model = add_exits(copy.deepcopy(trunk), (1, 2, 4), method, strategy)
+                assert (model.method, model.exit_layers) == (method, (1, 2, 4))
+                assert torch.equal(model(*batch)[-1], expected)
+                assert all(parameter.requires_grad for parameter in model.parameters())
+                assert all((head.lte is None) is (strategy == "confidence") for head in model.heads)
+                assert torch.equal(model.heads[0].pooler.weight, model.heads[2].pooler.weight)
+                assert not torch.equal(model.heads[0].classifier.weight, model.heads[2].classifier.weight)
+            models = slice_trunk(trunk, (1, 2, 4), strategy)
+            assert (models.exit_layers, models[-1]) == ((1, 2, 4), trunk)
+            assert torch.equal(models(*batch)[-1], expected)
+            for n, part in zip((1, 2), models, strict=False):
+                assert len(part.encoder.layers) == part.encoder.config.num_hidden_layers == n
+                for ours, theirs in zip(part.encoder.parameters(), trunk.encoder.parameters(), strict=False):
+                    assert torch.equal(ours, theirs)
+                    assert ours.data_ptr() != theirs.data_ptr()
+                    assert ours.requires_grad
+    for make_ in (add_exits, slice_trunk):
+        with pytest.raises(ValueError, match="the trunk has its exit after 4"):
+            make_(new_trunk(model_dir, strategy), (1, 3))
 
 
 @pytest.mark.parametrize("exit_layers", [(), (0, 2), (2, 2), (3, 1), (1, 5)])
@@ -285,9 +375,6 @@ def test_another_method_or_exit_strategy_is_refused():
         MultiExitModel(tiny_encoder("bert"), (1,), 2, "mm")
     with pytest.raises(ValueError, match="'patience'"):
         MultiExitModel(tiny_encoder("bert"), (1,), 2, "sweet", "patience")
-    for C in (1, -1, 2.0, None):
-        with pytest.raises(ValueError, match=f"num_labels is {C}"):
-            MultiExitModel(tiny_encoder("bert"), (1,), C)
 
 
 def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):
@@ -367,18 +454,15 @@ def test_logits_losses_and_gradient_norms_are_those_of_the_authors_code(method):
     torch.testing.assert_close(sum(losses)[None], official[f"loss_{method}"], **close)
 
     parameters = dict(model.named_parameters())
-    sources = {f"encoder.{name}": names for name, names in checkpoint_names(6).items()}
-    sources = {name: names for name, names in sources.items() if name in parameters}
+    sources = {f"encoder.{ours}": theirs for ours, theirs in checkpoint_names(6).items()}
+    sources = {ours: theirs for ours, theirs in sources.items() if ours in parameters}
 
     def gradient_norms(loss) -> dict[str, torch.Tensor]:
         """The norm of each gradient, by the names of the checkpoint; the poolers' summed, as theirs is one."""
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         gradients = [torch.zeros(1) if gradient is None else gradient for gradient in gradients]
         by_name = dict(zip(parameters, gradients, strict=True))
-        theirs = {}
-        for name, names in sources.items():
-            parts = by_name[name].chunk(len(names)) if by_name[name].numel() > 1 else [by_name[name]] * len(names)
-            theirs |= dict(zip(names, parts, strict=True))
+        theirs = {sources[name]: by_name[name] for name in sources}
         for kind in ("weight", "bias"):
             theirs[f"pooler.dense.{kind}"] = sum(by_name[f"heads.{k}.pooler.{kind}"] for k in range(4))
         return {name: gradient.norm() for name, gradient in theirs.items()}

@@ -12,24 +12,26 @@ import torch
 from tokenizers import Tokenizer
 
 import evaluate
-import train
-from minisweet import EarlyExitClassifier, load_encoder
-from minisweet.adaptive import ExitRule, spaced_thresholds
-from minisweet.live import early_exit
-from minisweet.runs.folders import load_run
+from minisweet import EarlyExitClassifier
+from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
+from minisweet.evaluation.choice import certifying_rows
+from minisweet.evaluation.operating import operating_point
+from minisweet.evaluation.records import read_evaluation
+from minisweet.evaluation.sweep import load_validation
+from minisweet.ngrams import BUCKETS, NgramExit
+from minisweet.runs.folders import read_record, read_validation
 from minisweet.use import export
-from tests.conftest import CHECKOUT, exit_model, quick, random_batch, write_model
-from tests.test_use import call
+from tests.conftest import CHECKOUT, exit_model, random_batch, tiny_encoder
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
 
 import onnxruntime  # noqa: E402
 
-from minisweet.use import onnx  # noqa: E402
+from minisweet.use import onnx, onnx_graph  # noqa: E402
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TEXTS = ["the film was superb", ("a dull film", "you and i"), "", "not bad , it is great", "bad " * 60]
+SLOW_RUNS = ["branch", "pairs"]
+TEXTS = ["the film was superb", "", "not bad , it is great", "qwertz asdf", "bad " * 60]
 
 
 def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
@@ -39,216 +41,227 @@ def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def asked(session, batch, threshold=None) -> tuple[np.ndarray, ...]:
+def ask(session, batch, threshold=None) -> tuple[np.ndarray, ...]:
     """Probabilities, confidence and exit layer of a batch."""
-    inputs = dict(zip(INPUTS, (x.numpy() for x in batch), strict=True))
-    if threshold is not None:
-        inputs["threshold"] = np.array(threshold, np.float32)
-    return session.run(None, inputs)
+    inputs = dict(zip(onnx_graph.INPUTS, (np.asarray(x.tolist()) for x in batch), strict=True))
+    return session.run(None, inputs if threshold is None else inputs | {"threshold": np.array(threshold, np.float32)})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["bert", "deberta"])
-@pytest.mark.parametrize("method", ["branch", "sweet", "ee"])
-def test_answers_are_the_models(tmp_path, model_type, method):
-    """At eleven thresholds and beyond, alone and in padded batches, where all leave at once and where nobody does."""
-    encoder = load_encoder(write_model(tmp_path, model_type, num_hidden_layers=3))
-    model = exit_model(encoder, (1, 2, 3), 3, method).eval()
+def undecided(model_type: str, method: str, exit_layers: tuple[int, ...], C: int = 3):
+    """A model in evaluation mode whose exits are sure of some texts, and which takes 512 tokens."""
     torch.manual_seed(0)
+    encoder = tiny_encoder(model_type, num_hidden_layers=3, max_position_embeddings=512)
+    model = exit_model(encoder, [n for n in exit_layers if n], C, method)
     for name, parameter in model.named_parameters():
         if "classifier" in name:
             torch.nn.init.normal_(parameter, std=0.7)
         elif "branches" in name:  # no copies any more
             parameter.data.mul_(1.2)
-    rule = ExitRule(3, torch.tensor([0.8, 1.0, 1.5]))
-    flat, *names = onnx.flat_graph(onnx.Pieces(model, rule))
-    file, ways = onnx.joined(flat, *names, 0.7, 3), set()
-    session = session_of(file.SerializeToString())
-    for B, T in ((1, 11), (7, 11), (32, 40), (1, 1)):
-        batch = random_batch(B, B, T)
+    if 0 in exit_layers:
+        model.add_ngrams(NgramExit(60, C, [0, 1, 2, 3], pairs=True))
+        torch.nn.init.normal_(model.ngrams.table)
+    return model.eval()
+
+
+def batches() -> list[tuple[torch.Tensor, ...]]:
+    """Pairs and single texts, alone and in padded batches; among them an empty one, one of unknown tokens, and 512."""
+    found = [random_batch(B, B, T) for B, T in ((1, 11), (7, 11), (32, 40), (1, 512))]
+    ids, mask, _ = random_batch(2, 7, 20)
+    odd = torch.tensor([[2, 3, 0, 0, 0], [2, 1, 1, 1, 3]])  # [CLS] [SEP], and [CLS] [UNK] [UNK] [UNK] [SEP]
+    empty = odd[:1, :2]
+    return [*found, (ids, mask, ids * 0), (odd, (odd > 0).long(), odd * 0), (empty, empty * 0 + 1, empty * 0)]
+
+
+CASES = [("bert", "branch", (0, 1, 3)), ("bert", "sweet", (0, 3)), ("bert", "ee", (1, 2, 3)), ("bert", "branch", (3,))]
+CASES += [("deberta", *case[1:]) for case in CASES]
+
+
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])])
+def test_answers_are_the_models(case):
+    """At eleven thresholds and beyond, and at the file's own."""
+    model, C = undecided(*case), 3
+    rule = ExitRule(C, torch.tensor([0.8, 1.0, 1.5])[: len(model.exit_layers)])
+    flat = onnx_graph.export_pieces(model, int8=False)
+    session, ways = session_of(onnx_graph.join(flat, 0.7, rule.temperatures.tolist()).SerializeToString()), set()
+    every = session_of(onnx_graph.join_all_exits(flat).SerializeToString())
+    for batch in batches():
+        logits = model(*batch).detach()
+        answers = np.stack(every.run(None, dict(zip(onnx_graph.INPUTS, map(torch.Tensor.numpy, batch), strict=True))))
+        np.testing.assert_allclose(answers[..., :-1], logits.softmax(-1), atol=1e-5)
         for threshold in (*spaced_thresholds(11, rule.lowest), 0.0, 0.7, 1.5):
-            found = early_exit(model, *batch, threshold, rule)
-            probabilities, confidence, layer = asked(session, batch, None if threshold == 0.7 else threshold)
-            expected = (found.logits / rule.temperatures[found.exits, None]).softmax(-1)
+            taken = exits_taken(rule.confidences(logits), threshold, rule.lowest)
+            expected = (logits / rule.temperatures[:, None, None]).softmax(-1)[taken, torch.arange(len(taken))]
+            probabilities, confidence, layer = ask(session, batch, None if threshold == 0.7 else threshold)
             np.testing.assert_allclose(probabilities, expected, atol=1e-5)
-            np.testing.assert_allclose(confidence, found.confidence, atol=1e-5)
-            assert layer.tolist() == [model.exit_layers[k] for k in found.exits]
-            assert layer.dtype == np.int64
-            if threshold <= rule.lowest or threshold >= 1:
-                assert set(layer.tolist()) == {1 if threshold < 1 else 3}
+            np.testing.assert_allclose(confidence, expected.amax(-1), atol=1e-5)
+            assert (layer.dtype, layer.tolist()) == (np.int64, [model.exit_layers[k] for k in taken])
             ways.add(tuple(sorted(set(layer.tolist()))))
-    assert {(1,), (1, 2, 3), (3,)} <= ways
-
-    first = next(node for node in file.graph.node if node.op_type == "If")  # asks the first exit, or not
-    (ask,) = (attribute.g for attribute in first.attribute if attribute.name == "then_branch")
-    for weights in ask.initializer:
-        if weights.data_type == onnx.FLOAT:
-            weights.raw_data = np.full(len(weights.raw_data) // 4, np.nan, np.float32).tobytes()
-    blinded = session_of(file.SerializeToString())
-    assert np.isnan(asked(blinded, batch, 0.9)[0]).any()
-    np.testing.assert_array_equal(asked(blinded, batch, 1.0)[0], asked(session, batch, 1.0)[0])
+    assert {model.exit_layers[:1], model.exit_layers, model.exit_layers[-1:]} <= ways
 
 
-@pytest.fixture(scope="module")
-def make_run(tmp_path_factory):
-    """Runs of tiny models on the toy task, by their options; each is made once, and evaluated."""
-    folder = tmp_path_factory.mktemp("runs")
+@pytest.mark.slow
+def test_nothing_is_run_in_vain():
+    """Who leaves at exit 0 is never embedded; at threshold 1 no exit but the last is asked."""
+    flat = onnx_graph.export_pieces(undecided("bert", "branch", (0, 2, 3)), int8=False)
 
-    def make(*options):
-        run = folder / ("run" + "".join(options))
-        if not run.exists():
-            tiny = write_model(folder / "tiny", "bert", num_hidden_layers=3)
-            assert call(train, *quick(tiny, "--exit-layers", "1,2,3", "--lr", 0.01, *options, "--out", run))[0] == 0
-            assert call(evaluate, run, "--speed", 0.6)[0] == 0
-        return run
+    def spoilt(is_spoilt) -> onnxruntime.InferenceSession:
+        """The file, where some weights have their first row alone, so that who reads another one raises an error."""
+        file = onnx_graph.join(flat, 0.7, [1.0] * 3)
+        for weights in (weights for graph in onnx_graph.graphs_in(file.graph) for weights in graph.initializer):
+            if is_spoilt(weights):
+                weights.raw_data = weights.raw_data[: len(weights.raw_data) // weights.dims[0]]
+                weights.dims[0] = 1
+        return session_of(file.SerializeToString())
 
-    return make
-
-
-@pytest.fixture(scope="module")
-def run(make_run):
-    """A branch run."""
-    return make_run("--method", "branch")
+    whole, ids, mask, types = spoilt(lambda weights: False), *random_batch(0, 32)
+    ids[0] = 0  # the one row that the spoilt embeddings know
+    _, confidence, _ = ask(whole, (ids, mask, types), 0.0)
+    kept = confidence >= confidence[0]
+    batch, threshold = (ids[kept], mask[kept], types[kept]), np.nextafter(confidence[0], np.float32(1))
+    no_words = spoilt(lambda weights: weights.name == "encoder.word_embeddings.weight")
+    probabilities, _, layer = ask(no_words, batch, threshold)
+    assert (layer[0] > 0, set(layer[1:].tolist()), len(layer) > 8) == (True, {0}, True)
+    np.testing.assert_array_equal(probabilities, ask(whole, batch, threshold)[0])
+    no_table = spoilt(lambda weights: weights.dims[:1] > [BUCKETS])
+    np.testing.assert_array_equal(ask(no_table, batch, 1.0)[0], ask(whole, batch, 1.0)[0])
+    for session, asked in ((no_words, 1.0), (no_table, 0.99)):
+        with pytest.raises(Exception, match="out of.*bounds|invalid"):
+            ask(session, batch, asked)
 
 
 @pytest.fixture
 def exported_once(monkeypatch, kept={}):  # noqa: B006  kept from test to test
-    """torch's export, the slow part, is done once for each model."""
-    of_torch = onnx.flat_graph
+    """torch's export, the slow part, is done once for each model and precision."""
+    by_torch = onnx.export_pieces
 
-    def flat_graph(pieces):
-        key = tuple(float(weights.sum()) for weights in pieces.parameters())
+    def export_pieces(model, int8):
+        key = (int8, *(float(weights.sum()) for weights in model.state_dict().values()))
         if key not in kept:
-            flat, *names = of_torch(pieces)
-            kept[key] = (flat.SerializeToString(), *names)
-        flat, *names = kept[key]
-        return onnx.onnx.ModelProto.FromString(flat), *names
+            kept[key] = by_torch(model, int8)
+        return kept[key]
 
-    monkeypatch.setattr(onnx, "flat_graph", flat_graph)
+    monkeypatch.setattr(onnx, "export_pieces", export_pieces)
 
 
-@pytest.mark.slow
-def test_command_writes_all_that_a_deployment_needs(run, tmp_path, exported_once):
-    file, evaluation = tmp_path / "a.onnx", json.loads((run / "evaluation.json").read_text())
-    status, out, err = call(export, run, "--onnx", file)
+def told_by(file) -> dict:
+    """What a file's metadata say, but for the tokenizer."""
+    told = session_of(file).get_modelmeta().custom_metadata_map
+    return {key: json.loads(value) for key, value in told.items() if key != "tokenizer"}
+
+
+@pytest.mark.parametrize("name", ["trunk0", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_RUNS)])
+def test_command_writes_all_that_a_deployment_needs(run_of, tmp_path, command, exported_once, name):
+    run, file = run_of(name), tmp_path / "a.onnx"
+    status, out, err = command(export, run, "--onnx", file)
     assert status == 0, err
-    assert re.search(r"a.onnx: float32, 0.\d MB, exits after layers 1,2,3, by default at threshold 0.\d+", out)
-    assert re.search(r"1,000 validation rows: accuracy \d+.\d with \d+.\d% .*; labels and exits are the model's", out)
-    session = session_of(file)
-    told, threshold = session.get_modelmeta().custom_metadata_map, evaluation["operating_point"]["threshold"]
-    assert sorted(told) == sorted(("tokenizer", "labels", "exit_layers", "max_length", "threshold", "versions"))
-    values = {key: json.loads(value) for key, value in told.items() if key != "tokenizer"}
-    assert values.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
-    expected = {"labels": ["negative", "positive"], "exit_layers": [1, 2, 3], "max_length": 32, "threshold": threshold}
-    assert values == expected
-    assert [(x.name, x.type, x.shape) for x in session.get_inputs()] == [
-        (name, "tensor(int64)", ["batch", "tokens"]) for name in INPUTS
-    ]
+    first, rows, changes, last = out[out.index(f"{file}: ") :].splitlines()
+    point, record = read_evaluation(run).operating_point, read_record(run)
+    layers = ",".join(map(str, point.asked_exits))
+    assert first.endswith(f"exits after layers {layers}, by default at threshold {point.threshold:.6g}")
+    assert re.search(
+        r"validation rows, one by one: accuracy \d+.\d with \d+.\d% of .*; 0 labels or exits are not", rows
+    )
+    assert re.search(r"labels \(\d.\d%\) change against the file's full depth, \d+ against the model's", changes)
+    assert re.fullmatch(r"milliseconds per text, one by one: .* at the operating point, .* at full depth", last)
+    session, told = session_of(file), told_by(file)
+    assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
+    assert told.pop("file_rows") == len(certifying_rows(load_validation(run, read_evaluation(run), record))[1])
+    assert told.pop("file_changes") == int(changes.split()[0])
+    expected = {"labels": record.labels, "exit_layers": point.asked_exits, "max_length": 32, "goal": point.wish}
+    assert told == expected | {"threshold": point.threshold, "certified_for": "model"}
+    kinds = [(name, "tensor(int64)", ["batch", "tokens"]) for name in onnx_graph.INPUTS]
+    assert [(x.name, x.type, x.shape) for x in session.get_inputs()] == kinds
     (default,) = session.get_overridable_initializers()
     assert (default.name, default.type, default.shape) == ("threshold", "tensor(float)", [])
-    assert onnx.onnx.load(file).ir_version == 10
-    classify, tokenizer = EarlyExitClassifier(run), Tokenizer.from_str(told["tokenizer"])
-    encoded = tokenizer.encode_batch(TEXTS)
-    batch = [torch.tensor([getattr(text, name) for text in encoded]) for name in ("ids", "attention_mask", "type_ids")]
-    for answer, probabilities, confidence, layer in zip(classify(TEXTS), *asked(session, batch), strict=True):
+    assert [(x.name, x.shape) for x in session.get_outputs()][0] == ("probabilities", ["batch", len(record.labels)])
+
+    classify, texts = EarlyExitClassifier(run), [(text, "a dull film") for text in TEXTS] if name == "pairs" else TEXTS
+    tokenizer = Tokenizer.from_str(session.get_modelmeta().custom_metadata_map["tokenizer"])
+    encoded = tokenizer.encode_batch(texts)
+    batch = [torch.tensor([getattr(text, key) for text in encoded]) for key in ("ids", "attention_mask", "type_ids")]
+    for answer, probabilities, confidence, layer in zip(classify(texts), *ask(session, batch), strict=True):
         assert list(answer.probabilities.values()) == pytest.approx(probabilities.tolist(), abs=1e-5)
         assert (answer.confidence, answer.exit_layer) == (pytest.approx(confidence, abs=1e-5), layer)
 
 
 @pytest.mark.slow
-def test_int8_says_what_it_costs(run, tmp_path, exported_once):
-    assert call(export, run, "--onnx", tmp_path / "b.onnx")[0] == 0
-    status, out, _ = call(export, run, "--onnx", tmp_path / "a.onnx", "--int8")
-    assert status == 0
-    assert re.search(r"a.onnx: int8, \d.\d MB, exits", out)
-    assert re.search(r"1,000 validation rows: accuracy \d+.\d with .*% of the layers; float32: \d+.\d with \d+", out)
-    assert (tmp_path / "a.onnx").stat().st_size < (tmp_path / "b.onnx").stat().st_size
-    probabilities, _, layer = asked(session_of(tmp_path / "a.onnx"), random_batch(), 1.0)
-    np.testing.assert_allclose(probabilities, load_run(run)[0](*random_batch())[-1].softmax(-1).detach(), atol=0.1)
-    assert layer.tolist() == [3] * 4
+@pytest.mark.parametrize("goal", ["--max-loss 2 --sure 60", "--max-change 10 --sure 80", "--speed 0.7"])
+def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, command, exported_once, goal):
+    run, int8, own = shutil.copytree(run_of("trunk0"), tmp_path / "run"), tmp_path / "int8.onnx", tmp_path / "own.onnx"
+    assert command(evaluate, run, *goal.split())[0] == 0
+    _, out, _ = command(export, run, "--onnx", int8, "--int8")
+    is_promise = "--speed" not in goal
+    assert ("says nothing of int8" in out) == (is_promise and read_evaluation(run).operating_point.threshold < 1)
+    assert told_by(int8)["certified_for"] == ("model" if is_promise else None)
+    status, out, err = command(export, run, "--onnx", own, "--int8", "--recertify")
+    if not is_promise:
+        assert (status, "--recertify: " in err, err.count("\n"), own.exists()) == (2, True, 1, False)
+        return
+    assert status == 0, err
+
+    # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
+    record, session, told = read_record(run), session_of(own), told_by(own)
+    validation = load_validation(run, read_evaluation(run), record)
+    texts = EarlyExitClassifier(run).tokenize(read_validation(run, record).texts())
+    singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
+    said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0, None)])
+    numbers = {weights.name: weights for weights in onnx_graph.onnx.load(own).graph.initializer}
+    temperatures = [onnx_graph.onnx.numpy_helper.to_array(numbers[f"temperature.{k}"]) for k in (0, 1)]
+    logits = torch.tensor(np.log(said[:2]) * np.array(temperatures)[:, None, None])  # (2, N, C)
+    assert told["exit_layers"] == [0, 4]
+    validation = validation._replace(logits=logits, exits=Exits([0, 4], record.depth, record.method))
+    rule, point = operating_point(validation, told["goal"], [0, 4], record.train_texts)
+    assert temperatures == pytest.approx(rule.temperatures.tolist(), rel=1e-3)
+    assert told["threshold"] == pytest.approx(point["threshold"], abs=1e-4)
+    _, rows = certifying_rows(validation, record.train_texts)
+    labels = said.argmax(-1)[:, rows]
+    assert (told["file_rows"], told["file_changes"]) == (len(rows), (labels[2] != labels[1]).sum())
+    assert told["certified_for"] == "file"
+    assert ("holds for this file" in out) == (told["threshold"] < 1)
 
 
 @pytest.mark.slow
-def test_exits_and_calibration_of_the_evaluation(make_run, tmp_path):
-    """What --use-exits left out is not in the file, and --calibration none leaves probabilities as they are."""
-    run = shutil.copytree(make_run("--method", "sweet"), tmp_path / "run")
-    assert call(evaluate, run, "--use-exits", "2,3", "--calibration", "none")[0] == 0
-    assert call(export, run, "--onnx", tmp_path / "a.onnx")[0] == 0
-    session, batch = session_of(tmp_path / "a.onnx"), random_batch()
-    probabilities, _, layer = asked(session, batch, 0.5)
-    assert layer.tolist() == [2] * 4
-    _, second, last = load_run(run)[0](*batch).softmax(-1).detach()
-    np.testing.assert_allclose(probabilities, second, atol=1e-5)
-    np.testing.assert_allclose(asked(session, batch, 1.0)[0], last, atol=1e-5)
-    assert json.loads(session.get_modelmeta().custom_metadata_map["exit_layers"]) == [2, 3]
-
-
-@pytest.mark.slow
-def test_answers_that_are_not_the_models_leave_no_file(run, tmp_path, monkeypatch, exported_once):
-    answers = onnx.answers_of_file
-    monkeypatch.setattr(onnx, "answers_of_file", lambda *arguments: 1 - answers(*arguments).clamp(max=1))
-    status, _, err = call(export, run, "--onnx", tmp_path / "a.onnx")
-    assert (status, "answers are not the model's" in err.splitlines()[-1]) == (2, True)
-    assert list(tmp_path.iterdir()) == []
-    assert call(export, run, "--onnx", tmp_path / "a.onnx", "--int8")[0] == 0  # where they may differ
-
-
-@pytest.mark.slow
-def test_rows_that_are_not_at_hand(tmp_path, exported_once):
-    """Nothing is checked where the user's file is gone; --data names it where it moved."""
-    rows = [f"{'good' if n % 2 else 'bad'} film {n},{n % 2}" for n in range(60)]
-    (tmp_path / "own.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    tiny, run = write_model(tmp_path / "tiny", "bert", num_hidden_layers=1), tmp_path / "run"
-    assert call(train, "--data", tmp_path / "own.csv", *quick(tiny, "--exit-layers", 1, "--out", run))[0] == 0
-    assert call(evaluate, run)[0] == 0
-    (tmp_path / "own.csv").rename(tmp_path / "moved.csv")
-    status, out, _ = call(export, run, "--onnx", tmp_path / "a.onnx")
-    assert (status, "nothing was checked" in out, (tmp_path / "a.onnx").exists()) == (0, True, True)
-    status, out, _ = call(export, run, "--onnx", tmp_path / "b.onnx", "--data", tmp_path / "moved.csv")
-    assert (status, "12 validation rows" in out) == (0, True)
-    status, _, err = call(export, run, "--onnx", tmp_path / "c.onnx", "--data", tmp_path / "none.csv")
-    assert (status, "none.csv" in err, (tmp_path / "c.onnx").exists()) == (2, True, False)
-
-
-def test_refusals(make_run, run, tmp_path, monkeypatch):
-    """One line each, before anything is made."""
-    (tmp_path / "there.onnx").write_text("kept")
-    new, bare = tmp_path / "new.onnx", shutil.copytree(run, tmp_path / "bare")
-    (bare / "evaluation.json").unlink()
-    cases = [
-        ([run, "--onnx", tmp_path / "there.onnx"], "there.onnx exists already"),
-        ([run, "--onnx", tmp_path / "new.pt"], "should end in .onnx"),
-        ([bare, "--onnx", new], "evaluate.py"),
-        ([make_run("--method", "mm"), "--onnx", new], "Multi-Model"),
-        ([make_run("--exit-strategy", "lte"), "--onnx", new], "learning-to-exit"),
-        ([run, "--onnx", new, "--exit-layer", 3], "--exit-layer: 3 needs --out"),
-        ([run, "--out", tmp_path / "new", "--int8"], "--int8: needs --onnx"),
-        ([run, "--out", tmp_path / "new", "--onnx", new], "not allowed"),
-        ([tmp_path / "none", "--onnx", new], "no run"),
-    ]
-    for arguments, message in cases:
-        status, _, err = call(export, *arguments)
-        assert (status, message in err, err.count("\n")) == (2, True, 1), err
-    monkeypatch.setattr(onnx, "LARGEST", 1000)
-    status, _, err = call(export, run, "--onnx", new)
-    assert (status, "less than 1,000" in err, err.count("\n")) == (2, True, 1)
-    monkeypatch.delitem(sys.modules, "minisweet.use.onnx")
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    status, _, err = call(export, run, "--onnx", new)
-    assert (status, "onnxscript (pip install '.[onnx]')" in err, err.count("\n")) == (2, True, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "there.onnx"]
-    assert (tmp_path / "there.onnx").read_text() == "kept"
-
-
-@pytest.mark.slow
-def test_python_of_the_readme(run, tmp_path, exported_once):
+def test_python_of_the_readme(run_of, tmp_path, command, exported_once):
     """Run as it stands there, where neither torch nor minisweet can be imported."""
-    assert call(export, run, "--onnx", tmp_path / "reviews.onnx")[0] == 0
+    assert command(export, run_of("trunk0"), "--onnx", tmp_path / "reviews.onnx")[0] == 0
     blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.S)
     (code,) = [block for block in blocks if "onnxruntime" in block]
     hidden = "import sys; sys.modules.update(dict.fromkeys(('torch', 'minisweet')))\n"
     done = subprocess.run([sys.executable, "-c", hidden + code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     texts = re.findall(r'"(The film[^"]*)"', code)
-    for line, answer in zip(done.stdout.splitlines(), EarlyExitClassifier(run)(texts), strict=True):
+    for line, answer in zip(done.stdout.splitlines(), EarlyExitClassifier(run_of("trunk0"))(texts), strict=True):
         assert line.split() == [answer.label, f"{answer.confidence:.2f}", str(answer.exit_layer)]
+
+
+@pytest.mark.slow
+def test_refusals(run_of, tmp_path, command, monkeypatch, exported_once):
+    """One line each, and no file."""
+    run, new = shutil.copytree(run_of("trunk0"), tmp_path / "run"), tmp_path / "new.onnx"
+
+    def refused(*words, run=run) -> str:
+        status, _, err = command(export, run, "--onnx", new, *words)
+        assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
+        return err
+
+    new.write_text("kept")
+    status, _, err = command(export, run, "--onnx", new)
+    assert (status, "exists already" in err, new.read_text()) == (2, True, "kept")
+    new.unlink()
+    assert "Multi-Model (mm)" in refused(run=run_of("mm"))
+    assert "learning-to-exit (lte)" in refused(run=run_of("lte"))
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx, "LARGEST", 1000)
+        assert "holds less than 1,000" in refused()
+    with monkeypatch.context() as patch:
+        one_by_one = onnx.one_by_one
+        turned = lambda *given, **more: ([[1 - p, c, n] for p, c, n in one_by_one(*given, **more)[0]], 1.0)  # noqa: E731
+        patch.setattr(onnx, "one_by_one", turned)
+        assert "answers are not the model's" in refused()
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "minisweet.use.onnx")
+        patch.delitem(sys.modules, "minisweet.use.onnx_graph")
+        patch.setitem(sys.modules, "onnxscript", None)
+        assert "onnxscript (pip install '.[onnx]')" in refused()
+    (run / "evaluation.json").unlink()
+    assert "evaluate.py" in refused()

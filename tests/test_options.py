@@ -1,29 +1,29 @@
-"""What a user need not give."""
+"""What a user need not give, and what train.py says about it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train
 from minisweet.branches import METHODS
-from minisweet.runs.options import (
-    EPOCHS,
-    STEPS,
-    default_batch_size,
-    default_learning_rate,
-    epochs_of,
-    exit_layers_for,
-    search_rates,
-)
+from minisweet.runs import options
+from minisweet.runs.options import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
+from tests.conftest import write_model
 
 
 def test_every_depth_has_exit_layers():
-    known = {1: (1,), 2: (1, 2), 3: (1, 2, 3), 4: (1, 2, 4), 6: (1, 2, 3, 6), 12: (1, 4, 6, 12), 24: (1, 6, 12, 24)}
-    assert {depth: exit_layers_for(depth) for depth in known} == known
-    for depth in range(1, 200):
-        layers = exit_layers_for(depth)
-        assert layers == tuple(sorted(set(layers)))
-        assert (layers[0] >= 1, layers[-1]) == (True, depth)
+    papers = {1: (1,), 2: (1, 2), 3: (1, 2, 3), 4: (1, 2, 4), 6: (1, 2, 3, 6), 12: (1, 4, 6, 12), 24: (1, 6, 12, 24)}
+    branches = {1: (0, 1), 6: (0, 6), 7: (0, 3, 7), 12: (0, 6, 12), 24: (0, 12, 24)}
+    assert {depth: exit_layers_for(depth) for depth in papers} == papers
+    assert {depth: exit_layers_for(depth, "branch") for depth in branches} == branches
+    for depth in range(1, 100):
+        for method in METHODS:
+            layers = exit_layers_for(depth, method)
+            assert (list(layers), layers[-1]) == (sorted(set(layers)), depth)
+        assert exit_layers_for(depth, "branch", "lte") == exit_layers_for(depth)  # exit 0 learns no certainty
 
 
 def shape(model_type: str, hidden_size: int, depth: int) -> SimpleNamespace:
@@ -42,8 +42,7 @@ def test_the_papers_settings_are_the_defaults():
         for task, rates in zip("sst2 mrpc cola mnli qqp qnli rte".split(), row.split(), strict=True):
             ours = [default_learning_rate(shape(*model), task, method) for method in ("ee", "mm", "sweet")]
             assert ours == pytest.approx([int(rate) * 1e-5 for rate in rates.split("/")])
-        assert search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
-    assert [default_batch_size(shape(*model)) for model in printed] == [16, 16, 16, 8]
+        assert options.search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
 
 
 @pytest.mark.parametrize(
@@ -52,41 +51,43 @@ def test_the_papers_settings_are_the_defaults():
         (("bert", 768, 12), {"ee": 5e-5, "mm": 3e-5, "sweet": 4e-5, "branch": 3e-5}),
         (("bert", 768, 6), dict.fromkeys(METHODS, 5e-5)),
         (("bert", 384, 6), dict.fromkeys(METHODS, 2e-4)),
-        (("bert", 384, 12), dict.fromkeys(METHODS, 2e-4)),
         (("deberta", 1536, 48), dict.fromkeys(METHODS, 5e-5)),
     ],
 )
 def test_every_method_has_a_rate_and_branches_have_the_trunks(model, rates):
     assert {method: default_learning_rate(shape(*model), "mrpc", method) for method in METHODS} == pytest.approx(rates)
     by_size = 2e-4 if model[1] == 384 else 5e-5
-    assert default_learning_rate(shape(*model), "my own", "branch") == by_size
-    assert default_learning_rate(shape(*model), "mrpc", "branch", on_trunk=True) == by_size
+    assert default_learning_rate(shape(*model), None, "branch") == by_size
 
 
-@pytest.mark.parametrize("examples", [1, 15, 16, 17, 300, 1200, 5000, 10**6])
-@pytest.mark.parametrize("batch_size", [1, 8, 16])
+@given(examples=st.integers(1, 10**6), batch_size=st.sampled_from([1, 8, 16]))
 def test_epochs_make_the_steps_and_none_more_and_are_four_at_least(examples, batch_size):
-    epochs, per_epoch = epochs_of(STEPS, examples, batch_size), -(-examples // batch_size)
+    epochs, per_epoch = epochs_of(examples, batch_size), -(-examples // batch_size)
     assert epochs >= EPOCHS == 4
     assert epochs * per_epoch >= STEPS
     assert epochs == 4 or (epochs - 1) * per_epoch < STEPS
 
 
-@pytest.mark.parametrize("model_type", ["bert"])
-def test_the_first_line_says_what_is_trained_and_why(command, model_dir, tmp_path, monkeypatch):
+def test_the_first_lines_say_what_is_trained_and_why(command, tmp_path, monkeypatch):
+    model = write_model(tmp_path / "tiny", "bert")
     monkeypatch.setattr("minisweet.runs.options.STEPS", 9)
     rows = "".join(f"text number {n},{'ab'[n % 2]}\n" for n in range(40))
     (tmp_path / "own.csv").write_text("text,label\n" + rows)
-    common = ["--model", model_dir, "--exit-layers", "1,4", "--max-length", 32, "--train-size", 48, "--out", "run"]
-    own, size = ["--data", "own.csv", "--train-size", 32], "(for bert, 4 layers of 16)"
+    common, size = ["--max-length", 32, "--train-size", 20, "--out", "run"], "(for bert, 4 layers of 16)"
+    own, new = ["--data", "own.csv"], ["--model", model, "--exit-layers", "1,4"]
     cases = {
-        (): f"method sweet (the paper's), learning rate 0.0002 {size}, 2 epochs of 3 steps of 16 examples (the "
-        "paper's)",
-        (*own,): f"method branch (for your own text), learning rate 0.0002, of branches 0.0004 {size}, 5 epochs of 2 "
-        "steps of 16 examples (to make 9 steps, at least 4 epochs)",
-        (*own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee (as given), learning rate 0.001 (as "
-        "given), 1 epoch of 2 steps of 16 examples (as given)",
+        (*new,): f"method sweet (the paper's), lr 0.0002 {size}, epochs 2 (the paper's)",
+        (*new, *own): f"method branch (for your own text), lr 0.0002 {size}, epochs 5 (to make 9 steps)",
+        (*new, *own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee (as given), lr 0.001 (as given), "
+        "epochs 1 (as given)",
+        ("--model", model, *own): f"method branch (for your own text), lr 0.0002 {size}, epochs 5 (to make 9 steps)",
+        ("--trunk", "first", *own): "method branch (for a trunk), no layer is trained: the trunk stays as it is",
     }
-    for options, expected in cases.items():
-        status, out, _ = command(train, *common, *options, "--overwrite")
-        assert (status, out.splitlines()[0]) == (0, expected)
+    for arguments, expected in cases.items():
+        if "--trunk" in arguments:
+            (tmp_path / "run").rename("first")
+        status, out, err = command(train, *common, *arguments, "--overwrite")
+        assert (status, out.splitlines()[:1]) == (0, [expected]), err
+    assert ": 20 examples, exits after layers 0,4 of 4, seed 0, " in out
+    counts = re.search(r"train, drawn by the seed: 20 rows, a (\d+), b (\d+)\n", out)
+    assert sum(map(int, counts.groups())) == 20

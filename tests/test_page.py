@@ -12,64 +12,69 @@ import torch
 from minisweet.adaptive import Exits
 from minisweet.data.rows import Examples
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.sweep import Validation, draw_keys
+from minisweet.evaluation.sweep import Validation, text_keys
 from minisweet.use.explain import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
-LAYERS, DEPTH = [1, 2, 4], 4
+DEPTH = 4
 
 
 class Case:
     """N random sentences with three exits and three labels, and their evaluation, made here by other means."""
 
-    def __init__(self, method: str = "sweet", lte: bool = False, N: int = 200, labelled: bool = True) -> None:
+    def __init__(self, method: str = "sweet", layers=(1, 2, 4), N: int = 200, labelled: bool = True):
         rng = np.random.default_rng(0)
+        self.layers = list(layers)
         self.labels = rng.integers(0, 3, N)
         logits = rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]
         self.logits = torch.tensor(logits, dtype=torch.float32)
         self.predictions = logits.argmax(-1)  # (K, N)
-        self.certainty = None
-        if lte:  # the lowest and the highest are 0 and 1, and the others are hundredths: they meet the thresholds
-            self.certainty = torch.tensor(rng.integers(0, 101, (3, N)) / 100, dtype=torch.float32)
-            self.certainty[:, 0], self.certainty[:, 1] = 0, 1
-        self.confidence = (self.logits.softmax(-1).amax(-1) if self.certainty is None else self.certainty).numpy()
-        self.lowest = 0.0 if lte else 1 / 3
+        self.confidence = self.logits.softmax(-1).amax(-1).numpy()  # (K, N)
         self.levels = [LEVELS[n % 4] for n in range(N)]
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
         self.targets = self.labels if labelled else self.predictions[-1]
-        thresholds = np.linspace(self.lowest, 1, 11).tolist()
+        self.point = {
+            "threshold": 0.7123,
+            "asked_exits": self.layers,
+            "score": 80.0,
+            "score_interval": [74.0, 85.0],
+            "full_depth_interval": [78.0, 88.0],
+            "loss": -0.5,
+            "loss_interval": [-2.0, 1.0],
+            "speedup_ratio": 0.5,
+            "speedup_interval": [0.45, 0.55],
+        }
         self.evaluation = {
-            "task": "toy",
             "metric": "accuracy" if labelled else "agreement",
             "method": method,
-            "exit_layers": LAYERS,
-            "exit_scores": [float((row == self.targets).mean() * 100) for row in self.predictions],
-            "thresholds": thresholds,
-            "exit_counts": [np.bincount(self.taken(t), minlength=3).tolist() for t in thresholds],
-            "exit_strategy": "lte" if lte else "confidence",
+            "exit_layers": self.layers,
+            "exit_strategy": "confidence",
             "temperatures": [1.0] * 3,
-            "certainty_ranges": [[0.0, 1.0]] * 3,
-            "operating_point": SimpleNamespace(threshold=thresholds[6], score=80.0, speedup_ratio=0.5),
         }
         labels = ["no", "yes", "<i>perhaps</i>"]
-        self.record = SimpleNamespace(model="weights/tiny", labels=labels, num_labels=3, depth=DEPTH)
+        self.record = SimpleNamespace(model="weights/tiny", task="toy", method=method, labels=labels)
+        self.record.num_labels, self.record.depth = 3, DEPTH
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
-        if threshold <= self.lowest:
+        if threshold <= 1 / 3:
             return np.zeros(self.confidence.shape[1], dtype=int)
         if threshold >= 1:
             return np.full(self.confidence.shape[1], 2)
         stays = self.confidence < np.float32(threshold)
         return np.where(stays[0], np.where(stays[1], 2, 1), 0)
 
+    def counts(self, threshold: float) -> list[int]:
+        return np.bincount(self.taken(threshold), minlength=3).tolist()
+
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), self.levels)  # the sentences are pairs in part
-        exits = Exits(LAYERS, DEPTH, self.evaluation["method"])
-        said = (self.logits, self.certainty, torch.tensor(self.targets), draw_keys(self.sentences))
+        exits = Exits(self.layers, DEPTH, self.evaluation["method"])
+        said = (self.logits, None, torch.tensor(self.targets), text_keys(self.sentences))
         validation = Validation(*said, self.evaluation["metric"], exits)
-        write_page(path, SimpleNamespace(**self.evaluation), self.record, rows, validation)
+        evaluation = SimpleNamespace(**self.evaluation, operating_point=SimpleNamespace(**self.point))
+        write_page(path, evaluation, self.record, rows, validation)
         return path
 
 
@@ -85,19 +90,17 @@ def data_of(path: Path) -> dict:
 def test_the_file_holds_what_was_evaluated(tmp_path):
     case = Case()
     case.sentences[3] = HOSTILE
-    point = {"threshold": float(case.confidence[0, 5]), "score": 80.0, "full_depth_score": 81.0, "speedup_ratio": 0.5}
-    case.evaluation["operating_point"] = SimpleNamespace(**point)
+    case.point["threshold"] = float(case.confidence[0, 5])
     data = data_of(case.write(tmp_path / "page.html"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
     assert data["sentences"] == [list(text) if isinstance(text, tuple) else text for text in case.sentences]
     assert data["predictions"] == case.predictions.tolist()
     assert data["right"] == case.labels.tolist()
     assert (np.array(data["confidences"], dtype=np.float32) == case.confidence).all()
-    assert data["operating_point"] == point
+    assert data["operating_point"] == case.point
     thresholds = data["thresholds"]
-    assert {*case.evaluation["thresholds"], point["threshold"], 0.34, 0.5, 0.99} <= set(thresholds)
-    assert min(np.diff(thresholds)) > 1e-9  # 0.8 of the evaluation and 0.80 of the hundredths are one
-    assert max(np.diff(thresholds)) < 0.0101
+    assert {1 / 3, case.point["threshold"], 0.34, 0.5, 0.99, 1} <= set(thresholds)
+    assert thresholds == sorted(set(thresholds))
     for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
         taken = case.taken(threshold)
         right = case.predictions[taken, np.arange(len(taken))] == case.labels
@@ -105,34 +108,17 @@ def test_the_file_holds_what_was_evaluated(tmp_path):
         assert ratio == pytest.approx(np.array([0.25, 0.5, 1])[taken].mean())
 
 
-def test_confidences_and_counts_are_those_of_the_rule_for_new_text(tmp_path):
-    """Whatever the curve of evaluation.json was decided by: each of its halves by the other's temperatures."""
+def test_the_exits_that_are_asked_are_there_with_the_rule_for_new_text(tmp_path):
     case = Case()
     case.evaluation["temperatures"] = [0.5, 1.5, 2.0]
+    case.point["asked_exits"] = [2, 4]
     data = data_of(case.write(tmp_path / "page.html"))
-    scaled = case.logits / torch.tensor([0.5, 1.5, 2.0])[:, None, None]
-    case.confidence = scaled.softmax(-1).amax(-1).numpy()
-    np.testing.assert_allclose(np.array(data["confidences"], dtype=np.float32), case.confidence, rtol=1e-6)
-    for threshold, counts in zip(data["thresholds"], data["exit_counts"], strict=True):
-        assert counts == np.bincount(case.taken(threshold), minlength=3).tolist()
-
-
-def test_without_labels_agreement_with_full_depth_is_shown(tmp_path):
-    data = data_of(Case(labelled=False).write(tmp_path / "page.html"))
-    assert data["right"] is None
-    assert data["scores"][-1] == 100
-    assert "agreement" in data["metric"]
-
-
-def test_a_branch_model_asks_none_but_the_last_at_threshold_1(tmp_path):
-    case = Case("branch", lte=True)
-    case.certainty = case.certainty[:-1]  # its last exit has none, and is sure
-    data = data_of(case.write(tmp_path / "page.html"))
-    assert data["confidences"][2] == [1.0] * 200
-    costs = np.array([1, 2 + 1 / 6, 4 + 2 / 6]) / 4
-    assert data["exit_costs"] == pytest.approx(costs)
-    assert data["speedup_ratios"][-2] == pytest.approx(costs[case.taken(0.99)].mean())
-    assert data["speedup_ratios"][-1] == 1.0
+    confidence = (case.logits[1:] / torch.tensor([1.5, 2.0])[:, None, None]).softmax(-1).amax(-1).numpy()
+    np.testing.assert_allclose(np.array(data["confidences"], dtype=np.float32), confidence, rtol=1e-6)
+    assert data["exit_layers"] == [2, 4]
+    assert data["predictions"] == case.predictions[1:].tolist()
+    assert data["exit_scores"] == pytest.approx(100 * (case.predictions[1:] == case.labels).mean(1))
+    assert data["speedup_ratios"][0] == 0.5
 
 
 def test_the_template_needs_no_network():
@@ -205,16 +191,13 @@ class Page:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "lte"), [("sweet", False), ("sweet", True), ("mm", False)])
-def test_each_threshold_counts_what_the_evaluation_counts(page, method, lte):
-    case = Case(method, lte)
+@pytest.mark.parametrize(("method", "first"), [("sweet", 1), ("mm", 0)])
+def test_each_threshold_counts_what_the_evaluation_counts(page, method, first):
+    case = Case(method, layers=(first, 2, 4))
     opened = page(case)
-    for threshold, expected in zip(case.evaluation["thresholds"], case.evaluation["exit_counts"], strict=True):
-        opened.slide(threshold)
-        assert opened.counts() == expected
     for threshold in opened.thresholds:
         opened.slide(threshold)
-        assert opened.counts() == np.bincount(case.taken(threshold), minlength=3).tolist()
+        assert opened.counts() == case.counts(threshold)
 
 
 @pytest.mark.slow
@@ -223,6 +206,7 @@ def test_the_keyboard_moves_the_slider_and_the_dot(page):
 
     opened = page(Case())
     (slider,) = opened.find("#threshold")
+    assert opened.texts("#t") == ["0.7123"]  # the operating point
     slider.send_keys(Keys.END)
     assert opened.counts() == [0, 0, 200]
     place = opened.find("#place")[0].get_attribute("transform")
@@ -233,12 +217,38 @@ def test_the_keyboard_moves_the_slider_and_the_dot(page):
     assert opened.find("#place")[0].get_attribute("transform") != place
     slider.send_keys(Keys.ARROW_RIGHT)
     assert opened.texts("#t") == ["0.34"]
-    row = opened.find("tbody tr")[0]
-    row.click()
-    row = opened.find("tbody tr")[0]
-    row.send_keys(Keys.ARROW_DOWN)
+    opened.choose(0)
+    opened.find("tbody tr")[0].send_keys(Keys.ARROW_DOWN)
     assert opened.texts("tr[aria-selected=true] td")[0] == "2"
     assert opened.texts("#whatlayers")[0].startswith("2: ")
+
+
+@pytest.mark.slow
+def test_what_is_stated_has_its_intervals(page):
+    opened = page(Case())
+    (stated,) = opened.texts("#stated")
+    for words in ("accuracy 80.0 (74.0 to 85.0)", "\u22120.5 points lost to full depth (\u22122.0 to 1.0)"):
+        assert words in stated
+    script = "const r = get('cross').getBBox(); return [r.x, r.x + r.width, r.y + r.height, r.y]"
+    expected = "return [0.45, 0.55].map(curve.x).concat([74, 85].map(curve.y))"
+    found = opened.browser.execute_script(script)
+    assert found == pytest.approx(opened.browser.execute_script(expected), abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 420, 1280])
+def test_nothing_leaves_its_card(page, width):
+    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    case = Case("branch", labelled=False)  # the longest name of a metric
+    case.record.labels[1] = "a label that is longer than most"
+    opened = page(case)
+    opened.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    script = """return [...document.querySelectorAll("section *:not(#scroll *)")].filter(element => {
+        const [inner, outer] = [element, element.closest("section")].map(one => one.getBoundingClientRect());
+        return inner.width && (inner.right > outer.right + 1 || inner.left < outer.left - 1 );
+    }).map(element => element.textContent)"""
+    assert opened.browser.execute_script(script) == []
+    opened.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @pytest.mark.slow
@@ -255,12 +265,14 @@ def test_a_sentence_is_text_and_nothing_else(page):
 
 
 @pytest.mark.slow
-def test_filters(page):
+def test_filters_and_pages(page):
     case = Case()
     opened = page(case)
-    threshold = case.evaluation["thresholds"][7]
-    opened.slide(threshold)
-    taken = case.taken(threshold)
+    opened.find("#next")[0].click()
+    assert opened.texts("tbody td:first-child") == [str(n) for n in range(51, 101)]  # and no other rows exist
+    assert opened.texts("#page") == ["2 / 4"]
+    opened.slide(0.8)
+    taken = case.taken(0.8)
     wrong = case.predictions[taken, np.arange(200)] != case.labels
     changed = (case.predictions != case.predictions[0]).any(0)
     hard = np.arange(200) % 4 == 1
@@ -270,8 +282,7 @@ def test_filters(page):
     opened.set("changed", True)
     assert opened.shown() == (wrong & changed).sum()
     opened.set("wrong", False)
-    assert opened.shown() == changed.sum()
-    opened.set("level", "1")
+    opened.set("level", LEVELS[1])
     assert opened.shown() == (changed & hard).sum()
     opened.set("changed", False)
     opened.set("label", "2")
@@ -282,30 +293,27 @@ def test_filters(page):
         opened.set(name, "")
     opened.set("search", "SECOND 19")
     assert opened.shown() == sum("second 19" in f"second {n}" for n in range(0, 200, 2))
-    opened.set("search", "<b>co</b>")
-    assert opened.shown() == 100
     opened.set("search", "nowhere")
     assert opened.shown() == 0
     assert opened.find("tbody tr") == []
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
-def test_the_layers_that_a_sentence_runs(page, method):
-    case = Case(method)
+def test_the_layers_that_a_sentence_runs(page, method, first):
+    """A branch model's early exit runs the layers below its own and, as each exit asked before it, a private copy."""
+    case = Case(method, layers=(first, 2, 4))
     opened = page(case)
-    threshold = case.evaluation["thresholds"][8]
-    opened.slide(threshold)
-    boxes = {"sweet": 4, "mm": 1 + 2 + 4, "branch": 4 + 2}[method]
-    # A branch model's early exit runs the layers below its own and, as each exit asked before it, a private copy.
-    run = {"sweet": [1, 2, 4], "mm": [1, 3, 7], "branch": [0 + 1, 1 + 2, 4 + 2]}[method]
+    opened.slide(0.8)
+    boxes = {"sweet": 4, "mm": first + 2 + 4, "branch": 4 + first + 1}[method]
+    run = {"sweet": [first, 2, 4], "mm": [first, first + 2, first + 6], "branch": [first, first + 2, first + 5]}[method]
     for k in range(3):
-        row = int(np.flatnonzero(case.taken(threshold)[:50] == k)[0])
-        opened.choose(row)
+        opened.choose(int(np.flatnonzero(case.taken(0.8)[:50] == k)[0]))
         assert len(opened.find("#layers rect.run")) == run[k]
         assert len(opened.find("#layers rect")) == boxes
     opened.slide(1.0)
-    assert len(opened.find("#layers rect.run")) == {"sweet": 4, "mm": 7, "branch": 4}[method]
+    assert len(opened.find("#layers rect.run")) == {"sweet": 4, "mm": first + 6, "branch": 4}[method]
 
 
 @pytest.mark.slow
@@ -313,18 +321,6 @@ def test_without_labels_nothing_is_wrong(page):
     opened = page(Case(labelled=False))
     assert not opened.find("#wrong")[0].is_displayed()
     assert opened.find("#changed")[0].is_displayed()
+    assert "agreement" in opened.texts("#metric")[0]
     assert not any("✗" in text or "✓" in text for text in opened.texts("td, #layers text"))
-
-
-@pytest.mark.slow
-def test_of_ten_thousand_rows_one_page_exists(page):
-    case = Case(N=10000)
-    opened = page(case)
-    for threshold, expected in zip(case.evaluation["thresholds"], case.evaluation["exit_counts"], strict=True):
-        opened.slide(threshold)
-        assert opened.counts() == expected
-        assert len(opened.find("tbody tr")) == 50
-    opened.find("#next")[0].click()
-    assert opened.texts("tbody td:first-child") == [str(n) for n in range(51, 101)]
-    assert opened.texts("#page") == ["2 / 200"]
-    assert opened.find("#back")[0].is_enabled()
+    assert "agreement with full depth, not how often an answer is right" in opened.texts("#about")[0]

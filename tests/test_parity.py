@@ -70,12 +70,3 @@ def test_deberta_has_the_hidden_states_of_transformers(tmp_path_factory, sizes, 
         **sizes,
     )
     assert_same_hidden_states(transformers.DebertaModel, config, batch, tmp_path_factory.mktemp("deberta"))
-
-
-def test_a_slice_is_the_first_layers_of_the_whole(tmp_path):
-    config = transformers.BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
-    transformers.BertModel(config).save_pretrained(tmp_path)
-    batch = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)
-    whole, part = load_encoder(tmp_path).eval(), load_encoder(tmp_path, num_layers=2).eval()
-    assert len(part.layers) == 2
-    torch.testing.assert_close(part(*batch), whole(*batch)[:3], atol=0, rtol=0)

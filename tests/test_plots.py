@@ -1,17 +1,22 @@
-"""The curve of one run and the comparison of several, drawn from evaluations: what stands in the figure."""
+"""The curve of one run and the comparison of several: what stands in the figures."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 
-from minisweet.base.safe import InputError
+from minisweet.base.files import InputError
 from minisweet.use import plots
-from minisweet.use.plots import compare_curves, draw_curve
-from tests.conftest import CHECKOUT
+from minisweet.use.plots import draw_curves
 
+POINT = {
+    "threshold": 0.8,
+    "asked_exits": [1, 2, 4],
+    "score": 88.0,
+    "score_interval": [80.0, 93.0],
+    "full_depth_interval": [82.0, 95.0],
+    "speedup_ratio": 0.7,
+    "speedup_interval": [0.6, 0.8],
+}
 # The last ratio but one is larger than the last, as it is with branches: at t = 1 they are not asked.
 EVALUATION = {
     "task": "toy",
@@ -19,20 +24,18 @@ EVALUATION = {
     "method": "sweet",
     "exit_layers": [1, 2, 4],
     "exit_scores": [60.0, 70.0, 90.0],
-    "thresholds": [0.5, 0.75, 0.99, 1.0],
     "scores": [60.0, 80.0, 89.0, 90.0],
     "speedup_ratios": [0.25, 0.6, 1.05, 1.0],
-    "exit_counts": [[8, 0, 0], [3, 1, 4], [0, 0, 8], [0, 0, 8]],
+    "asked_scores": [61.0, 81.0, 88.0, 90.0],
+    "asked_speedup_ratios": [0.0, 0.5, 0.9, 1.0],
     "area": 75.0,
     "examples": 8,
     "dev_digest": "0",
-    "mean_exit_layers": None,
-    "operating_point": SimpleNamespace(threshold=0.8, score=88.0, speedup_ratio=0.7),
 }
 
 
-def an_evaluation(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**EVALUATION | changes)
+def an_evaluation(point=(), **changes) -> SimpleNamespace:
+    return SimpleNamespace(**EVALUATION | changes, operating_point=SimpleNamespace(**POINT | dict(point)))
 
 
 @pytest.fixture
@@ -49,92 +52,64 @@ def line(axis, label: str):
     return found
 
 
-def test_the_curve_has_exits_full_depth_and_the_operating_point(tmp_path, figures):
+def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(tmp_path, figures):
     path = tmp_path / "curve.png"
-    draw_curve(path, an_evaluation())
+    draw_curves(path, {"runs/a": an_evaluation()})
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
     (axis,) = figures[0].axes
-    curve = line(axis, "early exit")
+    curve = line(axis, "runs/a, sweet: area 75.0, operating point 88.0 (80.0 to 93.0)")
     assert list(curve.get_xdata()) == [0.25, 0.6, 1.0, 1.05]  # by ratio, not by threshold
     assert list(curve.get_ydata()) == [60.0, 80.0, 90.0, 89.0]
-    assert set(line(axis, "full depth: 90.0").get_ydata()) == {90.0}
-    assert line(axis, "each exit").get_xydata().tolist() == [[0.25, 60.0], [0.5, 70.0], [1.0, 90.0]]
+    assert set(line(axis, "full depth: 90.0 (82.0 to 95.0)").get_ydata()) == {90.0}
+    (band,) = axis.patches
+    assert band.get_extents().transformed(axis.transData.inverted()).intervaly.tolist() == pytest.approx([82, 95])
     assert [text.get_text() for text in axis.texts] == ["1", "2", "4"]
-    star = line(axis, "operating point: threshold 0.80, score 88.0")
+    (star,) = [entry for entry in axis.lines if entry.get_marker() == "*"]
     assert (*star.get_xdata(), *star.get_ydata()) == (0.7, 88.0)
-    assert "accuracy" in axis.get_ylabel()
-    assert "percent" in axis.get_ylabel()
+    bars = [entry.get_xydata().tolist() for entry in axis.lines if len(entry.get_xdata()) == 2]
+    assert [[0.6, 88.0], [0.8, 88.0]] in bars
+    assert [[0.7, 80.0], [0.7, 93.0]] in bars
+    assert "accuracy, in percent" in axis.get_ylabel()
+    (legend,) = figures[0].legends
+    assert not legend.get_window_extent().overlaps(axis.get_tightbbox())
 
 
-def test_the_toy_task_shows_where_each_difficulty_leaves(tmp_path, figures):
-    means = {"easy": [1.0, 1.5, 4.0, 4.0], "hard": [1.0, 3.0, 4.0, 4.0]}
-    draw_curve(tmp_path / "curve.png", an_evaluation(mean_exit_layers=means))
-    _, axis = figures[0].axes
-    assert list(line(axis, "hard").get_xdata()) == EVALUATION["thresholds"]
-    assert list(line(axis, "hard").get_ydata()) == means["hard"]
-    assert list(line(axis, "easy").get_ydata()) == means["easy"]
+def test_the_curve_of_the_exits_that_are_asked_is_drawn_where_others_are_left_out(tmp_path, figures):
+    draw_curves(tmp_path / "a.png", {"a": an_evaluation({"asked_exits": [0, 4]}, exit_layers=[0, 1, 4])})
+    curve = line(figures[0].axes[0], "the same with exits 0, 4 alone")
+    assert curve.get_xydata().tolist() == [[0.0, 61.0], [0.5, 81.0], [0.9, 88.0], [1.0, 90.0]]
 
 
-def test_an_exit_that_runs_models_one_after_the_other_costs_all_of_them(tmp_path, figures):
-    mm = an_evaluation(method="mm", speedup_ratios=[0.25, 0.9, 1.6, 1.75])
-    draw_curve(tmp_path / "curve.png", mm)
-    assert list(line(figures[0].axes[0], "each exit").get_xdata()) == [0.25, 0.75, 1.75]
-
-
-def test_a_branch_costs_the_exits_that_were_asked_before_it(tmp_path, figures):
-    draw_curve(tmp_path / "curve.png", an_evaluation(method="branch"))
-    assert list(line(figures[0].axes[0], "each exit").get_xdata()) == pytest.approx(
-        [1 / 4, (2 + 1 / 6) / 4, (4 + 2 / 6) / 4]
-    )
+@pytest.mark.parametrize(("method", "last_ratio"), [("sweet", 1.0), ("branch", 1.0), ("mm", 7 / 4)])
+def test_an_exit_without_the_others_costs_its_layers(tmp_path, figures, method, last_ratio):
+    """So full depth stands at 1, whatever the exits before it would cost with branches or MM."""
+    ratios = [0.25, 0.6, 1.05, last_ratio]
+    draw_curves(tmp_path / "a.png", {"a": an_evaluation(method=method, speedup_ratios=ratios)})
+    dots = line(figures[0].axes[0], "an exit without the others")
+    assert dots.get_xydata().tolist() == [[0.25, 60.0], [0.5, 70.0], [1.0, 90.0]]
 
 
 def test_several_runs_in_one_picture(tmp_path, figures):
-    other = an_evaluation(method="mm", area=70.0)
-    compare_curves(tmp_path / "compare.png", {"first": an_evaluation(), "second": other})
+    other = an_evaluation({"score": 85.0}, method="mm", area=70.0)
+    draw_curves(tmp_path / "a.png", {"first": an_evaluation(), "second": other})
     (axis,) = figures[0].axes
     assert list(line(axis, "first, sweet: area 75.0").get_xdata()) == [0.25, 0.6, 1.0, 1.05]
     assert list(line(axis, "second, mm: area 70.0").get_ydata()) == [60.0, 80.0, 90.0, 89.0]
     assert line(axis, "first").get_color() != line(axis, "second").get_color()
-    assert sum(entry.get_marker() == "*" for entry in axis.lines) == 2
-    assert "operating point" in axis.get_title()
+    assert [entry.get_ydata()[0] for entry in axis.lines if entry.get_marker() == "*"] == [88.0, 85.0]
+    assert not axis.texts  # no exits
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("task", "sst2"), ("metric", "matthews"), ("examples", 9), ("dev_digest", "2")]
-)
+@pytest.mark.parametrize(("key", "value"), [("metric", "matthews"), ("dev_digest", "2")])
 def test_a_run_of_other_data_is_refused_by_name(tmp_path, key, value):
-    first = an_evaluation()
-    with pytest.raises(InputError, match=f"^runs/odd: .*{key}"):
-        compare_curves(
-            tmp_path / "compare.png", {"one": first, "two": first, "runs/odd": an_evaluation(**{key: value})}
-        )
+    runs = {"one": an_evaluation(), "two": an_evaluation(), "runs/odd": an_evaluation(**{key: value})}
+    with pytest.raises(InputError, match="^runs/odd: it was evaluated on other rows, .* than one"):
+        draw_curves(tmp_path / "a.png", runs)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"curve\.png.*matplotlib"):
-        draw_curve(tmp_path / "curve.png", an_evaluation())
-
-
-INLINE = pytest.param("module://matplotlib_inline.backend_inline", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("backend", [INLINE, "no-such-backend"])
-def test_the_backend_of_a_notebook_or_a_window_has_no_say(tmp_path, backend):
-    """In a process of its own, since matplotlib reads the environment once."""
-    code = "import sys, pathlib; from types import SimpleNamespace as namespace; "
-    code += "from minisweet.use.plots import draw_curve; "
-    code += f"draw_curve(pathlib.Path(sys.argv[1]), {an_evaluation()!r}); assert 'matplotlib.pyplot' not in sys.modules"
-    environment = os.environ | {"MPLBACKEND": backend}
-    command = [sys.executable, "-c", code, tmp_path / "curve.png"]
-    done = subprocess.run(command, env=environment, cwd=CHECKOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "curve.png").stat().st_size > 1000
-
-
 def test_names_that_matplotlib_would_read_as_formulas_or_never_end(tmp_path):
-    draw_curve(tmp_path / "curve.png", an_evaluation(task=r"a$x^$^" + "x" * 100_000))
-    compare_curves(tmp_path / "both.png", {r"r$\frac{$_": an_evaluation(), "x" * 100_000: an_evaluation()})
-    assert (tmp_path / "curve.png").stat().st_size > 1000 < (tmp_path / "both.png").stat().st_size
+    runs = {r"r$\frac{$_": an_evaluation(task=r"a$x^$^" + "x" * 100_000), "x" * 100_000: an_evaluation()}
+    draw_curves(tmp_path / "a.png", runs)
+    assert (tmp_path / "a.png").stat().st_size > 1000

@@ -1,73 +1,95 @@
-"""train.py's loop, without its command line."""
+"""The training loop against plain loops, what each method trains, and what run.json tells of it."""
 
+import contextlib
 import copy
 import json
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import evaluate
 import train
 from minisweet import MultiExitModel, load_encoder
 from minisweet.branches import METHODS
+from minisweet.data.load import text_digest
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.sweep import predict
-from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
-from tests.conftest import exit_model, quick, write_model
+from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.multi_model import build_alone
+from minisweet.runs.folders import load_run, load_trunk, read_record
+from tests.conftest import exit_model, in_folder, quick, random_batch, run, write_model
+from tests.test_checkpoint import save_classifier
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+class NoCheckpoint:
+    """Keeps nothing, and starts from nothing."""
+
+    def __init__(self) -> None:
+        self.stages, self.signals = defaultdict(lambda: {"seconds": 0.0}), contextlib.nullcontext
+
+    def start(self, *_) -> list:
+        return []
+
+    def keep(self, *_, is_over: bool) -> None:
+        pass
+
+
+def a_training(model, examples: TokenizedExamples, precision: torch.dtype | None = None, **arguments) -> train.Training:
+    """A training that starts from a trunk."""
+    args = {"epochs": 1, "batch_size": 4, "seed": 0, "class_weights": None, "targets": "labels", "amp": "off"}
+    args = SimpleNamespace(**args | {"method": "sweet", "exit_strategy": "confidence"} | arguments)
+    parts = {"examples": examples, "device": torch.device("cpu"), "precision": precision, "trunk": model}
+    setup = SimpleNamespace(args=args, folder=None, layers=[1, 4], num_labels=2, **parts)
+    return train.Training(setup, NoCheckpoint())
+
+
+def fine_tune(model: MultiExitModel, examples: TokenizedExamples, rate: float, *precision, **arguments) -> list:
+    """Train a model in place; each step's losses."""
+    training = a_training(model, examples, *precision, **arguments)
+    training.fine_tune(model, rate, "test")
+    return training.losses[0]
+
+
+def toy_examples(folder: Path, rows: int, max_length: int = 32) -> TokenizedExamples:
+    tokenizer = load_tokenizer(folder, 60, max_length)
+    return TokenizedExamples(tokenizer, load_examples("toy", "train", Path()).take(np.arange(rows)))
 
 
 def test_only_the_embeddings_of_words_that_occur_move(tmp_path, model_type):
     folder = write_model(tmp_path / "tiny", model_type)
-    model = MultiExitModel(load_encoder(folder), (1, 4), 2, "ee")
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
+    model, examples = MultiExitModel(load_encoder(folder), (1, 4), 2, "ee"), toy_examples(folder, 20)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train.train(model, examples, epochs=1, batch_size=4, learning_rate=1e-3, seed=0)
+    whole = model.encoder.word_embeddings.weight
+    fine_tune(model, examples, 1e-3)
     after = model.state_dict()
     moved = (after["encoder.word_embeddings.weight"] != before["encoder.word_embeddings.weight"]).any(1)  # (V,)
-    assert after.keys() == before.keys()
-    assert moved.shape == (60,)
+    assert model.encoder.word_embeddings.weight is whole
+    assert (after.keys(), moved.shape) == (before.keys(), (60,))
     assert 3 < moved.sum() < 60
-    assert set(moved.nonzero()[:, 0].tolist()) <= set(examples.renumbered()[0].tolist())
-
-
-def test_training_is_that_of_the_whole_table(tmp_path, model_type):
-    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    folder = write_model(tmp_path / "tiny", model_type, **changes)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(40))
-    torch.manual_seed(0)
-    model = MultiExitModel(load_encoder(folder), (1, 4), 2, "ee")
-    plain = copy.deepcopy(model).train()
-    losses = train.train(model, examples, epochs=1, batch_size=8, learning_rate=1e-3, seed=0)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
-    for step, batch in enumerate(examples.shuffled(8, 0, 0)):
-        optimizer.zero_grad()
-        exits = [exit_loss(*answer, batch.targets) for answer in plain.exit_by_exit(*batch.inputs)]
-        sum(exits).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 5)
-        optimizer.step()
-        assert losses[step] == pytest.approx(torch.stack(exits).tolist(), abs=1e-5)
-    for name, parameter in plain.named_parameters():
-        if name.endswith("query_key_value.bias"):
-            continue  # a key's bias has no gradient but rounding, which AdamW makes a step of
-        torch.testing.assert_close(dict(model.named_parameters())[name], parameter, atol=1e-5, rtol=1e-4)
+    used, renumbered = examples.renumbered()
+    assert set(moved.nonzero()[:, 0].tolist()) <= set(used.tolist())
+    assert all(used[new].tolist() == ids.tolist() for ids, new in zip(examples.ids, renumbered.ids, strict=True))
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
 def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, model_type, method):
-    """Against a loop that holds the whole graph, clips by hand and uses another implementation of AdamW."""
-    folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    tokenizer = load_tokenizer(folder, 60, 16)
-    examples = TokenizedExamples(tokenizer, load_examples("toy", "train", Path()), np.arange(24))
+    """Against a loop that holds the whole graph and table, clips by hand and uses another implementation of AdamW."""
+    folder = write_model(tmp_path / "tiny", model_type, **NO_DROPOUT)
+    examples = toy_examples(folder, 24, 16)
     torch.manual_seed(0)
     ours = exit_model(load_encoder(folder), (1, 2, 4), 2, method)
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain = copy.deepcopy(ours)
-    history = train.train(ours, examples, epochs=2, batch_size=8, learning_rate=1e-2, seed=5)
+    history = fine_tune(ours, examples, 1e-2, epochs=2, batch_size=8, seed=5)
 
     groups = [list(plain.parameters())]
     if method == "branch":
@@ -93,22 +115,18 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     assert step == len(history) == 6
     assert max(norms) > 1.2
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        # A key bias has no gradient but rounding, and Adam makes full steps of it.
-        if "query_key_value.bias" not in name:
-            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_path, model_type, strategy):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
     model = exit_model(load_encoder(folder), (1, 3, 4), 2, "branch", strategy).eval()
     before, modes = {name: tensor.clone() for name, tensor in model.state_dict().items()}, set()
     for name, module in model.named_modules():
         if name.endswith(("output", "classifier", "embedding_norm")):
             module.register_forward_hook(lambda module, *_, n=name: modes.add((n, module.training)))
-    history = train.train(model, examples, epochs=1, batch_size=4, learning_rate=1e-2, seed=0)
-    assert np.shape(history) == (5, 2)
+    assert np.shape(fine_tune(model, toy_examples(folder, 20), 1e-2)) == (5, 2)
     for name, tensor in model.state_dict().items():
         trained = name.startswith(("branches.", "heads.0.", "heads.1."))
         assert torch.equal(tensor, before[name]) is not trained, name
@@ -120,115 +138,122 @@ def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_pat
 
 def test_a_branch_trains_as_if_it_were_alone(tmp_path, model_type):
     """To the bit: no other branch's gradient, and no other's norm in the clipping, meets its own."""
-    folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(20))
+    folder = write_model(tmp_path / "tiny", model_type, **NO_DROPOUT)
     torch.manual_seed(0)
     together = exit_model(load_encoder(folder), (1, 2, 4), 2, "branch")
     for head in together.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     alone = copy.deepcopy(together).keep_exits((2, 4))
-    settings = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "seed": 0}
-    both, one = (train.train(model, examples, **settings) for model in (together, alone))
+    both, one = (fine_tune(model, toy_examples(folder, 20), 1e-2) for model in (together, alone))
     assert [row[1:] for row in both] == one
     for ours, theirs in ((together.branches[1], alone.branches[0]), (together.heads[1], alone.heads[0])):
         for name, tensor in ours.state_dict().items():
             assert torch.equal(tensor, theirs.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", ["branch", "sweet"])
-def test_the_trunks_probabilities_are_targets(tmp_path, method):
+def test_the_trunks_probabilities_are_targets(tmp_path):
     folder = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(30))
-    trunk = build_alone(folder, 4, 2).train()
+    examples, trunk = toy_examples(folder, 30), build_alone(folder, 4, 2).train()
     torch.nn.init.normal_(trunk.heads[0].classifier.weight)
-    own = train.trunk_targets(trunk, examples, None, "trunk")
+    training = a_training(trunk, examples, targets="trunk")
     with torch.no_grad():
         logits = torch.cat([trunk.eval()(*examples.batch(np.array([row])).inputs)[0] for row in range(30)])
-    assert own.std(0).min() > 0.01
-    np.testing.assert_allclose(own, logits.softmax(-1), atol=1e-5)
-    half = train.trunk_targets(trunk, examples, None, "half")
-    np.testing.assert_allclose(half, (own + np.eye(2)[examples.labels]) / 2, atol=1e-6)
-    model = exit_model(load_encoder(folder), (1, 4), 2, method)
-    batch = examples.with_targets(own).batch(np.array([3, 7, 1]))
-    losses = train.send_back(model.eval(), batch, torch.amp.GradScaler("cpu", enabled=False))
-    ours = model(*batch.inputs).log_softmax(-1)
-    expected = -(torch.from_numpy(own[[3, 7, 1]]) * ours).sum(-1).mean(1)
-    torch.testing.assert_close(losses, expected[: len(losses)].detach(), atol=1e-5, rtol=1e-5)
+    model = training.grow().eval()
+    targets = training.examples.targets
+    assert targets.std(0).min() > 0.001
+    np.testing.assert_allclose(targets, logits.softmax(-1), atol=1e-5)
+    batch = training.examples.batch(np.array([3, 7, 1]))
+    losses = train.compute_gradients(model, batch, NO_SCALER, None)
+    expected = -(torch.from_numpy(targets[[3, 7, 1]]) * model(*batch.inputs).log_softmax(-1)).sum(-1).mean(1)
+    torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_predict_answers_in_the_order_of_the_examples(tmp_path, model_type):
-    folder = write_model(tmp_path / "tiny", model_type)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "dev", Path()), np.arange(90))
-    assert len(set(examples.lengths)) > 3
-    model = MultiExitModel(load_encoder(folder), (1, 4), 2).eval()
-    logits, _ = predict(model, examples, None)
-    with torch.no_grad():
-        single = torch.cat([model(*examples.batch(np.array([row])).inputs) for row in range(90)], dim=1)
-    torch.testing.assert_close(logits, single, atol=1e-5, rtol=0)
-
-
-def test_float16_gradients_are_unscaled_before_they_are_clipped_and_training_has_dropout(tmp_path, monkeypatch):
-    folder = write_model(tmp_path / "tiny", "bert")
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 16), load_examples("toy", "train", Path()), np.arange(16))
-    norms = {}
-    clip = train.clip_grad_norm_
-    for precision in (None, torch.float16):
-        seen = norms.setdefault(precision, [])
-        monkeypatch.setattr(
-            train, "clip_grad_norm_", lambda parameters, limit, seen=seen: seen.append(clip(parameters, limit))
-        )
+@pytest.mark.parametrize("method", ["sweet", "ee"])
+def test_mixed_precision_gradients_are_those_of_float32_and_training_has_dropout(tmp_path, monkeypatch, method):
+    """float16 gradients are unscaled before they are clipped, and backward() runs outside autocast."""
+    folder, norms, clip = write_model(tmp_path / "tiny", "bert"), {}, train.clip_grad_norm_
+    for precision in (None, torch.bfloat16, torch.float16):
+        seen, training = norms.setdefault(precision, []), []
+        monkeypatch.setattr(train, "clip_grad_norm_", lambda group, limit, seen=seen: seen.append(clip(group, limit)))
         torch.manual_seed(0)
-        model = MultiExitModel(load_encoder(folder), (1, 4), 2).eval()
-        training = []
-        model.encoder.layers[3].output.register_forward_pre_hook(
-            lambda module, _, seen=training: seen.append(module.training)
-        )
-        train.train(model, examples, epochs=1, batch_size=16, learning_rate=1e-3, seed=0, precision=precision)
-        assert training == [True]
+        model = MultiExitModel(load_encoder(folder), (1, 4), 2, method).eval()
+        output = model.encoder.layers[3].output
+        output.register_forward_pre_hook(lambda module, _, seen=training: seen.append(module.training))
+        output.weight.register_hook(lambda _, seen=training: seen.append(torch.is_autocast_enabled("cpu")))
+        fine_tune(model, toy_examples(folder, 16, 16), 1e-3, precision, batch_size=16)
+        assert training == [True, False]
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
-
-
-def test_after_an_error_the_whole_table_of_words_is_back(tmp_path):
-    folder = write_model(tmp_path / "tiny", "bert")
-    model = MultiExitModel(load_encoder(folder), (1, 4), 2)
-    examples = TokenizedExamples(load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path()), np.arange(9))
-    embedding = model.encoder.word_embeddings
-    whole, old = embedding.weight, embedding.weight.detach().clone()
-    used, renumbered = examples.renumbered()
-    for ids, new in zip(examples.ids, renumbered.ids, strict=True):
-        assert used[new].tolist() == ids.tolist()
-    assert used[renumbered.pad_id] == examples.pad_id
-
-    def fail():
-        with train.used_rows(model, examples) as within:
-            assert embedding.weight.shape == (len(used), 16)
-            assert torch.equal(embedding.weight, old[used])
-            assert within.ids[0].tolist() == renumbered.ids[0].tolist()
-            embedding.weight.data.zero_()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert embedding.weight is whole
-    old[used] = 0
-    assert torch.equal(whole, old)
+    assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 def test_balanced_rows_count_by_their_class(strategy):
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
     certainty = torch.rand(8) if strategy == "lte" else None
-    examples = SimpleNamespace(targets=labels.numpy(), labels=labels.numpy(), with_targets=torch.from_numpy)
-    targets = train.balanced(examples, 3)
+    training = SimpleNamespace(args=SimpleNamespace(class_weights="balanced"), setup=SimpleNamespace(num_labels=3))
+    training.examples = SimpleNamespace(targets=labels.numpy(), with_targets=torch.from_numpy)
+    targets = train.Training.weighted(training)
     sure = [None] * 8 if certainty is None else certainty[:, None]
     of_rows = torch.stack([exit_loss(logits[[i]], sure[i], labels[[i]]) for i in range(8)])
     weights = torch.tensor([8 / (3 * n) for n in (5, 5, 5, 5, 5, 2, 2, 1)])
     torch.testing.assert_close(exit_loss(logits, certainty, targets), (weights * of_rows).mean())
-    soft = torch.randn(8, 3).softmax(-1)  # as of a trunk; without labels its answers are the classes
-    examples.targets, examples.labels, answers = soft.numpy(), None, soft.argmax(-1)
+    soft = torch.randn(8, 3).softmax(-1)  # as of a trunk, whose answers are the classes
+    training.examples.targets, answers = soft.numpy(), soft.argmax(-1)
     counts = answers.bincount(minlength=3)
     weights = 8 / (counts.count_nonzero() * counts[answers])
-    torch.testing.assert_close(train.balanced(examples, 3), soft * weights[:, None])
+    torch.testing.assert_close(train.Training.weighted(training), soft * weights[:, None])
+
+
+# What follows runs train.py.
+
+
+def record_of(folder: str | Path) -> dict:
+    return json.loads(Path(folder, "run.json").read_text())
+
+
+def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run, "model.safetensors"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_tells_what_made_it(command, model_dir, method):
+    status, out, err = command(train, *quick(model_dir, "--method", method, "--seed", 3))
+    assert status == 0, err
+    assert "lr 0.0002" in out
+    assert [path.name for path in Path("runs").iterdir()] == [f"tiny-{method}-toy-seed3"]
+    record = record_of(f"runs/tiny-{method}-toy-seed3")
+    assert len(record["subset"]) == 48 == len(set(record["subset"]))
+    assert (np.shape(record["losses"]), record["exit_layers"]) == ((6, 3), [1, 2, 4])
+    stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"]}.get(method, [method])
+    assert list(record["stages"]) == stages
+    rows = load_examples("toy", "train", Path()).take(record["subset"])
+    assert record["train_texts"] == sorted({*map(text_digest, rows.texts())})
+    assert {"torch", "tokenizers", "python"} <= set(record["versions"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_example_is_enough(command, tmp_path, method):
+    model = write_model(tmp_path / "tiny", "bert")
+    arguments = ["--method", method, "--train-size", 1, "--epochs", 3, "--exit-strategy", "lte", "--out", "a"]
+    assert command(train, *quick(model, *arguments))[0] == 0
+    assert (len(record_of("a")["subset"]), np.shape(record_of("a")["losses"])) == (1, (3, 3))
+
+
+def test_a_training_that_diverges_leaves_its_step_and_what_may_be_overwritten(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    options = quick(model, "--lr", "1e30", "--amp", "off", "--out", "a")
+    status, _, err = command(train, *options, "--save-every", "1e-9")
+    message = "train.py: error: --lr: at 1e+30 the loss became infinite or NaN at step 2; try a lower one\n"
+    assert (status, err.splitlines(True)[-1]) == (2, message)
+    assert [path.name for path in Path().glob("*a*/*")] == ["run.json"]  # no weights, and no checkpoint
+    assert (read_record(Path("a")).diverged, read_record(Path("a")).lr) == (2, 1e30)
+    assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
+    assert command(train, *options, "--overwrite")[0] == 2
+    assert load_run(Path("a"))[1].diverged is None  # a run with weights stays
+    Path("a/notes.txt").write_text("mine")
+    status, _, err = command(train, *quick(model, "--out", "a", "--overwrite"))
+    assert (status, err.count("\n"), "--out: a holds 'notes.txt', which no run made" in err) == (2, 1, True)
+    assert Path("a/notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -236,12 +261,161 @@ def test_class_weights_change_the_training_and_are_recorded(command, tmp_path, m
     model = write_model(tmp_path / "tiny", "bert")
     rows = ["a good film,up\n"] * 2 + [f"a bad film {i},down\n" for i in range(28)]
     Path("t.csv").write_text("text,label\n" + "".join(rows))
-    losses = {}
+    found = {}
     for weights in ([], ["--class-weights", "balanced"]):
         arguments = ["--data", "t.csv", "--dev-data", "t.csv", "--model", model, "--method", method, "--lr", "1e-3"]
-        status, _, err = command(train, *quick(model, *arguments, *weights, "--out", "run", "--overwrite"))
+        options = [*arguments, *weights, "--out", "run", "--exit-layers", "0,2,4", "--overwrite"]
+        assert command(train, *quick(model, *options))[0] == 0
+        assert record_of("run")["arguments"]["class_weights"] == (weights[1] if weights else None)
+        found[bool(weights)] = record_of("run")["losses"], load_run(Path("run"))[0].ngrams.bias
+    assert found[True][0] != found[False][0]
+    assert not torch.equal(found[True][1], found[False][1])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """For each method a run with exits 0 and 4, of both encoders."""
+    folder = tmp_path_factory.mktemp("plain")
+    with in_folder(folder):
+        for model_type in ("bert", "deberta"):
+            model = write_model(folder / model_type, model_type)
+            for method in METHODS:
+                options = ["--exit-layers", "0,4", "--method", method, "--out", f"{model_type}-{method}"]
+                assert run(train, *quick(model, *options)) == 0
+    return folder
+
+
+def test_with_exits_0_and_L_all_methods_are_one(plain, model_type):
+    weights = {method: weights_of(plain / f"{model_type}-{method}") for method in METHODS}
+    weights["mm"] = {name.removeprefix("models.0."): tensor for name, tensor in weights["mm"].items()}
+    for method in METHODS:
+        assert weights[method].keys() == weights["sweet"].keys()
+        assert all(torch.equal(weights[method][name], tensor) for name, tensor in weights["sweet"].items())
+        record = record_of(plain / f"{model_type}-{method}")
+        assert (record["exit_layers"], np.shape(record["losses"])) == ([0, 4], (6, 1))
+        assert list(record["stages"])[-1] == "ngrams"
+        assert load_run(plain / f"{model_type}-{method}")[0].exit_layers == (0, 4)
+
+
+@pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
+def test_exit_0_beside_others_changes_none_of_them(command, plain, tmp_path, method):
+    """It is the same bag of words with the other exits and without, and they are the same with it and without."""
+    for layers in ("0,2,4", "2,4"):
+        options = ["--exit-layers", layers, "--method", method, "--out", f"run-{layers}"]
+        assert command(train, *quick(plain / "bert", *options))[0] == 0
+    both, without, alone = map(weights_of, ("run-0,2,4", "run-2,4", plain / f"bert-{method}"))
+    ngrams = {name for name in both if name.startswith("ngrams.")}
+    assert ngrams
+    assert both.keys() - ngrams == without.keys()
+    assert all(torch.equal(both[name], without[name]) for name in without)
+    assert all(torch.equal(both[name], alone[name]) for name in ngrams)
+    assert (np.shape(record_of("run-0,2,4")["losses"]), record_of("run-0,2,4")["exit_layers"]) == ((6, 2), [0, 2, 4])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trunk_gets_exit_0_and_stays_as_it_is(command, plain, method):
+    trunk = plain / "bert-sweet"  # which has exit 0 itself; another one is fitted
+    options = ["--train-size", 30, "--max-length", 32, "--method", method, "--seed", 1]
+    for extra in (["--exit-layers", "0,4"], []) if method == "branch" else (["--exit-layers", "0,4"],):
+        status, out, err = command(train, "--trunk", trunk, *options, *extra, "--out", "run", "--overwrite")
         assert status == 0, err
-        record = json.loads(Path("run/run.json").read_text())
-        assert record["arguments"]["class_weights"] == ("balanced" if weights else None)
-        losses[bool(weights)] = record["losses"]
-    assert losses[True] != losses[False]
+        assert "no layer is trained: the trunk stays as it is" in out
+        before, after = map(weights_of, (trunk, "run"))
+        after = {name.removeprefix("models.0."): tensor for name, tensor in after.items()}
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert before.keys() == after.keys()
+        assert moved
+        assert all(name.startswith("ngrams.") for name in moved)
+        record = record_of("run")
+        assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ([], ["ngrams"], [0, 4])
+        assert set(record_of(trunk)["train_texts"]) < set(record["train_texts"])
+
+
+def short(*arguments) -> list:
+    """train.py's arguments for a short training of exits 1, 2 and 4."""
+    return ["--train-size", 32, "--epochs", 1, "--max-length", 32, "--exit-layers", "1,2,4", "--seed", 3, *arguments]
+
+
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, model_dir, tmp_path, strategy):
+    same = ["--lr", "1e-3", "--exit-strategy", strategy]
+    new = ["--model", model_dir, *same]
+    for out, arguments in {
+        "mm": [*new, "--method", "mm"],
+        "one": [*new, "--method", "sweet", "--exit-layers", 4],
+        "branch": [*new, "--method", "branch"],
+        "on-mm": ["--trunk", "mm", *same],
+        "on-one": ["--trunk", "one", *same],
+        "on-branch": ["--trunk", "branch", *same],
+    }.items():
+        status, _, err = command(train, *short(*arguments, "--out", out))
+        assert status == 0, err
+    weights = {path.parent.name: load_file(path) for path in tmp_path.glob("*/model.safetensors")}
+    ours, mm = weights["branch"], weights["mm"]
+    trunk = {name for name in ours if name.startswith(("encoder.", "heads.2."))}
+    for name in trunk:
+        assert torch.equal(ours[name], mm[f"models.2.{name.replace('heads.2.', 'heads.0.')}"]), name
+        assert torch.equal(ours[name], weights["one"][name.replace("heads.2.", "heads.0.")]), name
+    assert len(trunk) == len([name for name in mm if name.startswith("models.2.") and ".lte." not in name])
+    assert ("heads.0.lte.weight" in ours) is (strategy == "lte")
+    for name in ("on-mm", "on-one", "on-branch"):
+        assert weights[name].keys() == ours.keys()
+        assert all(torch.equal(weights[name][key], ours[key]) for key in ours), name
+    losses = {name: record_of(name)["losses"] for name in ("mm", "branch", "on-mm", "on-one")}
+    assert [row[2] for row in losses["branch"]] == [row[2] for row in losses["mm"]]
+    assert losses["on-mm"] == losses["on-one"] == [row[:2] for row in losses["branch"]]
+
+    batch, model, plain = random_batch(1), load_run(Path("branch"))[0], load_run(Path("mm"))[0][-1]
+    with torch.no_grad():
+        expected = plain(*batch)[0]
+        for exits in (model, model.keep_exits((4,)), model.keep_exits((2, 4))):
+            assert torch.equal(exits(*batch)[-1], expected)
+        assert not any(torch.equal(logits, expected) for logits in model(*batch)[:-1])
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"), [("ee", "labels"), ("ee", "trunk"), ("mm", "trunk"), ("branch", "trunk")]
+)
+def test_every_method_trains_from_a_trunk(command, tmp_path, method, targets):
+    model = write_model(tmp_path / "tiny", "bert")
+    first = ["--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "bert-base"]
+    grow = ["--trunk", "bert-base", "--method", method, "--targets"]  # a folder that is called like a preset
+    for arguments in (first, [*grow, targets, "--out", "grown"], [*grow, "labels", "--out", "labels"]):
+        status, _, err = command(train, *short(*arguments))
+        assert status == 0, err
+    (grown, record), (plain, _) = load_run(Path("grown")), load_run(Path("bert-base"))
+    assert (record.method, len(record.losses[0]), record.model) == (method, 3 if method == "ee" else 2, "./bert-base")
+    same = torch.equal(grown(*random_batch())[-1], plain(*random_batch())[-1])
+    assert same is (method != "ee")  # which goes on training the trunk
+    assert (record.losses == read_record(Path("labels")).losses) is (targets == "labels")
+    assert command(evaluate, "grown")[0] == 0
+
+
+def test_a_classifier_of_transformers_keeps_its_answers_when_branches_are_grown_on_it(command, model_dir, model_type):
+    theirs = save_classifier(model_dir, model_type)  # beside the vocabulary
+    input_ids, mask, types = random_batch()
+    assert command(train, *short("--trunk", model_dir, "--out", "a", "--lr", "1e-2"))[0] == 0
+    with torch.no_grad():
+        types_of_bert = {"token_type_ids": types} if model_type == "bert" else {}
+        expected = theirs(input_ids=input_ids, attention_mask=mask, **types_of_bert).logits
+        trunk = load_trunk(model_dir)[0](input_ids, mask, types)
+        after = load_run(Path("a"))[0](input_ids, mask, types)
+    torch.testing.assert_close(trunk[0], expected, atol=1e-5, rtol=0)
+    assert torch.equal(after[-1], trunk[0])
+    assert (after[:-1] != after[-1]).any()
+
+
+def test_a_trunk_from_elsewhere_and_text_without_labels(command, tmp_path):
+    save_classifier(tmp_path / "theirs", "bert")
+    write_model(tmp_path / "tiny", "bert")
+    (tmp_path / "theirs" / "vocab.txt").write_text((tmp_path / "tiny" / "vocab.txt").read_text())
+    Path("texts.csv").write_text("text\n" + "".join(f"a film {i}\n" for i in range(40)))
+    options = ["--trunk", "theirs", "--data", "texts.csv", "--targets", "trunk", "--labels", "no,yes"]
+    status, _, err = command(train, *options, "--max-length", 32, "--out", "run", "--class-weights", "balanced")
+    assert status == 0, err
+    record = read_record(Path("run"))
+    assert (record.exit_layers, record.labels, record.metric) == ([0, 4], ["no", "yes"], "agreement")
+    assert record.train_texts is None
+    assert command(evaluate, "run")[0] == 0
+    result = json.loads(Path("run/evaluation.json").read_text())
+    assert (result["metric"], result["exit_scores"][-1]) == ("agreement", 100)

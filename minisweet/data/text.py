@@ -1,11 +1,8 @@
 """Sentences into batches (B) of tokens (T): N examples are tokenised once, and padded to the longest of a batch."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,74 +11,50 @@ import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
-from minisweet.base.safe import InputError, read_json
+from minisweet.base.files import InputError, read_json
 from minisweet.data.rows import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
-SHORTEST = 8  # tokens to which examples may be cut: below, a pair has hardly a word of each
-# All that says which special tokens there are, and where: these names, `TokenizedExamples`, and BertProcessing below.
-# RoBERTa has <s> A </s></s> B </s>, <pad>, <unk>, one token type, and RobertaProcessing.
 SPECIAL = START, END, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
-PROBE = "It's a test", "caf\u00e9 \u6f22 \U0001f600 qxzv"  # words, and what few vocabularies hold
-PANICKING = b'"Precompiled"', b'"FixedLength"'  # parts, strange to BERT and DeBERTa, that panic where they are wrong
-TRIAL = f"import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1]).encode(*{PROBE!a})"
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
     """Load a tokenizer that truncates to `max_length` tokens, [CLS] and [SEP] among them, and does not pad.
 
-    Pairs are cut in `TokenizedExamples`.
-
     `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). Raises
-    InputError for a tokenizer that is missing, does not tokenise or lacks a special token, for a vocabulary that does
-    not fill nine tenths of `vocab_size` rows, or more than all, and for a length not from 8 to `positions`.
+    InputError for a tokenizer that is missing, lacks a special token, or does not fit the embedding's `vocab_size` rows
+    (up to a tenth less is usual), and for a length above `positions`.
     """
-    if type(max_length) is not int or not SHORTEST <= max_length <= positions:
-        raise InputError(f"{folder}: max_length is {max_length!r:.80}, should be from {SHORTEST} to {positions} tokens")
+    if max_length > positions:
+        raise InputError(f"--max-length: {max_length}, should be at most {positions}, the positions of {folder}")
+    whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     try:
-        tokenizer = _read_tokenizer(folder)
-        vocabulary = tokenizer.get_vocab()
-        if missing := [token for token in SPECIAL if token not in vocabulary]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        if (largest := max(vocabulary.values())) >= vocab_size:
-            raise ValueError(f"it has token {largest}, and the embedding only {vocab_size} rows")
-        if 10 * len(vocabulary) < 9 * vocab_size:
-            raise ValueError(f"it has {len(vocabulary)} tokens for an embedding of {vocab_size} rows")
-        tokenizer.add_special_tokens(list(SPECIAL))
-        tokenizer.post_processor = processors.BertProcessing((END, vocabulary[END]), (START, vocabulary[START]))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length)
-        tokenizer.encode(*PROBE)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and for a panic what is no Exception at all
-        raise InputError(f"{folder}: its tokenizer is not usable ({error!s:.200})") from None
+        if whole.exists():
+            tokenizer = Tokenizer.from_file(str(whole))
+        elif pieces.exists():
+            tokenizer = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
+        else:
+            lowercase = read_json(settings).get("do_lower_case", True) if settings.exists() else True
+            tokenizer = BertWordPieceTokenizer.from_file(str(words), lowercase=lowercase)
+    except Exception as error:  # the library raises nothing more special
+        raise InputError(f"{folder}: its tokenizer is missing or not readable ({error})") from None
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    ids = tokenizer.get_vocab()
+    size = 1 + max(ids.values(), default=0)
+    if not ids.keys() >= set(SPECIAL) or not 0.9 * vocab_size <= size <= vocab_size:
+        right = f"{vocab_size}, as the embedding has rows, and {', '.join(SPECIAL)} among them"
+        raise InputError(f"{folder}: its tokenizer has {size} tokens, should have {right}")
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = processors.BertProcessing((END, ids[END]), (START, ids[START]))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
     return tokenizer
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
-    if whole.is_file():
-        if any(map(whole.read_bytes().count, PANICKING)):  # tried apart: a panic prints a page on standard error
-            trial = subprocess.run([sys.executable, "-c", TRIAL, whole], capture_output=True)
-            if trial.returncode:
-                raise ValueError(trial.stderr.decode(errors="replace").strip().rpartition("\n")[2])
-        return Tokenizer.from_file(str(whole))
-    if pieces.is_file() and merges.is_file():
-        made = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
-    elif words.is_file():
-        lowercase = read_json(settings).get("do_lower_case", True) if os.path.lexists(settings) else True
-        made = BertWordPieceTokenizer.from_file(str(words), lowercase=lowercase)
-    else:
-        raise ValueError("there is no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    return Tokenizer.from_str(made.to_str())
-
-
-def longest_first(a: int, b: int, room: int) -> tuple[int, int]:
-    """How many of a sentence's `a` and of another's `b` tokens fit into `room`: the longer is cut first, then both."""
-    short = min(a, b, room // 2)
-    return (short, min(b, room - short)) if a <= b else (min(a, room - short), short)
+def special_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids of the tokens that are no words: [CLS], [SEP], [PAD] and [UNK]."""
+    return list(map(tokenizer.token_to_id, SPECIAL))
 
 
 class Batch(NamedTuple):
@@ -106,25 +79,27 @@ class Batch(NamedTuple):
 
 
 class TokenizedExamples:
-    """N tokenised examples, by default all: `labels` (N,) or None, and `lengths` (N,) in tokens.
+    """N tokenised examples: `labels` (N,) or None, and `lengths` (N,) in tokens.
 
     `cut` counts those that were longer than the tokenizer's limit. `targets` are what batches bring: first, the labels.
     """
 
-    def __init__(self, tokenizer: Tokenizer, examples: Examples, rows: np.ndarray | None = None) -> None:
-        examples = examples if rows is None else examples.take(rows)
-        texts = [(text,) if isinstance(text, str) else text for text in examples.texts()]
-        # Each sentence by itself: of a pair, the library keeps every piece of one that it cuts off with every other's.
-        encodings = iter(tokenizer.encode_batch_fast(list(chain(*texts)), add_special_tokens=False))
-        start, end, self.pad_id = map(tokenizer.token_to_id, (START, END, PAD))
+    def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
+        start, end, self.pad_id, _ = special_ids(tokenizer)
         self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, first_lengths, self.cut = [], [], 0
-        for text in texts:
-            sentences = list(islice(encodings, len(text)))
-            room = tokenizer.truncation["max_length"] - tokenizer.num_special_tokens_to_add(len(text) == 2)
+        # Each sentence by itself: of a pair, the library would keep every piece that it cuts off one text with every
+        # piece of the other, which takes gigabytes for long texts.
+        sides = [side for side in (examples.first, examples.second) if side is not None]
+        encodings = [tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in sides]
+        room = tokenizer.truncation["max_length"] - 1 - len(sides)
+        for sentences in zip(*encodings, strict=True):
             lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]  # uncut
             self.cut += sum(lengths) > room
-            kept = longest_first(*lengths, room) if len(text) == 2 else [room]
+            kept = [room]
+            if len(sides) == 2:  # as the library does: the longer one is cut first, then both
+                short = min(*lengths, room // 2)
+                kept = [short, room - short] if lengths[0] <= lengths[1] else [room - short, short]
             parts = [[*sentence.ids[:n], end] for sentence, n in zip(sentences, kept, strict=True)]
             self.ids.append(np.array([start, *chain(*parts)]))  # [CLS] A [SEP] B [SEP]
             first_lengths.append(1 + len(parts[0]))  # those of token type 0

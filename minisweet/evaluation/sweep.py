@@ -1,38 +1,36 @@
 """All exits on a validation set at once, and what every threshold makes of them (Sec. 3.3).
 
+A rule never decides rows that it was fitted on: five folds take turns, each decided by the rule of the other four.
+
 Dimension letters: K exits, N instances, n some of them, C classes, P thresholds.
 """
 
-import hashlib
-import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minisweet.adaptive import ExitRule, Exits, area_under_curve, exits_taken
 from minisweet.base.commands import Progress
-from minisweet.base.devices import autocast, of_all, place
-from minisweet.base.safe import InputError, sha256, write_json, written_beside
+from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
+from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.calibration import expected_calibration_error, fit_rule, negative_log_likelihood
+from minisweet.data.load import text_digest
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples
-from minisweet.evaluation.metrics import score
-from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.runs.records import Evaluation, Record
+from minisweet.evaluation.metrics import classification_report, score
+from minisweet.evaluation.records import EVALUATION, Evaluation
+from minisweet.runs.records import Record
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
-SEED = 0  # of every draw of validation rows
+FOLDS = 5
 LOGITS = "logits.safetensors"
-NEXT_LOGITS = "logits.next.safetensors"  # until evaluation.json tells of them
-Folds = list[tuple[ExitRule, Tensor]]  # rules, and which rows (n,) each decides
 
 
 class Validation(NamedTuple):
@@ -41,27 +39,53 @@ class Validation(NamedTuple):
     logits: Tensor  # (K, N, C)
     certainty: Tensor | None  # (K or K-1, N), of learning-to-exit
     labels: Tensor  # (N,): the gold ones, or where there are none the last exit's
-    keys: Tensor  # (N,), int64: each row's place in a draw, see `draw_keys`
+    keys: Tensor  # (N,), int64, see `text_keys`: equal for equal texts
     metric: str  # of `score`: "agreement" where there are no gold labels
     exits: Exits
 
-    def fit_rule(self, rows: Tensor, calibration: str) -> ExitRule:
-        """The rule that these rows (n,) suggest for others."""
+    def take(self, rows: np.ndarray | Tensor) -> "Validation":
+        """These rows (n,) alone."""
+        rows = torch.as_tensor(rows)
         certainty = None if self.certainty is None else self.certainty[:, rows]
-        labelled = self.metric != "agreement"
-        return fit_rule(self.logits[:, rows], certainty, self.labels[rows], calibration, labelled)
+        return Validation(self.logits[:, rows], certainty, self.labels[rows], self.keys[rows], *self[4:])
 
-    def drawn(self, parts: int) -> tuple[Tensor, Tensor]:
-        """One of so many parts of the rows, drawn at random class by class, and all others: (n,) and (N-n,)."""
-        order = np.lexsort((self.keys.numpy(), self.labels.numpy()))
-        is_first = np.arange(len(order)) % parts == 0
-        return torch.from_numpy(order[is_first]), torch.from_numpy(order[~is_first])
+    def fit_rule(self) -> ExitRule:
+        """The rule that these rows suggest for others, for all K exits."""
+        return fit_rule(self.logits, self.certainty, self.labels, self.metric != "agreement")
+
+    def exits_at(self, places: Sequence[int]) -> Exits:
+        """The exits at these places, from 0, alone."""
+        return self.exits._replace(layers=[self.exits.layers[place] for place in places])
+
+    def effective_rows(self) -> float:
+        """How many rows without a repeated text tell as much, see intervals.py."""
+        _, times = np.unique(self.keys.numpy(), return_counts=True)
+        return float(len(self.keys) ** 2 / max(1, (times**2).sum()))
+
+    def parts(self, count: int) -> np.ndarray:
+        """Which of `count` parts each row is in: (N,). Texts are dealt out at random, class by class.
+
+        Equal texts are in one part. The order of the rows makes no difference.
+        """
+        keys, which = np.unique(self.keys.numpy(), return_inverse=True)
+        labels, part = np.full(len(keys), np.iinfo(np.int64).max), np.empty(len(keys), dtype=np.int64)  # of each text
+        np.minimum.at(labels, which, self.labels.numpy())
+        part[np.lexsort((keys, labels))] = np.arange(len(keys)) % count
+        return part[which]
+
+    def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each fold's rows after all the others' rows, from which it is decided. A single text is decided by itself."""
+        parts = self.parts(FOLDS)
+        pairs = [(np.flatnonzero(parts != part), np.flatnonzero(parts == part)) for part in np.unique(parts)]
+        return pairs if len(pairs) > 1 else [(pairs[0][1], pairs[0][1])]
 
 
-def draw_keys(texts: list) -> Tensor:
-    """The numbers (N,) that draws go by, of texts and pairs of texts: the order of the rows has no say in them."""
-    hashes = (hashlib.sha256(json.dumps([SEED, text]).encode()).digest() for text in texts)
-    return torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in hashes], dtype=torch.int64)
+Folds = list[tuple[ExitRule, np.ndarray]]  # rules, and which rows (n,) each decides
+
+
+def text_keys(texts: Sequence) -> Tensor:
+    """Texts, and pairs of texts, to numbers (N,): rows are drawn by them, and equal texts are found by them."""
+    return torch.from_numpy(np.array([int(text_digest(text), 16) for text in texts], dtype=np.uint64).view(np.int64))
 
 
 @torch.no_grad()
@@ -73,118 +97,115 @@ def predict(
     `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. Of several processes,
     each takes a share of the batches, and all get the answers for all rows.
     """
-    device, (rank, _, processes) = next(model.parameters()).device, place()
+    device = next(model.parameters()).device
     max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
     rows, logits, certainties = [], [], []
     with Progress(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
         for number, batch in enumerate(examples.by_length(BATCH_SIZE, max_tokens)):
             progress.update(len(batch.rows))
-            if number % processes != rank:
+            if number % num_processes() != process_rank():
                 continue
             rows.append(batch.rows)
             exit_logits, certainty = zip(*model.exit_by_exit(*batch.to(device).inputs), strict=True)
-            logits.append(torch.stack(exit_logits).float().cpu())
+            logits.append(torch.stack([values.float().cpu() for values in exit_logits]))
             if certainty[0] is not None:  # the last exit of a branch model has none
-                certainties.append(torch.stack([values for values in certainty if values is not None]).cpu())
-    rows, logits, certainties = (sum(parts, []) for parts in zip(*of_all((rows, logits, certainties)), strict=True))
+                certainties.append(torch.stack([values.float().cpu() for values in certainty if values is not None]))
+    gathered = all_gather((rows, logits, certainties))
+    rows, logits, certainties = (sum(lists, []) for lists in zip(*gathered, strict=True))
     order = torch.cat(rows).argsort()
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
 
 
 def validate(
-    model: MultiExitModel | MultiModel,
+    model: nn.Module,
     record: Record,
     rows: Examples,
     examples: TokenizedExamples,
     metric: str,
     precision: torch.dtype | None,
-    title: str,
 ) -> Validation:
     """What a run's model says of rows, which `examples` are as tokens. `metric` is as in `score`; see `predict`."""
-    logits, certainty = predict(model, examples, precision, title)
+    logits, certainty = predict(model, examples, precision)
     if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
         certainty = logits.new_zeros(0, len(examples))
-    labels = logits[-1].argmax(-1) if rows.labels is None else torch.from_numpy(examples.labels)  # (N,)
+    labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
     exits = Exits(list(model.exit_layers), record.depth, record.method)
-    return Validation(logits, certainty, labels, draw_keys(rows.texts()), metric, exits)
+    return Validation(logits, certainty, labels, text_keys(rows.texts()), metric, exits)
 
 
-def folds_of(validation: Validation, calibration: str) -> Folds:
-    """The rules of a curve: "crossfit", two halves, each decided by the other's rule; else one rule of all for all."""
-    if calibration == "crossfit" and validation.certainty is None:
-        halves = validation.drawn(2)
-        return [(validation.fit_rule(fitted, calibration), rows) for fitted, rows in (halves, halves[::-1])]
-    everything = torch.arange(len(validation.labels))
-    return [(validation.fit_rule(everything, calibration), everything)]
+def crossfit(validation: Validation) -> Folds:
+    """The rules of the curve, and which rows each decides: those of a fold, by the rule of the others."""
+    return [(validation.take(others).fit_rule(), rows) for others, rows in validation.folds()]
 
 
-def sweep(folds: Folds, validation: Validation, thresholds: list[float]) -> tuple[dict, Tensor]:
-    """Score all exits, and at each threshold those that the rows take.
+def sweep(
+    folds: Folds, validation: Validation, thresholds: list[float], places: Sequence[int] | None = None
+) -> tuple[dict, Tensor]:
+    """Score all exits, and at each threshold those that rows take, if exits at these places (default: all) are asked.
 
     Returns exit_scores (K), scores, speedup_ratios, exit_counts (P, K) and area, scores in percent; then the exits
-    taken (P, N), from 0.
+    taken (P, N), from 0 and of all K.
     """
     logits, certainty, labels, _, metric, exits = validation
-    predictions, taken = logits.argmax(-1), torch.empty(len(thresholds), len(labels), dtype=torch.int64)
+    K, N = logits.shape[:2]
+    places = np.arange(K) if places is None else np.array(places)
+    predictions, taken = logits.argmax(-1), torch.empty(len(thresholds), N, dtype=torch.int64)
     for rule, rows in folds:
-        confidence = rule.confidences(logits[:, rows], None if certainty is None else certainty[:, rows])  # (K, n)
+        confidence = rule.confidences(logits[:, rows], None if certainty is None else certainty[:, rows])[places]
         for i, threshold in enumerate(thresholds):
-            taken[i, rows] = exits_taken(confidence, threshold, rule.lowest)
-    counts = [row.bincount(minlength=len(logits)).tolist() for row in taken]
-    costs = [exits.costs(threshold) for threshold in thresholds]  # (P, K)
-    ratios = [float(np.dot(*pair) / len(labels)) for pair in zip(counts, costs, strict=True)]  # Eq. 1
+            taken[i, rows] = torch.from_numpy(places)[exits_taken(confidence, threshold, rule.lowest)]
+    counts, costs = torch.stack([row.bincount(minlength=K) for row in taken]).numpy(), np.zeros((len(thresholds), K))
+    costs[:, places] = [validation.exits_at(places).costs(threshold) for threshold in thresholds]
+    ratios = ((counts * costs).sum(1) / N).tolist()  # Eq. 1
     scores = score(predictions.gather(0, taken).numpy(), labels.numpy(), metric).tolist()
     of_exits = score(predictions.numpy(), labels.numpy(), metric).tolist()
-    curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts}
-    return {"exit_scores": of_exits, **curve, "area": area_under_curve(ratios, scores)}, taken
+    curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts.tolist()}
+    return {"exit_scores": of_exits, **curve, "area": area_under_curve(ratios, scores, 1 / exits.depth)}, taken
 
 
-def reliability(folds: Folds, validation: Validation) -> dict:
-    """`ece` and `nll` of each exit (K), "before" and "after" temperature scaling."""
+def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> dict:
+    """What evaluation.json holds of the exits, alone and at each threshold."""
+    curve, _ = sweep(folds, validation, thresholds)
+    predictions, labels, C = validation.logits.argmax(-1), validation.labels, validation.logits.shape[-1]
+    curve["class_counts"] = [row.bincount(minlength=C).tolist() for row in predictions]  # (K, C)
+    curve["per_class"] = [classification_report(row.numpy(), labels.numpy(), C) for row in predictions]
     scaled = {"before": validation.logits, "after": validation.logits.clone()}
     for rule, rows in folds:
         if rule.temperatures is not None:
             scaled["after"][:, rows] /= rule.temperatures[:, None, None]
+    for name, measure in (("ece", expected_calibration_error), ("nll", negative_log_likelihood)):
+        curve[name] = {when: [measure(one, labels) for one in logits] for when, logits in scaled.items()}  # (K,) each
+    return curve
 
-    def of_exits(measure: Callable[[Tensor, Tensor], float]) -> dict:
-        return {when: [measure(one, validation.labels) for one in logits] for when, logits in scaled.items()}
 
-    return {"ece": of_exits(expected_calibration_error), "nll": of_exits(negative_log_likelihood)}
+def never_predicted(validation: Validation, names: list[str]) -> list[str]:
+    """A line on each exit that never predicts a class, which has five rows or more. `names` are the classes'."""
+    found, counts = [], validation.labels.bincount(minlength=len(names))
+    if validation.metric == "agreement":  # the classes are full depth's own
+        return found
+    for n, said in zip(validation.exits.layers, validation.logits.argmax(-1), strict=True):
+        never = (counts >= 5) & (said.bincount(minlength=len(names)) == 0)
+        if never.any():
+            classes = preview([names[c] for c in never.nonzero()[:, 0]])
+            advice = "train longer (--epochs), at another --lr, or with --class-weights balanced"
+            found.append(f"the exit after layer {n} never predicts {classes}: {advice}")
+    return found
 
 
 def save_evaluation(run: Path, evaluation: dict, validation: Validation) -> None:
-    """Write evaluation.json, and what it was made of, for rules to try without a model: logits.safetensors.
-
-    The two belong together, by `logits_digest`: until the first names the second, both old ones stand.
-    """
+    """Write logits.safetensors, of which other goals choose, and then evaluation.json, whose old one goes first."""
+    (run / EVALUATION).unlink(missing_ok=True)
     values = validation._asdict().items()
-    content = save({name: value.contiguous() for name, value in values if isinstance(value, Tensor)})
-    with written_beside(run / NEXT_LOGITS) as partial:
-        partial.write_bytes(content)
-    write_json(run / "evaluation.json", evaluation | {"logits_digest": hashlib.sha256(content).hexdigest()})
-    with suppress(FileNotFoundError):  # another evaluation has renamed it
-        (run / NEXT_LOGITS).replace(run / LOGITS)
+    with written_beside(run / LOGITS) as new:
+        save_file({name: value.contiguous() for name, value in values if isinstance(value, Tensor)}, new)
+    write_json(run / EVALUATION, evaluation)
 
 
 def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Validation:
-    """Read what `save_evaluation` wrote. Raises InputError for a file that is not there, or another one."""
-    found = [path for path in (run / NEXT_LOGITS, run / LOGITS) if path.exists()]  # the first: it was stopped
-    path = next((path for path in found if sha256(path) == evaluation.logits_digest), None)
-    if path is None:
-        reason = "not of this evaluation.json, its SHA-256 is not logits_digest" if found else "no such file"
-        raise InputError(f"{run / LOGITS}: {reason}; evaluate it again: evaluate.py {run}")
-    exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
-    K, N, C = len(exits.layers), evaluation.examples, record.num_labels
+    """Read what `save_evaluation` wrote. Raises InputError where logits.safetensors is missing or broken."""
     try:
-        logits, certainty, labels, keys = map(load_file(path).get, ("logits", "certainty", "labels", "keys"))
-        right = logits.shape == (K, N, C) and logits.is_floating_point() and logits.isfinite().all()
-        right = right and labels.shape == keys.shape == (N,) and labels.dtype == keys.dtype == torch.int64
-        right = right and 0 <= labels.min() and labels.max() < C
-        certainty = certainty if evaluation.exit_strategy == "lte" else None
-        if evaluation.exit_strategy == "lte":
-            right = right and certainty.shape in ((K - 1, N), (K, N)) and certainty.isfinite().all()
-    except (SafetensorError, AttributeError):
-        right = False
-    if not right:
-        raise InputError(f"{path}: not the logits and labels of {N} rows at {K} exits; evaluate it again")
-    return Validation(logits, certainty, labels, keys, evaluation.metric, exits)
+        tensors = load_file(run / LOGITS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{run / LOGITS}: not readable ({error}); evaluate again: evaluate.py {run}") from None
+    exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
+    return Validation(**{"certainty": None} | tensors, metric=evaluation.metric, exits=exits)

@@ -1,48 +1,32 @@
-"""From runs to the paper's tables and figures: individual classifiers (Tables 1, 3, 4), scores interpolated at set
-speedup ratios and areas under the curve (App. A), speed-accuracy curves (Figs. 4 to 8, 10).
+"""From runs to the paper's tables and figures: the individual classifiers (Tables 1, 3, 4), the scores at set speedup
+ratios and the areas under the curve (App. A), and the speed-accuracy curves (Figs. 4 to 8, 10).
 
-A mean over tasks is taken seed by seed, so that its deviation is the one over seeds, as in the paper; a seed that lacks
-a task's run has no mean. Only the differences between methods pool all pairs of a task and a seed.
+The mean over tasks is taken for each seed, so that its deviation is the one over seeds, as in the paper. A seed that
+lacks the run of a task has no mean. Only the differences between methods pool all pairs of a task and a seed.
 
 Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup ratios).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product, zip_longest
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.use.plots import label_axes, new_figure, save_figure, sorted_curve
+from minisweet.use.plots import draw_line, label_axes, new_figure, save_figure, sorted_curve
 
-# 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
+# The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-SINGLE = ": one model of n layers"
-RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the first exit's
+INTERVAL = "mean ± 95% interval"
+RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the ratios of the first exits
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
-# The records of one method and training size, by task and seed; {} for a run whose loss became infinite or NaN.
+# The records of one method and training size, by task and seed. A run that diverged is {}.
 Records = dict[str, dict[int, dict]]
-Points = Callable[[dict], ArrayLike]  # of a record: (P,)
-
-
-def with_single_models(grid: dict[str, Records]) -> dict[str, Records]:
-    """The grid, and before each Multi-Model, mm or mm-taught, its models alone: points at their own cost, n / L."""
-
-    def alone(run: dict) -> dict:
-        costs = [n / run["depth"] for n in run["exit_layers"]]
-        return run | {"method": run["method"] + SINGLE, "speedup_ratios": costs, "scores": run["exit_scores"]}
-
-    models = {}
-    for method, of_tasks in grid.items():
-        if method.startswith("mm"):
-            single = {task: {seed: run and alone(run) for seed, run in runs.items()} for task, runs in of_tasks.items()}
-            models[method + SINGLE] = single
-        models[method] = of_tasks
-    return models
+Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or one number
 
 
 def one_class_layers(record: dict) -> list[int]:
@@ -52,40 +36,43 @@ def one_class_layers(record: dict) -> list[int]:
 
 
 def did_not_converge(record: dict) -> bool:
-    """Whether every exit predicts one class, or the loss of the last tenth of the steps is not below the first tenth's.
+    """Whether a run diverged, whether every trained exit predicts one class, or whether its loss did not fall.
 
-    A tenth is at least ten steps, or half of fewer than twenty. MM's exits and branches are trained apart, so that
-    each one's own loss must fall; else the sum does.
+    The loss fell if the last tenth of the steps is below the first tenth; a tenth is at least ten steps, or half of
+    fewer than twenty. MM's exits and branches are trained apart, so each loss must fall; otherwise the sum must.
     """
-    if not record:  # the loss became infinite or NaN
+    if not record:
         return True
-    losses = np.array(record["losses"])  # (steps, K)
-    if not record["method"].startswith(("mm", "branch")):
+    losses = np.array(record["losses"])  # (steps, exits that are trained): exit 0 has no column
+    part = max(len(losses) // 10, min(10, len(losses) // 2))  # 0 where exit 0 alone was fitted
+    if part > 0 and not record["method"].startswith(("mm", "branch")):
         losses = losses.sum(1, keepdims=True)
-    part = max(len(losses) // 10, min(10, len(losses) // 2))
     rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()
-    return rose or len(one_class_layers(record)) == len(record["exit_layers"])
+    return rose or {n for n in record["exit_layers"] if n > 0} <= set(one_class_layers(record))
 
 
 def interpolated(record: dict, ratios: Sequence[float]) -> np.ndarray:
-    """The curve's scores at speedup ratios (P,), linearly interpolated; NaN at one that it, or no point, reaches."""
+    """Interpolate the curve's scores at speedup ratios (P,). A ratio that the curve does not reach gets NaN."""
     curve = sorted_curve(record["speedup_ratios"], record["scores"])
-    scores = np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
-    is_curve = not record["method"].endswith(SINGLE)
-    return np.where(is_curve | np.isin(np.round(ratios, 9), curve[0]), scores, np.nan)
+    return np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
+
+
+def exit_scores(record: dict, layers: Sequence[int]) -> list[float]:
+    """The scores of the exits after these layers, and NaN where there is no exit."""
+    found = dict(zip(record["exit_layers"], record["exit_scores"], strict=True))
+    return [found.get(n, np.nan) for n in layers]
 
 
 def seed_means(records: Records, points: Points) -> np.ndarray:
-    """The points of each seed that has a run of all tasks, averaged over them: (S, P)."""
+    """Average the points over the tasks, for each seed that has a run of all tasks: (S, P)."""
     seeds = set.intersection(*({seed for seed, run in runs.items() if run} for runs in records.values()))
-    values = [np.mean([points(runs[seed]) for runs in records.values()], axis=0) for seed in sorted(seeds)]
-    return np.array(values).reshape(len(values), -1 if values else 0)
+    return np.array([np.mean([points(runs[seed]) for runs in records.values()], axis=0) for seed in sorted(seeds)])
 
 
 def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, sample deviation, and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
+    """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
 
-    NaN where a seed has no value, and the latter two with one seed. Without a seed, three empty arrays.
+    They are NaN where a seed has no value, and the latter two are NaN with one seed. Without a seed all are empty.
     """
     if (S := len(values)) == 0:
         return (np.array([]),) * 3
@@ -93,176 +80,99 @@ def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.mean(0), std, std * STUDENT_T[min(S, 31) - 2] / np.sqrt(S)
 
 
-def results_of(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> dict:
-    """The tables of one training size, for JSON, of a grid that is method to task to seed to record.
-
-    `differences` are the last method's interpolated scores less each other method's, `area_differences` each method's
-    area less each other's; only where there are pairs. `chosen` are the speedup ratios, by default the paper's.
-    """
-    results: dict[str, dict] = {"individual": {}, "interpolated": {}, "areas": {}}
-    for method, records in grid.items():
-        layers, ratios = [], []
-        for run in _runs(records)[:1]:
-            layers = run["exit_layers"]
-            papers = (min(run["speedup_ratios"]), *RATIOS, *MULTI_MODEL_RATIOS * method.startswith("mm"))
-            ratios = sorted({round(ratio, 9) for ratio in chosen or papers})
-        at_ratios = partial(interpolated, ratios=ratios)
-        results["interpolated"][method] = {"ratios": ratios} | _row(records, at_ratios, "ci95")
-        if not method.endswith(SINGLE):
-            results["individual"][method] = {"exit_layers": layers} | _row(records, itemgetter("exit_scores"), "std")
-            results["areas"][method] = _row(records, itemgetter("area"), "ci95")
-    results["differences"] = {"of": method, "ratios": ratios, "from": less_each_other(grid, method, at_ratios)}
-    curves = {method: grid[method] for method in results["areas"]}
-    results["area_differences"] = {method: less_each_other(curves, method, itemgetter("area")) for method in curves}
-    return results
+def differences(ours: Records, theirs: Records, points: Points) -> list[np.ndarray]:
+    """Subtract from the points of a method's runs those of another method's run of the same task and seed."""
+    pairs = [(runs[seed], theirs[task].get(seed)) for task, runs in ours.items() for seed in runs]
+    return [np.subtract(points(run), points(other)) for run, other in pairs if run and other]
 
 
-def less_each_other(grid: dict[str, Records], method: str, points: Points) -> dict:
-    """The points of a method's runs less those of each other method's, paired over tasks and seeds, if there are pairs.
-
-    The interval is that of as many independent pairs.
-    """
-    differences = {}
-    for other in grid:
-        runs = [(grid[method][task], grid[other][task]) for task in grid[method]]
-        pairs = [(ours[seed], theirs[seed]) for ours, theirs in runs for seed in ours.keys() & theirs.keys()]
-        values = [np.subtract(points(ours), points(theirs)) for ours, theirs in pairs if ours and theirs]
-        if values and other != method:
-            mean, _, ci95 = over_seeds(np.array(values).reshape(len(values), -1))
-            differences[other] = {"pairs": len(values), "mean": for_json(mean), "ci95": for_json(ci95)}
-    return differences
+def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[str]:
+    """Write the means of values (S, P) or (S,), each with its 95% interval or deviation. What has no mean is blank."""
+    mean, std, ci95 = (np.atleast_1d(of_seeds).round(4) for of_seeds in over_seeds(np.array(values)))
+    pairs = zip(mean, std if deviation else ci95, strict=True)
+    pairs = [(value, "" if np.isnan(spread) else f" ±{spread:.1f}") for value, spread in pairs]
+    return ["" if np.isnan(value) else f"{value:{sign}.1f}{spread}" for value, spread in pairs]
 
 
-def _row(records: Records, points: Points, spread: str) -> dict:
-    """Mean and spread ("std" or "ci95") over seeds, and what of it failed to learn; in `tasks` those of each task."""
-
-    def row(records: Records) -> dict:
-        values = seed_means(records, points)
-        mean, std, ci95 = over_seeds(values)
-        return {
-            "mean": for_json(mean),
-            spread: for_json(std if spread == "std" else ci95),
-            "seeds": len(values),
-            "did_not_converge": sum(did_not_converge(run) for runs in records.values() for run in runs.values()),
-            "one_class_layers": sorted({layer for run in _runs(records) for layer in one_class_layers(run)}),
-        }
-
-    return row(records) | {"tasks": {task: row({task: runs}) for task, runs in records.items()}}
-
-
-def _runs(records: Records) -> list[dict]:
-    """The records of all tasks and seeds but the empty ones."""
-    return [run for runs in records.values() for run in runs.values() if run]
-
-
-def markdown(results: dict) -> str:
-    """The tables of `results_of`: a row per task and method, the mean over tasks first; the differences; the areas."""
-    text, areas, differences = "", results["areas"], results["differences"]
-    tasks = list(areas[differences["of"]]["tasks"])
-    shown = ["mean", *tasks] if len(tasks) > 1 else tasks
-    for table, columns, form, title in (
-        ("individual", "exit_layers", "layer {}", "Individual classifiers: mean score ± deviation over seeds"),
-        ("interpolated", "ratios", "{:.3g}", "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds"),
-    ):
-        rows, by_exit = [], table == "individual"
-        points = max((row[columns] for row in results[table].values()), key=len)
-        for task, (method, row) in product(shown, results[table].items()):
-            row = row["tasks"].get(task, row)
-            stuck = row["one_class_layers"]
-            name = method + "†" * (row["did_not_converge"] > 0) + "°" * (bool(stuck) and not by_exit)
-            cells = zip_longest(points, _cells(row), fillvalue="")
-            rows.append([task, name, row["seeds"], *(cell + "°" * (by_exit and n in stuck) for n, cell in cells)])
-        text += _table(title, ["task", "method", "seeds", *map(form.format, points)], rows)
-    text += "\n† a run did not converge: all exits predict one class, or the loss did not fall. "
-    text += "° an exit predicts one class.\n"
-    if rows := [[other, row["pairs"], *_cells(row, "+")] for other, row in differences["from"].items()]:
-        title = f"{differences['of']} less each other, paired over tasks and seeds, mean ± 95% interval"
-        text += _table(title, ["less", "pairs", *map("{:.3g}".format, differences["ratios"])], rows)
-    rows = []
-    for method, row in areas.items():
-        less = results["area_differences"][method]
-        cells = [_cells(row["tasks"].get(task, row)) for task in shown]
-        cells += [_cells(less[other], "+") if other in less else [] for other in areas]
-        rows.append([method, row["seeds"], *map("".join, cells)])
-    title = "Area under the curve, mean ± 95% interval over seeds, and less each other's, paired over tasks and seeds"
-    return text + _table(title, ["method", "seeds", *shown, *(f"less {other}" for other in areas)], rows)
-
-
-def _table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
-    """A heading and a table in Markdown, after an empty line."""
-    first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in (head, *rows))
+def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
+    """A heading and a table in Markdown, after an empty line. Short rows are filled with blank cells."""
+    filled = [[*row, *[""] * (len(head) - len(row))] for row in (head, *rows)]
+    first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in filled)
     return f"\n### {title}\n\n{first}{'|---' * len(head)}|\n{''.join(others)}"
 
 
-def _cells(row: dict, sign: str = "") -> list[str]:
-    """A row's means, each with its spread where there is one; blank without a mean."""
-    pairs = zip(row["mean"], row["std"] if "std" in row else row["ci95"], strict=True)
-    spreads = [(mean, "" if around is None else f" ±{around:.1f}") for mean, around in pairs]
-    return ["" if mean is None else f"{mean:{sign}.1f}{spread}" for mean, spread in spreads]
+def tables(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> str:
+    """Write the tables of a grid, which maps method to task to seed to record, in Markdown.
+
+    A table has a row for the mean over tasks and for each task. `chosen` replaces the paper's speedup ratios.
+    """
+    tasks, runs = list(next(iter(grid.values()))), [run for records in grid.values() for run in _runs(records)]
+    shown = ({"mean": tasks} if len(tasks) > 1 else {}) | {task: [task] for task in tasks}
+    papers = [*RATIOS, *(min(run["speedup_ratios"]) for run in runs)]
+    papers += MULTI_MODEL_RATIOS if any(method.startswith("mm") for method in grid) else ()
+    ratios = sorted({round(float(ratio), 9) for ratio in chosen or papers})
+    layers = sorted({n for run in runs for n in run["exit_layers"]})
+    individual, curves = [], []
+    for (name, its), (method, records) in product(shown.items(), grid.items()):
+        records = {task: records[task] for task in its}
+        mark = "†" * any(did_not_converge(run) for of_seed in records.values() for run in of_seed.values())
+        stuck = {n for run in _runs(records) for n in one_class_layers(run)}
+        scores = seed_means(records, partial(exit_scores, layers=layers))
+        marked = [cell + "°" * (n in stuck) for n, cell in zip(layers, cells(scores, deviation=True), strict=False)]
+        individual.append([name, method + mark, len(scores), *marked])
+        at_ratios = cells(seed_means(records, partial(interpolated, ratios=ratios)))
+        curves.append([name, method + mark + "°" * bool(stuck), len(scores), *at_ratios])
+    head = ["task", "method", "seeds"]
+    title = "Individual classifiers: mean score ± deviation over seeds"
+    text = table(title, [*head, *map("layer {}".format, layers)], individual)
+    title = f"Scores at speedup ratios, interpolated, {INTERVAL} over seeds"
+    text += table(title, [*head, *map("{:.3g}".format, ratios)], curves)
+    text += "\n† a run did not converge: all exits predict one class, or the loss did not fall. "
+    text += "° an exit predicts one class.\n"
+    return text + difference_tables(grid, shown, [ratio for ratio in ratios if ratio <= 1])
 
 
-def document(results: dict) -> str:
-    """results.md: what results.json holds, for people."""
-    rates, searched = results["learning_rates"], len(results["rates_searched"]) > 1
-    text = (
-        f"# {results['model']}, exit strategy {results['exit_strategy']}\n\n"
-        f"Seeds {', '.join(map(str, results['seeds']))}; up to {results['train_size']} training examples, "
-        f"{results['epochs']} epochs; trained on: {'; '.join(results['trained_on']) or 'nothing yet'}.\n"
-    )
-    title = "Learning rates" + ": largest area under the curve on the first seed" * searched
-    rows = [[method, *(f"{rate:g}" if rate else "" for rate in found.values())] for method, found in rates.items()]
-    text += _table(title, ["method", *next(iter(rates.values()))], rows)
-    if searched:
-        failed = results["early_exits_failed"].items()
-        rows = [[method, *(f"{n} of {exits}" for n, exits in failures)] for method, failures in failed]
-        head = ["method", *map("{:g}".format, results["rates_searched"])]
-        text += _table("Exits before the last that predict one class, in the complete runs of the search", head, rows)
-    text += markdown(results)
-    for size, tables in results["by_train_size"].items():
-        text += f"\n## Up to {size} training examples\n{markdown(tables)}"
-    text += "\n### What to know of these runs\n\n"
-    for key, what in (
-        ("did_not_converge", "Runs that did not converge"),
-        ("one_class", "Runs with exits that predict one class (their layers)"),
-        ("repeated", "Runs that did not converge and are repeated with other seeds"),
-        ("missing", "Missing runs"),
-    ):
-        if (names := results[key]) or key != "repeated":
-            items = [f"- {name} {names[name]}\n" if isinstance(names, dict) else f"- {name}\n" for name in names]
-            text += f"{what}: {len(items)}\n\n" + "".join(items) + "\n" * bool(items)
-    return text
+def difference_tables(grid: dict[str, Records], shown: dict[str, list[str]], ratios: Sequence[float]) -> str:
+    """Write the last method's interpolated scores less each other method's, and all methods' areas under the curve.
+
+    `shown` are the tasks to average the areas over, by the name of the column.
+    """
+    *others, last = grid
+    points, area, rows = partial(interpolated, ratios=ratios), itemgetter("area"), []
+    pairs = {other: differences(grid[last], grid[other], points) for other in others}
+    compared = [[other, len(found), *cells(found, sign="+")] for other, found in pairs.items() if found]
+    for method, records in grid.items():
+        row = [cells(seed_means({task: records[task] for task in its}, area)) for its in shown.values()]
+        row += [cells(differences(records, grid[other], area), sign="+") if other != method else [] for other in grid]
+        rows.append([method, len(seed_means(records, area)), *map("".join, row)])
+    title = f"{last} less each other, paired over tasks and seeds, {INTERVAL}"
+    text = table(title, ["less", "pairs", *map("{:.3g}".format, ratios)], compared) if compared else ""
+    title = f"Area under the curve, {INTERVAL} over seeds, and less each other's, paired over tasks and seeds"
+    return text + table(title, ["method", "seeds", *shown, *(f"less {other}" for other in grid)], rows)
 
 
-def for_json(values: np.ndarray) -> list:
-    """Nested lists of four decimals, None for NaN, which JSON does not have."""
-    return np.where(np.isnan(values), None, values.round(4)).tolist()
+def _runs(records: Records) -> list[dict]:
+    """The records of all tasks and seeds but those of runs that diverged."""
+    return [run for runs in records.values() for run in runs.values() if run]
 
 
 def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:
-    """Draw speed-accuracy curves to a PNG: mean over seeds, shaded their 95% confidence interval.
+    """Draw speed-accuracy curves to a PNG: the mean over seeds and, shaded, its 95% interval.
 
-    Each panel is a title, a grid as in `results_of`, and the tasks to average over. InputError without matplotlib.
+    Each panel is a title, a grid as in `tables`, and the tasks to average over.
     """
-    columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, legend = new_figure(path, figsize=(3 + 4.2 * columns, 3.4 * rows), layout="constrained"), {}
+    figure = new_figure(1 + 4.2 * columns, 1 + 3.4 * rows)
     for place, (title, grid, tasks) in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, columns, place)
-        methods = list(dict.fromkeys(["sweet", "ee", "mm", *grid]))  # each has its colour of matplotlib's cycle
-        for method in grid:
-            look = {"color": f"C{methods.index(method)}", "label": method}
-            records = {task: grid[method][task] for task in tasks}
-            reached = sorted({ratio for run in _runs(records) for ratio in run["speedup_ratios"]}) or [0]
-            is_curve = not method.endswith(SINGLE)
-            ratios = np.linspace(reached[0], reached[-1], 400) if is_curve else reached
+        for k, (method, records) in enumerate(grid.items()):
+            records = {task: records[task] for task in tasks}
+            reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]] or [0]
+            ratios = np.linspace(min(reached), max(reached), 400)
             mean, _, ci95 = over_seeds(seed_means(records, partial(interpolated, ratios=ratios)))
-            if len(mean) and not is_curve:
-                axis.errorbar(ratios, mean, ci95, fmt="o", **look)
-            elif len(mean):
-                axis.plot(ratios, mean, **look)
-                axis.fill_between(ratios, mean - ci95, mean + ci95, color=look["color"], alpha=0.15, linewidth=0)
+            if len(mean):
+                colour = draw_line(axis, k, ratios, mean, method, marker="")
+                axis.fill_between(ratios, mean - ci95, mean + ci95, color=colour, alpha=0.15, linewidth=0)
         label_axes(axis, title, "score")
-        legend |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if legend:
-        figure.legend(legend.values(), legend.keys(), loc="outside right upper")  # it would hide curves
     save_figure(figure, path)

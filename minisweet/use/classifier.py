@@ -1,8 +1,10 @@
-"""Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made."""
+"""Early exit as a user calls it: texts in, labels out, with a run that train.py and evaluate.py made.
+
+Dimension letters: B texts, K exits, C classes.
+"""
 
 import argparse
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,55 +14,51 @@ import torch
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
-from minisweet.base.safe import LOG, InputError, as_written, is_text
+from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, wish_of
+from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import load_validation
 from minisweet.live import GATHERED, Answers, early_exit
-from minisweet.runs.folders import load_run, read_evaluation
-from minisweet.runs.records import Record
+from minisweet.runs.folders import load_run
 
-WINDOW = 1024  # texts that are tokenised, and sorted by length, at once
-ROUNDING = 1e-6  # below the lowest threshold: 0.333333 is meant for 1/3
-ARGUMENTS = {  # of the classifier: what is right, and whether a value is
-    "run": ("the path of a run folder", lambda run: isinstance(run, str | Path) and run != "" and is_text(str(run))),
-    "max_loss": ("a number, 0 or more", lambda points: points is None or (is_number(points) and points >= 0)),
-    "speed": ("a number above 0, to 1", lambda share: share is None or (is_number(share) and 0 < share <= 1)),
-    "max_change": ("a number from 0.01 to 99.99", lambda p: p is None or (is_number(p) and 0.01 <= p <= 99.99)),
-    "sure": ("a number from 50 to 99.9", lambda percent: is_number(percent) and 50 <= percent <= 99.9),
-    "device": ("auto, cpu, cuda or cuda:N", lambda device: isinstance(device, str)),
-    "amp": (f"one of {', '.join(AMP_CHOICES)}", lambda amp: isinstance(amp, str) and amp in AMP_CHOICES),
-    "batch_size": ("a whole number, 1 or more", lambda size: type(size) is int and 0 < size < 2**31),
-}
+GOALS = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99)}  # from the lowest to the highest value
+RANGES = GOALS | {"threshold": (0, 1), "sure": (50, 99.9), "batch_size": (1, 2**31)}
 
 
 class Answer(NamedTuple):
-    """What the exit that was taken says of one text."""
+    """What the exit that was taken says of one text.
+
+    `confidence` is what was compared with the threshold: with learning-to-exit it is none of the probabilities. Where a
+    run was made without labels, it estimates how often the exit agrees with full depth, not how often it is right.
+    """
 
     label: str
-    confidence: float  # what was compared with the threshold: of learning-to-exit not one of the probabilities
-    exit_layer: int  # counted from 1
+    confidence: float
+    exit_layer: int  # counted from 1; 0 is the exit before the first layer
     probabilities: dict[str, float]  # of all labels, after temperature scaling
 
 
 class EarlyExitClassifier:
-    """Classifies texts, or pairs of them, each at the first exit whose confidence reaches the threshold.
+    """Classifies texts, or pairs of texts, each at the first exit whose confidence reaches the threshold.
 
-    Exits, calibration and the operating point are those of evaluation.json. Several threads may share one classifier.
-    On a CPU, `minisweet.tune_cpu()` before the first model, once per process, makes it as fast as the commands are.
+    The exits that are asked, their calibration and the operating point come from the run's evaluation.json. Several
+    threads may share one classifier. On a CPU, `minisweet.tune_cpu()` before a process's first model makes it faster.
 
     Args:
-        run: a run folder. One without evaluation.json needs a `threshold`; confidences stay uncalibrated then.
-        threshold: from 1/C of C classes (learning-to-exit: 0; all leave at the first exit) to 1 (all run to the last).
-            None for the operating point.
-        max_loss, speed, max_change: choose the threshold instead: the fastest that loses at most so many points to full
-            depth, the best that runs at most this share of the layers, or the fastest that changes at most so many
-            percent of full depth's answers, certified with the confidence `sure`, 50 to 99.9 percent.
+        run: the folder of an evaluated run.
+        threshold: from 0 to 1, where all texts run to the last exit. No confidence is below 1/C of C classes
+            (learning-to-exit: 0), so up to there all leave at the first. None for the operating point.
+        max_loss, speed, max_change: a goal chooses the threshold instead: the fastest that loses at most so many points
+            to full depth; the best that runs at most this share of the layers; or the fastest that changes at most so
+            many percent of full depth's answers.
+        sure: the confidence, from 50 to 99.9 percent, with which `max_loss` (default 70) or `max_change` (default 90)
+            is to hold on new text.
         device, amp: as the commands' --device and --amp.
-        batch_size: texts that run at once.
+        batch_size: how many texts run at once.
 
-    Raises InputError (a ValueError) for no run, a broken one, an argument outside its range, a threshold that lacks.
+    Raises InputError, a ValueError, where there is no evaluated run, and for arguments outside their ranges.
     """
 
     def __init__(
@@ -71,44 +69,72 @@ class EarlyExitClassifier:
         max_loss: float | None = None,
         speed: float | None = None,
         max_change: float | None = None,
-        sure: float = 90.0,
+        sure: float | None = None,
         device: str = "auto",
         amp: str = "auto",
         batch_size: int = 32,
     ) -> None:
-        wishes = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
-        given = {"run": run, "device": device, "amp": amp, "batch_size": batch_size, "sure": sure}
-        check_arguments(given, wishes, threshold)
-        try:
-            self.device, self.batch_size = choose_device(device), batch_size
-        except InputError as error:  # names the option
-            raise InputError(str(error).removeprefix("--")) from None
-        self.precision, run = choose_precision(amp, self.device), Path(run)
+        goals = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
+        for name, value in {"threshold": threshold, **goals, "sure": sure, "batch_size": batch_size}.items():
+            low, high = RANGES[name]
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name}: {value!r:.80}, should be a number from {low} to {high}")
+        if sum(value is not None for value in (threshold, *goals.values())) > 1:
+            raise InputError(f"threshold, {', '.join(goals)}: more than one is given, and each chooses the threshold")
+        if sure is not None and max_loss is max_change is None:
+            raise InputError(f"sure: {sure:g} needs max_loss or max_change")
+        if amp not in AMP_CHOICES:
+            raise InputError(f"amp: {amp!r:.80}, should be one of {', '.join(AMP_CHOICES)}")
+        run, self.batch_size, self.device = Path(run), batch_size, choose_device(str(device))
+        self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
-        self.evaluation, self.labels = read_evaluation(run, self.record), self.record.labels
-        if self.evaluation is not None:
-            model = model.keep_exits(self.evaluation.exit_layers)  # evaluate.py --use-exits may have left some out
-            self.rule = ExitRule.from_evaluation(self.evaluation, len(self.labels))
-        elif threshold is None:
-            raise InputError(f"{run}: has no evaluation.json, so it needs a threshold (or first: evaluate.py {run})")
-        else:
-            self.rule = uncalibrated(self.record, len(model.exit_layers))
-        self.threshold = self._chosen(run, threshold, wishes, sure)
-        self.model, self.exit_layers = model.to(self.device), model.exit_layers
+        self.labels, self.pairs = self.record.labels, len(self.record.columns) == 2
+        self.certainty_name = "agreement" if self.record.metric == "agreement" else "confidence"  # where it is printed
+        evaluation = read_evaluation(run)
+        if evaluation is None:
+            raise InputError(f"{run}: has no evaluation.json; first: evaluate.py {run}")
+        rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
+        layers, warnings = evaluation.exit_layers, []
+        if any(goal is not None for goal in goals.values()):
+            validation = load_validation(run, evaluation, self.record)
+            asked = None if layers == self.record.exit_layers else layers  # evaluate.py --use-exits chose them
+            wish = wish_of(validation.metric != "agreement", **goals, sure=sure)
+            rule, point = operating_point(validation, wish, asked, self.record.train_texts)
+            warnings.append(shortfall(point))
+        if threshold is None:
+            threshold = point["threshold"]
+            warnings.append(not_certified(point["wish"], threshold, evaluation, self.precision))
+        for line in filter(None, warnings):
+            LOG.warning("%s", line)
+        self.threshold, self.exit_layers = threshold, point["asked_exits"]
+        self.rule = rule.kept([layers.index(n) for n in self.exit_layers])
+        self.model = model.keep_exits(self.exit_layers).to(self.device)
         self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
-        """Classify texts and pairs, in their order. Raises InputError, with the index from 0, for what is neither."""
-        checked, answers = check_texts(texts), []
-        for start in range(0, len(checked), WINDOW):
-            answers += self.classify(self.tokenize(checked[start : start + WINDOW]))
-        return answers
+        """Classify texts, or pairs of them where the run was trained on pairs, in their order.
+
+        Raises InputError, with the item's index from 0, for what is something else.
+        """
+        return self.classify(self.tokenize(texts))
+
+    def tokenize(self, texts: Iterable[str | Sequence[str]]) -> TokenizedExamples:
+        """Tokenise what `__call__` takes. Raises InputError, with the item's index from 0, for something else."""
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: classify([text])")
+        columns: list[list[str]] = [[] for _ in range(1 + self.pairs)]
+        for i, text in enumerate(texts):
+            parts = text if isinstance(text, tuple | list) else [text]
+            if len(parts) != len(columns) or not all(isinstance(part, str) for part in parts):
+                wanted = "a pair of texts" if self.pairs else "one text"
+                raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as in training")
+            for column, part in zip(columns, parts, strict=True):
+                column.append(part)
+        return TokenizedExamples(self.tokenizer, Examples(columns[0], columns[1] if self.pairs else None, None))
 
     def classify(self, examples: TokenizedExamples) -> list[Answer]:
         """Classify what `tokenize` made, in its order."""
         rows, answers = [], []
-        if self.model.training:
-            self.model.eval()
         for pool in examples.by_length(GATHERED * self.batch_size):
             inputs = pool.to(self.device).inputs
             with autocast(self.device, self.precision):
@@ -117,58 +143,16 @@ class EarlyExitClassifier:
             answers += self.answers(found)
         return [answers[place] for place in np.argsort(rows)]
 
-    def tokenize(self, texts: list) -> TokenizedExamples:
-        """Texts and pairs, mixed, as `check_texts` gives them."""
-        return TokenizedExamples(self.tokenizer, Examples(texts, None, None))  # the tokenizer takes a pair for a text
-
     def answers(self, found: Answers) -> list[Answer]:
         """What exits said of B texts, each text by one of them, as users read it."""
-        logits = found.logits
+        labels, exits, logits, confidence = (tensor.cpu() for tensor in found)
         if self.rule.temperatures is not None:
-            logits = logits / self.rule.temperatures.to(logits.device)[found.exits, None]  # (K,) to (B, 1)
-        columns = (found.labels, found.confidence, found.exits, logits.softmax(-1))
+            logits = logits / self.rule.temperatures[exits, None]  # (B, C) by (B, 1)
+        columns = map(torch.Tensor.tolist, (labels, confidence, exits, logits.softmax(-1)))
         return [
-            Answer(self.labels[label], confidence, self.exit_layers[k], dict(zip(self.labels, row, strict=True)))
-            for label, confidence, k, row in zip(*(column.tolist() for column in columns), strict=True)
+            Answer(self.labels[label], sure, self.exit_layers[k], dict(zip(self.labels, row, strict=True)))
+            for label, sure, k, row in zip(*columns, strict=True)
         ]
-
-    def _chosen(self, run: Path, threshold: object, wishes: dict, sure: float) -> float:
-        """The threshold that is given, or that of evaluation.json, or the one for a wish, whose rule is then taken."""
-        name = "threshold" if threshold is not None else f"{run / 'evaluation.json'}: threshold"
-        wish, said = {}, ""
-        if any(value is not None for value in wishes.values()):
-            with torch.device("cpu"):  # whatever the user's default is
-                validation = load_validation(run, self.evaluation, self.record)
-                wish = wish_of(validation.metric != "agreement", **wishes, sure=sure)
-                self.rule, point = operating_point(validation, self.evaluation.calibration, wish)
-            said, threshold = shortfall(point, len(validation.logits)), point["threshold"]
-        elif threshold is None:
-            wish, threshold = self.evaluation.operating_point.wish, self.evaluation.operating_point.threshold
-        if wish:
-            for line in filter(None, [said, not_certified(wish, threshold, self.evaluation, self.precision)]):
-                LOG.warning("%s", line)
-        if not is_number(threshold) or not self.rule.lowest - ROUNDING <= threshold <= 1:
-            right = f"a number from {self.rule.lowest:.6g} (all leave at the first exit) to 1 (all run to the last)"
-            raise InputError(f"{name}: {as_written(threshold)}, should be {right}")
-        return float(threshold)
-
-
-def check_arguments(given: dict, wishes: dict, threshold: object) -> None:
-    """Raise InputError for an argument of the classifier outside its range, and for those that do not go together."""
-    for name, value in (given | wishes).items():
-        right, fits = ARGUMENTS[name]
-        if not fits(value):
-            raise InputError(f"{name}: {as_written(value)}, should be {right}")
-    if sum(value is not None for value in (threshold, *wishes.values())) > 1:
-        raise InputError(f"threshold, {', '.join(wishes)}: more than one is given, and each chooses the threshold")
-    if given["sure"] != 90.0 and wishes["max_change"] is None:
-        raise InputError(f"sure: {given['sure']:g} needs max_change")
-
-
-def uncalibrated(record: Record, K: int) -> ExitRule:
-    """The rule of a run that was not evaluated: each exit's confidence, or certainty, as it is."""
-    ranges = torch.tensor([[0.0, 1.0]] * K, dtype=torch.float32, device="cpu")
-    return ExitRule(record.num_labels, ranges=ranges if record.exit_strategy == "lte" else None)
 
 
 def add_classifier_options(parser: Parser) -> None:
@@ -180,32 +164,6 @@ def add_classifier_options(parser: Parser) -> None:
 
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
-    """The classifier that a command's options ask for. Its errors name these."""
-    names = ("run", "threshold", "max_loss", "speed", "max_change", "sure", "device", "amp", "batch_size")
-    try:
-        return EarlyExitClassifier(**{name: value for name in names if (value := getattr(args, name)) is not None})
-    except InputError as error:
-        name, colon, rest = str(error).partition(": ")
-        option = f"--{name.replace('_', '-')}" if name in names[1:] else name
-        raise InputError(f"{option}{colon}{rest}") from None
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a number that is finite."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def check_texts(texts: Iterable) -> list[str | Sequence[str]]:
-    """The texts and pairs, in a list. Raises InputError for another thing, with its index from 0."""
-    if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
-        right = "a list of texts or pairs; for one text: classify([text])"
-        raise InputError(f"texts: {as_written(texts)}, should be {right}")
-    checked = list(texts)
-    for i, text in enumerate(checked):
-        try:
-            for part in text if isinstance(text, tuple | list) and len(text) == 2 else (text,):
-                str.encode(part)
-        except (TypeError, UnicodeEncodeError):  # no string, or one with half a character
-            right = "a text or a pair of texts, without lone surrogates"
-            raise InputError(f"item {i}: {as_written(text)}, should be {right}") from None
-    return checked
+    """The classifier that a command's options ask for."""
+    names = ("run", "device", "amp", *RANGES)
+    return EarlyExitClassifier(**{name: getattr(args, name) for name in names})

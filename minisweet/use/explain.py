@@ -1,15 +1,15 @@
 """What each exit says of a text, and where the text leaves; or a page that shows it for all validation rows.
 
-    python -m minisweet.explain RUN "The film was not superb."
-    python -m minisweet.explain RUN "How old are you?" "What is your age?"
-    python -m minisweet.explain RUN --html page.html
+    python -m minisweet explain RUN "The film was not superb."
+    python -m minisweet explain RUN "How old are you?" "What is your age?"
+    python -m minisweet explain RUN --html page.html
 
-The page is one HTML file, page.html with the data of a saved evaluation. It decides by the rule that new text gets, and
-as `minisweet.adaptive.leaves` does: in float32.
-Dimension letters: C classes, K exits, N instances, P thresholds.
+The page is one HTML file: page.html with the data of a saved evaluation. It decides as new text is decided, by the
+exits that the operating point asks, and as `minisweet.adaptive.leaves` does: in float32.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,20 +17,18 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule, leaves
-from minisweet.base.commands import Parser, run_command
+from minisweet.base.commands import Parser, path_to
 from minisweet.base.devices import autocast
-from minisweet.base.safe import InputError, check_file, one_line, written_beside
-from minisweet.data.load import load_dev
+from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.data.rows import Examples
-from minisweet.data.toy import LEVELS
+from minisweet.evaluation.records import Evaluation, read_evaluation
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.live import Answers
-from minisweet.runs.folders import read_evaluation, read_record
-from minisweet.runs.records import Evaluation, Record
-from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, check_texts, classifier_of
+from minisweet.runs.folders import read_record, read_validation
+from minisweet.runs.records import Record
+from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
 from minisweet.use.plots import METRICS
 
-__all__ = ["main", "run_command"]
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -40,40 +38,29 @@ def main() -> None:
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")
-    option("--html", type=Path, metavar="PAGE", help="write a page of all validation rows, from the saved evaluation")
-    option("--data", type=Path, metavar="FILE", help="of --html: the validation rows, if the file moved since training")
-    option("--data-dir", type=Path, help="of --html: where the GLUE tasks' folders lie, if they moved")
+    option("--html", type=path_to(".html"), metavar="FILE", help="write a page of all validation rows")
     add_classifier_options(parser)
     args = parser.parse_args()
-    parser.need(args, args.html, "--html", "data", "data_dir")
-    parser.need(args, args.max_change is not None, "--max-change", "sure")
-    chosen = ("threshold", "speed", "max_loss", "max_change", "sure", "batch_size", "device", "amp")
-    parser.need(args, args.text, "TEXT, and the page takes what evaluate.py saved", *chosen)
-    if len(args.text) > 2 or not (args.text or args.html):
-        raise InputError(f"TEXT: {len(args.text)} texts, should be one, or the two of a pair, or --html PAGE alone")
+    if bool(args.text) == bool(args.html):
+        raise InputError("TEXT: should be a text, or the two of a pair; or --html FILE and no text")
+    others = sorted(vars(args).keys() - {"run", "text", "html"})
+    parser.need(args, args.text, "TEXT; the page shows what evaluate.py saved", *others)
     if args.text:
         classify = classifier_of(args)
-        if (trained := classify.record.columns) and len(args.text) != len(trained):
-            raise InputError(f"TEXT: {len(args.text)} texts, should be {len(trained)}, as in training")
-        print_exits(explain(classify, args.text[0] if len(args.text) == 1 else args.text), classify.threshold)
-    if args.html:
-        check_file("--html", args.html, ".html")
-        record = read_record(args.run)
-        evaluation = read_evaluation(args.run, record)
-        if evaluation is None:
-            raise InputError(f"{args.run}: has no evaluation.json; first: evaluate.py {args.run}")
-        validation = load_validation(args.run, evaluation, record)
-        write_page(args.html, evaluation, record, load_dev(vars(record), args.data, args.data_dir), validation)
-        print(f"written to {args.html}")
+        print_exits(classify, explain(classify, args.text))
+        return
+    record, evaluation = read_record(args.run), read_evaluation(args.run)
+    if evaluation is None:
+        raise InputError(f"{args.run}: has no evaluation.json; first: evaluate.py {args.run}")
+    validation, rows = load_validation(args.run, evaluation, record), read_validation(args.run, record)
+    write_page(args.html, evaluation, record, rows, validation)
+    print(f"written to {args.html}")
 
 
 @torch.no_grad()
 def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
-    """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last.
-
-    The first such exit is taken. Raises InputError for what is neither text nor pair.
-    """
-    inputs = next(classify.tokenize(check_texts([text])).by_length(1)).to(classify.device).inputs
+    """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last."""
+    inputs = next(classify.tokenize([text]).by_length(1)).to(classify.device).inputs
     with autocast(classify.device, classify.precision):
         said = list(classify.model.exit_by_exit(*inputs))  # K of (1, C) and (1,) or None
     logits = torch.cat([exit_logits for exit_logits, _ in said]).float()  # (K, C)
@@ -84,47 +71,42 @@ def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tu
     return list(zip(answers, enough.tolist(), strict=True))
 
 
-def print_exits(exits: list[tuple[Answer, bool]], threshold: float) -> None:
+def print_exits(classify: EarlyExitClassifier, exits: list[tuple[Answer, bool]]) -> None:
     """Print a row per exit, each with its five likeliest labels."""
     taken = next(answer for answer, is_enough in exits if is_enough)
-    labels = [one_line(answer.label, 30) for answer, _ in exits]
-    width = max(5, *map(len, labels))
-    print(f"threshold {threshold:.4g}\n\n   layer  {'label':<{width}}  confidence  leaves  probabilities")
-    for label, (answer, is_enough) in zip(labels, exits, strict=True):
-        likeliest = sorted(answer.probabilities.items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{one_line(name, 30)} {p:.3f}" for name, p in likeliest[:5])
-        more = f", and {len(likeliest) - 5} more" if len(likeliest) > 5 else ""
-        row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {label:<{width}}"
-        print(f"{row}  {answer.confidence:>10.3f}  {'yes' if is_enough else 'no':<6}  {shown}{more}")
+    name = classify.certainty_name
+    print(f"threshold {classify.threshold:.4g}, to be compared with the {METRICS.get(name, name)}\n")
+    print(f"   layer  {name:>10}  leaves  label and probabilities")
+    for answer, is_enough in exits:
+        likeliest = Counter(answer.probabilities).most_common(5)
+        probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
+        row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {answer.confidence:>10.3f}"
+        print(f"{row}  {'yes' if is_enough else 'no':<6}  {probabilities}")
     print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
 
 
 def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, validation: Validation) -> None:
-    """Write the page, or replace it, whole or not at all. `validation` is what the exits said of `rows`."""
-    logits, certainty, labels, _, metric, exits = validation
-    rule = ExitRule.from_evaluation(evaluation, record.num_labels)
-    confidence, predictions = rule.confidences(logits, certainty), logits.argmax(-1)  # (K, N) each
-    exact = {*evaluation.thresholds, evaluation.operating_point.threshold}
-    hundredths = (n / 100 for n in range(101) if n / 100 > rule.lowest)  # of them those that are not there already
-    thresholds = sorted(exact | {t for t in hundredths if np.abs(np.array([*exact]) - t).min() > 1e-9})  # (P)
-    swept, _ = sweep([(rule, torch.arange(len(labels)))], validation, thresholds)
-    data = {
-        **{key: getattr(evaluation, key) for key in ("task", "method", "exit_layers")},
-        **{key: getattr(record, key) for key in ("labels", "depth")},
-        "thresholds": thresholds,
-        **swept,
-        "operating_point": vars(evaluation.operating_point),
+    """Write the page, or replace it, whole or not at all. `validation` is what all exits said of `rows`."""
+    point, rule = evaluation.operating_point, ExitRule.from_evaluation(evaluation, record.num_labels)
+    places = [evaluation.exit_layers.index(layer) for layer in point.asked_exits]
+    confidence = rule.confidences(validation.logits, validation.certainty)[places]  # (asked exits, N)
+    thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
+    swept, _ = sweep([(rule, np.arange(len(validation.labels)))], validation, thresholds, places)
+    data = {key: swept[key] for key in ("scores", "speedup_ratios")}
+    data |= {key: getattr(record, key) for key in ("task", "method", "depth", "labels")}
+    data |= {
         "model": Path(record.model).name,
-        "metric": METRICS[metric],
-        "exit_costs": exits.costs(),
+        "exit_layers": point.asked_exits,
+        "exit_scores": [swept["exit_scores"][place] for place in places],
+        "thresholds": thresholds,
         "lowest": rule.lowest,
+        "operating_point": vars(point),
+        "metric": METRICS[validation.metric],
         "sentences": rows.texts(),
-        "predictions": predictions.tolist(),
-        # Nine digits tell every float32 from its neighbours.
-        "confidences": [[float(f"{value:.9g}") for value in row] for row in confidence.tolist()],
-        "right": None if metric == "agreement" else labels.tolist(),
-        "levels": LEVELS if rows.difficulties else [],  # of the toy task
-        "difficulties": rows.difficulties and [LEVELS.index(level) for level in rows.difficulties],
+        "predictions": validation.logits[places].argmax(-1).tolist(),
+        "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidence.tolist()],  # as float32 tells them
+        "right": None if validation.metric == "agreement" else validation.labels.tolist(),
+        "difficulties": rows.difficulties,  # of the toy task
     }
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

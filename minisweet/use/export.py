@@ -1,31 +1,27 @@
-"""A run as one ONNX file that leaves early by itself, or its model up to one exit as a folder that transformers loads.
+"""A run's model up to one exit as a folder that transformers loads, or a run as one ONNX file that leaves early itself.
 
-    python -m minisweet.export RUN --onnx file.onnx --int8
-    python -m minisweet.export RUN --out folder --exit-layer 6
+    python -m minisweet export RUN --out folder --exit-layer 6
+    python -m minisweet export RUN --onnx file.onnx --int8
     python -c 'from transformers import pipeline; print(pipeline("text-classification", "folder")("no invoice"))'
 
-The file is made in use/onnx.py. The folder holds a plain BertForSequenceClassification or
-DebertaForSequenceClassification: nothing leaves early there.
+The folder holds a plain BertForSequenceClassification or DebertaForSequenceClassification: nothing leaves early there.
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from minisweet.base.commands import Parser, run_command, whole_number
-from minisweet.base.safe import InputError, write_json, written_beside
-from minisweet.branches import BranchModel
+from minisweet.base.commands import Parser, whole_number
+from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.checkpoint import checkpoint_names
 from minisweet.config import Config
-from minisweet.data.text import PAD, load_tokenizer
-from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.data.text import SPECIAL, load_tokenizer
+from minisweet.exits import MultiExitModel
+from minisweet.multi_model import MultiModel
 from minisweet.runs.folders import load_run
-
-__all__ = ["main", "run_command"]
-POOLERS = {"bert": "bert.pooler.dense", "deberta": "pooler.dense"}  # where transformers keeps them
 
 
 def main() -> None:
@@ -34,23 +30,22 @@ def main() -> None:
     option, either = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     either("--onnx", type=Path, metavar="FILE.onnx", help="the file to write, which must not exist")
-    either("--out", type=Path, help="the folder to write, which must not exist")
+    either("--out", type=Path, metavar="FOLDER", help="the folder to write, which must not exist")
     option("--int8", action="store_true", help="--onnx: weights in eight bits")
-    option("--data", type=Path, metavar="FILE", help="--onnx: your own file of the validation rows, if it moved")
-    option("--data-dir", type=Path, help="--onnx: holds the GLUE tasks' folders, if they moved")
-    option("--exit-layer", type=whole_number(1), help="--out: the exit to end at (default: the last)")
+    option("--recertify", action="store_true", help="--onnx: choose the threshold from the file's own answers")
+    option("--exit-layer", type=whole_number(0), metavar="N", help="--out: the exit to end at (default: the last)")
     args = parser.parse_args()
-    parser.need(args, args.onnx, "--onnx", "int8", "data", "data_dir")
+    parser.need(args, args.onnx, "--onnx", "int8", "recertify")
     parser.need(args, args.out, "--out", "exit_layer")
-    if args.onnx:
-        try:
-            from minisweet.use.onnx import export_onnx
-        except ImportError as error:
-            raise InputError(f"--onnx: needs the package {error.name} (pip install '.[onnx]')") from None
-        print(*export_onnx(args.run, args.onnx, args.int8, args.data, args.data_dir), sep="\n")
+    if args.out:
+        layer = export(args.run, args.out, args.exit_layer)
+        print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
         return
-    layer = export(args.run, args.out, args.exit_layer)
-    print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
+    try:
+        from minisweet.use.onnx import export_onnx
+    except ImportError as error:
+        raise InputError(f"--onnx: needs the package {error.name} (pip install '.[onnx]')") from None
+    print(*export_onnx(args.run, args.onnx, args.int8, args.recertify), sep="\n")
 
 
 def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
@@ -58,61 +53,57 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
 
     Raises InputError for no run, a run of learning-to-exit, another layer than an exit's, and an `out` that exists.
     """
-    if out.exists() or out.is_symlink():
-        raise InputError(f"--out: {out} exists already; name a new folder")
     model, record = load_run(run)
     if record.exit_strategy == "lte":
         raise InputError(f"{run}: a run of learning-to-exit (lte), whose exits say more than a plain classifier can")
-    layers, max_length = model.exit_layers, record.max_length
-    layer = layers[-1] if exit_layer is None else exit_layer
-    if layer not in layers:
-        raise InputError(f"--exit-layer: {layer}, should be one of {', '.join(map(str, layers))}, the exits of {run}")
-    tokenizer, k = load_tokenizer(run, record.vocab_size, max_length), layers.index(layer)
-    part, k = (model[k], 0) if isinstance(model, MultiModel) else (model, k)
-    with written_beside(out, overwrite=False) as partial:
-        partial.mkdir()
-        (partial / "model.safetensors").write_bytes(save(plain_tensors(part, k), metadata={"format": "pt"}))
-        for name, content in plain_configs(part.encoder.config, layer, record.labels, tokenizer, max_length).items():
-            write_json(partial / name, content)
+    layer = model.head_layers[-1] if exit_layer is None else exit_layer
+    if layer not in model.head_layers:  # exit 0 has no layers that transformers could load
+        raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
+    model = model[model.head_layers.index(layer)] if isinstance(model, MultiModel) else model
+    tokenizer = load_tokenizer(run, model.encoder.config.vocab_size, record.max_length)
+    with written_beside(out, overwrite=False) as new:
+        new.mkdir()
+        (new / "model.safetensors").write_bytes(save(plain_tensors(model, layer), metadata={"format": "pt"}))
+        write_json(new / "config.json", model_config(model.encoder.config, layer, record.labels))
+        write_json(new / "tokenizer_config.json", tokenizer_config(record.max_length))
         tokenizer.no_truncation()  # model_max_length says it
-        (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return layer
 
 
-def plain_tensors(model: MultiExitModel, k: int) -> dict[str, Tensor]:
-    """The weights up to exit k under the names of transformers: a branch's own layer stands where the trunk's was."""
-    model_type, n, head = model.encoder.config.model_type, model.exit_layers[k], model.heads[k]
-    weights = model.encoder.state_dict()
-    if isinstance(model, BranchModel) and k < len(model.branches):
-        weights |= {f"layers.{n - 1}.{name}": tensor for name, tensor in model.branches[k].state_dict().items()}
-    tensors = {}
-    for ours, theirs in checkpoint_names(n).items():
-        if ours in weights:  # a DeBERTa of one position term lacks the other's projection
-            parts = weights[ours].chunk(len(theirs))
-            tensors |= {f"{model_type}.{name}": part.clone() for name, part in zip(theirs, parts, strict=True)}
-    for name, linear in ((POOLERS[model_type], head.pooler), ("classifier", head.classifier)):
+def plain_tensors(model: MultiExitModel, layer: int) -> dict[str, Tensor]:
+    """The weights up to one exit under the names of transformers. A branch stands in place of the trunk's layer."""
+    model_type, head = model.encoder.config.model_type, model.heads[model.head_layers.index(layer)]
+    own = model.layer_of_exit(layer).state_dict()
+    weights = model.encoder.state_dict() | {f"layers.{layer - 1}.{name}": tensor for name, tensor in own.items()}
+    names = checkpoint_names(layer)  # which lack the layers above
+    tensors = {f"{model_type}.{names[name]}": tensor.clone() for name, tensor in weights.items() if name in names}
+    if model_type == "bert":  # our keys have no bias, since the softmax ignores it, and those of transformers have one
+        biases = {name: tensor for name, tensor in tensors.items() if name.endswith("query.bias")}
+        tensors |= {name.replace("query", "key"): torch.zeros_like(tensor) for name, tensor in biases.items()}
+    pooler = "bert.pooler.dense" if model_type == "bert" else "pooler.dense"
+    for name, linear in ((pooler, head.pooler), ("classifier", head.classifier)):
         tensors |= {f"{name}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
     return tensors
 
 
-def plain_configs(config: Config, depth: int, labels: list[str], tokenizer: Tokenizer, max_length: int) -> dict:
-    """The files that tell transformers of a model and its tokenizer.json. What is unsaid has the same default there."""
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    model = {
+def model_config(config: Config, depth: int, labels: list[str]) -> dict:
+    """What transformers must know of the model. What is left out has the same default there."""
+    return {
         "architectures": [f"{config.model_type.capitalize()}ForSequenceClassification"],
         "model_type": config.model_type,
         **{name: value for name, value in asdict(config).items() if value is not None},
         "num_hidden_layers": depth,
         "id2label": dict(enumerate(labels)),
         "label2id": {label: c for c, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
-        "pad_token_id": tokenizer.token_to_id(PAD),
     }
-    texts = {
+
+
+def tokenizer_config(max_length: int) -> dict:
+    """What transformers must know of tokenizer.json."""
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None},
+        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL},  # "cls_token": "[CLS]"
     }
-    return {"config.json": model, "tokenizer_config.json": texts}

@@ -1,30 +1,26 @@
-"""Predict a file of any size, in bounded memory and in its order, or the lines of standard input as they come.
+"""Predict a file of any size, in bounded memory and in its order.
 
-    python -m minisweet.predict RUN new.csv --out predicted.csv
-    python -m minisweet.predict RUN new.jsonl --out predicted.tsv --text-columns subject,body --speed 0.5
-    tail -f log | python -m minisweet.predict RUN -
+    python -m minisweet predict RUN new.csv --out predicted.csv
+    python -m minisweet predict RUN new.jsonl --out predicted.tsv --text-columns subject,body --speed 0.5
 
-Each row keeps its columns and gets `label`, `confidence`, `exit_layer` and each label's probability, `p_<label>`. Where
-the input has such a column, ours is `predicted_<name>`. An empty text is predicted as any other. Of standard input a
-line is a text; of a run that was trained on pairs, two texts with a tab between them.
+Each row keeps its columns and gets `label`, `confidence`, `exit_layer` (0 is before the first layer) and each label's
+probability, `p_<label>`. Where the row has such a column, ours is `predicted_<name>`. Of a run that was made without
+labels, `confidence` is called `agreement`: it estimates how often the exit agrees with full depth, not how often it is
+right. An empty text is predicted as any other.
 """
 
-import os
-import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 
-from minisweet.adaptive import Exits
-from minisweet.base.commands import Parser, Progress, list_of, run_command
-from minisweet.base.devices import keep_compiled_products, tune_cpu
-from minisweet.base.safe import InputError
-from minisweet.data.rows import LONGEST_LINE, TEXT_COLUMNS, RowWriter, cell, columns_as_trained, decoded, read_rows
-from minisweet.use.classifier import WINDOW, Answer, add_classifier_options, classifier_of
+from minisweet.base.commands import Parser, Progress, list_of
+from minisweet.base.devices import tune_cpu
+from minisweet.base.files import InputError
+from minisweet.data.rows import cell, read_rows, row_writer, text_columns
+from minisweet.use.classifier import Answer, add_classifier_options, classifier_of
 
-__all__ = ["main", "run_command"]
+WINDOW = 1024  # rows that are read, and sorted by length, at once
 
 
 def main() -> None:
@@ -32,92 +28,38 @@ def main() -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
-    option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl, or one of them in .gz; - is standard input")
-    option("--out", type=Path, default=Path("-"), help="as FILE; replaced if it exists (default: -, standard output)")
+    option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
+    option("--out", type=Path, help="as FILE; replaced if it exists (default: standard output, as CSV)")
     option("--text-columns", type=list_of(str), help="one or two (default: as in training, or text or sentence or ...)")
     add_classifier_options(parser)
     args = parser.parse_args()
-    parser.need(args, args.max_change is not None, "--max-change", "sure")
-    keep_compiled_products()
+    if args.out and args.out.resolve() == args.file.resolve():
+        raise InputError(f"--out: {args.out} is the input; name another file")
     tune_cpu()
-    is_lines, to_screen = str(args.file) == "-", str(args.out) == "-"
-    if args.text_columns and is_lines:
-        raise InputError(f"--text-columns: {','.join(args.text_columns)}, should be left out: lines have no columns")
-    if not to_screen and (args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(args.file)):
-        raise InputError(f"--out: {args.out} is a folder, or the input; name another file")
-    writer = RowWriter(args.out)
-    classify = classifier_of(args)
-    trained = classify.record.columns
-    if is_lines:
-        columns = TEXT_COLUMNS[2 if len(trained) == 2 else 0]
-        chunks, names, total = read_lines_as_they_come(columns), columns, None
-    else:
-        columns, names, total = columns_as_trained(args.file, args.text_columns, trained), {}, 0
-        for line, row in read_rows(args.file):  # a broken row is found before hours of work
-            for column in columns:
-                cell(args.file, line, row, column)
-            if total and writer.delimiter and (extra := [column for column in row if column not in names]):
-                raise InputError(f"{args.file}, line {line}: line 1 has no {extra[0]!r:.60}; write such rows to .jsonl")
-            names |= row
-            total += 1
-        rows = (row for _, row in read_rows(args.file))
-        chunks = iter(lambda: list(islice(rows, WINDOW)), [])  # lists of rows, until there are none
-    left, empty, cut = Counter(), 0, 0
-    with writer, Progress(total=total, unit="row", desc="predict", disable=to_screen or None) as progress:
-        for chunk in chunks:
-            texts = list(map(itemgetter(*columns), chunk))  # of one column texts, of two pairs
+    classify, left, cut = classifier_of(args), Counter(), 0
+    columns, rows = text_columns(args.file, args.text_columns, classify.record.columns), read_rows(args.file)
+    with row_writer(args.out) as write, Progress(unit="row", desc="predict") as progress:
+        while chunk := list(islice(rows, WINDOW)):
+            texts = [[cell(args.file, line, row, column) for column in columns] for line, row in chunk]
             examples = classify.tokenize(texts)
             answers = classify.classify(examples)
-            empty += sum(not "".join(text).strip() for text in texts)
-            cut += examples.cut
-            for row, answer in zip(chunk, answers, strict=True):
-                writer.write(row | columns_of(answer, names))
+            for (line, row), answer in zip(chunk, answers, strict=True):
+                try:
+                    write(row | columns_of(answer, row, classify.certainty_name))
+                except ValueError as error:  # a row of JSON lines has a column that the first has not
+                    raise InputError(f"{args.file}, line {line}: {error}; write such rows to .jsonl") from None
             left.update(answer.exit_layer for answer in answers)
+            cut += examples.cut
             progress.update(len(chunk))
-    if not to_screen:
+    if args.out:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
-        costs = Exits(classify.exit_layers, classify.record.depth, classify.record.method).costs(classify.threshold)
-        share = sum(left[n] * cost for n, cost in zip(classify.exit_layers, costs, strict=True)) / max(1, left.total())
-        noticed = f"; empty: {empty:,}; cut to {classify.tokenizer.truncation['max_length']} tokens: {cut:,}"
-        counted = f"{left.total():,} rows at threshold {classify.threshold:.4g}"
-        print(f"{args.out}: {counted}; left {where}; {share:.0%} of the layers{noticed}")
+        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}", end="; ")
+        print(f"cut to {classify.record.max_length} tokens: {cut:,}")
 
 
-def columns_of(answer: Answer, taken: Container[str]) -> dict:
-    """An answer as columns, under names that are not `taken`. Nine digits tell every float32 from its neighbours."""
-    named, columns = {}, answer._asdict()
-    columns |= {f"p_{name}": p for name, p in columns.pop("probabilities").items()}
-    for name, value in columns.items():
-        while name in taken:
-            name = f"predicted_{name}"
-        named[name] = float(f"{value:.9g}") if isinstance(value, float) else value
-    return named
-
-
-def read_lines_as_they_come(columns: Sequence[str]) -> Iterator[list[dict]]:
-    """Yield the lines of standard input that have arrived, as rows: who writes one line has its answer at once."""
-    rest, number = b"", 1
-    if sys.stdin is None:
-        raise InputError("standard input: it is closed, should be lines of text")
-    with open(0, "rb", closefd=False) as file:
-        while block := file.read1(2**16):
-            *lines, rest = (rest + block).split(b"\n")
-            lines += [rest] if len(rest) > LONGEST_LINE else []  # which is refused
-            rows = []
-            try:
-                for line in lines:
-                    rows.append(row_of(line, number, columns))
-                    number += 1
-            finally:  # the lines before a broken one are answered
-                yield rows
-    if rest:
-        yield [row_of(rest, number, columns)]
-
-
-def row_of(line: bytes, number: int, columns: Sequence[str]) -> dict:
-    """A line of standard input, counted from 1, as a row. Raises InputError for no text, or no pair."""
-    text = decoded(line, number, "standard input").removesuffix("\r")
-    parts = text.split("\t") if len(columns) == 2 else [text]
-    if len(parts) != len(columns):
-        raise InputError(f"standard input, line {number}: {text!r:.60}, should be two texts with one tab between")
-    return dict(zip(columns, parts, strict=True))
+def columns_of(answer: Answer, taken: Container[str], certainty_name: str) -> dict:
+    """An answer as columns. Where such a name is `taken`, ours is another."""
+    numbers = {certainty_name: answer.confidence, "exit_layer": answer.exit_layer}
+    numbers |= {f"p_{name}": p for name, p in answer.probabilities.items()}
+    columns = {"label": answer.label} | {name: round(number, 9) for name, number in numbers.items()}
+    return {f"predicted_{name}" if name in taken else name: value for name, value in columns.items()}

@@ -1,0 +1,60 @@
+"""Run the tour, minisweet/tour.ipynb, and compare what comes out with what is stored in it.
+
+    python .ci/tour.py            # fails where a cell fails, a stored picture is missing, or a table differs
+    python .ci/tour.py --store    # runs it, and stores what comes out
+
+A cell that prints a table has a `tolerance` in its metadata: by how much a number may differ. It is rounding's, and
+larger where a table tells of a training, in which processors round apart.
+"""
+
+import copy
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+TOUR = Path(__file__).parents[1] / "minisweet" / "tour.ipynb"
+
+
+def printed(cell: NotebookNode) -> tuple[list[str], list[float]]:
+    """What a cell printed: the text between the numbers, and the numbers."""
+    told = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    parts = re.split(r"(-?\d+(?:\.\d+)?)", " ".join(told.split()))
+    return parts[::2], list(map(float, parts[1::2]))
+
+
+def pictures(cell: NotebookNode) -> int:
+    """How many pictures a cell has."""
+    return sum("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def problems(stored: NotebookNode, new: NotebookNode) -> list[str]:
+    """How a cell that has just run differs from the stored one."""
+    found = [] if pictures(new) <= pictures(stored) else ["a picture is not stored"]
+    if (tolerance := stored.metadata.get("tolerance")) is not None:
+        (old_text, old), (text, numbers) = printed(stored), printed(new)
+        far = [f"{a} was {b}" for a, b in zip(numbers, old, strict=False) if abs(a - b) > tolerance]
+        if text != old_text or far:
+            found.append(f"its table differs by more than {tolerance:g}: {', '.join(far) or text}")
+    return found
+
+
+def main() -> None:
+    """Run the tour, and compare or store."""
+    stored, started = nbformat.read(TOUR, as_version=4), time.perf_counter()
+    new, where = copy.deepcopy(stored), {"metadata": {"path": TOUR.parent}}
+    NotebookClient(new, timeout=600, kernel_name="python3", record_timing=False, resources=where).execute()
+    print(f"{TOUR.name}: {len(new.cells)} cells in {time.perf_counter() - started:.0f} s")
+    if "--store" in sys.argv:
+        sys.exit(nbformat.write(new, TOUR))
+    pairs = [pair for pair in zip(stored.cells, new.cells, strict=True) if pair[0].cell_type == "code"]
+    lines = [f"{old.source.splitlines()[0]!r}: {line}" for old, cell in pairs for line in problems(old, cell)]
+    sys.exit("\n".join(lines) or None)
+
+
+if __name__ == "__main__":
+    main()

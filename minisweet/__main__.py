@@ -1,0 +1,36 @@
+"""The commands of the package: `minisweet COMMAND ...`. `minisweet COMMAND --help` tells a command's options.
+
+predict     predict the texts of a file with a run
+explain     show how a text is answered, exit by exit
+export      write a run as a classifier for transformers, or as an ONNX file
+reproduce   train and evaluate the paper's grid and report it, which needs a clone
+gradients   measure how the gradients of exits conflict
+"""
+
+import importlib
+import sys
+
+from minisweet.base.commands import Parser, run_command
+
+COMMANDS = {
+    "predict": "minisweet.use.predict",
+    "explain": "minisweet.use.explain",
+    "export": "minisweet.use.export",
+    "reproduce": "minisweet.paper.reproduce",
+    "gradients": "minisweet.paper.gradients",
+}
+
+
+def main() -> None:
+    """Run the command that the first word names. Its module reads the words after it."""
+    name, words = sys.argv[1:2], sys.argv[2:]
+    sys.argv = ["minisweet"]
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    command = parser.parse_args(name).command
+    sys.argv = [f"minisweet {command}", *words]
+    run_command(importlib.import_module(COMMANDS[command]).main)
+
+
+if __name__ == "__main__":
+    main()

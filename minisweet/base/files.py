@@ -1,0 +1,134 @@
+"""The error that names bad input, files that are never half-written, and JSON that is read into dataclasses."""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import formatannotation
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+LOG = logging.getLogger("minisweet")  # for notices; results are printed
+CLONE = Path(__file__).parents[2]  # which has train.py, unless the package is installed
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: the file or option, the value, and what would be right."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: object, limit: int = 400) -> str:
+    """`text` as one line of at most `limit` characters. Characters that cannot be printed are escaped."""
+    text = str(text)[: limit + 1]  # cut first: a user's label may be a megabyte long
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def preview(names: Sequence[object], most: int = 5) -> str:
+    """The first `most` names and how many more there are: "a, b and 3 more". Each name is cut to 120 characters."""
+    shown = ", ".join(one_line(name, 120) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def home() -> Path:
+    """The folder of weights/ and data/: MINISWEET_HOME of the environment, or else the clone, or ~/.cache/minisweet."""
+    default = CLONE if (CLONE / "train.py").is_file() else "~/.cache/minisweet"
+    return Path(os.environ.get("MINISWEET_HOME") or default).expanduser()
+
+
+@contextmanager
+def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
+    """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
+
+    After an error `target` is as it was, and nothing else is left. Where `target` is a link, the file that it points to
+    is replaced. A folder that is replaced is moved aside before and removed afterwards. A process that is killed may
+    leave what it was writing as `.NAME.<random>.partial`, or the folder that was moved aside as `.NAME.<random>.old`.
+    Raises InputError where `target` cannot be written, or exists and `overwrite` is false.
+    """
+    target = Path(os.path.realpath(target))
+    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    if os.path.exists(target) and not (overwrite and (target.is_file() or target.is_dir())):  # /dev/null is neither
+        raise InputError(f"{target}: is there already, and is not overwritten; name another")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        for part in (*new.rglob("*"), new):  # after a power cut, the name must not be there without the content
+            _sync(part)
+        if overwrite and target.is_dir() and new.is_dir():
+            target.rename(new.with_suffix(".old"))
+        new.replace(target)
+        _sync(target.parent)
+        shutil.rmtree(new.with_suffix(".old"), ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):
+            new.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk itself."""
+    held = os.open(path, os.O_RDONLY)
+    os.fsync(held)
+    os.close(held)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` with one line per key, so that a list of 6,000 numbers stays one line."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
+    with written_beside(path) as new:
+        new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises InputError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content
+
+
+def read_dataclass(kind: type, path: Path | str, content: dict | None = None) -> Any:
+    """Make a dataclass of a JSON object: of `content`, or by default of the file at `path`, which errors name.
+
+    Keys that are no fields are ignored; defaults fill in for missing keys. Raises InputError where a key is missing,
+    where its value is of another type than its field, and where __post_init__ raises ValueError.
+    """
+    content = read_json(path) if content is None else content
+    types, values = get_type_hints(kind), {}
+    for field in fields(kind):
+        name, wanted = field.name, types[field.name]
+        if name not in content:
+            if field.default is MISSING and field.default_factory is MISSING:
+                raise InputError(f"{path}: {name} is missing")
+            continue
+        values[name] = value = content[name]
+        if is_dataclass(wanted) and isinstance(value, dict):
+            values[name] = read_dataclass(wanted, f"{path}: {name}", value)
+        elif not _fits(value, wanted):
+            noun = formatannotation(wanted).replace("Literal", "one of ")
+            raise InputError(f"{path}: {name} is {value!r:.80}, should be {noun}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of a field's type. What a list or a dictionary holds is not looked at."""
+    if isinstance(kind, UnionType):  # X | None
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is (get_origin(kind) or kind) or (kind is float and type(value) is int)

@@ -1,0 +1,120 @@
+"""Exit 0: what words and pairs of words say by themselves, before the embeddings and at the cost of no layer.
+
+It is fastText's model (Joulin et al. 2017, https://arxiv.org/abs/1607.01759): a table has a row of C numbers for each
+token and for each pair of neighbours, and a text's logits are the sum of its n-grams' rows over the root of their
+number, plus a bias. There is no hidden layer, so that fitting is convex. Where texts come in pairs, a token that the
+other text has too has another row: a pair is mostly about what its texts share. A token's row is a free part plus a
+linear function of its pre-trained embedding, so that tokens that no training text has say something too.
+
+Letters: B batch, T tokens, V vocabulary, D hidden size, C classes, N texts, G all their n-grams, R table rows in use.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed; with a quarter of them CoLA loses five points
+FIRST, SECOND, SHARED, PRIME = 1640531513, 1103515245, 1234567891, 2**31 - 1  # a linear hash (Carter and Wegman 1979)
+STRENGTH, ITERATIONS = 5.0, 100  # the variance that we expect of a weight, and steps of L-BFGS
+SCALES = (0.35, 0.7, 1.4)  # of the part that is linear in the embeddings: few texts want a large one, many a small one
+FOLDS, ENOUGH = 3, 1000  # of cross-validation, and how many held-out texts are enough to choose a scale
+
+
+class NgramExit(nn.Module):
+    """Tokens to logits by a table of n-grams, which `fit_ngrams` fills. It has buffers, which training leaves alone.
+
+    Args:
+        vocab_size, num_labels: V and C.
+        special_ids: tokens that are no words, such as [CLS], [SEP], [PAD] and [UNK]. They say nothing.
+        pairs: whether texts come in pairs. If so, each token has two rows: for one of the texts alone, and for both.
+    """
+
+    def __init__(self, vocab_size: int, num_labels: int, special_ids: Sequence[int], pairs: bool) -> None:
+        super().__init__()
+        special_ids, self.pairs, self.token_rows = list(special_ids), pairs, (1 + pairs) * vocab_size
+        self.settings = {"vocab_size": vocab_size, "num_labels": num_labels, "special_ids": special_ids, "pairs": pairs}
+        self.register_buffer("table", torch.zeros(self.token_rows + BUCKETS, num_labels))
+        self.register_buffer("bias", torch.zeros(num_labels))
+        self.register_buffer("is_word", torch.ones(vocab_size, dtype=torch.bool))
+        self.is_word[special_ids] = False
+
+    def find_rows(self, ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows (B, 2T) of the n-grams of texts (B, T), tokens before pairs, and which of them count."""
+        is_word = mask * self.is_word[ids]  # 1 or 0
+        shared = torch.zeros_like(ids)  # 1 where the other text has the token too
+        if self.pairs:
+            equal = (ids[:, :, None] == ids[:, None, :]) & is_word[:, None, :].bool()  # (B, T, T)
+            shared = (equal & (types[:, :, None] != types[:, None, :])).any(2).long()
+        after_ids, after_is_word, after_shared = F.pad(torch.stack([ids, is_word, shared]), (0, 1))[..., 1:]  # (B, T)
+        code = ids * FIRST + after_ids * SECOND + (shared & after_shared) * SHARED  # far below 2^63
+        rows = [shared * len(self.is_word) + ids, self.token_rows + code % PRIME % BUCKETS]
+        return torch.cat(rows, 1), torch.cat([is_word, is_word & after_is_word], 1)  # [SEP] keeps two texts apart
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Logits (B, C) of texts, each argument (B, T) of int64. A text without words has the bias alone."""
+        rows, counts = self.find_rows(input_ids, attention_mask, token_type_ids)
+        counts = counts[..., None].to(self.table.dtype)  # (B, 2T, 1)
+        return (self.table[rows] * counts).sum(1) / counts.sum(1).clamp(min=1).sqrt() + self.bias
+
+
+@torch.no_grad()
+def fit_ngrams(
+    exit: NgramExit, batches: Iterable, targets: Tensor, embeddings: Tensor, weights: Tensor | None = None
+) -> float:
+    """Fill the table and the bias, in place, by L-BFGS on the CPU. Returns the scale that cross-validation chose.
+
+    Args:
+        batches: (input_ids, attention_mask, token_type_ids) of all N texts, in the order of `targets`.
+        targets, weights: labels (N,) or probabilities (N, C), and what each text counts (N,), by default 1.
+        embeddings: the pre-trained word embeddings (V, D), in float32.
+    """
+    found = [exit.find_rows(*batch) for batch in batches]
+    used, gram = torch.cat([rows[counts.bool()] for rows, counts in found]).unique(return_inverse=True)  # (R,), (G,)
+    sizes = torch.cat([counts.sum(1) for _, counts in found])  # (N,)
+    (V, D), C, N, R = embeddings.shape, len(exit.bias), len(sizes), len(used)
+    root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
+    # embedding_bag sums rows over slices of a list: the n-grams of each text, and for the gradient the texts of each.
+    texts, text_starts = torch.arange(N).repeat_interleave(sizes)[gram.argsort(stable=True)], sizes.cumsum(0) - sizes
+    gram_starts = gram.bincount(minlength=R).cumsum(0) - gram.bincount(minlength=R)
+    known = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
+    known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): the ones tell how many tokens two texts share
+    kinds = [(known[used[here] % V], here) for here in (used // V == kind for kind in range(1 + exit.pairs))]
+    targets = targets if targets.ndim == 2 else F.one_hot(targets, C).float()
+    weights = torch.ones(N) if weights is None else weights.float()
+
+    def fit(scale: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Free parts (R, C), linear functions (kinds, D+1, C), the bias (C), and all log-probabilities (N, C)."""
+        free, linear, bias = parameters = torch.zeros(R, C), torch.zeros(len(kinds), D + 1, C), torch.zeros(C)
+
+        def log_probabilities() -> Tensor:
+            table = free.clone()
+            for part, (piece, here) in zip(linear, kinds, strict=True):
+                table[here] += scale * piece @ part
+            return (F.embedding_bag(gram, table, text_starts, mode="sum") * root + bias).log_softmax(-1)
+
+        def loss() -> Tensor:  # mean cross-entropy and a penalty; the gradient is by hand, which is four times as fast
+            said = log_probabilities()
+            error = (said.exp() * targets.sum(1, keepdim=True) - targets) * weights[:, None] / N  # of the logits
+            rows, bias.grad = F.embedding_bag(texts, error * root, gram_starts, mode="sum"), error.sum(0)
+            free.grad = rows + free / (STRENGTH * N)
+            linear.grad = torch.stack([scale * piece.T @ rows[here] for piece, here in kinds]) + linear / (STRENGTH * N)
+            penalty = (free.square().sum() + linear.square().sum()) / (2 * STRENGTH * N)
+            return penalty - weights @ (targets * said).sum(1) / N
+
+        settings = {"max_iter": ITERATIONS, "history_size": 10, "tolerance_grad": 1e-6}
+        torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **settings).step(loss)
+        return *parameters, log_probabilities()
+
+    def held_out(scale: float) -> float:  # log-likelihood of texts that the fit has not seen
+        chosen = [folds == fold for fold in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # one where texts are many
+        return sum(float(weights[out] @ (targets * fit(scale, weights * ~out)[-1])[out].sum(1)) for out in chosen)
+
+    folds = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
+    scale = max(SCALES, key=held_out)
+    free, linear, bias, _ = fit(scale, weights)
+    exit.table.zero_()[: exit.token_rows] = scale * (known @ linear).flatten(0, 1)
+    exit.table[used] += free
+    exit.bias.copy_(bias)
+    return scale

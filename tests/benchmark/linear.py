@@ -1,0 +1,71 @@
+"""What one would use in place of n-grams: scikit-learn's logistic regression, on TF-IDF or on frozen embeddings.
+
+TF-IDF counts words, pairs of words, and three to five characters within words. Embeddings are MiniLM's mean-pooled last
+layer, normalised, as its sentence-transformers model makes them: they cost all layers. A pair of texts u, v is
+[u, v, |u-v|, u*v], as usual for both. The regression's strength is chosen by cross-validation on the training rows.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import FeatureUnion
+from torch import Tensor
+
+from minisweet import load_encoder
+from minisweet.data.rows import Examples
+from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.runs.hub import model_folder
+
+LINEAR = ("tfidf", "embeddings")
+STRENGTHS = (0.1, 1, 10, 100)
+
+
+def embed(texts: list[str]) -> np.ndarray:
+    """Texts (N,) to normalised means of MiniLM's last hidden states: (N, D)."""
+    folder = model_folder("minilm-l6")
+    encoder = load_encoder(folder).eval()
+    tokenizer = load_tokenizer(folder, encoder.config.vocab_size, 256)
+    examples, vectors = TokenizedExamples(tokenizer, Examples(texts, None, None)), {}
+    with torch.inference_mode():
+        for batch in examples.by_length(64, 1024):
+            mask = batch.attention_mask[..., None]  # (B, T, 1)
+            means = (encoder(*batch.inputs)[-1] * mask).sum(1) / mask.sum(1)
+            vectors |= dict(zip(batch.rows.tolist(), F.normalize(means).numpy(), strict=True))
+    return np.stack([vectors[n] for n in range(len(texts))])
+
+
+def fit_linear(name: str, task: str, subset: list[int], data_dir: Path) -> tuple[dict[str, Tensor], dict]:
+    """Fit on the rows `subset` of a task. Returns what comes out for its validation rows, and facts for run.json."""
+    start = time.perf_counter()
+    train, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
+    train = train.take(subset)
+    to_vectors = embed
+    if name == "tfidf":
+        words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
+        union = FeatureUnion([("words", words), ("letters", letters)]).fit(train.first + (train.second or []))
+        to_vectors = union.transform
+    of_train, of_dev = (features(rows, to_vectors) for rows in (train, dev))
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=3).fit(of_train, train.labels)
+    logits = torch.tensor(search.predict_log_proba(of_dev), dtype=torch.float32)[None]  # (1, N, C)
+    facts = {"task": task, "metric": TASKS[task].metric, "strength": search.best_params_["C"]}
+    facts |= {"features": of_train.shape[1], "seconds": round(time.perf_counter() - start, 1)}
+    return {"logits": logits, "labels": torch.tensor(dev.labels)}, facts
+
+
+def features(rows: Examples, to_vectors) -> np.ndarray | sparse.csr_array:
+    """Vectors of N texts or pairs: (N, size)."""
+    u = to_vectors(rows.first)
+    if rows.second is None:
+        return u
+    v = to_vectors(rows.second)
+    stack = sparse.hstack if sparse.issparse(u) else np.hstack
+    parts = stack([u, v, abs(u - v), u.multiply(v) if sparse.issparse(u) else u * v])
+    return sparse.csr_array(parts) if sparse.issparse(u) else parts

@@ -1,0 +1,91 @@
+"""The study of exit 0: n-grams, then full depth, beside other ways to spend a share of the layers, on six tasks.
+
+    python -m tests.benchmark.zero_layer --data-dir DIR --out FOLDER [--tasks sst2,qnli] [--seeds 0] [--figure PNG]
+
+A run of branches with exits 0,1,2,3,6 holds all that is made of exit 0, of branches and of full depth, since its exits
+are trained apart. Its exit 0 is also put in front of EE, SWEET and MM, whose training it does not touch. Slices of one
+to three layers learn from the trunk (`--method mm --targets trunk`). tests/benchmark/linear.py makes two models without
+early exit. FOLDER/records keeps run.json, evaluation.json and the validation logits of each run. What is there is not
+made again, and --tasks lets several processes share the work. At the end zero_tables.py prints the tables.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from minisweet.base.commands import Parser, run_command
+from minisweet.base.files import home, read_json, write_json, written_beside
+from minisweet.evaluation.records import EVALUATION
+from minisweet.evaluation.sweep import LOGITS
+from tests.benchmark.linear import LINEAR, fit_linear
+from tests.benchmark.zero_tables import SLICE_RATES, SLICES, TASKS, add_report_options, best_rate, report
+
+RATES = {  # of 5e-5, 1e-4, 2e-4, 4e-4: the best area on seed 0's validation rows (.github/results/beyond.md)
+    "branch": (1e-4, 5e-5, 1e-4, 1e-4, 1e-4, 2e-4),
+    "ee": (4e-4, 2e-4, 2e-4, 2e-4, 5e-5, 1e-4),
+    "sweet": (1e-4, 1e-4, 1e-4, 2e-4, 5e-5, 2e-4),
+    "mm": (1e-4, 1e-4, 2e-4, 1e-4, 1e-4, 5e-5),
+}
+ROWS = 6000  # to train on, drawn by the seed, or all where there are fewer
+
+
+def make(args: argparse.Namespace, name: str, *options: str) -> None:
+    """Train and evaluate a run, and keep its record."""
+    run, common = args.out / "runs" / name, ["--amp", "auto"]
+    train = ["train.py", *options, "--data-dir", str(args.data_dir), "--out", str(run), "--overwrite"]
+    for command in (train, ["evaluate.py", str(run)]):
+        subprocess.run([sys.executable, *command, *common], check=True)
+    with written_beside(args.out / "records" / name) as folder:
+        folder.mkdir()
+        for file in ("run.json", EVALUATION, LOGITS):
+            shutil.copy(run / file, folder)
+
+
+def make_seed(args: argparse.Namespace, task: str, seed: int) -> None:
+    """Make what is missing of a task and a seed, and then remove the weights."""
+    records, trunk = args.out / "records", args.out / "runs" / f"{task}-{seed}-branch"
+    common = ["--task", task, "--seed", str(seed), "--train-size", str(ROWS)]
+    for method, rates in RATES.items():
+        if not (records / (name := f"{task}-{seed}-{method}")).exists():
+            layers = "0,1,2,3,6" if method == "branch" else "1,2,3,6"
+            rate = str(rates[TASKS.index(task)])
+            make(args, name, *common, "--method", method, "--exit-layers", layers, "--lr", rate)
+    for rate in SLICE_RATES if seed == 0 else sorted({best_rate(records, task, n) for n in SLICES}):
+        if not (records / (name := f"{task}-{seed}-slices-{rate}")).exists():
+            if not trunk.exists():  # the study was stopped after its weights had been removed
+                shutil.rmtree(records / trunk.name)
+                return make_seed(args, task, seed)
+            options = ["--trunk", str(trunk), "--exit-layers", "1,2,3,6", "--lr", str(rate)]
+            make(args, name, *common, "--method", "mm", "--targets", "trunk", *options)
+    for name in LINEAR:
+        if not (record := records / f"{task}-{seed}-{name}").exists():
+            subset = read_json(records / trunk.name / "run.json")["subset"]  # the same rows
+            tensors, facts = fit_linear(name, task, subset, args.data_dir)
+            with written_beside(record) as folder:
+                folder.mkdir()
+                save_file(tensors, folder / LOGITS)
+                write_json(folder / "run.json", facts)
+    for run in trunk.parent.glob(f"{task}-{seed}-*"):
+        shutil.rmtree(run)
+
+
+def main() -> None:
+    """Make what is missing, and print the tables."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data-dir", type=Path, default=home() / "data")
+    parser.add_argument("--out", type=Path, required=True)
+    add_report_options(parser)
+    args = parser.parse_args()
+    (args.out / "records").mkdir(parents=True, exist_ok=True)
+    for seed, task in product(sorted(args.seeds), args.tasks):  # seed 0 first: it chooses the slices' rates
+        make_seed(args, task, seed)
+    report(args.out / "records", args.tasks, args.seeds, args.figure)
+
+
+if __name__ == "__main__":
+    run_command(main)

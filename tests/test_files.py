@@ -1,0 +1,174 @@
+"""Files are whole, old or new, wherever a writer is stopped; JSON fits its dataclass or is refused by name."""
+
+import errno
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+from unittest.mock import Mock
+
+import pytest
+
+from minisweet.base import files
+from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
+from tests.conftest import CHECKOUT
+
+
+def content(path: Path) -> dict[str, bytes] | bytes:
+    """A file's bytes, or all files below a folder by name."""
+    if path.is_file():
+        return path.read_bytes()
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def write_folder(target: Path, text: str, overwrite: bool = True, meanwhile=lambda: None) -> None:
+    """Write a folder of two files; `meanwhile` is called while it is half written."""
+    with written_beside(target, overwrite) as new:
+        new.mkdir()
+        meanwhile()
+        for name in ("a", "b"):
+            (new / name).write_text(text)
+
+
+def killed_at(operation: int, action) -> bool:
+    """Call `action` in a process that dies before the n-th operation that changes files. Returns whether it died."""
+    child = os.fork()
+    if child == 0:
+        left = operation
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal left
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            left -= bool(writes) or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+            if left <= 0:
+                os._exit(9)
+
+        sys.addaudithook(count)
+        action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("write", [write_folder, lambda target, text: write_json(target, {"a": text})])
+def test_a_writer_that_is_killed_at_any_operation_leaves_all_of_the_old_or_of_the_new(tmp_path, write):
+    target, operation, died, found = tmp_path / "there" / "target", 0, True, []
+    write(tmp_path / "old", "old")
+    write(tmp_path / "new", "new")
+    expected = [content(tmp_path / "old"), content(tmp_path / "new")]
+    while died:
+        operation += 1
+        write(target, "old")
+        died = killed_at(operation, lambda: write(target, "new"))
+        left = [path for path in target.parent.iterdir() if path == target or path.suffix == ".old"]
+        found += [expected.index(content(path)) for path in left if content(path) in expected]
+        assert any(content(path) in expected for path in left)
+        for path in target.parent.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert operation > 3
+    assert set(found) == {0, 1}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_after_an_error_the_target_is_as_it_was_and_nothing_else_is_left(tmp_path, error):
+    write_json(tmp_path / "a", {"old": 1})
+    write_folder(tmp_path / "b", "old")
+    before = content(tmp_path)
+    for name in ("a", "b", "new/c"):
+        with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
+            write_folder(tmp_path / name, "half", meanwhile=Mock(side_effect=error))
+    for target, reason, write in (
+        ("b", "cannot be written", lambda target: write_json(target, {})),  # a file, where a folder is
+        ("a", "cannot be written", lambda target: write_folder(target, "new")),  # a folder, where a file is
+        ("b", "is there already", lambda target: write_folder(target, "new", overwrite=False)),
+        ("x" * 260, "cannot be written", lambda target: write_json(target, {})),
+        ("d", "cannot be written", lambda d: write_folder(d, "new", False, lambda: write_folder(d, "another's"))),
+    ):
+        with pytest.raises(InputError, match=f"/{target}: {reason}"):
+            write(tmp_path / target)
+    assert content(tmp_path) == before | {"d/a": b"another's", "d/b": b"another's"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "new"]
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
+    (tmp_path / "link").symlink_to("there")
+    os.mkfifo(tmp_path / "pipe")
+    for text in ("first", "second"):
+        write_json(tmp_path / "link", {"a": text})
+        assert ((tmp_path / "link").is_symlink(), read_json(tmp_path / "there")) == (True, {"a": text})
+    with pytest.raises(InputError, match="pipe: is there already"):
+        write_json(tmp_path / "pipe", {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    x: float
+    names: list[str]
+    kind: Literal["a", "b"] = "a"
+
+    def __post_init__(self):
+        if self.x < 0:
+            raise ValueError(f"x is {self.x}, must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    count: int
+    best: Point
+    by_name: dict[str, float] | None = None
+    is_round: bool = False
+
+
+RIGHT = {"count": 1, "best": {"x": 1, "names": ["é"]}, "by_name": {"a": 0.5}, "other": 0}
+
+
+def test_a_dataclass_comes_back_from_its_json(tmp_path):
+    write_json(tmp_path / "shape.json", RIGHT)
+    shape = read_dataclass(Shape, tmp_path / "shape.json")
+    assert shape == Shape(count=1, best=Point(x=1.0, names=["é"]), by_name={"a": 0.5})
+    write_json(tmp_path / "shape.json", asdict(shape))
+    assert read_dataclass(Shape, tmp_path / "shape.json") == shape
+    assert (tmp_path / "shape.json").read_text().count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"count": 1.0}, "count is 1.0, should be int"),
+        ({"count": True}, "count is True, should be int"),
+        ({"by_name": []}, "by_name is [], should be dict[str, float] | None"),
+        ({"best": []}, "best is [], should be tests.test_files.Point"),
+        ({"best": {"x": 1}}, "best: names is missing"),
+        ({"best": {"x": -1, "names": []}}, "best: x is -1, must not be negative"),
+        ({"best": {"x": 1, "names": {}}}, "best: names is {}, should be list[str]"),
+        ({"best": {"x": 1, "names": [], "kind": "c"}}, "best: kind is 'c', should be one of ['a', 'b']"),
+    ],
+)
+def test_a_mistyped_or_missing_key_is_named(change, words):
+    with pytest.raises(InputError) as error:
+        read_dataclass(Shape, Path("shape.json"), RIGHT | change)
+    assert str(error.value) == f"shape.json: {words}"
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff", None])
+def test_what_is_no_json_object_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/a.json: (not readable as JSON|holds no JSON object)"):
+        read_json(tmp_path / "a.json")
+
+
+def test_messages_are_one_line():
+    assert files.one_line("a\nb\0\ud800\u2028é") == "a\\nb\\x00\\ud800\\u2028é"
+    assert len(str(InputError("\n" * 1000))) == len(files.one_line("x" * 10**6)) == 400
+    assert (files.preview(["a", 1]), files.preview(list(range(9)), 2)) == ("a, 1", "0, 1 and 7 more")
+
+
+def test_home_is_the_environments_or_the_clone(monkeypatch, tmp_path):
+    monkeypatch.delenv("MINISWEET_HOME", raising=False)
+    assert files.home() == CHECKOUT
+    monkeypatch.setattr(files, "CLONE", tmp_path)
+    assert files.home() == Path.home() / ".cache" / "minisweet"
+    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path))
+    assert files.home() == tmp_path

@@ -1,0 +1,216 @@
+"""Exit 0 sums the right rows of its table, and fitting finds the optimum that an independent implementation finds."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisweet import ngrams
+from minisweet.ngrams import NgramExit, fit_ngrams
+
+V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
+SPECIAL = [PAD, CLS, SEP, UNKNOWN]
+
+
+def encode(*texts: tuple[list[int], ...]) -> tuple[torch.Tensor, ...]:
+    """Texts, or pairs of texts, of word ids to a padded batch: [CLS] A [SEP] B [SEP]."""
+    ids = [[CLS, *[id for part in text for id in (*part, SEP)]] for text in texts]
+    types = [
+        [0] * (len(text[0]) + 2) + [1] * (len(row) - len(text[0]) - 2) for text, row in zip(texts, ids, strict=True)
+    ]
+    T = max(map(len, ids))
+    padded = [torch.tensor([row + [PAD] * (T - len(row)) for row in rows]) for rows in (ids, types)]
+    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in ids])
+    return padded[0], mask, padded[1]
+
+
+def random_texts(count: int, pairs: bool, seed: int = 0, longest: int = 8) -> list[tuple[list[int], ...]]:
+    """So many texts or pairs; some parts are empty, and some words unknown."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words() -> list[int]:
+        length = int(torch.randint(0, longest + 1, (), generator=generator))
+        return torch.randint(UNKNOWN, V, (length,), generator=generator).tolist()
+
+    return [tuple(words() for _ in range(1 + pairs)) for _ in range(count)]
+
+
+def filled(pairs: bool) -> NgramExit:
+    """An exit with a random table and bias."""
+    torch.manual_seed(0)
+    exit = NgramExit(V, 3, SPECIAL, pairs)
+    exit.table.normal_()
+    exit.bias.normal_()
+    return exit
+
+
+def rows_by_hand(exit: NgramExit, text: tuple[list[int], ...]) -> list[int]:
+    """The table's row of each n-gram of a text, one by one."""
+    rows = []
+    for part, words in enumerate(text):
+        others = set(text[1 - part]) - {UNKNOWN} if len(text) == 2 else set()
+        known = [word not in SPECIAL for word in words]
+        rows += [word + V * (word in others) for word, is_known in zip(words, known, strict=True) if is_known]
+        for n in range(len(words) - 1):
+            a, b = words[n : n + 2]
+            if known[n] and known[n + 1]:
+                code = a * ngrams.FIRST + b * ngrams.SECOND + ngrams.SHARED * (a in others and b in others)
+                rows.append((1 + exit.pairs) * V + code % ngrams.PRIME % ngrams.BUCKETS)
+    return rows
+
+
+@settings(max_examples=30, deadline=None)
+@given(pairs=st.booleans(), seed=st.integers(0, 10**6), count=st.integers(1, 5))
+def test_logits_are_the_sum_of_the_rows_over_the_root_of_their_number(pairs, seed, count):
+    exit, texts = filled(pairs), random_texts(count, pairs, seed)
+    logits = exit(*encode(*texts))
+    for text, found in zip(texts, logits, strict=True):
+        rows = rows_by_hand(exit, text)
+        expected = exit.table[rows].sum(0) / max(1, len(rows)) ** 0.5 + exit.bias
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, exit(*encode(text))[0], atol=1e-5, rtol=1e-5)  # whatever the padding
+        if pairs:
+            torch.testing.assert_close(found, exit(*encode(text[::-1]))[0], atol=1e-5, rtol=1e-5)  # either text first
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_text_without_words_has_the_bias(pairs):
+    exit, nothing = filled(pairs), ([],) * (1 + pairs)
+    batches = [encode(nothing, nothing), encode(([UNKNOWN],) * (1 + pairs)), encode(*[([UNKNOWN] * 510,)] * 2)]
+    batches.append((torch.full((2, 7), PAD), torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)))
+    batches.append((torch.tensor([[CLS]]), torch.tensor([[1]]), torch.tensor([[0]])))
+    for batch in batches:
+        assert (exit(*batch) == exit.bias).all()
+
+
+def test_ids_of_a_large_vocabulary_stay_within_the_table():
+    exit = NgramExit(250_000, 2, [0], pairs=True)
+    ids = torch.full((1, 512), 249_999)
+    types = (torch.arange(512) >= 256).long()[None]
+    rows, counts = exit.find_rows(ids, torch.ones_like(ids), types)
+    assert counts.sum() == 512 + 511
+    assert (rows[:, :512] == 499_999).all()
+    assert ((rows[:, 512:] >= 500_000) & (rows[:, 512:] < len(exit.table))).all()
+
+
+def dense(exit: NgramExit, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """How often each row of the table occurs in each text, over the root of the number: (N, rows), float64."""
+    rows, counts = exit.find_rows(*batch)
+    features = torch.zeros(len(rows), len(exit.table), dtype=torch.float64)
+    features.scatter_add_(1, rows, counts.double())
+    return features / counts.sum(1, keepdim=True).clamp(min=1).sqrt()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_fitting_finds_the_optimum(pairs, monkeypatch):
+    """Against autograd on dense matrices in float64, with class probabilities as targets and weights."""
+    monkeypatch.setattr(ngrams, "SCALES", (0.8,))
+    monkeypatch.setattr(ngrams, "BUCKETS", 64)
+    monkeypatch.setattr(ngrams, "ITERATIONS", 1000)
+    texts, C, D = random_texts(30, pairs), 3, 5
+    torch.manual_seed(1)
+    targets, weights, embeddings = torch.rand(30, C).softmax(-1), torch.rand(30) + 0.5, torch.randn(V, D)
+    exit = NgramExit(V, C, SPECIAL, pairs)
+    assert fit_ngrams(exit, [encode(*texts[:11]), encode(*texts[11:])], targets, embeddings, weights) == 0.8
+
+    known = embeddings.double()
+    known = 0.8 * torch.cat([(known - known.mean(0)) / known.std(0) / D**0.5, torch.ones(V, 1)], 1)
+    features = dense(exit, encode(*texts))
+    parts = [torch.zeros(shape, dtype=torch.float64) for shape in [(len(exit.table), C), (1 + pairs, D + 1, C), (C,)]]
+    optimizer = torch.optim.LBFGS([part.requires_grad_() for part in parts], 1, 1000, line_search_fn="strong_wolfe")
+
+    def logits() -> torch.Tensor:
+        free, linear, bias = parts
+        table = free + torch.cat([(known @ linear).flatten(0, 1), torch.zeros(64, C)])
+        return features @ table + bias
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        error = (F.cross_entropy(logits(), targets.double(), reduction="none") * weights).sum()
+        total = error + sum(part.square().sum() for part in parts[:2]) / (2 * ngrams.STRENGTH)
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    torch.testing.assert_close(exit(*encode(*texts)).double(), logits().detach(), atol=1e-2, rtol=0)
+
+
+def fitted(texts: list, targets: torch.Tensor, embeddings: torch.Tensor, **arguments) -> NgramExit:
+    exit = NgramExit(V, 2, SPECIAL, pairs=len(texts[0]) == 2)
+    fit_ngrams(
+        exit, [encode(*texts[start : start + 7]) for start in range(0, len(texts), 7)], targets, embeddings, **arguments
+    )
+    return exit
+
+
+def test_the_same_bytes_each_time_and_labels_are_probabilities():
+    texts, embeddings = random_texts(50, pairs=True), torch.randn(V, 6)
+    labels = torch.tensor([len(text[0]) % 2 for text in texts])
+    first, again = fitted(texts, labels, embeddings), fitted(texts, labels, embeddings)
+    of_probabilities = fitted(texts, F.one_hot(labels, 2).float(), embeddings, weights=torch.ones(50))
+    for exit in (again, of_probabilities):
+        assert all(torch.equal(exit.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_a_weight_counts_a_text_so_often(monkeypatch):
+    monkeypatch.setattr(ngrams, "SCALES", (0.7,))
+    texts, embeddings = random_texts(20, pairs=False), torch.randn(V, 6)
+    labels, often = torch.tensor([len(text[0]) % 2 for text in texts]), torch.tensor([0, 1, 2, 3] * 5)
+    repeated = [text for text, count in zip(texts, often.tolist(), strict=True) for _ in range(count)]
+    weighted = fitted(texts, labels, embeddings, weights=often)
+    expected = fitted(repeated, labels.repeat_interleave(often), embeddings)
+    torch.testing.assert_close(weighted(*encode(*texts)), expected(*encode(*texts)), atol=5e-3, rtol=0)
+
+
+def test_embeddings_speak_for_words_that_no_text_has_and_only_where_they_know():
+    generator = torch.Generator().manual_seed(0)
+    words = torch.arange(4, V)
+    label = words % 2  # even words are of class 0
+    texts = [([word],) for word in words[:24].tolist()]
+    telling = torch.randn(V, 4, generator=generator) * 0.1
+    telling[4:, 0] += 2.0 * label - 1
+    exit = fitted(texts, label[:24], telling)
+    assert exit(*encode(*[([word],) for word in words[24:].tolist()])).argmax(-1).tolist() == label[24:].tolist()
+    chosen = []
+    for embeddings in (telling, torch.randn(V, 4, generator=generator)):
+        chosen.append(fit_ngrams(exit, [encode(*texts)], label[:24], embeddings))
+    assert chosen == [max(ngrams.SCALES), min(ngrams.SCALES)]
+
+
+def test_pairs_are_told_by_what_they_share():
+    generator = torch.Generator().manual_seed(0)
+    texts, labels = [], []
+    for n in range(120):
+        words = (torch.randperm(V - 4, generator=generator)[:6] + 4).tolist()
+        labels.append(n % 2)
+        texts.append((words[:3], [*words[3:5], words[0] if n % 2 else words[5]]))
+    exit = fitted(texts[:80], torch.tensor(labels[:80]), torch.randn(V, 4, generator=generator))
+    assert exit(*encode(*texts[80:])).argmax(-1).tolist() == labels[80:]
+
+
+def test_texts_without_a_word_give_the_shares_of_the_classes():
+    exit = fitted([([],)] * 8, torch.tensor([0, 1, 1, 1] * 2), torch.randn(V, 4))
+    torch.testing.assert_close(exit(*encode(([5],))).softmax(-1)[0], torch.tensor([0.25, 0.75]), atol=1e-3, rtol=0)
+
+
+def test_settings_and_state_make_the_same_exit_again():
+    exit = filled(pairs=True)
+    with torch.device("meta"):
+        made = NgramExit(**json.loads(json.dumps(exit.settings)))
+    made.load_state_dict(exit.state_dict(), assign=True)
+    batch = encode(*random_texts(4, pairs=True))
+    assert torch.equal(made(*batch), exit(*batch))
+    assert list(exit.parameters()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [False, True])
+def test_one_traced_graph_serves_batches_of_any_size(pairs):
+    exit = filled(pairs)
+    batch, length = torch.export.Dim("batch", max=4096), torch.export.Dim("length", min=2, max=512)
+    traced = torch.export.export(exit, encode(*random_texts(3, pairs)), dynamic_shapes=[{0: batch, 1: length}] * 3)
+    for texts in (random_texts(1, pairs, 1), random_texts(7, pairs, 2, longest=100), [([UNKNOWN],) * (1 + pairs)] * 2):
+        assert torch.equal(traced.module()(*encode(*texts)), exit(*encode(*texts)))

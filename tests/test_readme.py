@@ -1,0 +1,141 @@
+"""README and the guides: commands and code run as they stand there, on tiny models and invented rows."""
+
+import csv
+import json
+import re
+import shlex
+import threading
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import evaluate
+import train
+from minisweet import __main__ as package
+from minisweet.data.tasks import TASKS
+from minisweet.runs.folders import newest_run
+from tests.conftest import CHECKOUT, WORDS, in_folder, run, write_model
+
+USE, PAPER, RUNS = (f"minisweet/{room}/README.md" for room in ("use", "paper", "runs"))
+README, RESULTS, WEIGHTS = "README.md", ".github/results/README.md", "weights/README.md"
+COLUMNS = "text sentence1 sentence2 subject body".split()
+
+
+def text_of(guide: str) -> str:
+    """A guide's text."""
+    return (CHECKOUT / guide).read_text(encoding="utf-8")
+
+
+def blocks_of(guide: str) -> list[tuple[str, str]]:
+    """The language and the text of each code block of a guide."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text_of(guide), re.MULTILINE | re.DOTALL)
+
+
+def write_table(path: Path, columns: list[str], labels: dict, rows: int, header: bool = True, **style) -> None:
+    """Write rows of random words; `labels` are the values to draw from, by the column."""
+    draw = Random(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, **style)
+        table.writerows([columns] * header)
+        for _ in range(rows):
+            text = {column: " ".join(draw.choices(WORDS, k=6)) for column in columns}
+            table.writerow((text | {column: draw.choice(values) for column, values in labels.items()}).values())
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to run a guide in, with tiny models under the presets' names, and tiny tasks of GLUE."""
+    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path / "home"))
+    for name, layers in (("minilm-l6", 6), ("bert-base", 12)):
+        changes = {"num_hidden_layers": layers, "max_position_embeddings": 256}
+        write_model(tmp_path / "home" / "weights" / name, "bert", **changes)
+    for task in (task for task in TASKS.values() if task.folder):
+        labels = list(map(str, range(len(task.labels)))) if task.numbered else list(task.labels)
+        columns, is_named = list(task.header or task.columns), task.header is None
+        for file in task.files:
+            path = tmp_path / "home" / "data" / task.folder / file
+            write_table(path, columns, {task.columns[-1]: labels}, 300, is_named, delimiter="\t", lineterminator="\n")
+    with in_folder(tmp_path):
+        yield tmp_path
+
+
+def run_line(line: str) -> None:
+    """Run a command of a guide, if it is one of ours. What it needs and what is not there is made first."""
+    words = shlex.split(line.partition(" > ")[0], comments=True)
+    words = [str(newest_run()) if re.fullmatch(r"RUN\d?", word) else word for word in words]
+    for option, word in zip(words, words[1:], strict=False):
+        if word.endswith((".csv", ".tsv")) and option != "--out" and not Path(word).exists():
+            write_table(Path(word), [*COLUMNS, "label", "team"], dict.fromkeys(("label", "team"), ("a", "b")), 120)
+        elif option == "--trunk" and not Path(word).exists():
+            run_line(f"python -m minisweet export {newest_run()} --out {word}")
+        elif option == "--train-size":
+            words[words.index(word)] = "100"
+    for name, module in {"train.py": train, "evaluate.py": evaluate}.items():
+        if name in words:
+            assert run(module, *words[words.index(name) + 1 :]) == 0, line
+    if words[:3] == ["python", "-m", "minisweet"]:
+        instead = ["--print-commands"] if words[3] == "reproduce" and "--report-only" not in words else []
+        assert run(package, *words[3:], *instead) == 0, line
+    elif words[:3] == ["mkdir", "-p", "kept"]:
+        Path("kept").mkdir()
+
+
+WITH_ONNX = [pytest.param(guide, True, marks=pytest.mark.slow) for guide in (README, USE)]
+
+
+@pytest.mark.parametrize(("guide", "with_onnx"), [(README, False), (USE, False), (PAPER, False), *WITH_ONNX])
+def test_commands_and_code_run(guide, with_onnx, place, capsys):
+    for kind, block in blocks_of(guide):
+        if "FastAPI" in block or ("onnx" in block and not with_onnx):
+            continue
+        if kind == "python":
+            exec(compile(block.replace("RUN", str(newest_run())), guide, "exec"), {})
+            assert capsys.readouterr().out
+        else:
+            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+                run_line(line.strip())
+
+
+def test_the_service_answers(run_of, place):
+    _, uvicorn, httpx = map(pytest.importorskip, ("fastapi", "uvicorn", "httpx"))
+    (block,) = [block for _, block in blocks_of(USE) if "FastAPI" in block]
+    names: dict = {}
+    exec(compile(block.replace("RUN", str(run_of("pairs"))), USE, "exec"), names)
+    server = uvicorn.Server(uvicorn.Config(names["app"], port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    answer, refused = (httpx.post(url, json=body) for body in ([["the film", "was superb"], ["", ""]], ["one text"]))
+    server.should_exit = True
+    thread.join()
+    assert [row["label"] in ("yes", "no") for row in answer.json()] == [True, True]
+    assert (answer.status_code, refused.status_code) == (200, 422)
+
+
+def test_the_folder_of_a_run_is_as_told(run_of):
+    folder = run_of("branch")
+    for name in ("run.json", "evaluation.json"):
+        (table,) = re.findall(rf"^\| key of `{name}`.*?\n\n", text_of(RUNS), re.MULTILINE | re.DOTALL)
+        keys = {key for row in table.split("\n|")[2:] for key in re.findall(r"`(\w+)`", row.split("|")[0])}
+        assert keys - {"diverged"} <= json.loads((folder / name).read_text()).keys()
+    files = re.findall(r"^\| `([\w.]+)`", text_of(RUNS).partition("| key")[0], re.MULTILINE)
+    assert {"run.json", "curve.png"} <= set(files) <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("guide", [README, USE, PAPER, RUNS, RESULTS, WEIGHTS])
+def test_links_lead_somewhere(guide):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text_of(guide)) if not link.startswith("http")]
+    assert [link for link in links if not (CHECKOUT / guide).parent.joinpath(link).exists()] == []
+
+
+def test_readme_is_short_and_so_are_its_sentences():
+    text = text_of(README)
+    assert len(text.splitlines()) <= 180
+    prose = re.sub(r"^```.*?^```|^\|.*?$|^#.*?$", "\n\n", text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", prose))
+    sentences = re.split(r"(?<=[.!?])[*)\"]*\s|\n\n|\n *(?:-|\d\.) ", prose)
+    assert [sentence for sentence in sentences if len(sentence.split()) > 30] == []

@@ -1,0 +1,164 @@
+"""Bad input: one line on standard error that names the option or the file, status 2, and nothing is written.
+
+One table for all commands. Each row is a command, its words, and what its line says. A row belongs to the room that
+raises the error, and stands in that room's section. `place` makes the files that the words name.
+"""
+
+import importlib
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import in_folder, run, write_model
+
+MODULES = {
+    "train": "train",
+    "evaluate": "evaluate",
+    "predict": "minisweet.use.predict",
+    "explain": "minisweet.use.explain",
+    "export": "minisweet.use.export",
+    "reproduce": "minisweet.paper.reproduce",
+    "gradients": "minisweet.paper.gradients",
+    "minisweet": "minisweet.__main__",
+}
+TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
+
+REFUSALS = [
+    # base: what argparse and the types of options refuse
+    ("minisweet", "predikt run", "argument command: invalid choice: 'predikt'"),
+    ("train", f"{TRAIN} --trainsize 5", "unrecognized arguments: --trainsize"),
+    ("train", f"{TRAIN} --method sweeet", "argument --method: invalid choice: 'sweeet'"),
+    ("train", f"{TRAIN} --train-size 0", "--train-size: '0' is not a whole number from 1 to"),
+    ("train", f"{TRAIN} --epochs -1", "argument --epochs: "),
+    ("train", f"{TRAIN} --lr nan", "--lr: 'nan' is not a positive number"),
+    ("train", f"{TRAIN} --exit-layers 1,x", "--exit-layers: 'x' is not a whole number"),
+    ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
+    ("train", f"{TRAIN} --device cuda:99", "--device: 'cuda:99' is not here"),
+    ("train", f"{TRAIN} --amp int8", "argument --amp: invalid choice: 'int8'"),
+    ("train", f"{TRAIN} --out {'x' * 250}", "File name too long: "),
+    ("train", f"{TRAIN} --out tiny/vocab.txt/x", "Not a directory: "),
+    # runs: hub, options, start, resume, folders
+    (
+        "train",
+        "--model no-such --out new",
+        "model 'no-such': neither a folder, nor owner/name on the hub, nor one of bert-base",
+    ),
+    ("train", "--model '' --out new", "model '': neither a folder"),
+    ("train", f"{TRAIN} --exit-layers 4,1", "--exit-layers: 4,1, should increase and end at one of the layers 1 to 4"),
+    ("train", f"{TRAIN} --exit-layers 1,9", "--exit-layers: 1,9, should increase and end at one of the layers 1 to 4"),
+    ("train", f"{TRAIN} --exit-layers 0", "--exit-layers: 0, should increase and end at one of the layers 1 to 4"),
+    ("train", f"{TRAIN} --exit-layers 0,4 --exit-strategy lte", "--exit-layers: exit 0 cannot learn when to be taken"),
+    ("train", "--model tiny --trunk run", "--model: needs a training without --trunk"),
+    ("train", "--trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in the"),
+    ("train", "--trunk run --out new --exit-layers 1,2", "--exit-layers: 1,2, should increase and end at layer 4, as"),
+    ("train", f"{TRAIN} --targets trunk", "--targets: needs --trunk or --method branch"),
+    ("train", f"{TRAIN} --dev-data own.csv", "--dev-data: needs --data"),
+    ("train", f"{TRAIN} --data own.csv --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of --data, and"),
+    ("train", f"{TRAIN} --out run", "--out: run holds a run already; name another folder, or pass --overwrite"),
+    ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny holds 'config.json', which no run made; name"),
+    ("train", f"{TRAIN} --out run --resume --overwrite", "not allowed with argument"),
+    ("train", f"{TRAIN} --out run --resume", "--resume: run is another training's: "),
+    # config, checkpoint, data
+    ("train", f"{TRAIN} --task rte --data own.csv", "argument --data: not allowed with argument --task"),
+    ("train", f"{TRAIN} --data absent.csv", "No such file or directory: 'absent.csv'"),
+    ("train", f"{TRAIN} --data tiny/vocab.txt", "tiny/vocab.txt: should end in .csv, .tsv, .jsonl"),
+    (
+        "train",
+        f"{TRAIN} --data own.csv --text-columns body",
+        "own.csv: no column body; it has text, label; name it with",
+    ),
+    (
+        "train",
+        f"{TRAIN} --data own.csv --text-columns text,label",
+        "text,label, should be one or two, and not the label",
+    ),
+    (
+        "train",
+        f"{TRAIN} --data own.csv --label-column team",
+        "own.csv: no column team; it has text, label; name it with",
+    ),
+    ("train", f"{TRAIN} --data own.csv --labels a,c", "own.csv, line 3: label 'b', should be one of a, c"),
+    # evaluation
+    ("evaluate", "run run", "run: a second run, and only --plot takes several"),
+    ("evaluate", "tiny", "tiny: no run here"),
+    ("evaluate", "run --use-exits 1,2", "--use-exits: "),
+    ("evaluate", "run --use-exits 3,4", "--use-exits: "),
+    ("evaluate", "run --max-loss 1 --speed 0.5", "argument --speed: not allowed with argument --max-loss"),
+    ("evaluate", "run --speed 1.5", "argument --speed: '1.5' is not a number from 0 to 1"),
+    ("evaluate", "run --max-change 0", "argument --max-change: '0' is not a number from 0.01 to 99.99"),
+    ("evaluate", "run --max-loss 1 --sure 100", "argument --sure: '100' is not a number from 50 to 99.9"),
+    ("evaluate", "run --speed 0.5 --sure 90", "--sure: needs --max-loss or --max-change"),
+    ("evaluate", "run --thresholds 1", "argument --thresholds: '1' is not a whole number from 2"),
+    (
+        "evaluate",
+        "run --test own.csv --speed 0.5",
+        "--speed: needs an evaluation, and --test takes the one that is there",
+    ),
+    ("evaluate", "run --test none.csv", "none.csv"),
+    ("evaluate", "run --test own.csv", "own.csv, line 2: label 'a', should be one of "),
+    ("evaluate", "pairs --test own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
+    ("evaluate", "run --plot own.csv", "--plot: 'own.csv' is no name that ends in .png"),
+    ("evaluate", "run --plot new.png --amp bf16", "--amp: needs an evaluation, and --plot draws those that are there"),
+    ("evaluate", "run pairs --plot new.png", "pairs: it was evaluated on other rows, or by another metric"),
+    # use: predict, explain, classifier, page
+    ("predict", "run own.csv --out own.csv", "--out: own.csv is the input"),
+    ("predict", "run own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
+    ("predict", "run own.csv --out new.csv --text-columns text,label", "--text-columns: text,label, should be 1"),
+    ("predict", "pairs own.csv --out new.csv", "own.csv: no column first,second"),
+    ("predict", "pairs own.csv --out new.csv --text-columns text", "--text-columns: text, should be 2"),
+    ("predict", "run own.csv --out new.csv --speed 0.5 --sure 90", "sure: 90 needs max_loss or max_change"),
+    ("predict", "run none.csv --out new.csv", "none.csv"),
+    ("predict", "tiny own.csv --out new.csv", "tiny: no run here"),
+    ("explain", "run", "TEXT: should be a text, or the two of a pair"),
+    ("explain", "run a --html new.html", "TEXT: should be a text, or the two of a pair"),
+    ("explain", "run a b", "item 0: ['a', 'b'], should be one text, as in training"),
+    ("explain", "pairs a", "item 0: ['a'], should be a pair of texts"),
+    ("explain", "run --html tiny", "--html: 'tiny' is no name that ends in .html"),
+    ("explain", "run --html new.html --speed 0.5", "--speed: needs TEXT"),
+    # use: export and ONNX
+    ("export", "run", "one of the arguments --onnx --out is required"),
+    ("export", "run --out new --onnx new.onnx", "not allowed with argument"),
+    ("export", "run --onnx new.onnx --exit-layer 2", "--exit-layer: needs --out"),
+    ("export", "run --out new --int8", "--int8: needs --onnx"),
+    ("export", "run --out new --recertify", "--recertify: needs --onnx"),
+    ("export", "run --onnx new.pt", "--onnx: new.pt should end in .onnx"),
+    ("export", "tiny --onnx new.onnx", "tiny: no run here"),
+    ("export", "run --out tiny", "tiny: is there already"),
+    ("export", "run --out new --exit-layer 0", "--exit-layer: 0, should be the layer of an exit: 1, 2, 4"),
+    # paper
+    ("reproduce", "--tasks sst3", "--tasks: 'sst3' is none of rte, mrpc"),
+    ("reproduce", "--lrs 1e-3,x", "--lrs: 'x' is not a positive number"),
+    ("reproduce", "--methods ee,bert", "--methods: 'bert' is none of sweet, ee, mm, branch"),
+    ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: "),
+    ("reproduce", "--print-commands --report-only", "--report-only: not allowed with argument --print-commands"),
+    ("gradients", "run", "run: a run of branch on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
+    ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, run_of) -> Path:
+    """A folder with what a command line may name: a model, an evaluated run, and files of rows."""
+    folder = tmp_path_factory.mktemp("place")
+    write_model(folder / "tiny", "bert")
+    shutil.copytree(run_of("branch"), folder / "run")
+    shutil.copytree(run_of("pairs"), folder / "pairs")
+    shutil.copytree(run_of("ee"), folder / "ee")
+    rows = [
+        f"the {word} film,{label}" for word, label in zip("good bad great dull".split() * 8, "ab" * 16, strict=True)
+    ]
+    (folder / "own.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(("command", "words", "expected"), REFUSALS, ids=[f"{row[0]}: {row[2]}" for row in REFUSALS])
+def test_bad_input_is_one_line_and_status_2(place, capsys, command, words, expected):
+    before = sorted(place.rglob("*"))
+    with in_folder(place):
+        status = run(importlib.import_module(MODULES[command]), *shlex.split(words))
+    err = capsys.readouterr().err
+    assert (status, err.count("\n")) == (2, 1), err
+    assert expected in err
+    assert sorted(place.rglob("*")) == before
