@@ -43,7 +43,7 @@ from minisweet.use.plots import METRICS, draw_curves
 
 TITLES = {"macro_f1": "macro F1", "full_depth": "full depth", "loss": "points lost", "speedup": "share of the layers"}
 KEYS = {"full_depth": "full_depth_score", "speedup": "speedup_ratio"}  # where a statistic's key is not its name
-FEW = "intervals of so few rows hold less often: of 61 rows in 88 to 99% of draws"  # see tests/benchmark/draws.py
+FEW = "so few rows tell little: of 61 rows, such intervals held in 93 to 98% of draws"  # see tests/benchmark/draws.py
 
 
 def parse_arguments() -> argparse.Namespace:

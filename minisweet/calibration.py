@@ -11,6 +11,8 @@ rows, or of a quarter where the others certify (evaluation/operating.py).
 Dimension letters: K exits, N instances, C classes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,20 +23,18 @@ BINS = 15  # of the expected calibration error
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature of least NLL and prior: logits (N, C) and labels (N,) to a number above 0; without rows 1."""
-    logits = logits.double()
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+    """The temperature of least NLL and prior: logits (N, C) and labels (N,) to a number above 0; without rows 1.
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        nll = F.cross_entropy(logits * (-log_temperature).exp(), labels, reduction="sum")
-        value = (nll + log_temperature**2) / max(1, len(labels))
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return float(log_temperature.detach().exp())
+    Where the slope of their sum changes its sign is found by bisection, of log(T) between -7 and 7.
+    """
+    logits, low, high = logits.double(), -7.0, 7.0
+    gold = float(logits.gather(1, labels[:, None]).sum())
+    for _ in range(40):
+        middle = (low + high) / 2
+        scaled = logits * math.exp(-middle)
+        slope = gold * math.exp(-middle) - float((scaled.softmax(-1) * scaled).sum()) + 2 * middle
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return math.exp(middle)
 
 
 def fit_rule(logits: Tensor, certainty: Tensor | None, labels: Tensor, labelled: bool = True) -> ExitRule:

@@ -93,8 +93,8 @@ def stated(validation: Validation, wish: dict, deployed: Choice, places: list[in
         everywhere, _ = decide(choice, validation)  # (N,)
         found.append(statistics_of(validation, everywhere, costs))
         taken[rows] = everywhere[rows]
-    # The folds' choices differ from each other, and the deployed one from their mean. Five folds tell this spread roughly:
-    # intervals that take it 2.5 times hold (tests/benchmark/draws.py).
+    # The folds' choices differ from each other, and the deployed one from their mean. Five folds tell this spread
+    # roughly: intervals that take it 2.5 times hold (tests/benchmark/draws.py).
     errors = {key: 2.5 * float(np.std([one[key] for one in found])) for key in ("score", "macro_f1", "loss")}
     point = statistics_of(validation, taken, costs, errors)
     if deployed.threshold <= deployed.rule.lowest:  # all texts leave at the first exit
