@@ -47,6 +47,7 @@ REFUSALS = [
     ),
     ("train", "--model '' --out new", "model '': neither a folder"),
     ("train", f"{TRAIN} --exit-layers 4,1", "--exit-layers: 4,1, should increase and end at one of the layers 1 to 4"),
+    ("train", f"{TRAIN} --exit-layers 0,0,4", "--exit-layers: 0,0,4, should increase"),
     ("train", f"{TRAIN} --exit-layers 1,9", "--exit-layers: 1,9, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --exit-layers 0", "--exit-layers: 0, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --exit-layers 0,4 --exit-strategy lte", "--exit-layers: exit 0 cannot learn when to be taken"),

@@ -169,10 +169,13 @@ def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> Non
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> Examples:
-    """Read what `write_examples` wrote; `labels` are the classes in their order."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    classes = [labels.index(label) for label in columns["label"]] if "label" in columns else None
-    first = columns.get("text") or columns["sentence1"]
+    """Read what `write_examples` wrote; `labels` are the classes in their order. Raises InputError for other files."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        classes = [labels.index(label) for label in columns["label"]] if "label" in columns else None
+        first = columns.get("text") or columns["sentence1"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not the validation rows that train.py writes ({error})") from None
     return Examples(first, columns.get("sentence2"), classes, columns.get("difficulty"))

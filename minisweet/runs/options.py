@@ -82,7 +82,7 @@ def find_model(
     args.batch_size = args.batch_size or (8 if is_large_deberta else 16)  # App. A
     depth = end or config.num_hidden_layers
     exit_layers = list(args.exit_layers or exit_layers_for(depth, method, exit_strategy))
-    if exit_layers != sorted(exit_layers) or not (end or 1) <= exit_layers[-1] <= depth:
+    if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
         raise InputError(f"--exit-layers: {','.join(map(str, exit_layers))}, should increase and end {where}")
     if exit_strategy == "lte" and exit_layers[0] == 0:

@@ -77,15 +77,25 @@ def measure_curve(run: Validation, front: Validation, layers: tuple[int, ...]) -
 
 
 def measure(records: Path, task: str, seed: int, metric: str | None) -> tuple[list[np.ndarray], list[float]]:
-    """What the tables show of a task and a seed: of each of CURVES, and the score of each of SINGLE."""
-    front = load(records, task, seed, "branch")
+    """What the tables show of a task and a seed: of each of CURVES, and the score of each of SINGLE; NaN where a run
+    is not there.
+    """
+    front, unknown = load(records, task, seed, "branch"), np.full(SCORED + len(CHANGES) + len(GRID), np.nan)
     front = front._replace(metric=metric or front.metric)
-    runs = {name: load(records, task, seed, name)._replace(metric=front.metric) for name in ("ee", "sweet", "mm")}
-    curves = [measure_curve((runs | {"branch": front})[name], front, layers) for name, layers in CURVES.values()]
-    tfidf, embeddings = (load_file(records / f"{task}-{seed}-{name}" / LOGITS) for name in ("tfidf", "embeddings"))
-    slices = [load_slice(records, task, seed, n, best_rate(records, task, n))[0] for n in SLICES]
-    logits = [front.logits[0], tfidf["logits"][0], *slices, embeddings["logits"][0], front.logits[-1]]
-    return curves, [score(each.argmax(-1), front.labels, front.metric) for each in logits]
+    there = [name for name in ("ee", "sweet", "mm") if (records / f"{task}-{seed}-{name}").exists()]
+    runs = {name: load(records, task, seed, name)._replace(metric=front.metric) for name in there} | {"branch": front}
+    curves = [measure_curve(runs[name], front, layers) if name in runs else unknown for name, layers in CURVES.values()]
+    logits = {"n-grams": front.logits[0], "full depth": front.logits[-1]}
+    for name, folder in (("TF-IDF", "tfidf"), ("embeddings", "embeddings")):
+        if (path := records / f"{task}-{seed}-{folder}" / LOGITS).exists():
+            logits[name] = load_file(path)["logits"][0]
+    if (records / f"{task}-{seed}-slices-{SLICE_RATES[0]}").exists():
+        slices = {n: load_slice(records, task, seed, n, best_rate(records, task, n)) for n in SLICES}
+        logits |= {f"slice of {n}": found for n, (found, _) in slices.items()}
+    single = [
+        score(logits[name].argmax(-1), front.labels, front.metric) if name in logits else np.nan for name in SINGLE
+    ]
+    return curves, single
 
 
 def cells(values: np.ndarray, digits: int = 1) -> list[str]:
