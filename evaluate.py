@@ -16,33 +16,32 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from minisweet.adaptive import ExitRule, spaced_thresholds
+from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
 from minisweet.base.files import InputError, read_dataclass
 from minisweet.data.load import digest
 from minisweet.data.rows import Examples, examples_of, find_columns, read_rows, text_columns
 from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation import operating, sweep
 from minisweet.evaluation.choice import Choice, decide
 from minisweet.evaluation.intervals import interval_of_a_file
-from minisweet.evaluation.operating import (
-    add_wish_options,
-    not_certified,
-    operating_point,
-    shortfall,
-    statistics_of,
-    wish_of,
-)
-from minisweet.evaluation.records import EVALUATION, Evaluation, read_evaluation
-from minisweet.evaluation.sweep import Validation, crossfit, curve_of, never_predicted, save_evaluation, sweep, validate
-from minisweet.runs.folders import load_run, method_name, newest_run, read_validation, versions
+from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.records import Evaluation, read_evaluation
+from minisweet.evaluation.sweep import Validation
+from minisweet.exits import ExitModel
+from minisweet.runs.folders import CURVE, EVALUATION, load_run, method_name, newest_run, read_validation, versions
 from minisweet.runs.records import Record
-from minisweet.use.plots import METRICS, draw_curves
+from minisweet.use.plots import draw_curves
 
-TITLES = {"macro_f1": "macro F1", "full_depth": "full depth", "loss": "points lost", "speedup": "share of the layers"}
-KEYS = {"full_depth": "full_depth_score", "speedup": "speedup_ratio"}  # where a statistic's key is not its name
+STATED = (  # what evaluation.json states: a title, the key of the value, and the key of its interval
+    ("", "score", "score_interval"),  # the title is the metric's
+    ("macro F1", "macro_f1", "macro_f1_interval"),
+    ("full depth", "full_depth_score", "full_depth_interval"),
+    ("points lost", "loss", "loss_interval"),
+    ("share of the layers", "speedup_ratio", "speedup_interval"),
+)
 FEW = "so few rows tell little: of 61 rows, such intervals held in 93 to 98% of draws"  # see tests/benchmark/draws.py
 
 
@@ -52,13 +51,13 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=path_to(".png"), metavar="PNG", help="evaluate nothing: draw these runs' curves together")
-    test = "evaluate nothing: score this labelled file at the operating point that is there, beside what it stated"
+    test = "evaluate nothing: score this labelled file at the saved operating point, next to what was stated for it"
     option("--test", type=Path, metavar="FILE", help=test)
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
-    use = "evaluate and ask these exits alone, such as 0,6 (default: evaluate all, ask those that pay)"
+    use = "evaluate and use only these exits, such as 0,6 (default: evaluate all, use those worth their cost)"
     option("--use-exits", type=list_of(whole_number(0)), help=use)
     default = "--max-loss 1; without labels --max-change 3"
-    add_wish_options(parser, f"operating point (default: {default}); it replaces the one that predict uses")
+    operating.add_wish_options(parser, f"operating point (default: {default}); it replaces the one that predict uses")
     devices.add_device_options(parser)
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
@@ -78,33 +77,26 @@ def main() -> None:
     """Draw the evaluations of several runs, test one run, or evaluate it."""
     args = parse_arguments()
     if args.plot:
-        plot(args.runs, args.plot)
+        draw_curves(args.plot, {str(run): read_evaluation(run) for run in args.runs})
+        print(f"written to {args.plot}")
     elif args.test:
         test(args)
     else:
         evaluate(args)
 
 
-def plot(runs: list[Path], path: Path) -> None:
-    """Draw the curves of several runs' evaluations."""
-    draw_curves(path, {str(run): saved_evaluation(run) for run in runs})
-    print(f"written to {path}")
-
-
-def saved_evaluation(run: Path) -> Evaluation:
-    """A run's evaluation. Raises InputError where there is none."""
-    if (evaluation := read_evaluation(run)) is None:
-        raise InputError(f"{run}: has no {EVALUATION}; first: evaluate.py {run}")
-    return evaluation
-
-
-def answers_of(model: nn.Module, record: Record, rows: Examples, metric: str, args: argparse.Namespace) -> Validation:
+def answers_of(model: ExitModel, record: Record, rows: Examples, metric: str, args: argparse.Namespace) -> Validation:
     """What all exits say of the rows. Prints how many texts are cut."""
     devices.tune_cpu()
     examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, record.max_length), rows)
     if examples.cut:
         print(f"cut to {record.max_length} tokens: {examples.cut:,} texts")
-    return validate(model.to(args.device), record, rows, examples, metric, args.precision)
+    logits, certainty = sweep.all_logits(model.to(args.device), examples, args.precision)
+    if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
+        certainty = logits.new_zeros(0, len(examples))
+    labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
+    exits = Exits(list(model.exit_layers), record.depth, record.method)
+    return Validation(logits, certainty, labels, sweep.text_keys(rows.texts()), metric, exits)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -120,16 +112,16 @@ def evaluate(args: argparse.Namespace) -> None:
     validation = answers_of(model, record, rows, record.metric, args)
     if devices.process_rank():  # the first process alone writes
         return
-    seconds, layers, folds = time.perf_counter() - start, list(validation.exits.layers), crossfit(validation)
-    wish = wish_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
-    rule, point = operating_point(validation, wish, args.use_exits, record.train_texts)
+    seconds, layers, folds = time.perf_counter() - start, list(validation.exits.layers), sweep.crossfit(validation)
+    wish = operating.wish_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
+    rule, point = operating.operating_point(validation, wish, args.use_exits, record.train_texts)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
-    asked, _ = sweep(folds, validation, thresholds, [layers.index(n) for n in point["asked_exits"]])
-    evaluation = {key: getattr(record, key) for key in ("task", "method", "exit_strategy", "metric")}
-    evaluation |= {
+    asked, _ = sweep.sweep(folds, validation, thresholds, [layers.index(n) for n in point["asked_exits"]])
+    evaluation = {
+        **{key: getattr(record, key) for key in ("task", "method", "exit_strategy", "metric")},
         "exit_layers": layers,
         "thresholds": thresholds,
-        **curve_of(validation, folds, thresholds),
+        **sweep.curve_of(validation, folds, thresholds),
         "asked_scores": asked["scores"],
         "asked_speedup_ratios": asked["speedup_ratios"],
         "temperatures": [1.0] * len(layers) if rule.temperatures is None else rule.temperatures.tolist(),
@@ -143,12 +135,14 @@ def evaluate(args: argparse.Namespace) -> None:
         "precision": str(args.precision or torch.float32),
         "versions": versions(),
     }
-    draw_curves(run / "curve.png", {str(run): read_dataclass(Evaluation, run / EVALUATION, evaluation)})
-    save_evaluation(run, evaluation, validation)  # before anything is printed, since `| head` may end this process
+    (run / EVALUATION).unlink(missing_ok=True)  # so that no old one stands beside new files; the new one comes last
+    draw_curves(run / CURVE, {str(run): read_dataclass(Evaluation, run / EVALUATION, evaluation)})
+    # Before anything is printed, since `| head` may end this process.
+    sweep.save_evaluation(run, evaluation, validation)
     print(f"{run}: {record.model}, {method_name(vars(record))}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
     print_point(point, record, evaluation)
-    for line in filter(None, [shortfall(point), *never_predicted(validation, record.labels)]):
+    for line in filter(None, [operating.shortfall(point), *sweep.never_predicted(validation, record.labels)]):
         print(f"warning: {line}")
     print(f"\nwritten to {run / EVALUATION}; predict takes this operating point now")
 
@@ -175,8 +169,8 @@ def print_point(point: dict, record: Record, evaluation: dict) -> None:
     left_out = f" (left out, since they cost more than they give: {', '.join(costly)})" if costly else ""
     print(f"\noperating point: threshold {point['threshold']:.6g}, exits {', '.join(map(str, asked))}{left_out}")
     print(f"{'on new text':<25}{'stated':>8}   95% interval")
-    for name in ("score", *TITLES):
-        print(f"{TITLES.get(name, METRICS[evaluation['metric']]):<25}" + with_interval(point, name))
+    for title, *keys in STATED:
+        print(f"{title or METRICS[evaluation['metric']]:<25}" + with_interval(point, *keys))
     if evaluation["effective_examples"] < 100:
         print(FEW)
     if "sure" not in wish:
@@ -192,43 +186,42 @@ def print_point(point: dict, record: Record, evaluation: dict) -> None:
         print(f"{point['trained_rows']:,} of these rows were trained on, and promise nothing")
 
 
-def with_interval(point: dict, name: str) -> str:
+def with_interval(point: dict, key: str, interval: str) -> str:
     """A statistic of an operating point, and its 95% interval."""
-    low, high = point[f"{name}_interval"]
-    return f"{point[KEYS.get(name, name)]:8.2f}   {low:7.2f} to {high:7.2f}"
+    return "{:8.2f}   {:7.2f} to {:7.2f}".format(point[key], *point[interval])
 
 
 def test(args: argparse.Namespace) -> None:
     """Score a labelled file at the run's operating point, and print it beside what was stated and promised."""
     (run,) = args.runs
     model, record = load_run(run)
-    evaluation = saved_evaluation(run)
+    evaluation = read_evaluation(run)
     point = evaluation.operating_point
     columns = text_columns(args.test, None, record.columns)
     (column,) = find_columns("--test", args.test, [record.label_column or "label"], ["label"])
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
     metric = record.metric if labelled else "accuracy"
-    said = answers_of(model.keep_exits(point.asked_exits), record, rows, metric, args)
+    answers = answers_of(model.keep_exits(point.asked_exits), record, rows, metric, args)
     rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     rule = rule.kept([evaluation.exit_layers.index(n) for n in point.asked_exits])
-    decisions = decide(Choice(rule, list(range(len(point.asked_exits))), point.threshold), said)
-    found = statistics_of(said, *decisions)
-    changed = statistics_of(said._replace(labels=said.logits[-1].argmax(-1), metric="agreement"), *decisions)
+    decisions = decide(Choice(rule, list(range(len(point.asked_exits))), point.threshold), answers)
+    measured = operating.statistics_of(answers, *decisions)
+    changed = operating.statistics_of(answers.against_full_depth(), *decisions)
     skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
     stated = f"stated of {evaluation.examples:,} validation rows"
     print(f"{'with 95% intervals':<25}{'here':>8}{'':23}{stated:<31}a file of so many rows")
-    for name in ("score", *TITLES):
-        line = f"{TITLES.get(name, METRICS[metric]):<25}{with_interval(found, name)}"
-        if labelled or name == "speedup":
-            value, ends = getattr(point, KEYS.get(name, name)), getattr(point, f"{name}_interval")
-            ends = interval_of_a_file(value, ends, evaluation.effective_examples, said.effective_rows())
-            line += f"   {with_interval(vars(point), name)}" + "   {:7.2f} to {:7.2f}".format(*ends)
+    for title, key, interval in STATED:
+        line = f"{title or METRICS[metric]:<25}{with_interval(measured, key, interval)}"
+        if labelled or key == "speedup_ratio":
+            sizes = evaluation.effective_examples, answers.effective_rows()
+            ends = interval_of_a_file(getattr(point, key), getattr(point, interval), *sizes)
+            line += f"   {with_interval(vars(point), key, interval)}" + "   {:7.2f} to {:7.2f}".format(*ends)
         print(line)
     most = "   at most {max_change:g}, {sure:g}% sure".format(**point.wish) if "max_change" in point.wish else ""
-    print(f"{'percent changed':<25}{with_interval(changed, 'loss')}{most}")
-    if line := not_certified(point.wish, point.threshold, evaluation, args.precision):
+    print(f"{'percent changed':<25}{with_interval(changed, 'loss', 'loss_interval')}{most}")
+    if line := operating.not_certified(point.wish, point.threshold, evaluation, args.precision):
         print(f"warning: {line}")
 
 

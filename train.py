@@ -2,7 +2,7 @@
 
     python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
-    python train.py --task sst2 --method branch       # with --exit-layers 0,1,2,3,6: branches
+    python train.py --task sst2 --method branch       # exits 0 and 6; for real branches: --exit-layers 0,1,2,3,6
     python train.py --data tickets.csv --text-columns subject,body --label-column team
     python train.py --trunk my-classifier --task rte  # early exits for a classifier that is there already
     python train.py --trunk my-classifier --data texts.csv --targets trunk          # which needs no labels
@@ -29,7 +29,7 @@ from minisweet.base.files import InputError
 from minisweet.branches import METHODS, BranchModel
 from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
-from minisweet.evaluation.sweep import predict
+from minisweet.evaluation.sweep import all_logits
 from minisweet.exits import ExitModel, exit_loss
 from minisweet.multi_model import MultiModel, build_alone
 from minisweet.ngrams import NgramExit, fit_ngrams
@@ -55,7 +55,7 @@ class Training:
         args, device = self.args, self.setup.device
         if args.targets == "trunk":
             precision = devices.choose_precision(args.amp, device)  # as it is evaluated
-            logits, _ = predict(self.start.to(device).eval(), self.examples, precision, "targets")
+            logits, _ = all_logits(self.start.to(device).eval(), self.examples, precision, "targets")
             self.examples = self.examples.with_targets(logits[-1].softmax(-1).numpy())
             self.start.cpu()
         torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
@@ -80,7 +80,8 @@ class Training:
             for step, batch in enumerate(bar, start=1):
                 if step <= len(history):  # the step was done before the training was stopped
                     continue
-                torch.manual_seed(hash((args.seed, step, process_rank())))  # of dropout, which needs no checkpoint so
+                # Seeds dropout by step, so that no random state has to be saved.
+                torch.manual_seed(hash((args.seed, step, process_rank())))
                 optimizer.zero_grad()
                 share, weight = own_rows(batch)  # each of several processes takes a share of every batch
                 losses = compute_gradients(model, share.to(device), scaler, precision)
@@ -100,9 +101,9 @@ class Training:
         self.seconds[stage] = self.checkpoint.stages[stage]["seconds"]
 
     def weighted(self) -> TokenizedExamples:
-        """The examples. With --class-weights balanced, each counts N / (c n): n of N are of its class, and c occur.
+        """The examples. With --class-weights balanced, each weighs N / (number of classes x rows of its class).
 
-        Its class is its label, or with --targets trunk the likeliest of its targets.
+        Its class is its label, or with --targets trunk the likeliest of its targets. Only classes that occur count.
         """
         if not self.args.class_weights:
             return self.examples

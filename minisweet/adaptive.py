@@ -31,7 +31,7 @@ class ExitRule:
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
         self.num_labels, self.temperatures, self.ranges = num_labels, temperatures, ranges
-        # The confidence that nobody falls below: at this threshold all leave at the first exit.
+        # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
     @classmethod

@@ -19,7 +19,7 @@ from torch import nn
 
 from minisweet.checkpoint import Encoder
 from minisweet.exits import ExitHead, MultiExitModel, encoder_to_grow
-from minisweet.multi_model import slice_trunk
+from minisweet.multi_model import head_to_keep, slice_trunk
 
 
 class BranchModel(MultiExitModel):
@@ -40,7 +40,7 @@ class BranchModel(MultiExitModel):
         self.freeze_trunk(self.heads[-1])
 
     def freeze_trunk(self, head: ExitHead) -> None:
-        """Take `head` for the last exit's, and freeze it and the encoder."""
+        """Use `head` as the last exit's, and freeze it and the encoder."""
         head.lte = None  # nobody asks the last exit whether it is right
         self.heads[-1] = head.requires_grad_(False)
         self.encoder.requires_grad_(False)
@@ -96,9 +96,7 @@ def add_exits(
     `grow_branches`. The trunk's weights are taken over, not copied. Raises ValueError as `grow_branches` does.
     """
     model = MultiExitModel(encoder_to_grow(trunk, exit_layers), exit_layers, trunk.num_labels, method, exit_strategy)
-    head = trunk.heads[0]
-    head.lte = model.heads[-1].lte and (head.lte or model.heads[-1].lte)
-    model.heads[-1] = head
+    model.heads[-1] = head_to_keep(trunk, model.heads[-1].lte)
     return model.requires_grad_(True).train(trunk.training)
 
 

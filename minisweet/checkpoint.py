@@ -148,9 +148,9 @@ def load_strict(
     """Make a module, and fill it with the tensors of a file, each of which must be used or dropped.
 
     `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
-    module's state dict. `names` are its names to the file's, where they differ; tensors of the names `extra` are taken
-    where they are there, in float32, and returned too; names that begin with one of `dropped` may be left over. Raises
-    InputError, naming each with both shapes, where tensors are missing, unexpected, of another shape or not finite.
+    module's state dict. `names` maps our names to the file's, where they differ. `extra` are optional tensors, which
+    are returned in float32. `dropped` are prefixes of names to ignore. Raises InputError, naming each with both shapes,
+    where tensors are missing, unexpected, of another shape or not finite.
     """
     slices, problems, tensors = open_weights(path.parent), [], {}
     with torch.device("meta"), _NoInit():

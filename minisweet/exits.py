@@ -23,8 +23,8 @@ of Multi-Model, in multi_model.py, has all of its parameters for itself):
 
 With SWEET *each parameter is updated by exactly one classifier*. We keep that sentence of the paper where the authors'
 code does not: each exit has a pooler of its own, where theirs share one, and the gradient of DeBERTa's relative table
-stops where that of the hidden states does. As in the authors' code, the gradients of all exits are clipped together, so
-that another exit can shorten a step, but not turn it.
+stops where that of the hidden states does. As in the authors' code, the gradients of all exits are clipped together:
+another exit can scale a gradient but not change its direction.
 
 Exit 0, in front of the embeddings, is a bag of words that training does not touch: see ngrams.py and `add_ngrams`.
 
@@ -57,7 +57,7 @@ class ExitHead(nn.Module):
 
     The pooler starts from the checkpoint's where there is one; other weights are drawn as BERT's were. For
     learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
-    classifier learns to tell whether the classifier is right. Its loss flows back as far as the exit's other loss does.
+    classifier learns to tell whether the classifier is right. Its loss reaches the same layers as the cross-entropy.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -91,7 +91,7 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
     Args:
         logits: (B, C).
         certainty: (B,) that the exit is right, or None.
-        targets: the labels (B,), or the probabilities (B, C) to learn, each row times what it counts.
+        targets: the labels (B,), or the probabilities (B, C) to learn, each row multiplied by its weight.
     """
     loss = F.cross_entropy(logits.float(), targets)
     if certainty is not None:
@@ -242,7 +242,7 @@ def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> N
 
 
 def encoder_to_grow(trunk: MultiExitModel, exit_layers: Sequence[int]) -> Encoder:
-    """A trunk's encoder, which is told that new heads start from the trunk's pooler.
+    """The trunk's encoder. Sets its `pooler_start`, so that new heads start from the trunk's pooler.
 
     Raises ValueError unless the exits end where the trunk does.
     """

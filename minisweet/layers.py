@@ -76,7 +76,7 @@ class TransformerEncoder(nn.Module, ABC):
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
-    The first tensor of the context has a row for each instance of the batch; the others serve all instances.
+    Only context[0] has a batch dimension; the other tensors of the context serve all instances.
 
     Another encoder, such as RoBERTa, takes: here a layer with `attend`, and an encoder with `embed` and `context`; its
     config in config.py; its names in checkpoint.py; its special tokens in data/text.py; its names for transformers in

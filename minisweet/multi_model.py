@@ -63,7 +63,7 @@ def build_multi_model(
 def build_alone(folder: str | Path, n: int, num_labels: int, exit_strategy: str = "confidence") -> MultiExitModel:
     """The first n layers of a checkpoint with one exit at their end: one of MM's models, or a trunk for branches.
 
-    Its new weights are drawn from a copy of the random state, so that they are the same whatever is built beside it.
+    Its random draws do not advance the global generator, so that its new weights do not depend on what is built before.
     """
     with torch.random.fork_rng(devices=[]):  # with one exit all methods are the same
         return MultiExitModel(load_encoder(folder, n), (n,), num_labels, "sweet", exit_strategy)
@@ -79,6 +79,12 @@ def slice_trunk(trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy
         encoder = copy.deepcopy(whole).requires_grad_(True)
         encoder.layers, encoder.config = encoder.layers[:n], replace(whole.config, num_hidden_layers=n)
         models.append(MultiExitModel(encoder, (n,), trunk.num_labels, exit_strategy=exit_strategy))
-    head, lte = trunk.heads[0], ExitHead(whole, trunk.num_labels, exit_strategy).lte
-    head.lte = lte and (head.lte or lte)
+    head_to_keep(trunk, ExitHead(whole, trunk.num_labels, exit_strategy).lte)
     return MultiModel([*models, trunk]).train(trunk.training)
+
+
+def head_to_keep(trunk: MultiExitModel, lte: nn.Linear | None) -> ExitHead:
+    """The trunk's head. With `lte` it also tells whether it is right, by its own such layer if it has one."""
+    head = trunk.heads[0]
+    head.lte = lte and (head.lte or lte)
+    return head

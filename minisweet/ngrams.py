@@ -4,7 +4,7 @@ It is fastText's model (Joulin et al. 2017, https://arxiv.org/abs/1607.01759): a
 token and for each pair of neighbours, and a text's logits are the sum of its n-grams' rows over the root of their
 number, plus a bias. There is no hidden layer, so that fitting is convex. Where texts come in pairs, a token that the
 other text has too has another row: a pair is mostly about what its texts share. A token's row is a free part plus a
-linear function of its pre-trained embedding, so that tokens that no training text has say something too.
+linear function of its pre-trained embedding, so that tokens unseen in training count too.
 
 Letters: B batch, T tokens, V vocabulary, D hidden size, C classes, N texts, G all their n-grams, R table rows in use.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed; with a quarter of them CoLA loses five points
 FIRST, SECOND, SHARED, PRIME = 1640531513, 1103515245, 1234567891, 2**31 - 1  # a linear hash (Carter and Wegman 1979)
-STRENGTH, ITERATIONS = 5.0, 100  # the variance that we expect of a weight, and steps of L-BFGS
-SCALES = (0.35, 0.7, 1.4)  # of the part that is linear in the embeddings: few texts want a large one, many a small one
+STRENGTH, ITERATIONS = 5.0, 100  # prior variance of each weight (the L2 penalty), and most L-BFGS steps
+SCALES = (0.35, 0.7, 1.4)  # of the embedding part, chosen by cross-validation: large with few texts, small with many
 FOLDS, ENOUGH = 3, 1000  # of cross-validation, and how many held-out texts are enough to choose a scale
 
 
@@ -67,54 +67,76 @@ def fit_ngrams(
 
     Args:
         batches: (input_ids, attention_mask, token_type_ids) of all N texts, in the order of `targets`.
-        targets, weights: labels (N,) or probabilities (N, C), and what each text counts (N,), by default 1.
+        targets, weights: labels (N,) or probabilities (N, C), and the weight of each text (N,), by default 1.
         embeddings: the pre-trained word embeddings (V, D), in float32.
     """
-    found = [exit.find_rows(*batch) for batch in batches]
-    used, gram = torch.cat([rows[counts.bool()] for rows, counts in found]).unique(return_inverse=True)  # (R,), (G,)
-    sizes = torch.cat([counts.sum(1) for _, counts in found])  # (N,)
-    (V, D), C, N, R = embeddings.shape, len(exit.bias), len(sizes), len(used)
-    root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
-    # embedding_bag sums rows over slices of a list: the n-grams of each text, and for the gradient the texts of each.
-    texts, text_starts = torch.arange(N).repeat_interleave(sizes)[gram.argsort(stable=True)], sizes.cumsum(0) - sizes
-    gram_starts = gram.bincount(minlength=R).cumsum(0) - gram.bincount(minlength=R)
+    grams = [exit.find_rows(*batch) for batch in batches]
+    used, gram = torch.cat([rows[counts.bool()] for rows, counts in grams]).unique(return_inverse=True)  # (R,), (G,)
+    sizes = torch.cat([counts.sum(1) for _, counts in grams])  # (N,)
+    (V, D), N = embeddings.shape, len(sizes)
     known = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
     known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): the ones tell how many tokens two texts share
-    kinds = [(known[used[here] % V], here) for here in (used // V == kind for kind in range(1 + exit.pairs))]
-    targets = targets if targets.ndim == 2 else F.one_hot(targets, C).float()
+    is_of_part = (used // V == part for part in range(1 + exit.pairs))  # tokens of one text, and of both
+    parts = [(known[used[rows] % V], rows) for rows in is_of_part]
+    targets = targets if targets.ndim == 2 else F.one_hot(targets, len(exit.bias)).float()
     weights = torch.ones(N) if weights is None else weights.float()
+    problem = _Problem(gram, sizes, len(used), parts, targets)
+    fold = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
+    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # one where texts are many
 
-    def fit(scale: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Free parts (R, C), linear functions (kinds, D+1, C), the bias (C), and all log-probabilities (N, C)."""
-        free, linear, bias = parameters = torch.zeros(R, C), torch.zeros(len(kinds), D + 1, C), torch.zeros(C)
+    def likelihood(scale: float) -> float:  # log-likelihood of texts that the fit has not seen
+        solved = ((out, problem.log_probabilities(scale, *problem.solve(scale, weights * ~out))) for out in held_out)
+        return sum(float(weights[out] @ (targets * said)[out].sum(1)) for out, said in solved)
 
-        def log_probabilities() -> Tensor:
-            table = free.clone()
-            for part, (piece, here) in zip(linear, kinds, strict=True):
-                table[here] += scale * piece @ part
-            return (F.embedding_bag(gram, table, text_starts, mode="sum") * root + bias).log_softmax(-1)
-
-        def loss() -> Tensor:  # mean cross-entropy and a penalty; the gradient is by hand, which is four times as fast
-            said = log_probabilities()
-            error = (said.exp() * targets.sum(1, keepdim=True) - targets) * weights[:, None] / N  # of the logits
-            rows, bias.grad = F.embedding_bag(texts, error * root, gram_starts, mode="sum"), error.sum(0)
-            free.grad = rows + free / (STRENGTH * N)
-            linear.grad = torch.stack([scale * piece.T @ rows[here] for piece, here in kinds]) + linear / (STRENGTH * N)
-            penalty = (free.square().sum() + linear.square().sum()) / (2 * STRENGTH * N)
-            return penalty - weights @ (targets * said).sum(1) / N
-
-        settings = {"max_iter": ITERATIONS, "history_size": 10, "tolerance_grad": 1e-6}
-        torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **settings).step(loss)
-        return *parameters, log_probabilities()
-
-    def held_out(scale: float) -> float:  # log-likelihood of texts that the fit has not seen
-        chosen = [folds == fold for fold in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # one where texts are many
-        return sum(float(weights[out] @ (targets * fit(scale, weights * ~out)[-1])[out].sum(1)) for out in chosen)
-
-    folds = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
-    scale = max(SCALES, key=held_out)
-    free, linear, bias, _ = fit(scale, weights)
+    scale = max(SCALES, key=likelihood)
+    free, linear, bias = problem.solve(scale, weights)
     exit.table.zero_()[: exit.token_rows] = scale * (known @ linear).flatten(0, 1)
     exit.table[used] += free
     exit.bias.copy_(bias)
     return scale
+
+
+class _Problem:
+    """The convex problem of `fit_ngrams`: N texts, each a list of R table rows, and the probabilities to give them.
+
+    Args:
+        gram: the row of each n-gram (G,), text after text, of which `sizes` (N,) are the numbers of n-grams.
+        num_rows: R.
+        parts: for tokens of one text, and for those of both: their embeddings (n, D+1), and which rows they are (R,).
+        targets: (N, C).
+    """
+
+    def __init__(self, gram: Tensor, sizes: Tensor, num_rows: int, parts: list, targets: Tensor) -> None:
+        self.gram, self.num_rows, self.parts, self.targets = gram, num_rows, parts, targets
+        self.root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
+        # embedding_bag sums rows over slices of a list: each text's n-grams, and for the gradient each n-gram's texts.
+        self.texts = torch.arange(len(sizes)).repeat_interleave(sizes)[gram.argsort(stable=True)]  # (G,)
+        counts = gram.bincount(minlength=num_rows)  # (R,)
+        self.text_starts, self.gram_starts = sizes.cumsum(0) - sizes, counts.cumsum(0) - counts
+
+    def log_probabilities(self, scale: float, free: Tensor, linear: Tensor, bias: Tensor) -> Tensor:
+        """Those of all texts (N, C), from the parameters of `solve`."""
+        table = free.clone()
+        for (known, rows), function in zip(self.parts, linear, strict=True):
+            table[rows] += scale * known @ function
+        return (F.embedding_bag(self.gram, table, self.text_starts, mode="sum") * self.root + bias).log_softmax(-1)
+
+    def solve(self, scale: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Free parts (R, C), linear functions (parts, D+1, C) and the bias (C,), for `weights` of the texts (N,)."""
+        targets, (N, C) = self.targets, self.targets.shape
+        free, bias = torch.zeros(self.num_rows, C), torch.zeros(C)
+        linear = torch.zeros(len(self.parts), self.parts[0][0].shape[1], C)
+
+        def loss() -> Tensor:  # mean cross-entropy and a penalty; the gradient is by hand, which is four times as fast
+            said = self.log_probabilities(scale, free, linear, bias)
+            error = (said.exp() * targets.sum(1, keepdim=True) - targets) * weights[:, None] / N  # of the logits
+            sums, bias.grad = F.embedding_bag(self.texts, error * self.root, self.gram_starts, mode="sum"), error.sum(0)
+            free.grad = sums + free / (STRENGTH * N)
+            linear.grad = torch.stack([scale * known.T @ sums[rows] for known, rows in self.parts])
+            linear.grad += linear / (STRENGTH * N)
+            penalty = (free.square().sum() + linear.square().sum()) / (2 * STRENGTH * N)
+            return penalty - weights @ (targets * said).sum(1) / N
+
+        settings = {"max_iter": ITERATIONS, "history_size": 10, "tolerance_grad": 1e-6}
+        torch.optim.LBFGS([free, linear, bias], line_search_fn="strong_wolfe", **settings).step(loss)
+        return free, linear, bias

@@ -89,7 +89,7 @@ def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strate
     for name in ("labels", "targets", "lengths", "first_lengths"):
         setattr(examples, name, getattr(examples, name)[:N])
     monkeypatch.setattr(sweep, "BATCH_SIZE", 3)
-    whole = sweep.predict(model, examples, None)
+    whole = sweep.all_logits(model, examples, None)
     with torch.no_grad():
         single = torch.cat([model(*examples.batch(np.array([row])).inputs) for row in range(N)], dim=1)
     torch.testing.assert_close(whole[0], single, atol=1e-5, rtol=0)  # in the order of the examples
@@ -97,7 +97,7 @@ def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strate
     monkeypatch.setattr(sweep, "all_gather", lambda share: shares.append(share) or shares)
     for rank in range(3):
         as_process(monkeypatch, rank, 3)
-        logits, certainty = sweep.predict(model, examples, None)
+        logits, certainty = sweep.all_logits(model, examples, None)
     assert [len(rows) for rows, _, _ in shares] == ([1, 0, 0] if N == 2 else [3, 2, 2])
     assert torch.equal(logits, whole[0])  # to the bit: the batches are those of one process
     assert certainty is whole[1] is None or torch.equal(certainty, whole[1])

@@ -11,7 +11,7 @@ import evaluate
 from minisweet.data.load import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.records import Evaluation, read_evaluation
-from minisweet.evaluation.sweep import load_validation, predict
+from minisweet.evaluation.sweep import all_logits, load_validation
 from minisweet.runs.folders import load_run, read_record, read_validation
 
 NAMES = ("sweet", "ee", "mm", "branch", "lte", "pairs", "trunk0")
@@ -48,7 +48,7 @@ def test_predictions_are_in_the_order_of_the_rows(run_of):
     model, record = load_run(run)
     rows = read_validation(run, record)
     examples = TokenizedExamples(load_tokenizer(run, record.vocab_size, record.max_length), rows)
-    logits, certainty = predict(model, examples, None)
+    logits, certainty = all_logits(model, examples, None)
     assert certainty is None
     for n in (0, 3, len(examples) - 1):
         with torch.no_grad():

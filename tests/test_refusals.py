@@ -63,7 +63,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --out run --resume", "--resume: run is another training's: "),
     # config, checkpoint, data
     ("train", f"{TRAIN} --task rte --data own.csv", "argument --data: not allowed with argument --task"),
-    ("train", f"{TRAIN} --data absent.csv", "No such file or directory: 'absent.csv'"),
+    ("train", f"{TRAIN} --data absent.csv", "absent.csv: cannot be read (No such file or directory)"),
     ("train", f"{TRAIN} --data tiny/vocab.txt", "tiny/vocab.txt: should end in .csv, .tsv, .jsonl"),
     (
         "train",

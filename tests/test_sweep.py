@@ -116,6 +116,7 @@ def test_a_saved_evaluation_is_read_as_it_was(run_of, name, tmp_path):
     assert torch.equal(validation.keys, text_keys(rows.texts()))
     curve, _ = sweep(crossfit(validation), validation, evaluation.thresholds)
     assert [curve[key] for key in ("scores", "area")] == [evaluation.scores, evaluation.area]
-    assert read_evaluation(tmp_path) is None
+    with pytest.raises(InputError, match="has no evaluation.json; first: evaluate.py"):
+        read_evaluation(tmp_path)
     with pytest.raises(InputError, match="logits.safetensors: not readable.*evaluate again"):
         load_validation(tmp_path, evaluation, record)

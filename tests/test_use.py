@@ -2,15 +2,10 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -308,37 +303,3 @@ def test_light_start(run_of):
     code = f"from minisweet import EarlyExitClassifier as E; E({str(run_of('sweet'))!r})(['a']); print({heavy})"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, cwd=CHECKOUT)
     assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
-def test_http_service_of_the_readme(run_of, tmp_path):
-    """The README's service, run as it stands there but for the run's folder and the port."""
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
-    (service,) = [block for block in blocks if "http.server" in block]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = re.sub(r'EarlyExitClassifier\("[^"]*"', f'EarlyExitClassifier("{run_of("sweet")}"', service)
-    command = [sys.executable, "-c", code.replace("8000", str(port))]
-    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}) as process:
-        try:
-            status, answers = post(port, json.dumps(TEXTS).encode(), process)
-            expected = [answer.label for answer in EarlyExitClassifier(run_of("sweet"))(TEXTS)]
-            assert (status, [answer["label"] for answer in answers]) == (200, expected)
-            for body, error in ((b'["a", null]', "item 1"), (b'"no list"', "texts"), (b"no JSON", "")):
-                status, answer = post(port, body, process)
-                assert (status, error in answer["error"]) == (400, True)
-        finally:
-            process.terminate()
-
-
-def post(port: int, body: bytes, process) -> tuple[int, object]:
-    """What the service answers, once it is there."""
-    while process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}", body, timeout=60) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-        except urllib.error.URLError:
-            time.sleep(0.05)
-    raise AssertionError("the service has ended")

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=doc, allow_abbrev=False, formatter_class=style)
 
     def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
-        """Raise InputError where one of these options is given and would do nothing, since `what` is not met."""
+        """Refuse options that have no effect unless `what` holds: InputError where one is given and `is_met` is not."""
         for name in () if is_met else names:
             if getattr(args, name) != self.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')}: needs {what}")

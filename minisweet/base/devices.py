@@ -136,7 +136,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:
-    """This process's rows of a `Batch`, and their share of it. A process without rows takes one that counts nothing."""
+    """This process's rows of a `Batch`, and their share of it. A process without rows computes one, of weight 0."""
     rank, B = process_rank(), len(batch.rows)
     rows = slice(rank, None, num_processes()) if rank < B else slice(1)
     mine = type(batch)(*(tensor[rows] for tensor in batch))
@@ -149,7 +149,7 @@ def add_up_gradients(parameters: Sequence[nn.Parameter], losses: Tensor, weight:
         return losses
     gradients = [p.grad for p in parameters if p.grad is not None]  # of the same parameters in all processes
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), losses])
-    flat = flat * weight if weight else torch.zeros_like(flat)  # a row that counts nothing may give NaN
+    flat = flat * weight if weight else torch.zeros_like(flat)  # a row of weight 0 may give NaN
     dist.all_reduce(flat)
     *sums, losses = flat.split([*(gradient.numel() for gradient in gradients), len(losses)])
     for gradient, total in zip(gradients, sums, strict=True):

@@ -70,9 +70,12 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
 def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
     """The classes that the task, --labels or a trunk prescribes, or None.
 
-    A trunk's LABEL_0, LABEL_1 and so on are no names; and its POSITIVE is GLUE's positive.
+    A trunk's LABEL_0, LABEL_1, ... are not names: the task's or --labels are used. Case is ignored: POSITIVE is GLUE's
+    positive.
     """
     named = args.labels if args.data else TASKS[args.task].labels
+    if named and len(set(named)) < len(named):
+        raise InputError(f"--labels: {','.join(named)}, should name each class once")
     if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):
         return named
     known = {label.casefold(): label for label in named or ()}
@@ -105,8 +108,8 @@ def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tup
 def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: Sequence) -> tuple[list[int], list[int]]:
     """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
 
-    Equal `texts` (N,) are on one side. So dev's share of a class with few and frequent texts may be another. Each class
-    has a row on either side, unless it has one text alone, which goes to train, or shares all with rarer classes.
+    Equal `texts` (N,) stay on one side, so a class of few, frequent texts may miss `dev_size`. Each class has a row on
+    either side, unless it has one text alone, which goes to train, or shares all with rarer classes.
     """
     rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
     which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)

@@ -60,6 +60,8 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
             if None in row:
                 raise ValueError("it has more cells than the header")
             yield number, row
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (csv.Error, ValueError, TypeError, RecursionError) as error:  # of UTF-8 and of JSON too
         kind = "cells" if delimiter else "a JSON object"
         raise InputError(f"{path}, line {number}: not readable as {kind} ({error})") from None
@@ -103,8 +105,10 @@ def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
     for columns in choices:
         if row.keys() >= set(columns):
             return list(columns)
-    lacking, has = " or ".join(dict.fromkeys(map(",".join, choices))), preview(list(row)) or "no rows"
-    raise InputError(f"{path}: no column {lacking}; it has {has}; name it with {option}")
+    if not row:
+        raise InputError(f"{path}: it has no rows")
+    lacking = " or ".join(dict.fromkeys(map(",".join, choices)))
+    raise InputError(f"{path}: no column {lacking}; it has {preview(list(row))}; name it with {option}")
 
 
 def text_columns(path: Path, named: Names, trained: Names = None) -> list[str]:

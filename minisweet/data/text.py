@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T): 1 for tokens, 0 for padding
     token_type_ids: Tensor  # (B, T): 1 in the second sentence
-    targets: Tensor | None = None  # (B,) labels, or (B, C) probabilities in float32, each row times what it counts
+    targets: Tensor | None = None  # (B,) labels, or (B, C) probabilities in float32, each row multiplied by its weight
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:

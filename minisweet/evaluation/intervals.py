@@ -40,12 +40,12 @@ def loss_of(counts: np.ndarray, metric: str) -> np.ndarray:
 
 
 def standard_error(counts: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Of a statistic, by the infinitesimal jackknife: how it moves as rows of one kind count a little more.
+    """The standard error of a statistic, by the infinitesimal jackknife: counts (2, 2, 2, ...) to (...).
 
-    counts (2, 2, 2, ...) to (...).
+    It sums up how far the statistic moves if the rows of one cell count a little more.
     """
-    kinds = np.eye(8).reshape(8, 2, 2, 2, *[1] * (counts.ndim - 3))
-    moves = np.stack([statistic(counts + STEP * kind) - statistic(counts) for kind in kinds]) / STEP  # (8, ...)
+    cells = np.eye(8).reshape(8, 2, 2, 2, *[1] * (counts.ndim - 3))
+    moves = np.stack([statistic(counts + STEP * cell) - statistic(counts) for cell in cells]) / STEP  # (8, ...)
     return np.sqrt((counts.reshape(moves.shape) * moves**2).sum(0))
 
 
@@ -77,7 +77,7 @@ def interval(value: float, error: float, low: float, high: float) -> list[float]
 
 
 def widened(value: float, ends: list[float], error: float) -> list[float]:
-    """An interval, cut to -100 and 100, whose value has another, independent standard error too."""
+    """Widen an interval by a second, independent standard error; the ends are cut to -100 and 100."""
     low, high = (math.hypot(end - value, Z * error) for end in ends)
     return [max(-100.0, value - low), min(100.0, value + high)]
 
@@ -89,7 +89,7 @@ def interval_of_a_file(value: float, ends: list[float], rows: float, file_rows: 
 
 
 def score_interval(counts: np.ndarray, metric: str, which: int) -> list[float]:
-    """The 95% interval of full depth's (`which` 0) or early exit's (1) score in percent: of counts (2, 2, 2).
+    """The 95% interval of a score in percent, of counts (2, 2, 2): full depth's (`which` 0) or early exit's (1).
 
     Of accuracy and agreement it is Wilson's. Of Matthews correlation it is the jackknife's, after a row that early
     exit loses and one that it wins are added.
@@ -136,8 +136,8 @@ def macro_f1_interval(confusion: np.ndarray, rows: float) -> list[float]:
 def most_changes(rows: int, share: float, error: float) -> float:
     """The largest k with P(X <= k) <= `error` for a binomial X of `rows` draws with probability `share`; else below 0.
 
-    Where at most k of the rows are changed, no more than that share of new texts is, but for that chance of error.
-    Between whole numbers P is interpolated, since the changes of repeated texts are no whole number of effective rows.
+    If at most k of the rows change, then at most that share of new texts does; this is false with probability at most
+    `error`. P is interpolated between whole numbers, since repeated texts make fractions of effective rows.
     """
     k = np.arange(rows)
     steps = np.log((rows - k) / (k + 1)) + math.log(share / (1 - share))  # from the logarithm of P(X = k) to the next

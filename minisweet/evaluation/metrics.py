@@ -2,6 +2,8 @@
 
 import numpy as np
 
+METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
+
 
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float | np.ndarray:
     """Accuracy, agreement (the same, with the last exit's answers as labels) or Matthews correlation, all x100.

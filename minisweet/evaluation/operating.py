@@ -14,25 +14,28 @@ import numpy as np
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number
 from minisweet.evaluation import intervals
-from minisweet.evaluation.choice import Choice, certifying_rows, choose, decide, kinds_of
+from minisweet.evaluation.choice import Choice, cells_of, choose, decide
 from minisweet.evaluation.metrics import classification_report
 from minisweet.evaluation.records import Evaluation
 from minisweet.evaluation.sweep import Validation
 
-SURE = {"max_loss": 70.0, "max_change": 90.0}  # default confidences, in percent
+RANGES = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "sure": (50, 99.9)}
+DEFAULTS = {"max_loss": (1.0, 70.0), "max_change": (3.0, 90.0)}  # the limit, and how sure, in percent
 
 
 def add_wish_options(parser: Parser, title: str):
     """Add the options that `wish_of` reads, of which one is given; returns what adds another one of them."""
     group = parser.add_argument_group(title)
-    wish = group.add_mutually_exclusive_group().add_argument
-    wish("--max-loss", type=number(0, 200), metavar="P", help="the fastest that loses at most P points, see --sure")
-    wish("--speed", type=number(0, 1), metavar="S", help="the best score at no more than this share of the layers")
-    change = "the fastest that changes at most P percent of full depth's answers, see --sure"
-    wish("--max-change", type=number(0.01, 99.99), metavar="P", help=change)
+    goals = group.add_mutually_exclusive_group()
     sure = "the confidence in percent that P holds on new text (default: 70 for --max-loss, 90 for --max-change)"
-    group.add_argument("--sure", type=number(50, 99.9), metavar="S", help=sure)
-    return wish
+    for among, name, letter, text in (
+        (goals, "max_loss", "P", "the fastest that loses at most P points, see --sure"),
+        (goals, "speed", "S", "the best score at no more than this share of the layers"),
+        (goals, "max_change", "P", "the fastest that changes at most P percent of full depth's answers, see --sure"),
+        (group, "sure", "S", sure),
+    ):
+        among.add_argument(f"--{name.replace('_', '-')}", type=number(*RANGES[name]), metavar=letter, help=text)
+    return goals.add_argument
 
 
 def wish_of(
@@ -44,11 +47,10 @@ def wish_of(
     """
     if speed is not None:
         return {"speed": speed}
-    if max_change is None and (labelled or max_loss is not None):
-        name, limit = "max_loss", 1.0 if max_loss is None else max_loss
-    else:
-        name, limit = "max_change", 3.0 if max_change is None else max_change
-    return {name: limit, "sure": SURE[name] if sure is None else sure}
+    name = "max_loss" if max_change is None and (labelled or max_loss is not None) else "max_change"
+    given = {"max_loss": max_loss, "max_change": max_change}[name], sure
+    limit, sure = (default if value is None else value for value, default in zip(given, DEFAULTS[name], strict=True))
+    return {name: limit, "sure": sure}
 
 
 def operating_point(
@@ -69,33 +71,37 @@ def operating_point(
     places = None if asked is None else [layers.index(n) for n in asked]
     deployed = choose(validation, wish, places, trained)
     point = {"threshold": deployed.threshold, "asked_exits": [layers[place] for place in deployed.places]}
-    point |= stated(validation, wish, deployed, places) | {"reached": deployed.reached, "wish": wish}
+    point |= stated(validation, wish, deployed, places, trained) | {"reached": deployed.reached, "wish": wish}
     if "sure" in wish:
-        point |= witnesses(validation, wish, deployed, trained)
+        point |= witnesses(validation, wish, deployed)
     return deployed.rule, point
 
 
-def stated(validation: Validation, wish: dict, deployed: Choice, places: list[int] | None) -> dict:
-    """What is to be expected of a deployed choice on new text, see `statistics_of`; `places` are exits that were given.
+def stated(
+    validation: Validation, wish: dict, deployed: Choice, places: list[int] | None, trained: list[str] | None
+) -> dict:
+    """What to expect of the `deployed` choice on new text, see `statistics_of`; for the others see `choose`.
 
-    The answers are the folds', but the share of the layers is that of the deployed choice on all rows. A threshold is
-    chosen for its answers, and these alone are lucky. The folds' thresholds lie apart, and their mean speed is another.
+    The answers are the folds', but the share of the layers is that of the deployed choice on all rows. Choosing by
+    answers biases the answers, not the speed; and the folds' thresholds differ, so that their mean speed is not the
+    deployed one's.
     """
     taken, costs = decide(deployed, validation)
     if deployed.threshold == 1:  # nothing was chosen that could be lucky
         point = statistics_of(validation, taken, costs)
         return point | {"loss_interval": [0.0, 0.0], "speedup_interval": 2 * [point["speedup_ratio"]]}
-    # A certificate of fewer rows allows fewer changes. So the folds take the share of changes that was found.
-    again = {"max_change": deployed.loss} if "max_change" in wish else wish
-    folds, found = validation.folds(), []
-    for others, rows in folds:
-        choice = choose(validation.take(others), again, places, times=len(taken) / len(others))
-        everywhere, _ = decide(choice, validation)  # (N,)
-        found.append(statistics_of(validation, everywhere, costs))
-        taken[rows] = everywhere[rows]
+    # A certificate from fewer rows is stricter. So each fold chooses by the share of changes that the deployed
+    # threshold made, not by the certificate.
+    fold_wish = {"max_change": deployed.loss} if "max_change" in wish else wish
+    by_fold = []
+    for rest, rows in validation.folds():
+        choice = choose(validation.take(rest), fold_wish, places, trained, times=len(taken) / len(rest))
+        taken_by_all, _ = decide(choice, validation)  # (N,)
+        by_fold.append(statistics_of(validation, taken_by_all, costs))
+        taken[rows] = taken_by_all[rows]
     # The folds' choices differ from each other, and the deployed one from their mean. Five folds tell this spread
     # roughly: intervals that take it 2.5 times hold (tests/benchmark/draws.py).
-    errors = {key: 2.5 * float(np.std([one[key] for one in found])) for key in ("score", "macro_f1", "loss")}
+    errors = {key: 2.5 * float(np.std([one[key] for one in by_fold])) for key in ("score", "macro_f1", "loss")}
     point = statistics_of(validation, taken, costs, errors)
     if deployed.threshold <= deployed.rule.lowest:  # all texts leave at the first exit
         point["speedup_interval"] = 2 * [point["speedup_ratio"]]
@@ -105,45 +111,40 @@ def stated(validation: Validation, wish: dict, deployed: Choice, places: list[in
 def statistics_of(validation: Validation, taken: np.ndarray, costs: np.ndarray, errors: dict | None = None) -> dict:
     """What decisions give, with 95% intervals for new text: scores in percent, loss in points, share of the layers.
 
-    `taken` is the exit of each row (N,), from 0, and `costs` what it costs (N,). `errors` are other standard errors of
-    score, macro F1 and loss, by their keys, which widen the intervals.
+    `taken` is the exit of each row (N,), from 0, and `costs` what it costs (N,). `errors` are further standard errors
+    of score, macro F1 and loss, by their keys, which widen the intervals.
     """
-    metric, rows, N = validation.metric, validation.effective_rows(), len(taken)
-    counts = np.bincount(kinds_of(validation, taken), minlength=8).reshape(2, 2, 2) * (rows / N)
+    metric, rows, N, C = validation.metric, validation.effective_rows(), len(taken), validation.logits.shape[-1]
+    counts = np.bincount(cells_of(validation, taken), minlength=8).reshape(2, 2, 2) * (rows / N)
     full_depth, score = map(float, intervals.scores_of(counts, metric))
-    answers, C = validation.logits.argmax(-1).numpy()[taken, np.arange(N)], validation.logits.shape[-1]
+    answers = validation.logits.argmax(-1).numpy()[taken, np.arange(N)]
     report = classification_report(answers, validation.labels.numpy(), C)
-    found = {
+    values = {
         "score": (score, intervals.score_interval(counts, metric, 1)),
         "macro_f1": (report["macro_f1"], intervals.macro_f1_interval(np.array(report["confusion_matrix"]), rows)),
         "loss": (full_depth - score, intervals.loss_interval(counts, metric)),
     }
-    point = {
-        "full_depth_score": full_depth,
-        "full_depth_interval": intervals.score_interval(counts, metric, 0) if metric != "agreement" else 2 * [100.0],
-    }
-    for key, (value, ends) in found.items():
+    full_depth_interval = [100.0, 100.0] if metric == "agreement" else intervals.score_interval(counts, metric, 0)
+    point = {"full_depth_score": full_depth, "full_depth_interval": full_depth_interval}
+    for key, (value, ends) in values.items():
         point |= {key: value, f"{key}_interval": intervals.widened(value, ends, (errors or {}).get(key, 0.0))}
     # All rows may leave at one exit, and yet other texts will not: a row at either end is added.
     least, *_, most = sorted([*validation.exits.costs(), *costs])
-    error = float(np.std([*costs, least, most])) / math.sqrt(rows)
-    speedup = float(costs.mean())
+    error, speedup = float(np.std([*costs, least, most])) / math.sqrt(rows), float(costs.mean())
     return point | {"speedup_ratio": speedup, "speedup_interval": intervals.interval(speedup, error, least, most)}
 
 
-def witnesses(validation: Validation, wish: dict, deployed: Choice, trained: list[str] | None) -> dict:
+def witnesses(validation: Validation, wish: dict, deployed: Choice) -> dict:
     """Which rows certify a promise, see records.py."""
-    rows, untested = certifying_rows(validation, trained)[1], certifying_rows(validation)[1]
-    there = validation.take(rows)
-    found = {"certified_rows": len(rows), "certified_texts": len(there.keys.unique())}
-    found |= {"effective_rows": there.effective_rows()}
-    found |= {"trained_rows": None if trained is None else len(untested) - len(rows)}
+    certifying, rows = validation.take(deployed.certifying), len(deployed.certifying)
+    facts = {"certified_rows": rows, "certified_texts": len(certifying.keys.unique())}
+    facts |= {"effective_rows": certifying.effective_rows(), "trained_rows": deployed.trained_rows}
     if "max_change" in wish:
-        found["certified_changes"] = round(deployed.loss / 100 * len(rows))
+        facts["certified_changes"] = round(deployed.loss / 100 * rows)
     if deployed.threshold == 1 and len(validation.logits) > 1:
-        metric = "agreement" if "max_change" in wish else validation.metric
-        found["rows_needed"] = intervals.rows_needed(metric, wish.get("max_loss", wish.get("max_change")), wish["sure"])
-    return found
+        metric, limit = ("agreement", "max_change") if "max_change" in wish else (validation.metric, "max_loss")
+        facts["rows_needed"] = intervals.rows_needed(metric, wish[limit], wish["sure"])
+    return facts
 
 
 def shortfall(point: dict) -> str:
@@ -153,11 +154,11 @@ def shortfall(point: dict) -> str:
         return f"--speed {wish['speed']:g} is out of reach; the fastest takes {ratio:.3f} of the layers"
     if "rows_needed" not in point:
         return ""
-    needed, here, reason = point["rows_needed"], point["effective_rows"], "too many answers change"
+    needed, rows, reason = point["rows_needed"], point["effective_rows"], "too many answers change"
     if needed is None:
         reason = "no number of rows would do"
-    elif here < needed:
-        reason = f"{needed:,} rows that certify would do if no answer changed, and {here:,.0f} are here"
+    elif rows < needed:
+        reason = f"{needed:,} rows that certify would do if no answer changed, and {rows:,.0f} are here"
     goal = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in wish.items())
     return f"{goal}: nothing faster than full depth can be promised; {reason}"
 

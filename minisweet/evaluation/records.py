@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minisweet.base.files import read_dataclass
-
-EVALUATION = "evaluation.json"
+from minisweet.base.files import InputError, read_dataclass
+from minisweet.runs.folders import EVALUATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +30,12 @@ class OperatingPoint:
     speedup_interval: list[float]
     reached: bool  # False where no threshold is as fast as `wish` asks
     wish: dict[str, float]  # {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}
-    certified_rows: int | None = None  # these are of a wish with "sure": how many rows certify it,
-    certified_texts: int | None = None  # how many distinct texts they are,
-    effective_rows: float | None = None  # how many rows without a repeated text tell as much,
-    certified_changes: int | None = None  # how many of them get another answer than at full depth,
-    trained_rows: int | None = None  # and how many were left out as trained on; None where that cannot be checked
+    # Only for a wish with "sure":
+    certified_rows: int | None = None  # how many rows certify it
+    certified_texts: int | None = None  # how many distinct texts these rows are
+    effective_rows: float | None = None  # how many rows without a repeated text tell as much
+    certified_changes: int | None = None  # how many of the rows get another answer than at full depth
+    trained_rows: int | None = None  # how many rows were left out as trained on; None where that cannot be checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,11 @@ class Evaluation(Curve):
     dev_digest: str
 
 
-def read_evaluation(run: Path, kind: type[Curve] = Evaluation) -> Curve | Evaluation | None:
-    """Read a run's evaluation.json, all of it or the `Curve` alone; None where there is none.
+def read_evaluation(run: Path, kind: type[Curve] = Evaluation) -> Curve | Evaluation:
+    """Read a run's evaluation.json, all of it or the `Curve` alone.
 
-    Raises InputError for a missing or mistyped key.
+    Raises InputError where there is none, and for a missing or mistyped key.
     """
-    path = run / EVALUATION
-    return read_dataclass(kind, path) if path.is_file() else None
+    if not (run / EVALUATION).is_file():
+        raise InputError(f"{run}: has no {EVALUATION}; first: evaluate.py {run}")
+    return read_dataclass(kind, run / EVALUATION)

@@ -1,6 +1,6 @@
 """All exits on a validation set at once, and what every threshold makes of them (Sec. 3.3).
 
-A rule never decides rows that it was fitted on: five folds take turns, each decided by the rule of the other four.
+No rule decides rows that it was fitted on: five folds take turns, each decided by the rule of the other four.
 
 Dimension letters: K exits, N instances, n some of them, C classes, P thresholds.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from minisweet.adaptive import ExitRule, Exits, area_under_curve, exits_taken
@@ -21,16 +21,15 @@ from minisweet.base.devices import all_gather, autocast, num_processes, process_
 from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.calibration import expected_calibration_error, fit_rule, negative_log_likelihood
 from minisweet.data.load import text_digest
-from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.metrics import classification_report, score
-from minisweet.evaluation.records import EVALUATION, Evaluation
+from minisweet.evaluation.records import Evaluation
+from minisweet.runs.folders import EVALUATION, LOGITS
 from minisweet.runs.records import Record
 
 BATCH_SIZE = 64
-CPU_TOKENS = 1024  # in a batch: many more do not fit into a processor's cache, and took up to half as long again
+CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long
 FOLDS = 5
-LOGITS = "logits.safetensors"
 
 
 class Validation(NamedTuple):
@@ -43,11 +42,15 @@ class Validation(NamedTuple):
     metric: str  # of `score`: "agreement" where there are no gold labels
     exits: Exits
 
-    def take(self, rows: np.ndarray | Tensor) -> "Validation":
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Validation":
         """These rows (n,) alone."""
-        rows = torch.as_tensor(rows)
+        rows = torch.as_tensor(rows, dtype=torch.int64)
         certainty = None if self.certainty is None else self.certainty[:, rows]
         return Validation(self.logits[:, rows], certainty, self.labels[rows], self.keys[rows], *self[4:])
+
+    def against_full_depth(self) -> "Validation":
+        """The same rows with full depth's answers as labels, so that what is lost is what changes."""
+        return self._replace(labels=self.logits[-1].argmax(-1), metric="agreement")
 
     def fit_rule(self) -> ExitRule:
         """The rule that these rows suggest for others, for all K exits."""
@@ -67,14 +70,14 @@ class Validation(NamedTuple):
 
         Equal texts are in one part. The order of the rows makes no difference.
         """
-        keys, which = np.unique(self.keys.numpy(), return_inverse=True)
+        keys, text = np.unique(self.keys.numpy(), return_inverse=True)
         labels, part = np.full(len(keys), np.iinfo(np.int64).max), np.empty(len(keys), dtype=np.int64)  # of each text
-        np.minimum.at(labels, which, self.labels.numpy())
+        np.minimum.at(labels, text, self.labels.numpy())
         part[np.lexsort((keys, labels))] = np.arange(len(keys)) % count
-        return part[which]
+        return part[text]
 
     def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Each fold's rows after all the others' rows, from which it is decided. A single text is decided by itself."""
+        """Per fold: the rows to choose on, and the rows to decide. With one distinct text both are the same."""
         parts = self.parts(FOLDS)
         pairs = [(np.flatnonzero(parts != part), np.flatnonzero(parts == part)) for part in np.unique(parts)]
         return pairs if len(pairs) > 1 else [(pairs[0][1], pairs[0][1])]
@@ -84,12 +87,12 @@ Folds = list[tuple[ExitRule, np.ndarray]]  # rules, and which rows (n,) each dec
 
 
 def text_keys(texts: Sequence) -> Tensor:
-    """Texts, and pairs of texts, to numbers (N,): rows are drawn by them, and equal texts are found by them."""
+    """64-bit hashes of texts or pairs: (N,). Equal texts have equal ones, and their order is as good as random."""
     return torch.from_numpy(np.array([int(text_digest(text), 16) for text in texts], dtype=np.uint64).view(np.int64))
 
 
 @torch.no_grad()
-def predict(
+def all_logits(
     model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"
 ) -> tuple[Tensor, Tensor | None]:
     """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, or K-1 of a branch model, N), else None.
@@ -116,26 +119,9 @@ def predict(
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
 
 
-def validate(
-    model: nn.Module,
-    record: Record,
-    rows: Examples,
-    examples: TokenizedExamples,
-    metric: str,
-    precision: torch.dtype | None,
-) -> Validation:
-    """What a run's model says of rows, which `examples` are as tokens. `metric` is as in `score`; see `predict`."""
-    logits, certainty = predict(model, examples, precision)
-    if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
-        certainty = logits.new_zeros(0, len(examples))
-    labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
-    exits = Exits(list(model.exit_layers), record.depth, record.method)
-    return Validation(logits, certainty, labels, text_keys(rows.texts()), metric, exits)
-
-
 def crossfit(validation: Validation) -> Folds:
     """The rules of the curve, and which rows each decides: those of a fold, by the rule of the others."""
-    return [(validation.take(others).fit_rule(), rows) for others, rows in validation.folds()]
+    return [(validation.take(rest).fit_rule(), rows) for rest, rows in validation.folds()]
 
 
 def sweep(
@@ -146,21 +132,21 @@ def sweep(
     Returns exit_scores (K), scores, speedup_ratios, exit_counts (P, K) and area, scores in percent; then the exits
     taken (P, N), from 0 and of all K.
     """
-    logits, certainty, labels, _, metric, exits = validation
-    K, N = logits.shape[:2]
+    (K, N, _), labels, metric = validation.logits.shape, validation.labels.numpy(), validation.metric
     places = np.arange(K) if places is None else np.array(places)
-    predictions, taken = logits.argmax(-1), torch.empty(len(thresholds), N, dtype=torch.int64)
+    predictions, taken = validation.logits.argmax(-1), torch.empty(len(thresholds), N, dtype=torch.int64)
     for rule, rows in folds:
-        confidence = rule.confidences(logits[:, rows], None if certainty is None else certainty[:, rows])[places]
+        fold = validation.take(rows)
+        confidence = rule.confidences(fold.logits, fold.certainty)[places]
         for i, threshold in enumerate(thresholds):
             taken[i, rows] = torch.from_numpy(places)[exits_taken(confidence, threshold, rule.lowest)]
     counts, costs = torch.stack([row.bincount(minlength=K) for row in taken]).numpy(), np.zeros((len(thresholds), K))
     costs[:, places] = [validation.exits_at(places).costs(threshold) for threshold in thresholds]
     ratios = ((counts * costs).sum(1) / N).tolist()  # Eq. 1
-    scores = score(predictions.gather(0, taken).numpy(), labels.numpy(), metric).tolist()
-    of_exits = score(predictions.numpy(), labels.numpy(), metric).tolist()
-    curve = {"scores": scores, "speedup_ratios": ratios, "exit_counts": counts.tolist()}
-    return {"exit_scores": of_exits, **curve, "area": area_under_curve(ratios, scores, 1 / exits.depth)}, taken
+    scores = score(predictions.gather(0, taken).numpy(), labels, metric).tolist()
+    curve = {"exit_scores": score(predictions.numpy(), labels, metric).tolist(), "scores": scores}
+    curve |= {"speedup_ratios": ratios, "exit_counts": counts.tolist()}
+    return curve | {"area": area_under_curve(ratios, scores, 1 / validation.exits.depth)}, taken
 
 
 def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> dict:
@@ -180,24 +166,21 @@ def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> d
 
 def never_predicted(validation: Validation, names: list[str]) -> list[str]:
     """A line on each exit that never predicts a class, which has five rows or more. `names` are the classes'."""
-    found, counts = [], validation.labels.bincount(minlength=len(names))
     if validation.metric == "agreement":  # the classes are full depth's own
-        return found
-    for n, said in zip(validation.exits.layers, validation.logits.argmax(-1), strict=True):
-        never = (counts >= 5) & (said.bincount(minlength=len(names)) == 0)
-        if never.any():
-            classes = preview([names[c] for c in never.nonzero()[:, 0]])
+        return []
+    lines, is_frequent = [], validation.labels.bincount(minlength=len(names)) >= 5  # (C,)
+    for n, predictions in zip(validation.exits.layers, validation.logits.argmax(-1), strict=True):
+        if missed := (is_frequent & (predictions.bincount(minlength=len(names)) == 0)).nonzero()[:, 0].tolist():
             advice = "train longer (--epochs), at another --lr, or with --class-weights balanced"
-            found.append(f"the exit after layer {n} never predicts {classes}: {advice}")
-    return found
+            lines.append(f"the exit after layer {n} never predicts {preview([names[c] for c in missed])}: {advice}")
+    return lines
 
 
 def save_evaluation(run: Path, evaluation: dict, validation: Validation) -> None:
-    """Write logits.safetensors, of which other goals choose, and then evaluation.json, whose old one goes first."""
-    (run / EVALUATION).unlink(missing_ok=True)
+    """Write logits.safetensors, of which other goals choose, and then evaluation.json."""
     values = validation._asdict().items()
     with written_beside(run / LOGITS) as new:
-        save_file({name: value.contiguous() for name, value in values if isinstance(value, Tensor)}, new)
+        new.write_bytes(save({name: value.contiguous() for name, value in values if isinstance(value, Tensor)}))
     write_json(run / EVALUATION, evaluation)
 
 

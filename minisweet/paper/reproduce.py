@@ -9,6 +9,7 @@ a grid by its --tasks.
 """
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from minisweet.base.commands import Parser, list_of, one_of, positive_float, who
 from minisweet.base.files import CLONE, LOG, InputError, home, written_beside
 from minisweet.branches import METHODS
 from minisweet.data.tasks import TASKS
-from minisweet.evaluation.records import Curve, read_evaluation
+from minisweet.evaluation.records import EVALUATION, Curve, read_evaluation
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper import report
 from minisweet.runs import options
@@ -57,8 +58,10 @@ class Grid:
             self.check(run, record)
             if record.diverged is not None:
                 self.records[run] = {}
-            elif (curve := read_evaluation(folder, Curve)) and len(curve.thresholds) == THRESHOLDS:
-                self.records[run] = vars(curve) | vars(record)
+            elif (folder / EVALUATION).exists():
+                curve = read_evaluation(folder, Curve)
+                if len(curve.thresholds) == THRESHOLDS:
+                    self.records[run] = vars(curve) | vars(record)
         return self.records.get(run)
 
     def check(self, run: Run, record: Record) -> None:
@@ -180,6 +183,13 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     return text
 
 
+def share(text: str) -> Fraction:
+    """An argparse type: a positive share of the layers, which may be a fraction."""
+    if not re.fullmatch(r"\d+(\.\d+)?(/[1-9]\d*)?", text) or not Fraction(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number or fraction")
+    return Fraction(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(__doc__)
@@ -192,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
-    option("--ratios", type=list_of(Fraction), help="of the tables, such as 1/6,1/2,1 (default: the paper's)")
+    option("--ratios", type=list_of(share), help="of the tables, such as 1/6,1/2,1 (default: the paper's)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
     instead = parser.add_mutually_exclusive_group().add_argument
@@ -208,7 +218,7 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := [name for name in args.methods if name not in METHODS]:
         known = f"none of {', '.join(METHODS)}; other methods are only reported (--report-only)"
         raise InputError(f"--methods: {unknown[0]!r} is {known}")
-    _, config, _ = options.find_model(args)
+    _, config, _ = options.find_model(args, exit_strategy=args.exit_strategy)
     args.lrs = args.lrs or options.search_rates(config)
     return args
 

@@ -32,12 +32,12 @@ from minisweet.ngrams import NgramExit
 from minisweet.runs.records import Record
 
 VALIDATION = "validation.jsonl"
-WRITTEN_LATER = ("evaluation.json", "logits.safetensors", "curve.png")
-FILES = {"run.json", WEIGHTS, "config.json", VALIDATION, *TOKENIZER_FILES, *WRITTEN_LATER}
+EVALUATION, LOGITS, CURVE = "evaluation.json", "logits.safetensors", "curve.png"  # evaluate.py writes them
+FILES = {"run.json", WEIGHTS, "config.json", VALIDATION, *TOKENIZER_FILES, EVALUATION, LOGITS, CURVE}
 
 
 def method_name(arguments: dict) -> str:
-    """The method as reports name it: from a finished trunk, ee is mixed training, and mm's models are taught by it."""
+    """The method as reports name it: on a trunk, ee and sweet are ee-mixed and sweet-mixed, and mm is mm-taught."""
     method = arguments["method"]
     on_trunk = {"ee": "ee-mixed", "sweet": "sweet-mixed", "mm": "mm-taught"}
     return on_trunk.get(method, method) if arguments.get("trunk") else method

@@ -76,7 +76,10 @@ class Checkpoint:
         self.signal = 0  # the number of the signal that came
         self.started = self.saved = time.perf_counter()
         if args.resume and path.is_file():
-            before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
+            try:
+                before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
+            except Exception as error:  # of pickle, zip or torch, according to what is wrong with the file
+                raise InputError(f"--resume: {path} is broken ({error!s:.100}); to start anew, --overwrite") from None
         elif args.resume and (args.out / "run.json").is_file():
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         was = {key: before.get(key) for key, value in self.training.items() if value != before.get(key)}

@@ -13,6 +13,7 @@ from minisweet.base import devices
 from minisweet.base.commands import Parser, positive_float, whole_number
 from minisweet.base.files import preview
 from minisweet.branches import METHODS
+from minisweet.config import Config
 from minisweet.data.load import add_data_options, digest, load_data, text_digest
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
@@ -40,14 +41,17 @@ class TrainingSetup(NamedTuple):
 
 
 def parse_arguments(doc: str) -> tuple[argparse.Namespace, str]:
-    """Read and check the command line of train.py, whose docstring is `doc`. Also returns the method and why."""
+    """Read and check the command line of train.py, whose docstring is `doc`.
+
+    Also returns a line for the user: the method and why it was chosen.
+    """
     parser, by_size = Parser(doc), f"for {options.STEPS} steps, at least {options.EPOCHS}"
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=list(METHODS), help="default: sweet; branch with --data or --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; branches leave it as it is")
     option("--targets", choices=("labels", "trunk"), default="labels", help="learn labels, or the trunk's answers")
-    option("--class-weights", choices=("balanced",), help="rows count N / (C n) for the n of all N in their class")
+    option("--class-weights", choices=("balanced",), help="each row weighs N / (classes x rows of its class)")
     add_data_options(parser)
     group = parser.add_argument_group("training")
     option, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -101,21 +105,7 @@ def find_start(args: argparse.Namespace, method: str) -> TrainingSetup:
     if exit_layers[0] == 0:
         ngrams = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
 
-    # Of own text, and of a trunk, nobody knows which rate is best. With one exit all methods are the same.
-    task, like = None if args.data or trunk else args.task, args.method if len(layers) > 1 else "mm"
-    size = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
-    what = chosen(args, "lr", options.default_learning_rate(config, task, like), f"for {size}")
-    epochs, why = 2, "the paper's"
-    if args.data:  # which is often less
-        epochs, why = options.epochs_of(len(subset), args.batch_size), f"to make {options.STEPS} steps"
-    what += ", " + chosen(args, "epochs", epochs, why)
-    if trunk and len(layers) == 1:
-        what = "no layer is trained: the trunk stays as it is"
-
-    texts = {*map(text_digest, rows.texts())}
-    if trunk:  # None where nobody knows what it was trained on
-        before = read_record(args.trunk).train_texts if is_run(args.trunk) else None
-        texts = None if before is None else {*before, *texts}
+    plan = choose_training(args, config, layers, len(subset))
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **data.record,
@@ -128,11 +118,11 @@ def find_start(args: argparse.Namespace, method: str) -> TrainingSetup:
         "versions": versions(),
         "subset": subset.tolist(),
         "train_digest": digest(rows),
-        "train_texts": texts and sorted(texts),
+        "train_texts": trained_texts(args.trunk, rows),
     }
     exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
     machine = f"seed {args.seed}, {record['device']}, {record['precision']}"
-    notes = [f"{method}, {what}", f"{args.model}, {args.task}: {len(subset)} examples, {exits}, {machine}", *data.notes]
+    notes = [f"{method}, {plan}", f"{args.model}, {args.task}: {len(subset)} examples, {exits}, {machine}", *data.notes]
     if len(subset) < len(order):
         counts = sorted(Counter(rows.labels).items())
         each = [f"{len(subset):,} rows", *(f"{labels[label]} {count:,}" for label, count in counts)]
@@ -142,3 +132,24 @@ def find_start(args: argparse.Namespace, method: str) -> TrainingSetup:
     return TrainingSetup(
         args, folder, layers, trunk, examples, data.dev, ngrams, len(labels), device, precision, record, notes
     )
+
+
+def choose_training(args: argparse.Namespace, config: Config, layers: list[int], num_rows: int) -> str:
+    """Give --lr and --epochs their defaults where they are not given. Returns both, and why, for the user."""
+    # Of own text, and of a trunk, nobody knows which rate is best. With one exit all methods are the same.
+    task, like = None if args.data or args.trunk else args.task, args.method if len(layers) > 1 else "mm"
+    size = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
+    rate = chosen(args, "lr", options.default_learning_rate(config, task, like), f"for {size}")
+    epochs, reason = 2, "the paper's"
+    if args.data:  # which is often less
+        epochs, reason = options.epochs_of(num_rows, args.batch_size), f"to make {options.STEPS} steps"
+    epochs = chosen(args, "epochs", epochs, reason)
+    return "no layer is trained: the trunk stays as it is" if args.trunk and len(layers) == 1 else f"{rate}, {epochs}"
+
+
+def trained_texts(trunk: Path | None, rows: Examples) -> list[str] | None:
+    """Digests of the texts that a run and its trunk are trained on, sorted; None where the trunk's are not known."""
+    before = []
+    if trunk:
+        before = read_record(trunk).train_texts if is_run(trunk) else None
+    return None if before is None else sorted({*before, *map(text_digest, rows.texts())})

@@ -17,14 +17,14 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation import operating
 from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, wish_of
 from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import load_validation
 from minisweet.live import GATHERED, Answers, early_exit
 from minisweet.runs.folders import load_run
 
-GOALS = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99)}  # from the lowest to the highest value
-RANGES = GOALS | {"threshold": (0, 1), "sure": (50, 99.9), "batch_size": (1, 2**31)}
+RANGES = operating.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
 
 
 class Answer(NamedTuple):
@@ -38,6 +38,11 @@ class Answer(NamedTuple):
     confidence: float
     exit_layer: int  # counted from 1; 0 is the exit before the first layer
     probabilities: dict[str, float]  # of all labels, after temperature scaling
+
+
+def is_text(part: object) -> bool:
+    """Whether it is a string that UTF-8 can hold, which half of an emoji is not."""
+    return isinstance(part, str) and part == part.encode(errors="ignore").decode()
 
 
 class EarlyExitClassifier:
@@ -91,8 +96,6 @@ class EarlyExitClassifier:
         self.labels, self.pairs = self.record.labels, len(self.record.columns) == 2
         self.certainty_name = "agreement" if self.record.metric == "agreement" else "confidence"  # where it is printed
         evaluation = read_evaluation(run)
-        if evaluation is None:
-            raise InputError(f"{run}: has no evaluation.json; first: evaluate.py {run}")
         rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
         layers, warnings = evaluation.exit_layers, []
         if any(goal is not None for goal in goals.values()):
@@ -125,7 +128,7 @@ class EarlyExitClassifier:
         columns: list[list[str]] = [[] for _ in range(1 + self.pairs)]
         for i, text in enumerate(texts):
             parts = text if isinstance(text, tuple | list) else [text]
-            if len(parts) != len(columns) or not all(isinstance(part, str) for part in parts):
+            if len(parts) != len(columns) or not all(map(is_text, parts)):
                 wanted = "a pair of texts" if self.pairs else "one text"
                 raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as in training")
             for column, part in zip(columns, parts, strict=True):

@@ -21,13 +21,13 @@ from minisweet.base.commands import Parser, path_to
 from minisweet.base.devices import autocast
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.data.rows import Examples
+from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.records import Evaluation, read_evaluation
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.live import Answers
 from minisweet.runs.folders import read_record, read_validation
 from minisweet.runs.records import Record
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
-from minisweet.use.plots import METRICS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -50,8 +50,6 @@ def main() -> None:
         print_exits(classify, explain(classify, args.text))
         return
     record, evaluation = read_record(args.run), read_evaluation(args.run)
-    if evaluation is None:
-        raise InputError(f"{args.run}: has no evaluation.json; first: evaluate.py {args.run}")
     validation, rows = load_validation(args.run, evaluation, record), read_validation(args.run, record)
     write_page(args.html, evaluation, record, rows, validation)
     print(f"written to {args.html}")

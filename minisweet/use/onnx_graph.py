@@ -116,7 +116,8 @@ class Pieces(nn.Module):
             if k < len(self.exit_layers) - 1:
                 inputs |= {f"skip.{k}": state[:1], f"go.{k}": (rows, *state)}
                 state = self.go(k, rows, *state)
-        return {name: tuple(x.clone() for x in values) for name, values in inputs.items()}  # else some are one
+        # Clones, since torch.export would merge equal tensors into one input.
+        return {name: tuple(x.clone() for x in values) for name, values in inputs.items()}
 
 
 class Flat(NamedTuple):

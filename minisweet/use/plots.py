@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 
 from minisweet.adaptive import Exits
 from minisweet.base.files import InputError, one_line, written_beside
+from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.records import Evaluation
 
-METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles say the same without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")

@@ -24,12 +24,13 @@ SWEEP = """
 from pathlib import Path
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.sweep import predict
+from minisweet.evaluation import sweep
 from minisweet.runs.folders import load_run
 model, record = load_run(Path({run!r}))
 tokenizer = load_tokenizer(Path({run!r}), record.vocab_size or 30522, 256)
 examples = TokenizedExamples(tokenizer, load_examples("sst2", "dev", Path({data!r})))
-unit = lambda: predict(model, examples, None, "sweep")
+all_logits = getattr(sweep, "all_logits", None) or sweep.predict  # its older name
+unit = lambda: all_logits(model, examples, None, "sweep")
 """
 LIVE = """
 import json

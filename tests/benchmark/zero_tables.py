@@ -120,21 +120,23 @@ def report(records: Path, tasks: list[str], seeds: list[int], figure: Path | Non
         means = [[np.mean([run[i] for run in runs], axis=0) for runs in found.values()] for i in (0, 1)]
         curves, single = map(np.array, means)  # (tasks, CURVES, numbers), (tasks, SINGLE)
         scores, full = curves[:, :, :SCORED], single[:, -1:]  # (tasks, CURVES, SCORED), (tasks, 1)
-        rows = [[name, *cells(scores[:, i].mean(0))] for i, name in enumerate(CURVES)]
+        there = {i: name for i, name in enumerate(CURVES) if not np.isnan(scores[:, i, -1]).any()}
+        alone = [i for i in range(len(SINGLE)) if not np.isnan(single[:, i]).any()]
+        rows = [[name, *cells(scores[:, i].mean(0))] for i, name in there.items()]
         rows.append(["full depth", *cells(full.mean(0).repeat(SCORED))])
         print(table(f"Mean score at a share of the layers, {title}", ["exits", *SHARES, "area"], rows))
-        with_mean = np.r_[single, [single.mean(0)]].T  # (SINGLE, tasks and mean)
-        rows = [[name, f"{SINGLE[name]:.2f}", *cells(row)] for name, row in zip(SINGLE, with_mean, strict=True)]
+        with_mean, models = np.r_[single, [single.mean(0)]].T, list(SINGLE.items())  # (SINGLE, tasks and mean)
+        rows = [[models[i][0], f"{models[i][1]:.2f}", *cells(with_mean[i])] for i in alone]
         print(table(f"Models without early exit, {title}", ["model", "share", *tasks, "mean"], rows))
         if metric is None:
             rows = [["full depth", *map(compared, (scores[:, 0] - full).T)]]
-            rows += [[name, *map(compared, (scores[:, 0] - scores[:, i]).T)] for i, name in enumerate(CURVES) if i]
+            rows += [[name, *map(compared, (scores[:, 0] - scores[:, i]).T)] for i, name in there.items() if i]
             title = f"{OURS}, less each other: mean over tasks, 95% interval, tasks won"
             print(table(title, ["less", *SHARES, "area"], rows))
-            rows = [[name, *cells(scores[:, i, -1]), f"{scores[:, i, -1].mean():.1f}"] for i, name in enumerate(CURVES)]
+            rows = [[name, *cells(scores[:, i, -1]), f"{scores[:, i, -1].mean():.1f}"] for i, name in there.items()]
             print(table("Area from 1/6", ["exits", *tasks, "mean"], rows))
             least = curves[:, :, SCORED : SCORED + len(CHANGES)].mean(0)
-            rows = [[name, *cells(row, 2)] for name, row in zip(CURVES, least, strict=True)]
+            rows = [[name, *cells(least[i], 2)] for i, name in there.items()]
             head = ["exits", *(f"{percent}%" for percent in CHANGES)]
             print(table("Share of the layers at which so few answers change", head, rows))
             if figure:
@@ -146,9 +148,11 @@ def draw(path: Path, curves: np.ndarray, single: np.ndarray) -> None:
     figure = new_figure(9, 9.5)  # the legend takes half of it
     axis = figure.add_subplot()
     for name, scores in zip(CURVES, curves, strict=True):
-        axis.plot(GRID, scores, "-" if name.startswith("0") else "--", label=name)
+        if not np.isnan(scores).all():
+            axis.plot(GRID, scores, "-" if name.startswith("0") else "--", label=name)
     for (name, share), value, marker in zip(SINGLE.items(), single, "osDv^*P", strict=True):
-        axis.plot(share, value, marker, linestyle="", label=name)
+        if value > 0:  # not NaN
+            axis.plot(share, value, marker, linestyle="", label=name)
     label_axes(axis, "Mean of the tasks", "score")
     save_figure(figure, path)
 
