@@ -217,6 +217,8 @@ def test(args: argparse.Namespace) -> None:
         if labelled or key == "speedup_ratio":
             sizes = evaluation.effective_examples, answers.effective_rows()
             ends = interval_of_a_file(getattr(point, key), getattr(point, interval), *sizes)
+            least = -100 if key == "loss" or metric == "matthews" else 0
+            ends = [max(least, min(100, end)) for end in ends]
             line += f"   {with_interval(vars(point), key, interval)}" + "   {:7.2f} to {:7.2f}".format(*ends)
         print(line)
     most = "   at most {max_change:g}, {sure:g}% sure".format(**point.wish) if "max_change" in point.wish else ""

@@ -200,3 +200,14 @@ def test_a_full_disk(command, monkeypatch):
         assert (status, "cannot be written" in err) == (2, True)
     assert (command("--out", "c", "--resume")[0], command.steps) == (0, 0)  # what was trained is not lost
     assert result("c") == result("whole")
+
+
+def test_a_diverged_run_and_a_broken_checkpoint_are_no_training_to_resume(command, tmp_path):
+    assert command("--out", "a", "--lr", "1e30")[0] == 2
+    status, _, err = command("--out", "a", "--lr", "1e30", "--resume")
+    assert (status, "--resume: a diverged" in err) == (2, True), err
+    folder = tmp_path / ".b.checkpoint"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes(b"broken")
+    status, _, err = command("--out", "b", "--resume")
+    assert (status, err.count("\n"), "checkpoint.pt is broken" in err) == (2, 1, True), err

@@ -51,6 +51,7 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
         if delimiter is None:
             rows = (dict(json.loads(line)) for line in lines() if line.strip())
         else:
+            csv.field_size_limit(2**31 - 1)  # characters of a cell; by default 131,072
             rows = csv.DictReader(lines(), delimiter=delimiter, strict=True, **options)
             header = rows.fieldnames or [""]
             if other := [sign for sign in ";\t,|" if len(header) == 1 and sign in header[0]]:

@@ -81,7 +81,10 @@ class Checkpoint:
             except Exception as error:  # of pickle, zip or torch, according to what is wrong with the file
                 raise InputError(f"--resume: {path} is broken ({error!s:.100}); to start anew, --overwrite") from None
         elif args.resume and (args.out / "run.json").is_file():
-            before, self.is_finished = training_of(read_json(args.out / "run.json")), True
+            run = read_json(args.out / "run.json")
+            if run.get("diverged"):
+                raise InputError(f"--resume: {args.out} diverged; train at a lower --lr, with --overwrite")
+            before, self.is_finished = training_of(run), True
         was = {key: before.get(key) for key, value in self.training.items() if value != before.get(key)}
         if was:
             changed = [f"{key} is {self.training[key]!s:.60} and was {old!s:.60}" for key, old in was.items()]
