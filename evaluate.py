@@ -166,7 +166,7 @@ def print_point(point: dict, record: Record, evaluation: dict) -> None:
     """Print the operating point, what is stated of it, and what is promised."""
     asked, wish = point["asked_exits"], point["wish"]
     costly = [str(n) for n in evaluation["exit_layers"] if n not in asked]
-    left_out = f" (left out, since they cost more than they give: {', '.join(costly)})" if costly else ""
+    left_out = f" (left out: {', '.join(costly)}, which cost more than they give)" if costly else ""
     print(f"\noperating point: threshold {point['threshold']:.6g}, exits {', '.join(map(str, asked))}{left_out}")
     print(f"{'on new text':<25}{'stated':>8}   95% interval")
     for title, *keys in STATED:
