@@ -221,16 +221,16 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
 
 
 @pytest.mark.slow
-def test_python_of_the_readme(run_of, tmp_path, command, exported_once):
+def test_python_of_the_guide(run_of, tmp_path, command, exported_once):
     """Run as it stands there, where neither torch nor minisweet can be imported."""
-    assert command(export, run_of("trunk0"), "--onnx", tmp_path / "reviews.onnx")[0] == 0
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.S)
+    assert command(export, run_of("pairs"), "--onnx", tmp_path / "tickets.onnx")[0] == 0
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "minisweet" / "use" / "README.md").read_text(), re.S)
     (code,) = [block for block in blocks if "onnxruntime" in block]
     hidden = "import sys; sys.modules.update(dict.fromkeys(('torch', 'minisweet')))\n"
     done = subprocess.run([sys.executable, "-c", hidden + code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    texts = re.findall(r'"(The film[^"]*)"', code)
-    for line, answer in zip(done.stdout.splitlines(), EarlyExitClassifier(run_of("trunk0"))(texts), strict=True):
+    texts = re.findall(r'\("(.*?)", "(.*?)"\)', code)
+    for line, answer in zip(done.stdout.splitlines(), EarlyExitClassifier(run_of("pairs"))(texts), strict=True):
         assert line.split() == [answer.label, f"{answer.confidence:.2f}", str(answer.exit_layer)]
 
 
