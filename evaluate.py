@@ -206,8 +206,10 @@ def test(args: argparse.Namespace) -> None:
     rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     rule = rule.kept([evaluation.exit_layers.index(n) for n in point.asked_exits])
     decisions = decide(Choice(rule, list(range(len(point.asked_exits))), point.threshold), answers)
-    measured = operating.statistics_of(answers, *decisions)
-    changed = operating.statistics_of(answers.against_full_depth(), *decisions)
+    measured, changed = (
+        operating.at_the_ends(operating.statistics_of(them, *decisions), point.threshold, rule.lowest)
+        for them in (answers, answers.against_full_depth())
+    )
     skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
     stated = f"stated of {evaluation.examples:,} validation rows"

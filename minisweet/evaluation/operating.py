@@ -88,8 +88,7 @@ def stated(
     """
     taken, costs = decide(deployed, validation)
     if deployed.threshold == 1:  # nothing was chosen that could be lucky
-        point = statistics_of(validation, taken, costs)
-        return point | {"loss_interval": [0.0, 0.0], "speedup_interval": 2 * [point["speedup_ratio"]]}
+        return at_the_ends(statistics_of(validation, taken, costs), 1.0, deployed.rule.lowest)
     # A certificate from fewer rows is stricter. So each fold chooses by the share of changes that the deployed
     # threshold made, not by the certificate.
     fold_wish = {"max_change": deployed.loss} if "max_change" in wish else wish
@@ -103,7 +102,16 @@ def stated(
     # roughly: intervals that take it 2.5 times hold (tests/benchmark/draws.py).
     errors = {key: 2.5 * float(np.std([one[key] for one in by_fold])) for key in ("score", "macro_f1", "loss")}
     point = statistics_of(validation, taken, costs, errors)
-    if deployed.threshold <= deployed.rule.lowest:  # all texts leave at the first exit
+    return at_the_ends(point, deployed.threshold, deployed.rule.lowest)
+
+
+def at_the_ends(point: dict, threshold: float, lowest: float) -> dict:
+    """The statistics, without doubt where the threshold alone decides: at 1 nothing is lost, and at either end all
+    texts cost the same.
+    """
+    if threshold == 1:
+        point["loss_interval"] = [0.0, 0.0]
+    if threshold == 1 or threshold <= lowest:
         point["speedup_interval"] = 2 * [point["speedup_ratio"]]
     return point
 
