@@ -25,7 +25,6 @@ from minisweet.data.load import digest
 from minisweet.data.rows import Examples, examples_of, find_columns, read_rows, text_columns
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import operating, sweep
-from minisweet.evaluation.choice import Choice, decide
 from minisweet.evaluation.intervals import interval_of_a_file
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.records import Evaluation, read_evaluation
@@ -205,7 +204,7 @@ def test(args: argparse.Namespace) -> None:
     answers = answers_of(model.keep_exits(point.asked_exits), record, rows, metric, args)
     rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     rule = rule.kept([evaluation.exit_layers.index(n) for n in point.asked_exits])
-    decisions = decide(Choice(rule, list(range(len(point.asked_exits))), point.threshold), answers)
+    decisions = answers.decide(rule, range(len(point.asked_exits)), point.threshold)
     measured, changed = (
         operating.at_the_ends(operating.statistics_of(them, *decisions), point.threshold, rule.lowest)
         for them in (answers, answers.against_full_depth())
@@ -218,9 +217,8 @@ def test(args: argparse.Namespace) -> None:
         line = f"{title or METRICS[metric]:<25}{with_interval(measured, key, interval)}"
         if labelled or key == "speedup_ratio":
             sizes = evaluation.effective_examples, answers.effective_rows()
-            ends = interval_of_a_file(getattr(point, key), getattr(point, interval), *sizes)
             least = -100 if key == "loss" or metric == "matthews" else 0
-            ends = [max(least, min(100, end)) for end in ends]
+            ends = interval_of_a_file(getattr(point, key), getattr(point, interval), *sizes, least)
             line += f"   {with_interval(vars(point), key, interval)}" + "   {:7.2f} to {:7.2f}".format(*ends)
         print(line)
     most = "   at most {max_change:g}, {sure:g}% sure".format(**point.wish) if "max_change" in point.wish else ""

@@ -92,8 +92,8 @@ def test_intervals_of_shares_are_wilsons_and_of_losses_bonett_and_prices():
 
 
 def test_a_file_falls_in_an_interval_that_widens_as_it_shrinks():
-    assert intervals.interval_of_a_file(80, [70, 86], 300, 300) == pytest.approx([80 - 200**0.5, 80 + 72**0.5])
-    assert intervals.interval_of_a_file(80, [70, 86], 300, 1e12) == pytest.approx([70, 86])
+    assert intervals.interval_of_a_file(80, [70, 86], 300, 300, 0) == pytest.approx([80 - 200**0.5, 80 + 72**0.5])
+    assert intervals.interval_of_a_file(80, [70, 86], 300, 1e12, 0) == pytest.approx([70, 86])
     assert intervals.widened(80, [77, 84], 4 / 1.959964) == pytest.approx([75, 80 + 32**0.5])
 
 

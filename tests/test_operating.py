@@ -16,7 +16,6 @@ from minisweet.evaluation.choice import (
     candidates,
     certifying_rows,
     choose,
-    decide,
     deployed_threshold,
     fastest_exits,
 )
@@ -75,7 +74,7 @@ def test_every_candidate_gives_what_decisions_give(seed, layers, N, C, method, m
     assert there.thresholds[-1] == 1
     for place, threshold in enumerate(there.thresholds):
         for deployed in (threshold, deployed_threshold(there.thresholds, place, rule.lowest)):
-            taken, costs = decide(Choice(rule, places, deployed), validation)
+            taken, costs = validation.decide(rule, places, deployed)
             assert set(taken) <= set(places)
             its_score = score(predictions[taken, np.arange(N)], labels, metric)
             full_depth, early = scores_of(there.counts[..., place], metric)
@@ -172,7 +171,7 @@ def test_an_operating_point_tells_of_itself(wish, metric, lte):
         assert point["asked_exits"][-1] == layers[-1]
         assert {*point["asked_exits"]} <= {*layers}
         places = [layers.index(n) for n in point["asked_exits"]]
-        taken, costs = decide(Choice(rule, places, point["threshold"]), validation)
+        taken, costs = validation.decide(rule, places, point["threshold"])
         assert point["speedup_ratio"] == pytest.approx(costs.mean())
         if len(layers) == 1:
             assert (point["threshold"], point["loss"], point["loss_interval"]) == (1, 0, [0, 0])
@@ -201,7 +200,7 @@ def test_what_is_stated_had_no_say_in_the_choice():
     _, point = operating_point(validation, {"speed": 0.5})
     taken = np.empty(200, dtype=int)
     for others, rows in validation.folds():
-        taken[rows] = decide(choose(validation.take(others), {"speed": 0.5}), validation)[0][rows]
+        taken[rows] = choose(validation.take(others), {"speed": 0.5}).decide(validation)[0][rows]
     assert point["score"] == statistics_of(validation, taken, np.ones(200))["score"]
 
 
@@ -240,6 +239,15 @@ def test_texts_that_were_trained_on_certify_nothing():
     _, point = operating_point(validation, wish, trained=digests)
     assert (point["trained_rows"], point["certified_rows"], point["threshold"]) == (225, 0, 1)
     assert "45 rows that certify would do if no answer changed, and 0 are here" in shortfall(point)
+
+
+def test_a_fold_of_a_promise_does_not_choose_on_trained_texts():
+    validation = draw(np.random.default_rng(5), 300)
+    steady = validation.logits[-1].argmax(-1) == validation.logits[0].argmax(-1)
+    trained = [f"{key % 2**64:016x}" for key in validation.keys[steady].tolist()]  # of these nothing changes
+    whole, others = choose(validation, {"max_change": 5.0}), choose(validation, {"max_change": 5.0}, None, trained)
+    assert others.threshold > whole.threshold
+    assert set(others.certifying) == set(np.flatnonzero(~steady.numpy()))
 
 
 def test_what_falls_short_is_said_in_one_line():
@@ -281,7 +289,7 @@ def test_rows_of_confidence_1_leave_at_the_highest_threshold_below(wish):
     logits = torch.stack([first, torch.nn.functional.one_hot(labels, 2) * 40.0])
     validation = Validation(logits, None, labels, torch.arange(300), "accuracy", Exits((1, 2), 2, "sweet"))
     choice = choose(validation, wish)
-    taken, costs = decide(choice, validation)
+    taken, costs = choice.decide(validation)
     assert costs.mean() == pytest.approx((250 * 0.5 + 50) / 300)
     assert choice.threshold < 1
     assert torch.equal(exits_taken(choice.rule.confidences(logits), choice.threshold, 0.5), torch.from_numpy(taken))
@@ -295,7 +303,7 @@ def test_what_is_stated_and_promised_comes_true(wish):
     for _ in range(draws):
         rule, point = operating_point(draw(rng, 239), wish)
         choice = Choice(rule, [(0, 6).index(n) for n in point["asked_exits"]], point["threshold"])
-        taken, costs = decide(choice, world)
+        taken, costs = choice.decide(world)
         truth = statistics_of(world, taken, costs)
         for name, key in STATED.items():
             low, high = point[f"{name}_interval"]

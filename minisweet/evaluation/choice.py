@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.adaptive import ExitRule, exits_taken
+from minisweet.adaptive import ExitRule
 from minisweet.evaluation.intervals import SLACK, loss_bound, loss_of, most_changes, scores_of
 from minisweet.evaluation.sweep import Validation
 
@@ -27,15 +27,24 @@ class Choice(NamedTuple):
     certifying: Sequence[int] = ()  # (m,), the rows that the threshold was chosen on
     trained_rows: int | None = None  # how many rows certify nothing, since they were trained on; None if unknown
 
+    def decide(self, validation: Validation) -> tuple[np.ndarray, np.ndarray]:
+        """The exit that each row takes, from 0 and of all K, and its cost: (N,) each."""
+        return validation.decide(self.rule, self.places, self.threshold)
+
+
+def is_trained(validation: Validation, trained: list[str] | None) -> np.ndarray:
+    """Whether a row's text was trained on, by the digests of the trained texts: bool (N,)."""
+    keys = np.array([int(digest, 16) for digest in trained or []], dtype=np.uint64).astype(np.int64)
+    return np.isin(validation.keys.numpy(), keys)
+
 
 def certifying_rows(validation: Validation, trained: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """A quarter of the rows, to choose temperatures and exits on, and the others, which certify: (n,) and (m,).
 
     Texts whose digests are among the `trained` ones certify nothing.
     """
-    keys = np.array([int(digest, 16) for digest in trained or []], dtype=np.uint64).astype(np.int64)
-    is_quarter, is_trained = validation.parts(4) == 0, np.isin(validation.keys.numpy(), keys)
-    return np.flatnonzero(is_quarter), np.flatnonzero(~is_quarter & ~is_trained)
+    is_quarter = validation.parts(4) == 0
+    return np.flatnonzero(is_quarter), np.flatnonzero(~is_quarter & ~is_trained(validation, trained))
 
 
 def choose(
@@ -54,6 +63,8 @@ def choose(
     fitted = certifying = np.arange(N)
     if "sure" in wish:
         fitted, certifying = certifying_rows(validation, trained)
+    elif "max_change" in wish:  # a fold of a promise: what was trained on changes less than new text
+        certifying = np.flatnonzero(~is_trained(validation, trained))
     certified = certifying.tolist(), None if trained is None else N - len(fitted) - len(certifying)
     rule = validation.take(fitted).fit_rule()
     if "max_change" in wish:  # what changes is what disagrees with full depth
@@ -175,11 +186,3 @@ def deployed_threshold(thresholds: np.ndarray, m: int, lowest: float) -> float:
     threshold, middle = thresholds[m], thresholds[m - 1 : m + 1].mean()
     is_apart = np.float32(thresholds[m - 1]) < np.float32(middle)  # in float32, in which it is compared
     return float(middle if is_apart and threshold < 1 else threshold)
-
-
-def decide(choice: Choice, validation: Validation) -> tuple[np.ndarray, np.ndarray]:
-    """The exit that each row takes, from 0 and of all K, and its cost: (N,) each."""
-    confidence = choice.rule.confidences(validation.logits, validation.certainty)[choice.places]
-    taken = exits_taken(confidence, choice.threshold, choice.rule.lowest).numpy()
-    costs = np.array(validation.exits_at(choice.places).costs(choice.threshold))
-    return np.array(choice.places)[taken], costs[taken]

@@ -82,10 +82,13 @@ def widened(value: float, ends: list[float], error: float) -> list[float]:
     return [max(-100.0, value - low), min(100.0, value + high)]
 
 
-def interval_of_a_file(value: float, ends: list[float], rows: float, file_rows: float) -> list[float]:
-    """Where a file of so many rows should fall, 95% of the time, by a value and its interval from other rows."""
+def interval_of_a_file(value: float, ends: list[float], rows: float, file_rows: float, least: float) -> list[float]:
+    """Where a file of so many rows should fall, 95% of the time, by a value and its interval from other rows.
+
+    The ends are cut to `least` and 100.
+    """
     scale = math.sqrt(1 + rows / file_rows)  # both have an error
-    return [value + scale * (end - value) for end in ends]
+    return [max(least, min(100, value + scale * (end - value))) for end in ends]
 
 
 def score_interval(counts: np.ndarray, metric: str, which: int) -> list[float]:

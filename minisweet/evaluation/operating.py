@@ -14,7 +14,7 @@ import numpy as np
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number
 from minisweet.evaluation import intervals
-from minisweet.evaluation.choice import Choice, cells_of, choose, decide
+from minisweet.evaluation.choice import Choice, cells_of, choose
 from minisweet.evaluation.metrics import classification_report
 from minisweet.evaluation.records import Evaluation
 from minisweet.evaluation.sweep import Validation
@@ -86,7 +86,7 @@ def stated(
     answers biases the answers, not the speed; and the folds' thresholds differ, so that their mean speed is not the
     deployed one's.
     """
-    taken, costs = decide(deployed, validation)
+    taken, costs = deployed.decide(validation)
     if deployed.threshold == 1:  # nothing was chosen that could be lucky
         return at_the_ends(statistics_of(validation, taken, costs), 1.0, deployed.rule.lowest)
     # A certificate from fewer rows is stricter. So each fold chooses by the share of changes that the deployed
@@ -95,7 +95,7 @@ def stated(
     by_fold = []
     for rest, rows in validation.folds():
         choice = choose(validation.take(rest), fold_wish, places, trained, times=len(taken) / len(rest))
-        taken_by_all, _ = decide(choice, validation)  # (N,)
+        taken_by_all, _ = choice.decide(validation)  # (N,)
         by_fold.append(statistics_of(validation, taken_by_all, costs))
         taken[rows] = taken_by_all[rows]
     # The folds' choices differ from each other, and the deployed one from their mean. Five folds tell this spread

@@ -60,6 +60,12 @@ class Validation(NamedTuple):
         """The exits at these places, from 0, alone."""
         return self.exits._replace(layers=[self.exits.layers[place] for place in places])
 
+    def decide(self, rule: ExitRule, places: Sequence[int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """The exit that each row takes, from 0 and of all K, and its cost: (N,) each. `places` are the exits asked."""
+        confidence = rule.confidences(self.logits, self.certainty)[list(places)]
+        taken = exits_taken(confidence, threshold, rule.lowest).numpy()
+        return np.array(places)[taken], np.array(self.exits_at(places).costs(threshold))[taken]
+
     def effective_rows(self) -> float:
         """How many rows without a repeated text tell as much, see intervals.py."""
         _, times = np.unique(self.keys.numpy(), return_counts=True)
@@ -126,26 +132,23 @@ def crossfit(validation: Validation) -> Folds:
 
 def sweep(
     folds: Folds, validation: Validation, thresholds: list[float], places: Sequence[int] | None = None
-) -> tuple[dict, Tensor]:
+) -> tuple[dict, np.ndarray]:
     """Score all exits, and at each threshold those that rows take, if exits at these places (default: all) are asked.
 
     Returns exit_scores (K), scores, speedup_ratios, exit_counts (P, K) and area, scores in percent; then the exits
     taken (P, N), from 0 and of all K.
     """
     (K, N, _), labels, metric = validation.logits.shape, validation.labels.numpy(), validation.metric
-    places = np.arange(K) if places is None else np.array(places)
-    predictions, taken = validation.logits.argmax(-1), torch.empty(len(thresholds), N, dtype=torch.int64)
+    taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     for rule, rows in folds:
         fold = validation.take(rows)
-        confidence = rule.confidences(fold.logits, fold.certainty)[places]
         for i, threshold in enumerate(thresholds):
-            taken[i, rows] = torch.from_numpy(places)[exits_taken(confidence, threshold, rule.lowest)]
-    counts, costs = torch.stack([row.bincount(minlength=K) for row in taken]).numpy(), np.zeros((len(thresholds), K))
-    costs[:, places] = [validation.exits_at(places).costs(threshold) for threshold in thresholds]
-    ratios = ((counts * costs).sum(1) / N).tolist()  # Eq. 1
-    scores = score(predictions.gather(0, taken).numpy(), labels, metric).tolist()
-    curve = {"exit_scores": score(predictions.numpy(), labels, metric).tolist(), "scores": scores}
-    curve |= {"speedup_ratios": ratios, "exit_counts": counts.tolist()}
+            taken[i, rows], costs[i, rows] = fold.decide(rule, range(K) if places is None else places, threshold)
+    predictions = validation.logits.argmax(-1).numpy()  # (K, N)
+    ratios = costs.mean(1).tolist()  # Eq. 1
+    scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
+    curve = {"exit_scores": score(predictions, labels, metric).tolist(), "scores": scores, "speedup_ratios": ratios}
+    curve["exit_counts"] = [np.bincount(row, minlength=K).tolist() for row in taken]
     return curve | {"area": area_under_curve(ratios, scores, 1 / validation.exits.depth)}, taken
 
 
