@@ -20,7 +20,7 @@ from minisweet.paper.report import STUDENT_T, table
 from minisweet.runs.folders import read_record
 from minisweet.use.plots import label_axes, new_figure, save_figure, sorted_curve
 
-TASKS, SLICES, SLICE_RATES = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte"), (1, 2, 3), (1e-4, 2e-4, 4e-4)
+TASKS, SLICES = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte"), (1, 2, 3)  # slices: of so many layers
 CURVES = {  # the rows of the tables: which run they are of, and which exits are asked
     "0,6: n-grams, then full depth": ("branch", (0, 6)),
     "0,2,6 with a branch": ("branch", (0, 2, 6)),
@@ -42,18 +42,6 @@ def load(records: Path, task: str, seed: int, name: str) -> Validation:
     """What a run said of the validation rows, as evaluate.py kept it."""
     run = records / f"{task}-{seed}-{name}"
     return load_validation(run, read_evaluation(run), read_record(run))
-
-
-def load_slice(records: Path, task: str, seed: int, n: int, rate: float) -> tuple[torch.Tensor, float]:
-    """Logits (N, C) of a taught slice of n layers, and its score."""
-    run = load(records, task, seed, f"slices-{rate}")
-    logits = run.logits[run.exits.layers.index(n)]
-    return logits, score(logits.argmax(-1), run.labels, run.metric)
-
-
-def best_rate(records: Path, task: str, n: int) -> float:
-    """The rate at which a taught slice of n layers scores best on seed 0's validation rows."""
-    return max(SLICE_RATES, key=lambda rate: load_slice(records, task, 0, n, rate)[1])
 
 
 def sweep_finely(validation: Validation) -> tuple[np.ndarray, np.ndarray, float]:
@@ -89,9 +77,9 @@ def measure(records: Path, task: str, seed: int, metric: str | None) -> tuple[li
     for name, folder in (("TF-IDF", "tfidf"), ("embeddings", "embeddings")):
         if (path := records / f"{task}-{seed}-{folder}" / LOGITS).exists():
             logits[name] = load_file(path)["logits"][0]
-    if (records / f"{task}-{seed}-slices-{SLICE_RATES[0]}").exists():
-        slices = {n: load_slice(records, task, seed, n, best_rate(records, task, n)) for n in SLICES}
-        logits |= {f"slice of {n}": found for n, (found, _) in slices.items()}
+    if (records / f"{task}-{seed}-slices").exists():
+        slices = load(records, task, seed, "slices")
+        logits |= {f"slice of {n}": slices.logits[slices.exits.layers.index(n)] for n in SLICES}
     single = [
         score(logits[name].argmax(-1), front.labels, front.metric) if name in logits else np.nan for name in SINGLE
     ]
