@@ -5,8 +5,7 @@ layer, normalised, as its sentence-transformers model makes them: they cost all 
 [u, v, |u-v|, u*v], as usual for both. The regression's strength is chosen by cross-validation on the training rows.
 """
 
-import time
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,11 +15,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import FeatureUnion
-from torch import Tensor
 
 from minisweet import load_encoder
 from minisweet.data.rows import Examples
-from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.runs.hub import model_folder
 
@@ -42,22 +39,17 @@ def embed(texts: list[str]) -> np.ndarray:
     return np.stack([vectors[n] for n in range(len(texts))])
 
 
-def fit_linear(name: str, task: str, subset: list[int], data_dir: Path) -> tuple[dict[str, Tensor], dict]:
-    """Fit on the rows `subset` of a task. Returns what comes out for its validation rows, and facts for run.json."""
-    start = time.perf_counter()
-    train, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
-    train = train.take(subset)
+def fit_linear(name: str, train: Examples) -> tuple[Callable[[Examples], np.ndarray], dict]:
+    """Fit on labelled rows. Returns what makes log-probabilities (N, C) of other rows, and facts for run.json."""
     to_vectors = embed
     if name == "tfidf":
         words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
         union = FeatureUnion([("words", words), ("letters", letters)]).fit(train.first + (train.second or []))
         to_vectors = union.transform
-    of_train, of_dev = (features(rows, to_vectors) for rows in (train, dev))
-    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=3).fit(of_train, train.labels)
-    logits = torch.tensor(search.predict_log_proba(of_dev), dtype=torch.float32)[None]  # (1, N, C)
-    facts = {"task": task, "metric": TASKS[task].metric, "strength": search.best_params_["C"]}
-    facts |= {"features": of_train.shape[1], "seconds": round(time.perf_counter() - start, 1)}
-    return {"logits": logits, "labels": torch.tensor(dev.labels)}, facts
+    vectors = features(train, to_vectors)
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=3).fit(vectors, train.labels)
+    facts = {"strength": search.best_params_["C"], "features": vectors.shape[1]}
+    return lambda rows: search.predict_log_proba(features(rows, to_vectors)), facts
 
 
 def features(rows: Examples, to_vectors) -> np.ndarray | sparse.csr_array:

@@ -16,10 +16,12 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.files import home, read_json, write_json, written_beside
+from minisweet.data.tasks import load_examples
 from minisweet.evaluation.records import EVALUATION
 from minisweet.evaluation.sweep import LOGITS
 from tests.benchmark.linear import LINEAR, fit_linear
@@ -63,11 +65,12 @@ def make_seed(args: argparse.Namespace, task: str, seed: int) -> None:
         make(args, f"{task}-{seed}-{method}", *options, *(taught if method == "slices" else ["--method", method]))
     for name in LINEAR:
         if not (record := records / f"{task}-{seed}-{name}").exists():
+            train, dev = (load_examples(task, split, args.data_dir) for split in ("train", "dev"))
             subset = read_json(records / trunk.name / "run.json")["subset"]  # the same rows
-            tensors, facts = fit_linear(name, task, subset, args.data_dir)
+            predict, facts = fit_linear(name, train.take(subset))
             with written_beside(record) as folder:
                 folder.mkdir()
-                save_file(tensors, folder / LOGITS)
+                save_file({"logits": torch.tensor(predict(dev), dtype=torch.float32)[None]}, folder / LOGITS)
                 write_json(folder / "run.json", facts)
     for run in trunk.parent.glob(f"{task}-{seed}-*"):
         shutil.rmtree(run)
