@@ -77,8 +77,15 @@ def path_to(suffix: str) -> Callable[[str], Path]:
 
 
 def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
-    """An argparse type: values with commas between them."""
-    return lambda text: [parse(part) for part in text.split(",")]
+    """An argparse type: different values with commas between them."""
+
+    def parse_all(text: str) -> list:
+        values = [parse(part) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        return values
+
+    return parse_all
 
 
 def run_command(main: Callable[[], None]) -> None:

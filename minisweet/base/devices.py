@@ -1,9 +1,8 @@
 """Where to compute: on which device, in which precision, and as one of how many processes.
 
-With `torchrun --nproc-per-node N train.py ...`, on one machine or more, each process holds the whole model and takes a
-share of every batch's rows. The gradient of the batch's mean loss is the sum of the processes' own, each weighted by
-its share: one all-reduce of one flat tensor, between backward and clipping. So all processes have the same gradient,
-loss and overflow, and N processes do what one does.
+With `torchrun --nproc-per-node N train.py ...` each process holds the whole model and takes a share of every batch's
+rows. The gradient of the batch's mean loss is the sum of the processes' own, each weighted by its share. One all-reduce
+of one flat tensor adds them up, before clipping: so all processes have the same gradient, loss and overflow.
 """
 
 import ctypes
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError
@@ -46,8 +46,8 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(amp: str, device: torch.device, training: bool = False) -> torch.dtype | None:
     """The type to autocast to, None for float32 alone.
 
-    auto: bfloat16 where the device has instructions for it, else float16 on CUDA and float32 on a CPU. On a CPU only
-    training does so: evaluation and prediction stay in float32, so that answers are the same on every machine.
+    auto: bfloat16 where the device has instructions for it, else float16 on CUDA and float32 on a CPU. On a CPU
+    evaluation and prediction stay in float32, so that answers are the same on every machine.
     """
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -77,11 +77,11 @@ def device_name(device: torch.device) -> str:
 
 
 def tune_cpu() -> None:
-    """Make this process faster on a CPU; results stay the same. Commands call it before their first model.
+    """Make this process faster on a CPU, with the same results. Commands call it before their first model.
 
-    oneDNN keeps 1,024 compiled matrix products, one per shape, and texts of all lengths need more. With 8,192, which
-    take some 100 MB, early exit in batches takes 20% less time. On Linux the process also keeps the memory that it
-    frees: otherwise the kernel zeroes it again in every step, which takes 10 to 20% of a training step.
+    oneDNN keeps 1,024 compiled matrix products, one per shape, and texts of all lengths need more. With 8,192 (100 MB)
+    early exit in batches takes 20% less time. On Linux the process also keeps the memory that it frees: else the kernel
+    zeroes it again in every step, which takes 10 to 20% of a training step.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     if sys.platform == "linux":
@@ -101,10 +101,7 @@ def num_processes() -> int:
 
 
 def distributed(main: Callable[[], None]) -> Callable[[], None]:
-    """`main` as one of torchrun's processes; without torchrun `main` itself.
-
-    Results, notices and bars are the first process's alone. An error is printed by each process that meets it.
-    """
+    """`main` as one of torchrun's processes, of which the first alone prints; without torchrun `main` itself."""
 
     def run() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -118,7 +115,7 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def all_gather(value: object) -> list:
-    """All processes' values, in the order of their ranks, of anything that can be pickled. They wait for each other."""
+    """All processes' values, which can be pickled, in the order of their ranks. The processes wait for each other."""
     values = [value] * num_processes()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -127,7 +124,7 @@ def all_gather(value: object) -> list:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Within, models and data are fetched: by the first process, and then by the others, who find them there."""
+    """Within, models and data are fetched by the first process. Then the others enter, and find them there."""
     if process_rank():
         all_gather(None)
     yield
@@ -136,7 +133,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:
-    """This process's rows of a `Batch`, and their share of it. A process without rows computes one, of weight 0."""
+    """This process's rows of a `Batch`, and their share of it. Where there are too few rows, it is one of weight 0."""
     rank, B = process_rank(), len(batch.rows)
     rows = slice(rank, None, num_processes()) if rank < B else slice(1)
     mine = type(batch)(*(tensor[rows] for tensor in batch))
@@ -144,14 +141,11 @@ def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:
 
 
 def add_up_gradients(parameters: Sequence[nn.Parameter], losses: Tensor, weight: float) -> Tensor:
-    """Make the gradients, in place, and the losses (K,) those of the whole batch; returns the losses."""
-    if num_processes() == 1:
-        return losses
-    gradients = [p.grad for p in parameters if p.grad is not None]  # of the same parameters in all processes
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), losses])
-    flat = flat * weight if weight else torch.zeros_like(flat)  # a row of weight 0 may give NaN
-    dist.all_reduce(flat)
-    *sums, losses = flat.split([*(gradient.numel() for gradient in gradients), len(losses)])
-    for gradient, total in zip(gradients, sums, strict=True):
-        gradient.copy_(total.view_as(gradient))
-    return losses.clone()  # a view would keep all of `flat`
+    """Make the gradients and the losses (K,), in place, those of the whole batch; returns the losses."""
+    if num_processes() > 1:
+        tensors = [p.grad for p in parameters if p.grad is not None] + [losses]  # the same ones in all processes
+        flat = parameters_to_vector(tensors)
+        flat = flat * weight if weight else torch.zeros_like(flat)  # a row of weight 0 may give NaN
+        dist.all_reduce(flat)
+        vector_to_parameters(flat, tensors)
+    return losses

@@ -47,10 +47,10 @@ def home() -> Path:
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
-    After an error `target` is as it was, and nothing else is left. Where `target` is a link, the file that it points to
-    is replaced. A folder that is replaced is moved aside before and removed afterwards. A process that is killed may
-    leave what it was writing as `.NAME.<random>.partial`, or the folder that was moved aside as `.NAME.<random>.old`.
-    Raises InputError where `target` cannot be written, or exists and `overwrite` is false.
+    After an error `target` is as it was, and nothing else is left. Where it is a link, the file that it points to is
+    replaced. A folder that is replaced is moved aside, and removed at the end. A process that is killed may leave what
+    it was writing as `.NAME.<random>.partial`, or the folder that was moved aside as `.NAME.<random>.old`. Raises
+    InputError where `target` cannot be written, or exists and `overwrite` is false.
     """
     target = Path(os.path.realpath(target))
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
