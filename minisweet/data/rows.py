@@ -169,18 +169,16 @@ def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> Non
     columns = {first: examples.first, "sentence2": examples.second, "difficulty": examples.difficulties}
     columns["label"] = examples.labels and [labels[label] for label in examples.labels]
     columns = {name: values for name, values in columns.items() if values is not None}
-    rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with row_writer(path) as write:
+        for values in zip(*columns.values(), strict=True):
+            write(dict(zip(columns, values, strict=True)))
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> Examples:
     """Read what `write_examples` wrote; `labels` are the classes in their order. Raises InputError for other files."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        classes = [labels.index(label) for label in columns["label"]] if "label" in columns else None
-        first = columns.get("text") or columns["sentence1"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not the validation rows that train.py writes ({error})") from None
-    return Examples(first, columns.get("sentence2"), classes, columns.get("difficulty"))
+    columns, rows = text_columns(path, None), list(read_rows(path))
+    first = rows[0][1]
+    examples, _ = examples_of(path, rows, columns, "label" if "label" in first else None, labels)
+    if "difficulty" not in first:
+        return examples
+    return examples._replace(difficulties=[row["difficulty"] for _, row in rows])
