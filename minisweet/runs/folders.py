@@ -1,13 +1,6 @@
-"""Run folders: all that made a fine-tuned model, next to the model.
+"""Run folders: all that made a fine-tuned model, next to the model. README.md beside this file tells what each holds.
 
-run.json            arguments, versions, device, the rows that were trained on, each step's losses; see records.py
-model.safetensors   the fine-tuned weights: encoder, heads, branches, exit 0
-config.json, tokenizer files   of the model that was fine-tuned; model_type is ours, so that nothing takes it for a BERT
-validation.jsonl    the validation rows, so that evaluate.py and what comes after it need the run alone
-evaluation.json, logits.safetensors, curve.png   written by evaluate.py
-
-By default a run is runs/<model>-<method>-<task>-seed<k>, see `run_name`. A run whose loss became infinite or NaN has
-run.json alone, which tells the step: `diverged`.
+A run whose loss became infinite or NaN has run.json alone, which tells the step: `diverged`.
 """
 
 import os
@@ -64,8 +57,8 @@ def check_output(out: Path, may_stand: bool) -> None:
 def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dict, validation: Examples) -> None:
     """Write a run folder, whole or not at all; what is there is replaced.
 
-    `model` is None for a training that diverged, and `model_folder` is what was fine-tuned. Raises InputError where the
-    folder cannot be written.
+    `model` is None for a training that diverged, and `model_folder` is what was fine-tuned. The model_type is ours, so
+    that no other library takes a run for a BERT. Raises InputError where the folder cannot be written.
     """
     with written_beside(out) as folder:
         folder.mkdir()
@@ -88,12 +81,10 @@ def is_run(folder: Path) -> bool:
 
 def read_record(run: Path) -> Record:
     """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or mistyped."""
-    path = run / "run.json"
     if not is_run(run):
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
-    content = read_json(path)
-    arguments = content.get("arguments")
-    return read_dataclass(Record, path, (arguments if isinstance(arguments, dict) else {}) | content)
+    content = read_json(run / "run.json")
+    return read_dataclass(Record, run / "run.json", (content.get("arguments") or {}) | content)
 
 
 def load_run(run: Path) -> tuple[ExitModel, Record]:

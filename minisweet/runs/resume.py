@@ -1,15 +1,10 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
-Until the run NAME is saved, the hidden folder .NAME.checkpoint lies beside it, with one file, checkpoint.pt:
-
-    training   what must be the same when the training goes on: options, exit layers, labels, digests of the rows, ...
-    stages     each stage by its name: MM's models, a trunk, branches. All have losses, seconds and parameters; one that
-               was stopped also has the states of AdamW and the scaler
-
-It is written whole every `--save-every` minutes, at the end of each stage, and at SIGTERM or Ctrl-C. Of several
-processes the first one writes it and all read it, so machines must share --out's disk. The number of losses says where
-a stage stands: the seed and the step alone set the order of the examples and dropout. So the weights are those of a
-training that never stopped, to the last bit with the same processor, numbers of threads and processes, and torch.
+Until the run NAME is saved, .NAME.checkpoint/checkpoint.pt lies beside it. It is written every `--save-every` minutes,
+at the end of each stage (MM's models, a trunk, branches), and at SIGTERM or Ctrl-C. The number of a stage's losses says
+where it stands: the seed and the step alone set the order of the examples and dropout. So the weights are those of a
+training that never stopped, to the last bit on the same processor with the same torch and numbers of threads and
+processes.
 """
 
 import argparse
@@ -28,7 +23,7 @@ from minisweet.base.devices import all_gather, process_rank
 from minisweet.base.files import LOG, InputError, read_json, written_beside
 from minisweet.runs.folders import check_output
 
-# Options that may be others when a training goes on. Files may have moved, since the digests of their rows decide.
+# Options that may change when a training goes on. Files may have moved, since the digests of their rows decide.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_data", "data_dir", "exit_layers"}
 
 
@@ -36,28 +31,28 @@ MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_d
 def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
     """Make the checkpoint's folder, which only one training can do: so no other one writes to `out`.
 
-    Gives the path of the checkpoint. Afterwards the folder stays if a checkpoint is in it. Raises InputError where a
-    run is in `out` or the folder is there, unless `may_stand`, and where `check_output` does.
+    Gives the path of the checkpoint. Afterwards the folder stays if a checkpoint is in it. Raises InputError where the
+    folder is there, unless `may_stand`, where `check_output` does, and where nothing can be written.
     """
-    check_output(out, may_stand)
-    out = out.resolve()
-    folder = out.with_name(f".{out.name}.checkpoint")
-    path = folder / "checkpoint.pt"
+    path = out.resolve().with_name(f".{out.resolve().name}.checkpoint") / "checkpoint.pt"
     try:
+        check_output(out, may_stand)
         if process_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=may_stand)
+            path.parent.mkdir(parents=True, exist_ok=may_stand)
     except FileExistsError:
-        why = f"another training runs, or was stopped, with {folder}"
+        why = f"another training runs, or was stopped, with {path.parent}"
         raise InputError(f"--out: {why}; pass --resume or --overwrite to take it") from None
+    except OSError as error:
+        raise InputError(f"--out: {out!s:.100} cannot be written ({error.strerror})") from None
     try:
         yield path
     finally:
         if process_rank() == 0 and not path.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def training_of(record: dict) -> dict:
-    """What a run.json tells that must be the same where a training goes on."""
+    """What must stay the same when a training goes on, of a run.json."""
     options = {key: value for key, value in record["arguments"].items() if key not in MAY_CHANGE}
     rest = ("exit_layers", "labels", "train_digest", "dev_digest", "precision")
     return options | {key: record.get(key) for key in rest}
@@ -71,7 +66,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, args: argparse.Namespace, record: dict) -> None:
-        self.path, self.minutes, self.stages, self.is_finished = path, args.save_every, {}, False
+        self.path, self.minutes, self.is_finished = path, args.save_every, False
+        self.stages = {}  # by name: losses, seconds, parameters; of one that was stopped, AdamW and the scaler too
         self.training = before = training_of(record)
         self.signal = 0  # the number of the signal that came
         self.started = self.saved = time.perf_counter()
@@ -85,17 +81,14 @@ class Checkpoint:
             if run.get("diverged"):
                 raise InputError(f"--resume: {args.out} diverged; train at a lower --lr, with --overwrite")
             before, self.is_finished = training_of(run), True
-        was = {key: before.get(key) for key, value in self.training.items() if value != before.get(key)}
-        if was:
-            changed = [f"{key} is {self.training[key]!s:.60} and was {old!s:.60}" for key, old in was.items()]
-            changed = ", ".join(changed[:2])
-            raise InputError(f"--resume: {args.out} is another training's: {changed}; to start anew, pass --overwrite")
+        pairs = {key: (value, before.get(key)) for key, value in self.training.items()}
+        changed = [f"{key} is {now!s:.60} and was {was!s:.60}" for key, (now, was) in pairs.items() if now != was]
+        if changed:
+            what = f"{args.out} is another training's: {', '.join(changed[:2])}"
+            raise InputError(f"--resume: {what}; to start anew, pass --overwrite")
 
     def start(self, stage: str, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:
-        """Start a stage, or take it up where it was stopped: `parameters`, and AdamW and the scaler in `others`.
-
-        Returns each step's losses until there.
-        """
+        """Start a stage, or restore its parameters, AdamW and scaler. Returns each step's losses until there."""
         saved, self.started = self.stages.get(stage, {}), time.perf_counter()
         if not saved:
             return []
@@ -110,7 +103,7 @@ class Checkpoint:
     def keep(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
         """Save the checkpoint if it is time, if the stage is over, or if a signal came, which then ends the process.
 
-        Where it is time for one of several processes, or one of them got a signal, all of them do so.
+        Several processes do so together, as soon as one of them must.
         """
         is_due = is_over or time.perf_counter() - self.saved > 60 * self.minutes
         is_due, number = map(max, zip(*all_gather((is_due, self.signal)), strict=True))
@@ -131,7 +124,7 @@ class Checkpoint:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Within, SIGTERM and Ctrl-C do not end the process but are noted for `keep`."""
+        """Within, SIGTERM and Ctrl-C wait for `keep`."""
 
         def note(number: int, _: object) -> None:
             self.signal = number
