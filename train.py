@@ -213,10 +213,10 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
 
 def main() -> None:
     """Train one run, or with --resume say that it is there."""
-    args, method = parse_arguments(__doc__)
+    args = parse_arguments(__doc__)
     devices.tune_cpu()
     with claim_output(args.out, args.resume or args.overwrite) as path:
-        setup = find_start(args, method)
+        setup = find_start(args)
         checkpoint = Checkpoint(path, args, setup.record)
         if checkpoint.is_finished:
             print(f"{args.out}: finished already; next: python evaluate.py {args.out}")

@@ -60,7 +60,6 @@ def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, monkeypa
         share, weight = devices.own_rows(batch)
         model.zero_grad()
         mean = devices.add_up_gradients(parameters, compute_gradients(model, share, scaler, None), weight)
-        assert mean.untyped_storage().nbytes() == mean.nbytes  # and not all gradients too, for many steps
         loss = loss + mean
         total = total + torch.cat([parameter.grad.flatten() for parameter in parameters])
         weights.append(weight)

@@ -1,6 +1,7 @@
 """What a user need not give, and what train.py says about it."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,26 +69,31 @@ def test_epochs_make_the_steps_and_none_more_and_are_four_at_least(examples, bat
     assert epochs == 4 or (epochs - 1) * per_epoch < STEPS
 
 
-def test_the_first_lines_say_what_is_trained_and_why(command, tmp_path, monkeypatch):
+def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypatch):
     model = write_model(tmp_path / "tiny", "bert")
     monkeypatch.setattr("minisweet.runs.options.STEPS", 9)
-    rows = "".join(f"text number {n},{'ab'[n % 2]}\n" for n in range(40))
-    (tmp_path / "own.csv").write_text("text,label\n" + rows)
-    common, size = ["--max-length", 32, "--train-size", 20, "--out", "run"], "(for bert, 4 layers of 16)"
-    own, new = ["--data", "own.csv"], ["--model", model, "--exit-layers", "1,4"]
-    cases = {
-        (*new,): f"method sweet (the paper's), lr 0.0002 {size}, epochs 2 (the paper's)",
-        (*new, *own): f"method branch (for your own text), lr 0.0002 {size}, epochs 5 (to make 9 steps)",
-        (*new, *own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee (as given), lr 0.001 (as given), "
-        "epochs 1 (as given)",
-        ("--model", model, *own): f"method branch (for your own text), lr 0.0002 {size}, epochs 5 (to make 9 steps)",
-        ("--trunk", "first", *own): "method branch (for a trunk), no layer is trained: the trunk stays as it is",
-    }
-    for arguments, expected in cases.items():
+    rows = [f"text number {n} is not good and not bad,{'ab'[n % 2]}\n" for n in range(40)]
+    Path("own.csv").write_text("text,label\n ,a\n" + "".join(rows))
+    Path("dev.csv").write_text("text,label\n" + rows[0] + "a film,a\n")
+    common, new = ["--max-length", 8, "--train-size", 20, "--out", "run"], ["--model", model, "--exit-layers", "1,4"]
+    own = ["--data", "own.csv", "--dev-data", "dev.csv"]
+    for arguments, expected in {
+        (*new,): "method sweet, lr 0.0002, epochs 2",
+        (*new, *own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee, lr 0.001, epochs 1",
+        ("--model", model, *own): "method branch, lr 0.0002, epochs 5",
+        ("--trunk", "first", *own): "method branch, no layer is trained: the trunk stays as it is",
+    }.items():
         if "--trunk" in arguments:
-            (tmp_path / "run").rename("first")
+            Path("run").rename("first")
         status, out, err = command(train, *common, *arguments, "--overwrite")
         assert (status, out.splitlines()[:1]) == (0, [expected]), err
-    assert ": 20 examples, exits after layers 0,4 of 4, seed 0, " in out
-    counts = re.search(r"train, drawn by the seed: 20 rows, a (\d+), b (\d+)\n", out)
+    first, *lines = out.splitlines()[1:-1]
+    assert "first, own: exits after layers 0,4 of 4, seed 0, " in first
+    counts = re.fullmatch(r"train: 20 of 40 rows: a (\d+), b (\d+)", lines[0])
     assert sum(map(int, counts.groups())) == 20
+    assert lines[1:] == [
+        "validation: 2 rows: a 2, b 0",
+        "train: empty texts, skipped: 1",
+        "texts that are in both train and validation: 1",
+        "train: cut to 8 tokens: 20",
+    ]

@@ -37,8 +37,6 @@ REFUSALS = [
     ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
     ("train", f"{TRAIN} --device cuda:99", "--device: 'cuda:99' is not here"),
     ("train", f"{TRAIN} --amp int8", "argument --amp: invalid choice: 'int8'"),
-    ("train", f"{TRAIN} --out {'x' * 250}", "File name too long: "),
-    ("train", f"{TRAIN} --out tiny/vocab.txt/x", "Not a directory: "),
     # runs: hub, options, start, resume, folders
     (
         "train",
@@ -47,7 +45,7 @@ REFUSALS = [
     ),
     ("train", "--model '' --out new", "model '': neither a folder"),
     ("train", f"{TRAIN} --exit-layers 4,1", "--exit-layers: 4,1, should increase and end at one of the layers 1 to 4"),
-    ("train", f"{TRAIN} --exit-layers 0,0,4", "--exit-layers: 0,0,4, should increase"),
+    ("train", f"{TRAIN} --exit-layers 0,0,4", "--exit-layers: '0,0,4' names one twice"),
     ("train", f"{TRAIN} --exit-layers 1,9", "--exit-layers: 1,9, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --exit-layers 0", "--exit-layers: 0, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --exit-layers 0,4 --exit-strategy lte", "--exit-layers: exit 0 cannot learn when to be taken"),
@@ -59,6 +57,8 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of --data, and"),
     ("train", f"{TRAIN} --out run", "--out: run holds a run already; name another folder, or pass --overwrite"),
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny holds 'config.json', which no run made; name"),
+    ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
+    ("train", f"{TRAIN} --out tiny/vocab.txt/x", "--out: tiny/vocab.txt/x cannot be written (Not a directory)"),
     ("train", f"{TRAIN} --out run --resume --overwrite", "not allowed with argument"),
     ("train", f"{TRAIN} --out run --resume", "--resume: run is another training's: "),
     # config, checkpoint, data
@@ -75,6 +75,7 @@ REFUSALS = [
         f"{TRAIN} --data own.csv --text-columns text,label",
         "text,label, should be one or two, and not the label",
     ),
+    ("train", f"{TRAIN} --data own.csv --text-columns text,text", "--text-columns: 'text,text' names one twice"),
     (
         "train",
         f"{TRAIN} --data own.csv --label-column team",

@@ -1,9 +1,8 @@
-"""The one door to the data of a training: a task's, or the user's own files. Rows count from 0, lines from 1."""
+"""The one door to the data of a training: a task's, or the user's own files."""
 
 import argparse
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minisweet.base.commands import Parser, list_of, number, whole_number
-from minisweet.base.files import InputError, home, preview
+from minisweet.base.files import InputError, home
 from minisweet.data.rows import Examples, Names, examples_of, find_columns, read_rows, text_columns
 from minisweet.data.tasks import TASKS, load_examples
 
@@ -21,7 +20,6 @@ class Data(NamedTuple):
 
     train: Examples
     dev: Examples
-    notes: list[str]  # what the user should know, a line each
     record: dict  # for run.json
 
 
@@ -55,16 +53,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         train, dev, labels, columns, column = _load_own(args, labels, need_labels)
         metric = "accuracy" if dev.labels else "agreement"
     record = {"task": args.task, "labels": list(labels), "metric": metric, "dev_digest": digest(dev)}
-    record |= {"text_columns": columns, "label_column": column}
-    notes = _notes("train", train, labels) + _notes("validation", dev, labels)
-    dev_texts = set(dev.texts())
-    if both := dev_texts & set(train.texts()):
-        notes.append(f"texts that are in both train and validation: {len(both):,}")
-    if both == dev_texts:
-        notes.append("all validation texts are trained on: no score and no certificate holds for new text")
-    if dev.labels and (lacking := sorted(set(train.labels or ()) - set(dev.labels))):
-        notes.append(f"validation: labels without a row: {preview([labels[label] for label in lacking])}")
-    return Data(train, dev, notes, record)
+    return Data(train, dev, record | {"text_columns": columns, "label_column": column})
 
 
 def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
@@ -74,8 +63,6 @@ def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
     positive.
     """
     named = args.labels if args.data else TASKS[args.task].labels
-    if named and len(set(named)) < len(named):
-        raise InputError(f"--labels: {','.join(named)}, should name each class once")
     if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):
         return named
     known = {label.casefold(): label for label in named or ()}
@@ -136,11 +123,3 @@ def digest(examples: Examples) -> str:
 def text_digest(text: str | tuple[str, str]) -> str:
     """Eight bytes, in hexadecimal, that tell a text or a pair from others."""
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
-
-
-def _notes(split: str, examples: Examples, labels: Sequence[str]) -> list[str]:
-    rows, counts = len(examples.first), Counter(examples.labels)
-    listed = [f"{labels[label]} {count:,}" for label, count in sorted(counts.items())]
-    notes = [f"{split}: {rows:,} rows" + (f": {preview(listed, 20)}" if listed else " without labels")]
-    counted = {"empty texts, skipped": examples.empty, "duplicate texts": rows - len(set(examples.texts()))}
-    return notes + [f"{split}: {what}: {count:,}" for what, count in counted.items() if count]

@@ -13,7 +13,6 @@ from minisweet.base import devices
 from minisweet.base.commands import Parser, positive_float, whole_number
 from minisweet.base.files import preview
 from minisweet.branches import METHODS
-from minisweet.config import Config
 from minisweet.data.load import add_data_options, digest, load_data, text_digest
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
@@ -40,11 +39,8 @@ class TrainingSetup(NamedTuple):
     notes: list[str]  # for the user, a line each
 
 
-def parse_arguments(doc: str) -> tuple[argparse.Namespace, str]:
-    """Read and check the command line of train.py, whose docstring is `doc`.
-
-    Also returns a line for the user: the method and why it was chosen.
-    """
+def parse_arguments(doc: str) -> argparse.Namespace:
+    """Read and check the command line of train.py, whose docstring is `doc`."""
     parser, by_size = Parser(doc), f"for {options.STEPS} steps, at least {options.EPOCHS}"
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=list(METHODS), help="default: sweet; branch with --data or --trunk")
@@ -65,8 +61,7 @@ def parse_arguments(doc: str) -> tuple[argparse.Namespace, str]:
     either("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
     options.add_training_options(parser)
     args = parser.parse_args()
-    reason = "for a trunk" if args.trunk else "for your own text" if args.data else "the paper's"
-    method = chosen(args, "method", "branch" if args.trunk or args.data else "sweet", reason)
+    args.method = args.method or ("branch" if args.trunk or args.data else "sweet")
     parser.need(args, args.trunk or args.method == "branch", "--trunk or --method branch", "targets")
     parser.need(args, args.data, "--data", "dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")
     parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
@@ -76,19 +71,10 @@ def parse_arguments(doc: str) -> tuple[argparse.Namespace, str]:
     args.task = (args.task or "toy") if args.data is None else args.data.name.split(".")[0] or "own"
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.train_size = args.train_size or (6000 if args.data is None else None)
-    return args, method
+    return args
 
 
-def chosen(args: argparse.Namespace, name: str, default: object, reason: str) -> str:
-    """Give an option its default where it is not given. Returns its value, and why it is this, for the user."""
-    if getattr(args, name) is None:
-        setattr(args, name, default)
-    else:
-        reason = "as given"
-    return f"{name} {getattr(args, name)} ({reason})"
-
-
-def find_start(args: argparse.Namespace, method: str) -> TrainingSetup:
+def find_start(args: argparse.Namespace) -> TrainingSetup:
     """Fetch and read what the options name. Raises InputError where it does not go together."""
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     end = trunk.exit_layers[-1] if trunk else None
@@ -105,7 +91,10 @@ def find_start(args: argparse.Namespace, method: str) -> TrainingSetup:
     if exit_layers[0] == 0:
         ngrams = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
 
-    plan = choose_training(args, config, layers, len(subset))
+    # Of own text, and of a trunk, nobody knows which rate is best. With one exit all methods are the same.
+    task, like = None if args.data or args.trunk else args.task, args.method if len(layers) > 1 else "mm"
+    args.lr = args.lr or options.default_learning_rate(config, task, like)
+    args.epochs = args.epochs or (options.epochs_of(len(subset), args.batch_size) if args.data else 2)
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **data.record,
@@ -120,31 +109,32 @@ def find_start(args: argparse.Namespace, method: str) -> TrainingSetup:
         "train_digest": digest(rows),
         "train_texts": trained_texts(args.trunk, rows),
     }
+    is_trained = trunk is None or len(layers) > 1
+    trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"
     exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
-    machine = f"seed {args.seed}, {record['device']}, {record['precision']}"
-    notes = [f"{method}, {plan}", f"{args.model}, {args.task}: {len(subset)} examples, {exits}, {machine}", *data.notes]
-    if len(subset) < len(order):
-        counts = sorted(Counter(rows.labels).items())
-        each = [f"{len(subset):,} rows", *(f"{labels[label]} {count:,}" for label, count in counts)]
-        notes.append(f"train, drawn by the seed: {preview(each, 20)}")
-    if examples.cut:
-        notes.append(f"train: cut to {args.max_length} tokens: {examples.cut:,}")
+    notes = [
+        f"method {args.method}, {trained}",
+        f"{args.model}, {args.task}: {exits}, seed {args.seed}, {record['device']}, {record['precision']}",
+        f"train: {len(subset):,} of {len(order):,} rows{by_class(rows, labels)}",
+        f"validation: {len(data.dev.first):,} rows{by_class(data.dev, labels)}",
+    ]
+    counts = {
+        "train: empty texts, skipped": data.train.empty,
+        "validation: empty texts, skipped": data.dev.empty,
+        "texts that are in both train and validation": len(set(data.train.texts()) & set(data.dev.texts())),
+        f"train: cut to {args.max_length} tokens": examples.cut,
+    }
+    notes += [f"{what}: {count:,}" for what, count in counts.items() if count]
     return TrainingSetup(
         args, folder, layers, trunk, examples, data.dev, ngrams, len(labels), device, precision, record, notes
     )
 
 
-def choose_training(args: argparse.Namespace, config: Config, layers: list[int], num_rows: int) -> str:
-    """Give --lr and --epochs their defaults where they are not given. Returns both, and why, for the user."""
-    # Of own text, and of a trunk, nobody knows which rate is best. With one exit all methods are the same.
-    task, like = None if args.data or args.trunk else args.task, args.method if len(layers) > 1 else "mm"
-    size = f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
-    rate = chosen(args, "lr", options.default_learning_rate(config, task, like), f"for {size}")
-    epochs, reason = 2, "the paper's"
-    if args.data:  # which is often less
-        epochs, reason = options.epochs_of(num_rows, args.batch_size), f"to make {options.STEPS} steps"
-    epochs = chosen(args, "epochs", epochs, reason)
-    return "no layer is trained: the trunk stays as it is" if args.trunk and len(layers) == 1 else f"{rate}, {epochs}"
+def by_class(rows: Examples, labels: list[str]) -> str:
+    """How many rows each class has, for the user."""
+    counts = Counter(rows.labels)
+    shown = preview([f"{label} {counts[number]:,}" for number, label in enumerate(labels)], 20)
+    return f": {shown}" if rows.labels else " without labels"
 
 
 def trained_texts(trunk: Path | None, rows: Examples) -> list[str] | None:
