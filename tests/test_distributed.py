@@ -85,7 +85,7 @@ def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strate
     model = MultiExitModel(model.encoder, (1, 4), 2, exit_strategy=strategy).eval()
     examples = copy.copy(examples)
     examples.ids = examples.ids[:N]
-    for name in ("labels", "targets", "lengths", "first_lengths"):
+    for name in ("targets", "lengths", "first_lengths"):
         setattr(examples, name, getattr(examples, name)[:N])
     monkeypatch.setattr(sweep, "BATCH_SIZE", 3)
     whole = sweep.all_logits(model, examples, None)

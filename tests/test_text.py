@@ -179,7 +179,6 @@ def test_renumbered_ids_name_the_same_tokens(tmp_path):
 
 def test_targets_may_be_probabilities_or_none(tokenized):
     examples = TokenizedExamples(tokenized[0], Examples(["not bad", "great"], None, None))
-    assert examples.labels is None
     assert examples.batch(np.array([1])).to("cpu").targets is None
     probabilities = np.array([[0.25, 0.75], [1.0, 0.0]], dtype=np.float32)
     batch = examples.with_targets(probabilities).renumbered()[1].batch(np.array([1, 0]))

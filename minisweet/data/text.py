@@ -79,16 +79,16 @@ class Batch(NamedTuple):
 
 
 class TokenizedExamples:
-    """N tokenised examples: `labels` (N,) or None, and `lengths` (N,) in tokens.
+    """N tokenised examples: `lengths` (N,) in tokens, and `targets`, the labels (N,) or None.
 
-    `cut` counts those that were longer than the tokenizer's limit. `targets` are what batches bring: first, the labels.
+    `cut` counts those that were longer than the tokenizer's limit.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
         start, end, self.pad_id, _ = special_ids(tokenizer)
-        self.targets = self.labels = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
+        self.targets = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, first_lengths, self.cut = [], [], 0
-        # Each sentence by itself: of a pair, the library would keep every piece that it cuts off one text with every
+        # Each sentence by itself: of a pair, the library would keep each piece that it cuts off the one text with each
         # piece of the other, which takes gigabytes for long texts.
         sides = [side for side in (examples.first, examples.second) if side is not None]
         encodings = [tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in sides]
