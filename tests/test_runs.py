@@ -1,8 +1,7 @@
-"""Run folders: what is read is what was saved, whole or not at all, and nothing else is replaced."""
+"""Run folders: what is read is what was saved."""
 
 import json
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from minisweet.data.rows import Examples
 from minisweet.multi_model import build_multi_model
 from minisweet.ngrams import NgramExit
 from minisweet.runs import folders
-from minisweet.runs.folders import check_output, load_run, load_trunk, method_name, read_record, run_name, save_run
+from minisweet.runs.folders import load_run, load_trunk, method_name, read_record, run_name, save_run
 from tests.conftest import exit_model, random_batch, write_model
 
 LAYERS = [1, 4]
@@ -110,23 +109,6 @@ def test_what_old_records_lack_has_defaults(tmp_path):
     found = read_record(tmp_path)
     assert (found.method, found.losses, found.columns) == ("sweet-flow0.5", [], [])
     assert found.diverged is found.ngrams is found.train_texts is None
-
-
-@pytest.mark.parametrize(
-    ("names", "may_stand", "reason"),
-    [
-        (["run.json", "model.safetensors", "evaluation.json", "curve.png"], True, ""),
-        ([], False, ""),
-        (["run.json"], False, "holds a run already"),
-        (["run.json", "notes.txt"], True, "holds 'notes.txt', which no run made"),
-        (["config.json", "model.safetensors"], True, "holds 'config.json', which no run made"),
-    ],
-)
-def test_what_may_be_replaced(tmp_path, names, may_stand, reason):
-    for name in names:
-        (tmp_path / name).write_text("")
-    with pytest.raises(InputError, match=reason) if reason else nullcontext():
-        check_output(tmp_path, may_stand)
 
 
 def test_names_of_runs_and_methods():
