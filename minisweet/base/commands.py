@@ -31,13 +31,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=doc, allow_abbrev=False, formatter_class=style)
 
     def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
-        """Refuse options that have no effect unless `what` holds: InputError where one is given and `is_met` is not."""
+        """Raise InputError where an option is given that has no effect unless `what` holds, and `is_met` is false."""
         for name in () if is_met else names:
             if getattr(args, name) != self.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')}: needs {what}")
 
     def error(self, message: str) -> NoReturn:
-        """Print the message as one line and exit with status 2."""
         self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
@@ -89,10 +88,10 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`. Bad input, or too little memory, prints its one line and exits with status 2.
+    """Call `main`. Bad input, or too little memory, prints one line and exits with status 2.
 
-    Ctrl-C exits with 130 and SIGTERM with 143, so that what is half-written is removed then too. Where nobody reads
-    what is printed any more, as after `| head`, the command ends in silence, with 141.
+    Ctrl-C exits with 130 and SIGTERM with 143, so that what is half-written is removed. Where nobody reads what is
+    printed any more, as after `| head`, the command ends in silence, with 141.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know

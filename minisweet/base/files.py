@@ -26,7 +26,7 @@ class InputError(ValueError):
 
 def one_line(text: object, limit: int = 400) -> str:
     """`text` as one line of at most `limit` characters. Characters that cannot be printed are escaped."""
-    text = str(text)[: limit + 1]  # cut first: a user's label may be a megabyte long
+    text = str(text)[: limit + 1]  # a user's label may be a megabyte long
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -38,7 +38,7 @@ def preview(names: Sequence[object], most: int = 5) -> str:
 
 
 def home() -> Path:
-    """The folder of weights/ and data/: MINISWEET_HOME of the environment, or else the clone, or ~/.cache/minisweet."""
+    """The folder of weights/ and data/: MINISWEET_HOME of the environment, else the clone, else ~/.cache/minisweet."""
     default = CLONE if (CLONE / "train.py").is_file() else "~/.cache/minisweet"
     return Path(os.environ.get("MINISWEET_HOME") or default).expanduser()
 
@@ -102,8 +102,8 @@ def read_json(path: Path) -> dict:
 def read_dataclass(kind: type, path: Path | str, content: dict | None = None) -> Any:
     """Make a dataclass of a JSON object: of `content`, or by default of the file at `path`, which errors name.
 
-    Keys that are no fields are ignored; defaults fill in for missing keys. Raises InputError where a key is missing,
-    where its value is of another type than its field, and where __post_init__ raises ValueError.
+    Keys that are no fields are ignored. Raises InputError where a key without a default is missing, where a value is of
+    another type than its field, and where __post_init__ raises ValueError.
     """
     content = read_json(path) if content is None else content
     types, values = get_type_hints(kind), {}

@@ -27,8 +27,8 @@ class Task(NamedTuple):
     metric: str = "accuracy"  # or "matthews"
 
 
-# Rows with such a label are skipped: MNLI's "-" says that the annotators did not agree, and in the public QQP files a
-# few questions hold a line break, which cuts their row into two that are too short to have a label.
+# Rows with such a label are skipped. MNLI's "-" says that the annotators did not agree. In QQP's files a few questions
+# hold a line break, which cuts their row into two that are too short to have a label.
 SKIPPED = ("-", None)
 # The one place that says which class is which. Toolkits disagree about MNLI's order, so a classifier that was trained
 # elsewhere may need its classes swapped.

@@ -26,9 +26,9 @@ SMALL = 512  # up to this hidden size a model needs larger rates, as MiniLM with
 def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "confidence") -> tuple[int, ...]:
     """The default exit layers of an encoder of `depth` layers, counted from 1; exit 0 is in front of the embeddings.
 
-    Branches take exits 0 and L, and L/2 in more than six layers. For the paper's methods, and where exits learn when to
-    be taken, the paper has exits for 12 and 24 layers (Sec. 3.2). Other depths follow the rule that gives 12's: the
-    layers next to 1/12, 1/3, 1/2 and 1 of the depth.
+    Branches take exits 0 and L, and L/2 in more than six layers. Other methods, and exits that learn when to be taken,
+    have the paper's for 12 and 24 layers (Sec. 3.2). Other depths follow the rule that gives 12's: the layers next to
+    1/12, 1/3, 1/2 and 1 of the depth.
     """
     if method == "branch" and exit_strategy == "confidence":
         return (0, depth) if depth <= 6 else (0, depth // 2, depth)

@@ -132,9 +132,10 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
 
 def by_class(rows: Examples, labels: list[str]) -> str:
     """How many rows each class has, for the user."""
+    if rows.labels is None:
+        return " without labels"
     counts = Counter(rows.labels)
-    shown = preview([f"{label} {counts[number]:,}" for number, label in enumerate(labels)], 20)
-    return f": {shown}" if rows.labels else " without labels"
+    return ": " + preview([f"{label} {counts[number]:,}" for number, label in enumerate(labels)], 20)
 
 
 def trained_texts(trunk: Path | None, rows: Examples) -> list[str] | None:
