@@ -21,10 +21,7 @@ Progress = partial(tqdm, disable=None)  # a progress bar, which is silent where 
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations. An error is one line and status 2.
-
-    `doc` is the command's docstring, which --help shows.
-    """
+    """Takes no abbreviations and shows `doc`, the command's docstring, with --help. An error is a line and status 2."""
 
     def __init__(self, doc: str = "") -> None:
         prog, style = Path(sys.argv[0]).name, argparse.RawDescriptionHelpFormatter

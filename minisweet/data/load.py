@@ -57,15 +57,11 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
 
 
 def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
-    """The classes that the task, --labels or a trunk prescribes, or None.
-
-    A trunk's LABEL_0, LABEL_1, ... are not names: the task's or --labels are used. Case is ignored: POSITIVE is GLUE's
-    positive.
-    """
+    """The classes that the task, --labels or a trunk prescribes, or None."""
     named = args.labels if args.data else TASKS[args.task].labels
-    if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):
+    if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
         return named
-    known = {label.casefold(): label for label in named or ()}
+    known = {label.casefold(): label for label in named or ()}  # POSITIVE is GLUE's positive
     return [known.get(label.casefold(), label) for label in trunk]
 
 

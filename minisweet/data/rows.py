@@ -115,7 +115,7 @@ def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
 def text_columns(path: Path, named: Names, trained: Names = None) -> list[str]:
     """The columns of a file's texts: those `named`, or else the same as in training, or else the usual ones.
 
-    Raises InputError for another number than in training: a run of single texts cannot answer pairs, nor the reverse.
+    Raises InputError for another number than in training: a run of single texts cannot answer pairs.
     """
     counts = (1, 2) if trained is None else (max(1, len(trained)),)  # the toy task has no columns
     if named and len(named) not in counts:

@@ -88,7 +88,7 @@ def read_record(run: Path) -> Record:
 
 
 def load_run(run: Path) -> tuple[ExitModel, Record]:
-    """A run's model to predict with, in float32, in evaluation mode and on the CPU; and its record.
+    """A run's model in float32, in evaluation mode and on the CPU; and its record.
 
     Raises InputError for no run, one that diverged, and files that do not go together.
     """
@@ -114,10 +114,9 @@ def read_validation(run: Path, record: Record) -> Examples:
 
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
-    """A finished model with one exit, at its end, and its labels.
+    """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels.
 
-    It is a run's model with its last exit alone, or a classifier in the Hugging Face layout. Raises InputError as their
-    loaders do.
+    Raises InputError as their loaders do.
     """
     if is_run(folder):
         model, record = load_run(folder)
@@ -140,6 +139,6 @@ def newest_run(runs: Path = Path("runs")) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """What made a run: the versions of Python, of the operating system's kernel and of the libraries."""
+    """The versions of Python, of the operating system and of the libraries."""
     libraries = {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
     return {"python": platform.python_version(), "system": platform.platform(), **libraries}

@@ -38,14 +38,12 @@ def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "con
 
 
 def default_learning_rate(config: Config, task: str | None, method: str) -> float:
-    """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above.
-
-    Methods that the paper lacks take MM's rate: the trunk of branches is MM's last model.
-    """
+    """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above."""
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
     if not rates or task not in TABLE_2_TASKS:
         return 2e-4 if config.hidden_size <= SMALL else 5e-5
-    return rates.get(method, rates["mm"])[TABLE_2_TASKS.index(task)] / 1e5
+    of_method = rates.get(method, rates["mm"])  # the trunk of branches is MM's last model
+    return of_method[TABLE_2_TASKS.index(task)] / 1e5
 
 
 def epochs_of(examples: int, batch_size: int) -> int:
