@@ -67,7 +67,9 @@ def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
 
 def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple:
     """Train and dev of --data and --dev-data, the labels, and the columns of text and labels."""
-    usual = [[args.label_column or "label"], *([] if need_labels or args.label_column else [[]])]
+    usual = [[args.label_column or "label"]]
+    if not need_labels and not args.label_column:
+        usual.append([])  # no column at all
 
     def read(path: Path, labels: Names, trained: Names = None) -> tuple:
         columns = text_columns(path, args.text_columns, trained)
