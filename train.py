@@ -127,12 +127,14 @@ class Training:
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
     """Add up the gradients of all exits' losses on a batch. Returns the losses (K,), or (K-1,) for branches."""
     losses, exits = [], model.exit_by_exit(*batch.inputs)
-    for k in range(model.trained_exits):
+    for head in model.heads:
+        if not head.classifier.weight.requires_grad:  # the last one of branches, which is the trunk's
+            break
         with autocast(batch.input_ids.device, precision):
             losses.append(exit_loss(*next(exits), batch.targets))
-        if model.losses_are_apart:  # no later loss reaches the segment that was run: this frees its activations
-            scaler.scale(losses[k]).backward()
-    if not model.losses_are_apart:
+        if model.method != "ee":  # no later loss reaches the segment that was run: this frees its activations
+            scaler.scale(losses[-1]).backward()
+    if model.method == "ee":
         scaler.scale(sum(losses)).backward()
     return torch.stack(losses).detach()
 

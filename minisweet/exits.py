@@ -33,7 +33,6 @@ Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classe
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -62,13 +61,12 @@ class ExitHead(nn.Module):
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
         super().__init__()
-        config, weights = encoder.config, encoder.word_embeddings.weight
-        D, of_encoder = config.hidden_size, {"device": weights.device, "dtype": weights.dtype}
+        config, D = encoder.config, encoder.config.hidden_size
         self.pooler_dropout = Dropout(config.pooler_dropout)
-        self.pooler = nn.Linear(D, D, **of_encoder)
+        self.pooler = nn.Linear(D, D)
         self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
         self.dropout = Dropout(config.head_dropout)
-        self.classifier = nn.Linear(D, num_labels, **of_encoder)
+        self.classifier = nn.Linear(D, num_labels)
         for linear in (self.pooler, self.classifier):
             nn.init.normal_(linear.weight, std=config.initializer_range)
             nn.init.zeros_(linear.bias)
@@ -76,7 +74,7 @@ class ExitHead(nn.Module):
             with torch.no_grad():
                 self.pooler.weight.copy_(encoder.pooler_start[0])
                 self.pooler.bias.copy_(encoder.pooler_start[1])
-        self.lte = nn.Linear(D, 1, **of_encoder) if exit_strategy == "lte" else None
+        self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None
 
     def forward(self, hidden: Tensor) -> Said:
         """Hidden states of [CLS], (B, 1, D), to logits (B, C) and certainty (B,), or None."""
@@ -101,10 +99,14 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
 
 
 class ExitModel(nn.Module):
-    """What all models with exits share: `exit_layers`, exit 0 in front of them, and `forward`."""
+    """What all models with exits share: exit 0 in front, `forward` and `keep_exits`. A subclass has `exit_by_exit`."""
 
-    def __init__(self) -> None:
+    def __init__(self, exit_layers: Sequence[int], num_labels: int, depth: int) -> None:
         super().__init__()
+        layers = tuple(exit_layers)
+        if not layers or layers != tuple(n for n in range(1, depth + 1) if n in layers):
+            raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {depth}")
+        self.head_layers, self.num_labels = layers, num_labels  # head_layers never has exit 0, exit_layers may
         self.ngrams: NgramExit | None = None
 
     def add_ngrams(self, ngrams: NgramExit) -> "ExitModel":
@@ -130,12 +132,24 @@ class ExitModel(nn.Module):
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 
-    def check_kept(self, kept: Sequence[int]) -> None:
-        """Raise ValueError unless `kept` are some of the exit layers, in order, and the last one among them."""
+    def keep_exits(self, exit_layers: Sequence[int]) -> "ExitModel":
+        """The same model with only these of its exits, sharing all weights.
+
+        Raises ValueError unless they are some of its exits, in order, and the last one among them.
+        """
         there = self.exit_layers
-        if not kept or list(kept) != [n for n in there if n in kept] or kept[-1] != there[-1]:
-            wanted, there = (",".join(map(str, layers)) for layers in (kept, there))
+        if list(exit_layers) != [n for n in there if n in exit_layers] or there[-1] not in exit_layers:
+            wanted, there = (",".join(map(str, layers)) for layers in (exit_layers, there))
             raise ValueError(f"exits {wanted!r}: must be some of {there}, in order, and the last one among them")
+        model = copy.copy(self)
+        model._modules = self._modules.copy()
+        model.ngrams = self.ngrams if 0 in exit_layers else None
+        model.head_layers = tuple(n for n in exit_layers if n > 0)
+        kept = [self.head_layers.index(n) for n in model.head_layers]
+        for name, parts in self.named_children():
+            if isinstance(parts, nn.ModuleList):  # heads, MM's models, or branches, which the last exit has none of
+                setattr(model, name, nn.ModuleList(parts[k] for k in kept if k < len(parts)))
+        return model
 
 
 class MultiExitModel(ExitModel):
@@ -152,8 +166,6 @@ class MultiExitModel(ExitModel):
         ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
     """
 
-    methods: tuple[str, ...] = ("sweet", "ee")
-
     def __init__(
         self,
         encoder: Encoder,
@@ -162,21 +174,18 @@ class MultiExitModel(ExitModel):
         method: str = "sweet",
         exit_strategy: str = "confidence",
     ) -> None:
-        super().__init__()
-        check_exit_layers(exit_layers, len(encoder.layers))
-        choices = ("method", method, self.methods), ("exit_strategy", exit_strategy, EXIT_STRATEGIES)
-        for name, value, known in choices:
+        super().__init__(exit_layers, num_labels, len(encoder.layers))
+        for value, known in ((method, ("sweet", "ee")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
-                raise ValueError(f"{name} is {value!r:.80}, and must be {' or '.join(known)} in {type(self).__name__}")
-        self.encoder, self.method, self.num_labels = encoder, method, num_labels
-        self.head_layers = tuple(exit_layers)  # without exit 0
+                raise ValueError(f"{value!r} is none of {', '.join(known)}")
+        self.encoder, self.method = encoder, method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
 
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before anything behind it runs.
 
-        Where no gradient crosses an exit (`losses_are_apart`), a training loop may call backward() on an exit's loss
-        while this generator waits. That frees the activations up to there. For the arguments see `forward`.
+        But for EE, no gradient crosses an exit: a training loop may call backward() on an exit's loss while this
+        generator waits, which frees the activations up to there. For the arguments see `forward`.
         """
         if self.ngrams is not None:
             yield self.ngrams(input_ids, attention_mask, token_type_ids), None
@@ -203,52 +212,6 @@ class MultiExitModel(ExitModel):
         """The layer that runs for [CLS] at the exit after layer n."""
         return self.encoder.layers[n - 1]
 
-    @property
-    def losses_are_apart(self) -> bool:
-        """Whether no two exits' losses reach one parameter, so that each can be sent back alone."""
-        return self.method != "ee" or len(self.heads) == 1
-
-    @property
-    def trained_exits(self) -> int:
-        """How many exits are trained by gradients, from the first head on."""
-        return len(self.heads)
-
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """The parameters that training updates, in groups whose gradients are clipped one by one: here all in one."""
-        return [[*self.encoder.parameters(), *self.heads.parameters()]]
-
-    def keep_exits(self, exit_layers: Sequence[int]) -> "MultiExitModel":
-        """The same model with only these of its exits, sharing all weights; the last exit must be among them.
-
-        Raises ValueError for other layers.
-        """
-        self.check_kept(exit_layers)
-        model = copy.copy(self)
-        model._modules = self._modules.copy()
-        model.ngrams = self.ngrams if 0 in exit_layers else None
-        model.head_layers = tuple(n for n in exit_layers if n > 0)
-        model.heads = nn.ModuleList(self.heads[self.head_layers.index(n)] for n in model.head_layers)
-        return model
-
-
-def check_exit_layers(exit_layers: Sequence[int], depth: int | None = None) -> None:
-    """Raise ValueError unless the layers are increasing whole numbers, and lie in 1 to `depth`."""
-    in_order = len(exit_layers) > 0 and all(low < high for low, high in pairwise((0, *exit_layers)))
-    if not in_order or (depth is not None and exit_layers[-1] > depth):
-        limit = "" if depth is None else f" in 1 to {depth}"
-        raise ValueError(
-            f"exit_layers is {','.join(map(str, exit_layers))!r:.80}, and must be increasing layers{limit}"
-        )
-
-
-def encoder_to_grow(trunk: MultiExitModel, exit_layers: Sequence[int]) -> Encoder:
-    """The trunk's encoder. Sets its `pooler_start`, so that new heads start from the trunk's pooler.
-
-    Raises ValueError unless the exits end where the trunk does.
-    """
-    if trunk.head_layers != tuple(exit_layers[-1:]):
-        ends, wanted = (",".join(map(str, layers)) for layers in (trunk.head_layers, exit_layers))
-        raise ValueError(f"exit_layers is {wanted!r}, and the trunk has its exit after {ends}")
-    pooler = trunk.heads[0].pooler
-    trunk.encoder.pooler_start = (pooler.weight.detach(), pooler.bias.detach())
-    return trunk.encoder
+        return [list(self.parameters())]

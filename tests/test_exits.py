@@ -15,11 +15,11 @@ import minisweet.exits
 import train
 from minisweet import MultiExitModel, NgramExit, build_multi_model, load_encoder
 from minisweet.base.files import home
-from minisweet.branches import METHODS, add_exits, grow_branches
+from minisweet.branches import METHODS, grow
 from minisweet.checkpoint import checkpoint_names
 from minisweet.data.text import Batch
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
-from minisweet.multi_model import build_alone, slice_trunk
+from minisweet.multi_model import build_alone
 from tests.conftest import exit_model, random_batch, tiny_encoder, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -107,7 +107,6 @@ def test_under_branch_an_exit_owns_its_branch_and_its_head_and_nobody_the_trunk(
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{names[parameter] for parameter in group} for group in model.parameter_groups()]
     assert groups == trained
-    assert model.trained_exits == len(trained)
 
 
 def test_the_table_of_owners_in_exits_py_is_what_gradients_say():
@@ -240,32 +239,46 @@ def test_a_branch_models_trunk_stays_in_evaluation_mode():
     assert (with_dropout[0][:-1] != with_dropout[1][:-1]).flatten(1).any(1).all()
 
 
-def test_branches_start_from_the_finished_trunk(model_dir):
-    trunk = build_alone(model_dir, 4, 3, "lte").eval()
+@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method, strategy):
+    trunk, batch = build_alone(model_dir, 4, 3, strategy).eval(), random_batch()
     with torch.no_grad():
         for parameter in trunk.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    batch, plain = random_batch(), copy.deepcopy(trunk)
-    model = grow_branches(trunk, (1, 3, 4), "lte")
-    for k, n in enumerate((1, 3)):
-        copied, layer = model.branches[k].state_dict(), plain.encoder.layers[n - 1].state_dict()
-        assert all(torch.equal(copied[name], layer[name]) for name in layer)
-        assert torch.equal(model.heads[k].pooler.weight, plain.heads[0].pooler.weight)
-        assert torch.equal(model.heads[k].pooler.bias, plain.heads[0].pooler.bias)
-        assert not torch.equal(model.heads[k].classifier.weight, plain.heads[0].classifier.weight)
-    assert model.heads[-1].lte is None
-    assert (model.method, model.exit_layers, model.training) == ("branch", (1, 3, 4), False)
-    with torch.no_grad():  # as answers are given: DeBERTa's sums are ordered otherwise where autograd follows
-        assert torch.equal(model(*batch)[-1], plain(*batch)[0])
-    assert [certainty is None for _, certainty in model.exit_by_exit(*batch)] == [False, False, True]
-    with torch.no_grad():
-        model.branches[0].output.weight.zero_()  # it has weights of its own
-        assert torch.equal(model(*batch)[-1], plain(*batch)[0])
-    for wrong in ((1, 3), (1, 2, 3)):
-        with pytest.raises(ValueError, match="the trunk has its exit after 4"):
-            grow_branches(build_alone(model_dir, 4, 3), wrong)
-    with pytest.raises(ValueError, match="the trunk has its exit after 1,4"):
-        grow_branches(MultiExitModel(load_encoder(model_dir), (1, 4), 3), (1, 4))
+        expected = trunk(*batch)[0]
+    state, head = copy.deepcopy(trunk.encoder.state_dict()), copy.deepcopy(trunk.heads[0])
+    frozen = grow("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits((4,))
+    for start in (frozen, trunk):
+        model = METHODS[method](start, (1, 3, 4), exit_strategy=strategy)
+        assert (model.method, model.exit_layers, model.training) == (method, (1, 3, 4), False)
+        models = list(model) if method == "mm" else [model]
+        heads = [head for part in models for head in part.heads]
+        for part in heads[:2]:
+            assert torch.equal(part.pooler.weight, head.pooler.weight)
+            assert torch.equal(part.pooler.bias, head.pooler.bias)
+            assert not torch.equal(part.classifier.weight, head.classifier.weight)
+        learns = strategy == "lte"  # but a branch model's last exit, which nobody asks whether it is right
+        assert [head.lte is not None for head in heads] == [learns, learns, learns and method != "branch"]
+        if method == "branch":
+            layers = [branch.state_dict() for branch in model.branches]
+        else:
+            assert all(parameter.requires_grad for parameter in model.parameters())
+            layers = [part.encoder.layers[n - 1].state_dict() for part, n in zip(models, (1, 3), strict=False)]
+        for n, layer in zip((1, 3), layers, strict=False):
+            assert all(torch.equal(tensor, state[f"layers.{n - 1}.{name}"]) for name, tensor in layer.items())
+        with torch.no_grad():  # as answers are given: DeBERTa's sums are ordered otherwise where autograd follows
+            assert torch.equal(model(*batch)[-1], expected)
+            if method in ("mm", "branch"):  # copies have weights of their own
+                (model[0].encoder.layers[0] if method == "mm" else model.branches[0]).output.weight.zero_()
+                assert torch.equal(model(*batch)[-1], expected)
+
+
+def test_exits_grow_only_on_a_trunk_that_ends_where_they_do(model_dir):
+    for trunk in (build_alone(model_dir, 3, 3), MultiExitModel(load_encoder(model_dir), (1, 4), 3)):
+        for method in METHODS:
+            with pytest.raises(ValueError, match=r"\(1, 4\), and the trunk has exits after \((3,|1, 4)\)"):
+                grow(method, trunk, (1, 4))
 
 
 def with_ngrams(model):
@@ -326,42 +339,6 @@ def test_exit_0_stands_in_front_and_needs_no_encoder(model_dir):
         assert (certainty, embedded) == (None, [])
         groups = (model[0] if method == "mm" else model).parameter_groups()
         assert not {id(p) for group in groups for p in group} & {id(p) for p in model.ngrams.parameters()}
-
-
-def new_trunk(folder, strategy: str) -> MultiExitModel:
-    torch.manual_seed(5)
-    trunk = build_alone(folder, 4, 2, strategy).eval()
-    torch.manual_seed(6)
-    return trunk
-
-
-@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
-def test_ee_sweet_and_slices_start_from_a_trunk_to_the_bit(model_dir, strategy):
-    batch = random_batch()
-    with torch.no_grad():
-        expected = new_trunk(model_dir, strategy)(*batch)[0]
-        grown = grow_branches(new_trunk(model_dir, strategy), (1, 2, 4), strategy)
-        for trunk in (new_trunk(model_dir, strategy), grown.keep_exits((4,))):  # a branch model's was frozen
-            for method in ("ee", "sweet"):
-                model = add_exits(copy.deepcopy(trunk), (1, 2, 4), method, strategy)
-                assert (model.method, model.exit_layers) == (method, (1, 2, 4))
-                assert torch.equal(model(*batch)[-1], expected)
-                assert all(parameter.requires_grad for parameter in model.parameters())
-                assert all((head.lte is None) is (strategy == "confidence") for head in model.heads)
-                assert torch.equal(model.heads[0].pooler.weight, model.heads[2].pooler.weight)
-                assert not torch.equal(model.heads[0].classifier.weight, model.heads[2].classifier.weight)
-            models = slice_trunk(trunk, (1, 2, 4), strategy)
-            assert (models.exit_layers, models[-1]) == ((1, 2, 4), trunk)
-            assert torch.equal(models(*batch)[-1], expected)
-            for n, part in zip((1, 2), models, strict=False):
-                assert len(part.encoder.layers) == part.encoder.config.num_hidden_layers == n
-                for ours, theirs in zip(part.encoder.parameters(), trunk.encoder.parameters(), strict=False):
-                    assert torch.equal(ours, theirs)
-                    assert ours.data_ptr() != theirs.data_ptr()
-                    assert ours.requires_grad
-    for make_ in (add_exits, slice_trunk):
-        with pytest.raises(ValueError, match="the trunk has its exit after 4"):
-            make_(new_trunk(model_dir, strategy), (1, 3))
 
 
 @pytest.mark.parametrize("exit_layers", [(), (0, 2), (2, 2), (3, 1), (1, 5)])
