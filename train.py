@@ -2,7 +2,6 @@
 
     python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
-    python train.py --task sst2 --method branch       # exits 0 and 6; for real branches: --exit-layers 0,1,2,3,6
     python train.py --data tickets.csv --text-columns subject,body --label-column team
     python train.py --trunk my-classifier --task rte  # early exits for a classifier that is there already
     python train.py --trunk my-classifier --data texts.csv --targets trunk          # which needs no labels
@@ -24,7 +23,6 @@ from torch.nn.utils import clip_grad_norm_
 from minisweet import MultiExitModel
 from minisweet.base import devices
 from minisweet.base.commands import Progress, run_command
-from minisweet.base.devices import add_up_gradients, autocast, own_rows, process_rank
 from minisweet.base.files import InputError
 from minisweet.branches import METHODS, BranchModel
 from minisweet.checkpoint import WEIGHTS
@@ -39,16 +37,16 @@ from minisweet.runs.start import TrainingSetup, find_start, parse_arguments
 
 
 class Training:
-    """One training, in stages that its method's function calls. Each leaves its losses (steps, K) and its seconds.
+    """One training, in stages that its method's function calls. The checkpoint has each stage's losses and seconds.
 
     `start` has one exit, at its end. It is the trunk, or a new model of which the method's own is made.
     """
 
     def __init__(self, setup: TrainingSetup, checkpoint: Checkpoint) -> None:
         self.setup, self.args, self.examples, self.checkpoint = setup, setup.args, setup.examples, checkpoint
-        self.losses, self.seconds, C = [], {}, setup.num_labels
         torch.manual_seed(self.args.seed)
-        self.start = setup.trunk or build_alone(setup.folder, setup.layers[-1], C, self.args.exit_strategy)
+        strategy = self.args.exit_strategy
+        self.start = setup.trunk or build_alone(setup.folder, setup.layers[-1], setup.num_labels, strategy)
 
     def grow(self) -> ExitModel:
         """The method's model, which starts from `start`. With --targets trunk it is to learn what `start` answers."""
@@ -73,7 +71,7 @@ class Training:
             parameters = list(chain.from_iterable(groups))
             optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
             scaler = GradScaler(device.type, enabled=precision is torch.float16)
-            history = self.checkpoint.start(stage, parameters, optimizer, scaler)
+            history = self.checkpoint.start(stage, parameters, optimizer, scaler)  # the losses so far: (steps, K)
             steps = args.epochs * -(-len(examples) // args.batch_size)
             epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
             bar = Progress(chain.from_iterable(epochs), total=steps, unit="step", desc=stage)
@@ -81,11 +79,11 @@ class Training:
                 if step <= len(history):  # the step was done before the training was stopped
                     continue
                 # Seeds dropout by step, so that no random state has to be saved.
-                torch.manual_seed(hash((args.seed, step, process_rank())))
+                torch.manual_seed(hash((args.seed, step, devices.process_rank())))
                 optimizer.zero_grad()
-                share, weight = own_rows(batch)  # each of several processes takes a share of every batch
+                share, weight = devices.own_rows(batch)  # each of several processes takes a share of every batch
                 losses = compute_gradients(model, share.to(device), scaler, precision)
-                history.append(add_up_gradients(parameters, losses, weight).tolist())
+                history.append(devices.add_up_gradients(parameters, losses, weight).tolist())
                 if not np.isfinite(history[-1]).all():
                     raise FloatingPointError(step)
                 scaler.unscale_(optimizer)
@@ -97,13 +95,11 @@ class Training:
                 bar.set_postfix_str(f"loss per exit {np.mean(history[-50:], axis=0).round(2)}", refresh=False)
                 self.checkpoint.keep(stage, history, parameters, optimizer, scaler, is_over=step == steps)
         model.cpu()  # frees the device for the next stage
-        self.losses.append(history)
-        self.seconds[stage] = self.checkpoint.stages[stage]["seconds"]
 
     def weighted(self) -> TokenizedExamples:
-        """The examples. With --class-weights balanced, each weighs N / (number of classes x rows of its class).
+        """The examples. With --class-weights balanced, each weighs N / (classes that occur x rows of its class).
 
-        Its class is its label, or with --targets trunk the likeliest of its targets. Only classes that occur count.
+        Its class is its label, or with --targets trunk its likeliest target.
         """
         if not self.args.class_weights:
             return self.examples
@@ -114,14 +110,13 @@ class Training:
         weights = len(targets) / (len(classes) * counts[of_row])  # (N,)
         return self.examples.with_targets(targets * weights[:, None].astype(np.float32))
 
-    def fit_exit_0(self, ngrams: NgramExit, embeddings: Tensor) -> NgramExit:
+    def fit_exit_0(self, embeddings: Tensor) -> NgramExit:
         """Fit exit 0, a bag of words, with the word embeddings (V, D) that the training started from."""
-        started, examples = time.perf_counter(), self.weighted()
+        examples = self.weighted()
         chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
         batches = (examples.batch(rows).inputs for rows in chunks)
-        fit_ngrams(ngrams, batches, torch.from_numpy(examples.targets), embeddings)
-        self.seconds["ngrams"] = time.perf_counter() - started
-        return ngrams
+        fit_ngrams(self.setup.ngrams, batches, torch.from_numpy(examples.targets), embeddings)
+        return self.setup.ngrams
 
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
@@ -130,7 +125,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
     for head in model.heads:
         if not head.classifier.weight.requires_grad:  # the last one of branches, which is the trunk's
             break
-        with autocast(batch.input_ids.device, precision):
+        with devices.autocast(batch.input_ids.device, precision):
             losses.append(exit_loss(*next(exits), batch.targets))
         if model.method != "ee":  # no later loss reaches the segment that was run: this frees its activations
             scaler.scale(losses[-1]).backward()
@@ -143,8 +138,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
 def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[TokenizedExamples]:
     """Within, the word embeddings hold only the rows that the examples use, and the examples' ids count these.
 
-    The others get no gradient, and AdamW without weight decay leaves them as they are: this saves 10 to 12% of a step.
-    The optimizer must be made within.
+    The other rows would get no gradient and stay as they are. To leave them out saves 10 to 12% of a step.
     """
     embedding, whole = model.encoder.word_embeddings, model.encoder.word_embeddings.weight
     used, renumbered = examples.renumbered()  # ids (V,)
@@ -179,7 +173,6 @@ def train_branches(training: Training) -> BranchModel:
     model = training.grow()
     if model.branches:
         training.fine_tune(model, 2 * training.args.lr, "branches")
-    training.losses.reverse()  # the trunk's exit is the last
     return model
 
 
@@ -195,20 +188,25 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
         model = TRAIN[args.method](training)
     except FloatingPointError as error:
         step = record["diverged"] = error.args[0]
-        if process_rank() == 0:
+        if devices.process_rank() == 0:
             checkpoint.path.unlink(missing_ok=True)
             if not (args.out / WEIGHTS).exists():  # a run with weights is worth more
                 save_run(args.out, None, setup.folder, record, setup.validation)
-        raise InputError(
-            f"--lr: at {args.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
-        ) from None
-    if process_rank():  # the first process alone fits exit 0 and writes
+        where = f"at {args.lr:g} the loss became infinite or NaN at step {step}"
+        raise InputError(f"--lr: {where}; try a lower one") from None
+    if devices.process_rank():  # the first process alone fits exit 0 and writes
         return
+    losses = [saved["losses"] for saved in checkpoint.stages.values()]  # of each stage, (steps, its exits)
+    seconds = {stage: saved["seconds"] for stage, saved in checkpoint.stages.items()}
+    if args.method == "branch":
+        losses.reverse()  # the trunk was trained first, and its exit is the last
     if setup.ngrams:
-        model.add_ngrams(training.fit_exit_0(setup.ngrams, embeddings))
-    record["losses"] = np.concatenate(training.losses, axis=1).round(5).tolist() if training.losses else []
-    record["stages"] = {stage: round(seconds, 1) for stage, seconds in training.seconds.items()}
-    record["seconds"] = round(sum(training.seconds.values()), 1)
+        started = time.perf_counter()
+        model.add_ngrams(training.fit_exit_0(embeddings))
+        seconds["ngrams"] = time.perf_counter() - started
+    record["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
+    record["stages"] = {stage: round(taken, 1) for stage, taken in seconds.items()}
+    record["seconds"] = round(sum(seconds.values()), 1)
     save_run(args.out, model, setup.folder, record, setup.validation)
     print(f"{args.out}: trained in {record['seconds']:.0f} s; next: python evaluate.py {args.out}")
 
@@ -224,7 +222,7 @@ def main() -> None:
             print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
         else:
             train_run(setup, checkpoint)
-        if process_rank() == 0:
+        if devices.process_rank() == 0:
             path.unlink(missing_ok=True)
 
 
