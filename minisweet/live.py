@@ -11,6 +11,7 @@ Dimension letters: B instances, T tokens, D hidden size, K exits, C classes, R i
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minisweet.adaptive import ExitRule, leaves
@@ -50,48 +51,34 @@ def early_exit(
         rule: for the model's K exits; None for confidences as they are.
         batch_size: how many of the B run at once. Memory holds the hidden states of all B.
     """
-    inputs, B, K = (input_ids, attention_mask, token_type_ids), len(input_ids), len(model.exit_layers)
-    rule, device = rule or ExitRule(model.num_labels), input_ids.device
-    k = K - 1 if threshold >= 1 and model.method != "mm" else 0  # the exit that is asked next
+    rule, last = rule or ExitRule(model.num_labels), len(model.exit_layers) - 1
+    k = last if threshold >= 1 and model.method != "mm" else 0  # the exit that is asked next
     model = model.keep_exits(model.exit_layers[k:])
-    found = Answers(
-        torch.zeros(B, dtype=torch.long, device=device),
-        torch.zeros(B, dtype=torch.long, device=device),
-        torch.zeros(B, model.num_labels, dtype=torch.float32, device=device),
-        torch.zeros(B, dtype=torch.float32, device=device),
-    )
-    lengths = attention_mask.sum(1)  # (B,)
+    lengths = attention_mask.sum(1).clamp(min=1)  # (B,)
     here = lengths.argsort(descending=True, stable=True)  # (R,) who is still here; similar lengths run together
+    exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)
+    all_logits = confidence.new_zeros(len(lengths), model.num_labels)
 
     def decide(logits: Tensor, certainty: Tensor | None) -> Tensor:
-        """Note what exit k says of those who are here, (R, C) and (R,), and let the confident ones leave.
-
-        Returns who of them stays: bool (R,).
-        """
+        """Note what exit k says of those who are here, (R, C) and (R,). Returns who of them stays: bool (R,)."""
         nonlocal here, k
         sure = rule.confidence(k, logits, certainty)
-        said = Answers(logits.argmax(-1), torch.full_like(here, k), logits.float(), sure.float())
-        for column, values in zip(found, said, strict=True):
-            column[here] = values
-        stay = ~leaves(sure, threshold, rule.lowest) if k < K - 1 else torch.zeros_like(sure, dtype=torch.bool)
+        all_logits[here], exits[here], confidence[here] = logits.float(), k, sure.float()
+        stay = ~leaves(sure, threshold, rule.lowest) & (k < last)
         here, k = here[stay], k + 1
         return stay
 
-    def contexts(part: MultiExitModel) -> list[tuple[Tensor, ...]]:
-        """What the layers read beside the hidden states, for each batch of those who are here."""
-        batches = here.split(batch_size)  # the first of a batch is its longest
-        return [part.encoder.context(attention_mask[rows, : max(1, int(lengths[rows[0]]))]) for rows in batches]
+    def batches(x: Tensor) -> list[Tensor]:
+        """The rows of those who are here, in batches (batch_size, T): T is the length of the first row, the longest."""
+        return [x[rows, : lengths[rows[0]]] for rows in here.split(batch_size)]
 
     if model.ngrams is not None:
-        decide(model.ngrams(*(x[here] for x in inputs)), None)
+        decide(model.ngrams(input_ids[here], attention_mask[here], token_type_ids[here]), None)
     for part in model if isinstance(model, MultiModel) else [model]:
         if len(here) == 0:
             break
-        context = contexts(part)
-        hidden = [
-            part.encoder.embed(*(x[rows, : mask.shape[-1]] for x in (input_ids, token_type_ids)))
-            for rows, (mask, *_) in zip(here.split(batch_size), context, strict=True)
-        ]  # (batch_size, T, D) each
+        hidden = list(map(part.encoder.embed, batches(input_ids), batches(token_type_ids)))  # (batch_size, T, D) each
+        context = list(map(part.encoder.context, batches(attention_mask)))
         for n, layer in enumerate(part.encoder.layers, start=1):
             if n in part.head_layers:
                 said = [part.ask_exit(n, *batch) for batch in zip(hidden, context, strict=True)]
@@ -99,27 +86,20 @@ def early_exit(
                 stay = decide(torch.cat(logits), None if certainty[0] is None else torch.cat(certainty))
                 if len(here) == 0 or n == part.head_layers[-1]:
                     break
-                context = contexts(part)
-                hidden = regrouped(hidden, stay, [mask.shape[-1] for mask, *_ in context], batch_size)
+                masks = batches(attention_mask)
+                hidden = regroup(hidden, stay, [mask.shape[1] for mask in masks], batch_size)
+                context = list(map(part.encoder.context, masks))
             hidden = [layer(*batch) for batch in zip(hidden, context, strict=True)]
-    return found
+    return Answers(all_logits.argmax(-1), exits, all_logits, confidence)
 
 
-def regrouped(hidden: list[Tensor], stay: Tensor, lengths: list[int], batch_size: int) -> list[Tensor]:
-    """The hidden states of those who stay, in full batches again.
+def regroup(hidden: list[Tensor], stay: Tensor, lengths: list[int], batch_size: int) -> list[Tensor]:
+    """The hidden states of those who stay, bool (R,), in full batches again: `lengths` are T of each.
 
-    Args:
-        hidden: (batch_size, T, D) of each batch so far, the longest instances first.
-        stay: bool (R,).
-        lengths: T of each new batch.
+    `hidden` are (batch_size, T, D) of each batch so far, the longest instances first.
     """
     if stay.all():
         return hidden
     kept = [states[which] for states, which in zip(hidden, stay.split(batch_size), strict=True)]
-    states = kept[0].new_zeros(sum(map(len, kept)), lengths[0], kept[0].shape[-1])
-    start = 0
-    for part in kept:  # a batch may be longer than all who stay, and then what is cut off is padding
-        T = min(part.shape[1], lengths[0])
-        states[start : start + len(part), :T] = part[:, :T]
-        start += len(part)
-    return [batch[:, :T] for batch, T in zip(states.split(batch_size), lengths, strict=True)]
+    kept = torch.cat([F.pad(states, (0, 0, 0, lengths[0] - states.shape[1])) for states in kept])  # or cuts padding off
+    return [states[:, :T] for states, T in zip(kept.split(batch_size), lengths, strict=True)]
