@@ -72,71 +72,55 @@ def fit_ngrams(
     """
     grams = [exit.find_rows(*batch) for batch in batches]
     used, gram = torch.cat([rows[counts.bool()] for rows, counts in grams]).unique(return_inverse=True)  # (R,), (G,)
-    sizes = torch.cat([counts.sum(1) for _, counts in grams])  # (N,)
-    (V, D), N = embeddings.shape, len(sizes)
+    sizes, counts = torch.cat([counts.sum(1) for _, counts in grams]), gram.bincount(minlength=len(used))  # (N,), (R,)
+    (V, D), N, R, C = embeddings.shape, len(sizes), len(used), len(exit.bias)
+    targets = targets if targets.ndim == 2 else F.one_hot(targets, C).float()
+    weights = torch.ones(N) if weights is None else weights.float()
     known = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
     known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): the ones tell how many tokens two texts share
-    is_of_part = (used // V == part for part in range(1 + exit.pairs))  # tokens of one text, and of both
-    parts = [(known[used[rows] % V], rows) for rows in is_of_part]
-    targets = targets if targets.ndim == 2 else F.one_hot(targets, len(exit.bias)).float()
-    weights = torch.ones(N) if weights is None else weights.float()
-    problem = _Problem(gram, sizes, len(used), parts, targets)
-    fold = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
-    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # one where texts are many
+    # The rows in use of tokens of one text, and of tokens that both texts have: which they are, and their embeddings.
+    is_of_part = [used // V == part for part in range(1 + exit.pairs)]
+    parts = [(rows, known[used[rows] % V]) for rows in is_of_part]
+    # embedding_bag sums rows over slices of a list: each text's n-grams, and for the gradient each n-gram's texts.
+    texts = torch.arange(N).repeat_interleave(sizes)[gram.argsort(stable=True)]  # (G,)
+    text_starts, gram_starts, root = sizes.cumsum(0) - sizes, counts.cumsum(0) - counts, sizes.clamp(min=1).rsqrt()
 
-    def likelihood(scale: float) -> float:  # log-likelihood of texts that the fit has not seen
-        solved = ((out, problem.log_probabilities(scale, *problem.solve(scale, weights * ~out))) for out in held_out)
-        return sum(float(weights[out] @ (targets * said)[out].sum(1)) for out, said in solved)
-
-    scale = max(SCALES, key=likelihood)
-    free, linear, bias = problem.solve(scale, weights)
-    exit.table.zero_()[: exit.token_rows] = scale * (known @ linear).flatten(0, 1)
-    exit.table[used] += free
-    exit.bias.copy_(bias)
-    return scale
-
-
-class _Problem:
-    """The convex problem of `fit_ngrams`: N texts, each a list of R table rows, and the probabilities to give them.
-
-    Args:
-        gram: the row of each n-gram (G,), text after text, of which `sizes` (N,) are the numbers of n-grams.
-        num_rows: R.
-        parts: for tokens of one text, and for those of both: their embeddings (n, D+1), and which rows they are (R,).
-        targets: (N, C).
-    """
-
-    def __init__(self, gram: Tensor, sizes: Tensor, num_rows: int, parts: list, targets: Tensor) -> None:
-        self.gram, self.num_rows, self.parts, self.targets = gram, num_rows, parts, targets
-        self.root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
-        # embedding_bag sums rows over slices of a list: each text's n-grams, and for the gradient each n-gram's texts.
-        self.texts = torch.arange(len(sizes)).repeat_interleave(sizes)[gram.argsort(stable=True)]  # (G,)
-        counts = gram.bincount(minlength=num_rows)  # (R,)
-        self.text_starts, self.gram_starts = sizes.cumsum(0) - sizes, counts.cumsum(0) - counts
-
-    def log_probabilities(self, scale: float, free: Tensor, linear: Tensor, bias: Tensor) -> Tensor:
-        """Those of all texts (N, C), from the parameters of `solve`."""
+    def log_probabilities(scale: float, free: Tensor, linear: Tensor, bias: Tensor) -> Tensor:
+        """Those of all texts, (N, C)."""
         table = free.clone()
-        for (known, rows), function in zip(self.parts, linear, strict=True):
-            table[rows] += scale * known @ function
-        return (F.embedding_bag(self.gram, table, self.text_starts, mode="sum") * self.root + bias).log_softmax(-1)
+        for (rows, vectors), function in zip(parts, linear, strict=True):
+            table[rows] += scale * vectors @ function
+        sums = F.embedding_bag(gram, table, text_starts, mode="sum")
+        return (sums * root[:, None] + bias).log_softmax(-1)
 
-    def solve(self, scale: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(scale: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Free parts (R, C), linear functions (parts, D+1, C) and the bias (C,), for `weights` of the texts (N,)."""
-        targets, (N, C) = self.targets, self.targets.shape
-        free, bias = torch.zeros(self.num_rows, C), torch.zeros(C)
-        linear = torch.zeros(len(self.parts), self.parts[0][0].shape[1], C)
+        free, linear, bias = torch.zeros(R, C), torch.zeros(len(parts), D + 1, C), torch.zeros(C)
 
         def loss() -> Tensor:  # mean cross-entropy and a penalty; the gradient is by hand, which is four times as fast
-            said = self.log_probabilities(scale, free, linear, bias)
+            said = log_probabilities(scale, free, linear, bias)
             error = (said.exp() * targets.sum(1, keepdim=True) - targets) * weights[:, None] / N  # of the logits
-            sums, bias.grad = F.embedding_bag(self.texts, error * self.root, self.gram_starts, mode="sum"), error.sum(0)
-            free.grad = sums + free / (STRENGTH * N)
-            linear.grad = torch.stack([scale * known.T @ sums[rows] for known, rows in self.parts])
-            linear.grad += linear / (STRENGTH * N)
+            sums = F.embedding_bag(texts, error * root[:, None], gram_starts, mode="sum")  # (R, C)
+            of_linear = torch.stack([scale * vectors.T @ sums[rows] for rows, vectors in parts])
+            bias.grad = error.sum(0)
+            free.grad, linear.grad = sums + free / (STRENGTH * N), of_linear + linear / (STRENGTH * N)
             penalty = (free.square().sum() + linear.square().sum()) / (2 * STRENGTH * N)
             return penalty - weights @ (targets * said).sum(1) / N
 
         settings = {"max_iter": ITERATIONS, "history_size": 10, "tolerance_grad": 1e-6}
         torch.optim.LBFGS([free, linear, bias], line_search_fn="strong_wolfe", **settings).step(loss)
         return free, linear, bias
+
+    fold = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
+    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # one where texts are many
+
+    def likelihood(scale: float) -> float:  # log-likelihood of texts that the fit has not seen
+        said = [log_probabilities(scale, *solve(scale, weights * ~out)) for out in held_out]
+        return sum(float(weights[out] @ (targets * p)[out].sum(1)) for out, p in zip(held_out, said, strict=True))
+
+    scale = max(SCALES, key=likelihood)
+    free, linear, bias = solve(scale, weights)
+    exit.table.zero_()[: exit.token_rows] = scale * (known @ linear).flatten(0, 1)
+    exit.table[used] += free
+    exit.bias.copy_(bias)
+    return scale
