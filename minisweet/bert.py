@@ -45,23 +45,9 @@ class BertEncoder(TransformerEncoder):
         self.draw_weights()
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """The hidden states that enter layer 1.
-
-        Args:
-            input_ids: (B, T), int64.
-            token_type_ids: (B, T), int64: 0 in the first sentence, 1 in the second.
-
-        Returns:
-            The hidden states (B, T, D).
-
-        Raises:
-            ValueError: T is more than `max_position_embeddings`.
-        """
-        T = input_ids.shape[1]
-        if T > self.config.max_position_embeddings:
-            raise ValueError(f"{T} tokens, but max_position_embeddings is {self.config.max_position_embeddings}")
+        """The hidden states (B, T, D) that enter layer 1, of ids and types (B, T), int64."""
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        hidden = hidden + self.position_embeddings.weight[:T]  # (T, D) is broadcast over the batch
+        hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]  # (T, D) is broadcast over the batch
         return self.dropout(self.embedding_norm(hidden))
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor]:

@@ -6,7 +6,6 @@ field for are ignored: they describe the file, not the model.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,12 +106,13 @@ def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[
 def _load(folder: Path, num_layers: int | None = None) -> tuple[Encoder, dict[str, Tensor]]:
     """The encoder, and by name the tensors of the pooler and the classifier that the file has."""
     config, path = read_config(folder), folder / WEIGHTS
-    depth, L = config.num_hidden_layers, num_layers or config.num_hidden_layers
+    depth = config.num_hidden_layers
+    L = num_layers or depth
     # A key's bias, which BERT has, adds the same to all scores of a query: the softmax ignores it, and ours has none.
     dropped = [*DROPPED, *(f"encoder.layer.{n}.attention.self.key.bias" for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
-    make = partial(new_encoder, replace(config, num_hidden_layers=L))
-    encoder, head = load_strict(path, make, checkpoint_names(L), HEAD, dropped)
+    config = replace(config, num_hidden_layers=L)
+    encoder, head = load_strict(path, lambda: new_encoder(config), checkpoint_names(L), HEAD, dropped)
     if "pooler.dense.weight" in head:
         encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
     return encoder, head

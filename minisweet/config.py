@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What BERT and DeBERTa share. Raises ValueError where the heads do not divide the hidden size."""
+    """What BERT and DeBERTa share."""
 
     vocab_size: int
     hidden_size: int
@@ -23,11 +23,6 @@ class Config:
     initializer_range: float = 0.02
     hidden_act: Literal["gelu"] = "gelu"
     model_type: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        D, H = self.hidden_size, self.num_attention_heads
-        if D % H:
-            raise ValueError(f"hidden_size is {D}, should be a multiple of num_attention_heads, {H}")
 
     @property
     def head_dropout(self) -> float:
@@ -43,7 +38,6 @@ class BertConfig(Config):
     type_vocab_size: int
     classifier_dropout: float | None = None
     position_embedding_type: Literal["absolute"] = "absolute"
-    is_decoder: Literal[False] = False
     model_type: ClassVar[str] = "bert"
     pooler_hidden_act: ClassVar[str] = "tanh"
     pooler_dropout: ClassVar[float] = 0.0
@@ -53,19 +47,18 @@ class BertConfig(Config):
 class DebertaConfig(Config):
     """The keys of config.json that shape a DeBERTa encoder, of its first version."""
 
-    pos_att_type: Literal["c2p|p2c", "p2c|c2p", "c2p", "p2c"]
+    pos_att_type: Literal["c2p|p2c"]
     relative_attention: Literal[True]
     position_biased_input: Literal[False]
-    max_relative_positions: int = -1  # the span k; below 1 it is max_position_embeddings
+    max_relative_positions: int = -1
     pooler_dropout: float = 0.0
     cls_dropout: float | None = None
     layer_norm_eps: float = 1e-7
-    pooler_hidden_act: Literal["gelu", "tanh"] = "gelu"
-    talking_head: Literal[False] = False
+    pooler_hidden_act: Literal["gelu"] = "gelu"
     type_vocab_size: Literal[0] = 0
     model_type: ClassVar[str] = "deberta"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_relative_positions < 1:
-            object.__setattr__(self, "max_relative_positions", self.max_position_embeddings)
+    @property
+    def relative_span(self) -> int:
+        """The largest relative distance that attention tells from others, k."""
+        return self.max_relative_positions if self.max_relative_positions > 0 else self.max_position_embeddings

@@ -2,7 +2,7 @@
 
 Disentangled attention (their Eq. 4): a token's content attends to content and to relative position (c2p), and relative
 position attends to content (p2c). With delta(i, j) = clamp(i - j + k, 0, 2k - 1), the score of query i on key j is
-    (q_i . k_j  +  q_i . K_delta(i,j)  +  k_j . Q_delta(i,j)) / sqrt(d (1 + number of position terms))
+    (q_i . k_j  +  q_i . K_delta(i,j)  +  k_j . Q_delta(i,j)) / sqrt(3 d)
 where K and Q are projections of one table of 2k relative positions, which all layers share. (The paper's Eq. 4 has
 Q_delta(j,i). The public weights were trained with delta(i,j) in both terms, so that is what is right here.) There are
 no absolute positions and no token types at the input. There is no pooler here: each exit has its own, see exits.py.
@@ -40,12 +40,12 @@ class DebertaLayer(TransformerLayer):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__(config)
         D = config.hidden_size
-        self.scale = (D // self.num_heads * (1 + len(config.pos_att_type.split("|")))) ** -0.5
+        self.scale = (3 * (D // self.num_heads)) ** -0.5
         self.in_proj = nn.Linear(D, 3 * D, bias=False)  # rows ordered by head: q, k, v of the first, of the second, ...
         self.q_bias = nn.Parameter(torch.zeros(D))
         self.v_bias = nn.Parameter(torch.zeros(D))
-        self.pos_proj = nn.Linear(D, D, bias=False) if "c2p" in config.pos_att_type else None
-        self.pos_q_proj = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
+        self.pos_proj = nn.Linear(D, D, bias=False)
+        self.pos_q_proj = nn.Linear(D, D)
 
     def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor], rows: int | None) -> Tensor:
         """Disentangled attention: hidden states (B, T, D) to context vectors (B, H, R, d).
@@ -55,34 +55,30 @@ class DebertaLayer(TransformerLayer):
         """
         bias, positions = context
         T, positions = hidden.shape[1], self.dropout(positions)
-        if rows == 1:  # [CLS] meets one distance for each token, 0, -1, ..., -(T-1): there is nothing to skew
+        if rows == 1:  # [CLS] meets one distance for each token, 0, -1, ..., -(T-1)
             positions = positions[T - 1 : 2 * T - 1]
         query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
         query = (query[:, :, :rows] + self.q_bias.view(self.num_heads, 1, -1)) * self.scale  # (B, H, R, d)
         value = value + self.v_bias.view(self.num_heads, 1, -1)
-        scores = query @ key.mT + bias  # (B, H, R, T)
-        if self.pos_proj is not None:
-            pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), from T-1 down to -T
-            c2p = query @ pos_key.mT  # (B, H, R, 2T)
-            scores = scores + (c2p if rows == 1 else skew(c2p, T - 1))
-        if self.pos_q_proj is not None:
-            pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, 2T, d), from T-1 down to -T
+        pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), from T-1 down to -T
+        pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # likewise
+        c2p = query @ pos_key.mT  # (B, H, R, 2T)
+        if rows == 1:  # there is nothing to skew: key j meets its one distance, -j
+            p2c = (key * pos_query).sum(-1)[:, :, None]  # (B, H, 1, T)
+        else:
+            c2p = skew(c2p, T - 1)  # (B, H, T, T)
             # Rows are keys j here, distances go up: column T + i - j of row j is i - j, and .mT puts it at [i, j].
-            one_each = rows == 1  # then key j meets its one distance, -j
-            p2c = (key * pos_query).sum(-1)[:, :, None] if one_each else skew(key @ pos_query.flip(1).mT, T).mT
-            scores = scores + p2c  # (B, H, R, T)
+            p2c = skew(key @ pos_query.flip(1).mT, T).mT  # (B, H, T, T)
+        scores = query @ key.mT + bias + c2p + p2c  # (B, H, R, T)
         return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
 
 
 class DebertaEncoder(TransformerEncoder):
-    """Embeddings, relative table and layers of DeBERTa, randomly initialised.
-
-    `minisweet.load_encoder` fills in a checkpoint's weights.
-    """
+    """Embeddings, relative table and layers of DeBERTa, randomly initialised, as `BertEncoder` is."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__(config)
-        self.relative_table = nn.Embedding(2 * config.max_relative_positions, config.hidden_size)
+        self.relative_table = nn.Embedding(2 * config.relative_span, config.hidden_size)
         self.layers = nn.ModuleList(DebertaLayer(config) for _ in range(config.num_hidden_layers))
         self.draw_weights()
 
@@ -92,7 +88,7 @@ class DebertaEncoder(TransformerEncoder):
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What padding adds to the scores, (B, 1, 1, T), and the positions (2T, D), of a mask (B, T)."""
-        T, k = attention_mask.shape[1], self.config.max_relative_positions
+        T, k = attention_mask.shape[1], self.config.relative_span
         # Of the 2k rows, T tokens reach 2T - 1. One more, never read, gives skew() rows of the right length.
         distance = T - 1 - torch.arange(2 * T, device=attention_mask.device)
         table = self.relative_table.weight

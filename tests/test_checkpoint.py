@@ -70,12 +70,11 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
     [
         ("bert", "model_type", "roberta"),
         ("bert", "hidden_act", "relu"),
-        ("bert", "is_decoder", True),
-        ("bert", "num_attention_heads", 3),
         ("bert", "hidden_size", "16"),
         ("bert", "vocab_size", "absent"),
         ("deberta", "max_relative_positions", "6"),
-        ("deberta", "pos_att_type", "c2p|p2p"),
+        ("deberta", "pos_att_type", "c2p"),
+        ("deberta", "pooler_hidden_act", "tanh"),
         ("deberta", "pos_att_type", None),
         ("deberta", "relative_attention", "absent"),
         ("deberta", "position_biased_input", True),
@@ -88,14 +87,14 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, model_type, key, v
     with pytest.raises(InputError, match=key) as error:
         load_encoder(folder)
     assert str(folder / "config.json") in str(error.value)
-    if value not in ("absent", 3):
+    if value != "absent":
         assert repr(value) in str(error.value)
 
 
 def test_position_terms_may_be_a_list_and_model_type_may_lack(tmp_path):
     folder = write_model(tmp_path / "deberta", "deberta")
     before = load_encoder(folder).eval()(*random_batch())
-    reconfigure(folder, "deberta", pos_att_type=["p2c", "c2p"])
+    reconfigure(folder, "deberta", pos_att_type=["c2p", "p2c"])
     torch.testing.assert_close(load_encoder(folder).eval()(*random_batch()), before, atol=0, rtol=0)
     folder = write_model(tmp_path / "bert", "bert")
     reconfigure(folder, "bert", model_type="absent")

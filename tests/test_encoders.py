@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from minisweet import MultiExitModel, load_encoder
 from minisweet.deberta import skew
 from minisweet.layers import Dropout
-from tests.conftest import CHECKOUT, CONFIGS, random_batch, tiny_encoder
+from tests.conftest import CHECKOUT, random_batch, tiny_encoder
 from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
 from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
 
@@ -141,11 +141,6 @@ def test_the_fast_view_of_distances_is_the_plain_gather(T):
         assert torch.equal(skew(scores.mT.contiguous().mT, column), plain)  # whatever lies how in memory
 
 
-def test_more_tokens_than_positions_is_an_error():
-    with pytest.raises(ValueError, match="41 tokens, but max_position_embeddings is 40"):
-        tiny_encoder("bert")(*random_batch(length=41))
-
-
 def test_training_mode_without_dropout_computes_what_evaluation_mode_does(model_type):
     encoder = tiny_encoder(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     batch = random_batch(5)
@@ -193,8 +188,8 @@ def test_config_is_honoured():
     torch.testing.assert_close(encoder(*batch)[-1], encoder(*batch)[-1], atol=0, rtol=0)
     assert tiny_encoder("bert", classifier_dropout=0.4).config.head_dropout == 0.4
     assert tiny_encoder("deberta", cls_dropout=0.4).config.head_dropout == 0.4
-    assert CONFIGS["deberta"]["max_relative_positions"] == tiny_encoder("deberta").config.max_relative_positions
-    assert tiny_encoder("deberta", max_relative_positions=-1).config.max_relative_positions == 40
+    assert tiny_encoder("deberta").config.relative_span == 6
+    assert tiny_encoder("deberta", max_relative_positions=-1).config.relative_span == 40
 
 
 PUBLISHED = {
