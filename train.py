@@ -3,8 +3,7 @@
     python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
     python train.py --data tickets.csv --text-columns subject,body --label-column team
-    python train.py --trunk my-classifier --task rte  # early exits for a classifier that is there already
-    python train.py --trunk my-classifier --data texts.csv --targets trunk          # which needs no labels
+    python train.py --trunk my-classifier --data texts.csv --targets trunk   # exits for a classifier, without labels
 
 Writes a run folder, which evaluate.py reads. Dimension letters: N instances, K exits, C classes, V words, D hidden.
 """
@@ -24,99 +23,56 @@ from minisweet import MultiExitModel
 from minisweet.base import devices
 from minisweet.base.commands import Progress, run_command
 from minisweet.base.files import InputError
-from minisweet.branches import METHODS, BranchModel
+from minisweet.branches import METHODS
 from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.sweep import all_logits
 from minisweet.exits import ExitModel, exit_loss
-from minisweet.multi_model import MultiModel, build_alone
+from minisweet.multi_model import build_alone
 from minisweet.ngrams import NgramExit, fit_ngrams
 from minisweet.runs.folders import save_run
 from minisweet.runs.resume import Checkpoint, claim_output
 from minisweet.runs.start import TrainingSetup, find_start, parse_arguments
 
 
-class Training:
-    """One training, in stages that its method's function calls. The checkpoint has each stage's losses and seconds.
+def fine_tune(
+    setup: TrainingSetup, checkpoint: Checkpoint, model: MultiExitModel, learning_rate: float, stage: str
+) -> None:
+    """Train the parameters of `model.parameter_groups()` (App. A), or go on where the checkpoint stopped.
 
-    `start` has one exit, at its end. It is the trunk, or a new model of which the method's own is made.
+    The learning rate decays linearly to zero. Raises FloatingPointError, with the step, where a loss is not finite.
     """
-
-    def __init__(self, setup: TrainingSetup, checkpoint: Checkpoint) -> None:
-        self.setup, self.args, self.examples, self.checkpoint = setup, setup.args, setup.examples, checkpoint
-        torch.manual_seed(self.args.seed)
-        strategy = self.args.exit_strategy
-        self.start = setup.trunk or build_alone(setup.folder, setup.layers[-1], setup.num_labels, strategy)
-
-    def grow(self) -> ExitModel:
-        """The method's model, which starts from `start`. With --targets trunk it is to learn what `start` answers."""
-        args, device = self.args, self.setup.device
-        if args.targets == "trunk":
-            precision = devices.choose_precision(args.amp, device)  # as it is evaluated
-            logits, _ = all_logits(self.start.to(device).eval(), self.examples, precision, "targets")
-            self.examples = self.examples.with_targets(logits[-1].softmax(-1).numpy())
-            self.start.cpu()
-        torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
-        return METHODS[args.method](self.start, self.setup.layers, exit_strategy=args.exit_strategy)
-
-    def fine_tune(self, model: MultiExitModel, learning_rate: float, stage: str) -> None:
-        """Train the parameters of `model.parameter_groups()` (App. A), or go on where the checkpoint stopped.
-
-        The learning rate decays linearly to zero. Raises FloatingPointError, with the step, where a loss is not finite.
-        """
-        args, device, precision = self.args, self.setup.device, self.setup.precision
-        model.to(device).train()
-        with self.checkpoint.signals(), used_rows(model, self.weighted()) as examples:
-            groups = model.parameter_groups()
-            parameters = list(chain.from_iterable(groups))
-            optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-            scaler = GradScaler(device.type, enabled=precision is torch.float16)
-            history = self.checkpoint.start(stage, parameters, optimizer, scaler)  # the losses so far: (steps, K)
-            steps = args.epochs * -(-len(examples) // args.batch_size)
-            epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
-            bar = Progress(chain.from_iterable(epochs), total=steps, unit="step", desc=stage)
-            for step, batch in enumerate(bar, start=1):
-                if step <= len(history):  # the step was done before the training was stopped
-                    continue
-                # Seeds dropout by step, so that no random state has to be saved.
-                torch.manual_seed(hash((args.seed, step, devices.process_rank())))
-                optimizer.zero_grad()
-                share, weight = devices.own_rows(batch)  # each of several processes takes a share of every batch
-                losses = compute_gradients(model, share.to(device), scaler, precision)
-                history.append(devices.add_up_gradients(parameters, losses, weight).tolist())
-                if not np.isfinite(history[-1]).all():
-                    raise FloatingPointError(step)
-                scaler.unscale_(optimizer)
-                for group in groups:
-                    clip_grad_norm_(group, 1.0)
-                optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
-                scaler.step(optimizer)
-                scaler.update()
-                bar.set_postfix_str(f"loss per exit {np.mean(history[-50:], axis=0).round(2)}", refresh=False)
-                self.checkpoint.keep(stage, history, parameters, optimizer, scaler, is_over=step == steps)
-        model.cpu()  # frees the device for the next stage
-
-    def weighted(self) -> TokenizedExamples:
-        """The examples. With --class-weights balanced, each weighs N / (classes that occur x rows of its class).
-
-        Its class is its label, or with --targets trunk its likeliest target.
-        """
-        if not self.args.class_weights:
-            return self.examples
-        targets = self.examples.targets
-        if targets.ndim == 1:
-            targets = np.eye(self.setup.num_labels, dtype=np.float32)[targets]  # (N, C)
-        classes, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
-        weights = len(targets) / (len(classes) * counts[of_row])  # (N,)
-        return self.examples.with_targets(targets * weights[:, None].astype(np.float32))
-
-    def fit_exit_0(self, embeddings: Tensor) -> NgramExit:
-        """Fit exit 0, a bag of words, with the word embeddings (V, D) that the training started from."""
-        examples = self.weighted()
-        chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
-        batches = (examples.batch(rows).inputs for rows in chunks)
-        fit_ngrams(self.setup.ngrams, batches, torch.from_numpy(examples.targets), embeddings)
-        return self.setup.ngrams
+    args, device = setup.args, setup.device
+    model.to(device).train()
+    with checkpoint.signals(), used_rows(model, weighted(setup)) as examples:
+        groups = model.parameter_groups()
+        parameters = list(chain.from_iterable(groups))
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+        scaler = GradScaler(device.type, enabled=setup.precision is torch.float16)
+        history = checkpoint.start(stage, parameters, optimizer, scaler)  # the losses so far: (steps, K)
+        steps = args.epochs * -(-len(examples) // args.batch_size)
+        epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
+        bar = Progress(chain.from_iterable(epochs), total=steps, unit="step", desc=stage)
+        for step, batch in enumerate(bar, start=1):
+            if step <= len(history):  # the step was done before the training was stopped
+                continue
+            # Seeds dropout by step, so that no random state has to be saved.
+            torch.manual_seed(hash((args.seed, step, devices.process_rank())))
+            optimizer.zero_grad()
+            share, weight = devices.own_rows(batch)  # each of several processes takes a share of every batch
+            losses = compute_gradients(model, share.to(device), scaler, setup.precision)
+            history.append(devices.add_up_gradients(parameters, losses, weight).tolist())
+            if not np.isfinite(history[-1]).all():
+                raise FloatingPointError(step)
+            scaler.unscale_(optimizer)
+            for group in groups:
+                clip_grad_norm_(group, 1.0)
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
+            scaler.step(optimizer)
+            scaler.update()
+            bar.set_postfix_str(f"loss per exit {np.mean(history[-50:], axis=0).round(2)}", refresh=False)
+            checkpoint.keep(stage, history, parameters, optimizer, scaler, is_over=step == steps)
+    model.cpu()  # frees the device for the next stage
 
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
@@ -150,29 +106,68 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
     embedding.weight = whole
 
 
-def train_together(training: Training) -> MultiExitModel:
+def weighted(setup: TrainingSetup) -> TokenizedExamples:
+    """The examples. With --class-weights balanced, each weighs N / (classes that occur x rows of its class).
+
+    Its class is its label, or with --targets trunk its likeliest target.
+    """
+    targets = setup.examples.targets
+    if not setup.args.class_weights:
+        return setup.examples
+    if targets.ndim == 1:
+        targets = np.eye(setup.num_labels, dtype=np.float32)[targets]  # (N, C)
+    classes, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
+    weights = len(targets) / (len(classes) * counts[of_row])  # (N,)
+    return setup.examples.with_targets(targets * weights[:, None].astype(np.float32))
+
+
+def fit_exit_0(setup: TrainingSetup, embeddings: Tensor) -> NgramExit:
+    """Fit exit 0, a bag of words, with the word embeddings (V, D) that the training started from."""
+    examples = weighted(setup)
+    chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
+    batches = (examples.batch(rows).inputs for rows in chunks)
+    fit_ngrams(setup.ngrams, batches, torch.from_numpy(examples.targets), embeddings)
+    return setup.ngrams
+
+
+def grow(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
+    """The method's model, which starts from `start`. With --targets trunk the examples get the answers of `start`."""
+    args, examples = setup.args, setup.examples
+    if args.targets == "trunk":
+        precision = devices.choose_precision(args.amp, setup.device)  # as it is evaluated
+        logits, _ = all_logits(start.to(setup.device).eval(), examples, precision, "targets")
+        examples.targets = logits[-1].softmax(-1).numpy()
+        start.cpu()
+    torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
+    return METHODS[args.method](start, setup.layers, exit_strategy=args.exit_strategy)
+
+
+# One function per method. `start` has one exit, at its end: it is the trunk, or a new model.
+
+
+def train_together(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
     """EE and SWEET: one model, whose exits are trained together. A trunk is trained on."""
-    model = training.grow()
-    if training.setup.trunk is None or len(model.heads) > 1:  # else no exit is new but exit 0
-        training.fine_tune(model, training.args.lr, training.args.method)
+    model = grow(setup, start)
+    if setup.trunk is None or len(model.heads) > 1:  # else no exit is new but exit 0
+        fine_tune(setup, checkpoint, model, setup.args.lr, setup.args.method)
     return model
 
 
-def train_one_by_one(training: Training) -> MultiModel:
+def train_one_by_one(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
     """Multi-Model: one model for each exit. A trunk is the last of them, and stays as it is."""
-    model = training.grow()
-    for part in model.models[:-1] if training.setup.trunk else model.models:
-        training.fine_tune(part, training.args.lr, f"layers {part.exit_layers[0]}")
+    model = grow(setup, start)
+    for part in model.models[:-1] if setup.trunk else model.models:
+        fine_tune(setup, checkpoint, part, setup.args.lr, f"layers {part.exit_layers[0]}")
     return model
 
 
-def train_branches(training: Training) -> BranchModel:
+def train_branches(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
     """Branches on a trunk, at twice the learning rate. A trunk that is not given is trained as MM's last model is."""
-    if training.setup.trunk is None:
-        training.fine_tune(training.start, training.args.lr, "trunk")
-    model = training.grow()
+    if setup.trunk is None:
+        fine_tune(setup, checkpoint, start, setup.args.lr, "trunk")
+    model = grow(setup, start)
     if model.branches:
-        training.fine_tune(model, 2 * training.args.lr, "branches")
+        fine_tune(setup, checkpoint, model, 2 * setup.args.lr, "branches")
     return model
 
 
@@ -182,10 +177,12 @@ TRAIN = {"sweet": train_together, "ee": train_together, "mm": train_one_by_one, 
 def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     """Train one run and write its folder."""
     print(*setup.notes, sep="\n")
-    training, args, record = Training(setup, checkpoint), setup.args, setup.record
-    embeddings = training.start.encoder.word_embeddings.weight.detach().clone()  # before they are trained
+    args, record = setup.args, setup.record
+    torch.manual_seed(args.seed)
+    start = setup.trunk or build_alone(setup.folder, setup.layers[-1], setup.num_labels, args.exit_strategy)
+    embeddings = start.encoder.word_embeddings.weight.detach().clone()  # before they are trained
     try:
-        model = TRAIN[args.method](training)
+        model = TRAIN[args.method](setup, checkpoint, start)
     except FloatingPointError as error:
         step = record["diverged"] = error.args[0]
         if devices.process_rank() == 0:
@@ -202,7 +199,7 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
         losses.reverse()  # the trunk was trained first, and its exit is the last
     if setup.ngrams:
         started = time.perf_counter()
-        model.add_ngrams(training.fit_exit_0(embeddings))
+        model.add_ngrams(fit_exit_0(setup, embeddings))
         seconds["ngrams"] = time.perf_counter() - started
     record["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
     record["stages"] = {stage: round(taken, 1) for stage, taken in seconds.items()}

@@ -40,20 +40,19 @@ class NoCheckpoint:
         self.losses = losses
 
 
-def a_training(model, examples: TokenizedExamples, precision: torch.dtype | None = None, **arguments) -> train.Training:
-    """A training that starts from a trunk."""
+def setup_of(examples: TokenizedExamples, precision: torch.dtype | None = None, **arguments) -> SimpleNamespace:
+    """What a training starts from."""
     args = {"epochs": 1, "batch_size": 4, "seed": 0, "class_weights": None, "targets": "labels", "amp": "off"}
     args = SimpleNamespace(**args | {"method": "sweet", "exit_strategy": "confidence"} | arguments)
-    parts = {"examples": examples, "device": torch.device("cpu"), "precision": precision, "trunk": model}
-    setup = SimpleNamespace(args=args, folder=None, layers=[1, 4], num_labels=2, **parts)
-    return train.Training(setup, NoCheckpoint())
+    parts = {"examples": examples, "device": torch.device("cpu"), "precision": precision}
+    return SimpleNamespace(args=args, layers=[1, 4], num_labels=2, **parts)
 
 
 def fine_tune(model: MultiExitModel, examples: TokenizedExamples, rate: float, *precision, **arguments) -> list:
     """Train a model in place; each step's losses."""
-    training = a_training(model, examples, *precision, **arguments)
-    training.fine_tune(model, rate, "test")
-    return training.checkpoint.losses
+    checkpoint = NoCheckpoint()
+    train.fine_tune(setup_of(examples, *precision, **arguments), checkpoint, model, rate, "test")
+    return checkpoint.losses
 
 
 def toy_examples(folder: Path, rows: int, max_length: int = 32) -> TokenizedExamples:
@@ -153,14 +152,13 @@ def test_the_trunks_probabilities_are_targets(tmp_path):
     folder = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3)
     examples, trunk = toy_examples(folder, 30), build_alone(folder, 4, 2).train()
     torch.nn.init.normal_(trunk.heads[0].classifier.weight)
-    training = a_training(trunk, examples, targets="trunk")
     with torch.no_grad():
         logits = torch.cat([trunk.eval()(*examples.batch(np.array([row])).inputs)[0] for row in range(30)])
-    model = training.grow().eval()
-    targets = training.examples.targets
+    model = train.grow(setup_of(examples, targets="trunk"), trunk).eval()
+    targets = examples.targets
     assert targets.std(0).min() > 0.001
     np.testing.assert_allclose(targets, logits.softmax(-1), atol=1e-5)
-    batch = training.examples.batch(np.array([3, 7, 1]))
+    batch = examples.batch(np.array([3, 7, 1]))
     losses = train.compute_gradients(model, batch, NO_SCALER, None)
     expected = -(torch.from_numpy(targets[[3, 7, 1]]) * model(*batch.inputs).log_softmax(-1)).sum(-1).mean(1)
     torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
@@ -188,18 +186,18 @@ def test_mixed_precision_gradients_are_those_of_float32_and_training_has_dropout
 def test_balanced_rows_count_by_their_class(strategy):
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
     certainty = torch.rand(8) if strategy == "lte" else None
-    training = SimpleNamespace(args=SimpleNamespace(class_weights="balanced"), setup=SimpleNamespace(num_labels=3))
-    training.examples = SimpleNamespace(targets=labels.numpy(), with_targets=torch.from_numpy)
-    targets = train.Training.weighted(training)
+    examples = SimpleNamespace(targets=labels.numpy(), with_targets=torch.from_numpy)
+    setup = SimpleNamespace(args=SimpleNamespace(class_weights="balanced"), num_labels=3, examples=examples)
+    targets = train.weighted(setup)
     sure = [None] * 8 if certainty is None else certainty[:, None]
     of_rows = torch.stack([exit_loss(logits[[i]], sure[i], labels[[i]]) for i in range(8)])
     weights = torch.tensor([8 / (3 * n) for n in (5, 5, 5, 5, 5, 2, 2, 1)])
     torch.testing.assert_close(exit_loss(logits, certainty, targets), (weights * of_rows).mean())
     soft = torch.randn(8, 3).softmax(-1)  # as of a trunk, whose answers are the classes
-    training.examples.targets, answers = soft.numpy(), soft.argmax(-1)
+    examples.targets, answers = soft.numpy(), soft.argmax(-1)
     counts = answers.bincount(minlength=3)
     weights = 8 / (counts.count_nonzero() * counts[answers])
-    torch.testing.assert_close(train.Training.weighted(training), soft * weights[:, None])
+    torch.testing.assert_close(train.weighted(setup), soft * weights[:, None])
 
 
 # What follows runs train.py.
