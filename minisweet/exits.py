@@ -120,15 +120,10 @@ class ExitModel(nn.Module):
         return self.head_layers if self.ngrams is None else (0, *self.head_layers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        """All exits' logits.
+        """All exits' logits, (K, B, C).
 
-        Args:
-            input_ids: (B, T), int64.
-            attention_mask: (B, T): 1 for tokens, 0 for padding.
-            token_type_ids: (B, T), int64: 0 in the first sentence, 1 in the second.
-
-        Returns:
-            Logits (K, B, C).
+        The arguments are (B, T), int64. `attention_mask` is 1 for tokens and 0 for padding, `token_type_ids` is 0 in
+        the first sentence and 1 in the second.
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 

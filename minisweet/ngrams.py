@@ -83,15 +83,15 @@ def fit_ngrams(
     parts = [(rows, known[used[rows] % V]) for rows in is_of_part]
     # embedding_bag sums rows over slices of a list: each text's n-grams, and for the gradient each n-gram's texts.
     texts = torch.arange(N).repeat_interleave(sizes)[gram.argsort(stable=True)]  # (G,)
-    text_starts, gram_starts, root = sizes.cumsum(0) - sizes, counts.cumsum(0) - counts, sizes.clamp(min=1).rsqrt()
+    text_starts, gram_starts = sizes.cumsum(0) - sizes, counts.cumsum(0) - counts  # of the slices
+    root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
 
     def log_probabilities(scale: float, free: Tensor, linear: Tensor, bias: Tensor) -> Tensor:
         """Those of all texts, (N, C)."""
         table = free.clone()
         for (rows, vectors), function in zip(parts, linear, strict=True):
             table[rows] += scale * vectors @ function
-        sums = F.embedding_bag(gram, table, text_starts, mode="sum")
-        return (sums * root[:, None] + bias).log_softmax(-1)
+        return (F.embedding_bag(gram, table, text_starts, mode="sum") * root + bias).log_softmax(-1)
 
     def solve(scale: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Free parts (R, C), linear functions (parts, D+1, C) and the bias (C,), for `weights` of the texts (N,)."""
@@ -100,10 +100,10 @@ def fit_ngrams(
         def loss() -> Tensor:  # mean cross-entropy and a penalty; the gradient is by hand, which is four times as fast
             said = log_probabilities(scale, free, linear, bias)
             error = (said.exp() * targets.sum(1, keepdim=True) - targets) * weights[:, None] / N  # of the logits
-            sums = F.embedding_bag(texts, error * root[:, None], gram_starts, mode="sum")  # (R, C)
+            sums = F.embedding_bag(texts, error * root, gram_starts, mode="sum")  # (R, C)
             of_linear = torch.stack([scale * vectors.T @ sums[rows] for rows, vectors in parts])
-            bias.grad = error.sum(0)
             free.grad, linear.grad = sums + free / (STRENGTH * N), of_linear + linear / (STRENGTH * N)
+            bias.grad = error.sum(0)
             penalty = (free.square().sum() + linear.square().sum()) / (2 * STRENGTH * N)
             return penalty - weights @ (targets * said).sum(1) / N
 

@@ -49,15 +49,19 @@ def owners(model, batch) -> dict[str, set[int]]:
     return matrix
 
 
-def right_owner(name: str, exit_layers: tuple[int, ...]) -> int | None:
-    """The exit that SWEET lets update a parameter: the first one after it. None above the last exit."""
-    kind, _, rest = name.partition(".")
+def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[int]:
+    """Which exits' losses are to update a parameter."""
+    K, (kind, k, *rest) = len(exit_layers), name.split(".")
+    if method == "branch":  # the exit its branch and its head, and nobody the trunk
+        return {int(k)} if kind in ("branches", "heads") and int(k) < K - 1 else set()
     if kind == "heads":
-        return int(rest.split(".")[0])
-    layer = int(rest.split(".")[1]) + 1 if rest.startswith("layers.") else 1  # embeddings and table: the first exit's
-    return next((k for k, exit_layer in enumerate(exit_layers) if layer <= exit_layer), None)
+        return {int(k)}
+    layer = int(rest[0]) + 1 if k == "layers" else 1  # the embeddings and the table of positions belong to layer 1
+    later = {k for k, exit_layer in enumerate(exit_layers) if layer <= exit_layer}
+    return later if method == "ee" else set(sorted(later)[:1])  # with SWEET, the next exit alone
 
 
+@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
 @settings(max_examples=16, deadline=None)
 @given(
     model_type=st.sampled_from(["bert", "deberta"]),
@@ -65,48 +69,15 @@ def right_owner(name: str, exit_layers: tuple[int, ...]) -> int | None:
     seed=st.integers(0, 1000),
     strategy=st.sampled_from(EXIT_STRATEGIES),
 )
-def test_under_sweet_every_parameter_has_exactly_one_owner(model_type, exit_layers, seed, strategy):
-    model = make(model_type, exit_layers, "sweet", strategy, seed)
-    for name, exits in owners(model, random_batch(seed)).items():
-        owner = right_owner(name, exit_layers)
-        assert exits == (set() if owner is None else {owner}), name
-
-
-@settings(max_examples=16, deadline=None)
-@given(model_type=st.sampled_from(["bert", "deberta"]), exit_layers=EXIT_LAYERS, seed=st.integers(0, 1000))
-def test_under_ee_every_later_exit_is_an_owner_too(model_type, exit_layers, seed):
-    K = len(exit_layers)
-    for name, exits in owners(make(model_type, exit_layers, "ee", seed=seed), random_batch(seed)).items():
-        owner = right_owner(name, exit_layers)
-        if name.startswith("heads"):
-            assert exits == {owner}, name
-        else:
-            assert exits == (set() if owner is None else set(range(owner, K))), name
-        if "embedding" in name or "relative_table" in name:
-            assert len(exits) == K, name
-
-
-@settings(max_examples=16, deadline=None)
-@given(
-    model_type=st.sampled_from(["bert", "deberta"]),
-    exit_layers=EXIT_LAYERS,
-    seed=st.integers(0, 1000),
-    strategy=st.sampled_from(EXIT_STRATEGIES),
-)
-def test_under_branch_an_exit_owns_its_branch_and_its_head_and_nobody_the_trunk(
-    model_type, exit_layers, seed, strategy
-):
-    model = make(model_type, exit_layers, "branch", strategy, seed)
-    matrix, trained = owners(model, random_batch(seed)), [set() for _ in exit_layers[1:]]
-    for name, exits in matrix.items():
-        kind, k = name.split(".")[:2]
-        owned = kind in ("branches", "heads") and int(k) < len(trained)
-        assert exits == ({int(k)} if owned else set()), name
-        if owned:
-            trained[int(k)].add(name)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = [{names[parameter] for parameter in group} for group in model.parameter_groups()]
-    assert groups == trained
+def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, model_type, exit_layers, seed, strategy):
+    model = make(model_type, exit_layers, method, strategy, seed)
+    found = owners(model, random_batch(seed))
+    for name, exits in found.items():
+        assert exits == right_owners(name, exit_layers, method), name
+    if method == "branch":
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [{names[parameter] for parameter in group} for group in model.parameter_groups()]
+        assert groups == [{name for name in found if found[name] == {k}} for k in range(len(exit_layers) - 1)]
 
 
 def test_the_table_of_owners_in_exits_py_is_what_gradients_say():
@@ -132,25 +103,27 @@ def test_the_table_of_owners_in_exits_py_is_what_gradients_say():
     assert found == table
 
 
-def test_all_methods_have_the_logits_of_the_same_weights(model_dir):
+def load_model(folder, exit_layers, method: str, strategy: str = "confidence"):
+    """A model of a folder's checkpoint, in evaluation mode."""
     torch.manual_seed(0)
-    sweet = MultiExitModel(load_encoder(model_dir), (1, 2, 4), 3, "sweet").eval()
-    batch = random_batch()
-    assert sweet(*batch).shape == (3, 4, 3)
-    ee, branch = (exit_model(load_encoder(model_dir), (1, 2, 4), 3, method).eval() for method in ("ee", "branch"))
-    ee.load_state_dict(sweet.state_dict())
+    if method == "mm":
+        return build_multi_model(folder, exit_layers, 2, strategy).eval()
+    return exit_model(load_encoder(folder), exit_layers, 2, method, strategy).eval()
+
+
+def test_all_methods_have_the_logits_of_the_same_weights(model_dir):
+    batch, mm = random_batch(), load_model(model_dir, (1, 2, 4), "mm")
+    sweet, ee, branch = (load_model(model_dir, (1, 2, 4), method) for method in ("sweet", "ee", "branch"))
+    assert sweet(*batch).shape == (3, 4, 2)
     with torch.no_grad():
         assert torch.equal(sweet(*batch), ee(*batch))
+        assert torch.equal(mm(*batch)[1], mm[1](*batch)[0])
     torch.testing.assert_close(sweet(*batch), ee(*batch), atol=1e-6, rtol=1e-6)  # other kernels run without gradient
-    branch.heads.load_state_dict(sweet.heads.state_dict())  # its private layers are still the trunk's
+    # Branches are still the trunk's layers, and MM's models the first layers of one checkpoint.
     torch.testing.assert_close(sweet(*batch), branch(*batch), atol=1e-5, rtol=1e-5)
-
-
-def test_multi_model_answers_like_its_models(model_dir):
-    models = build_multi_model(model_dir, (2, 4), 3).eval()
-    batch = random_batch()
-    assert models(*batch).shape == (2, 4, 3)
-    torch.testing.assert_close(models(*batch)[1], models[1](*batch)[0], atol=0, rtol=0)
+    for head, model in zip(sweet.heads, mm, strict=True):
+        model.heads[0].load_state_dict(head.state_dict())
+    torch.testing.assert_close(sweet(*batch), mm(*batch), atol=1e-5, rtol=1e-5)
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
@@ -294,12 +267,7 @@ def with_ngrams(model):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 def test_kept_exits_answer_as_before_from_the_same_weights(model_dir, method, strategy):
-    torch.manual_seed(0)
-    if method == "mm":
-        model = build_multi_model(model_dir, (1, 2, 4), 2, strategy).eval()
-    else:
-        model = exit_model(load_encoder(model_dir), (1, 2, 4), 2, method, strategy).eval()
-    there = (1, 2, 4)
+    model, there = load_model(model_dir, (1, 2, 4), method, strategy), (1, 2, 4)
     if strategy == "confidence":
         model, there = with_ngrams(model), (0, 1, 2, 4)
     batch = random_batch()
@@ -318,27 +286,21 @@ def test_kept_exits_answer_as_before_from_the_same_weights(model_dir, method, st
             model.keep_exits(wrong)
 
 
-def test_exit_0_stands_in_front_and_needs_no_encoder(model_dir):
-    batch = random_batch()
-    for method in METHODS:
-        torch.manual_seed(0)
-        build = lambda: exit_model(load_encoder(model_dir), (2, 4), 2, method)  # noqa: B023, E731
-        model = (build_multi_model(model_dir, (2, 4), 2) if method == "mm" else build()).eval()
-        plain = model(*batch)
-        model = with_ngrams(model)
-        assert model(*batch).shape == (3, 4, 2)
-        assert torch.equal(model(*batch)[1:], plain)
-        assert {name for name in model.state_dict() if "ngrams" in name} == {
-            f"ngrams.{name}" for name in model.ngrams.state_dict()
-        }
-        embedded = []
-        encoder = (model[0] if method == "mm" else model).encoder
-        encoder.word_embeddings.register_forward_hook(lambda *_: embedded.append(1))  # noqa: B023
-        logits, certainty = next(model.exit_by_exit(*batch))
-        assert torch.equal(logits, model.ngrams(*batch))
-        assert (certainty, embedded) == (None, [])
-        groups = (model[0] if method == "mm" else model).parameter_groups()
-        assert not {id(p) for group in groups for p in group} & {id(p) for p in model.ngrams.parameters()}
+@pytest.mark.parametrize("method", METHODS)
+def test_exit_0_stands_in_front_and_needs_no_encoder(model_dir, method):
+    batch, model = random_batch(), load_model(model_dir, (2, 4), method)
+    plain = model(*batch)
+    logits = with_ngrams(model)(*batch)
+    assert torch.equal(logits[1:], plain)
+    assert torch.equal(logits[0], model.ngrams(*batch))
+    assert {name for name in model.state_dict() if "ngrams" in name} == {
+        f"ngrams.{name}" for name in model.ngrams.state_dict()
+    }
+    embedded = []
+    encoder = (model[0] if method == "mm" else model).encoder
+    encoder.word_embeddings.register_forward_hook(lambda *_: embedded.append(1))
+    assert (next(model.exit_by_exit(*batch))[1], embedded) == (None, [])
+    assert list(model.ngrams.parameters()) == []  # nothing that training would update
 
 
 @pytest.mark.parametrize("exit_layers", [(), (0, 2), (2, 2), (3, 1), (1, 5)])
@@ -347,11 +309,10 @@ def test_exit_layers_must_be_increasing_and_in_the_encoder(exit_layers):
         MultiExitModel(tiny_encoder("bert"), exit_layers, 2)
 
 
-def test_another_method_or_exit_strategy_is_refused():
-    with pytest.raises(ValueError, match="'mm'"):
-        MultiExitModel(tiny_encoder("bert"), (1,), 2, "mm")
-    with pytest.raises(ValueError, match="'patience'"):
-        MultiExitModel(tiny_encoder("bert"), (1,), 2, "sweet", "patience")
+@pytest.mark.parametrize("wrong", [{"method": "mm"}, {"exit_strategy": "patience"}])
+def test_another_method_or_exit_strategy_is_refused(wrong):
+    with pytest.raises(ValueError, match="'mm' is none of sweet, ee|'patience' is none of confidence, lte"):
+        MultiExitModel(tiny_encoder("bert"), (1,), 2, **wrong)
 
 
 def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):
