@@ -211,11 +211,21 @@ def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(run, "model.safetensors"))
 
 
+@pytest.fixture
+def trained(command):
+    """Run train.py, which must go well; gives what it prints."""
+
+    def run_and_read(*arguments) -> str:
+        status, out, err = command(train, *arguments)
+        assert status == 0, err
+        return out
+
+    return run_and_read
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_tells_what_made_it(command, model_dir, method):
-    status, out, err = command(train, *quick(model_dir, "--method", method, "--seed", 3))
-    assert status == 0, err
-    assert "lr 0.0002" in out
+def test_a_run_tells_what_made_it(trained, model_dir, method):
+    assert "lr 0.0002" in trained(*quick(model_dir, "--method", method, "--seed", 3))
     assert [path.name for path in Path("runs").iterdir()] == [f"tiny-{method}-toy-seed3"]
     record = record_of(f"runs/tiny-{method}-toy-seed3")
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
@@ -228,10 +238,9 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_example_is_enough(command, tmp_path, method):
-    model = write_model(tmp_path / "tiny", "bert")
+def test_one_example_is_enough(trained, tmp_path, method):
     arguments = ["--method", method, "--train-size", 1, "--epochs", 3, "--exit-strategy", "lte", "--out", "a"]
-    assert command(train, *quick(model, *arguments))[0] == 0
+    trained(*quick(write_model(tmp_path / "tiny", "bert"), *arguments))
     assert (len(record_of("a")["subset"]), np.shape(record_of("a")["losses"])) == (1, (3, 3))
 
 
@@ -253,7 +262,7 @@ def test_a_training_that_diverges_leaves_its_step_and_what_may_be_overwritten(co
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_class_weights_change_the_training_and_are_recorded(command, tmp_path, method):
+def test_class_weights_change_the_training_and_are_recorded(trained, tmp_path, method):
     model = write_model(tmp_path / "tiny", "bert")
     rows = ["a good film,up\n"] * 2 + [f"a bad film {i},down\n" for i in range(28)]
     Path("t.csv").write_text("text,label\n" + "".join(rows))
@@ -261,7 +270,7 @@ def test_class_weights_change_the_training_and_are_recorded(command, tmp_path, m
     for weights in ([], ["--class-weights", "balanced"]):
         arguments = ["--data", "t.csv", "--dev-data", "t.csv", "--model", model, "--method", method, "--lr", "1e-3"]
         options = [*arguments, *weights, "--out", "run", "--exit-layers", "0,2,4", "--overwrite"]
-        assert command(train, *quick(model, *options))[0] == 0
+        trained(*quick(model, *options))
         assert record_of("run")["arguments"]["class_weights"] == (weights[1] if weights else None)
         found[bool(weights)] = record_of("run")["losses"], load_run(Path("run"))[0].ngrams.bias
     assert found[True][0] != found[False][0]
@@ -294,11 +303,10 @@ def test_with_exits_0_and_L_all_methods_are_one(plain, model_type):
 
 
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
-def test_exit_0_beside_others_changes_none_of_them(command, plain, tmp_path, method):
+def test_exit_0_beside_others_changes_none_of_them(trained, plain, tmp_path, method):
     """It is the same bag of words with the other exits and without, and they are the same with it and without."""
     for layers in ("0,2,4", "2,4"):
-        options = ["--exit-layers", layers, "--method", method, "--out", f"run-{layers}"]
-        assert command(train, *quick(plain / "bert", *options))[0] == 0
+        trained(*quick(plain / "bert", "--exit-layers", layers, "--method", method, "--out", f"run-{layers}"))
     both, without, alone = map(weights_of, ("run-0,2,4", "run-2,4", plain / f"bert-{method}"))
     ngrams = {name for name in both if name.startswith("ngrams.")}
     assert ngrams
@@ -309,12 +317,11 @@ def test_exit_0_beside_others_changes_none_of_them(command, plain, tmp_path, met
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_trunk_gets_exit_0_and_stays_as_it_is(command, plain, method):
+def test_a_trunk_gets_exit_0_and_stays_as_it_is(trained, plain, method):
     trunk = plain / "bert-sweet"  # which has exit 0 itself; another one is fitted
     options = ["--train-size", 30, "--max-length", 32, "--method", method, "--seed", 1]
     for extra in (["--exit-layers", "0,4"], []) if method == "branch" else (["--exit-layers", "0,4"],):
-        status, out, err = command(train, "--trunk", trunk, *options, *extra, "--out", "run", "--overwrite")
-        assert status == 0, err
+        out = trained("--trunk", trunk, *options, *extra, "--out", "run", "--overwrite")
         assert "no layer is trained: the trunk stays as it is" in out
         before, after = map(weights_of, (trunk, "run"))
         after = {name.removeprefix("models.0."): tensor for name, tensor in after.items()}
@@ -333,7 +340,7 @@ def short(*arguments) -> list:
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
-def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, model_dir, tmp_path, strategy):
+def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, model_dir, tmp_path, strategy):
     same = ["--lr", "1e-3", "--exit-strategy", strategy]
     new = ["--model", model_dir, *same]
     for out, arguments in {
@@ -344,8 +351,7 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, mod
         "on-one": ["--trunk", "one", *same],
         "on-branch": ["--trunk", "branch", *same],
     }.items():
-        status, _, err = command(train, *short(*arguments, "--out", out))
-        assert status == 0, err
+        trained(*short(*arguments, "--out", out))
     weights = {path.parent.name: load_file(path) for path in tmp_path.glob("*/model.safetensors")}
     ours, mm = weights["branch"], weights["mm"]
     trunk = {name for name in ours if name.startswith(("encoder.", "heads.2."))}
@@ -372,25 +378,23 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(command, mod
 @pytest.mark.parametrize(
     ("method", "targets"), [("ee", "labels"), ("ee", "trunk"), ("mm", "trunk"), ("branch", "trunk")]
 )
-def test_every_method_trains_from_a_trunk(command, tmp_path, method, targets):
+def test_every_method_trains_from_a_trunk(trained, tmp_path, method, targets):
     model = write_model(tmp_path / "tiny", "bert")
     first = ["--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "bert-base"]
     grow = ["--trunk", "bert-base", "--method", method, "--targets"]  # a folder that is called like a preset
     for arguments in (first, [*grow, targets, "--out", "grown"], [*grow, "labels", "--out", "labels"]):
-        status, _, err = command(train, *short(*arguments))
-        assert status == 0, err
+        trained(*short(*arguments))
     (grown, record), (plain, _) = load_run(Path("grown")), load_run(Path("bert-base"))
     assert (record.method, len(record.losses[0]), record.model) == (method, 3 if method == "ee" else 2, "./bert-base")
     same = torch.equal(grown(*random_batch())[-1], plain(*random_batch())[-1])
     assert same is (method != "ee")  # which goes on training the trunk
     assert (record.losses == read_record(Path("labels")).losses) is (targets == "labels")
-    assert command(evaluate, "grown")[0] == 0
 
 
-def test_a_classifier_of_transformers_keeps_its_answers_when_branches_are_grown_on_it(command, model_dir, model_type):
+def test_a_classifier_of_transformers_keeps_its_answers_when_branches_are_grown_on_it(trained, model_dir, model_type):
     theirs = save_classifier(model_dir, model_type)  # beside the vocabulary
     input_ids, mask, types = random_batch()
-    assert command(train, *short("--trunk", model_dir, "--out", "a", "--lr", "1e-2"))[0] == 0
+    trained(*short("--trunk", model_dir, "--out", "a", "--lr", "1e-2"))
     with torch.no_grad():
         types_of_bert = {"token_type_ids": types} if model_type == "bert" else {}
         expected = theirs(input_ids=input_ids, attention_mask=mask, **types_of_bert).logits
@@ -401,14 +405,13 @@ def test_a_classifier_of_transformers_keeps_its_answers_when_branches_are_grown_
     assert (after[:-1] != after[-1]).any()
 
 
-def test_a_trunk_from_elsewhere_and_text_without_labels(command, tmp_path):
+def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_path):
     save_classifier(tmp_path / "theirs", "bert")
     write_model(tmp_path / "tiny", "bert")
     (tmp_path / "theirs" / "vocab.txt").write_text((tmp_path / "tiny" / "vocab.txt").read_text())
     Path("texts.csv").write_text("text\n" + "".join(f"a film {i}\n" for i in range(40)))
     options = ["--trunk", "theirs", "--data", "texts.csv", "--targets", "trunk", "--labels", "no,yes"]
-    status, _, err = command(train, *options, "--max-length", 32, "--out", "run", "--class-weights", "balanced")
-    assert status == 0, err
+    trained(*options, "--max-length", 32, "--out", "run", "--class-weights", "balanced")
     record = read_record(Path("run"))
     assert (record.exit_layers, record.labels, record.metric) == ([0, 4], ["no", "yes"], "agreement")
     assert record.train_texts is None
