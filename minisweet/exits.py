@@ -132,9 +132,9 @@ class ExitModel(nn.Module):
 
         Raises ValueError unless they are some of its exits, in order, and the last one among them.
         """
-        there = self.exit_layers
-        if list(exit_layers) != [n for n in there if n in exit_layers] or there[-1] not in exit_layers:
-            wanted, there = (",".join(map(str, layers)) for layers in (exit_layers, there))
+        are_in_order = list(exit_layers) == [n for n in self.exit_layers if n in exit_layers]
+        if not are_in_order or self.exit_layers[-1] not in exit_layers:
+            wanted, there = (",".join(map(str, layers)) for layers in (exit_layers, self.exit_layers))
             raise ValueError(f"exits {wanted!r}: must be some of {there}, in order, and the last one among them")
         model = copy.copy(self)
         model._modules = self._modules.copy()
@@ -142,7 +142,7 @@ class ExitModel(nn.Module):
         model.head_layers = tuple(n for n in exit_layers if n > 0)
         kept = [self.head_layers.index(n) for n in model.head_layers]
         for name, parts in self.named_children():
-            if isinstance(parts, nn.ModuleList):  # heads, MM's models, or branches, which the last exit has none of
+            if isinstance(parts, nn.ModuleList):  # one for each exit: heads, MM's models, or branches, but for the last
                 setattr(model, name, nn.ModuleList(parts[k] for k in kept if k < len(parts)))
         return model
 
@@ -179,8 +179,8 @@ class MultiExitModel(ExitModel):
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before anything behind it runs.
 
-        But for EE, no gradient crosses an exit: a training loop may call backward() on an exit's loss while this
-        generator waits, which frees the activations up to there. For the arguments see `forward`.
+        Where no gradient crosses an exit, with every method but EE, a training loop may call backward() on an exit's
+        loss while this generator waits. That frees the activations up to there. For the arguments see `forward`.
         """
         if self.ngrams is not None:
             yield self.ngrams(input_ids, attention_mask, token_type_ids), None

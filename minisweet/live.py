@@ -101,5 +101,6 @@ def regroup(hidden: list[Tensor], stay: Tensor, lengths: list[int], batch_size: 
     if stay.all():
         return hidden
     kept = [states[which] for states, which in zip(hidden, stay.split(batch_size), strict=True)]
-    kept = torch.cat([F.pad(states, (0, 0, 0, lengths[0] - states.shape[1])) for states in kept])  # or cuts padding off
+    # To the length of the longest who stays: where T was more, the amount is negative and cuts padding off.
+    kept = torch.cat([F.pad(states, (0, 0, 0, lengths[0] - states.shape[1])) for states in kept])
     return [states[:, :T] for states, T in zip(kept.split(batch_size), lengths, strict=True)]

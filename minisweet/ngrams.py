@@ -25,10 +25,8 @@ FOLDS, ENOUGH = 3, 1000  # of cross-validation, and how many held-out texts are 
 class NgramExit(nn.Module):
     """Tokens to logits by a table of n-grams, which `fit_ngrams` fills. It has buffers, which training leaves alone.
 
-    Args:
-        vocab_size, num_labels: V and C.
-        special_ids: tokens that are no words, such as [CLS], [SEP], [PAD] and [UNK]. They say nothing.
-        pairs: whether texts come in pairs. If so, each token has two rows: for one of the texts alone, and for both.
+    `special_ids` are tokens that are no words, such as [CLS], [SEP], [PAD] and [UNK], and say nothing. `pairs` is
+    whether texts come in pairs. If so, each token has two rows: for one of the texts alone, and for both.
     """
 
     def __init__(self, vocab_size: int, num_labels: int, special_ids: Sequence[int], pairs: bool) -> None:
@@ -114,9 +112,13 @@ def fit_ngrams(
     fold = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
     held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # one where texts are many
 
-    def likelihood(scale: float) -> float:  # log-likelihood of texts that the fit has not seen
-        said = [log_probabilities(scale, *solve(scale, weights * ~out)) for out in held_out]
-        return sum(float(weights[out] @ (targets * p)[out].sum(1)) for out, p in zip(held_out, said, strict=True))
+    def likelihood(scale: float) -> float:
+        """The log-likelihood of texts that the fit has not seen."""
+        total = 0.0
+        for out in held_out:
+            said = log_probabilities(scale, *solve(scale, weights * ~out))
+            total += float(weights[out] @ (targets * said)[out].sum(1))
+        return total
 
     scale = max(SCALES, key=likelihood)
     free, linear, bias = solve(scale, weights)

@@ -244,7 +244,7 @@ def test_one_example_is_enough(trained, tmp_path, method):
     assert (len(record_of("a")["subset"]), np.shape(record_of("a")["losses"])) == (1, (3, 3))
 
 
-def test_a_training_that_diverges_leaves_its_step_and_what_may_be_overwritten(command, tmp_path):
+def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     options = quick(model, "--lr", "1e30", "--amp", "off", "--out", "a")
     status, _, err = command(train, *options, "--save-every", "1e-9")
@@ -255,26 +255,20 @@ def test_a_training_that_diverges_leaves_its_step_and_what_may_be_overwritten(co
     assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
     assert command(train, *options, "--overwrite")[0] == 2
     assert load_run(Path("a"))[1].diverged is None  # a run with weights stays
-    Path("a/notes.txt").write_text("mine")
-    status, _, err = command(train, *quick(model, "--out", "a", "--overwrite"))
-    assert (status, err.count("\n"), "--out: a holds 'notes.txt', which no run made" in err) == (2, 1, True)
-    assert Path("a/notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_class_weights_change_the_training_and_are_recorded(trained, tmp_path, method):
-    model = write_model(tmp_path / "tiny", "bert")
     rows = ["a good film,up\n"] * 2 + [f"a bad film {i},down\n" for i in range(28)]
     Path("t.csv").write_text("text,label\n" + "".join(rows))
-    found = {}
-    for weights in ([], ["--class-weights", "balanced"]):
-        arguments = ["--data", "t.csv", "--dev-data", "t.csv", "--model", model, "--method", method, "--lr", "1e-3"]
-        options = [*arguments, *weights, "--out", "run", "--exit-layers", "0,2,4", "--overwrite"]
-        trained(*quick(model, *options))
-        assert record_of("run")["arguments"]["class_weights"] == (weights[1] if weights else None)
-        found[bool(weights)] = record_of("run")["losses"], load_run(Path("run"))[0].ngrams.bias
-    assert found[True][0] != found[False][0]
-    assert not torch.equal(found[True][1], found[False][1])
+    options = ["--data", "t.csv", "--dev-data", "t.csv", "--method", method, "--lr", "1e-3", "--exit-layers", "0,2,4"]
+    options = quick(write_model(tmp_path / "tiny", "bert"), *options)
+    trained(*options, "--out", "plain")
+    trained(*options, "--out", "weighted", "--class-weights", "balanced")
+    (plain, before), (weighted, after) = load_run(Path("plain")), load_run(Path("weighted"))
+    assert record_of("weighted")["arguments"]["class_weights"] == "balanced"
+    assert before.losses != after.losses
+    assert not torch.equal(plain.ngrams.bias, weighted.ngrams.bias)
 
 
 @pytest.fixture(scope="module")
@@ -366,13 +360,6 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, mod
     losses = {name: record_of(name)["losses"] for name in ("mm", "branch", "on-mm", "on-one")}
     assert [row[2] for row in losses["branch"]] == [row[2] for row in losses["mm"]]
     assert losses["on-mm"] == losses["on-one"] == [row[:2] for row in losses["branch"]]
-
-    batch, model, plain = random_batch(1), load_run(Path("branch"))[0], load_run(Path("mm"))[0][-1]
-    with torch.no_grad():
-        expected = plain(*batch)[0]
-        for exits in (model, model.keep_exits((4,)), model.keep_exits((2, 4))):
-            assert torch.equal(exits(*batch)[-1], expected)
-        assert not any(torch.equal(logits, expected) for logits in model(*batch)[:-1])
 
 
 @pytest.mark.parametrize(
