@@ -130,7 +130,7 @@ def fit_exit_0(setup: TrainingSetup, embeddings: Tensor) -> NgramExit:
     return setup.ngrams
 
 
-def grow(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
+def make_model(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
     """The method's model, which starts from `start`. With --targets trunk the examples get the answers of `start`."""
     args, examples = setup.args, setup.examples
     if args.targets == "trunk":
@@ -147,7 +147,7 @@ def grow(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
 
 def train_together(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
     """EE and SWEET: one model, whose exits are trained together. A trunk is trained on."""
-    model = grow(setup, start)
+    model = make_model(setup, start)
     if setup.trunk is None or len(model.heads) > 1:  # else no exit is new but exit 0
         fine_tune(setup, checkpoint, model, setup.args.lr, setup.args.method)
     return model
@@ -155,7 +155,7 @@ def train_together(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExi
 
 def train_one_by_one(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
     """Multi-Model: one model for each exit. A trunk is the last of them, and stays as it is."""
-    model = grow(setup, start)
+    model = make_model(setup, start)
     for part in model.models[:-1] if setup.trunk else model.models:
         fine_tune(setup, checkpoint, part, setup.args.lr, f"layers {part.exit_layers[0]}")
     return model
@@ -165,7 +165,7 @@ def train_branches(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExi
     """Branches on a trunk, at twice the learning rate. A trunk that is not given is trained as MM's last model is."""
     if setup.trunk is None:
         fine_tune(setup, checkpoint, start, setup.args.lr, "trunk")
-    model = grow(setup, start)
+    model = make_model(setup, start)
     if model.branches:
         fine_tune(setup, checkpoint, model, 2 * setup.args.lr, "branches")
     return model

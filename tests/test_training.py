@@ -154,7 +154,7 @@ def test_the_trunks_probabilities_are_targets(tmp_path):
     torch.nn.init.normal_(trunk.heads[0].classifier.weight)
     with torch.no_grad():
         logits = torch.cat([trunk.eval()(*examples.batch(np.array([row])).inputs)[0] for row in range(30)])
-    model = train.grow(setup_of(examples, targets="trunk"), trunk).eval()
+    model = train.make_model(setup_of(examples, targets="trunk"), trunk).eval()
     targets = examples.targets
     assert targets.std(0).min() > 0.001
     np.testing.assert_allclose(targets, logits.softmax(-1), atol=1e-5)
