@@ -111,9 +111,9 @@ def weighted(setup: TrainingSetup) -> TokenizedExamples:
 
     Its class is its label, or with --targets trunk its likeliest target.
     """
-    targets = setup.examples.targets
     if not setup.args.class_weights:
         return setup.examples
+    targets = setup.examples.targets
     if targets.ndim == 1:
         targets = np.eye(setup.num_labels, dtype=np.float32)[targets]  # (N, C)
     classes, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)

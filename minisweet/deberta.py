@@ -60,9 +60,9 @@ class DebertaLayer(TransformerLayer):
         query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
         query = (query[:, :, :rows] + self.q_bias.view(self.num_heads, 1, -1)) * self.scale  # (B, H, R, d)
         value = value + self.v_bias.view(self.num_heads, 1, -1)
-        pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), from T-1 down to -T
+        pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), or (H, T, d) for [CLS]
         pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # likewise
-        c2p = query @ pos_key.mT  # (B, H, R, 2T)
+        c2p = query @ pos_key.mT  # (B, H, T, 2T), or (B, H, 1, T) for [CLS]
         if rows == 1:  # there is nothing to skew: key j meets its one distance, -j
             p2c = (key * pos_query).sum(-1)[:, :, None]  # (B, H, 1, T)
         else:
