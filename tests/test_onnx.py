@@ -82,7 +82,7 @@ def test_answers_are_the_models(case):
     model, C = undecided(*case), 3
     rule = ExitRule(C, torch.tensor([0.8, 1.0, 1.5])[: len(model.exit_layers)])
     flat = onnx_graph.export_pieces(model, int8=False)
-    session, ways = session_of(onnx_graph.join(flat, 0.7, rule.temperatures.tolist()).SerializeToString()), set()
+    session, ways = session_of(onnx_graph.join(flat, 3, 0.7, rule.temperatures.tolist()).SerializeToString()), set()
     every = session_of(onnx_graph.join_all_exits(flat).SerializeToString())
     for batch in batches():
         logits = model(*batch).detach()
@@ -106,7 +106,7 @@ def test_nothing_is_run_in_vain():
 
     def spoilt(is_spoilt) -> onnxruntime.InferenceSession:
         """The file, where some weights have their first row alone, so that who reads another one raises an error."""
-        file = onnx_graph.join(flat, 0.7, [1.0] * 3)
+        file = onnx_graph.join(flat, 3, 0.7, [1.0] * 3)
         for weights in (weights for graph in onnx_graph.graphs_in(file.graph) for weights in graph.initializer):
             if is_spoilt(weights):
                 weights.raw_data = weights.raw_data[: len(weights.raw_data) // weights.dims[0]]

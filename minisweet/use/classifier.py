@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule
@@ -38,11 +37,6 @@ class Answer(NamedTuple):
     confidence: float
     exit_layer: int  # counted from 1; 0 is the exit before the first layer
     probabilities: dict[str, float]  # of all labels, after temperature scaling
-
-
-def is_text(part: object) -> bool:
-    """Whether it is a string that UTF-8 can hold, which half of an emoji is not."""
-    return isinstance(part, str) and part == part.encode(errors="ignore").decode()
 
 
 class EarlyExitClassifier:
@@ -93,9 +87,9 @@ class EarlyExitClassifier:
         run, self.batch_size, self.device = Path(run), batch_size, choose_device(str(device))
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
+        self.evaluation = evaluation = read_evaluation(run)
         self.labels, self.pairs = self.record.labels, len(self.record.columns) == 2
         self.certainty_name = "agreement" if self.record.metric == "agreement" else "confidence"  # where it is printed
-        evaluation = read_evaluation(run)
         rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
         layers, warnings = evaluation.exit_layers, []
         if any(goal is not None for goal in goals.values()):
@@ -122,29 +116,27 @@ class EarlyExitClassifier:
         return self.classify(self.tokenize(texts))
 
     def tokenize(self, texts: Iterable[str | Sequence[str]]) -> TokenizedExamples:
-        """Tokenise what `__call__` takes. Raises InputError, with the item's index from 0, for something else."""
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        """The tokens of what `__call__` takes."""
+        if isinstance(texts, str):
             raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: classify([text])")
-        columns: list[list[str]] = [[] for _ in range(1 + self.pairs)]
+        rows = []
         for i, text in enumerate(texts):
-            parts = text if isinstance(text, tuple | list) else [text]
-            if len(parts) != len(columns) or not all(map(is_text, parts)):
+            rows.append(text if isinstance(text, tuple | list) else [text])
+            if len(rows[i]) != 1 + self.pairs or not all(isinstance(part, str) for part in rows[i]):
                 wanted = "a pair of texts" if self.pairs else "one text"
                 raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as in training")
-            for column, part in zip(columns, parts, strict=True):
-                column.append(part)
-        return TokenizedExamples(self.tokenizer, Examples(columns[0], columns[1] if self.pairs else None, None))
+        second = [parts[1] for parts in rows] if self.pairs else None
+        return TokenizedExamples(self.tokenizer, Examples([parts[0] for parts in rows], second, None))
 
     def classify(self, examples: TokenizedExamples) -> list[Answer]:
         """Classify what `tokenize` made, in its order."""
-        rows, answers = [], []
+        answers: dict[int, Answer] = {}
         for pool in examples.by_length(GATHERED * self.batch_size):
             inputs = pool.to(self.device).inputs
             with autocast(self.device, self.precision):
                 found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
-            rows += pool.rows.tolist()
-            answers += self.answers(found)
-        return [answers[place] for place in np.argsort(rows)]
+            answers.update(zip(pool.rows.tolist(), self.answers(found), strict=True))
+        return [answers[row] for row in range(len(examples))]
 
     def answers(self, found: Answers) -> list[Answer]:
         """What exits said of B texts, each text by one of them, as users read it."""

@@ -27,7 +27,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import onnx
 import onnxscript  # noqa: F401  torch's exporter imports it, late
@@ -64,8 +63,11 @@ class Pieces(nn.Module):
         for layer in (*self.encoder.layers, *self.layers):  # but not their dropout
             layer.training = True  # BERT then writes its attention out, in fewer nodes than those of torch's own
 
-    def embed(self, k: int, input_ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, ...]:
-        """Tokens, (B, T) each, to the state at exit k, the first that has a layer."""
+    def start(self, k: int, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Tokens, (B, T) each, to the state at exit k, before which nobody leaves."""
+        if self.exit_layers[k] == 0:
+            return tokens
+        input_ids, mask, types = tokens
         hidden, context = self.encoder.embed(input_ids, types), self.encoder.context(mask)
         for layer in self.encoder.layers[: self.exit_layers[k] - 1]:
             hidden = layer(hidden, context)
@@ -90,7 +92,7 @@ class Pieces(nn.Module):
     def go(self, k: int, rows: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """The state at the next exit, of the rows (M, 1) that stay."""
         if self.exit_layers[k] == 0:
-            return self.embed(k + 1, *(tokens.index_select(0, rows[:, 0]) for tokens in state))
+            return self.start(k + 1, *(tokens.index_select(0, rows[:, 0]) for tokens in state))
         hidden, bias = (x.index_select(0, rows[:, 0]) for x in state[:2])
         context = bias, *state[2:]  # only the first tensor of a context has a row for each text
         for layer in self.encoder.layers[self.exit_layers[k] - 1 : self.exit_layers[k + 1] - 1]:
@@ -108,9 +110,8 @@ class Pieces(nn.Module):
     def example(self) -> dict[str, tuple[Tensor, ...]]:
         """Inputs of all pieces, with B = M = 3 and T = 7."""
         number, rows, tokens = torch.ones(()), torch.arange(3)[:, None], (torch.ones(3, 7).long(),) * 3
-        inputs: dict[str, tuple[Tensor, ...]] = {"end.0": (torch.zeros(3, self.C + 1),)}
-        state = tokens if self.ngrams is not None else self.embed(0, *tokens)
-        inputs |= {"embed.0": tokens} if self.ngrams is None else {}
+        inputs = {"start.0": tokens, "end.0": (torch.zeros(3, self.C + 1),)}
+        state = self.start(0, *tokens)
         for k in range(len(self.exit_layers)):
             inputs[f"ask.{k}"] = (number, number, *state)
             if k < len(self.exit_layers) - 1:
@@ -120,31 +121,7 @@ class Pieces(nn.Module):
         return {name: tuple(x.clone() for x in values) for name, values in inputs.items()}
 
 
-class Flat(NamedTuple):
-    """All pieces side by side in one graph, and what each one's inputs and outputs are called there."""
-
-    model: ModelProto
-    inputs: dict[str, list[str]]
-    outputs: dict[str, list[str]]
-    num_labels: int
-
-    def nodes(self, piece: str, *inputs: str) -> list[NodeProto]:
-        """A copy of a piece's nodes, which read these values in place of the piece's inputs."""
-        wanted, found, given = set(self.outputs[piece]), [], dict(zip(self.inputs[piece], inputs, strict=True))
-        for node in reversed(self.model.graph.node):
-            if wanted & set(node.output):
-                wanted |= set(node.input)
-                found.append(copy.deepcopy(node))
-                found[-1].input[:] = [given.get(value, value) for value in node.input]
-        return found[::-1]
-
-    def first_state(self) -> tuple[list[NodeProto], Sequence[str]]:
-        """The nodes from the file's inputs to the state of its first exit, and what its tensors are called."""
-        return (self.nodes("embed.0", *INPUTS), self.outputs["embed.0"]) if "embed.0" in self.outputs else ([], INPUTS)
-
-
-@torch.no_grad()
-def export_pieces(model: MultiExitModel, int8: bool) -> Flat:
+def export_pieces(model: MultiExitModel, int8: bool) -> ModelProto:
     """Have torch export all pieces of a model, side by side; with `int8`, with weights of eight bits.
 
     int8 has a scale per column, and ONNX Runtime quantises activations as they come. Seven of the eight bits are used:
@@ -153,59 +130,74 @@ def export_pieces(model: MultiExitModel, int8: bool) -> Flat:
     """
     pieces = Pieces(model)
     inputs = pieces.example()
-    ins = {name: [f"{name}.in.{i}" for i in range(len(values))] for name, values in inputs.items()}
-    outs = {name: [f"{name}.out.{i}" for i in range(len(values))] for name, values in pieces(inputs).items()}
-    outs["end.0"] = list(OUTPUTS)
     sizes = {name: tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in inputs[name]) for name in inputs}
-    names = {"input_names": sum(ins.values(), []), "output_names": sum(outs.values(), [])}
     options = {"dynamo": True, "optimize": True, "external_data": False, "verbose": False, "opset_version": OPSET}
+    options["input_names"] = [f"{name}.in.{i}" for name, values in inputs.items() for i in range(len(values))]
+    options["output_names"] = [f"{name}.out.{i}" for name, values in pieces(inputs).items() for i in range(len(values))]
     logging.disable(logging.WARNING)  # the exporters say much about themselves
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         program = torch.export.export(pieces, (inputs,), dynamic_shapes=(sizes,), strict=False)
-        flat = Flat(torch.onnx.export(program, **names, **options).model_proto, ins, outs, model.num_labels)
+        flat = torch.onnx.export(program, **options).model_proto
         if int8:
-            kept = [node.name for node in flat.nodes("ask.0", *ins["ask.0"])] if model.ngrams is not None else []
+            kept = [node.name for node in piece(flat, "ask.0")[0]] if model.ngrams is not None else []
             options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
-            quantize_dynamic(flat.model, f"{folder}/int8.onnx", nodes_to_exclude=kept, **options)
-            flat = flat._replace(model=onnx.load(f"{folder}/int8.onnx"))
+            quantize_dynamic(flat, f"{folder}/int8.onnx", nodes_to_exclude=kept, **options)
+            flat = onnx.load(f"{folder}/int8.onnx")
     logging.disable(logging.NOTSET)
     return flat
 
 
-def join(flat: Flat, threshold: float, temperatures: Sequence[float]) -> ModelProto:
-    """The graph that leaves early, as the module's docstring shows it. `threshold` is an input, with this default."""
-    outs = flat.outputs
+Part = tuple[list[NodeProto], list[str]]  # nodes, and what they make
 
-    def either(condition: str, made: list[str], *ways: tuple[list[NodeProto], Sequence[str]]) -> NodeProto:
-        """An `If` that makes an answer, or an answer and rows, in one of two ways: nodes, and what these make."""
+
+def piece(flat: ModelProto, name: str, *inputs: str) -> Part:
+    """A copy of a piece, such as "ask.0", which reads these values. Nothing where there is no such piece."""
+    given = {f"{name}.in.{i}": value for i, value in enumerate(inputs)}
+    outputs = [value.name for value in flat.graph.output if value.name.startswith(f"{name}.out.")]
+    wanted, found = set(outputs), []
+    for node in reversed(flat.graph.node):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            found.append(copy.deepcopy(node))
+            found[-1].input[:] = [given.get(value, value) for value in node.input]
+    return found[::-1], outputs
+
+
+def join(flat: ModelProto, num_labels: int, threshold: float, temperatures: Sequence[float]) -> ModelProto:
+    """The graph that leaves early, as the module's docstring shows it. `threshold` is an input, with this default."""
+
+    def either(condition: str, made: list[str], *ways: Part) -> NodeProto:
+        """An `If` that makes an answer, or an answer and rows, in one of two ways."""
         graphs = []
         for nodes, names in ways:
             values = [make_value(name, kind, None) for name, kind in zip(names, (FLOAT, INT64), strict=False)]
             graphs.append(make_graph(nodes, names[0], [], values))
         return make_node("If", [condition], made, then_branch=graphs[0], else_branch=graphs[1])
 
-    def from_exit(k: int, state: Sequence[str]) -> tuple[list[NodeProto], str]:
-        """The nodes from exit k on, for the rows that come so far, and what they call the answers of these rows."""
+    def from_exit(k: int, state: Sequence[str]) -> Part:
+        """The nodes from exit k on, for the rows that come so far, which make the answers of these rows."""
         said, rows, answer = f"said.{k}", f"rows.{k}", f"answer.{k}"
-        ask = flat.nodes(f"ask.{k}", f"temperature.{k}", "threshold", *state)
-        if f"go.{k}" not in outs:
-            return ask, outs[f"ask.{k}"][0]
-        skip, go = flat.nodes(f"skip.{k}", state[0]), flat.nodes(f"go.{k}", rows, *state)
-        later, of_later = from_exit(k + 1, outs[f"go.{k}"])
+        ask = piece(flat, f"ask.{k}", f"temperature.{k}", "threshold", *state)
+        go, next_state = piece(flat, f"go.{k}", rows, *state)
+        if not go:  # the last exit
+            return ask
+        later, (of_later,) = from_exit(k + 1, next_state)
         replace = make_node("ScatterND", [said, rows, of_later], [f"replaced.{k}"])
         keep = make_node("Identity", [said], [f"kept.{k}"])
         return [
-            either("asks", [said, rows], (ask, outs[f"ask.{k}"]), (skip, outs[f"skip.{k}"])),
+            either("asks", [said, rows], ask, piece(flat, f"skip.{k}", state[0])),
             make_node("Size", [rows], [f"count.{k}"]),
             make_node("Cast", [f"count.{k}"], [f"stay.{k}"], to=BOOL),
             either(f"stay.{k}", [answer], ([*go, *later, replace], replace.output), ([keep], keep.output)),
-        ], answer
+        ], [answer]
 
-    nodes, state = flat.first_state()
+    nodes, state = piece(flat, "start.0", *INPUTS)
     exits, answer = from_exit(0, state)
-    nodes += [make_node("Less", ["threshold", "one"], ["asks"]), *exits, *flat.nodes("end.0", answer)]
-    kinds = (FLOAT, ["batch", flat.num_labels]), (FLOAT, ["batch"]), (INT64, ["batch"])
+    end, results = piece(flat, "end.0", *answer)
+    nodes += [make_node("Less", ["threshold", "one"], ["asks"]), *exits, *end]
+    nodes += [make_node("Identity", [value], [name]) for value, name in zip(results, OUTPUTS, strict=True)]
+    kinds = (FLOAT, ["batch", num_labels]), (FLOAT, ["batch"]), (INT64, ["batch"])
     outputs = [make_value(name, *kind) for name, kind in zip(OUTPUTS, kinds, strict=True)]
     numbers = {f"temperature.{k}": temperature for k, temperature in enumerate(temperatures)}
     model = with_weights(flat, nodes, outputs, numbers | {"one": 1.0, "threshold": threshold})
@@ -213,28 +205,28 @@ def join(flat: Flat, threshold: float, temperatures: Sequence[float]) -> ModelPr
     return model
 
 
-def join_all_exits(flat: Flat) -> ModelProto:
+def join_all_exits(flat: ModelProto) -> ModelProto:
     """A graph in which all exits answer all rows, at temperature 1: K outputs (B, C+1). Nobody leaves."""
-    (nodes, state), outputs = flat.first_state(), []
-    for k in range(sum(name.startswith("ask.") for name in flat.outputs)):
-        answer, *rows = flat.outputs[f"ask.{k}"]
+    nodes, state = piece(flat, "start.0", *INPUTS)
+    outputs: list = []
+    while state:
+        k = len(outputs)
+        ask, (answer, *rows) = piece(flat, f"ask.{k}", "temperature", "threshold", *state)
+        go, state = piece(flat, f"go.{k}", *rows, *state)  # empty after the last exit
+        nodes += [*ask, *go]
         outputs.append(make_value(answer, FLOAT, None))
-        nodes += flat.nodes(f"ask.{k}", "temperature", "threshold", *state)
-        if rows:
-            nodes += flat.nodes(f"go.{k}", *rows, *state)
-            state = flat.outputs[f"go.{k}"]
     return with_weights(flat, nodes, outputs, {"temperature": 1.0, "threshold": 2.0})  # all confidences are below 2
 
 
-def with_weights(flat: Flat, nodes: list, outputs: list, numbers: dict[str, float]) -> ModelProto:
+def with_weights(flat: ModelProto, nodes: list, outputs: list, numbers: dict[str, float]) -> ModelProto:
     """A model of joined nodes and its outputs, with the weights and the numbers that the nodes read.
 
     Weights that one graph alone reads are put into that graph, not into one around it: only there ONNX Runtime packs
     them. The shapes that torch knows are left out: with them it fuses sums and LayerNorms, which makes batches slower.
     """
     inputs = [make_value(name, INT64, ["batch", "tokens"]) for name in INPUTS]
-    model = make_model(make_graph(nodes, "early_exit", inputs, outputs), opset_imports=flat.model.opset_import)
-    model.ir_version, weights = IR_VERSION, {weight.name: weight for weight in flat.model.graph.initializer}
+    model = make_model(make_graph(nodes, "early_exit", inputs, outputs), opset_imports=flat.opset_import)
+    model.ir_version, weights = IR_VERSION, {weight.name: weight for weight in flat.graph.initializer}
     graphs = list(graphs_in(model.graph))
     read = [sorted({name for node in graph.node for name in node.input} & weights.keys()) for graph in graphs]
     readers = Counter(sum(read, []))
