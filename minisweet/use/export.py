@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from minisweet.base.commands import Parser, whole_number
+from minisweet.base.commands import Parser, path_to, whole_number
 from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.checkpoint import checkpoint_names
 from minisweet.config import Config
@@ -29,7 +29,7 @@ def main() -> None:
     parser = Parser(__doc__)
     option, either = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
-    either("--onnx", type=Path, metavar="FILE.onnx", help="the file to write, which must not exist")
+    either("--onnx", type=path_to(".onnx"), metavar="FILE.onnx", help="the file to write, which must not exist")
     either("--out", type=Path, metavar="FOLDER", help="the folder to write, which must not exist")
     option("--int8", action="store_true", help="--onnx: weights in eight bits")
     option("--recertify", action="store_true", help="--onnx: choose the threshold from the file's own answers")
@@ -51,11 +51,9 @@ def main() -> None:
 def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     """Write the model of a run up to one exit, whole or not at all. Returns the exit's layer, counted from 1.
 
-    Raises InputError for no run, a run of learning-to-exit, another layer than an exit's, and an `out` that exists.
+    Raises InputError for no run, another layer than an exit's, and an `out` that exists.
     """
     model, record = load_run(run)
-    if record.exit_strategy == "lte":
-        raise InputError(f"{run}: a run of learning-to-exit (lte), whose exits say more than a plain classifier can")
     layer = model.head_layers[-1] if exit_layer is None else exit_layer
     if layer not in model.head_layers:  # exit 0 has no layers that transformers could load
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
@@ -65,7 +63,10 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
         new.mkdir()
         (new / "model.safetensors").write_bytes(save(plain_tensors(model, layer), metadata={"format": "pt"}))
         write_json(new / "config.json", model_config(model.encoder.config, layer, record.labels))
-        write_json(new / "tokenizer_config.json", tokenizer_config(record.max_length))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": record.max_length}
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        settings |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL}  # "cls_token": "[CLS]"
+        write_json(new / "tokenizer_config.json", settings)
         tokenizer.no_truncation()  # model_max_length says it
         (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return layer
@@ -89,21 +90,8 @@ def plain_tensors(model: MultiExitModel, layer: int) -> dict[str, Tensor]:
 
 def model_config(config: Config, depth: int, labels: list[str]) -> dict:
     """What transformers must know of the model. What is left out has the same default there."""
-    return {
-        "architectures": [f"{config.model_type.capitalize()}ForSequenceClassification"],
-        "model_type": config.model_type,
-        **{name: value for name, value in asdict(config).items() if value is not None},
-        "num_hidden_layers": depth,
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: c for c, label in enumerate(labels)},
-    }
-
-
-def tokenizer_config(max_length: int) -> dict:
-    """What transformers must know of tokenizer.json."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL},  # "cls_token": "[CLS]"
-    }
+    architecture = f"{config.model_type.capitalize()}ForSequenceClassification"
+    settings = {"architectures": [architecture], "model_type": config.model_type}
+    settings |= {name: value for name, value in asdict(config).items() if value is not None}
+    settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: c for c, label in enumerate(labels)}}
+    return settings | {"num_hidden_layers": depth}
