@@ -13,17 +13,9 @@ from minisweet import MultiExitModel
 from minisweet.data import toy
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.paper import gradients
-from minisweet.paper.gradients import exit_similarities, row_similarity
+from minisweet.paper.gradients import exit_similarities
 from minisweet.runs.folders import read_record
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
-
-
-def test_row_similarity_of_a_case_worked_out_by_hand():
-    a = torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 4.0], [0.0, 0.0], [1.0, 2.0]])
-    b = torch.tensor([[0.0, 2.0], [-2.0, -2.0], [4.0, 3.0], [1.0, 0.0], [0.0, 0.0]])
-    assert row_similarity(a, b) == pytest.approx((0 - 1 + 24 / 25) / 3)  # two rows have no direction
-    assert row_similarity(a, 5 * a) == pytest.approx(1)
-    assert np.isnan(row_similarity(a, torch.zeros_like(a)))
 
 
 def test_similarities_are_those_of_separate_backward_passes(model_type):

@@ -15,23 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import choose_device, tune_cpu
-from minisweet.base.files import InputError, home, write_json
+from minisweet.base.files import InputError, home, one_line, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.runs.folders import load_run
-from minisweet.use.plots import new_figure, save_figure, shown
-
-
-def row_similarity(a: Tensor, b: Tensor) -> float:
-    """The mean cosine similarity of the rows of two matrices (n, m), NaN where none has a direction in both."""
-    a, b = a.double(), b.double()
-    norms = a.norm(dim=1) * b.norm(dim=1)  # (n,)
-    return ((a * b).sum(1) / norms)[norms > 0].mean().item()
+from minisweet.use.plots import new_figure, save_figure
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
@@ -41,8 +34,9 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
     gradients = [torch.autograd.grad(loss, matrices, retain_graph=True, allow_unused=True) for loss in losses]
     similarity = np.full((len(matrices), len(losses), len(losses)), np.nan)
     for m, i, j in np.ndindex(similarity.shape):
-        if gradients[i][m] is not None and gradients[j][m] is not None:
-            similarity[m, i, j] = row_similarity(gradients[i][m], gradients[j][m])
+        a, b = gradients[i][m], gradients[j][m]  # (D, 4D), or None
+        if a is not None and b is not None:  # the default eps, 1e-8, is larger than some gradients
+            similarity[m, i, j] = F.cosine_similarity(a.double(), b.double(), dim=1, eps=1e-30).mean()
     return similarity
 
 
@@ -80,9 +74,8 @@ def main() -> None:
     write_json(args.out / "gradients.json", given)
     draw_similarities(args.out / "gradients.png", mean, exits, f"{record.model}, {record.method}, {record.task}")
     for m, layer in enumerate(exits[:-1]):
-        print(
-            f"\nlayer {layer}: cosine similarity of the gradients of the exits after {', '.join(map(str, exits[m:]))}"
-        )
+        later = ", ".join(map(str, exits[m:]))
+        print(f"\nlayer {layer}: cosine similarity of the gradients of the exits after {later}")
         print(mean[m, m:, m:].round(3))
     print(f"\nwritten to {args.out / 'gradients.json'} and gradients.png")
 
@@ -99,5 +92,5 @@ def draw_similarities(path: Path, mean: np.ndarray, exits: list[int], title: str
         for (i, j), value in np.ndenumerate(mean[m, m:, m:]):
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
-    figure.suptitle(shown(title, 100))
+    figure.suptitle(one_line(title, 100))
     save_figure(figure, path)

@@ -37,11 +37,6 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=110)
 
 
-def shown(text: object, limit: int = 30) -> str:
-    """`text` cut for a figure. matplotlib would read what stands between two $ as a formula."""
-    return one_line(text, limit).replace("$", r"\$")
-
-
 def sorted_curve(ratios: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """The ratios (P,) in increasing order, and their scores (P,).
 
@@ -61,7 +56,7 @@ def draw_line(axis, k: int, ratios: ArrayLike, scores: ArrayLike, label: str, ma
 
 def label_axes(axis, title: str, score: str) -> None:
     """The title, the labels and the grid of speed-accuracy curves."""
-    axis.set(title=shown(title, 100), xlabel="speedup ratio: share of the layers run", ylabel=score)
+    axis.set(title=one_line(title, 100), xlabel="speedup ratio: share of the layers run", ylabel=score)
     axis.grid(alpha=0.3)
 
 
@@ -78,7 +73,7 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
         if (evaluation.metric, evaluation.dev_digest) != (of_first.metric, of_first.dev_digest):
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
         point = evaluation.operating_point
-        label = f"{shown(name, 80)}, {evaluation.method}: area {evaluation.area:.1f}, operating point "
+        label = f"{one_line(name, 80)}, {evaluation.method}: area {evaluation.area:.1f}, operating point "
         label += WITH_INTERVAL.format(point.score, *point.score_interval)
         colour = draw_line(axis, k, evaluation.speedup_ratios, evaluation.scores, label)
         axis.plot(point.speedup_interval, [point.score] * 2, color=colour, linewidth=2)
