@@ -9,13 +9,11 @@ a grid by its --tasks.
 """
 
 import argparse
-import re
 import shlex
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Sequence
-from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
@@ -31,7 +29,6 @@ from minisweet.runs.folders import read_record, run_name
 from minisweet.runs.records import Record
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
-THRESHOLDS = 11  # Sec. 3.3
 SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
 DEVICE = ("device", "amp")  # options of train.py and evaluate.py
 TRAINING = ("out", *Run._fields, "model", *SETTINGS, "exit_strategy", "data_dir", *DEVICE)
@@ -59,9 +56,7 @@ class Grid:
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
-                curve = read_evaluation(folder, Curve)
-                if len(curve.thresholds) == THRESHOLDS:
-                    self.records[run] = vars(curve) | vars(record)
+                self.records[run] = vars(read_evaluation(folder, Curve)) | vars(record)
         return self.records.get(run)
 
     def check(self, run: Run, record: Record) -> None:
@@ -87,16 +82,15 @@ class Grid:
         areas = {lr: record["area"] for lr, record in found.items() if record}
         return None if None in found.values() else max(areas, key=areas.get, default=None)
 
-    def slots(self) -> list[Run]:
-        """The runs that the tables average over. Their rate is None while it is not known."""
+    def averaged(self) -> list[Run]:
+        """The runs that the tables average over, where their learning rate is known."""
         rates = {pair: self.learning_rate(*pair) for pair in self.pairs}
         slots = product(self.args.train_sizes, self.pairs, self.args.seeds)
-        return [Run(*pair, n, rates[pair], seed) for n, pair, seed in slots]
+        return [Run(*pair, n, rates[pair], seed) for n, pair, seed in slots if rates[pair] is not None]
 
     def missing(self) -> list[Run]:
         """The runs that are not complete, the search first. The others follow once their rate is known."""
-        runs = [run for pair in self.pairs for run in self.search(*pair)]
-        runs += [run for run in self.slots() if run.lr is not None]
+        runs = [run for pair in self.pairs for run in self.search(*pair)] + self.averaged()
         return [run for run in dict.fromkeys(runs) if self.record(run) is None]
 
     def commands(self, run: Run) -> list[list[str]]:
@@ -142,10 +136,8 @@ def write_report(grid: Grid) -> None:
     args, several = grid.args, len(grid.args.tasks) > 1
     missing = [grid.folder(run).name for run in grid.missing()]
     tables = {n: {method: {task: {} for task in args.tasks} for method in args.methods} for n in args.train_sizes}
-    for run in grid.slots():
-        if run.lr is None:
-            missing.append(f"{run.method} {run.task} n{run.train_size} seed{run.seed}: no learning rate is known")
-        elif (record := grid.record(run)) is not None:
+    for run in grid.averaged():
+        if (record := grid.record(run)) is not None:
             tables[run.train_size][run.method][run.task][run.seed] = record
     with written_beside(args.out / "results.md") as new:
         new.write_text(document(grid, tables, missing), encoding="utf-8")
@@ -183,11 +175,10 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     return text
 
 
-def share(text: str) -> Fraction:
-    """An argparse type: a positive share of the layers, which may be a fraction."""
-    if not re.fullmatch(r"\d+(\.\d+)?(/[1-9]\d*)?", text) or not Fraction(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number or fraction")
-    return Fraction(text)
+def share(text: str) -> float:
+    """An argparse type: a positive number or fraction, such as 0.5 or 1/6."""
+    part, _, whole = text.partition("/")
+    return positive_float(part) / positive_float(whole or "1")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -213,7 +204,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     if args.report_only:  # the runs' methods may be those of studies, and their model need not be here
-        args.lrs = args.lrs or sorted({read_record(path.parent).lr for path in args.runs.glob("*/run.json")})
+        rates = {read_record(path.parent).lr for path in args.runs.glob("*/run.json")}
+        if not rates:
+            raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
+        args.lrs = args.lrs or sorted(rates)
         return args
     if unknown := [name for name in args.methods if name not in METHODS]:
         known = f"none of {', '.join(METHODS)}; other methods are only reported (--report-only)"
