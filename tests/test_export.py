@@ -37,7 +37,7 @@ def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
             torch.testing.assert_close(theirs(**inputs).logits, model(*batch)[k], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("trunk0", [4]), ("mm", [1, 4]), ("pairs", [2])])
+@pytest.mark.parametrize(("name", "layers"), [("trunk0", [4]), ("mm", [1, 4]), ("pairs", [2]), ("lte", [1])])
 def test_command(run_of, tmp_path, command, name, layers):
     """Tokens are ours too, and the folder may be a --trunk."""
     run = run_of(name)

@@ -17,13 +17,13 @@ from minisweet.use.explain import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
-DEPTH = 4
+N, DEPTH = 200, 4
 
 
 class Case:
     """N random sentences with three exits and three labels, and their evaluation, made here by other means."""
 
-    def __init__(self, method: str = "sweet", layers=(1, 2, 4), N: int = 200, labelled: bool = True):
+    def __init__(self, method: str = "sweet", layers=(1, 2, 4), labelled: bool = True):
         rng = np.random.default_rng(0)
         self.layers = list(layers)
         self.labels = rng.integers(0, 3, N)
@@ -31,37 +31,23 @@ class Case:
         self.logits = torch.tensor(logits, dtype=torch.float32)
         self.predictions = logits.argmax(-1)  # (K, N)
         self.confidence = self.logits.softmax(-1).amax(-1).numpy()  # (K, N)
-        self.levels = [LEVELS[n % 4] for n in range(N)]
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
         self.targets = self.labels if labelled else self.predictions[-1]
-        self.point = {
-            "threshold": 0.7123,
-            "asked_exits": self.layers,
-            "score": 80.0,
-            "score_interval": [74.0, 85.0],
-            "full_depth_interval": [78.0, 88.0],
-            "loss": -0.5,
-            "loss_interval": [-2.0, 1.0],
-            "speedup_ratio": 0.5,
-            "speedup_interval": [0.45, 0.55],
-        }
-        self.evaluation = {
-            "metric": "accuracy" if labelled else "agreement",
-            "method": method,
-            "exit_layers": self.layers,
-            "exit_strategy": "confidence",
-            "temperatures": [1.0] * 3,
-        }
+        self.metric = "accuracy" if labelled else "agreement"
+        self.point = SimpleNamespace(threshold=0.7123, asked_exits=self.layers, full_depth_interval=[78.0, 88.0])
+        self.point.score, self.point.score_interval = 80.0, [74.0, 85.0]
+        self.point.loss, self.point.loss_interval = -0.5, [-2.0, 1.0]
+        self.point.speedup_ratio, self.point.speedup_interval = 0.5, [0.45, 0.55]
+        self.evaluation = SimpleNamespace(exit_layers=self.layers, exit_strategy="confidence", temperatures=[1.0] * 3)
+        self.evaluation.operating_point = self.point
         labels = ["no", "yes", "<i>perhaps</i>"]
         self.record = SimpleNamespace(model="weights/tiny", task="toy", method=method, labels=labels)
         self.record.num_labels, self.record.depth = 3, DEPTH
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
-        if threshold <= 1 / 3:
-            return np.zeros(self.confidence.shape[1], dtype=int)
-        if threshold >= 1:
-            return np.full(self.confidence.shape[1], 2)
+        if threshold <= 1 / 3 or threshold >= 1:
+            return np.full(N, 0 if threshold <= 1 / 3 else 2)
         stays = self.confidence < np.float32(threshold)
         return np.where(stays[0], np.where(stays[1], 2, 1), 0)
 
@@ -69,12 +55,10 @@ class Case:
         return np.bincount(self.taken(threshold), minlength=3).tolist()
 
     def write(self, path: Path) -> Path:
-        rows = Examples(self.sentences, None, self.labels.tolist(), self.levels)  # the sentences are pairs in part
-        exits = Exits(self.layers, DEPTH, self.evaluation["method"])
+        rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
+        exits = Exits(self.layers, DEPTH, self.record.method)
         said = (self.logits, None, torch.tensor(self.targets), text_keys(self.sentences))
-        validation = Validation(*said, self.evaluation["metric"], exits)
-        evaluation = SimpleNamespace(**self.evaluation, operating_point=SimpleNamespace(**self.point))
-        write_page(path, evaluation, self.record, rows, validation)
+        write_page(path, self.evaluation, self.record, rows, Validation(*said, self.metric, exits))
         return path
 
 
@@ -90,16 +74,16 @@ def data_of(path: Path) -> dict:
 def test_the_file_holds_what_was_evaluated(tmp_path):
     case = Case()
     case.sentences[3] = HOSTILE
-    case.point["threshold"] = float(case.confidence[0, 5])
+    case.point.threshold = float(case.confidence[0, 5])
     data = data_of(case.write(tmp_path / "page.html"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
     assert data["sentences"] == [list(text) if isinstance(text, tuple) else text for text in case.sentences]
     assert data["predictions"] == case.predictions.tolist()
     assert data["right"] == case.labels.tolist()
     assert (np.array(data["confidences"], dtype=np.float32) == case.confidence).all()
-    assert data["operating_point"] == case.point
+    assert data["operating_point"] == vars(case.point)
     thresholds = data["thresholds"]
-    assert {1 / 3, case.point["threshold"], 0.34, 0.5, 0.99, 1} <= set(thresholds)
+    assert {1 / 3, case.point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
     assert thresholds == sorted(set(thresholds))
     for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
         taken = case.taken(threshold)
@@ -110,8 +94,8 @@ def test_the_file_holds_what_was_evaluated(tmp_path):
 
 def test_the_exits_that_are_asked_are_there_with_the_rule_for_new_text(tmp_path):
     case = Case()
-    case.evaluation["temperatures"] = [0.5, 1.5, 2.0]
-    case.point["asked_exits"] = [2, 4]
+    case.evaluation.temperatures = [0.5, 1.5, 2.0]
+    case.point.asked_exits = [2, 4]
     data = data_of(case.write(tmp_path / "page.html"))
     confidence = (case.logits[1:] / torch.tensor([1.5, 2.0])[:, None, None]).softmax(-1).amax(-1).numpy()
     np.testing.assert_allclose(np.array(data["confidences"], dtype=np.float32), confidence, rtol=1e-6)
@@ -171,20 +155,19 @@ class Page:
         return self.browser.execute_script(script, css)
 
     def slide(self, threshold: float) -> None:
-        self.set("threshold", self.thresholds.index(threshold))
+        self.set(threshold=self.thresholds.index(threshold))
 
-    def set(self, name: str, value) -> None:
-        """Give an input its value, as a hand would."""
-        key = "checked" if isinstance(value, bool) else "value"
-        script = f"const e = get(arguments[0]); e.{key} = arguments[1]; e.dispatchEvent(new Event('input'));"
-        self.browser.execute_script(script, name, value)
+    def set(self, **values) -> int:
+        """Give inputs their values, as a hand would. Returns how many sentences are shown then."""
+        for name, value in values.items():
+            key = "checked" if isinstance(value, bool) else "value"
+            script = f"const e = get(arguments[0]); e.{key} = arguments[1]; e.dispatchEvent(new Event('input'));"
+            self.browser.execute_script(script, name, value)
+        return int(self.texts("#shown")[0].split()[0].replace(",", ""))
 
     def counts(self) -> list[int]:
         """Who leaves where, by the bars."""
         return [int(text.replace(",", "")) for text in self.texts("#bars .count")]
-
-    def shown(self) -> int:
-        return int(self.texts("#shown")[0].split()[0].replace(",", ""))
 
     def choose(self, row: int) -> None:
         self.find(f"tr[data-row='{row}']")[0].click()
@@ -276,26 +259,13 @@ def test_filters_and_pages(page):
     wrong = case.predictions[taken, np.arange(200)] != case.labels
     changed = (case.predictions != case.predictions[0]).any(0)
     hard = np.arange(200) % 4 == 1
-    assert opened.shown() == 200
-    opened.set("wrong", True)
-    assert opened.shown() == wrong.sum()
-    opened.set("changed", True)
-    assert opened.shown() == (wrong & changed).sum()
-    opened.set("wrong", False)
-    opened.set("level", LEVELS[1])
-    assert opened.shown() == (changed & hard).sum()
-    opened.set("changed", False)
-    opened.set("label", "2")
-    assert opened.shown() == (hard & (case.labels == 2)).sum()
-    opened.set("exit", "1")
-    assert opened.shown() == (hard & (case.labels == 2) & (taken == 1)).sum()
-    for name in ("level", "label", "exit"):
-        opened.set(name, "")
-    opened.set("search", "SECOND 19")
-    assert opened.shown() == sum("second 19" in f"second {n}" for n in range(0, 200, 2))
-    opened.set("search", "nowhere")
-    assert opened.shown() == 0
-    assert opened.find("tbody tr") == []
+    assert opened.set(wrong=True) == wrong.sum()
+    assert opened.set(changed=True) == (wrong & changed).sum()
+    assert opened.set(wrong=False, level=LEVELS[1]) == (changed & hard).sum()
+    assert opened.set(changed=False, label="2") == (hard & (case.labels == 2)).sum()
+    assert opened.set(exit="1") == (hard & (case.labels == 2) & (taken == 1)).sum()
+    assert opened.set(level="", label="", exit="", search="SECOND 19") == 5  # 190, 192, ..., 198: even rows are pairs
+    assert opened.set(search="nowhere") == len(opened.find("tbody tr")) == 0
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_the_curve_of_the_exits_that_are_asked_is_drawn_where_others_are_left_ou
     assert curve.get_xydata().tolist() == [[0.0, 61.0], [0.5, 81.0], [0.9, 88.0], [1.0, 90.0]]
 
 
-@pytest.mark.parametrize(("method", "last_ratio"), [("sweet", 1.0), ("branch", 1.0), ("mm", 7 / 4)])
+@pytest.mark.parametrize(("method", "last_ratio"), [("branch", 1.0), ("mm", 7 / 4)])
 def test_an_exit_without_the_others_costs_its_layers(tmp_path, figures, method, last_ratio):
     """So full depth stands at 1, whatever the exits before it would cost with branches or MM."""
     ratios = [0.25, 0.6, 1.05, last_ratio]

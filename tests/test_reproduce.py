@@ -83,13 +83,6 @@ def test_a_grid_runs_once_and_goes_on_where_it_stopped(grid):
     assert line.startswith("evaluate.py reproduced/runs/tiny-ee-toy-lr0.001-n32-seed0")
 
 
-def test_branches_behind_exit_0_are_run_and_reported(grid):
-    status, out, _, _ = grid("--methods", "branch", *ONE, "--exit-layers", "0,4", "--ratios", "1/4,1")
-    assert (status, "of 1 runs; 0 missing" in out) == (0, True)
-    assert "| task | method | seeds | layer 0 | layer 4 |" in report()
-    assert "| task | method | seeds | 0.25 | 1 |" in report()
-
-
 def test_commands_are_printed_the_search_first(grid):
     words = ["--methods", "sweet", "--seeds", "0,1,2", "--lrs", "1e-3,1e-2", "--print-commands"]
     status, out, _, started = grid(*words)
@@ -114,14 +107,16 @@ def test_a_printed_command_makes_its_run(grid):
     assert (status, "of 1 runs; 0 missing" in out) == (0, True)
 
 
-def test_options_reach_the_runs(grid):
-    words = ["--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16", "--batch-size", 8]
-    status, _, _, (trained, evaluated) = grid(*words)
+def test_options_reach_the_runs_and_the_report(grid):
+    status, _, _, (trained, evaluated) = grid("--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16")
     assert (status, "tiny-sweet-toy-lr0.001-n32-seed0-lte" in trained) == (0, True)
-    for option in ("--exit-strategy lte", "--batch-size 8", "--exit-layers 1,4", "--amp bf16", "--resume"):
+    for option in ("--exit-strategy lte", "--batch-size 16", "--exit-layers 1,4", "--amp bf16", "--resume"):
         assert option in trained
     assert "--amp bf16" in evaluated
     assert "exit strategy lte" in report()
+    grid("--methods", "branch", *ONE, "--exit-layers", "0,4", "--ratios", "1/4,1")
+    assert "| task | method | seeds | layer 0 | layer 4 |" in report()
+    assert "| task | method | seeds | 0.25 | 1 |" in report()
 
 
 def test_whatever_method_a_record_names_is_reported_and_not_made(grid):
@@ -129,10 +124,7 @@ def test_whatever_method_a_record_names_is_reported_and_not_made(grid):
     fake_run("ee-mixed", area=61, trunk="runs/branch", targets="labels", train_digest="a")
     fake_run("mm-taught", area=62, trunk="runs/branch", targets="trunk", train_digest="b")  # of rows without labels
     words = ["--methods", "sweet-owner0.125,ee-mixed,mm-taught", "--seeds", "0"]  # the rates are those that are there
-    for how in ([], ["--print-commands"]):
-        status, out, err, _ = grid(*words, *how)
-        assert (status, out, err.count("\n")) == (2, "", 1)
-        assert "'sweet-owner0.125' is none of sweet, ee, mm, branch; other methods are only reported" in err
+    assert "other methods are only reported (--report-only)" in grid(*words, "--print-commands")[2]
     assert grid(*words, "--report-only")[0] == 0
     for row in ("sweet-owner0.125 | 1 | 60.0", "ee-mixed | 1 | 61.0", "mm-taught | 1 | 62.0"):
         assert f"| toy | {row} |" in report()

@@ -27,20 +27,15 @@ TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the
 PAIRS = [("the film", "was bad"), ("the film", ""), ("", "was superb"), ("dull", "was not great")]
 
 
-def change_json(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
 @pytest.fixture
 def copy_of(run_of, tmp_path):
-    """A copy of a run whose evaluation is changed: by default, it asks all exits."""
+    """A copy of a run whose operating point is changed: by default, it asks all exits."""
 
     def copied(name: str, **point) -> Path:
         run = shutil.copytree(run_of(name), tmp_path / name)
-        asks_all = {"asked_exits": list(read_record(run).exit_layers)}
-        change_json(run / "evaluation.json", lambda content: content["operating_point"].update(asks_all | point))
+        content = json.loads((run / "evaluation.json").read_text())
+        content["operating_point"] |= {"asked_exits": read_record(run).exit_layers} | point
+        (run / "evaluation.json").write_text(json.dumps(content))
         return run
 
     return copied
@@ -130,10 +125,8 @@ def test_threads_make_and_share_classifiers(run_of):
 @pytest.mark.parametrize(
     ("name", "texts", "where"),
     [
-        ("sweet", ["a", None], "item 1: None, should be one text"),
-        ("sweet", ["a", ("b", "c")], "item 1: .*, should be one text, as in training"),
-        ("pairs", ["a text"], "item 0: 'a text', should be a pair of texts"),
-        ("pairs", [("a", 1)], "item 0"),
+        ("sweet", ["a", None], "item 1: None, should be one text, as in training"),
+        ("pairs", [("a", 1)], "item 0: .*, should be a pair of texts"),
         ("sweet", "a text", r"classify\(\[text\]\)"),
     ],
 )
@@ -145,15 +138,11 @@ def test_classifier_checks_what_it_gets(run_of, name, texts, where):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *(({"threshold": value}, "^threshold: .* from 0 to 1$") for value in (-0.1, 1.01, float("nan"))),
+        ({"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
         ({"speed": 1.5}, "^speed: .* from 0 to 1$"),
-        ({"max_loss": float("inf")}, "^max_loss: "),
-        ({"max_change": 0}, "^max_change: .* from 0.01 to 99.99$"),
         ({"max_change": 3, "sure": 49}, "^sure: .* from 50 to 99.9$"),
-        ({"sure": 95}, "sure: 95 needs max_loss or max_change"),
-        ({"speed": 0.5, "sure": 95}, "sure: 95 needs"),
-        ({"threshold": 0.75, "speed": 0.5}, "more than one"),
-        ({"max_change": 3, "max_loss": 1}, "more than one"),
+        ({"speed": 0.5, "sure": 95}, "sure: 95 needs max_loss or max_change"),
+        ({"threshold": 0.75, "max_loss": 1}, "more than one"),
         ({"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
         ({"batch_size": 0}, "^batch_size: 0, should be"),
         ({"device": "cuda:99"}, "device: 'cuda:99' is not here"),
@@ -185,10 +174,8 @@ def test_a_goal_gives_one_rule_and_threshold_everywhere(run_of, command, tmp_pat
 
 
 def test_the_operating_point_is_the_evaluations(copy_of):
-    run = copy_of("sweet", threshold=0.8125)
+    run = copy_of("sweet", threshold=0.8125, asked_exits=[2, 4])
     assert EarlyExitClassifier(run).threshold == 0.8125
-    assert EarlyExitClassifier(run, 0.75).threshold == 0.75
-    change_json(run / "evaluation.json", lambda content: content["operating_point"].update(asked_exits=[2, 4]))
     assert {answer.exit_layer for answer in EarlyExitClassifier(run, 0.5)(TEXTS)} == {2}
     assert [answer.exit_layer for answer, _ in explain.explain(EarlyExitClassifier(run), "a")] == [2, 4]
     (run / "evaluation.json").unlink()
@@ -254,7 +241,7 @@ def test_columns_of_text_and_what_is_told(run_of, command, tmp_path):
 )
 def test_a_file_that_cannot_be_predicted_is_one_line(run_of, command, tmp_path, name, content, message):
     """It says where, and nothing is written: not even over what is there."""
-    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    (tmp_path / name).write_text(content)
     (tmp_path / "out.csv").write_text("kept")
     status, _, err = command(predict, run_of("sweet"), name, "--out", "out.csv")
     assert (status, err.count("\n")) == (2, 1)
@@ -265,7 +252,8 @@ def test_a_file_that_cannot_be_predicted_is_one_line(run_of, command, tmp_path, 
 
 def test_without_labels_confidence_is_called_agreement_where_it_is_shown(copy_of, command, tmp_path):
     run = copy_of("sweet")
-    change_json(run / "run.json", lambda content: content.update(metric="agreement"))
+    path = run / "run.json"
+    path.write_text(path.read_text().replace('"metric": "accuracy"', '"metric": "agreement"'))
     assert command(predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]), "--out", tmp_path / "b.csv")[0] == 0
     assert list(read_csv(tmp_path / "b.csv")[0])[2:5] == ["label", "agreement", "exit_layer"]
     _, out, _ = command(explain, run, "a text")

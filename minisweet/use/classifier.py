@@ -47,8 +47,8 @@ class EarlyExitClassifier:
 
     Args:
         run: the folder of an evaluated run.
-        threshold: from 0 to 1, where all texts run to the last exit. No confidence is below 1/C of C classes
-            (learning-to-exit: 0), so up to there all leave at the first. None for the operating point.
+        threshold: from 0 to 1, where all texts run to the last exit; up to 1/C (learning-to-exit: 0) all leave at the
+            first. None for the operating point.
         max_loss, speed, max_change: a goal chooses the threshold instead: the fastest that loses at most so many points
             to full depth; the best that runs at most this share of the layers; or the fastest that changes at most so
             many percent of full depth's answers.
