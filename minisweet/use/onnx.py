@@ -21,12 +21,11 @@ from torch import Tensor
 from minisweet.adaptive import Exits
 from minisweet.base.commands import Progress
 from minisweet.base.files import InputError, written_beside
-from minisweet.data.rows import Examples
 from minisweet.data.text import PAD, TokenizedExamples
 from minisweet.evaluation.choice import certifying_rows
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.operating import operating_point, shortfall
-from minisweet.evaluation.sweep import Validation, load_validation
+from minisweet.evaluation.sweep import load_validation
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.onnx_graph import INPUTS, export_pieces, join, join_all_exits
@@ -62,9 +61,16 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     """
     record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.wish
     validation, examples = load_validation(run, classify.evaluation, record), read_validation(run, record)
-    flat, note, full_depth = export_pieces(classify.model, int8), "", validation.logits[-1].argmax(-1).numpy()
-    if recertify:
-        validation, note = choose_anew(classify, flat, validation, examples)
+    full_depth, exits = validation.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
+    flat, note = export_pieces(classify.model, int8), ""
+    if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared
+        answers, _ = one_by_one(join_all_exits(flat), TokenizedExamples(classify.tokenizer, examples))
+        logits = torch.from_numpy(np.stack(answers)[..., :-1]).clamp(min=1e-37).log()  # (K, N, C)
+        labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
+        validation = validation._replace(logits=logits, labels=labels, exits=exits)
+        classify.rule, point = operating_point(validation, goal, layers, record.train_texts)
+        classify.threshold = point["threshold"]
+        note = shortfall(point) or "what is promised holds for this file, against its own full depth"
     elif int8 and "sure" in goal and classify.threshold < 1:
         note = "what evaluate.py promises holds in float32, and says nothing of int8; --recertify promises it anew"
     file = join(flat, record.num_labels, classify.threshold, classify.rule.temperatures.tolist())
@@ -92,7 +98,7 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     set_model_props(file, as_json | {"tokenizer": classify.tokenizer.to_str()})
 
     value = score(labels, validation.labels[rows].numpy(), validation.metric)
-    costs = dict(zip(layers, Exits(layers, record.depth, record.method).costs(classify.threshold), strict=True))
+    costs = dict(zip(layers, exits.costs(classify.threshold), strict=True))
     return file, [
         f"{len(rows):,} validation rows, one by one: {validation.metric} {value:.1f} with "
         f"{np.mean([costs[n] for n in taken]):.1%} of the layers; {differ:,} labels or exits are not the model's",
@@ -102,24 +108,6 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
         f"milliseconds per text, one by one: {milliseconds:.2f} at the operating point, "
         f"{full_milliseconds:.2f} at full depth",
     ]
-
-
-def choose_anew(
-    classify: EarlyExitClassifier, flat: ModelProto, validation: Validation, examples: Examples
-) -> tuple[Validation, str]:
-    """Give the classifier temperatures and a threshold for its goal, chosen by the answers of the file to be.
-
-    Returns these answers to the validation rows, and a line for the user.
-    """
-    record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.wish
-    answers, _ = one_by_one(join_all_exits(flat), TokenizedExamples(classify.tokenizer, examples))
-    logits = torch.from_numpy(np.stack(answers)[..., :-1]).clamp(min=1e-37).log()  # (K, N, C)
-    labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
-    exits = Exits(layers, record.depth, record.method)
-    validation = validation._replace(logits=logits, labels=labels, exits=exits)
-    classify.rule, point = operating_point(validation, goal, layers, record.train_texts)
-    classify.threshold = point["threshold"]
-    return validation, shortfall(point) or "what is promised holds for this file, against its own full depth"
 
 
 def one_by_one(file: ModelProto, texts: TokenizedExamples, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:

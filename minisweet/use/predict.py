@@ -3,10 +3,9 @@
     python -m minisweet predict RUN new.csv --out predicted.csv
     python -m minisweet predict RUN new.jsonl --out predicted.tsv --text-columns subject,body --speed 0.5
 
-Each row keeps its columns and gets `label`, `confidence`, `exit_layer` (0 is before the first layer) and each label's
-probability, `p_<label>`. Where the row has such a column, ours is `predicted_<name>`. Of a run that was made without
-labels, `confidence` is called `agreement`: it estimates how often the exit agrees with full depth, not how often it is
-right. An empty text is predicted as any other.
+Each row keeps its columns and gets `label`, `confidence` (`agreement`, with full depth, of a run that was made without
+labels), `exit_layer` (0 is before the first layer) and each label's probability, `p_<label>`. Where the row has such a
+column, ours is `predicted_<name>`.
 """
 
 from collections import Counter
