@@ -105,7 +105,7 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
         sys.exit(141)
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
+    except (InputError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             error = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
         elif isinstance(error, RuntimeError):

@@ -23,8 +23,10 @@ WITH_INTERVAL = "{:.1f} ({:.1f} to {:.1f})"
 
 def new_figure(width: float, height: float):
     """A figure of matplotlib's, in inches. The classifier starts faster where matplotlib is imported here alone."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a name may hold two $
     return Figure(figsize=(width, height), layout="constrained")
 
 

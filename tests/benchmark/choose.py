@@ -53,7 +53,7 @@ def train(file: Path) -> tuple[Path, Path]:
 
 def milliseconds(model: MultiExitModel, temperatures: list[float], texts: TokenizedExamples, thresholds: list) -> list:
     """Of one text, at each threshold: in float32 and in int8."""
-    files = [join(export_pieces(model, int8), 1.0, temperatures) for int8 in (False, True)]
+    files = [join(export_pieces(model, int8), model.num_labels, 1.0, temperatures) for int8 in (False, True)]
     return [
         "{:.2f}, {:.2f}".format(*(one_by_one(file, texts, threshold=np.array(value, np.float32))[1] for file in files))
         for value in thresholds

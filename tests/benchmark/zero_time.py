@@ -13,11 +13,11 @@ import numpy as np
 
 from minisweet.adaptive import spaced_thresholds
 from minisweet.base.commands import Parser, list_of, one_of, run_command
+from minisweet.branches import grow
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import crossfit, load_validation, sweep
-from minisweet.multi_model import slice_trunk
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, load_trunk, read_validation
 from minisweet.use.onnx import one_by_one
@@ -43,7 +43,8 @@ def measure(run: Path) -> tuple[np.ndarray, list[float], list[str]]:
     rule, curves, in_vain = validation.fit_rule(), [], []
     for layers in EXITS.values():
         places = [validation.exits.layers.index(n) for n in layers]
-        file = join(export_pieces(model.keep_exits(layers), False), 1.0, rule.temperatures[places].tolist())
+        pieces = export_pieces(model.keep_exits(layers), False)
+        file = join(pieces, model.num_labels, 1.0, rule.temperatures[places].tolist())
         thresholds = [*spaced_thresholds(11, rule.lowest)[:-1], np.nextafter(np.float32(1), np.float32(0)), 1.0]
         took = [one_by_one(file, texts, threshold=np.array(value, np.float32))[1] for value in thresholds]
         curve, _ = sweep(crossfit(validation), validation, thresholds, places)
@@ -53,8 +54,9 @@ def measure(run: Path) -> tuple[np.ndarray, list[float], list[str]]:
         if layers == (0, 6):
             full, alone = took[-1], [shares[0]]
     trunk, _ = load_trunk(run)
-    for small in slice_trunk(trunk, [*SLICES, 6])[:-1]:
-        alone.append(one_by_one(join(export_pieces(small.eval(), False), 1.0, [1.0]), texts)[1] / full)
+    for small in grow("mm", trunk, [*SLICES, 6]).models[:-1]:
+        file = join(export_pieces(small.eval(), False), model.num_labels, 1.0, [1.0])
+        alone.append(one_by_one(file, texts)[1] / full)
     single = score(validation.logits[-1].argmax(-1), validation.labels, record.metric)
     return np.array(curves), [*alone, *in_vain], [f"{full:.2f}", f"{single:.1f}"]
 
