@@ -6,6 +6,7 @@ Temperatures and decisions are cross-fitted over five folds of the validation ro
 tasks as their unit: the seeds of a task are averaged, and t has five degrees of freedom for six tasks.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ for method in ("EE", "SWEET", "MM"):
     CURVES[f"1,2,3,6 of {method}"] = (method.lower(), (1, 2, 3, 6))
     CURVES[f"0,1,2,3,6 of {method}"] = (method.lower(), (0, 1, 2, 3, 6))
 OURS = next(iter(CURVES))
+DRAWN = (OURS, "1,2,3,6 with branches", "1,2,3,6 of EE", "1,2,3,6 of SWEET", "1,2,3,6 of MM")
 SHARES = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}
 CHANGES = (1, 3, 5)  # percent of answers that may differ from full depth's
 GRID = np.linspace(0, 1, 61)  # shares of the layers, for the figure
@@ -99,49 +101,62 @@ def compared(differences: np.ndarray) -> str:
     return f"{differences.mean():+.1f}{interval}, {(differences > 0).sum()}" if is_known else ""
 
 
+def over_seeds(values: np.ndarray) -> np.ndarray:
+    """The mean of those seeds that are there, (tasks, seeds, ...) to (tasks, ...); NaN where none is."""
+    with warnings.catch_warnings(action="ignore"):
+        return np.nanmean(values, axis=1)
+
+
 def report(records: Path, tasks: list[str], seeds: list[int], figure: Path | None) -> None:
     """Print the tables, and draw the figure."""
     found = {}
     for metric, title in ((None, "CoLA in Matthews correlation"), ("accuracy", "all tasks in accuracy")):
         for task in tasks if metric is None else {"cola"} & {*tasks}:  # of the others, accuracy is the score
             found[task] = [measure(records, task, seed, metric) for seed in seeds]
-        means = [[np.mean([run[i] for run in runs], axis=0) for runs in found.values()] for i in (0, 1)]
-        curves, single = map(np.array, means)  # (tasks, CURVES, numbers), (tasks, SINGLE)
-        scores, full = curves[:, :, :SCORED], single[:, -1:]  # (tasks, CURVES, SCORED), (tasks, 1)
-        there = {i: name for i, name in enumerate(CURVES) if not np.isnan(scores[:, i, -1]).any()}
-        alone = [i for i in range(len(SINGLE)) if not np.isnan(single[:, i]).any()]
-        rows = [[name, *cells(scores[:, i].mean(0))] for i, name in there.items()]
-        rows.append(["full depth", *cells(full.mean(0).repeat(SCORED))])
-        print(table(f"Mean score at a share of the layers, {title}", ["exits", *SHARES, "area"], rows))
-        with_mean, models = np.r_[single, [single.mean(0)]].T, list(SINGLE.items())  # (SINGLE, tasks and mean)
-        rows = [[models[i][0], f"{models[i][1]:.2f}", *cells(with_mean[i])] for i in alone]
+        curves, single = (np.array([[run[i] for run in runs] for runs in found.values()]) for i in (0, 1))
+        seeds_of = (~np.isnan(curves[..., SCORED - 1])).sum(1).min(0)  # of each of CURVES, in all tasks
+        there = {i: name for i, name in enumerate(CURVES) if seeds_of[i]}
+        alone = {i: name for i, name in enumerate(SINGLE) if (~np.isnan(single[..., i])).any(1).all()}
+        scores = curves[:, :, list(there)]  # (tasks, seeds, curves that are there, numbers)
+        full_scores, means = single[:, :, -1:], over_seeds(scores)
+        rows = [[name, seeds_of[i], *cells(means[:, k, :SCORED].mean(0))] for k, (i, name) in enumerate(there.items())]
+        rows.append(["full depth", len(seeds), *cells(full_scores.mean().repeat(SCORED))])
+        print(table(f"Mean score at a share of the layers, {title}", ["exits", "seeds", *SHARES, "area"], rows))
+        rows = []
+        for i, name in alone.items():
+            by_task = over_seeds(single[..., i])
+            rows.append([name, f"{SINGLE[name]:.2f}", *cells(np.append(by_task, by_task.mean()))])
         print(table(f"Models without early exit, {title}", ["model", "share", *tasks, "mean"], rows))
         if metric is None:
-            rows = [["full depth", *map(compared, (scores[:, 0] - full).T)]]
-            rows += [[name, *map(compared, (scores[:, 0] - scores[:, i]).T)] for i, name in there.items() if i]
+            ours = scores[:, :, 0, :SCORED]
+            rows = [["full depth", *map(compared, over_seeds(ours - full_scores).T)]]
+            for k, name in list(enumerate(there.values()))[1:]:  # of the same seeds
+                rows.append([name, *map(compared, over_seeds(ours - scores[:, :, k, :SCORED]).T)])
             title = f"{OURS}, less each other: mean over tasks, 95% interval, tasks won"
             print(table(title, ["less", *SHARES, "area"], rows))
-            rows = [[name, *cells(scores[:, i, -1]), f"{scores[:, i, -1].mean():.1f}"] for i, name in there.items()]
+            areas = means[:, :, SCORED - 1].T  # (curves, tasks)
+            rows = [[name, *cells(np.append(areas[k], areas[k].mean()))] for k, name in enumerate(there.values())]
             print(table("Area from 1/6", ["exits", *tasks, "mean"], rows))
-            least = curves[:, :, SCORED : SCORED + len(CHANGES)].mean(0)
-            rows = [[name, *cells(least[i], 2)] for i, name in there.items()]
+            least = means[:, :, SCORED : SCORED + len(CHANGES)].mean(0)
+            rows = [[name, *cells(least[k], 2)] for k, name in enumerate(there.values())]
             head = ["exits", *(f"{percent}%" for percent in CHANGES)]
             print(table("Share of the layers at which so few answers change", head, rows))
             if figure:
-                draw(figure, curves[:, :, SCORED + len(CHANGES) :].mean(0), single.mean(0))
+                at_grid = dict(zip(there.values(), means[:, :, SCORED + len(CHANGES) :].mean(0), strict=True))
+                draw(figure, at_grid, {name: over_seeds(single[..., i]).mean() for i, name in alone.items()})
 
 
-def draw(path: Path, curves: np.ndarray, single: np.ndarray) -> None:
-    """Draw the mean score over the share of the layers: curves (CURVES, GRID) and models (SINGLE,)."""
-    figure = new_figure(9, 9.5)  # the legend takes half of it
+def draw(path: Path, curves: dict[str, np.ndarray], single: dict[str, float]) -> None:
+    """Draw the mean score over the share of the layers: those of DRAWN among the curves (GRID,), and models alone."""
+    figure = new_figure(8, 6.5)
     axis = figure.add_subplot()
-    for name, scores in zip(CURVES, curves, strict=True):
-        if not np.isnan(scores).all():
-            axis.plot(GRID, scores, "-" if name.startswith("0") else "--", label=name)
-    for (name, share), value, marker in zip(SINGLE.items(), single, "osDv^*P", strict=True):
-        if value > 0:  # not NaN
-            axis.plot(share, value, marker, linestyle="", label=name)
+    for name, style in zip(DRAWN, ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True):
+        if name in curves:
+            axis.plot(GRID, curves[name], linestyle=style, label=name)
+    for (name, value), marker in zip(single.items(), "osDv^*P", strict=False):
+        axis.plot(SINGLE[name], value, marker, linestyle="", label=f"{name}: {value:.1f}")
     label_axes(axis, "Mean of the tasks", "score")
+    axis.set_xlim(-0.03, 1.03)
     save_figure(figure, path)
 
 
