@@ -59,8 +59,8 @@ def fine_tune(
             # Seeds dropout by step, so that no random state has to be saved.
             torch.manual_seed(hash((args.seed, step, devices.process_rank())))
             optimizer.zero_grad()
-            share, weight = devices.own_rows(batch)  # each of several processes takes a share of every batch
-            losses = compute_gradients(model, share.to(device), scaler, setup.precision)
+            rows, weight = devices.own_rows(batch)  # each of several processes takes a share of every batch
+            losses = compute_gradients(model, rows.to(device), scaler, setup.precision)
             history.append(devices.add_up_gradients(parameters, losses, weight).tolist())
             if not np.isfinite(history[-1]).all():
                 raise FloatingPointError(step)
@@ -83,7 +83,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
             break
         with devices.autocast(batch.input_ids.device, precision):
             losses.append(exit_loss(*next(exits), batch.targets))
-        if model.method != "ee":  # no later loss reaches the segment that was run: this frees its activations
+        if model.method != "ee":  # later losses send no gradient here, so this frees the activations
             scaler.scale(losses[-1]).backward()
     if model.method == "ee":
         scaler.scale(sum(losses)).backward()
@@ -92,7 +92,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
 
 @contextmanager
 def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[TokenizedExamples]:
-    """Within, the word embeddings hold only the rows that the examples use, and the examples' ids count these.
+    """Within, the table of word embeddings is cut to the rows in use, and the token ids are renumbered to match.
 
     The other rows would get no gradient and stay as they are. To leave them out saves 10 to 12% of a step.
     """

@@ -116,9 +116,10 @@ class Exits(NamedTuple):
         EE and SWEET have run the exit's n layers: n / L. MM has run all the models up to and including the exit's. Exit
         0 runs no layer.
 
-        Branches have run the exit's n layers too, and k branches before it, whose exits were asked in vain:
+        With branches, leaving after layer n costs n layers and a sixth of a layer for each of the k branches before it:
         (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D products per
-        token, those of the keys and the values: a sixth. At threshold 1 no exit but the last is asked.
+        token, those of the keys and the values. (DeBERTa's takes a quarter, and is charged a sixth too.) At threshold 1
+        no exit but the last is asked.
 
         Eq. 1 counts layers. What it leaves out is small but not nothing: the exits' heads, exit 0's sum over words, and
         that EE's and SWEET's exits, too, run their layer for [CLS] before they run it for all tokens.

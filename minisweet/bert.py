@@ -24,7 +24,8 @@ class BertLayer(TransformerLayer):
 
     def attend(self, hidden: Tensor, context: tuple[Tensor], rows: int | None) -> Tensor:
         """Scaled dot-product attention; the context is `padding_bias`. (B, T, D) to (B, H, R, d)."""
-        asking = hidden[:, :rows].contiguous()  # else torch may sum in another order where the weights are frozen
+        # A slice goes through another kernel where the weights are frozen, and so would change the last bits.
+        asking = hidden[:, :rows].contiguous()
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         (bias,) = context

@@ -2,11 +2,11 @@
 
 An exit's logits are divided by one temperature, which makes its confidence more truthful and changes no prediction.
 The temperature is the one of least negative log-likelihood (NLL), plus a weak prior that keeps it near 1: log(T)^2 / N.
-Without the prior, an exit that is right on every row would be told that it is certain of all there is.
+Without the prior, an exit that is right on every row would get a temperature near 0, and always be certain.
 
 The authors fit the temperatures on the very set that they then score. We do not: a fold of the validation set is
-decided by temperatures that were fitted on the other folds (evaluation/sweep.py). For new text one rule is kept, of all
-rows, or of a quarter where the others certify (evaluation/operating.py).
+decided by temperatures that were fitted on the other folds (evaluation/sweep.py). One rule is kept for new text. All
+rows fit it, or a quarter if the other rows certify a promise (evaluation/operating.py).
 
 Dimension letters: K exits, N instances, C classes.
 """

@@ -35,8 +35,8 @@ MODULES = {
 BERT_ATTENTION = ("query.weight", "query.bias", "key.weight", "value.weight", "value.bias")
 DEBERTA_ATTENTION = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
 HEAD = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
-# What the names of tensors begin with that are dropped, where no parameter asks for them: heads of pre-training and of
-# tasks, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
+# Tensors whose names start like this are dropped, unless a parameter needs them: heads of pre-training and of tasks, a
+# buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
 DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
 DROPPED += ("embeddings.position_ids", "embeddings.position_embeddings.")
 

@@ -142,7 +142,7 @@ class ExitModel(nn.Module):
         model.head_layers = tuple(n for n in exit_layers if n > 0)
         kept = [self.head_layers.index(n) for n in model.head_layers]
         for name, parts in self.named_children():
-            if isinstance(parts, nn.ModuleList):  # one for each exit: heads, MM's models, or branches, but for the last
+            if isinstance(parts, nn.ModuleList):  # one part per exit; the last exit has no branch
                 setattr(model, name, nn.ModuleList(parts[k] for k in kept if k < len(parts)))
         return model
 
@@ -179,8 +179,8 @@ class MultiExitModel(ExitModel):
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before anything behind it runs.
 
-        Where no gradient crosses an exit, with every method but EE, a training loop may call backward() on an exit's
-        loss while this generator waits. That frees the activations up to there. For the arguments see `forward`.
+        Only in EE do gradients cross an exit. With the other methods a training loop may call backward() on each loss
+        before the next exit runs, which frees the activations up to there. For the arguments see `forward`.
         """
         if self.ngrams is not None:
             yield self.ngrams(input_ids, attention_mask, token_type_ids), None
@@ -198,7 +198,8 @@ class MultiExitModel(ExitModel):
     def ask_exit(self, n: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Said:
         """What the exit after layer n says, from the hidden states (B, T, D) before that layer.
 
-        The exit reads [CLS] alone. So its layer runs for [CLS] here, and for all tokens only where somebody goes on.
+        The exit reads [CLS] alone, and so its layer runs for [CLS] alone here. It runs for all tokens only if the
+        caller asks for the next exit. In training the two runs draw different dropout masks.
         """
         head = self.heads[self.head_layers.index(n)]
         return head(self.layer_of_exit(n)(hidden, context, rows=1))

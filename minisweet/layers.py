@@ -5,9 +5,9 @@ An exit reads the first token, [CLS], alone. So a layer can run for that token o
     cls = layer(hidden, context, rows=1)    (B, T, D) to (B, 1, D): the query of [CLS], keys and values of all tokens
     hidden = layer(hidden, context)         (B, T, D) to (B, T, D): all tokens
 
-The first costs about a sixth of the second: keys and values are two of a layer's twelve D x D products per token
-(query, key, value, attention output, and a feed-forward block of twice four). In DeBERTa it is a quarter, since its
-weights pack the query with them.
+The first costs about a sixth of the second. A layer has twelve D x D products per token: query, key, value, attention
+output, and eight in the feed-forward block. With rows=1 two of them run for all tokens, the key and the value. In
+DeBERTa it is a quarter, since its weights pack the query with them.
 
 Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.

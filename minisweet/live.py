@@ -2,7 +2,7 @@
 
 Who stays goes on in batches as full as before, each shortened to its longest instance. For that, callers hand over
 `GATHERED` batches at once. The decisions are those of the sweep in adaptive.py, since an instance's logits do not
-depend on its batch. Only rounding does: a confidence within about 1e-6 of the threshold in float32, or 1e-2 in
+depend on its batch. Rounding alone does: a confidence within about 1e-6 of the threshold in float32, or 1e-2 in
 bfloat16, may fall on either side.
 
 Dimension letters: B instances, T tokens, D hidden size, K exits, C classes, R instances that are still here.

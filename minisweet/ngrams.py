@@ -2,9 +2,9 @@
 
 It is fastText's model (Joulin et al. 2017, https://arxiv.org/abs/1607.01759): a table has a row of C numbers for each
 token and for each pair of neighbours, and a text's logits are the sum of its n-grams' rows over the root of their
-number, plus a bias. There is no hidden layer, so that fitting is convex. Where texts come in pairs, a token that the
-other text has too has another row: a pair is mostly about what its texts share. A token's row is a free part plus a
-linear function of its pre-trained embedding, so that tokens unseen in training count too.
+number, plus a bias. There is no hidden layer: fitting is convex, and gives the same numbers each time. In a pair, a
+token that occurs in both texts uses a second row, since a pair is mostly about what its texts share. A token's row is a
+free part plus a linear function of its pre-trained embedding, so that tokens unseen in training count too.
 
 Letters: B batch, T tokens, V vocabulary, D hidden size, C classes, N texts, G all their n-grams, R table rows in use.
 """
@@ -79,7 +79,7 @@ def fit_ngrams(
     # The rows in use of tokens of one text, and of tokens that both texts have: which they are, and their embeddings.
     is_of_part = [used // V == part for part in range(1 + exit.pairs)]
     parts = [(rows, known[used[rows] % V]) for rows in is_of_part]
-    # embedding_bag sums rows over slices of a list: each text's n-grams, and for the gradient each n-gram's texts.
+    # embedding_bag adds rows: forward over a text's n-grams, backward over the texts that hold an n-gram.
     texts = torch.arange(N).repeat_interleave(sizes)[gram.argsort(stable=True)]  # (G,)
     text_starts, gram_starts = sizes.cumsum(0) - sizes, counts.cumsum(0) - counts  # of the slices
     root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
@@ -110,7 +110,7 @@ def fit_ngrams(
         return free, linear, bias
 
     fold = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
-    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # one where texts are many
+    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # three, fewer from 1,500 texts
 
     def likelihood(scale: float) -> float:
         """The log-likelihood of texts that the fit has not seen."""

@@ -1,8 +1,9 @@
 """The operating point: the threshold to deploy for a goal, the exits to ask, and what to expect on new text.
 
-The threshold is chosen on all validation rows. It would look too good on them: the best of many thresholds is a lucky
-one. So what is *stated* of its answers comes from five folds. Temperatures, exits and threshold are chosen anew on the
-other four, they decide the fold's rows, and the folds are pooled.
+For --speed all validation rows choose the threshold. For a promise, a quarter of them chooses temperatures and exits,
+and the others choose the threshold. On these rows it looks too good: the best of many thresholds is a lucky one. So
+what is *stated* of its answers comes from five folds. Temperatures, exits and threshold are chosen anew on the other
+four, they decide the fold's rows, and the folds are pooled.
 
 Dimension letters: K exits, N instances.
 """
@@ -89,8 +90,8 @@ def stated(
     taken, costs = deployed.decide(validation)
     if deployed.threshold == 1:  # nothing was chosen that could be lucky
         return at_the_ends(statistics_of(validation, taken, costs), 1.0, deployed.rule.lowest)
-    # A certificate from fewer rows is stricter. So each fold chooses by the share of changes that the deployed
-    # threshold made, not by the certificate.
+    # Fewer rows would force a stricter certificate. So each fold aims at the share of changes that the deployed
+    # threshold made.
     fold_wish = {"max_change": deployed.loss} if "max_change" in wish else wish
     by_fold = []
     for rest, rows in validation.folds():
@@ -98,8 +99,8 @@ def stated(
         taken_by_all, _ = choice.decide(validation)  # (N,)
         by_fold.append(statistics_of(validation, taken_by_all, costs))
         taken[rows] = taken_by_all[rows]
-    # The folds' choices differ from each other, and the deployed one from their mean. Five folds tell this spread
-    # roughly: intervals that take it 2.5 times hold (tests/benchmark/draws.py).
+    # The folds' choices differ, and the deployed one differs from their mean. Five folds estimate this spread only
+    # roughly. Multiplied by 2.5, it gives intervals that hold (.github/results/promises.md).
     errors = {key: 2.5 * float(np.std([one[key] for one in by_fold])) for key in ("score", "macro_f1", "loss")}
     point = statistics_of(validation, taken, costs, errors)
     return at_the_ends(point, deployed.threshold, deployed.rule.lowest)
