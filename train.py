@@ -40,7 +40,9 @@ def fine_tune(
 ) -> None:
     """Train the parameters of `model.parameter_groups()` (App. A), or go on where the checkpoint stopped.
 
-    The learning rate decays linearly to zero. Raises FloatingPointError, with the step, where a loss is not finite.
+    The learning rate decays linearly to zero, and each group's gradient is clipped to norm 1. The precision is bfloat16
+    where the device has instructions for it, else float16 on CUDA and float32 on a CPU, unless --amp says another.
+    Raises FloatingPointError, with the step, where a loss is not finite.
     """
     args, device = setup.args, setup.device
     model.to(device).train()
@@ -76,7 +78,10 @@ def fine_tune(
 
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
-    """Add up the gradients of all exits' losses on a batch. Returns the losses (K,), or (K-1,) for branches."""
+    """Add up the gradients of all exits' losses on a batch. Returns the losses (K,), or (K-1,) for branches.
+
+    Autocast ends with each loss, before backward(), which torch advises to run outside of it.
+    """
     losses, exits = [], model.exit_by_exit(*batch.inputs)
     for head in model.heads:
         if not head.classifier.weight.requires_grad:  # the last one of branches, which is the trunk's
