@@ -166,6 +166,7 @@ def load_strict(
         if not tensors[name].isfinite().all():
             problems.append(f"{source} holds NaN or infinity")
     others = {name: slices.pop(name)[...].float() for name in extra if name in slices}
+    problems += [f"{name} holds NaN or infinity" for name, tensor in others.items() if not tensor.isfinite().all()]
     unused = [name for name in slices if not name.startswith(tuple(dropped))]
     problems += [f"{name} {slices[name].get_shape()} is unexpected" for name in unused]
     if problems:

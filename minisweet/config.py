@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What BERT and DeBERTa share."""
+    """What BERT and DeBERTa share. Raises ValueError where the heads do not divide the hidden size."""
 
     vocab_size: int
     hidden_size: int
@@ -22,7 +22,13 @@ class Config:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     hidden_act: Literal["gelu"] = "gelu"
+    is_decoder: Literal[False] = False
     model_type: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        D, H = self.hidden_size, self.num_attention_heads
+        if H < 1 or D % H:
+            raise ValueError(f"hidden_size is {D}, should be a multiple of num_attention_heads, {H}")
 
     @property
     def head_dropout(self) -> float:

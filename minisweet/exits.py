@@ -71,9 +71,7 @@ class ExitHead(nn.Module):
             nn.init.normal_(linear.weight, std=config.initializer_range)
             nn.init.zeros_(linear.bias)
         if encoder.pooler_start is not None:
-            with torch.no_grad():
-                self.pooler.weight.copy_(encoder.pooler_start[0])
-                self.pooler.bias.copy_(encoder.pooler_start[1])
+            self.pooler.load_state_dict(dict(zip(("weight", "bias"), encoder.pooler_start, strict=True)))
         self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None
 
     def forward(self, hidden: Tensor) -> Said:

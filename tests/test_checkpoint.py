@@ -71,6 +71,8 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
         ("bert", "model_type", "roberta"),
         ("bert", "hidden_act", "relu"),
         ("bert", "hidden_size", "16"),
+        ("bert", "num_attention_heads", 3),
+        ("bert", "is_decoder", True),
         ("bert", "vocab_size", "absent"),
         ("deberta", "max_relative_positions", "6"),
         ("deberta", "pos_att_type", "c2p"),

@@ -122,6 +122,7 @@ REFUSED = [
     ("a.csv", b"text,label\na,x\n\nb,y,z\n", "line 4: not readable as cells (it has more cells than the header)"),
     ("a.csv", b"text,label\ncaf\xe9,x\n", "line 2: not readable as cells ('utf-8' codec can't decode byte 0xe9"),
     ("a.csv", b"text;label\na;x\n", "line 1: not readable as cells (its cells are separated by ';', should be by ',')"),
+    ("a.csv", b"text,label,text\na,x,b\n", "line 1: not readable as cells (two columns have the same name)"),
     ("a.csv", b"body,team\na,x\n", "a.csv: no column text or sentence or sentence1,sentence2; it has body, team;"),
     ("a.csv", b"text,team\na,x\n", "a.csv: no column label; it has text, team; name it with --label-column"),
     ("a.csv", b"", "no rows"),

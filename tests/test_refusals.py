@@ -51,6 +51,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --exit-layers 0,4 --exit-strategy lte", "--exit-layers: exit 0 cannot learn when to be taken"),
     ("train", "--model tiny --trunk run", "--model: needs a training without --trunk"),
     ("train", "--trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in the"),
+    ("train", "--trunk run --data own.csv --labels a,c --out new", "--labels: a,c, and the trunk's are "),
     ("train", "--trunk run --out new --exit-layers 1,2", "--exit-layers: 1,2, should increase and end at layer 4, as"),
     ("train", f"{TRAIN} --targets trunk", "--targets: needs --trunk or --method branch"),
     ("train", f"{TRAIN} --dev-data own.csv", "--dev-data: needs --data"),

@@ -213,6 +213,7 @@ def test_formats_and_names(run_of, command, tmp_path, suffix):
     assert [row["text"] for row in again] == texts
     ours = ["predicted_label", "confidence", "exit_layer", "p_negative", "p_positive"]
     assert list(again[0])[:7] == ["text", "label", *ours]
+    assert "predicted_predicted_label" in again[0]  # no column is replaced, however often a file is predicted
     for row in again:
         assert row["predicted_confidence"] == pytest.approx(float(row["confidence"]))
         assert row["label"] == "x"

@@ -62,6 +62,8 @@ def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
     if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
         return named
     known = {label.casefold(): label for label in named or ()}  # POSITIVE is GLUE's positive
+    if args.labels and list(known) != [label.casefold() for label in trunk]:
+        raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(trunk)}")
     return [known.get(label.casefold(), label) for label in trunk]
 
 

@@ -56,6 +56,8 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
             header = rows.fieldnames or [""]
             if other := [sign for sign in ";\t,|" if len(header) == 1 and sign in header[0]]:
                 raise ValueError(f"its cells are separated by {other[0]!r}, should be by {delimiter!r}")
+            if len(set(header)) < len(header):
+                raise ValueError("two columns have the same name")
         for row in rows:
             json.dumps(row, ensure_ascii=False).encode()  # raises for half of an emoji, which JSON can hold
             if None in row:

@@ -125,6 +125,7 @@ class EarlyExitClassifier:
             if len(rows[i]) != 1 + self.pairs or not all(isinstance(part, str) for part in rows[i]):
                 wanted = "a pair of texts" if self.pairs else "one text"
                 raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as in training")
+            "".join(rows[i]).encode()  # raises UnicodeError, a ValueError too, for half of an emoji
         second = [parts[1] for parts in rows] if self.pairs else None
         return TokenizedExamples(self.tokenizer, Examples([parts[0] for parts in rows], second, None))
 

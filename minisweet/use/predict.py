@@ -60,5 +60,9 @@ def columns_of(answer: Answer, taken: Container[str], certainty_name: str) -> di
     """An answer as columns. Where such a name is `taken`, ours is another."""
     numbers = {certainty_name: answer.confidence, "exit_layer": answer.exit_layer}
     numbers |= {f"p_{name}": p for name, p in answer.probabilities.items()}
-    columns = {"label": answer.label} | {name: round(number, 9) for name, number in numbers.items()}
-    return {f"predicted_{name}" if name in taken else name: value for name, value in columns.items()}
+    columns = {}
+    for name, value in ({"label": answer.label} | {name: round(number, 9) for name, number in numbers.items()}).items():
+        while name in taken:
+            name = f"predicted_{name}"
+        columns[name] = value
+    return columns
