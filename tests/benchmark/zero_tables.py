@@ -124,9 +124,9 @@ def report(records: Path, tasks: list[str], seeds: list[int], figure: Path | Non
         print(table(f"Mean score at a share of the layers, {title}", ["exits", "seeds", *SHARES, "area"], rows))
         rows = []
         for i, name in alone.items():
-            by_task = over_seeds(single[..., i])
-            rows.append([name, f"{SINGLE[name]:.2f}", *cells(np.append(by_task, by_task.mean()))])
-        print(table(f"Models without early exit, {title}", ["model", "share", *tasks, "mean"], rows))
+            by_task, count = over_seeds(single[..., i]), (~np.isnan(single[..., i])).sum(1).min()
+            rows.append([name, count, f"{SINGLE[name]:.2f}", *cells(np.append(by_task, by_task.mean()))])
+        print(table(f"Models without early exit, {title}", ["model", "seeds", "share", *tasks, "mean"], rows))
         if metric is None:
             ours = scores[:, :, 0, :SCORED]
             rows = [["full depth", *map(compared, over_seeds(ours - full_scores).T)]]
