@@ -9,6 +9,7 @@ import pytest
 
 from minisweet.paper import report, reproduce
 from minisweet.paper.report import STUDENT_T, did_not_converge, interpolated, over_seeds, seed_means, tables
+from tests.benchmark import zero_tables
 from tests.conftest import CHECKOUT
 
 
@@ -151,3 +152,14 @@ def test_the_committed_records_make_the_committed_reports(tmp_path, monkeypatch,
     made, kept = ((folder / name).read_text() for folder, name in ((tmp_path, "results.md"), (results, committed)))
     assert "Missing runs: 0" in made
     assert set(made.splitlines()) <= set(kept.splitlines())  # at its time it also compared single models
+
+
+@pytest.mark.slow
+def test_the_committed_records_make_the_tables_of_exit_0(tmp_path, capsys):
+    results = CHECKOUT / ".github" / "results"
+    with tarfile.open(results / "zero.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    zero_tables.report(tmp_path / "records", list(zero_tables.TASKS), [0, 1, 2], None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 50
+    assert set(lines) <= set((results / "zero.md").read_text().splitlines())

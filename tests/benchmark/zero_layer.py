@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.files import home, read_json, write_json, written_beside
@@ -45,8 +45,10 @@ def make(args: argparse.Namespace, name: str, *options: str) -> None:
         subprocess.run([sys.executable, *command, *common], check=True)
     with written_beside(args.out / "records" / name) as folder:
         folder.mkdir()
-        for file in ("run.json", EVALUATION, LOGITS):
+        for file in ("run.json", EVALUATION):
             shutil.copy(run / file, folder)
+        tensors = load_file(run / LOGITS)
+        save_file(tensors | {"logits": tensors["logits"].half()}, folder / LOGITS)  # half the size; three digits do
 
 
 def make_seed(args: argparse.Namespace, task: str, seed: int) -> None:
