@@ -2,7 +2,7 @@
 
     python -m tests.benchmark.zero_time FOLDER [--tasks sst2,qnli] [--figure PNG]
 
-FOLDER is that of zero_layer.py, with the runs of branches of seed 0, whose weights it needs. The first 300 validation
+FOLDER is that of zero_layer.py, with the runs of branches of seed 0, whose weights it needs. The first 100 validation
 rows of each task are timed at eleven thresholds. Scores are those of all rows, cross-fitted. Times are shares of full
 depth's, so that tasks of longer texts count as much as others.
 """
@@ -27,7 +27,7 @@ from tests.benchmark.zero_tables import SLICES, TASKS
 
 EXITS = {"n-grams, then full depth": (0, 6), "with a branch": (0, 2, 6)}
 EXITS |= {"with branches": (0, 1, 2, 3, 6), "branches alone": (1, 2, 3, 6)}
-GRID, ROWS = np.linspace(0, 1.6, 81), 300
+GRID, ROWS = np.linspace(0, 1.6, 81), 100
 
 
 def measure(run: Path) -> tuple[np.ndarray, list[float], list[str]]:
