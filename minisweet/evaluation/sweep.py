@@ -62,9 +62,17 @@ class Validation(NamedTuple):
 
     def decide(self, rule: ExitRule, places: Sequence[int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """The exit that each row takes, from 0 and of all K, and its cost: (N,) each. `places` are the exits asked."""
-        confidence = rule.confidences(self.logits, self.certainty)[list(places)]
-        taken = exits_taken(confidence, threshold, rule.lowest).numpy()
-        return np.array(places)[taken], np.array(self.exits_at(places).costs(threshold))[taken]
+        taken, costs = self.decide_at(rule, places, [threshold])
+        return taken[0], costs[0]
+
+    def decide_at(
+        self, rule: ExitRule, places: Sequence[int], thresholds: Sequence[float]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `decide`, at several thresholds: (P, N) each."""
+        confidence = rule.confidences(self.logits, self.certainty)[list(places)]  # the same at all thresholds
+        taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
+        costs = np.array([self.exits_at(places).costs(threshold) for threshold in thresholds])  # (P, exits asked)
+        return np.array(places)[taken], np.take_along_axis(costs, taken, axis=1)
 
     def effective_rows(self) -> float:
         """How many rows without a repeated text tell as much, see intervals.py."""
@@ -141,9 +149,8 @@ def sweep(
     (K, N, _), labels, metric = validation.logits.shape, validation.labels.numpy(), validation.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     for rule, rows in folds:
-        fold = validation.take(rows)
-        for i, threshold in enumerate(thresholds):
-            taken[i, rows], costs[i, rows] = fold.decide(rule, range(K) if places is None else places, threshold)
+        asked = range(K) if places is None else places
+        taken[:, rows], costs[:, rows] = validation.take(rows).decide_at(rule, asked, thresholds)
     predictions = validation.logits.argmax(-1).numpy()  # (K, N)
     ratios = costs.mean(1).tolist()  # Eq. 1
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
