@@ -68,7 +68,8 @@ def compare(file: Path, rows: Examples, labels: list[str], test: Examples) -> di
     (model, record), (taught, _), evaluation = load_run(run), load_run(slices), read_evaluation(run)
     order = [record.labels.index(label) for label in labels]
     gold = np.array([order[label] for label in test.labels])
-    texts, few = (EarlyExitClassifier(run).tokenize(part) for part in (test.texts(), test.texts()[:TIMED]))
+    classify = EarlyExitClassifier(run)
+    texts, few = (classify.tokenize(part) for part in (test.texts(), test.texts()[:TIMED]))
     found, point = {}, evaluation.operating_point
 
     def add(name: str, answers: np.ndarray, took: str) -> None:
@@ -83,7 +84,7 @@ def compare(file: Path, rows: Examples, labels: list[str], test: Examples) -> di
     took = milliseconds(model, evaluation.temperatures, few, [0, point.threshold, 1])
     logits, _ = all_logits(model, texts, None)
     add("n-grams", logits[0].argmax(-1).numpy(), took[0])
-    answers = EarlyExitClassifier(run)(test.texts())
+    answers = classify.classify(texts)
     share = np.mean([answer.exit_layer for answer in answers]) / record.depth
     early = np.array([record.labels.index(answer.label) for answer in answers])
     add(f"default, at {share:.2f} of the layers", early, took[1])
