@@ -45,8 +45,9 @@ def make(args: argparse.Namespace, name: str, *options: str) -> None:
         subprocess.run([sys.executable, *command, *common], check=True)
     with written_beside(args.out / "records" / name) as folder:
         folder.mkdir()
-        for file in ("run.json", EVALUATION):
-            shutil.copy(run / file, folder)
+        shutil.copy(run / EVALUATION, folder)
+        # The digests of the texts take more room than all else, and no table needs them.
+        write_json(folder / "run.json", read_json(run / "run.json") | {"train_texts": None})
         tensors = load_file(run / LOGITS)
         save_file(tensors | {"logits": tensors["logits"].half()}, folder / LOGITS)  # half the size; three digits do
 
