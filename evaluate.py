@@ -21,17 +21,24 @@ from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
 from minisweet.base.files import InputError, read_dataclass
-from minisweet.data.load import digest
 from minisweet.data.rows import Examples, examples_of, find_columns, read_rows, text_columns
+from minisweet.data.tasks import digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import operating, sweep
-from minisweet.evaluation.intervals import interval_of_a_file
-from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.metrics import METRICS, interval_of_a_file
 from minisweet.evaluation.records import Evaluation, read_evaluation
 from minisweet.evaluation.sweep import Validation
 from minisweet.exits import ExitModel
-from minisweet.runs.folders import CURVE, EVALUATION, load_run, method_name, newest_run, read_validation, versions
-from minisweet.runs.records import Record
+from minisweet.runs.folders import (
+    CURVE,
+    EVALUATION,
+    Record,
+    load_run,
+    method_name,
+    newest_run,
+    read_validation,
+    versions,
+)
 from minisweet.use.plots import draw_curves
 
 STATED = (  # what evaluation.json states: a title, the key of the value, and the key of its interval

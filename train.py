@@ -27,8 +27,7 @@ from minisweet.branches import METHODS
 from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.sweep import all_logits
-from minisweet.exits import ExitModel, exit_loss
-from minisweet.multi_model import build_alone
+from minisweet.exits import ExitModel, build_alone, exit_loss
 from minisweet.ngrams import NgramExit, fit_ngrams
 from minisweet.runs.folders import save_run
 from minisweet.runs.resume import Checkpoint, claim_output

@@ -14,8 +14,7 @@ Names and shapes that stay (B batch, T tokens, D hidden size, L layers, K exits,
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
 from minisweet.checkpoint import load_encoder
-from minisweet.exits import MultiExitModel
-from minisweet.multi_model import build_multi_model
+from minisweet.exits import MultiExitModel, build_multi_model
 from minisweet.ngrams import NgramExit
 
 __all__ = ["EarlyExitClassifier", "InputError", "MultiExitModel", "NgramExit", "build_multi_model", "load_encoder"]

@@ -1,22 +1,31 @@
-"""When to leave, and what it costs: exit decisions, Eq. 1 and the speed-accuracy curve (Sec. 3.3).
+"""When to leave, and what it costs: exit decisions, temperatures, Eq. 1 and the speed-accuracy curve (Sec. 3.3).
 
 An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. An
 exit's confidence is its highest probability, after temperature scaling, or what it has learned of itself:
 learning-to-exit (Sec. 5).
 
 The sweep needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
+
+Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
+one number, which makes its confidence more truthful and changes no prediction. The authors fit the temperatures on the
+very set that they then score. We do not: each fold of the validation rows is decided by temperatures that were fitted
+on the others (evaluation/sweep.py). For new text all rows fit them, or a quarter if the others certify a promise.
+
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ASKING_A_BRANCH = 1 / 6  # of a layer, see `Exits.costs`
+BINS = 15  # of the expected calibration error
 
 
 class ExitRule:
@@ -146,3 +155,52 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: fl
     x, y = np.r_[low, x[inside], high], np.r_[ends[0], y[inside], ends[1]]
     mean = np.trapezoid(y, x) / (high - low) if high > low else ends[1]
     return float(np.clip(mean, y.min(), y.max()))  # rounding must not make 100.00000000000001 of 100
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature T that fits best: logits (N, C) and labels (N,) to a number above 0; without rows 1.
+
+    It has the least negative log-likelihood, plus a weak prior that keeps it near 1: log(T)^2 / N. Without the prior,
+    an exit that is right on every row would get a temperature near 0, and always be certain. Where the slope of their
+    sum changes its sign is found by bisection, of log(T) between -7 and 7.
+    """
+    logits, low, high = logits.double(), -7.0, 7.0
+    gold = float(logits.gather(1, labels[:, None]).sum())
+    for _ in range(40):
+        middle = (low + high) / 2
+        scaled = logits * math.exp(-middle)
+        slope = gold * math.exp(-middle) - float((scaled.softmax(-1) * scaled).sum()) + 2 * middle
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return math.exp(middle)
+
+
+def fit_rule(logits: Tensor, certainty: Tensor | None, labels: Tensor, labelled: bool = True) -> ExitRule:
+    """The rule that some validation rows suggest, for other text. Here alone a rule is made of data.
+
+    Args:
+        logits: (K, N, C).
+        certainty: (K or K-1, N) of learning-to-exit, whose ranges are taken; None where temperatures are fitted.
+        labels: (N,).
+        labelled: False where the labels are the last exit's own answers. They tell nothing of its temperature: it is 1.
+    """
+    K, _, C = logits.shape
+    if certainty is not None:
+        return ExitRule(C, ranges=certainty_ranges(certainty, K))
+    temperatures = [fit_temperature(exit_logits, labels) for exit_logits in logits[: K if labelled else K - 1]]
+    return ExitRule(C, torch.tensor(temperatures + [1.0] * (not labelled), dtype=torch.float32))
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """How far confidence and accuracy part, in 15 bins of confidence of equal width, weighted by size (0 to 1).
+
+    logits (N, C), labels (N,).
+    """
+    confidence, prediction = logits.double().softmax(-1).max(-1)  # (N,)
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - (prediction == labels).double())
+    return float(gap.abs().sum() / len(labels))
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
+    """Mean NLL in nats: logits (N, C), labels (N,)."""
+    return float(F.cross_entropy(logits.double(), labels))

@@ -21,8 +21,7 @@ from functools import partial
 from torch import nn
 
 from minisweet.checkpoint import Encoder
-from minisweet.exits import ExitModel, MultiExitModel
-from minisweet.multi_model import MultiModel
+from minisweet.exits import ExitModel, MultiExitModel, MultiModel
 
 
 class BranchModel(MultiExitModel):

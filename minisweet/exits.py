@@ -1,4 +1,4 @@
-"""Exits on an encoder, trained as Early-Exit (EE) or as SWEET: the paper's method (Sections 2 to 4).
+"""Exits on an encoder: Early-Exit (EE), Multi-Model (MM) and SWEET, the paper's method (Sections 2 to 4).
 
     Early-Exit (EE)      1 -------- 2 -------- 3        every loss reaches all the layers below its exit
                          loss 1     loss 2     loss 3
@@ -6,8 +6,11 @@
     SWEET                1 --x----- 2 --x----- 3        the gradient stops at x: each loss updates the layers
                          loss 1     loss 2     loss 3   after the exit before it
 
-Which exits' losses update what, for exits after layers 1, 2 and 4 (branches are explained in branches.py; each model
-of Multi-Model, in multi_model.py, has all of its parameters for itself):
+    Multi-Model (MM)     1    1 -- 2    1 -- 2 -- 3     one model per exit, each trained for itself: no conflict,
+                     loss 1   loss 2         loss 3     but an instance that goes on starts from the words again
+
+Which exits' losses update what, for exits after layers 1, 2 and 4 (each of MM's models has its parameters for itself;
+branches are explained in branches.py):
 
                  ee      sweet   branch
     embeddings   1 2 4   1       -
@@ -33,12 +36,13 @@ Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classe
 
 import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.checkpoint import Encoder
+from minisweet.checkpoint import Encoder, load_encoder
 from minisweet.layers import Dropout
 from minisweet.ngrams import NgramExit
 
@@ -209,3 +213,43 @@ class MultiExitModel(ExitModel):
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """The parameters that training updates, in groups whose gradients are clipped one by one: here all in one."""
         return [list(self.parameters())]
+
+
+class MultiModel(ExitModel):
+    """K independent models, smallest first: `models[k]` is a MultiExitModel with one exit, at its end."""
+
+    method = "mm"
+
+    def __init__(self, models: Sequence[MultiExitModel]) -> None:
+        exit_layers = [model.head_layers[-1] for model in models]
+        super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
+        self.models = nn.ModuleList(models)
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __getitem__(self, k: int) -> MultiExitModel:
+        return self.models[k]
+
+    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
+        """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
+        if self.ngrams is not None:
+            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
+        for model in self:
+            yield from model.exit_by_exit(input_ids, attention_mask, token_type_ids)
+
+
+def build_multi_model(
+    folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
+) -> MultiModel:
+    """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into K independent models.
+
+    For the arguments see `MultiExitModel`. Raises ValueError for other exit layers, InputError as `load_encoder` does.
+    """
+    return MultiModel([build_alone(folder, n, num_labels, exit_strategy) for n in exit_layers])
+
+
+def build_alone(folder: str | Path, n: int, num_labels: int, exit_strategy: str = "confidence") -> MultiExitModel:
+    """The first n layers of a checkpoint with one exit at their end: one of MM's models, or a trunk."""
+    with torch.random.fork_rng(devices=[]):  # new weights depend on the seed, and not on what was built before
+        return MultiExitModel(load_encoder(folder, n), (n,), num_labels, exit_strategy=exit_strategy)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisweet.adaptive import ExitRule, leaves
-from minisweet.exits import MultiExitModel
-from minisweet.multi_model import MultiModel
+from minisweet.exits import MultiExitModel, MultiModel
 
 # Batches to hand over at once. With half of the layers run, four take 1/6 less time than one; more do not help.
 GATHERED = 4

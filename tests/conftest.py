@@ -18,8 +18,7 @@ from minisweet.checkpoint import checkpoint_names, load_encoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.data import toy
 from minisweet.deberta import DebertaEncoder
-from minisweet.exits import MultiExitModel
-from minisweet.multi_model import MultiModel, build_multi_model
+from minisweet.exits import MultiExitModel, MultiModel, build_multi_model
 
 CHECKOUT = Path(__file__).parent.parent
 SIZES = {

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from minisweet.adaptive import ExitRule, exits_taken
-from minisweet.calibration import (
+from minisweet.adaptive import (
+    ExitRule,
+    exits_taken,
     expected_calibration_error,
     fit_rule,
     fit_temperature,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evaluate
-from minisweet.data.load import text_digest
+from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.records import Evaluation, read_evaluation
 from minisweet.evaluation.sweep import all_logits, load_validation

@@ -18,8 +18,7 @@ from minisweet.base.files import home
 from minisweet.branches import METHODS, grow
 from minisweet.checkpoint import checkpoint_names
 from minisweet.data.text import Batch
-from minisweet.exits import EXIT_STRATEGIES, exit_loss
-from minisweet.multi_model import build_alone
+from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
 from tests.conftest import exit_model, random_batch, tiny_encoder, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])

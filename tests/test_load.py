@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError
-from minisweet.data.load import add_data_options, digest, load_data, stratified_split, text_digest
 from minisweet.data.rows import (
     DELIMITERS,
     Examples,
@@ -24,7 +23,7 @@ from minisweet.data.rows import (
     text_columns,
     write_examples,
 )
-from minisweet.data.tasks import load_examples
+from minisweet.data.tasks import add_data_options, digest, load_data, load_examples, stratified_split, text_digest
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c", "caf\u00e9 \u2028 \\", " "]  # the last is empty
 LABELS = ["refund, please", "login", "login", "login"]

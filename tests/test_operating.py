@@ -19,8 +19,7 @@ from minisweet.evaluation.choice import (
     deployed_threshold,
     fastest_exits,
 )
-from minisweet.evaluation.intervals import scores_of
-from minisweet.evaluation.metrics import score
+from minisweet.evaluation.metrics import score, scores_of
 from minisweet.evaluation.operating import (
     operating_point,
     shortfall,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import train
 from minisweet.branches import METHODS
-from minisweet.runs import options
-from minisweet.runs.options import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
+from minisweet.runs import start
+from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
 from tests.conftest import write_model
 
 
@@ -43,7 +43,7 @@ def test_the_papers_settings_are_the_defaults():
         for task, rates in zip("sst2 mrpc cola mnli qqp qnli rte".split(), row.split(), strict=True):
             ours = [default_learning_rate(shape(*model), task, method) for method in ("ee", "mm", "sweet")]
             assert ours == pytest.approx([int(rate) * 1e-5 for rate in rates.split("/")])
-        assert options.search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
+        assert start.search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_epochs_make_the_steps_and_none_more_and_are_four_at_least(examples, bat
 
 def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypatch):
     model = write_model(tmp_path / "tiny", "bert")
-    monkeypatch.setattr("minisweet.runs.options.STEPS", 9)
+    monkeypatch.setattr("minisweet.runs.start.STEPS", 9)
     rows = [f"text number {n} is not good and not bad,{'ab'[n % 2]}\n" for n in range(40)]
     Path("own.csv").write_text("text,label\n ,a\n" + "".join(rows))
     Path("dev.csv").write_text("text,label\n" + rows[0] + "a film,a\n")

@@ -10,7 +10,7 @@ import torch
 from minisweet import load_encoder
 from minisweet.base.files import InputError
 from minisweet.data.rows import Examples
-from minisweet.multi_model import build_multi_model
+from minisweet.exits import build_multi_model
 from minisweet.ngrams import NgramExit
 from minisweet.runs import folders
 from minisweet.runs.folders import load_run, load_trunk, method_name, read_record, run_name, save_run

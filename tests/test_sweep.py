@@ -6,8 +6,8 @@ import torch
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
 from minisweet.base.files import InputError
-from minisweet.data.load import text_digest
 from minisweet.data.rows import Examples
+from minisweet.data.tasks import text_digest
 from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import (
     Validation,

@@ -15,11 +15,9 @@ import evaluate
 import train
 from minisweet import MultiExitModel, load_encoder
 from minisweet.branches import METHODS
-from minisweet.data.load import text_digest
-from minisweet.data.tasks import load_examples
+from minisweet.data.tasks import load_examples, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.exits import EXIT_STRATEGIES, exit_loss
-from minisweet.multi_model import build_alone
+from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
 from minisweet.runs.folders import load_run, load_trunk, read_record
 from tests.conftest import exit_model, in_folder, quick, random_batch, run, write_model
 from tests.test_checkpoint import save_classifier

@@ -1,14 +1,21 @@
-"""The tasks: seven of GLUE (Wang et al., 2019), read from GLUE's own train and dev files, and the toy task."""
+"""The data of a training: seven tasks of GLUE (Wang et al., 2019), the toy task, or the user's own files."""
 
+import argparse
 import csv
+import hashlib
 import io
+import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
-from minisweet.base.files import LOG, InputError, preview, written_beside
-from minisweet.data.rows import Examples, Names, examples_of, read_rows
+import numpy as np
+
+from minisweet.base.commands import Parser, list_of, number, whole_number
+from minisweet.base.files import LOG, InputError, home, preview, written_beside
+from minisweet.data.rows import Examples, Names, examples_of, find_columns, read_rows, text_columns
 from minisweet.data.toy import make_toy
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
@@ -109,3 +116,113 @@ def _download(url: str) -> bytes:
     with urlopen(url, timeout=30) as response:  # seconds without an answer, or without a further byte
         LOG.info("fetching %s: %.1f MB", url, (response.length or 0) / 1e6)
         return response.read()
+
+
+class Data(NamedTuple):
+    """What `load_data` found."""
+
+    train: Examples
+    dev: Examples
+    record: dict  # for run.json
+
+
+def add_data_options(parser: Parser) -> None:
+    """Add the options that `load_data` reads."""
+    group = parser.add_argument_group("data")
+    option, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--task", choices=list(TASKS), help="of GLUE, or toy (default: toy)")
+    either("--data", type=Path, metavar="FILE", help="your own text instead: .csv, .tsv or .jsonl")
+    option("--dev-data", type=Path, metavar="FILE", help="to validate on (default: rows of --data set aside)")
+    option("--text-columns", type=list_of(str), help="one or two (default: text, sentence or sentence1,sentence2)")
+    option("--label-column", metavar="NAME", help="(default: label)")
+    option("--labels", type=list_of(str.strip), help="the classes in their order, as a,b,c (default: as in --data)")
+    option("--dev-size", type=number(0.0001, 0.9999), default=0.2, help="share of --data set aside (default: 0.2)")
+    option("--dev-seed", type=whole_number(0), default=0, help="of which rows are set aside (default: 0)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
+
+
+def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> Data:
+    """Read what the options of `add_data_options` name; without --data, --task must be there.
+
+    `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels` a
+    task's labels are read for dev alone, and own data may lack the label column. Raises InputError for a file or a row
+    that is wrong (with the line), and for options that do not go together.
+    """
+    labels, columns, column = _class_order(args, labels), None, None
+    if args.data is None:
+        train, dev = (load_examples(args.task, split, args.data_dir, labels) for split in ("train", "dev"))
+        train, metric = train if need_labels else train._replace(labels=None), TASKS[args.task].metric
+    else:
+        train, dev, labels, columns, column = _load_own(args, labels, need_labels)
+        metric = "accuracy" if dev.labels else "agreement"
+    record = {"task": args.task, "labels": list(labels), "metric": metric, "dev_digest": digest(dev)}
+    return Data(train, dev, record | {"text_columns": columns, "label_column": column})
+
+
+def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
+    """The classes that the task, --labels or a trunk prescribes, or None."""
+    named = args.labels if args.data else TASKS[args.task].labels
+    if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
+        return named
+    known = {label.casefold(): label for label in named or ()}  # POSITIVE is GLUE's positive
+    if args.labels and list(known) != [label.casefold() for label in trunk]:
+        raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(trunk)}")
+    return [known.get(label.casefold(), label) for label in trunk]
+
+
+def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple:
+    """Train and dev of --data and --dev-data, the labels, and the columns of text and labels."""
+    usual = [[args.label_column or "label"]]
+    if not need_labels and not args.label_column:
+        usual.append([])  # no column at all
+
+    def read(path: Path, labels: Names, trained: Names = None) -> tuple:
+        columns = text_columns(path, args.text_columns, trained)
+        column = next(iter(find_columns("--label-column", path, *usual)), None)
+        if column in columns:
+            raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
+        return *examples_of(path, read_rows(path), columns, column, labels), columns, column
+
+    train, labels, columns, column = read(args.data, labels)
+    if need_labels and len(set(train.labels)) < 2:
+        raise InputError(f"{args.data}: all rows have the label {labels[train.labels[0]]!r:.60}, needs two or more")
+    if args.dev_data:
+        return train, read(args.dev_data, labels, columns)[0], labels, columns, column
+    classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
+    rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed, train.texts())
+    if not dev_rows:
+        raise InputError(f"{args.data}: no row can be set aside: no label has two different texts; see --dev-data")
+    return train.take(rows)._replace(empty=train.empty), train.take(dev_rows), labels, columns, column
+
+
+def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: Sequence) -> tuple[list[int], list[int]]:
+    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
+
+    Equal `texts` (N,) stay on one side, so a class of few, frequent texts may miss `dev_size`. Each class has a row on
+    either side, unless it has one text alone, which goes to train, or shares all with rarer classes.
+    """
+    rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
+    which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)
+    side = np.full(len(numbers), -1)  # of each text: 1 dev, 0 train, -1 not decided
+    classes = [np.unique(which[labels == label], return_counts=True) for label in np.unique(labels)]
+    for own, counts in sorted(classes, key=lambda part: len(part[0])):  # rarest first: others may share its texts
+        free = rng.permutation(np.flatnonzero(side[own] < 0))
+        wanted = min(max(1, round(dev_size * counts.sum())), counts.sum() - 1)
+        room = wanted - counts[side[own] == 1].sum()
+        for i in free:
+            side[own[i]] = counts[i] <= room
+            room -= counts[i] * side[own[i]]
+        if len(own) > 1 and not (side[own] == 1).any():  # all are frequent: the least frequent one
+            side[own[free[counts[free].argsort()[:1]]]] = 1
+    return np.flatnonzero(side[which] == 0).tolist(), np.flatnonzero(side[which] == 1).tolist()
+
+
+def digest(examples: Examples) -> str:
+    """The SHA-256 of the texts and labels, in hexadecimal."""
+    rows = zip(examples.texts(), examples.labels or [None] * len(examples.first), strict=True)
+    return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
+
+
+def text_digest(text: str | tuple[str, str]) -> str:
+    """Eight bytes, in hexadecimal, that tell a text or a pair from others."""
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]

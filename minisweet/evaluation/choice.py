@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minisweet.adaptive import ExitRule
-from minisweet.evaluation.intervals import SLACK, loss_bound, loss_of, most_changes, scores_of
+from minisweet.evaluation.metrics import SLACK, loss_bound, loss_of, most_changes, scores_of
 from minisweet.evaluation.sweep import Validation
 
 
@@ -106,7 +106,7 @@ class Candidates(NamedTuple):
 
     thresholds: np.ndarray  # (M,), the last is 1
     ratios: np.ndarray  # (M,), speedup ratios: mean shares of the layers
-    counts: np.ndarray  # (2, 2, 2, M), effective rows, see intervals.py
+    counts: np.ndarray  # (2, 2, 2, M), effective rows, see metrics.py
 
 
 def candidates(rule: ExitRule, validation: Validation, places: Sequence[int]) -> Candidates:
@@ -137,7 +137,7 @@ def candidates(rule: ExitRule, validation: Validation, places: Sequence[int]) ->
 
 
 def cells_of(validation: Validation, taken: np.ndarray) -> np.ndarray:
-    """The cell of `counts`, see intervals.py, of each row that takes this exit, from 0: (..., N) or (..., 1)."""
+    """The cell of `counts`, see metrics.py, of each row that takes this exit, from 0: (..., N) or (..., 1)."""
     predictions, labels = validation.logits.argmax(-1).numpy(), validation.labels.numpy()
     is_matthews = validation.metric == "matthews"
     hits = predictions == (1 if is_matthews else labels)  # (K, N)

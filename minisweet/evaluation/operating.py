@@ -14,9 +14,8 @@ import numpy as np
 
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number
-from minisweet.evaluation import intervals
+from minisweet.evaluation import metrics
 from minisweet.evaluation.choice import Choice, cells_of, choose
-from minisweet.evaluation.metrics import classification_report
 from minisweet.evaluation.records import Evaluation
 from minisweet.evaluation.sweep import Validation
 
@@ -125,22 +124,22 @@ def statistics_of(validation: Validation, taken: np.ndarray, costs: np.ndarray, 
     """
     metric, rows, N, C = validation.metric, validation.effective_rows(), len(taken), validation.logits.shape[-1]
     counts = np.bincount(cells_of(validation, taken), minlength=8).reshape(2, 2, 2) * (rows / N)
-    full_depth, score = map(float, intervals.scores_of(counts, metric))
+    full_depth, score = map(float, metrics.scores_of(counts, metric))
     answers = validation.logits.argmax(-1).numpy()[taken, np.arange(N)]
-    report = classification_report(answers, validation.labels.numpy(), C)
+    report = metrics.classification_report(answers, validation.labels.numpy(), C)
     values = {
-        "score": (score, intervals.score_interval(counts, metric, 1)),
-        "macro_f1": (report["macro_f1"], intervals.macro_f1_interval(np.array(report["confusion_matrix"]), rows)),
-        "loss": (full_depth - score, intervals.loss_interval(counts, metric)),
+        "score": (score, metrics.score_interval(counts, metric, 1)),
+        "macro_f1": (report["macro_f1"], metrics.macro_f1_interval(np.array(report["confusion_matrix"]), rows)),
+        "loss": (full_depth - score, metrics.loss_interval(counts, metric)),
     }
-    full_depth_interval = [100.0, 100.0] if metric == "agreement" else intervals.score_interval(counts, metric, 0)
+    full_depth_interval = [100.0, 100.0] if metric == "agreement" else metrics.score_interval(counts, metric, 0)
     point = {"full_depth_score": full_depth, "full_depth_interval": full_depth_interval}
     for key, (value, ends) in values.items():
-        point |= {key: value, f"{key}_interval": intervals.widened(value, ends, (errors or {}).get(key, 0.0))}
+        point |= {key: value, f"{key}_interval": metrics.widened(value, ends, (errors or {}).get(key, 0.0))}
     # All rows may leave at one exit, and yet other texts will not: a row at either end is added.
     least, *_, most = sorted([*validation.exits.costs(), *costs])
     error, speedup = float(np.std([*costs, least, most])) / math.sqrt(rows), float(costs.mean())
-    return point | {"speedup_ratio": speedup, "speedup_interval": intervals.interval(speedup, error, least, most)}
+    return point | {"speedup_ratio": speedup, "speedup_interval": metrics.interval(speedup, error, least, most)}
 
 
 def witnesses(validation: Validation, wish: dict, deployed: Choice) -> dict:
@@ -152,7 +151,7 @@ def witnesses(validation: Validation, wish: dict, deployed: Choice) -> dict:
         facts["certified_changes"] = round(deployed.loss / 100 * rows)
     if deployed.threshold == 1 and len(validation.logits) > 1:
         metric, limit = ("agreement", "max_change") if "max_change" in wish else (validation.metric, "max_loss")
-        facts["rows_needed"] = intervals.rows_needed(metric, wish[limit], wish["sure"])
+        facts["rows_needed"] = metrics.rows_needed(metric, wish[limit], wish["sure"])
     return facts
 
 

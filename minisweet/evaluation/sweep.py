@@ -15,17 +15,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minisweet.adaptive import ExitRule, Exits, area_under_curve, exits_taken
+from minisweet.adaptive import (
+    ExitRule,
+    Exits,
+    area_under_curve,
+    exits_taken,
+    expected_calibration_error,
+    fit_rule,
+    negative_log_likelihood,
+)
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
 from minisweet.base.files import InputError, preview, write_json, written_beside
-from minisweet.calibration import expected_calibration_error, fit_rule, negative_log_likelihood
-from minisweet.data.load import text_digest
+from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.records import Evaluation
-from minisweet.runs.folders import EVALUATION, LOGITS
-from minisweet.runs.records import Record
+from minisweet.runs.folders import EVALUATION, LOGITS, Record
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long
@@ -75,7 +81,7 @@ class Validation(NamedTuple):
         return np.array(places)[taken], np.take_along_axis(costs, taken, axis=1)
 
     def effective_rows(self) -> float:
-        """How many rows without a repeated text tell as much, see intervals.py."""
+        """How many rows without a repeated text tell as much, see metrics.py."""
         _, times = np.unique(self.keys.numpy(), return_counts=True)
         return float(len(self.keys) ** 2 / max(1, (times**2).sum()))
 

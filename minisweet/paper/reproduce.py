@@ -24,9 +24,8 @@ from minisweet.data.tasks import TASKS
 from minisweet.evaluation.records import EVALUATION, Curve, read_evaluation
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper import report
-from minisweet.runs import options
-from minisweet.runs.folders import read_record, run_name
-from minisweet.runs.records import Record
+from minisweet.runs import start
+from minisweet.runs.folders import Record, read_record, run_name
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
@@ -200,7 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
     instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
-    options.add_training_options(parser)
+    start.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     if args.report_only:  # the runs' methods may be those of studies, and their model need not be here
@@ -212,8 +211,8 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := [name for name in args.methods if name not in METHODS]:
         known = f"none of {', '.join(METHODS)}; other methods are only reported (--report-only)"
         raise InputError(f"--methods: {unknown[0]!r} is {known}")
-    _, config, _ = options.find_model(args, exit_strategy=args.exit_strategy)
-    args.lrs = args.lrs or options.search_rates(config)
+    _, config, _ = start.find_model(args, exit_strategy=args.exit_strategy)
+    args.lrs = args.lrs or start.search_rates(config)
     return args
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections import Counter
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +11,30 @@ import numpy as np
 import torch
 
 from minisweet.base import devices
-from minisweet.base.commands import Parser, positive_float, whole_number
-from minisweet.base.files import preview
+from minisweet.base.commands import Parser, list_of, positive_float, whole_number
+from minisweet.base.devices import add_device_options
+from minisweet.base.files import InputError, preview
 from minisweet.branches import METHODS
-from minisweet.data.load import add_data_options, digest, load_data, text_digest
+from minisweet.checkpoint import read_config
+from minisweet.config import Config
 from minisweet.data.rows import Examples
+from minisweet.data.tasks import add_data_options, digest, load_data, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.ngrams import NgramExit
-from minisweet.runs import options
 from minisweet.runs.folders import is_run, load_trunk, read_record, run_name, versions
+from minisweet.runs.hub import REPOSITORIES, model_folder
+
+# Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve, by model type, hidden size and depth.
+TABLE_2_TASKS = ("sst2", "mrpc", "cola", "mnli", "qqp", "qnli", "rte")
+TABLE_2 = {
+    ("bert", 768, 12): {"ee": (5, 5, 4, 5, 5, 5, 5), "mm": (5, 3, 4, 5, 5, 4, 5), "sweet": (5, 4, 5, 5, 5, 5, 4)},
+    ("bert", 1024, 24): {"ee": (4, 4, 4, 4, 5, 4, 3), "mm": (2, 5, 3, 3, 3, 4, 3), "sweet": (2, 4, 4, 4, 4, 3, 3)},
+    ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
+    ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
+}
+STEPS, EPOCHS = 300, 4  # own text is trained on for so many, at least
+SMALL = 512  # up to this hidden size a model needs larger rates, as MiniLM with its 384 does
 
 
 class TrainingSetup(NamedTuple):
@@ -41,7 +56,7 @@ class TrainingSetup(NamedTuple):
 
 def parse_arguments(doc: str) -> argparse.Namespace:
     """Read and check the command line of train.py, whose docstring is `doc`."""
-    parser, by_size = Parser(doc), f"for {options.STEPS} steps, at least {options.EPOCHS}"
+    parser, by_size = Parser(doc), f"for {STEPS} steps, at least {EPOCHS}"
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=list(METHODS), help="default: sweet; branch with --data or --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
@@ -59,7 +74,7 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
     either("--resume", action="store_true", help="go on from the checkpoint of a training that was stopped")
     either("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
-    options.add_training_options(parser)
+    add_training_options(parser)
     args = parser.parse_args()
     args.method = args.method or ("branch" if args.trunk or args.data else "sweet")
     parser.need(args, args.trunk or args.method == "branch", "--trunk or --method branch", "targets")
@@ -79,7 +94,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     end = trunk.exit_layers[-1] if trunk else None
     with devices.first_process_first():
-        folder, config, exit_layers = options.find_model(args, args.method, args.exit_strategy, end)
+        folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
         data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     device = devices.choose_device(args.device)
@@ -93,8 +108,8 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
 
     # Of own text, and of a trunk, nobody knows which rate is best. With one exit all methods are the same.
     task, like = None if args.data or args.trunk else args.task, args.method if len(layers) > 1 else "mm"
-    args.lr = args.lr or options.default_learning_rate(config, task, like)
-    args.epochs = args.epochs or (options.epochs_of(len(subset), args.batch_size) if args.data else 2)
+    args.lr = args.lr or default_learning_rate(config, task, like)
+    args.epochs = args.epochs or (epochs_of(len(subset), args.batch_size) if args.data else 2)
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **data.record,
@@ -144,3 +159,68 @@ def trained_texts(trunk: Path | None, rows: Examples) -> list[str] | None:
     if trunk:
         before = read_record(trunk).train_texts if is_run(trunk) else None
     return None if before is None else sorted({*before, *map(text_digest, rows.texts())})
+
+
+def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "confidence") -> tuple[int, ...]:
+    """The default exit layers of an encoder of `depth` layers, counted from 1; exit 0 is in front of the embeddings.
+
+    Branches take exits 0 and L, and L/2 in more than six layers. Other methods, and exits that learn when to be taken,
+    have the paper's for 12 and 24 layers (Sec. 3.2). Other depths follow the rule that gives 12's: the layers next to
+    1/12, 1/3, 1/2 and 1 of the depth.
+    """
+    if method == "branch" and exit_strategy == "confidence":
+        return (0, depth) if depth <= 6 else (0, depth // 2, depth)
+    if depth == 24:
+        return (1, 6, 12, 24)
+    return tuple(sorted({max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}))
+
+
+def default_learning_rate(config: Config, task: str | None, method: str) -> float:
+    """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above."""
+    rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
+    if not rates or task not in TABLE_2_TASKS:
+        return 2e-4 if config.hidden_size <= SMALL else 5e-5
+    of_method = rates.get(method, rates["mm"])  # the trunk of branches is MM's last model
+    return of_method[TABLE_2_TASKS.index(task)] / 1e5
+
+
+def epochs_of(examples: int, batch_size: int) -> int:
+    """How many epochs a training on own text takes (.github/results/epochs.md)."""
+    return max(EPOCHS, ceil(STEPS / ceil(examples / batch_size)))
+
+
+def search_rates(config: Config) -> list[float]:
+    """The learning rates to choose from: the paper's five (App. A), and larger ones for small models."""
+    return [5e-5, 1e-4, 2e-4, 4e-4] if config.hidden_size <= SMALL else [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
+
+
+def add_training_options(parser: Parser) -> None:
+    """Add what every command that trains takes: the model, and how batches are made and computed."""
+    option = parser.add_argument
+    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
+    option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for a large DeBERTa)")
+    option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
+    counted = "counted from 1, such as 1,4,6,12; 0 is a bag of words before them (default: by depth)"
+    option("--exit-layers", type=list_of(whole_number(0)), help=counted)
+    add_device_options(parser)
+
+
+def find_model(
+    args: argparse.Namespace, method: str = "sweet", exit_strategy: str = "confidence", end: int | None = None
+) -> tuple[Path, Config, list[int]]:
+    """The folder of --model, its config, and the exit layers: the method's where --exit-layers is not given.
+
+    `end` is where a trunk ends. --batch-size gets its default. Raises InputError for exits that cannot be.
+    """
+    folder = model_folder(args.model)
+    config = read_config(folder)
+    is_large_deberta = config.model_type == "deberta" and config.hidden_size >= 1024
+    args.batch_size = args.batch_size or (8 if is_large_deberta else 16)  # App. A
+    depth = end or config.num_hidden_layers
+    exit_layers = list(args.exit_layers or exit_layers_for(depth, method, exit_strategy))
+    if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
+        where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
+        raise InputError(f"--exit-layers: {','.join(map(str, exit_layers))}, should increase and end {where}")
+    if exit_strategy == "lte" and exit_layers[0] == 0:
+        raise InputError("--exit-layers: exit 0 cannot learn when to be taken; leave 0 out, or --exit-strategy lte")
+    return folder, config, exit_layers

@@ -25,8 +25,7 @@ from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.records import Evaluation, read_evaluation
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.live import Answers
-from minisweet.runs.folders import read_record, read_validation
-from minisweet.runs.records import Record
+from minisweet.runs.folders import Record, read_record, read_validation
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
 
 TEMPLATE = Path(__file__).with_name("page.html")

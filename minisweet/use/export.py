@@ -19,8 +19,7 @@ from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.checkpoint import checkpoint_names
 from minisweet.config import Config
 from minisweet.data.text import SPECIAL, load_tokenizer
-from minisweet.exits import MultiExitModel
-from minisweet.multi_model import MultiModel
+from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run
 
 

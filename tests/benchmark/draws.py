@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisweet.data.load import stratified_split
+from minisweet.data.tasks import stratified_split
 from minisweet.evaluation.choice import Choice, choose
 from minisweet.evaluation.operating import operating_point, statistics_of
 from minisweet.evaluation.records import read_evaluation
