@@ -3,8 +3,14 @@
     python -m tests.benchmark.rivals [--turns 7] [--only minilm,base,deberta]
 
 Both sides fine-tune the whole model for one exit, at its end, with random weights and their user's settings. DeBERTa of
-`transformers` fails in bfloat16 autocast, so there it is cast to bfloat16 as a whole.
+`transformers` fails in bfloat16 autocast, so there it is cast to bfloat16 as a whole. Each side has a process of its
+own, and they take turns, so that a machine whose speed drifts is fair to both.
 """
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +23,15 @@ from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
 from minisweet.exits import exit_loss
-from tests.benchmark.turns import ratio_of, take_turns
 
+CHECKOUT = Path(__file__).parents[2]
+LOOP = """
+import sys, time
+for _ in sys.stdin:
+    start = time.perf_counter()
+    step()
+    print("seconds", time.perf_counter() - start, flush=True)
+"""
 BATCH = 16
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 BASE |= {"max_position_embeddings": 512, "type_vocab_size": 2, "vocab_size": 30522}
@@ -84,6 +97,25 @@ def their_step(name: str, T: int, bf16: bool):
     return step
 
 
+def take_turns(sides: dict[str, str], turns: int) -> dict[str, list[float]]:
+    """Let each side take its step in turn. Returns the seconds of each turn after the first, which warms up.
+
+    `sides` are Python source that defines `step()`.
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": CHECKOUT}
+    workers = {side: subprocess.Popen([sys.executable, "-c", source + LOOP], **pipes) for side, source in sides.items()}
+    seconds = {side: [] for side in sides}
+    for turn in range(turns + 1):
+        for side, worker in workers.items():
+            print(turn, file=worker.stdin, flush=True)
+            line = next(line for line in worker.stdout if line.startswith("seconds "))
+            seconds[side].append(float(line.split()[1]))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    return {side: values[1:] for side, values in seconds.items()}
+
+
 def main() -> None:
     """Print a line for each model, length and type."""
     parser = Parser(__doc__)
@@ -93,12 +125,12 @@ def main() -> None:
     for name in args.only:
         for T in (32, 128):
             for bf16 in (True, False):
-                source = "from tests.benchmark import rivals; unit = rivals.{}_step({!r}, {}, {})"
+                source = "from tests.benchmark import rivals\nstep = rivals.{}_step({!r}, {}, {})"
                 sides = {side: source.format(side, name, T, bf16) for side in ("our", "their")}
-                ratio = ratio_of(take_turns(sides, args.turns), "their", "our")
-                print(
-                    f"{name:<8} T {T:<4} {'bfloat16' if bf16 else 'float32':<9} {ratio:.2f} times as fast", flush=True
-                )
+                seconds = take_turns(sides, args.turns)
+                ratio = statistics.median(b / a for a, b in zip(seconds["our"], seconds["their"], strict=True))
+                kind = "bfloat16" if bf16 else "float32"
+                print(f"{name:<8} T {T:<4} {kind:<9} {ratio:.2f} times as fast", flush=True)
 
 
 if __name__ == "__main__":
