@@ -17,18 +17,15 @@ from pathlib import Path
 
 import torch
 
-from minisweet.adaptive import ExitRule, Exits, spaced_thresholds
+from minisweet.adaptive import ExitRule, spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
 from minisweet.base.files import InputError, read_dataclass
-from minisweet.data.rows import Examples, examples_of, find_columns, read_rows, text_columns
+from minisweet.data.rows import examples_of, find_columns, read_rows, text_columns
 from minisweet.data.tasks import digest
-from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import operating, sweep
 from minisweet.evaluation.metrics import METRICS, interval_of_a_file
 from minisweet.evaluation.records import Evaluation, read_evaluation
-from minisweet.evaluation.sweep import Validation
-from minisweet.exits import ExitModel
 from minisweet.runs.folders import (
     CURVE,
     EVALUATION,
@@ -82,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Draw the evaluations of several runs, test one run, or evaluate it."""
     args = parse_arguments()
+    devices.tune_cpu()
     if args.plot:
         draw_curves(args.plot, {str(run): read_evaluation(run) for run in args.runs})
         print(f"written to {args.plot}")
@@ -89,20 +87,6 @@ def main() -> None:
         test(args)
     else:
         evaluate(args)
-
-
-def answers_of(model: ExitModel, record: Record, rows: Examples, metric: str, args: argparse.Namespace) -> Validation:
-    """What all exits say of the rows. Prints how many texts are cut."""
-    devices.tune_cpu()
-    examples = TokenizedExamples(load_tokenizer(args.runs[0], record.vocab_size, record.max_length), rows)
-    if examples.cut:
-        print(f"cut to {record.max_length} tokens: {examples.cut:,} texts")
-    logits, certainty = sweep.all_logits(model.to(args.device), examples, args.precision)
-    if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
-        certainty = logits.new_zeros(0, len(examples))
-    labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
-    exits = Exits(list(model.exit_layers), record.depth, record.method)
-    return Validation(logits, certainty, labels, sweep.text_keys(rows.texts()), metric, exits)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -115,21 +99,18 @@ def evaluate(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     rows = read_validation(run, record)
-    validation = answers_of(model, record, rows, record.metric, args)
+    validation = sweep.run_exits(run, record, model.to(args.device), rows, record.metric, args.precision)
     if devices.process_rank():  # the first process alone writes
         return
     seconds, layers, folds = time.perf_counter() - start, list(validation.exits.layers), sweep.crossfit(validation)
     wish = operating.wish_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
     rule, point = operating.operating_point(validation, wish, args.use_exits, record.train_texts)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
-    asked, _ = sweep.sweep(folds, validation, thresholds, [layers.index(n) for n in point["asked_exits"]])
     evaluation = {
         **{key: getattr(record, key) for key in ("task", "method", "exit_strategy", "metric")},
         "exit_layers": layers,
         "thresholds": thresholds,
         **sweep.curve_of(validation, folds, thresholds),
-        "asked_scores": asked["scores"],
-        "asked_speedup_ratios": asked["speedup_ratios"],
         "temperatures": [1.0] * len(layers) if rule.temperatures is None else rule.temperatures.tolist(),
         "certainty_ranges": None if rule.ranges is None else rule.ranges.tolist(),
         "operating_point": point,
@@ -208,7 +189,8 @@ def test(args: argparse.Namespace) -> None:
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
     metric = record.metric if labelled else "accuracy"
-    answers = answers_of(model.keep_exits(point.asked_exits), record, rows, metric, args)
+    model = model.keep_exits(point.asked_exits).to(args.device)
+    answers = sweep.run_exits(run, record, model, rows, metric, args.precision)
     rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     rule = rule.kept([evaluation.exit_layers.index(n) for n in point.asked_exits])
     decisions = answers.decide(rule, range(len(point.asked_exits)), point.threshold)

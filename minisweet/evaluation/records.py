@@ -60,8 +60,6 @@ class Curve:
 class Evaluation(Curve):
     """The whole evaluation, with the rule and the operating point that are deployed."""
 
-    asked_scores: list[float]  # (P,), the curve of the operating point's `asked_exits` alone
-    asked_speedup_ratios: list[float]  # (P,)
     examples: int
     effective_examples: float  # how many rows without a repeated text tell as much
     temperatures: list[float]  # (K,)

@@ -26,11 +26,13 @@ from minisweet.adaptive import (
 )
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
-from minisweet.base.files import InputError, preview, write_json, written_beside
+from minisweet.base.files import LOG, InputError, preview, write_json, written_beside
+from minisweet.data.rows import Examples
 from minisweet.data.tasks import text_digest
-from minisweet.data.text import TokenizedExamples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.records import Evaluation
+from minisweet.exits import ExitModel
 from minisweet.runs.folders import EVALUATION, LOGITS, Record
 
 BATCH_SIZE = 64
@@ -137,6 +139,21 @@ def all_logits(
     rows, logits, certainties = (sum(lists, []) for lists in zip(*gathered, strict=True))
     order = torch.cat(rows).argsort()
     return torch.cat(logits, dim=1)[:, order], torch.cat(certainties, dim=1)[:, order] if certainties else None
+
+
+def run_exits(
+    run: Path, record: Record, model: ExitModel, rows: Examples, metric: str, precision: torch.dtype | None
+) -> Validation:
+    """What all exits of a run's model, or those of them that are kept, say of some rows. Notes how many are cut."""
+    examples = TokenizedExamples(load_tokenizer(run, record.vocab_size, record.max_length), rows)
+    if examples.cut:
+        LOG.info("cut to %d tokens: %d texts", record.max_length, examples.cut)
+    logits, certainty = all_logits(model, examples, precision)
+    if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
+        certainty = logits.new_zeros(0, len(examples))
+    labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
+    exits = Exits(list(model.exit_layers), record.depth, record.method)
+    return Validation(logits, certainty, labels, text_keys(rows.texts()), metric, exits)
 
 
 def crossfit(validation: Validation) -> Folds:

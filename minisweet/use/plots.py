@@ -65,8 +65,8 @@ def label_axes(axis, title: str, score: str) -> None:
 def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     """Draw the curves and operating points of runs, by the names to show; replaces a PNG at `path`.
 
-    One run alone also has each exit as a dot, full depth, and the curve of the exits that its operating point asks,
-    where these are not all. Raises InputError for a run that was evaluated on other data than the first.
+    One run alone also has full depth, and each exit as a dot. Raises InputError for a run that was evaluated on other
+    data than the first.
     """
     first, of_first = next(iter(evaluations.items()))
     figure = new_figure(7.2, 5.6)
@@ -90,14 +90,11 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
 
 
 def _draw_exits(axis, evaluation: Evaluation) -> None:
-    """Draw full depth, each exit without the others, and the curve of the exits that are asked."""
+    """Draw full depth, and each exit without the others."""
     layers, scores, point = evaluation.exit_layers, evaluation.exit_scores, evaluation.operating_point
     name = "full depth: " + WITH_INTERVAL.format(scores[-1], *point.full_depth_interval)
     axis.axhspan(*point.full_depth_interval, color="0.5", alpha=0.13, linewidth=0)
     axis.axhline(scores[-1], color="0.35", linestyle="--", linewidth=1, label=name)
-    if point.asked_exits != layers:
-        name = f"the same with exits {', '.join(map(str, point.asked_exits))} alone"
-        draw_line(axis, 2, evaluation.asked_speedup_ratios, evaluation.asked_scores, name)
     depth = Exits(layers, 1, evaluation.method).costs(1.0)[-1] / evaluation.speedup_ratios[-1]  # all take the last exit
     name = "an exit without the others, and its layer"
     axis.plot(np.array(layers) / depth, scores, "o", color=COLOURS[1], label=name)
