@@ -83,11 +83,11 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
     """
     losses, exits = [], model.exit_by_exit(*batch.inputs)
     for head in model.heads:
-        if not head.classifier.weight.requires_grad:  # the last one of branches, which is the trunk's
+        if not head.classifier.weight.requires_grad:  # in a branch model the last head belongs to the frozen trunk
             break
         with devices.autocast(batch.input_ids.device, precision):
             losses.append(exit_loss(*next(exits), batch.targets))
-        if model.method != "ee":  # later losses send no gradient here, so this frees the activations
+        if model.method != "ee":  # no later loss sends a gradient to this segment, so its activations are freed
             scaler.scale(losses[-1]).backward()
     if model.method == "ee":
         scaler.scale(sum(losses)).backward()
@@ -96,7 +96,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
 
 @contextmanager
 def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[TokenizedExamples]:
-    """Within, the table of word embeddings is cut to the rows in use, and the token ids are renumbered to match.
+    """Inside the `with` block the word embeddings are cut to the rows in use, and token ids are renumbered to match.
 
     The other rows would get no gradient and stay as they are. To leave them out saves 10 to 12% of a step.
     """
@@ -138,7 +138,7 @@ def make_model(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
     """The method's model, which starts from `start`. With --targets trunk the examples get the answers of `start`."""
     args, examples = setup.args, setup.examples
     if args.targets == "trunk":
-        precision = devices.choose_precision(args.amp, setup.device)  # as it is evaluated
+        precision = devices.choose_precision(args.amp, setup.device)  # that of evaluate.py: on a CPU float32
         logits, _ = all_logits(start.to(setup.device).eval(), examples, precision, "targets")
         examples.targets = logits[-1].softmax(-1).numpy()
         start.cpu()
@@ -150,9 +150,9 @@ def make_model(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
 
 
 def train_together(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
-    """EE and SWEET: one model, whose exits are trained together. A trunk is trained on."""
+    """EE and SWEET: one model, whose exits are trained together. A given trunk's layers are trained further."""
     model = make_model(setup, start)
-    if setup.trunk is None or len(model.heads) > 1:  # else no exit is new but exit 0
+    if setup.trunk is None or len(model.heads) > 1:  # a trunk with its one exit is trained already
         fine_tune(setup, checkpoint, model, setup.args.lr, setup.args.method)
     return model
 
@@ -166,7 +166,7 @@ def train_one_by_one(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiE
 
 
 def train_branches(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
-    """Branches on a trunk, at twice the learning rate. A trunk that is not given is trained as MM's last model is."""
+    """Branches on a trunk, at twice the learning rate. Without --trunk it is trained first, for its last exit alone."""
     if setup.trunk is None:
         fine_tune(setup, checkpoint, start, setup.args.lr, "trunk")
     model = make_model(setup, start)
@@ -191,7 +191,8 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
         step = record["diverged"] = error.args[0]
         if devices.process_rank() == 0:
             checkpoint.path.unlink(missing_ok=True)
-            if not (args.out / WEIGHTS).exists():  # a run with weights is worth more
+            if not (args.out / WEIGHTS).exists():  # an earlier run with weights is not overwritten
+                # It counts as done: `reproduce` passes it over, and --resume refuses it.
                 save_run(args.out, None, setup.folder, record, setup.validation)
         where = f"at {args.lr:g} the loss became infinite or NaN at step {step}"
         raise InputError(f"--lr: {where}; try a lower one") from None

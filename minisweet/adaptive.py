@@ -9,7 +9,8 @@ The sweep needs the logits of all exits once, and is exact: an exit's logits do 
 Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
 one number, which makes its confidence more truthful and changes no prediction. The authors fit the temperatures on the
 very set that they then score. We do not: each fold of the validation rows is decided by temperatures that were fitted
-on the others (evaluation/sweep.py). For new text all rows fit them, or a quarter if the others certify a promise.
+on the others (evaluation/sweep.py). For new text all rows fit them. If a promise is asked for, a quarter of the rows
+does, since the rows that certify it must be unseen (evaluation/choice.py).
 
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
@@ -95,8 +96,8 @@ def spaced_thresholds(count: int, lowest: float) -> list[float]:
 def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
     """Whether an instance leaves at an exit that is not the last: confidence (...) to bool (...).
 
-    The two ends, `lowest` (1/C, or 0) and 1, are decided by the threshold alone. A probability can round to 1 or to
-    just below 1/C in float32, and the paper has t = 1 run the last classifier on every instance, and t = 1/C the first.
+    At threshold 1 nobody leaves, even with a confidence of 1.0, and at `lowest` (1/C, or 0) everybody does, as in the
+    paper. A probability can round to 1, or to just below 1/C, in float32.
     """
     if threshold <= lowest:
         return torch.ones_like(confidence, dtype=torch.bool)
@@ -128,10 +129,10 @@ class Exits(NamedTuple):
         With branches, leaving after layer n costs n layers and a sixth of a layer for each of the k branches before it:
         (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D products per
         token, those of the keys and the values. (DeBERTa's takes a quarter, and is charged a sixth too.) At threshold 1
-        no exit but the last is asked.
+        no exit but the last is asked, except with MM, which runs all its models.
 
-        Eq. 1 counts layers. What it leaves out is small but not nothing: the exits' heads, exit 0's sum over words, and
-        that EE's and SWEET's exits, too, run their layer for [CLS] before they run it for all tokens.
+        Eq. 1 leaves out the exits' heads, exit 0's sum over words, and that EE's and SWEET's exits, too, run their
+        layer for [CLS] before it runs for all tokens.
         """
         if self.method == "mm":
             return [n / self.depth for n in accumulate(self.layers)]
@@ -175,7 +176,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def fit_rule(logits: Tensor, certainty: Tensor | None, labels: Tensor, labelled: bool = True) -> ExitRule:
-    """The rule that some validation rows suggest, for other text. Here alone a rule is made of data.
+    """The rule that some validation rows suggest, for other text. No rule is fitted anywhere else.
 
     Args:
         logits: (K, N, C).

@@ -10,7 +10,8 @@ classifier, and the trunk's own answers are those of the plain fine-tuned model.
 https://arxiv.org/abs/2402.00518) does the like for language models that generate: a frozen backbone, and exit layers
 that start as copies.
 
-Here is also `grow`, by which every method starts from a finished model, its trunk.
+Here is also `grow`, which makes the model of every method from a model with one exit at its end: a finished trunk, or
+fresh public weights.
 """
 
 import copy
@@ -63,7 +64,7 @@ class BranchModel(MultiExitModel):
 def grow(
     method: str, trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy: str = "confidence"
 ) -> ExitModel:
-    """A method's model that starts from a trunk: a fine-tuned model of one exit, at its end.
+    """A method's model that starts from a trunk: a model with one exit at its end, fine-tuned or new.
 
     The last exit starts as the trunk's: before training they answer alike, to the bit. The other exits' heads start
     from the trunk's pooler. The encoder is taken over; branches, and MM's smaller models, are copies of its layers. EE
@@ -83,7 +84,7 @@ def grow(
     else:
         model = MultiExitModel(encoder, exit_layers, C, method, exit_strategy)
     last = model[-1] if method == "mm" else model
-    last.heads[-1].load_state_dict(head.state_dict(), strict=False)  # one of the two may lack the layer of lte
+    last.heads[-1].load_state_dict(head.state_dict(), strict=False)  # only one of the two may have the layer of lte
     return model.train(trunk.training)
 
 

@@ -35,8 +35,8 @@ MODULES = {
 BERT_ATTENTION = ("query.weight", "query.bias", "key.weight", "value.weight", "value.bias")
 DEBERTA_ATTENTION = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
 HEAD = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
-# Tensors whose names start like this are dropped, unless a parameter needs them: heads of pre-training and of tasks, a
-# buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
+# Tensors whose names start like this are dropped if the model has no such parameter: heads of pre-training and of
+# tasks, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
 DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
 DROPPED += ("embeddings.position_ids", "embeddings.position_embeddings.")
 
@@ -108,7 +108,7 @@ def _load(folder: Path, num_layers: int | None = None) -> tuple[Encoder, dict[st
     config, path = read_config(folder), folder / WEIGHTS
     depth = config.num_hidden_layers
     L = num_layers or depth
-    # A key's bias, which BERT has, adds the same to all scores of a query: the softmax ignores it, and ours has none.
+    # Our key has no bias. BERT's adds the same number to all scores of a query, which the softmax ignores.
     dropped = [*DROPPED, *(f"encoder.layer.{n}.attention.self.key.bias" for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     config = replace(config, num_hidden_layers=L)

@@ -10,7 +10,7 @@
                      loss 1   loss 2         loss 3     but an instance that goes on starts from the words again
 
 Which exits' losses update what, for exits after layers 1, 2 and 4 (each of MM's models has its parameters for itself;
-branches are explained in branches.py):
+branches stand on a trunk that is frozen by then, see branches.py):
 
                  ee      sweet   branch
     embeddings   1 2 4   1       -
@@ -24,10 +24,10 @@ branches are explained in branches.py):
     branch 1                     1
     branch 2                     2
 
-With SWEET *each parameter is updated by exactly one classifier*. We keep that sentence of the paper where the authors'
-code does not: each exit has a pooler of its own, where theirs share one, and the gradient of DeBERTa's relative table
-stops where that of the hidden states does. As in the authors' code, the gradients of all exits are clipped together:
-another exit can scale a gradient but not change its direction.
+With SWEET *each parameter is updated by exactly one classifier*, as the paper says. In the authors' code all exits
+share a pooler, and all their gradients reach DeBERTa's relative table. Here each exit has its own pooler, and the first
+exit alone updates the table. As in the authors' code, the gradients of all exits are clipped together: another exit can
+scale a gradient but not change its direction.
 
 Exit 0, in front of the embeddings, is a bag of words that training does not touch: see ngrams.py and `add_ngrams`.
 
@@ -58,9 +58,10 @@ def stop_gradient(x: Tensor) -> Tensor:
 class ExitHead(nn.Module):
     """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
 
-    The pooler starts from the checkpoint's where there is one; other weights are drawn as BERT's were. For
-    learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer beside the
-    classifier learns to tell whether the classifier is right. Its loss reaches the same layers as the cross-entropy.
+    The pooler starts from the checkpoint's or the trunk's (`grow` in branches.py) where there is one; other weights are
+    drawn as BERT's were. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a
+    linear layer beside the classifier learns to tell whether the classifier is right. The loss of this layer reaches
+    the same layers as the cross-entropy.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -86,17 +87,17 @@ class ExitHead(nn.Module):
 
 
 def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tensor:
-    """One exit's loss, a scalar: cross-entropy, and for learning-to-exit the squared error of being right.
+    """One exit's loss, a scalar: cross-entropy, and for learning-to-exit the squared error of the certainty.
 
     Args:
         logits: (B, C).
-        certainty: (B,) that the exit is right, or None.
+        certainty: (B,) that the exit is right, or None; it should be 1 where the exit is right, and 0 elsewhere.
         targets: the labels (B,), or the probabilities (B, C) to learn, each row multiplied by its weight.
     """
     loss = F.cross_entropy(logits.float(), targets)
     if certainty is not None:
-        right, counts = (targets, 1) if targets.ndim == 1 else (targets.argmax(-1), targets.sum(-1))
-        loss = loss + (counts * (certainty - (logits.argmax(-1) == right).float()) ** 2).mean()
+        labels, weights = (targets, 1) if targets.ndim == 1 else (targets.argmax(-1), targets.sum(-1))
+        loss = loss + (weights * (certainty - (logits.argmax(-1) == labels).float()) ** 2).mean()
     return loss
 
 
@@ -179,7 +180,7 @@ class MultiExitModel(ExitModel):
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
 
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
-        """Yield what each exit says, logits (B, C) and certainty (B,) or None, before anything behind it runs.
+        """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
         Only in EE do gradients cross an exit. With the other methods a training loop may call backward() on each loss
         before the next exit runs, which frees the activations up to there. For the arguments see `forward`.
@@ -198,10 +199,10 @@ class MultiExitModel(ExitModel):
                 hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
 
     def ask_exit(self, n: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Said:
-        """What the exit after layer n says, from the hidden states (B, T, D) before that layer.
+        """What the exit after layer n says, from the hidden states (B, T, D) that enter layer n.
 
-        The exit reads [CLS] alone, and so its layer runs for [CLS] alone here. It runs for all tokens only if the
-        caller asks for the next exit. In training the two runs draw different dropout masks.
+        The exit reads [CLS] alone, and so layer n runs for [CLS] alone here. It runs for all tokens only if the caller
+        asks for the next exit. In training the two runs draw different dropout masks.
         """
         head = self.heads[self.head_layers.index(n)]
         return head(self.layer_of_exit(n)(hidden, context, rows=1))
@@ -211,7 +212,7 @@ class MultiExitModel(ExitModel):
         return self.encoder.layers[n - 1]
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters that training updates, in groups whose gradients are clipped one by one: here all in one."""
+        """The parameters that training updates. Each group's gradients are clipped by themselves; here is one group."""
         return [list(self.parameters())]
 
 

@@ -69,7 +69,7 @@ class TransformerLayer(nn.Module, ABC):
 
 
 class TransformerEncoder(nn.Module, ABC):
-    """Embeddings and layers. What stands above an encoder uses these, and never asks which encoder it is:
+    """Embeddings and layers. Code that uses an encoder needs only these four, and never asks which encoder it is:
 
     hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1
     context = encoder.context(attention_mask)            -> a tuple, what every layer reads beside the hidden states
@@ -78,9 +78,10 @@ class TransformerEncoder(nn.Module, ABC):
 
     Only context[0] has a batch dimension; the other tensors of the context serve all instances.
 
-    Another encoder, such as RoBERTa, takes: here a layer with `attend`, and an encoder with `embed` and `context`; its
-    config in config.py; its names in checkpoint.py; its special tokens in data/text.py; its names for transformers in
-    use/export.py; a preset in runs/hub.py. tests/test_encoders.py compares it with transformers.
+    To add another encoder, such as RoBERTa, write a layer with `attend` and an encoder with `embed` and `context`, in a
+    new file beside bert.py. Then add its config to config.py; its parameters' public names to checkpoint.py, and what
+    use/export.py writes of them; its special tokens to data/text.py; a preset to runs/hub.py. tests/test_encoders.py
+    compares it with transformers.
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s
@@ -109,7 +110,7 @@ class TransformerEncoder(nn.Module, ABC):
         return tuple(states)
 
     def draw_weights(self) -> None:
-        """Draw random weights as BERT and DeBERTa did before pre-training; `load_encoder` puts a checkpoint's there."""
+        """Draw random weights as BERT and DeBERTa did before pre-training; `load_encoder` overwrites them."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)

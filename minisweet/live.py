@@ -2,7 +2,7 @@
 
 Who stays goes on in batches as full as before, each shortened to its longest instance. For that, callers hand over
 `GATHERED` batches at once. The decisions are those of the sweep in adaptive.py, since an instance's logits do not
-depend on its batch. Rounding alone does: a confidence within about 1e-6 of the threshold in float32, or 1e-2 in
+depend on its batch. Only rounding does: a confidence within about 1e-6 of the threshold in float32, or 1e-2 in
 bfloat16, may fall on either side.
 
 Dimension letters: B instances, T tokens, D hidden size, K exits, C classes, R instances that are still here.
@@ -30,7 +30,7 @@ class Answers(NamedTuple):
     confidence: Tensor  # (B,) of that exit
 
 
-@torch.no_grad()  # in inference_mode autocast casts the weights anew for each product
+@torch.no_grad()  # inference_mode would make autocast cast the weights anew for each product
 def early_exit(
     model: MultiExitModel | MultiModel,
     input_ids: Tensor,
@@ -46,7 +46,7 @@ def early_exit(
         model: in evaluation mode.
         input_ids, attention_mask, token_type_ids: (B, T) as in `ExitModel.forward`, padded at the end.
         threshold: the rule's lowest (1/C, or 0) sends all to the first exit. 1 sends all to the last one; no other
-            exit is asked then, but for MM, whose models all run.
+            exit is asked then, except with MM, whose models all run.
         rule: for the model's K exits; None for confidences as they are.
         batch_size: how many of the B run at once. Memory holds the hidden states of all B.
     """
@@ -100,6 +100,6 @@ def regroup(hidden: list[Tensor], stay: Tensor, lengths: list[int], batch_size: 
     if stay.all():
         return hidden
     kept = [states[which] for states, which in zip(hidden, stay.split(batch_size), strict=True)]
-    # To the length of the longest who stays: where T was more, the amount is negative and cuts padding off.
+    # To the length of the longest who stays: a negative amount cuts padding off.
     kept = torch.cat([F.pad(states, (0, 0, 0, lengths[0] - states.shape[1])) for states in kept])
     return [states[:, :T] for states, T in zip(kept.split(batch_size), lengths, strict=True)]

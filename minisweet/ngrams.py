@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed; with a quarter of them CoLA loses five points
 FIRST, SECOND, SHARED, PRIME = 1640531513, 1103515245, 1234567891, 2**31 - 1  # a linear hash (Carter and Wegman 1979)
-STRENGTH, ITERATIONS = 5.0, 100  # prior variance of each weight (the L2 penalty), and most L-BFGS steps
+STRENGTH, ITERATIONS = 5.0, 100  # prior variance of each weight (the L2 penalty); the most steps of L-BFGS
 SCALES = (0.35, 0.7, 1.4)  # of the embedding part, chosen by cross-validation: large with few texts, small with many
 FOLDS, ENOUGH = 3, 1000  # of cross-validation, and how many held-out texts are enough to choose a scale
 
@@ -26,7 +26,7 @@ class NgramExit(nn.Module):
     """Tokens to logits by a table of n-grams, which `fit_ngrams` fills. It has buffers, which training leaves alone.
 
     `special_ids` are tokens that are no words, such as [CLS], [SEP], [PAD] and [UNK], and say nothing. `pairs` is
-    whether texts come in pairs. If so, each token has two rows: for one of the texts alone, and for both.
+    whether texts come in pairs. If so, each token has two rows: one for tokens of one text, one for tokens of both.
     """
 
     def __init__(self, vocab_size: int, num_labels: int, special_ids: Sequence[int], pairs: bool) -> None:
@@ -39,7 +39,7 @@ class NgramExit(nn.Module):
         self.is_word[special_ids] = False
 
     def find_rows(self, ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows (B, 2T) of the n-grams of texts (B, T), tokens before pairs, and which of them count."""
+        """The rows (B, 2T) of all tokens of texts (B, T), then of all pairs of neighbours, and which of them count."""
         is_word = mask * self.is_word[ids]  # 1 or 0
         shared = torch.zeros_like(ids)  # 1 where the other text has the token too
         if self.pairs:
@@ -48,7 +48,7 @@ class NgramExit(nn.Module):
         after_ids, after_is_word, after_shared = F.pad(torch.stack([ids, is_word, shared]), (0, 1))[..., 1:]  # (B, T)
         code = ids * FIRST + after_ids * SECOND + (shared & after_shared) * SHARED  # far below 2^63
         rows = [shared * len(self.is_word) + ids, self.token_rows + code % PRIME % BUCKETS]
-        return torch.cat(rows, 1), torch.cat([is_word, is_word & after_is_word], 1)  # [SEP] keeps two texts apart
+        return torch.cat(rows, 1), torch.cat([is_word, is_word & after_is_word], 1)  # no pair crosses [SEP]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """Logits (B, C) of texts, each argument (B, T) of int64. A text without words has the bias alone."""
@@ -79,7 +79,8 @@ def fit_ngrams(
     # The rows in use of tokens of one text, and of tokens that both texts have: which they are, and their embeddings.
     is_of_part = [used // V == part for part in range(1 + exit.pairs)]
     parts = [(rows, known[used[rows] % V]) for rows in is_of_part]
-    # embedding_bag adds rows: forward over a text's n-grams, backward over the texts that hold an n-gram.
+    # embedding_bag adds up, per text, the table's rows of its n-grams; and for the gradient, per n-gram, the errors of
+    # the texts that hold it.
     texts = torch.arange(N).repeat_interleave(sizes)[gram.argsort(stable=True)]  # (G,)
     text_starts, gram_starts = sizes.cumsum(0) - sizes, counts.cumsum(0) - counts  # of the slices
     root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
@@ -110,7 +111,7 @@ def fit_ngrams(
         return free, linear, bias
 
     fold = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
-    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # three, fewer from 1,500 texts
+    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # two from 1,500 texts, one from 3,000
 
     def likelihood(scale: float) -> float:
         """The log-likelihood of texts that the fit has not seen."""

@@ -133,7 +133,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:
-    """This process's rows of a `Batch`, and their share of it. Where there are too few rows, it is one of weight 0."""
+    """This process's rows of a `Batch`, and their share of it. A process without a row takes the first, of weight 0."""
     rank, B = process_rank(), len(batch.rows)
     rows = slice(rank, None, num_processes()) if rank < B else slice(1)
     mine = type(batch)(*(tensor[rows] for tensor in batch))
@@ -145,7 +145,7 @@ def add_up_gradients(parameters: Sequence[nn.Parameter], losses: Tensor, weight:
     if num_processes() > 1:
         tensors = [p.grad for p in parameters if p.grad is not None] + [losses]  # the same ones in all processes
         flat = parameters_to_vector(tensors)
-        flat = flat * weight if weight else torch.zeros_like(flat)  # a row of weight 0 may give NaN
+        flat = flat * weight if weight else torch.zeros_like(flat)  # 0 times NaN would be NaN
         dist.all_reduce(flat)
         vector_to_parameters(flat, tensors)
     return losses

@@ -144,9 +144,9 @@ def add_data_options(parser: Parser) -> None:
 def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> Data:
     """Read what the options of `add_data_options` name; without --data, --task must be there.
 
-    `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels` a
-    task's labels are read for dev alone, and own data may lack the label column. Raises InputError for a file or a row
-    that is wrong (with the line), and for options that do not go together.
+    `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
+    the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a file or a
+    row that is wrong (with the line), and for options that do not go together.
     """
     labels, columns, column = _class_order(args, labels), None, None
     if args.data is None:
@@ -199,7 +199,7 @@ def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: S
     """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
 
     Equal `texts` (N,) stay on one side, so a class of few, frequent texts may miss `dev_size`. Each class has a row on
-    either side, unless it has one text alone, which goes to train, or shares all with rarer classes.
+    both sides, unless all its rows are one text, which goes to train, or it shares all its texts with rarer classes.
     """
     rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
     which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)

@@ -63,7 +63,7 @@ def choose(
     fitted = certifying = np.arange(N)
     if "sure" in wish:
         fitted, certifying = certifying_rows(validation, trained)
-    elif "max_change" in wish:  # a fold of a promise: what was trained on changes less than new text
+    elif "max_change" in wish:  # a fold of a promise also leaves out rows that were trained on, which change less
         certifying = np.flatnonzero(~is_trained(validation, trained))
     certified = certifying.tolist(), None if trained is None else N - len(fitted) - len(certifying)
     rule = validation.take(fitted).fit_rule()
@@ -115,8 +115,8 @@ def candidates(rule: ExitRule, validation: Validation, places: Sequence[int]) ->
     Between two confidences nothing changes, so this tries all thresholds from 1 down. At 1 all rows run to the last
     exit, even one whose confidence float32 rounds to 1. Just below 1 that row leaves.
 
-    A row passes an exit at every threshold above all its confidences so far. So each row has one switch point per exit,
-    and sorting these is enough: deciding each row at each threshold would take M N decisions.
+    A row goes on from an exit at every threshold above all its confidences so far. So each row has one threshold per
+    exit from which it goes on, and sorting these is enough: deciding each row at each threshold takes M N decisions.
     """
     confidence = rule.confidences(validation.logits, validation.certainty)[list(places[:-1])].double().numpy()
     confidence = confidence.clip(min=rule.lowest)  # (k-1, N): at the lowest threshold all leave at the first exit
@@ -150,7 +150,7 @@ def best(curve: Candidates, metric: str, wish: dict[str, float]) -> tuple[int, t
 
     speed: the best score at no more than this share of the layers.
     max_loss, max_change: the fastest that loses at most so many points. If this must be "sure", thresholds are tested
-    from 1 down to the first that fails; what passes below it is not certified.
+    from 1 down, and the test stops at the first that fails, even if lower ones would pass.
     Where no candidate grants the wish, the fastest is taken, and the key's first value is True.
     """
     first, second = curve.ratios, -scores_of(curve.counts, metric)[1]

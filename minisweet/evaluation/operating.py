@@ -73,7 +73,7 @@ def operating_point(
     point = {"threshold": deployed.threshold, "asked_exits": [layers[place] for place in deployed.places]}
     point |= stated(validation, wish, deployed, places, trained) | {"reached": deployed.reached, "wish": wish}
     if "sure" in wish:
-        point |= witnesses(validation, wish, deployed)
+        point |= promise_facts(validation, wish, deployed)
     return deployed.rule, point
 
 
@@ -82,15 +82,15 @@ def stated(
 ) -> dict:
     """What to expect of the `deployed` choice on new text, see `statistics_of`; for the others see `choose`.
 
-    The answers are the folds', but the share of the layers is that of the deployed choice on all rows. Choosing by
-    answers biases the answers, not the speed; and the folds' thresholds differ, so that their mean speed is not the
-    deployed one's.
+    The answers are the folds', but the share of the layers is that of the deployed choice on all rows. Choosing on
+    these rows makes the answers look better than they are, but not the speed. And the folds' thresholds differ, so that
+    their mean speed is not the deployed one's.
     """
     taken, costs = deployed.decide(validation)
     if deployed.threshold == 1:  # nothing was chosen that could be lucky
         return at_the_ends(statistics_of(validation, taken, costs), 1.0, deployed.rule.lowest)
-    # Fewer rows would force a stricter certificate. So each fold aims at the share of changes that the deployed
-    # threshold made.
+    # A fold has fewer rows, so its test would be stricter. So each fold aims, without a test, at the share of changes
+    # that the deployed threshold made.
     fold_wish = {"max_change": deployed.loss} if "max_change" in wish else wish
     by_fold = []
     for rest, rows in validation.folds():
@@ -106,8 +106,9 @@ def stated(
 
 
 def at_the_ends(point: dict, threshold: float, lowest: float) -> dict:
-    """The statistics, without doubt where the threshold alone decides: at 1 nothing is lost, and at either end all
-    texts cost the same.
+    """The statistics, with no uncertainty where the threshold alone decides.
+
+    At 1 nothing is lost, and at either end all texts cost the same.
     """
     if threshold == 1:
         point["loss_interval"] = [0.0, 0.0]
@@ -136,13 +137,13 @@ def statistics_of(validation: Validation, taken: np.ndarray, costs: np.ndarray, 
     point = {"full_depth_score": full_depth, "full_depth_interval": full_depth_interval}
     for key, (value, ends) in values.items():
         point |= {key: value, f"{key}_interval": metrics.widened(value, ends, (errors or {}).get(key, 0.0))}
-    # All rows may leave at one exit, and yet other texts will not: a row at either end is added.
+    # All rows may leave at one exit, and yet other texts will not. So a cheapest and a dearest row are added.
     least, *_, most = sorted([*validation.exits.costs(), *costs])
     error, speedup = float(np.std([*costs, least, most])) / math.sqrt(rows), float(costs.mean())
     return point | {"speedup_ratio": speedup, "speedup_interval": metrics.interval(speedup, error, least, most)}
 
 
-def witnesses(validation: Validation, wish: dict, deployed: Choice) -> dict:
+def promise_facts(validation: Validation, wish: dict, deployed: Choice) -> dict:
     """Which rows certify a promise, see records.py."""
     certifying, rows = validation.take(deployed.certifying), len(deployed.certifying)
     facts = {"certified_rows": rows, "certified_texts": len(certifying.keys.unique())}

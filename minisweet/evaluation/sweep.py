@@ -83,7 +83,7 @@ class Validation(NamedTuple):
         return np.array(places)[taken], np.take_along_axis(costs, taken, axis=1)
 
     def effective_rows(self) -> float:
-        """How many rows without a repeated text tell as much, see metrics.py."""
+        """The effective sample size: how many rows without a repeated text tell as much, see metrics.py."""
         _, times = np.unique(self.keys.numpy(), return_counts=True)
         return float(len(self.keys) ** 2 / max(1, (times**2).sum()))
 

@@ -1,8 +1,8 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
 Until the run NAME is saved, .NAME.checkpoint/checkpoint.pt lies beside it. It is written every `--save-every` minutes,
-at the end of each stage (MM's models, a trunk, branches), and at SIGTERM or Ctrl-C. The number of a stage's losses says
-where it stands: the seed and the step alone set the order of the examples and dropout. So the weights are those of a
+at the end of each stage (MM's models, a trunk, branches), and at SIGTERM or Ctrl-C. The number of saved losses is the
+step. The seed and the step alone set the order of the examples and dropout. So the weights are those of a
 training that never stopped, to the last bit on the same processor with the same torch and numbers of threads and
 processes.
 """
@@ -23,7 +23,8 @@ from minisweet.base.devices import all_gather, process_rank
 from minisweet.base.files import LOG, InputError, read_json, written_beside
 from minisweet.runs.folders import check_output
 
-# Options that may change when a training goes on. Files may have moved, since the digests of their rows decide.
+# Options that may change when a training goes on. Paths may, since the digests of the rows are compared, and
+# `exit_layers` may be left out, since the layers that come out are compared.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_data", "data_dir", "exit_layers"}
 
 
@@ -59,10 +60,10 @@ def training_of(record: dict) -> dict:
 
 
 class Checkpoint:
-    """The checkpoint at `path` of the training whose run.json will tell `record`.
+    """The checkpoint at `path` of the training that `record` describes.
 
-    With --resume it holds the stages that are found there. Where there are none, and the run is in --out already,
-    `is_finished`. Raises InputError where what is found is of another training.
+    With --resume it holds the stages that are found there. If there are none, but a finished run is in --out,
+    `is_finished` is true. Raises InputError where what is found is of another training.
     """
 
     def __init__(self, path: Path, args: argparse.Namespace, record: dict) -> None:
@@ -103,7 +104,7 @@ class Checkpoint:
     def keep(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
         """Save the checkpoint if it is time, if the stage is over, or if a signal came, which then ends the process.
 
-        Several processes do so together, as soon as one of them must.
+        All processes save together as soon as one of them must.
         """
         is_due = is_over or time.perf_counter() - self.saved > 60 * self.minutes
         is_due, number = map(max, zip(*all_gather((is_due, self.signal)), strict=True))

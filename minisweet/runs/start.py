@@ -33,7 +33,7 @@ TABLE_2 = {
     ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
     ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
 }
-STEPS, EPOCHS = 300, 4  # own text is trained on for so many, at least
+STEPS, EPOCHS = 300, 4  # own text is trained on for at least so many of both
 SMALL = 512  # up to this hidden size a model needs larger rates, as MiniLM with its 384 does
 
 
@@ -100,15 +100,16 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device, training=True)
     order = np.random.default_rng(args.seed).permutation(len(data.train.first))
-    subset = np.sort(order[: args.train_size])  # of one seed, 500 rows are among its 6,000
+    subset = np.sort(order[: args.train_size])  # with one seed, 500 rows are among the 6,000
     rows, labels, layers = data.train.take(subset), data.record["labels"], [n for n in exit_layers if n > 0]
     examples, ngrams = TokenizedExamples(tokenizer, rows), None
     if exit_layers[0] == 0:
         ngrams = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
 
-    # Of own text, and of a trunk, nobody knows which rate is best. With one exit all methods are the same.
-    task, like = None if args.data or args.trunk else args.task, args.method if len(layers) > 1 else "mm"
-    args.lr = args.lr or default_learning_rate(config, task, like)
+    # The paper's rates are for GLUE without a trunk. With one exit all methods are the same, and have MM's.
+    task = None if args.data or args.trunk else args.task
+    rates_of = args.method if len(layers) > 1 else "mm"
+    args.lr = args.lr or default_learning_rate(config, task, rates_of)
     args.epochs = args.epochs or (epochs_of(len(subset), args.batch_size) if args.data else 2)
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -165,8 +166,8 @@ def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "con
     """The default exit layers of an encoder of `depth` layers, counted from 1; exit 0 is in front of the embeddings.
 
     Branches take exits 0 and L, and L/2 in more than six layers. Other methods, and exits that learn when to be taken,
-    have the paper's for 12 and 24 layers (Sec. 3.2). Other depths follow the rule that gives 12's: the layers next to
-    1/12, 1/3, 1/2 and 1 of the depth.
+    have the paper's for 12 and 24 layers (Sec. 3.2): 1,4,6,12 and 1,6,12,24. Other depths take the same shares as 12
+    layers do: 1/12, 1/3, 1/2 and 1 of the depth.
     """
     if method == "branch" and exit_strategy == "confidence":
         return (0, depth) if depth <= 6 else (0, depth // 2, depth)

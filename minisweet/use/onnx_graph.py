@@ -60,8 +60,9 @@ class Pieces(nn.Module):
         # Each exit has a layer of its own, as branches do. Weights that two pieces share are slow, see `with_weights`.
         self.layers = nn.ModuleList(copy.deepcopy(model.layer_of_exit(n)) for n in model.head_layers)
         self.requires_grad_(False).eval()
-        for layer in (*self.encoder.layers, *self.layers):  # but not their dropout
-            layer.training = True  # BERT then writes its attention out, in fewer nodes than those of torch's own
+        for layer in (*self.encoder.layers, *self.layers):
+            layer.training = True  # of the layer itself, not of its dropout: BERT then writes its attention out, in
+            # fewer nodes than those of torch's own
 
     def start(self, k: int, *tokens: Tensor) -> tuple[Tensor, ...]:
         """Tokens, (B, T) each, to the state at exit k, before which nobody leaves."""
@@ -74,7 +75,7 @@ class Pieces(nn.Module):
         return hidden, *context
 
     def ask(self, k: int, temperature: Tensor, threshold: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """What exit k says, (B, C+1): probabilities and its layer. And who stays, rows (M, 1), but at the last exit."""
+        """What exit k says, (B, C+1): probabilities and its layer. Except at the last exit: who stays, rows (M, 1)."""
         if self.exit_layers[k] == 0:
             logits = self.ngrams(*state)
         else:
