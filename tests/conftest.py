@@ -140,12 +140,12 @@ def all_exits(model: MultiExitModel | MultiModel, batch) -> tuple[torch.Tensor, 
 
 
 @contextmanager
-def in_folder(folder: Path, toy_sizes: tuple[int, int] = (400, 200)):
+def in_folder(folder: Path):
     """Within, commands run in `folder` and quickly: the toy task has fewer rows, and no figure is really drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(toy.SIZES, "train", toy_sizes[0])
-        patch.setitem(toy.SIZES, "dev", toy_sizes[1])
+        patch.setitem(toy.SIZES, "train", 400)
+        patch.setitem(toy.SIZES, "dev", 200)
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
         yield
 

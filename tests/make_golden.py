@@ -1,9 +1,8 @@
-"""Make tests/golden.safetensors: hidden states and logits of `transformers`, so that the tests need not install it.
+"""Make tests/golden.safetensors: hidden states and logits of transformers, so that the tests need not install it.
 
     python -m tests.make_golden
 
-The weights are not stored: `formula_weights` makes the same on every machine. The file's metadata says which versions
-made it.
+The weights are not stored: `formula_weights` makes the same on every machine.
 """
 
 import math
@@ -11,37 +10,12 @@ import zlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-GOLDEN = Path(__file__).parent / "golden.safetensors"
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 16,
-    "initializer_range": 0.02,
-}
-CONFIGS = {
-    "bert": {"model_type": "bert", **SIZES, "type_vocab_size": 2, "layer_norm_eps": 1e-12},
-    "deberta": {
-        "model_type": "deberta",
-        **SIZES,
-        "type_vocab_size": 0,
-        "relative_attention": True,
-        "position_biased_input": False,
-        "pos_att_type": "c2p|p2c",
-        "max_relative_positions": 5,
-        "layer_norm_eps": 1e-7,
-        "pooler_hidden_size": 16,
-    },
-}
-INPUTS = {
-    "input_ids": torch.tensor([[2, 11, 12, 3, 13, 14, 15, 3], [2, 39, 20, 3, 21, 3, 0, 0]]),
-    "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]]),
-    "token_type_ids": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 0, 0]]),
-}
+from tests.conftest import CONFIGS, random_batch
+
+GOLDEN = Path(__file__).with_name("golden.safetensors")
 
 
 def formula_weights(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -58,25 +32,20 @@ def formula_weights(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
 def main() -> None:
     """Run both reference models for sequence classification and write what they answer."""
     import transformers
-    from safetensors.torch import save_file
 
-    classes = {
-        "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
-        "deberta": (transformers.DebertaConfig, transformers.DebertaForSequenceClassification),
-    }
     golden = {}
-    for model_type, (config_class, model_class) in classes.items():
-        settings = {key: value for key, value in CONFIGS[model_type].items() if key != "model_type"}
-        model = model_class(config_class(**settings)).eval()
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        model.load_state_dict(formula_weights(shapes), strict=True)
+    inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), random_batch(), strict=True))
+    for model_type, config in CONFIGS.items():
+        config = transformers.AutoConfig.for_model(**config)
+        model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        parameters = {name.removeprefix(f"{model_type}."): value for name, value in model.named_parameters()}
+        weights = formula_weights({name: value.shape for name, value in parameters.items()})
         with torch.no_grad():
-            output = model(**INPUTS, output_hidden_states=True)
-        golden[f"{model_type}.hidden"] = torch.stack(output.hidden_states)
-        golden[f"{model_type}.logits"] = output.logits
-    made_by = {"torch": torch.__version__, "transformers": transformers.__version__, "script": "tests/make_golden.py"}
-    save_file(golden, GOLDEN, metadata=made_by)
-    print(f"{GOLDEN}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in golden.items())}; {made_by}")
+            for name, value in parameters.items():
+                value.copy_(weights[name])
+            output = model(**inputs, output_hidden_states=True)
+        golden |= {f"{model_type}.hidden": torch.stack(output.hidden_states), f"{model_type}.logits": output.logits}
+    save_file(golden | inputs, GOLDEN, metadata={"transformers": transformers.__version__, "torch": torch.__version__})
 
 
 if __name__ == "__main__":

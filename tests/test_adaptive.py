@@ -1,9 +1,11 @@
-"""Exit decisions, costs and the curve."""
+"""Exit decisions, costs, the curve, temperatures, ECE and NLL."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.adaptive import (
@@ -12,12 +14,13 @@ from minisweet.adaptive import (
     area_under_curve,
     certainty_ranges,
     exits_taken,
+    expected_calibration_error,
+    fit_rule,
+    fit_temperature,
     leaves,
+    negative_log_likelihood,
     spaced_thresholds,
 )
-from minisweet.branches import METHODS
-from minisweet.exits import EXIT_STRATEGIES
-from tests.conftest import all_exits, random_batch, undecided_model, write_model
 
 
 def test_exit_costs_are_those_of_equation_1():
@@ -42,15 +45,6 @@ def test_exit_costs_are_those_of_equation_1():
 def test_thresholds_span_chance_to_certainty():
     assert spaced_thresholds(11, 1 / 2)[::5] == pytest.approx([0.5, 0.75, 1.0])
     assert spaced_thresholds(3, 1 / 3) == pytest.approx([1 / 3, 2 / 3, 1.0])
-
-
-def test_the_first_confident_exit_is_taken():
-    logits = torch.tensor([[0.60, 0.40], [0.20, 0.80], [0.99, 0.01]]).log()[:, None]  # (K=3, N=1, C=2)
-    exits = [
-        exits_taken(ExitRule(2).confidences(logits), t, 0.5).item()
-        for t in (0.5, 0.55, 0.601, 0.79, 0.9, 0.98, 0.999, 1.0)
-    ]
-    assert exits == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 @given(st.integers(2, 5), st.integers(0, 10**6))
@@ -84,52 +78,6 @@ def test_area_is_the_mean_score_over_the_ratios():
     # From 1/L on, where the first exit's ratio is smaller, so that exit 0 at ratio 0 makes no other figure of it.
     assert area_under_curve([0.0, 0.5, 1.0], [60, 80, 80], 0.25) == pytest.approx((75 * 0.25 + 80 * 0.5) / 0.75)
     assert area_under_curve([0.5, 1.0], [60, 80], 0.25) == pytest.approx(70)
-
-
-def one_at_a_time(model, batch, threshold, ranges=None):
-    """Early exit as the paper tells it: one instance, one exit after the other, until one is confident."""
-    decisions, last = [], len(model.exit_layers) - 1
-    for row in range(len(batch[0])):
-        length = int(batch[1][row].sum())
-        instance = tuple(x[row : row + 1, :length] for x in batch)
-        for k, (logits, certainty) in enumerate(model.exit_by_exit(*instance)):  # noqa: B007, k is read after the loop
-            if ranges is None:
-                if leaves(logits.softmax(-1).max(-1).values, threshold, 1 / logits.shape[-1]):
-                    break
-            elif k < last:
-                low, high = ranges[k].tolist()
-                if threshold == 0 or (threshold < 1 and (certainty.item() - low) / (high - low) >= threshold):
-                    break
-        decisions.append((k, logits.argmax(-1).item()))
-    return decisions
-
-
-@settings(max_examples=10, deadline=None)
-@given(
-    model_type=st.sampled_from(["bert", "deberta"]),
-    method=st.sampled_from(list(METHODS)),
-    num_labels=st.integers(2, 3),
-    seed=st.integers(0, 10**6),
-    strategy=st.sampled_from(EXIT_STRATEGIES),
-)
-def test_the_sweep_decides_as_one_instance_at_a_time(tmp_path_factory, model_type, method, num_labels, seed, strategy):
-    folder = write_model(tmp_path_factory.mktemp("sweep"), model_type)
-    model = undecided_model(folder, method, num_labels, seed, strategy)
-    batch = random_batch(seed, batch=12)
-    with torch.no_grad():
-        logits, certainty = all_exits(model, batch)
-        ranges = None if strategy == "confidence" else certainty_ranges(certainty, 3)
-        rule = ExitRule(num_labels, ranges=ranges)
-        confidence = rule.confidences(logits, certainty)
-        thresholds = spaced_thresholds(11, rule.lowest)
-        for threshold in thresholds:
-            taken = exits_taken(confidence, threshold, rule.lowest)
-            labels = logits.argmax(-1).gather(0, taken[None])[0]
-            expected = one_at_a_time(model, batch, threshold, ranges)
-            assert list(zip(taken.tolist(), labels.tolist(), strict=True)) == expected
-    if num_labels == 2:
-        taken = [exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds]
-        assert len(np.unique(taken)) > 1
 
 
 def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
@@ -176,3 +124,77 @@ def test_the_area_of_a_perfect_model_is_100_whatever_rounding_does():
     for n in range(2, 200):
         ratios = np.linspace(1 / 6, 1, n) ** 1.1
         assert area_under_curve(ratios.tolist(), [100.0] * n) == 100.0
+
+
+def sampled(temperature: float, size: int = 4000, num_labels: int = 3, seed: int = 0):
+    """Labels drawn from softmax(logits / temperature), so that `temperature` is the right one."""
+    rng = np.random.default_rng(seed)  # whose draws are the same in every version
+    logits = 3 * torch.from_numpy(rng.standard_normal((size, num_labels))).float()
+    return logits, (logits / temperature + torch.from_numpy(rng.gumbel(size=(size, num_labels)))).argmax(-1)
+
+
+def nll_and_prior(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
+    return negative_log_likelihood(logits / temperature, labels) + math.log(temperature) ** 2 / len(labels)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 4.0])
+def test_the_right_temperature_is_found_and_lowers_nll_and_ece(temperature):
+    logits, labels = sampled(temperature)
+    fitted = fit_temperature(logits, labels)
+    assert fitted == pytest.approx(temperature, rel=0.1)
+    best = nll_and_prior(logits, labels, fitted)
+    for other in (fitted * 0.97, fitted * 1.03):
+        assert best < nll_and_prior(logits, labels, other)
+    if temperature != 1:
+        assert expected_calibration_error(logits / fitted, labels) < expected_calibration_error(logits, labels) / 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 30, 3000])
+def test_what_is_always_right_or_always_wrong_stays_within_the_prior(rows):
+    logits, right = torch.tensor([[2.0, -1.0]]).repeat(rows, 1), torch.zeros(rows, dtype=torch.int64)
+    grid = np.geomspace(1e-3, 1e3, 6001)
+    for labels in (right, 1 - right):
+        expected = grid[np.argmin([nll_and_prior(logits, labels, temperature) for temperature in grid])]
+        assert fit_temperature(logits, labels) == pytest.approx(expected, rel=3e-3)
+    assert 0.3 < fit_temperature(logits, right) < 1 < fit_temperature(logits, 1 - right)
+
+
+def test_a_temperature_of_nothing_is_one():
+    assert fit_temperature(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)) == pytest.approx(1)
+    assert fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])) == pytest.approx(1)  # logits that say nothing
+    assert math.isfinite(fit_temperature(torch.tensor([[1e4, -1e4]] * 3), torch.ones(3, dtype=torch.int64)))
+
+
+def test_without_labels_the_last_exit_is_left_as_it_is():
+    logits, _ = sampled(2.0, size=300)
+    logits = torch.stack([logits * 0.3, logits])
+    own = logits[-1].argmax(-1)
+    rule = fit_rule(logits, None, own, labelled=False)
+    assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], own)), 1.0]
+    rule = fit_rule(logits, None, own)  # gold labels that happen to be those: the prior holds it
+    assert 0.01 < rule.temperatures[-1] < 1
+
+
+def test_a_rule_has_a_temperature_for_each_exit_or_the_ranges_of_learning_to_exit():
+    logits, labels = sampled(2.0, size=200)
+    logits = torch.stack([logits, logits.flip(-1) * 0.5])
+    fitted = fit_rule(logits, None, labels).temperatures.tolist()
+    assert fitted == pytest.approx([fit_temperature(x, labels) for x in logits])
+    certainty = torch.rand(2, 200)
+    rule = fit_rule(logits, certainty, labels)
+    assert rule.temperatures is None
+    torch.testing.assert_close(rule.ranges, torch.stack(certainty.aminmax(dim=1), dim=1))
+
+
+def test_ece_of_a_hand_computed_case():
+    # Confidence 0.9 for four, of which three are right, and 0.6 for two, of which none is.
+    logits = torch.tensor([[0.9, 0.1]] * 4 + [[0.6, 0.4]] * 2).log()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    assert expected_calibration_error(logits, labels) == pytest.approx((4 * 0.15 + 2 * 0.6) / 6)
+    # 15 bins: 0.65 lies between 9/15 and 10/15, and 0.68 does not; 0.61 does.
+    one_right = [torch.tensor([[p, 1 - p], [q, 1 - q]]).log() for p, q in ((0.65, 0.68), (0.61, 0.65))]
+    apart, together = (expected_calibration_error(x, torch.tensor([0, 1])) for x in one_right)
+    assert apart == pytest.approx((0.35 + 0.68) / 2)
+    assert together == pytest.approx((0.61 + 0.65 - 1) / 2)
+    expected = -(3 * math.log(0.9) + math.log(0.1) + 2 * math.log(0.4)) / 6
+    assert negative_log_likelihood(logits, labels) == pytest.approx(expected)

@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisweet import MultiExitModel, build_multi_model, checkpoint, load_encoder
+from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.base.files import InputError
 from minisweet.checkpoint import load_classifier
+from minisweet.runs.folders import load_trunk
 from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder, write_model
 
 
 def rewrite(folder, change) -> None:
     """Apply `change` to the checkpoint's dict of tensors."""
     tensors = load_file(folder / "model.safetensors")
-    changed = change(tensors) or tensors
-    save_file(changed, folder / "model.safetensors")
+    save_file(change(tensors) or tensors, folder / "model.safetensors")
 
 
 def reconfigure(folder, base, **changes) -> None:
@@ -158,25 +158,6 @@ def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_ty
     assert len(parameters) == len(set(parameters))
 
 
-def test_a_module_keeps_its_types_and_gets_memory_of_its_own(tmp_path):
-    class Module(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(2, 2)
-            self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
-            self.register_buffer("scale", torch.zeros(()))
-
-    made = Module()
-    made.counts += torch.arange(3)
-    save_file(made.state_dict() | {"extra": torch.ones(1), "junk.a": torch.ones(1)}, tmp_path / "model.safetensors")
-    path = tmp_path / "model.safetensors"
-    module, others = checkpoint.load_strict(path, Module, {}, ["extra", "absent"], ["junk."])
-    torch.testing.assert_close(module.state_dict(), made.state_dict(), rtol=0, atol=0)
-    assert (list(others), module.linear.weight.requires_grad) == (["extra"], True)
-    with pytest.raises(InputError, match=r"does not fit .*: extra \[1\] is unexpected, junk.a \[1\] is unexpected"):
-        checkpoint.load_strict(path, Module)
-
-
 def save_classifier(folder, model_type: str, kind: str = "ForSequenceClassification", **settings):
     """A tiny model of transformers, saved by itself."""
     transformers = pytest.importorskip("transformers")
@@ -195,17 +176,14 @@ def save_classifier(folder, model_type: str, kind: str = "ForSequenceClassificat
 def test_a_finished_classifier_is_transformers_own(tmp_path, model_type, labels):
     settings = {"id2label": dict(enumerate(labels)), "label2id": {b: a for a, b in enumerate(labels)}} if labels else {}
     theirs = save_classifier(tmp_path, model_type, hidden_dropout_prob=0.3, **settings)
-    encoder, classifier, names = load_classifier(tmp_path)
+    trunk, names = load_trunk(tmp_path)
     assert names == (labels or ["LABEL_0", "LABEL_1"])
-    assert encoder.config.head_dropout == 0.3
-    model = MultiExitModel(encoder, (4,), len(names)).eval()
+    assert trunk.encoder.config.head_dropout == 0.3
+    input_ids, mask, token_types = random_batch()
+    types = {"token_type_ids": token_types} if model_type == "bert" else {}
     with torch.no_grad():
-        model.heads[0].classifier.weight.copy_(classifier[0])  # the pooler starts as the checkpoint's
-        model.heads[0].classifier.bias.copy_(classifier[1])
-        input_ids, mask, token_types = random_batch()
-        types = {"token_type_ids": token_types} if model_type == "bert" else {}
         expected = theirs(input_ids=input_ids, attention_mask=mask, **types).logits
-        torch.testing.assert_close(model(*random_batch())[0], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(trunk(*random_batch())[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

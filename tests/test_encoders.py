@@ -1,4 +1,4 @@
-"""The encoders without the network or `transformers`: stored reference values, padding, precision, published slices."""
+"""The encoders: hidden states of transformers, padding, precision, dropout, published slices."""
 
 import json
 from collections import Counter
@@ -10,30 +10,68 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, load_encoder
-from minisweet.checkpoint import new_encoder, read_config
-from minisweet.deberta import skew
+from minisweet.base.files import home
 from minisweet.layers import Dropout
-from tests.conftest import CHECKOUT, checkpoint_tensors, random_batch, tiny_encoder
-from tests.make_golden import CONFIGS as GOLDEN_CONFIGS
-from tests.make_golden import GOLDEN, INPUTS, SIZES, formula_weights
+from minisweet.runs.folders import load_trunk
+from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder
+from tests.make_golden import GOLDEN, formula_weights
 
-BATCH = (INPUTS["input_ids"], INPUTS["attention_mask"], INPUTS["token_type_ids"])
+SIZES = st.fixed_dictionaries(
+    {
+        "num_hidden_layers": st.integers(1, 3),
+        "num_attention_heads": st.sampled_from([1, 2, 4]),
+        "hidden_size": st.sampled_from([8, 16, 24]),
+        "intermediate_size": st.sampled_from([8, 20]),
+        "layer_norm_eps": st.sampled_from([1e-12, 1e-7, 1e-3]),
+    }
+)
 
 
-def test_hidden_states_and_logits_are_the_stored_ones_of_the_reference(tmp_path, model_type):
-    (tmp_path / "config.json").write_text(json.dumps(GOLDEN_CONFIGS[model_type]))
-    tensors, D = checkpoint_tensors(new_encoder(read_config(tmp_path))), SIZES["hidden_size"]
-    shapes = {f"{model_type}.{name}": tensor.shape for name, tensor in tensors.items()}
-    if model_type == "deberta":
-        shapes |= {"pooler.dense.weight": (D, D), "pooler.dense.bias": (D,)}
+@st.composite
+def batches(draw) -> tuple[torch.Tensor, ...]:
+    """Ids, any padding pattern that leaves a token in each row, and token types."""
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    input_ids = torch.randint(0, 50, shape, generator=generator)
+    mask = torch.randint(0, 2, shape, generator=generator)
+    mask[torch.arange(shape[0]), torch.randint(0, shape[1], (shape[0],), generator=generator)] = 1
+    return input_ids, mask, torch.randint(0, 2, shape, generator=generator)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@settings(max_examples=20, deadline=None)
+@given(sizes=SIZES, batch=batches(), span=st.sampled_from([-1, 2, 3, 7, 19, 20, 64]))
+def test_hidden_states_are_those_of_transformers(tmp_path_factory, model_type, sizes, batch, span):
+    transformers = pytest.importorskip("transformers")
+    config = CONFIGS[model_type] | sizes | ({"max_relative_positions": span} if model_type == "deberta" else {})
+    torch.manual_seed(0)
+    reference = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).eval()
+    for parameter in reference.parameters():  # as drawn by default, position terms would hardly show
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp(model_type)
+    reference.save_pretrained(folder)
+    inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), batch, strict=True))
+    with torch.no_grad():
+        ours = load_encoder(folder).eval()(*batch)
+        theirs = reference(**inputs, output_hidden_states=True).hidden_states
+    real = batch[1] == 1
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a[real], b[real], atol=1e-5, rtol=0)
+
+
+def test_hidden_states_and_logits_are_the_stored_ones_of_transformers(tmp_path, model_type):
+    """So that transformers need not be installed."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[model_type]))
+    head = {"pooler.dense.weight": (16, 16), "pooler.dense.bias": (16,)}
+    head |= {"classifier.weight": (2, 16), "classifier.bias": (2,)}
+    shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(tiny_encoder(model_type)).items()} | head
     save_file(formula_weights(shapes), tmp_path / "model.safetensors")  # as make_golden.py fills the reference
-    head = formula_weights({"classifier.weight": (2, D), "classifier.bias": (2,)})
-    golden, encoder, mask = load_file(GOLDEN), load_encoder(tmp_path).eval(), BATCH[1] == 1
-    for ours, theirs in zip(encoder(*BATCH), golden[f"{model_type}.hidden"], strict=True):
-        torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
-    model = MultiExitModel(encoder, (1, 3), 2).eval()
-    model.heads[1].classifier.load_state_dict({name.split(".")[1]: tensor for name, tensor in head.items()})
-    torch.testing.assert_close(model(*BATCH)[-1], golden[f"{model_type}.logits"], atol=1e-5, rtol=0)
+    golden, (trunk, _) = load_file(GOLDEN), load_trunk(tmp_path)
+    batch = [golden[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
+    real = batch[1] == 1
+    for ours, theirs in zip(trunk.encoder(*batch), golden[f"{model_type}.hidden"], strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(trunk(*batch)[0], golden[f"{model_type}.logits"], atol=1e-5, rtol=0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -82,15 +120,6 @@ def test_rows_of_padding_alone_are_finite(model_type, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 8])
-def test_the_fast_view_of_distances_is_the_plain_gather(T):
-    scores, i, j = torch.arange(2 * 3 * T * 2 * T).view(2, 3, T, 2 * T), torch.arange(T)[:, None], torch.arange(T)
-    for column in (T - 1, T):
-        plain = scores.gather(-1, (column + j - i).expand(2, 3, T, T))
-        assert torch.equal(skew(scores, column), plain)
-        assert torch.equal(skew(scores.mT.contiguous().mT, column), plain)  # whatever lies how in memory
-
-
 def test_training_mode_without_dropout_computes_what_evaluation_mode_does(model_type):
     encoder = tiny_encoder(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     batch = random_batch(5)
@@ -130,18 +159,6 @@ def test_a_layer_for_cls_alone_gives_what_the_whole_layer_gives_cls(model_type, 
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
-def test_config_is_honoured():
-    changed = tiny_encoder("bert", layer_norm_eps=0.5).eval()
-    batch = random_batch()
-    assert (changed(*batch)[-1] - tiny_encoder("bert").eval()(*batch)[-1]).abs().max() > 1e-3
-    encoder = tiny_encoder("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
-    torch.testing.assert_close(encoder(*batch)[-1], encoder(*batch)[-1], atol=0, rtol=0)
-    assert tiny_encoder("bert", classifier_dropout=0.4).config.head_dropout == 0.4
-    assert tiny_encoder("deberta", cls_dropout=0.4).config.head_dropout == 0.4
-    assert tiny_encoder("deberta").config.relative_span == 6
-    assert tiny_encoder("deberta", max_relative_positions=-1).config.relative_span == 40
-
-
 PUBLISHED = {
     "bert-base": (
         [0, 345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2],
@@ -156,7 +173,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_weights_give_the_published_slice(name):
-    folder = CHECKOUT / "weights" / name
+    folder = home() / "weights" / name
     if not folder.is_dir():
         pytest.skip(f"{name} is not in weights/")
     input_ids, expected = PUBLISHED[name]

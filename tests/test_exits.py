@@ -79,29 +79,6 @@ def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, mod
         assert groups == [{name for name in found if found[name] == {k}} for k in range(len(exit_layers) - 1)]
 
 
-def test_the_table_of_owners_in_exits_py_is_what_gradients_say():
-    lines = minisweet.exits.__doc__.splitlines()
-    columns = next(line for line in lines if line.split() == ["ee", "sweet", "branch"])
-    starts = [columns.index(method) for method in ("ee", "sweet", "branch")]
-    rows = [line.ljust(60) for line in lines if line[4:9] in ("embed", "layer", "head ", "branc")]
-    cells = [slice(*ends) for ends in pairwise([*starts, 60])]
-    table = {row[4 : starts[0]].strip(): [row[cell].split() for cell in cells] for row in rows}
-    assert len(table) == 10
-    found = {name: [[], [], []] for name in table}
-    for column, method in enumerate(("ee", "sweet", "branch")):
-        model = make("bert", (1, 2, 4), method)
-        for name, owning in owners(model, random_batch()).items():
-            kind, place, *rest = name.split(".")
-            if kind == "encoder":
-                part = f"layer {int(rest[0]) + 1}" if place == "layers" else "embeddings"
-            else:
-                part = f"{ {'heads': 'head', 'branches': 'branch'}[kind] } {(1, 2, 4)[int(place)]}"
-            said = [str((1, 2, 4)[k]) for k in sorted(owning)] or ["-"]
-            assert found[part][column] in ([], said), name
-            found[part][column] = said
-    assert found == table
-
-
 def load_model(folder, exit_layers, method: str, strategy: str = "confidence"):
     """A model of a folder's checkpoint, in evaluation mode."""
     torch.manual_seed(0)
@@ -199,16 +176,34 @@ def test_an_exit_runs_its_layer_for_cls_and_for_all_tokens_where_somebody_goes_o
     assert calls == everything[:4]
 
 
-def test_a_branch_models_trunk_stays_in_evaluation_mode():
-    model = make("bert", (1, 2, 4), "branch")
-    for mode in (True, False, True):
-        model.train(mode)
-        assert not any(module.training for part in (model.encoder, model.heads[-1]) for module in part.modules())
-        trained = [module for part in (*model.branches, *model.heads[:-1]) for module in part.modules()]
-        assert all(module.training is mode for module in trained)
-    with_dropout = [model(*random_batch()) for _ in range(2)]
-    assert torch.equal(with_dropout[0][-1], with_dropout[1][-1])
-    assert (with_dropout[0][:-1] != with_dropout[1][:-1]).flatten(1).any(1).all()
+def test_the_table_of_owners_in_exits_py_is_what_gradients_say():
+    lines = minisweet.exits.__doc__.splitlines()
+    columns = next(line for line in lines if line.split() == ["ee", "sweet", "branch"])
+    starts = [columns.index(method) for method in ("ee", "sweet", "branch")]
+    rows = [line.ljust(60) for line in lines if line[4:9] in ("embed", "layer", "head ", "branc")]
+    cells = [slice(*ends) for ends in pairwise([*starts, 60])]
+    table = {row[4 : starts[0]].strip(): [row[cell].split() for cell in cells] for row in rows}
+    assert len(table) == 10
+    found = {name: [[], [], []] for name in table}
+    for column, method in enumerate(("ee", "sweet", "branch")):
+        model = make("bert", (1, 2, 4), method)
+        for name, owning in owners(model, random_batch()).items():
+            kind, place, *rest = name.split(".")
+            if kind == "encoder":
+                part = f"layer {int(rest[0]) + 1}" if place == "layers" else "embeddings"
+            else:
+                part = f"{ {'heads': 'head', 'branches': 'branch'}[kind] } {(1, 2, 4)[int(place)]}"
+            said = [str((1, 2, 4)[k]) for k in sorted(owning)] or ["-"]
+            assert found[part][column] in ([], said), name
+            found[part][column] = said
+    assert found == table
+
+
+def test_a_branch_models_trunk_has_no_dropout_in_training_mode():
+    model = make("bert", (1, 2, 4), "branch").train()
+    one, other = model(*random_batch()), model(*random_batch())
+    assert torch.equal(one[-1], other[-1])
+    assert (one[:-1] != other[:-1]).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
@@ -314,17 +309,10 @@ def test_another_method_or_exit_strategy_is_refused(wrong):
         MultiExitModel(tiny_encoder("bert"), (1,), 2, **wrong)
 
 
-def test_learning_to_exit_adds_the_squared_error_of_being_right(model_dir):
+def test_learning_to_exit_trains_the_pooler_and_the_layers_of_its_exit(model_dir):
     model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, "sweet", "lte").eval()
-    batch = random_batch()
-    for logits, certainty in model.exit_by_exit(*batch):
-        right = [float(row.argmax() == label) for row, label in zip(logits, LABELS, strict=True)]
-        squares = [(p.item() - q) ** 2 for p, q in zip(certainty, right, strict=True)]
-        expected = F.cross_entropy(logits, LABELS).item() + sum(squares) / len(squares)
-        assert exit_loss(logits, certainty, LABELS).item() == pytest.approx(expected, rel=1e-5)
-        assert exit_loss(logits, None, LABELS).item() == pytest.approx(F.cross_entropy(logits, LABELS).item())
-    *_, (_, certainty) = model.exit_by_exit(*batch)
-    certainty.sum().backward()  # of the last exit: into its pooler and its own segment, and no further
+    *_, (_, certainty) = model.exit_by_exit(*random_batch())
+    certainty.sum().backward()
     assert model.heads[1].pooler.weight.grad.abs().max() > 0
     assert all(layer.output.weight.grad.abs().max() > 0 for layer in model.encoder.layers[1:])
     assert model.encoder.layers[0].output.weight.grad is None
@@ -352,15 +340,11 @@ def test_new_weights_of_a_head_have_the_configs_deviation():
 
 def test_dropout_stands_before_the_classifier_alone(tmp_path):
     model = MultiExitModel(load_encoder(write_model(tmp_path, "bert")), (1,), 2, "sweet", "lte")
-    head = model.heads[0].train()
-    hidden = torch.randn(2000, 1, 16)
-    assert isinstance(head.pooler, torch.nn.Linear)
-    assert isinstance(head.classifier, torch.nn.Linear)
+    head, hidden = model.heads[0], torch.randn(20, 1, 16)
     pooled = torch.tanh(hidden[:, 0] @ head.pooler.weight.T + head.pooler.bias)
     expected = pooled @ head.classifier.weight.T + head.classifier.bias
     torch.testing.assert_close(head.eval()(hidden)[0], expected)
-    torch.testing.assert_close(head.train()(hidden)[0].mean(0), expected.mean(0), atol=0.1, rtol=0.1)
-    assert (head(hidden)[0] - expected).abs().max() > 1e-3
+    assert (head.train()(hidden)[0] - expected).abs().max() > 1e-3
     certainty = torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias)
     torch.testing.assert_close(head(hidden)[1], certainty)  # no dropout before the learning-to-exit layer
 

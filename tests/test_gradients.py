@@ -39,14 +39,10 @@ def test_similarities_are_those_of_separate_backward_passes(model_type):
             assert similarity[m, i, j] == pytest.approx(1) if i == j else similarity[m, i, j] < 0.999
 
 
-def test_under_sweet_only_one_exit_reaches_a_matrix(model_type):
-    model = MultiExitModel(tiny_encoder(model_type), (1, 3, 4), 2, "sweet").eval()
-    similarity = exit_similarities(model, Batch(torch.arange(4), *random_batch(), torch.tensor([0, 1, 1, 0])))
-    assert np.argwhere(~np.isnan(similarity)).tolist() == [[0, 0, 0], [1, 1, 1]]
-
-
-def test_the_command_writes_what_it_measured(run_of, command, monkeypatch):
-    run, measured, single = run_of("ee"), [], []
+def test_the_command_writes_what_it_measured_and_passes_exit_0_over(command, tmp_path, monkeypatch):
+    model, measured, single = write_model(tmp_path / "tiny", "bert"), [], []
+    words = ["--method", "ee", "--exit-layers", "0,1,2,4", "--lr", "1e-3", "--out", "run"]
+    assert command(train, *quick(model, *words))[0] == 0
 
     def tokenize(tokenizer, examples):
         measured.extend(examples.first)
@@ -59,25 +55,16 @@ def test_the_command_writes_what_it_measured(run_of, command, monkeypatch):
 
     monkeypatch.setattr(gradients, "TokenizedExamples", tokenize)
     monkeypatch.setattr(gradients, "exit_similarities", compare)
-    status, out, _ = command(gradients, run, "--batches", 2)
+    status, out, _ = command(gradients, "run", "--batches", 2)
     sentences, *_ = toy.make_toy("train")
-    trained = [sentences[row] for row in read_record(run).subset]
+    trained = [sentences[row] for row in read_record(Path("run")).subset]
     assert (status, len(measured)) == (0, 32)
     assert len({*measured, *trained}) == 32 + len(trained)  # no row that was trained on
     report = json.loads(Path("gradients/gradients.json").read_text())
-    assert (report["layers"], report["exits"]) == ([1, 2], [1, 2, 4])
+    assert (report["layers"], report["exits"], report["steps"]) == ([1, 2], [1, 2, 4], 6)
     assert report["cosine"][1][0] == [None, None, None]
     values = [similarity[0, 0, 1] for similarity in single]
     assert report["cosine"][0][0][1] == report["cosine"][0][1][0] == pytest.approx(np.mean(values), abs=1e-4)
     assert report["deviation"][0][0][1] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2), abs=1e-4)
     assert "layer 2: cosine similarity of the gradients of the exits after 2, 4" in out
     assert {path.name for path in Path("gradients").iterdir()} == {"gradients.json", "gradients.png"}
-
-
-def test_exit_0_is_passed_over(command, tmp_path):
-    model = write_model(tmp_path / "tiny", "bert")
-    words = quick(model, "--method", "ee", "--exit-layers", "0,1,4", "--out", "run", "--lr", "1e-3", "--epochs", 1)
-    assert command(train, *words)[0] == 0
-    assert command(gradients, "run", "--batches", 2)[0] == 0
-    report = json.loads(Path("gradients/gradients.json").read_text())
-    assert (report["layers"], report["exits"], report["steps"]) == ([1], [1, 4], 3)
