@@ -1,4 +1,4 @@
-"""A loopback server that answers as the Hugging Face hub does.
+"""A loopback server of files, which also answers as the Hugging Face hub does.
 
 It imitates what the hub's client relies on: /api/models/<repository>/revision/<revision> and .../tree/<revision>, which
 list the files; HEAD and GET of /<repository>/resolve/<revision>/<file> with ETag, X-Repo-Commit and Content-Length; and
@@ -22,6 +22,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, dict[str, bytes]] = {}  # repository -> file name -> content
+        self.files: dict[str, bytes] = {}  # path -> content, of another host than the hub
+        self.cut = False  # files end before their stated length
         self.answers = 10**6  # so many, then every answer is 503
         self.requests: list[tuple[str, str | None]] = []  # path, token
 
@@ -48,6 +50,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.server.repositories.get(f"{owner}/{name}", {})
         if len(self.server.requests) > self.server.answers:
             self.answer(503)
+        elif path in self.server.files:
+            self.answer(200, {}, self.server.files[path])
         elif not files:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         elif rest[:1] != ["resolve"]:
@@ -72,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if self.server.cut else content)
 
     def log_message(self, *_) -> None:
         """Say nothing on stderr."""

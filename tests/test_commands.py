@@ -1,8 +1,10 @@
-"""What every command shares: exit statuses, errors and notices of one line, checked options, devices and precision."""
+"""What every command shares: exit statuses, notices, checked options, devices and precision; also where installed."""
 
 import argparse
 import errno
 import io
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,20 +13,11 @@ import pytest
 import torch
 
 from minisweet.base import devices
-from minisweet.base.commands import Parser, Progress, list_of, number, one_of, positive_float, run_command, whole_number
+from minisweet.base.commands import Progress, list_of, number, one_of, positive_float, run_command, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
+from minisweet.use import predict
 from tests.conftest import CHECKOUT, run
-
-
-@pytest.fixture(autouse=True)
-def as_it_was():
-    """Undo what `run_command` set for its process."""
-    level, handlers = LOG.level, LOG.handlers[:]
-    LOG.handlers.clear()
-    yield
-    LOG.setLevel(level)
-    LOG.handlers[:] = handlers
 
 
 def fail_with(error: BaseException):
@@ -106,23 +99,6 @@ def test_options_take_what_is_right_and_nothing_else(parse, right, wrong):
             parse(text)
 
 
-def test_a_parser_takes_no_abbreviation_and_names_an_option_that_would_do_nothing(capsys):
-    parser = Parser("What it does.\n\n    an example\n")
-    parser.add_argument("--train-size", type=int, default=3)
-    parser.add_argument("--new", action="store_true")
-    assert "What it does.\n\n    an example\n" in parser.format_help()
-    for words in (["--train", "5"], ["--train-size"], ["--train-size", "a\nb"]):
-        with pytest.raises(SystemExit) as stopped:
-            parser.parse_args(words)
-        err = capsys.readouterr().err
-        assert (stopped.value.code, ": error: " in err, err.count("\n")) == (2, True, 1)
-    args = parser.parse_args(["--new"])
-    parser.need(args, True, "--data", "new")
-    parser.need(args, False, "--data", "train_size")
-    with pytest.raises(InputError, match="--new: needs --data"):
-        parser.need(args, False, "--data", "new")
-
-
 def test_precision_follows_the_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has_bfloat16, dtype in (False, None), (True, torch.bfloat16):
@@ -146,3 +122,33 @@ def test_a_device_is_there_or_refused(monkeypatch):
     assert (choose_device("auto"), choose_device("cuda:1")) == (torch.device("cuda:0"), torch.device("cuda:1"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:1")
+
+
+@pytest.mark.slow
+def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_cache(tmp_path):
+    shutil.copytree(CHECKOUT / "minisweet", tmp_path / "site" / "minisweet")
+    (tmp_path / "elsewhere").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "MINISWEET_HOME"}
+    environment |= {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "user")}
+
+    def python(*words: str) -> subprocess.CompletedProcess:
+        words = [sys.executable, *words]
+        return subprocess.run(words, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
+
+    code = "from minisweet import EarlyExitClassifier, InputError; from minisweet.base.files import home"
+    done = python("-c", f"{code}; print(home(), issubclass(InputError, ValueError))")
+    assert done.stdout == f"{tmp_path}/user/.cache/minisweet True\n", done.stderr
+    assert "The commands of the package" in python("-m", "minisweet", "--help").stdout
+    done = python("-m", "minisweet", "predict", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: minisweet predict " in done.stdout
+    assert predict.__doc__ in done.stdout
+    assert not (tmp_path / "user").exists()
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_the_metadata_fits_the_requirements():
+    metadata = (CHECKOUT / "pyproject.toml").read_text()
+    *wanted, _, _ = (CHECKOUT / "requirements.txt").read_text().splitlines()  # the last two are for tests
+    needed = metadata.partition("dependencies = [")[2].partition("]")[0]
+    assert [line.strip(' ",') for line in needed.split("\n") if line.strip()] == wanted

@@ -11,39 +11,29 @@ from pathlib import Path
 
 import pytest
 
+from minisweet.__main__ import COMMANDS
 from tests.conftest import in_folder, run, write_model
 
-MODULES = {
-    "train": "train",
-    "evaluate": "evaluate",
-    "predict": "minisweet.use.predict",
-    "explain": "minisweet.use.explain",
-    "export": "minisweet.use.export",
-    "reproduce": "minisweet.paper.reproduce",
-    "gradients": "minisweet.paper.gradients",
-    "minisweet": "minisweet.__main__",
-}
+MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate", "minisweet": "minisweet.__main__"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
     ("minisweet", "predikt run", "argument command: invalid choice: 'predikt'"),
-    ("train", f"{TRAIN} --trainsize 5", "unrecognized arguments: --trainsize"),
+    ("train", f"{TRAIN} --train-siz 5", "unrecognized arguments: --train-siz 5"),
     ("train", f"{TRAIN} --method sweeet", "argument --method: invalid choice: 'sweeet'"),
     ("train", f"{TRAIN} --train-size 0", "--train-size: '0' is not a whole number from 1 to"),
     ("train", f"{TRAIN} --epochs -1", "argument --epochs: "),
     ("train", f"{TRAIN} --lr nan", "--lr: 'nan' is not a positive number"),
     ("train", f"{TRAIN} --exit-layers 1,x", "--exit-layers: 'x' is not a whole number"),
     ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
-    ("train", f"{TRAIN} --device cuda:99", "--device: 'cuda:99' is not here"),
     ("train", f"{TRAIN} --amp int8", "argument --amp: invalid choice: 'int8'"),
-    # runs: hub, options, start, resume, folders
-    (
-        "train",
-        "--model no-such --out new",
-        "model 'no-such': neither a folder, nor owner/name on the hub, nor one of bert-base",
-    ),
+    # runs: hub, start, resume, folders
+    ("train", "--model no-such --out new", "model 'no-such': neither a folder, nor owner/name on the hub, nor one of"),
     ("train", "--model '' --out new", "model '': neither a folder"),
+    ("train", "--model ../x --out new", "model '../x': neither a folder"),
+    ("train", "--model a/b/c --out new", "model 'a/b/c': neither a folder"),
+    ("train", "--model own.csv --out new", "model 'own.csv': neither a folder"),
     ("train", f"{TRAIN} --exit-layers 4,1", "--exit-layers: 4,1, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --exit-layers 0,0,4", "--exit-layers: '0,0,4' names one twice"),
     ("train", f"{TRAIN} --exit-layers 1,9", "--exit-layers: 1,9, should increase and end at one of the layers 1 to 4"),
@@ -66,22 +56,10 @@ REFUSALS = [
     ("train", f"{TRAIN} --task rte --data own.csv", "argument --data: not allowed with argument --task"),
     ("train", f"{TRAIN} --data absent.csv", "absent.csv: cannot be read (No such file or directory)"),
     ("train", f"{TRAIN} --data tiny/vocab.txt", "tiny/vocab.txt: should end in .csv, .tsv, .jsonl"),
-    (
-        "train",
-        f"{TRAIN} --data own.csv --text-columns body",
-        "own.csv: no column body; it has text, label; name it with",
-    ),
-    (
-        "train",
-        f"{TRAIN} --data own.csv --text-columns text,label",
-        "text,label, should be one or two, and not the label",
-    ),
-    ("train", f"{TRAIN} --data own.csv --text-columns text,text", "--text-columns: 'text,text' names one twice"),
-    (
-        "train",
-        f"{TRAIN} --data own.csv --label-column team",
-        "own.csv: no column team; it has text, label; name it with",
-    ),
+    ("train", f"{TRAIN} --data own.csv --text-columns body", "own.csv: no column body; it has text, label; name"),
+    ("train", f"{TRAIN} --data own.csv --text-columns text,label", "text,label, should be one or two, and not the"),
+    ("train", f"{TRAIN} --data own.csv --label-column team", "own.csv: no column team; it has text, label; name"),
+    ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --data own.csv --labels a,c", "own.csv, line 3: label 'b', should be one of a, c"),
     # evaluation
     ("evaluate", "run run", "run: a second run, and only --plot takes several"),
@@ -94,11 +72,7 @@ REFUSALS = [
     ("evaluate", "run --max-loss 1 --sure 100", "argument --sure: '100' is not a number from 50 to 99.9"),
     ("evaluate", "run --speed 0.5 --sure 90", "--sure: needs --max-loss or --max-change"),
     ("evaluate", "run --thresholds 1", "argument --thresholds: '1' is not a whole number from 2"),
-    (
-        "evaluate",
-        "run --test own.csv --speed 0.5",
-        "--speed: needs an evaluation, and --test takes the one that is there",
-    ),
+    ("evaluate", "run --test own.csv --speed 0.5", "--speed: needs an evaluation, and --test takes the one that"),
     ("evaluate", "run --test none.csv", "none.csv"),
     ("evaluate", "run --test own.csv", "own.csv, line 2: label 'a', should be one of "),
     ("evaluate", "pairs --test own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
@@ -147,13 +121,9 @@ def place(tmp_path_factory, run_of) -> Path:
     """A folder with what a command line may name: a model, an evaluated run, and files of rows."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "bert")
-    shutil.copytree(run_of("branch"), folder / "run")
-    shutil.copytree(run_of("pairs"), folder / "pairs")
-    shutil.copytree(run_of("ee"), folder / "ee")
-    rows = [
-        f"the {word} film,{label}" for word, label in zip("good bad great dull".split() * 8, "ab" * 16, strict=True)
-    ]
-    (folder / "own.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee"}.items():
+        shutil.copytree(run_of(name), folder / called)
+    (folder / "own.csv").write_text("text,label\n" + "the good film,a\nthe bad film,b\n" * 16)
     return folder
 
 

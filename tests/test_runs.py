@@ -1,118 +1,104 @@
-"""Run folders: what is read is what was saved."""
+"""Run folders, where what is read is what was saved; and what a training starts from that a user need not give."""
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from minisweet import load_encoder
-from minisweet.base.files import InputError
+import train
+from minisweet.base.files import InputError, read_json, write_json
+from minisweet.branches import METHODS
 from minisweet.data.rows import Examples
-from minisweet.exits import build_multi_model
 from minisweet.ngrams import NgramExit
-from minisweet.runs import folders
+from minisweet.runs import folders, start
 from minisweet.runs.folders import load_run, load_trunk, method_name, read_record, run_name, save_run
-from tests.conftest import exit_model, random_batch, write_model
+from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
+from tests.conftest import random_batch, undecided_model, write_model
 
-LAYERS = [1, 4]
-ROWS = Examples(["the film", "a bad film"], None, [1, 0], ["one polar word", "contrast"])
-
-
-def make_record(method: str = "sweet", **changes) -> dict:
-    arguments = {"model": "tiny", "method": method, "task": "toy", "seed": 3, "exit_strategy": "confidence"}
-    arguments |= {"lr": 1e-3, "epochs": 1, "batch_size": 16, "max_length": 32, "train_size": 48, "data_dir": "data"}
-    record = {"arguments": arguments, "metric": "accuracy", "labels": ["negative", "positive"], "exit_layers": LAYERS}
-    record |= {"depth": 4, "vocab_size": 60, "device": "none", "precision": "torch.float32", "seconds": 1.5}
-    return record | {"finished": "now", "subset": [0, 2], "losses": [[0.7, 0.6], [0.5, 0.4]]} | changes
+ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0], ["one polar word", "contrast"])
 
 
-def make_model(folder: Path, method: str = "sweet", ngrams: bool = False):
-    """A model with random heads, and its record."""
-    if method == "mm":
-        model = build_multi_model(folder, LAYERS, 2).eval()
-    else:
-        model = exit_model(load_encoder(folder), LAYERS, 2, method).eval()
-    if not ngrams:
-        return model, make_record(method)
-    exit_0 = NgramExit(60, 2, [0, 2, 3], False)
-    for tensor in exit_0.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.normal_()
-    return model.add_ngrams(exit_0), make_record(method, exit_layers=[0, *LAYERS], ngrams=exit_0.settings)
-
-
-def make_run(folder: Path, model_type: str = "bert", method: str = "sweet", **changes) -> Path:
-    """A run with random weights, beside its model; its path."""
-    model_folder = write_model(folder / "tiny", model_type)
-    model, record = make_model(model_folder, method)
-    save_run(folder / "run", model, model_folder, record | changes, ROWS)
-    return folder / "run"
+@pytest.fixture
+def record(run_of) -> dict:
+    """The run.json of a finished run."""
+    return read_json(run_of("sweet") / "run.json")
 
 
 @pytest.mark.parametrize("ngrams", [False, True], ids=["layers", "exit 0"])
-@pytest.mark.parametrize("method", ["sweet", "ee", "mm", "branch"])
-def test_what_is_loaded_is_what_was_saved(tmp_path, model_type, method, ngrams):
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, ngrams):
     model_folder = write_model(tmp_path / "tiny", model_type)
-    model, record = make_model(model_folder, method, ngrams)
+    model = undecided_model(model_folder, method)
+    record["arguments"]["method"] = method
+    if ngrams:
+        exit_0 = NgramExit(60, 2, [0, 2, 3], False)
+        for tensor in exit_0.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.normal_()
+        model = model.add_ngrams(exit_0)
+        record |= {"exit_layers": [0, 1, 2, 4], "ngrams": exit_0.settings}
     save_run(tmp_path / "run", model, model_folder, record, ROWS)
     loaded, found = load_run(tmp_path / "run")
     assert not loaded.training
-    assert loaded.exit_layers == tuple(found.exit_layers) == ((0, 1, 4) if ngrams else (1, 4))
+    assert list(loaded.exit_layers) == found.exit_layers == record["exit_layers"]
     torch.testing.assert_close(loaded(*random_batch()), model(*random_batch()), rtol=0, atol=0)
-    names = ("method", "task", "model", "seed", "lr", "exit_strategy", "num_labels", "depth", "vocab_size")
-    assert [getattr(found, name) for name in names] == [method, "toy", "tiny", 3, 1e-3, "confidence", 2, 4, 60]
-    validation = folders.read_validation(tmp_path / "run", found)
-    assert (validation.texts(), validation.labels, validation.difficulties) == (ROWS.texts(), [1, 0], ROWS.difficulties)
+    assert (found.method, found.task, found.lr, found.num_labels) == (method, "toy", 3e-3, 2)
+    assert folders.read_validation(tmp_path / "run", found) == ROWS
     trunk, labels = load_trunk(tmp_path / "run")
     assert (trunk.exit_layers, labels) == ((4,), ["negative", "positive"])  # exit 0 is fitted anew
     torch.testing.assert_close(trunk(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
 
 
-def test_no_other_library_takes_a_run_for_its_model(tmp_path):
-    run = make_run(tmp_path)
+def test_no_other_library_takes_a_run_for_its_model(tmp_path, run_of, record):
+    run = run_of("sweet")
     assert json.loads((run / "config.json").read_text())["model_type"] == "minisweet"
-    save_run(tmp_path / "again", make_model(tmp_path / "tiny")[0], run, make_record(), ROWS)  # of a run's folder
+    save_run(tmp_path / "again", load_run(run)[0], run, record, ROWS)  # of a run's folder
     load_run(tmp_path / "again")
     transformers = pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="minisweet"):
         transformers.AutoModel.from_pretrained(run)
 
 
-WRONG = [
-    ({"labels": ["a", "b", "c"]}, r"classifier.weight.*\[[23], 16\].*\[[23], 16\]"),
-    ({"exit_layers": [1, 2, 4]}, "heads.2"),
-    ({"exit_layers": "delete"}, "exit_layers is missing"),
-    ({"depth": "six"}, "depth is 'six'"),
-    ({"arguments": None}, "model is missing"),
-    ({"arguments": make_record()["arguments"] | {"exit_strategy": "sure"}}, "exit_strategy is 'sure'"),
-    ({"diverged": 7}, "run: its training diverged at step 7"),
-]
-
-
-@pytest.mark.parametrize(("changes", "reason"), WRONG)
-def test_a_run_that_cannot_be_is_one_line(tmp_path, changes, reason):
-    run = make_run(tmp_path)
-    content = json.loads((run / "run.json").read_text()) | changes
-    (run / "run.json").write_text(json.dumps({key: value for key, value in content.items() if value != "delete"}))
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"labels": ["a", "b", "c"]}, r"classifier.weight.*\[[23], 16\].*\[[23], 16\]"),
+        ({"exit_layers": [1, 4]}, "heads.2"),
+        ({"exit_layers": None}, "exit_layers is None"),
+        ({"depth": "six"}, "depth is 'six'"),
+        ({"arguments": None}, "model is missing"),
+        ({"exit_strategy": "sure"}, "exit_strategy is 'sure'"),
+        ({"diverged": 7}, "run: its training diverged at step 7"),
+    ],
+)
+def test_a_run_that_cannot_be_is_one_line(tmp_path, run_of, record, changes, reason):
+    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
+    write_json(run / "run.json", record | changes)
     with pytest.raises(InputError, match=reason) as error:
         load_run(run)
     assert str(error.value).isprintable()
 
 
-def test_what_old_records_lack_has_defaults(tmp_path):
-    record = make_record("sweet-flow0.5")  # of a study: reports read it
-    for key in ("vocab_size", "seconds", "subset", "losses"):
+def test_what_old_records_lack_has_defaults(tmp_path, record):
+    record["arguments"]["method"] = "sweet-flow0.5"  # of a study: reports read it
+    for key in ("vocab_size", "seconds", "subset", "losses", "text_columns", "train_texts"):
         del record[key]
-    (tmp_path / "run.json").write_text(json.dumps(record | {"digests": {"a": 1}}))
+    write_json(tmp_path / "run.json", record | {"digests": {"a": 1}})
     found = read_record(tmp_path)
     assert (found.method, found.losses, found.columns) == ("sweet-flow0.5", [], [])
     assert found.diverged is found.ngrams is found.train_texts is None
 
 
 def test_names_of_runs_and_methods():
-    arguments = make_record()["arguments"] | {"model": "some.one/bert-tiny", "lr": 2e-4, "train_size": 6000}
+    arguments = {"model": "some.one/bert-tiny", "method": "sweet", "task": "toy", "seed": 3}
+    arguments |= {"lr": 2e-4, "train_size": 6000, "exit_strategy": "confidence"}
     assert run_name(arguments) == "bert-tiny-sweet-toy-seed3"
     assert run_name(arguments, in_grid=True) == "bert-tiny-sweet-toy-lr0.0002-n6000-seed3"
     assert run_name(arguments | {"exit_strategy": "lte"}, True) == "bert-tiny-sweet-toy-lr0.0002-n6000-seed3-lte"
@@ -131,3 +117,90 @@ def test_the_newest_run(tmp_path):
     assert folders.newest_run(tmp_path / "runs").name == "a"  # .c is being written
     with pytest.raises(InputError, match="no run here"):
         read_record(tmp_path)
+
+
+# What a training starts from.
+
+
+def test_every_depth_has_exit_layers():
+    papers = {1: (1,), 2: (1, 2), 3: (1, 2, 3), 4: (1, 2, 4), 6: (1, 2, 3, 6), 12: (1, 4, 6, 12), 24: (1, 6, 12, 24)}
+    branches = {1: (0, 1), 6: (0, 6), 7: (0, 3, 7), 12: (0, 6, 12), 24: (0, 12, 24)}
+    assert {depth: exit_layers_for(depth) for depth in papers} == papers
+    assert {depth: exit_layers_for(depth, "branch") for depth in branches} == branches
+    for depth in range(1, 100):
+        for method in METHODS:
+            layers = exit_layers_for(depth, method)
+            assert (list(layers), layers[-1]) == (sorted(set(layers)), depth)
+        assert exit_layers_for(depth, "branch", "lte") == exit_layers_for(depth)  # exit 0 learns no certainty
+
+
+def shape(model_type: str, hidden_size: int, depth: int) -> SimpleNamespace:
+    return SimpleNamespace(model_type=model_type, hidden_size=hidden_size, num_hidden_layers=depth)
+
+
+def test_the_papers_settings_are_the_defaults():
+    """Table 2 as printed: EE, MM and SWEET, in 1e-5, for SST-2, MRPC, CoLA, MNLI, QQP, QNLI and RTE."""
+    printed = {
+        ("bert", 768, 12): "5/5/5 5/3/4 4/4/5 5/5/5 5/5/5 5/4/5 5/5/4",
+        ("bert", 1024, 24): "4/2/2 4/5/4 4/3/4 4/3/4 5/3/4 4/4/3 3/3/3",
+        ("deberta", 768, 12): "3/3/3 4/5/5 4/5/4 2/4/3 4/5/5 3/4/3 2/1/4",
+        ("deberta", 1024, 24): "2/4/3 3/2/1 3/3/2 2/2/2 2/2/3 3/2/1 1/2/2",
+    }
+    for model, row in printed.items():
+        for task, rates in zip("sst2 mrpc cola mnli qqp qnli rte".split(), row.split(), strict=True):
+            ours = [default_learning_rate(shape(*model), task, method) for method in ("ee", "mm", "sweet")]
+            assert ours == pytest.approx([int(rate) * 1e-5 for rate in rates.split("/")])
+            assert default_learning_rate(shape(*model), task, "branch") == ours[1]  # the trunk is MM's last model
+        assert start.search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("model", "task", "rate"),
+    [
+        (("bert", 768, 12), None, 5e-5),
+        (("bert", 768, 6), "mrpc", 5e-5),
+        (("bert", 384, 6), "mrpc", 2e-4),
+        (("deberta", 1536, 48), "mrpc", 5e-5),
+    ],
+)
+def test_elsewhere_the_size_decides(model, task, rate, method):
+    assert default_learning_rate(shape(*model), task, method) == rate
+
+
+@given(examples=st.integers(1, 10**6), batch_size=st.sampled_from([1, 8, 16]))
+def test_epochs_make_the_steps_and_none_more_and_are_four_at_least(examples, batch_size):
+    epochs, per_epoch = epochs_of(examples, batch_size), -(-examples // batch_size)
+    assert epochs >= EPOCHS == 4
+    assert epochs * per_epoch >= STEPS
+    assert epochs == 4 or (epochs - 1) * per_epoch < STEPS
+
+
+def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypatch):
+    model = write_model(tmp_path / "tiny", "bert")
+    monkeypatch.setattr("minisweet.runs.start.STEPS", 9)
+    rows = [f"text number {n} is not good and not bad,{'ab'[n % 2]}\n" for n in range(40)]
+    Path("own.csv").write_text("text,label\n ,a\n" + "".join(rows))
+    Path("dev.csv").write_text("text,label\n" + rows[0] + "a film,a\n")
+    common, new = ["--max-length", 8, "--train-size", 20, "--out", "run"], ["--model", model, "--exit-layers", "1,4"]
+    own = ["--data", "own.csv", "--dev-data", "dev.csv"]
+    for arguments, expected in {
+        (*new,): "method sweet, lr 0.0002, epochs 2",
+        (*new, *own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee, lr 0.001, epochs 1",
+        ("--model", model, *own): "method branch, lr 0.0002, epochs 5",
+        ("--trunk", "first", *own): "method branch, no layer is trained: the trunk stays as it is",
+    }.items():
+        if "--trunk" in arguments:
+            Path("run").rename("first")
+        status, out, err = command(train, *common, *arguments, "--overwrite")
+        assert (status, out.splitlines()[:1]) == (0, [expected]), err
+    first, *lines = out.splitlines()[1:-1]
+    assert "first, own: exits after layers 0,4 of 4, seed 0, " in first
+    counts = re.fullmatch(r"train: 20 of 40 rows: a (\d+), b (\d+)", lines[0])
+    assert sum(map(int, counts.groups())) == 20
+    assert lines[1:] == [
+        "validation: 2 rows: a 2, b 0",
+        "train: empty texts, skipped: 1",
+        "texts that are in both train and validation: 1",
+        "train: cut to 8 tokens: 20",
+    ]

@@ -1,7 +1,6 @@
 """The toy task: as large, balanced and hard as it says, and its labels follow from the sentences."""
 
 import hashlib
-import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -56,28 +55,16 @@ def test_each_sentence_of_a_harder_level_has_a_twin_with_the_same_words_and_the_
     assert all(2 * sum(labels) == len(labels) for labels in groups.values())
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_bag_of_words_solves_the_easy_level_and_no_other(level):
-    """Naive Bayes, fitted on the level."""
-    counts = [Counter(), Counter()]
-    for sentence, label in rows_of("train", level):
-        counts[label].update(words(sentence))
-    totals = [sum(count.values()) for count in counts]
-
-    def evidence(word: str) -> float:
-        return math.log((counts[1][word] + 1) / totals[1]) - math.log((counts[0][word] + 1) / totals[0])
-
-    dev = rows_of("dev", level)
-    right = [(sum(evidence(word) for word in sorted(words(sentence))) > 0) == label for sentence, label in dev]
-    assert sum(right) / len(right) > 0.95 if level == LEVELS[0] else 2 * sum(right) == len(right)
+def test_a_list_of_words_solves_the_easy_level():
+    for sentence, label in rows_of("train", LEVELS[0]) + rows_of("dev", LEVELS[0]):
+        assert [SIGN[word] for word in words(sentence) if word in SIGN] == [label]
 
 
 def meaning(sentence: str) -> int:
     """Read a sentence by rules that know nothing of the templates' slots."""
     if match := re.search(r"(\w+) is right\.$", sentence):
         clause = next(part for part in re.split(r", but |, | and ", sentence) if part.startswith(f"{match[1]} "))
-        likes = bool(re.search(r"loved|praised", clause)) or any(SIGN.get(word) for word in words(clause.split(".")[0]))
-        return int(likes)
+        return int(bool(re.search(r"loved|praised", clause)) or any(SIGN.get(word) for word in words(clause)))
     if sentence.startswith(("Although", "Despite")):
         sentence = sentence.split(", ")[1]
     elif " but the " in sentence:

@@ -1,0 +1,147 @@
+"""Files of rows: read, refused with file and line, and written."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from minisweet.base.files import InputError
+from minisweet.data.rows import DELIMITERS, Examples, examples_of, find_columns, read_rows, row_writer, text_columns
+
+TEXTS = ['He said "no",\nthen "yes"', "a\tb, c", "caf\u00e9 \u2028 \\", " "]  # the last is empty
+LABELS = ["refund, please", "login", "login", "login"]
+LINES = {".csv": [3, 4, 5], ".tsv": [3, 4, 5], ".jsonl": [1, 2, 3]}
+
+
+def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
+    """Write rows with the standard library alone."""
+    with path.open("w", encoding=encoding, newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=DELIMITERS[path.suffix], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def table(texts=TEXTS, labels=LABELS) -> list[dict]:
+    return [{"id": "7", "text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+
+
+def read(path, labels=None):
+    """The examples of a file, and its classes."""
+    columns = text_columns(path, None)
+    (column,) = find_columns("--label-column", path, ["label"])
+    return examples_of(path, read_rows(path), columns, column, labels)
+
+
+def refused(call, *arguments, **more) -> str:
+    """The message of an InputError."""
+    with pytest.raises(InputError) as error:
+        call(*arguments, **more)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", LINES)
+def test_reads_each_kind_of_file(tmp_path, suffix, encoding):
+    path = write(tmp_path / f"tickets{suffix}", table(), encoding)
+    assert read(path) == (Examples(TEXTS[:3], None, [1, 0, 0], empty=1), ["login", "refund, please"])
+    assert [line for line, _ in read_rows(path)][:3] == LINES[suffix]
+
+
+def test_windows_line_ends_empty_lines_and_unnamed_columns(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b',text,label\r\n0,"a\r\nb",x\r\n\r\n1,c,y\r\n')
+    assert read(tmp_path / "a.csv")[0] == Examples(["a\r\nb", "c"], None, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("named", "trained", "found"),
+    [
+        (None, None, ["text"]),
+        (["a", "b"], None, ["a", "b"]),
+        (None, [], ["text"]),  # of the toy task
+        (None, ["b"], ["b"]),
+        (["b"], ["text"], ["b"]),
+        (None, ["a", "b"], ["a", "b"]),
+        (None, ["left", "right"], ["sentence1", "sentence2"]),
+        (["text"], ["left", "right"], "--text-columns: text, should be 2, as in training"),
+        (["text", "a", "b"], None, "--text-columns: text,a,b, should be one or two"),
+    ],
+)
+def test_columns_as_in_training_or_as_many(tmp_path, named, trained, found):
+    path = write(tmp_path / "a.csv", [dict.fromkeys(["text", "sentence1", "sentence2", "a", "b"], "t")])
+    if isinstance(found, str):
+        assert found in refused(text_columns, path, named, trained)
+    else:
+        assert text_columns(path, named, trained) == found
+
+
+def test_labels_are_texts_sorted_or_in_a_given_order(tmp_path):
+    path = tmp_path / "a.jsonl"
+    written = ("1", "1.0", '"1"', "2.0", "-0.5", "0", "-0.0", "0.0", "-10", "10", "false", '" x "')
+    path.write_text("".join(f'{{"text": "t", "label": {label}}}\n' for label in written))
+    examples, labels = read(path)
+    assert labels == ["-0.5", "-10", "0", "1", "10", "2", "false", "x"]
+    assert examples.labels == [3, 3, 3, 5, 0, 2, 2, 2, 1, 4, 6, 7]
+    again = read(path, labels[::-1])
+    assert (again[0].labels, again[1]) == ([7 - label for label in examples.labels], labels[::-1])
+    assert refused(read, path, labels=["2", "1"]).endswith("a.jsonl, line 5: label '-0.5', should be one of 2, 1")
+
+
+REFUSED = [
+    ("a.csv", b"text,label\na\n", "line 2: 'label' is None, should be a label"),
+    ("a.csv", b"text,label\na,x\n\nb,y,z\n", "line 4: not readable as cells (it has more cells than the header)"),
+    ("a.csv", b"text,label\ncaf\xe9,x\n", "line 2: not readable as cells ('utf-8' codec can't decode byte 0xe9"),
+    ("a.csv", b"text;label\na;x\n", "line 1: not readable as cells (its cells are separated by ';', should be by ',')"),
+    ("a.csv", b"text,label,text\na,x,b\n", "line 1: not readable as cells (two columns have the same name)"),
+    ("a.csv", b"body,team\na,x\n", "a.csv: no column text or sentence or sentence1,sentence2; it has body, team;"),
+    ("a.csv", b"", "no rows"),
+    ("a.csv", b"text,label\n ,x\n", "no rows with text in text"),
+    ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"\n', "line 2: not readable as a JSON object"),
+    ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "line 2: 'text' is 5, should be text"),
+    ("a.jsonl", b'{"text": "a", "label": null}\n', "line 1: 'label' is None, should be a label"),
+    ("a.jsonl", b'{"text": "a", "label": NaN}\n', "line 1: 'label' is nan, should be a label"),
+    ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED)
+def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    error = refused(read, tmp_path / name)
+    assert error.startswith(str(tmp_path / name))
+    assert message in error
+
+
+@pytest.mark.parametrize("suffix", LINES)
+def test_rows_are_written_as_they_were_read(tmp_path, suffix):
+    rows, path = table([*TEXTS, ""], [*LABELS, "x"]), tmp_path / f"out{suffix}"
+    with row_writer(path) as write_row:
+        for row in rows:
+            write_row(row)
+    assert [row for _, row in read_rows(path)] == rows
+    assert b"\r" not in path.read_bytes()
+
+
+def test_rows_that_differ_and_a_block_that_fails(tmp_path):
+    path = tmp_path / "out.csv"
+    with row_writer(path) as write_row:
+        write_row({"text": "a", "n": 1.5, "none": None})
+        write_row({"text": "b"})
+    assert path.read_text() == "text,n,none\na,1.5,\nb,,\n"
+    with pytest.raises(ValueError, match="'other'"), row_writer(path) as write_row:  # noqa: PT012 (the block fails)
+        write_row({"text": "a"})
+        write_row({"other": "c"})
+    assert path.read_text().startswith("text,n"), "what was there should stay"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_rows_are_streamed(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "a,x\n" * 50_000 + "broken, row, here\n")
+    rows = read_rows(path)
+    assert next(rows) == (2, {"text": "a", "label": "x"})
+    assert "line 50002: not readable as cells (it has more" in refused(list, rows)
