@@ -25,14 +25,15 @@ from minisweet.data.rows import examples_of, find_columns, read_rows, text_colum
 from minisweet.data.tasks import digest
 from minisweet.evaluation import operating, sweep
 from minisweet.evaluation.metrics import METRICS, interval_of_a_file
-from minisweet.evaluation.records import Evaluation, read_evaluation
 from minisweet.runs.folders import (
     CURVE,
     EVALUATION,
+    Evaluation,
     Record,
     load_run,
     method_name,
     newest_run,
+    read_evaluation,
     read_validation,
     versions,
 )

@@ -13,8 +13,6 @@ Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D 
 L layers, K exits, C classes, N instances.
 """
 
-from abc import ABC, abstractmethod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,10 +30,11 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
-class TransformerLayer(nn.Module, ABC):
+class TransformerLayer(nn.Module):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, a residual sum and LayerNorm.
 
-    BERT's and DeBERTa's own layers add the projections of attention, and `attend`.
+    BERT's and DeBERTa's own layers add the projections of attention, and `attend(hidden, context, rows)`: attention of
+    R tokens on all T, from hidden states (B, T, D) to context vectors (B, H, R, d).
     """
 
     def __init__(self, config) -> None:
@@ -49,10 +48,6 @@ class TransformerLayer(nn.Module, ABC):
         self.output_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.dropout = Dropout(config.hidden_dropout_prob)
-
-    @abstractmethod
-    def attend(self, hidden: Tensor, context: tuple[Tensor, ...], rows: int | None) -> Tensor:
-        """Attention of R tokens on all T: hidden states (B, T, D) to context vectors (B, H, R, d). See `forward`."""
 
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...], rows: int | None = None) -> Tensor:
         """Run the layer for all tokens, or with `rows` 1 for [CLS] alone: hidden states (B, T, D) to (B, R, D).
@@ -68,10 +63,10 @@ class TransformerLayer(nn.Module, ABC):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
 
-class TransformerEncoder(nn.Module, ABC):
+class TransformerEncoder(nn.Module):
     """Embeddings and layers. Code that uses an encoder needs only these four, and never asks which encoder it is:
 
-    hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1
+    hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1; ids and types are (B, T)
     context = encoder.context(attention_mask)            -> a tuple, what every layer reads beside the hidden states
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
@@ -93,14 +88,6 @@ class TransformerEncoder(nn.Module, ABC):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
-
-    @abstractmethod
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """The hidden states that enter layer 1: ids and types (B, T), int64, to (B, T, D)."""
-
-    @abstractmethod
-    def context(self, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """What every layer reads beside the hidden states, of a mask (B, T): 1 for tokens, 0 for padding."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
         """All hidden states, L+1 tensors (B, T, D), the embeddings first. For the arguments see `embed`, `context`."""

@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers", reason="transformers, which l
 
 @pytest.mark.parametrize("method", ["sweet", "branch"])
 def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
-    """Of both encoders. The bias of BERT's keys, which ours lacks, is 0."""
     model, batch = undecided_model(model_dir, method, num_labels=3), random_batch()
     model.add_ngrams(NgramExit(60, 3, [0, 1, 2, 3], pairs=False))
     for k, layer in enumerate((1, 2, 4), start=1):
@@ -28,10 +27,6 @@ def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
         theirs, told = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert (theirs.config.num_hidden_layers, theirs.config.id2label) == (layer, {0: "a", 1: "b", 2: "c"})
-        drops = {module.p for module in theirs.modules() if isinstance(module, torch.nn.Dropout)}
-        assert drops <= {0.0, 0.1}
-        biases = [value for name, value in theirs.named_parameters() if name.endswith("self.key.bias")]
-        assert all((value == 0).all() for value in biases)
         inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), batch, strict=True))
         with torch.no_grad():
             torch.testing.assert_close(theirs(**inputs).logits, model(*batch)[k], atol=1e-5, rtol=0)

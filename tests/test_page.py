@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisweet.adaptive import Exits
+from minisweet.adaptive import Exits, exits_taken
 from minisweet.data.rows import Examples
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.sweep import Validation, text_keys
@@ -21,24 +21,24 @@ N, DEPTH = 200, 4
 
 
 class Case:
-    """N random sentences with three exits and three labels, and their evaluation, made here by other means."""
+    """N random sentences with three exits and three labels, and their evaluation. The page asks exits from `asked`."""
 
-    def __init__(self, method: str = "sweet", layers=(1, 2, 4), labelled: bool = True):
+    def __init__(self, method: str = "sweet", layers=(1, 2, 4), labelled: bool = True, asked: int = 0):
         rng = np.random.default_rng(0)
-        self.layers = list(layers)
         self.labels = rng.integers(0, 3, N)
-        logits = rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]
-        self.logits = torch.tensor(logits, dtype=torch.float32)
-        self.predictions = logits.argmax(-1)  # (K, N)
-        self.confidence = self.logits.softmax(-1).amax(-1).numpy()  # (K, N)
+        self.logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]).float()
+        self.targets = torch.from_numpy(self.labels) if labelled else self.logits[-1].argmax(-1)
+        self.metric, self.exits = "accuracy" if labelled else "agreement", Exits(layers, DEPTH, method)
+        temperatures = [1.0, 0.8, 0.5]
+        confidence = (self.logits / torch.tensor(temperatures)[:, None, None]).softmax(-1).amax(-1)
+        self.confidence = confidence[asked:]  # (asked exits, N)
+        self.predictions = self.logits.argmax(-1).numpy()[asked:]  # (asked exits, N)
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
-        self.targets = self.labels if labelled else self.predictions[-1]
-        self.metric = "accuracy" if labelled else "agreement"
-        self.point = SimpleNamespace(threshold=0.7123, asked_exits=self.layers, full_depth_interval=[78.0, 88.0])
-        self.point.score, self.point.score_interval = 80.0, [74.0, 85.0]
+        self.point = SimpleNamespace(threshold=0.7123, asked_exits=list(layers[asked:]))
+        self.point.score, self.point.score_interval, self.point.full_depth_interval = 80.0, [74.0, 85.0], [78.0, 88.0]
         self.point.loss, self.point.loss_interval = -0.5, [-2.0, 1.0]
         self.point.speedup_ratio, self.point.speedup_interval = 0.5, [0.45, 0.55]
-        self.evaluation = SimpleNamespace(exit_layers=self.layers, exit_strategy="confidence", temperatures=[1.0] * 3)
+        self.evaluation = SimpleNamespace(exit_layers=layers, exit_strategy="confidence", temperatures=temperatures)
         self.evaluation.operating_point = self.point
         labels = ["no", "yes", "<i>perhaps</i>"]
         self.record = SimpleNamespace(model="weights/tiny", task="toy", method=method, labels=labels)
@@ -46,19 +46,12 @@ class Case:
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
-        if threshold <= 1 / 3 or threshold >= 1:
-            return np.full(N, 0 if threshold <= 1 / 3 else 2)
-        stays = self.confidence < np.float32(threshold)
-        return np.where(stays[0], np.where(stays[1], 2, 1), 0)
-
-    def counts(self, threshold: float) -> list[int]:
-        return np.bincount(self.taken(threshold), minlength=3).tolist()
+        return exits_taken(self.confidence, threshold, 1 / 3).numpy()
 
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
-        exits = Exits(self.layers, DEPTH, self.record.method)
-        said = (self.logits, None, torch.tensor(self.targets), text_keys(self.sentences))
-        write_page(path, self.evaluation, self.record, rows, Validation(*said, self.metric, exits))
+        said = (self.logits, None, self.targets, text_keys(self.sentences), self.metric, self.exits)
+        write_page(path, self.evaluation, self.record, rows, Validation(*said))
         return path
 
 
@@ -71,38 +64,27 @@ def data_of(path: Path) -> dict:
     return json.loads(block)
 
 
-def test_the_file_holds_what_was_evaluated(tmp_path):
-    case = Case()
+@pytest.mark.parametrize("asked", [0, 1])
+def test_the_file_holds_what_was_evaluated_of_the_exits_that_are_asked(tmp_path, asked):
+    case = Case(asked=asked)
     case.sentences[3] = HOSTILE
     case.point.threshold = float(case.confidence[0, 5])
     data = data_of(case.write(tmp_path / "page.html"))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
     assert data["sentences"] == [list(text) if isinstance(text, tuple) else text for text in case.sentences]
+    assert data["exit_layers"] == [1, 2, 4][asked:]
     assert data["predictions"] == case.predictions.tolist()
     assert data["right"] == case.labels.tolist()
-    assert (np.array(data["confidences"], dtype=np.float32) == case.confidence).all()
+    assert torch.equal(torch.tensor(data["confidences"]), case.confidence)
+    assert data["exit_scores"] == pytest.approx(100 * (case.predictions == case.labels).mean(1))
     assert data["operating_point"] == vars(case.point)
     thresholds = data["thresholds"]
     assert {1 / 3, case.point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
     assert thresholds == sorted(set(thresholds))
     for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
         taken = case.taken(threshold)
-        right = case.predictions[taken, np.arange(len(taken))] == case.labels
+        right = case.predictions[taken, np.arange(N)] == case.labels
         assert score == pytest.approx(100 * right.mean())
-        assert ratio == pytest.approx(np.array([0.25, 0.5, 1])[taken].mean())
-
-
-def test_the_exits_that_are_asked_are_there_with_the_rule_for_new_text(tmp_path):
-    case = Case()
-    case.evaluation.temperatures = [0.5, 1.5, 2.0]
-    case.point.asked_exits = [2, 4]
-    data = data_of(case.write(tmp_path / "page.html"))
-    confidence = (case.logits[1:] / torch.tensor([1.5, 2.0])[:, None, None]).softmax(-1).amax(-1).numpy()
-    np.testing.assert_allclose(np.array(data["confidences"], dtype=np.float32), confidence, rtol=1e-6)
-    assert data["exit_layers"] == [2, 4]
-    assert data["predictions"] == case.predictions[1:].tolist()
-    assert data["exit_scores"] == pytest.approx(100 * (case.predictions[1:] == case.labels).mean(1))
-    assert data["speedup_ratios"][0] == 0.5
+        assert ratio == pytest.approx(np.array([0.25, 0.5, 1])[asked:][taken].mean())
 
 
 def test_the_template_needs_no_network():
@@ -180,7 +162,7 @@ def test_each_threshold_counts_what_the_evaluation_counts(page, method, first):
     opened = page(case)
     for threshold in opened.thresholds:
         opened.slide(threshold)
-        assert opened.counts() == case.counts(threshold)
+        assert opened.counts() == np.bincount(case.taken(threshold), minlength=3).tolist()
 
 
 @pytest.mark.slow

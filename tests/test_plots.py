@@ -9,7 +9,6 @@ from minisweet.use import plots
 from minisweet.use.plots import draw_curves
 
 POINT = {
-    "threshold": 0.8,
     "asked_exits": [1, 2, 4],
     "score": 88.0,
     "score_interval": [80.0, 93.0],
@@ -26,8 +25,6 @@ EVALUATION = {
     "exit_scores": [60.0, 70.0, 90.0],
     "scores": [60.0, 80.0, 89.0, 90.0],
     "speedup_ratios": [0.25, 0.6, 1.05, 1.0],
-    "asked_scores": [61.0, 81.0, 88.0, 90.0],
-    "asked_speedup_ratios": [0.0, 0.5, 0.9, 1.0],
     "area": 75.0,
     "examples": 8,
     "dev_digest": "0",
@@ -47,7 +44,6 @@ def figures(monkeypatch) -> list:
 
 
 def line(axis, label: str):
-    """The line of an axis whose label starts so."""
     (found,) = [line for line in axis.lines if line.get_label().startswith(label)]
     return found
 
@@ -56,7 +52,6 @@ def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(tmp
     path = tmp_path / "curve.png"
     draw_curves(path, {"runs/a": an_evaluation()})
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
     (axis,) = figures[0].axes
     curve = line(axis, "runs/a, sweet: area 75.0, operating point 88.0 (80.0 to 93.0)")
     assert list(curve.get_xdata()) == [0.25, 0.6, 1.0, 1.05]  # by ratio, not by threshold
@@ -75,22 +70,16 @@ def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(tmp
     assert not legend.get_window_extent().overlaps(axis.get_tightbbox())
 
 
-def test_the_curve_of_the_exits_that_are_asked_is_drawn_where_others_are_left_out(tmp_path, figures):
-    draw_curves(tmp_path / "a.png", {"a": an_evaluation({"asked_exits": [0, 4]}, exit_layers=[0, 1, 4])})
-    curve = line(figures[0].axes[0], "the same with exits 0, 4 alone")
-    assert curve.get_xydata().tolist() == [[0.0, 61.0], [0.5, 81.0], [0.9, 88.0], [1.0, 90.0]]
-
-
 @pytest.mark.parametrize(("method", "last_ratio"), [("branch", 1.0), ("mm", 7 / 4)])
-def test_an_exit_without_the_others_costs_its_layers(tmp_path, figures, method, last_ratio):
-    """So full depth stands at 1, whatever the exits before it would cost with branches or MM."""
+def test_each_exit_alone(tmp_path, figures, method, last_ratio):
+    """Full depth stands at 1, whatever the exits before it would cost with branches or MM."""
     ratios = [0.25, 0.6, 1.05, last_ratio]
-    draw_curves(tmp_path / "a.png", {"a": an_evaluation(method=method, speedup_ratios=ratios)})
+    draw_curves(tmp_path / "a.png", {"a": an_evaluation({"asked_exits": [2, 4]}, method=method, speedup_ratios=ratios)})
     dots = line(figures[0].axes[0], "an exit without the others")
     assert dots.get_xydata().tolist() == [[0.25, 60.0], [0.5, 70.0], [1.0, 90.0]]
 
 
-def test_several_runs_in_one_picture(tmp_path, figures):
+def test_several_runs_of_the_same_rows_are_in_one_picture(tmp_path, figures):
     other = an_evaluation({"score": 85.0}, method="mm", area=70.0)
     draw_curves(tmp_path / "a.png", {"first": an_evaluation(), "second": other})
     (axis,) = figures[0].axes
@@ -99,11 +88,6 @@ def test_several_runs_in_one_picture(tmp_path, figures):
     assert line(axis, "first").get_color() != line(axis, "second").get_color()
     assert [entry.get_ydata()[0] for entry in axis.lines if entry.get_marker() == "*"] == [88.0, 85.0]
     assert not axis.texts  # no exits
-
-
-@pytest.mark.parametrize(("key", "value"), [("metric", "matthews"), ("dev_digest", "2")])
-def test_a_run_of_other_data_is_refused_by_name(tmp_path, key, value):
-    runs = {"one": an_evaluation(), "two": an_evaluation(), "runs/odd": an_evaluation(**{key: value})}
-    with pytest.raises(InputError, match="^runs/odd: it was evaluated on other rows, .* than one"):
-        draw_curves(tmp_path / "a.png", runs)
-    assert not list(tmp_path.iterdir())
+    odd = an_evaluation(metric="matthews")
+    with pytest.raises(InputError, match="^runs/odd: it was evaluated on other rows, .* than first"):
+        draw_curves(tmp_path / "b.png", {"first": an_evaluation(), "second": other, "runs/odd": odd})

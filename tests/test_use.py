@@ -12,19 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.base.files import InputError
-from minisweet.evaluation.records import read_evaluation
-from minisweet.runs.folders import read_record, read_validation
+from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.use import explain, predict
 from tests.conftest import CHECKOUT
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
-PAIRS = [("the film", "was bad"), ("the film", ""), ("", "was superb"), ("dull", "was not great")]
 
 
 @pytest.fixture
@@ -72,45 +70,36 @@ def test_predictions_are_those_of_the_evaluation(copy_of, command, tmp_path, mon
     confidence = rule.confidences(saved["logits"], saved.get("certainty"))  # (K, N)
     taken = exits_taken(confidence, threshold, rule.lowest)
     assert len(taken.unique()) > 1
-    texts = read_validation(run, record).texts()
-    header = record.columns if method == "pairs" else ("text",)
-    path = write_csv(tmp_path / "dev.csv", texts if method == "pairs" else [(text,) for text in texts], header)
-    status, out, _ = command(predict, run, path, "--out", tmp_path / "out.csv", "--threshold", threshold)
+    words = [run / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
+    status, out, _ = command(predict, run, *words)
+    found, texts = read_csv(tmp_path / "out.csv"), read_validation(run, record).first
     assert (status, f"{len(texts):,} rows" in out) == (0, True)
-    found = read_csv(tmp_path / "out.csv")
-    assert [row[header[0]] for row in found] == [text[0] if method == "pairs" else text for text in texts]
+    assert [next(iter(row.values())) for row in found] == texts
     assert [int(row["exit_layer"]) for row in found] == np.array(record.exit_layers)[taken].tolist()
     labels = saved["logits"].argmax(-1).gather(0, taken[None])[0]
-    assert [row["label"] for row in found] == [record.labels[label] for label in labels]
+    assert [row["predicted_label"] for row in found] == [record.labels[label] for label in labels]
     expected = confidence.gather(0, taken[None])[0].numpy()
     np.testing.assert_allclose([float(row["confidence"]) for row in found], expected, atol=2e-5)
     for row in found[:20]:
         p = {name: float(row[f"p_{name}"]) for name in record.labels}
         assert sum(p.values()) == pytest.approx(1)
-        assert max(p, key=p.get) == row["label"]
+        assert max(p, key=p.get) == row["predicted_label"]
         if method != "lte":
-            assert p[row["label"]] == float(row["confidence"])
+            assert max(p.values()) == float(row["confidence"])
 
 
 def test_classifier_answers_any_number_in_order(copy_of):
     run = copy_of("sweet")
     classify = EarlyExitClassifier(run, middle(run))
     alone = [classify([text])[0] for text in TEXTS]
-    many = [TEXTS[i % len(TEXTS)] for i in range(1500)]  # more than are tokenised at once
-    for answer, i in zip(classify(iter(many)), range(1500), strict=True):
-        expected = alone[i % len(TEXTS)]
+    many = iter(TEXTS * 300)  # more than are gathered at once
+    for answer, expected in zip(classify(many), alone * 300, strict=True):
         assert (answer.label, answer.exit_layer) == (expected.label, expected.exit_layer)
         assert answer.confidence == pytest.approx(expected.confidence, abs=1e-6)
         assert list(answer.probabilities) == classify.labels
     assert classify([]) == []
     assert {answer.exit_layer for answer in EarlyExitClassifier(run, 0.5)(TEXTS)} == {1}
     assert {answer.exit_layer for answer in EarlyExitClassifier(run, 1)(TEXTS)} == {4}
-
-
-def test_a_text_that_leaves_before_the_first_layer_is_never_embedded(copy_of, monkeypatch):
-    classify = EarlyExitClassifier(copy_of("trunk0"), 0.5)
-    monkeypatch.setattr(classify.model.encoder, "embed", None)
-    assert {answer.exit_layer for answer in classify(TEXTS)} == {0}
 
 
 def test_threads_make_and_share_classifiers(run_of):
@@ -123,36 +112,20 @@ def test_threads_make_and_share_classifiers(run_of):
 
 
 @pytest.mark.parametrize(
-    ("name", "texts", "where"),
+    ("texts", "arguments", "message"),
     [
-        ("sweet", ["a", None], "item 1: None, should be one text, as in training"),
-        ("pairs", [("a", 1)], "item 0: .*, should be a pair of texts"),
-        ("sweet", "a text", r"classify\(\[text\]\)"),
+        (["a", None], {}, "item 1: None, should be one text, as in training"),
+        ("a text", {}, r"classify\(\[text\]\)"),
+        ([], {"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
+        ([], {"max_change": 3, "sure": 49}, "^sure: .* from 50 to 99.9$"),
+        ([], {"threshold": 0.75, "max_loss": 1}, "more than one"),
+        ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
+        ([], {"batch_size": 0}, "^batch_size: 0, should be"),
     ],
 )
-def test_classifier_checks_what_it_gets(run_of, name, texts, where):
-    with pytest.raises(ValueError, match=where):
-        EarlyExitClassifier(run_of(name))(texts)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
-        ({"speed": 1.5}, "^speed: .* from 0 to 1$"),
-        ({"max_change": 3, "sure": 49}, "^sure: .* from 50 to 99.9$"),
-        ({"speed": 0.5, "sure": 95}, "sure: 95 needs max_loss or max_change"),
-        ({"threshold": 0.75, "max_loss": 1}, "more than one"),
-        ({"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
-        ({"batch_size": 0}, "^batch_size: 0, should be"),
-        ({"device": "cuda:99"}, "device: 'cuda:99' is not here"),
-        ({"run": "none"}, "no run"),
-    ],
-)
-def test_arguments_are_checked(run_of, arguments, message):
-    with pytest.raises(InputError, match=message) as error:
-        EarlyExitClassifier(**{"run": run_of("sweet")} | arguments)
-    assert "\n" not in str(error.value)
+def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyExitClassifier(run_of("sweet"), **arguments)(texts)
 
 
 @pytest.mark.parametrize("wish", [{"max_loss": 5.0}, {"speed": 0.5}, {"max_change": 20.0, "sure": 60.0}])
@@ -186,7 +159,10 @@ def test_the_operating_point_is_the_evaluations(copy_of):
 def test_exits_that_were_left_out_by_hand_stay_out(run_of, command, tmp_path):
     run = shutil.copytree(run_of("sweet"), tmp_path / "run")
     assert command(evaluate, run, "--use-exits", "2,4")[0] == 0
-    for goal in ({}, {"max_loss": 10}):
+    saved = load_file(run / "logits.safetensors")
+    saved["logits"][0] *= -1  # so bad an exit that no goal would choose it
+    save_file(saved, run / "logits.safetensors")
+    for goal in ({}, {"max_loss": 0}):
         assert list(EarlyExitClassifier(run, **goal).exit_layers) == [2, 4]
 
 
@@ -222,41 +198,33 @@ def test_formats_and_names(run_of, command, tmp_path, suffix):
 def test_columns_of_text_and_what_is_told(run_of, command, tmp_path):
     run, classify = run_of("sweet"), EarlyExitClassifier(run_of("sweet"))
     path = write_csv(tmp_path / "in.csv", [("bad " * 31, "awful"), ("bad " * 30, "a")], ("body", "text"))
-    for columns, text in (("body", "bad " * 31), (None, "awful")):
-        options = ["--text-columns", columns] if columns else []
+    for options, text, cut in ((["--text-columns", "body"], "bad " * 31, 1), ([], "awful", 0)):
         _, out, _ = command(predict, run, path, "--out", tmp_path / "out.csv", *options)
         row = read_csv(tmp_path / "out.csv")[0]
         assert float(row["p_negative"]) == pytest.approx(classify([text])[0].probabilities["negative"], abs=1e-6)
-        assert out.strip().endswith(f"cut to 32 tokens: {len(options) // 2}")
+        assert out.strip().endswith(f"cut to 32 tokens: {cut}")
     status, out, err = command(predict, run, path)  # on standard output, as CSV
     assert (status, err, len(out.splitlines())) == (0, "", 3)
     assert out.startswith("body,text,label,confidence,exit_layer,p_negative,p_positive\n")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("in.csv", "id,text\n1,a\n2\n", "in.csv, line 3"),
-        ("in.jsonl", '{"text": "a"}\n{"text": "b", "id": 1}\n', "in.jsonl, line 2: .*'id'; write such rows to .jsonl"),
-    ],
-)
-def test_a_file_that_cannot_be_predicted_is_one_line(run_of, command, tmp_path, name, content, message):
+def test_a_file_that_cannot_be_predicted_is_one_line(run_of, command, tmp_path):
     """It says where, and nothing is written: not even over what is there."""
-    (tmp_path / name).write_text(content)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "id": 1}\n')
     (tmp_path / "out.csv").write_text("kept")
-    status, _, err = command(predict, run_of("sweet"), name, "--out", "out.csv")
+    status, _, err = command(predict, run_of("sweet"), "in.jsonl", "--out", "out.csv")
     assert (status, err.count("\n")) == (2, 1)
-    assert re.search(message, err)
+    assert re.search("in.jsonl, line 2: .*'id'; write such rows to .jsonl", err)
     assert (tmp_path / "out.csv").read_text() == "kept"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "out.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.csv"]
 
 
 def test_without_labels_confidence_is_called_agreement_where_it_is_shown(copy_of, command, tmp_path):
     run = copy_of("sweet")
     path = run / "run.json"
     path.write_text(path.read_text().replace('"metric": "accuracy"', '"metric": "agreement"'))
-    assert command(predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]), "--out", tmp_path / "b.csv")[0] == 0
-    assert list(read_csv(tmp_path / "b.csv")[0])[2:5] == ["label", "agreement", "exit_layer"]
+    _, out, _ = command(predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]))
+    assert out.startswith("id,text,label,agreement,exit_layer,")
     _, out, _ = command(explain, run, "a text")
     assert "compared with the agreement with full depth" in out
     assert "confidence" not in out
@@ -269,7 +237,7 @@ def test_explain(copy_of, command, name):
     layers = list(read_record(run).exit_layers)
     for threshold in (0.5, middle(run), 1.0):
         classify = EarlyExitClassifier(run, threshold)
-        for text in PAIRS if name == "pairs" else TEXTS:
+        for text in zip(TEXTS, reversed(TEXTS), strict=True) if name == "pairs" else TEXTS:
             exits = explain.explain(classify, text)
             assert [answer.exit_layer for answer, _ in exits] == layers
             taken = next(answer for answer, is_enough in exits if is_enough)

@@ -16,8 +16,8 @@ from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Parser, number
 from minisweet.evaluation import metrics
 from minisweet.evaluation.choice import Choice, cells_of, choose
-from minisweet.evaluation.records import Evaluation
 from minisweet.evaluation.sweep import Validation
+from minisweet.runs.folders import Evaluation
 
 RANGES = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "sure": (50, 99.9)}
 DEFAULTS = {"max_loss": (1.0, 70.0), "max_change": (3.0, 90.0)}  # the limit, and how sure, in percent
@@ -59,7 +59,7 @@ def operating_point(
     asked: list[int] | None = None,
     trained: list[str] | None = None,
 ) -> tuple[ExitRule, dict]:
-    """The rule for new text, of all K exits, and what evaluation.json's `operating_point` (see records.py) holds.
+    """The rule for new text, of all K exits, and what evaluation.json's `operating_point` (see `OperatingPoint`) holds.
 
     Args:
         validation: what the exits said of the validation rows.
@@ -144,7 +144,7 @@ def statistics_of(validation: Validation, taken: np.ndarray, costs: np.ndarray, 
 
 
 def promise_facts(validation: Validation, wish: dict, deployed: Choice) -> dict:
-    """Which rows certify a promise, see records.py."""
+    """Which rows certify a promise, see `OperatingPoint`."""
     certifying, rows = validation.take(deployed.certifying), len(deployed.certifying)
     facts = {"certified_rows": rows, "certified_texts": len(certifying.keys.unique())}
     facts |= {"effective_rows": certifying.effective_rows(), "trained_rows": deployed.trained_rows}

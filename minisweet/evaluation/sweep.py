@@ -31,9 +31,8 @@ from minisweet.data.rows import Examples
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import classification_report, score
-from minisweet.evaluation.records import Evaluation
 from minisweet.exits import ExitModel
-from minisweet.runs.folders import EVALUATION, LOGITS, Record
+from minisweet.runs.folders import EVALUATION, LOGITS, Evaluation, Record
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long
@@ -186,7 +185,6 @@ def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> d
     """What evaluation.json holds of the exits, alone and at each threshold."""
     curve, _ = sweep(folds, validation, thresholds)
     predictions, labels, C = validation.logits.argmax(-1), validation.labels, validation.logits.shape[-1]
-    curve["class_counts"] = [row.bincount(minlength=C).tolist() for row in predictions]  # (K, C)
     curve["per_class"] = [classification_report(row.numpy(), labels.numpy(), C) for row in predictions]
     scaled = {"before": validation.logits, "after": validation.logits.clone()}
     for rule, rows in folds:

@@ -4,7 +4,7 @@ ratios and the areas under the curve (App. A), and the speed-accuracy curves (Fi
 The mean over tasks is taken for each seed, so that its deviation is the one over seeds, as in the paper. A seed that
 lacks the run of a task has no mean. Only the differences between methods pool all pairs of a task and a seed.
 
-Dimension letters: C classes, K exits, S seeds, P points (exits, or speedup ratios).
+Dimension letters: S seeds, P points (exits, or speedup ratios).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,28 +27,6 @@ MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other;
 # The records of one method and training size, by task and seed. A run that diverged is {}.
 Records = dict[str, dict[int, dict]]
 Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or one number
-
-
-def one_class_layers(record: dict) -> list[int]:
-    """The layers of the exits that predict one class for every instance."""
-    counts = np.array(record["class_counts"])  # (K, C)
-    return np.array(record["exit_layers"])[(counts > 0).sum(1) == 1].tolist()
-
-
-def did_not_converge(record: dict) -> bool:
-    """Whether a run diverged, whether every trained exit predicts one class, or whether its loss did not fall.
-
-    The loss fell if the last tenth of the steps is below the first tenth; a tenth is at least ten steps, or half of
-    fewer than twenty. MM's exits and branches are trained apart, so each loss must fall; otherwise the sum must.
-    """
-    if not record:
-        return True
-    losses = np.array(record["losses"])  # (steps, exits that are trained): exit 0 has no column
-    part = max(len(losses) // 10, min(10, len(losses) // 2))  # 0 where exit 0 alone was fitted
-    if part > 0 and not record["method"].startswith(("mm", "branch")):
-        losses = losses.sum(1, keepdims=True)
-    rose = part > 0 and not (losses[-part:].mean(0) < losses[:part].mean(0)).all()
-    return rose or {n for n in record["exit_layers"] if n > 0} <= set(one_class_layers(record))
 
 
 def interpolated(record: dict, ratios: Sequence[float]) -> np.ndarray:
@@ -115,20 +93,15 @@ def tables(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> s
     individual, curves = [], []
     for (name, its), (method, records) in product(shown.items(), grid.items()):
         records = {task: records[task] for task in its}
-        mark = "†" * any(did_not_converge(run) for of_seed in records.values() for run in of_seed.values())
-        stuck = {n for run in _runs(records) for n in one_class_layers(run)}
         scores = seed_means(records, partial(exit_scores, layers=layers))
-        marked = [cell + "°" * (n in stuck) for n, cell in zip(layers, cells(scores, deviation=True), strict=False)]
-        individual.append([name, method + mark, len(scores), *marked])
+        individual.append([name, method, len(scores), *cells(scores, deviation=True)])
         at_ratios = cells(seed_means(records, partial(interpolated, ratios=ratios)))
-        curves.append([name, method + mark + "°" * bool(stuck), len(scores), *at_ratios])
+        curves.append([name, method, len(scores), *at_ratios])
     head = ["task", "method", "seeds"]
     title = "Individual classifiers: mean score ± deviation over seeds"
     text = table(title, [*head, *map("layer {}".format, layers)], individual)
     title = f"Scores at speedup ratios, interpolated, {INTERVAL} over seeds"
     text += table(title, [*head, *map("{:.3g}".format, ratios)], curves)
-    text += "\n† a run did not converge: all exits predict one class, or the loss did not fall. "
-    text += "° an exit predicts one class.\n"
     return text + difference_tables(grid, shown, [ratio for ratio in ratios if ratio <= 1])
 
 

@@ -18,14 +18,13 @@ from itertools import product
 from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
-from minisweet.base.files import CLONE, LOG, InputError, home, written_beside
+from minisweet.base.files import CLONE, LOG, InputError, home, read_json, written_beside
 from minisweet.branches import METHODS
 from minisweet.data.tasks import TASKS
-from minisweet.evaluation.records import EVALUATION, Curve, read_evaluation
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper import report
 from minisweet.runs import start
-from minisweet.runs.folders import Record, read_record, run_name
+from minisweet.runs.folders import EVALUATION, Record, read_record, run_name
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
@@ -55,7 +54,7 @@ class Grid:
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
-                self.records[run] = vars(read_evaluation(folder, Curve)) | vars(record)
+                self.records[run] = read_json(folder / EVALUATION) | vars(record)
         return self.records.get(run)
 
     def check(self, run: Run, record: Record) -> None:
@@ -166,10 +165,9 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     text += report.table(title, ["method", *args.tasks], rows)
     text += report.tables(tables[size], args.ratios)
     text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n], args.ratios)}" for n in sizes)
-    failed = [name for name, record in complete.items() if report.did_not_converge(record)]
-    failed = [name if complete[name] else f"{name}: its loss became infinite or NaN" for name in failed]
+    diverged = [name for name, record in complete.items() if not record]
     text += "\n### What to know of these runs\n\n"
-    for what, lines in (("Runs that did not converge", failed), ("Missing runs", missing)):
+    for what, lines in (("Runs whose loss became infinite or NaN", diverged), ("Missing runs", missing)):
         text += f"{what}: {len(lines)}\n\n" + "".join(f"- {line}\n" for line in lines) + "\n" * bool(lines)
     return text
 

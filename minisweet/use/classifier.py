@@ -18,10 +18,9 @@ from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import operating
 from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, wish_of
-from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import load_validation
 from minisweet.live import GATHERED, Answers, early_exit
-from minisweet.runs.folders import load_run
+from minisweet.runs.folders import load_run, read_evaluation
 
 RANGES = operating.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
 

@@ -22,10 +22,9 @@ from minisweet.base.devices import autocast
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.data.rows import Examples
 from minisweet.evaluation.metrics import METRICS
-from minisweet.evaluation.records import Evaluation, read_evaluation
 from minisweet.evaluation.sweep import Validation, load_validation, sweep
 from minisweet.live import Answers
-from minisweet.runs.folders import Record, read_record, read_validation
+from minisweet.runs.folders import Evaluation, Record, read_evaluation, read_record, read_validation
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
 
 TEMPLATE = Path(__file__).with_name("page.html")

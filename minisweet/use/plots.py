@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from minisweet.adaptive import Exits
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.evaluation.metrics import METRICS
-from minisweet.evaluation.records import Evaluation
+from minisweet.runs.folders import Evaluation
 
 # Okabe and Ito's colours, which the colour-blind can tell apart. Line styles say the same without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -21,11 +21,10 @@ from minisweet.base.commands import Parser, list_of, run_command, whole_number
 from minisweet.data.rows import Examples, examples_of, read_rows, write_examples
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import TokenizedExamples
-from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import all_logits
 from minisweet.exits import MultiExitModel
 from minisweet.paper.report import table
-from minisweet.runs.folders import load_run
+from minisweet.runs.folders import load_run, read_evaluation
 from minisweet.use.onnx import one_by_one
 from minisweet.use.onnx_graph import export_pieces, join
 from tests.benchmark.linear import fit_linear

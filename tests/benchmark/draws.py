@@ -17,9 +17,8 @@ import torch
 from minisweet.data.tasks import stratified_split
 from minisweet.evaluation.choice import Choice, choose
 from minisweet.evaluation.operating import operating_point, statistics_of
-from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import Validation, load_validation
-from minisweet.runs.folders import read_record
+from minisweet.runs.folders import read_evaluation, read_record
 
 NAMES = ("score", "macro_f1", "full_depth", "loss", "speedup")
 KEYS = {"full_depth": "full_depth_score", "speedup": "speedup_ratio"}  # where a statistic's key is not its name

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.files import home, read_json, write_json, written_beside
 from minisweet.data.tasks import load_examples
-from minisweet.evaluation.records import EVALUATION
 from minisweet.evaluation.sweep import LOGITS
+from minisweet.runs.folders import EVALUATION
 from tests.benchmark.linear import LINEAR, fit_linear
 from tests.benchmark.zero_tables import TASKS, add_report_options, report
 

@@ -16,10 +16,9 @@ from minisweet.base.commands import Parser, list_of, one_of, run_command
 from minisweet.branches import grow
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import score
-from minisweet.evaluation.records import read_evaluation
 from minisweet.evaluation.sweep import crossfit, load_validation, sweep
 from minisweet.paper.report import table
-from minisweet.runs.folders import load_run, load_trunk, read_validation
+from minisweet.runs.folders import load_run, load_trunk, read_evaluation, read_validation
 from minisweet.use.onnx import one_by_one
 from minisweet.use.onnx_graph import export_pieces, join
 from minisweet.use.plots import label_axes, new_figure, save_figure, sorted_curve
