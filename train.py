@@ -45,7 +45,7 @@ def fine_tune(
     """
     args, device = setup.args, setup.device
     model.to(device).train()
-    with checkpoint.signals(), used_rows(model, weighted(setup)) as examples:
+    with checkpoint.signals(), used_rows(model, setup.examples) as examples:
         groups = model.parameter_groups()
         parameters = list(chain.from_iterable(groups))
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
@@ -110,24 +110,21 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
     embedding.weight = whole
 
 
-def weighted(setup: TrainingSetup) -> TokenizedExamples:
-    """The examples. With --class-weights balanced, each weighs N / (classes that occur x rows of its class).
+def balanced(targets: np.ndarray, num_labels: int) -> np.ndarray:
+    """Targets for --class-weights balanced: labels (N,) or probabilities (N, C) to (N, C), each row times its weight.
 
-    Its class is its label, or with --targets trunk its likeliest target.
+    A row weighs N / (classes that occur x rows of its class). Its class is its label, or its likeliest target.
     """
-    if not setup.args.class_weights:
-        return setup.examples
-    targets = setup.examples.targets
     if targets.ndim == 1:
-        targets = np.eye(setup.num_labels, dtype=np.float32)[targets]  # (N, C)
+        targets = np.eye(num_labels, dtype=np.float32)[targets]
     classes, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
     weights = len(targets) / (len(classes) * counts[of_row])  # (N,)
-    return setup.examples.with_targets(targets * weights[:, None].astype(np.float32))
+    return targets * weights[:, None].astype(np.float32)
 
 
 def fit_exit_0(setup: TrainingSetup, embeddings: Tensor) -> NgramExit:
     """Fit exit 0, a bag of words, with the word embeddings (V, D) that the training started from."""
-    examples = weighted(setup)
+    examples = setup.examples
     chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
     batches = (examples.batch(rows).inputs for rows in chunks)
     fit_ngrams(setup.ngrams, batches, torch.from_numpy(examples.targets), embeddings)
@@ -140,7 +137,8 @@ def make_model(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
     if args.targets == "trunk":
         precision = devices.choose_precision(args.amp, setup.device)  # that of evaluate.py: on a CPU float32
         logits, _ = all_logits(start.to(setup.device).eval(), examples, precision, "targets")
-        examples.targets = logits[-1].softmax(-1).numpy()
+        answers = logits[-1].softmax(-1).numpy()  # (N, C)
+        examples.targets = balanced(answers, setup.num_labels) if args.class_weights else answers
         start.cpu()
     torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
     return METHODS[args.method](start, setup.layers, exit_strategy=args.exit_strategy)
@@ -181,7 +179,9 @@ TRAIN = {"sweet": train_together, "ee": train_together, "mm": train_one_by_one, 
 def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     """Train one run and write its folder."""
     print(*setup.notes, sep="\n")
-    args, record = setup.args, setup.record
+    args, record, examples = setup.args, setup.record, setup.examples
+    if args.class_weights and examples.targets is not None:
+        examples.targets = balanced(examples.targets, setup.num_labels)
     torch.manual_seed(args.seed)
     start = setup.trunk or build_alone(setup.folder, setup.layers[-1], setup.num_labels, args.exit_strategy)
     embeddings = start.encoder.word_embeddings.weight.detach().clone()  # before they are trained

@@ -164,7 +164,8 @@ def test_what_is_stated_had_no_say_in_the_choice():
     validation, taken = draw(np.random.default_rng(1), 200), np.empty(200, dtype=int)
     _, point = operating_point(validation, {"speed": 0.5})
     for others, rows in validation.folds():
-        taken[rows] = choose(validation.take(others), {"speed": 0.5}).decide(validation)[0][rows]
+        choice = choose(validation.take(others), {"speed": 0.5})
+        taken[rows] = validation.decide(choice.rule, choice.places, choice.threshold)[0][rows]
     assert point["score"] == statistics_of(validation, taken, np.ones(200))["score"]
 
 

@@ -142,8 +142,9 @@ def test_renumbered_ids_name_the_same_tokens_and_targets_may_be_probabilities(tm
     tokenizer = load_tokenizer(write_wordpiece(tmp_path, [*WORDS, ".", *SPECIAL]), 26, 24)  # where [PAD] is not 0
     probabilities, rows = np.array([[0.25, 0.75], [1.0, 0.0]], dtype=np.float32), np.array([1, 0])
     examples = TokenizedExamples(tokenizer, Examples(["great", "not bad"], None, None))
-    used, renumbered = examples.with_targets(probabilities).renumbered()
-    batch, own = examples.batch(rows), renumbered.batch(rows)
+    batch, examples.targets = examples.batch(rows), probabilities
+    used, renumbered = examples.renumbered()
+    own = renumbered.batch(rows)
     assert own.input_ids.unique().tolist() == list(range(len(used)))
     assert (used[own.input_ids] == batch.input_ids.numpy()).all()
     assert (own.attention_mask == batch.attention_mask).all()

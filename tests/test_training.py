@@ -168,18 +168,16 @@ def test_mixed_precision_gradients_are_those_of_float32_and_training_has_dropout
 def test_balanced_rows_count_by_their_class(strategy):
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
     certainty = torch.rand(8) if strategy == "lte" else None
-    examples = SimpleNamespace(targets=labels.numpy(), with_targets=torch.from_numpy)
-    setup = SimpleNamespace(args=SimpleNamespace(class_weights="balanced"), num_labels=3, examples=examples)
-    targets = train.weighted(setup)
+    targets = torch.from_numpy(train.balanced(labels.numpy(), 3))
     sure = [None] * 8 if certainty is None else certainty[:, None]
     of_rows = torch.stack([exit_loss(logits[[i]], sure[i], labels[[i]]) for i in range(8)])
     weights = torch.tensor([8 / (3 * n) for n in (5, 5, 5, 5, 5, 2, 2, 1)])
     torch.testing.assert_close(exit_loss(logits, certainty, targets), (weights * of_rows).mean())
     soft = torch.randn(8, 3).softmax(-1)  # as of a trunk, whose answers are the classes
-    examples.targets, answers = soft.numpy(), soft.argmax(-1)
+    answers = soft.argmax(-1)
     counts = answers.bincount(minlength=3)
     weights = 8 / (counts.count_nonzero() * counts[answers])
-    torch.testing.assert_close(train.weighted(setup), soft * weights[:, None])
+    torch.testing.assert_close(torch.from_numpy(train.balanced(soft.numpy(), 3)), soft * weights[:, None])
 
 
 # What follows runs train.py.

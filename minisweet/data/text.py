@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class TokenizedExamples:
-    """N tokenised examples: `lengths` (N,) in tokens, and `targets`, the labels (N,) or None.
+    """N tokenised examples: `lengths` (N,) in tokens; `targets`, the labels (N,), probabilities (N, C), or None.
 
     `cut` counts those that were longer than the tokenizer's limit.
     """
@@ -115,12 +115,6 @@ class TokenizedExamples:
         *examples.ids, _ = np.split(numbers, np.cumsum(self.lengths))
         examples.pad_id = int(numbers[-1])
         return used, examples
-
-    def with_targets(self, targets: np.ndarray) -> "TokenizedExamples":
-        """The same examples, to be trained on probabilities (N, C), float32, in place of their labels."""
-        examples = copy.copy(self)
-        examples.targets = targets
-        return examples
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The examples `rows` (B,), padded to the longest of them."""

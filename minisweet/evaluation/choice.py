@@ -27,10 +27,6 @@ class Choice(NamedTuple):
     certifying: Sequence[int] = ()  # (m,), the rows that the threshold was chosen on
     trained_rows: int | None = None  # how many rows certify nothing, since they were trained on; None if unknown
 
-    def decide(self, validation: Validation) -> tuple[np.ndarray, np.ndarray]:
-        """The exit that each row takes, from 0 and of all K, and its cost: (N,) each."""
-        return validation.decide(self.rule, self.places, self.threshold)
-
 
 def is_trained(validation: Validation, trained: list[str] | None) -> np.ndarray:
     """Whether a row's text was trained on, by the digests of the trained texts: bool (N,)."""

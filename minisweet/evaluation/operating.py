@@ -86,7 +86,7 @@ def stated(
     these rows makes the answers look better than they are, but not the speed. And the folds' thresholds differ, so that
     their mean speed is not the deployed one's.
     """
-    taken, costs = deployed.decide(validation)
+    taken, costs = validation.decide(deployed.rule, deployed.places, deployed.threshold)
     if deployed.threshold == 1:  # nothing was chosen that could be lucky
         return at_the_ends(statistics_of(validation, taken, costs), 1.0, deployed.rule.lowest)
     # A fold has fewer rows, so its test would be stricter. So each fold aims, without a test, at the share of changes
@@ -95,7 +95,7 @@ def stated(
     by_fold = []
     for rest, rows in validation.folds():
         choice = choose(validation.take(rest), fold_wish, places, trained, times=len(taken) / len(rest))
-        taken_by_all, _ = choice.decide(validation)  # (N,)
+        taken_by_all, _ = validation.decide(choice.rule, choice.places, choice.threshold)  # (N,)
         by_fold.append(statistics_of(validation, taken_by_all, costs))
         taken[rows] = taken_by_all[rows]
     # The folds' choices differ, and the deployed one differs from their mean. Five folds estimate this spread only

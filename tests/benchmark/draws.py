@@ -38,7 +38,7 @@ def coverage(pool: Validation, rows: int, wish: dict, draws: int) -> dict[str, f
         rng = np.random.default_rng(seed)
         rule, point = operating_point(take(pool, rng.integers(len(pool.labels), size=rows)), wish)
         choice = Choice(rule, [layers.index(n) for n in point["asked_exits"]], point["threshold"])
-        truth = statistics_of(pool, *choice.decide(pool))
+        truth = statistics_of(pool, *pool.decide(choice.rule, choice.places, choice.threshold))
         for name in NAMES:
             low, high = point[f"{name}_interval"]
             held[name] += low - 1e-9 <= truth[KEYS.get(name, name)] <= high + 1e-9
@@ -48,7 +48,7 @@ def coverage(pool: Validation, rows: int, wish: dict, draws: int) -> dict[str, f
 
 def loss_of(pool: Validation, choice: Choice, weights: np.ndarray, is_change: bool) -> float:
     """Points lost, or percent changed, where each text of the pool comes with a probability: weights (N,)."""
-    taken, _ = choice.decide(pool)
+    taken, _ = pool.decide(choice.rule, choice.places, choice.threshold)
     answers = pool.logits.argmax(-1).numpy()
     early, right = answers[taken, np.arange(len(taken))], answers[-1] if is_change else pool.labels.numpy()
     return 100 * float(weights @ ((answers[-1] == right).astype(float) - (early == right)))
