@@ -35,7 +35,7 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
     Gives the path of the checkpoint. Afterwards the folder stays if a checkpoint is in it. Raises InputError where the
     folder is there, unless `may_stand`, where `check_output` does, and where nothing can be written.
     """
-    path = out.resolve().with_name(f".{out.resolve().name}.checkpoint") / "checkpoint.pt"
+    path = out.resolve().parent / f".{out.resolve().name}.checkpoint" / "checkpoint.pt"
     try:
         check_output(out, may_stand)
         if process_rank() == 0:
