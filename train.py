@@ -39,9 +39,9 @@ def fine_tune(
 ) -> None:
     """Train the parameters of `model.parameter_groups()` (App. A), or go on where the checkpoint stopped.
 
-    The learning rate decays linearly to zero, and each group's gradient is clipped to norm 1. The precision is bfloat16
-    where the device has instructions for it, else float16 on CUDA and float32 on a CPU, unless --amp says another.
-    Raises FloatingPointError, with the step, where a loss is not finite.
+    The learning rate decays linearly towards zero, and each group's gradient is clipped to norm 1. The precision is
+    bfloat16 where the device has instructions for it, else float16 on CUDA and float32 on a CPU, unless --amp says
+    another. Raises FloatingPointError, with the step, where a loss is not finite.
     """
     args, device = setup.args, setup.device
     model.to(device).train()

@@ -9,8 +9,8 @@ The sweep needs the logits of all exits once, and is exact: an exit's logits do 
 Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
 one number, which makes its confidence more truthful and changes no prediction. The authors fit the temperatures on the
 very set that they then score. We do not: each fold of the validation rows is decided by temperatures that were fitted
-on the others (evaluation/sweep.py). For new text all rows fit them. If a promise is asked for, a quarter of the rows
-does, since the rows that certify it must be unseen (evaluation/choice.py).
+on the others (evaluation/sweep.py). For new text all validation rows fit them; with a promise it is a quarter, since
+the rows that certify it must be unseen (evaluation/choice.py).
 
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
@@ -162,8 +162,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T that fits best: logits (N, C) and labels (N,) to a number above 0; without rows 1.
 
     It has the least negative log-likelihood, plus a weak prior that keeps it near 1: log(T)^2 / N. Without the prior,
-    an exit that is right on every row would get a temperature near 0, and always be certain. Where the slope of their
-    sum changes its sign is found by bisection, of log(T) between -7 and 7.
+    an exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T),
+    between -7 and 7, finds where the slope of the sum is zero.
     """
     logits, low, high = logits.double(), -7.0, 7.0
     gold = float(logits.gather(1, labels[:, None]).sum())

@@ -24,7 +24,7 @@ class BertLayer(TransformerLayer):
 
     def attend(self, hidden: Tensor, context: tuple[Tensor], rows: int | None) -> Tensor:
         """Scaled dot-product attention; the context is `padding_bias`. (B, T, D) to (B, H, R, d)."""
-        # A slice goes through another kernel where the weights are frozen, and so would change the last bits.
+        # Without contiguous(), frozen weights would go through another kernel, and the last bits would differ.
         asking = hidden[:, :rows].contiguous()
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice

@@ -67,7 +67,8 @@ class DebertaLayer(TransformerLayer):
             p2c = (key * pos_query).sum(-1)[:, :, None]  # (B, H, 1, T)
         else:
             c2p = skew(c2p, T - 1)  # (B, H, T, T)
-            # Rows are keys j here, distances go up: column T + i - j of row j is i - j, and .mT puts it at [i, j].
+            # Rows are keys here. flip() makes distances go up along a row, so that column T + i - j of row j is i - j,
+            # and .mT puts this score at [i, j].
             p2c = skew(key @ pos_query.flip(1).mT, T).mT  # (B, H, T, T)
         scores = query @ key.mT + bias + c2p + p2c  # (B, H, R, T)
         return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
@@ -89,7 +90,7 @@ class DebertaEncoder(TransformerEncoder):
     def context(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What padding adds to the scores, (B, 1, 1, T), and the positions (2T, D), of a mask (B, T)."""
         T, k = attention_mask.shape[1], self.config.relative_span
-        # Of the 2k rows, T tokens reach 2T - 1. One more, never read, gives skew() rows of the right length.
+        # T tokens have 2T - 1 distances. One more, which is never read, makes skew()'s rows 2T long.
         distance = T - 1 - torch.arange(2 * T, device=attention_mask.device)
         table = self.relative_table.weight
         return padding_bias(attention_mask, table.dtype), table[(distance + k).clamp(0, 2 * k - 1)]

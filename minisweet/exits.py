@@ -10,7 +10,7 @@
                      loss 1   loss 2         loss 3     but an instance that goes on starts from the words again
 
 Which exits' losses update what, for exits after layers 1, 2 and 4 (each of MM's models has its parameters for itself;
-branches stand on a trunk that is frozen by then, see branches.py):
+the trunk of branches is trained before, for the last exit alone, and then frozen, see branches.py):
 
                  ee      sweet   branch
     embeddings   1 2 4   1       -
@@ -26,8 +26,8 @@ branches stand on a trunk that is frozen by then, see branches.py):
 
 With SWEET *each parameter is updated by exactly one classifier*, as the paper says. In the authors' code all exits
 share a pooler, and all their gradients reach DeBERTa's relative table. Here each exit has its own pooler, and the first
-exit alone updates the table. As in the authors' code, the gradients of all exits are clipped together: another exit can
-scale a gradient but not change its direction.
+exit alone updates the table. As in the authors' code, the gradients of all exits are clipped together: a large gradient
+elsewhere shrinks this one, but does not turn it.
 
 Exit 0, in front of the embeddings, is a bag of words that training does not touch: see ngrams.py and `add_ngrams`.
 
@@ -58,10 +58,10 @@ def stop_gradient(x: Tensor) -> Tensor:
 class ExitHead(nn.Module):
     """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
 
-    The pooler starts from the checkpoint's or the trunk's (`grow` in branches.py) where there is one; other weights are
-    drawn as BERT's were. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a
-    linear layer beside the classifier learns to tell whether the classifier is right. The loss of this layer reaches
-    the same layers as the cross-entropy.
+    The pooler starts from the checkpoint's or the trunk's (`grow` in branches.py) where there is one. Else it is drawn,
+    as the classifier is, the way BERT's weights were. For learning-to-exit ("lte"; Xin et al. 2021,
+    https://aclanthology.org/2021.eacl-main.8) a linear layer beside the classifier learns to tell whether the
+    classifier is right. Its loss trains the same parameters as the cross-entropy.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -182,8 +182,9 @@ class MultiExitModel(ExitModel):
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        Only in EE do gradients cross an exit. With the other methods a training loop may call backward() on each loss
-        before the next exit runs, which frees the activations up to there. For the arguments see `forward`.
+        Only in EE does a later exit's loss reach the layers below an earlier exit. With the other methods a training
+        loop may call backward() on each loss before the next exit runs, which frees the activations up to there. For
+        the arguments see `forward`.
         """
         if self.ngrams is not None:
             yield self.ngrams(input_ids, attention_mask, token_type_ids), None

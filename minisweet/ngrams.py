@@ -2,9 +2,9 @@
 
 It is fastText's model (Joulin et al. 2017, https://arxiv.org/abs/1607.01759): a table has a row of C numbers for each
 token and for each pair of neighbours, and a text's logits are the sum of its n-grams' rows over the root of their
-number, plus a bias. There is no hidden layer: fitting is convex, and gives the same numbers each time. In a pair, a
-token that occurs in both texts uses a second row, since a pair is mostly about what its texts share. A token's row is a
-free part plus a linear function of its pre-trained embedding, so that tokens unseen in training count too.
+number, plus a bias. There is no hidden layer: fitting is convex, and gives the same numbers each time. In a pair of
+texts, a token that occurs in both texts uses a second row, since a pair is mostly about what its texts share. A token's
+row is a free part plus a linear function of its pre-trained embedding, so that tokens unseen in training count too.
 
 Letters: B batch, T tokens, V vocabulary, D hidden size, C classes, N texts, G all their n-grams, R table rows in use.
 """
@@ -75,7 +75,7 @@ def fit_ngrams(
     targets = targets if targets.ndim == 2 else F.one_hot(targets, C).float()
     weights = torch.ones(N) if weights is None else weights.float()
     known = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
-    known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): the ones tell how many tokens two texts share
+    known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): by the ones, the number of shared tokens counts
     # The rows in use of tokens of one text, and of tokens that both texts have: which they are, and their embeddings.
     is_of_part = [used // V == part for part in range(1 + exit.pairs)]
     parts = [(rows, known[used[rows] % V]) for rows in is_of_part]

@@ -2,9 +2,9 @@
 
 Until the run NAME is saved, .NAME.checkpoint/checkpoint.pt lies beside it. It is written every `--save-every` minutes,
 at the end of each stage (MM's models, a trunk, branches), and at SIGTERM or Ctrl-C. The number of saved losses is the
-step. The seed and the step alone set the order of the examples and dropout. So the weights are those of a
-training that never stopped, to the last bit on the same processor with the same torch and numbers of threads and
-processes.
+step. The seed and the step alone set the order of the examples and, with the process's number, dropout. So the weights
+are those of a training that never stopped, to the last bit on the same processor with the same torch and numbers of
+threads and processes.
 """
 
 import argparse

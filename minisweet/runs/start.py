@@ -106,7 +106,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     if exit_layers[0] == 0:
         ngrams = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
 
-    # The paper's rates are for GLUE without a trunk. With one exit all methods are the same, and have MM's.
+    # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
     args.lr = args.lr or default_learning_rate(config, task, rates_of)
