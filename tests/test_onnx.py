@@ -1,5 +1,6 @@
 """One ONNX file that leaves early: its answers are the model's, and it is all that a deployment needs."""
 
+import copy
 import json
 import re
 import shutil
@@ -72,12 +73,10 @@ def test_answers_are_the_models(tmp_path, case):
     """At eleven thresholds and beyond, and at the file's own."""
     model, C = undecided(tmp_path, *case), 3
     rule = ExitRule(C, torch.tensor([0.8, 1.0, 1.5])[: len(model.exit_layers)])
-    flat = onnx_graph.export_pieces(model, int8=False)
-    session, ways = session_of(onnx_graph.join(flat, 3, 0.7, rule.temperatures.tolist()).SerializeToString()), set()
-    every = session_of(onnx_graph.join_all_exits(flat).SerializeToString())
+    file, ways = onnx_graph.export_graph(model, 0.7, rule.temperatures.tolist()), set()
+    session = session_of(file.SerializeToString())
     for batch in batches():
         logits = model(*batch).detach()
-        np.testing.assert_allclose(np.stack(ask(every, batch))[..., :-1], logits.softmax(-1), atol=1e-5)
         for threshold in (*spaced_thresholds(11, rule.lowest), 0.0, 0.7, 1.5):
             taken = exits_taken(rule.confidences(logits), threshold, rule.lowest)
             expected = (logits / rule.temperatures[:, None, None]).softmax(-1)[taken, torch.arange(len(taken))]
@@ -92,11 +91,11 @@ def test_answers_are_the_models(tmp_path, case):
 @pytest.mark.slow
 def test_nothing_is_run_in_vain(tmp_path):
     """Who leaves at exit 0 is never embedded; at threshold 1 no exit but the last is asked."""
-    flat = onnx_graph.export_pieces(undecided(tmp_path, "bert", "branch", (0, 2, 4)), int8=False)
+    exported = onnx_graph.export_graph(undecided(tmp_path, "bert", "branch", (0, 2, 4)), 0.7, [1.0] * 3)
 
     def spoilt(is_spoilt) -> onnxruntime.InferenceSession:
         """The file, where some weights have their first row alone, so that who reads another one raises an error."""
-        file = onnx_graph.join(flat, 3, 0.7, [1.0] * 3)
+        file = copy.deepcopy(exported)
         for weights in (weights for graph in onnx_graph.graphs_in(file.graph) for weights in graph.initializer):
             if is_spoilt(weights):
                 weights.raw_data = weights.raw_data[: len(weights.raw_data) // weights.dims[0]]
@@ -108,7 +107,7 @@ def test_nothing_is_run_in_vain(tmp_path):
     _, confidence, _ = ask(whole, (ids, mask, types), 0.0)
     kept = confidence >= confidence[0]
     batch, threshold = (ids[kept], mask[kept], types[kept]), np.nextafter(confidence[0], np.float32(1))
-    no_words = spoilt(lambda weights: weights.name == "encoder.word_embeddings.weight")
+    no_words = spoilt(lambda weights: weights.name == "model.encoder.word_embeddings.weight")
     probabilities, _, layer = ask(no_words, batch, threshold)
     assert (layer[0] > 0, set(layer[1:].tolist()), len(layer) > 8) == (True, {0}, True)
     np.testing.assert_array_equal(probabilities, ask(whole, batch, threshold)[0])
@@ -121,16 +120,19 @@ def test_nothing_is_run_in_vain(tmp_path):
 
 @pytest.fixture
 def exported_once(monkeypatch, kept={}):  # noqa: B006  kept from test to test
-    """torch's export, the slow part, is done once for each model and precision."""
-    by_torch = onnx.export_pieces
+    """torch's export, the slow part, is done once for each model, setting and precision. Returns the temperatures."""
+    by_torch, exported = onnx.export_graph, []
 
-    def export_pieces(model, int8):
-        key = (int8, *(float(weights.sum()) for weights in model.state_dict().values()))
+    def export_graph(model, threshold, temperatures, *int8):
+        exported.append(temperatures)
+        weights = (float(weights.sum()) for weights in model.state_dict().values())
+        key = (model.exit_layers, threshold, *temperatures, *int8, *weights)
         if key not in kept:
-            kept[key] = by_torch(model, int8)
-        return kept[key]
+            kept[key] = by_torch(model, threshold, temperatures, *int8)
+        return copy.deepcopy(kept[key])
 
-    monkeypatch.setattr(onnx, "export_pieces", export_pieces)
+    monkeypatch.setattr(onnx, "export_graph", export_graph)
+    return exported
 
 
 def told_by(file) -> dict:
@@ -189,8 +191,7 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
     texts = EarlyExitClassifier(run).tokenize(read_validation(run, record).texts())
     singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
     said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0, None)])
-    numbers = {weights.name: weights for weights in onnx_graph.onnx.load(own).graph.initializer}
-    temperatures = [onnx_graph.onnx.numpy_helper.to_array(numbers[f"temperature.{k}"]) for k in (0, 1)]
+    temperatures = exported_once[-1]
     logits = torch.tensor(np.log(said[:2]) * np.array(temperatures)[:, None, None])  # (2, N, C)
     assert told["exit_layers"] == [0, 4]
     validation = validation._replace(logits=logits, exits=Exits([0, 4], record.depth, record.method))
@@ -234,7 +235,7 @@ def test_refusals(run_of, tmp_path, command, monkeypatch, exported_once):
     assert "Multi-Model (mm)" in refused(run_of("mm"))
     assert "learning-to-exit (lte)" in refused(run_of("lte"))
     with monkeypatch.context() as patch:
-        patch.setattr(onnx, "join", lambda flat, num_labels, *_: onnx_graph.join(flat, num_labels, 0.0, [1.0, 1.0]))
+        patch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
         assert "answers are not the model's" in refused()
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "minisweet.use.onnx")

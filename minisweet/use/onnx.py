@@ -28,7 +28,7 @@ from minisweet.evaluation.operating import operating_point, shortfall
 from minisweet.evaluation.sweep import load_validation
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
-from minisweet.use.onnx_graph import INPUTS, export_pieces, join, join_all_exits
+from minisweet.use.onnx_graph import INPUTS, export_graph
 
 
 def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = False) -> list[str]:
@@ -62,10 +62,13 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.wish
     validation, examples = load_validation(run, classify.evaluation, record), read_validation(run, record)
     full_depth, exits = validation.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
-    flat, note = export_pieces(classify.model, int8), ""
+    note = ""
     if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared
-        answers, _ = one_by_one(join_all_exits(flat), TokenizedExamples(classify.tokenizer, examples))
-        logits = torch.from_numpy(np.stack(answers)[..., :-1]).clamp(min=1e-37).log()  # (K, N, C)
+        # What each exit says: it is the first one of a file of its own, where at threshold 0 all leave.
+        models = [classify.model.keep_exits(sorted({n, layers[-1]})) for n in layers]
+        files = [export_graph(model, 0.0, [1.0] * len(model.exit_layers), int8) for model in models]
+        answers = [one_by_one(file, TokenizedExamples(classify.tokenizer, examples))[0][0] for file in files]
+        logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
         labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
         validation = validation._replace(logits=logits, labels=labels, exits=exits)
         classify.rule, point = operating_point(validation, goal, layers, record.train_texts)
@@ -73,7 +76,7 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
         note = shortfall(point) or "what is promised holds for this file, against its own full depth"
     elif int8 and "sure" in goal and classify.threshold < 1:
         note = "what evaluate.py promises holds in float32, and says nothing of int8; --recertify promises it anew"
-    file = join(flat, record.num_labels, classify.threshold, classify.rule.temperatures.tolist())
+    file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
 
     _, rows = certifying_rows(validation, record.train_texts)
     if "sure" not in goal or not len(rows):

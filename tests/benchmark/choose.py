@@ -26,7 +26,7 @@ from minisweet.exits import MultiExitModel
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, read_evaluation
 from minisweet.use.onnx import one_by_one
-from minisweet.use.onnx_graph import export_pieces, join
+from minisweet.use.onnx_graph import export_graph
 from tests.benchmark.linear import fit_linear
 
 TIMED = 400  # texts, from the first of the test rows on
@@ -52,7 +52,7 @@ def train(file: Path) -> tuple[Path, Path]:
 
 def milliseconds(model: MultiExitModel, temperatures: list[float], texts: TokenizedExamples, thresholds: list) -> list:
     """Of one text, at each threshold: in float32 and in int8."""
-    files = [join(export_pieces(model, int8), model.num_labels, 1.0, temperatures) for int8 in (False, True)]
+    files = [export_graph(model, 1.0, temperatures, int8) for int8 in (False, True)]
     return [
         "{:.2f}, {:.2f}".format(*(one_by_one(file, texts, threshold=np.array(value, np.float32))[1] for file in files))
         for value in thresholds

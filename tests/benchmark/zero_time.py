@@ -20,7 +20,7 @@ from minisweet.evaluation.sweep import crossfit, load_validation, sweep
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, load_trunk, read_evaluation, read_validation
 from minisweet.use.onnx import one_by_one
-from minisweet.use.onnx_graph import export_pieces, join
+from minisweet.use.onnx_graph import export_graph
 from minisweet.use.plots import label_axes, new_figure, save_figure, sorted_curve
 from tests.benchmark.zero_tables import SLICES, TASKS
 
@@ -42,8 +42,7 @@ def measure(run: Path) -> tuple[np.ndarray, list[float], list[str]]:
     rule, curves, in_vain = validation.fit_rule(), [], []
     for layers in EXITS.values():
         places = [validation.exits.layers.index(n) for n in layers]
-        pieces = export_pieces(model.keep_exits(layers), False)
-        file = join(pieces, model.num_labels, 1.0, rule.temperatures[places].tolist())
+        file = export_graph(model.keep_exits(layers), 1.0, rule.temperatures[places].tolist())
         thresholds = [*spaced_thresholds(11, rule.lowest)[:-1], np.nextafter(np.float32(1), np.float32(0)), 1.0]
         took = [one_by_one(file, texts, threshold=np.array(value, np.float32))[1] for value in thresholds]
         curve, _ = sweep(crossfit(validation), validation, thresholds, places)
@@ -54,7 +53,7 @@ def measure(run: Path) -> tuple[np.ndarray, list[float], list[str]]:
             full, alone = took[-1], [shares[0]]
     trunk, _ = load_trunk(run)
     for small in grow("mm", trunk, [*SLICES, 6]).models[:-1]:
-        file = join(export_pieces(small.eval(), False), model.num_labels, 1.0, [1.0])
+        file = export_graph(small.eval(), 1.0, [1.0])
         alone.append(one_by_one(file, texts)[1] / full)
     single = score(validation.logits[-1].argmax(-1), validation.labels, record.metric)
     return np.array(curves), [*alone, *in_vain], [f"{full:.2f}", f"{single:.1f}"]
