@@ -64,7 +64,7 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
     return [*found, (ids, mask, ids * 0), (odd, (odd > 0).long(), odd * 0), (empty, empty * 0 + 1, empty * 0)]
 
 
-CASES = [("bert", "branch", (0, 1, 4)), ("bert", "sweet", (0, 4)), ("bert", "ee", (1, 2, 4)), ("bert", "branch", (4,))]
+CASES = [("bert", "sweet", (0, 4)), ("bert", "branch", (0, 1, 4)), ("bert", "ee", (1, 2, 4)), ("bert", "branch", (4,))]
 CASES += [("deberta", *case[1:]) for case in CASES]
 
 
@@ -237,6 +237,9 @@ def test_refusals(run_of, tmp_path, command, monkeypatch, exported_once):
     with monkeypatch.context() as patch:
         patch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
         assert "answers are not the model's" in refused()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.12.1+cpu")
+        assert "torch is 2.12.1+cpu, should be 2.13 or newer" in refused()
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "minisweet.use.onnx")
         patch.delitem(sys.modules, "minisweet.use.onnx_graph")

@@ -40,6 +40,8 @@ def main() -> None:
         layer = export(args.run, args.out, args.exit_layer)
         print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
         return
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # older ones cannot export torch.cond in torch.cond
+        raise InputError(f"--onnx: torch is {torch.__version__}, should be 2.13 or newer (pip install '.[onnx]')")
     try:
         from minisweet.use.onnx import export_onnx
     except ImportError as error:
