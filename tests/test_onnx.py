@@ -30,7 +30,6 @@ import onnxruntime  # noqa: E402
 
 from minisweet.use import onnx, onnx_graph  # noqa: E402
 
-SLOW_RUNS = ["branch", "pairs"]
 TEXTS = ["the film was superb", "", "not bad , it is great", "qwertz asdf", "bad " * 60]
 
 
@@ -64,11 +63,12 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
     return [*found, (ids, mask, ids * 0), (odd, (odd > 0).long(), odd * 0), (empty, empty * 0 + 1, empty * 0)]
 
 
-CASES = [("bert", "sweet", (0, 4)), ("bert", "branch", (0, 1, 4)), ("bert", "ee", (1, 2, 4)), ("bert", "branch", (4,))]
-CASES += [("deberta", *case[1:]) for case in CASES]
+CASES = [("bert", "sweet", (0, 4)), ("bert", "branch", (0, 1, 4)), ("bert", "ee", (1, 4)), ("bert", "branch", (4,))]
+CASES += [("deberta", "sweet", (0, 4)), ("deberta", "branch", (1, 4))]
 
 
-@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_answers_are_the_models(tmp_path, case):
     """At eleven thresholds and beyond, and at the file's own."""
     model, C = undecided(tmp_path, *case), 3
@@ -141,7 +141,7 @@ def told_by(file) -> dict:
     return {key: json.loads(value) for key, value in told.items() if key != "tokenizer"}
 
 
-@pytest.mark.parametrize("name", ["trunk0", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_RUNS)])
+@pytest.mark.parametrize("name", ["trunk0", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_command_writes_all_that_a_deployment_needs(run_of, tmp_path, command, exported_once, name):
     run, file = run_of(name), tmp_path / "a.onnx"
     status, out, err = command(export, run, "--onnx", file)
@@ -171,18 +171,14 @@ def test_command_writes_all_that_a_deployment_needs(run_of, tmp_path, command, e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("goal", ["--max-loss 2 --sure 60", "--max-change 10 --sure 80", "--speed 0.7"])
+@pytest.mark.parametrize("goal", ["--max-loss 2 --sure 60", "--max-change 10 --sure 80"])
 def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, command, exported_once, goal):
     run, int8, own = shutil.copytree(run_of("trunk0"), tmp_path / "run"), tmp_path / "int8.onnx", tmp_path / "own.onnx"
     assert command(evaluate, run, *goal.split())[0] == 0
     _, out, _ = command(export, run, "--onnx", int8, "--int8")
-    is_promise = "--speed" not in goal
-    assert ("says nothing of int8" in out) == (is_promise and read_evaluation(run).operating_point.threshold < 1)
-    assert told_by(int8)["certified_for"] == ("model" if is_promise else None)
+    assert ("says nothing of int8" in out) == (read_evaluation(run).operating_point.threshold < 1)
+    assert told_by(int8)["certified_for"] == "model"
     status, out, err = command(export, run, "--onnx", own, "--int8", "--recertify")
-    if not is_promise:
-        assert (status, "--recertify: " in err, err.count("\n"), own.exists()) == (2, True, 1, False)
-        return
     assert status == 0, err
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
@@ -237,6 +233,10 @@ def test_refusals(run_of, tmp_path, command, monkeypatch, exported_once):
     with monkeypatch.context() as patch:
         patch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
         assert "answers are not the model's" in refused()
+    fast = shutil.copytree(run_of("trunk0"), tmp_path / "fast")
+    assert command(evaluate, fast, "--speed", "0.7")[0] == 0
+    status, _, err = command(export, fast, "--onnx", new, "--recertify")
+    assert (status, "--recertify: " in err, err.count("\n"), new.exists()) == (2, True, 1, False)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.12.1+cpu")
         assert "torch is 2.12.1+cpu, should be 2.13 or newer" in refused()
