@@ -12,7 +12,6 @@ import torch
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, positive_float, whole_number
-from minisweet.base.devices import add_device_options
 from minisweet.base.files import InputError, preview
 from minisweet.branches import METHODS
 from minisweet.checkpoint import read_config
@@ -203,7 +202,7 @@ def add_training_options(parser: Parser) -> None:
     option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
     counted = "counted from 1, such as 1,4,6,12; 0 is a bag of words before them (default: by depth)"
     option("--exit-layers", type=list_of(whole_number(0)), help=counted)
-    add_device_options(parser)
+    devices.add_device_options(parser)
 
 
 def find_model(

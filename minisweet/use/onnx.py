@@ -67,7 +67,8 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
         # What each exit says: it is the first one of a file of its own, where at threshold 0 all leave.
         models = [classify.model.keep_exits(sorted({n, layers[-1]})) for n in layers]
         files = [export_graph(model, 0.0, [1.0] * len(model.exit_layers), int8) for model in models]
-        answers = [one_by_one(file, TokenizedExamples(classify.tokenizer, examples))[0][0] for file in files]
+        texts = TokenizedExamples(classify.tokenizer, examples)
+        answers = [one_by_one(file, texts)[0][0] for file in files]
         logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
         labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
         validation = validation._replace(logits=logits, labels=labels, exits=exits)
