@@ -174,12 +174,12 @@ def test_the_keyboard_moves_the_slider_and_the_dot(page):
     assert opened.texts("#t") == ["0.7123"]  # the operating point
     slider.send_keys(Keys.END)
     assert opened.counts() == [0, 0, 200]
-    place = opened.find("#place")[0].get_attribute("transform")
+    place = opened.find("#dot")[0].get_attribute("transform")
     slider.send_keys(Keys.HOME)
     assert opened.counts() == [200, 0, 0]
     assert opened.texts("#t") == ["0.3333"]
     assert opened.texts("#share") == ["25%"]
-    assert opened.find("#place")[0].get_attribute("transform") != place
+    assert opened.find("#dot")[0].get_attribute("transform") != place
     slider.send_keys(Keys.ARROW_RIGHT)
     assert opened.texts("#t") == ["0.34"]
     opened.choose(0)
@@ -275,4 +275,4 @@ def test_without_labels_nothing_is_wrong(page):
     assert opened.find("#changed")[0].is_displayed()
     assert "agreement" in opened.texts("#metric")[0]
     assert not any("✗" in text or "✓" in text for text in opened.texts("td, #layers text"))
-    assert "agreement with full depth, not how often an answer is right" in opened.texts("#about")[0]
+    assert "agreement with full depth, not of how often an answer is right" in opened.texts("#about")[0]

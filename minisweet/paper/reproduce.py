@@ -4,16 +4,18 @@
 
 The learning rate of each task and method is searched on the first seed and the first training size: the rate with the
 largest area under the speed-accuracy curve wins (App. A). All seeds and training sizes then run at that rate. Nothing
-is kept but the run folders of train.py and evaluate.py, so a stopped grid goes on where it was. Several machines share
-a grid by its --tasks.
+is kept but the run folders of train.py and evaluate.py, so a stopped grid goes on where it was. Several processes share
+a grid: each run is made by the one that claims it.
 """
 
 import argparse
+import fcntl
 import shlex
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -54,7 +56,11 @@ class Grid:
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
-                self.records[run] = read_json(folder / EVALUATION) | vars(record)
+                evaluation = read_json(folder / EVALUATION)
+                if evaluation.get("exit_layers") != record.exit_layers:
+                    exits = f"{evaluation.get('exit_layers')} alone, not {record.exit_layers}"
+                    raise InputError(f"{folder}: evaluated with the exits {exits}; first: evaluate.py {folder}")
+                self.records[run] = evaluation | vars(record)
         return self.records.get(run)
 
     def check(self, run: Run, record: Record) -> None:
@@ -119,13 +125,36 @@ def run_script(script: str, arguments: list[str]) -> int:
             raise
 
 
+@contextmanager
+def claimed(folders: Sequence[Path]) -> Iterator[int]:
+    """Claim the first of these runs that no other process has claimed, or wait for the first. Gives its place.
+
+    The claim is a lock on a file beside the run. It ends with this process, whatever ends it.
+    """
+    for place, folder in enumerate([*folders, folders[0]]):
+        path, wait = folder.with_name(f".{folder.name}.lock"), place == len(folders)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                continue
+            yield place % len(folders)
+            path.unlink(missing_ok=True)
+            return
+
+
 def run_all(grid: Grid) -> list[str]:
     """Run what is missing, the search first. Returns the names of the runs that failed."""
     failed: list[Run] = []
+    grid.args.runs.mkdir(parents=True, exist_ok=True)
     while todo := [run for run in grid.missing() if run not in failed]:
-        LOG.info("%s (%d to go)", grid.folder(todo[0]).name, len(todo))
-        any(run_script(script, words) for script, *words in grid.commands(todo[0]))  # stops at the first that fails
-        failed += todo[:1] if grid.record(todo[0]) is None else []
+        with claimed([grid.folder(run) for run in todo]) as place:
+            run = todo[place]
+            if grid.record(run) is not None:  # another process has just made it
+                continue
+            LOG.info("%s (%d to go)", grid.folder(run).name, len(todo))
+            any(run_script(script, words) for script, *words in grid.commands(run))  # stops at the first that fails
+            failed += [run] if grid.record(run) is None else []
     return [grid.folder(run).name for run in failed]
 
 
@@ -184,7 +213,8 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help="or branch (default: ee,mm,sweet)")
+    known = ", ".join(METHODS)
+    option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help=f"of {known} (default: ee,mm,sweet)")
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first searches (default: 0,1,2)")
     option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
@@ -206,9 +236,10 @@ def parse_arguments() -> argparse.Namespace:
             raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
         args.lrs = args.lrs or sorted(rates)
         return args
+    if not (CLONE / "train.py").is_file():
+        raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
     if unknown := [name for name in args.methods if name not in METHODS]:
-        known = f"none of {', '.join(METHODS)}; other methods are only reported (--report-only)"
-        raise InputError(f"--methods: {unknown[0]!r} is {known}")
+        raise InputError(f"--methods: {unknown[0]!r} is none of {known}; others are only reported (--report-only)")
     _, config, _ = start.find_model(args, exit_strategy=args.exit_strategy)
     args.lrs = args.lrs or start.search_rates(config)
     return args

@@ -4,7 +4,8 @@ Dimension letters: B texts, K exits, C classes.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,15 +117,15 @@ class EarlyExitClassifier:
 
     def tokenize(self, texts: Iterable[str | Sequence[str]]) -> TokenizedExamples:
         """The tokens of what `__call__` takes."""
-        if isinstance(texts, str):
+        if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
             raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: classify([text])")
         rows = []
         for i, text in enumerate(texts):
             rows.append(text if isinstance(text, tuple | list) else [text])
-            if len(rows[i]) != 1 + self.pairs or not all(isinstance(part, str) for part in rows[i]):
+            is_text = [isinstance(part, str) and not re.search("[\ud800-\udfff]", part) for part in rows[i]]
+            if len(rows[i]) != 1 + self.pairs or not all(is_text):  # half of an emoji is no text: UTF-8 lacks it
                 wanted = "a pair of texts" if self.pairs else "one text"
                 raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as in training")
-            "".join(rows[i]).encode()  # raises UnicodeError, a ValueError too, for half of an emoji
         second = [parts[1] for parts in rows] if self.pairs else None
         return TokenizedExamples(self.tokenizer, Examples([parts[0] for parts in rows], second, None))
 
