@@ -115,7 +115,10 @@ def test_threads_make_and_share_classifiers(run_of):
     ("texts", "arguments", "message"),
     [
         (["a", None], {}, "item 1: None, should be one text, as in training"),
-        ("a text", {}, r"classify\(\[text\]\)"),
+        (["\ud800"], {}, r"^item 0: '.ud800', should be one text, as in training$"),  # half an emoji
+        (["a", 5], {}, "item 1: 5,"),
+        ([["a", "b"]], {}, r"item 0: \['a', 'b'\]"),
+        *((texts, {}, r"^texts: .*classify\(\[text\]\)") for texts in ("a text", b"a", None, 5, {"a": 1})),
         ([], {"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
         ([], {"max_change": 3, "sure": 49}, "^sure: .* from 50 to 99.9$"),
         ([], {"threshold": 0.75, "max_loss": 1}, "more than one"),

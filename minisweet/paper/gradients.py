@@ -11,6 +11,7 @@ it. A similarity near 1 is agreement, below 0 conflict. Of several runs, such as
 Dimension letters: K exits, M = K-1 matrices.
 """
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,9 @@ def main() -> None:
     args = parser.parse_args()
     tune_cpu()
     record, *others = records = [read_record(run) for run in args.runs]
-    for run, other in zip(args.runs[1:], others, strict=True):
-        for key in SETTINGS:
-            if getattr(other, key) != getattr(record, key):
-                right = f"{getattr(record, key)} as {args.runs[0]}"
-                raise InputError(f"{run}: its {key} is {getattr(other, key)}, should be {right}: one mean is shown")
+    for (run, other), key in product(zip(args.runs[1:], others, strict=True), SETTINGS):
+        if (its := getattr(other, key)) != (wanted := getattr(record, key)):
+            raise InputError(f"{run}: its {key} is {its}, should be {wanted} as {args.runs[0]}'s, for one mean")
     pairs = zip(args.runs, records, strict=True)
     found = np.stack([measure(run, its, args.batches, args.data_dir) for run, its in pairs])  # (runs, batches, M, K, K)
     mean, parts = found.mean((0, 1)), found.mean(1) if others else found[0]
