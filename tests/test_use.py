@@ -115,7 +115,7 @@ def test_threads_make_and_share_classifiers(run_of):
     ("texts", "arguments", "message"),
     [
         (["a", None], {}, "item 1: None, should be one text, as in training"),
-        (["\ud800"], {}, r"^item 0: '.ud800', should be one text, as in training$"),  # half an emoji
+        (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
         (["a", 5], {}, "item 1: 5,"),
         ([["a", "b"]], {}, r"item 0: \['a', 'b'\]"),
         *((texts, {}, r"^texts: .*classify\(\[text\]\)") for texts in ("a text", b"a", None, 5, {"a": 1})),
@@ -123,7 +123,8 @@ def test_threads_make_and_share_classifiers(run_of):
         ([], {"max_change": 3, "sure": 49}, "^sure: .* from 50 to 99.9$"),
         ([], {"threshold": 0.75, "max_loss": 1}, "more than one"),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
-        ([], {"batch_size": 0}, "^batch_size: 0, should be"),
+        *(([], {"batch_size": size}, "^batch_size: .*, should be") for size in (0, 2.5, "32", None)),
+        *(([], {name: "0.5"}, f"^{name}: '0.5', should be") for name in ("threshold", "speed", "max_loss")),
     ],
 )
 def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):

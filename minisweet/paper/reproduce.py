@@ -146,7 +146,6 @@ def claimed(folders: Sequence[Path]) -> Iterator[int]:
 def run_all(grid: Grid) -> list[str]:
     """Run what is missing, the search first. Returns the names of the runs that failed."""
     failed: list[Run] = []
-    grid.args.runs.mkdir(parents=True, exist_ok=True)
     while todo := [run for run in grid.missing() if run not in failed]:
         with claimed([grid.folder(run) for run in todo]) as place:
             run = todo[place]
@@ -253,7 +252,8 @@ def main() -> None:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
-    args.out.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
+    for folder in (args.runs, args.out):
+        folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
     failed = [] if args.report_only else run_all(grid)
     write_report(grid)
     if failed:
