@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import tarfile
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ import pytest
 import evaluate
 import train
 from minisweet.paper import report, reproduce
-from minisweet.paper.report import scores_at, seed_means, tables
+from minisweet.paper.report import curve_of, seed_means, tables
 from minisweet.use import plots
 from minisweet.use.plots import COLOURS, STUDENT_T
 from tests.benchmark import zero_tables
@@ -124,16 +123,6 @@ def test_commands_are_printed_the_search_first(grid):
     assert len(grid("--methods", "ee,sweet", "--lrs", "1e-3", "--print-commands")[1].splitlines()) == 5
 
 
-@pytest.mark.slow
-def test_a_printed_command_makes_its_run(grid):
-    words = ["--methods", "sweet", "--seeds", "3", "--lrs", "1e-3"]
-    (line,) = grid(*words, "--print-commands")[1].splitlines()
-    line = line.replace("python ", f"{sys.executable} {CHECKOUT}/")
-    assert subprocess.run(["bash", "-c", line], capture_output=True).returncode == 0
-    status, out, _, _ = grid(*words, "--report-only")
-    assert (status, "of 1 runs; 0 missing" in out) == (0, True)
-
-
 def test_options_reach_the_runs_and_the_report(grid):
     status, _, _, (trained, evaluated) = grid("--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16")
     assert (status, "tiny-sweet-toy-lr0.001-n32-seed0-lte" in trained) == (0, True)
@@ -142,7 +131,7 @@ def test_options_reach_the_runs_and_the_report(grid):
     assert "--amp bf16" in evaluated
     assert "exit strategy lte" in results()
     grid("--methods", "branch", *ONE, "--exit-layers", "0,4", "--ratios", "1/4,1")
-    assert "| task | method | seeds | 0.25 | 1 |" in results()
+    assert "| task | method | seeds | 0.25 | 1 | area |" in results()
 
 
 def test_whatever_method_a_record_names_is_reported_and_not_made(grid):
@@ -236,11 +225,11 @@ def test_students_quantiles_leave_one_fortieth_above():
 
 def test_interpolation_is_linear_and_never_extrapolates():
     curve = record()
-    assert scores_at(curve, [0.25, 0.375, 0.5, 0.75, 1.0]).tolist() == [60, 65, 70, 75, 80]
-    assert scores_at(record(ratios=(0.25, 0.5, 1 - 1e-12)), [1.0]).tolist() == [80]  # rounding
-    assert np.isnan(scores_at(curve, [0.2, 1.01, 1.75])).all()
+    assert curve_of(curve, [0.25, 0.375, 0.5, 0.75, 1.0]).tolist() == [60, 65, 70, 75, 80]
+    assert curve_of(record(ratios=(0.25, 0.5, 1 - 1e-12)), [1.0]).tolist() == [80]  # rounding
+    assert np.isnan(curve_of(curve, [0.2, 1.01, 1.75])).all()
     branch = record((60, 70, 81, 80), (0.25, 0.5, 1.25, 1.0))  # at t = 1 no branch is asked
-    assert scores_at(branch, [0.25, 0.75, 1.0, 1.125]).tolist() == [60, 75, 80, 80.5]
+    assert curve_of(branch, [0.25, 0.75, 1.0, 1.125]).tolist() == [60, 75, 80, 80.5]
 
 
 def test_exit_0_is_in_the_tables():
@@ -248,8 +237,8 @@ def test_exit_0_is_in_the_tables():
     text = tables({"ee": {"sst2": {0: record()}}, "branch": {"sst2": {0: with_it}}})
     assert "| task | method | seeds | layer 0 | layer 1 | layer 4 | layer 6 |" in text
     assert "| sst2 | branch | 1 | 60.0 [1] |  |  | 80.0 |" in text
-    assert "| sst2 | ee | 1 |  | 60.0 | 70.0 | 75.0 | 80.0 |" in text
-    assert "| ee | 1 |  |  |  |  |  | +5.0 | +0.0 | +0.0 | +0.0 |" in text
+    assert "| sst2 | ee | 1 |  | 60.0 | 70.0 | 75.0 | 80.0 | 70.0 |" in text
+    assert "| ee | 1 |  |  |  |  |  | +5.0 | +0.0 | +0.0 | +0.0 | +0.0 |" in text
 
 
 def test_tables_leave_blank_what_a_curve_does_not_reach():
@@ -260,15 +249,15 @@ def test_tables_leave_blank_what_a_curve_does_not_reach():
     }
     text = tables(grid)
     assert "Scores in percent: accuracy of rte; Matthews correlation of sst2. Means are over all of them." in text
-    assert "| task | method | seeds | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 |" in text
+    assert "| task | method | seeds | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | area |" in text
     assert "| mean of all 2 | ee | 2 | 55.0 ±0.0 [4] | 80.0 ±0.0 |" in text
     assert "| sst2 | ee | 2 | 50.0 ±0.0 [2] | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee | 2 | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  |" in text  # two seeds have no interval
+    assert "| sst2 | ee | 2 | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  | 60.0 |" in text  # two seeds have no interval
     assert "| mean of all 2 | mm | 0 |  |  |" in text  # no seed has both tasks
-    assert "| sst2 | mm | 1 | 60.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  |" in text
+    assert "| sst2 | mm | 1 | 60.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  | 70.0 |" in text
     # The last method less each other, where both have a run: 60, 70, 73.3, 76.7 less 50, 50, 65, 80.
-    assert "| ee | 1 | +10.0 | +0.0 | +10.0 | +20.0 | +8.3 | -3.3 |\n" in text
-    assert "| task | method | seeds | 0.333 | 1 |" in tables(grid, (1 / 3, 1))
+    assert "| ee | 1 | +10.0 | +0.0 | +10.0 | +20.0 | +8.3 | -3.3 | +10.0 |\n" in text
+    assert "| task | method | seeds | 0.333 | 1 | area |" in tables(grid, (1 / 3, 1))
 
 
 def test_a_seed_that_lacks_a_task_has_no_mean():
@@ -284,8 +273,7 @@ def test_differences_are_paired_and_bold_where_the_interval_over_tasks_leaves_ou
     grid = {"mm": {"a": {}}, "ee": {"a": same}, "sweet": {"a": {0: higher[0], 1: higher[1], 2: record((62, 72, 82))}}}
     text = tables(grid, [0.25, 0.5])
     assert "| ee | 3 | +2.0 ±2.5 | +0.7 ±2.9 | +2.0 ±2.5 | +2.0 ±2.5 |\n" in text  # 1, 3, 2; 0, 0, 2
-    assert "| method | seeds | a | less mm | less ee | less sweet |" in text
-    assert "| mm | 0 |  |  |  |  |" in text
+    assert "| less | seeds | layer 1 | layer 4 | 0.25 | 0.5 | area |" in text
     tasks = {"a": higher, "b": {0: record((63, 70, 79))}, "c": {1: record((62.5, 71, 81))}}
     text = tables({"ee": dict.fromkeys(tasks, same), "sweet": tasks}, [0.25, 0.5])
     assert (

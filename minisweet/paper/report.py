@@ -11,7 +11,6 @@ Dimension letters: S seeds, P points (exits, or speedup ratios).
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +26,15 @@ Records = dict[str, dict[int, dict]]
 Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or one number
 
 
-def scores_at(record: dict, ratios: Sequence[float]) -> np.ndarray:
+def curve_of(record: dict, ratios: Sequence[float]) -> np.ndarray:
     """Interpolate the curve's scores at speedup ratios (P,). A ratio that the curve does not reach gets NaN."""
     return plots.interpolated((record["speedup_ratios"], record["scores"]), ratios)
 
 
-def exit_scores(record: dict, layers: Sequence[int]) -> list[float]:
-    """The scores of the exits after these layers, and NaN where there is no exit."""
+def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> np.ndarray:
+    """The scores of the exits after these layers and at the speedup ratios, and the area; NaN where there is none."""
     found = dict(zip(record["exit_layers"], record["exit_scores"], strict=True))
-    return [found.get(n, np.nan) for n in layers]
+    return np.array([*(found.get(n, np.nan) for n in layers), *curve_of(record, ratios), record["area"]])
 
 
 def with_one_class(record: dict, layers: Sequence[int]) -> list[bool]:
@@ -99,43 +98,31 @@ def tables(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> s
     individual, curves = [], []
     for (name, its), (method, records) in product(shown.items(), grid.items()):
         records = {task: records[task] for task in its}
-        scores = seed_means(records, partial(exit_scores, layers=layers))
+        means = seed_means(records, partial(numbers_of, layers=layers, ratios=ratios))
         constant = np.atleast_1d(np.sum([with_one_class(run, layers) for run in _runs(records)], axis=0))  # (exits,)
-        marked = zip(cells(scores, deviation=True), constant, strict=False)
-        individual.append([name, method, len(scores), *(f"{text} [{n}]" if n else text for text, n in marked)])
-        at_ratios = cells(seed_means(records, partial(scores_at, ratios=ratios)))
-        curves.append([name, method, len(scores), *at_ratios])
-    head = ["task", "method", "seeds"]
+        marked = [
+            f"{text} [{n}]" if n else text for text, n in zip(cells(means, deviation=True), constant, strict=False)
+        ]
+        individual.append([name, method, len(means), *marked])
+        curves.append([name, method, len(means), *cells(means)[len(layers) :]])
+    *others, last = grid
+    unit, within = ("tasks" if len(tasks) > 1 else "seeds"), [ratio for ratio in ratios if ratio <= 1]
+    pairs = {
+        other: differences(grid[last], grid[other], partial(numbers_of, layers=layers, ratios=within))
+        for other in others
+    }
+    compared = [[other, len(found), *cells(found, sign="+")] for other, found in pairs.items() if found]
+    of_layers, head = [f"layer {n}" for n in layers], ["task", "method", "seeds"]
     scored = "; ".join(f"{metric} of {', '.join(its)}" for metric, its in metrics_of(grid, tasks).items())
     text = f"\nScores in percent: {scored}.{' Means are over all of them.' * (len(tasks) > 1)} "
     text += "An interval needs three seeds, or tasks, at least.\n"
     title = "Individual classifiers: mean score ± deviation over seeds; [n]: in n runs it answers with one class"
-    text += table(title, [*head, *map("layer {}".format, layers)], individual)
-    title = "Scores at speedup ratios, interpolated, mean ± 95% interval over seeds"
-    text += table(title, [*head, *map("{:.3g}".format, ratios)], curves)
-    return text + difference_tables(grid, shown, layers, [ratio for ratio in ratios if ratio <= 1])
-
-
-def difference_tables(grid: dict[str, Records], shown: dict[str, list[str]], layers: list[int], ratios: list) -> str:
-    """Write the last method's scores less each other method's, of exits and at ratios, and all methods' areas.
-
-    `shown` are the tasks to average the areas over, by the name of the column.
-    """
-    *others, last = grid
-    points, area, rows = lambda run: np.r_[exit_scores(run, layers), scores_at(run, ratios)], itemgetter("area"), []
-    pairs = {other: differences(grid[last], grid[other], points) for other in others}
-    compared = [[other, len(found), *cells(found, sign="+")] for other, found in pairs.items() if found]
-    for method, records in grid.items():
-        row = [cells(seed_means({task: records[task] for task in its}, area)) for its in shown.values()]
-        row += [cells(differences(records, grid[other], area), sign="+") if other != method else [] for other in grid]
-        rows.append([method, len(seed_means(records, area)), *map("".join, row)])
-    unit = "tasks" if len(grid[last]) > 1 else "seeds"
-    interval = f"mean ± 95% interval over {unit}; what is not bold is not told apart"
-    title = f"{last} less each other, {interval}"
-    head = ["less", unit, *map("layer {}".format, layers), *map("{:.3g}".format, ratios)]
-    text = table(title, head, compared) if compared else ""
-    title = f"Area under the curve, mean ± 95% interval over seeds; less each other's, {interval}"
-    return text + table(title, ["method", "seeds", *shown, *(f"less {other}" for other in grid)], rows)
+    text += table(title, [*head, *of_layers], individual)
+    title = "Scores at speedup ratios, and the area under the curve: mean ± 95% interval over seeds"
+    text += table(title, [*head, *map("{:.3g}".format, ratios), "area"], curves)
+    title = f"{last} less each other: mean ± 95% interval over {unit}; what is not bold is not told apart"
+    head = ["less", unit, *of_layers, *map("{:.3g}".format, within), "area"]
+    return text + (table(title, head, compared) if compared else "")
 
 
 def metrics_of(grid: dict[str, Records], tasks: Sequence[str]) -> dict[str, list[str]]:
@@ -165,7 +152,7 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
             records = {task: grid[method][task] for task in tasks}
             reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]] or [0]
             ratios = np.linspace(min(reached), max(reached), 400)
-            values = seed_means(records, partial(scores_at, ratios=ratios))  # (S, P)
+            values = seed_means(records, partial(curve_of, ratios=ratios))  # (S, P)
             if len(values):
                 plots.draw_mean(axis, method, ratios, values, plots.WORDS.get(method, method))
         plots.label_axes(axis, title, " and ".join(metrics_of(grid, tasks)))

@@ -123,25 +123,19 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
             ratios = np.linspace(reached.min(), reached.max(), 400)
             values = np.array([interpolated(curve, ratios) for curve in curves])
             draw_mean(axis, evaluation.method, ratios, values, f"{label}, mean of {len(curves)} runs")
-        else:
-            colour = _draw_run(axis, evaluation, label)
+            continue
+        point = evaluation.operating_point
+        label += f": {point.score:.1f} at {point.speedup_ratio:.0%} of the layers"
+        colour = draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
+        axis.plot(point.speedup_interval, [point.score] * 2, color=colour, linewidth=2)
+        axis.plot([point.speedup_ratio] * 2, point.score_interval, color=colour, linewidth=2)
+        axis.plot(point.speedup_ratio, point.score, "*", color=colour, markersize=15, markeredgecolor="white", zorder=3)
     if len(evaluations) == 1:
         _draw_exits(axis, of_first, colour)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows; stars: operating points, 95% intervals"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")
     axis.margins(y=0.12)
     save_figure(figure, path)
-
-
-def _draw_run(axis, evaluation: Evaluation, label: str) -> str:
-    """Draw one run's curve, and its operating point with what is stated of it. Returns the colour."""
-    point = evaluation.operating_point
-    label += f": {point.score:.1f} at {point.speedup_ratio:.0%} of the layers"
-    colour = draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
-    axis.plot(point.speedup_interval, [point.score] * 2, color=colour, linewidth=2)
-    axis.plot([point.speedup_ratio] * 2, point.score_interval, color=colour, linewidth=2)
-    axis.plot(point.speedup_ratio, point.score, "*", color=colour, markersize=15, markeredgecolor="white", zorder=3)
-    return colour
 
 
 def _draw_exits(axis, evaluation: Evaluation, colour: str) -> None:
