@@ -13,7 +13,7 @@ import pytest
 import evaluate
 import train
 from minisweet.paper import report, reproduce
-from minisweet.paper.report import curve_of, seed_means, tables
+from minisweet.paper.report import curve_of, tables
 from minisweet.use import plots
 from minisweet.use.plots import COLOURS, STUDENT_T
 from tests.benchmark import zero_tables
@@ -231,38 +231,25 @@ def test_interpolation_is_linear_and_never_extrapolates():
     assert curve_of(branch, [0.25, 0.75, 1.0, 1.125]).tolist() == [60, 75, 80, 80.5]
 
 
-def test_exit_0_is_in_the_tables():
-    with_it = record(ratios=(0.0, 0.5, 1.0), method="branch", exit_layers=[0, 6])
-    text = tables({"ee": {"sst2": {0: record()}}, "branch": {"sst2": {0: with_it}}})
-    assert "| task | method | seeds | layer 0 | layer 1 | layer 4 | layer 6 |" in text
-    assert "| sst2 | branch | 1 | 60.0 [1] |  |  | 80.0 |" in text
-    assert "| sst2 | ee | 1 |  | 60.0 | 70.0 | 75.0 | 80.0 | 70.0 |" in text
-    assert "| ee | 1 |  |  |  |  |  | +5.0 | +0.0 | +0.0 | +0.0 | +0.0 |" in text
-
-
-def test_tables_leave_blank_what_a_curve_does_not_reach():
+def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():
     other = record((50.0, 50.0, 80.0), metric="matthews")
     grid = {
         "ee": {"sst2": {0: other, 1: other}, "rte": {0: record(), 1: record()}},
-        "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25), metric="matthews")}, "rte": {0: {}}},  # {}: diverged
+        "mm": {
+            "sst2": {0: record(ratios=(0.0, 0.5, 1.25), metric="matthews", exit_layers=[0, 6]), 1: {}},  # {}: diverged
+            "rte": {0: {}, 1: record((0, 0, 0))},
+        },
     }
     text = tables(grid)
     assert "Scores in percent: accuracy of rte; Matthews correlation of sst2. Means are over all of them." in text
-    assert "| task | method | seeds | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | area |" in text
-    assert "| mean of all 2 | ee | 2 | 55.0 ±0.0 [4] | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee | 2 | 50.0 ±0.0 [2] | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee | 2 | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  | 60.0 |" in text  # two seeds have no interval
+    assert "| task | method | seeds | layer 0 | layer 1 | layer 4 | layer 6 |" in text
+    assert "| mean of all 2 | ee | 2 |  | 55.0 ±0.0 [4] | 80.0 ±0.0 |  |" in text
+    assert "| sst2 | mm | 1 | 60.0 [1] |  |  | 80.0 |" in text
+    assert "| task | method | seeds | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | area |" in text
+    assert "| sst2 | ee | 2 |  | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  | 60.0 |" in text  # two seeds have no interval
     assert "| mean of all 2 | mm | 0 |  |  |" in text  # no seed has both tasks
-    assert "| sst2 | mm | 1 | 60.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  | 70.0 |" in text
-    # The last method less each other, where both have a run: 60, 70, 73.3, 76.7 less 50, 50, 65, 80.
-    assert "| ee | 1 | +10.0 | +0.0 | +10.0 | +20.0 | +8.3 | -3.3 | +10.0 |\n" in text
+    assert "| sst2 | mm | 1 | 60.0 | 65.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  | 70.0 |" in text
     assert "| task | method | seeds | 0.333 | 1 | area |" in tables(grid, (1 / 3, 1))
-
-
-def test_a_seed_that_lacks_a_task_has_no_mean():
-    one, two = {0: record(), 1: record((62, 70, 82))}, {1: record((70, 70, 90)), 2: record((0, 0, 0))}
-    ends = seed_means({"sst2": one, "mrpc": two}, lambda run: run["exit_scores"])
-    assert ends.tolist() == [[66, 86]]
 
 
 def test_differences_are_paired_and_bold_where_the_interval_over_tasks_leaves_out_0():

@@ -133,6 +133,8 @@ def claimed(folders: Sequence[Path]) -> Iterator[int]:
     """
     for place, folder in enumerate([*folders, folders[0]]):
         path, wait = folder.with_name(f".{folder.name}.lock"), place == len(folders)
+        if wait:
+            LOG.info("waiting for %s, which another process makes", folder.name)
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -174,8 +176,7 @@ def write_report(grid: Grid) -> None:
         figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sorted(tables)]
     for name, panels in figures.items():
         report.draw_curves(args.out / name, panels)
-    files = ", ".join(["results.md", *figures])
-    print(f"{args.out}: {files}, of {len(grid.records)} runs; {len(missing)} missing")
+    print(f"{args.out}: {', '.join(['results.md', *figures])}, of {len(grid.records)} runs; {len(missing)} missing")
 
 
 def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
@@ -189,8 +190,7 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     )
     rates = {method: [grid.learning_rate(task, method) for task in args.tasks] for method in args.methods}
     rows = [[method, *("" if rate is None else f"{rate:g}" for rate in found)] for method, found in rates.items()]
-    title = "Learning rates" + ": largest area under the curve on the first seed" * (len(args.lrs) > 1)
-    text += report.table(title, ["method", *args.tasks], rows)
+    text += report.table("Learning rates: of several, that of the largest area", ["method", *args.tasks], rows)
     text += report.tables(tables[size], args.ratios)
     text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n], args.ratios)}" for n in sizes)
     diverged = [name for name, record in complete.items() if not record]
