@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 
     label: str
     confidence: float
-    exit_layer: int  # counted from 1; 0 is the exit before the first layer
+    exit_layer: int  # counted from 1; 0 for exit 0, a bag of words before the first layer
     probabilities: dict[str, float]  # of all labels, after temperature scaling
 
 
