@@ -1,6 +1,7 @@
 """The comparison of the exits' gradients."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,14 @@ def test_similarities_are_those_of_separate_backward_passes(model_type):
             assert similarity[m, i, j] == pytest.approx(1) if i == j else similarity[m, i, j] < 0.999
 
 
-def test_the_command_writes_what_it_measured_and_passes_exit_0_over(command, tmp_path, monkeypatch):
+def test_the_command_writes_the_mean_of_the_runs_and_passes_exit_0_over(command, tmp_path, monkeypatch):
     model, measured, single = write_model(tmp_path / "tiny", "bert"), [], []
-    words = ["--method", "ee", "--exit-layers", "0,1,2,4", "--lr", "1e-3", "--out", "run"]
-    assert command(train, *quick(model, *words))[0] == 0
+    for seed in ("0", "1"):
+        words = ["--method", "ee", "--exit-layers", "0,1,2,4", "--lr", "1e-3", "--seed", seed, "--out", f"run{seed}"]
+        assert command(train, *quick(model, *words))[0] == 0
 
     def tokenize(tokenizer, examples):
-        measured.extend(examples.first)
+        measured.append(examples.first)
         return TokenizedExamples(tokenizer, examples)
 
     def compare(model, batch):
@@ -55,16 +57,34 @@ def test_the_command_writes_what_it_measured_and_passes_exit_0_over(command, tmp
 
     monkeypatch.setattr(gradients, "TokenizedExamples", tokenize)
     monkeypatch.setattr(gradients, "exit_similarities", compare)
-    status, out, _ = command(gradients, "run", "--batches", 2)
+    assert command(gradients, "run0", "run1", "--batches", 2)[0] == 0
     sentences, *_ = toy.make_toy("train")
-    trained = [sentences[row] for row in read_record(Path("run")).subset]
-    assert (status, len(measured)) == (0, 32)
-    assert len({*measured, *trained}) == 32 + len(trained)  # no row that was trained on
+    for seed in (0, 1):
+        trained = [sentences[row] for row in read_record(Path(f"run{seed}")).subset]
+        assert len({*measured[seed], *trained}) == 32 + len(trained)  # no row that was trained on
     report = json.loads(Path("gradients/gradients.json").read_text())
-    assert (report["layers"], report["exits"], report["steps"]) == ([1, 2], [1, 2, 4], 6)
+    assert (report["layers"], report["exits"], report["steps"], report["seeds"]) == ([1, 2], [1, 2, 4], 6, [0, 1])
     assert report["cosine"][1][0] == [None, None, None]
-    values = [similarity[0, 0, 1] for similarity in single]
-    assert report["cosine"][0][0][1] == report["cosine"][0][1][0] == pytest.approx(np.mean(values), abs=1e-4)
-    assert report["deviation"][0][0][1] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2), abs=1e-4)
+    values = np.array([similarity[0, 0, 1] for similarity in single]).reshape(2, 2)  # (runs, batches)
+    assert report["cosine"][0][0][1] == report["cosine"][0][1][0] == pytest.approx(values.mean(), abs=1e-4)
+    assert report["deviation"][0][0][1] == pytest.approx(values.mean(1).std(ddof=1), abs=1e-4)
+    out = command(gradients, "run0", "--batches", 2)[1]
     assert "layer 2: cosine similarity of the gradients of the exits after 2, 4" in out
     assert {path.name for path in Path("gradients").iterdir()} == {"gradients.json", "gradients.png"}
+    deviation = json.loads(Path("gradients/gradients.json").read_text())["deviation"][0][0][1]
+    assert deviation == pytest.approx(values[0].std(ddof=1), abs=1e-4)  # of one run over its batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({"task": "mnli", "text_columns": ["a", "b"]}, ["own"], "own: a run of ee on mnli (own text), exits after"),
+        ({"seed": 1, "lr": 0.1}, ["ee", "own"], "own: its lr is 0.1, should be 0.003 as ee's"),
+    ],
+)
+def test_own_text_is_no_task_and_a_mean_is_of_equal_runs(run_of, command, changes, words, message):
+    shutil.copytree(run_of("ee"), "ee")
+    content = json.loads(Path("ee/run.json").read_text())
+    Path(shutil.copytree("ee", "own"), "run.json").write_text(json.dumps(content | changes))
+    status, _, err = command(gradients, *words)
+    assert (status, err.count("\n"), message in err, Path("gradients").exists()) == (2, 1, True, False), err

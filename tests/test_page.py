@@ -55,21 +55,16 @@ class Case:
         return path
 
 
-def data_of(path: Path) -> dict:
-    """What stands in the page's data block."""
-    text = path.read_text(encoding="utf-8")
-    block = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    assert "<" not in block
-    assert block.isascii()
-    return json.loads(block)
-
-
 @pytest.mark.parametrize("asked", [0, 1])
 def test_the_file_holds_what_was_evaluated_of_the_exits_that_are_asked(tmp_path, asked):
     case = Case(asked=asked)
     case.sentences[3] = HOSTILE
     case.point.threshold = float(case.confidence[0, 5])
-    data = data_of(case.write(tmp_path / "page.html"))
+    text = case.write(tmp_path / "page.html").read_text(encoding="utf-8")
+    block = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    assert block.isascii()
+    assert "<" not in block
+    data = json.loads(block)
     assert data["sentences"] == [list(text) if isinstance(text, tuple) else text for text in case.sentences]
     assert data["exit_layers"] == [1, 2, 4][asked:]
     assert data["predictions"] == case.predictions.tolist()
@@ -166,22 +161,18 @@ def test_each_threshold_counts_what_the_evaluation_counts(page, method, first):
 
 
 @pytest.mark.slow
-def test_the_keyboard_moves_the_slider_and_the_dot(page):
+def test_the_keyboard_moves_the_slider_and_the_rows(page):
     from selenium.webdriver.common.keys import Keys
 
     opened = page(Case())
-    (slider,) = opened.find("#threshold")
     assert opened.texts("#t") == ["0.7123"]  # the operating point
-    slider.send_keys(Keys.END)
-    assert opened.counts() == [0, 0, 200]
-    place = opened.find("#place")[0].get_attribute("transform")
-    slider.send_keys(Keys.HOME)
-    assert opened.counts() == [200, 0, 0]
-    assert opened.texts("#t") == ["0.3333"]
-    assert opened.texts("#share") == ["25%"]
-    assert opened.find("#place")[0].get_attribute("transform") != place
-    slider.send_keys(Keys.ARROW_RIGHT)
-    assert opened.texts("#t") == ["0.34"]
+    (slider,) = opened.find("#threshold")
+    dots = []
+    for key, threshold, counts in ((Keys.END, "1.00", [0, 0, 200]), (Keys.HOME, "0.3333", [200, 0, 0])):
+        slider.send_keys(key)
+        assert (opened.texts("#t"), opened.counts()) == ([threshold], counts)
+        dots.append(opened.find("#dot")[0].get_attribute("transform"))
+    assert dots[0] != dots[1]
     opened.choose(0)
     opened.find("tbody tr")[0].send_keys(Keys.ARROW_DOWN)
     assert opened.texts("tr[aria-selected=true] td")[0] == "2"
@@ -189,11 +180,15 @@ def test_the_keyboard_moves_the_slider_and_the_dot(page):
 
 
 @pytest.mark.slow
-def test_what_is_stated_has_its_intervals(page):
-    opened = page(Case())
+def test_what_is_stated_names_its_rows_and_intervals(page):
+    case = Case()
+    case.point.judging_texts = 150  # which older evaluations lack
+    opened = page(case)
     (stated,) = opened.texts("#stated")
-    for words in ("accuracy 80.0 (74.0 to 85.0)", "\u22120.5 points lost to full depth (\u22122.0 to 1.0)"):
+    lost = "\u22120.5 points lost to full depth (\u22122.0 to 1.0)"
+    for words in ("from the 150 texts that did not choose it", "accuracy 80.0 (74.0 to 85.0)", lost):
         assert words in stated
+    assert opened.texts("#whichrows") == ["these 200 rows:"]  # of the figures beside, which may be others
     script = "const r = get('cross').getBBox(); return [r.x, r.x + r.width, r.y + r.height, r.y]"
     expected = "return [0.45, 0.55].map(curve.x).concat([74, 85].map(curve.y))"
     found = opened.browser.execute_script(script)
@@ -203,10 +198,9 @@ def test_what_is_stated_has_its_intervals(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 420, 1280])
 def test_nothing_leaves_its_card(page, width):
-    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    case = Case("branch", labelled=False)  # the longest name of a metric
+    case, size = Case("branch", labelled=False), {"width": width, "height": 1000}  # the longest name of a metric
     case.record.labels[1] = "a label that is longer than most"
-    opened = page(case)
+    opened, size = page(case), size | {"deviceScaleFactor": 1, "mobile": False}
     opened.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     script = """return [...document.querySelectorAll("section *:not(#scroll *)")].filter(element => {
         const [inner, outer] = [element, element.closest("section")].map(one => one.getBoundingClientRect());
@@ -223,7 +217,6 @@ def test_a_sentence_is_text_and_nothing_else(page):
     opened = page(case)
     opened.choose(1)
     assert opened.texts("tr[data-row='1'] .text") == [HOSTILE]
-    assert "</script>" in opened.texts("#whatlayers")[0]
     assert opened.browser.execute_script("return window.ran") is None
     assert opened.find("img, b b, td b, td i, option i, script:nth-of-type(3)") == []
     assert opened.texts("tr[data-row='2'] .text div") == ["first 2", "second 2"]
@@ -266,13 +259,12 @@ def test_the_layers_that_a_sentence_runs(page, method, first):
         assert len(opened.find("#layers rect")) == boxes
     opened.slide(1.0)
     assert len(opened.find("#layers rect.run")) == {"sweet": 4, "mm": first + 6, "branch": 4}[method]
+    assert ("exit 0" in opened.texts("#layers text")) == (first == 0)
 
 
 @pytest.mark.slow
 def test_without_labels_nothing_is_wrong(page):
     opened = page(Case(labelled=False))
-    assert not opened.find("#wrong")[0].is_displayed()
-    assert opened.find("#changed")[0].is_displayed()
-    assert "agreement" in opened.texts("#metric")[0]
+    assert [opened.find(name)[0].is_displayed() for name in ("#wrong", "#changed")] == [False, True]
     assert not any("✗" in text or "✓" in text for text in opened.texts("td, #layers text"))
-    assert "agreement with full depth, not how often an answer is right" in opened.texts("#about")[0]
+    assert "agreement with full depth, not of how often an answer is right" in opened.texts("#about")[0]

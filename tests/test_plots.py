@@ -2,14 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from minisweet.base.files import InputError
 from minisweet.use import plots
-from minisweet.use.plots import draw_curves
+from minisweet.use.plots import COLOURS, draw_curves, mean_and_spread
 
 POINT = {
-    "asked_exits": [1, 2, 4],
     "score": 88.0,
     "score_interval": [80.0, 93.0],
     "full_depth_interval": [82.0, 95.0],
@@ -25,69 +25,87 @@ EVALUATION = {
     "exit_scores": [60.0, 70.0, 90.0],
     "scores": [60.0, 80.0, 89.0, 90.0],
     "speedup_ratios": [0.25, 0.6, 1.05, 1.0],
-    "area": 75.0,
     "examples": 8,
     "dev_digest": "0",
 }
 
 
-def an_evaluation(point=(), **changes) -> SimpleNamespace:
-    return SimpleNamespace(**EVALUATION | changes, operating_point=SimpleNamespace(**POINT | dict(point)))
+def an_evaluation(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**EVALUATION | changes, operating_point=SimpleNamespace(**POINT))
 
 
 @pytest.fixture
-def figures(monkeypatch) -> list:
-    """The figures that are saved, kept to be looked at."""
+def drawn(monkeypatch, tmp_path):
+    """A function that draws evaluations by name and gives the figure."""
     kept, save = [], plots.save_figure
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: (kept.append(figure), save(figure, path)))
-    return kept
+
+    def draw(evaluations):
+        draw_curves(tmp_path / "a.png", evaluations)
+        assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        return kept.pop()
+
+    return draw
 
 
-def line(axis, label: str):
-    (found,) = [line for line in axis.lines if line.get_label().startswith(label)]
-    return found
+def lines(figure) -> dict:
+    """The lines of the legend, by their labels."""
+    return {line.get_label(): line for line in figure.axes[0].lines if line.get_label()[0] != "_"}
 
 
-def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(tmp_path, figures):
-    path = tmp_path / "curve.png"
-    draw_curves(path, {"runs/a": an_evaluation()})
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    (axis,) = figures[0].axes
-    curve = line(axis, "runs/a, sweet: area 75.0, operating point 88.0 (80.0 to 93.0)")
-    assert list(curve.get_xdata()) == [0.25, 0.6, 1.0, 1.05]  # by ratio, not by threshold
-    assert list(curve.get_ydata()) == [60.0, 80.0, 90.0, 89.0]
-    assert set(line(axis, "full depth: 90.0 (82.0 to 95.0)").get_ydata()) == {90.0}
+def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(drawn):
+    figure = drawn({"runs/a": an_evaluation()})
+    (axis,), found = figure.axes, lines(figure)
+    curve = found["SWEET, runs/a: 88.0 at 70% of the layers"]
+    assert curve.get_xydata().tolist() == [[0.25, 60], [0.6, 80], [1.0, 90], [1.05, 89]]  # by ratio, not by threshold
+    assert set(found["full depth: 90.0 (82.0 to 95.0)"].get_ydata()) == {90.0}
     (band,) = axis.patches
     assert band.get_extents().transformed(axis.transData.inverted()).intervaly.tolist() == pytest.approx([82, 95])
     assert [text.get_text() for text in axis.texts] == ["1", "2", "4"]
     (star,) = [entry for entry in axis.lines if entry.get_marker() == "*"]
-    assert (*star.get_xdata(), *star.get_ydata()) == (0.7, 88.0)
+    assert star.get_xydata().tolist() == [[0.7, 88.0]]
     bars = [entry.get_xydata().tolist() for entry in axis.lines if len(entry.get_xdata()) == 2]
     assert [[0.6, 88.0], [0.8, 88.0]] in bars
     assert [[0.7, 80.0], [0.7, 93.0]] in bars
     assert "accuracy, in percent" in axis.get_ylabel()
-    (legend,) = figures[0].legends
+    (legend,) = figure.legends
     assert not legend.get_window_extent().overlaps(axis.get_tightbbox())
 
 
 @pytest.mark.parametrize(("method", "last_ratio"), [("branch", 1.0), ("mm", 7 / 4)])
-def test_each_exit_alone(tmp_path, figures, method, last_ratio):
+def test_each_exit_alone(drawn, method, last_ratio):
     """Full depth stands at 1, whatever the exits before it would cost with branches or MM."""
-    ratios = [0.25, 0.6, 1.05, last_ratio]
-    draw_curves(tmp_path / "a.png", {"a": an_evaluation({"asked_exits": [2, 4]}, method=method, speedup_ratios=ratios)})
-    dots = line(figures[0].axes[0], "an exit without the others")
-    assert dots.get_xydata().tolist() == [[0.25, 60.0], [0.5, 70.0], [1.0, 90.0]]
+    ratios, layers = [0.0, 0.6, 1.05, last_ratio], [0, 2, 4] if method == "branch" else [1, 2, 4]
+    figure = drawn({"a": an_evaluation(method=method, speedup_ratios=ratios, exit_layers=layers)})
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [dot.get_xydata().tolist() for dot in dots] == [[[layers[0] / 4, 60]], [[0.5, 70]], [[1, 90]]]
+    colours = [COLOURS["exit 0" if n == 0 else method] for n in layers]
+    assert [dot.get_color() for dot in dots] == colours
 
 
-def test_several_runs_of_the_same_rows_are_in_one_picture(tmp_path, figures):
-    other = an_evaluation({"score": 85.0}, method="mm", area=70.0)
-    draw_curves(tmp_path / "a.png", {"first": an_evaluation(), "second": other})
-    (axis,) = figures[0].axes
-    assert list(line(axis, "first, sweet: area 75.0").get_xdata()) == [0.25, 0.6, 1.0, 1.05]
-    assert list(line(axis, "second, mm: area 70.0").get_ydata()) == [60.0, 80.0, 90.0, 89.0]
-    assert line(axis, "first").get_color() != line(axis, "second").get_color()
-    assert [entry.get_ydata()[0] for entry in axis.lines if entry.get_marker() == "*"] == [88.0, 85.0]
-    assert not axis.texts  # no exits
-    odd = an_evaluation(metric="matthews")
+def test_several_runs_of_the_same_rows_are_in_one_picture(drawn):
+    """Each method has one colour; the seeds of a run are one curve, with the band of its interval if they are three."""
+    seeds = {f"x-seed{n}": an_evaluation(method="mm", scores=[60.0 + n, 80.0, 89.0, 90.0]) for n in (1, 2, 3)}
+    figure = drawn({"one": an_evaluation(), "two": an_evaluation()} | seeds)
+    mean = lines(figure).pop("Multi-Model, x-seed*, mean of 3 runs")
+    assert mean.get_ydata()[0] == 62
+    (band,) = figure.axes[0].collections
+    assert band.get_datalim(figure.axes[0].transData).ymin == pytest.approx(62 - 4.303 / 3**0.5, abs=1e-3)
+    one, two, mean = lines(figure).values()
+    assert [line.get_color() for line in (one, two, mean)] == [COLOURS[name] for name in ("sweet", "sweet", "mm")]
+    assert one.get_linestyle() != two.get_linestyle()
+    assert not figure.axes[0].texts  # no exits
     with pytest.raises(InputError, match="^runs/odd: it was evaluated on other rows, .* than first"):
-        draw_curves(tmp_path / "b.png", {"first": an_evaluation(), "second": other, "runs/odd": odd})
+        drawn({"first": an_evaluation(), "runs/odd": an_evaluation(metric="matthews")})
+    with pytest.raises(InputError, match="^--plot: 6 curves, should be at most 5"):
+        drawn({str(n): an_evaluation() for n in range(6)})
+
+
+def test_fewer_than_three_values_have_no_interval():
+    mean, deviation, half = mean_and_spread(np.array([[1.0, 10.0], [2.0, 10.0], [3.0, np.nan]]))
+    assert (mean[0], deviation[0], half[0]) == (2.0, 1.0, pytest.approx(4.303 / 3**0.5))
+    assert np.isnan([mean[1], deviation[1], half[1]]).all()
+    mean, deviation, half = mean_and_spread(np.array([[1.0], [2.0]]))
+    assert (mean.tolist(), deviation.round(4).tolist(), np.isnan(half).all()) == ([1.5], [0.7071], True)
+    mean, deviation, half = mean_and_spread(np.array([[1.0, 2.0]]))
+    assert (mean.tolist(), np.isnan([deviation, half]).all()) == ([1, 2], True)

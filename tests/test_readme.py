@@ -66,6 +66,9 @@ def run_line(line: str) -> None:
             write_table(Path(word), columns, dict.fromkeys(columns[-2:], ("a", "b")))
         elif option == "--trunk" and not Path(word).exists():
             run_line(f"python -m minisweet export {newest_run()} --out {word}")
+        elif "*" in word:  # the runs of a grid, which is only printed here
+            run_line("python train.py --method ee --task mnli --train-size 100 --out ee")
+            words[words.index(word)] = "ee"
         elif option == "--train-size":
             words[words.index(word)] = "100"
     if words[:1] in (["mkdir"], ["tar"]):  # of an archive that is here
@@ -100,11 +103,14 @@ def test_the_service_answers(run_of, place):
     while not server.started:
         assert thread.is_alive()
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    answer, refused = (httpx.post(url, json=body) for body in ([["the film", "was superb"], ["", ""]], ["one text"]))
+    bad = [b'["one text"]', rb'[["\ud800", ""]]', rb'"\ud800"', b"null", b'{"a": 1}']  # \ud800 is half an emoji
+    bodies, json_type = [b'[["the film", "was superb"], ["", ""]]', *bad], {"content-type": "application/json"}
+    answer, *refused = (httpx.post(url, content=body, headers=json_type) for body in bodies)
     server.should_exit = True
     thread.join()
     assert [row["label"] in ("yes", "no") for row in answer.json()] == [True, True]
-    assert (answer.status_code, refused.status_code) == (200, 422)
+    assert [response.status_code for response in (answer, *refused)] == [200, *[422] * len(bad)]
+    assert "item 0: " in refused[1].json()["detail"]
 
 
 def test_the_folder_of_a_run_is_as_told(run_of):

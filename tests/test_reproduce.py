@@ -2,9 +2,9 @@
 
 import json
 import math
-import subprocess
 import sys
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ import pytest
 import evaluate
 import train
 from minisweet.paper import report, reproduce
-from minisweet.paper.report import STUDENT_T, interpolated, over_seeds, seed_means, tables
+from minisweet.paper.report import curve_of, tables
+from minisweet.use import plots
+from minisweet.use.plots import COLOURS, STUDENT_T
 from tests.benchmark import zero_tables
 from tests.conftest import CHECKOUT, run, write_model
 
@@ -44,28 +46,29 @@ def grid(command, monkeypatch, tmp_path):
 
 
 def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), **changes) -> dict:
-    """A run's record with two exits, after layers 1 and 4, whose loss falls from 2 to 1."""
+    """A run's record with two exits, after layers 1 and 4, of which the first answers with one class."""
     return {
         "method": "ee",
+        "metric": "accuracy",
         "exit_layers": [1, 4],
         "exit_scores": [scores[0], scores[-1]],
-        "losses": [[loss, loss] for loss in np.linspace(2, 1, 40)],
+        "per_class": [{"confusion_matrix": [[60, 0], [40, 0]]}, {"confusion_matrix": [[50, 10], [10, 30]]}],
         "speedup_ratios": list(ratios),
         "scores": list(scores),
         "area": float(np.mean(scores)),
     } | changes
 
 
-def fake_run(method: str, lr: float = 1e-3, seed: int = 0, area: float = 60.0, **changes) -> Path:
+def fake_run(method: str, lr=1e-3, seed=0, area=60.0, evaluated=None, **changes) -> Path:
     """Write the records of a run of the toy task, without its weights; all its scores are `area`."""
     folder = Path(f"reproduced/runs/tiny-{method}-toy-lr{lr:g}-n32-seed{seed}")
     folder.mkdir(parents=True)
     content = record([area] * 3, method=method, task="toy", lr=lr, train_size=32, seed=seed, epochs=1)
     content |= {"max_length": 32, "batch_size": 16, "model": "tiny", "depth": 4, "exit_strategy": "confidence"}
-    content |= {"device": "none", "precision": "torch.float32", "metric": "accuracy", "thresholds": [0.5, 0.75, 1.0]}
+    content |= {"device": "none", "precision": "torch.float32", "thresholds": [0.5, 0.75, 1.0]}
     content |= {"labels": ["negative", "positive"], **changes}
-    for name in ("run.json", "evaluation.json"):
-        (folder / name).write_text(json.dumps(content))
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "evaluation.json").write_text(json.dumps(content | (evaluated or {})))
     return folder
 
 
@@ -86,6 +89,26 @@ def test_a_grid_runs_once_and_goes_on_where_it_stopped(grid):
     assert line.startswith("evaluate.py reproduced/runs/tiny-ee-toy-lr0.001-n32-seed0")
 
 
+def test_a_run_that_another_process_makes_is_passed_over_and_then_waited_for(grid, monkeypatch):
+    words, others = ["--methods", "ee,sweet", *ONE], ExitStack()
+    folder = fake_run("ee")
+    others.enter_context(reproduce.claimed([folder]))
+    (folder / "evaluation.json").rename("made")
+    in_process = reproduce.run_script
+
+    def meanwhile(script: str, arguments: list[str]) -> int:
+        if script == "evaluate.py":  # when this process is over with its own run, the other one is too
+            Path("made").rename(folder / "evaluation.json")
+            others.close()
+        return in_process(script, arguments)
+
+    monkeypatch.setattr(reproduce, "run_script", meanwhile)
+    status, out, _, started = grid(*words)
+    assert (status, "of 2 runs; 0 missing" in out) == (0, True)
+    assert ["tiny-sweet-toy" in line for line in started] == [True, True]
+    assert len(list(folder.parent.iterdir())) == 2  # no lock is left
+
+
 def test_commands_are_printed_the_search_first(grid):
     words = ["--methods", "sweet", "--seeds", "0,1,2", "--lrs", "1e-3,1e-2", "--print-commands"]
     status, out, _, started = grid(*words)
@@ -100,16 +123,6 @@ def test_commands_are_printed_the_search_first(grid):
     assert len(grid("--methods", "ee,sweet", "--lrs", "1e-3", "--print-commands")[1].splitlines()) == 5
 
 
-@pytest.mark.slow
-def test_a_printed_command_makes_its_run(grid):
-    words = ["--methods", "sweet", "--seeds", "3", "--lrs", "1e-3"]
-    (line,) = grid(*words, "--print-commands")[1].splitlines()
-    line = line.replace("python ", f"{sys.executable} {CHECKOUT}/")
-    assert subprocess.run(["bash", "-c", line], capture_output=True).returncode == 0
-    status, out, _, _ = grid(*words, "--report-only")
-    assert (status, "of 1 runs; 0 missing" in out) == (0, True)
-
-
 def test_options_reach_the_runs_and_the_report(grid):
     status, _, _, (trained, evaluated) = grid("--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16")
     assert (status, "tiny-sweet-toy-lr0.001-n32-seed0-lte" in trained) == (0, True)
@@ -118,7 +131,7 @@ def test_options_reach_the_runs_and_the_report(grid):
     assert "--amp bf16" in evaluated
     assert "exit strategy lte" in results()
     grid("--methods", "branch", *ONE, "--exit-layers", "0,4", "--ratios", "1/4,1")
-    assert "| task | method | seeds | 0.25 | 1 |" in results()
+    assert "| task | method | seeds | 0.25 | 1 | area |" in results()
 
 
 def test_whatever_method_a_record_names_is_reported_and_not_made(grid):
@@ -126,7 +139,7 @@ def test_whatever_method_a_record_names_is_reported_and_not_made(grid):
     fake_run("ee-mixed", area=61, trunk="runs/branch", targets="labels", train_digest="a")
     fake_run("mm-taught", area=62, trunk="runs/branch", targets="trunk", train_digest="b")  # of rows without labels
     words = ["--methods", "sweet-owner0.125,ee-mixed,mm-taught", "--seeds", "0"]  # the rates are those that are there
-    assert "other methods are only reported (--report-only)" in grid(*words, "--print-commands")[2]
+    assert "others are only reported (--report-only)" in grid(*words, "--print-commands")[2]
     assert grid(*words, "--report-only")[0] == 0
     for row in ("sweet-owner0.125 | 1 | 60.0", "ee-mixed | 1 | 61.0", "mm-taught | 1 | 62.0"):
         assert f"| toy | {row} |" in results()
@@ -136,9 +149,8 @@ def test_what_is_missing_is_named(grid):
     fake_run("sweet", area=60.0)
     status, out, _, started = grid("--methods", "ee,sweet", "--seeds", "0,1", "--lrs", "1e-3", "--report-only")
     assert (status, started, "of 1 runs; 3 missing" in out) == (0, [], True)
-    for line in ("Missing runs: 3", "- tiny-ee-toy-lr0.001-n32-seed1", "trained on: none, torch.float32"):
+    for line in ("Missing runs: 3", "- tiny-ee-toy-lr0.001-n32-seed1", "infinite or NaN: 0\n"):
         assert line in results()
-    assert "Runs whose loss became infinite or NaN: 0\n" in results()
     grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
     assert "Missing runs: 1\n\n- tiny-sweet-toy-lr0.01-n32-seed0\n" in results()  # no rate is known for the others
 
@@ -184,6 +196,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
         ({"train_digest": "b"}, "on other train rows than other runs"),
         ({"dev_digest": "b"}, "on other dev rows than other runs"),
         ({"losses": 1.0}, "losses"),
+        ({"evaluated": {"exit_layers": [4], "exit_scores": [60.0]}}, "evaluated with the exits [4] alone, not [1, 4]"),
     ],
 )
 def test_a_run_of_other_settings_or_rows_is_refused(grid, changes, message):
@@ -195,6 +208,13 @@ def test_a_run_of_other_settings_or_rows_is_refused(grid, changes, message):
     assert message in err
 
 
+def test_where_it_is_installed_without_a_clone_it_is_refused_first(grid, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "CLONE", tmp_path)
+    status, _, err, started = grid("--methods", "ee", *ONE)
+    assert (status, started, err.count("\n"), "minisweet reproduce in a clone" in err) == (2, [], 1, True)
+    assert not Path("reproduced").exists()
+
+
 def test_students_quantiles_leave_one_fortieth_above():
     for n, quantile in enumerate(STUDENT_T, start=1):
         x = np.linspace(0, quantile, 20001)
@@ -202,74 +222,61 @@ def test_students_quantiles_leave_one_fortieth_above():
         assert np.trapezoid(scale * (1 + x**2 / n) ** (-(n + 1) / 2), x) == pytest.approx(0.475, abs=5e-5)
 
 
-def test_mean_deviation_and_interval_over_seeds():
-    mean, std, ci95 = over_seeds(np.array([[1.0, 10.0], [2.0, 10.0], [3.0, np.nan]]))
-    assert (mean[0], std[0], ci95[0]) == (2.0, 1.0, pytest.approx(4.303 / math.sqrt(3)))
-    assert np.isnan([mean[1], std[1], ci95[1]]).all()
-    mean, std, ci95 = over_seeds(np.array([[1.0, 2.0]]))
-    assert mean.tolist() == [1, 2]
-    assert np.isnan([std, ci95]).all()
-
-
 def test_interpolation_is_linear_and_never_extrapolates():
     curve = record()
-    assert interpolated(curve, [0.25, 0.375, 0.5, 0.75, 1.0]).tolist() == [60, 65, 70, 75, 80]
-    assert interpolated(record(ratios=(0.25, 0.5, 1 - 1e-12)), [1.0]).tolist() == [80]  # rounding
-    assert np.isnan(interpolated(curve, [0.2, 1.01, 1.75])).all()
+    assert curve_of(curve, [0.25, 0.375, 0.5, 0.75, 1.0]).tolist() == [60, 65, 70, 75, 80]
+    assert curve_of(record(ratios=(0.25, 0.5, 1 - 1e-12)), [1.0]).tolist() == [80]  # rounding
+    assert np.isnan(curve_of(curve, [0.2, 1.01, 1.75])).all()
     branch = record((60, 70, 81, 80), (0.25, 0.5, 1.25, 1.0))  # at t = 1 no branch is asked
-    assert interpolated(branch, [0.25, 0.75, 1.0, 1.125]).tolist() == [60, 75, 80, 80.5]
+    assert curve_of(branch, [0.25, 0.75, 1.0, 1.125]).tolist() == [60, 75, 80, 80.5]
 
 
-def test_exit_0_is_in_the_tables_and_has_no_loss():
-    only_fitted = {"method": "branch", "exit_layers": [0, 6], "losses": []}  # on a trunk that was there
-    with_it = record(ratios=(0.0, 0.5, 1.0), **only_fitted)
-    text = tables({"ee": {"sst2": {0: record()}}, "branch": {"sst2": {0: with_it}}})
-    assert "| task | method | seeds | layer 0 | layer 1 | layer 4 | layer 6 |" in text
-    assert "| sst2 | branch | 1 | 60.0 |  |  | 80.0 |" in text
-    assert "| sst2 | ee | 1 |  | 60.0 | 70.0 | 75.0 | 80.0 |" in text
-    assert "| ee | 1 |  | +5.0 | +0.0 | +0.0 | +0.0 |" in text
-
-
-def test_tables_leave_blank_what_a_curve_does_not_reach():
-    other = record((50.0, 50.0, 80.0))
+def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():
+    other = record((50.0, 50.0, 80.0), metric="matthews")
     grid = {
         "ee": {"sst2": {0: other, 1: other}, "rte": {0: record(), 1: record()}},
-        "mm": {"sst2": {0: record(ratios=(0.25, 0.5, 1.25))}, "rte": {0: {}}},  # {}: diverged
+        "mm": {
+            "sst2": {0: record(ratios=(0.0, 0.5, 1.25), metric="matthews", exit_layers=[0, 6]), 1: {}},  # {}: diverged
+            "rte": {0: {}, 1: record((0, 0, 0))},
+        },
     }
     text = tables(grid)
-    assert "| task | method | seeds | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 |" in text
-    assert "| mean | ee | 2 | 55.0 ±0.0 | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee | 2 | 50.0 ±0.0 | 80.0 ±0.0 |" in text
-    assert "| sst2 | ee | 2 | 50.0 ±0.0 | 50.0 ±0.0 | 65.0 ±0.0 | 80.0 ±0.0 |  |  |  |" in text
-    assert "| mean | mm | 0 |  |  |" in text  # no seed has both tasks
-    assert "| sst2 | mm | 1 | 60.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  |" in text
-    # The last method less each other, where both have a run: 60, 70, 73.3, 76.7 less 50, 50, 65, 80.
-    assert "| ee | 1 | +10.0 | +20.0 | +8.3 | -3.3 |\n" in text
-    assert "| task | method | seeds | 0.333 | 1 |" in tables(grid, (1 / 3, 1))
+    assert "Scores in percent: accuracy of rte; Matthews correlation of sst2. Means are over all of them." in text
+    assert "| task | method | seeds | layer 0 | layer 1 | layer 4 | layer 6 |" in text
+    assert "| mean of all 2 | ee | 2 |  | 55.0 ±0.0 [4] | 80.0 ±0.0 |  |" in text
+    assert "| sst2 | mm | 1 | 60.0 [1] |  |  | 80.0 |" in text
+    assert "| task | method | seeds | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | area |" in text
+    assert "| sst2 | ee | 2 |  | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  | 60.0 |" in text  # two seeds have no interval
+    assert "| mean of all 2 | mm | 0 |  |  |" in text  # no seed has both tasks
+    assert "| sst2 | mm | 1 | 60.0 | 65.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  | 70.0 |" in text
+    assert "| task | method | seeds | 0.333 | 1 | area |" in tables(grid, (1 / 3, 1))
 
 
-def test_a_seed_that_lacks_a_task_has_no_mean_and_differences_are_paired_over_tasks_and_seeds():
-    one, two = {0: record(), 1: record((62, 70, 82))}, {1: record((70, 70, 90)), 2: record((0, 0, 0))}
-    ends = seed_means({"sst2": one, "mrpc": two}, lambda run: run["exit_scores"])
-    assert ends.tolist() == [[66, 86]]
-    higher = {0: record((61, 72, 80)), 1: record((63, 72, 80)), 2: {}, 3: record()}
+def test_differences_are_paired_and_bold_where_the_interval_over_tasks_leaves_out_0():
+    """The mean over the seeds of each task, then an interval over three tasks; of one task alone, over its seeds."""
     same = {seed: record() for seed in range(3)}
-    text = tables({"mm": {"sst2": {}}, "ee": {"sst2": same}, "sweet": {"sst2": higher}})
-    assert "| ee | 2 | +2.0 ±12.7 | +2.0 ±0.0 | +1.0 ±0.0 | +0.0 ±0.0 |" in text  # seed 2 diverged, seed 3 has no pair
-    assert "| method | seeds | sst2 | less mm | less ee | less sweet |" in text
-    assert "| ee | 3 | 70.0 ±0.0 |  |  | -1.3 ±4.2 |" in text  # 70 less 71 and 71.67
-    assert "| mm | 0 |  |  |  |  |" in text
+    higher = {0: record((61, 71, 80)), 1: record((63, 73, 80)), 2: {}, 3: record()}  # 2 diverged, 3 has no pair
+    grid = {"mm": {"a": {}}, "ee": {"a": same}, "sweet": {"a": {0: higher[0], 1: higher[1], 2: record((62, 72, 82))}}}
+    text = tables(grid, [0.25, 0.5])
+    assert "| ee | 3 | +2.0 ±2.5 | +0.7 ±2.9 | +2.0 ±2.5 | +2.0 ±2.5 | +1.6 ±1.9 |\n" in text  # 1, 3, 2; 0, 0, 2
+    assert "| less | seeds | layer 1 | layer 4 | 0.25 | 0.5 | area |" in text
+    tasks = {"a": higher, "b": {0: record((63, 70, 79))}, "c": {1: record((62.5, 71, 81))}}
+    text = tables({"ee": dict.fromkeys(tasks, same), "sweet": tasks}, [0.25, 0.5])
+    row = "| ee | 3 | **+2.5 ±1.2** | +0.0 ±2.5 | **+2.5 ±1.2** | +1.0 ±2.5 | **+1.2 ±1.1** |\n"
+    assert row in text  # 2, 3, 2.5; 0, -1, 1; 2, 0, 1
 
 
-def test_a_figure_has_a_curve_of_its_own_colour_for_each_method(tmp_path, monkeypatch):
+def test_a_figure_has_a_curve_in_its_own_colour_for_each_of_five_methods(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
-    methods = ["sweet-flow0.5", "ee", "mm", "sweet", "sweet-cap1"]
-    grid = {method: {"sst2": {0: record(), 1: record()}} for method in methods} | {"branch": {"sst2": {}}}
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    methods = ["sweet-flow0.5", "ee", "mm", "sweet", "plain", "branch"]
+    grid = {method: {"sst2": {seed: record() for seed in range(3)}} for method in methods}
     report.draw_curves(tmp_path / "a.png", [("title", grid, ["sst2"])])
-    lines = figures[0].axes[0].lines
-    assert [line.get_label() for line in lines] == methods
-    assert len({line.get_color() for line in lines}) == len(methods)
+    (axis,) = figures[0].axes
+    assert [line.get_color() for line in axis.lines] == [COLOURS[n] for n in ("sweet", "ee", "mm", "sweet", "plain")]
+    assert axis.lines[0].get_linestyle() != axis.lines[3].get_linestyle()
+    assert [line.get_label() for line in axis.lines][1:4] == ["Early-Exit", "Multi-Model", "SWEET"]
+    assert (len(axis.collections), axis.get_ylabel()) == (5, "accuracy")  # bands
 
 
 FOUR = "sst2,mrpc,qqp,qnli"

@@ -115,12 +115,16 @@ def test_threads_make_and_share_classifiers(run_of):
     ("texts", "arguments", "message"),
     [
         (["a", None], {}, "item 1: None, should be one text, as in training"),
-        ("a text", {}, r"classify\(\[text\]\)"),
+        (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
+        (["a", 5], {}, "item 1: 5,"),
+        ([["a", "b"]], {}, r"item 0: \['a', 'b'\]"),
+        *((texts, {}, r"^texts: .*classify\(\[text\]\)") for texts in ("a text", b"a", None, 5, {"a": 1})),
         ([], {"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
         ([], {"max_change": 3, "sure": 49}, "^sure: .* from 50 to 99.9$"),
         ([], {"threshold": 0.75, "max_loss": 1}, "more than one"),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
-        ([], {"batch_size": 0}, "^batch_size: 0, should be"),
+        *(([], {"batch_size": size}, "^batch_size: .*, should be") for size in (0, 2.5, "32", None)),
+        *(([], {name: "0.5"}, f"^{name}: '0.5', should be") for name in ("threshold", "speed", "max_loss")),
     ],
 )
 def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):
@@ -248,10 +252,10 @@ def test_explain(copy_of, command, name):
     assert command(explain, run, "--html", "page.html")[0] == 0
     assert json.dumps(read_validation(run, read_record(run)).first[0]) in Path("page.html").read_text()
     texts = ["the film", "was bad"] if name == "pairs" else ["the film"]
-    status, out, _ = command(explain, run, *texts, "--threshold", 1)
-    assert status == 0
-    assert re.search(r"^->     4 .* yes ", out, re.MULTILINE)
-    assert len(re.findall(r"^       [012] .* no ", out, re.MULTILINE)) == len(layers) - 1
+    early, full = (command(explain, run, *texts, "--threshold", threshold)[1] for threshold in (0, 1))
+    assert re.search(r"^->     4 .* yes ", full, re.MULTILINE)
+    assert len(re.findall(r"^       [012] .* no ", full, re.MULTILINE)) == len(layers) - 1
+    assert f"-> leaves {'after layer 1' if layers[0] else 'at exit 0, a bag of words'} as " in early
 
 
 def test_light_start(run_of):

@@ -6,11 +6,12 @@
 On training rows that the run did not see, each exit's loss is back-propagated alone, and the gradients that two exits
 send to the same matrix are compared: the cosine similarity of their rows, averaged over the rows. The matrices are the
 last feed-forward matrix of each layer that precedes an exit. The last exit's is left out, since no other exit updates
-it. A similarity near 1 is agreement, below 0 conflict.
+it. A similarity near 1 is agreement, below 0 conflict. Of several runs, such as three seeds, the mean is shown.
 
 Dimension letters: K exits, M = K-1 matrices.
 """
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ from minisweet.base.files import InputError, home, one_line, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
-from minisweet.runs.folders import load_run
+from minisweet.runs.folders import Record, load_run, read_record
 from minisweet.use.plots import new_figure, save_figure
+
+SETTINGS = ("task", "model", "exit_layers", "lr", "batch_size", "train_size", "epochs")  # the same for all runs
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
@@ -40,39 +43,53 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
     return similarity
 
 
+def measure(run: Path, record: Record, batches: int, data_dir: Path) -> np.ndarray:
+    """Compare the exits' gradients on some batches of rows that a run has not seen: (batches, M, K, K)."""
+    model, _ = load_run(run)
+    exits, size, device = list(model.head_layers), record.batch_size, choose_device("auto")
+    if record.method != "ee" or len(exits) < 2 or record.task not in TASKS or record.text_columns:
+        own = " (own text)" if record.text_columns else ""
+        what = f"a run of {record.method} on {record.task}{own}, exits after layers {','.join(map(str, exits))}"
+        raise InputError(f"{run}: {what}; should be of ee on a task, with two exits or more")
+    rows = load_examples(record.task, "train", data_dir, record.labels)
+    order = np.random.default_rng(record.seed).permutation(len(rows.labels))
+    unseen = order[~np.isin(order, record.subset)]
+    if len(unseen) < batches * size:
+        raise InputError(f"--batches: {batches} of {size} rows, and {record.task} has {len(unseen)} other rows")
+    tokenizer = load_tokenizer(run, record.vocab_size, record.max_length)
+    examples = TokenizedExamples(tokenizer, rows.take(unseen[: batches * size]))
+    model = model.keep_exits(exits).to(device)  # exit 0 sends no gradient to a layer; no dropout
+    parts = np.arange(len(examples)).reshape(-1, size)
+    return np.stack([exit_similarities(model, examples.batch(rows).to(device)) for rows in parts])
+
+
 def main() -> None:
     """Measure, and write gradients.json and gradients.png."""
     parser = Parser(__doc__)
     option = parser.add_argument
-    option("run", type=Path, metavar="RUN", help="a run of EE on one of the tasks")
+    option("runs", nargs="+", type=Path, metavar="RUN", help="run of EE on one of the tasks; or several seeds of it")
     option("--batches", type=whole_number(2), default=10, help="new training batches to measure on (default: 10)")
     option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     args = parser.parse_args()
     tune_cpu()
-    model, record = load_run(args.run)
-    exits, size, device = list(model.head_layers), record.batch_size, choose_device("auto")
-    if record.method != "ee" or len(exits) < 2 or record.task not in TASKS:
-        what = f"a run of {record.method} on {record.task}, exits after layers {','.join(map(str, exits))}"
-        raise InputError(f"{args.run}: {what}; should be of ee on a task, with two exits or more")
-    rows = load_examples(record.task, "train", args.data_dir, record.labels)
-    order = np.random.default_rng(record.seed).permutation(len(rows.labels))
-    unseen = order[~np.isin(order, record.subset)]
-    if len(unseen) < args.batches * size:
-        raise InputError(f"--batches: {args.batches} of {size} rows, and {record.task} has {len(unseen)} other rows")
-    tokenizer = load_tokenizer(args.run, record.vocab_size, record.max_length)
-    examples = TokenizedExamples(tokenizer, rows.take(unseen[: args.batches * size]))
-    model = model.keep_exits(exits).to(device)  # exit 0 sends no gradient to a layer; no dropout
-    batches = (examples.batch(places).to(device) for places in np.arange(len(examples)).reshape(-1, size))
-    found = np.stack([exit_similarities(model, batch) for batch in batches])  # (batches, M, K, K)
-    mean, deviation = found.mean(0), found.std(0, ddof=1)
+    record, *others = records = [read_record(run) for run in args.runs]
+    for (run, other), key in product(zip(args.runs[1:], others, strict=True), SETTINGS):
+        if (its := getattr(other, key)) != (wanted := getattr(record, key)):
+            raise InputError(f"{run}: its {key} is {its}, should be {wanted} as {args.runs[0]}'s, for one mean")
+    pairs = zip(args.runs, records, strict=True)
+    found = np.stack([measure(run, its, args.batches, args.data_dir) for run, its in pairs])  # (runs, batches, M, K, K)
+    mean, parts = found.mean((0, 1)), found.mean(1) if others else found[0]
+    exits = [n for n in record.exit_layers if n > 0]
     given = {"model": record.model, "task": record.task, "steps": len(record.losses), "learning_rate": record.lr}
-    given |= {key: getattr(record, key) for key in ("method", "batch_size", "seed", "device", "precision")}
-    given |= {"batches": args.batches, "layers": exits[:-1], "exits": exits}
-    for name, values in (("cosine", mean), ("deviation", deviation)):
+    given |= {key: getattr(record, key) for key in ("method", "batch_size", "device", "precision")}
+    given |= {"seeds": [its.seed for its in records], "batches": args.batches, "layers": exits[:-1], "exits": exits}
+    # The deviation is over the runs' means, or over the batches of one run alone.
+    for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):
         given[name] = np.where(np.isnan(values), None, values.round(4)).tolist()  # JSON has no NaN
     write_json(args.out / "gradients.json", given)
-    draw_similarities(args.out / "gradients.png", mean, exits, f"{record.model}, {record.method}, {record.task}")
+    title = f"{record.model}, {record.method}, {record.task}" + f", mean of {len(records)} runs" * bool(others)
+    draw_similarities(args.out / "gradients.png", mean, exits, title)
     for m, layer in enumerate(exits[:-1]):
         later = ", ".join(map(str, exits[m:]))
         print(f"\nlayer {layer}: cosine similarity of the gradients of the exits after {later}")

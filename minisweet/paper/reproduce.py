@@ -4,16 +4,18 @@
 
 The learning rate of each task and method is searched on the first seed and the first training size: the rate with the
 largest area under the speed-accuracy curve wins (App. A). All seeds and training sizes then run at that rate. Nothing
-is kept but the run folders of train.py and evaluate.py, so a stopped grid goes on where it was. Several machines share
-a grid by its --tasks.
+is kept but the run folders of train.py and evaluate.py, so a stopped grid goes on where it was. Several processes share
+a grid: each run is made by the one that claims it.
 """
 
 import argparse
+import fcntl
 import shlex
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -54,7 +56,11 @@ class Grid:
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
-                self.records[run] = read_json(folder / EVALUATION) | vars(record)
+                evaluation = read_json(folder / EVALUATION)
+                if evaluation.get("exit_layers") != record.exit_layers:
+                    exits = f"{evaluation.get('exit_layers')} alone, not {record.exit_layers}"
+                    raise InputError(f"{folder}: evaluated with the exits {exits}; first: evaluate.py {folder}")
+                self.records[run] = evaluation | vars(record)
         return self.records.get(run)
 
     def check(self, run: Run, record: Record) -> None:
@@ -119,13 +125,37 @@ def run_script(script: str, arguments: list[str]) -> int:
             raise
 
 
+@contextmanager
+def claimed(folders: Sequence[Path]) -> Iterator[int]:
+    """Claim the first of these runs that no other process has claimed, or wait for the first. Gives its place.
+
+    The claim is a lock on a file beside the run. It ends with this process, whatever ends it.
+    """
+    for place, folder in enumerate([*folders, folders[0]]):
+        path, wait = folder.with_name(f".{folder.name}.lock"), place == len(folders)
+        if wait:
+            LOG.info("waiting for %s, which another process makes", folder.name)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                continue
+            yield place % len(folders)
+            path.unlink(missing_ok=True)
+            return
+
+
 def run_all(grid: Grid) -> list[str]:
     """Run what is missing, the search first. Returns the names of the runs that failed."""
     failed: list[Run] = []
     while todo := [run for run in grid.missing() if run not in failed]:
-        LOG.info("%s (%d to go)", grid.folder(todo[0]).name, len(todo))
-        any(run_script(script, words) for script, *words in grid.commands(todo[0]))  # stops at the first that fails
-        failed += todo[:1] if grid.record(todo[0]) is None else []
+        with claimed([grid.folder(run) for run in todo]) as place:
+            run = todo[place]
+            if grid.record(run) is not None:  # another process has just made it
+                continue
+            LOG.info("%s (%d to go)", grid.folder(run).name, len(todo))
+            any(run_script(script, words) for script, *words in grid.commands(run))  # stops at the first that fails
+            failed += [run] if grid.record(run) is None else []
     return [grid.folder(run).name for run in failed]
 
 
@@ -146,8 +176,7 @@ def write_report(grid: Grid) -> None:
         figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sorted(tables)]
     for name, panels in figures.items():
         report.draw_curves(args.out / name, panels)
-    files = ", ".join(["results.md", *figures])
-    print(f"{args.out}: {files}, of {len(grid.records)} runs; {len(missing)} missing")
+    print(f"{args.out}: {', '.join(['results.md', *figures])}, of {len(grid.records)} runs; {len(missing)} missing")
 
 
 def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
@@ -161,8 +190,7 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     )
     rates = {method: [grid.learning_rate(task, method) for task in args.tasks] for method in args.methods}
     rows = [[method, *("" if rate is None else f"{rate:g}" for rate in found)] for method, found in rates.items()]
-    title = "Learning rates" + ": largest area under the curve on the first seed" * (len(args.lrs) > 1)
-    text += report.table(title, ["method", *args.tasks], rows)
+    text += report.table("Learning rates: of several, that of the largest area", ["method", *args.tasks], rows)
     text += report.tables(tables[size], args.ratios)
     text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n], args.ratios)}" for n in sizes)
     diverged = [name for name, record in complete.items() if not record]
@@ -184,7 +212,8 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help="or branch (default: ee,mm,sweet)")
+    known = ", ".join(METHODS)
+    option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help=f"of {known} (default: ee,mm,sweet)")
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first searches (default: 0,1,2)")
     option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
@@ -206,9 +235,10 @@ def parse_arguments() -> argparse.Namespace:
             raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
         args.lrs = args.lrs or sorted(rates)
         return args
+    if not (CLONE / "train.py").is_file():
+        raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
     if unknown := [name for name in args.methods if name not in METHODS]:
-        known = f"none of {', '.join(METHODS)}; other methods are only reported (--report-only)"
-        raise InputError(f"--methods: {unknown[0]!r} is {known}")
+        raise InputError(f"--methods: {unknown[0]!r} is none of {known}; others are only reported (--report-only)")
     _, config, _ = start.find_model(args, exit_strategy=args.exit_strategy)
     args.lrs = args.lrs or start.search_rates(config)
     return args
@@ -222,7 +252,8 @@ def main() -> None:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
         return
-    args.out.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
+    for folder in (args.runs, args.out):
+        folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
     failed = [] if args.report_only else run_all(grid)
     write_report(grid)
     if failed:

@@ -4,7 +4,9 @@ Dimension letters: B texts, K exits, C classes.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ class Answer(NamedTuple):
 
     label: str
     confidence: float
-    exit_layer: int  # counted from 1; 0 is the exit before the first layer
+    exit_layer: int  # counted from 1; 0 for exit 0, a bag of words before the first layer
     probabilities: dict[str, float]  # of all labels, after temperature scaling
 
 
@@ -75,7 +77,8 @@ class EarlyExitClassifier:
         goals = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
         for name, value in {"threshold": threshold, **goals, "sure": sure, "batch_size": batch_size}.items():
             low, high = RANGES[name]
-            if value is not None and not low <= value <= high:
+            kind = Integral if name == "batch_size" else Real | None
+            if not isinstance(value, kind) or (value is not None and not low <= value <= high):
                 raise InputError(f"{name}: {value!r:.80}, should be a number from {low} to {high}")
         if sum(value is not None for value in (threshold, *goals.values())) > 1:
             raise InputError(f"threshold, {', '.join(goals)}: more than one is given, and each chooses the threshold")
@@ -83,7 +86,7 @@ class EarlyExitClassifier:
             raise InputError(f"sure: {sure:g} needs max_loss or max_change")
         if amp not in AMP_CHOICES:
             raise InputError(f"amp: {amp!r:.80}, should be one of {', '.join(AMP_CHOICES)}")
-        run, self.batch_size, self.device = Path(run), batch_size, choose_device(str(device))
+        run, self.batch_size, self.device = Path(run), int(batch_size), choose_device(str(device))
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
         self.evaluation = evaluation = read_evaluation(run)
@@ -116,7 +119,7 @@ class EarlyExitClassifier:
 
     def tokenize(self, texts: Iterable[str | Sequence[str]]) -> TokenizedExamples:
         """The tokens of what `__call__` takes."""
-        if isinstance(texts, str):
+        if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
             raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: classify([text])")
         rows = []
         for i, text in enumerate(texts):
@@ -124,7 +127,8 @@ class EarlyExitClassifier:
             if len(rows[i]) != 1 + self.pairs or not all(isinstance(part, str) for part in rows[i]):
                 wanted = "a pair of texts" if self.pairs else "one text"
                 raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as in training")
-            "".join(rows[i]).encode()  # raises UnicodeError, a ValueError too, for half of an emoji
+            if half := re.search("[\ud800-\udfff]", "".join(rows[i])):
+                raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode")
         second = [parts[1] for parts in rows] if self.pairs else None
         return TokenizedExamples(self.tokenizer, Examples([parts[0] for parts in rows], second, None))
 

@@ -4,8 +4,9 @@
     python -m minisweet explain RUN "How old are you?" "What is your age?"
     python -m minisweet explain RUN --html page.html
 
-The page is one HTML file: page.html with the data of a saved evaluation. It decides as new text is decided, by the
-exits that the operating point asks, and as `minisweet.adaptive.leaves` does: in float32.
+The page is one HTML file: page.html with the data of a saved evaluation. It decides as new text is decided: by the
+exits that the operating point asks, in float32, as `minisweet.adaptive.leaves` does. Exit 0 is a bag of words, asked
+before the first layer.
 """
 
 import json
@@ -58,12 +59,12 @@ def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tu
     """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last."""
     inputs = next(classify.tokenize([text]).by_length(1)).to(classify.device).inputs
     with autocast(classify.device, classify.precision):
-        said = list(classify.model.exit_by_exit(*inputs))  # K of (1, C) and (1,) or None
-    logits = torch.cat([exit_logits for exit_logits, _ in said]).float()  # (K, C)
-    confidence = torch.cat([classify.rule.confidence(k, *exit_said) for k, exit_said in enumerate(said)])  # (K,)
+        outputs = list(classify.model.exit_by_exit(*inputs))  # K of (1, C) and (1,) or None
+    logits = torch.cat([exit_logits for exit_logits, _ in outputs]).float()  # (K, C)
+    confidence = torch.cat([classify.rule.confidence(k, *output) for k, output in enumerate(outputs)])  # (K,)
     enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
     enough[-1] = True
-    answers = classify.answers(Answers(logits.argmax(-1), torch.arange(len(said)), logits, confidence))
+    answers = classify.answers(Answers(logits.argmax(-1), torch.arange(len(outputs)), logits, confidence))
     return list(zip(answers, enough.tolist(), strict=True))
 
 
@@ -78,28 +79,29 @@ def print_exits(classify: EarlyExitClassifier, exits: list[tuple[Answer, bool]])
         probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
         row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {answer.confidence:>10.3f}"
         print(f"{row}  {'yes' if is_enough else 'no':<6}  {probabilities}")
-    print(f"\n-> leaves after layer {taken.exit_layer} as {one_line(taken.label, 200)}")
+    where = f"after layer {taken.exit_layer}" if taken.exit_layer else "at exit 0, a bag of words"
+    print(f"\n-> leaves {where} as {one_line(taken.label, 200)}")
 
 
 def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, validation: Validation) -> None:
     """Write the page, or replace it, whole or not at all. `validation` is what all exits said of `rows`."""
     point, rule = evaluation.operating_point, ExitRule.from_evaluation(evaluation, record.num_labels)
-    places = [evaluation.exit_layers.index(layer) for layer in point.asked_exits]
-    confidence = rule.confidences(validation.logits, validation.certainty)[places]  # (asked exits, N)
+    asked = [evaluation.exit_layers.index(layer) for layer in point.asked_exits]
+    confidence = rule.confidences(validation.logits, validation.certainty)[asked]  # (asked exits, N)
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
-    swept, _ = sweep([(rule, np.arange(len(validation.labels)))], validation, thresholds, places)
+    swept, _ = sweep([(rule, np.arange(len(validation.labels)))], validation, thresholds, asked)
     data = {key: swept[key] for key in ("scores", "speedup_ratios")}
     data |= {key: getattr(record, key) for key in ("task", "method", "depth", "labels")}
     data |= {
         "model": Path(record.model).name,
         "exit_layers": point.asked_exits,
-        "exit_scores": [swept["exit_scores"][place] for place in places],
+        "exit_scores": [swept["exit_scores"][k] for k in asked],
         "thresholds": thresholds,
         "lowest": rule.lowest,
         "operating_point": vars(point),
         "metric": METRICS[validation.metric],
         "sentences": rows.texts(),
-        "predictions": validation.logits[places].argmax(-1).tolist(),
+        "predictions": validation.logits[asked].argmax(-1).tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidence.tolist()],  # as float32 tells them
         "right": None if validation.metric == "agreement" else validation.labels.tolist(),
         "difficulties": rows.difficulties,  # of the toy task

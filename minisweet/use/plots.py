@@ -1,10 +1,12 @@
-"""Speed-accuracy curves of saved evaluations as a PNG: one run's, or several in one picture.
+"""Speed-accuracy curves as a PNG: of saved evaluations, and what the paper's reports draw with.
 
 A curve has a point per threshold: the score in percent over the speedup ratio, the share of the layers run (Eq. 1).
-Bars and the band of full depth are 95% intervals. An operating point is stated from rows that had no say in choosing
-it, so it may lie beside its curve. Dimension letter: P points of a curve.
+Bars and bands are 95% intervals. An operating point is stated from rows that did not choose it, so it may lie beside
+its curve. Dimension letters: S curves, P points of a curve.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,16 @@ from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.evaluation.metrics import METRICS
 from minisweet.runs.folders import Evaluation
 
-# Okabe and Ito's colours, which the colour-blind can tell apart. Line styles say the same without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", "-.", ":")
-WITH_INTERVAL = "{:.1f} ({:.1f} to {:.1f})"
+# One colour per method in all pictures. They are Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = {"ee": "#0072B2", "sweet": "#D55E00", "mm": "#009E73", "branch": "#CC79A7", "plain": "#000000"}
+COLOURS |= {"exit 0": "#E69F00", "full depth": "#6E6E6E", "other": "#56B4E9"}
+WORDS = {"ee": "Early-Exit", "sweet": "SWEET", "mm": "Multi-Model", "branch": "branches"}
+WORDS |= {"plain": "plain model with exit 0 in front"}
+LINES = ("-", "--", "-.", ":")  # of the curves that share a colour
+MOST = 5  # curves that can be told apart in one picture
+# The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
+STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 
 
 def new_figure(width: float, height: float):
@@ -34,7 +42,9 @@ def save_figure(figure, path: Path) -> None:
     """Write a figure to a PNG, whole or not at all, with one legend below its axes, where it covers no curve."""
     entries = {name: line for axis in figure.axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     if entries:
-        figure.legend(entries.values(), entries.keys(), fontsize=9, loc="outside lower left")
+        room = int(13 * figure.get_figwidth() / (7 + max(map(len, entries))))  # 13 characters per inch
+        options = {"fontsize": 9, "loc": "outside lower center", "ncols": max(1, min(room, len(entries)))}
+        figure.legend(entries.values(), entries.keys(), frameon=False, **options)
     with written_beside(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
 
@@ -49,11 +59,38 @@ def sorted_curve(ratios: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.n
     return ratios[order], np.array(scores)[order]
 
 
-def draw_line(axis, k: int, ratios: ArrayLike, scores: ArrayLike, label: str, marker: str = ".") -> str:
-    """Draw the k-th curve of a picture; returns its colour."""
-    colour = COLOURS[k % len(COLOURS)]
-    axis.plot(*sorted_curve(ratios, scores), LINES[k % len(LINES)], color=colour, marker=marker, label=label)
+def interpolated(curve: tuple[ArrayLike, ArrayLike], ratios: Sequence[float]) -> np.ndarray:
+    """The scores at some ratios (P,) of a curve's ratios and scores. A ratio that it does not reach gets NaN."""
+    return np.interp(np.round(ratios, 9), *sorted_curve(*curve), left=np.nan, right=np.nan)
+
+
+def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
+
+    They are NaN where one of the S values is. Of two values there is no interval: it would be nine deviations wide. Of
+    one there is no deviation, and of none all three are empty.
+    """
+    if (S := len(values)) == 0:
+        return (np.array([]),) * 3
+    unknown = np.full(values.shape[1:], np.nan)
+    deviation = values.std(0, ddof=1) if S > 1 else unknown
+    return values.mean(0), deviation, deviation * STUDENT_T[min(S, 31) - 2] / np.sqrt(S) if S > 2 else unknown
+
+
+def draw_line(axis, method: str, ratios: ArrayLike, scores: ArrayLike, label: str, marker: str = ".") -> str:
+    """Draw a curve in its method's colour, which is returned; the method of a study has that of its first word."""
+    colour = COLOURS.get(method.partition("-")[0], COLOURS["other"])
+    before = sum(line.get_color() == colour and line.get_label()[0] != "_" for line in axis.lines)
+    style = LINES[before % len(LINES)]
+    axis.plot(*sorted_curve(ratios, scores), style, color=colour, marker=marker, label=label)
     return colour
+
+
+def draw_mean(axis, method: str, ratios: np.ndarray, values: np.ndarray, label: str) -> None:
+    """Draw the mean of S curves at the same ratios (P,), scores (S, P), and the band of its interval if S > 2."""
+    mean, _, half = mean_and_spread(values)
+    colour = draw_line(axis, method, ratios, mean, label, marker="")
+    axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
 
 
 def label_axes(axis, title: str, score: str) -> None:
@@ -65,38 +102,51 @@ def label_axes(axis, title: str, score: str) -> None:
 def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     """Draw the curves and operating points of runs, by the names to show; replaces a PNG at `path`.
 
-    One run alone also has full depth, and each exit as a dot. Raises InputError for a run that was evaluated on other
-    data than the first.
+    Runs whose names differ in the seed alone are one curve, their mean. One run alone also has full depth, and each
+    exit as a dot. Raises InputError for a run that was evaluated on other data than the first, and for too many curves.
     """
     first, of_first = next(iter(evaluations.items()))
-    figure = new_figure(7.2, 5.6)
-    axis = figure.subplots()
-    for k, (name, evaluation) in enumerate(evaluations.items()):
+    groups: dict[str, list[Evaluation]] = {}
+    for name, evaluation in evaluations.items():
         if (evaluation.metric, evaluation.dev_digest) != (of_first.metric, of_first.dev_digest):
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
+        groups.setdefault(re.sub(r"seed\d+", "seed*", name), []).append(evaluation)
+    if len(groups) > MOST:
+        raise InputError(f"--plot: {len(groups)} curves, should be at most {MOST}; the seeds of a run are one curve")
+    figure = new_figure(7.2, 5.6)
+    axis = figure.subplots()
+    for name, (evaluation, *others) in groups.items():
+        label = f"{WORDS.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}"
+        if others:
+            curves = [(run.speedup_ratios, run.scores) for run in (evaluation, *others)]
+            reached = np.concatenate([ratios for ratios, _ in curves])
+            ratios = np.linspace(reached.min(), reached.max(), 400)
+            values = np.array([interpolated(curve, ratios) for curve in curves])
+            draw_mean(axis, evaluation.method, ratios, values, f"{label}, mean of {len(curves)} runs")
+            continue
         point = evaluation.operating_point
-        label = f"{one_line(name, 80)}, {evaluation.method}: area {evaluation.area:.1f}, operating point "
-        label += WITH_INTERVAL.format(point.score, *point.score_interval)
-        colour = draw_line(axis, k, evaluation.speedup_ratios, evaluation.scores, label)
+        label += f": {point.score:.1f} at {point.speedup_ratio:.0%} of the layers"
+        colour = draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
         axis.plot(point.speedup_interval, [point.score] * 2, color=colour, linewidth=2)
         axis.plot([point.speedup_ratio] * 2, point.score_interval, color=colour, linewidth=2)
         axis.plot(point.speedup_ratio, point.score, "*", color=colour, markersize=15, markeredgecolor="white", zorder=3)
     if len(evaluations) == 1:
-        _draw_exits(axis, of_first)
+        _draw_exits(axis, of_first, colour)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows; stars: operating points, 95% intervals"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")
     axis.margins(y=0.12)
     save_figure(figure, path)
 
 
-def _draw_exits(axis, evaluation: Evaluation) -> None:
-    """Draw full depth, and each exit without the others."""
+def _draw_exits(axis, evaluation: Evaluation, colour: str) -> None:
+    """Draw full depth, and each exit without the others: exit 0 in its own colour."""
     layers, scores, point = evaluation.exit_layers, evaluation.exit_scores, evaluation.operating_point
-    name = "full depth: " + WITH_INTERVAL.format(scores[-1], *point.full_depth_interval)
-    axis.axhspan(*point.full_depth_interval, color="0.5", alpha=0.13, linewidth=0)
-    axis.axhline(scores[-1], color="0.35", linestyle="--", linewidth=1, label=name)
+    low, high = point.full_depth_interval
+    axis.axhspan(low, high, color=COLOURS["full depth"], alpha=0.13, linewidth=0)
+    name = f"full depth: {scores[-1]:.1f} ({low:.1f} to {high:.1f})"
+    axis.axhline(scores[-1], color=COLOURS["full depth"], linestyle="--", linewidth=1, label=name)
     depth = Exits(layers, 1, evaluation.method).costs(1.0)[-1] / evaluation.speedup_ratios[-1]  # all take the last exit
-    name = "an exit without the others, and its layer"
-    axis.plot(np.array(layers) / depth, scores, "o", color=COLOURS[1], label=name)
     for n, score in zip(layers, scores, strict=True):
+        name = "an exit without the others, and its layer" if n else "exit 0, a bag of words, without the others"
+        axis.plot(n / depth, score, "o", color=colour if n else COLOURS["exit 0"], label=name)
         axis.annotate(n, (n / depth, score), xytext=(0, -15), textcoords="offset points", ha="center")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.sweep import LOGITS, Validation, crossfit, load_validation, sweep
-from minisweet.paper.report import STUDENT_T, table
+from minisweet.paper.report import table
 from minisweet.runs.folders import read_evaluation, read_record
-from minisweet.use.plots import label_axes, new_figure, save_figure, sorted_curve
+from minisweet.use.plots import STUDENT_T, label_axes, new_figure, save_figure, sorted_curve
 
 TASKS, SLICES = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte"), (1, 2, 3)  # slices: of so many layers
 CURVES = {  # the rows of the tables: which run they are of, and which exits are asked
