@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import run_command
 from minisweet.bert import BertEncoder
-from minisweet.branches import BranchModel
+from minisweet.branches import BranchModel, build_multi_model
 from minisweet.checkpoint import checkpoint_names, load_encoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.data import toy
 from minisweet.deberta import DebertaEncoder
-from minisweet.exits import MultiExitModel, MultiModel, build_multi_model
+from minisweet.exits import MultiExitModel, MultiModel
 
 CHECKOUT = Path(__file__).parent.parent
 SIZES = {
@@ -187,8 +187,8 @@ RUNS = {
     "mm": ["--method", "mm"],
     "branch": ["--method", "branch"],
     "lte": ["--method", "sweet", "--exit-strategy", "lte"],
-    "pairs": ["--data", "pairs.csv", "--text-columns", "first,second", "--label-column", "verdict"],
-    "trunk0": ["--method", "branch", "--exit-layers", "0,4"],
+    "pairs": "--method branch --data pairs.csv --text-columns first,second --label-column verdict".split(),
+    "trunk0": ["--method", "plain", "--exit-layers", "0,4"],
 }
 
 
