@@ -118,12 +118,13 @@ def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confi
 def undecided_model(
     folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"
 ) -> MultiExitModel | MultiModel:
-    """A model with exits after layers 1, 2 and 4, in evaluation mode, whose exits are sure of some instances."""
+    """A model with exits after layers 1, 2 and 4 (plain: 4), in evaluation mode, that are sure of some instances."""
     torch.manual_seed(seed)
     if method == "mm":
         model = build_multi_model(folder, (1, 2, 4), num_labels, strategy)
     else:
-        model = exit_model(load_encoder(folder), (1, 2, 4), num_labels, method, strategy)
+        layers = (4,) if method == "plain" else (1, 2, 4)
+        model = exit_model(load_encoder(folder), layers, num_labels, method, strategy)
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)

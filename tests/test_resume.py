@@ -67,11 +67,20 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, st
     assert command("--out", "whole", *options)[0] == 0
     assert command("--out", "a", *options, signals={step: TERM})[0] == 143
     assert not Path("a").exists()
-    status, _, err = command("--out", "a", *options, "--resume", signals={1: TERM})
-    assert (status, "--resume goes on from" in err) == ((0, False) if step == STEPS else (143, True))
-    assert command("--out", "a", *options, "--resume")[0] == 0
+    status, _, err = command("--out", "a", *options, "--resume", signals={1: [signal.SIGHUP]})
+    assert (status, "--resume goes on from" in err) == ((0, False) if step == STEPS else (129, True))
+    status, out, _ = command("--out", "a", *options, "--resume")
+    assert (status, "--resume: goes on from step " in out) == (0, True)
     assert result("a") == result("whole")
     assert not list(Path().glob(".*"))
+
+
+def test_a_signal_that_is_ignored_stops_nothing(command):
+    """As with nohup."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    status, _, err = command("--out", "a", signals={3: [signal.SIGHUP]})
+    assert signal.signal(signal.SIGHUP, former) is signal.SIG_IGN
+    assert status == 0, err
 
 
 def test_ctrl_c_and_sigterm_at_once(command):
@@ -154,7 +163,7 @@ def test_a_training_claims_its_folder(command):
 
 
 def test_a_checkpoint_beside_a_finished_run_goes_first(command):
-    assert command("--out", "a", "--resume")[0] == 0  # starts where there is none
+    assert "--resume: goes on from step 0\n" in command("--out", "a", "--resume")[1]  # where there is none
     before = Path("a/run.json").stat().st_mtime_ns
     assert command("--out", "a", "--seed", "1", "--overwrite", signals={2: TERM})[0] == 143
     assert Path("a/run.json").stat().st_mtime_ns == before
@@ -167,7 +176,7 @@ def test_a_finished_run_on_a_trunk_says_so(command):
     words = "--trunk trunk --out a --train-size 20 --max-length 32 --targets trunk --resume".split()
     assert command(words=words)[0] == 0
     assert "finished already" in command("--exit-layers", "0,4", words=words)[1]  # its default
-    assert "exit_layers is [2, 4] and was [0, 4]" in command("--exit-layers", "2,4", words=words)[2]
+    assert "exit_layers is [4] and was [0, 4]" in command("--exit-layers", "4", words=words)[2]
 
 
 def test_a_full_disk(command, monkeypatch):
