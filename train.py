@@ -42,20 +42,19 @@ def fine_tune(
     seed: int = 0,
     precision: torch.dtype | None = None,
     checkpoint: Checkpoint | None = None,
-    stage: str = "training",
 ) -> list[list[float]]:
     """Train the parameters of `model.parameter_groups()` (App. A). Returns each step's losses, (steps, K).
 
     The learning rate decays linearly towards zero, and each group's gradient is clipped to norm 1. `seed` is that of
-    dropout, `precision` what is autocast to, None for float32. With a checkpoint, the training goes on where it
-    stopped in this stage. Raises FloatingPointError, with the step, where a loss is not finite.
+    dropout, `precision` what is autocast to, None for float32. With a checkpoint, its stage goes on where it stopped.
+    Raises FloatingPointError, with the step, where a loss is not finite.
     """
     groups, device = model.train().parameter_groups(), next(model.parameters()).device
     parameters = list(chain.from_iterable(groups))
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     scaler = GradScaler(device.type, enabled=precision is torch.float16)
-    losses = checkpoint.restore(stage, parameters, optimizer, scaler) if checkpoint else []
-    bar = Progress(batches, total=steps, unit="step", desc=stage)
+    losses = checkpoint.restore(parameters, optimizer, scaler) if checkpoint else []
+    bar = Progress(batches, total=steps, unit="step", desc=checkpoint.stage if checkpoint else "training")
     for step, batch in enumerate(bar, start=1):
         if step <= len(losses):  # the step was done before the training was stopped
             continue
@@ -75,7 +74,7 @@ def fine_tune(
         scaler.update()
         bar.set_postfix_str(f"loss per exit {np.mean(losses[-50:], axis=0).round(2)}", refresh=False)
         if checkpoint:
-            checkpoint.keep(stage, losses, parameters, optimizer, scaler, is_over=step == steps)
+            checkpoint.keep(losses, parameters, optimizer, scaler, is_over=step == steps)
     return losses
 
 
@@ -128,10 +127,10 @@ def train_stage(setup: TrainingSetup, checkpoint: Checkpoint, stage: str, model:
     """Fine-tune a model, or a part of one, on all examples for all epochs."""
     args, rows = setup.args, setup.examples
     model.to(setup.device)
-    with checkpoint.signals(), used_rows(model, rows) as examples:
+    with checkpoint.during(stage), used_rows(model, rows) as examples:
         epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
         batches, steps = chain.from_iterable(epochs), args.epochs * -(-len(rows) // args.batch_size)
-        fine_tune(model, batches, steps, rate, args.seed, setup.precision, checkpoint, stage)
+        fine_tune(model, batches, steps, rate, args.seed, setup.precision, checkpoint)
     model.cpu()  # frees the device for the next stage
 
 

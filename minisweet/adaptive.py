@@ -1,15 +1,11 @@
 """When to leave, and what it costs: exit decisions, temperatures, Eq. 1 and the speed-accuracy curve (Sec. 3.3).
 
-An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. An
-exit's confidence is its highest probability, after temperature scaling, or what it has learned of itself:
-learning-to-exit (Sec. 5).
-
-The sweep needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
+An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. The sweep
+needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
 
 Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
 one number, which makes its confidence more truthful and changes no prediction. The authors fit the temperatures on the
-very set that they then score. We do not: each fold of the validation rows is decided by temperatures that were fitted
-on the others (evaluation/sweep.py), and so is whatever is stated of new text (evaluation/operating.py).
+very set that they then score. Here no row is scored by temperatures that were fitted on it (evaluation/).
 
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
@@ -30,7 +26,7 @@ BINS = 15  # of the expected calibration error
 
 
 class ExitRule:
-    """How confident an exit is, by the softmax or by learning-to-exit. The sweep, live early exit and users share it.
+    """How confident an exit is: its highest probability, or what it has learned of itself, learning-to-exit (Sec. 5).
 
     Args:
         num_labels: C.
@@ -41,8 +37,8 @@ class ExitRule:
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
         self.num_labels, self.ranges = num_labels, ranges
-        K = MOST_EXITS if ranges is None else len(ranges)
-        self.temperatures = torch.ones(K) if temperatures is None else temperatures
+        ones = torch.ones(MOST_EXITS if ranges is None else len(ranges))
+        self.temperatures = ones if temperatures is None else temperatures
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
@@ -124,13 +120,11 @@ class Exits(NamedTuple):
     def costs(self, threshold: float = 0.0) -> list[float]:
         """What leaving at each exit costs, as a share of the encoder's layers: (K,) (Eq. 1 for one instance).
 
-        EE and SWEET have run the exit's n layers: n / L. MM has run all the models up to and including the exit's. Exit
-        0 runs no layer.
-
-        With branches, leaving after layer n costs n layers and a sixth of a layer for each of the k branches before it:
-        (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D products per
-        token, those of the keys and the values. (DeBERTa's takes a quarter, and is charged a sixth too.) At threshold 1
-        no exit but the last is asked, except with MM, which runs all its models.
+        EE, SWEET and plain have run the exit's n layers: n / L. MM has run all models up to the exit's. Exit 0 runs no
+        layer. With branches, leaving after layer n costs n layers and a sixth of a layer for each of the k branches
+        before it: (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D
+        products per token, those of the keys and the values. (DeBERTa's takes a quarter, and is charged a sixth too.)
+        At threshold 1 no exit but the last is asked, except with MM, which runs all its models.
 
         Eq. 1 leaves out the exits' heads, exit 0's sum over tokens, and that EE's and SWEET's exits, too, run their
         layer for [CLS] before it runs for all tokens.

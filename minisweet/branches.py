@@ -1,9 +1,7 @@
 """Branches on a frozen trunk: early exits for a finished model, which stays as it is. They go beyond the paper.
 
-    trunk         1 -------- 2 -------- 3          fine-tuned for the last exit alone, then frozen
-              x /        x /            |
-    branches  1'         2'             loss 3     each earlier exit has a private copy of its layer,
-              loss 1     loss 2                    which runs for [CLS] in that layer's place
+The trunk is fine-tuned for the last exit alone, then frozen. Each earlier exit has a branch: a private copy of its
+layer, which runs for [CLS] in that layer's place.
 
 The exit's loss trains the copy and the exit's head, and nothing else. So each parameter is updated by exactly one
 classifier, and the trunk's own answers are those of the plain fine-tuned model. EE-Tuning (Pan et al. 2024,
@@ -52,7 +50,7 @@ class BranchModel(MultiExitModel):
 
     @property
     def trained_exits(self) -> int:
-        """As in `MultiExitModel`: the exits that have a branch."""
+        """The number of exits that have a branch."""
         return len(self.branches)
 
     def train(self, mode: bool = True) -> "BranchModel":

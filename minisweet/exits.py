@@ -1,13 +1,8 @@
 """Exits on an encoder: Early-Exit (EE), Multi-Model (MM) and SWEET, the paper's method (Sections 2 to 4).
 
-    Early-Exit (EE)      1 -------- 2 -------- 3        every loss reaches all the layers below its exit
-                         loss 1     loss 2     loss 3
-
-    SWEET                1 --x----- 2 --x----- 3        the gradient stops at x: each loss updates the layers
-                         loss 1     loss 2     loss 3   after the exit before it
-
-    Multi-Model (MM)     1    1 -- 2    1 -- 2 -- 3     one model per exit, each trained for itself: no conflict,
-                     loss 1   loss 2         loss 3     but an instance that goes on starts from the words again
+- Early-Exit (EE): one model. Every exit's loss reaches all the layers below that exit.
+- SWEET: one model. The gradient stops at each exit: a loss updates the layers after the exit before it, and no others.
+- Multi-Model (MM): one model per exit, each trained for itself. An instance that goes on starts from the words again.
 
 Which exits' losses update what, for exits after layers 1, 2 and 4 (each of MM's models has its parameters for itself;
 the trunk of branches is trained before, for the last exit alone, and then frozen, see branches.py):
@@ -50,7 +45,7 @@ ExitOutputs = Generator[ExitOutput, Tensor | None, None]  # see `MultiExitModel.
 
 
 def stop_gradient(x: Tensor) -> Tensor:
-    """The same values, which pass no gradient back: the x of the picture."""
+    """The same values, which pass no gradient back."""
     return x.detach()
 
 
@@ -88,11 +83,8 @@ class ExitHead(nn.Module):
 def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tensor:
     """One exit's loss, a scalar: cross-entropy, and for learning-to-exit the squared error of the certainty.
 
-    Args:
-        logits: (B, C).
-        certainty: (B,) that the exit is right, or None; it should be 1 where the exit is right, and 0 elsewhere.
-        targets: the labels (B,), or the probabilities (B, C) to learn. A row that is multiplied by a weight counts so
-            much in the cross-entropy. The certainty's error counts all rows alike.
+    `targets` are the labels (B,), or probabilities (B, C) to learn. A row of them that is multiplied by a weight counts
+    so much in the cross-entropy. `certainty` (B,) should be 1 where the `logits` (B, C) are right, and 0 elsewhere.
     """
     loss = F.cross_entropy(logits.float(), targets)
     if certainty is not None:
@@ -168,12 +160,10 @@ class MultiExitModel(ExitModel):
         encoder: from `load_encoder`.
         exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
         num_labels: C.
-        method: "sweet" or "ee", which give the same logits from the same weights; only the gradients differ. A model
-            with one exit, at its end, may also be called "plain".
+        method: "sweet" or "ee": equal logits from equal weights, and other gradients; or "plain", with one exit.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
 
-    Raises:
-        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
+    Raises ValueError for exit layers that are not increasing or not there, another method or exit strategy.
     """
 
     def __init__(
@@ -194,10 +184,9 @@ class MultiExitModel(ExitModel):
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        Only in EE does a later exit's loss reach the layers below an earlier exit. With the other methods a training
-        loop may call backward() on each loss before the next exit runs, which frees the activations up to there.
-        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. For the arguments see
-        `forward`.
+        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. Only in EE does a later
+        exit's loss reach the layers below an earlier exit. With the other methods a training loop may call backward()
+        on each loss before the next exit runs, which frees the activations up to there.
         """
         mask, stay = attention_mask, None
         if self.ngrams is not None:
@@ -235,7 +224,7 @@ class MultiExitModel(ExitModel):
         return len(self.heads)
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters that training updates. Each group's gradients are clipped by themselves; here is one group."""
+        """The parameters that training updates, in groups whose gradients are clipped by themselves; here it is one."""
         return [list(self.parameters())]
 
 

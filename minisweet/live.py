@@ -1,9 +1,8 @@
 """Live early exit, as one would deploy it: whoever is sure leaves at an exit, and the others alone run on.
 
-Exit 0 is asked of all texts first, so that those who stay run in full batches. Where the model has layers, a batch
-shrinks at each exit. The decisions are those of the sweep in adaptive.py, since an instance's logits do not depend on
-its batch. Only rounding does: a confidence within about 1e-6 of the threshold in float32, or 1e-2 in bfloat16, may fall
-on either side.
+Exit 0 is asked of all B first, so that those who stay fill batches. From then on a batch shrinks at each exit. The
+decisions are the sweep's, since logits do not depend on the batch, but for rounding: a confidence within about 1e-6 of
+the threshold in float32, or 1e-2 in bfloat16, may fall on either side.
 
 Dimension letters: B instances, T tokens, K exits, C classes, R instances of a batch that have not left.
 """
@@ -39,10 +38,9 @@ def early_exit(
     """Classify instances, each at the first exit whose confidence reaches the threshold.
 
     Args:
-        model: in evaluation mode.
-        input_ids, attention_mask, token_type_ids: (B, T) as in `ExitModel.forward`, padded at the end.
-        threshold: the rule's lowest (1/C, or 0) sends all to the first exit. 1 sends all to the last one; no other
-            exit is asked then, except with MM, whose models all run.
+        model, input_ids, attention_mask, token_type_ids: as in `ExitModel.forward`; the model in evaluation mode.
+        threshold: at the rule's lowest (1/C, or 0) all leave at the first exit. At 1 the last alone is asked, or all of
+            MM's models.
         rule: for the model's K exits; None for confidences as they are.
         batch_size: how many of the B run at once.
     """
@@ -51,9 +49,8 @@ def early_exit(
     model, inputs = model.keep_exits(model.exit_layers[first:]), (input_ids, attention_mask, token_type_ids)
     lengths = attention_mask.sum(1).clamp(min=1)  # (B,)
     rows = lengths.argsort(descending=True, stable=True)  # similar lengths run together
-    exits, stays = torch.zeros_like(lengths), torch.ones_like(lengths, dtype=torch.bool)
-    confidence = torch.zeros_like(lengths, dtype=torch.float32)
-    all_logits = confidence.new_zeros(len(lengths), model.num_labels)
+    exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)
+    all_logits, stays = confidence.new_zeros(len(lengths), model.num_labels), torch.ones_like(lengths).bool()
 
     def decide(k: int, batch: Tensor, logits: Tensor, certainty: Tensor | None) -> Tensor:
         """Note what exit k says of the rows `batch`, (R, C) and (R,) or None. Returns who of them stays: bool (R,)."""
@@ -62,14 +59,14 @@ def early_exit(
         return stays[batch]
 
     if model.ngrams is not None:
-        for batch in rows.split(batch_size):
-            decide(0, batch, model.ngrams(*(x[batch, : lengths[batch].max()] for x in inputs)), None)
+        for batch in rows.split(batch_size) if len(rows) else ():
+            decide(0, batch, model.ngrams(*(x[batch, : lengths[batch[0]]] for x in inputs)), None)
         rows, first, model = rows[stays[rows]], 1, model.keep_exits(model.head_layers)
     for batch in rows.split(batch_size) if len(rows) else ():
         outputs, stay = model.exit_by_exit(*(x[batch, : lengths[batch[0]]] for x in inputs)), None
         for k in range(first, K):
             stay = decide(k, batch, *outputs.send(stay))
             batch = batch[stay]
-            if len(batch) == 0:
+            if not len(batch):
                 break
     return Answers(all_logits.argmax(-1), exits, all_logits, confidence)

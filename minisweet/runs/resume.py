@@ -95,9 +95,9 @@ class Checkpoint:
         *_, place = "step 0", *(f"step {len(saved['losses'])} of {stage}" for stage, saved in self.stages.items())
         self.notes = [f"--resume: goes on from {place}"] * args.resume  # for the user
 
-    def restore(self, stage: str, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:
+    def restore(self, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:
         """Restore parameters, AdamW and scaler, if the stage was begun. Returns each step's losses until there."""
-        saved, self.started = self.stages.get(stage, {}), time.perf_counter()
+        saved, self.started = self.stages.get(self.stage, {}), time.perf_counter()
         if not saved:
             return []
         self.started -= saved["seconds"]
@@ -108,7 +108,7 @@ class Checkpoint:
             other.load_state_dict(state)
         return saved["losses"]
 
-    def keep(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
+    def keep(self, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
         """Save the checkpoint if it is time, if the stage is over, or if a signal came, which then ends the process.
 
         All processes save together as soon as one of them must.
@@ -121,22 +121,23 @@ class Checkpoint:
         state["parameters"] = [parameter.detach().cpu() for parameter in parameters]
         if not is_over:
             state["others"] = [other.state_dict() for other in others]
-        self.stages[stage] = state
+        self.stages[self.stage] = state
         if process_rank() == 0:
             with written_beside(self.path) as new, new.open("wb") as file:  # a full disk is OSError in a file of ours
                 torch.save({"training": self.training, "stages": self.stages}, file)
         self.saved = time.perf_counter()
         if number:
-            LOG.warning("stopped after %d steps of %s; --resume goes on from %s", len(losses), stage, self.path)
+            LOG.warning("stopped after %d steps of %s; --resume goes on from %s", len(losses), self.stage, self.path)
             sys.exit(128 + number)
 
     @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Within, SIGTERM, SIGHUP and Ctrl-C wait for `keep`, unless they are ignored, as with nohup."""
+    def during(self, stage: str) -> Iterator[None]:
+        """Within, the stage is trained. SIGTERM, SIGHUP and Ctrl-C wait for `keep`, unless they are ignored (nohup)."""
 
         def note(number: int, _: object) -> None:
             self.signal = number
 
+        self.stage = stage
         with ExitStack() as former:
             for number in (*STOPS, signal.SIGINT):
                 if signal.getsignal(number) is not signal.SIG_IGN:
