@@ -110,29 +110,23 @@ def test_other_arguments_and_rows_are_refused_with_both_values(command, finished
     def refused(*more: str) -> str:
         status, _, err = command(*given, "--resume", *more)
         assert (status, len(err.splitlines()[-1]) < 400, command.steps, files()) == (2, True, 0, before), err
-        assert "--resume: a is another training's: " in err
-        return err
+        return err.partition("--resume: a is another training's: ")[2]
 
     before = files()
-    assert len(before) == (5 if finished else 1)
-    for option, now, was in (
-        ("lr", 0.25, 0.0002),
-        ("exit_strategy", "lte", "confidence"),
-        ("train_size", 19, 20),
-        ("seed", 7, 0),
-        ("method", "ee", "sweet"),
-    ):
-        assert f" {option} is {now} and was {was}" in refused(f"--{option.replace('_', '-')}", str(now))
+    assert "lr is 0.25 and was 0.0002" in refused("--lr", "0.25")
+    assert "method is ee and was sweet" in refused("--method", "ee")
     assert "exit_layers is [2, 4] and was [1, 4]" in refused("--exit-layers", "2,4")
-    write_texts("train.csv", "bad", "dull")
-    assert "train_digest is " in refused()
-    write_texts("train.csv", "down", "below")
-    write_texts("dev.csv", "down", "below")
-    assert "labels is ['below', 'up'] and was ['down', 'up']" in refused()
-    write_texts("train.csv")
-    write_texts("dev.csv")
-    assert "dev_digest is " in refused()
-    write_texts("dev.csv", "a film", "the film")
+    kept = {path: path.read_text() for path in map(Path, ("train.csv", "dev.csv"))}
+    for old, new, reason in (
+        ("a film bad", "a dull film", "train_digest is "),
+        ("the film bad", "a dull film", "dev_digest is "),
+        (",down", ",below", "labels is ['below', 'up'] and was ['down', 'up']"),
+    ):
+        for path, text in kept.items():
+            path.write_text(text.replace(old, new))
+        assert reason in refused()
+    for path, text in kept.items():
+        path.write_text(text)
     Path("elsewhere").mkdir()
     Path("train.csv").rename("elsewhere/other.csv")  # files may move, and be called otherwise
     moved = [*given, "--data", "elsewhere/other.csv", "--resume", "--save-every", "5"]
