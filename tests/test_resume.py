@@ -75,19 +75,13 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, st
     assert not list(Path().glob(".*"))
 
 
-def test_a_signal_that_is_ignored_stops_nothing(command):
-    """As with nohup."""
-    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    status, _, err = command("--out", "a", signals={3: [signal.SIGHUP]})
-    assert signal.signal(signal.SIGHUP, former) is signal.SIG_IGN
-    assert status == 0, err
-
-
-def test_ctrl_c_and_sigterm_at_once(command):
+def test_ctrl_c_and_sigterm_at_once_and_a_signal_that_is_ignored(command):
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as with nohup
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it starts ignored
-    status, _, err = command("--out", "a", signals={3: [signal.SIGINT, signal.SIGTERM]})
+    status, _, err = command("--out", "a", signals={2: [signal.SIGHUP], 3: [signal.SIGINT, signal.SIGTERM]})
     assert (status, err.count("Traceback"), "stopped after 3 steps of sweet; --resume goes on" in err) == (143, 0, True)
     assert signal.signal(signal.SIGINT, former) is signal.default_int_handler
+    assert signal.signal(signal.SIGHUP, ignored) is signal.SIG_IGN
     assert len(torch.load(STOPPED, weights_only=True)["stages"]["sweet"]["losses"]) == 3
 
 

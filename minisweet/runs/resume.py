@@ -1,10 +1,9 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
 Until the run NAME is saved, .NAME.checkpoint/checkpoint.pt lies beside it. It is written every `--save-every` minutes,
-at the end of each stage (MM's models, a trunk, branches), and at SIGTERM, SIGHUP or Ctrl-C. The number of saved losses
-is the step. The seed and the step alone set the order of the examples and, with the process's number, dropout. So the
-weights are those of a training that never stopped, to the last bit on the same processor with the same torch and
-numbers of threads and processes.
+at the end of each stage (MM's models, a trunk, branches), and at SIGTERM, SIGHUP or Ctrl-C. Seed, step and the
+process's number alone set the order of the examples and dropout. So the weights are those of a training that never
+stopped, to the last bit with the same processor, torch and numbers of threads and processes.
 """
 
 import argparse
@@ -32,10 +31,10 @@ MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_d
 
 @contextmanager
 def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
-    """Make the checkpoint's folder, which only one training can do: so no other one writes to `out`.
+    """Make the checkpoint's folder, so that no other training writes to `out`, and give the checkpoint's path.
 
-    Gives the path of the checkpoint. Afterwards the folder stays if a checkpoint is in it. Raises InputError where the
-    folder is there, unless `may_stand`, where `check_output` does, and where nothing can be written.
+    Afterwards the folder stays if a checkpoint is in it. Raises InputError where the folder is there, unless
+    `may_stand`, where `check_output` does, and where nothing can be written.
     """
     whole = out.resolve()
     path = whole.with_name(f".{whole.name}.checkpoint") / "checkpoint.pt"

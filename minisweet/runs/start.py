@@ -220,14 +220,13 @@ def find_model(
     args.batch_size = args.batch_size or (8 if is_large_deberta else 16)  # App. A
     depth = end or config.num_hidden_layers
     exit_layers = list(args.exit_layers or exit_layers_for(depth, method, exit_strategy))
+    wanted = f"--exit-layers: {','.join(map(str, exit_layers))}"
     if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
-        raise InputError(f"--exit-layers: {','.join(map(str, exit_layers))}, should increase and end {where}")
-    if method == "plain" and exit_strategy == "lte":
-        raise InputError("--exit-strategy: lte, and plain has no exit that could learn it; add --method branch")
-    if method == "plain" and len(exit_layers) > 1 + (exit_layers[0] == 0):
-        where = f"{','.join(map(str, exit_layers))}, and plain has 0,{depth} alone; add --method branch"
-        raise InputError(f"--exit-layers: {where}")
+        raise InputError(f"{wanted}, should increase and end {where}")
+    if method == "plain" and (exit_strategy == "lte" or any(exit_layers[:-1])):
+        wanted = "--exit-strategy: lte" if exit_strategy == "lte" else wanted
+        raise InputError(f"{wanted}, and the method plain has exits 0 and {depth} alone; add --method branch")
     if exit_strategy == "lte" and exit_layers[0] == 0:
         raise InputError("--exit-layers: exit 0 cannot learn when to be taken; leave 0 out, or --exit-strategy lte")
     return folder, config, exit_layers
