@@ -1,8 +1,7 @@
 """Live early exit, as one would deploy it: whoever is sure leaves at an exit, and the others alone run on.
 
-Exit 0 is asked of all B first, so that those who stay fill batches. From then on a batch shrinks at each exit. The
-decisions are the sweep's, since logits do not depend on the batch, but for rounding: a confidence within about 1e-6 of
-the threshold in float32, or 1e-2 in bfloat16, may fall on either side.
+Exit 0 is asked of all B first, so that those who stay fill batches. From then on a batch shrinks at each exit. Only
+confidences within rounding of the threshold, 1e-6 in float32 and 1e-2 in bfloat16, may be decided as no sweep would.
 
 Dimension letters: B instances, T tokens, K exits, C classes, R instances of a batch that have not left.
 """
@@ -39,14 +38,14 @@ def early_exit(
 
     Args:
         model, input_ids, attention_mask, token_type_ids: as in `ExitModel.forward`; the model in evaluation mode.
-        threshold: at the rule's lowest (1/C, or 0) all leave at the first exit. At 1 the last alone is asked, or all of
-            MM's models.
+        threshold: at the rule's lowest (1/C, or 0) all leave at the first exit. At 1 only the last is asked (MM: all).
         rule: for the model's K exits; None for confidences as they are.
         batch_size: how many of the B run at once.
     """
-    rule, K = rule or ExitRule(model.num_labels), len(model.exit_layers)
-    first = K - 1 if threshold >= 1 and model.method != "mm" else 0  # the exit that is asked first
-    model, inputs = model.keep_exits(model.exit_layers[first:]), (input_ids, attention_mask, token_type_ids)
+    rule, inputs = rule or ExitRule(model.num_labels), (input_ids, attention_mask, token_type_ids)
+    last = len(model.exit_layers) - 1
+    first = last if threshold >= 1 and model.method != "mm" else 0  # the exit that is asked first
+    model = model.keep_exits(model.exit_layers[first:])
     lengths = attention_mask.sum(1).clamp(min=1)  # (B,)
     rows = lengths.argsort(descending=True, stable=True)  # similar lengths run together
     exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)
@@ -54,8 +53,9 @@ def early_exit(
 
     def decide(k: int, batch: Tensor, logits: Tensor, certainty: Tensor | None) -> Tensor:
         """Note what exit k says of the rows `batch`, (R, C) and (R,) or None. Returns who of them stays: bool (R,)."""
+        all_logits[batch], exits[batch] = logits.float(), k
         confidence[batch] = sure = rule.confidence(k, logits, certainty)
-        all_logits[batch], exits[batch], stays[batch] = logits.float(), k, ~leaves(sure, threshold, rule.lowest)
+        stays[batch] = ~leaves(sure, threshold, rule.lowest) & (k < last)
         return stays[batch]
 
     if model.ngrams is not None:
@@ -63,10 +63,8 @@ def early_exit(
             decide(0, batch, model.ngrams(*(x[batch, : lengths[batch[0]]] for x in inputs)), None)
         rows, first, model = rows[stays[rows]], 1, model.keep_exits(model.head_layers)
     for batch in rows.split(batch_size) if len(rows) else ():
-        outputs, stay = model.exit_by_exit(*(x[batch, : lengths[batch[0]]] for x in inputs)), None
-        for k in range(first, K):
+        outputs, k, stay = model.exit_by_exit(*(x[batch, : lengths[batch[0]]] for x in inputs)), first, None
+        while len(batch):
             stay = decide(k, batch, *outputs.send(stay))
-            batch = batch[stay]
-            if not len(batch):
-                break
+            batch, k = batch[stay], k + 1
     return Answers(all_logits.argmax(-1), exits, all_logits, confidence)
