@@ -1,4 +1,4 @@
-"""Fine-tune BERT or DeBERTa with early exits: the paper's SWEET, Early-Exit (ee) and Multi-Model (mm), and branches.
+"""Fine-tune BERT or DeBERTa with early exits: the paper's SWEET, Early-Exit (ee) and Multi-Model (mm), and ours.
 
     python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
     python train.py --model bert-base --method sweet --task rte
@@ -9,7 +9,7 @@ Writes a run folder, which evaluate.py reads. Dimension letters: N instances, K 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -23,68 +23,68 @@ from minisweet import MultiExitModel
 from minisweet.base import devices
 from minisweet.base.commands import Progress, run_command
 from minisweet.base.files import InputError
-from minisweet.branches import METHODS
+from minisweet.branches import build_alone, grow
 from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.sweep import all_logits
-from minisweet.exits import ExitModel, build_alone, exit_loss
-from minisweet.ngrams import NgramExit, fit_ngrams
+from minisweet.exits import ExitModel, exit_loss
+from minisweet.ngrams import fit_ngrams
 from minisweet.runs.folders import save_run
 from minisweet.runs.resume import Checkpoint, claim_output
 from minisweet.runs.start import TrainingSetup, find_start, parse_arguments
 
 
 def fine_tune(
-    setup: TrainingSetup, checkpoint: Checkpoint, model: MultiExitModel, learning_rate: float, stage: str
-) -> None:
-    """Train the parameters of `model.parameter_groups()` (App. A), or go on where the checkpoint stopped.
+    model: MultiExitModel,
+    batches: Iterable[Batch],
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    precision: torch.dtype | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> list[list[float]]:
+    """Train the parameters of `model.parameter_groups()` (App. A). Returns each step's losses, (steps, K).
 
-    The learning rate decays linearly towards zero, and each group's gradient is clipped to norm 1. The precision is
-    bfloat16 where the device has instructions for it, else float16 on CUDA and float32 on a CPU, unless --amp says
-    another. Raises FloatingPointError, with the step, where a loss is not finite.
+    The learning rate decays linearly towards zero, and each group's gradient is clipped to norm 1. `seed` is that of
+    dropout, `precision` what is autocast to, None for float32. With a checkpoint, its stage goes on where it stopped.
+    Raises FloatingPointError, with the step, where a loss is not finite.
     """
-    args, device = setup.args, setup.device
-    model.to(device).train()
-    with checkpoint.signals(), used_rows(model, setup.examples) as examples:
-        groups = model.parameter_groups()
-        parameters = list(chain.from_iterable(groups))
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-        scaler = GradScaler(device.type, enabled=setup.precision is torch.float16)
-        history = checkpoint.start(stage, parameters, optimizer, scaler)  # the losses so far: (steps, K)
-        steps = args.epochs * -(-len(examples) // args.batch_size)
-        epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
-        bar = Progress(chain.from_iterable(epochs), total=steps, unit="step", desc=stage)
-        for step, batch in enumerate(bar, start=1):
-            if step <= len(history):  # the step was done before the training was stopped
-                continue
-            # Seeds dropout by step, so that no random state has to be saved.
-            torch.manual_seed(hash((args.seed, step, devices.process_rank())))
-            optimizer.zero_grad()
-            rows, weight = devices.own_rows(batch)  # each of several processes takes a share of every batch
-            losses = compute_gradients(model, rows.to(device), scaler, setup.precision)
-            history.append(devices.add_up_gradients(parameters, losses, weight).tolist())
-            if not np.isfinite(history[-1]).all():
-                raise FloatingPointError(step)
-            scaler.unscale_(optimizer)
-            for group in groups:
-                clip_grad_norm_(group, 1.0)
-            optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
-            scaler.step(optimizer)
-            scaler.update()
-            bar.set_postfix_str(f"loss per exit {np.mean(history[-50:], axis=0).round(2)}", refresh=False)
-            checkpoint.keep(stage, history, parameters, optimizer, scaler, is_over=step == steps)
-    model.cpu()  # frees the device for the next stage
+    groups, device = model.train().parameter_groups(), next(model.parameters()).device
+    parameters = list(chain.from_iterable(groups))
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    scaler = GradScaler(device.type, enabled=precision is torch.float16)
+    losses = checkpoint.restore(parameters, optimizer, scaler) if checkpoint else []
+    bar = Progress(batches, total=steps, unit="step", desc=checkpoint.stage if checkpoint else "training")
+    for step, batch in enumerate(bar, start=1):
+        if step <= len(losses):  # the step was done before the training was stopped
+            continue
+        # Seeds dropout by step, so that no random state has to be saved.
+        torch.manual_seed(1_000_003 * seed + 1_009 * step + devices.process_rank())
+        optimizer.zero_grad()
+        rows, weight = devices.own_rows(batch)  # each of several processes takes a share of every batch
+        of_step = compute_gradients(model, rows.to(device), scaler, precision)
+        losses.append(devices.add_up_gradients(parameters, of_step, weight).tolist())
+        if not np.isfinite(losses[-1]).all():
+            raise FloatingPointError(step)
+        scaler.unscale_(optimizer)
+        for group in groups:
+            clip_grad_norm_(group, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
+        scaler.step(optimizer)
+        scaler.update()
+        bar.set_postfix_str(f"loss per exit {np.mean(losses[-50:], axis=0).round(2)}", refresh=False)
+        if checkpoint:
+            checkpoint.keep(losses, parameters, optimizer, scaler, is_over=step == steps)
+    return losses
 
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
-    """Add up the gradients of all exits' losses on a batch. Returns the losses (K,), or (K-1,) for branches.
+    """Add up the gradients of the losses of all exits that are trained. Returns the losses, (K,); of branches (K-1,).
 
     Autocast ends with each loss, before backward(), which torch advises to run outside of it.
     """
     losses, exits = [], model.exit_by_exit(*batch.inputs)
-    for head in model.heads:
-        if not head.classifier.weight.requires_grad:  # in a branch model the last head belongs to the frozen trunk
-            break
+    for _ in range(model.trained_exits):
         with devices.autocast(batch.input_ids.device, precision):
             losses.append(exit_loss(*next(exits), batch.targets))
         if model.method != "ee":  # no later loss sends a gradient to this segment, so its activations are freed
@@ -104,89 +104,80 @@ def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[To
     used, renumbered = examples.renumbered()  # ids (V,)
     used = torch.from_numpy(used).to(whole.device)
     embedding.weight = nn.Parameter(whole.detach()[used], whole.requires_grad)
-    yield renumbered
-    with torch.no_grad():
-        whole[used] = embedding.weight
-    embedding.weight = whole
+    try:
+        yield renumbered
+    finally:
+        with torch.no_grad():
+            whole[used] = embedding.weight
+        embedding.weight = whole
 
 
 def balanced(targets: np.ndarray, num_labels: int) -> np.ndarray:
-    """Targets for --class-weights balanced: labels (N,) or probabilities (N, C) to (N, C), each row times its weight.
+    """Labels (N,) or probabilities (N, C) to (N, C), each row times N / (classes that occur x rows of its class).
 
-    A row weighs N / (classes that occur x rows of its class). Its class is its label, or its likeliest target.
+    A row's class is its label, or its likeliest target.
     """
-    if targets.ndim == 1:
-        targets = np.eye(num_labels, dtype=np.float32)[targets]
-    classes, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
-    weights = len(targets) / (len(classes) * counts[of_row])  # (N,)
+    targets = np.eye(num_labels, dtype=np.float32)[targets] if targets.ndim == 1 else targets
+    _, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
+    weights = len(targets) / (len(counts) * counts[of_row])  # (N,)
     return targets * weights[:, None].astype(np.float32)
 
 
-def fit_exit_0(setup: TrainingSetup, embeddings: Tensor) -> NgramExit:
-    """Fit exit 0, a bag of words, with the word embeddings (V, D) that the training started from."""
-    examples = setup.examples
-    chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
-    batches = (examples.batch(rows).inputs for rows in chunks)
-    fit_ngrams(setup.ngrams, batches, torch.from_numpy(examples.targets), embeddings)
-    return setup.ngrams
+def train_stage(setup: TrainingSetup, checkpoint: Checkpoint, stage: str, model: MultiExitModel, rate: float) -> None:
+    """Fine-tune a model, or a part of one, on all examples for all epochs."""
+    args, rows = setup.args, setup.examples
+    model.to(setup.device)
+    with checkpoint.during(stage), used_rows(model, rows) as examples:
+        epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
+        batches, steps = chain.from_iterable(epochs), args.epochs * -(-len(rows) // args.batch_size)
+        fine_tune(model, batches, steps, rate, args.seed, setup.precision, checkpoint)
+    model.cpu()  # frees the device for the next stage
 
 
-def make_model(setup: TrainingSetup, start: MultiExitModel) -> ExitModel:
-    """The method's model, which starts from `start`. With --targets trunk the examples get the answers of `start`."""
+def stages(setup: TrainingSetup, model: ExitModel) -> Iterator[tuple[str, MultiExitModel, float]]:
+    """What is trained of a method's model, one after the other: a name, the part of the model, its learning rate.
+
+    A finished trunk stays as it is, but for EE and SWEET: they train its layers further, unless it gets no other exit.
+    """
+    method, rate, is_new = setup.args.method, setup.args.lr, setup.trunk is None
+    if method == "mm":
+        for part in model.models if is_new else model.models[:-1]:
+            yield f"layers {part.exit_layers[0]}", part, rate
+    elif method == "branch" and model.branches:
+        yield "branches", model, 2 * rate
+    elif method in ("sweet", "ee") and (is_new or len(model.heads) > 1):
+        yield method, model, rate
+
+
+def train_model(setup: TrainingSetup, checkpoint: Checkpoint, trunk: MultiExitModel) -> ExitModel:
+    """Train a method's model, which starts from a trunk: a model with one exit at its end, finished or new."""
     args, examples = setup.args, setup.examples
-    if args.targets == "trunk":
+    if setup.trunk is None and args.method in ("plain", "branch"):  # the trunk learns for its last exit alone
+        train_stage(setup, checkpoint, "trunk", trunk, args.lr)
+    if args.targets == "trunk":  # from here on its answers are what is learned, also by exit 0
         precision = devices.choose_precision(args.amp, setup.device)  # that of evaluate.py: on a CPU float32
-        logits, _ = all_logits(start.to(setup.device).eval(), examples, precision, "targets")
+        logits, _ = all_logits(trunk.to(setup.device).eval(), examples, precision, "targets")
         answers = logits[-1].softmax(-1).numpy()  # (N, C)
         examples.targets = balanced(answers, setup.num_labels) if args.class_weights else answers
-        start.cpu()
+        trunk.cpu()
     torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
-    return METHODS[args.method](start, setup.layers, exit_strategy=args.exit_strategy)
-
-
-# One function per method. `start` has one exit, at its end: it is the trunk, or a new model.
-
-
-def train_together(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
-    """EE and SWEET: one model, whose exits are trained together. A given trunk's layers are trained further."""
-    model = make_model(setup, start)
-    if setup.trunk is None or len(model.heads) > 1:  # a trunk with its one exit is trained already
-        fine_tune(setup, checkpoint, model, setup.args.lr, setup.args.method)
+    model = grow(args.method, trunk, setup.layers, args.exit_strategy)
+    for stage in stages(setup, model):
+        train_stage(setup, checkpoint, *stage)
     return model
-
-
-def train_one_by_one(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
-    """Multi-Model: one model for each exit. A trunk is the last of them, and stays as it is."""
-    model = make_model(setup, start)
-    for part in model.models[:-1] if setup.trunk else model.models:
-        fine_tune(setup, checkpoint, part, setup.args.lr, f"layers {part.exit_layers[0]}")
-    return model
-
-
-def train_branches(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
-    """Branches on a trunk, at twice the learning rate. Without --trunk it is trained first, for its last exit alone."""
-    if setup.trunk is None:
-        fine_tune(setup, checkpoint, start, setup.args.lr, "trunk")
-    model = make_model(setup, start)
-    if model.branches:
-        fine_tune(setup, checkpoint, model, 2 * setup.args.lr, "branches")
-    return model
-
-
-TRAIN = {"sweet": train_together, "ee": train_together, "mm": train_one_by_one, "branch": train_branches}
 
 
 def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     """Train one run and write its folder."""
-    print(*setup.notes, sep="\n")
     args, record, examples = setup.args, setup.record, setup.examples
+    print(*setup.notes, *checkpoint.notes, sep="\n")
     if args.class_weights and examples.targets is not None:
         examples.targets = balanced(examples.targets, setup.num_labels)
     torch.manual_seed(args.seed)
-    start = setup.trunk or build_alone(setup.folder, setup.layers[-1], setup.num_labels, args.exit_strategy)
-    embeddings = start.encoder.word_embeddings.weight.detach().clone()  # before they are trained
+    trunk = setup.trunk or build_alone(setup.folder, setup.layers[-1], setup.num_labels, args.exit_strategy)
+    embeddings = trunk.encoder.word_embeddings.weight.detach().clone()  # before they are trained
     try:
-        model = TRAIN[args.method](setup, checkpoint, start)
+        model = train_model(setup, checkpoint, trunk)
     except FloatingPointError as error:
         step = record["diverged"] = error.args[0]
         if devices.process_rank() == 0:
@@ -202,10 +193,13 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     seconds = {stage: saved["seconds"] for stage, saved in checkpoint.stages.items()}
     if args.method == "branch":
         losses.reverse()  # the trunk was trained first, and its exit is the last
-    if setup.ngrams:
+    if setup.exit_0:
         started = time.perf_counter()
-        model.add_ngrams(fit_exit_0(setup, embeddings))
-        seconds["ngrams"] = time.perf_counter() - started
+        chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
+        batches = (examples.batch(rows).inputs for rows in chunks)
+        fit_ngrams(setup.exit_0, batches, torch.from_numpy(examples.targets), embeddings)
+        model.add_ngrams(setup.exit_0)
+        seconds["exit 0"] = time.perf_counter() - started
     record["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
     record["stages"] = {stage: round(taken, 1) for stage, taken in seconds.items()}
     record["seconds"] = round(sum(seconds.values()), 1)

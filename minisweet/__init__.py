@@ -8,13 +8,14 @@ Names and shapes that stay (B batch, T tokens, D hidden size, L layers, K exits,
     logits = model(input_ids, attention_mask, token_type_ids)    # (K, B, C); call model.eval() first to predict
     model.heads[k].pooler, model.heads[k].classifier             # nn.Linear each, k from 0
     models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM: answers likewise
-    model.add_ngrams(NgramExit(...))                             # exit 0: logits are (K+1, B, C) then
+    model.add_ngrams(NgramExit(...))                             # exit 0, a bag of words: then (K+1, B, C)
 """
 
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
+from minisweet.branches import build_multi_model
 from minisweet.checkpoint import load_encoder
-from minisweet.exits import MultiExitModel, build_multi_model
+from minisweet.exits import MultiExitModel
 from minisweet.ngrams import NgramExit
 
 __all__ = ["EarlyExitClassifier", "InputError", "MultiExitModel", "NgramExit", "build_multi_model", "load_encoder"]

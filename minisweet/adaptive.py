@@ -1,16 +1,11 @@
 """When to leave, and what it costs: exit decisions, temperatures, Eq. 1 and the speed-accuracy curve (Sec. 3.3).
 
-An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. An
-exit's confidence is its highest probability, after temperature scaling, or what it has learned of itself:
-learning-to-exit (Sec. 5).
-
-The sweep needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
+An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. The sweep
+needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
 
 Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
 one number, which makes its confidence more truthful and changes no prediction. The authors fit the temperatures on the
-very set that they then score. We do not: each fold of the validation rows is decided by temperatures that were fitted
-on the others (evaluation/sweep.py). For new text all validation rows fit them; with a promise it is a quarter, since
-the rows that certify it must be unseen (evaluation/choice.py).
+very set that they then score. Here no row is scored by temperatures that were fitted on it (evaluation/).
 
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
@@ -26,21 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ASKING_A_BRANCH = 1 / 6  # of a layer, see `Exits.costs`
+MOST_EXITS = 100  # that a rule without temperatures serves
 BINS = 15  # of the expected calibration error
 
 
 class ExitRule:
-    """How confident an exit is, by the softmax or by learning-to-exit. The sweep, live early exit and users share it.
+    """How confident an exit is: its highest probability, or what it has learned of itself, learning-to-exit (Sec. 5).
 
     Args:
         num_labels: C.
-        temperatures: (K,), what each exit's logits are divided by; None for 1. Not for learning-to-exit.
+        temperatures: (K,), what each exit's logits are divided by; None for ones.
         ranges: (K, 2), the lowest and the highest certainty of each exit on validation data. This makes it the rule
             of learning-to-exit.
     """
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
-        self.num_labels, self.temperatures, self.ranges = num_labels, temperatures, ranges
+        self.num_labels, self.ranges = num_labels, ranges
+        ones = torch.ones(MOST_EXITS if ranges is None else len(ranges))
+        self.temperatures = ones if temperatures is None else temperatures
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
@@ -48,9 +46,9 @@ class ExitRule:
     def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
         """The rule for new text, which `fit_rule` made and evaluation.json keeps."""
         plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
-        if evaluation.exit_strategy == "lte":
-            return cls(num_labels, ranges=torch.tensor(evaluation.certainty_ranges, **plain))
-        return cls(num_labels, torch.tensor(evaluation.temperatures, **plain))
+        is_learned = evaluation.exit_strategy == "lte"
+        ranges = torch.tensor(evaluation.certainty_ranges, **plain) if is_learned else None
+        return cls(num_labels, torch.tensor(evaluation.temperatures, **plain), ranges)
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
         """Exit k's confidence in some instances: (n,), in float32.
@@ -62,8 +60,7 @@ class ExitRule:
                 model, which is never asked whether it is right.
         """
         if certainty is None:
-            temperature = 1 if self.temperatures is None else self.temperatures[k]
-            return (logits.float() / temperature).softmax(-1).amax(-1)
+            return (logits.float() / self.temperatures[k]).softmax(-1).amax(-1)
         low, high = self.ranges[k]
         return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
@@ -74,8 +71,8 @@ class ExitRule:
 
     def kept(self, places: Sequence[int]) -> "ExitRule":
         """The rule of some of its exits, counted from 0."""
-        temperatures, ranges = (None if x is None else x[list(places)] for x in (self.temperatures, self.ranges))
-        return ExitRule(self.num_labels, temperatures, ranges)
+        ranges = None if self.ranges is None else self.ranges[list(places)]
+        return ExitRule(self.num_labels, self.temperatures[list(places)], ranges)
 
 
 def certainty_ranges(certainty: Tensor, K: int) -> Tensor:
@@ -123,15 +120,13 @@ class Exits(NamedTuple):
     def costs(self, threshold: float = 0.0) -> list[float]:
         """What leaving at each exit costs, as a share of the encoder's layers: (K,) (Eq. 1 for one instance).
 
-        EE and SWEET have run the exit's n layers: n / L. MM has run all the models up to and including the exit's. Exit
-        0 runs no layer.
+        EE, SWEET and plain have run the exit's n layers: n / L. MM has run all models up to the exit's. Exit 0 runs no
+        layer. With branches, leaving after layer n costs n layers and a sixth of a layer for each of the k branches
+        before it: (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D
+        products per token, those of the keys and the values. (DeBERTa's takes a quarter, and is charged a sixth too.)
+        At threshold 1 no exit but the last is asked, except with MM, which runs all its models.
 
-        With branches, leaving after layer n costs n layers and a sixth of a layer for each of the k branches before it:
-        (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D products per
-        token, those of the keys and the values. (DeBERTa's takes a quarter, and is charged a sixth too.) At threshold 1
-        no exit but the last is asked, except with MM, which runs all its models.
-
-        Eq. 1 leaves out the exits' heads, exit 0's sum over words, and that EE's and SWEET's exits, too, run their
+        Eq. 1 leaves out the exits' heads, exit 0's sum over tokens, and that EE's and SWEET's exits, too, run their
         layer for [CLS] before it runs for all tokens.
         """
         if self.method == "mm":
@@ -146,8 +141,8 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: fl
 
     It starts at the first exit's ratio where that is larger than `start`. Evaluations start at 1/L, so that a model
     with exit 0, whose ratio is 0, compares with one without it. `ratios` and `scores` hold a point per threshold.
-    Ratios may fall again, as branches' do from just below threshold 1 to 1, so points are sorted here. At both ends the
-    score is interpolated; a curve that ends before 1 is taken as far as it goes, never extrapolated.
+    Branches' ratios fall at threshold 1, so points are sorted here. At both ends the score is interpolated; a curve
+    that ends before 1 is taken as far as it goes.
     """
     order = np.argsort(ratios, kind="stable")
     x, y = np.array(ratios)[order], np.array(scores)[order]

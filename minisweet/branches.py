@@ -1,9 +1,7 @@
 """Branches on a frozen trunk: early exits for a finished model, which stays as it is. They go beyond the paper.
 
-    trunk         1 -------- 2 -------- 3          fine-tuned for the last exit alone, then frozen
-              x /        x /            |
-    branches  1'         2'             loss 3     each earlier exit has a private copy of its layer,
-              loss 1     loss 2                    which runs for [CLS] in that layer's place
+The trunk is fine-tuned for the last exit alone, then frozen. Each earlier exit has a branch: a private copy of its
+layer, which runs for [CLS] in that layer's place.
 
 The exit's loss trains the copy and the exit's head, and nothing else. So each parameter is updated by exactly one
 classifier, and the trunk's own answers are those of the plain fine-tuned model. EE-Tuning (Pan et al. 2024,
@@ -11,18 +9,20 @@ https://arxiv.org/abs/2402.00518) does the like for language models that generat
 that start as copies.
 
 Here is also `grow`, which makes the model of every method from a model with one exit at its end: a finished trunk, or
-fresh public weights.
+new public weights.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 from torch import nn
 
-from minisweet.checkpoint import Encoder
+from minisweet.checkpoint import Encoder, load_encoder
 from minisweet.exits import ExitModel, MultiExitModel, MultiModel
+
+METHODS = ("sweet", "ee", "mm", "branch", "plain")
 
 
 class BranchModel(MultiExitModel):
@@ -48,6 +48,11 @@ class BranchModel(MultiExitModel):
             return super().layer_of_exit(n)
         return self.branches[self.head_layers.index(n)]
 
+    @property
+    def trained_exits(self) -> int:
+        """The number of exits that have a branch."""
+        return len(self.branches)
+
     def train(self, mode: bool = True) -> "BranchModel":
         """As any module's `train`, but the trunk stays in evaluation mode."""
         super().train(mode)
@@ -64,20 +69,20 @@ class BranchModel(MultiExitModel):
 def grow(
     method: str, trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy: str = "confidence"
 ) -> ExitModel:
-    """A method's model that starts from a trunk: a model with one exit at its end, fine-tuned or new.
+    """The model of one of `METHODS`, made of a trunk: a model with one exit at its end, fine-tuned or new.
 
-    The last exit starts as the trunk's: before training they answer alike, to the bit. The other exits' heads start
-    from the trunk's pooler. The encoder is taken over; branches, and MM's smaller models, are copies of its layers. EE
-    from a trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises ValueError unless the exits end where
-    the trunk does.
+    The last exit is the trunk's: before training they answer alike, to the bit. The other exits' heads start from the
+    trunk's pooler. The encoder is taken over. Branches are copies of its layers, and MM's smaller models are slices:
+    copies of its first layers. EE on a finished trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises
+    ValueError unless the exits end where the trunk does.
     """
     if trunk.head_layers != tuple(exit_layers[-1:]):
         raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.head_layers}")
     encoder, head, C = trunk.encoder.requires_grad_(True), trunk.heads[0], trunk.num_labels
     encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
     if method == "mm":
-        encoders = [*(first_layers(encoder, n) for n in exit_layers[:-1]), encoder]
-        parts = zip(encoders, exit_layers, strict=True)
+        slices = [*(first_layers(encoder, n) for n in exit_layers[:-1]), encoder]
+        parts = zip(slices, exit_layers, strict=True)
         model = MultiModel([MultiExitModel(part, (n,), C, exit_strategy=exit_strategy) for part, n in parts])
     elif method == "branch":
         model = BranchModel(encoder, exit_layers, C, exit_strategy)
@@ -95,5 +100,17 @@ def first_layers(encoder: Encoder, n: int) -> Encoder:
     return part
 
 
-# All methods, and how the model of each grows on a trunk: (trunk, exit_layers, exit_strategy=...).
-METHODS = {method: partial(grow, method) for method in ("sweet", "ee", "mm", "branch")}
+def build_alone(folder: str | Path, n: int, num_labels: int, exit_strategy: str = "confidence") -> MultiExitModel:
+    """The first n layers of a checkpoint with one exit at their end. Raises InputError as `load_encoder` does."""
+    return MultiExitModel(load_encoder(folder, n), (n,), num_labels, exit_strategy=exit_strategy)
+
+
+def build_multi_model(
+    folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
+) -> MultiModel:
+    """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into K independent models.
+
+    `train.py --method mm` starts from this model. For the arguments see `MultiExitModel`. Raises ValueError for other
+    exit layers, InputError as `load_encoder` does.
+    """
+    return grow("mm", build_alone(folder, exit_layers[-1], num_labels, exit_strategy), exit_layers, exit_strategy)

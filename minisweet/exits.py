@@ -1,13 +1,8 @@
 """Exits on an encoder: Early-Exit (EE), Multi-Model (MM) and SWEET, the paper's method (Sections 2 to 4).
 
-    Early-Exit (EE)      1 -------- 2 -------- 3        every loss reaches all the layers below its exit
-                         loss 1     loss 2     loss 3
-
-    SWEET                1 --x----- 2 --x----- 3        the gradient stops at x: each loss updates the layers
-                         loss 1     loss 2     loss 3   after the exit before it
-
-    Multi-Model (MM)     1    1 -- 2    1 -- 2 -- 3     one model per exit, each trained for itself: no conflict,
-                     loss 1   loss 2         loss 3     but an instance that goes on starts from the words again
+- Early-Exit (EE): one model. Every exit's loss reaches all the layers below that exit.
+- SWEET: one model. The gradient stops at each exit: a loss updates the layers after the exit before it, and no others.
+- Multi-Model (MM): one model per exit, each trained for itself. An instance that goes on starts from the words again.
 
 Which exits' losses update what, for exits after layers 1, 2 and 4 (each of MM's models has its parameters for itself;
 the trunk of branches is trained before, for the last exit alone, and then frozen, see branches.py):
@@ -26,42 +21,41 @@ the trunk of branches is trained before, for the last exit alone, and then froze
 
 With SWEET *each parameter is updated by exactly one classifier*, as the paper says. In the authors' code all exits
 share a pooler, and all their gradients reach DeBERTa's relative table. Here each exit has its own pooler, and the first
-exit alone updates the table. As in the authors' code, the gradients of all exits are clipped together: a large gradient
-elsewhere shrinks this one, but does not turn it.
-
-Exit 0, in front of the embeddings, is a bag of words that training does not touch: see ngrams.py and `add_ngrams`.
+exit alone updates the table. As there, the gradients of all exits are clipped together: a large gradient elsewhere
+shrinks this one, but does not turn it. Exit 0, in front of the embeddings, is a bag of words (ngrams.py). Training does
+not touch it.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.checkpoint import Encoder, load_encoder
+from minisweet.checkpoint import Encoder
 from minisweet.layers import Dropout
 from minisweet.ngrams import NgramExit
 
 EXIT_STRATEGIES = ("confidence", "lte")
-Said = tuple[Tensor, Tensor | None]  # of one exit: logits (B, C) and certainty (B,), or None without learning-to-exit
+ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
+ExitOutputs = Generator[ExitOutput, Tensor | None, None]  # see `MultiExitModel.exit_by_exit`
 
 
 def stop_gradient(x: Tensor) -> Tensor:
-    """The same values, which pass no gradient back: the x of the picture."""
+    """The same values, which pass no gradient back."""
     return x.detach()
 
 
 class ExitHead(nn.Module):
     """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
 
-    The pooler starts from the checkpoint's or the trunk's (`grow` in branches.py) where there is one. Else it is drawn,
-    as the classifier is, the way BERT's weights were. For learning-to-exit ("lte"; Xin et al. 2021,
-    https://aclanthology.org/2021.eacl-main.8) a linear layer beside the classifier learns to tell whether the
-    classifier is right. Its loss trains the same parameters as the cross-entropy.
+    The pooler starts from the encoder's `pooler_start` where there is one. Else it is drawn, as the classifier is, the
+    way BERT's weights were. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a
+    linear layer beside the classifier learns to tell whether the classifier is right. Its loss trains the same
+    parameters as the cross-entropy.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -79,7 +73,7 @@ class ExitHead(nn.Module):
             self.pooler.load_state_dict(dict(zip(("weight", "bias"), encoder.pooler_start, strict=True)))
         self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None
 
-    def forward(self, hidden: Tensor) -> Said:
+    def forward(self, hidden: Tensor) -> ExitOutput:
         """Hidden states of [CLS], (B, 1, D), to logits (B, C) and certainty (B,), or None."""
         pooled = self.activation(self.pooler(self.pooler_dropout(hidden[:, 0])))  # (B, D)
         certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
@@ -89,16 +83,25 @@ class ExitHead(nn.Module):
 def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tensor:
     """One exit's loss, a scalar: cross-entropy, and for learning-to-exit the squared error of the certainty.
 
-    Args:
-        logits: (B, C).
-        certainty: (B,) that the exit is right, or None; it should be 1 where the exit is right, and 0 elsewhere.
-        targets: the labels (B,), or the probabilities (B, C) to learn, each row multiplied by its weight.
+    `targets` are the labels (B,), or probabilities (B, C) to learn. A row of them that is multiplied by a weight counts
+    so much in the cross-entropy. `certainty` (B,) should be 1 where the `logits` (B, C) are right, and 0 elsewhere.
     """
     loss = F.cross_entropy(logits.float(), targets)
     if certainty is not None:
-        labels, weights = (targets, 1) if targets.ndim == 1 else (targets.argmax(-1), targets.sum(-1))
-        loss = loss + (weights * (certainty - (logits.argmax(-1) == labels).float()) ** 2).mean()
+        labels = targets if targets.ndim == 1 else targets.argmax(-1)
+        loss = loss + ((certainty - (logits.argmax(-1) == labels).float()) ** 2).mean()
     return loss
+
+
+def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a mask (B, T) and other tensors (B, T, ...) where `stay` (B,) is true, at least one; None for all.
+
+    The longest text that stays sets the new T.
+    """
+    if stay is None or stay.all():
+        return attention_mask, *others
+    T = attention_mask[stay].sum(1).max().clamp(min=1)
+    return tuple(x[stay, :T] for x in (attention_mask, *others))
 
 
 class ExitModel(nn.Module):
@@ -125,8 +128,8 @@ class ExitModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """All exits' logits, (K, B, C).
 
-        The arguments are (B, T), int64. `attention_mask` is 1 for tokens and 0 for padding, `token_type_ids` is 0 in
-        the first sentence and 1 in the second.
+        The arguments are (B, T), int64. `attention_mask` is 1 for tokens and 0 for padding, which stands at the end.
+        `token_type_ids` is 0 in the first sentence and 1 in the second.
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 
@@ -157,11 +160,10 @@ class MultiExitModel(ExitModel):
         encoder: from `load_encoder`.
         exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
         num_labels: C.
-        method: "sweet" or "ee", which give the same logits from the same weights; only the gradients differ.
+        method: "sweet" or "ee": equal logits from equal weights, and other gradients; or "plain", with one exit.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
 
-    Raises:
-        ValueError: exit layers that are not increasing or not in the encoder, another method or exit strategy.
+    Raises ValueError for exit layers that are not increasing or not there, another method or exit strategy.
     """
 
     def __init__(
@@ -173,33 +175,37 @@ class MultiExitModel(ExitModel):
         exit_strategy: str = "confidence",
     ) -> None:
         super().__init__(exit_layers, num_labels, len(encoder.layers))
-        for value, known in ((method, ("sweet", "ee")), (exit_strategy, EXIT_STRATEGIES)):
+        for value, known in ((method, ("sweet", "ee", "plain")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
                 raise ValueError(f"{value!r} is none of {', '.join(known)}")
         self.encoder, self.method = encoder, method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
 
-    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
+    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        Only in EE does a later exit's loss reach the layers below an earlier exit. With the other methods a training
-        loop may call backward() on each loss before the next exit runs, which frees the activations up to there. For
-        the arguments see `forward`.
+        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. Only in EE does a later
+        exit's loss reach the layers below an earlier exit. With the other methods a training loop may call backward()
+        on each loss before the next exit runs, which frees the activations up to there.
         """
+        mask, stay = attention_mask, None
         if self.ngrams is not None:
-            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
-        hidden = self.encoder.embed(input_ids, token_type_ids)  # (B, T, D)
-        context = self.encoder.context(attention_mask)
+            stay = yield self.ngrams(input_ids, mask, token_type_ids), None
+            mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)
+        hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # (B, T, D)
         for n, layer in enumerate(self.encoder.layers, start=1):
             if n in self.head_layers:
-                yield self.ask_exit(n, hidden, context)
+                stay = yield self.ask_exit(n, hidden, context)
+                if stay is not None:
+                    mask, hidden = rows_that_stay(stay, mask, hidden)
+                    context = self.encoder.context(mask)
             if n == self.head_layers[-1]:
                 return
             hidden = layer(hidden, context)  # with EE the losses of all later exits flow back through here
             if n in self.head_layers and self.method == "sweet":
                 hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
 
-    def ask_exit(self, n: int, hidden: Tensor, context: tuple[Tensor, ...]) -> Said:
+    def ask_exit(self, n: int, hidden: Tensor, context: tuple[Tensor, ...]) -> ExitOutput:
         """What the exit after layer n says, from the hidden states (B, T, D) that enter layer n.
 
         The exit reads [CLS] alone, and so layer n runs for [CLS] alone here. It runs for all tokens only if the caller
@@ -212,8 +218,13 @@ class MultiExitModel(ExitModel):
         """The layer that runs for [CLS] at the exit after layer n."""
         return self.encoder.layers[n - 1]
 
+    @property
+    def trained_exits(self) -> int:
+        """How many exits training asks, from the first one on."""
+        return len(self.heads)
+
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters that training updates. Each group's gradients are clipped by themselves; here is one group."""
+        """The parameters that training updates, in groups whose gradients are clipped by themselves; here it is one."""
         return [list(self.parameters())]
 
 
@@ -227,31 +238,15 @@ class MultiModel(ExitModel):
         super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
         self.models = nn.ModuleList(models)
 
-    def __len__(self) -> int:
-        return len(self.models)
-
     def __getitem__(self, k: int) -> MultiExitModel:
         return self.models[k]
 
-    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Iterator[Said]:
+    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
+        mask = attention_mask
         if self.ngrams is not None:
-            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
+            stay = yield self.ngrams(input_ids, mask, token_type_ids), None
+            mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)
         for model in self:
-            yield from model.exit_by_exit(input_ids, attention_mask, token_type_ids)
-
-
-def build_multi_model(
-    folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
-) -> MultiModel:
-    """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into K independent models.
-
-    For the arguments see `MultiExitModel`. Raises ValueError for other exit layers, InputError as `load_encoder` does.
-    """
-    return MultiModel([build_alone(folder, n, num_labels, exit_strategy) for n in exit_layers])
-
-
-def build_alone(folder: str | Path, n: int, num_labels: int, exit_strategy: str = "confidence") -> MultiExitModel:
-    """The first n layers of a checkpoint with one exit at their end: one of MM's models, or a trunk."""
-    with torch.random.fork_rng(devices=[]):  # new weights depend on the seed, and not on what was built before
-        return MultiExitModel(load_encoder(folder, n), (n,), num_labels, exit_strategy=exit_strategy)
+            stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
+            mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)

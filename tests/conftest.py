@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import run_command
 from minisweet.bert import BertEncoder
-from minisweet.branches import BranchModel
+from minisweet.branches import BranchModel, build_multi_model
 from minisweet.checkpoint import checkpoint_names, load_encoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.data import toy
 from minisweet.deberta import DebertaEncoder
-from minisweet.exits import MultiExitModel, MultiModel, build_multi_model
+from minisweet.exits import MultiExitModel, MultiModel
 
 CHECKOUT = Path(__file__).parent.parent
 SIZES = {
@@ -118,12 +118,13 @@ def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confi
 def undecided_model(
     folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"
 ) -> MultiExitModel | MultiModel:
-    """A model with exits after layers 1, 2 and 4, in evaluation mode, whose exits are sure of some instances."""
+    """A model with exits after layers 1, 2 and 4 (plain: 4), in evaluation mode, that are sure of some instances."""
     torch.manual_seed(seed)
     if method == "mm":
         model = build_multi_model(folder, (1, 2, 4), num_labels, strategy)
     else:
-        model = exit_model(load_encoder(folder), (1, 2, 4), num_labels, method, strategy)
+        layers = (4,) if method == "plain" else (1, 2, 4)
+        model = exit_model(load_encoder(folder), layers, num_labels, method, strategy)
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
@@ -187,8 +188,8 @@ RUNS = {
     "mm": ["--method", "mm"],
     "branch": ["--method", "branch"],
     "lte": ["--method", "sweet", "--exit-strategy", "lte"],
-    "pairs": ["--data", "pairs.csv", "--text-columns", "first,second", "--label-column", "verdict"],
-    "trunk0": ["--method", "branch", "--exit-layers", "0,4"],
+    "pairs": "--method branch --data pairs.csv --text-columns first,second --label-column verdict".split(),
+    "trunk0": ["--method", "plain", "--exit-layers", "0,4"],
 }
 
 

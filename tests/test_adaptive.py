@@ -37,7 +37,8 @@ def test_exit_costs_are_those_of_equation_1():
     assert Exits((0, 1, 4), 4, "sweet").costs() == [0, 1 / 4, 1]
     assert Exits((0, 1, 4), 4, "mm").costs() == [0, 1 / 4, 5 / 4]
     assert Exits((0, 1, 4), 4, "branch").costs() == pytest.approx([0, 1 / 4, (4 + 1 / 6) / 4])
-    assert Exits((0, 4), 4, "branch").costs() == Exits((0, 4), 4, "branch").costs(1.0) == [0, 1]
+    for method in ("plain", "branch"):  # an older run of exits 0 and 4 is called branch
+        assert Exits((0, 4), 4, method).costs() == Exits((0, 4), 4, method).costs(1.0) == [0, 1]
     for method in ("sweet", "ee", "mm"):
         assert Exits((1, 4, 12), 12, method).costs(1.0) == Exits((1, 4, 12), 12, method).costs()
 
@@ -108,16 +109,13 @@ def test_an_exit_without_certainty_has_its_highest_probability():
 
 def test_a_rule_scales_each_exit_by_its_own_temperature():
     logits = torch.randn(3, 5, 4)
-    for temperatures in (None, torch.rand(3) + 0.5):
-        rule = ExitRule(4, temperatures)
-        divisor = torch.ones(3) if temperatures is None else temperatures
-        expected = (logits / divisor[:, None, None]).softmax(-1).amax(-1)
+    for rule in (ExitRule(4), ExitRule(4, torch.rand(3) + 0.5)):
+        expected = (logits / rule.temperatures[:3, None, None]).softmax(-1).amax(-1)
         torch.testing.assert_close(rule.confidences(logits), expected)
         torch.testing.assert_close(rule.confidence(2, logits[2, 1:3], None), expected[2, 1:3])
         assert rule.lowest == rule.kept([2]).lowest == 1 / 4
         torch.testing.assert_close(rule.kept([0, 2]).confidences(logits[[0, 2]]), expected[[0, 2]])
-    halves = ExitRule(2).confidences(torch.randn(1, 3, 2).half())
-    assert halves.dtype == torch.float32
+    assert ExitRule(2).confidences(torch.randn(1, 3, 2).half()).dtype == torch.float32
 
 
 def test_the_area_of_a_perfect_model_is_100_whatever_rounding_does():
@@ -165,24 +163,18 @@ def test_a_temperature_of_nothing_is_one():
     assert math.isfinite(fit_temperature(torch.tensor([[1e4, -1e4]] * 3), torch.ones(3, dtype=torch.int64)))
 
 
-def test_without_labels_the_last_exit_is_left_as_it_is():
-    logits, _ = sampled(2.0, size=300)
+def test_a_rule_has_a_temperature_for_each_exit_and_the_ranges_of_learning_to_exit():
+    logits, labels = sampled(2.0, size=200)
     logits = torch.stack([logits * 0.3, logits])
-    own = logits[-1].argmax(-1)
+    fitted = [fit_temperature(x, labels) for x in logits]
+    assert fit_rule(logits, None, labels).temperatures.tolist() == pytest.approx(fitted)
+    own = logits[-1].argmax(-1)  # without labels the last exit is left as it is
     rule = fit_rule(logits, None, own, labelled=False)
     assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], own)), 1.0]
-    rule = fit_rule(logits, None, own)  # gold labels that happen to be those: the prior holds it
-    assert 0.01 < rule.temperatures[-1] < 1
-
-
-def test_a_rule_has_a_temperature_for_each_exit_or_the_ranges_of_learning_to_exit():
-    logits, labels = sampled(2.0, size=200)
-    logits = torch.stack([logits, logits.flip(-1) * 0.5])
-    fitted = fit_rule(logits, None, labels).temperatures.tolist()
-    assert fitted == pytest.approx([fit_temperature(x, labels) for x in logits])
+    assert 0.01 < fit_rule(logits, None, own).temperatures[-1] < 1  # labels that happen to be those: the prior holds it
     certainty = torch.rand(2, 200)
     rule = fit_rule(logits, certainty, labels)
-    assert rule.temperatures is None
+    assert rule.temperatures.tolist() == [1, 1]
     torch.testing.assert_close(rule.ranges, torch.stack(certainty.aminmax(dim=1), dim=1))
 
 

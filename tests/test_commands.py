@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minisweet.base import devices
+from minisweet.base import commands, devices
 from minisweet.base.commands import Progress, list_of, number, one_of, positive_float, run_command, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
@@ -61,6 +61,19 @@ def test_a_reader_that_goes_away_ends_the_command_in_silence():
     assert (done.stdout.split(), done.stderr) == (["x" * 99, "141"], "")
 
 
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "PAUSE", 0.01)
+    err = ""
+    with Progress(total=1200, desc="export") as progress:
+        progress.update(7)
+        progress.set_postfix_str("so far", refresh=False)
+        while "export: 7 of 1,200 so far\n" not in err:
+            err += capsys.readouterr().err
+    for n in Progress(range(3), desc="train", total=3):
+        while n == 2 and "train: 2 of 3\n" not in err:
+            err += capsys.readouterr().err
+
+
 def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
     for _ in range(2):  # as from a notebook: nothing is told twice
         run_command(lambda: [LOG.info("a\nnotice of %d", 3), print("result"), list(Progress(range(9), desc="silent"))])
@@ -99,7 +112,7 @@ def test_options_take_what_is_right_and_nothing_else(parse, right, wrong):
             parse(text)
 
 
-def test_precision_follows_the_device(monkeypatch):
+def test_precision_follows_the_device(monkeypatch, caplog):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has_bfloat16, dtype in (False, None), (True, torch.bfloat16):
         monkeypatch.setattr(devices, "processor", lambda found=has_bfloat16: ("a CPU", found))
@@ -110,6 +123,16 @@ def test_precision_follows_the_device(monkeypatch):
     for device in (cpu, cuda):
         assert choose_precision("off", device, training=True) is None
         assert choose_precision("bf16", device) is torch.bfloat16
+    assert not caplog.records
+    monkeypatch.setattr(devices, "processor", lambda: ("a CPU", False))
+    assert choose_precision("bf16", cpu) is torch.bfloat16
+    assert "--amp bf16: a CPU has no instructions for it" in caplog.text
+
+
+def test_a_process_that_torchrun_did_not_start_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE is set and RANK is not"):
+        devices.distributed(print)()
 
 
 def test_a_device_is_there_or_refused(monkeypatch):

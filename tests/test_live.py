@@ -1,5 +1,7 @@
 """Live early exit: it decides as the sweep and the paper do, and computes nothing in vain."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,14 +12,14 @@ from minisweet.branches import METHODS
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
 from tests.conftest import all_exits, random_batch, undecided_model, write_model
-from tests.test_exits import with_ngrams
+from tests.test_exits import with_exit_0
 
 
 @settings(max_examples=16, deadline=None)
 @given(
     model_type=st.sampled_from(["bert", "deberta"]),
-    method=st.sampled_from(list(METHODS)),
-    strategy=st.sampled_from((*EXIT_STRATEGIES, "ngrams")),
+    method=st.sampled_from(METHODS),
+    strategy=st.sampled_from((*EXIT_STRATEGIES, "exit 0")),
     num_labels=st.integers(2, 3),
     batch_size=st.sampled_from([3, 16]),
     seed=st.integers(0, 10**6),
@@ -26,9 +28,10 @@ def test_live_decides_as_the_sweep_and_as_the_paper(
     tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed
 ):
     folder = write_model(tmp_path_factory.mktemp("live"), model_type)
-    has_ngrams, batch = strategy == "ngrams", random_batch(seed, batch=16)
-    model = undecided_model(folder, method, num_labels, seed, "confidence" if has_ngrams else strategy)
-    model, K = (with_ngrams(model), 4) if has_ngrams else (model, 3)
+    has_exit_0, batch = strategy == "exit 0", random_batch(seed, batch=16)
+    model = undecided_model(folder, method, num_labels, seed, "confidence" if has_exit_0 else strategy)
+    model = with_exit_0(model) if has_exit_0 else model
+    K = len(model.exit_layers)
     alone = []  # what all exits say of each instance without its padding
     with torch.no_grad():
         logits, certainty = all_exits(model, batch)
@@ -87,47 +90,40 @@ def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type,
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch_size", [4, 16])
-def test_who_leaves_is_not_computed_further_and_the_rest_fills_batches(tmp_path, model_type, method, batch_size):
-    model = undecided_model(write_model(tmp_path, model_type), method, seed=1)
-    batch = random_batch(3, batch=16)
-    seen = []  # how many instances, and how many tokens of each, go through which layer's feed-forward block
+def test_who_leaves_is_not_computed_further(tmp_path, model_type, method, batch_size):
+    model, batch = undecided_model(write_model(tmp_path, model_type), method, seed=1), random_batch(3, batch=16)
+    seen = Counter()  # how often which layers' feed-forward block runs for so many instances, of so many tokens each
     for name, module in model.named_modules():
         if name.endswith(".output"):
             kind = "branch" if name.startswith("branches") else "trunk"
-            module.register_forward_pre_hook(lambda _, x, kind=kind: seen.append((kind, *x[0].shape[:2])))
-    exits = early_exit(model, *batch, 0.75, batch_size=batch_size).exits
-    order = batch[1].sum(1).argsort(descending=True, stable=True)
-
-    def groups(k: int) -> list[tuple[int, int]]:
-        """How many instances and tokens each batch of those has who come as far as exit k."""
-        here = order[exits[order] >= k]
-        return [(len(rows), int(batch[1][rows[0]].sum())) for rows in here.split(batch_size)] if len(here) else []
-
-    expected = []
-    for k, layers in enumerate((1, 2, 4) if method == "mm" else (1, 1, 2)):
-        whole = layers - 1 + (method != "mm" and k > 0)  # the layers between two exits run for all tokens
-        expected += [("trunk", *group) for _ in range(whole) for group in groups(k)]
-        reader = "branch" if method == "branch" and k < 2 else "trunk"
-        expected += [(reader, rows, 1) for rows, _ in groups(k)]  # the exit reads [CLS]
-    assert len(exits.unique()) > 1
+            module.register_forward_pre_hook(lambda _, x, kind=kind: seen.update([(kind, *x[0].shape[:2])]))
+    exits, lengths, expected = early_exit(model, *batch, 0.75, batch_size=batch_size).exits, batch[1].sum(1), Counter()
+    steps = {"mm": (1, 2, 4), "plain": (4,)}.get(method, (1, 1, 2))  # layers that end at each exit
+    for rows in lengths.argsort(descending=True, stable=True).split(batch_size):
+        for k, layers in enumerate(steps):
+            rows = rows[exits[rows] >= k]
+            if len(rows):  # the exit's layer runs for [CLS], the others between two exits for all tokens
+                expected["trunk", len(rows), int(lengths[rows].max())] += layers - 1 + (method != "mm" and k > 0)
+                expected["branch" if method == "branch" and k < 2 else "trunk", len(rows), 1] += 1
+    assert len(exits.unique()) > 1 or method == "plain"
     assert seen == expected
     seen.clear()
-    early_exit(model, *batch, 0.5, batch_size=16)
-    assert [call[1:] for call in seen] == [(16, 1)]  # all left after layer 1
+    early_exit(model, *batch, 0.5, batch_size=16)  # all leave at the first exit
+    assert method == "plain" or [call[1:] for call in seen.elements()] == [(16, 1)]
     seen.clear()
-    early_exit(model, *batch, 1.0, batch_size=16)
-    assert len(seen) == (7 if method == "mm" else 4)  # nothing but the last exit is asked, and MM's models
-    assert ("branch", 16, 1) not in seen
+    early_exit(model, *batch, 1.0, batch_size=16)  # no exit but the last is asked, and MM's models
+    assert (seen.total(), seen["branch", 16, 1]) == (7 if method == "mm" else 4, 0)
 
 
-def test_who_leaves_at_exit_0_is_never_embedded(tmp_path, model_type):
-    model, batch = with_ngrams(undecided_model(write_model(tmp_path, model_type), "branch")), random_batch(3, batch=16)
+def test_who_leaves_at_exit_0_is_never_embedded_and_the_others_fill_batches(tmp_path, model_type):
+    model, batch = with_exit_0(undecided_model(write_model(tmp_path, model_type), "branch")), random_batch(3, batch=16)
     embedded = []
-    model.encoder.word_embeddings.register_forward_pre_hook(lambda _, ids: embedded.extend(map(tuple, ids[0].tolist())))
+    model.encoder.word_embeddings.register_forward_pre_hook(lambda _, ids: embedded.append(len(ids[0])))
     for threshold in (0.5, 0.9, 1.0):
         embedded.clear()
-        exits = early_exit(model, *batch, threshold).exits
-        assert len(embedded) == (exits > 0).sum() if threshold < 1 else len(embedded) == 16
+        exits = early_exit(model, *batch, threshold, batch_size=5).exits
+        stay = 16 if threshold == 1 else int((exits > 0).sum())
+        assert embedded == [*[5] * (stay // 5), *[stay % 5] * (stay % 5 > 0)]
     plain = model.keep_exits((1, 2, 4))
     with torch.no_grad():
         assert torch.equal(early_exit(model, *batch, 1.0).logits, early_exit(plain, *batch, 1.0).logits)

@@ -1,10 +1,9 @@
 """The training loop against plain loops, what each method trains, and what run.json tells of it."""
 
-import contextlib
 import copy
 import json
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,40 +16,21 @@ from minisweet import MultiExitModel, load_encoder
 from minisweet.branches import METHODS
 from minisweet.data.tasks import load_examples, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.exits import EXIT_STRATEGIES, build_alone, exit_loss
+from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.runs.folders import load_run, load_trunk, read_record
 from tests.conftest import exit_model, in_folder, quick, random_batch, run, write_model
 from tests.test_checkpoint import save_classifier
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-class NoCheckpoint:
-    """Keeps the losses alone, and starts from nothing."""
-
-    signals = contextlib.nullcontext
-
-    def start(self, *_) -> list:
-        return []
-
-    def keep(self, _, losses: list, *others, is_over: bool) -> None:
-        self.losses = losses
-
-
-def setup_of(examples: TokenizedExamples, precision: torch.dtype | None = None, **arguments) -> SimpleNamespace:
-    """What a training starts from."""
-    args = {"epochs": 1, "batch_size": 4, "seed": 0, "class_weights": None, "targets": "labels", "amp": "off"}
-    args = SimpleNamespace(**args | {"method": "sweet", "exit_strategy": "confidence"} | arguments)
-    parts = {"examples": examples, "device": torch.device("cpu"), "precision": precision}
-    return SimpleNamespace(args=args, layers=[1, 4], num_labels=2, **parts)
-
-
-def fine_tune(model: MultiExitModel, examples: TokenizedExamples, rate: float, *precision, **arguments) -> list:
-    """Train a model in place; each step's losses."""
-    checkpoint = NoCheckpoint()
-    train.fine_tune(setup_of(examples, *precision, **arguments), checkpoint, model, rate, "test")
-    return checkpoint.losses
+def fine_tune(
+    model: MultiExitModel, examples: TokenizedExamples, rate: float, size=4, seed=0, epochs=1, **more
+) -> list:
+    """Train a model in place, with its table cut to the rows in use; each step's losses."""
+    with train.used_rows(model, examples) as rows:
+        batches = list(chain.from_iterable(rows.shuffled(size, seed, epoch) for epoch in range(epochs)))
+        return train.fine_tune(model, batches, len(batches), rate, seed, **more)
 
 
 def toy_examples(folder: Path, rows: int, max_length: int = 32) -> TokenizedExamples:
@@ -68,7 +48,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain = copy.deepcopy(ours)
-    history = fine_tune(ours, examples, 1e-2, epochs=2, batch_size=8, seed=5)
+    history = fine_tune(ours, examples, 1e-2, size=8, seed=5, epochs=2)
 
     groups = [list(plain.parameters())]
     if method == "branch":
@@ -100,50 +80,17 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_path, model_type, strategy):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
-    model = exit_model(load_encoder(folder), (1, 3, 4), 2, "branch", strategy).eval()
-    before, modes = {name: tensor.clone() for name, tensor in model.state_dict().items()}, set()
-    for name, module in model.named_modules():
-        if name.endswith(("output", "classifier", "embedding_norm")):
-            module.register_forward_hook(lambda module, *_, n=name: modes.add((n, module.training)))
+    model, ran = exit_model(load_encoder(folder), (1, 3, 4), 2, "branch", strategy).eval(), []
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
     assert np.shape(fine_tune(model, toy_examples(folder, 20), 1e-2)) == (5, 2)
     for name, tensor in model.state_dict().items():
         trained = name.startswith(("branches.", "heads.0.", "heads.1."))
         assert torch.equal(tensor, before[name]) is not trained, name
-    branches = {(f"branches.{k}.{part}output", True) for k in (0, 1) for part in ("", "attention_")}
-    trunk = {(f"encoder.layers.{n}.{part}output", False) for n in (0, 1) for part in ("", "attention_")}
-    heads = {(f"heads.{k}.classifier", True) for k in (0, 1)}
-    assert modes == branches | trunk | heads | {("encoder.embedding_norm", False)}  # layers 3 and 4 were not run
-
-
-def test_a_branch_trains_as_if_it_were_alone(tmp_path, model_type):
-    """To the bit: no other branch's gradient, and no other's norm in the clipping, meets its own."""
-    folder = write_model(tmp_path / "tiny", model_type, **NO_DROPOUT)
-    torch.manual_seed(0)
-    together = exit_model(load_encoder(folder), (1, 2, 4), 2, "branch")
-    for head in together.heads:
-        torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
-    alone = copy.deepcopy(together).keep_exits((2, 4))
-    both, one = (fine_tune(model, toy_examples(folder, 20), 1e-2) for model in (together, alone))
-    assert [row[1:] for row in both] == one
-    for ours, theirs in ((together.branches[1], alone.branches[0]), (together.heads[1], alone.heads[0])):
-        for name, tensor in ours.state_dict().items():
-            assert torch.equal(tensor, theirs.state_dict()[name]), name
-
-
-def test_the_trunks_probabilities_are_targets(tmp_path):
-    folder = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3)
-    examples, trunk = toy_examples(folder, 30), build_alone(folder, 4, 2).train()
-    torch.nn.init.normal_(trunk.heads[0].classifier.weight)
-    with torch.no_grad():
-        logits = torch.cat([trunk.eval()(*examples.batch(np.array([row])).inputs)[0] for row in range(30)])
-    model = train.make_model(setup_of(examples, targets="trunk"), trunk).eval()
-    targets = examples.targets
-    assert targets.std(0).min() > 0.001
-    np.testing.assert_allclose(targets, logits.softmax(-1), atol=1e-5)
-    batch = examples.batch(np.array([3, 7, 1]))
-    losses = train.compute_gradients(model, batch, NO_SCALER, None)
-    expected = -(torch.from_numpy(targets[[3, 7, 1]]) * model(*batch.inputs).log_softmax(-1)).sum(-1).mean(1)
-    torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert not ran  # the trunk's layer 3, which no branch reads
+    one, other = model(*random_batch()), model(*random_batch())
+    assert torch.equal(one[-1], other[-1])
+    assert (one[:-1] != other[:-1]).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee"])
@@ -158,26 +105,34 @@ def test_mixed_precision_gradients_are_those_of_float32_and_training_has_dropout
         output = model.encoder.layers[3].output
         output.register_forward_pre_hook(lambda module, _, seen=training: seen.append(module.training))
         output.weight.register_hook(lambda _, seen=training: seen.append(torch.is_autocast_enabled("cpu")))
-        fine_tune(model, toy_examples(folder, 16, 16), 1e-3, precision, batch_size=16)
+        fine_tune(model, toy_examples(folder, 16, 16), 1e-3, size=16, precision=precision)
         assert training == [True, False]
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
 
-@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
-def test_balanced_rows_count_by_their_class(strategy):
+def test_balanced_rows_count_by_their_class():
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
-    certainty = torch.rand(8) if strategy == "lte" else None
-    targets = torch.from_numpy(train.balanced(labels.numpy(), 3))
-    sure = [None] * 8 if certainty is None else certainty[:, None]
-    of_rows = torch.stack([exit_loss(logits[[i]], sure[i], labels[[i]]) for i in range(8)])
     weights = torch.tensor([8 / (3 * n) for n in (5, 5, 5, 5, 5, 2, 2, 1)])
-    torch.testing.assert_close(exit_loss(logits, certainty, targets), (weights * of_rows).mean())
+    of_rows = torch.stack([exit_loss(logits[[i]], None, labels[[i]]) for i in range(8)])
+    targets = torch.from_numpy(train.balanced(labels.numpy(), 3))
+    torch.testing.assert_close(exit_loss(logits, None, targets), (weights * of_rows).mean())
+    certainty = torch.rand(8)  # of which all rows count alike
+    error = exit_loss(logits, certainty, labels) - exit_loss(logits, None, labels)
+    torch.testing.assert_close(exit_loss(logits, certainty, targets) - exit_loss(logits, None, targets), error)
     soft = torch.randn(8, 3).softmax(-1)  # as of a trunk, whose answers are the classes
     answers = soft.argmax(-1)
     counts = answers.bincount(minlength=3)
     weights = 8 / (counts.count_nonzero() * counts[answers])
     torch.testing.assert_close(torch.from_numpy(train.balanced(soft.numpy(), 3)), soft * weights[:, None])
+
+
+def test_an_error_leaves_the_embedding_whole(model_dir):
+    model = MultiExitModel(load_encoder(model_dir), (4,), 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError), train.used_rows(model, toy_examples(model_dir, 8)):
+        raise FloatingPointError
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 # What follows runs train.py.
@@ -203,21 +158,27 @@ def trained(command):
     return run_and_read
 
 
+def layers_of(method: str, layers: str = "1,2,4") -> list[str]:
+    """The option of these exit layers; the plain model ends at the last and has no others."""
+    return ["--method", method, "--exit-layers", "4" if method == "plain" else layers]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_tells_what_made_it(trained, model_dir, method):
-    assert "lr 0.0002" in trained(*quick(model_dir, "--method", method, "--seed", 3))
+    assert "lr 0.0002" in trained(*quick(model_dir, *layers_of(method), "--seed", 3))
     assert [path.name for path in Path("runs").iterdir()] == [f"tiny-{method}-toy-seed3"]
     record = record_of(f"runs/tiny-{method}-toy-seed3")
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
-    assert (np.shape(record["losses"]), record["exit_layers"]) == ((6, 3), [1, 2, 4])
-    stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"]}.get(method, [method])
-    assert list(record["stages"]) == stages
+    layers = [4] if method == "plain" else [1, 2, 4]
+    assert (np.shape(record["losses"]), record["exit_layers"]) == ((6, len(layers)), layers)
+    stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"], "plain": ["trunk"]}
+    assert list(record["stages"]) == stages.get(method, [method])
     rows = load_examples("toy", "train", Path()).take(record["subset"])
     assert record["train_texts"] == sorted({*map(text_digest, rows.texts())})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["sweet", "ee", "mm", "branch"])
 def test_one_example_is_enough(trained, tmp_path, method):
     arguments = ["--method", method, "--train-size", 1, "--epochs", 3, "--exit-strategy", "lte", "--out", "a"]
     trained(*quick(write_model(tmp_path / "tiny", "bert"), *arguments))
@@ -241,8 +202,8 @@ def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_pa
 def test_class_weights_change_the_training_and_are_recorded(trained, tmp_path, method):
     rows = ["a good film,up\n"] * 2 + [f"a bad film {i},down\n" for i in range(28)]
     Path("t.csv").write_text("text,label\n" + "".join(rows))
-    options = ["--data", "t.csv", "--dev-data", "t.csv", "--method", method, "--lr", "1e-3", "--exit-layers", "0,2,4"]
-    options = quick(write_model(tmp_path / "tiny", "bert"), *options)
+    options = ["--data", "t.csv", "--dev-data", "t.csv", "--lr", "1e-3", *layers_of(method, "0,2,4")]
+    options = quick(write_model(tmp_path / "tiny", "bert"), *options, *["--exit-layers", "0,4"] * (method == "plain"))
     trained(*options, "--out", "plain")
     trained(*options, "--out", "weighted", "--class-weights", "balanced")
     (plain, before), (weighted, after) = load_run(Path("plain")), load_run(Path("weighted"))
@@ -272,7 +233,7 @@ def test_with_exits_0_and_L_all_methods_are_one(plain, model_type):
         assert all(torch.equal(weights[method][name], tensor) for name, tensor in weights["sweet"].items())
         record = record_of(plain / f"{model_type}-{method}")
         assert (record["exit_layers"], np.shape(record["losses"])) == ([0, 4], (6, 1))
-        assert list(record["stages"])[-1] == "ngrams"
+        assert list(record["stages"])[-1] == "exit 0"
         assert load_run(plain / f"{model_type}-{method}")[0].exit_layers == (0, 4)
 
 
@@ -294,7 +255,7 @@ def test_exit_0_beside_others_changes_none_of_them(trained, plain, tmp_path, met
 def test_a_trunk_gets_exit_0_and_stays_as_it_is(trained, plain, method):
     trunk = plain / "bert-sweet"  # which has exit 0 itself; another one is fitted
     options = ["--train-size", 30, "--max-length", 32, "--method", method, "--seed", 1]
-    for extra in (["--exit-layers", "0,4"], []) if method == "branch" else (["--exit-layers", "0,4"],):
+    for extra in (["--exit-layers", "0,4"], []) if method == "plain" else (["--exit-layers", "0,4"],):
         out = trained("--trunk", trunk, *options, *extra, "--out", "run", "--overwrite")
         assert "no layer is trained: the trunk stays as it is" in out
         before, after = map(weights_of, (trunk, "run"))
@@ -304,7 +265,7 @@ def test_a_trunk_gets_exit_0_and_stays_as_it_is(trained, plain, method):
         assert moved
         assert all(name.startswith("ngrams.") for name in moved)
         record = record_of("run")
-        assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ([], ["ngrams"], [0, 4])
+        assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ([], ["exit 0"], [0, 4])
         assert set(record_of(trunk)["train_texts"]) < set(record["train_texts"])
 
 
@@ -321,9 +282,9 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, mod
         "mm": [*new, "--method", "mm"],
         "one": [*new, "--method", "sweet", "--exit-layers", 4],
         "branch": [*new, "--method", "branch"],
-        "on-mm": ["--trunk", "mm", *same],
-        "on-one": ["--trunk", "one", *same],
-        "on-branch": ["--trunk", "branch", *same],
+        "on-mm": ["--trunk", "mm", "--method", "branch", *same],
+        "on-one": ["--trunk", "one", "--method", "branch", *same],
+        "on-branch": ["--trunk", "branch", "--method", "branch", *same],
     }.items():
         trained(*short(*arguments, "--out", out))
     weights = {path.parent.name: load_file(path) for path in tmp_path.glob("*/model.safetensors")}
@@ -342,9 +303,7 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, mod
     assert losses["on-mm"] == losses["on-one"] == [row[:2] for row in losses["branch"]]
 
 
-@pytest.mark.parametrize(
-    ("method", "targets"), [("ee", "labels"), ("ee", "trunk"), ("mm", "trunk"), ("branch", "trunk")]
-)
+@pytest.mark.parametrize(("method", "targets"), [("ee", "labels"), ("ee", "trunk"), ("mm", "trunk")])
 def test_every_method_trains_from_a_trunk(trained, tmp_path, method, targets):
     model = write_model(tmp_path / "tiny", "bert")
     first = ["--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "bert-base"]
@@ -358,13 +317,25 @@ def test_every_method_trains_from_a_trunk(trained, tmp_path, method, targets):
     assert (record.losses == read_record(Path("labels")).losses) is (targets == "labels")
 
 
-def test_a_classifier_of_transformers_keeps_its_answers_when_branches_are_grown_on_it(trained, model_dir, model_type):
-    save_classifier(model_dir, model_type)  # beside the vocabulary
-    trained(*short("--trunk", model_dir, "--out", "a", "--lr", "1e-2"))
+@pytest.mark.parametrize("weights", [[], ["--class-weights", "balanced"]], ids=["", "balanced"])
+def test_the_trunks_probabilities_are_targets(trained, tmp_path, monkeypatch, weights):
+    """Of the branches and of exit 0 alike, from its answers without dropout."""
+    model, seen = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3), []
+    fit, loss = train.fit_ngrams, train.exit_loss
+    monkeypatch.setattr(train, "exit_loss", lambda *given: seen.append(given[2]) or loss(*given))
+    monkeypatch.setattr(train, "fit_ngrams", lambda *given: seen.append(given[2]) or fit(*given))
+    trained(*short("--model", model, "--method", "plain", "--exit-layers", 4, "--out", "one"))
+    seen.clear()
+    options = ["--trunk", "one", "--method", "branch", "--targets", "trunk", *weights, "--batch-size", 32]
+    trained(*short(*options, "--exit-layers", "0,2,4", "--out", "a", "--amp", "off"))
+    (trunk, record), rows = load_run(Path("one")), load_examples("toy", "train", Path())
+    examples = TokenizedExamples(load_tokenizer(model, 60, 32), rows.take(record.subset))
     with torch.no_grad():
-        trunk, after = (model(*random_batch()) for model in (load_trunk(model_dir)[0], load_run(Path("a"))[0]))
-    assert torch.equal(after[-1], trunk[0])
-    assert (after[:-1] != after[-1]).any()
+        answers = trunk(*examples.batch(np.arange(32)).inputs)[0].softmax(-1)
+    expected = torch.from_numpy(train.balanced(answers.numpy(), 2)) if weights else answers
+    branches, exit_0 = seen
+    torch.testing.assert_close(exit_0, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(branches.sort(0).values, expected.sort(0).values, atol=1e-5, rtol=1e-5)
 
 
 def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_path):
@@ -374,7 +345,9 @@ def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_pa
     Path("texts.csv").write_text("text\n" + "".join(f"a film {i}\n" for i in range(40)))
     options = ["--trunk", "theirs", "--data", "texts.csv", "--targets", "trunk", "--labels", "no,yes"]
     trained(*options, "--max-length", 32, "--out", "run", "--class-weights", "balanced")
-    record = read_record(Path("run"))
+    model, record = load_run(Path("run"))
+    with torch.no_grad():
+        assert torch.equal(model(*random_batch())[-1], load_trunk(Path("theirs"))[0](*random_batch())[0])
     assert (record.exit_layers, record.labels, record.metric) == ([0, 4], ["no", "yes"], "agreement")
     assert record.train_texts is None
     assert command(evaluate, "run")[0] == 0

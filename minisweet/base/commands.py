@@ -7,17 +7,54 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from minisweet.base.files import LOG, InputError, one_line
 
-Progress = partial(tqdm, disable=None)  # a progress bar, which is silent where standard error is no terminal
+PAUSE = 30.0  # seconds
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+
+
+class Progress(tqdm):
+    """A progress bar, with tqdm's arguments. Where standard error is no terminal, a line every half minute instead."""
+
+    def __init__(self, iterable: Iterable | None = None, desc: str = "", **options) -> None:
+        super().__init__(iterable, desc, disable=None, **options)
+        self.desc, self.postfix, self.is_over = desc, "", Event()
+        if self.disable:  # a thread, since a single step may take minutes
+            Thread(target=self.print_lines, daemon=True).start()
+
+    def print_lines(self) -> None:
+        """Print a line now and then, until the work is over."""
+        while not self.is_over.wait(PAUSE):
+            done = f"{self.n:,} of {self.total:,}" if self.total else f"{self.n:,}"
+            print(one_line(f"{self.desc}: {done} {self.postfix or ''}".rstrip()), file=sys.stderr, flush=True)
+
+    def __iter__(self) -> Iterator:
+        try:
+            for item in self.iterable if self.disable else super().__iter__():
+                yield item
+                self.n += bool(self.disable)
+        finally:
+            self.close()
+
+    def update(self, n: float = 1) -> None:
+        """Count `n` more as done."""
+        if self.disable:
+            self.n += n
+        else:
+            super().update(n)
+
+    def close(self) -> None:
+        """The work is over."""
+        self.is_over.set()
+        super().close()
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=doc, allow_abbrev=False, formatter_class=style)
 
     def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
-        """Raise InputError where an option is given that has no effect unless `what` holds, and `is_met` is false."""
+        """Raise InputError where an option of `names` is given that needs `what`, which is not so unless `is_met`."""
         for name in () if is_met else names:
             if getattr(args, name) != self.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')}: needs {what}")
@@ -87,10 +124,13 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`. Bad input, or too little memory, prints one line and exits with status 2.
 
-    Ctrl-C exits with 130 and SIGTERM with 143, so that what is half-written is removed. Where nobody reads what is
-    printed any more, as after `| head`, the command ends in silence, with 141.
+    Ctrl-C exits with 130, SIGTERM with 143, and SIGHUP, as of a connection that dropped, with 129, so that what is
+    half-written is removed. Where nobody reads what is printed any more, as after `| head`, the command ends in
+    silence, with 141.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
     notices = logging.Handler()
     notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar

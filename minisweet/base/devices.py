@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from minisweet.base.commands import Parser
-from minisweet.base.files import InputError
+from minisweet.base.files import LOG, InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 
@@ -53,6 +53,8 @@ def choose_precision(amp: str, device: torch.device, training: bool = False) -> 
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto" and training and processor()[1]:
         amp = "bf16"
+    elif amp == "bf16" and device.type == "cpu" and not processor()[1]:
+        LOG.warning("--amp bf16: %s has no instructions for it; --amp off may be ten times faster", processor()[0])
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
@@ -104,6 +106,8 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
     """`main` as one of torchrun's processes, of which the first alone prints; without torchrun `main` itself."""
 
     def run() -> None:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise InputError(f"WORLD_SIZE is set and {missing[0]} is not: start by torchrun, or unset WORLD_SIZE")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         with open(os.devnull, "w") as nowhere:
             out, err = (nowhere, nowhere) if process_rank() else (sys.stdout, sys.stderr)

@@ -20,7 +20,7 @@ from torch import nn
 
 from minisweet import checkpoint
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from minisweet.branches import METHODS
+from minisweet.branches import grow
 from minisweet.checkpoint import OURS, WEIGHTS, load_strict, read_config
 from minisweet.config import Config
 from minisweet.data.rows import Examples, read_examples, write_examples
@@ -210,7 +210,7 @@ def new_model(config: Config, record: Record) -> ExitModel:
     layers = [n for n in record.exit_layers if n > 0]
     encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
     trunk = MultiExitModel(encoder, layers[-1:], record.num_labels, exit_strategy=record.exit_strategy)
-    model = METHODS[record.method](trunk, layers, exit_strategy=record.exit_strategy)
+    model = grow(record.method, trunk, layers, record.exit_strategy)
     return model.add_ngrams(NgramExit(**record.ngrams)) if record.ngrams else model
 
 
@@ -226,7 +226,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
     """
     if is_run(folder):
         model, record = load_run(folder)
-        model = model[len(model) - 1] if record.method == "mm" else model
+        model = model[-1] if record.method == "mm" else model
         return model.keep_exits(model.head_layers[-1:]), record.labels
     if not folder.is_dir():
         raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")
@@ -237,11 +237,13 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
-    """The run folder under `runs` that was written last. Raises InputError where there is none."""
-    records = list(runs.glob("[!.]*/run.json"))  # a dot: a run that is being written
-    if not records:
-        raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
-    return max(records, key=lambda path: path.stat().st_mtime).parent
+    """The run under `runs` that was written last. Raises InputError for none; and if a newer one is unfinished."""
+    records = [*runs.glob("[!.]*/run.json"), *runs.glob(".*.checkpoint")]  # other dots: runs that are being written
+    newest = max(records, key=lambda path: path.stat().st_mtime, default=runs)
+    if newest.name != "run.json":
+        what = "no run here" if newest == runs else f"the newest training is not over ({newest.name})"
+        raise InputError(f"{runs}/: {what}; train one with train.py, or name a run folder")
+    return newest.parent
 
 
 def versions() -> dict[str, str]:

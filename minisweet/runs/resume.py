@@ -1,43 +1,47 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
 Until the run NAME is saved, .NAME.checkpoint/checkpoint.pt lies beside it. It is written every `--save-every` minutes,
-at the end of each stage (MM's models, a trunk, branches), and at SIGTERM or Ctrl-C. The number of saved losses is the
-step. The seed and the step alone set the order of the examples and, with the process's number, dropout. So the weights
-are those of a training that never stopped, to the last bit on the same processor with the same torch and numbers of
-threads and processes.
+at the end of each stage (MM's models, a trunk, branches), and at SIGTERM, SIGHUP or Ctrl-C. Seed, step and the
+process's number alone set the order of the examples and dropout. So the weights are those of a training that never
+stopped, to the last bit with the same processor, torch and numbers of threads and processes.
 """
 
 import argparse
+import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from minisweet.base.commands import STOPS
 from minisweet.base.devices import all_gather, process_rank
 from minisweet.base.files import LOG, InputError, read_json, written_beside
 from minisweet.runs.folders import check_output
 
-# Options that may change when a training goes on. Paths may, since the digests of the rows are compared, and
-# `exit_layers` may be left out, since the layers that come out are compared.
+# Options that may change when a training goes on. In place of files, their rows' digests are compared; in place of
+# --exit-layers, the model's layers.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_data", "data_dir", "exit_layers"}
 
 
 @contextmanager
 def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
-    """Make the checkpoint's folder, which only one training can do: so no other one writes to `out`.
+    """Make the checkpoint's folder, so that no other training writes to `out`, and give the checkpoint's path.
 
-    Gives the path of the checkpoint. Afterwards the folder stays if a checkpoint is in it. Raises InputError where the
-    folder is there, unless `may_stand`, where `check_output` does, and where nothing can be written.
+    Afterwards the folder stays if a checkpoint is in it. Raises InputError where the folder is there, unless
+    `may_stand`, where `check_output` does, and where nothing can be written.
     """
-    path = out.resolve().parent / f".{out.resolve().name}.checkpoint" / "checkpoint.pt"
+    whole = out.resolve()
+    path = whole.with_name(f".{whole.name}.checkpoint") / "checkpoint.pt"
     try:
         check_output(out, may_stand)
+        with suppress(FileNotFoundError):  # another OSError where the longest name of `written_beside` is too long
+            os.stat(whole.with_name(f".{whole.name}.12345678.partial"))
         if process_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=may_stand)
     except FileExistsError:
@@ -87,10 +91,12 @@ class Checkpoint:
         if changed:
             what = f"{args.out} is another training's: {', '.join(changed[:2])}"
             raise InputError(f"--resume: {what}; to start anew, pass --overwrite")
+        *_, place = "step 0", *(f"step {len(saved['losses'])} of {stage}" for stage, saved in self.stages.items())
+        self.notes = [f"--resume: goes on from {place}"] * args.resume  # for the user
 
-    def start(self, stage: str, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:
-        """Start a stage, or restore its parameters, AdamW and scaler. Returns each step's losses until there."""
-        saved, self.started = self.stages.get(stage, {}), time.perf_counter()
+    def restore(self, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:
+        """Restore parameters, AdamW and scaler, if the stage was begun. Returns each step's losses until there."""
+        saved, self.started = self.stages.get(self.stage, {}), time.perf_counter()
         if not saved:
             return []
         self.started -= saved["seconds"]
@@ -101,7 +107,7 @@ class Checkpoint:
             other.load_state_dict(state)
         return saved["losses"]
 
-    def keep(self, stage: str, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
+    def keep(self, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
         """Save the checkpoint if it is time, if the stage is over, or if a signal came, which then ends the process.
 
         All processes save together as soon as one of them must.
@@ -114,23 +120,25 @@ class Checkpoint:
         state["parameters"] = [parameter.detach().cpu() for parameter in parameters]
         if not is_over:
             state["others"] = [other.state_dict() for other in others]
-        self.stages[stage] = state
+        self.stages[self.stage] = state
         if process_rank() == 0:
             with written_beside(self.path) as new, new.open("wb") as file:  # a full disk is OSError in a file of ours
                 torch.save({"training": self.training, "stages": self.stages}, file)
         self.saved = time.perf_counter()
         if number:
-            LOG.warning("stopped after %d steps of %s; --resume goes on from %s", len(losses), stage, self.path)
+            LOG.warning("stopped after %d steps of %s; --resume goes on from %s", len(losses), self.stage, self.path)
             sys.exit(128 + number)
 
     @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Within, SIGTERM and Ctrl-C wait for `keep`."""
+    def during(self, stage: str) -> Iterator[None]:
+        """Within, the stage is trained. SIGTERM, SIGHUP and Ctrl-C wait for `keep`, unless they are ignored (nohup)."""
 
         def note(number: int, _: object) -> None:
             self.signal = number
 
+        self.stage = stage
         with ExitStack() as former:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                former.callback(signal.signal, number, signal.signal(number, note))
+            for number in (*STOPS, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    former.callback(signal.signal, number, signal.signal(number, note))
             yield

@@ -1,7 +1,6 @@
 """What a training starts from: train.py's command line, the model, the data, and the record of the run to come."""
 
 import argparse
-import os
 from collections import Counter
 from math import ceil
 from pathlib import Path
@@ -45,7 +44,7 @@ class TrainingSetup(NamedTuple):
     trunk: MultiExitModel | None
     examples: TokenizedExamples  # to train on
     validation: Examples
-    ngrams: NgramExit | None  # exit 0, to be fitted
+    exit_0: NgramExit | None  # to be fitted
     num_labels: int  # C
     device: torch.device
     precision: torch.dtype | None  # to autocast to
@@ -57,9 +56,9 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     """Read and check the command line of train.py, whose docstring is `doc`."""
     parser, by_size = Parser(doc), f"for {STEPS} steps, at least {EPOCHS}"
     option = parser.add_argument_group("method").add_argument
-    option("--method", choices=list(METHODS), help="default: sweet; branch with --data or --trunk")
+    option("--method", choices=list(METHODS), help="default: sweet; plain with --data or --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; branches leave it as it is")
+    option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; plain and branch keep it")
     option("--targets", choices=("labels", "trunk"), default="labels", help="learn labels, or the trunk's answers")
     option("--class-weights", choices=("balanced",), help="each row weighs N / (classes x rows of its class)")
     add_data_options(parser)
@@ -75,13 +74,14 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     either("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
     add_training_options(parser)
     args = parser.parse_args()
-    args.method = args.method or ("branch" if args.trunk or args.data else "sweet")
-    parser.need(args, args.trunk or args.method == "branch", "--trunk or --method branch", "targets")
+    args.method = args.method or ("plain" if args.trunk or args.data else "sweet")
+    has_trunk = args.trunk or args.method in ("plain", "branch")
+    parser.need(args, has_trunk, "--trunk or --method branch or plain", "targets")
     parser.need(args, args.data, "--data", "dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")
     parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
     parser.need(args, args.trunk is None, "a training without --trunk, which is a model itself", "model")
-    if args.trunk:
-        args.model = os.path.join(os.curdir, args.trunk)  # a folder, even if it is called like a preset
+    if args.trunk:  # a folder, even if it is called like a preset
+        args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)
     args.task = (args.task or "toy") if args.data is None else args.data.name.split(".")[0] or "own"
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.train_size = args.train_size or (6000 if args.data is None else None)
@@ -101,9 +101,9 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     order = np.random.default_rng(args.seed).permutation(len(data.train.first))
     subset = np.sort(order[: args.train_size])  # with one seed, 500 rows are among the 6,000
     rows, labels, layers = data.train.take(subset), data.record["labels"], [n for n in exit_layers if n > 0]
-    examples, ngrams = TokenizedExamples(tokenizer, rows), None
+    examples, exit_0 = TokenizedExamples(tokenizer, rows), None
     if exit_layers[0] == 0:
-        ngrams = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
+        exit_0 = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
 
     # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
@@ -116,7 +116,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ngrams": ngrams and ngrams.settings,
+        "ngrams": exit_0 and exit_0.settings,
         "device": devices.device_name(device),
         "precision": str(precision or torch.float32),
         "versions": versions(),
@@ -141,7 +141,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     }
     notes += [f"{what}: {count:,}" for what, count in counts.items() if count]
     return TrainingSetup(
-        args, folder, layers, trunk, examples, data.dev, ngrams, len(labels), device, precision, record, notes
+        args, folder, layers, trunk, examples, data.dev, exit_0, len(labels), device, precision, record, notes
     )
 
 
@@ -164,12 +164,14 @@ def trained_texts(trunk: Path | None, rows: Examples) -> list[str] | None:
 def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "confidence") -> tuple[int, ...]:
     """The default exit layers of an encoder of `depth` layers, counted from 1; exit 0 is in front of the embeddings.
 
-    Branches take exits 0 and L, and L/2 in more than six layers. Other methods, and exits that learn when to be taken,
+    The plain model has exits 0 and L, and branches 0, L/2 and L. Other methods, and exits that learn when to be taken,
     have the paper's for 12 and 24 layers (Sec. 3.2): 1,4,6,12 and 1,6,12,24. Other depths take the same shares as 12
     layers do: 1/12, 1/3, 1/2 and 1 of the depth.
     """
+    if method == "plain":
+        return (0, depth)
     if method == "branch" and exit_strategy == "confidence":
-        return (0, depth) if depth <= 6 else (0, depth // 2, depth)
+        return tuple(sorted({0, depth // 2, depth}))
     if depth == 24:
         return (1, 6, 12, 24)
     return tuple(sorted({max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}))
@@ -200,7 +202,7 @@ def add_training_options(parser: Parser) -> None:
     option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
     option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for a large DeBERTa)")
     option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
-    counted = "counted from 1, such as 1,4,6,12; 0 is a bag of words before them (default: by depth)"
+    counted = "counted from 1, such as 1,4,6,12; 0 is exit 0, a bag of words (default: by depth)"
     option("--exit-layers", type=list_of(whole_number(0)), help=counted)
     devices.add_device_options(parser)
 
@@ -218,9 +220,13 @@ def find_model(
     args.batch_size = args.batch_size or (8 if is_large_deberta else 16)  # App. A
     depth = end or config.num_hidden_layers
     exit_layers = list(args.exit_layers or exit_layers_for(depth, method, exit_strategy))
+    wanted = f"--exit-layers: {','.join(map(str, exit_layers))}"
     if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
-        raise InputError(f"--exit-layers: {','.join(map(str, exit_layers))}, should increase and end {where}")
+        raise InputError(f"{wanted}, should increase and end {where}")
+    if method == "plain" and (exit_strategy == "lte" or any(exit_layers[:-1])):
+        wanted = "--exit-strategy: lte" if exit_strategy == "lte" else wanted
+        raise InputError(f"{wanted}, and the method plain has exits 0 and {depth} alone; add --method branch")
     if exit_strategy == "lte" and exit_layers[0] == 0:
         raise InputError("--exit-layers: exit 0 cannot learn when to be taken; leave 0 out, or --exit-strategy lte")
     return folder, config, exit_layers

@@ -21,10 +21,11 @@ from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import operating
 from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, wish_of
 from minisweet.evaluation.sweep import load_validation
-from minisweet.live import GATHERED, Answers, early_exit
+from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
 
 RANGES = operating.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
+AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 
 
 class Answer(NamedTuple):
@@ -135,7 +136,7 @@ class EarlyExitClassifier:
     def classify(self, examples: TokenizedExamples) -> list[Answer]:
         """Classify what `tokenize` made, in its order."""
         answers: dict[int, Answer] = {}
-        for pool in examples.by_length(GATHERED * self.batch_size):
+        for pool in examples.by_length(max(AT_ONCE, self.batch_size)):
             inputs = pool.to(self.device).inputs
             with autocast(self.device, self.precision):
                 found = early_exit(self.model, *inputs, self.threshold, self.rule, self.batch_size)
@@ -145,8 +146,7 @@ class EarlyExitClassifier:
     def answers(self, found: Answers) -> list[Answer]:
         """What exits said of B texts, each text by one of them, as users read it."""
         labels, exits, logits, confidence = (tensor.cpu() for tensor in found)
-        if self.rule.temperatures is not None:
-            logits = logits / self.rule.temperatures[exits, None]  # (B, C) by (B, 1)
+        logits = logits / self.rule.temperatures[exits, None]  # (B, C) by (B, 1)
         columns = map(torch.Tensor.tolist, (labels, confidence, exits, logits.softmax(-1)))
         return [
             Answer(self.labels[label], sure, self.exit_layers[k], dict(zip(self.labels, row, strict=True)))
