@@ -51,7 +51,7 @@ STATED = (  # of an operating point: a title, the key of the value, and the key 
 EXPLAINED = {"ece": "calibration error", "nll": "log loss"}
 FEW = "so few texts tell little: of 61 rows, such intervals held in XX to 100% of draws"  # .github/results/promises.md
 CLASSES = 20  # are printed, at most
-TIMED = 128  # texts
+TIMED = 64  # texts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{run}: {record.model}, {method_name(vars(record))}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
     print_point(point, record, evaluation)
-    print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts()[:TIMED])
+    print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts()[:: -(-len(rows.first) // TIMED)])
     for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
     print(f"\nwritten to {run / EVALUATION}; predict takes this operating point now. Next:")
