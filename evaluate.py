@@ -13,8 +13,10 @@ and the classifier take the operating point from there, so that each evaluation 
 
 import argparse
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule, spaced_thresholds
@@ -23,21 +25,10 @@ from minisweet.base.commands import Parser, list_of, path_to, run_command, whole
 from minisweet.base.files import InputError, one_line, read_dataclass, write_json, written_beside
 from minisweet.data.rows import examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
-from minisweet.evaluation import goals, operating, sweep
+from minisweet.evaluation import operating, sweep
 from minisweet.evaluation.metrics import METRICS
-from minisweet.runs.folders import (
-    CURVE,
-    EVALUATION,
-    LOGITS,
-    Evaluation,
-    Record,
-    load_run,
-    method_name,
-    newest_run,
-    read_evaluation,
-    read_validation,
-    versions,
-)
+from minisweet.runs import folders
+from minisweet.use import goals
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.plots import draw_curves
 
@@ -50,6 +41,7 @@ STATED = (  # of an operating point: a title, the key of the value, and the key 
 )
 EXPLAINED = {"ece": "calibration error", "nll": "log loss"}
 FEW = "so few texts tell little: of 61 rows, such intervals held in XX to 100% of draws"  # .github/results/promises.md
+NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
 CLASSES = 20  # are printed, at most
 TIMED = 64  # texts
 
@@ -75,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(others))
     others -= {"test", "device", "amp"}
     parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(others))
-    args.runs = args.runs or [newest_run()]
+    args.runs = args.runs or [folders.newest_run()]
     args.device = devices.choose_device(args.device)
     args.precision = devices.choose_precision(args.amp, args.device)
     return args
@@ -86,7 +78,7 @@ def main() -> None:
     args = parse_arguments()
     devices.tune_cpu()
     if args.plot:
-        draw_curves(args.plot, {str(run): read_evaluation(run) for run in args.runs})
+        draw_curves(args.plot, {str(run): folders.read_evaluation(run) for run in args.runs})
         print(f"written to {args.plot}")
     elif args.test:
         test(args)
@@ -97,14 +89,14 @@ def main() -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Run all exits on the validation rows, and write and print what comes out."""
     (run,), start = args.runs, time.perf_counter()
-    model, record = load_run(run)
+    model, record = folders.load_run(run)
     goal = goals.goal_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
     if args.use_exits:
         try:
             model = model.keep_exits(args.use_exits)
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
-    rows = read_validation(run, record)
+    rows = folders.read_validation(run, record)
     validation = sweep.run_exits(run, record, model.to(args.device), rows, record.metric, args.precision)
     if devices.process_rank():  # the first process alone writes
         return
@@ -125,25 +117,24 @@ def evaluate(args: argparse.Namespace) -> None:
         "seconds": round(seconds, 2),
         "device": devices.device_name(args.device),
         "precision": str(args.precision or torch.float32),
-        "versions": versions(),
+        "versions": folders.versions(),
     }
     # All three are written before one is replaced, and evaluation.json comes last. All this comes before anything is
     # printed, since `| head` may end this process.
-    with (
-        written_beside(run / EVALUATION) as new,
-        written_beside(run / LOGITS) as logits,
-        written_beside(run / CURVE) as curve,
-    ):
-        draw_curves(curve, {str(run): read_dataclass(Evaluation, run / EVALUATION, evaluation)})
+    with ExitStack() as stack:
+        names = (folders.EVALUATION, folders.LOGITS, folders.CURVE)
+        new, logits, curve = (stack.enter_context(written_beside(run / name)) for name in names)
+        draw_curves(curve, {str(run): read_dataclass(folders.Evaluation, run / folders.EVALUATION, evaluation)})
         sweep.save_validation(logits, validation)
         write_json(new, evaluation)
-    print(f"{run}: {record.model}, {method_name(vars(record))}, {record.task}, {len(rows.first):,} validation rows")
+    name = folders.method_name(vars(record))
+    print(f"{run}: {record.model}, {name}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
     print_point(point, record, evaluation)
-    print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts()[:: -(-len(rows.first) // TIMED)])
+    print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts())
     for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
-    print(f"\nwritten to {run / EVALUATION}; predict takes this operating point now. Next:")
+    print(f"\nwritten to {run / folders.EVALUATION}; predict takes this operating point now. Next:")
     print(f"  python -m minisweet predict {run} FILE.csv --out predicted.csv")
     print(f"  python evaluate.py {run} --test FILE.csv")
     print(f"  python -m minisweet explain {run} TEXT")
@@ -166,7 +157,7 @@ def print_curve(evaluation: dict) -> None:
     print("area under the curve {area:.2f}; all exits of all rows in {seconds:.1f} s".format(**evaluation))
 
 
-def print_point(point: dict, record: Record, evaluation: dict) -> None:
+def print_point(point: dict, record: folders.Record, evaluation: dict) -> None:
     """Print the operating point, what is stated of it and by how many texts, and what is promised."""
     asked, goal, labelled = point["asked_exits"], point["wish"], record.metric != "agreement"
     costly = [str(n) for n in evaluation["exit_layers"] if n not in asked]
@@ -180,10 +171,8 @@ def print_point(point: dict, record: Record, evaluation: dict) -> None:
         for name, *scores, rows in zip(record.labels, *point["per_class"].values(), strict=True):
             print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
     print("\n{judging_texts:,} distinct texts judged, {choosing_texts:,} others chose".format(**point))
-    if not point["judging_texts"]:
-        print("there are too few new texts: all this is of texts that also chose, or were trained on")
-    elif point["judging_texts"] < 75:
-        print(FEW)
+    if point["judging_texts"] < 75:
+        print(FEW if point["judging_texts"] else NOBODY)
     if "sure" in goal and point["threshold"] < 1:
         print(f"promised, of texts drawn like these: {goals.promise_of(goal)}")
     if record.train_texts is None:
@@ -193,18 +182,18 @@ def print_point(point: dict, record: Record, evaluation: dict) -> None:
 
 
 def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
-    """Print what a text takes at the operating point and at full depth, from text to label."""
+    """Print what a text takes at the operating point and at full depth, from text to label; of some of the texts."""
+    texts = texts[:: -(-len(texts) // TIMED)]
     print(f"\n{f'milliseconds, {len(texts)} texts':<25}one by one  in batches of {classify.batch_size}")
     for title, threshold in (("at the operating point", classify.threshold), ("at full depth", 1.0)):
         classify.threshold = threshold
         classify(texts)  # the first run is slower
-        start = time.perf_counter()
-        for text in texts:
-            classify([text])
-        middle = time.perf_counter()
-        classify(texts)
-        taken = (middle - start, time.perf_counter() - middle)
-        print(f"{title:<25}" + "".join(f"{1000 * seconds / len(texts):10.2f}" for seconds in taken))
+        times = [time.perf_counter()]
+        for batches in ([[text] for text in texts], [texts]):
+            list(map(classify, batches))
+            times.append(time.perf_counter())
+        one_by_one, in_batches = 1000 * np.diff(times) / len(texts)
+        print(f"{title:<25}{one_by_one:10.2f}{in_batches:12.2f}")
 
 
 def with_interval(point: dict, key: str, interval: str | None) -> str:
@@ -216,40 +205,37 @@ def with_interval(point: dict, key: str, interval: str | None) -> str:
 def test(args: argparse.Namespace) -> None:
     """Try the run's operating point on a file, beside what was stated and promised. Without labels, count changes."""
     (run,) = args.runs
-    model, record = load_run(run)
-    evaluation = read_evaluation(run)
+    model, record = folders.load_run(run)
+    evaluation = folders.read_evaluation(run)
     point, goal = evaluation.operating_point, evaluation.operating_point.wish
-    columns = text_columns(args.test, None, record.columns, option="")
-    _, first = next(read_rows(args.test))
+    columns, (_, first) = text_columns(args.test, None, record.columns, option=""), next(read_rows(args.test))
     column = next((name for name in (record.label_column, "label") if name in first), None)
-    labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
+    labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"
     model = model.keep_exits(point.asked_exits).to(args.device)
     answers = sweep.run_exits(run, record, model, rows, metric, args.precision)
     rule = ExitRule.from_evaluation(evaluation, record.num_labels)
-    rule = rule.kept([evaluation.exit_layers.index(n) for n in point.asked_exits])
-    measured, changed = (
-        operating.stated(rule, them, range(len(point.asked_exits)), point.threshold)
-        for them in (answers, answers.against_full_depth())
+    rule, exits = rule.kept(list(map(evaluation.exit_layers.index, point.asked_exits))), range(len(point.asked_exits))
+    here, changes = (
+        operating.stated(rule, of, exits, point.threshold) for of in (answers, answers.against_full_depth())
     )
     skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
-    print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated by validation rows':>28}")
+    print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in STATED if column else STATED[-1:]:
-        line = f"{title or METRICS[metric]:<25}{with_interval(measured, key, interval)}"
-        if labelled or key == "speedup_ratio":
-            line += with_interval(vars(point), key, interval)
-        print(line.rstrip())
-    print(f"{'percent changed':<25}{with_interval(changed, 'loss', 'loss_interval')}".rstrip())
+        is_stated = labelled or key == "speedup_ratio"
+        stated = with_interval(vars(point), key, interval) if is_stated else ""
+        print(f"{title or METRICS[metric]:<25}{with_interval(here, key, interval)}{stated}".rstrip())
+    print(f"{'percent changed':<25}{with_interval(changes, 'loss', 'loss_interval')}")
     if column is None:
-        print(f"no column {record.label_column or 'label'}: without labels only the share and the changes are known")
-    of_promise = changed if "max_change" in goal or not labelled else measured if column else None
+        print(f"no column {record.label_column or 'label'}: without labels, only the changes and the share are known")
+    of_promise = changes if "max_change" in goal or not labelled else here if column else None
     if "sure" in goal and of_promise and point.threshold < 1:
-        kept = "which holds here"
+        held = "which holds here"
         if of_promise["loss"] > operating.limit_of(goal):
-            kept = "which does not hold here: such texts may be drawn otherwise than the validation rows, or by chance"
-        print(f"promised: {goals.promise_of(goal)}, {kept}")
+            held = "which does not hold here: by chance, or such texts are drawn otherwise than the validation rows"
+        print(f"promised: {goals.promise_of(goal)}, {held}")
     if line := goals.in_other_precision(goal, point.threshold, evaluation, args.precision):
         print(f"warning: {line}")
 

@@ -126,7 +126,7 @@ def walk(
 
     Where a goal does not say how sure they must be, it is enough that these rows lose no more than its limit.
     """
-    answers, costs = decide(rule, rows, exits, thresholds)
+    _, answers, costs = rows.decide_at(rule, exits, thresholds)
     shares, scores = costs.mean(1), score(answers, rows.labels.numpy(), rows.metric)  # (M,) each
     if "speed" in goal:
         m = np.flatnonzero(shares <= goal["speed"] + 1e-9).max(initial=0)
@@ -136,12 +136,6 @@ def walk(
             is_kept = how_sure(rows, answers, limit_of(goal)) >= goal["sure"]
         m = np.flatnonzero(~is_kept[:-1]).max(initial=-1) + 1
     return float(thresholds[m]), float(shares[m]), float(scores[m])
-
-
-def decide(rule: ExitRule, rows: Validation, exits: Sequence[int], thresholds) -> tuple[np.ndarray, np.ndarray]:
-    """The answers at some thresholds, and what they cost: (M, N) each."""
-    taken, costs = rows.decide_at(rule, exits, thresholds)
-    return rows.logits.argmax(-1).numpy()[taken, np.arange(taken.shape[1])], costs
 
 
 def limit_of(goal: dict[str, float]) -> float:
@@ -177,7 +171,7 @@ def reweighted(judges: Validation, made_up: int) -> np.ndarray:
 
 def measured(rule: ExitRule, rows: Validation, exits: Sequence[int], threshold: float) -> dict:
     """What decisions give on some rows: scores in percent, loss in points, share of the layers, and each class's."""
-    (answers,), (costs,) = decide(rule, rows, exits, [threshold])
+    _, (answers,), (costs,) = rows.decide_at(rule, exits, [threshold])
     labels, full = rows.labels.numpy(), rows.logits[-1].argmax(-1).numpy()
     early, full_depth = (float(score(said, labels, rows.metric)) for said in (answers, full))
     point = {"score": early, "full_depth_score": full_depth, "loss": full_depth - early}
@@ -194,7 +188,7 @@ def stated(rule: ExitRule, judges: Validation, exits: Sequence[int], threshold: 
     other the dearest.
     """
     point, metric = measured(rule, judges, exits, threshold), judges.metric
-    (answers,), (costs,) = decide(rule, judges, exits, [threshold])
+    _, (answers,), (costs,) = judges.decide_at(rule, exits, [threshold])
     made_up = [RIGHT, WRONG] if threshold == 1 else [LOST, WON]
     if metric == "agreement":  # full depth is always right there
         made_up[1] = RIGHT

@@ -67,17 +67,16 @@ class Validation(NamedTuple):
         """Some of the exits alone, by their numbers from 0."""
         return self.exits._replace(layers=[self.exits.layers[k] for k in asked])
 
-    def decide_at(
-        self, rule: ExitRule, asked: Sequence[int], thresholds: Sequence[float]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The exit that each row takes at some thresholds, from 0 and of all K, and its cost: (P, N) each.
+    def decide_at(self, rule: ExitRule, asked: Sequence[int], thresholds: Sequence[float]) -> tuple[np.ndarray, ...]:
+        """The exit that each row takes at some thresholds, from 0 and of all K; its answer; its cost: (P, N) each.
 
         `asked` are the numbers of the exits that are asked, from 0.
         """
         confidence = rule.confidences(self.logits, self.certainty)[list(asked)]  # the same at all thresholds
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
         costs = np.array([self.exits_at(asked).costs(threshold) for threshold in thresholds])  # (P, exits asked)
-        return np.array(asked)[taken], np.take_along_axis(costs, taken, axis=1)
+        answers = np.take_along_axis(self.logits[list(asked)].argmax(-1).numpy(), taken, axis=0)
+        return np.array(asked)[taken], answers, np.take_along_axis(costs, taken, axis=1)
 
     def parts(self, count: int) -> np.ndarray:
         """Which of `count` parts each row is in: (N,). Texts are dealt out at random, class by class.
@@ -166,7 +165,7 @@ def sweep(
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     for rule, rows in folds:
         some = validation.take(rows)
-        taken[:, rows], costs[:, rows] = some.decide_at(rule, range(K) if asked is None else asked, thresholds)
+        taken[:, rows], _, costs[:, rows] = some.decide_at(rule, range(K) if asked is None else asked, thresholds)
     predictions = validation.logits.argmax(-1).numpy()  # (K, N)
     ratios = costs.mean(1).tolist()  # Eq. 1
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()

@@ -16,11 +16,11 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation import goals
 from minisweet.evaluation.operating import deal, operating_point
 from minisweet.evaluation.sweep import load_validation
 from minisweet.live import GATHERED, Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
+from minisweet.use import goals
 
 RANGES = goals.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
 

@@ -22,12 +22,12 @@ from minisweet.adaptive import Exits
 from minisweet.base.commands import Progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.data.text import PAD, TokenizedExamples
-from minisweet.evaluation.goals import shortfall
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.operating import deal, operating_point
 from minisweet.evaluation.sweep import load_validation
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
+from minisweet.use.goals import shortfall
 from minisweet.use.onnx_graph import INPUTS, export_graph
 
 

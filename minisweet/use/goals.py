@@ -1,4 +1,4 @@
-"""Goals of an operating point: the options that name one, and what a person is told of it."""
+"""Goals of an operating point: how a person names one, and what he is told of it."""
 
 import math
 
