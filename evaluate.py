@@ -40,7 +40,7 @@ STATED = (  # of an operating point: a title, the key of the value, and the key 
     ("share of the layers", "speedup_ratio", "speedup_interval"),
 )
 EXPLAINED = {"ece": "calibration error", "nll": "log loss"}
-FEW = "so few texts tell little: of 61 rows, such intervals held in XX to 100% of draws"  # .github/results/promises.md
+FEW = "so few texts tell little: see how wide the intervals are"
 NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
 CLASSES = 20  # are printed, at most
 TIMED = 64  # texts

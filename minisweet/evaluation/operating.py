@@ -1,6 +1,6 @@
 """The operating point: which exits to ask, from which confidence on a text leaves, and what that gives on new text.
 
-Whoever picks the best of many thresholds picks a lucky one, and thinks too well of it. So who chooses does not judge.
+The best of many thresholds is a lucky one: it looks better than it is. So who chooses does not judge.
 The distinct validation texts are dealt out, class by class. A quarter of them *chooses*: it fits the temperatures, and
 picks the exits that are worth asking. Three quarters *judge*: they set the threshold, and all that is stated of new
 text is computed from them alone. A text that the model was trained on does neither.
@@ -16,8 +16,8 @@ judging text a random weight, 2,000 times, and computes the loss anew each time.
 most P in 70% of these reweightings. Over many sets of validation texts, such a promise is then broken for at most 30%
 of them. The middle 95% of a number's values are its interval.
 
-Texts get weights, and not rows: a text that stands there ten times is one text. And what none of the judges showed may
-still happen. So one or two texts are made up, and join them in the walk and in the intervals, but not in the numbers.
+A text has one weight, however many rows it has. And what happened to none of the judges may still happen. So one or
+two texts are made up. They join the judges where it is asked how sure they are, and in the intervals.
 
 Dimension letters: K exits, k of them that are asked, N rows, M thresholds, R reweightings.
 """
@@ -87,7 +87,7 @@ def operating_point(
 def thresholds_of(rule: ExitRule, choosers: Validation, exits: Sequence[int]) -> np.ndarray:
     """The thresholds that are tried, some hundred, in increasing order: (M,). The last is 1.
 
-    They lie halfway between confidences that occur, so that rounding on another machine cannot flip a row.
+    They lie halfway between confidences of the choosing rows, so that rounding on another machine cannot flip a row.
     """
     if len(exits) == 1:  # nobody can leave early
         return np.ones(1)

@@ -1,8 +1,8 @@
 """Speed-accuracy curves of saved evaluations as a PNG: one run's, or several in one picture.
 
 A curve has a point per threshold: the score in percent over the speedup ratio, the share of the layers run (Eq. 1).
-Bars and the band of full depth are 95% intervals. An operating point is stated from rows that had no say in choosing
-it, so it may lie beside its curve. Dimension letter: P points of a curve.
+Bars and the band of full depth are 95% intervals. An operating point is stated by the rows that judge, and its curve is
+of all rows, so it may lie beside the curve. Dimension letter: P points of a curve.
 """
 
 from pathlib import Path
