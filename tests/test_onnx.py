@@ -152,7 +152,7 @@ def test_command_writes_all_that_a_deployment_needs(run_of, tmp_path, command, e
     assert re.search(
         r"validation rows, one by one: accuracy \d+.\d with \d+.\d% of .*; 0 labels or exits are not", rows
     )
-    assert re.search(r"labels \(\d.\d%\) change against the file's full depth, \d+ against the model's", changes)
+    assert re.search(r"labels \(\d+.\d%\) change against the file's full depth, \d+ against the model's", changes)
     assert re.fullmatch(r"milliseconds per text, one by one: .* at the operating point, .* at full depth", last)
     session, told = session_of(file), told_by(file)
     assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
