@@ -22,7 +22,7 @@ import torch
 from minisweet.adaptive import ExitRule, spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
-from minisweet.base.files import InputError, one_line, read_dataclass, write_json, written_beside
+from minisweet.base.files import InputError, read_dataclass, write_json, written_beside
 from minisweet.data.rows import examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
 from minisweet.evaluation import operating, sweep
@@ -32,17 +32,7 @@ from minisweet.use import goals
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.plots import draw_curves
 
-STATED = (  # of an operating point: a title, the key of the value, and the key of its interval
-    ("", "score", "score_interval"),  # the title is the metric's
-    ("macro F1", "macro_f1", None),
-    ("full depth", "full_depth_score", "full_depth_interval"),
-    ("points lost", "loss", "loss_interval"),
-    ("share of the layers", "speedup_ratio", "speedup_interval"),
-)
 EXPLAINED = {"ece": "calibration error", "nll": "log loss"}
-FEW = "so few texts tell little: see how wide the intervals are"
-NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
-CLASSES = 20  # are printed, at most
 TIMED = 64  # texts
 
 
@@ -130,7 +120,7 @@ def evaluate(args: argparse.Namespace) -> None:
     name = folders.method_name(vars(record))
     print(f"{run}: {record.model}, {name}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
-    print_point(point, record, evaluation)
+    goals.print_point(point, record, layers)
     print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts())
     for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
@@ -157,30 +147,6 @@ def print_curve(evaluation: dict) -> None:
     print("area under the curve {area:.2f}; all exits of all rows in {seconds:.1f} s".format(**evaluation))
 
 
-def print_point(point: dict, record: folders.Record, evaluation: dict) -> None:
-    """Print the operating point, what is stated of it and by how many texts, and what is promised."""
-    asked, goal, labelled = point["asked_exits"], point["wish"], record.metric != "agreement"
-    costly = [str(n) for n in evaluation["exit_layers"] if n not in asked]
-    left_out = f" (left out: {', '.join(costly)}, which cost more than they give)" if costly else ""
-    print(f"\noperating point: threshold {point['threshold']:.6g}, exits {', '.join(map(str, asked))}{left_out}")
-    print(f"{'on new text':<25}{'stated':>8}   95% interval")
-    for title, *keys in STATED:
-        print(f"{title or METRICS[record.metric]:<25}" + with_interval(point, *keys))
-    if labelled and len(record.labels) <= CLASSES:
-        print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
-        for name, *scores, rows in zip(record.labels, *point["per_class"].values(), strict=True):
-            print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
-    print("\n{judging_texts:,} distinct texts judged, {choosing_texts:,} others chose".format(**point))
-    if point["judging_texts"] < 75:
-        print(FEW if point["judging_texts"] else NOBODY)
-    if "sure" in goal and point["threshold"] < 1:
-        print(f"promised, of texts drawn like these: {goals.promise_of(goal)}")
-    if record.train_texts is None:
-        print("whether the model, or its trunk, was trained on these texts cannot be checked")
-    elif point["trained_rows"]:
-        print(f"{point['trained_rows']:,} of the rows were trained on, and neither chose nor judged")
-
-
 def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
     """Print what a text takes at the operating point and at full depth, from text to label; of some of the texts."""
     texts = texts[:: -(-len(texts) // TIMED)]
@@ -194,12 +160,6 @@ def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
             times.append(time.perf_counter())
         one_by_one, in_batches = 1000 * np.diff(times) / len(texts)
         print(f"{title:<25}{one_by_one:10.2f}{in_batches:12.2f}")
-
-
-def with_interval(point: dict, key: str, interval: str | None) -> str:
-    """A statistic of an operating point, and its 95% interval where it has one."""
-    ends = "   {:7.2f} to {:7.2f}".format(*point[interval]) if interval else " " * 21
-    return f"{point[key]:8.2f}{ends}"
 
 
 def test(args: argparse.Namespace) -> None:
@@ -217,20 +177,20 @@ def test(args: argparse.Namespace) -> None:
     answers = sweep.run_exits(run, record, model, rows, metric, args.precision)
     rule = ExitRule.from_evaluation(evaluation, record.num_labels)
     rule, exits = rule.kept(list(map(evaluation.exit_layers.index, point.asked_exits))), range(len(point.asked_exits))
-    here, changes = (
+    found, changes = (
         operating.stated(rule, of, exits, point.threshold) for of in (answers, answers.against_full_depth())
     )
     skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
     print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
-    for title, key, interval in STATED if column else STATED[-1:]:
+    for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
         is_stated = labelled or key == "speedup_ratio"
-        stated = with_interval(vars(point), key, interval) if is_stated else ""
-        print(f"{title or METRICS[metric]:<25}{with_interval(here, key, interval)}{stated}".rstrip())
-    print(f"{'percent changed':<25}{with_interval(changes, 'loss', 'loss_interval')}")
+        stated = goals.with_interval(vars(point), key, interval) if is_stated else ""
+        print(f"{title or METRICS[metric]:<25}{goals.with_interval(found, key, interval)}{stated}".rstrip())
+    print(f"{'percent changed':<25}{goals.with_interval(changes, 'loss', 'loss_interval')}")
     if column is None:
         print(f"no column {record.label_column or 'label'}: without labels, only the changes and the share are known")
-    of_promise = changes if "max_change" in goal or not labelled else here if column else None
+    of_promise = changes if "max_change" in goal or not labelled else found if column else None
     if "sure" in goal and of_promise and point.threshold < 1:
         held = "which holds here"
         if of_promise["loss"] > operating.limit_of(goal):

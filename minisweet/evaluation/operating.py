@@ -173,7 +173,7 @@ def measured(rule: ExitRule, rows: Validation, exits: Sequence[int], threshold: 
     """What decisions give on some rows: scores in percent, loss in points, share of the layers, and each class's."""
     _, (answers,), (costs,) = rows.decide_at(rule, exits, [threshold])
     labels, full = rows.labels.numpy(), rows.logits[-1].argmax(-1).numpy()
-    early, full_depth = (float(score(said, labels, rows.metric)) for said in (answers, full))
+    early, full_depth = (float(score(given, labels, rows.metric)) for given in (answers, full))
     point = {"score": early, "full_depth_score": full_depth, "loss": full_depth - early}
     report = classification_report(answers, labels, rows.logits.shape[-1])
     per_class = {key: report[key] for key in ("precision", "recall", "f1", "support")}

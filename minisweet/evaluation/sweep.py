@@ -68,9 +68,9 @@ class Validation(NamedTuple):
         return self.exits._replace(layers=[self.exits.layers[k] for k in asked])
 
     def decide_at(self, rule: ExitRule, asked: Sequence[int], thresholds: Sequence[float]) -> tuple[np.ndarray, ...]:
-        """The exit that each row takes at some thresholds, from 0 and of all K; its answer; its cost: (P, N) each.
+        """The exit that each row takes at some thresholds, the exit's answer, and what it costs: (P, N) each.
 
-        `asked` are the numbers of the exits that are asked, from 0.
+        Only the exits `asked` are asked. Exits go by their numbers among all K, from 0.
         """
         confidence = rule.confidences(self.logits, self.certainty)[list(asked)]  # the same at all thresholds
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
@@ -156,10 +156,10 @@ def crossfit(validation: Validation) -> Folds:
 def sweep(
     folds: Folds, validation: Validation, thresholds: list[float], asked: Sequence[int] | None = None
 ) -> tuple[dict, np.ndarray]:
-    """Score all exits, and at each threshold those that rows take, if these exits, from 0, are asked (default: all).
+    """Score all exits, and at each threshold those that rows take, where only the exits `asked` are (default: all).
 
     Returns exit_scores (K), scores, speedup_ratios, exit_counts (P, K) and area, scores in percent; then the exits
-    taken (P, N), from 0 and of all K.
+    taken (P, N). Exits go by their numbers among all K, from 0.
     """
     (K, N, _), labels, metric = validation.logits.shape, validation.labels.numpy(), validation.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))

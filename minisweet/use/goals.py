@@ -3,10 +3,21 @@
 import math
 
 from minisweet.base.commands import Parser, number
-from minisweet.base.files import InputError
+from minisweet.base.files import InputError, one_line
+from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.operating import PARTS, limit_of
 from minisweet.runs.folders import Evaluation, Record
 
+STATED = (  # of an operating point: a title, the key of the value, and the key of its interval
+    ("", "score", "score_interval"),  # the title is the metric's
+    ("macro F1", "macro_f1", None),
+    ("full depth", "full_depth_score", "full_depth_interval"),
+    ("points lost", "loss", "loss_interval"),
+    ("share of the layers", "speedup_ratio", "speedup_interval"),
+)
+FEW = "so few texts tell little: see how wide the intervals are"
+NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
+CLASSES = 20  # are printed, at most
 RANGES = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "sure": (50, 99.9)}
 
 
@@ -46,6 +57,36 @@ def promise_of(goal: dict[str, float]) -> str:
     what = "{:g}% of the answers change" if "max_change" in goal else "{:g} points are lost"
     what = "1 point is lost" if goal.get("max_loss") == 1 else what.format(limit_of(goal))
     return f"at most {what}, {goal['sure']:g}% sure"
+
+
+def print_point(point: dict, record: Record, layers: list[int]) -> None:
+    """Print the operating point of exits after these `layers`, what is stated by how many texts, and what is promised."""
+    asked, goal, labelled = point["asked_exits"], point["wish"], record.metric != "agreement"
+    costly = [str(n) for n in layers if n not in asked]
+    left_out = f" (left out: {', '.join(costly)}, which cost more than they give)" if costly else ""
+    print(f"\noperating point: threshold {point['threshold']:.6g}, exits {', '.join(map(str, asked))}{left_out}")
+    print(f"{'on new text':<25}{'stated':>8}   95% interval")
+    for title, *keys in STATED:
+        print(f"{title or METRICS[record.metric]:<25}" + with_interval(point, *keys))
+    if labelled and len(record.labels) <= CLASSES:
+        print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
+        for name, *scores, rows in zip(record.labels, *point["per_class"].values(), strict=True):
+            print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
+    print("\n{judging_texts:,} distinct texts judged, {choosing_texts:,} others chose".format(**point))
+    if point["judging_texts"] < 75:
+        print(FEW if point["judging_texts"] else NOBODY)
+    if "sure" in goal and point["threshold"] < 1:
+        print(f"promised, of texts drawn like these: {promise_of(goal)}")
+    if record.train_texts is None:
+        print("whether the model, or its trunk, was trained on these texts cannot be checked")
+    elif point["trained_rows"]:
+        print(f"{point['trained_rows']:,} of the rows were trained on, and neither chose nor judged")
+
+
+def with_interval(point: dict, key: str, interval: str | None) -> str:
+    """A statistic of an operating point, and its 95% interval where it has one."""
+    ends = "   {:7.2f} to {:7.2f}".format(*point[interval]) if interval else " " * 21
+    return f"{point[key]:8.2f}{ends}"
 
 
 def shortfall(point: dict, record: Record) -> str:
