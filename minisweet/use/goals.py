@@ -60,7 +60,7 @@ def promise_of(goal: dict[str, float]) -> str:
 
 
 def print_point(point: dict, record: Record, layers: list[int]) -> None:
-    """Print the operating point of exits after these `layers`, what is stated by how many texts, and what is promised."""
+    """Print the operating point of exits after these `layers`, what is stated, by how many texts, and promised."""
     asked, goal, labelled = point["asked_exits"], point["wish"], record.metric != "agreement"
     costly = [str(n) for n in layers if n not in asked]
     left_out = f" (left out: {', '.join(costly)}, which cost more than they give)" if costly else ""
