@@ -142,11 +142,12 @@ def all_exits(model: MultiExitModel | MultiModel, batch) -> tuple[torch.Tensor, 
 
 @contextmanager
 def in_folder(folder: Path):
-    """Within, commands run in `folder` and quickly: the toy task has fewer rows, and no figure is really drawn."""
+    """Within, commands run in `folder` and quickly: few rows in the toy task, few that are timed, no figure drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(toy.SIZES, "train", 400)
         patch.setitem(toy.SIZES, "dev", 200)
+        patch.setattr("evaluate.TIMED", 4)
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
         yield
 

@@ -1,6 +1,8 @@
 """All exits on all rows: the folds and the sweep; and evaluate.py as a command, with its other two modes."""
 
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +14,8 @@ from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
 from minisweet.base.files import InputError
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation.sweep import Validation, crossfit, curve_of, load_validation, never_predicted, sweep
+from minisweet.evaluation import sweep as sweep_module
+from minisweet.evaluation.sweep import Validation, crossfit, curve_of, load_validation, never_right, sweep
 from minisweet.runs.folders import load_run, read_evaluation, read_record, read_validation
 from tests.conftest import all_exits
 from tests.test_operating import random_validation
@@ -24,32 +27,13 @@ def copied(run_of, tmp_path):
     return lambda name: shutil.copytree(run_of(name), tmp_path / name)
 
 
-@pytest.mark.parametrize("parts", [4, 5])
-def test_parts_are_drawn_class_by_class_and_equal_texts_stay_together(parts):
-    N = 200
-    validation = random_validation(0, (1, 2), N)._replace(labels=torch.arange(N) % 2)  # a file whose labels alternate
-    found = validation.parts(parts)
-    assert np.bincount(2 * found + np.arange(N) % 2).tolist() == [N // parts // 2] * (2 * parts)
-    order = np.random.default_rng(1).permutation(N)
-    assert validation.take(order).parts(parts).tolist() == found[order].tolist()
-    repeated = validation.take(np.random.default_rng(2).integers(20, size=N))
-    # a text under two labels is in one part too
-    both = repeated._replace(labels=torch.from_numpy(np.random.default_rng(3).integers(2, size=N)))
-    for rows in (repeated, both):
-        found, keys = rows.parts(parts), rows.keys.numpy()
-        assert all(len(set(found[keys == key])) == 1 for key in keys)
-        assert len(set(found)) == parts
-
-
 def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
     validation = random_validation(5, (1, 2, 4), 103, 3)
-    folds = validation.folds()
-    assert len(folds) == 5
-    assert sorted(np.concatenate([rows for _, rows in folds])) == list(range(103))
-    assert all(sorted([*others, *rows]) == list(range(103)) for others, rows in folds)
     thresholds, turns = spaced_thresholds(7, 1 / 3), crossfit(validation)
-    for (rule, _), (others, _) in zip(turns, folds, strict=True):
-        assert torch.equal(rule.temperatures, validation.take(others).fit_rule().temperatures)
+    assert sorted(np.concatenate([rows for _, rows in turns])) == list(range(103))
+    for rule, rows in turns:
+        others = validation.take(np.setdiff1d(np.arange(103), rows))
+        assert torch.equal(rule.temperatures, others.fit_rule().temperatures)
     assert len({tuple(rule.temperatures.tolist()) for rule, _ in turns}) == 5
     _, taken = sweep(turns, validation, thresholds)
     for rule, rows in turns:
@@ -58,19 +42,18 @@ def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
             assert taken[i, rows].tolist() == exits_taken(confidence, threshold, rule.lowest).tolist()
     nll = curve_of(validation, turns, thresholds)["nll"]
     assert all(after < before for before, after in zip(nll["before"], nll["after"], strict=True))
-    ((others, rows),) = validation.take([7, 7, 7]).folds()  # a single text
-    assert others.tolist() == rows.tolist() == [0, 1, 2]
+    assert [rows.tolist() for _, rows in crossfit(validation.take([7, 7, 7]))] == [[0, 1, 2]]  # a single text
 
 
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
 @pytest.mark.parametrize("layers", [(1, 2, 4), (0, 2, 4)])
 def test_the_sweep_of_some_exits_is_that_of_a_model_that_has_no_others(method, layers):
     validation, rule = random_validation(2, layers, 60, 2, method), ExitRule(2, torch.tensor([0.7, 1.1, 2.0]))
-    thresholds, places, every = spaced_thresholds(9, 0.5), [0, 2], np.arange(60)
-    some, taken = sweep([(rule, every)], validation, thresholds, places)
-    kept = Validation(validation.logits[places], None, *validation[2:5], Exits((layers[0], 4), 4, method))
-    alone, its_taken = sweep([(rule.kept(places), every)], kept, thresholds)
-    assert np.array_equal(taken, np.array(places)[its_taken])
+    thresholds, asked, every = spaced_thresholds(9, 0.5), [0, 2], np.arange(60)
+    some, taken = sweep([(rule, every)], validation, thresholds, asked)
+    kept = Validation(validation.logits[asked], None, *validation[2:5], Exits((layers[0], 4), 4, method))
+    alone, its_taken = sweep([(rule.kept(asked), every)], kept, thresholds)
+    assert np.array_equal(taken, np.array(asked)[its_taken])
     for key in ("scores", "speedup_ratios", "area"):
         assert some[key] == pytest.approx(alone[key])
     assert [row[1] for row in some["exit_counts"]] == [0] * 9
@@ -78,13 +61,15 @@ def test_the_sweep_of_some_exits_is_that_of_a_model_that_has_no_others(method, l
     assert some["scores"][-1] == pytest.approx(some["exit_scores"][-1])
 
 
-def test_warnings_name_classes_that_are_never_predicted():
-    labels = torch.tensor([0] * 20 + [1] * 6 + [2] * 4)
-    logits = torch.nn.functional.one_hot(torch.stack([labels * 0, labels]), 3).float()
-    validation = Validation(logits, None, labels, torch.arange(30), "accuracy", Exits((0, 4), 4, "sweet"))
-    (line,) = never_predicted(validation, ["no", "yes", "rare"])
-    assert "the exit after layer 0 never predicts yes: " in line  # and of four rows nothing is said
-    assert not never_predicted(validation._replace(metric="agreement"), ["no", "yes", "rare"])
+def test_warnings_name_classes_that_no_row_gets():
+    reports = [
+        {"recall": [90.0, 0.0, 0.0], "support": [20, 6, 4]},
+        {"recall": [90.0, 50.0, 0.0], "support": [20, 6, 4]},
+    ]
+    evaluation = {"exit_layers": [0, 4], "per_class": reports, "metric": "accuracy"}
+    (line,) = never_right(evaluation, ["no", "yes", "rare"])
+    assert "the exit after layer 0 never predicts yes rightly: " in line  # and of four rows nothing is said
+    assert not never_right(evaluation | {"metric": "agreement"}, ["no", "yes", "rare"])
 
 
 @pytest.mark.parametrize("name", ["branch", "lte", "pairs", "trunk0"])
@@ -124,44 +109,69 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert f"exits {', '.join(map(str, point.asked_exits))}" in out
     low, high = point.score_interval
     assert f"{point.score:8.2f}   {low:7.2f} to {high:7.2f}" in out
+    assert f"{point.judging_texts} distinct texts judged, {point.choosing_texts} others chose" in out
+    assert re.search(r"^class +precision +recall +F1", out, re.MULTILINE)
+    assert re.search(r"^at full depth +[0-9.]+ +[0-9.]+$", out, re.MULTILINE)  # milliseconds
+    assert all(f"{words} {run} " in out for words in ("minisweet predict", "evaluate.py", "minisweet explain"))
+
+
+def test_an_older_evaluation_can_still_be_read(copied):
+    path = copied("sweet") / "evaluation.json"
+    path.write_text(re.sub("(choosing|judging)_texts", "certified_rows", path.read_text()))
+    assert read_evaluation(path.parent).operating_point.judging_texts is None
 
 
 def test_exits_are_asked_by_hand_and_goals_replace_each_other(copied, command):
     run = copied("trunk0")
-    for options, wish, by_hand in (
-        (["--use-exits", "4"], {"max_loss": 1.0, "sure": 70.0}, [4]),
-        (["--speed", "0"], {"speed": 0.0}, None),
-        (["--max-change", "40"], {"max_change": 40.0, "sure": 90.0}, None),
-        (["--max-change", "40", "--sure", "60"], {"max_change": 40.0, "sure": 60.0}, None),
-        (["--max-loss", "150", "--sure", "95", "--use-exits", "0,4"], {"max_loss": 150.0, "sure": 95.0}, [0, 4]),
+    for options, wish, layers in (
+        ("--use-exits 4", {"max_loss": 1.0, "sure": 70.0}, [4]),
+        ("--speed 0", {"speed": 0.0}, [0, 4]),
+        ("--sure 60", {"max_loss": 1.0, "sure": 60.0}, [0, 4]),
+        ("--max-change 40 --sure 60", {"max_change": 40.0, "sure": 60.0}, [0, 4]),
+        ("--max-loss 150 --sure 95 --use-exits 0,4", {"max_loss": 150.0, "sure": 95.0}, [0, 4]),
     ):
-        status, out, err = command(evaluate, run, *options)
-        assert (status, err) == (0, "")
+        status, out, err = command(evaluate, run, *options.split())
         evaluation = read_evaluation(run)
-        point = evaluation.operating_point
-        assert point.wish == wish
-        assert by_hand in (None, evaluation.exit_layers)
-        assert by_hand in (None, point.asked_exits)
-        assert point.speedup_ratio == 0 or "speed" not in wish
-    assert point.threshold < 1
-    assert "promised, 95% sure, of texts drawn like these: at most 150 points are lost" in out
+        assert (status, err, evaluation.exit_layers, evaluation.operating_point.wish) == (0, "", layers, wish)
+        assert evaluation.operating_point.speedup_ratio == 0 or "speed" not in wish
+    assert "at most 150 points are lost, 95% sure" in out
 
 
-def test_texts_that_were_trained_on_are_counted(copied, command):
+@pytest.mark.parametrize("goal", ["--max-change 50", "--speed 0.5"])
+def test_texts_that_were_trained_on_are_counted(copied, command, goal):
     run = copied("sweet")
-    record = json.loads((run / "run.json").read_text())
-    record["train_texts"] = None
-    (run / "run.json").write_text(json.dumps(record))
-    assert "cannot be checked" in command(evaluate, run, "--max-change", "50")[1]
-    rows = read_validation(run, read_record(run))
-    record["train_texts"] = [*map(text_digest, rows.texts())]
-    (run / "run.json").write_text(json.dumps(record))
-    _, out, _ = command(evaluate, run, "--max-change", "50")
-    point = read_evaluation(run).operating_point
-    assert (point.certified_rows, point.threshold) == (0, 1)
-    assert point.trained_rows == len(rows.first) - -(-len(rows.first) // 4)
-    assert f"{point.trained_rows} of these rows were trained on, and promise nothing" in out
-    assert "and 0 are here" in out
+    record, texts = json.loads((run / "run.json").read_text()), read_validation(run, read_record(run)).texts()
+    for trained, words in (
+        (None, "trained on these texts cannot be checked"),
+        (list(map(text_digest, texts)), f"{len(texts)} of the rows were trained on, and neither chose nor judged"),
+    ):
+        (run / "run.json").write_text(json.dumps(record | {"train_texts": trained}))
+        _, out, _ = command(evaluate, run, *goal.split())
+        assert words in out
+        assert ("too few new texts" in out) == (trained is not None)
+
+
+@pytest.mark.parametrize("broken", ["disk", "logits"])
+def test_an_evaluation_that_fails_replaces_nothing(copied, command, monkeypatch, broken):
+    run = copied("trunk0")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    if broken == "disk":
+        monkeypatch.setattr(evaluate, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    else:
+        monkeypatch.setattr(sweep_module, "all_logits", lambda *_: (torch.full((2, 200, 2), torch.nan), None))
+    status, _, err = command(evaluate, run, "--speed", "0.5")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert {"disk": "No space left", "logits": "NaN"}[broken] in err
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_without_a_run_an_unfinished_training_is_not_passed_over(copied, command, tmp_path):
+    run = shutil.move(copied("trunk0"), tmp_path / "runs" / "old")
+    (tmp_path / "runs" / ".new.checkpoint").mkdir()
+    status, _, err = command(evaluate)
+    assert (status, err.count("\n"), "runs/new: its training is not finished" in err) == (2, 1, True)
+    os.utime(tmp_path / "runs" / ".new.checkpoint", (0, 0))  # older than the run
+    assert f"{run.relative_to(tmp_path)}: " in command(evaluate)[1]
 
 
 @pytest.mark.parametrize("name", ["branch", "pairs", "trunk0", "lte"])
@@ -173,9 +183,31 @@ def test_a_labelled_file_is_scored_beside_what_was_stated(copied, command, name)
     assert (status, err) == (0, "")
     point = read_evaluation(run).operating_point
     share = next(line for line in out.splitlines() if line.startswith("share of the layers")).split()
-    assert share[4:5] == share[8:9] == [f"{point.speedup_ratio:.2f}"]  # here and stated: the same rows
-    assert "percent changed" in out
+    assert share[8] == f"{point.speedup_ratio:.2f}"
+    assert float(share[4]) == pytest.approx(point.speedup_ratio, abs=0.1)  # all rows, and those that judged
+    assert "at most 120 points are lost, 60% sure, which holds here" in out
     assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_a_file_without_labels_shows_changes_and_whether_the_promise_holds(copied, command, tmp_path):
+    run = copied("trunk0")
+    assert command(evaluate, run, "--max-change", "20", "--sure", "60")[0] == 0
+    rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    evaluation = read_evaluation(run)
+    answers = load_validation(run, evaluation, read_record(run))
+    rule = ExitRule.from_evaluation(evaluation, 2)
+    _, (early,), _ = answers.decide_at(rule, [0, 1], [evaluation.operating_point.threshold])
+    changes = early != answers.logits[-1].argmax(-1).numpy()
+    assert changes.any()
+    for kind, which, words in (("all", slice(None), "which holds here"), ("changed", changes, "does not hold here")):
+        texts = [{"text": row["text"]} for row in np.array(rows)[which]]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        status, out, err = command(evaluate, run, "--test", tmp_path / f"{kind}.jsonl")
+        assert (status, err) == (0, "")
+        assert f"percent changed          {100 * changes[which].mean():8.2f}" in out
+        assert "at most 20% of the answers change, 60% sure, " in out
+        assert words in out
+        assert ("accuracy" in out, "without labels" in out) == (False, True)
 
 
 def test_without_labels_what_is_stated_is_agreement(copied, command, tmp_path):
@@ -185,16 +217,15 @@ def test_without_labels_what_is_stated_is_agreement(copied, command, tmp_path):
     shutil.copy(run / "validation.jsonl", tmp_path / "test.jsonl")
     rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     (run / "validation.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
-    status, out, _ = command(evaluate, run)
+    status, out, _ = command(evaluate, run, "--sure", "75")
     evaluation = read_evaluation(run)
     assert (status, evaluation.metric) == (0, "agreement")
-    assert evaluation.operating_point.wish == {"max_change": 3.0, "sure": 90.0}
+    assert evaluation.operating_point.wish == {"max_change": 3.0, "sure": 75.0}
+    assert re.search(r"^full depth +100.00 +100.00 to +100.00$", out, re.MULTILINE)
     assert "agreement with full depth" in out
     assert "never predicts" not in out
-    assert command(evaluate, run, "--max-loss", "5")[0] == 0
-    assert read_evaluation(run).operating_point.wish == {"max_loss": 5.0, "sure": 70.0}
-    assert command(evaluate, run, "--max-change", "60", "--sure", "70")[0] == 0
+    assert command(evaluate, run, "--max-loss", "60", "--sure", "70")[0] == 0
     _, out, _ = command(evaluate, run, "--test", tmp_path / "test.jsonl")
     (line,) = [line for line in out.splitlines() if line.startswith("accuracy")]
     assert line.count(" to ") == 1  # nothing was stated of labels
-    assert "at most 60, 70% sure" in out
+    assert "at most 60 points are lost, 70% sure, which holds here" in out

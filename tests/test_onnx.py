@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 import evaluate
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
-from minisweet.evaluation.choice import certifying_rows
-from minisweet.evaluation.operating import operating_point
+from minisweet.evaluation.operating import deal, operating_point
 from minisweet.evaluation.sweep import load_validation
 from minisweet.ngrams import BUCKETS, NgramExit
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
@@ -153,11 +152,11 @@ def test_command_writes_all_that_a_deployment_needs(run_of, tmp_path, command, e
     assert re.search(
         r"validation rows, one by one: accuracy \d+.\d with \d+.\d% of .*; 0 labels or exits are not", rows
     )
-    assert re.search(r"labels \(\d.\d%\) change against the file's full depth, \d+ against the model's", changes)
+    assert re.search(r"labels \(\d+.\d%\) change against the file's full depth, \d+ against the model's", changes)
     assert re.fullmatch(r"milliseconds per text, one by one: .* at the operating point, .* at full depth", last)
     session, told = session_of(file), told_by(file)
     assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
-    assert told.pop("file_rows") == len(certifying_rows(load_validation(run, read_evaluation(run), record))[1])
+    assert told.pop("file_rows") == point.judging_texts
     assert told.pop("file_changes") == int(changes.split()[0])
     expected = {"labels": record.labels, "exit_layers": point.asked_exits, "max_length": 32, "goal": point.wish}
     assert told == expected | {"threshold": point.threshold, "certified_for": "model"}
@@ -174,6 +173,10 @@ def test_command_writes_all_that_a_deployment_needs(run_of, tmp_path, command, e
 @pytest.mark.parametrize("goal", ["--max-loss 2 --sure 60", "--max-change 10 --sure 80"])
 def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, command, exported_once, goal):
     run, int8, own = shutil.copytree(run_of("trunk0"), tmp_path / "run"), tmp_path / "int8.onnx", tmp_path / "own.onnx"
+    if "change" in goal:  # without labels: the model's own decide who chooses and who judges, not the file's
+        for name, words in (("run.json", '"metric": "accuracy"'), ("validation.jsonl", r', "label": "\w+"')):
+            path = run / name
+            path.write_text(re.sub(words, '"metric": "agreement"' if name == "run.json" else "", path.read_text()))
     assert command(evaluate, run, *goal.split())[0] == 0
     _, out, _ = command(export, run, "--onnx", int8, "--int8")
     assert ("says nothing of int8" in out) == (read_evaluation(run).operating_point.threshold < 1)
@@ -190,11 +193,13 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
     temperatures = exported_once[-1]
     logits = torch.tensor(np.log(said[:2]) * np.array(temperatures)[:, None, None])  # (2, N, C)
     assert told["exit_layers"] == [0, 4]
-    validation = validation._replace(logits=logits, exits=Exits([0, 4], record.depth, record.method))
-    rule, point = operating_point(validation, told["goal"], [0, 4], record.train_texts)
+    sides = deal(validation, record.train_texts)
+    labels = logits[-1].argmax(-1) if record.metric == "agreement" else validation.labels
+    validation = validation._replace(logits=logits, labels=labels, exits=Exits([0, 4], record.depth, record.method))
+    rule, point = operating_point(validation, told["goal"], sides, [0, 4])
     assert temperatures == pytest.approx(rule.temperatures.tolist(), rel=1e-3)
     assert told["threshold"] == pytest.approx(point["threshold"], abs=1e-4)
-    _, rows = certifying_rows(validation, record.train_texts)
+    rows = sides.judging
     labels = said.argmax(-1)[:, rows]
     assert (told["file_rows"], told["file_changes"]) == (len(rows), (labels[2] != labels[1]).sum())
     assert told["certified_for"] == "file"

@@ -132,7 +132,7 @@ def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):
         EarlyExitClassifier(run_of("sweet"), **arguments)(texts)
 
 
-@pytest.mark.parametrize("wish", [{"max_loss": 5.0}, {"speed": 0.5}, {"max_change": 20.0, "sure": 60.0}])
+@pytest.mark.parametrize("wish", [{"max_loss": 5.0}, {"speed": 0.5}, {"max_change": 20.0, "sure": 60.0}, {"sure": 80}])
 @pytest.mark.parametrize("method", ["branch", "lte"])
 def test_a_goal_gives_one_rule_and_threshold_everywhere(run_of, command, tmp_path, wish, method):
     """evaluate.py with a goal, and the classifier and the commands with that goal, on a run evaluated for another."""

@@ -103,7 +103,7 @@ def _delimiter(path: Path) -> str | None:
 
 
 def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
-    """The first of the `choices` whose columns the file all has. Raises InputError, which names the option."""
+    """The first of the `choices` whose columns the file all has. Raises InputError, which names the option, if any."""
     _, row = next(read_rows(path), (1, {}))
     for columns in choices:
         if row.keys() >= set(columns):
@@ -111,10 +111,11 @@ def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
     if not row:
         raise InputError(f"{path}: it has no rows")
     lacking = " or ".join(dict.fromkeys(map(",".join, choices)))
-    raise InputError(f"{path}: no column {lacking}; it has {preview(list(row))}; name it with {option}")
+    advice = f"name it with {option}" if option else "name it so in the file"
+    raise InputError(f"{path}: no column {lacking}; it has {preview(list(row))}; {advice}")
 
 
-def text_columns(path: Path, named: Names, trained: Names = None) -> list[str]:
+def text_columns(path: Path, named: Names, trained: Names = None, option: str = "--text-columns") -> list[str]:
     """The columns of a file's texts: those `named`, or else the same as in training, or else the usual ones.
 
     Raises InputError for another number than in training: a run of single texts cannot answer pairs.
@@ -124,7 +125,7 @@ def text_columns(path: Path, named: Names, trained: Names = None) -> list[str]:
         right = "one or two" if trained is None else f"{counts[0]}, as in training"
         raise InputError(f"--text-columns: {','.join(named)}, should be {right}")
     usual = [columns for columns in (trained or (), *TEXT_COLUMNS) if len(columns) in counts]
-    return find_columns("--text-columns", path, *([named] if named else usual))
+    return find_columns(option, path, *([named] if named else usual))
 
 
 def cell(path: Path, line: int, row: dict, column: str, is_label: bool = False) -> str:

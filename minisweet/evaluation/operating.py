@@ -1,180 +1,211 @@
-"""The operating point: the threshold to deploy for a goal, the exits to ask, and what to expect on new text.
+"""The operating point: which exits to ask, from which confidence on a text leaves, and what that gives on new text.
 
-For --speed all validation rows choose the threshold. For a promise, a quarter of them chooses temperatures and exits,
-and the others choose the threshold. On these rows it looks too good: the best of many thresholds is a lucky one. So
-what is *stated* of its answers comes from five folds. Temperatures, exits and threshold are chosen anew on the other
-four, they decide the fold's rows, and the folds are pooled.
+The best of many thresholds is a lucky one: it looks better than it is. So who chooses does not judge.
+The distinct validation texts are dealt out, class by class. A quarter of them *chooses*: it fits the temperatures, and
+picks the exits that are worth asking. Three quarters *judge*: they set the threshold, and all that is stated of new
+text is computed from them alone. A text that the model was trained on does neither.
 
-Dimension letters: K exits, N instances.
+The judges walk down the thresholds from 1, which is full depth: all texts run to the last exit. Each step is faster.
+With --speed S they stop at the first threshold at which no more than that share of the layers runs. For a promise ("at
+most P points are lost, 70% sure") they stop before the first at which they are not sure, even if they were again
+further down: fixed-sequence testing (Learn then Test: Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052; for
+early exits: Jazbec et al. 2024, https://arxiv.org/abs/2405.20915).
+
+How sure are they? Other texts could have been drawn. The Bayesian bootstrap (Rubin 1981) imitates that: it gives each
+judging text a random weight, 2,000 times, and computes the loss anew each time. 70% sure means that the loss is at
+most P in 70% of these reweightings. Over many sets of validation texts, such a promise is then broken for at most 30%
+of them. The middle 95% of a number's values are its interval.
+
+A text has one weight, however many rows it has. And what happened to none of the judges may still happen. So one or
+two texts are made up. They join the judges where it is asked how sure they are, and in the intervals.
+
+Dimension letters: K exits, k of them that are asked, N rows, M thresholds, R reweightings.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from minisweet.adaptive import ExitRule
-from minisweet.base.commands import Parser, number
-from minisweet.evaluation import metrics
-from minisweet.evaluation.choice import Choice, cells_of, choose
+from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.sweep import Validation
-from minisweet.runs.folders import Evaluation
 
-RANGES = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "sure": (50, 99.9)}
-DEFAULTS = {"max_loss": (1.0, 70.0), "max_change": (3.0, 90.0)}  # the limit, and how sure, in percent
-
-
-def add_wish_options(parser: Parser, title: str):
-    """Add the options that `wish_of` reads, of which one is given; returns what adds another one of them."""
-    group = parser.add_argument_group(title)
-    goals = group.add_mutually_exclusive_group()
-    sure = "the confidence in percent that P holds on new text (default: 70 for --max-loss, 90 for --max-change)"
-    for among, name, letter, text in (
-        (goals, "max_loss", "P", "the fastest that loses at most P points, see --sure"),
-        (goals, "speed", "S", "the best score at no more than this share of the layers"),
-        (goals, "max_change", "P", "the fastest that changes at most P percent of full depth's answers, see --sure"),
-        (group, "sure", "S", sure),
-    ):
-        among.add_argument(f"--{name.replace('_', '-')}", type=number(*RANGES[name]), metavar=letter, help=text)
-    return goals.add_argument
+PARTS = 4  # one part of so many chooses
+R = 2000
+ROUNDING = 1e-4  # of float32, in points
+# Made-up rows: the label, full depth's answer and early exit's. Early exit loses it, wins it, or changes nothing.
+LOST, WON, RIGHT, WRONG = (1, 1, 0), (0, 1, 0), (1, 1, 1), (0, 1, 1)
 
 
-def wish_of(
-    labelled: bool, max_loss: float | None, speed: float | None, max_change: float | None, sure: float | None
-) -> dict[str, float]:
-    """The wish that is given: {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}.
+class Sides(NamedTuple):
+    """Which validation rows choose, and which judge. Of too few texts both may be empty."""
 
-    By default at most one point is lost, at 70%; without labels at most 3% of the answers change, at 90%.
-    """
-    if speed is not None:
-        return {"speed": speed}
-    name = "max_loss" if max_change is None and (labelled or max_loss is not None) else "max_change"
-    given = {"max_loss": max_loss, "max_change": max_change}[name], sure
-    limit, sure = (default if value is None else value for value, default in zip(given, DEFAULTS[name], strict=True))
-    return {name: limit, "sure": sure}
+    choosing: np.ndarray
+    judging: np.ndarray
+    trained_rows: int | None  # how many do neither, since they were trained on; None where that is not known
+
+
+def deal(validation: Validation, trained: list[str] | None = None) -> Sides:
+    """Deal out the rows; those of one text go to one side. `trained` are digests of the texts that were trained on."""
+    digests = np.array([int(digest, 16) for digest in trained or []], dtype=np.uint64).view(np.int64)
+    is_new = ~np.isin(validation.keys.numpy(), digests)  # (N,)
+    rows = np.flatnonzero(is_new)
+    part = validation.take(rows).parts(PARTS)
+    return Sides(rows[part == 0], rows[part > 0], None if trained is None else int((~is_new).sum()))
 
 
 def operating_point(
-    validation: Validation,
-    wish: dict[str, float],
-    asked: list[int] | None = None,
-    trained: list[str] | None = None,
+    validation: Validation, goal: dict[str, float], sides: Sides, asked: list[int] | None = None
 ) -> tuple[ExitRule, dict]:
     """The rule for new text, of all K exits, and what evaluation.json's `operating_point` (see `OperatingPoint`) holds.
 
     Args:
         validation: what the exits said of the validation rows.
-        wish: the goal, of `wish_of`.
-        asked: layers of the exits to ask, the last one's among them; None to choose those that grant the goal fastest.
-        trained: the record's `train_texts`, None where they are unknown. Such texts certify nothing.
+        goal: of `goal_of`.
+        sides: of `deal`. Where nobody judges, all rows state what they can, and a promise is full depth.
+        asked: layers of the exits to ask, the last one's among them; None to choose those that reach the goal fastest.
     """
-    layers = list(validation.exits.layers)
-    places = None if asked is None else [layers.index(n) for n in asked]
-    deployed = choose(validation, wish, places, trained)
-    point = {"threshold": deployed.threshold, "asked_exits": [layers[place] for place in deployed.places]}
-    point |= stated(validation, wish, deployed, places, trained) | {"reached": deployed.reached, "wish": wish}
-    if "sure" in wish:
-        point |= promise_facts(validation, wish, deployed)
-    return deployed.rule, point
+    layers, somebody_judges = list(validation.exits.layers), len(sides.judging) > 0
+    choosers, judges = (validation.take(rows) if somebody_judges else validation for rows in sides[:2])
+    rule = choosers.fit_rule()
+    # what changes is what disagrees with full depth
+    of_goal = [rows.against_full_depth() if "max_change" in goal else rows for rows in (choosers, judges)]
+    exits = choose_exits(rule, of_goal[0], goal) if asked is None else [layers.index(n) for n in asked]
+    threshold = 1.0
+    if somebody_judges or "speed" in goal:
+        threshold, *_ = walk(rule, of_goal[1], goal, exits, thresholds_of(rule, choosers, exits))
+    point = {"threshold": threshold, "asked_exits": [layers[k] for k in exits], "wish": goal}
+    point |= stated(rule, judges, exits, threshold)
+    point["reached"] = point["speedup_ratio"] <= goal.get("speed", math.inf) + 1e-9
+    texts = (len(validation.take(rows).keys.unique()) for rows in sides[:2])
+    point |= dict(zip(("choosing_texts", "judging_texts"), texts, strict=True))
+    return rule, point | {"trained_rows": sides.trained_rows}
 
 
-def stated(
-    validation: Validation, wish: dict, deployed: Choice, places: list[int] | None, trained: list[str] | None
-) -> dict:
-    """What to expect of the `deployed` choice on new text, see `statistics_of`; for the others see `choose`.
+def thresholds_of(rule: ExitRule, choosers: Validation, exits: Sequence[int]) -> np.ndarray:
+    """The thresholds that are tried, some hundred, in increasing order: (M,). The last is 1.
 
-    The answers are the folds', but the share of the layers is that of the deployed choice on all rows. Choosing on
-    these rows makes the answers look better than they are, but not the speed. And the folds' thresholds differ, so that
-    their mean speed is not the deployed one's.
+    They lie halfway between confidences of the choosing rows, so that rounding on another machine cannot flip a row.
     """
-    taken, costs = validation.decide(deployed.rule, deployed.places, deployed.threshold)
-    if deployed.threshold == 1:  # nothing was chosen that could be lucky
-        return at_the_ends(statistics_of(validation, taken, costs), 1.0, deployed.rule.lowest)
-    # A fold has fewer rows, so its test would be stricter. So each fold aims, without a test, at the share of changes
-    # that the deployed threshold made.
-    fold_wish = {"max_change": deployed.loss} if "max_change" in wish else wish
-    by_fold = []
-    for rest, rows in validation.folds():
-        choice = choose(validation.take(rest), fold_wish, places, trained, times=len(taken) / len(rest))
-        taken_by_all, _ = validation.decide(choice.rule, choice.places, choice.threshold)  # (N,)
-        by_fold.append(statistics_of(validation, taken_by_all, costs))
-        taken[rows] = taken_by_all[rows]
-    # The folds' choices differ, and the deployed one differs from their mean. Five folds estimate this spread only
-    # roughly. Multiplied by 2.5, it gives intervals that hold (.github/results/promises.md).
-    errors = {key: 2.5 * float(np.std([one[key] for one in by_fold])) for key in ("score", "macro_f1", "loss")}
-    point = statistics_of(validation, taken, costs, errors)
-    return at_the_ends(point, deployed.threshold, deployed.rule.lowest)
+    if len(exits) == 1:  # nobody can leave early
+        return np.ones(1)
+    occur = np.unique(rule.confidences(choosers.logits, choosers.certainty)[list(exits[:-1])].double().numpy())
+    between = (occur[1:] + occur[:-1]) / 2
+    between = between[(between > rule.lowest) & (between < 1)]
+    return np.concatenate([[rule.lowest], between[:: max(1, len(between) // 100)], [1.0]])
 
 
-def at_the_ends(point: dict, threshold: float, lowest: float) -> dict:
-    """The statistics, with no uncertainty where the threshold alone decides.
+def choose_exits(rule: ExitRule, choosers: Validation, goal: dict) -> list[int]:
+    """The exits (k,), from 0, with which the choosing rows reach a goal best, without asking how sure they are.
 
-    At 1 nothing is lost, and at either end all texts cost the same.
+    To the last exit it adds the one that helps most, as long as one helps: an exit may cost more than it gives.
     """
-    if threshold == 1:
-        point["loss_interval"] = [0.0, 0.0]
-    if threshold == 1 or threshold <= lowest:
-        point["speedup_interval"] = 2 * [point["speedup_ratio"]]
+    goal = {name: value for name, value in goal.items() if name != "sure"}
+
+    def ranked(exits: list[int]) -> tuple[tuple[float, float], list[int]]:
+        """The exits, after what compares them: the smaller the better."""
+        _, share, value = walk(rule, choosers, goal, exits, thresholds_of(rule, choosers, exits))
+        return (max(0.0, share - goal["speed"]) if "speed" in goal else share, -value), exits
+
+    last = len(choosers.logits) - 1
+    best = ranked([last])
+    while larger := [sorted([*best[1], k]) for k in range(last) if k not in best[1]]:
+        better = min(map(ranked, larger))
+        if better[0] >= best[0]:
+            break
+        best = better
+    return best[1]
+
+
+def walk(
+    rule: ExitRule, rows: Validation, goal: dict, exits: list[int], thresholds: np.ndarray
+) -> tuple[float, float, float]:
+    """Where rows stop on their way down the thresholds (M,): the threshold, the share of the layers, and the score.
+
+    Where a goal does not say how sure they must be, it is enough that these rows lose no more than its limit.
+    """
+    _, answers, costs = rows.decide_at(rule, exits, thresholds)
+    shares, scores = costs.mean(1), score(answers, rows.labels.numpy(), rows.metric)  # (M,) each
+    if "speed" in goal:
+        m = np.flatnonzero(shares <= goal["speed"] + 1e-9).max(initial=0)
+    else:
+        is_kept = scores >= scores[-1] - limit_of(goal) - ROUNDING
+        if "sure" in goal:
+            is_kept = how_sure(rows, answers, limit_of(goal)) >= goal["sure"]
+        m = np.flatnonzero(~is_kept[:-1]).max(initial=-1) + 1
+    return float(thresholds[m]), float(shares[m]), float(scores[m])
+
+
+def limit_of(goal: dict[str, float]) -> float:
+    """How many points may be lost, or percent of the answers changed."""
+    return goal["max_loss"] if "max_loss" in goal else goal["max_change"]
+
+
+def how_sure(judges: Validation, answers: np.ndarray, limit: float) -> np.ndarray:
+    """How sure the judges are that early exit loses at most `limit` points, in percent: its answers (M, N) to (M,).
+
+    One made-up text is lost. Where no other is, they are then as sure as the exact binomial test.
+    """
+    label, full_depth, early = LOST
+    labels, full = np.append(judges.labels, label), np.append(judges.logits[-1].argmax(-1), full_depth)
+    weights = reweighted(judges, 1)
+    early_scores = score(np.pad(answers, [(0, 0), (0, 1)], constant_values=early), labels, judges.metric, weights)
+    return 100 * (score(full, labels, judges.metric, weights) - early_scores <= limit + ROUNDING).mean(1)
+
+
+def reweighted(judges: Validation, made_up: int) -> np.ndarray:
+    """Random weights of the rows and of some made-up texts, which have as many rows as others: (R, N + made_up).
+
+    Rows of one text have one weight. It is the same in each call, and does not depend on the order of the rows.
+    """
+    texts, text = np.unique(judges.keys.numpy(), return_inverse=True)
+    of_row = np.append(text, len(texts) + np.arange(made_up))  # whose weight a row gets
+    rows = np.append(np.ones(len(text)), np.full(made_up, len(text) / len(texts))).astype(np.float32)
+    rng, weights = np.random.default_rng(0), np.empty((R, len(of_row)), np.float32)
+    for some in np.array_split(weights, 20):  # views of it, so that memory holds the whole only once
+        some[:] = rng.standard_exponential((len(some), len(texts) + made_up), np.float32)[:, of_row] * rows
+    return weights
+
+
+def measured(rule: ExitRule, rows: Validation, exits: Sequence[int], threshold: float) -> dict:
+    """What decisions give on some rows: scores in percent, loss in points, share of the layers, and each class's."""
+    _, (answers,), (costs,) = rows.decide_at(rule, exits, [threshold])
+    labels, full = rows.labels.numpy(), rows.logits[-1].argmax(-1).numpy()
+    early, full_depth = (float(score(given, labels, rows.metric)) for given in (answers, full))
+    point = {"score": early, "full_depth_score": full_depth, "loss": full_depth - early}
+    report = classification_report(answers, labels, rows.logits.shape[-1])
+    per_class = {key: report[key] for key in ("precision", "recall", "f1", "support")}
+    return point | {"speedup_ratio": float(costs.mean()), "macro_f1": report["macro_f1"], "per_class": per_class}
+
+
+def stated(rule: ExitRule, judges: Validation, exits: Sequence[int], threshold: float) -> dict:
+    """As `measured`, with 95% intervals for new text.
+
+    Macro F1 and the classes' own scores have none: with rare classes no kind that was tried holds often enough. Two
+    made-up texts join in: early exit loses one and wins the other, where it can. One takes the cheapest exit and the
+    other the dearest.
+    """
+    point, metric = measured(rule, judges, exits, threshold), judges.metric
+    _, (answers,), (costs,) = judges.decide_at(rule, exits, [threshold])
+    made_up = [RIGHT, WRONG] if threshold == 1 else [LOST, WON]
+    if metric == "agreement":  # full depth is always right there
+        made_up[1] = RIGHT
+    rows = np.array([judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy(), answers])
+    labels, full, answers = np.hstack([rows, np.transpose(made_up)])  # (N + 2,) each
+    ends = np.array(judges.exits_at(exits).costs(threshold))[[0, -1]]  # of the cheapest exit, and of the dearest
+    if threshold == 1 or threshold <= rule.lowest:  # all take one exit
+        ends = ends[[-1, -1] if threshold == 1 else [0, 0]]
+    costs, weights = np.append(costs, ends).astype(np.float32), reweighted(judges, 2)
+    early, full_depth = score(answers, labels, metric, weights), score(full, labels, metric, weights)  # (R,) each
+    shares = costs.min() + weights @ (costs - costs.min()) / weights.sum(1)
+    for key, interval, values in (
+        ("score", "score_interval", early),
+        ("full_depth_score", "full_depth_interval", full_depth),
+        ("loss", "loss_interval", full_depth - early),
+        ("speedup_ratio", "speedup_interval", shares),
+    ):
+        low, high = np.quantile(values, [0.025, 0.975]).tolist()
+        point[interval] = [min(low, point[key]), max(high, point[key])]
     return point
-
-
-def statistics_of(validation: Validation, taken: np.ndarray, costs: np.ndarray, errors: dict | None = None) -> dict:
-    """What decisions give, with 95% intervals for new text: scores in percent, loss in points, share of the layers.
-
-    `taken` is the exit of each row (N,), from 0, and `costs` what it costs (N,). `errors` are further standard errors
-    of score, macro F1 and loss, by their keys, which widen the intervals.
-    """
-    metric, rows, N, C = validation.metric, validation.effective_rows(), len(taken), validation.logits.shape[-1]
-    counts = np.bincount(cells_of(validation, taken), minlength=8).reshape(2, 2, 2) * (rows / N)
-    full_depth, score = map(float, metrics.scores_of(counts, metric))
-    answers = validation.logits.argmax(-1).numpy()[taken, np.arange(N)]
-    report = metrics.classification_report(answers, validation.labels.numpy(), C)
-    values = {
-        "score": (score, metrics.score_interval(counts, metric, 1)),
-        "macro_f1": (report["macro_f1"], metrics.macro_f1_interval(np.array(report["confusion_matrix"]), rows)),
-        "loss": (full_depth - score, metrics.loss_interval(counts, metric)),
-    }
-    full_depth_interval = [100.0, 100.0] if metric == "agreement" else metrics.score_interval(counts, metric, 0)
-    point = {"full_depth_score": full_depth, "full_depth_interval": full_depth_interval}
-    for key, (value, ends) in values.items():
-        point |= {key: value, f"{key}_interval": metrics.widened(value, ends, (errors or {}).get(key, 0.0))}
-    # All rows may leave at one exit, and yet other texts will not. So a cheapest and a dearest row are added.
-    least, *_, most = sorted([*validation.exits.costs(), *costs])
-    error, speedup = float(np.std([*costs, least, most])) / math.sqrt(rows), float(costs.mean())
-    return point | {"speedup_ratio": speedup, "speedup_interval": metrics.interval(speedup, error, least, most)}
-
-
-def promise_facts(validation: Validation, wish: dict, deployed: Choice) -> dict:
-    """Which rows certify a promise, see `OperatingPoint`."""
-    certifying, rows = validation.take(deployed.certifying), len(deployed.certifying)
-    facts = {"certified_rows": rows, "certified_texts": len(certifying.keys.unique())}
-    facts |= {"effective_rows": certifying.effective_rows(), "trained_rows": deployed.trained_rows}
-    if "max_change" in wish:
-        facts["certified_changes"] = round(deployed.loss / 100 * rows)
-    if deployed.threshold == 1 and len(validation.logits) > 1:
-        metric, limit = ("agreement", "max_change") if "max_change" in wish else (validation.metric, "max_loss")
-        facts["rows_needed"] = metrics.rows_needed(metric, wish[limit], wish["sure"])
-    return facts
-
-
-def shortfall(point: dict) -> str:
-    """A line on a wish that no threshold grants, or none but full depth; else "". `point` is `operating_point`'s."""
-    wish, ratio = point["wish"], point["speedup_ratio"]
-    if not point["reached"]:
-        return f"--speed {wish['speed']:g} is out of reach; the fastest takes {ratio:.3f} of the layers"
-    if "rows_needed" not in point:
-        return ""
-    needed, rows, reason = point["rows_needed"], point["effective_rows"], "too many answers change"
-    if needed is None:
-        reason = "no number of rows would do"
-    elif rows < needed:
-        reason = f"{needed:,} rows that certify would do if no answer changed, and {rows:,.0f} are here"
-    goal = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in wish.items())
-    return f"{goal}: nothing faster than full depth can be promised; {reason}"
-
-
-def not_certified(wish: dict, threshold: float, evaluation: Evaluation, precision: object) -> str:
-    """A line where a promise was made by an evaluation in another precision than this one; else ""."""
-    was, now = (str(name or "float32").removeprefix("torch.") for name in (evaluation.precision, precision))
-    if "sure" not in wish or threshold == 1 or was == now:  # at 1 nothing can change
-        return ""
-    return f"what evaluate.py promises holds in {was}, and says nothing of {now}; evaluate again in this precision"

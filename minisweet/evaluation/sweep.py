@@ -26,7 +26,7 @@ from minisweet.adaptive import (
 )
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
-from minisweet.base.files import LOG, InputError, preview, write_json, written_beside
+from minisweet.base.files import LOG, InputError, preview
 from minisweet.data.rows import Examples
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
@@ -63,28 +63,20 @@ class Validation(NamedTuple):
         """The rule that these rows suggest for others, for all K exits."""
         return fit_rule(self.logits, self.certainty, self.labels, self.metric != "agreement")
 
-    def exits_at(self, places: Sequence[int]) -> Exits:
-        """The exits at these places, from 0, alone."""
-        return self.exits._replace(layers=[self.exits.layers[place] for place in places])
+    def exits_at(self, asked: Sequence[int]) -> Exits:
+        """Some of the exits alone, by their numbers from 0."""
+        return self.exits._replace(layers=[self.exits.layers[k] for k in asked])
 
-    def decide(self, rule: ExitRule, places: Sequence[int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """The exit that each row takes, from 0 and of all K, and its cost: (N,) each. `places` are the exits asked."""
-        taken, costs = self.decide_at(rule, places, [threshold])
-        return taken[0], costs[0]
+    def decide_at(self, rule: ExitRule, asked: Sequence[int], thresholds: Sequence[float]) -> tuple[np.ndarray, ...]:
+        """The exit that each row takes at some thresholds, the exit's answer, and what it costs: (P, N) each.
 
-    def decide_at(
-        self, rule: ExitRule, places: Sequence[int], thresholds: Sequence[float]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `decide`, at several thresholds: (P, N) each."""
-        confidence = rule.confidences(self.logits, self.certainty)[list(places)]  # the same at all thresholds
+        Only the exits `asked` are asked. Exits go by their numbers among all K, from 0.
+        """
+        confidence = rule.confidences(self.logits, self.certainty)[list(asked)]  # the same at all thresholds
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
-        costs = np.array([self.exits_at(places).costs(threshold) for threshold in thresholds])  # (P, exits asked)
-        return np.array(places)[taken], np.take_along_axis(costs, taken, axis=1)
-
-    def effective_rows(self) -> float:
-        """The effective sample size: how many rows without a repeated text tell as much, see metrics.py."""
-        _, times = np.unique(self.keys.numpy(), return_counts=True)
-        return float(len(self.keys) ** 2 / max(1, (times**2).sum()))
+        costs = np.array([self.exits_at(asked).costs(threshold) for threshold in thresholds])  # (P, exits asked)
+        answers = np.take_along_axis(self.logits[list(asked)].argmax(-1).numpy(), taken, axis=0)
+        return np.array(asked)[taken], answers, np.take_along_axis(costs, taken, axis=1)
 
     def parts(self, count: int) -> np.ndarray:
         """Which of `count` parts each row is in: (N,). Texts are dealt out at random, class by class.
@@ -96,12 +88,6 @@ class Validation(NamedTuple):
         np.minimum.at(labels, text, self.labels.numpy())
         part[np.lexsort((keys, labels))] = np.arange(len(keys)) % count
         return part[text]
-
-    def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per fold: the rows to choose on, and the rows to decide. With one distinct text both are the same."""
-        parts = self.parts(FOLDS)
-        pairs = [(np.flatnonzero(parts != part), np.flatnonzero(parts == part)) for part in np.unique(parts)]
-        return pairs if len(pairs) > 1 else [(pairs[0][1], pairs[0][1])]
 
 
 Folds = list[tuple[ExitRule, np.ndarray]]  # rules, and which rows (n,) each decides
@@ -143,11 +129,16 @@ def all_logits(
 def run_exits(
     run: Path, record: Record, model: ExitModel, rows: Examples, metric: str, precision: torch.dtype | None
 ) -> Validation:
-    """What all exits of a run's model, or those of them that are kept, say of some rows. Notes how many are cut."""
+    """What all exits of a run's model, or those of them that are kept, say of some rows. Notes how many are cut.
+
+    Raises InputError where an exit says no number.
+    """
     examples = TokenizedExamples(load_tokenizer(run, record.vocab_size, record.max_length), rows)
     if examples.cut:
         LOG.info("cut to %d tokens: %d texts", record.max_length, examples.cut)
     logits, certainty = all_logits(model, examples, precision)
+    if not all(values.isfinite().all() for values in (logits, certainty) if values is not None):
+        raise InputError(f"{run}: its exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
     if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
         certainty = logits.new_zeros(0, len(examples))
     labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
@@ -156,23 +147,25 @@ def run_exits(
 
 
 def crossfit(validation: Validation) -> Folds:
-    """The rules of the curve, and which rows each decides: those of a fold, by the rule of the others."""
-    return [(validation.take(rest).fit_rule(), rows) for rest, rows in validation.folds()]
+    """The rules of the curve: each fold's rows are decided by the rule of the others. A single text decides itself."""
+    parts = validation.parts(FOLDS)
+    folds = [(np.flatnonzero(parts != part), np.flatnonzero(parts == part)) for part in np.unique(parts)]
+    return [(validation.take(others if len(others) else rows).fit_rule(), rows) for others, rows in folds]
 
 
 def sweep(
-    folds: Folds, validation: Validation, thresholds: list[float], places: Sequence[int] | None = None
+    folds: Folds, validation: Validation, thresholds: list[float], asked: Sequence[int] | None = None
 ) -> tuple[dict, np.ndarray]:
-    """Score all exits, and at each threshold those that rows take, if exits at these places (default: all) are asked.
+    """Score all exits, and at each threshold those that rows take, where only the exits `asked` are (default: all).
 
     Returns exit_scores (K), scores, speedup_ratios, exit_counts (P, K) and area, scores in percent; then the exits
-    taken (P, N), from 0 and of all K.
+    taken (P, N). Exits go by their numbers among all K, from 0.
     """
     (K, N, _), labels, metric = validation.logits.shape, validation.labels.numpy(), validation.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     for rule, rows in folds:
-        asked = range(K) if places is None else places
-        taken[:, rows], costs[:, rows] = validation.take(rows).decide_at(rule, asked, thresholds)
+        some = validation.take(rows)
+        taken[:, rows], _, costs[:, rows] = some.decide_at(rule, range(K) if asked is None else asked, thresholds)
     predictions = validation.logits.argmax(-1).numpy()  # (K, N)
     ratios = costs.mean(1).tolist()  # Eq. 1
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
@@ -195,30 +188,28 @@ def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> d
     return curve
 
 
-def never_predicted(validation: Validation, names: list[str]) -> list[str]:
-    """A line on each exit that never predicts a class, which has five rows or more. `names` are the classes'."""
-    if validation.metric == "agreement":  # the classes are full depth's own
-        return []
-    lines, is_frequent = [], validation.labels.bincount(minlength=len(names)) >= 5  # (C,)
-    for n, predictions in zip(validation.exits.layers, validation.logits.argmax(-1), strict=True):
-        if missed := (is_frequent & (predictions.bincount(minlength=len(names)) == 0)).nonzero()[:, 0].tolist():
-            advice = "train longer (--epochs), at another --lr, or with --class-weights balanced"
-            lines.append(f"the exit after layer {n} never predicts {preview([names[c] for c in missed])}: {advice}")
-    return lines
+def never_right(evaluation: dict, names: list[str]) -> list[str]:
+    """A line on each exit that is never right about a class of five rows or more. `names` are the classes'."""
+    lines, advice = [], "train longer (--epochs), at another --lr, or with --class-weights balanced"
+    for n, report in zip(evaluation["exit_layers"], evaluation["per_class"], strict=True):
+        recalls = zip(names, report["recall"], report["support"], strict=True)
+        if missed := [name for name, recall, support in recalls if recall == 0 and support >= 5]:
+            lines.append(f"the exit after layer {n} never predicts {preview(missed)} rightly: {advice}")
+    return [] if evaluation["metric"] == "agreement" else lines  # there the classes are full depth's own
 
 
-def save_evaluation(run: Path, evaluation: dict, validation: Validation) -> None:
-    """Write logits.safetensors, of which other goals choose, and then evaluation.json."""
-    values = validation._asdict().items()
-    with written_beside(run / LOGITS) as new:
-        new.write_bytes(save({name: value.contiguous() for name, value in values if isinstance(value, Tensor)}))
-    write_json(run / EVALUATION, evaluation)
+def save_validation(path: Path, validation: Validation) -> None:
+    """Write the tensors of which other goals choose."""
+    tensors = {name: value for name, value in validation._asdict().items() if isinstance(value, Tensor)}
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Validation:
-    """Read what `save_evaluation` wrote. Raises InputError where logits.safetensors is missing or broken."""
+    """Read what `save_validation` wrote. Raises InputError where logits.safetensors is missing or broken."""
     try:
         tensors = load_file(run / LOGITS)
+        if len(tensors["logits"]) != len(evaluation.exit_layers):  # the power failed between two files
+            raise OSError(f"it is of other exits than {EVALUATION}")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{run / LOGITS}: not readable ({error}); evaluate again: evaluate.py {run}") from None
     exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)

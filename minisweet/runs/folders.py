@@ -48,6 +48,8 @@ class Record:
     batch_size: int
     max_length: int
     train_size: int | None = None  # None for all rows
+    dev_data: str | None = None
+    dev_size: float = 0.2
     trunk: str | None = None
     targets: str | None = None  # up to here they are arguments
 
@@ -88,7 +90,6 @@ class OperatingPoint:
     score: float
     score_interval: list[float]
     macro_f1: float
-    macro_f1_interval: list[float]
     full_depth_score: float
     full_depth_interval: list[float]
     loss: float  # the full-depth score less the score
@@ -97,11 +98,8 @@ class OperatingPoint:
     speedup_interval: list[float]
     reached: bool  # False where no threshold is as fast as `wish` asks
     wish: dict[str, float]  # {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}
-    # Only for a wish with "sure":
-    certified_rows: int | None = None  # how many rows certify it
-    certified_texts: int | None = None  # how many distinct texts these rows are
-    effective_rows: float | None = None  # how many rows without a repeated text tell as much
-    certified_changes: int | None = None  # how many of the rows get another answer than at full depth
+    choosing_texts: int | None = None  # how many distinct texts chose; this and the next: None in old evaluations
+    judging_texts: int | None = None  # of how many distinct texts all of this is stated
     trained_rows: int | None = None  # how many rows were left out as trained on; None where that cannot be checked
 
 
@@ -121,7 +119,6 @@ class Evaluation:
     area: float
     precision: str
     examples: int
-    effective_examples: float  # how many rows without a repeated text tell as much
     temperatures: list[float]  # (K,)
     certainty_ranges: list[list[float]] | None = None  # (K, 2), of learning-to-exit
     operating_point: OperatingPoint
@@ -239,10 +236,12 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The run under `runs` that was written last. Raises InputError for none; and if a newer one is unfinished."""
     records = [*runs.glob("[!.]*/run.json"), *runs.glob(".*.checkpoint")]  # other dots: runs that are being written
-    newest = max(records, key=lambda path: path.stat().st_mtime, default=runs)
+    newest = max(records, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
     if newest.name != "run.json":
-        what = "no run here" if newest == runs else f"the newest training is not over ({newest.name})"
-        raise InputError(f"{runs}/: {what}; train one with train.py, or name a run folder")
+        name = runs / newest.name[1:].removesuffix(".checkpoint")
+        raise InputError(f"{name}: its training is not finished; finish it (train.py --resume), or name another run")
     return newest.parent
 
 

@@ -18,13 +18,13 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation import operating
-from minisweet.evaluation.operating import add_wish_options, not_certified, operating_point, shortfall, wish_of
+from minisweet.evaluation.operating import deal, operating_point
 from minisweet.evaluation.sweep import load_validation
 from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
+from minisweet.use import goals
 
-RANGES = operating.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
+RANGES = goals.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 
 
@@ -52,10 +52,10 @@ class EarlyExitClassifier:
         threshold: from 0 to 1, where all texts run to the last exit; up to 1/C (learning-to-exit: 0) all leave at the
             first. None for the operating point.
         max_loss, speed, max_change: a goal chooses the threshold instead: the fastest that loses at most so many points
-            to full depth; the best that runs at most this share of the layers; or the fastest that changes at most so
-            many percent of full depth's answers.
-        sure: the confidence, from 50 to 99.9 percent, with which `max_loss` (default 70) or `max_change` (default 90)
-            is to hold on new text.
+            to full depth; the slowest that runs at most this share of the layers; or the fastest that changes at most
+            so many percent of full depth's answers.
+        sure: how sure, from 50 to 99.9 percent, it must be that `max_loss` (default 70) or `max_change` (default 90)
+            holds on new text. Alone it goes with evaluate.py's default goal.
         device, amp: as the commands' --device and --amp.
         batch_size: how many texts run at once.
 
@@ -75,16 +75,16 @@ class EarlyExitClassifier:
         amp: str = "auto",
         batch_size: int = 32,
     ) -> None:
-        goals = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
-        for name, value in {"threshold": threshold, **goals, "sure": sure, "batch_size": batch_size}.items():
+        goal = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
+        for name, value in {"threshold": threshold, **goal, "sure": sure, "batch_size": batch_size}.items():
             low, high = RANGES[name]
             kind = Integral if name == "batch_size" else Real | None
             if not isinstance(value, kind) or (value is not None and not low <= value <= high):
                 raise InputError(f"{name}: {value!r:.80}, should be a number from {low} to {high}")
-        if sum(value is not None for value in (threshold, *goals.values())) > 1:
-            raise InputError(f"threshold, {', '.join(goals)}: more than one is given, and each chooses the threshold")
-        if sure is not None and max_loss is max_change is None:
-            raise InputError(f"sure: {sure:g} needs max_loss or max_change")
+        if sum(value is not None for value in (threshold, *goal.values())) > 1:
+            raise InputError(f"threshold, {', '.join(goal)}: more than one is given, and each chooses the threshold")
+        if sure is not None and (threshold, speed) != (None, None):
+            raise InputError(f"sure: {sure:g} needs max_loss or max_change; threshold and speed promise nothing")
         if amp not in AMP_CHOICES:
             raise InputError(f"amp: {amp!r:.80}, should be one of {', '.join(AMP_CHOICES)}")
         run, self.batch_size, self.device = Path(run), int(batch_size), choose_device(str(device))
@@ -95,15 +95,15 @@ class EarlyExitClassifier:
         self.certainty_name = "agreement" if self.record.metric == "agreement" else "confidence"  # where it is printed
         rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
         layers, warnings = evaluation.exit_layers, []
-        if any(goal is not None for goal in goals.values()):
+        if any(value is not None for value in (*goal.values(), sure)):
             validation = load_validation(run, evaluation, self.record)
             asked = None if layers == self.record.exit_layers else layers  # evaluate.py --use-exits chose them
-            wish = wish_of(validation.metric != "agreement", **goals, sure=sure)
-            rule, point = operating_point(validation, wish, asked, self.record.train_texts)
-            warnings.append(shortfall(point))
+            goal = goals.goal_of(validation.metric != "agreement", **goal, sure=sure)
+            rule, point = operating_point(validation, goal, deal(validation, self.record.train_texts), asked)
+            warnings.append(goals.shortfall(point, self.record))
         if threshold is None:
             threshold = point["threshold"]
-            warnings.append(not_certified(point["wish"], threshold, evaluation, self.precision))
+            warnings.append(goals.in_other_precision(point["wish"], threshold, evaluation, self.precision))
         for line in filter(None, warnings):
             LOG.warning("%s", line)
         self.threshold, self.exit_layers = threshold, point["asked_exits"]
@@ -156,7 +156,7 @@ class EarlyExitClassifier:
 
 def add_classifier_options(parser: Parser) -> None:
     """Add the options that `classifier_of` reads."""
-    option = add_wish_options(parser, "threshold (default: the operating point of evaluation.json)")
+    option = goals.add_goal_options(parser, "threshold (default: the operating point of evaluation.json)")
     option("--threshold", type=number(0, 1), help="leave at this confidence; at 1 all run to the last exit")
     parser.add_argument("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
     add_device_options(parser)

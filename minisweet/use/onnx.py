@@ -22,12 +22,12 @@ from minisweet.adaptive import Exits
 from minisweet.base.commands import Progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.data.text import PAD, TokenizedExamples
-from minisweet.evaluation.choice import certifying_rows
 from minisweet.evaluation.metrics import score
-from minisweet.evaluation.operating import operating_point, shortfall
+from minisweet.evaluation.operating import deal, operating_point
 from minisweet.evaluation.sweep import load_validation
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
+from minisweet.use.goals import shortfall
 from minisweet.use.onnx_graph import INPUTS, export_graph
 
 
@@ -35,7 +35,7 @@ def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = Fals
     """Write one file of a run, whole or not at all. Returns what came out, a line each.
 
     `recertify` chooses temperatures and threshold anew, from the file's own answers. Raises InputError for an `out`
-    that exists, no evaluated run, one of Multi-Model or of learning-to-exit, `recertify` where the goal certifies
+    that exists, no evaluated run, one of Multi-Model or of learning-to-exit, `recertify` where the goal promises
     nothing, and where more than one in a hundred of the float32 answers is not the model's.
     """
     classify = EarlyExitClassifier(run, device="cpu")
@@ -57,11 +57,12 @@ def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = Fals
 def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: bool) -> tuple[ModelProto, list[str]]:
     """The file, with its metadata and tokenizer, and what came out when it was tried, a line each.
 
-    It is tried on the rows that certify the run's goal, or on all rows where the goal certifies nothing.
+    It is tried on the rows that judge, or on all rows where none does.
     """
     record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.wish
     validation, examples = load_validation(run, classify.evaluation, record), read_validation(run, record)
     full_depth, exits = validation.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
+    sides = deal(validation, record.train_texts)  # by the model's labels: who chose its exits does not judge the file
     note = ""
     if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared
         # What each exit says: it is the first one of a file of its own, where at threshold 0 all leave.
@@ -72,16 +73,14 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
         logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
         labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
         validation = validation._replace(logits=logits, labels=labels, exits=exits)
-        classify.rule, point = operating_point(validation, goal, layers, record.train_texts)
+        classify.rule, point = operating_point(validation, goal, sides, layers)
         classify.threshold = point["threshold"]
-        note = shortfall(point) or "what is promised holds for this file, against its own full depth"
+        note = shortfall(point, record) or "what is promised holds for this file, against its own full depth"
     elif int8 and "sure" in goal and classify.threshold < 1:
         note = "what evaluate.py promises holds in float32, and says nothing of int8; --recertify promises it anew"
     file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
 
-    _, rows = certifying_rows(validation, record.train_texts)
-    if "sure" not in goal or not len(rows):
-        rows = np.arange(len(full_depth))
+    rows = sides.judging if len(sides.judging) else np.arange(len(full_depth))
     texts = TokenizedExamples(classify.tokenizer, examples.take(rows))
     (probabilities, _, taken), milliseconds = one_by_one(file, texts)
     (of_full_depth, *_), full_milliseconds = one_by_one(file, texts, threshold=np.ones((), np.float32))

@@ -1,0 +1,120 @@
+"""Goals of an operating point: how a person names one, and what he is told of it."""
+
+import math
+
+from minisweet.base.commands import Parser, number
+from minisweet.base.files import InputError, one_line
+from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.operating import PARTS, limit_of
+from minisweet.runs.folders import Evaluation, Record
+
+STATED = (  # of an operating point: a title, the key of the value, and the key of its interval
+    ("", "score", "score_interval"),  # the title is the metric's
+    ("macro F1", "macro_f1", None),
+    ("full depth", "full_depth_score", "full_depth_interval"),
+    ("points lost", "loss", "loss_interval"),
+    ("share of the layers", "speedup_ratio", "speedup_interval"),
+)
+FEW = "so few texts tell little: see how wide the intervals are"
+NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
+CLASSES = 20  # are printed, at most
+RANGES = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "sure": (50, 99.9)}
+
+
+def add_goal_options(parser: Parser, title: str):
+    """Add the options that `goal_of` reads. Returns a function that adds one more that excludes them."""
+    group = parser.add_argument_group(title)
+    goals = group.add_mutually_exclusive_group()
+    for to, name, letter, text in (
+        (goals, "max_loss", "P", "the fastest that loses at most P points, see --sure"),
+        (goals, "speed", "S", "the slowest that runs no more than this share of the layers"),
+        (goals, "max_change", "P", "the fastest that changes at most P percent of full depth's answers, see --sure"),
+        (group, "sure", "S", "how sure, in percent, that P holds on new text (--max-loss: 70, --max-change: 90)"),
+    ):
+        to.add_argument(f"--{name.replace('_', '-')}", type=number(*RANGES[name]), metavar=letter, help=text)
+    return goals.add_argument
+
+
+def goal_of(
+    labelled: bool, max_loss: float | None, speed: float | None, max_change: float | None, sure: float | None
+) -> dict[str, float]:
+    """The goal: {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}.
+
+    By default at most one point is lost, 70% sure; without labels at most 3% of the answers change, 90% sure. Raises
+    InputError for `sure` beside `speed`.
+    """
+    if speed is not None and sure is not None:
+        raise InputError(f"sure: {sure:g} needs max_loss or max_change, since speed promises nothing")
+    if speed is not None:
+        return {"speed": speed}
+    if max_change is None and (labelled or max_loss is not None):
+        return {"max_loss": 1.0 if max_loss is None else max_loss, "sure": sure or 70.0}
+    return {"max_change": max_change or 3.0, "sure": sure or 90.0}
+
+
+def promise_of(goal: dict[str, float]) -> str:
+    """What a goal promises, in words."""
+    what = "{:g}% of the answers change" if "max_change" in goal else "{:g} points are lost"
+    what = "1 point is lost" if goal.get("max_loss") == 1 else what.format(limit_of(goal))
+    return f"at most {what}, {goal['sure']:g}% sure"
+
+
+def print_point(point: dict, record: Record, layers: list[int]) -> None:
+    """Print the operating point of exits after these `layers`, what is stated, by how many texts, and promised."""
+    asked, goal, labelled = point["asked_exits"], point["wish"], record.metric != "agreement"
+    costly = [str(n) for n in layers if n not in asked]
+    left_out = f" (left out: {', '.join(costly)}, which cost more than they give)" if costly else ""
+    print(f"\noperating point: threshold {point['threshold']:.6g}, exits {', '.join(map(str, asked))}{left_out}")
+    print(f"{'on new text':<25}{'stated':>8}   95% interval")
+    for title, *keys in STATED:
+        print(f"{title or METRICS[record.metric]:<25}" + with_interval(point, *keys))
+    if labelled and len(record.labels) <= CLASSES:
+        print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
+        for name, *scores, rows in zip(record.labels, *point["per_class"].values(), strict=True):
+            print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
+    print("\n{judging_texts:,} distinct texts judged, {choosing_texts:,} others chose".format(**point))
+    if point["judging_texts"] < 75:
+        print(FEW if point["judging_texts"] else NOBODY)
+    if "sure" in goal and point["threshold"] < 1:
+        print(f"promised, of texts drawn like these: {promise_of(goal)}")
+    if record.train_texts is None:
+        print("whether the model, or its trunk, was trained on these texts cannot be checked")
+    elif point["trained_rows"]:
+        print(f"{point['trained_rows']:,} of the rows were trained on, and neither chose nor judged")
+
+
+def with_interval(point: dict, key: str, interval: str | None) -> str:
+    """A statistic of an operating point, and its 95% interval where it has one."""
+    ends = "   {:7.2f} to {:7.2f}".format(*point[interval]) if interval else " " * 21
+    return f"{point[key]:8.2f}{ends}"
+
+
+def shortfall(point: dict, record: Record) -> str:
+    """A line where a goal is out of reach, or full depth is all that can be promised; else "".
+
+    `point` is `operating_point`'s. The line says how many rows would do if early exit changed no answer: n texts are
+    then sure of a share p if (1 - p)^n is at most what is not sure. A point of Matthews correlation is half a percent.
+    """
+    goal, texts, share = point["wish"], point["judging_texts"], point["speedup_ratio"]
+    if not point["reached"]:
+        return f"--speed {goal['speed']:g} is out of reach; the fastest takes {share:.3f} of the layers"
+    if "sure" not in goal or point["threshold"] < 1 or len(record.exit_layers) == 1:
+        return ""
+    p = min(1 - 1e-9, limit_of(goal) / (200 if record.metric == "matthews" and "max_loss" in goal else 100))
+    needed = math.ceil(math.log1p(-goal["sure"] / 100) / math.log1p(-p)) if p else math.inf
+    reason = "too many answers change" if p else "no number of texts would do"
+    if texts < needed < math.inf:
+        rows, what = math.ceil(needed * PARTS / (PARTS - 1)), "validation rows"
+        if record.text_columns and not record.dev_data:  # of its own text a share is set aside
+            rows, what = math.ceil(rows / record.dev_size), "rows in --data"
+        what = what if record.metric == "agreement" else f"labelled {what}"
+        reason = f"{texts:,} texts judged, and {needed:,} would do if no answer changed: about {rows:,} {what}"
+    return f"nothing faster than full depth can be promised ({promise_of(goal)}); {reason}"
+
+
+def in_other_precision(goal: dict, threshold: float, evaluation: Evaluation, precision: object) -> str:
+    """A line where a promise was made by an evaluation in another precision than this one; else ""."""
+    was, now = (str(name or "float32").removeprefix("torch.") for name in (evaluation.precision, precision))
+    if "sure" not in goal or threshold == 1 or was == now:  # at 1 nothing can change
+        return ""
+    return f"what evaluate.py promises holds in {was}, and says nothing of {now}; evaluate again in this precision"
