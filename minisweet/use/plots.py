@@ -1,8 +1,8 @@
 """Speed-accuracy curves as a PNG: of saved evaluations, and what the paper's reports draw with.
 
 A curve has a point per threshold: the score in percent over the speedup ratio, the share of the layers run (Eq. 1).
-Bars and bands are 95% intervals. An operating point is stated by the rows that judge, and its curve is of all rows, so it
-may lie beside the curve. Dimension letters: S curves, P points of a curve.
+Bars and bands are 95% intervals. An operating point is stated by the rows that judge, and its curve is of all rows, so
+it may lie beside the curve. Dimension letters: S curves, P points of a curve.
 """
 
 import re
