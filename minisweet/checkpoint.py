@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minisweet.base.files import InputError, preview, read_dataclass, read_json, written_beside
+from minisweet.base.files import InputError, preview, read_dataclass, read_json, regular_file, written_beside
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
@@ -64,7 +64,7 @@ def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     if model_type not in list(ARCHITECTURES):
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
     if isinstance(terms := content.get("pos_att_type"), list):
-        content["pos_att_type"] = "|".join(terms)
+        content["pos_att_type"] = "|".join(map(str, terms))
     return read_dataclass(ARCHITECTURES[model_type][0], path, content)
 
 
@@ -88,18 +88,22 @@ def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[
     """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
 
     Returns the encoder, the classifier's weight (C, D) and bias (C,), and the labels in the order of the classes:
-    id2label's, or LABEL_0, LABEL_1, ... Raises InputError as `load_encoder`, and for regression, several labels at
-    once, and models of other tasks, which lack a pooler or a classifier.
+    id2label's, or LABEL_0, LABEL_1, ... Raises InputError as `load_encoder`, for labels that are alike or no texts, and
+    for regression, several labels at once, and models of other tasks, which lack a pooler or a classifier.
     """
     encoder, head = _load(folder)
     path = folder / "config.json"
     content = read_json(path)
     if missing := [name for name in HEAD if name not in head]:
         raise InputError(f"{folder / WEIGHTS}: {preview(missing)} is missing, and a text classifier has it")
-    kind, C = content.get("problem_type") or "single_label_classification", len(head["classifier.bias"])
+    kind, C = content.get("problem_type") or "single_label_classification", head["classifier.bias"].numel()
     if kind != "single_label_classification" or C < 2:
         raise InputError(f"{path}: {kind} with {C} outputs, should be single_label_classification with two or more")
-    labels = [(content.get("id2label") or {}).get(str(n), f"LABEL_{n}") for n in range(C)]
+    _check_shapes(folder, "classifier", [head[name] for name in HEAD[2:]], [[C, encoder.config.hidden_size], [C]])
+    names = content.get("id2label") or {}
+    labels = [names.get(str(n), f"LABEL_{n}") for n in range(C)] if isinstance(names, dict) else []
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < C:
+        raise InputError(f"{path}: id2label is {names!r:.120}, should give each of {C} classes a text of its own")
     return encoder, (head["classifier.weight"], head["classifier.bias"]), labels
 
 
@@ -113,31 +117,42 @@ def _load(folder: Path, num_layers: int | None = None) -> tuple[Encoder, dict[st
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     config = replace(config, num_hidden_layers=L)
     encoder, head = load_strict(path, lambda: new_encoder(config), checkpoint_names(L), HEAD, dropped)
-    if "pooler.dense.weight" in head:
-        encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
+    if pooler := [head[name] for name in HEAD[:2] if name in head]:
+        _check_shapes(folder, "pooler", pooler, [[config.hidden_size] * 2, [config.hidden_size]])
+        encoder.pooler_start = tuple(pooler)
     return encoder, head
+
+
+def _check_shapes(folder: Path, what: str, tensors: list[Tensor], right: list[list[int]]) -> None:
+    """Raise InputError where the weight and the bias of the pooler or the classifier are of other shapes."""
+    found = [list(tensor.shape) for tensor in tensors]
+    if found != right:
+        raise InputError(f"{folder / WEIGHTS}: the {what}'s weight and bias are {found}, should be {right}")
 
 
 def open_weights(folder: Path) -> dict:
     """Open a folder's model.safetensors: each tensor's name to its slice, which is read when it is asked for.
 
     Names come without "bert." or "deberta.", and with today's names of LayerNorm's parameters. A pytorch_model.bin that
-    stands there alone is converted first. Raises InputError where there is no such file, or one that is not readable.
+    stands there alone is converted first. Raises InputError where there is no such file, or one that is not readable or
+    holds a tensor under two names.
     """
     path, pickled, slices = folder / WEIGHTS, folder / PICKLED, {}
     try:
         if not path.exists() and pickled.exists():
-            tensors = torch.load(pickled, weights_only=True, map_location="cpu")
+            tensors = torch.load(regular_file(pickled), weights_only=True, map_location="cpu")
             # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
             tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
             with written_beside(path) as new:
                 new.write_bytes(save(tensors, metadata={"format": "pt"}))
-        file = safe_open(path, framework="pt")
+        file = safe_open(regular_file(path), framework="pt")
     except Exception as error:  # of pickle, zip, torch or safetensors, according to what is wrong with the file
         raise InputError(f"{folder}: no readable {WEIGHTS} or {PICKLED} ({error})") from None
     for name in file.keys():  # noqa: SIM118 (it is no dict)
         plain = name.removeprefix("bert.").removeprefix("deberta.")
         plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if plain in slices:
+            raise InputError(f"{path}: it holds {plain} twice, once as {name}")
         slices[plain] = file.get_slice(name)
     return slices
 
