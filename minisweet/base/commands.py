@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=doc, allow_abbrev=False, formatter_class=style)
 
     def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
-        """Raise InputError where an option is given that has no effect unless `what` holds, and `is_met` is false."""
+        """Raise InputError where one of the options `names` is given without `what` they need: `is_met` is false."""
         for name in () if is_met else names:
             if getattr(args, name) != self.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')}: needs {what}")
@@ -90,7 +90,14 @@ def run_command(main: Callable[[], None]) -> None:
     Ctrl-C exits with 130 and SIGTERM with 143, so that what is half-written is removed. Where nobody reads what is
     printed any more, as after `| head`, the command ends in silence, with 141.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    is_stopped = False
+
+    def stop(*_) -> None:
+        nonlocal is_stopped
+        is_stopped = True
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
     notices = logging.Handler()
     notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar
@@ -102,13 +109,15 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
-        sys.exit(141)
-    except (InputError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
+    except Exception as error:
+        if is_stopped:  # libraries that read weights make another error of SystemExit
+            sys.exit(143)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
+            sys.exit(141)
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             error = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
-        elif isinstance(error, RuntimeError):
+        elif not isinstance(error, InputError | OSError | UnicodeError):
             raise
         print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
         sys.exit(2)
