@@ -5,6 +5,7 @@ raises the error, and stands in that room's section. `place` makes the files tha
 """
 
 import importlib
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -59,6 +60,13 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --text-columns body", "own.csv: no column body; it has text, label; name"),
     ("train", f"{TRAIN} --data own.csv --text-columns text,label", "text,label, should be one or two, and not the"),
     ("train", f"{TRAIN} --data own.csv --label-column team", "own.csv: no column team; it has text, label; name"),
+    ("train", f"{TRAIN} --data pipe.csv", "pipe.csv: cannot be read (it is no file)"),
+    ("train", f"{TRAIN} --data own.csv --dev-data pipe.csv", "pipe.csv: cannot be read (it is no file)"),
+    (
+        "train",
+        "--model one-type --data two.csv --max-length 32 --out new",
+        "one-type: its type_vocab_size is 1, and pairs",
+    ),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --data own.csv --labels a,c", "own.csv, line 3: label 'b', should be one of a, c"),
     # evaluation
@@ -87,6 +95,7 @@ REFUSALS = [
     ("predict", "pairs own.csv --out new.csv --text-columns text", "--text-columns: text, should be 2"),
     ("predict", "run own.csv --out new.csv --speed 0.5 --sure 90", "sure: 90 needs max_loss or max_change"),
     ("predict", "run none.csv --out new.csv", "none.csv"),
+    ("predict", "run pipe.csv --out new.csv", "pipe.csv: cannot be read (it is no file)"),
     ("predict", "tiny own.csv --out new.csv", "tiny: no run here"),
     ("explain", "run", "TEXT: should be a text, or the two of a pair"),
     ("explain", "run a --html new.html", "TEXT: should be a text, or the two of a pair"),
@@ -121,6 +130,9 @@ def place(tmp_path_factory, run_of) -> Path:
     """A folder with what a command line may name: a model, an evaluated run, and files of rows."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "bert")
+    write_model(folder / "one-type", "bert", type_vocab_size=1)
+    (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,b,x\nb,c,y\nc,d,x\nd,e,y\n")
+    os.mkfifo(folder / "pipe.csv")
     for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)
     (folder / "own.csv").write_text("text,label\n" + "the good film,a\nthe bad film,b\n" * 16)
