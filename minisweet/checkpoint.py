@@ -100,9 +100,9 @@ def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[
     if kind != "single_label_classification" or C < 2:
         raise InputError(f"{path}: {kind} with {C} outputs, should be single_label_classification with two or more")
     _check_shapes(folder, "classifier", [head[name] for name in HEAD[2:]], [[C, encoder.config.hidden_size], [C]])
-    names = content.get("id2label") or {}
-    labels = [names.get(str(n), f"LABEL_{n}") for n in range(C)] if isinstance(names, dict) else []
-    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < C:
+    names = content.get("id2label") or {str(n): f"LABEL_{n}" for n in range(C)}
+    labels = [names.get(str(n)) for n in range(C)] if isinstance(names, dict) and len(names) == C else []
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) != C:
         raise InputError(f"{path}: id2label is {names!r:.120}, should give each of {C} classes a text of its own")
     return encoder, (head["classifier.weight"], head["classifier.bias"]), labels
 
@@ -177,8 +177,11 @@ def load_strict(
         if there != shape:
             problems.append(f"{source} is {there} and should be {shape}")
             continue
-        tensors[name] = found[...].to(value.dtype, copy=True)
-        if not tensors[name].isfinite().all():
+        tensor = found[...]
+        tensors[name] = tensor.to(value.dtype, copy=True)
+        if tensor.is_floating_point() != value.is_floating_point():
+            problems.append(f"{source} is {tensor.dtype} and should be {value.dtype}")
+        elif not tensors[name].isfinite().all():
             problems.append(f"{source} holds NaN or infinity")
     others = {name: slices.pop(name)[...].float() for name in extra if name in slices}
     problems += [f"{name} holds NaN or infinity" for name, tensor in others.items() if not tensor.isfinite().all()]

@@ -54,6 +54,7 @@ def test_prefix_old_norm_names_half_precision_and_known_extras_are_understood(mo
         ("pooler.dense.weight", torch.zeros(3, 16), "the pooler's weight and bias are [[3, 16], [16]], should be"),
         ("bert.embeddings.LayerNorm.bias", torch.zeros(16), "it holds embeddings.LayerNorm.bias twice"),
         ("embeddings.LayerNorm.beta", torch.zeros(16), "it holds embeddings.LayerNorm.bias twice"),
+        ("embeddings.LayerNorm.bias", torch.zeros(16).char(), "embeddings.LayerNorm.bias is torch.int8 and should be"),
     ],
 )
 def test_a_pooler_by_halves_and_a_tensor_twice_are_refused(tmp_path, name, tensor, words):
@@ -61,7 +62,7 @@ def test_a_pooler_by_halves_and_a_tensor_twice_are_refused(tmp_path, name, tenso
     rewrite(
         folder, lambda tensors: {key: value for key, value in (tensors | {name: tensor}).items() if value is not None}
     )
-    with pytest.raises(InputError, match=re.escape(f"model.safetensors: {words}")):
+    with pytest.raises(InputError, match=f"model.safetensors.*: {re.escape(words)}"):
         load_encoder(folder)
 
 
@@ -80,7 +81,6 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
     assert "embeddings.word_embeddings.weight is [59, 16] and should be [60, 16]" in message
     assert "encoder.layer.4.output.dense.bias [16] is unexpected" in message
     assert "encoder.layer.2.output.dense.bias holds NaN or infinity" in message
-    assert "\n" not in message
     assert str(model_dir / "model.safetensors") in message
 
 
@@ -187,7 +187,7 @@ def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_ty
     ("changes", "words"),
     [
         ({"id2label": {"0": "a", "1": "a"}}, "id2label is {'0': 'a', '1': 'a'}, should give each of 2 classes"),
-        ({"id2label": {"0": "LABEL_1"}}, "id2label is {'0': 'LABEL_1'}, should give"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "should give each of 2 classes a text of its own"),
         ({"id2label": {"0": 1, "1": 2}}, "id2label is {'0': 1, '1': 2}, should give"),
         ({"id2label": {"0": None, "1": "b"}}, "id2label is {'0': None, '1': 'b'}, should give"),
         ({"id2label": "ab"}, "id2label is 'ab', should give"),

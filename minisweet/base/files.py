@@ -47,7 +47,7 @@ def home() -> Path:
 def regular_file(path: Path) -> Path:
     """`path` itself. Raises OSError where it is something else than a file: to open a pipe would wait for a writer."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file")
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     return path
 
 
