@@ -16,26 +16,12 @@ from tests.conftest import WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LONG = " ".join(WORDS * 4)
-TEXTS = [
-    "The CAFÉ was naïve, wasn't it? 100% “déjà-vu”!",
-    "Ein Straßenfest in ÜBERLINGEN, größer als Köln",
-    "L'ÉTÉ à Besançon; œuvre, Noël",
-    "¿Qué pasó mañana, señor NÚÑEZ?",
-    "Příliš žluťoučký kůň úpěl ďábelské ódy",
-    "Zażółć gęślą JAŹŃ",
-    "İstanbul'da ılık bir gün, IĞDIR",
-    "Tiếng Việt có nhiều dấu",
-    "Съешь ещё этих мягких булок, ЙОД",
-    "Ξεσκεπάζω την ψυχοφθόρα ΒΔΕΛΥΓΜΊΑ",
-    "שָׁלוֹם עולם",
-    "مَرْحَبًا بالعالم",
-    "नमस्ते दुनिया",
-    "สวัสดีชาวโลก",
-    "我爱北京天安门,BERT也爱",
-    "東京タワーへ行きました。ガギグ",
-    "한국어 문장입니다",
-    "👍🏽 e\u0301 A\u030a \u200bzero\u00a0width\ttab\x07 ﬁ Ⅳ",
-]
+# Of 18 scripts and languages, with odd characters at the end.
+TEXTS = """The CAFÉ was naïve, wasn't it? 100% “déjà-vu”!|Ein Straßenfest in ÜBERLINGEN, größer|L'ÉTÉ à Besançon; œuvre
+¿Qué pasó mañana, señor NÚÑEZ?|Příliš žluťoučký kůň úpěl|Zażółć gęślą JAŹŃ|İstanbul'da ılık IĞDIR|Tiếng Việt có dấu
+Съешь ещё этих булок, ЙОД|Ξεσκεπάζω ΒΔΕΛΥΓΜΊΑ|שָׁלוֹם עולם|مَرْحَبًا بالعالم|नमस्ते दुनिया|สวัสดีชาวโลก|我爱北京天安门,BERT也爱
+東京タワーへ行きました。ガギグ|한국어 문장입니다|👍🏽 e\u0301 A\u030a \u200bzero\u00a0width\ttab\x07 ﬁ Ⅳ"""
+TEXTS = TEXTS.replace("\n", "|").split("|")
 
 
 def write_wordpiece(folder, vocabulary=None):

@@ -73,12 +73,12 @@ def path_to(suffix: str) -> Callable[[str], Path]:
 
 
 def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
-    """An argparse type: different values with commas between them."""
+    """An argparse type: different values with commas between them, none of them empty."""
 
     def parse_all(text: str) -> list:
         values = [parse(part) for part in text.split(",")]
-        if len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        if len(set(values)) < len(values) or "" in values:
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice, or has an empty name")
         return values
 
     return parse_all
@@ -90,14 +90,8 @@ def run_command(main: Callable[[], None]) -> None:
     Ctrl-C exits with 130 and SIGTERM with 143, so that what is half-written is removed. Where nobody reads what is
     printed any more, as after `| head`, the command ends in silence, with 141.
     """
-    is_stopped = False
-
-    def stop(*_) -> None:
-        nonlocal is_stopped
-        is_stopped = True
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, stop)
+    stopped = []  # true once SIGTERM came
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True) or sys.exit(143))
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
     notices = logging.Handler()
     notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar
@@ -110,7 +104,7 @@ def run_command(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if is_stopped:  # libraries that read weights make another error of SystemExit
+        if stopped:  # libraries that read weights make another error of SystemExit
             sys.exit(143)
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from minisweet.base.files import InputError, preview, regular_file, written_besi
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # the usual ones
+to_json = partial(json.dumps, ensure_ascii=False)
 Names = Sequence[str] | None  # of classes, index = class; or of columns
 
 
@@ -63,7 +65,7 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
         for row in rows:
             if not isinstance(row, dict):
                 raise ValueError("it is something else")
-            json.dumps(row, ensure_ascii=False).encode()  # raises for half of an emoji, which JSON can hold
+            to_json(row).encode()  # raises for half of an emoji, which JSON can hold
             if None in row:
                 raise ValueError("it has more cells than the header")
             yield number, row
@@ -95,17 +97,14 @@ def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[
         else:
             file.reconfigure(encoding="utf-8", newline="")
         if delimiter is None:
-            yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            yield lambda row: file.write(to_json(row) + "\n")
             return
         # csv quotes a carriage return only where lines end in one, so it is told that they do.
         without_return = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
         table = csv.DictWriter(without_return, columns, delimiter=delimiter, lineterminator="\r\n")
         table.writeheader()
-        yield lambda row: table.writerow({name: _as_cell(value) for name, value in row.items()})
-
-
-def _as_cell(value: object) -> object:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
+        is_json = (bool, list, dict)
+        yield lambda row: table.writerow({k: to_json(v) if isinstance(v, is_json) else v for k, v in row.items()})
 
 
 def _delimiter(path: Path) -> str | None:

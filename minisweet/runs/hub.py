@@ -35,7 +35,7 @@ def model_folder(model: str) -> Path:
     folder is missing. Raises InputError where `model` is none of them, and where the fetch fails.
     """
     folder = Path(model)
-    if model in REPOSITORIES or (not folder.is_dir() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)):
+    if model in REPOSITORIES or (not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)):
         folder = home() / "weights" / model.replace("/", "--")
         fetch_once(folder, lambda: _fetch(model, folder))
     if not folder.is_dir() or not model:
