@@ -203,15 +203,22 @@ def test_a_classifier_that_is_no_trunk_is_refused(tmp_path, changes, words):
         load_trunk(folder)
 
 
+def save_classifier(folder, model_type: str, **settings):
+    """A tiny classifier of transformers, saved by itself."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**CONFIGS[model_type], **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return model
+
+
 @pytest.mark.parametrize("labels", [None, ["no", "maybe", "yes"]])
 def test_a_finished_classifier_is_transformers_own(tmp_path, model_type, labels):
     settings = {"id2label": dict(enumerate(labels)), "label2id": {b: a for a, b in enumerate(labels)}} if labels else {}
-    transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(**CONFIGS[model_type], hidden_dropout_prob=0.3, **settings)
-    theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    theirs.save_pretrained(tmp_path)
+    theirs = save_classifier(tmp_path, model_type, hidden_dropout_prob=0.3, **settings)
     trunk, names = load_trunk(tmp_path)
     assert names == (labels or ["LABEL_0", "LABEL_1"])
     assert trunk.encoder.config.head_dropout == 0.3
