@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from minisweet.base.files import InputError, preview, read_dataclass, read_json, written_beside
+from minisweet.base.files import InputError, preview, read_dataclass, read_json, regular_file, written_beside
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.deberta import DebertaEncoder
@@ -34,7 +34,6 @@ MODULES = {
 }
 BERT_ATTENTION = ("query.weight", "query.bias", "key.weight", "value.weight", "value.bias")
 DEBERTA_ATTENTION = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
-HEAD = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
 # Tensors whose names start like this are dropped if the model has no such parameter: heads of pre-training and of
 # tasks, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
 DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
@@ -64,7 +63,7 @@ def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
     if model_type not in list(ARCHITECTURES):
         raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
     if isinstance(terms := content.get("pos_att_type"), list):
-        content["pos_att_type"] = "|".join(terms)
+        content["pos_att_type"] = "|".join(map(str, terms))
     return read_dataclass(ARCHITECTURES[model_type][0], path, content)
 
 
@@ -81,76 +80,86 @@ def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
     fewer layers, a file is missing or unreadable, config.json asks for what is not implemented, or the tensors are not
     those that it describes.
     """
-    return _load(Path(folder), num_layers)[0]
+    return _load(Path(folder), num_layers)["encoder"]
 
 
-def load_classifier(folder: Path) -> tuple[Encoder, tuple[Tensor, Tensor], list[str]]:
+def load_classifier(folder: Path) -> tuple[Encoder, nn.Linear, list[str]]:
     """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
 
-    Returns the encoder, the classifier's weight (C, D) and bias (C,), and the labels in the order of the classes:
-    id2label's, or LABEL_0, LABEL_1, ... Raises InputError as `load_encoder`, and for regression, several labels at
+    Returns the encoder, the classifier, and the labels in the order of the classes: id2label's, or LABEL_0 and LABEL_1.
+    Raises InputError as `load_encoder`, for labels that are alike or no texts, and for regression, several labels at
     once, and models of other tasks, which lack a pooler or a classifier.
     """
-    encoder, head = _load(folder)
     path = folder / "config.json"
     content = read_json(path)
-    if missing := [name for name in HEAD if name not in head]:
-        raise InputError(f"{folder / WEIGHTS}: {preview(missing)} is missing, and a text classifier has it")
-    kind, C = content.get("problem_type") or "single_label_classification", len(head["classifier.bias"])
-    if kind != "single_label_classification" or C < 2:
-        raise InputError(f"{path}: {kind} with {C} outputs, should be single_label_classification with two or more")
-    labels = [(content.get("id2label") or {}).get(str(n), f"LABEL_{n}") for n in range(C)]
-    return encoder, (head["classifier.weight"], head["classifier.bias"]), labels
+    labels = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    names = [labels.get(str(n)) for n in range(len(labels))] if isinstance(labels, dict) else [None]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise InputError(f"{path}: id2label is {labels!r:.120}, should give the classes 0, 1, ... a text each")
+    wanted, found = "single_label_classification", content.get("problem_type")
+    if found not in (wanted, None) or len(names) < 2:
+        raise InputError(f"{path}: {found} with {len(names)} outputs, should be {wanted} with two or more")
+    parts = _load(folder, num_labels=len(names))
+    return parts["encoder"], parts["classifier"], names
 
 
-def _load(folder: Path, num_layers: int | None = None) -> tuple[Encoder, dict[str, Tensor]]:
-    """The encoder, and by name the tensors of the pooler and the classifier that the file has."""
-    config, path = read_config(folder), folder / WEIGHTS
-    depth = config.num_hidden_layers
+def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> nn.ModuleDict:
+    """The encoder, with the checkpoint's pooler if there is one; where `num_labels` are asked for, the classifier."""
+    config = read_config(folder)
+    D, depth = config.hidden_size, config.num_hidden_layers
     L = num_layers or depth
+    has_pooler = num_labels or any(name.startswith("pooler.") for name in open_weights(folder))
+    config = replace(config, num_hidden_layers=L)
+
+    def make() -> nn.ModuleDict:
+        parts = {"encoder": new_encoder(config)} | ({"pooler": nn.Linear(D, D)} if has_pooler else {})
+        return nn.ModuleDict(parts | ({"classifier": nn.Linear(D, num_labels)} if num_labels else {}))
+
+    names = {f"encoder.{ours}": theirs for ours, theirs in checkpoint_names(L).items()}
+    names |= {f"pooler.{kind}": f"pooler.dense.{kind}" for kind in ("weight", "bias")}
     # Our key has no bias. BERT's adds the same number to all scores of a query, which the softmax ignores.
     dropped = [*DROPPED, *(f"encoder.layer.{n}.attention.self.key.bias" for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
-    config = replace(config, num_hidden_layers=L)
-    encoder, head = load_strict(path, lambda: new_encoder(config), checkpoint_names(L), HEAD, dropped)
-    if "pooler.dense.weight" in head:
-        encoder.pooler_start = (head["pooler.dense.weight"], head["pooler.dense.bias"])
-    return encoder, head
+    parts = load_strict(folder / WEIGHTS, make, names, dropped)
+    if has_pooler:
+        parts["encoder"].pooler_start = (parts["pooler"].weight.detach(), parts["pooler"].bias.detach())
+    return parts
 
 
 def open_weights(folder: Path) -> dict:
     """Open a folder's model.safetensors: each tensor's name to its slice, which is read when it is asked for.
 
     Names come without "bert." or "deberta.", and with today's names of LayerNorm's parameters. A pytorch_model.bin that
-    stands there alone is converted first. Raises InputError where there is no such file, or one that is not readable.
+    stands there alone is converted first. Raises InputError where there is no such file, or one that is not readable or
+    holds a tensor under two names.
     """
     path, pickled, slices = folder / WEIGHTS, folder / PICKLED, {}
     try:
         if not path.exists() and pickled.exists():
-            tensors = torch.load(pickled, weights_only=True, map_location="cpu")
+            tensors = torch.load(regular_file(pickled), weights_only=True, map_location="cpu")
             # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
             tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
             with written_beside(path) as new:
                 new.write_bytes(save(tensors, metadata={"format": "pt"}))
-        file = safe_open(path, framework="pt")
+        file = safe_open(regular_file(path), framework="pt")
     except Exception as error:  # of pickle, zip, torch or safetensors, according to what is wrong with the file
         raise InputError(f"{folder}: no readable {WEIGHTS} or {PICKLED} ({error})") from None
     for name in file.keys():  # noqa: SIM118 (it is no dict)
         plain = name.removeprefix("bert.").removeprefix("deberta.")
         plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if plain in slices:
+            raise InputError(f"{path}: it holds {plain} twice, once as {name}")
         slices[plain] = file.get_slice(name)
     return slices
 
 
-def load_strict(
-    path: Path, make: Callable[[], nn.Module], names: Mapping = {}, extra: Sequence = (), dropped: Sequence = ()
-) -> tuple[nn.Module, dict[str, Tensor]]:
+def load_strict(path: Path, make: Callable[[], nn.Module], names: Mapping = {}, dropped: Sequence = ()) -> nn.Module:
     """Make a module, and fill it with the tensors of a file, each of which must be used or dropped.
 
     `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
-    module's state dict. `names` maps our names to the file's, where they differ. `extra` are optional tensors, which
-    are returned in float32. `dropped` are prefixes of names to ignore. Raises InputError, naming each with both shapes,
-    where tensors are missing, unexpected, of another shape or not finite.
+    module's state dict. `names` maps our names to the file's, where they differ. `dropped` are prefixes of names to
+    ignore. Raises InputError, naming each with both shapes, where tensors are missing, unexpected, of another shape, no
+    floats or not finite.
     """
     slices, problems, tensors = open_weights(path.parent), [], {}
     with torch.device("meta"), _NoInit():
@@ -162,17 +171,18 @@ def load_strict(
         if there != shape:
             problems.append(f"{source} is {there} and should be {shape}")
             continue
-        tensors[name] = found[...].to(value.dtype, copy=True)
-        if not tensors[name].isfinite().all():
+        tensor = found[...]
+        tensors[name] = tensor.to(value.dtype, copy=True)
+        if tensor.is_floating_point() != value.is_floating_point():
+            problems.append(f"{source} is {tensor.dtype} and should be {value.dtype}")
+        elif not tensors[name].isfinite().all():
             problems.append(f"{source} holds NaN or infinity")
-    others = {name: slices.pop(name)[...].float() for name in extra if name in slices}
-    problems += [f"{name} holds NaN or infinity" for name, tensor in others.items() if not tensor.isfinite().all()]
     unused = [name for name in slices if not name.startswith(tuple(dropped))]
     problems += [f"{name} {slices[name].get_shape()} is unexpected" for name in unused]
     if problems:
         raise InputError(f"{path} does not fit its config.json: {preview(problems)}")
     module.load_state_dict(tensors, assign=True)
-    return module, others
+    return module
 
 
 class _NoInit(TorchFunctionMode):

@@ -3,13 +3,13 @@
 A `Literal` lists all values that are implemented: any other is refused, since to ignore it would build another model.
 """
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What BERT and DeBERTa share. Raises ValueError where the heads do not divide the hidden size."""
+    """What BERT and DeBERTa share. Raises ValueError for sizes and shares that cannot be."""
 
     vocab_size: int
     hidden_size: int
@@ -26,8 +26,14 @@ class Config:
     model_type: ClassVar[str]
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value, high = field.name, getattr(self, field.name), 1000 if "layers" in field.name else 10**6
+            if field.type is int and field.default is MISSING and not 1 <= value <= high:
+                raise ValueError(f"{name} is {value}, should be from 1 to {high}")
+            if field.type in (float, float | None) and value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}, should be from 0 to 1")
         D, H = self.hidden_size, self.num_attention_heads
-        if H < 1 or D % H:
+        if D % H:
             raise ValueError(f"hidden_size is {D}, should be a multiple of num_attention_heads, {H}")
 
     @property

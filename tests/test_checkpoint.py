@@ -1,6 +1,7 @@
 """Loading is strict: every tensor is loaded, or dropped by name, or stops the load."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.base.files import InputError
-from minisweet.checkpoint import load_classifier
 from minisweet.runs.folders import load_trunk
 from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder, write_model
 
@@ -46,6 +46,25 @@ def test_prefix_old_norm_names_half_precision_and_known_extras_are_understood(mo
     torch.testing.assert_close(encoder(*batch), plain(*batch), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("pooler.dense.bias", None, "pooler.dense.bias is missing and should be [16]"),
+        ("pooler.dense.weight", torch.zeros(3, 16), "pooler.dense.weight is [3, 16] and should be [16, 16]"),
+        ("bert.embeddings.LayerNorm.bias", torch.zeros(16), "it holds embeddings.LayerNorm.bias twice"),
+        ("embeddings.LayerNorm.beta", torch.zeros(16), "it holds embeddings.LayerNorm.bias twice"),
+        ("embeddings.LayerNorm.bias", torch.zeros(16).char(), "embeddings.LayerNorm.bias is torch.int8 and should be"),
+    ],
+)
+def test_a_pooler_by_halves_and_a_tensor_twice_are_refused(tmp_path, name, tensor, words):
+    folder = write_model(tmp_path, "bert")
+    rewrite(
+        folder, lambda tensors: {key: value for key, value in (tensors | {name: tensor}).items() if value is not None}
+    )
+    with pytest.raises(InputError, match=f"model.safetensors.*: {re.escape(words)}"):
+        load_encoder(folder)
+
+
 def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
     def damage(tensors):
         del tensors["encoder.layer.1.output.dense.bias"]
@@ -61,7 +80,6 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
     assert "embeddings.word_embeddings.weight is [59, 16] and should be [60, 16]" in message
     assert "encoder.layer.4.output.dense.bias [16] is unexpected" in message
     assert "encoder.layer.2.output.dense.bias holds NaN or infinity" in message
-    assert "\n" not in message
     assert str(model_dir / "model.safetensors") in message
 
 
@@ -72,6 +90,14 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
         ("bert", "hidden_act", "relu"),
         ("bert", "hidden_size", "16"),
         ("bert", "num_attention_heads", 3),
+        ("bert", "num_attention_heads", 0),
+        ("bert", "hidden_size", -16),
+        ("bert", "num_hidden_layers", 10**9),
+        ("bert", "type_vocab_size", 0),
+        ("bert", "initializer_range", -1),
+        ("bert", "classifier_dropout", 1.5),
+        ("bert", "layer_norm_eps", float("nan")),
+        ("deberta", "pos_att_type", ["c2p", 3]),
         ("bert", "is_decoder", True),
         ("bert", "vocab_size", "absent"),
         ("deberta", "max_relative_positions", "6"),
@@ -89,8 +115,6 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, model_type, key, v
     with pytest.raises(InputError, match=key) as error:
         load_encoder(folder)
     assert str(folder / "config.json") in str(error.value)
-    if value != "absent":
-        assert repr(value) in str(error.value)
 
 
 def test_position_terms_may_be_a_list_and_model_type_may_lack(tmp_path):
@@ -103,20 +127,14 @@ def test_position_terms_may_be_a_list_and_model_type_may_lack(tmp_path):
     assert load_encoder(folder).config.model_type == "bert"
 
 
-def test_a_missing_or_broken_file_is_one_line(model_dir):
-    (model_dir / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(InputError, match=r"no readable model.safetensors or pytorch_model.bin"):
-        load_encoder(model_dir)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", None])
+def test_missing_or_broken_weights_are_one_line(model_dir, name):
     (model_dir / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="No such file"):
-        load_encoder(model_dir)
-    (model_dir / "pytorch_model.bin").write_bytes(b"no pickle")
+    if name:
+        (model_dir / name).write_bytes(b"no tensors")
     with pytest.raises(InputError, match="no readable model.safetensors or pytorch_model.bin"):
         load_encoder(model_dir)
-    assert not (model_dir / "model.safetensors").exists()
-    (model_dir / "config.json").write_text("{")
-    with pytest.raises(InputError, match="config.json: not readable as JSON"):
-        load_encoder(model_dir)
+    assert {path.name for path in model_dir.iterdir()} == {"config.json", "vocab.txt", name} - {None}
 
 
 def test_a_pickled_checkpoint_is_converted_once(model_dir):
@@ -158,14 +176,39 @@ def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_ty
     assert len(parameters) == len(set(parameters))
 
 
-def save_classifier(folder, model_type: str, kind: str = "ForSequenceClassification", **settings):
-    """A tiny model of transformers, saved by itself."""
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"id2label": {"0": "a", "1": "a"}}, "id2label is {'0': 'a', '1': 'a'}, should give the classes"),
+        ({"id2label": {"1": "a", "2": "b"}}, "id2label is "),
+        ({"id2label": {"0": 1, "1": 2}}, "id2label is "),
+        ({"id2label": {"0": None, "1": "b"}}, "id2label is "),
+        ({"id2label": "ab"}, "id2label is "),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "classifier.weight is [2, 16] and should be [3, 16]"),
+        ({"id2label": {"0": "score"}}, "None with 1 outputs, should be single_label_classification with two or more"),
+        ({"problem_type": "multi_label_classification"}, "multi_label_classification with 2 outputs, should be"),
+        ({"left_out": "pooler.dense.weight"}, "pooler.dense.weight is missing"),  # of a classifier of tokens
+        ({"left_out": "classifier.weight"}, "classifier.weight is missing"),  # of other tasks
+    ],
+)
+def test_a_classifier_that_is_no_trunk_is_refused(tmp_path, changes, words):
+    folder = write_model(tmp_path, "bert")
+    head = {"classifier.weight": torch.zeros(2, 16), "classifier.bias": torch.zeros(2)}
+    head["qa_outputs.bias"] = torch.zeros(2)
+    rewrite(folder, lambda tensors: tensors | head)
+    load_encoder(folder)  # which needs none of it
+    rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name != changes.get("left_out")})
+    reconfigure(folder, "bert", **changes)
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_trunk(folder)
+
+
+def save_classifier(folder, model_type: str, **settings):
+    """A tiny classifier of transformers, saved by itself."""
     transformers = pytest.importorskip("transformers")
-    name = {"bert": "Bert", "deberta": "Deberta"}[model_type]
-    content = {key: value for key, value in CONFIGS[model_type].items() if key != "model_type"}
-    config = getattr(transformers, f"{name}Config")(**content, **settings)
+    config = transformers.AutoConfig.for_model(**CONFIGS[model_type], **settings)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}{kind}")(config).eval()
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
@@ -184,19 +227,3 @@ def test_a_finished_classifier_is_transformers_own(tmp_path, model_type, labels)
     with torch.no_grad():
         expected = theirs(input_ids=input_ids, attention_mask=mask, **types).logits
         torch.testing.assert_close(trunk(*random_batch())[0], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "reason"),
-    [
-        ("ForSequenceClassification", {"num_labels": 1}, "single_label_classification with 1 outputs"),
-        ("ForSequenceClassification", {"problem_type": "multi_label_classification"}, "multi_label_classification"),
-        ("ForTokenClassification", {}, "pooler.dense.weight, pooler.dense.bias is missing"),
-        ("ForQuestionAnswering", {}, "classifier.weight, classifier.bias is missing"),
-    ],
-)
-def test_other_heads_are_refused_as_trunks_and_left_out_elsewhere(tmp_path, model_type, kind, settings, reason):
-    save_classifier(tmp_path, model_type, kind, **settings)
-    with pytest.raises(InputError, match=reason):
-        load_classifier(tmp_path)
-    load_encoder(tmp_path)

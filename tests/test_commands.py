@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -39,13 +40,23 @@ def fail_with(error: BaseException):
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8"), 2, "too little memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "try a smaller --batch-size, --max-length or model"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (SystemExit(143), 143, ""),
     ],
 )
 def test_what_a_user_can_cause_is_one_line_and_a_status(capfd, error, status, message):
     assert run(fail_with(error)) == status
     out, err = capfd.readouterr()
     assert (out, message in err, err.count("\n")) == ("result\n", True, bool(message))
+
+
+def test_sigterm_is_143_also_where_a_library_makes_another_error_of_it(capfd):
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise RuntimeError("trying to pop from empty mode stack") from None
+
+    assert run(SimpleNamespace(__name__="train", main=main)) == 143
+    assert capfd.readouterr().err == ""
 
 
 def test_what_nobody_foresaw_is_a_traceback():

@@ -151,9 +151,11 @@ def test_a_mistyped_or_missing_key_is_named(change, words):
     assert str(error.value) == f"shape.json: {words}"
 
 
-@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff", None])
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff", b'{"a": ' + b"[" * 10**5, None, "pipe"])
 def test_what_is_no_json_object_is_refused(tmp_path, text):
-    if text is not None:
+    if text == "pipe":
+        os.mkfifo(tmp_path / "a.json")
+    elif text is not None:
         (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(InputError, match=rf"^{tmp_path}/a.json: (not readable as JSON|holds no JSON object)"):
         read_json(tmp_path / "a.json")

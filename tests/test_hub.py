@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +68,21 @@ def test_a_model_is_fetched_once(server, fetch, tmp_path, model, name):
     assert [path.name for path in folder.parent.iterdir()] == [name]
     assert (f"/api/models/{hub.REPOSITORIES.get(model, model)}", "Bearer hf_secret") in server.requests
     assert fetch(model, NOBODY) == (0, str(folder))
+
+
+@pytest.mark.parametrize("answers", [0, 10**6])
+def test_of_two_first_uses_at_once_the_slower_takes_the_folder_of_the_faster(server, fetch, monkeypatch, answers):
+    """Whether it has fetched all itself, or failed to."""
+
+    def faster(repository: str, new: Path) -> None:
+        folder = shutil.copytree(new.parent, new.parent / "bert-base")
+        (folder / "config.json").write_bytes(CONFIG)
+        from_hub(repository, new)
+
+    server.answers, from_hub = answers, hub._from_hub
+    monkeypatch.setattr(hub, "_from_hub", faster)
+    status, folder = fetch("bert-base", server.url)
+    assert (status, os.listdir(folder)) == (0, ["config.json"])
 
 
 def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):

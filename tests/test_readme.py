@@ -81,6 +81,8 @@ def run_line(line: str) -> None:
 
 @pytest.mark.parametrize(("guide", "with_onnx"), [(README, False), (USE, False), (PAPER, False), *WITH_ONNX])
 def test_commands_and_code_run(guide, with_onnx, place, capsys):
+    for extra in ("onnx", "onnxscript", "onnxruntime") if with_onnx else ():
+        pytest.importorskip(extra, reason=f"{extra}, which the export needs, is missing")
     for kind, block in blocks_of(guide):
         is_quote = block.strip() in (CHECKOUT / "minisweet" / "exits.py").read_text()
         if is_quote or "FastAPI" in block or ("onnx" in block and not with_onnx):

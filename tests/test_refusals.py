@@ -5,6 +5,7 @@ raises the error, and stands in that room's section. `place` makes the files tha
 """
 
 import importlib
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -23,21 +24,18 @@ REFUSALS = [
     ("train", f"{TRAIN} --train-siz 5", "unrecognized arguments: --train-siz 5"),
     ("train", f"{TRAIN} --method sweeet", "argument --method: invalid choice: 'sweeet'"),
     ("train", f"{TRAIN} --train-size 0", "--train-size: '0' is not a whole number from 1 to"),
-    ("train", f"{TRAIN} --epochs -1", "argument --epochs: "),
     ("train", f"{TRAIN} --lr nan", "--lr: 'nan' is not a positive number"),
     ("train", f"{TRAIN} --exit-layers 1,x", "--exit-layers: 'x' is not a whole number"),
+    ("train", f"{TRAIN} --data own.csv --labels a,b,", "--labels: 'a,b,' names one twice, or has an empty name"),
     ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
-    ("train", f"{TRAIN} --amp int8", "argument --amp: invalid choice: 'int8'"),
     # runs: hub, start, resume, folders
     ("train", "--model no-such --out new", "model 'no-such': neither a folder, nor owner/name on the hub, nor one of"),
-    ("train", "--model '' --out new", "model '': neither a folder"),
-    ("train", "--model ../x --out new", "model '../x': neither a folder"),
     ("train", "--model a/b/c --out new", "model 'a/b/c': neither a folder"),
     ("train", "--model own.csv --out new", "model 'own.csv': neither a folder"),
+    ("train", "--model tiny/vocab.txt --out new", "model 'tiny/vocab.txt': neither a folder"),
     ("train", f"{TRAIN} --exit-layers 4,1", "--exit-layers: 4,1, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --exit-layers 0,0,4", "--exit-layers: '0,0,4' names one twice"),
     ("train", f"{TRAIN} --exit-layers 1,9", "--exit-layers: 1,9, should increase and end at one of the layers 1 to 4"),
-    ("train", f"{TRAIN} --exit-layers 0", "--exit-layers: 0, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --exit-layers 0,4 --exit-strategy lte", "--exit-layers: exit 0 cannot learn when to be taken"),
     ("train", f"{TRAIN} --method plain --exit-strategy lte", "--exit-strategy: lte, and the method plain has"),
     ("train", f"{TRAIN} --data own.csv --exit-layers 0,2,4", "--exit-layers: 0,2,4, and the method plain has exits 0"),
@@ -61,6 +59,12 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --text-columns body", "own.csv: no column body; it has text, label; name"),
     ("train", f"{TRAIN} --data own.csv --text-columns text,label", "text,label, should be one or two, and not the"),
     ("train", f"{TRAIN} --data own.csv --label-column team", "own.csv: no column team; it has text, label; name"),
+    ("train", f"{TRAIN} --data pipe.csv", "pipe.csv: cannot be read (it is no file)"),
+    (
+        "train",
+        "--model one-type --data two.csv --max-length 32 --out new",
+        "one-type: its type_vocab_size is 1, and pairs",
+    ),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --data own.csv --labels a,c", "own.csv, line 3: label 'b', should be one of a, c"),
     # evaluation
@@ -93,6 +97,7 @@ REFUSALS = [
     ("predict", "pairs own.csv --out new.csv --text-columns text", "--text-columns: text, should be 2"),
     ("predict", "run own.csv --out new.csv --speed 0.5 --sure 90", "sure: 90 needs max_loss or max_change"),
     ("predict", "run none.csv --out new.csv", "none.csv"),
+    ("predict", "run pipe.csv --out new.csv", "pipe.csv: cannot be read (it is no file)"),
     ("predict", "tiny own.csv --out new.csv", "tiny: no run here"),
     ("explain", "run", "TEXT: should be a text, or the two of a pair"),
     ("explain", "run a --html new.html", "TEXT: should be a text, or the two of a pair"),
@@ -127,6 +132,9 @@ def place(tmp_path_factory, run_of) -> Path:
     """A folder with what a command line may name: a model, an evaluated run, and files of rows."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "bert")
+    write_model(folder / "one-type", "bert", type_vocab_size=1)
+    (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,b,x\nb,c,y\nc,d,x\nd,e,y\n")
+    os.mkfifo(folder / "pipe.csv")
     for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)
     (folder / "own.csv").write_text("text,label\n" + "the good film,a\nthe bad film,b\n" * 16)
@@ -140,5 +148,7 @@ def test_bad_input_is_one_line_and_status_2(place, capsys, command, words, expec
         status = run(importlib.import_module(MODULES[command]), *shlex.split(words))
     err = capsys.readouterr().err
     assert (status, err.count("\n")) == (2, 1), err
+    if "pip install" in err and "pip" not in expected:
+        pytest.skip(err)
     assert expected in err
     assert sorted(place.rglob("*")) == before

@@ -1,15 +1,18 @@
 """Files of rows: read, refused with file and line, and written."""
 
 import csv
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from minisweet.base.files import InputError
-from minisweet.data.rows import DELIMITERS, Examples, examples_of, find_columns, read_rows, row_writer, text_columns
+from minisweet.data.rows import Examples, all_columns, examples_of, find_columns, read_rows, row_writer, text_columns
 
-TEXTS = ['He said "no",\nthen "yes"', "a\tb, c", "caf\u00e9 \u2028 \\", " "]  # the last is empty
+TEXTS = ['He said "no",\nthen "yes"', "a\tb, c\rd", "caf\u00e9 \u2028 \\", " "]  # the last is empty
 LABELS = ["refund, please", "login", "login", "login"]
 LINES = {".csv": [3, 4, 5], ".tsv": [3, 4, 5], ".jsonl": [1, 2, 3]}
 
@@ -20,7 +23,8 @@ def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=DELIMITERS[path.suffix], lineterminator="\n")
+            between = "," if path.suffix == ".csv" else "\t"
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=between, quoting=csv.QUOTE_ALL, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     return path
@@ -105,12 +109,15 @@ REFUSED = [
     ("a.jsonl", b'{"text": "a", "label": null}\n', "line 1: 'label' is None, should be a label"),
     ("a.jsonl", b'{"text": "a", "label": NaN}\n', "line 1: 'label' is nan, should be a label"),
     ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
+    ("a.jsonl", b'[["text", "a"], ["label", "x"]]\n', "line 1: not readable as a JSON object"),
+    ("a.jsonl", b'{"text": ' + b"[" * 10**5, "line 1: not readable as a JSON object"),
+    ("a.csv", None, "cannot be read (it is no file)"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED)
 def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content) if content is not None else os.mkfifo(tmp_path / name)
     error = refused(read, tmp_path / name)
     assert error.startswith(str(tmp_path / name))
     assert message in error
@@ -119,24 +126,32 @@ def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, conte
 @pytest.mark.parametrize("suffix", LINES)
 def test_rows_are_written_as_they_were_read(tmp_path, suffix):
     rows, path = table([*TEXTS, ""], [*LABELS, "x"]), tmp_path / f"out{suffix}"
-    with row_writer(path) as write_row:
+    with row_writer(path, list(rows[0])) as write_row:
         for row in rows:
             write_row(row)
     assert [row for _, row in read_rows(path)] == rows
-    assert b"\r" not in path.read_bytes()
+    assert b"\r\n" not in path.read_bytes()
 
 
 def test_rows_that_differ_and_a_block_that_fails(tmp_path):
-    path = tmp_path / "out.csv"
-    with row_writer(path) as write_row:
-        write_row({"text": "a", "n": 1.5, "none": None})
-        write_row({"text": "b"})
-    assert path.read_text() == "text,n,none\na,1.5,\nb,,\n"
-    with pytest.raises(ValueError, match="'other'"), row_writer(path) as write_row:  # noqa: PT012 (the block fails)
-        write_row({"text": "a"})
-        write_row({"other": "c"})
-    assert path.read_text().startswith("text,n"), "what was there should stay"
-    assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "n": 1.5, "none": null}\n{"text": "b", "list": [true, "é"]}\n')
+    columns = all_columns(tmp_path / "in.jsonl")
+    with row_writer(tmp_path / "out.csv", columns) as write_row:
+        for _, row in read_rows(tmp_path / "in.jsonl"):
+            write_row(row)
+    assert (tmp_path / "out.csv").read_text() == 'text,n,none,list\na,1.5,,\nb,,,"[true, ""é""]"\n'
+    with pytest.raises(ZeroDivisionError), row_writer(tmp_path / "out.csv", columns) as write_row:
+        write_row({"text": 1 / 0})
+    assert (tmp_path / "out.csv").read_text().startswith("text,n"), "what was there should stay"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_standard_output_gets_utf_8_whatever_the_terminal_has(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1", "backslashreplace", "\r\n"))
+    with row_writer(None, ["text"]) as write_row:
+        write_row({"text": "é \U0001f600"})
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == "text\né \U0001f600\n".encode()
 
 
 def test_rows_are_streamed(tmp_path):

@@ -1,6 +1,7 @@
 """Tokenising and batches."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -15,6 +16,12 @@ from tests.conftest import WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LONG = " ".join(WORDS * 4)
+# Of 18 scripts and languages, with odd characters at the end.
+TEXTS = """The CAFÉ was naïve, wasn't it? 100% “déjà-vu”!|Ein Straßenfest in ÜBERLINGEN, größer|L'ÉTÉ à Besançon; œuvre
+¿Qué pasó mañana, señor NÚÑEZ?|Příliš žluťoučký kůň úpěl|Zażółć gęślą JAŹŃ|İstanbul'da ılık IĞDIR|Tiếng Việt có dấu
+Съешь ещё этих булок, ЙОД|Ξεσκεπάζω ΒΔΕΛΥΓΜΊΑ|שָׁלוֹם עולם|مَرْحَبًا بالعالم|नमस्ते दुनिया|สวัสดีชาวโลก|我爱北京天安门,BERT也爱
+東京タワーへ行きました。ガギグ|한국어 문장입니다|👍🏽 e\u0301 A\u030a \u200bzero\u00a0width\ttab\x07 ﬁ Ⅳ"""
+TEXTS = TEXTS.replace("\n", "|").split("|")
 
 
 def write_wordpiece(folder, vocabulary=None):
@@ -82,11 +89,18 @@ def test_byte_level_vocabulary_files_give_debertas_tokens(tmp_path):
     assert tokenizer.decode(tokenizer.encode("Bad é ü").ids) == "Bad é ü"
 
 
-def test_wordpiece_vocabulary_lowercases_unless_told_otherwise(tmp_path):
-    write_wordpiece(tmp_path)
-    assert load_tokenizer(tmp_path, 26, 40).encode("The FILM.").tokens == ["[CLS]", "the", "film", ".", "[SEP]"]
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    assert load_tokenizer(tmp_path, 26, 40).encode("The film").tokens == ["[CLS]", "[UNK]", "film", "[SEP]"]
+@pytest.mark.parametrize("name", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
+@pytest.mark.parametrize("value", ["true", "false", None])
+def test_wordpiece_tokens_are_those_of_transformers(tmp_path, name, value):
+    transformers = pytest.importorskip("transformers", reason="transformers, whose tokens ours are compared with")
+    letters = sorted({letter for text in TEXTS for letter in text + text.lower() + unicodedata.normalize("NFD", text)})
+    pieces = [piece for letter in letters if letter.strip() for piece in (letter, f"##{letter}")]
+    write_wordpiece(tmp_path, [*SPECIAL, "[MASK]", *pieces])
+    if value:
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"{name}": {value}}}')
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path, len(pieces) + 5, 200)
+    assert [ours.encode(text).ids for text in TEXTS] == [theirs(text)["input_ids"] for text in TEXTS]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +108,8 @@ def test_wordpiece_vocabulary_lowercases_unless_told_otherwise(tmp_path):
     [
         ("absent.txt", [], "missing or not readable"),
         ("tokenizer.json", ["{}"], "missing or not readable"),
+        ("tokenizer.json", [Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")).to_str()], "Missing .* token"),
+        ("tokenizer_config.json", ['{"do_lower_case": "no"}'], "do_lower_case is 'no', should be bool"),
         ("vocab.txt", ["[PAD]", "[UNK]", "a"], "missing or not readable .*sep_token"),
         ("vocab.txt", ["[CLS]", "[UNK]", "[SEP]", *WORDS], r"\[PAD\], \[UNK\] among them"),
         ("vocab.txt", [*SPECIAL, *WORDS, "a", "b", "c"], "28 tokens, should have 26, as the embedding"),

@@ -212,13 +212,22 @@ def test_columns_of_text_and_what_is_told(run_of, command, tmp_path):
     assert out.startswith("body,text,label,confidence,exit_layer,p_negative,p_positive\n")
 
 
+def test_no_row_gets_a_prediction_where_others_have_their_label(run_of, command, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "label": "gold", "id": 1}\n{"text": "c"}\n')
+    for name in ("out.jsonl", "out.csv"):
+        assert command(predict, run_of("sweet"), "in.jsonl", "--out", name)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row.get("label") for row in rows] == [None, "gold", None]
+    assert {row["predicted_label"] for row in rows} <= {"negative", "positive"}
+    assert [row["label"] for row in read_csv(tmp_path / "out.csv")] == ["", "gold", ""]
+
+
 def test_a_file_that_cannot_be_predicted_is_one_line(run_of, command, tmp_path):
     """It says where, and nothing is written: not even over what is there."""
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "id": 1}\n')
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"id": 1}\n')
     (tmp_path / "out.csv").write_text("kept")
     status, _, err = command(predict, run_of("sweet"), "in.jsonl", "--out", "out.csv")
-    assert (status, err.count("\n")) == (2, 1)
-    assert re.search("in.jsonl, line 2: .*'id'; write such rows to .jsonl", err)
+    assert (status, err) == (2, "predict.py: error: in.jsonl, line 2: 'text' is None, should be text\n")
     assert (tmp_path / "out.csv").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.csv"]
 

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=doc, allow_abbrev=False, formatter_class=style)
 
     def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
-        """Raise InputError where an option of `names` is given that needs `what`, which is not so unless `is_met`."""
+        """Raise InputError where one of the options `names` is given without `what` they need: `is_met` is false."""
         for name in () if is_met else names:
             if getattr(args, name) != self.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')}: needs {what}")
@@ -110,12 +110,12 @@ def path_to(suffix: str) -> Callable[[str], Path]:
 
 
 def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
-    """An argparse type: different values with commas between them."""
+    """An argparse type: different values with commas between them, none of them empty."""
 
     def parse_all(text: str) -> list:
         values = [parse(part) for part in text.split(",")]
-        if len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        if len(set(values)) < len(values) or "" in values:
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice, or has an empty name")
         return values
 
     return parse_all
@@ -128,9 +128,15 @@ def run_command(main: Callable[[], None]) -> None:
     half-written is removed. Where nobody reads what is printed any more, as after `| head`, the command ends in
     silence, with 141.
     """
+    stopped: list[int] = []  # the signals that came
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        sys.exit(128 + number)
+
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
     notices = logging.Handler()
     notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar
@@ -142,13 +148,15 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
-        sys.exit(141)
-    except (InputError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
+    except Exception as error:
+        if stopped:  # libraries that read weights make another error of SystemExit
+            sys.exit(128 + stopped[0])
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
+            sys.exit(141)
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             error = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
-        elif isinstance(error, RuntimeError):
+        elif not isinstance(error, InputError | OSError | UnicodeError):
             raise
         print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
         sys.exit(2)

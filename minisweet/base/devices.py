@@ -64,11 +64,11 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractCon
 
 
 def processor() -> tuple[str, bool]:
-    """The CPU's name, and whether it has instructions for bfloat16. Only Linux tells them."""
+    """The CPU's name, and whether it has instructions for bfloat16; both are known on Linux alone."""
     path = Path("/proc/cpuinfo")
-    told = path.read_text() if path.exists() else ""
-    name = re.search(r"^model name\s*: (.*)", told, re.MULTILINE)
-    return name[1] if name else f"{platform.machine()} CPU", "avx512_bf16" in told or "amx_bf16" in told
+    cpu = path.read_text() if path.exists() else ""
+    name = re.search(r"^model name\s*: (.*)", cpu, re.MULTILINE)
+    return name[1] if name else f"{platform.machine()} CPU", "avx512_bf16" in cpu or "amx_bf16" in cpu
 
 
 def device_name(device: torch.device) -> str:

@@ -1,11 +1,12 @@
 """The error that names bad input, files that are never half-written, and JSON that is read into dataclasses."""
 
+import errno
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import formatannotation
@@ -43,6 +44,13 @@ def home() -> Path:
     return Path(os.environ.get("MINISWEET_HOME") or default).expanduser()
 
 
+def regular_file(path: Path) -> Path:
+    """`path` itself. Raises OSError where it is something else than a file: to open a pipe would wait for a writer."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path
+
+
 @contextmanager
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
@@ -74,6 +82,16 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
             new.unlink()
 
 
+def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
+    """Call `fetch`, which makes `folder`, unless it is there. Where another process is faster, its folder is taken."""
+    if not folder.exists():
+        try:
+            fetch()
+        except InputError:
+            if not folder.exists():
+                raise
+
+
 def _sync(path: Path) -> None:
     """Have a file, or the names in a folder, written to the disk itself."""
     held = os.open(path, os.O_RDONLY)
@@ -91,8 +109,8 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object")

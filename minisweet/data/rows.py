@@ -5,13 +5,17 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
-from minisweet.base.files import InputError, preview, written_beside
+from minisweet.base.files import InputError, preview, regular_file, written_beside
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # the usual ones
+to_json = partial(json.dumps, ensure_ascii=False)
 Names = Sequence[str] | None  # of classes, index = class; or of columns
 
 
@@ -43,13 +47,13 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
 
     def lines() -> Iterator[str]:
         nonlocal number
-        with path.open("rb") as file:  # in text mode, other characters than "\n" would end lines
+        with regular_file(path).open("rb") as file:  # in text mode, other characters than "\n" would end lines
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
     try:
         if delimiter is None:
-            rows = (dict(json.loads(line)) for line in lines() if line.strip())
+            rows = (json.loads(line) for line in lines() if line.strip())
         else:
             csv.field_size_limit(2**31 - 1)  # characters of a cell; by default 131,072
             rows = csv.DictReader(lines(), delimiter=delimiter, strict=True, **options)
@@ -59,7 +63,9 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
             if len(set(header)) < len(header):
                 raise ValueError("two columns have the same name")
         for row in rows:
-            json.dumps(row, ensure_ascii=False).encode()  # raises for half of an emoji, which JSON can hold
+            if not isinstance(row, dict):
+                raise ValueError("it is something else")
+            to_json(row).encode()  # raises for half of an emoji, which JSON can hold
             if None in row:
                 raise ValueError("it has more cells than the header")
             yield number, row
@@ -70,30 +76,35 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path}, line {number}: not readable as {kind} ({error})") from None
 
 
+def all_columns(path: Path) -> list[str]:
+    """A file's columns: those of the header; in JSON lines those of any row, for which all of them are read."""
+    rows = read_rows(path) if _delimiter(path) is None else islice(read_rows(path), 1)
+    return list(dict.fromkeys(chain.from_iterable(row for _, row in rows)))
+
+
 @contextmanager
-def row_writer(path: Path | None) -> Iterator[Callable[[dict], None]]:
+def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[dict], None]]:
     """Give a function that writes a row to a file, by its suffix; without a path to standard output, as CSV.
 
-    The file appears at the end, whole. The first row names the columns of CSV and TSV; later ones may have fewer, and
-    others raise ValueError. Raises InputError for another suffix.
+    It is in UTF-8 wherever it goes, and the file appears at the end, whole. CSV and TSV have these `columns`, and an
+    empty cell where a row has none. Raises InputError for another suffix.
     """
-    delimiter, file, table = _delimiter(path) if path else ",", sys.stdout, None
-
-    def write(row: dict) -> None:
-        nonlocal table
-        if delimiter is None:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            return
-        if table is None:
-            table = csv.DictWriter(file, list(row), delimiter=delimiter, lineterminator="\n")
-            table.writeheader()
-        table.writerow(row)
-
+    delimiter, file = _delimiter(path) if path else ",", sys.stdout
     with ExitStack() as stack:
         if path:
             new = stack.enter_context(written_beside(path))
             file = stack.enter_context(new.open("w", encoding="utf-8", newline=""))
-        yield write
+        else:
+            file.reconfigure(encoding="utf-8", newline="")
+        if delimiter is None:
+            yield lambda row: file.write(to_json(row) + "\n")
+            return
+        # csv quotes a carriage return only where lines end in one, so it is told that they do.
+        without_return = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        table = csv.DictWriter(without_return, columns, delimiter=delimiter, lineterminator="\r\n")
+        table.writeheader()
+        is_json = (bool, list, dict)
+        yield lambda row: table.writerow({k: to_json(v) if isinstance(v, is_json) else v for k, v in row.items()})
 
 
 def _delimiter(path: Path) -> str | None:
@@ -172,7 +183,7 @@ def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> Non
     columns = {first: examples.first, "sentence2": examples.second, "difficulty": examples.difficulties}
     columns["label"] = examples.labels and [labels[label] for label in examples.labels]
     columns = {name: values for name, values in columns.items() if values is not None}
-    with row_writer(path) as write:
+    with row_writer(path, list(columns)) as write:
         for values in zip(*columns.values(), strict=True):
             write(dict(zip(columns, values, strict=True)))
 

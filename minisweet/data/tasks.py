@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import numpy as np
 
 from minisweet.base.commands import Parser, list_of, number, whole_number
-from minisweet.base.files import LOG, InputError, home, preview, written_beside
+from minisweet.base.files import LOG, InputError, fetch_once, home, preview, written_beside
 from minisweet.data.rows import Examples, Names, examples_of, find_columns, read_rows, text_columns
 from minisweet.data.toy import make_toy
 
@@ -71,8 +71,7 @@ def load_examples(task: str, split: str, data_dir: Path, labels: Names = None) -
         examples = Examples(first, None, *rest)
     else:
         folder = Path(data_dir) / own.folder
-        if not folder.exists():
-            _fetch(own, folder)
+        fetch_once(folder, lambda: _fetch(own, folder))
         path, (*columns, label) = folder / own.files[("train", "dev").index(split)], own.columns
         rows = read_rows(path, fieldnames=own.header, quoting=csv.QUOTE_NONE)  # tabs between columns, no quotes
         rows = ((line, row) for line, row in rows if row.get(label) not in SKIPPED)
@@ -165,9 +164,12 @@ def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
     if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
         return named
     known = {label.casefold(): label for label in named or ()}  # POSITIVE is GLUE's positive
-    if args.labels and list(known) != [label.casefold() for label in trunk]:
+    order = [known.get(label.casefold(), label) for label in trunk]
+    if len(set(order)) < len(order):  # the trunk has both a and A
+        order = list(trunk)
+    if args.labels and order != args.labels:
         raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(trunk)}")
-    return [known.get(label.casefold(), label) for label in trunk]
+    return order
 
 
 def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +12,21 @@ import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
-from minisweet.base.files import InputError, read_json
+from minisweet.base.files import InputError, read_dataclass, regular_file
 from minisweet.data.rows import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SPECIAL = START, END, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordPiece:
+    """The keys of tokenizer_config.json that say how the words for vocab.txt are made."""
+
+    do_lower_case: bool = True
+    strip_accents: bool | None = None  # None: where letters are made lower case
+    tokenize_chinese_chars: bool = True  # each is a word
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
@@ -31,12 +41,15 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     try:
         if whole.exists():
-            tokenizer = Tokenizer.from_file(str(whole))
+            tokenizer = Tokenizer.from_file(str(regular_file(whole)))
         elif pieces.exists():
-            tokenizer = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
+            tokenizer = ByteLevelBPETokenizer.from_file(str(regular_file(pieces)), str(regular_file(merges)))
         else:
-            lowercase = read_json(settings).get("do_lower_case", True) if settings.exists() else True
-            tokenizer = BertWordPieceTokenizer.from_file(str(words), lowercase=lowercase)
+            own = read_dataclass(WordPiece, settings) if settings.exists() else WordPiece()
+            options = {"strip_accents": own.strip_accents, "handle_chinese_chars": own.tokenize_chinese_chars}
+            options["lowercase"] = own.do_lower_case
+            tokenizer = BertWordPieceTokenizer.from_file(str(regular_file(words)), **options)
+        tokenizer.encode("\U00013000")  # an unknown word: raises where the token for it is missing
     except Exception as error:  # the library raises nothing more special
         raise InputError(f"{folder}: its tokenizer is missing or not readable ({error})") from None
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -88,8 +101,8 @@ class TokenizedExamples:
         start, end, self.pad_id, _ = special_ids(tokenizer)
         self.targets = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, first_lengths, self.cut = [], [], 0
-        # Each sentence by itself: of a pair, the library would keep each piece that it cuts off the one text with each
-        # piece of the other, which takes gigabytes for long texts.
+        # Each sentence by itself: of a long pair, the library combines all pieces that it cuts off one text with all
+        # that it cuts off the other, which takes gigabytes.
         sides = [side for side in (examples.first, examples.second) if side is not None]
         encodings = [tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in sides]
         room = tokenizer.truncation["max_length"] - 1 - len(sides)

@@ -198,7 +198,7 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
     record = read_record(run)
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
-    model, _ = load_strict(run / WEIGHTS, lambda: new_model(read_config(run), record))
+    model = load_strict(run / WEIGHTS, lambda: new_model(read_config(run), record))
     return model.eval(), record
 
 
@@ -227,9 +227,9 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
         return model.keep_exits(model.head_layers[-1:]), record.labels
     if not folder.is_dir():
         raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")
-    encoder, (weight, bias), labels = checkpoint.load_classifier(folder)
+    encoder, classifier, labels = checkpoint.load_classifier(folder)
     trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
-    trunk.heads[0].classifier.load_state_dict({"weight": weight, "bias": bias})
+    trunk.heads[0].classifier.load_state_dict(classifier.state_dict())
     return trunk.eval(), labels
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minisweet.base.files import LOG, InputError, home, one_line, written_beside
+from minisweet.base.files import LOG, InputError, fetch_once, home, one_line, written_beside
 from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
 from minisweet.data.text import TOKENIZER_FILES
 
@@ -35,10 +35,9 @@ def model_folder(model: str) -> Path:
     folder is missing. Raises InputError where `model` is none of them, and where the fetch fails.
     """
     folder = Path(model)
-    if model in REPOSITORIES or (not folder.is_dir() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)):
+    if model in REPOSITORIES or (not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)):
         folder = home() / "weights" / model.replace("/", "--")
-        if not folder.exists():
-            _fetch(model, folder)
+        fetch_once(folder, lambda: _fetch(model, folder))
     if not folder.is_dir() or not model:
         names = ", ".join(REPOSITORIES)
         raise InputError(f"model {model!r:.80}: neither a folder, nor owner/name on the hub, nor one of {names}")

@@ -4,20 +4,20 @@
     python -m minisweet predict RUN new.jsonl --out predicted.tsv --text-columns subject,body --speed 0.5
 
 Each row keeps its columns and gets `label`, `confidence` (`agreement`, with full depth, of a run that was made without
-labels), `exit_layer` (0 is before the first layer) and each label's probability, `p_<label>`. Where the row has such a
-column, ours is `predicted_<name>`.
+labels), `exit_layer` (0 is before the first layer) and each label's probability, `p_<label>`. Where the file has such a
+column, ours is `predicted_<name>`, in all rows.
 """
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from minisweet.base.commands import Parser, Progress, list_of
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
-from minisweet.data.rows import cell, read_rows, row_writer, text_columns
-from minisweet.use.classifier import Answer, add_classifier_options, classifier_of
+from minisweet.data.rows import all_columns, cell, read_rows, row_writer, text_columns
+from minisweet.use.classifier import add_classifier_options, classifier_of
 
 WINDOW = 1024  # rows that are read, and sorted by length, at once
 
@@ -37,17 +37,18 @@ def main() -> None:
     tune_cpu()
     classify, left, cut = classifier_of(args), Counter(), 0
     columns, rows = text_columns(args.file, args.text_columns, classify.record.columns), read_rows(args.file)
-    with row_writer(args.out) as write, Progress(unit="row", desc="predict") as progress:
+    theirs = all_columns(args.file)
+    ours = ("label", classify.certainty_name, "exit_layer", *(f"p_{name}" for name in classify.labels))
+    ours = [free_name(name, theirs) for name in ours]
+    with row_writer(args.out, theirs + ours) as write, Progress(unit="row", desc="predict") as progress:
         while chunk := list(islice(rows, WINDOW)):
             texts = [[cell(args.file, line, row, column) for column in columns] for line, row in chunk]
             examples = classify.tokenize(texts)
-            answers = classify.classify(examples)
-            for (line, row), answer in zip(chunk, answers, strict=True):
-                try:
-                    write(row | columns_of(answer, row, classify.certainty_name))
-                except ValueError as error:  # a row of JSON lines has a column that the first has not
-                    raise InputError(f"{args.file}, line {line}: {error}; write such rows to .jsonl") from None
-            left.update(answer.exit_layer for answer in answers)
+            for (_, row), answer in zip(chunk, classify.classify(examples), strict=True):
+                numbers = [round(number, 9) for number in (answer.confidence, *answer.probabilities.values())]
+                values = [answer.label, numbers[0], answer.exit_layer, *numbers[1:]]
+                write(row | dict(zip(ours, values, strict=True)))
+                left[answer.exit_layer] += 1
             cut += examples.cut
             progress.update(len(chunk))
     if args.out:
@@ -56,13 +57,8 @@ def main() -> None:
         print(f"cut to {classify.record.max_length} tokens: {cut:,}")
 
 
-def columns_of(answer: Answer, taken: Container[str], certainty_name: str) -> dict:
-    """An answer as columns. Where such a name is `taken`, ours is another."""
-    numbers = {certainty_name: answer.confidence, "exit_layer": answer.exit_layer}
-    numbers |= {f"p_{name}": p for name, p in answer.probabilities.items()}
-    columns = {}
-    for name, value in ({"label": answer.label} | {name: round(number, 9) for name, number in numbers.items()}).items():
-        while name in taken:
-            name = f"predicted_{name}"
-        columns[name] = value
-    return columns
+def free_name(name: str, taken: Sequence[str]) -> str:
+    """The `name`, with "predicted_" in front as often as it takes until it is none of those that are `taken`."""
+    while name in taken:
+        name = f"predicted_{name}"
+    return name
