@@ -122,61 +122,69 @@ class Writer:
         self.add("If", condition, outputs=outputs, then_branch=graphs[0], else_branch=graphs[1])
         return outputs
 
-    def go(self, state: list[str], done: int | None, n: int) -> list[str]:
-        """From the tokens, or from the state after `done` layers, to that before layer n: hidden states and context."""
-        layers = self.model.encoder.layers
+    def go(self, rows: str | None, state: list[str], done: int | None, n: int) -> list[str]:
+        """From the tokens, or the state after `done` layers, to that before layer n, of these rows: (M, T, D) and context."""
+        with_rows = 3 if done is None else 2  # hidden states, and what the context has first
+        if rows:
+            state = [self.add("Gather", x, rows) for x in state[:with_rows]] + state[with_rows:]
         if done is None:
             state, done = self.call("start", "start", [self.model.encoder], *state), 0
         hidden, *context = state
         for i in range(done, n - 1):
-            (hidden,) = self.call("go", f"layers.{i}", [layers[i]], hidden, *context)
+            (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
         return [hidden, *context]
 
-    def ask(self, n: int, temperature: str, state: list[str]) -> list[str]:
-        """What the exit after layer n says, (M, C)."""
+    def ask(self, n: int, state: Callable[[], list[str]]) -> list[str]:
+        """What the exit after layer n says, (M, C+2): probabilities, confidence, and n."""
+        add, k = self.add, self.model.exit_layers.index(n)
         if n == 0:
-            (logits,) = self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state)
+            (logits,) = self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state())
         else:
             modules = self.model.layer_of_exit(n), self.model.heads[self.model.head_layers.index(n)]
-            (logits,) = self.call("ask", f"exits.{n}", modules, *state)
-        return [self.add("Softmax", self.add("Div", logits, temperature))]
+            (logits,) = self.call("ask", f"exits.{n}", modules, *state())
+        temperature = add("Gather", "temperatures", add("Constant", value_int=k))
+        said = add("Softmax", add("Div", logits, temperature))
+        said = add("Concat", said, add("ReduceMax", said, add("Constant", value_ints=[-1])), axis=1)
+        return [add("Pad", said, add("Constant", value_ints=[0, 0, 0, 1]), add("Constant", value_float=float(n)))]
+
+    def skip(self, here: str) -> list[str]:
+        """What is said of rows (M, ...) that are not asked: zeros (M, C+2)."""
+        size = self.add("Shape", here, end=1), self.add("Constant", value_ints=[self.model.num_labels + 2])
+        return [self.add("ConstantOfShape", self.add("Concat", *size, axis=0))]
 
     def write(self) -> ModelProto:
         """The whole graph. Beside the file's inputs it has the temperatures (K,)."""
-        add, C, state, done = self.add, self.model.num_labels, list(INPUTS), None
-        first, last, classes = (add("Constant", value_ints=[value]) for value in (0, -1, C))
+        add, C, exits = self.add, self.model.num_labels, self.model.exit_layers
         zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
+        first, last, confidence = (add("Constant", value_ints=[value]) for value in (0, -1, C))
+        column = add("Constant", value_int=C)  # of the confidence
         nobody = [add("Constant", value=from_array(np.zeros((0, 1, 1), np.float32)))] * len(self.functions["start"].output)
         # As `leaves` of adaptive.py. Rows that were not asked stay, since their confidence is 0.
         limit = add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold")
         asks = add("Not", add("Equal", "threshold", one))
-        batch = add("Shape", INPUTS[0], end=1)
-        here = add("Squeeze", add("NonZero", add("Expand", one, batch)), first)  # (M,), all of the batch so far
-        answers = add("Expand", zero, add("Concat", batch, classes, axis=0))  # (B, C)
-        taken = add("Expand", add("Constant", value_int=0), batch)  # (B,)
-        for k, n in enumerate(self.model.exit_layers):
-            size, some = add("Shape", here), add("Cast", add("Size", here), to=BOOL)
-            if n > 0:
-                names = [f"state.{n}.{i}" for i in range(len(nobody))]
-                state = self.either(some, names, partial(self.go, state, done, n), partial(list, nobody))
-                done = n - 1
-            temperature = add("Gather", "temperatures", add("Constant", value_int=k))
-            nothing = add("Expand", zero, add("Concat", size, classes, axis=0))
-            asked = some if n == self.model.exit_layers[-1] else add("And", some, asks)
-            ways = partial(self.ask, n, temperature, state), partial(list, [nothing])
-            (said,) = self.either(asked, [f"said.{n}"], *ways)  # (M, C)
-            places = add("Unsqueeze", here, last)  # (M, 1)
-            answers = add("ScatterND", answers, places, said)
-            taken = add("ScatterND", taken, places, add("Expand", add("Constant", value_int=n), size))
-            stays = add("Less", add("ReduceMax", said, last, keepdims=0), limit)  # (M,)
-            rows = add("Squeeze", add("NonZero", stays), first)
-            here, of_rows = add("Gather", here, rows), 3 if done is None else 2  # hidden states and the context's first
-            state = [add("Gather", x, rows) for x in state[:of_rows]] + state[of_rows:]
-        add("Identity", answers, outputs=OUTPUTS[:1])
-        add("ReduceMax", answers, last, keepdims=0, outputs=OUTPUTS[1:2])
-        add("Identity", taken, outputs=OUTPUTS[2:])
+        rows = here = answers = None  # all
+        some = add("Cast", add("Size", INPUTS[0]), to=BOOL)
+        state, done = list(INPUTS), None
+        for n in exits:
+            go = partial(self.go, rows, state, done, n) if n > 0 else partial(list, state)
+            asked = some
+            if n < exits[-1]:
+                if n > 0:
+                    names = [f"state.{n}.{i}" for i in range(len(nobody))]
+                    state, done = self.either(some, names, go, partial(list, nobody)), n - 1
+                go, asked = partial(list, state), add("And", some, asks)
+            skip = partial(self.skip, here or INPUTS[0])
+            (said,) = self.either(asked, [f"said.{n}"], partial(self.ask, n, go), skip)
+            answers = add("ScatterND", answers, add("Unsqueeze", here, last), said) if here else said  # (B, C+2)
+            if n < exits[-1]:
+                stays = add("Less", add("Gather", said, column, axis=1), limit)  # (M,)
+                rows = add("Squeeze", add("NonZero", stays), first)
+                here, some = add("Gather", here, rows) if here else rows, add("Cast", add("Size", rows), to=BOOL)
+        add("Slice", answers, first, confidence, last, outputs=OUTPUTS[:1])
+        add("Gather", answers, column, axis=1, outputs=OUTPUTS[1:2])
+        add("Cast", add("Gather", answers, add("Constant", value_int=C + 1), axis=1), to=INT64, outputs=OUTPUTS[2:])
         inputs = [(name, INT64, ["batch", "tokens"]) for name in INPUTS]
-        inputs += [("threshold", FLOAT, []), ("temperatures", FLOAT, [len(self.model.exit_layers)])]
+        inputs += [("threshold", FLOAT, []), ("temperatures", FLOAT, [len(exits)])]
         shapes = (FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])
         outputs = [(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
         values = ([make_tensor_value_info(*value) for value in some] for some in (inputs, outputs))
