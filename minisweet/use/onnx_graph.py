@@ -158,7 +158,9 @@ class Writer:
         zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
         first, last, confidence = (add("Constant", value_ints=[value]) for value in (0, -1, C))
         column = add("Constant", value_int=C)  # of the confidence
-        nobody = [add("Constant", value=from_array(np.zeros((0, 1, 1), np.float32)))] * len(self.functions["start"].output)
+        nobody = [add("Constant", value=from_array(np.zeros((0, 1, 1), np.float32)))] * len(
+            self.functions["start"].output
+        )
         # As `leaves` of adaptive.py. Rows that were not asked stay, since their confidence is 0.
         limit = add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold")
         asks = add("Not", add("Equal", "threshold", one))
