@@ -1,6 +1,6 @@
 """How a model becomes one ONNX graph that leaves early by itself.
 
-torch exports each kind of part once, as a function with its weights as inputs: the embeddings, a layer, an exit, exit 0.
+torch exports each kind of part once, as a function with weights as inputs: the embeddings, a layer, an exit, exit 0.
 `Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one of two
 inner graphs. Here such nodes stand in a row. For exits 0, 2 and 6:
 
@@ -22,7 +22,6 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -112,18 +111,21 @@ class Writer:
         return outputs
 
     def either(self, condition: str, outputs: list[str], *ways: Callable[[], Sequence[str]]) -> list[str]:
-        """Write an `If`. Two functions write its graphs, and return what comes out there."""
-        outside, graphs = self.nodes, []
+        """Write an `If`. Two functions write its graphs, and return what comes out there.
+
+        Weights stand in the graph that reads them: only there ONNX Runtime packs them.
+        """
+        outside, graphs = (self.nodes, self.weights), []
         for way in ways:
-            self.nodes = []
+            self.nodes, self.weights = [], []
             values = [make_tensor_value_info(self.add("Identity", value), FLOAT, None) for value in way()]
-            graphs.append(make_graph(self.nodes, f"{outputs[0]}.{len(graphs)}", [], values))
-        self.nodes = outside
+            graphs.append(make_graph(self.nodes, f"{outputs[0]}.{len(graphs)}", [], values, self.weights))
+        self.nodes, self.weights = outside
         self.add("If", condition, outputs=outputs, then_branch=graphs[0], else_branch=graphs[1])
         return outputs
 
     def go(self, rows: str | None, state: list[str], done: int | None, n: int) -> list[str]:
-        """From the tokens, or the state after `done` layers, to that before layer n, of these rows: (M, T, D) and context."""
+        """The state before layer n, (M, T, D) and context, from tokens or from the state after `done` layers."""
         with_rows = 3 if done is None else 2  # hidden states, and what the context has first
         if rows:
             state = [self.add("Gather", x, rows) for x in state[:with_rows]] + state[with_rows:]
@@ -134,14 +136,14 @@ class Writer:
             (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
         return [hidden, *context]
 
-    def ask(self, n: int, state: Callable[[], list[str]]) -> list[str]:
+    def ask(self, n: int, state: list[str]) -> list[str]:
         """What the exit after layer n says, (M, C+2): probabilities, confidence, and n."""
         add, k = self.add, self.model.exit_layers.index(n)
         if n == 0:
-            (logits,) = self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state())
+            (logits,) = self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state)
         else:
             modules = self.model.layer_of_exit(n), self.model.heads[self.model.head_layers.index(n)]
-            (logits,) = self.call("ask", f"exits.{n}", modules, *state())
+            (logits,) = self.call("ask", f"exits.{n}", modules, *state)
         temperature = add("Gather", "temperatures", add("Constant", value_int=k))
         said = add("Softmax", add("Div", logits, temperature))
         said = add("Concat", said, add("ReduceMax", said, add("Constant", value_ints=[-1])), axis=1)
@@ -158,25 +160,20 @@ class Writer:
         zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
         first, last, confidence = (add("Constant", value_ints=[value]) for value in (0, -1, C))
         column = add("Constant", value_int=C)  # of the confidence
-        nobody = [add("Constant", value=from_array(np.zeros((0, 1, 1), np.float32)))] * len(
-            self.functions["start"].output
-        )
+        names = self.functions["start"].output  # of the state: hidden states, then context
+        nobody = [add("Constant", value=from_array(np.zeros((0, 1, 1), np.float32)))] * len(names)
         # As `leaves` of adaptive.py. Rows that were not asked stay, since their confidence is 0.
         limit = add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold")
         asks = add("Not", add("Equal", "threshold", one))
-        rows = here = answers = None  # all
-        some = add("Cast", add("Size", INPUTS[0]), to=BOOL)
+        rows, here, answers, some = None, None, None, add("Cast", add("Size", INPUTS[0]), to=BOOL)
         state, done = list(INPUTS), None
         for n in exits:
-            go = partial(self.go, rows, state, done, n) if n > 0 else partial(list, state)
-            asked = some
-            if n < exits[-1]:
-                if n > 0:
-                    names = [f"state.{n}.{i}" for i in range(len(nobody))]
-                    state, done = self.either(some, names, go, partial(list, nobody)), n - 1
-                go, asked = partial(list, state), add("And", some, asks)
-            skip = partial(self.skip, here or INPUTS[0])
-            (said,) = self.either(asked, [f"said.{n}"], partial(self.ask, n, go), skip)
+            if n > 0:
+                ways = partial(self.go, rows, state, done, n), partial(list, nobody)
+                state, done = self.either(some, [f"{name}.{n}" for name in names], *ways), n - 1
+            asked = add("And", some, asks) if n < exits[-1] else some
+            ways = partial(self.ask, n, state), partial(self.skip, here or INPUTS[0])
+            (said,) = self.either(asked, [f"said.{n}"], *ways)  # (M, C+2)
             answers = add("ScatterND", answers, add("Unsqueeze", here, last), said) if here else said  # (B, C+2)
             if n < exits[-1]:
                 stays = add("Less", add("Gather", said, column, axis=1), limit)  # (M,)
@@ -185,13 +182,12 @@ class Writer:
         add("Slice", answers, first, confidence, last, outputs=OUTPUTS[:1])
         add("Gather", answers, column, axis=1, outputs=OUTPUTS[1:2])
         add("Cast", add("Gather", answers, add("Constant", value_int=C + 1), axis=1), to=INT64, outputs=OUTPUTS[2:])
-        inputs = [(name, INT64, ["batch", "tokens"]) for name in INPUTS]
-        inputs += [("threshold", FLOAT, []), ("temperatures", FLOAT, [len(exits)])]
+        inputs = [make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS]
+        inputs += [make_tensor_value_info(name, FLOAT, None) for name in ("threshold", "temperatures")]
         shapes = (FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])
-        outputs = [(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
-        values = ([make_tensor_value_info(*value) for value in some] for some in (inputs, outputs))
+        outputs = [make_tensor_value_info(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
         versions = [make_opsetid("", OPSET), make_opsetid("parts", 1)]
-        graph = make_graph(self.nodes, "early_exit", *values, self.weights)
+        graph = make_graph(self.nodes, "early_exit", inputs, outputs, self.weights)
         return make_model(graph, functions=self.functions.values(), opset_imports=versions, ir_version=IR_VERSION)
 
 
@@ -207,36 +203,24 @@ def export_graph(
     logging.disable(logging.WARNING)  # the exporters say much about themselves
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        file = optimizer.optimize(inline_local_functions(Writer(model).write()))  # constants are folded
-        nodes = [node for graph in graphs_in(file.graph) for node in graph.node]
-        for i, node in enumerate(nodes):
-            node.name = f"{node.op_type}.{i}"
+        file = inline_local_functions(Writer(model).write())
+        optimizer.fold_constants(file)
+        optimizer.remove_unused_nodes(file)
         if int8:
+            nodes = [node for graph in graphs_in(file.graph) for node in graph.node]
+            for i, node in enumerate(nodes):
+                node.name = f"{node.op_type}.{i}"
             kept = [node.name for node in nodes if any(value.startswith("ngrams.") for value in node.input)]
             options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
             options |= {"nodes_to_exclude": kept, "extra_options": {"EnableSubgraph": True}}
             quantize_dynamic(file, f"{folder}/int8.onnx", **options)
             file = onnx.load(f"{folder}/int8.onnx")
     logging.disable(logging.NOTSET)
-    move_weights(file.graph)
+    for graph in graphs_in(file.graph):  # With shapes ONNX Runtime fuses sums and LayerNorms: batches take longer.
+        del graph.value_info[:]
     del file.graph.input[-1]  # temperatures are a constant from here on
     set_rule(file, threshold, temperatures)
     return file
-
-
-def move_weights(top: GraphProto) -> None:
-    """Put weights that one graph alone reads into that graph: only there ONNX Runtime packs them.
-
-    Shapes go: with them ONNX Runtime fuses sums and LayerNorms, which makes batches slower.
-    """
-    graphs, weights = list(graphs_in(top)), {weight.name: weight for weight in top.initializer}
-    read = [sorted({name for node in graph.node for name in node.input} & weights.keys()) for graph in graphs]
-    readers = Counter(sum(read, []))
-    del top.initializer[:]
-    for graph, names in zip(graphs, read, strict=True):
-        graph.initializer.extend(weights[name] for name in names if readers[name] == 1)
-        del graph.value_info[:]
-    top.initializer.extend(weights[name] for name in sorted(readers) if readers[name] > 1)
 
 
 def set_rule(file: ModelProto, threshold: float, temperatures: Sequence[float]) -> None:
@@ -248,7 +232,7 @@ def set_rule(file: ModelProto, threshold: float, temperatures: Sequence[float]) 
 
 
 def show_exits(file: ModelProto) -> ModelProto:
-    """A file with more outputs: what each exit says of the rows that came so far, (M, C). Above threshold 1 M is B."""
+    """A file with more outputs: what each exit says, see `ask`, of rows that came so far. Above threshold 1 all do."""
     shown = copy.deepcopy(file)
     said = [value for node in shown.graph.node for value in node.output if value.startswith("said.")]
     shown.graph.output.extend(make_tensor_value_info(value, FLOAT, None) for value in said)
