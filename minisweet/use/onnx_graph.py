@@ -4,13 +4,11 @@ torch exports each kind of part once, as a function with weights as inputs: the 
 `Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one of two
 inner graphs. Here such nodes stand in a row. For exits 0, 2 and 6:
 
-    If there are rows: exit 0 answers them
-    those that stay, since their confidence is too low, are gathered
-    If there are rows: they are embedded, and run through layer 1
-    If there are rows: exit 2 answers them, in place of exit 0
-    those that stay are gathered
-    If there are rows: they run through layers 2 to 5
-    If there are rows: exit 6 answers them, in place of exit 2
+    exit 0 answers all rows
+    If some stay, since their confidence is too low: these alone are embedded, and run through layer 1
+    If some stay: exit 2 answers them, in place of exit 0
+    If some stay longer: these alone run through layers 2 to 5
+    If some stay longer: exit 6 answers them, in place of exit 2
 
 At threshold 1 no exit but the last is asked, by the same `If`, and all rows stay. Above 1 all exits are asked, and all
 rows stay: so `show_exits` tells what each exit says.
