@@ -1,6 +1,7 @@
 """One ONNX file that leaves early: its answers are the model's, and it is all that a deployment needs."""
 
 import copy
+import functools
 import json
 import re
 import shutil
@@ -10,7 +11,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 import evaluate
 from minisweet import EarlyExitClassifier
@@ -29,8 +29,6 @@ import onnxruntime  # noqa: E402
 
 from minisweet.use import onnx, onnx_graph  # noqa: E402
 
-TEXTS = ["the film was superb", "", "not bad , it is great", "qwertz asdf", "bad " * 60]
-
 
 def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
     """A file, or its bytes, in ONNX Runtime, without the warning that the threshold is no constant."""
@@ -45,12 +43,28 @@ def ask(session, batch, threshold=None) -> list[np.ndarray]:
     return session.run(None, inputs if threshold is None else inputs | {"threshold": np.array(threshold, np.float32)})
 
 
-def undecided(folder, model_type: str, method: str, exit_layers: tuple[int, ...], C: int = 3):
-    """An undecided model with these exits, 0 perhaps among them, which takes 512 tokens."""
-    folder = write_model(folder, model_type, max_position_embeddings=512)
-    model = undecided_model(folder, method, C).add_ngrams(NgramExit(60, C, [0, 1, 2, 3], pairs=True))
-    torch.nn.init.normal_(model.ngrams.table)
-    return model.keep_exits(exit_layers)
+CASES = [
+    ("bert", "branch", (0, 1, 4)),
+    ("bert", "ee", (1, 4)),
+    ("bert", "sweet", (4,)),
+    ("deberta", "branch", (0, 1, 4)),
+]
+TEMPERATURES = [0.8, 1.0, 1.5]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A function that gives an undecided model of a case, which takes 512 tokens, and its file: each is made once."""
+
+    @functools.cache
+    def made(model_type: str, method: str, exit_layers: tuple[int, ...], int8: bool = False):
+        folder = write_model(tmp_path_factory.mktemp("model"), model_type, max_position_embeddings=512)
+        model = undecided_model(folder, method, 3).add_ngrams(NgramExit(60, 3, [0, 1, 2, 3], pairs=True))
+        torch.nn.init.normal_(model.ngrams.table)
+        model = model.keep_exits(exit_layers)
+        return model, onnx_graph.export_graph(model, 0.7, TEMPERATURES[: len(exit_layers)], int8)
+
+    return made
 
 
 def batches() -> list[tuple[torch.Tensor, ...]]:
@@ -62,23 +76,21 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
     return [*found, (ids, mask, ids * 0), (odd, (odd > 0).long(), odd * 0), (empty, empty * 0 + 1, empty * 0)]
 
 
-CASES = [("bert", "sweet", (0, 4)), ("bert", "branch", (0, 1, 4)), ("bert", "ee", (1, 4)), ("bert", "branch", (4,))]
-CASES += [("deberta", "sweet", (0, 4)), ("deberta", "branch", (1, 4))]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_answers_are_the_models(tmp_path, case):
+def test_answers_are_the_models(exported, case):
     """At eleven thresholds and beyond, and at the file's own."""
-    model, C = undecided(tmp_path, *case), 3
-    rule = ExitRule(C, torch.tensor([0.8, 1.0, 1.5])[: len(model.exit_layers)])
-    file, ways = onnx_graph.export_graph(model, 0.7, rule.temperatures.tolist()), set()
-    session = session_of(file.SerializeToString())
+    (model, file), ways = exported(*case), set()
+    rule = ExitRule(3, torch.tensor(TEMPERATURES[: len(model.exit_layers)]))
+    session, shown = (session_of(some.SerializeToString()) for some in (file, onnx_graph.show_exits(file)))
     for batch in batches():
         logits = model(*batch).detach()
+        each = (logits / rule.temperatures[:, None, None]).softmax(-1)  # (K, B, C)
+        for said, expected in zip(ask(shown, batch, 2.0)[3:], each, strict=True):
+            np.testing.assert_allclose(said[:, :3], expected, atol=1e-5)
         for threshold in (*spaced_thresholds(11, rule.lowest), 0.0, 0.7, 1.5):
             taken = exits_taken(rule.confidences(logits), threshold, rule.lowest)
-            expected = (logits / rule.temperatures[:, None, None]).softmax(-1)[taken, torch.arange(len(taken))]
+            expected = each[taken, torch.arange(len(taken))]
             probabilities, confidence, layer = ask(session, batch, None if threshold == 0.7 else threshold)
             np.testing.assert_allclose(probabilities, expected, atol=1e-5)
             np.testing.assert_allclose(confidence, expected.amax(-1), atol=1e-5)
@@ -88,25 +100,37 @@ def test_answers_are_the_models(tmp_path, case):
 
 
 @pytest.mark.slow
-def test_nothing_is_run_in_vain(tmp_path):
+def test_each_part_is_traced_once_and_in_int8_all_may_leave(exported, monkeypatch):
+    traced, function_of = [], onnx_graph.function_of
+    monkeypatch.setattr(onnx_graph, "function_of", lambda name, *part: traced.append(name) or function_of(name, *part))
+    _, small = exported(*CASES[0], True)
+    assert sorted(traced) == ["ask", "ask_ngrams", "go", "start"]  # of four layers and three exits
+    int8, plain = (session_of(file.SerializeToString()) for file in (small, exported(*CASES[0])[1]))
+    for batch in batches():
+        np.testing.assert_allclose(ask(int8, batch, 0.0)[0], ask(plain, batch, 0.0)[0], atol=1e-6)
+        assert (ask(int8, batch, 0.0)[2].max(), ask(int8, batch, 1.0)[2].min()) == (0, 4)
+
+
+@pytest.mark.slow
+def test_nothing_is_run_in_vain(exported):
     """Who leaves at exit 0 is never embedded; at threshold 1 no exit but the last is asked."""
-    exported = onnx_graph.export_graph(undecided(tmp_path, "bert", "branch", (0, 2, 4)), 0.7, [1.0] * 3)
+    _, file = exported(*CASES[0])
 
     def spoilt(is_spoilt) -> onnxruntime.InferenceSession:
         """The file, where some weights have their first row alone, so that who reads another one raises an error."""
-        file = copy.deepcopy(exported)
-        for weights in (weights for graph in onnx_graph.graphs_in(file.graph) for weights in graph.initializer):
+        spoilt = copy.deepcopy(file)
+        for weights in (weights for graph in onnx_graph.graphs_in(spoilt.graph) for weights in graph.initializer):
             if is_spoilt(weights):
                 weights.raw_data = weights.raw_data[: len(weights.raw_data) // weights.dims[0]]
                 weights.dims[0] = 1
-        return session_of(file.SerializeToString())
+        return session_of(spoilt.SerializeToString())
 
     whole, ids, mask, types = spoilt(lambda weights: False), *random_batch(0, 32)
     ids[0] = 0  # the one row that the spoilt embeddings know
     _, confidence, _ = ask(whole, (ids, mask, types), 0.0)
     kept = confidence >= confidence[0]
     batch, threshold = (ids[kept], mask[kept], types[kept]), np.nextafter(confidence[0], np.float32(1))
-    no_words = spoilt(lambda weights: weights.name == "model.encoder.word_embeddings.weight")
+    no_words = spoilt(lambda weights: weights.name.endswith("word_embeddings.weight"))
     probabilities, _, layer = ask(no_words, batch, threshold)
     assert (layer[0] > 0, set(layer[1:].tolist()), len(layer) > 8) == (True, {0}, True)
     np.testing.assert_array_equal(probabilities, ask(whole, batch, threshold)[0])
@@ -117,23 +141,6 @@ def test_nothing_is_run_in_vain(tmp_path):
             ask(session, batch, asked)
 
 
-@pytest.fixture
-def exported_once(monkeypatch, kept={}):  # noqa: B006  kept from test to test
-    """torch's export, the slow part, is done once for each model, setting and precision. Returns the temperatures."""
-    by_torch, exported = onnx.export_graph, []
-
-    def export_graph(model, threshold, temperatures, *int8):
-        exported.append(temperatures)
-        weights = (float(weights.sum()) for weights in model.state_dict().values())
-        key = (model.exit_layers, threshold, *temperatures, *int8, *weights)
-        if key not in kept:
-            kept[key] = by_torch(model, threshold, temperatures, *int8)
-        return copy.deepcopy(kept[key])
-
-    monkeypatch.setattr(onnx, "export_graph", export_graph)
-    return exported
-
-
 def told_by(file) -> dict:
     """What a file's metadata say, but for the tokenizer."""
     told = session_of(file).get_modelmeta().custom_metadata_map
@@ -141,37 +148,33 @@ def told_by(file) -> dict:
 
 
 @pytest.mark.parametrize("name", ["trunk0", pytest.param("pairs", marks=pytest.mark.slow)])
-def test_command_writes_all_that_a_deployment_needs(run_of, tmp_path, command, exported_once, name):
-    run, file = run_of(name), tmp_path / "a.onnx"
-    status, out, err = command(export, run, "--onnx", file)
-    assert status == 0, err
-    first, rows, changes, last = out[out.index(f"{file}: ") :].splitlines()
-    point, record = read_evaluation(run).operating_point, read_record(run)
-    layers = ",".join(map(str, point.asked_exits))
-    assert first.endswith(f"exits after layers {layers}, by default at threshold {point.threshold:.6g}")
-    assert re.search(
-        r"validation rows, one by one: accuracy \d+.\d with \d+.\d% of .*; 0 labels or exits are not", rows
-    )
-    assert re.search(r"labels \(\d+.\d%\) change against the file's full depth, \d+ against the model's", changes)
-    assert re.fullmatch(r"milliseconds per text, one by one: .* at the operating point, .* at full depth", last)
-    session, told = session_of(file), told_by(file)
+def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, name):
+    """For single texts and for pairs, where neither torch nor minisweet can be imported."""
+    run, file = run_of(name), tmp_path / "tickets.onnx"
+    first, rows, changes, *_ = onnx.export_onnx(run, file)
+    point, record, told = read_evaluation(run).operating_point, read_record(run), told_by(file)
+    assert first.endswith(f"by default at threshold {point.threshold:.6g}")
+    assert "; 0 labels or exits are not the model's" in rows
     assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
     assert told.pop("file_rows") == point.judging_texts
     assert told.pop("file_changes") == int(changes.split()[0])
     expected = {"labels": record.labels, "exit_layers": point.asked_exits, "max_length": 32, "goal": point.wish}
-    assert told == expected | {"threshold": point.threshold, "certified_for": "model"}
-    classify, texts = EarlyExitClassifier(run), [(text, "a dull film") for text in TEXTS] if name == "pairs" else TEXTS
-    tokenizer = Tokenizer.from_str(session.get_modelmeta().custom_metadata_map["tokenizer"])
-    encoded = tokenizer.encode_batch(texts)
-    batch = [torch.tensor([getattr(text, key) for text in encoded]) for key in ("ids", "attention_mask", "type_ids")]
-    for answer, probabilities, confidence, layer in zip(classify(texts), *ask(session, batch), strict=True):
-        assert list(answer.probabilities.values()) == pytest.approx(probabilities.tolist(), abs=1e-5)
-        assert (answer.confidence, answer.exit_layer) == (pytest.approx(confidence, abs=1e-5), layer)
+    expected |= {"threshold": point.threshold, "certified_for": "model", "pairs": name == "pairs"}
+    assert told == expected
+
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "minisweet" / "use" / "README.md").read_text(), re.S)
+    (code,) = [block for block in blocks if "onnxruntime" in block]
+    code = f"import sys; sys.modules.update(torch=None, minisweet=None)\n{code}print(json.dumps(texts))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *lines, texts = done.stdout.splitlines()
+    for line, answer in zip(lines, EarlyExitClassifier(run)(json.loads(texts)), strict=True):
+        assert line.split() == [answer.label, f"{answer.confidence:.2f}", str(answer.exit_layer)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("goal", ["--max-loss 2 --sure 60", "--max-change 10 --sure 80"])
-def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, command, exported_once, goal):
+def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, command, monkeypatch, goal):
     run, int8, own = shutil.copytree(run_of("trunk0"), tmp_path / "run"), tmp_path / "int8.onnx", tmp_path / "own.onnx"
     if "change" in goal:  # without labels: the model's own decide who chooses and who judges, not the file's
         for name, words in (("run.json", '"metric": "accuracy"'), ("validation.jsonl", r', "label": "\w+"')):
@@ -181,6 +184,8 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
     _, out, _ = command(export, run, "--onnx", int8, "--int8")
     assert ("says nothing of int8" in out) == (read_evaluation(run).operating_point.threshold < 1)
     assert told_by(int8)["certified_for"] == "model"
+    rules, set_rule = [], onnx_graph.set_rule
+    monkeypatch.setattr(onnx, "set_rule", lambda file, *rule: rules.append(rule) or set_rule(file, *rule))
     status, out, err = command(export, run, "--onnx", own, "--int8", "--recertify")
     assert status == 0, err
 
@@ -190,7 +195,7 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
     texts = EarlyExitClassifier(run).tokenize(read_validation(run, record).texts())
     singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
     said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0, None)])
-    temperatures = exported_once[-1]
+    _, temperatures = rules[-1]
     logits = torch.tensor(np.log(said[:2]) * np.array(temperatures)[:, None, None])  # (2, N, C)
     assert told["exit_layers"] == [0, 4]
     sides = deal(validation, record.train_texts)
@@ -207,46 +212,24 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
 
 
 @pytest.mark.slow
-def test_python_of_the_guide(run_of, tmp_path, command, exported_once):
-    """Run as it stands there, where neither torch nor minisweet can be imported."""
-    assert command(export, run_of("pairs"), "--onnx", tmp_path / "tickets.onnx")[0] == 0
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "minisweet" / "use" / "README.md").read_text(), re.S)
-    (code,) = [block for block in blocks if "onnxruntime" in block]
-    hidden = "import sys; sys.modules.update(dict.fromkeys(('torch', 'minisweet')))\n"
-    done = subprocess.run([sys.executable, "-c", hidden + code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    texts = re.findall(r'\("(.*?)", "(.*?)"\)', code)
-    for line, answer in zip(done.stdout.splitlines(), EarlyExitClassifier(run_of("pairs"))(texts), strict=True):
-        assert line.split() == [answer.label, f"{answer.confidence:.2f}", str(answer.exit_layer)]
-
-
-@pytest.mark.slow
-def test_refusals(run_of, tmp_path, command, monkeypatch, exported_once):
+def test_refusals(run_of, tmp_path, command, monkeypatch):
     run, new = run_of("trunk0"), tmp_path / "new.onnx"
 
-    def refused(run=run) -> str:
-        status, _, err = command(export, run, "--onnx", new)
+    def refused(run, *options) -> str:
+        status, _, err = command(export, run, "--onnx", new, *options)
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
 
-    new.write_text("kept")
-    status, _, err = command(export, run, "--onnx", new)
-    assert (status, "is there already" in err, new.read_text()) == (2, True, "kept")
-    new.unlink()
     assert "Multi-Model (mm)" in refused(run_of("mm"))
     assert "learning-to-exit (lte)" in refused(run_of("lte"))
     with monkeypatch.context() as patch:
         patch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
-        assert "answers are not the model's" in refused()
+        assert "answers are not the model's" in refused(run)
     fast = shutil.copytree(run_of("trunk0"), tmp_path / "fast")
     assert command(evaluate, fast, "--speed", "0.7")[0] == 0
-    status, _, err = command(export, fast, "--onnx", new, "--recertify")
-    assert (status, "--recertify: " in err, err.count("\n"), new.exists()) == (2, True, 1, False)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "2.12.1+cpu")
-        assert "torch is 2.12.1+cpu, should be 2.13 or newer" in refused()
+    assert "--recertify: " in refused(fast, "--recertify")
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "minisweet.use.onnx")
         patch.delitem(sys.modules, "minisweet.use.onnx_graph")
         patch.setitem(sys.modules, "onnxscript", None)
-        assert "onnxscript (pip install '.[onnx]')" in refused()
+        assert "onnxscript (pip install '.[onnx]')" in refused(run)

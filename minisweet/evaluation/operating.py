@@ -1,23 +1,23 @@
-"""The operating point: which exits to ask, from which confidence on a text leaves, and what that gives on new text.
+"""The operating point: the exits to ask, the confidence at which a text leaves, and what to expect on new text.
 
-The best of many thresholds is a lucky one: it looks better than it is. So who chooses does not judge.
-The distinct validation texts are dealt out, class by class. A quarter of them *chooses*: it fits the temperatures, and
-picks the exits that are worth asking. Three quarters *judge*: they set the threshold, and all that is stated of new
+The best of many is a lucky one: it looks better than it is, on the rows that picked it. So some rows choose, and others
+judge. The distinct validation texts are dealt out, class by class. A quarter of them *chooses*: it fits the temperatures, and
+picks the exits that are worth asking. Three quarters *judge*: they walk to the threshold, and all that is stated of new
 text is computed from them alone. A text that the model was trained on does neither.
 
-The judges walk down the thresholds from 1, which is full depth: all texts run to the last exit. Each step is faster.
-With --speed S they stop at the first threshold at which no more than that share of the layers runs. For a promise ("at
-most P points are lost, 70% sure") they stop before the first at which they are not sure, even if they were again
-further down: fixed-sequence testing (Learn then Test: Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052; for
-early exits: Jazbec et al. 2024, https://arxiv.org/abs/2405.20915).
+The judges walk down the thresholds from 1, which is full depth: all texts run to the last exit. The lower, the faster.
+With --speed S they stop at the first threshold at which no more than a share S of the layers runs. For a promise ("at
+most P points are lost, 70% sure") they stop before the first at which they are not sure, even if a lower one would be
+sure again: fixed-sequence testing (Learn then Test: Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052; for
+early exits: Jazbec et al. 2024, https://arxiv.org/abs/2405.20915). So they never pick the best of several thresholds.
 
 How sure are they? Other texts could have been drawn. The Bayesian bootstrap (Rubin 1981) imitates that: it gives each
 judging text a random weight, 2,000 times, and computes the loss anew each time. 70% sure means that the loss is at
-most P in 70% of these reweightings. Over many sets of validation texts, such a promise is then broken for at most 30%
-of them. The middle 95% of a number's values are its interval.
+most P in 70% of these reweightings. Over many sets of validation texts, about 30% of such promises are broken at most
+(.github/results/promises.md). The middle 95% of a number's values are its interval.
 
-A text has one weight, however many rows it has. And what happened to none of the judges may still happen. So one or
-two texts are made up. They join the judges where it is asked how sure they are, and in the intervals.
+All rows of a text share its weight. And what happened to none of the judges may still happen: so texts are made up, one
+where it is asked how sure the judges are, and two in the intervals.
 
 Dimension letters: K exits, k of them that are asked, N rows, M thresholds, R reweightings.
 """
@@ -35,8 +35,9 @@ from minisweet.evaluation.sweep import Validation
 PARTS = 4  # one part of so many chooses
 R = 2000
 ROUNDING = 1e-4  # of float32, in points
-# Made-up rows: the label, full depth's answer and early exit's. Early exit loses it, wins it, or changes nothing.
-LOST, WON, RIGHT, WRONG = (1, 1, 0), (0, 1, 0), (1, 1, 1), (0, 1, 1)
+# Made-up rows: the label, full depth's answer and early exit's.
+LOST, WON = (1, 1, 0), (0, 1, 0)  # by early exit, to full depth
+RIGHT, WRONG = (1, 1, 1), (0, 1, 1)  # by both
 
 
 class Sides(NamedTuple):
@@ -64,7 +65,7 @@ def operating_point(
     Args:
         validation: what the exits said of the validation rows.
         goal: of `goal_of`.
-        sides: of `deal`. Where nobody judges, all rows state what they can, and a promise is full depth.
+        sides: of `deal`. Where nobody judges, all rows choose and state, and the threshold of a promise is 1.
         asked: layers of the exits to ask, the last one's among them; None to choose those that reach the goal fastest.
     """
     layers, somebody_judges = list(validation.exits.layers), len(sides.judging) > 0
@@ -87,7 +88,7 @@ def operating_point(
 def thresholds_of(rule: ExitRule, choosers: Validation, exits: Sequence[int]) -> np.ndarray:
     """The thresholds that are tried, some hundred, in increasing order: (M,). The last is 1.
 
-    They lie halfway between confidences of the choosing rows, so that rounding on another machine cannot flip a row.
+    They lie halfway between confidences of the choosing rows, so that rounding seldom flips a row.
     """
     if len(exits) == 1:  # nobody can leave early
         return np.ones(1)
@@ -146,7 +147,7 @@ def limit_of(goal: dict[str, float]) -> float:
 def how_sure(judges: Validation, answers: np.ndarray, limit: float) -> np.ndarray:
     """How sure the judges are that early exit loses at most `limit` points, in percent: its answers (M, N) to (M,).
 
-    One made-up text is lost. Where no other is, they are then as sure as the exact binomial test.
+    One made-up text is lost. Where texts are lost and none is won, they are then as sure as the exact binomial test.
     """
     label, full_depth, early = LOST
     labels, full = np.append(judges.labels, label), np.append(judges.logits[-1].argmax(-1), full_depth)
@@ -158,7 +159,7 @@ def how_sure(judges: Validation, answers: np.ndarray, limit: float) -> np.ndarra
 def reweighted(judges: Validation, made_up: int) -> np.ndarray:
     """Random weights of the rows and of some made-up texts, which have as many rows as others: (R, N + made_up).
 
-    Rows of one text have one weight. It is the same in each call, and does not depend on the order of the rows.
+    Rows of one text have one weight. The same texts get the same weights, in any order of the rows.
     """
     texts, text = np.unique(judges.keys.numpy(), return_inverse=True)
     of_row = np.append(text, len(texts) + np.arange(made_up))  # whose weight a row gets
@@ -184,8 +185,8 @@ def stated(rule: ExitRule, judges: Validation, exits: Sequence[int], threshold: 
     """As `measured`, with 95% intervals for new text.
 
     Macro F1 and the classes' own scores have none: with rare classes no kind that was tried holds often enough. Two
-    made-up texts join in: early exit loses one and wins the other, where it can. One takes the cheapest exit and the
-    other the dearest.
+    made-up texts join in: early exit loses one and wins the other, where it can. For the share of the layers,
+    one takes the cheapest exit and the other the most expensive.
     """
     point, metric = measured(rule, judges, exits, threshold), judges.metric
     _, (answers,), (costs,) = judges.decide_at(rule, exits, [threshold])
@@ -194,7 +195,7 @@ def stated(rule: ExitRule, judges: Validation, exits: Sequence[int], threshold: 
         made_up[1] = RIGHT
     rows = np.array([judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy(), answers])
     labels, full, answers = np.hstack([rows, np.transpose(made_up)])  # (N + 2,) each
-    ends = np.array(judges.exits_at(exits).costs(threshold))[[0, -1]]  # of the cheapest exit, and of the dearest
+    ends = np.array(judges.exits_at(exits).costs(threshold))[[0, -1]]  # of the cheapest exit, and of the most expensive
     if threshold == 1 or threshold <= rule.lowest:  # all take one exit
         ends = ends[[-1, -1] if threshold == 1 else [0, 0]]
     costs, weights = np.append(costs, ends).astype(np.float32), reweighted(judges, 2)

@@ -20,7 +20,7 @@ from minisweet.checkpoint import checkpoint_names
 from minisweet.config import Config
 from minisweet.data.text import SPECIAL, load_tokenizer
 from minisweet.exits import MultiExitModel, MultiModel
-from minisweet.runs.folders import load_run
+from minisweet.runs.folders import load_run, read_record
 
 
 def main() -> None:
@@ -40,8 +40,7 @@ def main() -> None:
         layer = export(args.run, args.out, args.exit_layer)
         print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
         return
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # older ones cannot export torch.cond in torch.cond
-        raise InputError(f"--onnx: torch is {torch.__version__}, should be 2.13 or newer (pip install '.[onnx]')")
+    read_record(args.run)  # a wrong folder is told before a missing package
     try:
         from minisweet.use.onnx import export_onnx
     except ImportError as error:

@@ -28,7 +28,7 @@ from minisweet.evaluation.sweep import load_validation
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.goals import shortfall
-from minisweet.use.onnx_graph import INPUTS, export_graph
+from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule, show_exits
 
 
 def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = False) -> list[str]:
@@ -64,21 +64,19 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     full_depth, exits = validation.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
     sides = deal(validation, record.train_texts)  # by the model's labels: who chose its exits does not judge the file
     note = ""
+    file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
     if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared
-        # What each exit says: it is the first one of a file of its own, where at threshold 0 all leave.
-        models = [classify.model.keep_exits(sorted({n, layers[-1]})) for n in layers]
-        files = [export_graph(model, 0.0, [1.0] * len(model.exit_layers), int8) for model in models]
-        texts = TokenizedExamples(classify.tokenizer, examples)
-        answers = [one_by_one(file, texts)[0][0] for file in files]
-        logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
+        set_rule(file, 2.0, [1.0] * len(layers))  # above threshold 1, all exits are asked
+        (_, _, _, *said), _ = one_by_one(show_exits(file), TokenizedExamples(classify.tokenizer, examples))
+        logits = torch.from_numpy(np.stack(said)[..., : record.num_labels]).clamp(min=1e-37).log()  # (K, N, C)
         labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
         validation = validation._replace(logits=logits, labels=labels, exits=exits)
         classify.rule, point = operating_point(validation, goal, sides, layers)
         classify.threshold = point["threshold"]
+        set_rule(file, classify.threshold, classify.rule.temperatures.tolist())
         note = shortfall(point, record) or "what is promised holds for this file, against its own full depth"
     elif int8 and "sure" in goal and classify.threshold < 1:
         note = "what evaluate.py promises holds in float32, and says nothing of int8; --recertify promises it anew"
-    file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
 
     rows = sides.judging if len(sides.judging) else np.arange(len(full_depth))
     texts = TokenizedExamples(classify.tokenizer, examples.take(rows))
@@ -93,7 +91,8 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
         raise InputError(f"--onnx: not written: {differ} of {len(rows)} answers are not the model's")
 
     metadata = {"labels": record.labels, "exit_layers": layers, "max_length": record.max_length, "goal": goal}
-    metadata |= {"threshold": classify.threshold, "file_changes": changes, "file_rows": len(rows)}
+    metadata |= {"pairs": classify.pairs, "threshold": classify.threshold}
+    metadata |= {"file_changes": changes, "file_rows": len(rows)}
     metadata["certified_for"] = ("file" if recertify else "model") if "sure" in goal else None
     metadata["versions"] = versions() | {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
     classify.tokenizer.enable_padding(pad_id=classify.tokenizer.token_to_id(PAD))

@@ -1,117 +1,192 @@
 """How a model becomes one ONNX graph that leaves early by itself.
 
-torch exports `torch.cond`, which runs one of two functions, as ONNX's node `If`, which runs one of two inner graphs.
-Here each exit runs all later ones in a function of its own, and so the file is a graph in a graph in a graph. For exits
-0, 2 and 6:
+torch exports each kind of part once, as a function with weights as inputs: the embeddings, a layer, an exit, exit 0.
+`Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one of two
+inner graphs. Here such nodes stand in a row. For exits 0, 2 and 6:
 
     exit 0 answers all rows
-    If rows stay, which are those whose confidence is too low:
-        these rows alone are embedded, and run through layer 1
-        exit 2 answers them
-        If rows stay:
-            these rows alone run through layers 2 to 5
-            exit 6 answers them, and its answers replace those of exit 2 in these rows
-        the answers of exits 2 and 6 replace those of exit 0 in these rows
+    If some stay, since their confidence is too low: these alone are embedded, and run through layer 1
+    If some stay: exit 2 answers them, in place of exit 0
+    If some stay longer: these alone run through layers 2 to 5
+    If some stay longer: exit 6 answers them, in place of exit 2
 
-At threshold 1 no exit but the last is asked, by another `If`, and all rows stay.
+At threshold 1 no exit but the last is asked, by the same `If`, and all rows stay. Above 1 all exits are asked, and all
+rows stay: so `show_exits` tells what each exit says.
 
-Dimension letters: B rows of a batch, M of them that stay, T tokens, D hidden size, K exits, C classes.
+Dimension letters: B rows of a batch, M of them that are still here, T tokens, D hidden size, K exits, C classes.
 """
 
 import copy
 import logging
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
+import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
-from onnx import GraphProto, ModelProto, TensorProto
-from onnx.helper import make_tensor
+from onnx import FunctionProto, GraphProto, ModelProto, TensorProto
+from onnx.helper import make_function, make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+from onnx.inliner import inline_local_functions
+from onnx.numpy_helper import from_array
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxscript import opset20
+from onnxscript import opset20, optimizer
 from torch import Tensor, nn
 
 from minisweet.exits import MultiExitModel
+from minisweet.layers import TransformerLayer
 
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
 INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("probabilities", "confidence", "exit_layer")
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 
-class EarlyExit(nn.Module):
-    """A model that leaves early by itself, row by row. Exits are counted from 0.
+class Part(nn.ModuleList):
+    """Some modules, and what is done with them and with tensors."""
 
-    What goes from one exit to the next is the state: tokens (ids, mask, types) up to exit 0, and from then on the
-    hidden states before the next exit's layer, with the mask.
-    """
+    def __init__(self, run: Callable, *modules: nn.Module) -> None:
+        super().__init__(modules)
+        self.run = run
 
-    def __init__(self, model: MultiExitModel, temperatures: Sequence[float]) -> None:
-        super().__init__()
-        self.model, self.temperatures = copy.deepcopy(model), temperatures  # a copy, since the export alone needs this:
-        # Each exit has a layer of its own, as branches do. Weights that two graphs share are slow, see `move_weights`.
-        self.layers = nn.ModuleList(copy.deepcopy(model.layer_of_exit(n)) for n in model.head_layers)
-        self.requires_grad_(False).eval()
-        for layer in (*self.model.encoder.layers, *self.layers):
-            layer.training = True  # of the layer itself, not of its dropout: BERT then writes its attention out, in
-            # fewer nodes than those of torch's own
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What `run` returns."""
+        return self.run(*self, *inputs)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, threshold: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, T) and a number to probabilities (B, C), confidence (B,) and exit layer (B,), int64."""
-        answer = self.from_exit(0, threshold, self.go(0, (input_ids, attention_mask, token_type_ids)))
-        return answer[:, :-1], answer[:, :-1].amax(-1), answer[:, -1].long()
 
-    def from_exit(self, k: int, threshold: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """The answers (B, C+1), from exit k on, of the rows that come so far: probabilities, and the exit's layer."""
-        if k == len(self.temperatures) - 1:
-            return self.ask(k, *state)
+def function_of(name: str, part: Part, inputs: Sequence[Tensor]) -> FunctionProto:
+    """A part as a function of ONNX. Its inputs are the part's, and then the weights that it reads, by their names."""
+    inputs = tuple(x.clone() for x in inputs)  # since torch.export would merge equal tensors into one input
+    sizes = (tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in inputs),)
+    program = torch.export.export(part, inputs, dynamic_shapes=sizes, strict=False)
+    options = {"dynamo": True, "optimize": False, "external_data": False, "verbose": False, "opset_version": OPSET}
+    options["custom_translation_table"] = {torch.ops.aten.sym_stride.int: stride}
+    graph = torch.onnx.export(program, **options).model_proto.graph
+    weights = [value.name for value in graph.initializer if value.name in part.state_dict()]
+    constants = [value for value in graph.initializer if value.name not in weights]
+    nodes = [*(make_node("Constant", [], [value.name], value=value) for value in constants), *graph.node]
+    names = [value.name for value in graph.input] + weights, [value.name for value in graph.output]
+    return make_function("parts", name, *names, nodes, [make_opsetid("", OPSET)])
 
-        def ask(*state: Tensor) -> Tensor:
-            return self.ask(k, *state)
 
-        def skip(*state: Tensor) -> Tensor:
-            return torch.zeros(len(state[0]), self.model.num_labels + 1)
+def stride(x, dim: int):
+    """How far apart the entries of a dimension lie, which torch may ask of a tensor instead of a size."""
+    return opset20.ReduceProd(opset20.Shape(x, start=dim + 1), keepdims=0)
 
-        def go(said: Tensor, stays: Tensor, threshold: Tensor, *state: Tensor) -> Tensor:
-            rows = stays.nonzero()[:, 0]  # (M,)
-            later = self.go(k + 1, [x.index_select(0, rows) for x in state])
-            return said.index_copy(0, rows, self.from_exit(k + 1, threshold, later))
 
-        def keep(said: Tensor, *_: Tensor) -> Tensor:
-            return said.clone()
+class Writer:
+    """Writes a model's graph, node by node. A value goes by its name."""
 
-        said = torch.cond(threshold < 1, ask, skip, tuple(state))
-        # As `leaves` of adaptive.py. At threshold 1 all stay, since 0 was said.
-        stays = ~((said[:, :-1].amax(-1) >= threshold) | (threshold <= 1 / self.model.num_labels))  # (B,)
-        return torch.cond(stays.any(), go, keep, (said, stays, threshold, *state))
+    def __init__(self, model: MultiExitModel) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        for module in self.model.modules():  # All evaluate but the layers themselves, without their dropout: when it
+            module.training = isinstance(module, TransformerLayer)  # trains, BERT writes its attention out, in fewer
+            # nodes than those of torch's own.
+        encoder, layer, head, ngrams = self.model.encoder, self.model.encoder.layers[0], model.heads[0], model.ngrams
+        start = Part(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
+        go = Part(lambda layer, hidden, *context: layer(hidden, context), layer)
+        ask = Part(lambda layer, head, hidden, *context: head(layer(hidden, context, rows=1))[0], layer, head)
+        tokens = [torch.ones(3, 7).long() for _ in INPUTS]
+        parts = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, start(*tokens))}
+        if ngrams is not None:
+            parts["ask_ngrams"] = Part(lambda ngrams, *tokens: ngrams(*tokens), ngrams), tokens
+        self.functions = {name: function_of(name, *part) for name, part in parts.items()}
+        self.nodes, self.weights, self.count = [], [], 0
 
-    def ask(self, k: int, *state: Tensor) -> Tensor:
-        """What exit k says, (B, C+1)."""
-        n = self.model.exit_layers[k]
+    def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes) -> str:
+        """Write a node. Returns its first output."""
+        self.count += 1
+        self.nodes.append(make_node(op, inputs, outputs or [f"{op}.{self.count}"], **attributes))
+        return self.nodes[-1].output[0]
+
+    def call(self, name: str, place: str, modules: Sequence[nn.Module], *inputs: str) -> list[str]:
+        """Write a call with the weights of these modules. Returns its outputs."""
+        function, weights = self.functions[name], nn.ModuleList(modules).state_dict()
+        read = {f"{place}.{key}": weights[key] for key in function.input[len(inputs) :]}
+        self.weights += [from_array(weight.numpy(), key) for key, weight in read.items()]
+        outputs = [f"{place}.{value}" for value in function.output]
+        self.add(name, *inputs, *read, outputs=outputs, domain="parts")
+        return outputs
+
+    def either(self, condition: str, outputs: list[str], *ways: Callable[[], Sequence[str]]) -> list[str]:
+        """Write an `If`. Two functions write its graphs, and return what comes out there.
+
+        Weights stand in the graph that reads them: only there ONNX Runtime packs them.
+        """
+        outside, graphs = (self.nodes, self.weights), []
+        for way in ways:
+            self.nodes, self.weights = [], []
+            values = [make_tensor_value_info(self.add("Identity", value), FLOAT, None) for value in way()]
+            graphs.append(make_graph(self.nodes, f"{outputs[0]}.{len(graphs)}", [], values, self.weights))
+        self.nodes, self.weights = outside
+        self.add("If", condition, outputs=outputs, then_branch=graphs[0], else_branch=graphs[1])
+        return outputs
+
+    def go(self, rows: str | None, state: list[str], done: int | None, n: int) -> list[str]:
+        """The state before layer n, (M, T, D) and context, from tokens or from the state after `done` layers."""
+        with_rows = 3 if done is None else 2  # hidden states, and what the context has first
+        if rows:
+            state = [self.add("Gather", x, rows) for x in state[:with_rows]] + state[with_rows:]
+        if done is None:
+            state, done = self.call("start", "start", [self.model.encoder], *state), 0
+        hidden, *context = state
+        for i in range(done, n - 1):
+            (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
+        return [hidden, *context]
+
+    def ask(self, n: int, state: list[str]) -> list[str]:
+        """What the exit after layer n says, (M, C+2): probabilities, confidence, and n."""
+        add, k = self.add, self.model.exit_layers.index(n)
         if n == 0:
-            logits = self.model.ngrams(*state)
+            (logits,) = self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state)
         else:
-            (hidden, mask), j = state, self.model.head_layers.index(n)
-            logits, _ = self.model.heads[j](self.layers[j](hidden, self.model.encoder.context(mask), rows=1))
-        return F.pad((logits / self.temperatures[k]).softmax(-1), (0, 1), value=float(n))
+            modules = self.model.layer_of_exit(n), self.model.heads[self.model.head_layers.index(n)]
+            (logits,) = self.call("ask", f"exits.{n}", modules, *state)
+        temperature = add("Gather", "temperatures", add("Constant", value_int=k))
+        said = add("Softmax", add("Div", logits, temperature))
+        said = add("Concat", said, add("ReduceMax", said, add("Constant", value_ints=[-1])), axis=1)
+        return [add("Pad", said, add("Constant", value_ints=[0, 0, 0, 1]), add("Constant", value_float=float(n)))]
 
-    def go(self, k: int, state: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The state at exit k, from the state at the exit before, or from tokens."""
-        n, encoder, done = self.model.exit_layers[k], self.model.encoder, 0
-        if n == 0:
-            return state
-        if len(state) == 3:
-            ids, mask, types = state
-            hidden = encoder.embed(ids, types)
-        else:
-            (hidden, mask), done = state, self.model.exit_layers[k - 1] - 1
-        context = encoder.context(mask)
-        for layer in encoder.layers[done : n - 1]:
-            hidden = layer(hidden, context)
-        return hidden, mask
+    def skip(self, here: str) -> list[str]:
+        """What is said of rows (M, ...) that are not asked: zeros (M, C+2)."""
+        size = self.add("Shape", here, end=1), self.add("Constant", value_ints=[self.model.num_labels + 2])
+        return [self.add("ConstantOfShape", self.add("Concat", *size, axis=0))]
+
+    def write(self) -> ModelProto:
+        """The whole graph. Beside the file's inputs it has the temperatures (K,)."""
+        add, C, exits = self.add, self.model.num_labels, self.model.exit_layers
+        zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
+        first, last, confidence = (add("Constant", value_ints=[value]) for value in (0, -1, C))
+        column = add("Constant", value_int=C)  # of the confidence
+        names = self.functions["start"].output  # of the state: hidden states, then context
+        nobody = [add("Constant", value=from_array(np.zeros((0, 1, 1), np.float32)))] * len(names)
+        # As `leaves` of adaptive.py. Rows that were not asked stay, since their confidence is 0.
+        limit = add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold")
+        asks = add("Not", add("Equal", "threshold", one))
+        rows, here, answers, some = None, None, None, add("Cast", add("Size", INPUTS[0]), to=BOOL)
+        state, done = list(INPUTS), None
+        for n in exits:
+            if n > 0:
+                ways = partial(self.go, rows, state, done, n), partial(list, nobody)
+                state, done = self.either(some, [f"{name}.{n}" for name in names], *ways), n - 1
+            asked = add("And", some, asks) if n < exits[-1] else some
+            ways = partial(self.ask, n, state), partial(self.skip, here or INPUTS[0])
+            (said,) = self.either(asked, [f"said.{n}"], *ways)  # (M, C+2)
+            answers = add("ScatterND", answers, add("Unsqueeze", here, last), said) if here else said  # (B, C+2)
+            if n < exits[-1]:
+                stays = add("Less", add("Gather", said, column, axis=1), limit)  # (M,)
+                rows = add("Squeeze", add("NonZero", stays), first)
+                here, some = add("Gather", here, rows) if here else rows, add("Cast", add("Size", rows), to=BOOL)
+        add("Slice", answers, first, confidence, last, outputs=OUTPUTS[:1])
+        add("Gather", answers, column, axis=1, outputs=OUTPUTS[1:2])
+        add("Cast", add("Gather", answers, add("Constant", value_int=C + 1), axis=1), to=INT64, outputs=OUTPUTS[2:])
+        inputs = [make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS]
+        inputs += [make_tensor_value_info(name, FLOAT, None) for name in ("threshold", "temperatures")]
+        shapes = (FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])
+        outputs = [make_tensor_value_info(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
+        versions = [make_opsetid("", OPSET), make_opsetid("parts", 1)]
+        graph = make_graph(self.nodes, "early_exit", inputs, outputs, self.weights)
+        return make_model(graph, functions=self.functions.values(), opset_imports=versions, ir_version=IR_VERSION)
 
 
 def export_graph(
@@ -123,56 +198,43 @@ def export_graph(
     Seven of the eight bits are used: with all of them, products overflow on processors without VNNI. Exit 0 stays as it
     is: it has no products, and one scale for its whole table would change its answers.
     """
-    tokens, sizes = torch.ones(3, 7).long(), dict.fromkeys((0, 1), torch.export.Dim.AUTO)
-    # Clones, since torch.export would merge equal tensors into one input.
-    inputs, shapes = (tokens, tokens.clone(), tokens.clone(), torch.ones(())), (sizes, sizes, sizes, {})
-    options = {"dynamo": True, "external_data": False, "verbose": False, "opset_version": OPSET}
-    options["output_names"] = OUTPUTS  # inputs are named as those of `forward`
-    options["custom_translation_table"] = {torch.ops.aten.sym_stride.int: stride}
     logging.disable(logging.WARNING)  # the exporters say much about themselves
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        program = torch.export.export(EarlyExit(model, temperatures), inputs, dynamic_shapes=shapes, strict=False)
-        file = torch.onnx.export(program, **options).model_proto
+        file = inline_local_functions(Writer(model).write())
+        optimizer.fold_constants(file)
+        optimizer.remove_unused_nodes(file)
         if int8:
             nodes = [node for graph in graphs_in(file.graph) for node in graph.node]
-            kept = [node.name for node in nodes if "model.ngrams.table" in node.input]
+            for i, node in enumerate(nodes):
+                node.name = f"{node.op_type}.{i}"
+            kept = [node.name for node in nodes if any(value.startswith("ngrams.") for value in node.input)]
             options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
             options |= {"nodes_to_exclude": kept, "extra_options": {"EnableSubgraph": True}}
             quantize_dynamic(file, f"{folder}/int8.onnx", **options)
             file = onnx.load(f"{folder}/int8.onnx")
     logging.disable(logging.NOTSET)
-    move_weights(file.graph)
-    file.graph.initializer.append(make_tensor("threshold", TensorProto.FLOAT, [], [threshold]))
-    for value in (*file.graph.input, *file.graph.output):
-        for size, name in zip(value.type.tensor_type.shape.dim, ("batch", "tokens"), strict=False):
-            if size.dim_param:  # torch's own name, such as s21
-                size.dim_param = name
-    file.ir_version = IR_VERSION
+    for graph in graphs_in(file.graph):  # With shapes ONNX Runtime fuses sums and LayerNorms: batches take longer.
+        del graph.value_info[:]
+    del file.graph.input[-1]  # temperatures are a constant from here on
+    set_rule(file, threshold, temperatures)
     return file
 
 
-def stride(x, dim: int):
-    """How far apart the entries of a dimension lie, which torch may ask of a tensor instead of a size."""
-    return opset20.ReduceProd(opset20.Shape(x, start=dim + 1), keepdims=0)
+def set_rule(file: ModelProto, threshold: float, temperatures: Sequence[float]) -> None:
+    """Give a file this default threshold and these temperatures, in place."""
+    new = {"threshold": threshold, "temperatures": temperatures}
+    kept = [value for value in file.graph.initializer if value.name not in new]
+    del file.graph.initializer[:]
+    file.graph.initializer.extend(kept + [from_array(np.array(value, np.float32), name) for name, value in new.items()])
 
 
-def move_weights(top: GraphProto) -> None:
-    """Put weights that one graph alone reads into that graph: only there ONNX Runtime packs them.
-
-    What torch says of each node goes: the shapes, with which ONNX Runtime fuses sums and LayerNorms, which makes
-    batches slower; and where in the code it comes from, which takes as much room as the weights.
-    """
-    graphs, weights = list(graphs_in(top)), {weight.name: weight for weight in top.initializer}
-    read = [sorted({name for node in graph.node for name in node.input} & weights.keys()) for graph in graphs]
-    readers = Counter(sum(read, []))
-    del top.initializer[:]
-    for graph, names in zip(graphs, read, strict=True):
-        graph.initializer.extend(weights[name] for name in names if readers[name] == 1)
-        del graph.value_info[:], graph.metadata_props[:]
-        for node in graph.node:
-            del node.metadata_props[:]
-    top.initializer.extend(weights[name] for name in sorted(readers) if readers[name] > 1)
+def show_exits(file: ModelProto) -> ModelProto:
+    """A file with more outputs: what each exit says, see `ask`, of rows that came so far. Above threshold 1 all do."""
+    shown = copy.deepcopy(file)
+    said = [value for node in shown.graph.node for value in node.output if value.startswith("said.")]
+    shown.graph.output.extend(make_tensor_value_info(value, FLOAT, None) for value in said)
+    return shown
 
 
 def graphs_in(graph: GraphProto) -> Iterator[GraphProto]:
