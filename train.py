@@ -126,7 +126,7 @@ def fit_exit_0(setup: TrainingSetup, embeddings: Tensor) -> NgramExit:
     """Fit exit 0, a bag of words, with the word embeddings (V, D) that the training started from."""
     examples = setup.examples
     chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
-    batches = (examples.batch(rows).inputs for rows in chunks)
+    batches = [examples.batch(rows).inputs for rows in chunks]
     fit_ngrams(setup.ngrams, batches, torch.from_numpy(examples.targets), embeddings)
     return setup.ngrams
 
