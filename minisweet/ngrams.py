@@ -110,8 +110,8 @@ def fit_ngrams(exit: NgramExit, batches: Sequence, targets: Tensor, embeddings: 
         holders = sum(torch.zeros(len(ids), V).scatter_(1, ids, mask.float()).sum(0) for ids, mask, _ in batches)
         exit.idf.copy_(1 + ((1 + N) / (1 + holders)).log())
         met = torch.cat([exit.find_met(*batch) for batch in batches])  # (N, 2)
-    spread, mean = met.std(0, correction=0).clamp(min=0.01), met.mean(0)  # rounding alone is no spread
-    met = (met - mean) / spread
+    met = met - (mean := met.mean(0))
+    met = met / (spread := met.square().mean(0).sqrt().clamp(min=0.01))  # rounding alone is no spread
     # The rows in use of tokens of one text, and of tokens that both texts have: which they are, and their embeddings.
     parts = [(rows := used // V == part, known[used[rows] % V]) for part in range(1 + exit.pairs)]
     # embedding_bag adds up, per text, its n-grams' rows; and for the gradient, per n-gram, the errors of its texts.
