@@ -122,7 +122,7 @@ def fit_ngrams(exit: NgramExit, batches: Sequence, targets: Tensor, embeddings: 
     def log_probabilities(scale, free, linear, of_met, bias):  # of all texts, (N, C)
         table = free.clone()
         for (rows, vectors), function in zip(parts, linear, strict=True):
-            table[rows] += scale * vectors @ function
+            table[rows] += vectors @ (scale * function)
         return (F.embedding_bag(gram, table, text_starts, mode="sum") * root + met @ of_met + bias).log_softmax(-1)
 
     def solve(scale, targets):
@@ -133,11 +133,11 @@ def fit_ngrams(exit: NgramExit, batches: Sequence, targets: Tensor, embeddings: 
             said = log_probabilities(scale, free, linear, of_met, bias)
             error = (said.exp() * targets.sum(1, keepdim=True) - targets) / N  # of the logits
             sums = F.embedding_bag(texts, error * root, gram_starts, mode="sum")  # (R, C)
-            of_linear = torch.stack([scale * vectors.T @ sums[rows] for rows, vectors in parts])
+            of_linear = scale * torch.stack([vectors.T @ sums[rows] for rows, vectors in parts])
             free.grad, linear.grad = sums + free / (STRENGTH * N), of_linear + linear / (STRENGTH * N)
             of_met.grad, bias.grad = met.T @ error + of_met / (STRENGTH * N), error.sum(0)
             squares = free.square().sum() + linear.square().sum() + of_met.square().sum()
-            return squares / (2 * STRENGTH * N) - (targets * said).sum() / N
+            return squares / (2 * STRENGTH * N) - (targets * said).sum(1).mean()
 
         settings = {"max_iter": ITERATIONS, "history_size": 10, "tolerance_grad": 1e-6}
         torch.optim.LBFGS([free, linear, of_met, bias], line_search_fn="strong_wolfe", **settings).step(loss)
