@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisweet import NgramExit, load_encoder
 from minisweet.base.commands import Parser, run_command
-from minisweet.base.files import home, read_json, write_json
+from minisweet.base.files import home, read_json
 from minisweet.data.rows import Examples, examples_of, read_rows
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer, special_ids
@@ -51,7 +51,7 @@ def in_order(examples: TokenizedExamples) -> Iterator[Batch]:
 
 
 def refit(run: Path, train: Examples, dev: Examples) -> None:
-    """Put a new exit 0 in a record, in place of the old one. The losses of its training go, since no table has them."""
+    """Put the answers of a new exit 0 in a record, in place of the old one's."""
     record, evaluation, old = read_record(run), read_evaluation(run), read_json(run / EVALUATION)
     validation = load_validation(run, evaluation, record)
     fitted = answer(train.take(record.subset), dev, record.num_labels)
@@ -60,7 +60,6 @@ def refit(run: Path, train: Examples, dev: Examples) -> None:
     new = curve_of(validation, crossfit(validation), evaluation.thresholds)
     new |= {"temperatures": rule.temperatures.tolist(), "operating_point": point}
     save_evaluation(run, old | new, validation._replace(logits=validation.logits.half()))
-    write_json(run / "run.json", read_json(run / "run.json") | {"losses": [], "ngrams": None})
 
 
 def main() -> None:
