@@ -196,7 +196,7 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     if setup.exit_0:
         started = time.perf_counter()
         chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
-        batches = (examples.batch(rows).inputs for rows in chunks)
+        batches = [examples.batch(rows).inputs for rows in chunks]
         fit_ngrams(setup.exit_0, batches, torch.from_numpy(examples.targets), embeddings)
         model.add_ngrams(setup.exit_0)
         seconds["exit 0"] = time.perf_counter() - started

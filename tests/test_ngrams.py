@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet import ngrams
+from minisweet.adaptive import ExitRule, leaves
 from minisweet.ngrams import NgramExit, fit_ngrams
 
 V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
@@ -37,11 +38,15 @@ def random_texts(count: int, pairs: bool, seed: int = 0, longest: int = 8) -> li
 
 
 def filled(pairs: bool) -> NgramExit:
-    """An exit with a random table and bias."""
+    """An exit with random numbers, and vectors of length 1."""
     torch.manual_seed(0)
     exit = NgramExit(V, 3, SPECIAL, pairs)
-    exit.table.normal_()
-    exit.bias.normal_()
+    for name, tensor in exit.state_dict().items():
+        if name != "is_word":
+            tensor.normal_()
+    if pairs:
+        exit.vectors.copy_(F.normalize(exit.vectors))
+        exit.idf.abs_().add_(1)
     return exit
 
 
@@ -60,59 +65,95 @@ def rows_by_hand(exit: NgramExit, text: tuple[list[int], ...]) -> list[int]:
     return rows
 
 
+def met_by_hand(exit: NgramExit, text: tuple[list[int], ...]) -> list[float]:
+    """How well each side's words are met in the other, one by one."""
+    sides, found = [[word for word in part if word not in SPECIAL] for part in text], []
+    for side, other in zip(sides, sides[::-1], strict=True):
+        best = [max([0.0] + [float(exit.vectors[word] @ exit.vectors[one]) for one in other]) for word in side]
+        idf = [float(exit.idf[word]) for word in side]
+        found.append(sum(map(float.__mul__, best, idf)) / sum(idf) if side else 0.0)
+    return found
+
+
+def logits_by_hand(exit: NgramExit, text: tuple[list[int], ...]) -> torch.Tensor:
+    """The logits (C,) of a text or a pair."""
+    rows = rows_by_hand(exit, text)
+    if not rows:
+        return torch.zeros(3)
+    logits = exit.table[rows].sum(0) / len(rows) ** 0.5 + exit.bias
+    return logits + torch.tensor(met_by_hand(exit, text)) @ exit.met_weights if exit.pairs else logits
+
+
 @settings(max_examples=30, deadline=None)
 @given(pairs=st.booleans(), seed=st.integers(0, 10**6), count=st.integers(1, 5))
-def test_logits_are_the_sum_of_the_rows_over_the_root_of_their_number(pairs, seed, count):
+def test_logits_are_those_made_by_hand(pairs, seed, count):
     exit, texts = filled(pairs), random_texts(count, pairs, seed)
     logits = exit(*encode(*texts))
     for text, found in zip(texts, logits, strict=True):
-        rows = rows_by_hand(exit, text)
-        expected = exit.table[rows].sum(0) / max(1, len(rows)) ** 0.5 + exit.bias
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, logits_by_hand(exit, text), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found, exit(*encode(text))[0], atol=1e-5, rtol=1e-5)  # whatever the padding
-        if pairs:
-            torch.testing.assert_close(found, exit(*encode(text[::-1]))[0], atol=1e-5, rtol=1e-5)  # either text first
+
+
+def test_a_side_is_met_by_equal_words_alone_or_by_none():
+    exit = filled(True)
+    pairs = [([5, 6], [6, 5]), ([5], [5]), ([5], []), ([], [5]), ([], []), ([5], [UNKNOWN])]
+    expected = torch.tensor([[1.0, 1], [1, 1], *[[0, 0]] * 4])
+    torch.testing.assert_close(exit.find_met(*encode(*pairs)), expected)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_a_text_without_words_has_the_bias(pairs):
-    exit, nothing = filled(pairs), ([],) * (1 + pairs)
+def test_a_text_without_a_known_word_leaves_only_where_all_do(pairs):
+    exit, nothing, rule = filled(pairs), ([],) * (1 + pairs), ExitRule(3, torch.tensor([0.1]))
     batches = [encode(nothing, nothing), encode(([UNKNOWN],) * (1 + pairs)), encode(*[([UNKNOWN] * 510,)] * 2)]
     batches.append((torch.full((2, 7), PAD), torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)))
     batches.append((torch.tensor([[CLS]]), torch.tensor([[1]]), torch.tensor([[0]])))
     for batch in batches:
-        assert (exit(*batch) == exit.bias).all()
+        logits = exit(*batch)
+        assert (logits == 0).all()
+        for threshold, all_leave in ((1 / 3, True), (1 / 3 + 1e-6, False)):
+            assert (leaves(rule.confidence(0, logits, None), threshold, rule.lowest) == all_leave).all()
 
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_fitting_finds_the_optimum(pairs, monkeypatch):
-    """Against autograd on dense matrices in float64. The weights are partly in the targets, as --class-weights are."""
+    """Against autograd on dense matrices in float64. The targets are weighted, as --class-weights weighs them."""
     monkeypatch.setattr(ngrams, "SCALES", (0.8,))
     monkeypatch.setattr(ngrams, "BUCKETS", 64)
     monkeypatch.setattr(ngrams, "ITERATIONS", 1000)
     texts, C, D = random_texts(30, pairs), 3, 5
     torch.manual_seed(1)
-    targets, weights, embeddings = torch.rand(30, C).softmax(-1), torch.rand(30) + 0.5, torch.randn(V, D)
-    exit, batches, root = NgramExit(V, C, SPECIAL, pairs), [encode(*texts[:11]), encode(*texts[11:])], weights.sqrt()
-    assert fit_ngrams(exit, batches, targets * root[:, None], embeddings, root) == 0.8
+    targets, embeddings = torch.rand(30, C).softmax(-1) * (torch.rand(30, 1) + 0.5), torch.randn(V, D)
+    exit, batches = NgramExit(V, C, SPECIAL, pairs, components=3), [encode(*texts[:11]), encode(*texts[11:])]
+    assert fit_ngrams(exit, batches, targets, embeddings) == 0.8
 
-    known = embeddings.double()
-    known = 0.8 * torch.cat([(known - known.mean(0)) / known.std(0) / D**0.5, torch.ones(V, 1)], 1)
+    centred = embeddings.double() - embeddings.double().mean(0)
+    known = 0.8 * torch.cat([centred / centred.std(0) / D**0.5, torch.ones(V, 1)], 1)
     rows, counts = exit.find_rows(*encode(*texts))
+    has_words = counts.any(1, keepdim=True)
     features = torch.zeros(30, len(exit.table), dtype=torch.float64).scatter_add_(1, rows, counts.double())
     features /= counts.sum(1, keepdim=True).clamp(min=1).sqrt()
-    parts = [torch.zeros(shape, dtype=torch.float64) for shape in [(len(exit.table), C), (1 + pairs, D + 1, C), (C,)]]
-    optimizer = torch.optim.LBFGS([part.requires_grad_() for part in parts], 1, 1000, line_search_fn="strong_wolfe")
+    met = torch.zeros(30, 0, dtype=torch.float64)
+    if pairs:
+        axes = torch.linalg.svd(centred, full_matrices=False)[2][:3]
+        vectors = F.normalize(centred @ axes.T)
+        torch.testing.assert_close(exit.vectors @ exit.vectors.T, (vectors @ vectors.T).float(), atol=1e-4, rtol=0)
+        holders = [sum(word in sum(text, []) for text in texts) for word in range(UNKNOWN, V)]
+        torch.testing.assert_close(exit.idf[UNKNOWN:], 1 + (31 / (1 + torch.tensor(holders))).log())
+        met = torch.tensor([met_by_hand(exit, text) for text in texts]).double()
+        met = (met - met.mean(0)) / met.std(0, correction=0)
+    shapes = [(len(exit.table), C), (1 + pairs, D + 1, C), (2 * pairs, C), (C,)]
+    weights = [torch.zeros(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    optimizer = torch.optim.LBFGS(weights, 1, 1000, line_search_fn="strong_wolfe")
 
     def logits() -> torch.Tensor:
-        free, linear, bias = parts
+        free, linear, of_met, bias = weights
         table = free + torch.cat([(known @ linear).flatten(0, 1), torch.zeros(64, C)])
-        return features @ table + bias
+        return (features @ table + met @ of_met + bias) * has_words
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        error = (F.cross_entropy(logits(), targets.double(), reduction="none") * weights).sum()
-        total = error + sum(part.square().sum() for part in parts[:2]) / (2 * ngrams.STRENGTH)
+        error = F.cross_entropy(logits(), targets.double(), reduction="sum")
+        total = error + sum(part.square().sum() for part in weights[:3]) / (2 * ngrams.STRENGTH)
         total.backward()
         return total
 
@@ -120,11 +161,9 @@ def test_fitting_finds_the_optimum(pairs, monkeypatch):
     torch.testing.assert_close(exit(*encode(*texts)).double(), logits().detach(), atol=1e-2, rtol=0)
 
 
-def fitted(texts: list, targets: torch.Tensor, embeddings: torch.Tensor, **arguments) -> NgramExit:
+def fitted(texts: list, targets: torch.Tensor, embeddings: torch.Tensor) -> NgramExit:
     exit = NgramExit(V, 2, SPECIAL, pairs=len(texts[0]) == 2)
-    fit_ngrams(
-        exit, [encode(*texts[start : start + 7]) for start in range(0, len(texts), 7)], targets, embeddings, **arguments
-    )
+    fit_ngrams(exit, [encode(*texts[start : start + 7]) for start in range(0, len(texts), 7)], targets, embeddings)
     return exit
 
 
@@ -132,7 +171,7 @@ def test_the_same_bytes_each_time_and_labels_are_probabilities():
     texts, embeddings = random_texts(50, pairs=True), torch.randn(V, 6)
     labels = torch.tensor([len(text[0]) % 2 for text in texts])
     first, again = fitted(texts, labels, embeddings), fitted(texts, labels, embeddings)
-    of_probabilities = fitted(texts, F.one_hot(labels, 2).float(), embeddings, weights=torch.ones(50))
+    of_probabilities = fitted(texts, F.one_hot(labels, 2).float(), embeddings)
     for exit in (again, of_probabilities):
         assert all(torch.equal(exit.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
 
@@ -163,6 +202,24 @@ def test_pairs_are_told_by_what_they_share():
     assert exit(*encode(*texts[80:])).argmax(-1).tolist() == labels[80:]
 
 
-def test_texts_without_a_word_give_the_shares_of_the_classes():
-    exit = fitted([([],)] * 8, torch.tensor([0, 1, 1, 1] * 2), torch.randn(V, 4))
-    torch.testing.assert_close(exit(*encode(([5],))).softmax(-1)[0], torch.tensor([0.25, 0.75]), atol=1e-3, rtol=0)
+def test_pairs_are_told_by_words_that_mean_the_same():
+    """The words 4 and 22, 5 and 23, and so on mean the same. Texts to test on have words that no other text has."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(V, 20, generator=generator)
+    embeddings[22:] = embeddings[4:22] + 0.2 * torch.randn(18, 20, generator=generator)
+    labels = torch.arange(60) % 2
+    texts = []
+    for n in range(60):
+        first, second, *others = ((torch.randperm(9, generator=generator) + (4 if n < 40 else 13))[:4]).tolist()
+        texts.append(([first, second], [first + 18, second + 18] if n % 2 else [one + 18 for one in others]))
+    exit = fitted(texts[:40], labels[:40], embeddings)
+    assert exit(*encode(*texts[40:])).argmax(-1).tolist() == labels[40:].tolist()
+
+
+@pytest.mark.parametrize("text", [([],), ([], []), ([5], [5])], ids=["empty", "empty pair", "equal texts"])
+def test_texts_that_say_nothing_can_be_fitted(text):
+    exit = fitted([text] * 8, torch.tensor([0, 1, 1, 1] * 2), torch.randn(V, 4))
+    assert all(tensor.isfinite().all() for tensor in exit.state_dict().values())
+    (probabilities,) = exit(*encode(text)).softmax(-1)
+    expected = torch.tensor([0.25, 0.75] if any(text) else [0.5, 0.5])
+    torch.testing.assert_close(probabilities, expected, atol=1e-2, rtol=0)

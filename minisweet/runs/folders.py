@@ -208,7 +208,8 @@ def new_model(config: Config, record: Record) -> ExitModel:
     encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
     trunk = MultiExitModel(encoder, layers[-1:], record.num_labels, exit_strategy=record.exit_strategy)
     model = grow(record.method, trunk, layers, record.exit_strategy)
-    return model.add_ngrams(NgramExit(**record.ngrams)) if record.ngrams else model
+    # Runs from before words were compared have no `components`.
+    return model.add_ngrams(NgramExit(**{"components": 0} | record.ngrams)) if record.ngrams else model
 
 
 def read_validation(run: Path, record: Record) -> Examples:

@@ -46,8 +46,8 @@ def make(args: argparse.Namespace, name: str, *options: str) -> None:
     with written_beside(args.out / "records" / name) as folder:
         folder.mkdir()
         shutil.copy(run / EVALUATION, folder)
-        # The digests of the texts take more room than all else, and no table needs them.
-        write_json(folder / "run.json", read_json(run / "run.json") | {"train_texts": None})
+        # The digests of the texts and the losses take more room than all else, and no table needs them.
+        write_json(folder / "run.json", read_json(run / "run.json") | {"train_texts": None, "losses": []})
         tensors = load_file(run / LOGITS)
         save_file(tensors | {"logits": tensors["logits"].half()}, folder / LOGITS)  # half the size; three digits do
 
