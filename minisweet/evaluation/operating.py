@@ -2,8 +2,8 @@
 
 The best of many is a lucky one: it looks better than it is, on the rows that picked it. So some rows choose, and others
 judge. The distinct validation texts are dealt out, class by class. A quarter of them *chooses*: it fits the
-temperatures, and picks the exits that are worth asking. Three quarters *judge*: they walk to the threshold, and all that
-is stated of new text is computed from them alone. A text that the model was trained on does neither.
+temperatures, and picks the exits that are worth asking. Three quarters *judge*: they walk to the threshold, and all
+that is stated of new text is computed from them alone. A text that the model was trained on does neither.
 
 The judges walk down the thresholds from 1, which is full depth: all texts run to the last exit. The lower, the faster.
 With --speed S they stop at the first threshold at which no more than a share S of the layers runs. For a promise ("at
