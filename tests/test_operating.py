@@ -112,9 +112,10 @@ def test_with_speed_judges_stop_at_the_slowest_threshold_that_is_fast_enough():
 def test_all_can_be_lost_where_all_may_be_lost(metric):
     validation = draw(np.random.default_rng(0), 100)._replace(metric=metric)
     worse = validation._replace(logits=validation.logits * torch.tensor([-1.0, 1.0])[:, None, None])
-    assert point_of(worse, {"max_loss": 200.0, "sure": 99.0})["threshold"] == 0.5
-    if metric != "matthews":
-        assert point_of(worse, {"max_loss": 100.0, "sure": 99.0})["threshold"] == 0.5
+    for limit in (200.0, 100.0)[: 1 if metric == "matthews" else 2]:
+        point = point_of(worse, {"max_loss": limit, "sure": 99.0})
+        assert point["speedup_ratio"] == validation.exits.costs()[0]
+        assert point["threshold"] > 0.5  # so that a text without a known word goes on
 
 
 def test_exits_that_cost_more_than_they_give_are_not_asked():
@@ -218,4 +219,4 @@ def test_what_falls_short_is_said_in_one_line():
     assert line == "--speed 0.5 is out of reach; the fastest takes 1.000 of the layers"
     assert not shortfall(point_of(many, {"speed": 0.5}), record)
     point = point_of(many, {"speed": 0.0})
-    assert (point["threshold"], point["speedup_ratio"], point["speedup_interval"]) == (0.5, 0, [0, 0])
+    assert (point["threshold"] > 0.5, point["speedup_ratio"], point["speedup_interval"][0]) == (True, 0, 0)

@@ -88,14 +88,15 @@ def operating_point(
 def thresholds_of(rule: ExitRule, choosers: Validation, exits: Sequence[int]) -> np.ndarray:
     """The thresholds that are tried, some hundred, in increasing order: (M,). The last is 1.
 
-    They lie halfway between confidences of the choosing rows, so that rounding seldom flips a row.
+    They lie halfway between confidences of the choosing rows, so that rounding seldom flips a row. The first is
+    just above the lowest confidence: all leave at the first exit, but texts without a word that exit 0 knows.
     """
     if len(exits) == 1:  # nobody can leave early
         return np.ones(1)
     occur = np.unique(rule.confidences(choosers.logits, choosers.certainty)[list(exits[:-1])].double().numpy())
-    between = (occur[1:] + occur[:-1]) / 2
-    between = between[(between > rule.lowest) & (between < 1)]
-    return np.concatenate([[rule.lowest], between[:: max(1, len(between) // 100)], [1.0]])
+    least, between = rule.lowest + (1e-6 if rule.ranges is None else 0.0), (occur[1:] + occur[:-1]) / 2
+    between = between[(between > least) & (between < 1)]
+    return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
 
 
 def choose_exits(rule: ExitRule, choosers: Validation, goal: dict) -> list[int]:
