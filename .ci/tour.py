@@ -4,9 +4,11 @@
     python .ci/tour.py --store    # runs it, and stores what comes out
 
 A cell that prints a table has a `tolerance` in its metadata: by how much a number may differ. It is rounding's, and
-larger where a table tells of a training, in which processors round apart.
+larger where a table tells of a training, in which processors round apart. A cell with a `picture` in its metadata draws
+that file of .github/results.
 """
 
+import base64
 import copy
 import re
 import sys
@@ -17,7 +19,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-TOUR = Path(__file__).parents[1] / "minisweet" / "tour.ipynb"
+CLONE = Path(__file__).parents[1]
+TOUR, RESULTS = CLONE / "minisweet" / "tour.ipynb", CLONE / ".github" / "results"
 
 
 def printed(cell: NotebookNode) -> tuple[list[str], list[float]]:
@@ -50,6 +53,9 @@ def main() -> None:
     NotebookClient(new, timeout=600, kernel_name="python3", record_timing=False, resources=where).execute()
     print(f"{TOUR.name}: {len(new.cells)} cells in {time.perf_counter() - started:.0f} s")
     if "--store" in sys.argv:
+        for cell in new.cells:
+            if name := cell.metadata.get("picture"):
+                (RESULTS / name).write_bytes(base64.b64decode(cell.outputs[0].data["image/png"]))
         sys.exit(nbformat.write(new, TOUR))
     pairs = [pair for pair in zip(stored.cells, new.cells, strict=True) if pair[0].cell_type == "code"]
     lines = [f"{old.source.splitlines()[0]!r}: {line}" for old, cell in pairs for line in problems(old, cell)]

@@ -1,81 +1,84 @@
-"""The embedded task: sentiment sentences from templates. Easy rows should leave at an early exit, hard ones late.
+"""The embedded task: messages to a shop, from content customers or not. Each level asks for a deeper exit.
 
-- one polar word: "The film was superb." is positive. Any word list solves it.
-- contrast: "Although the play was dull, the film was superb." The main clause decides.
-- negation: "The film was long, and it was not superb." What the negation stands before decides.
-- two steps: "Anna loved the film and Ben hated it. Ben is right." is negative. Who decides must be looked up.
+- a word: "The lamp was superb." is positive. Any word list solves it.
+- a turn: "Anna denies that the lamp was superb." A word far away turns the other one round. One layer is enough.
+- a match: "They promised Anna a lamp and sent a radio." Are the two the same? Words must be compared with words.
+- neighbours: "The lamp was quite new and never quite superb." What the negation stands before decides.
 
-Sentences come in pairs, one positive and one negative; on the three harder levels both have the same words, so that a
-bag of words is right on exactly half. Dev has none of train's nouns and names.
+On the three harder levels each word, and each pair of neighbours, is in as many positive sentences as negative ones. So
+a bag of words and word pairs, such as exit 0, is right on half of them. Dev has none of train's goods and names.
 """
 
 import random
+from itertools import product
 
-LEVELS = ("one polar word", "contrast", "negation", "two steps")
-SIZES = {"train": 4000, "dev": 1000}  # a multiple of 8: each level as often, each with as many of both labels
+LEVELS = ("a word", "a turn", "a match", "neighbours")
+SIZES = {"train": 6000, "dev": 1000}
+SHARES = {"train": (5, 3, 8, 4), "dev": (5, 5, 5, 5)}  # of each level, in twentieths: to match is learnt slowly
 SEEDS = {"train": 1, "dev": 2}
 
-POSITIVE = """superb wonderful excellent brilliant delightful lovely splendid marvellous charming great fantastic
-    terrific impressive enjoyable fascinating beautiful""".split()
-NEGATIVE = """dreadful terrible awful dull boring tedious horrible dismal poor clumsy annoying disappointing lifeless
-    painful forgettable ugly""".split()
-NEUTRAL = "long short new old modern recent local loud".split()
-NOUNS = {
-    "train": """film play novel concert show song ballet festival meeting course tour documentary musical poem speech
-        exhibition comedy article report match ceremony talk dinner trip parade game story dance party
-        interview""".split(),
-    "dev": "movie opera book lecture album lesson visit magazine series sermon drama".split(),
+POSITIVE = "superb wonderful excellent beautiful lovely splendid great fantastic".split()
+NEGATIVE = "dreadful terrible awful ugly horrible poor clumsy disappointing".split()
+NEUTRAL = "new old small large light heavy plain modern".split()
+GOODS = {
+    "train": """lamp chair table clock mirror carpet kettle radio camera printer tablet phone jacket coat shirt dress
+        hat scarf bag wallet ring watch guitar drum bicycle tent blanket pillow towel basket""".split(),
+    "dev": "sofa desk vase toaster laptop keyboard sweater rug suitcase violin candle helmet".split(),
 }
 NAMES = {
     "train": """Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nick Olga Paul Rosa Simon
         Tina Victor""".split(),
     "dev": "Alice Bruno Clara Daniel Eva George Laura Martin Nina Oscar Sarah Tom".split(),
 }
+DEGREES = "really very quite so rather".split()
+SAYS = "says thinks agrees".split(), "denies doubts disputes".split()  # the second three turn what follows
+FACT = "true right certain".split(), "false wrong untrue".split()
+OPENINGS = """The|This|Well, the|This time the|I think the|To be honest, the|As far as I know, the|
+    You will hear that the""".split("|")
 # fmt: off
-ONE_WORD = ("The {noun} was {word}.", "This {noun} is {word}.", "We found the {noun} {word}.",
-            "The {noun} last night was really {word}.")
-NEGATION = ("The {noun} was {plain}, and it was not {negated}.", "The {noun} was not {negated}, and it was {plain}.",
-            "We found the {noun} {plain} and never {negated}.", "The {noun} was never {negated} but always {plain}.")
-CONTRAST = ("Although the {noun} was {side}, the {other} was {main}.",
-            "The {noun} was {main}, although the {other} was {side}.",
-            "The {noun} was {side}, but the {other} was {main}.", "The {noun} was {main} despite the {side} {other}.",
-            "Despite the {side} {noun}, the {other} was {main}.",
-            "The {noun} was {main}, even though the {other} was {side}.")
-OPINIONS = ("{fan} loved the {noun} and {critic} hated it.", "{critic} hated the {noun} and {fan} loved it.",
-            "{fan} praised the {noun}, but {critic} complained about it.",
-            "{critic} complained about the {noun}, but {fan} praised it.",
-            "{fan} called the {noun} {good}, {critic} called it {bad}.",
-            "{critic} called the {noun} {bad}, {fan} called it {good}.")
+WORD = ("The {item} was {word}.", "This {item} was {degree} {word}.", "We found the {item} {word}.",
+        "{opening} {item} was {word}.")
+TURN = ("{name} {says} that the {item} was {word}.", "It is {fact} that the {item} was {word}.")
+MATCH = ("{name} ordered a {item} and got a {other}.", "{name} paid for a {item}, and a {other} came.",
+         "They promised {name} a {item} and sent a {other}.", "A {other} came, and {name} had asked for a {item}.")
+NEIGHBOURS = (("{opening} {item} was {degree} {stated} and {no} {degree} {denied}.",
+               "{opening} {item} was {no} {degree} {denied} and {degree} {stated}."),
+              ("{opening} {item} was {degree} {stated}, {no} {degree} {denied}.",
+               "{opening} {item} was {no} {degree} {denied}, {degree} {stated}."))
 # fmt: on
 
 
 def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
     """The sentences, labels (0 negative, 1 positive) and difficulties (of `LEVELS`) of a split, always the same."""
     rng, rows = random.Random(SEEDS[split]), []
-    for level in LEVELS:
-        sentences: dict[str, int] = {}
-        while len(sentences) < SIZES[split] // len(LEVELS):
-            positive, negative = _make_pair(level, NOUNS[split], NAMES[split], rng)
-            if positive not in sentences and negative not in sentences:
-                sentences |= {positive: 1, negative: 0}
-        rows += [(sentence, label, level) for sentence, label in sentences.items()]
+    for level, share in zip(LEVELS, SHARES[split], strict=True):
+        sentences, size = {}, SIZES[split] * share // 20
+        while len(sentences) < size:
+            group = _make_group(level, GOODS[split], NAMES[split], rng)
+            if not sentences.keys() & group.keys():
+                sentences |= group
+        rows += [(sentence, label, level) for sentence, label in list(sentences.items())[:size]]
     rng.shuffle(rows)
     return tuple(list(column) for column in zip(*rows, strict=True))
 
 
-def _make_pair(level: str, nouns: list[str], names: list[str], rng: random.Random) -> list[str]:
-    """Draw a template and its words, and fill it in the two ways that give a positive and a negative sentence."""
-    noun, other = rng.sample(nouns, 2)
-    good, bad = rng.choice(POSITIVE), rng.choice(NEGATIVE)
-    if level == "one polar word":
-        template, ways = rng.choice(ONE_WORD), ({"word": good}, {"word": bad})
-    elif level == "contrast":
-        template, ways = rng.choice(CONTRAST), ({"main": good, "side": bad}, {"main": bad, "side": good})
-    elif level == "negation":
-        template, neutral, polar = rng.choice(NEGATION), rng.choice(NEUTRAL), rng.choice((good, bad))
-        ways = ({"plain": polar, "negated": neutral}, {"plain": neutral, "negated": polar})  # stated, denied
-        ways = ways if polar == good else ways[::-1]
-    else:
-        template, (judge, rival) = rng.choice(OPINIONS) + " {judge} is right.", rng.sample(names, 2)
-        ways = ({"fan": judge, "critic": rival, "judge": judge}, {"fan": rival, "critic": judge, "judge": judge})
-    return [template.format(noun=noun, other=other, **({"good": good, "bad": bad} | way)) for way in ways]
+def _make_group(level: str, goods: list[str], names: list[str], rng: random.Random) -> dict[str, int]:
+    """Draw words, and fill them into templates in all the ways that balance them: sentences and labels, 0 and 1."""
+    polar, (item, other) = (rng.choice(NEGATIVE), rng.choice(POSITIVE)), rng.sample(goods, 2)
+    words = {"item": item, "name": rng.choice(names), "degree": rng.choice(DEGREES)}
+    words |= {"opening": rng.choice(OPENINGS).strip(), "no": rng.choice(("not", "never"))}
+    if level == "a word":
+        template = rng.choice(WORD)
+        return {template.format(word=polar[label], **words): label for label in (0, 1)}
+    if level == "a turn":
+        template, says, fact = rng.choice(TURN), *(tuple(map(rng.choice, kinds)) for kinds in (SAYS, FACT))
+        return {
+            template.format(says=says[turn], fact=fact[turn], word=polar[label ^ turn], **words): label
+            for turn, label in product((0, 1), repeat=2)
+        }
+    if level == "a match":
+        template, pairs = rng.choice(MATCH), ((item, item), (item, other), (other, other), (other, item))
+        return {template.format(**words | {"item": a, "other": b}): int(a == b) for a, b in pairs}
+    side, plain = rng.choice((0, 1)), rng.choice(NEUTRAL)
+    ways = ({"stated": polar[side], "denied": plain}, side), ({"stated": plain, "denied": polar[side]}, 1 - side)
+    return {t.format(**way, **words): label for t, (way, label) in product(rng.choice(NEIGHBOURS), ways)}
