@@ -61,12 +61,16 @@ def function_of(name: str, part: Part, inputs: Sequence[Tensor]) -> FunctionProt
     program = torch.export.export(part, inputs, dynamic_shapes=sizes, strict=False)
     options = {"dynamo": True, "optimize": False, "external_data": False, "verbose": False, "opset_version": OPSET}
     options["custom_translation_table"] = {torch.ops.aten.sym_stride.int: stride}
-    graph = torch.onnx.export(program, **options).model_proto.graph
-    weights = [value.name for value in graph.initializer if value.name in part.state_dict()]
-    constants = [value for value in graph.initializer if value.name not in weights]
-    nodes = [*(make_node("Constant", [], [value.name], value=value) for value in constants), *graph.node]
-    names = [value.name for value in graph.input] + weights, [value.name for value in graph.output]
-    return make_function("parts", name, *names, nodes, [make_opsetid("", OPSET)])
+    file = torch.onnx.export(program, **options).model_proto
+    values = list(file.graph.initializer)
+    weights = [value for value in values if value.name in part.state_dict()]
+    file.graph.input.extend(make_tensor_value_info(value.name, value.data_type, value.dims) for value in weights)
+    del file.graph.initializer[:]
+    file.graph.initializer.extend(value for value in values if value not in weights)
+    graph = optimizer.optimize(file).graph
+    constants = [make_node("Constant", [], [value.name], value=value) for value in graph.initializer]
+    names = [value.name for value in graph.input], [value.name for value in graph.output]
+    return make_function("parts", name, *names, [*constants, *graph.node], [make_opsetid("", OPSET)])
 
 
 def stride(x, dim: int):
@@ -134,9 +138,9 @@ class Writer:
             (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
         return [hidden, *context]
 
-    def ask(self, n: int, state: list[str]) -> list[str]:
-        """What the exit after layer n says, (M, C+2): probabilities, confidence, and n."""
-        add, k = self.add, self.model.exit_layers.index(n)
+    def ask(self, n: int, reach: Callable[[], list[str]]) -> list[str]:
+        """What the exit after layer n says, (M, C+2): probabilities, confidence, and n. `reach` writes the state."""
+        add, state, k = self.add, reach(), self.model.exit_layers.index(n)
         if n == 0:
             (logits,) = self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state)
         else:
@@ -166,11 +170,12 @@ class Writer:
         rows, here, answers, some = None, None, None, add("Cast", add("Size", INPUTS[0]), to=BOOL)
         state, done = list(INPUTS), None
         for n in exits:
-            if n > 0:
-                ways = partial(self.go, rows, state, done, n), partial(list, nobody)
-                state, done = self.either(some, [f"{name}.{n}" for name in names], *ways), n - 1
+            reach = partial(self.go, rows, state, done, n) if n > 0 else partial(list, state)
+            if 0 < n < exits[-1]:  # later exits need the state too
+                state, done = self.either(some, [f"{name}.{n}" for name in names], reach, partial(list, nobody)), n - 1
+                reach = partial(list, state)
             asked = add("And", some, asks) if n < exits[-1] else some
-            ways = partial(self.ask, n, state), partial(self.skip, here or INPUTS[0])
+            ways = partial(self.ask, n, reach), partial(self.skip, here or INPUTS[0])
             (said,) = self.either(asked, [f"said.{n}"], *ways)  # (M, C+2)
             answers = add("ScatterND", answers, add("Unsqueeze", here, last), said) if here else said  # (B, C+2)
             if n < exits[-1]:
