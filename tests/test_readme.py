@@ -1,5 +1,8 @@
 """README and the guides: commands and code run as they stand there, on tiny models and invented rows."""
 
+import argparse
+import functools
+import importlib
 import json
 import re
 import shlex
@@ -15,9 +18,16 @@ import train
 from minisweet import __main__ as package
 from minisweet.data.tasks import TASKS
 from minisweet.runs.folders import newest_run
+from tests.benchmark import BLOCK
 from tests.conftest import CHECKOUT, WORDS, in_folder, run, write_model
 
 README, USE, PAPER, RUNS = "README.md", *(f"minisweet/{room}/README.md" for room in ("use", "paper", "runs"))
+RESULTS = (".github/results/exit0.md", ".github/results/paper.md")
+PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
+PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
+OTHERS = "pip torchrun srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
+STUDIES = [f"tests.benchmark.{name}" for name in "choose draws eight_epochs speed zero_layer zero_tables".split()]
+ANY_BLOCK = BLOCK.format("([a-z0-9 ]+)")
 WITH_ONNX = [pytest.param(guide, True, marks=pytest.mark.slow) for guide in (README, USE)]
 
 
@@ -125,10 +135,59 @@ def test_the_folder_of_a_run_is_as_told(run_of):
     assert {"run.json", "curve.png"} <= set(files) <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("guide", [README, USE, PAPER, RUNS, ".github/results/README.md", "weights/README.md"])
-def test_links_lead_somewhere(guide):
-    links = [link for link in re.findall(r"\]\(([^)#]+)[)#]", text_of(guide)) if not link.startswith("http")]
-    assert [link for link in links if not (CHECKOUT / guide).parent.joinpath(link).exists()] == []
+@functools.cache
+def options_of(module: str) -> set[str]:
+    """The options of the command that a module is."""
+    found = set()
+
+    def stop(parser, *_):
+        found.update(parser._option_string_actions)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(KeyboardInterrupt):
+            importlib.import_module(module).main()
+    return found
+
+
+def split_command(words: list[str]) -> tuple[str | None, list[str]]:
+    """The module that a command line of ours runs, None for other programs and for options alone; and its words."""
+    for k, (word, following) in enumerate(zip(words, [*words[1:], ""], strict=False)):
+        if word in ("train.py", "evaluate.py"):
+            return word.removesuffix(".py"), words[k + 1 :]
+        if word == "-m" and following != "minisweet":
+            return following, words[k + 2 :]
+        if word == "minisweet" and following:
+            return package.COMMANDS[following], words[k + 2 :]
+    return None, [] if words[:1] and words[0] in OTHERS else words
+
+
+@pytest.mark.parametrize("guide", PAGES)
+def test_links_lead_somewhere_and_options_are_there(guide):
+    text, folder = text_of(guide), (CHECKOUT / guide).parent
+    for path, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        target = folder / path if path else CHECKOUT / guide
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE) if place else []
+        assert not place or place in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = [block.replace("\\\n", " ") for kind, block in blocks_of(guide) if kind != "python"]
+    for code, is_prose in ((blocks, False), (re.findall(r"`([^`]+)`", prose), True)):
+        for part in re.split(r"&&|\||\n", "\n".join(code)):
+            module, words = split_command(part.partition("#")[0].split())
+            named = {word.strip("[],.()").partition("=")[0] for word in words if re.match(r"[\[(]*--[a-z]", word)}
+            if named and (module or is_prose):
+                modules = [module] if module else [*package.COMMANDS.values(), "train", "evaluate", *STUDIES]
+                assert named <= set().union(*map(options_of, modules)), part
+
+
+def test_what_came_out_is_what_the_tables_say():
+    section = text_of(README).partition("## What came out")[2].partition("\n## ")[0]
+    tables = "".join(found[2] for page in (README, *RESULTS) for found in re.findall(ANY_BLOCK, text_of(page), re.S))
+    numbers = re.findall(r"\d+\.\d(?: ±\d+\.\d)?", re.sub(ANY_BLOCK, "", section, flags=re.S))
+    assert len(numbers) > 5
+    assert [number for number in numbers if not re.search(rf"(?<![\d.]){number}(?![\d.])", tables)] == []
 
 
 def test_readme_is_short_and_so_are_its_sentences():

@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+import re
 import tarfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +16,7 @@ from minisweet.paper import report, reproduce
 from minisweet.paper.report import curve_of, tables
 from minisweet.use import plots
 from minisweet.use.plots import COLOURS, STUDENT_T
-from tests.benchmark import zero_tables
+from tests.benchmark import BLOCK, RESULTS, eight_epochs, zero_tables
 from tests.conftest import CHECKOUT, run, write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
@@ -279,39 +279,12 @@ def test_a_figure_has_a_curve_in_its_own_colour_for_each_of_five_methods(tmp_pat
     assert (len(axis.collections), axis.get_ylabel()) == (5, "accuracy")  # bands
 
 
-FOUR = "sst2,mrpc,qqp,qnli"
-SIX = ["--tasks", f"{FOUR},cola,rte", "--methods", "ee,mm,sweet,ee-mixed,mm-taught,branch"]
-RATES = ["--lrs", "5e-5,1e-4,2e-4,4e-4", "--ratios", "1/6,1/4,1/3,1/2,2/3,3/4,1"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("archives", "committed", "options"),
-    [
-        (["records"], "results.md", ["--tasks", FOUR]),
-        (["records", "branch"], "branch.md", [*SIX, *RATES]),
-        (["records"], "lte.md", ["--seeds", "0", "--tasks", "sst2,mrpc", "--exit-strategy", "lte", "--lrs", "2e-4"]),
-        (["records"], "sizes.md", ["--seeds", "0", "--tasks", "sst2", "--train-sizes", "6000,500,2000,20000"]),
-    ],
-)
-def test_the_committed_records_make_the_committed_reports(tmp_path, monkeypatch, archives, committed, options):
-    results = CHECKOUT / ".github" / "results"
-    for name in archives:
-        with tarfile.open(results / f"{name}.tar.xz") as archive:
-            archive.extractall(tmp_path / "runs", filter="data")
-    monkeypatch.setattr(sys, "argv", ["reproduce", *options, "--report-only", "--out", str(tmp_path)])
-    reproduce.main()
-    made, kept = ((folder / name).read_text() for folder, name in ((tmp_path, "results.md"), (results, committed)))
-    assert "Missing runs: 0" in made
-    assert set(made.splitlines()) <= set(kept.splitlines())  # at its time it also compared single models
-
-
-@pytest.mark.slow
-def test_the_committed_records_make_the_tables_of_exit_0(tmp_path, capsys):
-    results = CHECKOUT / ".github" / "results"
-    with tarfile.open(results / "zero.tar.xz") as archive:
+def test_the_committed_records_make_the_committed_tables(tmp_path):
+    with tarfile.open(RESULTS / "zero.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    zero_tables.report(tmp_path / "records", list(zero_tables.TASKS), [0, 1, 2], None)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 50
-    assert set(lines) <= set((results / "zero.md").read_text().splitlines())
+    made, _ = zero_tables.make_tables(tmp_path / "records", list(zero_tables.TASKS), [0, 1, 2])
+    made |= eight_epochs.tables(eight_epochs.read(tmp_path / "eight"))
+    text = "".join(path.read_text() for path in (CHECKOUT / "README.md", *RESULTS.glob("*.md")))
+    for name, table in made.items():
+        assert {found[2] for found in re.findall(BLOCK.format(f"({name})"), text, re.S)} == {table}

@@ -189,7 +189,7 @@ def default_learning_rate(config: Config, task: str | None, method: str) -> floa
 
 
 def epochs_of(examples: int, batch_size: int) -> int:
-    """How many epochs a training on own text takes (.github/results/epochs.md)."""
+    """How many epochs a training on own text takes (.github/results/tried.md)."""
     return max(EPOCHS, ceil(STEPS / ceil(examples / batch_size)))
 
 

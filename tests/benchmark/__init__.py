@@ -1,6 +1,28 @@
-"""Benchmarks and studies. What one of them needs and is not installed is said in one line."""
+"""Studies and timings. With --write their tables and figures go to the pages, between marks that name each table.
 
+What one of them needs and is not installed is said in one line.
+"""
+
+import re
 import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+RESULTS = CHECKOUT / ".github" / "results"
+BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
+
+
+def show(blocks: dict[str, str], write: bool) -> None:
+    """Print tables, by their names, or write each to those pages that have a place for it."""
+    if not write:
+        print("\n".join(blocks.values()), flush=True)
+        return
+    for page in (CHECKOUT / "README.md", *RESULTS.glob("*.md")):
+        text = old = page.read_text(encoding="utf-8")
+        for name, table in blocks.items():
+            text = re.sub(BLOCK.format(name), lambda found, table=table: found[1] + table + found[3], text, flags=re.S)
+        if text != old:
+            page.write_text(text, encoding="utf-8")
 
 
 def _say_what_is_missing(kind: type, error: BaseException, trace: object) -> None:

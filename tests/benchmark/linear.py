@@ -10,11 +10,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import FeatureUnion
 
 from minisweet import load_encoder
 from minisweet.data.rows import Examples
@@ -41,6 +36,11 @@ def embed(texts: list[str]) -> np.ndarray:
 
 def fit_linear(name: str, train: Examples) -> tuple[Callable[[Examples], np.ndarray], dict]:
     """Fit on labelled rows. Returns what makes log-probabilities (N, C) of other rows, and facts for run.json."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import FeatureUnion
+
     to_vectors = embed
     if name == "tfidf":
         words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
@@ -52,8 +52,10 @@ def fit_linear(name: str, train: Examples) -> tuple[Callable[[Examples], np.ndar
     return lambda rows: search.predict_log_proba(features(rows, to_vectors)), facts
 
 
-def features(rows: Examples, to_vectors) -> np.ndarray | sparse.csr_array:
-    """Vectors of N texts or pairs: (N, size)."""
+def features(rows: Examples, to_vectors):
+    """Vectors of N texts or pairs: (N, size), an array or a sparse one."""
+    from scipy import sparse
+
     u = to_vectors(rows.first)
     if rows.second is None:
         return u

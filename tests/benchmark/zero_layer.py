@@ -1,6 +1,6 @@
 """The study of exit 0: n-grams, then full depth, beside other ways to spend a share of the layers, on six tasks.
 
-    python -m tests.benchmark.zero_layer --data-dir DIR --out FOLDER [--tasks sst2,qnli] [--seeds 0] [--figure PNG]
+    python -m tests.benchmark.zero_layer --data-dir DIR --out FOLDER [--tasks sst2,qnli] [--seeds 0] [--write]
 
 A run of branches with exits 0,1,2,3,6 holds all that is made of exit 0, of branches and of full depth, since its exits
 are trained apart. Its exit 0 is also put in front of EE, SWEET and MM, whose training it does not touch. Slices of one
@@ -27,7 +27,7 @@ from minisweet.runs.folders import EVALUATION
 from tests.benchmark.linear import LINEAR, fit_linear
 from tests.benchmark.zero_tables import TASKS, add_report_options, report
 
-RATES = {  # of 5e-5, 1e-4, 2e-4, 4e-4: the best area on seed 0's validation rows (.github/results/branch.md)
+RATES = {  # of 5e-5, 1e-4, 2e-4, 4e-4: the best area on seed 0's validation rows
     "branch": (1e-4, 5e-5, 1e-4, 1e-4, 1e-4, 2e-4),
     "ee": (4e-4, 2e-4, 2e-4, 2e-4, 5e-5, 1e-4),
     "sweet": (1e-4, 1e-4, 1e-4, 2e-4, 5e-5, 2e-4),
@@ -89,7 +89,7 @@ def main() -> None:
     (args.out / "records").mkdir(parents=True, exist_ok=True)
     for seed, task in product(args.seeds, args.tasks):
         make_seed(args, task, seed)
-    report(args.out / "records", args.tasks, args.seeds, args.figure)
+    report(args.out / "records", args.tasks, args.seeds, args.write)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The tables and the figure of the study of exit 0, from the records that tests/benchmark/zero_layer.py keeps.
+"""The tables and figures of exit0.md, of paper.md and of README, from the records that zero_layer.py keeps.
 
-    python -m tests.benchmark.zero_tables FOLDER/records [--tasks sst2,qnli] [--seeds 0] [--figure PNG]
+    python -m tests.benchmark.zero_tables FOLDER/records [--tasks sst2,qnli] [--seeds 0] [--write]
 
-Temperatures and decisions are cross-fitted over five folds of the validation rows, as evaluate.py does. Intervals take
-tasks as their unit: the seeds of a task are averaged, and t has five degrees of freedom for six tasks.
+Temperatures and decisions are cross-fitted over five folds of the validation rows, as evaluate.py does. Means are over
+the tasks that full depth learns. 95% intervals (Student's t) have tasks as their unit: the seeds of a task are averaged
+first. A difference in bold is told apart from zero: its interval does not hold it.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,29 +14,27 @@ import torch
 from safetensors.torch import load_file
 
 from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
+from minisweet.base.files import read_json
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.sweep import LOGITS, Validation, crossfit, load_validation, sweep
-from minisweet.paper.report import table
-from minisweet.runs.folders import read_evaluation, read_record
-from minisweet.use.plots import STUDENT_T, label_axes, new_figure, save_figure, sorted_curve
+from minisweet.paper.report import cells, draw_curves, table
+from minisweet.runs.folders import EVALUATION, read_evaluation, read_record
+from minisweet.use.plots import draw_mean, label_axes, new_figure, save_figure, sorted_curve
+from tests.benchmark import RESULTS, show
 
-TASKS, SLICES = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte"), (1, 2, 3)  # slices: of so many layers
-CURVES = {  # the rows of the tables: which run they are of, and which exits are asked
-    "0,6: n-grams, then full depth": ("branch", (0, 6)),
-    "0,2,6 with a branch": ("branch", (0, 2, 6)),
-    "0,1,2,3,6 with branches": ("branch", (0, 1, 2, 3, 6)),
-    "1,2,3,6 with branches": ("branch", (1, 2, 3, 6)),
-}
-for method in ("EE", "SWEET", "MM"):
-    CURVES[f"1,2,3,6 of {method}"] = (method.lower(), (1, 2, 3, 6))
-    CURVES[f"0,1,2,3,6 of {method}"] = (method.lower(), (0, 1, 2, 3, 6))
-OURS = next(iter(CURVES))
-DRAWN = (OURS, "1,2,3,6 with branches", "1,2,3,6 of EE", "1,2,3,6 of SWEET", "1,2,3,6 of MM")
-SHARES = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3}
-CHANGES = (1, 3, 5)  # percent of answers that may differ from full depth's
+TASKS, LEARNT = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte"), ("sst2", "mrpc", "qqp", "qnli")
+METHODS = {"EE": "ee", "MM": "mm", "SWEET": "sweet", "branches": "branch"}
+LAYERS, SLICES = (1, 2, 3, 6), (1, 2, 3)  # where exits stand; slices: models of so many layers
+OURS = "plain model with exit 0 in front"
+CURVES = {OURS: ("branch", (0, 6)), "branches": ("branch", LAYERS)}  # which run, and which exits are asked
+CURVES |= {"exit 0 and a branch": ("branch", (0, 2, 6)), "exit 0 and branches": ("branch", (0, *LAYERS))}
+for name in ("EE", "SWEET", "MM"):
+    CURVES |= {name: (METHODS[name], LAYERS), f"exit 0 and {name}": (METHODS[name], (0, *LAYERS))}
+DRAWN = METHODS | {OURS: "plain"}  # of CURVES, and the method that each has its colour from
+SHARES = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "1": 1.0}
 GRID = np.linspace(0, 1, 61)  # shares of the layers, for the figure
-SCORED = len(SHARES) + 1  # numbers of a curve that are scores: at SHARES, and the area
-SINGLE = {"n-grams": 0.0, "TF-IDF": 0.0} | {f"slice of {n}": n / 6 for n in SLICES} | {"embeddings": 1, "full depth": 1}
+SINGLE = {"exit 0": "no", "TF-IDF": "no", **{f"slice of {n}": f"{n}/6" for n in SLICES}}
+SINGLE |= {"embeddings": "all", "full depth": "all"}  # models without early exit, and the layers that they run
 
 
 def load(records: Path, task: str, seed: int, name: str) -> Validation:
@@ -55,124 +53,126 @@ def sweep_finely(validation: Validation) -> tuple[np.ndarray, np.ndarray, float]
 
 
 def measure_curve(run: Validation, front: Validation, layers: tuple[int, ...]) -> np.ndarray:
-    """Scores at SHARES, the area, the least share at CHANGES, and scores at GRID, of these exits of a run alone."""
+    """Of these exits alone: scores at SHARES, the area, the least share at which 3% change, and scores at GRID."""
     logits = {n: run.logits[k] for k, n in enumerate(run.exits.layers)} | {0: front.logits[0]}
     run = run._replace(logits=torch.stack([logits[n] for n in layers]), exits=run.exits._replace(layers=layers))
     ratios, scores, area = sweep_finely(run)
-    costs, kept, _ = sweep_finely(run._replace(labels=run.logits[-1].argmax(-1), metric="agreement"))
-    least = [costs[kept >= 100 - percent].min() for percent in CHANGES]
+    costs, kept, _ = sweep_finely(run.against_full_depth())
     at_shares, at_grid = (np.interp(np.round(x, 9), ratios, scores, left=np.nan) for x in ([*SHARES.values()], GRID))
-    return np.r_[at_shares, area, least, at_grid]
+    return np.r_[at_shares, area, costs[kept >= 97].min(), at_grid]
 
 
-def measure(records: Path, task: str, seed: int, metric: str | None) -> tuple[list[np.ndarray], list[float]]:
-    """What the tables show of a task and a seed: of each of CURVES, and the score of each of SINGLE; NaN where a run
-    is not there.
+def measure(records: Path, task: str, seed: int) -> tuple[list, ...]:
+    """Of a task and a seed: the numbers of each of CURVES, the scores of SINGLE, and of the exits of METHODS their
+    scores, and whether they answer with one class.
     """
-    front, unknown = load(records, task, seed, "branch"), np.full(SCORED + len(CHANGES) + len(GRID), np.nan)
-    front = front._replace(metric=metric or front.metric)
-    there = [name for name in ("ee", "sweet", "mm") if (records / f"{task}-{seed}-{name}").exists()]
-    runs = {name: load(records, task, seed, name)._replace(metric=front.metric) for name in there} | {"branch": front}
-    curves = [measure_curve(runs[name], front, layers) if name in runs else unknown for name, layers in CURVES.values()]
-    logits = {"n-grams": front.logits[0], "full depth": front.logits[-1]}
-    for name, folder in (("TF-IDF", "tfidf"), ("embeddings", "embeddings")):
-        if (path := records / f"{task}-{seed}-{folder}" / LOGITS).exists():
-            logits[name] = load_file(path)["logits"][0]
-    if (records / f"{task}-{seed}-slices").exists():
-        slices = load(records, task, seed, "slices")
-        logits |= {f"slice of {n}": slices.logits[slices.exits.layers.index(n)] for n in SLICES}
-    single = [
-        score(logits[name].argmax(-1), front.labels, front.metric) if name in logits else np.nan for name in SINGLE
+    runs = {method: load(records, task, seed, method) for method in [*METHODS.values(), "slices"]}
+    front, slices = runs["branch"], runs["slices"]
+    curves = [measure_curve(runs[method], front, layers) for method, layers in CURVES.values()]
+    logits = [front.logits[0], load_file(records / f"{task}-{seed}-tfidf" / LOGITS)["logits"][0]]
+    logits += [slices.logits[slices.exits.layers.index(n)] for n in SLICES]
+    logits += [load_file(records / f"{task}-{seed}-embeddings" / LOGITS)["logits"][0], front.logits[-1]]
+    single = [score(values.argmax(-1), front.labels, front.metric) for values in logits]
+    answers = [runs[method].logits[-len(LAYERS) :].argmax(-1) for method in METHODS.values()]  # (exits, N) each
+    exits = [score(labels, front.labels, front.metric) for labels in answers]
+    return curves, single, exits, [(labels == labels[:, :1]).all(1).tolist() for labels in answers]
+
+
+def make_tables(records: Path, tasks: list[str], seeds: list[int]) -> tuple[dict[str, str], np.ndarray]:
+    """The tables by their names, and the scores at GRID: (tasks, seeds, CURVES, GRID)."""
+    found = [[measure(records, task, seed) for seed in seeds] for task in tasks]
+    curves, single, exits, is_one = (np.array([[run[i] for run in runs] for runs in found]) for i in range(4))
+    learnt = [k for k, task in enumerate(tasks) if task in LEARNT] or [*range(len(tasks))]
+    others = [k for k in range(len(tasks)) if k not in learnt]
+    by_task, by_task_single, by_task_exits = (values.mean(1) for values in (curves, single, exits))  # over seeds
+    names, area, text = list(CURVES), len(SHARES), "{:.1f}".format
+    mean_of = f"mean of {', '.join(tasks[k] for k in learnt)}"
+
+    def shares_of(rows: list[str], columns: list[int]) -> list[list[str]]:
+        means = by_task[learnt].mean(0)
+        return [[name, *map(text, means[names.index(name), columns])] for name in rows]
+
+    made, rows = {}, shares_of(names, [*range(area + 1)])
+    for k, row in enumerate(rows):
+        row += [*map(text, by_task[others, k, area]), f"{by_task[learnt, k, area + 1].mean():.2f}"]
+    head = ["exits", *SHARES, "area", *(f"area, {tasks[k]}" for k in others), "3% change"]
+    made["at shares"] = table(f"Score at a share of the layers, {mean_of}", head, rows)
+    means = np.c_[by_task_single.T, by_task_single[learnt].mean(0)]  # (SINGLE, tasks and mean)
+    rows = [[name, layers, *map(text, means[k])] for k, (name, layers) in enumerate(SINGLE.items())]
+    made["alone"] = table("Models without early exit", ["model", "layers", *tasks, mean_of], rows)
+    less = by_task[:, :1, : area + 1] - by_task[:, :, : area + 1]  # (tasks, CURVES, numbers)
+    less[:, 0] = by_task[:, 0, : area + 1] - by_task_single[:, -1:]
+    rows = [
+        [name, *cells(less[learnt, k], sign="+"), *cells(less[:, k, area], sign="+"), (less[:, k, area] > 0).sum()]
+        for k, name in enumerate(["full depth", *names[1:]])
     ]
-    return curves, single
+    title = f"{OURS.capitalize()} less each other, {mean_of}"
+    head = ["less", *SHARES, "area", f"area, {len(tasks)} tasks", f"tasks won, of {len(tasks)}"]
+    made["less each other"] = table(title, head, rows)
+    rows = [
+        [f"{ours} less {theirs}, {len(over)} tasks", *cells(difference, sign="+")]
+        for ours, theirs in (("SWEET", "EE"), ("SWEET", "MM"), ("MM", "EE"), ("branches", "SWEET"))
+        for over in (learnt, learnt + others)
+        for difference in [np.subtract(*(by_task_exits[over, [*METHODS].index(name)] for name in (ours, theirs)))]
+    ]
+    made["exit by exit"] = table("Exits alone: differences", ["after layer", *LAYERS], rows)
+    rows = [
+        [name, *cells(exits[learnt, :, k].mean(0), deviation=True), *is_one[:, :, k].sum((0, 1))]
+        for k, name in enumerate(METHODS)
+    ]
+    head = ["after layer", *LAYERS, *(f"one class after {n}" for n in LAYERS)]
+    title = f"Exits alone: {mean_of}, ± deviation over seeds; of {is_one[:, :, 0, 0].size} runs, those with one class"
+    made["exits"] = table(title, head, rows)
+    rows = shares_of([OURS, "branches", "EE", "SWEET", "MM"], [0, 2, 3, area - 1])
+    for row, name in zip(rows[1:], ("branches", "EE", "SWEET", "MM"), strict=True):
+        row.append(is_one[:, :, [*METHODS].index(name), 0].sum())
+    rows.append(["exit 0 alone, no layer", text(by_task_single[learnt, 0].mean())])
+    head = ["accuracy at a share of the layers", "1/6", "1/3", "1/2", "all: full depth", "one class after layer 1"]
+    made["what came out"] = table("", head, rows).rpartition("\n\n")[2]  # README has no room for a title
+    return made, curves[..., area + 2 :]
 
 
-def cells(values: np.ndarray, digits: int = 1) -> list[str]:
-    """Numbers to text; what is not known is left blank."""
-    return ["" if np.isnan(value) else f"{value:.{digits}f}" for value in values]
-
-
-def compared(differences: np.ndarray) -> str:
-    """Differences by task (tasks,) to their mean, its 95% interval, and how many are above zero."""
-    n = len(differences)
-    interval = f" ±{STUDENT_T[n - 2] * differences.std(ddof=1) / n**0.5:.1f}" if n > 1 else ""
-    is_known = not np.isnan(differences).any()
-    return f"{differences.mean():+.1f}{interval}, {(differences > 0).sum()}" if is_known else ""
-
-
-def over_seeds(values: np.ndarray) -> np.ndarray:
-    """The mean of those seeds that are there, (tasks, seeds, ...) to (tasks, ...); NaN where none is."""
-    with warnings.catch_warnings(action="ignore"):
-        return np.nanmean(values, axis=1)
-
-
-def report(records: Path, tasks: list[str], seeds: list[int], figure: Path | None) -> None:
-    """Print the tables, and draw the figure."""
-    found = {}
-    for metric, title in ((None, "CoLA in Matthews correlation"), ("accuracy", "all tasks in accuracy")):
-        for task in tasks if metric is None else {"cola"} & {*tasks}:  # of the others, accuracy is the score
-            found[task] = [measure(records, task, seed, metric) for seed in seeds]
-        curves, single = (np.array([[run[i] for run in runs] for runs in found.values()]) for i in (0, 1))
-        seeds_of = (~np.isnan(curves[..., SCORED - 1])).sum(1).min(0)  # of each of CURVES, in all tasks
-        there = {i: name for i, name in enumerate(CURVES) if seeds_of[i]}
-        alone = {i: name for i, name in enumerate(SINGLE) if (~np.isnan(single[..., i])).any(1).all()}
-        scores = curves[:, :, list(there)]  # (tasks, seeds, curves that are there, numbers)
-        full_scores, means = single[:, :, -1:], over_seeds(scores)
-        rows = [[name, seeds_of[i], *cells(means[:, k, :SCORED].mean(0))] for k, (i, name) in enumerate(there.items())]
-        rows.append(["full depth", len(seeds), *cells(full_scores.mean().repeat(SCORED))])
-        print(table(f"Mean score at a share of the layers, {title}", ["exits", "seeds", *SHARES, "area"], rows))
-        rows = []
-        for i, name in alone.items():
-            by_task, count = over_seeds(single[..., i]), (~np.isnan(single[..., i])).sum(1).min()
-            rows.append([name, count, f"{SINGLE[name]:.2f}", *cells(np.append(by_task, by_task.mean()))])
-        print(table(f"Models without early exit, {title}", ["model", "seeds", "share", *tasks, "mean"], rows))
-        if metric is None:
-            ours = scores[:, :, 0, :SCORED]
-            rows = [["full depth", *map(compared, over_seeds(ours - full_scores).T)]]
-            for k, name in list(enumerate(there.values()))[1:]:  # of the same seeds
-                rows.append([name, *map(compared, over_seeds(ours - scores[:, :, k, :SCORED]).T)])
-            title = f"{OURS}, less each other: mean over tasks, 95% interval, tasks won"
-            print(table(title, ["less", *SHARES, "area"], rows))
-            areas = means[:, :, SCORED - 1].T  # (curves, tasks)
-            rows = [[name, *cells(np.append(areas[k], areas[k].mean()))] for k, name in enumerate(there.values())]
-            print(table("Area from 1/6", ["exits", *tasks, "mean"], rows))
-            least = means[:, :, SCORED : SCORED + len(CHANGES)].mean(0)
-            rows = [[name, *cells(least[k], 2)] for k, name in enumerate(there.values())]
-            head = ["exits", *(f"{percent}%" for percent in CHANGES)]
-            print(table("Share of the layers at which so few answers change", head, rows))
-            if figure:
-                at_grid = dict(zip(there.values(), means[:, :, SCORED + len(CHANGES) :].mean(0), strict=True))
-                draw(figure, at_grid, {name: over_seeds(single[..., i]).mean() for i, name in alone.items()})
-
-
-def draw(path: Path, curves: dict[str, np.ndarray], single: dict[str, float]) -> None:
-    """Draw the mean score over the share of the layers: those of DRAWN among the curves (GRID,), and models alone."""
-    figure = new_figure(8, 6.5)
+def draw(path: Path, curves: np.ndarray) -> None:
+    """Draw the mean of tasks, (tasks, seeds, CURVES, GRID), of those in DRAWN, with its 95% interval over seeds."""
+    figure, means = new_figure(7.5, 4.5), curves.mean(0)
     axis = figure.add_subplot()
-    for name, style in zip(DRAWN, ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True):
-        if name in curves:
-            axis.plot(GRID, curves[name], linestyle=style, label=name)
-    for (name, value), marker in zip(single.items(), "osDv^*P", strict=False):
-        axis.plot(SINGLE[name], value, marker, linestyle="", label=f"{name}: {value:.1f}")
-    label_axes(axis, "Mean of the tasks", "score")
-    axis.set_xlim(-0.03, 1.03)
+    for name, method in DRAWN.items():
+        draw_mean(axis, method, GRID, means[:, [*CURVES].index(name)], name)
+    label_axes(axis, "Mean of the tasks that full depth learns, three seeds", "accuracy")
     save_figure(figure, path)
+
+
+def main() -> None:
+    """Print the tables of a folder of records, or write them and the figures to the pages."""
+    parser = Parser(__doc__)
+    parser.add_argument("records", type=Path)
+    add_report_options(parser)
+    args = parser.parse_args()
+    report(args.records, args.tasks, args.seeds, args.write)
+
+
+def report(records: Path, tasks: list[str], seeds: list[int], write: bool) -> None:
+    """Print or write the tables. The figures are only written."""
+    made, curves = make_tables(records, tasks, seeds)
+    show(made, write)
+    if write:
+        learnt = [k for k, task in enumerate(tasks) if task in LEARNT]
+        draw(RESULTS / "exit0.png", curves[learnt])
+        grid = {
+            method: {
+                task: {seed: read_json(records / f"{task}-{seed}-{method}" / EVALUATION) for seed in seeds}
+                for task in tasks
+            }
+            for method in ("ee", "mm", "sweet")
+        }
+        draw_curves(RESULTS / "paper.png", [(task, grid, [task]) for task in tasks])
 
 
 def add_report_options(parser: Parser) -> None:
     """Add what the tables are of."""
     parser.add_argument("--tasks", type=list_of(one_of(TASKS)), default=list(TASKS))
     parser.add_argument("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2])
-    parser.add_argument("--figure", type=Path, metavar="PNG")
-
-
-def main() -> None:
-    """Print the tables of a folder of records."""
-    parser = Parser(__doc__)
-    parser.add_argument("records", type=Path)
-    add_report_options(parser)
-    args = parser.parse_args()
-    report(args.records, args.tasks, args.seeds, args.figure)
+    parser.add_argument("--write", action="store_true")
 
 
 if __name__ == "__main__":

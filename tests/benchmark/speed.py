@@ -1,0 +1,215 @@
+"""How fast it is beside `transformers` and ONNX Runtime: a training step, texts in batches, and the one file.
+
+    python -m tests.benchmark.speed RUN [--turns 7] [--texts 640] [--write]
+
+RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. Each side has a
+process of its own, and the sides take turns, so that a machine whose speed drifts is fair to all. Numbers are medians.
+A training step fine-tunes a whole model of random weights for one exit, at batch 16 with dropout and optimizer.
+DeBERTa of `transformers` fails in bfloat16 autocast, so there it is cast as a whole.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minisweet import EarlyExitClassifier, MultiExitModel
+from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.base.devices import device_name, tune_cpu
+from minisweet.checkpoint import new_encoder
+from minisweet.config import BertConfig, DebertaConfig
+from minisweet.data.text import PAD, load_tokenizer
+from minisweet.exits import exit_loss
+from minisweet.paper.report import table
+from minisweet.runs.folders import load_run, read_validation
+from minisweet.use.export import export
+from tests.benchmark import CHECKOUT, show
+
+LOOP = """
+import json, sys, time
+for _ in sys.stdin:
+    start = time.perf_counter()
+    answers = step()
+    print(json.dumps([time.perf_counter() - start, answers]), flush=True)
+"""
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+BASE |= {"max_position_embeddings": 512, "type_vocab_size": 2, "vocab_size": 30522}
+SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+DEBERTA = {"type_vocab_size": 0, "vocab_size": 50265, "relative_attention": True, "position_biased_input": False}
+MODELS = {"MiniLM": BASE | SMALL, "BERT-base": BASE, "DeBERTa-base": BASE | DEBERTA | {"pos_att_type": "c2p|p2c"}}
+
+
+def training_step(is_ours: bool, name: str, T: int, bf16: bool) -> Callable[[], None]:
+    """What takes one step of ours or of theirs on random texts of T tokens, of which one is half as long."""
+    ids, labels = torch.randint(5, 30000, (16, T)), torch.randint(0, 2, (16,))
+    mask = torch.ones_like(ids)
+    mask[0, T // 2 :] = 0
+    inputs, is_deberta = (ids, mask, torch.zeros_like(ids)), name.startswith("DeBERTa")
+    if is_ours:
+        tune_cpu()
+        config = (DebertaConfig if is_deberta else BertConfig)(**MODELS[name])
+        model = MultiExitModel(new_encoder(config), (config.num_hidden_layers,), 2)
+    else:
+        import transformers
+
+        config = transformers.AutoConfig.for_model("deberta" if is_deberta else "bert", **MODELS[name])
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        if is_deberta and bf16:
+            model, bf16 = model.bfloat16(), False
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, weight_decay=0.0, fused=is_ours or None)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if is_ours:
+                (answer,) = model.exit_by_exit(*inputs)
+                loss = exit_loss(*answer, labels)
+            else:
+                loss = F.cross_entropy(model(*inputs).logits.float(), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def our_texts(run: str, texts: str, amp: str, threshold: float | None = None) -> Callable[[], list]:
+    """What answers all texts by our classifier, by class and layer."""
+    tune_cpu()
+    classify, rows = EarlyExitClassifier(run, threshold, amp=amp), json.loads(Path(texts).read_text())
+    return lambda: [(classify.labels.index(answer.label), answer.exit_layer) for answer in classify(rows)]
+
+
+def their_texts(folder: str, texts: str, bf16: bool) -> Callable[[], list]:
+    """What answers all texts by `transformers`, in batches of 32."""
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model, tokenizer = model.bfloat16() if bf16 else model, transformers.AutoTokenizer.from_pretrained(folder)
+    rows = json.loads(Path(texts).read_text())
+
+    @torch.inference_mode()
+    def step() -> list:
+        answers = []
+        for start in range(0, len(rows), 32):
+            inputs = tokenizer(rows[start : start + 32], padding=True, truncation=True, return_tensors="pt")
+            answers += [(label, None) for label in model(**inputs).logits.argmax(-1).tolist()]
+        return answers
+
+    return step
+
+
+def export_theirs(plain: str, file: str, int8: str) -> None:
+    """Write the model of `transformers` as ONNX files, in the exporter's and the quantizer's usual way."""
+    import transformers
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(plain, attn_implementation="eager").eval()
+    names, sizes = ("input_ids", "attention_mask", "token_type_ids"), dict.fromkeys((0, 1), torch.export.Dim.AUTO)
+    inputs = {name: torch.ones(2, 8, dtype=torch.int64) for name in names}
+    shapes = dict.fromkeys(names, sizes)
+    torch.onnx.export(model, kwargs=inputs, f=file, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    quantize_dynamic(file, int8)
+
+
+def take_turns(sides: dict[str, str], turns: int) -> dict[str, tuple[float, list]]:
+    """Let each side take its step in turn. Returns its median seconds, after a turn that warms up, and its answers.
+
+    `sides` are calls, as Python source, that make `step`.
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": CHECKOUT}
+    workers, seconds, answers = {}, {side: [] for side in sides}, {}
+    for side, call in sides.items():
+        source = f"from tests.benchmark.{call.partition('.')[0]} import *\nstep = {call.partition('.')[2]}\n{LOOP}"
+        workers[side] = subprocess.Popen([sys.executable, "-c", source], **pipes)
+    for turn in range(turns + 1):
+        for side, worker in workers.items():
+            print(turn, file=worker.stdin, flush=True)
+            took, answers[side] = json.loads(next(line for line in worker.stdout if line.startswith("[")))
+            seconds[side].append(took)
+    for worker in workers.values():
+        worker.communicate()
+    return {side: (statistics.median(seconds[side][1:]), answers[side]) for side in sides}
+
+
+def training_table(turns: int) -> str:
+    """A training step of each model, length and type."""
+    rows, settings = [], list(product((32, 128), (False, True)))
+    for name in MODELS:
+        rows.append([name])
+        for setting in settings:
+            sides = {str(is_ours): f"speed.training_step{(is_ours, name, *setting)}" for is_ours in (True, False)}
+            ours, theirs = (1000 * took for took, _ in take_turns(sides, turns).values())
+            rows[-1].append(f"{theirs:.0f}, {ours:.0f}: {theirs / ours:.2f}")
+    head = ["model", *(f"{T} tokens, {'bfloat16' if bf16 else 'float32'}" for T, bf16 in settings)]
+    return table("A training step: milliseconds of transformers, of ours, and times as fast", head, rows)
+
+
+def text_table(title: str, sides: dict[str, str], gold: list[int], depth: int, turns: int) -> str:
+    """Of each side: milliseconds of a text, beside the first side's, accuracy, and the share of the layers."""
+    rows, found = [], take_turns(sides, turns)
+    for side, (took, answers) in found.items():
+        right = statistics.mean(label == true for (label, _), true in zip(answers, gold, strict=True))
+        share = statistics.mean(depth if layer is None else layer for _, layer in answers) / depth
+        ratio = took / next(iter(found.values()))[0]
+        rows.append([side, f"{1000 * took / len(gold):.2f}", f"{ratio:.2f}", f"{100 * right:.1f}", f"{share:.2f}"])
+    return table(title, ["side", "ms per text", "of the first", "accuracy", "layers run"], rows)
+
+
+def main() -> None:
+    """Measure all three, and print or write the tables."""
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--turns", type=whole_number(1), default=7)
+    parser.add_argument("--texts", type=whole_number(32), default=640)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    from minisweet.use.onnx import export_onnx
+
+    run, (_, record), points = args.run.resolve(), load_run(args.run), {"full depth": 1.0, "operating point": None}
+    rows, tokenizer = read_validation(run, record), load_tokenizer(run, record.vocab_size, record.max_length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(PAD))
+    rows = rows.take(sorted(range(len(rows.first))[: args.texts], key=lambda n: len(rows.first[n])))
+    batches, files = {}, {}  # those of similar length are in one batch, on all sides
+    with TemporaryDirectory() as place:
+        plain, texts, words, theirs, ours = (f"{place}/{name}" for name in ("plain", "texts", "words", "full", "file"))
+        Path(texts).write_text(json.dumps(rows.texts()))
+        tokenizer.save(words)
+        export(run, Path(plain))
+        export_theirs(plain, f"{theirs}-float32.onnx", f"{theirs}-int8.onnx")
+        for kind in ("float32", "bfloat16"):
+            batches[f"transformers, {kind}"] = f"speed.their_texts{(plain, texts, kind == 'bfloat16')}"
+        for kind in ("float32", "int8"):
+            file = f"{theirs}-{kind}.onnx"
+            batches[f"ONNX Runtime, {kind}"] = f"onnx_side.step_of{(file, words, texts, 32)}"
+            files[f"full model, {kind}"] = f"onnx_side.step_of{(file, words, texts, 1)}"
+            file = Path(f"{ours}-{kind}.onnx")
+            export_onnx(run, file, int8=kind == "int8", recertify=kind == "int8")
+            for point, threshold in ({"exit 0 alone": 0.0} | points).items():
+                setting = "" if threshold is None else f", threshold={threshold}"
+                call = f"onnx_side.step_of({str(file)!r}, {words!r}, {texts!r}, 1{setting})"
+                files[f"the file that leaves early, {kind}, {point}"] = call
+        for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
+            batches[f"ours, {kind}, {point}"] = f"speed.our_texts{(str(run), texts, amp, threshold)}"
+        made = {"a training step": training_table(args.turns)}
+        for name, sides in {"texts in batches": batches, "one file": files}.items():
+            title = (
+                f"{record.task}, {len(rows.first):,} texts, {'in batches of 32' if sides is batches else 'one by one'}"
+            )
+            made[name] = text_table(title, sides, rows.labels, record.depth, args.turns)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
+    made["measured on"] = f"{device_name(torch.device('cpu'))}; {libraries}; medians of {args.turns} turns.\n"
+    show(made, args.write)
+
+
+if __name__ == "__main__":
+    run_command(main)
