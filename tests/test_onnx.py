@@ -82,12 +82,10 @@ def test_answers_are_the_models(exported, case):
     """At eleven thresholds and beyond, and at the file's own."""
     (model, file), ways = exported(*case), set()
     rule = ExitRule(3, torch.tensor(TEMPERATURES[: len(model.exit_layers)]))
-    session, shown = (session_of(some.SerializeToString()) for some in (file, onnx_graph.show_exits(file)))
+    session = session_of(file.SerializeToString())
     for batch in batches():
         logits = model(*batch).detach()
         each = (logits / rule.temperatures[:, None, None]).softmax(-1)  # (K, B, C)
-        for said, expected in zip(ask(shown, batch, 2.0)[3:], each, strict=True):
-            np.testing.assert_allclose(said[:, :3], expected, atol=1e-5)
         for threshold in (*spaced_thresholds(11, rule.lowest), 0.0, 0.7, 1.5):
             taken = exits_taken(rule.confidences(logits), threshold, rule.lowest)
             expected = each[taken, torch.arange(len(taken))]

@@ -7,6 +7,7 @@ Dimension letters: K exits, N texts, C classes.
 """
 
 import json
+import math
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from minisweet.evaluation.sweep import load_validation
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.goals import shortfall
-from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule, show_exits
+from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule
 
 
 def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = False) -> list[str]:
@@ -66,9 +67,11 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     note = ""
     file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
     if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared
-        set_rule(file, 2.0, [1.0] * len(layers))  # above threshold 1, all exits are asked
-        (_, _, _, *said), _ = one_by_one(show_exits(file), TokenizedExamples(classify.tokenizer, examples))
-        logits = torch.from_numpy(np.stack(said)[..., : record.num_labels]).clamp(min=1e-37).log()  # (K, N, C)
+        texts, answers = TokenizedExamples(classify.tokenizer, examples), []
+        for k in range(len(layers)):  # nobody leaves at exits before, which get no confidence, and all leave at exit k
+            set_rule(file, 0.0, [math.nan] * k + [1.0] * (len(layers) - k))
+            answers.append(one_by_one(file, texts)[0][0])
+        logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
         labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
         validation = validation._replace(logits=logits, labels=labels, exits=exits)
         classify.rule, point = operating_point(validation, goal, sides, layers)

@@ -2,18 +2,20 @@
 
 torch exports each kind of part once, as a function with weights as inputs: the embeddings, a layer, an exit, exit 0.
 `Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one of two
-inner graphs. Here such nodes stand in a row. For exits 0, 2 and 6:
+inner graphs, and so the file is a graph in a graph in a graph. For exits 0, 2 and 6:
 
     exit 0 answers all rows
-    If some stay, since their confidence is too low: these alone are embedded, and run through layer 1
-    If some stay: exit 2 answers them, in place of exit 0
-    If some stay longer: these alone run through layers 2 to 5
-    If some stay longer: exit 6 answers them, in place of exit 2
+    If rows stay, which are those whose confidence is too low:
+        these rows alone are embedded, and run through layer 1
+        exit 2 answers them
+        If rows stay:
+            these rows alone run through layers 2 to 5
+            exit 6 answers them, and its answers replace those of exit 2 in these rows
+        the answers of exits 2 and 6 replace those of exit 0 in these rows
 
-At threshold 1 no exit but the last is asked, by the same `If`, and all rows stay. Above 1 all exits are asked, and all
-rows stay: so `show_exits` tells what each exit says.
+At threshold 1 no exit but the last is asked, by another `If`, and all rows stay.
 
-Dimension letters: B rows of a batch, M of them that are still here, T tokens, D hidden size, K exits, C classes.
+Dimension letters: B rows of a batch, M of them that come so far, T tokens, D hidden size, K exits, C classes.
 """
 
 import copy
@@ -112,79 +114,79 @@ class Writer:
         self.add(name, *inputs, *read, outputs=outputs, domain="parts")
         return outputs
 
-    def either(self, condition: str, outputs: list[str], *ways: Callable[[], Sequence[str]]) -> list[str]:
-        """Write an `If`. Two functions write its graphs, and return what comes out there.
+    def either(self, condition: str, *ways: Callable[[], str]) -> str:
+        """Write an `If`. Two functions write its graphs, and return the output there. Returns its output.
 
         Weights stand in the graph that reads them: only there ONNX Runtime packs them.
         """
         outside, graphs = (self.nodes, self.weights), []
         for way in ways:
             self.nodes, self.weights = [], []
-            values = [make_tensor_value_info(self.add("Identity", value), FLOAT, None) for value in way()]
-            graphs.append(make_graph(self.nodes, f"{outputs[0]}.{len(graphs)}", [], values, self.weights))
+            output = make_tensor_value_info(self.add("Identity", way()), FLOAT, None)
+            graphs.append(make_graph(self.nodes, f"{output.name}.graph", [], [output], self.weights))
         self.nodes, self.weights = outside
-        self.add("If", condition, outputs=outputs, then_branch=graphs[0], else_branch=graphs[1])
-        return outputs
+        return self.add("If", condition, then_branch=graphs[0], else_branch=graphs[1])
 
-    def go(self, rows: str | None, state: list[str], done: int | None, n: int) -> list[str]:
-        """The state before layer n, (M, T, D) and context, from tokens or from the state after `done` layers."""
-        with_rows = 3 if done is None else 2  # hidden states, and what the context has first
-        if rows:
-            state = [self.add("Gather", x, rows) for x in state[:with_rows]] + state[with_rows:]
-        if done is None:
+    def go(self, k: int, state: Sequence[str]) -> list[str]:
+        """The state before exit k's layer, from that at the exit before: tokens, or hidden states and context."""
+        n, done = self.model.exit_layers[k], self.model.exit_layers[k - 1] - 1 if k else -1
+        if n == 0:
+            return list(state)
+        if done < 0:
             state, done = self.call("start", "start", [self.model.encoder], *state), 0
         hidden, *context = state
         for i in range(done, n - 1):
             (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
         return [hidden, *context]
 
-    def ask(self, n: int, reach: Callable[[], list[str]]) -> list[str]:
-        """What the exit after layer n says, (M, C+2): probabilities, confidence, and n. `reach` writes the state."""
-        add, state, k = self.add, reach(), self.model.exit_layers.index(n)
+    def ask(self, k: int, state: list[str]) -> str:
+        """What exit k says, (M, C+2): probabilities, confidence, and its layer."""
+        add, model, n = self.add, self.model, self.model.exit_layers[k]
         if n == 0:
-            (logits,) = self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state)
+            (logits,) = self.call("ask_ngrams", "ngrams", [model.ngrams], *state)
         else:
-            modules = self.model.layer_of_exit(n), self.model.heads[self.model.head_layers.index(n)]
+            modules = model.layer_of_exit(n), model.heads[model.head_layers.index(n)]
             (logits,) = self.call("ask", f"exits.{n}", modules, *state)
-        temperature = add("Gather", "temperatures", add("Constant", value_int=k))
-        said = add("Softmax", add("Div", logits, temperature))
+        said = add("Softmax", add("Div", logits, add("Gather", "temperatures", add("Constant", value_int=k))))
         said = add("Concat", said, add("ReduceMax", said, add("Constant", value_ints=[-1])), axis=1)
-        return [add("Pad", said, add("Constant", value_ints=[0, 0, 0, 1]), add("Constant", value_float=float(n)))]
+        return add("Pad", said, add("Constant", value_ints=[0, 0, 0, 1]), add("Constant", value_float=float(n)))
 
-    def skip(self, here: str) -> list[str]:
-        """What is said of rows (M, ...) that are not asked: zeros (M, C+2)."""
-        size = self.add("Shape", here, end=1), self.add("Constant", value_ints=[self.model.num_labels + 2])
-        return [self.add("ConstantOfShape", self.add("Concat", *size, axis=0))]
+    def skip(self, state: list[str]) -> str:
+        """Zeros (M, C+2)."""
+        size = self.add("Shape", state[0], end=1), self.add("Constant", value_ints=[self.model.num_labels + 2])
+        return self.add("ConstantOfShape", self.add("Concat", *size, axis=0))
+
+    def from_exit(self, k: int, state: list[str]) -> str:
+        """What exit k and later ones say of the rows that come so far, (M, C+2), as in `ask`."""
+        add = self.add
+        if k == len(self.model.exit_layers) - 1:
+            return self.ask(k, state)
+        said = self.either("asks", partial(self.ask, k, state), partial(self.skip, state))
+        confidence = add("Gather", said, add("Constant", value_int=self.model.num_labels), axis=1)  # (M,)
+        stays = add("NonZero", add("Not", add("GreaterOrEqual", confidence, "limit")))
+        rows = add("Squeeze", stays, add("Constant", value_ints=[0]))
+
+        def later() -> str:
+            of_rows = 3 if self.model.exit_layers[k] == 0 else 2  # all tokens; hidden states and the context's first
+            kept = [add("Gather", x, rows) for x in state[:of_rows]] + state[of_rows:]
+            answers = self.from_exit(k + 1, self.go(k + 1, kept))
+            return add("ScatterND", said, add("Unsqueeze", rows, add("Constant", value_ints=[1])), answers)
+
+        return self.either(add("Cast", add("Size", rows), to=BOOL), later, lambda: said)
 
     def write(self) -> ModelProto:
         """The whole graph. Beside the file's inputs it has the temperatures (K,)."""
-        add, C, exits = self.add, self.model.num_labels, self.model.exit_layers
+        add, C = self.add, self.model.num_labels
         zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
         first, last, confidence = (add("Constant", value_ints=[value]) for value in (0, -1, C))
-        column = add("Constant", value_int=C)  # of the confidence
-        names = self.functions["start"].output  # of the state: hidden states, then context
-        nobody = [add("Constant", value=from_array(np.zeros((0, 1, 1), np.float32)))] * len(names)
-        # As `leaves` of adaptive.py. Rows that were not asked stay, since their confidence is 0.
-        limit = add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold")
-        asks = add("Not", add("Equal", "threshold", one))
-        rows, here, answers, some = None, None, None, add("Cast", add("Size", INPUTS[0]), to=BOOL)
-        state, done = list(INPUTS), None
-        for n in exits:
-            reach = partial(self.go, rows, state, done, n) if n > 0 else partial(list, state)
-            if 0 < n < exits[-1]:  # later exits need the state too
-                state, done = self.either(some, [f"{name}.{n}" for name in names], reach, partial(list, nobody)), n - 1
-                reach = partial(list, state)
-            asked = add("And", some, asks) if n < exits[-1] else some
-            ways = partial(self.ask, n, reach), partial(self.skip, here or INPUTS[0])
-            (said,) = self.either(asked, [f"said.{n}"], *ways)  # (M, C+2)
-            answers = add("ScatterND", answers, add("Unsqueeze", here, last), said) if here else said  # (B, C+2)
-            if n < exits[-1]:
-                stays = add("Less", add("Gather", said, column, axis=1), limit)  # (M,)
-                rows = add("Squeeze", add("NonZero", stays), first)
-                here, some = add("Gather", here, rows) if here else rows, add("Cast", add("Size", rows), to=BOOL)
+        # As `leaves` of adaptive.py. At threshold 1 all stay, since 0 was said.
+        add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold", outputs=["limit"])
+        add("Less", "threshold", one, outputs=["asks"])
+        answers = self.from_exit(0, self.go(0, INPUTS))  # (B, C+2)
         add("Slice", answers, first, confidence, last, outputs=OUTPUTS[:1])
-        add("Gather", answers, column, axis=1, outputs=OUTPUTS[1:2])
-        add("Cast", add("Gather", answers, add("Constant", value_int=C + 1), axis=1), to=INT64, outputs=OUTPUTS[2:])
+        add("Gather", answers, add("Constant", value_int=C), axis=1, outputs=OUTPUTS[1:2])
+        layer = add("Gather", answers, add("Constant", value_int=C + 1), axis=1)
+        add("Cast", layer, to=INT64, outputs=OUTPUTS[2:])
         inputs = [make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS]
         inputs += [make_tensor_value_info(name, FLOAT, None) for name in ("threshold", "temperatures")]
         shapes = (FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])
@@ -232,14 +234,6 @@ def set_rule(file: ModelProto, threshold: float, temperatures: Sequence[float]) 
     kept = [value for value in file.graph.initializer if value.name not in new]
     del file.graph.initializer[:]
     file.graph.initializer.extend(kept + [from_array(np.array(value, np.float32), name) for name, value in new.items()])
-
-
-def show_exits(file: ModelProto) -> ModelProto:
-    """A file with more outputs: what each exit says, see `ask`, of rows that came so far. Above threshold 1 all do."""
-    shown = copy.deepcopy(file)
-    said = [value for node in shown.graph.node for value in node.output if value.startswith("said.")]
-    shown.graph.output.extend(make_tensor_value_info(value, FLOAT, None) for value in said)
-    return shown
 
 
 def graphs_in(graph: GraphProto) -> Iterator[GraphProto]:
