@@ -137,6 +137,8 @@ def run_command(main: Callable[[], None]) -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
+    for name in ("stdout", "stderr"):  # one that was closed before the start is None: what is printed there is dropped
+        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
     notices = logging.Handler()
     notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar
