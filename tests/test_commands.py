@@ -59,9 +59,10 @@ def test_sigterm_is_143_also_where_a_library_makes_another_error_of_it(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_command_runs_where_standard_streams_are_closed(monkeypatch):
+@pytest.mark.parametrize("stderr", [None, SimpleNamespace(write=lambda text: os.write(-1, b""))])
+def test_a_command_runs_where_standard_streams_are_closed(monkeypatch, stderr):
     monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stderr", stderr)
     assert run(fail_with(InputError("--out: a"))) == 2
 
 

@@ -160,5 +160,6 @@ def run_command(main: Callable[[], None]) -> None:
             error = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
         elif not isinstance(error, InputError | OSError | UnicodeError):
             raise
-        print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
+        with suppress(OSError):  # nobody reads it, or its disk is full
+            print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
         sys.exit(2)
