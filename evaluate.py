@@ -15,6 +15,7 @@ import argparse
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -125,9 +126,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
     print(f"\nwritten to {run / folders.EVALUATION}; predict takes this operating point now. Next:")
-    print(f"  python -m minisweet predict {run} FILE.csv --out predicted.csv")
-    print(f"  python evaluate.py {run} --test FILE.csv")
-    print(f"  python -m minisweet explain {run} TEXT")
+    print(f"  python -m minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")
+    print(f"  python evaluate.py {quote(str(run))} --test FILE.csv")
+    print(f"  python -m minisweet explain {quote(str(run))} TEXT")
 
 
 def print_curve(evaluation: dict) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from shlex import quote
 
 import numpy as np
 import torch
@@ -204,7 +205,7 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     record["stages"] = {stage: round(taken, 1) for stage, taken in seconds.items()}
     record["seconds"] = round(sum(seconds.values()), 1)
     save_run(args.out, model, setup.folder, record, setup.validation)
-    print(f"{args.out}: trained in {record['seconds']:.0f} s; next: python evaluate.py {args.out}")
+    print(f"{args.out}: trained in {record['seconds']:.0f} s; next: python evaluate.py {quote(str(args.out))}")
 
 
 def main() -> None:
@@ -215,7 +216,7 @@ def main() -> None:
         setup = find_start(args)
         checkpoint = Checkpoint(path, args, setup.record)
         if checkpoint.is_finished:
-            print(f"{args.out}: finished already; next: python evaluate.py {args.out}")
+            print(f"{args.out}: finished already; next: python evaluate.py {quote(str(args.out))}")
         else:
             train_run(setup, checkpoint)
         if devices.process_rank() == 0:

@@ -59,6 +59,13 @@ def test_sigterm_is_143_also_where_a_library_makes_another_error_of_it(capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("stderr", [None, SimpleNamespace(write=lambda text: os.write(-1, b""))])
+def test_a_command_runs_where_standard_streams_are_closed(monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert run(fail_with(InputError("--out: a"))) == 2
+
+
 def test_what_nobody_foresaw_is_a_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         run(fail_with(RuntimeError("a bug")))

@@ -24,7 +24,7 @@ from tests.test_operating import random_validation
 @pytest.fixture
 def copied(run_of, tmp_path):
     """A function that copies a finished run, which may be changed."""
-    return lambda name: shutil.copytree(run_of(name), tmp_path / name)
+    return lambda name: shutil.copytree(run_of(name), tmp_path / f"my {name}")
 
 
 def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
@@ -112,7 +112,7 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert f"{point.judging_texts} distinct texts judged, {point.choosing_texts} others chose" in out
     assert re.search(r"^class +precision +recall +F1", out, re.MULTILINE)
     assert re.search(r"^at full depth +[0-9.]+ +[0-9.]+$", out, re.MULTILINE)  # milliseconds
-    assert all(f"{words} {run} " in out for words in ("minisweet predict", "evaluate.py", "minisweet explain"))
+    assert all(f"{words} '{run}' " in out for words in ("minisweet predict", "evaluate.py", "minisweet explain"))
 
 
 def test_an_older_evaluation_can_still_be_read(copied):

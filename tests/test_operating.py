@@ -203,12 +203,8 @@ def test_what_falls_short_is_said_in_one_line():
         (few, change, {"dev_size": 0.5}, "about 614 labelled rows in --data"),
         (few, change, {"metric": "agreement", "dev_data": "dev.csv"}, "about 307 validation rows"),
         (few, loss, {"metric": "matthews", "text_columns": None}, "241 would do if no answer changed: about 322 lab"),
-        (
-            few,
-            {"max_loss": 0.0, "sure": 70.0},
-            {},
-            "(at most 0 points are lost, 70% sure); no number of texts would do",
-        ),
+        (few, loss | {"max_loss": 0.0}, {}, "(at most 0 points are lost, 70% sure); no number of texts would do"),
+        (few, loss | {"max_loss": 1e-320}, {}, "no number of texts would do"),
         (worse, change, {}, "(at most 1% of the answers change, 90% sure); too many answers change"),
     ):
         point = point_of(validation, goal)

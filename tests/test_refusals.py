@@ -48,6 +48,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of --data, and"),
     ("train", f"{TRAIN} --out run", "--out: run holds a run already; name another folder, or pass --overwrite"),
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny holds 'config.json', which no run made; name"),
+    ("train", f"{TRAIN} --out /", "--out: / holds "),
     ("train", f"{TRAIN} --out {'x' * 240}", "x cannot be written (File name too long)"),
     ("train", f"{TRAIN} --out tiny/vocab.txt/x", "--out: tiny/vocab.txt/x cannot be written (Not a directory)"),
     ("train", f"{TRAIN} --out run --resume --overwrite", "not allowed with argument"),
@@ -114,6 +115,7 @@ REFUSALS = [
     ("export", "run --onnx new.pt", "--onnx: 'new.pt' is no name that ends in .onnx"),
     ("export", "tiny --onnx new.onnx", "tiny: no run here"),
     ("export", "run --out tiny", "tiny: is there already"),
+    ("export", "run --out /", "/: is there already"),
     ("export", "run --out new --exit-layer 0", "--exit-layer: 0, should be the layer of an exit: 1, 2, 4"),
     # paper
     ("reproduce", "--tasks sst3", "--tasks: 'sst3' is none of rte, mrpc"),

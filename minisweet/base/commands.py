@@ -137,6 +137,8 @@ def run_command(main: Callable[[], None]) -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
+    for name in ("stdout", "stderr"):  # one that was closed before the start is None: what is printed there is dropped
+        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
     notices = logging.Handler()
     notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar
@@ -158,5 +160,6 @@ def run_command(main: Callable[[], None]) -> None:
             error = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
         elif not isinstance(error, InputError | OSError | UnicodeError):
             raise
-        print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
+        with suppress(OSError):  # nobody reads it, or its disk is full
+            print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
         sys.exit(2)

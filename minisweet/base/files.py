@@ -61,9 +61,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     InputError where `target` cannot be written, or exists and `overwrite` is false.
     """
     target = Path(os.path.realpath(target))
-    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     if os.path.exists(target) and not (overwrite and (target.is_file() or target.is_dir())):  # /dev/null is neither
         raise InputError(f"{target}: is there already, and is not overwritten; name another")
+    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield new

@@ -37,9 +37,9 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
     `may_stand`, where `check_output` does, and where nothing can be written.
     """
     whole = out.resolve()
-    path = whole.with_name(f".{whole.name}.checkpoint") / "checkpoint.pt"
     try:
         check_output(out, may_stand)
+        path = whole.with_name(f".{whole.name}.checkpoint") / "checkpoint.pt"
         with suppress(FileNotFoundError):  # another OSError where the longest name of `written_beside` is too long
             os.stat(whole.with_name(f".{whole.name}.12345678.partial"))
         if process_rank() == 0:
@@ -123,7 +123,10 @@ class Checkpoint:
         self.stages[self.stage] = state
         if process_rank() == 0:
             with written_beside(self.path) as new, new.open("wb") as file:  # a full disk is OSError in a file of ours
-                torch.save({"training": self.training, "stages": self.stages}, file)
+                try:
+                    torch.save({"training": self.training, "stages": self.stages}, file)
+                except RuntimeError as error:  # torch's own, while it handles ours
+                    raise OSError(error.__context__ or error) from None
         self.saved = time.perf_counter()
         if number:
             LOG.warning("stopped after %d steps of %s; --resume goes on from %s", len(losses), self.stage, self.path)

@@ -101,9 +101,10 @@ def shortfall(point: dict, record: Record) -> str:
     if "sure" not in goal or point["threshold"] < 1 or len(record.exit_layers) == 1:
         return ""
     p = min(1 - 1e-9, limit_of(goal) / (200 if record.metric == "matthews" and "max_loss" in goal else 100))
-    needed = math.ceil(math.log1p(-goal["sure"] / 100) / math.log1p(-p)) if p else math.inf
-    reason = "too many answers change" if p else "no number of texts would do"
+    needed = math.log1p(-goal["sure"] / 100) / math.log1p(-p) if p else math.inf
+    reason = "too many answers change" if needed < math.inf else "no number of texts would do"
     if texts < needed < math.inf:
+        needed = math.ceil(needed)
         rows, what = math.ceil(needed * PARTS / (PARTS - 1)), "validation rows"
         if record.text_columns and not record.dev_data:  # of its own text a share is set aside
             rows, what = math.ceil(rows / record.dev_size), "rows in --data"
