@@ -1,7 +1,6 @@
 """Exits: which exit's loss reaches which parameter, branches, exit 0, and parity with the authors' code."""
 
 import copy
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import minisweet.exits
 import train
 from minisweet import MultiExitModel, NgramExit, build_multi_model, load_encoder
 from minisweet.base.files import home
@@ -134,38 +132,6 @@ def test_the_loops_gradients_are_those_of_whole_layers_and_the_summed_loss(model
         torch.testing.assert_close(ours[name], expected, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize(("method", "at_once"), [("sweet", True), ("branch", True), ("ee", False)])
-def test_where_losses_are_apart_each_is_sent_back_before_the_next_segment_runs(method, at_once):
-    model, sent = make("bert", (1, 2, 4), method), []
-    first = model.heads[0].classifier.weight
-    model.heads[1].register_forward_pre_hook(lambda *_: sent.append(first.grad is not None))
-    gradients(model, random_batch())
-    assert sent == [at_once]
-
-
-def test_the_table_of_owners_in_exits_py_is_what_gradients_say():
-    lines = minisweet.exits.__doc__.splitlines()
-    columns = next(line for line in lines if line.split() == ["ee", "sweet", "branch"])
-    starts = [columns.index(method) for method in ("ee", "sweet", "branch")]
-    rows = [line.ljust(60) for line in lines if line[4:9] in ("embed", "layer", "head ", "branc")]
-    cells = [slice(*ends) for ends in pairwise([*starts, 60])]
-    table = {row[4 : starts[0]].strip(): [row[cell].split() for cell in cells] for row in rows}
-    assert len(table) == 10
-    found = {name: [[], [], []] for name in table}
-    for column, method in enumerate(("ee", "sweet", "branch")):
-        model = make("bert", (1, 2, 4), method)
-        for name, owning in owners(model, random_batch()).items():
-            kind, place, *rest = name.split(".")
-            if kind == "encoder":
-                part = f"layer {int(rest[0]) + 1}" if place == "layers" else "embeddings"
-            else:
-                part = f"{ {'heads': 'head', 'branches': 'branch'}[kind] } {(1, 2, 4)[int(place)]}"
-            said = [str((1, 2, 4)[k]) for k in sorted(owning)] or ["-"]
-            assert found[part][column] in ([], said), name
-            found[part][column] = said
-    assert found == table
-
-
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method, strategy):
@@ -203,13 +169,6 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
             if method in ("mm", "branch"):  # copies have weights of their own
                 (model[0].encoder.layers[0] if method == "mm" else model.branches[0]).output.weight.zero_()
                 assert torch.equal(model(*batch)[-1], expected)
-
-
-def test_exits_grow_only_on_a_trunk_that_ends_where_they_do(model_dir):
-    for trunk in (build_alone(model_dir, 3, 3), MultiExitModel(load_encoder(model_dir), (1, 4), 3)):
-        for method in METHODS:
-            with pytest.raises(ValueError, match=r"\(1, 4\), and the trunk has exits after \((3,|1, 4)\)"):
-                grow(method, trunk, (1, 4))
 
 
 def with_exit_0(model):
