@@ -2,12 +2,11 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from minisweet.base.files import InputError
 from minisweet.use import plots
-from minisweet.use.plots import COLOURS, draw_curves, mean_and_spread
+from minisweet.use.plots import COLOURS, draw_curves
 
 POINT = {
     "score": 88.0,
@@ -99,13 +98,3 @@ def test_several_runs_of_the_same_rows_are_in_one_picture(drawn):
         drawn({"first": an_evaluation(), "runs/odd": an_evaluation(metric="matthews")})
     with pytest.raises(InputError, match="^--plot: 6 curves, should be at most 5"):
         drawn({str(n): an_evaluation() for n in range(6)})
-
-
-def test_fewer_than_three_values_have_no_interval():
-    mean, deviation, half = mean_and_spread(np.array([[1.0, 10.0], [2.0, 10.0], [3.0, np.nan]]))
-    assert (mean[0], deviation[0], half[0]) == (2.0, 1.0, pytest.approx(4.303 / 3**0.5))
-    assert np.isnan([mean[1], deviation[1], half[1]]).all()
-    mean, deviation, half = mean_and_spread(np.array([[1.0], [2.0]]))
-    assert (mean.tolist(), deviation.round(4).tolist(), np.isnan(half).all()) == ([1.5], [0.7071], True)
-    mean, deviation, half = mean_and_spread(np.array([[1.0, 2.0]]))
-    assert (mean.tolist(), np.isnan([deviation, half]).all()) == ([1, 2], True)
