@@ -222,16 +222,6 @@ def test_no_row_gets_a_prediction_where_others_have_their_label(run_of, command,
     assert [row["label"] for row in read_csv(tmp_path / "out.csv")] == ["", "gold", ""]
 
 
-def test_a_file_that_cannot_be_predicted_is_one_line(run_of, command, tmp_path):
-    """It says where, and nothing is written: not even over what is there."""
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"id": 1}\n')
-    (tmp_path / "out.csv").write_text("kept")
-    status, _, err = command(predict, run_of("sweet"), "in.jsonl", "--out", "out.csv")
-    assert (status, err) == (2, "predict.py: error: in.jsonl, line 2: 'text' is None, should be text\n")
-    assert (tmp_path / "out.csv").read_text() == "kept"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.csv"]
-
-
 def test_without_labels_confidence_is_called_agreement_where_it_is_shown(copy_of, command, tmp_path):
     run = copy_of("sweet")
     path = run / "run.json"
