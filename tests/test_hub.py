@@ -96,14 +96,6 @@ def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
     assert load_file(folder / "model.safetensors")["weight"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.slow
-def test_a_hub_that_falls_silent_leaves_nothing(server, fetch):
-    server.answers = 6
-    status, error = fetch("bert-base", server.url)
-    assert (status, len(server.requests) > 6) == (2, True)
-    assert "weights/bert-base by hand, as weights/README.md tells" in error
-
-
 def test_unknown_unreachable_and_offline_are_one_line_each(server, fetch):
     error = fetch("bert-base", NOBODY)[1]
     assert error.startswith("train.py: error: bert-base: not fetched (")
