@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import io
 import os
 import shutil
 import signal
@@ -91,19 +90,6 @@ def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
     assert capsys.readouterr() == ("result\n" * 2, "a\\nnotice of 3\n" * 2)
     code = "import minisweet, logging; log = logging.getLogger('minisweet'); assert not log.level and not log.handlers"
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
-
-
-def test_on_a_terminal_there_is_a_bar_which_no_notice_tears(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    run_command(lambda: None)
-    with Progress(total=4, desc="train", miniters=1, mininterval=0, ncols=40, file=terminal) as bar:
-        bar.update(2)
-        LOG.warning("a notice")
-        bar.update(2)
-    lines = terminal.getvalue().replace("\r", "\n").split("\n")
-    assert ("a notice" in [line.strip() for line in lines], "train: 100%" in lines[-2]) == (True, True)
 
 
 @pytest.mark.parametrize(
