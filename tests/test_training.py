@@ -178,13 +178,6 @@ def test_a_run_tells_what_made_it(trained, model_dir, method):
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee", "mm", "branch"])
-def test_one_example_is_enough(trained, tmp_path, method):
-    arguments = ["--method", method, "--train-size", 1, "--epochs", 3, "--exit-strategy", "lte", "--out", "a"]
-    trained(*quick(write_model(tmp_path / "tiny", "bert"), *arguments))
-    assert (len(record_of("a")["subset"]), np.shape(record_of("a")["losses"])) == (1, (3, 3))
-
-
 def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     options = quick(model, "--lr", "1e30", "--amp", "off", "--out", "a")
