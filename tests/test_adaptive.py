@@ -43,11 +43,6 @@ def test_exit_costs_are_those_of_equation_1():
         assert Exits((1, 4, 12), 12, method).costs(1.0) == Exits((1, 4, 12), 12, method).costs()
 
 
-def test_thresholds_span_chance_to_certainty():
-    assert spaced_thresholds(11, 1 / 2)[::5] == pytest.approx([0.5, 0.75, 1.0])
-    assert spaced_thresholds(3, 1 / 3) == pytest.approx([1 / 3, 2 / 3, 1.0])
-
-
 @given(st.integers(2, 5), st.integers(0, 10**6))
 def test_the_ends_hold_whatever_rounding_does(num_labels, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +142,7 @@ def test_the_right_temperature_is_found_and_lowers_nll_and_ece(temperature):
         assert expected_calibration_error(logits / fitted, labels) < expected_calibration_error(logits, labels) / 2
 
 
-@pytest.mark.parametrize("rows", [1, 2, 30, 3000])
+@pytest.mark.parametrize("rows", [1, 2, 30, 1000])
 def test_what_is_always_right_or_always_wrong_stays_within_the_prior(rows):
     logits, right = torch.tensor([[2.0, -1.0]]).repeat(rows, 1), torch.zeros(rows, dtype=torch.int64)
     grid = np.geomspace(1e-3, 1e3, 6001)
