@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from minisweet.base.commands import Parser
 from minisweet.data import tasks
 from minisweet.data.rows import Examples
-from minisweet.data.tasks import TASKS, digest, load_data, load_examples, stratified_split, text_digest
+from minisweet.data.tasks import TASKS, digest, load_data, load_examples, stratified_split
 from tests.hub_server import HubServer
 from tests.test_rows import refused, table, write
 
@@ -65,14 +65,6 @@ def test_a_class_of_one_text_is_trained_on_and_one_class_is_too_few(tmp_path):
     assert "no row can be set aside: no label has two different texts; see --dev-data" in refused(load, "--data", path)
     write(path, table(texts, ["x"] * 30))
     assert "all rows have the label 'x', needs two or more" in refused(load, "--data", path)
-
-
-def test_digests_tell_rows_and_texts_apart():
-    examples = Examples(["a", "a", "b"], ["x", "y", "x"], [0, 1, 0])
-    others = [examples.take([1, 0, 2]), examples._replace(labels=None), examples._replace(second=["x", "y", "z"])]
-    assert len({digest(rows) for rows in (examples, *others)}) == 4
-    digests = {text_digest(text) for text in examples.texts() * 2}
-    assert [len(bytes.fromhex(one)) for one in digests] == [8, 8, 8]
 
 
 @pytest.fixture
