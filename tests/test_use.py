@@ -258,8 +258,9 @@ def test_explain(copy_of, command, name):
 
 
 def test_light_start(run_of):
-    """Nothing heavy is imported up to the first answer, the compiler among it: a start is a user's first impression."""
+    """Nothing heavy is imported up to the first answer, and a program's logging is left alone."""
     heavy = "[name for name in ('transformers', 'matplotlib', 'torch._dynamo', 'sympy') if name in sys.modules]"
     code = f"from minisweet import EarlyExitClassifier as E; E({str(run_of('sweet'))!r})(['a']); print({heavy})"
+    code += "; import logging; log = logging.getLogger('minisweet'); print(log.level, log.handlers)"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, cwd=CHECKOUT)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert (done.stdout, done.stderr) == ("[]\n0 []\n", "")
