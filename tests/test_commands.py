@@ -16,7 +16,6 @@ from minisweet.base import commands, devices
 from minisweet.base.commands import Progress, list_of, number, one_of, positive_float, run_command, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
-from minisweet.use import predict
 from tests.conftest import CHECKOUT, run
 
 
@@ -88,8 +87,6 @@ def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
     for _ in range(2):  # as from a notebook: nothing is told twice
         run_command(lambda: [LOG.info("a\nnotice of %d", 3), print("result"), list(Progress(range(9), desc="silent"))])
     assert capsys.readouterr() == ("result\n" * 2, "a\\nnotice of 3\n" * 2)
-    code = "import minisweet, logging; log = logging.getLogger('minisweet'); assert not log.level and not log.handlers"
-    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -158,11 +155,7 @@ def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_
     code = "from minisweet import EarlyExitClassifier, InputError; from minisweet.base.files import home"
     done = python("-c", f"{code}; print(home(), issubclass(InputError, ValueError))")
     assert done.stdout == f"{tmp_path}/user/.cache/minisweet True\n", done.stderr
-    assert "The commands of the package" in python("-m", "minisweet", "--help").stdout
-    done = python("-m", "minisweet", "predict", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "usage: minisweet predict " in done.stdout
-    assert predict.__doc__ in done.stdout
+    assert "usage: minisweet predict " in python("-m", "minisweet", "predict", "--help").stdout
     assert not (tmp_path / "user").exists()
     assert not os.listdir(tmp_path / "elsewhere")
 
