@@ -135,7 +135,6 @@ def test_the_classes_of_a_trunk(tickets):
 
 # GLUE
 
-GLUE = Path(__file__).resolve().parents[2] / "shared" / "glue"
 GLUE_TASKS = [name for name in TASKS if name != "toy"]
 ODD = 'say "so\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
 
@@ -180,18 +179,6 @@ def put(data_dir: Path, task: str, content: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content.encode())
     return path
-
-
-@pytest.mark.parametrize("task", GLUE_TASKS)
-def test_reads_a_copy_of_glue(task):
-    if not GLUE.is_dir():
-        pytest.skip("no GLUE files beside the checkout (../shared/glue)")
-    for split, file in zip(("train", "dev"), TASKS[task].files, strict=True):
-        examples = load_examples(task, split, GLUE)
-        lines = (GLUE / TASKS[task].folder / file).read_bytes().strip().count(b"\n") + (TASKS[task].header is not None)
-        assert 0.999 * lines < len(examples.first) == len(examples.labels) <= lines  # a few rows are skipped
-        assert set(examples.labels) == set(range(len(TASKS[task].labels)))
-        assert all(sentence.strip() for sentence in examples.first + (examples.second or []))
 
 
 @pytest.mark.parametrize(
