@@ -1,7 +1,6 @@
 """The comparison of the exits' gradients."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +53,3 @@ def test_the_command_writes_the_mean_of_the_runs_and_passes_exit_0_over(command,
         np.testing.assert_allclose(np.array(report["cosine"], float), mean, atol=1e-4)
         np.testing.assert_allclose(np.array(report["deviation"], float), parts.std(0, ddof=1), atol=1e-4)
     assert {path.name for path in Path("gradients").iterdir()} == {"gradients.json", "gradients.png"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words", "message"),
-    [
-        ({"task": "mnli", "text_columns": ["a", "b"]}, ["own"], "own: a run of ee on mnli (own text), exits after"),
-        ({"seed": 1, "lr": 0.1}, ["ee", "own"], "own: its lr is 0.1, should be 0.003 as ee's"),
-    ],
-)
-def test_own_text_is_no_task_and_a_mean_is_of_equal_runs(run_of, command, changes, words, message):
-    shutil.copytree(run_of("ee"), "ee")
-    content = json.loads(Path("ee/run.json").read_text())
-    Path(shutil.copytree("ee", "own"), "run.json").write_text(json.dumps(content | changes))
-    status, _, err = command(gradients, *words)
-    assert (status, err.count("\n"), message in err, Path("gradients").exists()) == (2, 1, True, False), err
