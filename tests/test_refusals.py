@@ -5,6 +5,7 @@ raises the error, and stands in that room's section. `place` makes the files tha
 """
 
 import importlib
+import json
 import os
 import shlex
 import shutil
@@ -116,13 +117,15 @@ REFUSALS = [
     ("reproduce", "--report-only --out none", "--report-only: no run is in none/runs; name another --runs, or --out"),
     ("reproduce", "--print-commands --report-only", "--report-only: not allowed with argument --print-commands"),
     ("gradients", "run", "run: a run of branch on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
+    ("gradients", "mnli", "mnli: a run of ee on mnli (own text), exits after"),
+    ("gradients", "ee fast", "fast: its lr is 0.1, should be 0.003 as ee's"),
     ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
 ]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, run_of) -> Path:
-    """A folder with what a command line may name: a model, an evaluated run, and files of rows."""
+    """A folder with what a command line may name: models, evaluated runs, and files of rows."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "bert")
     write_model(folder / "one-type", "bert", type_vocab_size=1)
@@ -131,6 +134,9 @@ def place(tmp_path_factory, run_of) -> Path:
     os.mkfifo(folder / "pipe.csv")
     for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)
+    for name, changes in {"mnli": {"task": "mnli", "text_columns": ["a", "b"]}, "fast": {"lr": 0.1}}.items():
+        record = shutil.copytree(run_of("ee"), folder / name) / "run.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | changes))
     (folder / "own.csv").write_text("text,label\n" + "the good film,a\nthe bad film,b\n" * 16)
     return folder
 
