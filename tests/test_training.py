@@ -191,20 +191,6 @@ def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_pa
     assert load_run(Path("a"))[1].diverged is None  # a run with weights stays
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_class_weights_change_the_training_and_are_recorded(trained, tmp_path, method):
-    rows = ["a good film,up\n"] * 2 + [f"a bad film {i},down\n" for i in range(28)]
-    Path("t.csv").write_text("text,label\n" + "".join(rows))
-    options = ["--data", "t.csv", "--dev-data", "t.csv", "--lr", "1e-3", *layers_of(method, "0,2,4")]
-    options = quick(write_model(tmp_path / "tiny", "bert"), *options, *["--exit-layers", "0,4"] * (method == "plain"))
-    trained(*options, "--out", "plain")
-    trained(*options, "--out", "weighted", "--class-weights", "balanced")
-    (plain, before), (weighted, after) = load_run(Path("plain")), load_run(Path("weighted"))
-    assert record_of("weighted")["arguments"]["class_weights"] == "balanced"
-    assert before.losses != after.losses
-    assert not torch.equal(plain.ngrams.bias, weighted.ngrams.bias)
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """For each method a run with exits 0 and 4, of the model in the folder `tiny`."""
@@ -305,22 +291,26 @@ def test_every_method_trains_from_a_trunk(trained, tmp_path, method, targets):
     assert (record.losses == read_record(Path("labels")).losses) is (targets == "labels")
 
 
-@pytest.mark.parametrize("weights", [[], ["--class-weights", "balanced"]], ids=["", "balanced"])
-def test_the_trunks_probabilities_are_targets(trained, tmp_path, monkeypatch, weights):
-    """Of the branches and of exit 0 alike, from its answers without dropout."""
+@pytest.mark.parametrize(("targets", "is_balanced"), [("trunk", False), ("trunk", True), ("labels", True)])
+def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
+    trained, tmp_path, monkeypatch, targets, is_balanced
+):
+    """The trunk answers without dropout."""
     model, seen = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3), []
     fit, loss = train.fit_ngrams, train.exit_loss
     monkeypatch.setattr(train, "exit_loss", lambda *given: seen.append(given[2]) or loss(*given))
     monkeypatch.setattr(train, "fit_ngrams", lambda *given: seen.append(given[2]) or fit(*given))
     trained(*short("--model", model, "--method", "plain", "--exit-layers", 4, "--out", "one"))
     seen.clear()
-    options = ["--trunk", "one", "--method", "branch", "--targets", "trunk", *weights, "--batch-size", 32]
+    options = ["--trunk", "one", "--method", "branch", "--targets", targets, "--batch-size", 32]
+    options += ["--class-weights", "balanced"] * is_balanced
     trained(*short(*options, "--exit-layers", "0,2,4", "--out", "a", "--amp", "off"))
     (trunk, record), rows = load_run(Path("one")), load_examples("toy", "train", Path())
     examples = TokenizedExamples(load_tokenizer(model, 60, 32), rows.take(record.subset))
+    batch = examples.batch(np.arange(32))
     with torch.no_grad():
-        answers = trunk(*examples.batch(np.arange(32)).inputs)[0].softmax(-1)
-    expected = torch.from_numpy(train.balanced(answers.numpy(), 2)) if weights else answers
+        learnt = trunk(*batch.inputs)[0].softmax(-1) if targets == "trunk" else batch.targets
+    expected = torch.from_numpy(train.balanced(learnt.numpy(), 2)) if is_balanced else learnt
     branches, exit_0 = seen
     torch.testing.assert_close(exit_0, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(branches.sort(0).values, expected.sort(0).values, atol=1e-5, rtol=1e-5)
