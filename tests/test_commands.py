@@ -1,6 +1,5 @@
 """What every command shares: exit statuses, notices, checked options, devices and precision; also where installed."""
 
-import argparse
 import errno
 import os
 import shutil
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from minisweet.base import commands, devices
-from minisweet.base.commands import Progress, list_of, number, one_of, positive_float, run_command, whole_number
+from minisweet.base.commands import Progress, run_command
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
 from tests.conftest import CHECKOUT, run
@@ -87,23 +86,6 @@ def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
     for _ in range(2):  # as from a notebook: nothing is told twice
         run_command(lambda: [LOG.info("a\nnotice of %d", 3), print("result"), list(Progress(range(9), desc="silent"))])
     assert capsys.readouterr() == ("result\n" * 2, "a\\nnotice of 3\n" * 2)
-
-
-@pytest.mark.parametrize(
-    ("parse", "right", "wrong"),
-    [
-        (whole_number(1, 9), {"1": 1, "09": 9}, ["0", "10", "1.0", "x", "", "nan", "9" * 5000]),
-        (number(0, 1), {"0": 0.0, "1": 1.0, "1e-3": 0.001}, ["-1", "1.01", "inf", "nan", "x", ""]),
-        (positive_float, {"1e-5": 1e-5}, ["0", "-1", "inf", "nan", "1e-999"]),
-        (one_of({"ee": 1}), {"ee": "ee"}, ["", "e"]),
-        (list_of(whole_number(0, 4)), {"0,4": [0, 4]}, ["", "0,", "5", "a", "0,00"]),
-    ],
-)
-def test_options_take_what_is_right_and_nothing_else(parse, right, wrong):
-    assert {text: parse(text) for text in right} == right
-    for text in wrong:
-        with pytest.raises(argparse.ArgumentTypeError):
-            parse(text)
 
 
 def test_precision_follows_the_device(monkeypatch, caplog):
