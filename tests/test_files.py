@@ -11,7 +11,6 @@ import pytest
 
 from minisweet.base import files
 from minisweet.base.files import InputError, read_json, write_json, written_beside
-from tests.conftest import CHECKOUT
 
 
 def content(path: Path) -> dict[str, bytes] | bytes:
@@ -113,12 +112,3 @@ def test_messages_are_one_line():
     assert files.one_line("a\nb\0\ud800\u2028é") == "a\\nb\\x00\\ud800\\u2028é"
     assert len(str(InputError("\n" * 1000))) == len(files.one_line("x" * 10**6)) == 400
     assert (files.preview(["a", 1]), files.preview(list(range(9)), 2)) == ("a, 1", "0, 1 and 7 more")
-
-
-def test_home_is_the_environments_or_the_clone(monkeypatch, tmp_path):
-    monkeypatch.delenv("MINISWEET_HOME", raising=False)
-    assert files.home() == CHECKOUT
-    monkeypatch.setattr(files, "CLONE", tmp_path)
-    assert files.home() == Path.home() / ".cache" / "minisweet"
-    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path))
-    assert files.home() == tmp_path
