@@ -91,7 +91,7 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
         ("bert", "model_type", "roberta"),
         ("bert", "hidden_act", "relu"),
         ("bert", "hidden_size", "16"),
-        ("bert", "hidden_size", True),
+        ("bert", "type_vocab_size", True),
         ("bert", "num_attention_heads", 3),
         ("bert", "num_attention_heads", 0),
         ("bert", "hidden_size", -16),
