@@ -26,6 +26,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --method sweeet", "argument --method: invalid choice: 'sweeet'"),
     ("train", f"{TRAIN} --train-size 0", "--train-size: '0' is not a whole number from 1 to"),
     ("train", f"{TRAIN} --lr nan", "--lr: 'nan' is not a positive number"),
+    ("train", f"{TRAIN} --lr inf", "--lr: 'inf' is not a positive number"),
     ("train", f"{TRAIN} --exit-layers 1,x", "--exit-layers: 'x' is not a whole number"),
     ("train", f"{TRAIN} --data own.csv --labels a,b,", "--labels: 'a,b,' names one twice, or has an empty name"),
     ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
