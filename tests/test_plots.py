@@ -89,7 +89,5 @@ def test_several_runs_of_the_same_rows_are_in_one_picture(drawn):
     one, two, mean = lines(figure).values()
     assert [line.get_color() for line in (one, two, mean)] == [COLOURS[name] for name in ("sweet", "sweet", "mm")]
     assert one.get_linestyle() != two.get_linestyle()
-    with pytest.raises(InputError, match="^runs/odd: it was evaluated on other rows, .* than first"):
-        drawn({"first": an_evaluation(), "runs/odd": an_evaluation(metric="matthews")})
     with pytest.raises(InputError, match="^--plot: 6 curves, should be at most 5"):
         drawn({str(n): an_evaluation() for n in range(6)})
