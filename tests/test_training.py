@@ -293,7 +293,7 @@ def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
     fit, loss = train.fit_ngrams, train.exit_loss
     monkeypatch.setattr(train, "exit_loss", lambda *given: seen.append(given[2]) or loss(*given))
     monkeypatch.setattr(train, "fit_ngrams", lambda *given: seen.append(given[2]) or fit(*given))
-    trained(*short("--model", model, "--method", "plain", "--exit-layers", 4, "--out", "one"))
+    trained(*short("--model", model, "--method", "plain", "--exit-layers", 4, "--lr", "1e-3", "--out", "one"))
     seen.clear()
     options = ["--trunk", "one", "--method", "branch", "--targets", targets, "--batch-size", 32]
     options += ["--class-weights", "balanced"] * is_balanced
@@ -304,6 +304,7 @@ def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
     with torch.no_grad():
         learnt = trunk(*batch.inputs)[0].softmax(-1) if targets == "trunk" else batch.targets
     expected = torch.from_numpy(train.balanced(learnt.numpy(), 2)) if is_balanced else learnt
+    assert not (is_balanced and torch.equal(expected, learnt)), "the trunk should answer with both classes"
     branches, exit_0 = seen
     torch.testing.assert_close(exit_0, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(branches.sort(0).values, expected.sort(0).values, atol=1e-5, rtol=1e-5)
