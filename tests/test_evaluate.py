@@ -115,10 +115,13 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert all(f"{words} '{run}' " in out for words in ("minisweet predict", "evaluate.py", "minisweet explain"))
 
 
-def test_an_older_evaluation_can_still_be_read(copied):
+def test_an_older_evaluation_can_still_be_read_and_a_broken_one_not(copied):
     path = copied("sweet") / "evaluation.json"
     path.write_text(re.sub("(choosing|judging)_texts", "certified_rows", path.read_text()))
     assert read_evaluation(path.parent).operating_point.judging_texts is None
+    path.write_text(re.sub('"threshold": [0-9.]+', '"threshold": "x"', path.read_text()))
+    with pytest.raises(InputError, match="evaluation.json: operating_point: threshold is 'x', should be float"):
+        read_evaluation(path.parent)
 
 
 def test_exits_are_asked_by_hand_and_goals_replace_each_other(copied, command):
@@ -165,8 +168,12 @@ def test_an_evaluation_that_fails_replaces_nothing(copied, command, monkeypatch,
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_without_a_run_an_unfinished_training_is_not_passed_over(copied, command, tmp_path):
-    run = shutil.move(copied("trunk0"), tmp_path / "runs" / "old")
+def test_without_a_run_it_takes_the_newest_and_passes_no_unfinished_training_over(copied, command, tmp_path):
+    assert "no run here" in command(evaluate)[2]
+    run = shutil.move(copied("trunk0"), tmp_path / "runs" / "newer")
+    for name, time in (("older", 1e9), (".written", 1e10)):  # the other is being written
+        path = shutil.copytree(run, tmp_path / "runs" / name) / "run.json"
+        os.utime(path, (time, time))
     (tmp_path / "runs" / ".new.checkpoint").mkdir()
     status, _, err = command(evaluate)
     assert (status, err.count("\n"), "runs/new: its training is not finished" in err) == (2, 1, True)

@@ -4,16 +4,13 @@ import errno
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 from unittest.mock import Mock
 
 import pytest
 
 from minisweet.base import files
-from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
-from tests.conftest import CHECKOUT
+from minisweet.base.files import InputError, read_json, write_json, written_beside
 
 
 def content(path: Path) -> dict[str, bytes] | bytes:
@@ -101,56 +98,6 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
         write_json(tmp_path / "pipe", {})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    x: float
-    names: list[str]
-    kind: Literal["a", "b"] = "a"
-
-    def __post_init__(self):
-        if self.x < 0:
-            raise ValueError(f"x is {self.x}, must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    count: int
-    best: Point
-    by_name: dict[str, float] | None = None
-    is_round: bool = False
-
-
-RIGHT = {"count": 1, "best": {"x": 1, "names": ["é"]}, "by_name": {"a": 0.5}, "other": 0}
-
-
-def test_a_dataclass_comes_back_from_its_json(tmp_path):
-    write_json(tmp_path / "shape.json", RIGHT)
-    shape = read_dataclass(Shape, tmp_path / "shape.json")
-    assert shape == Shape(count=1, best=Point(x=1.0, names=["é"]), by_name={"a": 0.5})
-    write_json(tmp_path / "shape.json", asdict(shape))
-    assert read_dataclass(Shape, tmp_path / "shape.json") == shape
-    assert (tmp_path / "shape.json").read_text().count("\n") == 6
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"count": 1.0}, "count is 1.0, should be int"),
-        ({"count": True}, "count is True, should be int"),
-        ({"by_name": []}, "by_name is [], should be dict[str, float] | None"),
-        ({"best": []}, "best is [], should be tests.test_files.Point"),
-        ({"best": {"x": 1}}, "best: names is missing"),
-        ({"best": {"x": -1, "names": []}}, "best: x is -1, must not be negative"),
-        ({"best": {"x": 1, "names": {}}}, "best: names is {}, should be list[str]"),
-        ({"best": {"x": 1, "names": [], "kind": "c"}}, "best: kind is 'c', should be one of ['a', 'b']"),
-    ],
-)
-def test_a_mistyped_or_missing_key_is_named(change, words):
-    with pytest.raises(InputError) as error:
-        read_dataclass(Shape, Path("shape.json"), RIGHT | change)
-    assert str(error.value) == f"shape.json: {words}"
-
-
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff", b'{"a": ' + b"[" * 10**5, None, "pipe"])
 def test_what_is_no_json_object_is_refused(tmp_path, text):
     if text == "pipe":
@@ -165,12 +112,3 @@ def test_messages_are_one_line():
     assert files.one_line("a\nb\0\ud800\u2028é") == "a\\nb\\x00\\ud800\\u2028é"
     assert len(str(InputError("\n" * 1000))) == len(files.one_line("x" * 10**6)) == 400
     assert (files.preview(["a", 1]), files.preview(list(range(9)), 2)) == ("a, 1", "0, 1 and 7 more")
-
-
-def test_home_is_the_environments_or_the_clone(monkeypatch, tmp_path):
-    monkeypatch.delenv("MINISWEET_HOME", raising=False)
-    assert files.home() == CHECKOUT
-    monkeypatch.setattr(files, "CLONE", tmp_path)
-    assert files.home() == Path.home() / ".cache" / "minisweet"
-    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path))
-    assert files.home() == tmp_path

@@ -1,7 +1,6 @@
 """The comparison of the exits' gradients."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 
 import train
 from minisweet import MultiExitModel
-from minisweet.data import toy
-from minisweet.data.text import Batch, TokenizedExamples
+from minisweet.data.text import Batch
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
 from minisweet.runs.folders import read_record
@@ -40,51 +38,18 @@ def test_similarities_are_those_of_separate_backward_passes(model_type):
             assert similarity[m, i, j] == pytest.approx(1) if i == j else similarity[m, i, j] < 0.999
 
 
-def test_the_command_writes_the_mean_of_the_runs_and_passes_exit_0_over(command, tmp_path, monkeypatch):
-    model, measured, single = write_model(tmp_path / "tiny", "bert"), [], []
-    for seed in ("0", "1"):
-        words = ["--method", "ee", "--exit-layers", "0,1,2,4", "--lr", "1e-3", "--seed", seed, "--out", f"run{seed}"]
+def test_the_command_writes_the_mean_of_the_runs_and_passes_exit_0_over(command, tmp_path):
+    model, runs = write_model(tmp_path / "tiny", "bert"), (Path("run0"), Path("run1"))
+    for seed, run in enumerate(runs):
+        words = ["--method", "ee", "--exit-layers", "0,1,2,4", "--lr", "1e-3", "--seed", seed, "--out", run]
         assert command(train, *quick(model, *words))[0] == 0
-
-    def tokenize(tokenizer, examples):
-        measured.append(examples.first)
-        return TokenizedExamples(tokenizer, examples)
-
-    def compare(model, batch):
-        assert not model.training  # dropout is off
-        single.append(exit_similarities(model, batch))
-        return single[-1]
-
-    monkeypatch.setattr(gradients, "TokenizedExamples", tokenize)
-    monkeypatch.setattr(gradients, "exit_similarities", compare)
-    assert command(gradients, "run0", "run1", "--batches", 2)[0] == 0
-    sentences, *_ = toy.make_toy("train")
-    for seed in (0, 1):
-        trained = [sentences[row] for row in read_record(Path(f"run{seed}")).subset]
-        assert len({*measured[seed], *trained}) == 32 + len(trained)  # no row that was trained on
-    report = json.loads(Path("gradients/gradients.json").read_text())
-    assert (report["layers"], report["exits"], report["steps"], report["seeds"]) == ([1, 2], [1, 2, 4], 6, [0, 1])
-    assert report["cosine"][1][0] == [None, None, None]
-    values = np.array([similarity[0, 0, 1] for similarity in single]).reshape(2, 2)  # (runs, batches)
-    assert report["cosine"][0][0][1] == report["cosine"][0][1][0] == pytest.approx(values.mean(), abs=1e-4)
-    assert report["deviation"][0][0][1] == pytest.approx(values.mean(1).std(ddof=1), abs=1e-4)
-    out = command(gradients, "run0", "--batches", 2)[1]
-    assert "layer 2: cosine similarity of the gradients of the exits after 2, 4" in out
+    found = np.stack([gradients.measure(run, read_record(run), 2, tmp_path) for run in runs])
+    one = found[0]  # of one run the deviation is that of its batches
+    for named, mean, parts in ((runs, found.mean((0, 1)), found.mean(1)), (runs[:1], one.mean(0), one)):
+        out = command(gradients, *named, "--batches", 2)[1]
+        assert "layer 2: cosine similarity of the gradients of the exits after 2, 4" in out
+        report = json.loads(Path("gradients/gradients.json").read_text())
+        assert (report["layers"], report["exits"], report["steps"]) == ([1, 2], [1, 2, 4], 6)
+        np.testing.assert_allclose(np.array(report["cosine"], float), mean, atol=1e-4)
+        np.testing.assert_allclose(np.array(report["deviation"], float), parts.std(0, ddof=1), atol=1e-4)
     assert {path.name for path in Path("gradients").iterdir()} == {"gradients.json", "gradients.png"}
-    deviation = json.loads(Path("gradients/gradients.json").read_text())["deviation"][0][0][1]
-    assert deviation == pytest.approx(values[0].std(ddof=1), abs=1e-4)  # of one run over its batches
-
-
-@pytest.mark.parametrize(
-    ("changes", "words", "message"),
-    [
-        ({"task": "mnli", "text_columns": ["a", "b"]}, ["own"], "own: a run of ee on mnli (own text), exits after"),
-        ({"seed": 1, "lr": 0.1}, ["ee", "own"], "own: its lr is 0.1, should be 0.003 as ee's"),
-    ],
-)
-def test_own_text_is_no_task_and_a_mean_is_of_equal_runs(run_of, command, changes, words, message):
-    shutil.copytree(run_of("ee"), "ee")
-    content = json.loads(Path("ee/run.json").read_text())
-    Path(shutil.copytree("ee", "own"), "run.json").write_text(json.dumps(content | changes))
-    status, _, err = command(gradients, *words)
-    assert (status, err.count("\n"), message in err, Path("gradients").exists()) == (2, 1, True, False), err

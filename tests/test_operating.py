@@ -194,18 +194,13 @@ def test_what_falls_short_is_said_in_one_line():
     worse = many._replace(logits=many.logits * torch.tensor([-1.0, 1.0])[:, None, None])
     loss, change = {"max_loss": 1.0, "sure": 70.0}, {"max_change": 1.0, "sure": 90.0}
     for validation, goal, record_of, words in (
-        (
-            few,
-            loss,
-            {},
-            "1 point is lost, 70% sure); 30 texts judged, and 120 would do if no answer changed: about 800 lab",
-        ),
+        (few, loss, {}, "30 texts judged, and 120 would do if no answer changed: about 800 labelled rows in --data"),
         (few, change, {"dev_size": 0.5}, "about 614 labelled rows in --data"),
         (few, change, {"metric": "agreement", "dev_data": "dev.csv"}, "about 307 validation rows"),
         (few, loss, {"metric": "matthews", "text_columns": None}, "241 would do if no answer changed: about 322 lab"),
-        (few, loss | {"max_loss": 0.0}, {}, "(at most 0 points are lost, 70% sure); no number of texts would do"),
-        (few, loss | {"max_loss": 1e-320}, {}, "no number of texts would do"),
-        (worse, change, {}, "(at most 1% of the answers change, 90% sure); too many answers change"),
+        (few, {"max_loss": 0.0, "sure": 70.0}, {}, "no number of texts would do"),
+        (few, {"max_loss": 1e-320, "sure": 70.0}, {}, "no number of texts would do"),
+        (worse, change, {}, "too many answers change"),
     ):
         point = point_of(validation, goal)
         assert point["threshold"] == 1

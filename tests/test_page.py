@@ -151,35 +151,6 @@ class Page:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "first"), [("sweet", 1), ("mm", 0)])
-def test_each_threshold_counts_what_the_evaluation_counts(page, method, first):
-    case = Case(method, layers=(first, 2, 4))
-    opened = page(case)
-    for threshold in opened.thresholds:
-        opened.slide(threshold)
-        assert opened.counts() == np.bincount(case.taken(threshold), minlength=3).tolist()
-
-
-@pytest.mark.slow
-def test_the_keyboard_moves_the_slider_and_the_rows(page):
-    from selenium.webdriver.common.keys import Keys
-
-    opened = page(Case())
-    assert opened.texts("#t") == ["0.7123"]  # the operating point
-    (slider,) = opened.find("#threshold")
-    dots = []
-    for key, threshold, counts in ((Keys.END, "1.00", [0, 0, 200]), (Keys.HOME, "0.3333", [200, 0, 0])):
-        slider.send_keys(key)
-        assert (opened.texts("#t"), opened.counts()) == ([threshold], counts)
-        dots.append(opened.find("#dot")[0].get_attribute("transform"))
-    assert dots[0] != dots[1]
-    opened.choose(0)
-    opened.find("tbody tr")[0].send_keys(Keys.ARROW_DOWN)
-    assert opened.texts("tr[aria-selected=true] td")[0] == "2"
-    assert opened.texts("#whatlayers")[0].startswith("2: ")
-
-
-@pytest.mark.slow
 def test_what_is_stated_names_its_rows_and_intervals(page):
     case = Case()
     case.point.judging_texts = 150  # which older evaluations lack
@@ -193,21 +164,6 @@ def test_what_is_stated_names_its_rows_and_intervals(page):
     expected = "return [0.45, 0.55].map(curve.x).concat([74, 85].map(curve.y))"
     found = opened.browser.execute_script(script)
     assert found == pytest.approx(opened.browser.execute_script(expected), abs=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 420, 1280])
-def test_nothing_leaves_its_card(page, width):
-    case, size = Case("branch", labelled=False), {"width": width, "height": 1000}  # the longest name of a metric
-    case.record.labels[1] = "a label that is longer than most"
-    opened, size = page(case), size | {"deviceScaleFactor": 1, "mobile": False}
-    opened.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    script = """return [...document.querySelectorAll("section *:not(#scroll *)")].filter(element => {
-        const [inner, outer] = [element, element.closest("section")].map(one => one.getBoundingClientRect());
-        return inner.width && (inner.right > outer.right + 1 || inner.left < outer.left - 1 );
-    }).map(element => element.textContent)"""
-    assert opened.browser.execute_script(script) == []
-    opened.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @pytest.mark.slow
@@ -246,11 +202,14 @@ def test_filters_and_pages(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
-def test_the_layers_that_a_sentence_runs(page, method, first):
+def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(page, method, first):
     """A branch model's early exit runs the layers below its own and, as each exit asked before it, a private copy."""
     case = Case(method, layers=(first, 2, 4))
     opened = page(case)
-    opened.slide(0.8)
+    assert opened.texts("#t") == ["0.7123"]  # the operating point
+    for threshold in (*opened.thresholds, 0.8):
+        opened.slide(threshold)
+        assert opened.counts() == np.bincount(case.taken(threshold), minlength=3).tolist()
     boxes = {"sweet": 4, "mm": first + 2 + 4, "branch": 4 + first + 1}[method]
     run = {"sweet": [first, 2, 4], "mm": [first, first + 2, first + 6], "branch": [first, first + 2, first + 5]}[method]
     for k in range(3):

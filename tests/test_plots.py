@@ -2,12 +2,11 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from minisweet.base.files import InputError
 from minisweet.use import plots
-from minisweet.use.plots import COLOURS, draw_curves, mean_and_spread
+from minisweet.use.plots import COLOURS, draw_curves
 
 POINT = {
     "score": 88.0,
@@ -61,15 +60,11 @@ def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(dra
     assert set(found["full depth: 90.0 (82.0 to 95.0)"].get_ydata()) == {90.0}
     (band,) = axis.patches
     assert band.get_extents().transformed(axis.transData.inverted()).intervaly.tolist() == pytest.approx([82, 95])
-    assert [text.get_text() for text in axis.texts] == ["1", "2", "4"]
     (star,) = [entry for entry in axis.lines if entry.get_marker() == "*"]
     assert star.get_xydata().tolist() == [[0.7, 88.0]]
     bars = [entry.get_xydata().tolist() for entry in axis.lines if len(entry.get_xdata()) == 2]
     assert [[0.6, 88.0], [0.8, 88.0]] in bars
     assert [[0.7, 80.0], [0.7, 93.0]] in bars
-    assert "accuracy, in percent" in axis.get_ylabel()
-    (legend,) = figure.legends
-    assert not legend.get_window_extent().overlaps(axis.get_tightbbox())
 
 
 @pytest.mark.parametrize(("method", "last_ratio"), [("branch", 1.0), ("mm", 7 / 4)])
@@ -94,18 +89,5 @@ def test_several_runs_of_the_same_rows_are_in_one_picture(drawn):
     one, two, mean = lines(figure).values()
     assert [line.get_color() for line in (one, two, mean)] == [COLOURS[name] for name in ("sweet", "sweet", "mm")]
     assert one.get_linestyle() != two.get_linestyle()
-    assert not figure.axes[0].texts  # no exits
-    with pytest.raises(InputError, match="^runs/odd: it was evaluated on other rows, .* than first"):
-        drawn({"first": an_evaluation(), "runs/odd": an_evaluation(metric="matthews")})
     with pytest.raises(InputError, match="^--plot: 6 curves, should be at most 5"):
         drawn({str(n): an_evaluation() for n in range(6)})
-
-
-def test_fewer_than_three_values_have_no_interval():
-    mean, deviation, half = mean_and_spread(np.array([[1.0, 10.0], [2.0, 10.0], [3.0, np.nan]]))
-    assert (mean[0], deviation[0], half[0]) == (2.0, 1.0, pytest.approx(4.303 / 3**0.5))
-    assert np.isnan([mean[1], deviation[1], half[1]]).all()
-    mean, deviation, half = mean_and_spread(np.array([[1.0], [2.0]]))
-    assert (mean.tolist(), deviation.round(4).tolist(), np.isnan(half).all()) == ([1.5], [0.7071], True)
-    mean, deviation, half = mean_and_spread(np.array([[1.0, 2.0]]))
-    assert (mean.tolist(), np.isnan([deviation, half]).all()) == ([1, 2], True)

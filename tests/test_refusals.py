@@ -5,6 +5,7 @@ raises the error, and stands in that room's section. `place` makes the files tha
 """
 
 import importlib
+import json
 import os
 import shlex
 import shutil
@@ -25,6 +26,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --method sweeet", "argument --method: invalid choice: 'sweeet'"),
     ("train", f"{TRAIN} --train-size 0", "--train-size: '0' is not a whole number from 1 to"),
     ("train", f"{TRAIN} --lr nan", "--lr: 'nan' is not a positive number"),
+    ("train", f"{TRAIN} --lr inf", "--lr: 'inf' is not a positive number"),
     ("train", f"{TRAIN} --exit-layers 1,x", "--exit-layers: 'x' is not a whole number"),
     ("train", f"{TRAIN} --data own.csv --labels a,b,", "--labels: 'a,b,' names one twice, or has an empty name"),
     ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
@@ -61,11 +63,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --text-columns text,label", "text,label, should be one or two, and not the"),
     ("train", f"{TRAIN} --data own.csv --label-column team", "own.csv: no column team; it has text, label; name"),
     ("train", f"{TRAIN} --data pipe.csv", "pipe.csv: cannot be read (it is no file)"),
-    (
-        "train",
-        "--model one-type --data two.csv --max-length 32 --out new",
-        "one-type: its type_vocab_size is 1, and pairs",
-    ),
+    ("train", "--model one-type --data two.csv --max-length 32 --out new", "one-type: its type_vocab_size is 1, and"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --data own.csv --labels a,c", "own.csv, line 3: label 'b', should be one of a, c"),
     # evaluation
@@ -82,11 +80,7 @@ REFUSALS = [
     ("evaluate", "run --test own.csv --speed 0.5", "--speed: needs an evaluation, and --test takes the one that"),
     ("evaluate", "run --test none.csv", "none.csv"),
     ("evaluate", "run --test own.csv", "own.csv, line 2: label 'a', should be one of "),
-    (
-        "evaluate",
-        "pairs --test own.csv",
-        "own.csv: no column first,second or sentence1,sentence2; it has text, label; name it so",
-    ),
+    ("evaluate", "pairs --test own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
     ("evaluate", "run --plot own.csv", "--plot: 'own.csv' is no name that ends in .png"),
     ("evaluate", "run --plot new.png --amp bf16", "--amp: needs an evaluation, and --plot draws those that are there"),
     ("evaluate", "run pairs --plot new.png", "pairs: it was evaluated on other rows, or by another metric"),
@@ -99,6 +93,7 @@ REFUSALS = [
     ("predict", "run own.csv --out new.csv --speed 0.5 --sure 90", "sure: 90 needs max_loss or max_change"),
     ("predict", "run none.csv --out new.csv", "none.csv"),
     ("predict", "run pipe.csv --out new.csv", "pipe.csv: cannot be read (it is no file)"),
+    ("predict", "run half.jsonl --out new.csv", "half.jsonl, line 2: 'text' is None, should be text"),
     ("predict", "tiny own.csv --out new.csv", "tiny: no run here"),
     ("explain", "run", "TEXT: should be a text, or the two of a pair"),
     ("explain", "run a --html new.html", "TEXT: should be a text, or the two of a pair"),
@@ -125,20 +120,26 @@ REFUSALS = [
     ("reproduce", "--report-only --out none", "--report-only: no run is in none/runs; name another --runs, or --out"),
     ("reproduce", "--print-commands --report-only", "--report-only: not allowed with argument --print-commands"),
     ("gradients", "run", "run: a run of branch on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
+    ("gradients", "mnli", "mnli: a run of ee on mnli (own text), exits after"),
+    ("gradients", "ee fast", "fast: its lr is 0.1, should be 0.003 as ee's"),
     ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
 ]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, run_of) -> Path:
-    """A folder with what a command line may name: a model, an evaluated run, and files of rows."""
+    """A folder with what a command line may name: models, evaluated runs, and files of rows."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "bert")
     write_model(folder / "one-type", "bert", type_vocab_size=1)
     (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,b,x\nb,c,y\nc,d,x\nd,e,y\n")
+    (folder / "half.jsonl").write_text('{"text": "a"}\n{"id": 1}\n')
     os.mkfifo(folder / "pipe.csv")
     for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee"}.items():
         shutil.copytree(run_of(name), folder / called)
+    for name, changes in {"mnli": {"task": "mnli", "text_columns": ["a", "b"]}, "fast": {"lr": 0.1}}.items():
+        record = shutil.copytree(run_of("ee"), folder / name) / "run.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | changes))
     (folder / "own.csv").write_text("text,label\n" + "the good film,a\nthe bad film,b\n" * 16)
     return folder
 

@@ -12,10 +12,9 @@ import pytest
 
 import evaluate
 import train
-from minisweet.paper import report, reproduce
-from minisweet.paper.report import curve_of, tables
-from minisweet.use import plots
-from minisweet.use.plots import COLOURS, STUDENT_T
+from minisweet.paper import reproduce
+from minisweet.paper.report import tables
+from minisweet.use.plots import STUDENT_T
 from tests.benchmark import BLOCK, RESULTS, eight_epochs, zero_tables
 from tests.conftest import CHECKOUT, run, write_model
 
@@ -222,15 +221,6 @@ def test_students_quantiles_leave_one_fortieth_above():
         assert np.trapezoid(scale * (1 + x**2 / n) ** (-(n + 1) / 2), x) == pytest.approx(0.475, abs=5e-5)
 
 
-def test_interpolation_is_linear_and_never_extrapolates():
-    curve = record()
-    assert curve_of(curve, [0.25, 0.375, 0.5, 0.75, 1.0]).tolist() == [60, 65, 70, 75, 80]
-    assert curve_of(record(ratios=(0.25, 0.5, 1 - 1e-12)), [1.0]).tolist() == [80]  # rounding
-    assert np.isnan(curve_of(curve, [0.2, 1.01, 1.75])).all()
-    branch = record((60, 70, 81, 80), (0.25, 0.5, 1.25, 1.0))  # at t = 1 no branch is asked
-    assert curve_of(branch, [0.25, 0.75, 1.0, 1.125]).tolist() == [60, 75, 80, 80.5]
-
-
 def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():
     other = record((50.0, 50.0, 80.0), metric="matthews")
     grid = {
@@ -264,19 +254,6 @@ def test_differences_are_paired_and_bold_where_the_interval_over_tasks_leaves_ou
     text = tables({"ee": dict.fromkeys(tasks, same), "sweet": tasks}, [0.25, 0.5])
     row = "| ee | 3 | **+2.5 ±1.2** | +0.0 ±2.5 | **+2.5 ±1.2** | +1.0 ±2.5 | **+1.2 ±1.1** |\n"
     assert row in text  # 2, 3, 2.5; 0, -1, 1; 2, 0, 1
-
-
-def test_a_figure_has_a_curve_in_its_own_colour_for_each_of_five_methods(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    methods = ["sweet-flow0.5", "ee", "mm", "sweet", "plain", "branch"]
-    grid = {method: {"sst2": {seed: record() for seed in range(3)}} for method in methods}
-    report.draw_curves(tmp_path / "a.png", [("title", grid, ["sst2"])])
-    (axis,) = figures[0].axes
-    assert [line.get_color() for line in axis.lines] == [COLOURS[n] for n in ("sweet", "ee", "mm", "sweet", "plain")]
-    assert axis.lines[0].get_linestyle() != axis.lines[3].get_linestyle()
-    assert [line.get_label() for line in axis.lines][1:4] == ["Early-Exit", "Multi-Model", "SWEET"]
-    assert (len(axis.collections), axis.get_ylabel()) == (5, "accuracy")  # bands
 
 
 @pytest.mark.slow

@@ -159,14 +159,6 @@ def test_a_checkpoint_beside_a_finished_run_goes_first(command):
     assert json.loads(Path("a/run.json").read_text())["arguments"]["seed"] == 1
 
 
-def test_a_finished_run_on_a_trunk_says_so(command):
-    assert command("--out", "trunk", "--exit-layers", "4")[0] == 0
-    words = "--trunk trunk --out a --train-size 20 --max-length 32 --targets trunk --resume".split()
-    assert command(words=words)[0] == 0
-    assert "finished already" in command("--exit-layers", "0,4", words=words)[1]  # its default
-    assert "exit_layers is [4] and was [0, 4]" in command("--exit-layers", "4", words=words)[2]
-
-
 def test_a_full_disk(command, monkeypatch):
     assert command("--out", "whole")[0] == 0
     save = torch.save

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -71,16 +70,11 @@ def test_windows_line_ends_empty_lines_and_unnamed_columns(tmp_path):
         (["b"], ["text"], ["b"]),
         (None, ["a", "b"], ["a", "b"]),
         (None, ["left", "right"], ["sentence1", "sentence2"]),
-        (["text"], ["left", "right"], "--text-columns: text, should be 2, as in training"),
-        (["text", "a", "b"], None, "--text-columns: text,a,b, should be one or two"),
     ],
 )
 def test_columns_as_in_training_or_as_many(tmp_path, named, trained, found):
     path = write(tmp_path / "a.csv", [dict.fromkeys(["text", "sentence1", "sentence2", "a", "b"], "t")])
-    if isinstance(found, str):
-        assert found in refused(text_columns, path, named, trained)
-    else:
-        assert text_columns(path, named, trained) == found
+    assert text_columns(path, named, trained) == found
 
 
 def test_labels_are_texts_sorted_or_in_a_given_order(tmp_path):
@@ -111,13 +105,12 @@ REFUSED = [
     ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'[["text", "a"], ["label", "x"]]\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'{"text": ' + b"[" * 10**5, "line 1: not readable as a JSON object"),
-    ("a.csv", None, "cannot be read (it is no file)"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED)
 def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content) if content is not None else os.mkfifo(tmp_path / name)
+    (tmp_path / name).write_bytes(content)
     error = refused(read, tmp_path / name)
     assert error.startswith(str(tmp_path / name))
     assert message in error
@@ -156,7 +149,7 @@ def test_standard_output_gets_utf_8_whatever_the_terminal_has(monkeypatch):
 
 def test_rows_are_streamed(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("text,label\n" + "a,x\n" * 50_000 + "broken, row, here\n")
+    path.write_text("text,label\n" + "a,x\n" * 5_000 + "broken, row, here\n")
     rows = read_rows(path)
     assert next(rows) == (2, {"text": "a", "label": "x"})
-    assert "line 50002: not readable as cells (it has more" in refused(list, rows)
+    assert "line 5002: not readable as cells (it has more" in refused(list, rows)

@@ -1,8 +1,5 @@
 """Run folders, where what is read is what was saved; and what a training starts from that a user need not give."""
 
-import json
-import os
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +15,7 @@ from minisweet.branches import METHODS
 from minisweet.data.rows import Examples
 from minisweet.ngrams import NgramExit
 from minisweet.runs import folders, start
-from minisweet.runs.folders import load_run, load_trunk, method_name, read_record, run_name, save_run
+from minisweet.runs.folders import load_run, load_trunk, method_name, read_record, save_run
 from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
 from tests.conftest import random_batch, undecided_model, write_model
 
@@ -48,6 +45,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
     save_run(tmp_path / "run", model, model_folder, record, ROWS)
     loaded, found = load_run(tmp_path / "run")
     assert not loaded.training
+    assert read_json(tmp_path / "run" / "config.json")["model_type"] == "minisweet"  # which no other library takes
     assert list(loaded.exit_layers) == found.exit_layers == record["exit_layers"]
     torch.testing.assert_close(loaded(*random_batch()), model(*random_batch()), rtol=0, atol=0)
     assert (found.method, found.task, found.lr, found.num_labels) == (method, "toy", 3e-3, 2)
@@ -55,16 +53,6 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
     trunk, labels = load_trunk(tmp_path / "run")
     assert (trunk.exit_layers, labels) == ((4,), ["negative", "positive"])  # exit 0 is fitted anew
     torch.testing.assert_close(trunk(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
-
-
-def test_no_other_library_takes_a_run_for_its_model(tmp_path, run_of, record):
-    run = run_of("sweet")
-    assert json.loads((run / "config.json").read_text())["model_type"] == "minisweet"
-    save_run(tmp_path / "again", load_run(run)[0], run, record, ROWS)  # of a run's folder
-    load_run(tmp_path / "again")
-    transformers = pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match="minisweet"):
-        transformers.AutoModel.from_pretrained(run)
 
 
 @pytest.mark.parametrize(
@@ -97,30 +85,9 @@ def test_what_old_records_lack_has_defaults(tmp_path, record):
     assert found.diverged is found.ngrams is found.train_texts is None
 
 
-def test_names_of_runs_and_methods():
-    arguments = {"model": "some.one/bert-tiny", "method": "sweet", "task": "toy", "seed": 3}
-    arguments |= {"lr": 2e-4, "train_size": 6000, "exit_strategy": "confidence"}
-    assert run_name(arguments) == "bert-tiny-sweet-toy-seed3"
-    assert run_name(arguments, in_grid=True) == "bert-tiny-sweet-toy-lr0.0002-n6000-seed3"
-    assert run_name(arguments | {"exit_strategy": "lte"}, True) == "bert-tiny-sweet-toy-lr0.0002-n6000-seed3-lte"
+def test_names_of_methods_on_a_trunk():
     on_trunk = {method: method_name({"method": method, "trunk": "runs/a"}) for method in ("ee", "mm", "branch")}
     assert on_trunk == {"ee": "ee-mixed", "mm": "mm-taught", "branch": "branch"}
-
-
-def test_the_newest_run(tmp_path):
-    with pytest.raises(InputError, match="no run here"):
-        folders.newest_run(tmp_path / "runs")
-    for age, name in ((3, "a"), (9, "b"), (1, ".c")):
-        path = tmp_path / "runs" / name / "run.json"
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-        os.utime(path, (100 - age, 100 - age))
-    assert folders.newest_run(tmp_path / "runs").name == "a"  # .c is being written
-    (tmp_path / "runs" / ".b.checkpoint").mkdir()
-    with pytest.raises(InputError, match="runs.b: its training is not finished"):
-        folders.newest_run(tmp_path / "runs")
-    with pytest.raises(InputError, match="no run here"):
-        read_record(tmp_path)
 
 
 # What a training starts from.
@@ -143,21 +110,19 @@ def shape(model_type: str, hidden_size: int, depth: int) -> SimpleNamespace:
     return SimpleNamespace(model_type=model_type, hidden_size=hidden_size, num_hidden_layers=depth)
 
 
-def test_the_papers_settings_are_the_defaults():
-    """Table 2 as printed: EE, MM and SWEET, in 1e-5, for SST-2, MRPC, CoLA, MNLI, QQP, QNLI and RTE."""
-    printed = {
-        ("bert", 768, 12): "5/5/5 5/3/4 4/4/5 5/5/5 5/5/5 5/4/5 5/5/4",
-        ("bert", 1024, 24): "4/2/2 4/5/4 4/3/4 4/3/4 5/3/4 4/4/3 3/3/3",
-        ("deberta", 768, 12): "3/3/3 4/5/5 4/5/4 2/4/3 4/5/5 3/4/3 2/1/4",
-        ("deberta", 1024, 24): "2/4/3 3/2/1 3/3/2 2/2/2 2/2/3 3/2/1 1/2/2",
-    }
-    for model, row in printed.items():
-        for task, rates in zip("sst2 mrpc cola mnli qqp qnli rte".split(), row.split(), strict=True):
-            ours = [default_learning_rate(shape(*model), task, method) for method in ("ee", "mm", "sweet")]
-            assert ours == pytest.approx([int(rate) * 1e-5 for rate in rates.split("/")])
-            assert default_learning_rate(shape(*model), task, "branch") == ours[1]  # the trunk is MM's last model
+def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():
+    """Some of Table 2, in 1e-5: of EE, MM and SWEET."""
+    for model, task, printed in (
+        (("bert", 768, 12), "mrpc", [5, 3, 4]),
+        (("bert", 1024, 24), "sst2", [4, 2, 2]),
+        (("deberta", 768, 12), "rte", [2, 1, 4]),
+        (("deberta", 1024, 24), "rte", [1, 2, 2]),
+    ):
+        rates = [default_learning_rate(shape(*model), task, method) for method in ("ee", "mm", "sweet")]
+        assert rates == pytest.approx([rate * 1e-5 for rate in printed])
+        assert default_learning_rate(shape(*model), task, "branch") == rates[1]  # the trunk is MM's last model
         assert start.search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
-    for size, depth, task in ((768, 12, None), (768, 6, "mrpc"), (384, 6, "mrpc")):  # elsewhere the size decides
+    for size, depth, task in ((768, 12, None), (768, 6, "mrpc"), (384, 6, "mrpc")):
         rates = {default_learning_rate(shape("bert", size, depth), task, method) for method in METHODS}
         assert rates == {2e-4 if size == 384 else 5e-5}
 
@@ -187,14 +152,6 @@ def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypa
         if "--trunk" in arguments:
             Path("run").rename("first")
         status, out, err = command(train, *common, *arguments, "--overwrite")
-        assert (status, out.splitlines()[:1]) == (0, [expected]), err
-    first, *lines = out.splitlines()[1:-1]
-    assert "first, own: exits after layers 0,4 of 4, seed 0, " in first
-    counts = re.fullmatch(r"train: 20 of 40 rows: a (\d+), b (\d+)", lines[0])
-    assert sum(map(int, counts.groups())) == 20
-    assert lines[1:] == [
-        "validation: 2 rows: a 2, b 0",
-        "train: empty texts, skipped: 1",
-        "texts that are in both train and validation: 1",
-        "train: cut to 8 tokens: 20",
-    ]
+        assert (status, out.startswith(expected)) == (0, True), err
+    for words in ("20 of 40 rows", "a 2, b 0", "skipped: 1", "in both train and validation: 1", "cut to 8 tokens: 20"):
+        assert words in out

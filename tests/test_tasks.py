@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from minisweet.base.commands import Parser
 from minisweet.data import tasks
 from minisweet.data.rows import Examples
-from minisweet.data.tasks import TASKS, digest, load_data, load_examples, stratified_split, text_digest
+from minisweet.data.tasks import TASKS, digest, load_data, load_examples, stratified_split
 from tests.hub_server import HubServer
 from tests.test_rows import refused, table, write
 
@@ -65,14 +65,6 @@ def test_a_class_of_one_text_is_trained_on_and_one_class_is_too_few(tmp_path):
     assert "no row can be set aside: no label has two different texts; see --dev-data" in refused(load, "--data", path)
     write(path, table(texts, ["x"] * 30))
     assert "all rows have the label 'x', needs two or more" in refused(load, "--data", path)
-
-
-def test_digests_tell_rows_and_texts_apart():
-    examples = Examples(["a", "a", "b"], ["x", "y", "x"], [0, 1, 0])
-    others = [examples.take([1, 0, 2]), examples._replace(labels=None), examples._replace(second=["x", "y", "z"])]
-    assert len({digest(rows) for rows in (examples, *others)}) == 4
-    digests = {text_digest(text) for text in examples.texts() * 2}
-    assert [len(bytes.fromhex(one)) for one in digests] == [8, 8, 8]
 
 
 @pytest.fixture
@@ -143,7 +135,6 @@ def test_the_classes_of_a_trunk(tickets):
 
 # GLUE
 
-GLUE = Path(__file__).resolve().parents[2] / "shared" / "glue"
 GLUE_TASKS = [name for name in TASKS if name != "toy"]
 ODD = 'say "so\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
 
@@ -188,18 +179,6 @@ def put(data_dir: Path, task: str, content: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content.encode())
     return path
-
-
-@pytest.mark.parametrize("task", GLUE_TASKS)
-def test_reads_a_copy_of_glue(task):
-    if not GLUE.is_dir():
-        pytest.skip("no GLUE files beside the checkout (../shared/glue)")
-    for split, file in zip(("train", "dev"), TASKS[task].files, strict=True):
-        examples = load_examples(task, split, GLUE)
-        lines = (GLUE / TASKS[task].folder / file).read_bytes().strip().count(b"\n") + (TASKS[task].header is not None)
-        assert 0.999 * lines < len(examples.first) == len(examples.labels) <= lines  # a few rows are skipped
-        assert set(examples.labels) == set(range(len(TASKS[task].labels)))
-        assert all(sentence.strip() for sentence in examples.first + (examples.second or []))
 
 
 @pytest.mark.parametrize(

@@ -94,19 +94,15 @@ def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_pat
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee"])
-def test_mixed_precision_gradients_are_those_of_float32_and_training_has_dropout(tmp_path, monkeypatch, method):
-    """float16 gradients are unscaled before they are clipped, and backward() runs outside autocast."""
+def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, method):
+    """float16 gradients are unscaled before they are clipped."""
     folder, norms, clip = write_model(tmp_path / "tiny", "bert"), {}, train.clip_grad_norm_
     for precision in (None, torch.bfloat16, torch.float16):
-        seen, training = norms.setdefault(precision, []), []
+        seen = norms.setdefault(precision, [])
         monkeypatch.setattr(train, "clip_grad_norm_", lambda group, limit, seen=seen: seen.append(clip(group, limit)))
         torch.manual_seed(0)
         model = MultiExitModel(load_encoder(folder), (1, 4), 2, method).eval()
-        output = model.encoder.layers[3].output
-        output.register_forward_pre_hook(lambda module, _, seen=training: seen.append(module.training))
-        output.weight.register_hook(lambda _, seen=training: seen.append(torch.is_autocast_enabled("cpu")))
         fine_tune(model, toy_examples(folder, 16, 16), 1e-3, size=16, precision=precision)
-        assert training == [True, False]
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
@@ -178,13 +174,6 @@ def test_a_run_tells_what_made_it(trained, model_dir, method):
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee", "mm", "branch"])
-def test_one_example_is_enough(trained, tmp_path, method):
-    arguments = ["--method", method, "--train-size", 1, "--epochs", 3, "--exit-strategy", "lte", "--out", "a"]
-    trained(*quick(write_model(tmp_path / "tiny", "bert"), *arguments))
-    assert (len(record_of("a")["subset"]), np.shape(record_of("a")["losses"])) == (1, (3, 3))
-
-
 def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     options = quick(model, "--lr", "1e30", "--amp", "off", "--out", "a")
@@ -198,51 +187,35 @@ def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_pa
     assert load_run(Path("a"))[1].diverged is None  # a run with weights stays
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_class_weights_change_the_training_and_are_recorded(trained, tmp_path, method):
-    rows = ["a good film,up\n"] * 2 + [f"a bad film {i},down\n" for i in range(28)]
-    Path("t.csv").write_text("text,label\n" + "".join(rows))
-    options = ["--data", "t.csv", "--dev-data", "t.csv", "--lr", "1e-3", *layers_of(method, "0,2,4")]
-    options = quick(write_model(tmp_path / "tiny", "bert"), *options, *["--exit-layers", "0,4"] * (method == "plain"))
-    trained(*options, "--out", "plain")
-    trained(*options, "--out", "weighted", "--class-weights", "balanced")
-    (plain, before), (weighted, after) = load_run(Path("plain")), load_run(Path("weighted"))
-    assert record_of("weighted")["arguments"]["class_weights"] == "balanced"
-    assert before.losses != after.losses
-    assert not torch.equal(plain.ngrams.bias, weighted.ngrams.bias)
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """For each method a run with exits 0 and 4, of both encoders."""
+    """For each method a run with exits 0 and 4, of the model in the folder `tiny`."""
     folder = tmp_path_factory.mktemp("plain")
+    model = write_model(folder / "tiny", "bert")
     with in_folder(folder):
-        for model_type in ("bert", "deberta"):
-            model = write_model(folder / model_type, model_type)
-            for method in METHODS:
-                options = ["--exit-layers", "0,4", "--method", method, "--out", f"{model_type}-{method}"]
-                assert run(train, *quick(model, *options)) == 0
+        for method in METHODS:
+            assert run(train, *quick(model, "--exit-layers", "0,4", "--method", method, "--out", method)) == 0
     return folder
 
 
-def test_with_exits_0_and_L_all_methods_are_one(plain, model_type):
-    weights = {method: weights_of(plain / f"{model_type}-{method}") for method in METHODS}
+def test_with_exits_0_and_L_all_methods_are_one(plain):
+    weights = {method: weights_of(plain / method) for method in METHODS}
     weights["mm"] = {name.removeprefix("models.0."): tensor for name, tensor in weights["mm"].items()}
     for method in METHODS:
         assert weights[method].keys() == weights["sweet"].keys()
         assert all(torch.equal(weights[method][name], tensor) for name, tensor in weights["sweet"].items())
-        record = record_of(plain / f"{model_type}-{method}")
+        record = record_of(plain / method)
         assert (record["exit_layers"], np.shape(record["losses"])) == ([0, 4], (6, 1))
         assert list(record["stages"])[-1] == "exit 0"
-        assert load_run(plain / f"{model_type}-{method}")[0].exit_layers == (0, 4)
+        assert load_run(plain / method)[0].exit_layers == (0, 4)
 
 
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
 def test_exit_0_beside_others_changes_none_of_them(trained, plain, tmp_path, method):
     """It is the same bag of words with the other exits and without, and they are the same with it and without."""
     for layers in ("0,2,4", "2,4"):
-        trained(*quick(plain / "bert", "--exit-layers", layers, "--method", method, "--out", f"run-{layers}"))
-    both, without, alone = map(weights_of, ("run-0,2,4", "run-2,4", plain / f"bert-{method}"))
+        trained(*quick(plain / "tiny", "--exit-layers", layers, "--method", method, "--out", f"run-{layers}"))
+    both, without, alone = map(weights_of, ("run-0,2,4", "run-2,4", plain / method))
     ngrams = {name for name in both if name.startswith("ngrams.")}
     assert ngrams
     assert both.keys() - ngrams == without.keys()
@@ -253,20 +226,19 @@ def test_exit_0_beside_others_changes_none_of_them(trained, plain, tmp_path, met
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trunk_gets_exit_0_and_stays_as_it_is(trained, plain, method):
-    trunk = plain / "bert-sweet"  # which has exit 0 itself; another one is fitted
-    options = ["--train-size", 30, "--max-length", 32, "--method", method, "--seed", 1]
-    for extra in (["--exit-layers", "0,4"], []) if method == "plain" else (["--exit-layers", "0,4"],):
-        out = trained("--trunk", trunk, *options, *extra, "--out", "run", "--overwrite")
-        assert "no layer is trained: the trunk stays as it is" in out
-        before, after = map(weights_of, (trunk, "run"))
-        after = {name.removeprefix("models.0."): tensor for name, tensor in after.items()}
-        moved = {name for name in before if not torch.equal(before[name], after[name])}
-        assert before.keys() == after.keys()
-        assert moved
-        assert all(name.startswith("ngrams.") for name in moved)
-        record = record_of("run")
-        assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ([], ["exit 0"], [0, 4])
-        assert set(record_of(trunk)["train_texts"]) < set(record["train_texts"])
+    trunk = plain / "sweet"  # which has exit 0 itself; another one is fitted
+    options = ["--train-size", 30, "--max-length", 32, "--method", method, "--seed", 1, "--out", "run"]
+    options += [] if method == "plain" else ["--exit-layers", "0,4"]  # which is its default
+    assert "no layer is trained: the trunk stays as it is" in trained("--trunk", trunk, *options)
+    before, after = map(weights_of, (trunk, "run"))
+    after = {name.removeprefix("models.0."): tensor for name, tensor in after.items()}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert moved
+    assert all(name.startswith("ngrams.") for name in moved)
+    record = record_of("run")
+    assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ([], ["exit 0"], [0, 4])
+    assert set(record_of(trunk)["train_texts"]) < set(record["train_texts"])
 
 
 def short(*arguments) -> list:
@@ -298,41 +270,41 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, mod
     for name in ("on-mm", "on-one", "on-branch"):
         assert weights[name].keys() == ours.keys()
         assert all(torch.equal(weights[name][key], ours[key]) for key in ours), name
-    losses = {name: record_of(name)["losses"] for name in ("mm", "branch", "on-mm", "on-one")}
-    assert [row[2] for row in losses["branch"]] == [row[2] for row in losses["mm"]]
-    assert losses["on-mm"] == losses["on-one"] == [row[:2] for row in losses["branch"]]
 
 
-@pytest.mark.parametrize(("method", "targets"), [("ee", "labels"), ("ee", "trunk"), ("mm", "trunk")])
-def test_every_method_trains_from_a_trunk(trained, tmp_path, method, targets):
+@pytest.mark.parametrize("method", ["ee", "mm"])
+def test_every_method_trains_from_a_trunk(trained, tmp_path, method):
     model = write_model(tmp_path / "tiny", "bert")
-    first = ["--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "bert-base"]
-    grow = ["--trunk", "bert-base", "--method", method, "--targets"]  # a folder that is called like a preset
-    for arguments in (first, [*grow, targets, "--out", "grown"], [*grow, "labels", "--out", "labels"]):
-        trained(*short(*arguments))
+    trained(*short("--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "bert-base"))
+    grow = ["--trunk", "bert-base", "--method", method, "--targets", "trunk"]  # a folder that is called like a preset
+    trained(*short(*grow, "--out", "grown"))
     (grown, record), (plain, _) = load_run(Path("grown")), load_run(Path("bert-base"))
     assert (record.method, len(record.losses[0]), record.model) == (method, 3 if method == "ee" else 2, "./bert-base")
     same = torch.equal(grown(*random_batch())[-1], plain(*random_batch())[-1])
     assert same is (method != "ee")  # which goes on training the trunk
-    assert (record.losses == read_record(Path("labels")).losses) is (targets == "labels")
 
 
-@pytest.mark.parametrize("weights", [[], ["--class-weights", "balanced"]], ids=["", "balanced"])
-def test_the_trunks_probabilities_are_targets(trained, tmp_path, monkeypatch, weights):
-    """Of the branches and of exit 0 alike, from its answers without dropout."""
+@pytest.mark.parametrize(("targets", "is_balanced"), [("trunk", False), ("trunk", True), ("labels", True)])
+def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
+    trained, tmp_path, monkeypatch, targets, is_balanced
+):
+    """The trunk answers without dropout."""
     model, seen = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3), []
     fit, loss = train.fit_ngrams, train.exit_loss
     monkeypatch.setattr(train, "exit_loss", lambda *given: seen.append(given[2]) or loss(*given))
     monkeypatch.setattr(train, "fit_ngrams", lambda *given: seen.append(given[2]) or fit(*given))
-    trained(*short("--model", model, "--method", "plain", "--exit-layers", 4, "--out", "one"))
+    trained(*short("--model", model, "--method", "plain", "--exit-layers", 4, "--lr", "1e-3", "--out", "one"))
     seen.clear()
-    options = ["--trunk", "one", "--method", "branch", "--targets", "trunk", *weights, "--batch-size", 32]
+    options = ["--trunk", "one", "--method", "branch", "--targets", targets, "--batch-size", 32]
+    options += ["--class-weights", "balanced"] * is_balanced
     trained(*short(*options, "--exit-layers", "0,2,4", "--out", "a", "--amp", "off"))
     (trunk, record), rows = load_run(Path("one")), load_examples("toy", "train", Path())
     examples = TokenizedExamples(load_tokenizer(model, 60, 32), rows.take(record.subset))
+    batch = examples.batch(np.arange(32))
     with torch.no_grad():
-        answers = trunk(*examples.batch(np.arange(32)).inputs)[0].softmax(-1)
-    expected = torch.from_numpy(train.balanced(answers.numpy(), 2)) if weights else answers
+        learnt = trunk(*batch.inputs)[0].softmax(-1) if targets == "trunk" else batch.targets
+    expected = torch.from_numpy(train.balanced(learnt.numpy(), 2)) if is_balanced else learnt
+    assert not (is_balanced and torch.equal(expected, learnt)), "the trunk should answer with both classes"
     branches, exit_0 = seen
     torch.testing.assert_close(exit_0, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(branches.sort(0).values, expected.sort(0).values, atol=1e-5, rtol=1e-5)

@@ -222,16 +222,6 @@ def test_no_row_gets_a_prediction_where_others_have_their_label(run_of, command,
     assert [row["label"] for row in read_csv(tmp_path / "out.csv")] == ["", "gold", ""]
 
 
-def test_a_file_that_cannot_be_predicted_is_one_line(run_of, command, tmp_path):
-    """It says where, and nothing is written: not even over what is there."""
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"id": 1}\n')
-    (tmp_path / "out.csv").write_text("kept")
-    status, _, err = command(predict, run_of("sweet"), "in.jsonl", "--out", "out.csv")
-    assert (status, err) == (2, "predict.py: error: in.jsonl, line 2: 'text' is None, should be text\n")
-    assert (tmp_path / "out.csv").read_text() == "kept"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.csv"]
-
-
 def test_without_labels_confidence_is_called_agreement_where_it_is_shown(copy_of, command, tmp_path):
     run = copy_of("sweet")
     path = run / "run.json"
@@ -268,8 +258,9 @@ def test_explain(copy_of, command, name):
 
 
 def test_light_start(run_of):
-    """Nothing heavy is imported up to the first answer, the compiler among it: a start is a user's first impression."""
+    """Nothing heavy is imported up to the first answer, and a program's logging is left alone."""
     heavy = "[name for name in ('transformers', 'matplotlib', 'torch._dynamo', 'sympy') if name in sys.modules]"
     code = f"from minisweet import EarlyExitClassifier as E; E({str(run_of('sweet'))!r})(['a']); print({heavy})"
+    code += "; import logging; log = logging.getLogger('minisweet'); print(log.level, log.handlers)"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, cwd=CHECKOUT)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert (done.stdout, done.stderr) == ("[]\n0 []\n", "")
