@@ -44,7 +44,7 @@ class ExitRule:
 
     @classmethod
     def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
-        """The rule for new text, which `fit_rule` made and evaluation.json keeps."""
+        """The rule for new text, which was fitted to validation rows and evaluation.json keeps."""
         plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
         is_learned = evaluation.exit_strategy == "lte"
         ranges = torch.tensor(evaluation.certainty_ranges, **plain) if is_learned else None
@@ -168,22 +168,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         slope = gold * math.exp(-middle) - float((scaled.softmax(-1) * scaled).sum()) + 2 * middle
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp(middle)
-
-
-def fit_rule(logits: Tensor, certainty: Tensor | None, labels: Tensor, labelled: bool = True) -> ExitRule:
-    """The rule that some validation rows suggest, for other text. No rule is fitted anywhere else.
-
-    Args:
-        logits: (K, N, C).
-        certainty: (K or K-1, N) of learning-to-exit, whose ranges are taken; None where temperatures are fitted.
-        labels: (N,).
-        labelled: False where the labels are the last exit's own answers. They tell nothing of its temperature: it is 1.
-    """
-    K, _, C = logits.shape
-    if certainty is not None:
-        return ExitRule(C, ranges=certainty_ranges(certainty, K))
-    temperatures = [fit_temperature(exit_logits, labels) for exit_logits in logits[: K if labelled else K - 1]]
-    return ExitRule(C, torch.tensor(temperatures + [1.0] * (not labelled), dtype=torch.float32))
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:

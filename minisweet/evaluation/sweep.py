@@ -19,9 +19,10 @@ from minisweet.adaptive import (
     ExitRule,
     Exits,
     area_under_curve,
+    certainty_ranges,
     exits_taken,
     expected_calibration_error,
-    fit_rule,
+    fit_temperature,
     negative_log_likelihood,
 )
 from minisweet.base.commands import Progress
@@ -60,8 +61,17 @@ class Validation(NamedTuple):
         return self._replace(labels=self.logits[-1].argmax(-1), metric="agreement")
 
     def fit_rule(self) -> ExitRule:
-        """The rule that these rows suggest for others, for all K exits."""
-        return fit_rule(self.logits, self.certainty, self.labels, self.metric != "agreement")
+        """The rule that these rows suggest for others, for all K exits. No rule is fitted anywhere else.
+
+        Where the labels are the last exit's own answers, they tell nothing of its temperature: it is 1.
+        """
+        K, _, C = self.logits.shape
+        if self.certainty is not None:
+            return ExitRule(C, ranges=certainty_ranges(self.certainty, K))
+        temperatures = [fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
+        if self.metric == "agreement":
+            temperatures[-1] = 1.0
+        return ExitRule(C, torch.tensor(temperatures, dtype=torch.float32))
 
     def exits_at(self, asked: Sequence[int]) -> Exits:
         """Some of the exits alone, by their numbers from 0."""
