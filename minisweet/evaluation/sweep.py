@@ -15,16 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minisweet.adaptive import (
-    ExitRule,
-    Exits,
-    area_under_curve,
-    certainty_ranges,
-    exits_taken,
-    expected_calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-)
+from minisweet import adaptive
+from minisweet.adaptive import ExitRule, Exits
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
 from minisweet.base.files import LOG, InputError
@@ -67,8 +59,8 @@ class Validation(NamedTuple):
         """
         K, _, C = self.logits.shape
         if self.certainty is not None:
-            return ExitRule(C, ranges=certainty_ranges(self.certainty, K))
-        temperatures = [fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
+            return ExitRule(C, ranges=adaptive.certainty_ranges(self.certainty, K))
+        temperatures = [adaptive.fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
         if self.metric == "agreement":
             temperatures[-1] = 1.0
         return ExitRule(C, torch.tensor(temperatures, dtype=torch.float32))
@@ -83,7 +75,7 @@ class Validation(NamedTuple):
         Only the exits `asked` are asked. Exits go by their numbers among all K, from 0.
         """
         confidence = rule.confidences(self.logits, self.certainty)[list(asked)]  # the same at all thresholds
-        taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
+        taken = np.stack([adaptive.exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
         costs = np.array([self.exits_at(asked).costs(threshold) for threshold in thresholds])  # (P, exits asked)
         answers = np.take_along_axis(self.logits[list(asked)].argmax(-1).numpy(), taken, axis=0)
         return np.array(asked)[taken], answers, np.take_along_axis(costs, taken, axis=1)
@@ -181,7 +173,7 @@ def sweep(
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
     curve = {"exit_scores": score(predictions, labels, metric).tolist(), "scores": scores, "speedup_ratios": ratios}
     curve["exit_counts"] = [np.bincount(row, minlength=K).tolist() for row in taken]
-    return curve | {"area": area_under_curve(ratios, scores, 1 / validation.exits.depth)}, taken
+    return curve | {"area": adaptive.area_under_curve(ratios, scores, 1 / validation.exits.depth)}, taken
 
 
 def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> dict:
@@ -193,7 +185,7 @@ def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> d
     for rule, rows in folds:
         if rule.temperatures is not None:
             scaled["after"][:, rows] /= rule.temperatures[:, None, None]
-    for name, measure in (("ece", expected_calibration_error), ("nll", negative_log_likelihood)):
+    for name, measure in (("ece", adaptive.expected_calibration_error), ("nll", adaptive.negative_log_likelihood)):
         curve[name] = {when: [measure(one, labels) for one in logits] for when, logits in scaled.items()}  # (K,) each
     return curve
 
