@@ -99,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "exit_layers": layers,
         "thresholds": thresholds,
         **sweep.curve_of(validation, folds, thresholds),
-        "temperatures": [1.0] * len(layers) if rule.temperatures is None else rule.temperatures.tolist(),
+        "temperatures": rule.temperatures.tolist(),
         "certainty_ranges": None if rule.ranges is None else rule.ranges.tolist(),
         "operating_point": point,
         "examples": len(rows.first),

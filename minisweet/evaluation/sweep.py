@@ -183,8 +183,7 @@ def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> d
     curve["per_class"] = [classification_report(row.numpy(), labels.numpy(), C) for row in predictions]
     scaled = {"before": validation.logits, "after": validation.logits.clone()}
     for rule, rows in folds:
-        if rule.temperatures is not None:
-            scaled["after"][:, rows] /= rule.temperatures[:, None, None]
+        scaled["after"][:, rows] /= rule.temperatures[:, None, None]
     for name, measure in (("ece", adaptive.expected_calibration_error), ("nll", adaptive.negative_log_likelihood)):
         curve[name] = {when: [measure(one, labels) for one in logits] for when, logits in scaled.items()}  # (K,) each
     return curve
