@@ -84,20 +84,15 @@ def test_each_exit_alone(drawn, method, last_ratio):
 
 
 def test_several_runs_of_the_same_rows_are_in_one_picture(drawn):
-    """Each method has one colour; the seeds of a run are one curve, with the band of its interval if they are three."""
-    seeds = {f"x-seed{n}": an_evaluation(method="mm", scores=[60.0 + n, 80.0, 89.0, 90.0]) for n in (1, 2, 3)}
-    figure = drawn({"one": an_evaluation(), "two": an_evaluation()} | seeds)
-    mean = lines(figure).pop("Multi-Model, x-seed*, mean of 3 runs")
-    assert mean.get_ydata()[0] == 62
-    (band,) = figure.axes[0].collections
-    assert band.get_datalim(figure.axes[0].transData).ymin == pytest.approx(62 - 4.303 / 3**0.5, abs=1e-3)
-    one, two, mean = lines(figure).values()
-    assert [line.get_color() for line in (one, two, mean)] == [COLOURS[name] for name in ("sweet", "sweet", "mm")]
+    """Each method has one colour."""
+    figure = drawn({"one": an_evaluation(), "two": an_evaluation(), "three": an_evaluation(method="mm")})
+    one, two, three = lines(figure).values()
+    assert [line.get_color() for line in (one, two, three)] == [COLOURS[name] for name in ("sweet", "sweet", "mm")]
     assert one.get_linestyle() != two.get_linestyle()
     assert not figure.axes[0].texts  # no exits
     with pytest.raises(InputError, match="^runs/odd: it was evaluated on other rows, .* than first"):
         drawn({"first": an_evaluation(), "runs/odd": an_evaluation(metric="matthews")})
-    with pytest.raises(InputError, match="^--plot: 6 curves, should be at most 5"):
+    with pytest.raises(InputError, match="^--plot: 6 runs, should be at most 5"):
         drawn({str(n): an_evaluation() for n in range(6)})
 
 

@@ -28,7 +28,8 @@ Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or on
 
 def curve_of(record: dict, ratios: Sequence[float]) -> np.ndarray:
     """Interpolate the curve's scores at speedup ratios (P,). A ratio that the curve does not reach gets NaN."""
-    return plots.interpolated((record["speedup_ratios"], record["scores"]), ratios)
+    curve = plots.sorted_curve(record["speedup_ratios"], record["scores"])
+    return np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
 
 
 def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> np.ndarray:

@@ -5,8 +5,6 @@ Bars and bands are 95% intervals. An operating point is stated by the rows that 
 it may lie beside the curve. Dimension letters: S curves, P points of a curve.
 """
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +57,6 @@ def sorted_curve(ratios: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.n
     return ratios[order], np.array(scores)[order]
 
 
-def interpolated(curve: tuple[ArrayLike, ArrayLike], ratios: Sequence[float]) -> np.ndarray:
-    """The scores at some ratios (P,) of a curve's ratios and scores. A ratio that it does not reach gets NaN."""
-    return np.interp(np.round(ratios, 9), *sorted_curve(*curve), left=np.nan, right=np.nan)
-
-
 def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
 
@@ -102,30 +95,19 @@ def label_axes(axis, title: str, score: str) -> None:
 def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     """Draw the curves and operating points of runs, by the names to show; replaces a PNG at `path`.
 
-    Runs whose names differ in the seed alone are one curve, their mean. One run alone also has full depth, and each
-    exit as a dot. Raises InputError for a run that was evaluated on other data than the first, and for too many curves.
+    One run alone also has full depth, and each exit as a dot. Raises InputError for a run that was evaluated on other
+    data than the first, and for too many runs.
     """
     first, of_first = next(iter(evaluations.items()))
-    groups: dict[str, list[Evaluation]] = {}
+    if len(evaluations) > MOST:
+        raise InputError(f"--plot: {len(evaluations)} runs, should be at most {MOST}")
+    figure = new_figure(7.2, 5.6)
+    axis = figure.subplots()
     for name, evaluation in evaluations.items():
         if (evaluation.metric, evaluation.dev_digest) != (of_first.metric, of_first.dev_digest):
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
-        groups.setdefault(re.sub(r"seed\d+", "seed*", name), []).append(evaluation)
-    if len(groups) > MOST:
-        raise InputError(f"--plot: {len(groups)} curves, should be at most {MOST}; the seeds of a run are one curve")
-    figure = new_figure(7.2, 5.6)
-    axis = figure.subplots()
-    for name, (evaluation, *others) in groups.items():
-        label = f"{WORDS.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}"
-        if others:
-            curves = [(run.speedup_ratios, run.scores) for run in (evaluation, *others)]
-            reached = np.concatenate([ratios for ratios, _ in curves])
-            ratios = np.linspace(reached.min(), reached.max(), 400)
-            values = np.array([interpolated(curve, ratios) for curve in curves])
-            draw_mean(axis, evaluation.method, ratios, values, f"{label}, mean of {len(curves)} runs")
-            continue
-        point = evaluation.operating_point
-        label += f": {point.score:.1f} at {point.speedup_ratio:.0%} of the layers"
+        point, label = evaluation.operating_point, WORDS.get(evaluation.method, evaluation.method)
+        label += f", {one_line(name, 60)}: {point.score:.1f} at {point.speedup_ratio:.0%} of the layers"
         colour = draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
         axis.plot(point.speedup_interval, [point.score] * 2, color=colour, linewidth=2)
         axis.plot([point.speedup_ratio] * 2, point.score_interval, color=colour, linewidth=2)
