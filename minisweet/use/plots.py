@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.adaptive import Exits
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.evaluation.metrics import METRICS
 from minisweet.runs.folders import Evaluation
@@ -95,8 +94,7 @@ def label_axes(axis, title: str, score: str) -> None:
 def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     """Draw the curves and operating points of runs, by the names to show; replaces a PNG at `path`.
 
-    One run alone also has full depth, and each exit as a dot. Raises InputError for a run that was evaluated on other
-    data than the first, and for too many runs.
+    Raises InputError for a run that was evaluated on other data than the first, and for too many runs.
     """
     first, of_first = next(iter(evaluations.items()))
     if len(evaluations) > MOST:
@@ -112,23 +110,7 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
         axis.plot(point.speedup_interval, [point.score] * 2, color=colour, linewidth=2)
         axis.plot([point.speedup_ratio] * 2, point.score_interval, color=colour, linewidth=2)
         axis.plot(point.speedup_ratio, point.score, "*", color=colour, markersize=15, markeredgecolor="white", zorder=3)
-    if len(evaluations) == 1:
-        _draw_exits(axis, of_first, colour)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows; stars: operating points, 95% intervals"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")
     axis.margins(y=0.12)
     save_figure(figure, path)
-
-
-def _draw_exits(axis, evaluation: Evaluation, colour: str) -> None:
-    """Draw full depth, and each exit without the others: exit 0 in its own colour."""
-    layers, scores, point = evaluation.exit_layers, evaluation.exit_scores, evaluation.operating_point
-    low, high = point.full_depth_interval
-    axis.axhspan(low, high, color=COLOURS["full depth"], alpha=0.13, linewidth=0)
-    name = f"full depth: {scores[-1]:.1f} ({low:.1f} to {high:.1f})"
-    axis.axhline(scores[-1], color=COLOURS["full depth"], linestyle="--", linewidth=1, label=name)
-    depth = Exits(layers, 1, evaluation.method).costs(1.0)[-1] / evaluation.speedup_ratios[-1]  # all take the last exit
-    for n, score in zip(layers, scores, strict=True):
-        name = "an exit without the others, and its layer" if n else "exit 0, a bag of words, without the others"
-        axis.plot(n / depth, score, "o", color=colour if n else COLOURS["exit 0"], label=name)
-        axis.annotate(n, (n / depth, score), xytext=(0, -15), textcoords="offset points", ha="center")
