@@ -85,16 +85,15 @@ def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
     return f"\n### {title}\n\n{first}{'|---' * len(head)}|\n{''.join(others)}"
 
 
-def tables(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> str:
+def tables(grid: dict[str, Records]) -> str:
     """Write the tables of a grid, which maps method to task to seed to record, in Markdown.
 
-    A table has a row for the mean over all tasks and for each task. `chosen` replaces the paper's speedup ratios.
+    A table has a row for the mean over all tasks and for each task. The speedup ratios are the paper's.
     """
     tasks, runs = list(next(iter(grid.values()))), [run for records in grid.values() for run in _runs(records)]
     shown = ({f"mean of all {len(tasks)}": tasks} if len(tasks) > 1 else {}) | {task: [task] for task in tasks}
-    papers = [*RATIOS, *(min(run["speedup_ratios"]) for run in runs)]
-    papers += MULTI_MODEL_RATIOS if any(method.startswith("mm") for method in grid) else ()
-    ratios = sorted({round(float(ratio), 9) for ratio in chosen or papers})
+    ratios = [*RATIOS, *(min(run["speedup_ratios"]) for run in runs), *(MULTI_MODEL_RATIOS if "mm" in grid else ())]
+    ratios = sorted({round(float(ratio), 9) for ratio in ratios})
     layers = sorted({n for run in runs for n in run["exit_layers"]})
     individual, curves = [], []
     for (name, its), (method, records) in product(shown.items(), grid.items()):

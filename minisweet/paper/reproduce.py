@@ -191,19 +191,13 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     rates = {method: [grid.learning_rate(task, method) for task in args.tasks] for method in args.methods}
     rows = [[method, *("" if rate is None else f"{rate:g}" for rate in found)] for method, found in rates.items()]
     text += report.table("Learning rates: of several, that of the largest area", ["method", *args.tasks], rows)
-    text += report.tables(tables[size], args.ratios)
-    text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n], args.ratios)}" for n in sizes)
+    text += report.tables(tables[size])
+    text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n])}" for n in sizes)
     diverged = [name for name, record in complete.items() if not record]
     text += "\n### What to know of these runs\n\n"
     for what, lines in (("Runs whose loss became infinite or NaN", diverged), ("Missing runs", missing)):
         text += f"{what}: {len(lines)}\n\n" + "".join(f"- {line}\n" for line in lines) + "\n" * bool(lines)
     return text
-
-
-def share(text: str) -> float:
-    """An argparse type: a positive number or fraction, such as 0.5 or 1/6."""
-    part, _, whole = text.partition("/")
-    return positive_float(part) / positive_float(whole or "1")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -219,7 +213,6 @@ def parse_arguments() -> argparse.Namespace:
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
-    option("--ratios", type=list_of(share), help="of the tables, such as 1/6,1/2,1 (default: the paper's)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
     instead = parser.add_mutually_exclusive_group().add_argument
