@@ -41,7 +41,6 @@ class Grid:
         self.args = args
         self.pairs = list(product(args.tasks, args.methods))
         self.records: dict[Run, dict] = {}  # of the complete runs; {} of one that diverged
-        self.digests: dict[tuple, str] = {}  # of the rows that some runs must share
 
     def folder(self, run: Run) -> Path:
         """The run's folder, whose name holds all that tells the runs of a grid apart."""
@@ -64,15 +63,11 @@ class Grid:
         return self.records.get(run)
 
     def check(self, run: Run, record: Record) -> None:
-        """Raise InputError for a run of other settings than the grid's, or on other rows than the grid's other runs."""
+        """Raise InputError for a run of other settings than the grid's."""
         for key in SETTINGS:
             has, wanted = getattr(record, key), getattr(self.args, key)
             if wanted not in (None, has):
                 raise InputError(f"{self.folder(run)}: a run with {key} {has}, not {wanted}; name another --runs")
-        of_train = ("train", run.task, run.train_size, run.seed, record.targets == "trunk")  # without labels or with
-        for rows, digest in ((of_train, record.train_digest), (("dev", run.task), record.dev_digest)):
-            if digest and self.digests.setdefault(rows, digest) != digest:
-                raise InputError(f"{self.folder(run)}: on other {rows[0]} rows than other runs; name another --runs")
 
     def search(self, task: str, method: str) -> list[Run]:
         """The runs of the learning-rate search: one, if there is one rate."""
