@@ -2,7 +2,6 @@
 
     python evaluate.py                  # the newest run under runs/
     python evaluate.py runs/NAME --max-loss 0.5 --sure 90
-    python evaluate.py runs/NAME --use-exits 0,6
     python evaluate.py runs/NAME --test FILE.csv
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 

@@ -51,13 +51,10 @@ class ExitRule:
         return cls(num_labels, torch.tensor(evaluation.temperatures, **plain), ranges)
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
-        """Exit k's confidence in some instances: (n,), in float32.
+        """Exit k's confidence, k from 0, in some instances: logits (n, C) to (n,), in float32.
 
-        Args:
-            k: counted from 0.
-            logits: (n, C).
-            certainty: (n,), or None where the exit has none: without learning-to-exit, and at the last of a branch
-                model, which is never asked whether it is right.
+        `certainty` is (n,), or None where the exit has none: without learning-to-exit, and at the last of a branch
+        model, which is never asked whether it is right.
         """
         if certainty is None:
             return (logits.float() / self.temperatures[k]).softmax(-1).amax(-1)
@@ -171,10 +168,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """How far confidence and accuracy part, in 15 bins of confidence of equal width, weighted by size (0 to 1).
-
-    logits (N, C), labels (N,).
-    """
+    """How far confidence and accuracy part, in 15 bins of confidence, weighted by size: from 0 to 1, of (N, C), (N,)."""
     confidence, prediction = logits.double().softmax(-1).max(-1)  # (N,)
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - (prediction == labels).double())
