@@ -168,7 +168,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """How far confidence and accuracy part, in 15 bins of confidence, weighted by size: from 0 to 1, of (N, C), (N,)."""
+    """How far confidence and accuracy part (0 to 1), in 15 bins of confidence: logits (N, C), labels (N,)."""
     confidence, prediction = logits.double().softmax(-1).max(-1)  # (N,)
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - (prediction == labels).double())
