@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisweet.adaptive import ExitRule, spaced_thresholds
+from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
 from minisweet.base.files import InputError, read_dataclass, write_json, written_beside
@@ -164,21 +164,17 @@ def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
 def test(args: argparse.Namespace) -> None:
     """Try the run's operating point on a file, beside what was stated and promised. Without labels, count changes."""
     (run,) = args.runs
-    model, record = folders.load_run(run)
-    evaluation = folders.read_evaluation(run)
-    point, goal = evaluation.operating_point, evaluation.operating_point.wish
+    classify = EarlyExitClassifier(run, device=str(args.device), amp=args.amp)
+    record, point, exits = classify.record, classify.evaluation.operating_point, range(len(classify.exit_layers))
+    goal = point.wish
     columns, (_, first) = text_columns(args.test, None, record.columns, option=""), next(read_rows(args.test))
     column = next((name for name in (record.label_column, "label") if name in first), None)
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"
-    model = model.keep_exits(point.asked_exits).to(args.device)
-    answers = sweep.run_exits(run, record, model, rows, metric, args.precision)
-    rule = ExitRule.from_evaluation(evaluation, record.num_labels)
-    rule, exits = rule.kept(list(map(evaluation.exit_layers.index, point.asked_exits))), range(len(point.asked_exits))
-    found, changes = (
-        operating.stated(rule, of, exits, point.threshold) for of in (answers, answers.against_full_depth())
-    )
+    answers = sweep.run_exits(run, record, classify.model, rows, metric, classify.precision)
+    found = operating.stated(classify.rule, answers, exits, point.threshold)
+    changes = operating.stated(classify.rule, answers.against_full_depth(), exits, point.threshold)
     skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
     print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
@@ -195,8 +191,6 @@ def test(args: argparse.Namespace) -> None:
         if of_promise["loss"] > operating.limit_of(goal):
             held = "which does not hold here: by chance, or such texts are drawn otherwise than the validation rows"
         print(f"promised: {goals.promise_of(goal)}, {held}")
-    if line := goals.in_other_precision(goal, point.threshold, evaluation, args.precision):
-        print(f"warning: {line}")
 
 
 if __name__ == "__main__":
