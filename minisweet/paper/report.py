@@ -139,7 +139,7 @@ def _runs(records: Records) -> list[dict]:
 
 
 def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:
-    """Draw the speed-accuracy curves of the first five methods to a PNG: means over seeds and their 95% intervals.
+    """Draw the speed-accuracy curves of all methods to a PNG: means over seeds and their 95% intervals.
 
     Each panel is a title, a grid as in `tables`, and the tasks to average over.
     """
@@ -148,7 +148,7 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     figure = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows)
     for place, (title, grid, tasks) in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, columns, place)
-        for method in list(grid)[: plots.MOST]:
+        for method in grid:
             records = {task: grid[method][task] for task in tasks}
             reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]] or [0]
             ratios = np.linspace(min(reached), max(reached), 400)

@@ -70,8 +70,8 @@ def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def draw_line(axis, method: str, ratios: ArrayLike, scores: ArrayLike, label: str, marker: str = ".") -> str:
-    """Draw a curve in its method's colour, which is returned; the method of a study has that of its first word."""
-    colour = COLOURS.get(method.partition("-")[0], COLOURS["other"])
+    """Draw a curve in its method's colour, which is returned."""
+    colour = COLOURS.get(method, COLOURS["other"])
     before = sum(line.get_color() == colour and line.get_label()[0] != "_" for line in axis.lines)
     style = LINES[before % len(LINES)]
     axis.plot(*sorted_curve(ratios, scores), style, color=colour, marker=marker, label=label)
