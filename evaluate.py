@@ -2,7 +2,6 @@
 
     python evaluate.py                  # the newest run under runs/
     python evaluate.py runs/NAME --max-loss 0.5 --sure 90
-    python evaluate.py runs/NAME --use-exits 0,6
     python evaluate.py runs/NAME --test FILE.csv
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 
@@ -20,7 +19,7 @@ from shlex import quote
 import numpy as np
 import torch
 
-from minisweet.adaptive import ExitRule, spaced_thresholds
+from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
 from minisweet.base.files import InputError, read_dataclass, write_json, written_beside
@@ -100,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "exit_layers": layers,
         "thresholds": thresholds,
         **sweep.curve_of(validation, folds, thresholds),
-        "temperatures": [1.0] * len(layers) if rule.temperatures is None else rule.temperatures.tolist(),
+        "temperatures": rule.temperatures.tolist(),
         "certainty_ranges": None if rule.ranges is None else rule.ranges.tolist(),
         "operating_point": point,
         "examples": len(rows.first),
@@ -123,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print_curve(evaluation)
     goals.print_point(point, record, layers)
     print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts())
-    for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
+    if line := goals.shortfall(point, record):
         print(f"warning: {line}")
     print(f"\nwritten to {run / folders.EVALUATION}; predict takes this operating point now. Next:")
     print(f"  python -m minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")
@@ -166,21 +165,17 @@ def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
 def test(args: argparse.Namespace) -> None:
     """Try the run's operating point on a file, beside what was stated and promised. Without labels, count changes."""
     (run,) = args.runs
-    model, record = folders.load_run(run)
-    evaluation = folders.read_evaluation(run)
-    point, goal = evaluation.operating_point, evaluation.operating_point.wish
+    classify = EarlyExitClassifier(run, device=str(args.device), amp=args.amp)
+    record, point, exits = classify.record, classify.evaluation.operating_point, range(len(classify.exit_layers))
+    goal = point.wish
     columns, (_, first) = text_columns(args.test, None, record.columns, option=""), next(read_rows(args.test))
     column = next((name for name in (record.label_column, "label") if name in first), None)
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"
-    model = model.keep_exits(point.asked_exits).to(args.device)
-    answers = sweep.run_exits(run, record, model, rows, metric, args.precision)
-    rule = ExitRule.from_evaluation(evaluation, record.num_labels)
-    rule, exits = rule.kept(list(map(evaluation.exit_layers.index, point.asked_exits))), range(len(point.asked_exits))
-    found, changes = (
-        operating.stated(rule, of, exits, point.threshold) for of in (answers, answers.against_full_depth())
-    )
+    answers = sweep.run_exits(run, record, classify.model, rows, metric, classify.precision)
+    found = operating.stated(classify.rule, answers, exits, point.threshold)
+    changes = operating.stated(classify.rule, answers.against_full_depth(), exits, point.threshold)
     skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
     print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
@@ -197,8 +192,6 @@ def test(args: argparse.Namespace) -> None:
         if of_promise["loss"] > operating.limit_of(goal):
             held = "which does not hold here: by chance, or such texts are drawn otherwise than the validation rows"
         print(f"promised: {goals.promise_of(goal)}, {held}")
-    if line := goals.in_other_precision(goal, point.threshold, evaluation, args.precision):
-        print(f"warning: {line}")
 
 
 if __name__ == "__main__":

@@ -44,20 +44,17 @@ class ExitRule:
 
     @classmethod
     def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
-        """The rule for new text, which `fit_rule` made and evaluation.json keeps."""
+        """The rule for new text, which was fitted to validation rows and evaluation.json keeps."""
         plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
         is_learned = evaluation.exit_strategy == "lte"
         ranges = torch.tensor(evaluation.certainty_ranges, **plain) if is_learned else None
         return cls(num_labels, torch.tensor(evaluation.temperatures, **plain), ranges)
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
-        """Exit k's confidence in some instances: (n,), in float32.
+        """Exit k's confidence, k from 0, in some instances: logits (n, C) to (n,), in float32.
 
-        Args:
-            k: counted from 0.
-            logits: (n, C).
-            certainty: (n,), or None where the exit has none: without learning-to-exit, and at the last of a branch
-                model, which is never asked whether it is right.
+        `certainty` is (n,), or None where the exit has none: without learning-to-exit, and at the last of a branch
+        model, which is never asked whether it is right.
         """
         if certainty is None:
             return (logits.float() / self.temperatures[k]).softmax(-1).amax(-1)
@@ -170,27 +167,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(middle)
 
 
-def fit_rule(logits: Tensor, certainty: Tensor | None, labels: Tensor, labelled: bool = True) -> ExitRule:
-    """The rule that some validation rows suggest, for other text. No rule is fitted anywhere else.
-
-    Args:
-        logits: (K, N, C).
-        certainty: (K or K-1, N) of learning-to-exit, whose ranges are taken; None where temperatures are fitted.
-        labels: (N,).
-        labelled: False where the labels are the last exit's own answers. They tell nothing of its temperature: it is 1.
-    """
-    K, _, C = logits.shape
-    if certainty is not None:
-        return ExitRule(C, ranges=certainty_ranges(certainty, K))
-    temperatures = [fit_temperature(exit_logits, labels) for exit_logits in logits[: K if labelled else K - 1]]
-    return ExitRule(C, torch.tensor(temperatures + [1.0] * (not labelled), dtype=torch.float32))
-
-
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """How far confidence and accuracy part, in 15 bins of confidence of equal width, weighted by size (0 to 1).
-
-    logits (N, C), labels (N,).
-    """
+    """How far confidence and accuracy part (0 to 1), in 15 bins of confidence: logits (N, C), labels (N,)."""
     confidence, prediction = logits.double().softmax(-1).max(-1)  # (N,)
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - (prediction == labels).double())

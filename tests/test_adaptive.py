@@ -15,12 +15,12 @@ from minisweet.adaptive import (
     certainty_ranges,
     exits_taken,
     expected_calibration_error,
-    fit_rule,
     fit_temperature,
     leaves,
     negative_log_likelihood,
     spaced_thresholds,
 )
+from minisweet.evaluation.sweep import Validation
 
 
 def test_exit_costs_are_those_of_equation_1():
@@ -158,13 +158,17 @@ def test_a_rule_has_a_temperature_for_each_exit_and_the_ranges_of_learning_to_ex
     logits, labels = sampled(2.0, size=200)
     logits = torch.stack([logits * 0.3, logits])
     fitted = [fit_temperature(x, labels) for x in logits]
-    assert fit_rule(logits, None, labels).temperatures.tolist() == pytest.approx(fitted)
+
+    def fit_rule(labels: torch.Tensor, metric: str = "accuracy", certainty: torch.Tensor | None = None) -> ExitRule:
+        return Validation(logits, certainty, labels, None, metric, None).fit_rule()
+
+    assert fit_rule(labels).temperatures.tolist() == pytest.approx(fitted)
     own = logits[-1].argmax(-1)  # without labels the last exit is left as it is
-    rule = fit_rule(logits, None, own, labelled=False)
+    rule = fit_rule(own, "agreement")
     assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], own)), 1.0]
-    assert 0.01 < fit_rule(logits, None, own).temperatures[-1] < 1  # labels that happen to be those: the prior holds it
+    assert 0.01 < fit_rule(own).temperatures[-1] < 1  # labels that happen to be those: the prior holds it
     certainty = torch.rand(2, 200)
-    rule = fit_rule(logits, certainty, labels)
+    rule = fit_rule(labels, certainty=certainty)
     assert rule.temperatures.tolist() == [1, 1]
     torch.testing.assert_close(rule.ranges, torch.stack(certainty.aminmax(dim=1), dim=1))
 

@@ -11,7 +11,6 @@ from minisweet.use.plots import COLOURS, draw_curves
 POINT = {
     "score": 88.0,
     "score_interval": [80.0, 93.0],
-    "full_depth_interval": [82.0, 95.0],
     "speedup_ratio": 0.7,
     "speedup_interval": [0.6, 0.8],
 }
@@ -20,8 +19,6 @@ EVALUATION = {
     "task": "toy",
     "metric": "accuracy",
     "method": "sweet",
-    "exit_layers": [1, 2, 4],
-    "exit_scores": [60.0, 70.0, 90.0],
     "scores": [60.0, 80.0, 89.0, 90.0],
     "speedup_ratios": [0.25, 0.6, 1.05, 1.0],
     "examples": 8,
@@ -52,14 +49,11 @@ def lines(figure) -> dict:
     return {line.get_label(): line for line in figure.axes[0].lines if line.get_label()[0] != "_"}
 
 
-def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(drawn):
+def test_one_run_has_its_curve_and_the_operating_point_with_intervals(drawn):
     figure = drawn({"runs/a": an_evaluation()})
     (axis,), found = figure.axes, lines(figure)
     curve = found["SWEET, runs/a: 88.0 at 70% of the layers"]
     assert curve.get_xydata().tolist() == [[0.25, 60], [0.6, 80], [1.0, 90], [1.05, 89]]  # by ratio, not by threshold
-    assert set(found["full depth: 90.0 (82.0 to 95.0)"].get_ydata()) == {90.0}
-    (band,) = axis.patches
-    assert band.get_extents().transformed(axis.transData.inverted()).intervaly.tolist() == pytest.approx([82, 95])
     (star,) = [entry for entry in axis.lines if entry.get_marker() == "*"]
     assert star.get_xydata().tolist() == [[0.7, 88.0]]
     bars = [entry.get_xydata().tolist() for entry in axis.lines if len(entry.get_xdata()) == 2]
@@ -67,27 +61,11 @@ def test_one_run_has_exits_full_depth_and_the_operating_point_with_intervals(dra
     assert [[0.7, 80.0], [0.7, 93.0]] in bars
 
 
-@pytest.mark.parametrize(("method", "last_ratio"), [("branch", 1.0), ("mm", 7 / 4)])
-def test_each_exit_alone(drawn, method, last_ratio):
-    """Full depth stands at 1, whatever the exits before it would cost with branches or MM."""
-    ratios, layers = [0.0, 0.6, 1.05, last_ratio], [0, 2, 4] if method == "branch" else [1, 2, 4]
-    figure = drawn({"a": an_evaluation(method=method, speedup_ratios=ratios, exit_layers=layers)})
-    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert [dot.get_xydata().tolist() for dot in dots] == [[[layers[0] / 4, 60]], [[0.5, 70]], [[1, 90]]]
-    colours = [COLOURS["exit 0" if n == 0 else method] for n in layers]
-    assert [dot.get_color() for dot in dots] == colours
-
-
 def test_several_runs_of_the_same_rows_are_in_one_picture(drawn):
-    """Each method has one colour; the seeds of a run are one curve, with the band of its interval if they are three."""
-    seeds = {f"x-seed{n}": an_evaluation(method="mm", scores=[60.0 + n, 80.0, 89.0, 90.0]) for n in (1, 2, 3)}
-    figure = drawn({"one": an_evaluation(), "two": an_evaluation()} | seeds)
-    mean = lines(figure).pop("Multi-Model, x-seed*, mean of 3 runs")
-    assert mean.get_ydata()[0] == 62
-    (band,) = figure.axes[0].collections
-    assert band.get_datalim(figure.axes[0].transData).ymin == pytest.approx(62 - 4.303 / 3**0.5, abs=1e-3)
-    one, two, mean = lines(figure).values()
-    assert [line.get_color() for line in (one, two, mean)] == [COLOURS[name] for name in ("sweet", "sweet", "mm")]
+    """Each method has one colour."""
+    figure = drawn({"one": an_evaluation(), "two": an_evaluation(), "three": an_evaluation(method="mm")})
+    one, two, three = lines(figure).values()
+    assert [line.get_color() for line in (one, two, three)] == [COLOURS[name] for name in ("sweet", "sweet", "mm")]
     assert one.get_linestyle() != two.get_linestyle()
-    with pytest.raises(InputError, match="^--plot: 6 curves, should be at most 5"):
+    with pytest.raises(InputError, match="^--plot: 6 runs, should be at most 5"):
         drawn({str(n): an_evaluation() for n in range(6)})

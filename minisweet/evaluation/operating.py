@@ -171,31 +171,24 @@ def reweighted(judges: Validation, made_up: int) -> np.ndarray:
     return weights
 
 
-def measured(rule: ExitRule, rows: Validation, exits: Sequence[int], threshold: float) -> dict:
-    """What decisions give on some rows: scores in percent, loss in points, share of the layers, and each class's."""
-    _, (answers,), (costs,) = rows.decide_at(rule, exits, [threshold])
-    labels, full = rows.labels.numpy(), rows.logits[-1].argmax(-1).numpy()
-    early, full_depth = (float(score(given, labels, rows.metric)) for given in (answers, full))
-    point = {"score": early, "full_depth_score": full_depth, "loss": full_depth - early}
-    report = classification_report(answers, labels, rows.logits.shape[-1])
-    per_class = {key: report[key] for key in ("precision", "recall", "f1", "support")}
-    return point | {"speedup_ratio": float(costs.mean()), "macro_f1": report["macro_f1"], "per_class": per_class}
-
-
 def stated(rule: ExitRule, judges: Validation, exits: Sequence[int], threshold: float) -> dict:
-    """As `measured`, with 95% intervals for new text.
+    """What decisions give: scores in percent, loss in points, share of the layers; with 95% intervals for new text.
 
     Macro F1 and the classes' own scores have none: with rare classes no kind that was tried holds often enough. Two
     made-up texts join in: early exit loses one and wins the other, where it can. For the share of the layers,
     one takes the cheapest exit and the other the most expensive.
     """
-    point, metric = measured(rule, judges, exits, threshold), judges.metric
     _, (answers,), (costs,) = judges.decide_at(rule, exits, [threshold])
+    labels, full, metric = judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy(), judges.metric
+    early, full_depth = (float(score(given, labels, metric)) for given in (answers, full))
+    point = {"score": early, "full_depth_score": full_depth, "loss": full_depth - early}
+    report = classification_report(answers, labels, judges.logits.shape[-1])
+    point |= {"speedup_ratio": float(costs.mean()), "macro_f1": report["macro_f1"]}
+    point["per_class"] = {key: report[key] for key in ("precision", "recall", "f1", "support")}
     made_up = [RIGHT, WRONG] if threshold == 1 else [LOST, WON]
     if metric == "agreement":  # full depth is always right there
         made_up[1] = RIGHT
-    rows = np.array([judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy(), answers])
-    labels, full, answers = np.hstack([rows, np.transpose(made_up)])  # (N + 2,) each
+    labels, full, answers = np.hstack([[labels, full, answers], np.transpose(made_up)])  # (N + 2,) each
     ends = np.array(judges.exits_at(exits).costs(threshold))[[0, -1]]  # of the cheapest exit, and of the most expensive
     if threshold == 1 or threshold <= rule.lowest:  # all take one exit
         ends = ends[[-1, -1] if threshold == 1 else [0, 0]]

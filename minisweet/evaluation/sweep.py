@@ -15,24 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minisweet.adaptive import (
-    ExitRule,
-    Exits,
-    area_under_curve,
-    exits_taken,
-    expected_calibration_error,
-    fit_rule,
-    negative_log_likelihood,
-)
+from minisweet import adaptive
+from minisweet.adaptive import ExitRule, Exits
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
-from minisweet.base.files import LOG, InputError, preview
+from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Examples
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.exits import ExitModel
-from minisweet.runs.folders import EVALUATION, LOGITS, Evaluation, Record
+from minisweet.runs.folders import LOGITS, Evaluation, Record
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long
@@ -60,8 +53,17 @@ class Validation(NamedTuple):
         return self._replace(labels=self.logits[-1].argmax(-1), metric="agreement")
 
     def fit_rule(self) -> ExitRule:
-        """The rule that these rows suggest for others, for all K exits."""
-        return fit_rule(self.logits, self.certainty, self.labels, self.metric != "agreement")
+        """The rule that these rows suggest for others, for all K exits. No rule is fitted anywhere else.
+
+        Where the labels are the last exit's own answers, they tell nothing of its temperature: it is 1.
+        """
+        K, _, C = self.logits.shape
+        if self.certainty is not None:
+            return ExitRule(C, ranges=adaptive.certainty_ranges(self.certainty, K))
+        temperatures = [adaptive.fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
+        if self.metric == "agreement":
+            temperatures[-1] = 1.0
+        return ExitRule(C, torch.tensor(temperatures, dtype=torch.float32))
 
     def exits_at(self, asked: Sequence[int]) -> Exits:
         """Some of the exits alone, by their numbers from 0."""
@@ -73,7 +75,7 @@ class Validation(NamedTuple):
         Only the exits `asked` are asked. Exits go by their numbers among all K, from 0.
         """
         confidence = rule.confidences(self.logits, self.certainty)[list(asked)]  # the same at all thresholds
-        taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
+        taken = np.stack([adaptive.exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
         costs = np.array([self.exits_at(asked).costs(threshold) for threshold in thresholds])  # (P, exits asked)
         answers = np.take_along_axis(self.logits[list(asked)].argmax(-1).numpy(), taken, axis=0)
         return np.array(asked)[taken], answers, np.take_along_axis(costs, taken, axis=1)
@@ -171,7 +173,7 @@ def sweep(
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
     curve = {"exit_scores": score(predictions, labels, metric).tolist(), "scores": scores, "speedup_ratios": ratios}
     curve["exit_counts"] = [np.bincount(row, minlength=K).tolist() for row in taken]
-    return curve | {"area": area_under_curve(ratios, scores, 1 / validation.exits.depth)}, taken
+    return curve | {"area": adaptive.area_under_curve(ratios, scores, 1 / validation.exits.depth)}, taken
 
 
 def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> dict:
@@ -181,21 +183,10 @@ def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> d
     curve["per_class"] = [classification_report(row.numpy(), labels.numpy(), C) for row in predictions]
     scaled = {"before": validation.logits, "after": validation.logits.clone()}
     for rule, rows in folds:
-        if rule.temperatures is not None:
-            scaled["after"][:, rows] /= rule.temperatures[:, None, None]
-    for name, measure in (("ece", expected_calibration_error), ("nll", negative_log_likelihood)):
+        scaled["after"][:, rows] /= rule.temperatures[:, None, None]
+    for name, measure in (("ece", adaptive.expected_calibration_error), ("nll", adaptive.negative_log_likelihood)):
         curve[name] = {when: [measure(one, labels) for one in logits] for when, logits in scaled.items()}  # (K,) each
     return curve
-
-
-def never_right(evaluation: dict, names: list[str]) -> list[str]:
-    """A line on each exit that is never right about a class of five rows or more. `names` are the classes'."""
-    lines, advice = [], "train longer (--epochs), at another --lr, or with --class-weights balanced"
-    for n, report in zip(evaluation["exit_layers"], evaluation["per_class"], strict=True):
-        recalls = zip(names, report["recall"], report["support"], strict=True)
-        if missed := [name for name, recall, support in recalls if recall == 0 and support >= 5]:
-            lines.append(f"the exit after layer {n} never predicts {preview(missed)} rightly: {advice}")
-    return [] if evaluation["metric"] == "agreement" else lines  # there the classes are full depth's own
 
 
 def save_validation(path: Path, validation: Validation) -> None:
@@ -208,8 +199,6 @@ def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Valida
     """Read what `save_validation` wrote. Raises InputError where logits.safetensors is missing or broken."""
     try:
         tensors = load_file(run / LOGITS)
-        if len(tensors["logits"]) != len(evaluation.exit_layers):  # the power failed between two files
-            raise OSError(f"it is of other exits than {EVALUATION}")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{run / LOGITS}: not readable ({error}); evaluate again: evaluate.py {run}") from None
     exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)

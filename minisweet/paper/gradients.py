@@ -90,11 +90,7 @@ def main() -> None:
     write_json(args.out / "gradients.json", given)
     title = f"{record.model}, {record.method}, {record.task}" + f", mean of {len(records)} runs" * bool(others)
     draw_similarities(args.out / "gradients.png", mean, exits, title)
-    for m, layer in enumerate(exits[:-1]):
-        later = ", ".join(map(str, exits[m:]))
-        print(f"\nlayer {layer}: cosine similarity of the gradients of the exits after {later}")
-        print(mean[m, m:, m:].round(3))
-    print(f"\nwritten to {args.out / 'gradients.json'} and gradients.png")
+    print(f"written to {args.out / 'gradients.json'} and gradients.png")
 
 
 def draw_similarities(path: Path, mean: np.ndarray, exits: list[int], title: str) -> None:

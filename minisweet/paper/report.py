@@ -28,7 +28,8 @@ Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or on
 
 def curve_of(record: dict, ratios: Sequence[float]) -> np.ndarray:
     """Interpolate the curve's scores at speedup ratios (P,). A ratio that the curve does not reach gets NaN."""
-    return plots.interpolated((record["speedup_ratios"], record["scores"]), ratios)
+    curve = plots.sorted_curve(record["speedup_ratios"], record["scores"])
+    return np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
 
 
 def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> np.ndarray:
@@ -84,16 +85,15 @@ def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
     return f"\n### {title}\n\n{first}{'|---' * len(head)}|\n{''.join(others)}"
 
 
-def tables(grid: dict[str, Records], chosen: Sequence[float] | None = None) -> str:
+def tables(grid: dict[str, Records]) -> str:
     """Write the tables of a grid, which maps method to task to seed to record, in Markdown.
 
-    A table has a row for the mean over all tasks and for each task. `chosen` replaces the paper's speedup ratios.
+    A table has a row for the mean over all tasks and for each task. The speedup ratios are the paper's.
     """
     tasks, runs = list(next(iter(grid.values()))), [run for records in grid.values() for run in _runs(records)]
     shown = ({f"mean of all {len(tasks)}": tasks} if len(tasks) > 1 else {}) | {task: [task] for task in tasks}
-    papers = [*RATIOS, *(min(run["speedup_ratios"]) for run in runs)]
-    papers += MULTI_MODEL_RATIOS if any(method.startswith("mm") for method in grid) else ()
-    ratios = sorted({round(float(ratio), 9) for ratio in chosen or papers})
+    ratios = [*RATIOS, *(min(run["speedup_ratios"]) for run in runs), *(MULTI_MODEL_RATIOS if "mm" in grid else ())]
+    ratios = sorted({round(float(ratio), 9) for ratio in ratios})
     layers = sorted({n for run in runs for n in run["exit_layers"]})
     individual, curves = [], []
     for (name, its), (method, records) in product(shown.items(), grid.items()):
@@ -139,7 +139,7 @@ def _runs(records: Records) -> list[dict]:
 
 
 def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:
-    """Draw the speed-accuracy curves of the first five methods to a PNG: means over seeds and their 95% intervals.
+    """Draw the speed-accuracy curves of all methods to a PNG: means over seeds and their 95% intervals.
 
     Each panel is a title, a grid as in `tables`, and the tasks to average over.
     """
@@ -148,7 +148,7 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
     figure = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows)
     for place, (title, grid, tasks) in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, columns, place)
-        for method in list(grid)[: plots.MOST]:
+        for method in grid:
             records = {task: grid[method][task] for task in tasks}
             reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]] or [0]
             ratios = np.linspace(min(reached), max(reached), 400)

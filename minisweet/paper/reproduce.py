@@ -41,7 +41,6 @@ class Grid:
         self.args = args
         self.pairs = list(product(args.tasks, args.methods))
         self.records: dict[Run, dict] = {}  # of the complete runs; {} of one that diverged
-        self.digests: dict[tuple, str] = {}  # of the rows that some runs must share
 
     def folder(self, run: Run) -> Path:
         """The run's folder, whose name holds all that tells the runs of a grid apart."""
@@ -64,15 +63,11 @@ class Grid:
         return self.records.get(run)
 
     def check(self, run: Run, record: Record) -> None:
-        """Raise InputError for a run of other settings than the grid's, or on other rows than the grid's other runs."""
+        """Raise InputError for a run of other settings than the grid's."""
         for key in SETTINGS:
             has, wanted = getattr(record, key), getattr(self.args, key)
             if wanted not in (None, has):
                 raise InputError(f"{self.folder(run)}: a run with {key} {has}, not {wanted}; name another --runs")
-        of_train = ("train", run.task, run.train_size, run.seed, record.targets == "trunk")  # without labels or with
-        for rows, digest in ((of_train, record.train_digest), (("dev", run.task), record.dev_digest)):
-            if digest and self.digests.setdefault(rows, digest) != digest:
-                raise InputError(f"{self.folder(run)}: on other {rows[0]} rows than other runs; name another --runs")
 
     def search(self, task: str, method: str) -> list[Run]:
         """The runs of the learning-rate search: one, if there is one rate."""
@@ -191,19 +186,13 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     rates = {method: [grid.learning_rate(task, method) for task in args.tasks] for method in args.methods}
     rows = [[method, *("" if rate is None else f"{rate:g}" for rate in found)] for method, found in rates.items()]
     text += report.table("Learning rates: of several, that of the largest area", ["method", *args.tasks], rows)
-    text += report.tables(tables[size], args.ratios)
-    text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n], args.ratios)}" for n in sizes)
+    text += report.tables(tables[size])
+    text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n])}" for n in sizes)
     diverged = [name for name, record in complete.items() if not record]
     text += "\n### What to know of these runs\n\n"
     for what, lines in (("Runs whose loss became infinite or NaN", diverged), ("Missing runs", missing)):
         text += f"{what}: {len(lines)}\n\n" + "".join(f"- {line}\n" for line in lines) + "\n" * bool(lines)
     return text
-
-
-def share(text: str) -> float:
-    """An argparse type: a positive number or fraction, such as 0.5 or 1/6."""
-    part, _, whole = text.partition("/")
-    return positive_float(part) / positive_float(whole or "1")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -212,14 +201,13 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
     option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
-    known = ", ".join(METHODS)
-    option("--methods", type=list_of(str), default=["ee", "mm", "sweet"], help=f"of {known} (default: ee,mm,sweet)")
+    known = f"of {', '.join(METHODS)} (default: ee,mm,sweet)"
+    option("--methods", type=list_of(one_of(METHODS)), default=["ee", "mm", "sweet"], help=known)
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first searches (default: 0,1,2)")
     option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
-    option("--ratios", type=list_of(share), help="of the tables, such as 1/6,1/2,1 (default: the paper's)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
     instead = parser.add_mutually_exclusive_group().add_argument
@@ -229,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     start.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
-    if args.report_only:  # the runs' methods may be those of studies, and their model need not be here
+    if args.report_only:  # the runs' model need not be here
         rates = {read_record(path.parent).lr for path in args.runs.glob("*/run.json")}
         if not rates:
             raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
@@ -237,8 +225,6 @@ def parse_arguments() -> argparse.Namespace:
         return args
     if not (CLONE / "train.py").is_file():
         raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
-    if unknown := [name for name in args.methods if name not in METHODS]:
-        raise InputError(f"--methods: {unknown[0]!r} is none of {known}; others are only reported (--report-only)")
     _, config, _ = start.find_model(args, exit_strategy=args.exit_strategy)
     args.lrs = args.lrs or start.search_rates(config)
     return args

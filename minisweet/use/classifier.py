@@ -94,18 +94,19 @@ class EarlyExitClassifier:
         self.labels, self.pairs = self.record.labels, len(self.record.columns) == 2
         self.certainty_name = "agreement" if self.record.metric == "agreement" else "confidence"  # where it is printed
         rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
-        layers, warnings = evaluation.exit_layers, []
+        layers = evaluation.exit_layers
         if any(value is not None for value in (*goal.values(), sure)):
             validation = load_validation(run, evaluation, self.record)
             asked = None if layers == self.record.exit_layers else layers  # evaluate.py --use-exits chose them
             goal = goals.goal_of(validation.metric != "agreement", **goal, sure=sure)
             rule, point = operating_point(validation, goal, deal(validation, self.record.train_texts), asked)
-            warnings.append(goals.shortfall(point, self.record))
+            if line := goals.shortfall(point, self.record):
+                LOG.warning("%s", line)
         if threshold is None:
             threshold = point["threshold"]
-            warnings.append(goals.in_other_precision(point["wish"], threshold, evaluation, self.precision))
-        for line in filter(None, warnings):
-            LOG.warning("%s", line)
+            was, now = evaluation.precision, str(self.precision or torch.float32)
+            if "sure" in point["wish"] and threshold < 1 and was != now:  # at 1 nothing can change
+                LOG.warning("evaluate.py promised for %s, and not for %s: evaluate again in this precision", was, now)
         self.threshold, self.exit_layers = threshold, point["asked_exits"]
         self.rule = rule.kept([layers.index(n) for n in self.exit_layers])
         self.model = model.keep_exits(self.exit_layers).to(self.device)

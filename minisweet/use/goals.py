@@ -6,7 +6,7 @@ from minisweet.base.commands import Parser, number
 from minisweet.base.files import InputError, one_line
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.operating import PARTS, limit_of
-from minisweet.runs.folders import Evaluation, Record
+from minisweet.runs.folders import Record
 
 STATED = (  # of an operating point: a title, the key of the value, and the key of its interval
     ("", "score", "score_interval"),  # the title is the metric's
@@ -111,11 +111,3 @@ def shortfall(point: dict, record: Record) -> str:
         what = what if record.metric == "agreement" else f"labelled {what}"
         reason = f"{texts:,} texts judged, and {needed:,} would do if no answer changed: about {rows:,} {what}"
     return f"nothing faster than full depth can be promised ({promise_of(goal)}); {reason}"
-
-
-def in_other_precision(goal: dict, threshold: float, evaluation: Evaluation, precision: object) -> str:
-    """A line where a promise was made by an evaluation in another precision than this one; else ""."""
-    was, now = (str(name or "float32").removeprefix("torch.") for name in (evaluation.precision, precision))
-    if "sure" not in goal or threshold == 1 or was == now:  # at 1 nothing can change
-        return ""
-    return f"what evaluate.py promises holds in {was}, and says nothing of {now}; evaluate again in this precision"

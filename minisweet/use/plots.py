@@ -5,14 +5,11 @@ Bars and bands are 95% intervals. An operating point is stated by the rows that 
 it may lie beside the curve. Dimension letters: S curves, P points of a curve.
 """
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.adaptive import Exits
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.evaluation.metrics import METRICS
 from minisweet.runs.folders import Evaluation
@@ -59,11 +56,6 @@ def sorted_curve(ratios: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.n
     return ratios[order], np.array(scores)[order]
 
 
-def interpolated(curve: tuple[ArrayLike, ArrayLike], ratios: Sequence[float]) -> np.ndarray:
-    """The scores at some ratios (P,) of a curve's ratios and scores. A ratio that it does not reach gets NaN."""
-    return np.interp(np.round(ratios, 9), *sorted_curve(*curve), left=np.nan, right=np.nan)
-
-
 def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
 
@@ -78,8 +70,8 @@ def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def draw_line(axis, method: str, ratios: ArrayLike, scores: ArrayLike, label: str, marker: str = ".") -> str:
-    """Draw a curve in its method's colour, which is returned; the method of a study has that of its first word."""
-    colour = COLOURS.get(method.partition("-")[0], COLOURS["other"])
+    """Draw a curve in its method's colour, which is returned."""
+    colour = COLOURS.get(method, COLOURS["other"])
     before = sum(line.get_color() == colour and line.get_label()[0] != "_" for line in axis.lines)
     style = LINES[before % len(LINES)]
     axis.plot(*sorted_curve(ratios, scores), style, color=colour, marker=marker, label=label)
@@ -102,51 +94,23 @@ def label_axes(axis, title: str, score: str) -> None:
 def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     """Draw the curves and operating points of runs, by the names to show; replaces a PNG at `path`.
 
-    Runs whose names differ in the seed alone are one curve, their mean. One run alone also has full depth, and each
-    exit as a dot. Raises InputError for a run that was evaluated on other data than the first, and for too many curves.
+    Raises InputError for a run that was evaluated on other data than the first, and for too many runs.
     """
     first, of_first = next(iter(evaluations.items()))
-    groups: dict[str, list[Evaluation]] = {}
+    if len(evaluations) > MOST:
+        raise InputError(f"--plot: {len(evaluations)} runs, should be at most {MOST}")
+    figure = new_figure(7.2, 5.6)
+    axis = figure.subplots()
     for name, evaluation in evaluations.items():
         if (evaluation.metric, evaluation.dev_digest) != (of_first.metric, of_first.dev_digest):
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
-        groups.setdefault(re.sub(r"seed\d+", "seed*", name), []).append(evaluation)
-    if len(groups) > MOST:
-        raise InputError(f"--plot: {len(groups)} curves, should be at most {MOST}; the seeds of a run are one curve")
-    figure = new_figure(7.2, 5.6)
-    axis = figure.subplots()
-    for name, (evaluation, *others) in groups.items():
-        label = f"{WORDS.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}"
-        if others:
-            curves = [(run.speedup_ratios, run.scores) for run in (evaluation, *others)]
-            reached = np.concatenate([ratios for ratios, _ in curves])
-            ratios = np.linspace(reached.min(), reached.max(), 400)
-            values = np.array([interpolated(curve, ratios) for curve in curves])
-            draw_mean(axis, evaluation.method, ratios, values, f"{label}, mean of {len(curves)} runs")
-            continue
-        point = evaluation.operating_point
-        label += f": {point.score:.1f} at {point.speedup_ratio:.0%} of the layers"
+        point, label = evaluation.operating_point, WORDS.get(evaluation.method, evaluation.method)
+        label += f", {one_line(name, 60)}: {point.score:.1f} at {point.speedup_ratio:.0%} of the layers"
         colour = draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
         axis.plot(point.speedup_interval, [point.score] * 2, color=colour, linewidth=2)
         axis.plot([point.speedup_ratio] * 2, point.score_interval, color=colour, linewidth=2)
         axis.plot(point.speedup_ratio, point.score, "*", color=colour, markersize=15, markeredgecolor="white", zorder=3)
-    if len(evaluations) == 1:
-        _draw_exits(axis, of_first, colour)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows; stars: operating points, 95% intervals"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")
     axis.margins(y=0.12)
     save_figure(figure, path)
-
-
-def _draw_exits(axis, evaluation: Evaluation, colour: str) -> None:
-    """Draw full depth, and each exit without the others: exit 0 in its own colour."""
-    layers, scores, point = evaluation.exit_layers, evaluation.exit_scores, evaluation.operating_point
-    low, high = point.full_depth_interval
-    axis.axhspan(low, high, color=COLOURS["full depth"], alpha=0.13, linewidth=0)
-    name = f"full depth: {scores[-1]:.1f} ({low:.1f} to {high:.1f})"
-    axis.axhline(scores[-1], color=COLOURS["full depth"], linestyle="--", linewidth=1, label=name)
-    depth = Exits(layers, 1, evaluation.method).costs(1.0)[-1] / evaluation.speedup_ratios[-1]  # all take the last exit
-    for n, score in zip(layers, scores, strict=True):
-        name = "an exit without the others, and its layer" if n else "exit 0, a bag of words, without the others"
-        axis.plot(n / depth, score, "o", color=colour if n else COLOURS["exit 0"], label=name)
-        axis.annotate(n, (n / depth, score), xytext=(0, -15), textcoords="offset points", ha="center")

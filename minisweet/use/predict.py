@@ -9,7 +9,6 @@ column, ours is `predicted_<name>`, in all rows.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -38,8 +37,9 @@ def main() -> None:
     classify, left, cut = classifier_of(args), Counter(), 0
     columns, rows = text_columns(args.file, args.text_columns, classify.record.columns), read_rows(args.file)
     theirs = all_columns(args.file)
-    ours = ("label", classify.certainty_name, "exit_layer", *(f"p_{name}" for name in classify.labels))
-    ours = [free_name(name, theirs) for name in ours]
+    ours = ["label", classify.certainty_name, "exit_layer", *(f"p_{name}" for name in classify.labels)]
+    while clash := {*ours} & {*theirs}:
+        ours = [f"predicted_{name}" if name in clash else name for name in ours]
     with row_writer(args.out, theirs + ours) as write, Progress(unit="row", desc="predict") as progress:
         while chunk := list(islice(rows, WINDOW)):
             texts = [[cell(args.file, line, row, column) for column in columns] for line, row in chunk]
@@ -55,10 +55,3 @@ def main() -> None:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
         print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}", end="; ")
         print(f"cut to {classify.record.max_length} tokens: {cut:,}")
-
-
-def free_name(name: str, taken: Sequence[str]) -> str:
-    """The `name`, with "predicted_" in front as often as it takes until it is none of those that are `taken`."""
-    while name in taken:
-        name = f"predicted_{name}"
-    return name
