@@ -100,17 +100,13 @@ def tables(grid: dict[str, Records]) -> str:
         records = {task: records[task] for task in its}
         means = seed_means(records, partial(numbers_of, layers=layers, ratios=ratios))
         constant = np.atleast_1d(np.sum([with_one_class(run, layers) for run in _runs(records)], axis=0))  # (exits,)
-        marked = [
-            f"{text} [{n}]" if n else text for text, n in zip(cells(means, deviation=True), constant, strict=False)
-        ]
-        individual.append([name, method, len(means), *marked])
+        marked = zip(cells(means, deviation=True), constant, strict=False)
+        individual.append([name, method, len(means), *(f"{text} [{n}]" if n else text for text, n in marked)])
         curves.append([name, method, len(means), *cells(means)[len(layers) :]])
     *others, last = grid
     unit, within = ("tasks" if len(tasks) > 1 else "seeds"), [ratio for ratio in ratios if ratio <= 1]
-    pairs = {
-        other: differences(grid[last], grid[other], partial(numbers_of, layers=layers, ratios=within))
-        for other in others
-    }
+    points = partial(numbers_of, layers=layers, ratios=within)
+    pairs = {other: differences(grid[last], grid[other], points) for other in others}
     compared = [[other, len(found), *cells(found, sign="+")] for other, found in pairs.items() if found]
     of_layers, head = [f"layer {n}" for n in layers], ["task", "method", "seeds"]
     scored = "; ".join(f"{metric} of {', '.join(its)}" for metric, its in metrics_of(grid, tasks).items())

@@ -26,7 +26,7 @@ from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper import report
 from minisweet.runs import start
-from minisweet.runs.folders import EVALUATION, Record, read_record, run_name
+from minisweet.runs.folders import EVALUATION, read_record, run_name
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
@@ -47,11 +47,17 @@ class Grid:
         return self.args.runs / run_name(vars(self.args) | run._asdict(), in_grid=True)
 
     def record(self, run: Run) -> dict | None:
-        """What reports use of a run: {} if it diverged, None if it is not complete."""
+        """What reports use of a run: {} if it diverged, None if it is not complete.
+
+        Raises InputError for a run of other settings or exits than the grid's.
+        """
         folder = self.folder(run)
         if run not in self.records and (folder / "run.json").exists():
             record = read_record(folder)
-            self.check(run, record)
+            for key in SETTINGS:
+                has, wanted = getattr(record, key), getattr(self.args, key)
+                if wanted not in (None, has):
+                    raise InputError(f"{folder}: a run with {key} {has}, not {wanted}; name another --runs")
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
@@ -61,13 +67,6 @@ class Grid:
                     raise InputError(f"{folder}: evaluated with the exits {exits}; first: evaluate.py {folder}")
                 self.records[run] = evaluation | vars(record)
         return self.records.get(run)
-
-    def check(self, run: Run, record: Record) -> None:
-        """Raise InputError for a run of other settings than the grid's."""
-        for key in SETTINGS:
-            has, wanted = getattr(record, key), getattr(self.args, key)
-            if wanted not in (None, has):
-                raise InputError(f"{self.folder(run)}: a run with {key} {has}, not {wanted}; name another --runs")
 
     def search(self, task: str, method: str) -> list[Run]:
         """The runs of the learning-rate search: one, if there is one rate."""

@@ -90,9 +90,9 @@ def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Example
     confidence = rule.confidences(validation.logits, validation.certainty)[asked]  # (asked exits, N)
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
     swept, _ = sweep([(rule, np.arange(len(validation.labels)))], validation, thresholds, asked)
-    data = {key: swept[key] for key in ("scores", "speedup_ratios")}
-    data |= {key: getattr(record, key) for key in ("task", "method", "depth", "labels")}
-    data |= {
+    data = {
+        **{key: swept[key] for key in ("scores", "speedup_ratios")},
+        **{key: getattr(record, key) for key in ("task", "method", "depth", "labels")},
         "model": Path(record.model).name,
         "exit_layers": point.asked_exits,
         "exit_scores": [swept["exit_scores"][k] for k in asked],
