@@ -72,16 +72,6 @@ class ExitRule:
         return ExitRule(self.num_labels, self.temperatures[list(places)], ranges)
 
 
-def certainty_ranges(certainty: Tensor, K: int) -> Tensor:
-    """The lowest and highest certainty of each exit: certainties (K or K-1, N) to ranges (K, 2).
-
-    An exit without certainty, the last of a branch model, has the range 0 to 1.
-    """
-    ranges = certainty.new_tensor([[0.0, 1.0]]).repeat(K, 1)
-    ranges[: len(certainty)] = torch.stack(certainty.aminmax(dim=1), dim=1)
-    return ranges
-
-
 def spaced_thresholds(count: int, lowest: float) -> list[float]:
     """`count` thresholds, evenly spaced from `lowest` (1/C, or 0; all leave at the first exit) to 1."""
     return np.linspace(lowest, 1, count).tolist()

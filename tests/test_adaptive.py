@@ -12,7 +12,6 @@ from minisweet.adaptive import (
     ExitRule,
     Exits,
     area_under_curve,
-    certainty_ranges,
     exits_taken,
     expected_calibration_error,
     fit_temperature,
@@ -74,9 +73,9 @@ def test_area_is_the_mean_score_over_the_ratios():
 
 def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     certainty = torch.tensor([[0.2, 0.3, 0.6], [0.5, 0.5, 0.5]])
-    ranges = certainty_ranges(certainty, 2)
-    torch.testing.assert_close(ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
-    logits, rule = torch.zeros(2, 3, 2), ExitRule(2, ranges=ranges)
+    logits = torch.zeros(2, 3, 2)
+    rule = Validation(logits, certainty, *[None] * 4).fit_rule()
+    torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
     confidence = rule.confidences(logits, certainty)
     torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
     of_new_text = rule.confidence(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
@@ -89,9 +88,9 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
 
 def test_an_exit_without_certainty_has_its_highest_probability():
     certainty = torch.tensor([[0.2, 0.6], [0.3, 0.4]])  # of the first two exits of three
-    ranges = certainty_ranges(certainty, 3)
-    torch.testing.assert_close(ranges, torch.tensor([[0.2, 0.6], [0.3, 0.4], [0.0, 1.0]]))
-    rule, logits = ExitRule(2, ranges=ranges), torch.randn(3, 2, 2)
+    logits = torch.randn(3, 2, 2)
+    rule = Validation(logits, certainty, *[None] * 4).fit_rule()
+    torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.3, 0.4], [0.0, 1.0]]))
     confidence = rule.confidences(logits, certainty)
     assert confidence[:2].tolist() == [[0, 1], [0, 1]]
     assert torch.equal(confidence[2], logits[2].softmax(-1).amax(-1))

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet.adaptive import ExitRule, certainty_ranges, exits_taken, spaced_thresholds
+from minisweet.adaptive import ExitRule, exits_taken, spaced_thresholds
 from minisweet.branches import METHODS
+from minisweet.evaluation.sweep import Validation
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
 from tests.conftest import all_exits, random_batch, undecided_model, write_model
@@ -39,7 +40,7 @@ def test_live_decides_as_the_sweep_and_as_the_paper(
             alone.append(list(model.exit_by_exit(*(x[row : row + 1, :length] for x in batch))))
     temperatures, ranges = torch.rand(K) + 0.5, None
     if strategy == "lte":
-        temperatures, ranges = None, certainty_ranges(certainty, K)
+        temperatures, ranges = None, Validation(logits, certainty, *[None] * 4).fit_rule().ranges
     rule = ExitRule(num_labels, temperatures, ranges)
 
     def first_confident_exit(said: list[tuple], threshold: float) -> int:

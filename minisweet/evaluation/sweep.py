@@ -59,7 +59,9 @@ class Validation(NamedTuple):
         """
         K, _, C = self.logits.shape
         if self.certainty is not None:
-            return ExitRule(C, ranges=adaptive.certainty_ranges(self.certainty, K))
+            ranges = self.certainty.new_tensor([[0.0, 1.0]]).repeat(K, 1)  # also of the exit that has no certainty
+            ranges[: len(self.certainty)] = torch.stack(self.certainty.aminmax(dim=1), dim=1)
+            return ExitRule(C, ranges=ranges)
         temperatures = [adaptive.fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
         if self.metric == "agreement":
             temperatures[-1] = 1.0
