@@ -32,7 +32,6 @@ from minisweet.use import goals
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.plots import draw_curves
 
-EXPLAINED = {"ece": "calibration error", "nll": "log loss"}
 TIMED = 64  # texts
 
 
@@ -134,7 +133,7 @@ def print_curve(evaluation: dict) -> None:
     """Print how the exits fare alone, and together at each threshold."""
     lines = {METRICS[evaluation["metric"]]: evaluation["exit_scores"]}
     lines["macro F1"] = [report["macro_f1"] for report in evaluation["per_class"]]
-    for key, name in EXPLAINED.items():
+    for key, name in (("ece", "calibration error"), ("nll", "log loss")):
         lines |= {f"{name} {when}": values for when, values in evaluation[key].items()}
     print(f"\n{'exit after layer':<25}" + "".join(f"{n:8}" for n in evaluation["exit_layers"]))
     for name, values in lines.items():

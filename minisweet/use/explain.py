@@ -4,9 +4,8 @@
     python -m minisweet explain RUN "How old are you?" "What is your age?"
     python -m minisweet explain RUN --html page.html
 
-The page is one HTML file: page.html with the data of a saved evaluation. It decides as new text is decided: by the
-exits that the operating point asks, in float32, as `minisweet.adaptive.leaves` does. Exit 0 is a bag of words, asked
-before the first layer.
+The page is page.html with the data of a saved evaluation. It decides as new text is decided: by the exits that the
+operating point asks, in float32, as `minisweet.adaptive.leaves` does.
 """
 
 import json
