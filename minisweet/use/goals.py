@@ -24,15 +24,14 @@ RANGES = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "s
 def add_goal_options(parser: Parser, title: str):
     """Add the options that `goal_of` reads. Returns a function that adds one more that excludes them."""
     group = parser.add_argument_group(title)
-    goals = group.add_mutually_exclusive_group()
-    for to, name, letter, text in (
-        (goals, "max_loss", "P", "the fastest that loses at most P points, see --sure"),
-        (goals, "speed", "S", "the slowest that runs no more than this share of the layers"),
-        (goals, "max_change", "P", "the fastest that changes at most P percent of full depth's answers, see --sure"),
-        (group, "sure", "S", "how sure, in percent, that P holds on new text (--max-loss: 70, --max-change: 90)"),
-    ):
-        to.add_argument(f"--{name.replace('_', '-')}", type=number(*RANGES[name]), metavar=letter, help=text)
-    return goals.add_argument
+    option = group.add_mutually_exclusive_group().add_argument
+    option("--max-loss", type=number(*RANGES["max_loss"]), metavar="P", help="the fastest that loses at most P points")
+    option("--speed", type=number(*RANGES["speed"]), metavar="S", help="the slowest within this share of the layers")
+    change = "the fastest that changes at most P percent of full depth's answers"
+    option("--max-change", type=number(*RANGES["max_change"]), metavar="P", help=change)
+    sure = "how sure, in percent, that P holds on new text (--max-loss: 70, --max-change: 90)"
+    group.add_argument("--sure", type=number(*RANGES["sure"]), metavar="S", help=sure)
+    return option
 
 
 def goal_of(
