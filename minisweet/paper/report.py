@@ -40,8 +40,7 @@ def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> 
 
 def with_one_class(record: dict, layers: Sequence[int]) -> list[bool]:
     """Whether each of the exits after these layers gives all validation rows the same answer."""
-    counts = record.get("class_counts")  # of older evaluations: how many rows each exit gives each class
-    counts = counts or [np.sum(report["confusion_matrix"], axis=0) for report in record["per_class"]]
+    counts = [np.sum(report["confusion_matrix"], axis=0) for report in record["per_class"]]  # rows by class
     found = {n: np.count_nonzero(of_exit) < 2 for n, of_exit in zip(record["exit_layers"], counts, strict=True)}
     return [found.get(n, False) for n in layers]
 
