@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print_curve(evaluation)
     goals.print_point(point, record, layers)
     print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts())
-    if line := goals.shortfall(point, record):
+    for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
     print(f"\nwritten to {run / folders.EVALUATION}; predict takes this operating point now. Next:")
     print(f"  python -m minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")

@@ -15,7 +15,7 @@ from minisweet.base.files import InputError
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import sweep as sweep_module
-from minisweet.evaluation.sweep import Validation, crossfit, curve_of, load_validation, sweep
+from minisweet.evaluation.sweep import Validation, crossfit, curve_of, load_validation, never_right, sweep
 from minisweet.runs.folders import load_run, read_evaluation, read_record, read_validation
 from tests.conftest import all_exits
 from tests.test_operating import random_validation
@@ -59,6 +59,17 @@ def test_the_sweep_of_some_exits_is_that_of_a_model_that_has_no_others(method, l
     assert [row[1] for row in some["exit_counts"]] == [0] * 9
     assert (some["speedup_ratios"][0], some["scores"][0]) == pytest.approx((layers[0] / 4, some["exit_scores"][0]))
     assert some["scores"][-1] == pytest.approx(some["exit_scores"][-1])
+
+
+def test_warnings_name_classes_that_no_row_gets():
+    reports = [
+        {"recall": [90.0, 0.0, 0.0], "support": [20, 6, 4]},
+        {"recall": [90.0, 50.0, 0.0], "support": [20, 6, 4]},
+    ]
+    evaluation = {"exit_layers": [0, 4], "per_class": reports, "metric": "accuracy"}
+    (line,) = never_right(evaluation, ["no", "yes", "rare"])
+    assert "the exit after layer 0 never predicts yes rightly: " in line  # and of four rows nothing is said
+    assert not never_right(evaluation | {"metric": "agreement"}, ["no", "yes", "rare"])
 
 
 @pytest.mark.parametrize("name", ["branch", "lte", "pairs", "trunk0"])
@@ -219,6 +230,7 @@ def test_without_labels_what_is_stated_is_agreement(copied, command, tmp_path):
     assert evaluation.operating_point.wish == {"max_change": 3.0, "sure": 75.0}
     assert re.search(r"^full depth +100.00 +100.00 to +100.00$", out, re.MULTILINE)
     assert "agreement with full depth" in out
+    assert "never predicts" not in out
     assert command(evaluate, run, "--max-loss", "60", "--sure", "70")[0] == 0
     _, out, _ = command(evaluate, run, "--test", tmp_path / "test.jsonl")
     (line,) = [line for line in out.splitlines() if line.startswith("accuracy")]

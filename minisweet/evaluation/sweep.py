@@ -19,7 +19,7 @@ from minisweet import adaptive
 from minisweet.adaptive import ExitRule, Exits
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
-from minisweet.base.files import LOG, InputError
+from minisweet.base.files import LOG, InputError, preview
 from minisweet.data.rows import Examples
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
@@ -189,6 +189,16 @@ def curve_of(validation: Validation, folds: Folds, thresholds: list[float]) -> d
     for name, measure in (("ece", adaptive.expected_calibration_error), ("nll", adaptive.negative_log_likelihood)):
         curve[name] = {when: [measure(one, labels) for one in logits] for when, logits in scaled.items()}  # (K,) each
     return curve
+
+
+def never_right(evaluation: dict, names: list[str]) -> list[str]:
+    """A line on each exit that is never right about a class of five rows or more. `names` are the classes'."""
+    lines, advice = [], "train longer (--epochs), at another --lr, or with --class-weights balanced"
+    for n, report in zip(evaluation["exit_layers"], evaluation["per_class"], strict=True):
+        recalls = zip(names, report["recall"], report["support"], strict=True)
+        if missed := [name for name, recall, support in recalls if recall == 0 and support >= 5]:
+            lines.append(f"the exit after layer {n} never predicts {preview(missed)} rightly: {advice}")
+    return [] if evaluation["metric"] == "agreement" else lines  # there the classes are full depth's own
 
 
 def save_validation(path: Path, validation: Validation) -> None:
