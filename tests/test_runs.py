@@ -18,7 +18,7 @@ from minisweet.branches import METHODS
 from minisweet.data.rows import Examples
 from minisweet.ngrams import NgramExit
 from minisweet.runs import folders, start
-from minisweet.runs.folders import load_run, load_trunk, method_name, read_record, run_name, save_run
+from minisweet.runs.folders import load_run, load_trunk, read_record, run_name, save_run
 from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
 from tests.conftest import random_batch, undecided_model, write_model
 
@@ -97,14 +97,12 @@ def test_what_old_records_lack_has_defaults(tmp_path, record):
     assert found.diverged is found.ngrams is found.train_texts is None
 
 
-def test_names_of_runs_and_methods():
+def test_names_of_runs():
     arguments = {"model": "some.one/bert-tiny", "method": "sweet", "task": "toy", "seed": 3}
     arguments |= {"lr": 2e-4, "train_size": 6000, "exit_strategy": "confidence"}
     assert run_name(arguments) == "bert-tiny-sweet-toy-seed3"
     assert run_name(arguments, in_grid=True) == "bert-tiny-sweet-toy-lr0.0002-n6000-seed3"
     assert run_name(arguments | {"exit_strategy": "lte"}, True) == "bert-tiny-sweet-toy-lr0.0002-n6000-seed3-lte"
-    on_trunk = {method: method_name({"method": method, "trunk": "runs/a"}) for method in ("ee", "mm", "branch")}
-    assert on_trunk == {"ee": "ee-mixed", "mm": "mm-taught", "branch": "branch"}
 
 
 def test_the_newest_run(tmp_path):

@@ -125,16 +125,9 @@ class Evaluation:
     dev_digest: str
 
 
-def method_name(arguments: dict) -> str:
-    """The method as reports name it: on a trunk, ee and sweet are ee-mixed and sweet-mixed, and mm is mm-taught."""
-    method = arguments["method"]
-    on_trunk = {"ee": "ee-mixed", "sweet": "sweet-mixed", "mm": "mm-taught"}
-    return on_trunk.get(method, method) if arguments.get("trunk") else method
-
-
 def run_name(arguments: dict, in_grid: bool = False) -> str:
     """The name of a run's folder, by train.py's arguments; a grid's runs also differ in their rate and their size."""
-    name = f"{Path(os.path.realpath(arguments['model'])).name}-{method_name(arguments)}-{arguments['task']}"
+    name = f"{Path(os.path.realpath(arguments['model'])).name}-{arguments['method']}-{arguments['task']}"
     if in_grid:
         name += f"-lr{arguments['lr']:g}-n{arguments['train_size']}"
     return f"{name}-seed{arguments['seed']}" + "-lte" * (arguments["exit_strategy"] == "lte")
