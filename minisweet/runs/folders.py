@@ -133,16 +133,6 @@ def run_name(arguments: dict, in_grid: bool = False) -> str:
     return f"{name}-seed{arguments['seed']}" + "-lte" * (arguments["exit_strategy"] == "lte")
 
 
-def check_output(out: Path, may_stand: bool) -> None:
-    """Raise InputError where `out` holds anything, unless `may_stand` and it is a run and nothing else."""
-    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    others = [name for name in names if name not in FILES or "run.json" not in names]
-    if others:
-        raise InputError(f"--out: {out} holds {others[0]!r:.100}, which no run made; name another folder")
-    if names and not may_stand:
-        raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
-
-
 def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dict, validation: Examples) -> None:
     """Write a run folder, whole or not at all; what is there is replaced.
 

@@ -22,7 +22,7 @@ from torch import nn
 from minisweet.base.commands import STOPS
 from minisweet.base.devices import all_gather, process_rank
 from minisweet.base.files import LOG, InputError, read_json, written_beside
-from minisweet.runs.folders import check_output
+from minisweet.runs.folders import FILES
 
 # Options that may change when a training goes on. In place of files, their rows' digests are compared; in place of
 # --exit-layers, the model's layers.
@@ -33,13 +33,17 @@ MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_d
 def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
     """Make the checkpoint's folder, so that no other training writes to `out`, and give the checkpoint's path.
 
-    Afterwards the folder stays if a checkpoint is in it. Raises InputError where the folder is there, unless
-    `may_stand`, where `check_output` does, and where nothing can be written.
+    Afterwards the folder stays if a checkpoint is in it. Raises InputError where the folder, or a run in `out`, is
+    there, unless `may_stand`; where `out` holds anything else; and where nothing can be written.
     """
     whole = out.resolve()
     path = whole.with_name(f".{whole.name}.checkpoint") / "checkpoint.pt"
     try:
-        check_output(out, may_stand)
+        names = sorted(os.listdir(out)) if out.exists() else []
+        if others := [name for name in names if name not in FILES or "run.json" not in names]:
+            raise InputError(f"--out: {out} holds {others[0]!r:.100}, which no run made; name another folder")
+        if names and not may_stand:
+            raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
         with suppress(FileNotFoundError):  # another OSError where the longest name of `written_beside` is too long
             os.stat(whole.with_name(f".{whole.name}.12345678.partial"))
         if process_rank() == 0:
