@@ -183,7 +183,7 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
         if devices.process_rank() == 0:
             checkpoint.path.unlink(missing_ok=True)
             if not (args.out / WEIGHTS).exists():  # an earlier run with weights is not overwritten
-                # It counts as done: `reproduce` passes it over, and --resume refuses it.
+                # It counts as done: `reproduce` and --resume pass it over.
                 save_run(args.out, None, setup.folder, record, setup.validation)
         where = f"at {args.lr:g} the loss became infinite or NaN at step {step}"
         raise InputError(f"--lr: {where}; try a lower one") from None

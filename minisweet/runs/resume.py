@@ -81,15 +81,9 @@ class Checkpoint:
         self.signal = 0  # the number of the signal that came
         self.started = self.saved = time.perf_counter()
         if args.resume and path.is_file():
-            try:
-                before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
-            except Exception as error:  # of pickle, zip or torch, according to what is wrong with the file
-                raise InputError(f"--resume: {path} is broken ({error!s:.100}); to start anew, --overwrite") from None
+            before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
         elif args.resume and (args.out / "run.json").is_file():
-            run = read_json(args.out / "run.json")
-            if run.get("diverged"):
-                raise InputError(f"--resume: {args.out} diverged; train at a lower --lr, with --overwrite")
-            before, self.is_finished = training_of(run), True
+            before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         pairs = {key: (value, before.get(key)) for key, value in self.training.items()}
         changed = [f"{key} is {now!s:.60} and was {was!s:.60}" for key, (now, was) in pairs.items() if now != was]
         if changed:
