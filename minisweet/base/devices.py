@@ -9,8 +9,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,16 +123,6 @@ def all_gather(value: object) -> list:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Within, models and data are fetched by the first process. Then the others enter, and find them there."""
-    if process_rank():
-        all_gather(None)
-    yield
-    if not process_rank():
-        all_gather(None)
 
 
 def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:

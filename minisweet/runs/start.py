@@ -91,9 +91,8 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     """Fetch and read what the options name. Raises InputError where it does not go together."""
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     end = trunk.exit_layers[-1] if trunk else None
-    with devices.first_process_first():
-        folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
-        data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
+    folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
+    data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
     if data.train.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
