@@ -56,9 +56,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
     After an error `target` is as it was, and nothing else is left. Where it is a link, the file that it points to is
-    replaced. A folder that is replaced is moved aside, and removed at the end. A process that is killed may leave what
-    it was writing as `.NAME.<random>.partial`, or the folder that was moved aside as `.NAME.<random>.old`. Raises
-    InputError where `target` cannot be written, or exists and `overwrite` is false.
+    replaced. A process that is killed may leave what it was writing as `.NAME.<random>.partial`, or the folder that it
+    was replacing as `.NAME.<random>.old`. Raises InputError where `target` cannot be written, or exists and
+    `overwrite` is false.
     """
     target = Path(os.path.realpath(target))
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -67,12 +67,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        for part in (*new.rglob("*"), new):  # after a power cut, the name must not be there without the content
-            _sync(part)
         if overwrite and target.is_dir() and new.is_dir():
             target.rename(new.with_suffix(".old"))
         new.replace(target)
-        _sync(target.parent)
         shutil.rmtree(new.with_suffix(".old"), ignore_errors=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error})") from None
@@ -90,13 +87,6 @@ def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
         except InputError:
             if not folder.exists():
                 raise
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk itself."""
-    held = os.open(path, os.O_RDONLY)
-    os.fsync(held)
-    os.close(held)
 
 
 def write_json(path: Path, content: dict) -> None:
