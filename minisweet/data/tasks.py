@@ -163,13 +163,9 @@ def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
     named = args.labels if args.data else TASKS[args.task].labels
     if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
         return named
-    known = {label.casefold(): label for label in named or ()}  # POSITIVE is GLUE's positive
-    order = [known.get(label.casefold(), label) for label in trunk]
-    if len(set(order)) < len(order):  # the trunk has both a and A
-        order = list(trunk)
-    if args.labels and order != args.labels:
+    if args.labels and args.labels != list(trunk):
         raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(trunk)}")
-    return order
+    return trunk
 
 
 def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple:
