@@ -85,10 +85,8 @@ class Batch(NamedTuple):
         return self.input_ids, self.attention_mask, self.token_type_ids
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; to a GPU it goes from pinned memory, and nobody waits for it."""
-        to_gpu = torch.device(device).type == "cuda"
-        tensors = (tensor.pin_memory() if to_gpu else tensor for tensor in self if tensor is not None)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        """The same batch on `device`."""
+        return Batch(*(tensor.to(device) for tensor in self if tensor is not None))
 
 
 class TokenizedExamples:
