@@ -5,11 +5,9 @@ layer, which runs for [CLS] in that layer's place.
 
 The exit's loss trains the copy and the exit's head, and nothing else. So each parameter is updated by exactly one
 classifier, and the trunk's own answers are those of the plain fine-tuned model. EE-Tuning (Pan et al. 2024,
-https://arxiv.org/abs/2402.00518) does the like for language models that generate: a frozen backbone, and exit layers
-that start as copies.
+https://arxiv.org/abs/2402.00518) does the like for language models that generate.
 
-Here is also `grow`, which makes the model of every method from a model with one exit at its end: a finished trunk, or
-new public weights.
+Here is also `grow`, which makes the model of every method.
 """
 
 import copy
@@ -72,9 +70,9 @@ def grow(
     """The model of one of `METHODS`, made of a trunk: a model with one exit at its end, fine-tuned or new.
 
     The last exit is the trunk's: before training they answer alike, to the bit. The other exits' heads start from the
-    trunk's pooler. The encoder is taken over. Branches are copies of its layers, and MM's smaller models are slices:
-    copies of its first layers. EE on a finished trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises
-    ValueError unless the exits end where the trunk does.
+    trunk's pooler. The encoder is taken over. MM's smaller models are slices: copies of its first layers. EE on a
+    finished trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises ValueError unless the exits end where
+    the trunk does.
     """
     if trunk.head_layers != tuple(exit_layers[-1:]):
         raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.head_layers}")
@@ -110,7 +108,6 @@ def build_multi_model(
 ) -> MultiModel:
     """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into K independent models.
 
-    `train.py --method mm` starts from this model. For the arguments see `MultiExitModel`. Raises ValueError for other
-    exit layers, InputError as `load_encoder` does.
+    For the arguments and errors see `MultiExitModel` and `load_encoder`.
     """
     return grow("mm", build_alone(folder, exit_layers[-1], num_labels, exit_strategy), exit_layers, exit_strategy)
