@@ -86,7 +86,7 @@ def grow(
         model = BranchModel(encoder, exit_layers, C, exit_strategy)
     else:
         model = MultiExitModel(encoder, exit_layers, C, method, exit_strategy)
-    last = model[-1] if method == "mm" else model
+    last = model.models[-1] if method == "mm" else model
     last.heads[-1].load_state_dict(head.state_dict(), strict=False)  # only one of the two may have the layer of lte
     return model.train(trunk.training)
 

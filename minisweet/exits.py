@@ -222,7 +222,7 @@ class MultiExitModel(ExitModel):
 
 
 class MultiModel(ExitModel):
-    """K independent models, smallest first: `models[k]` is a MultiExitModel with one exit, at its end."""
+    """K independent models, smallest first: each of its `models` has one exit, at its end."""
 
     method = "mm"
 
@@ -231,15 +231,12 @@ class MultiModel(ExitModel):
         super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
         self.models = nn.ModuleList(models)
 
-    def __getitem__(self, k: int) -> MultiExitModel:
-        return self.models[k]
-
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
         mask = attention_mask
         if self.ngrams is not None:
             stay = yield self.ngrams(input_ids, mask, token_type_ids), None
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)
-        for model in self:
+        for model in self.models:
             stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)

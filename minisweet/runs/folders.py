@@ -207,7 +207,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
     """
     if is_run(folder):
         model, record = load_run(folder)
-        model = model[-1] if record.method == "mm" else model
+        model = model.models[-1] if record.method == "mm" else model
         return model.keep_exits(model.head_layers[-1:]), record.labels
     if not folder.is_dir():
         raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")

@@ -87,7 +87,7 @@ def compare(file: Path, rows: Examples, labels: list[str], test: Examples) -> di
     share = np.mean([answer.exit_layer for answer in answers]) / record.depth
     early = np.array([record.labels.index(answer.label) for answer in answers])
     add(f"default, at {share:.2f} of the layers", early, took[1])
-    small = taught[0]
+    small = taught.models[0]
     add("slice of 2", all_logits(small, texts, None)[0][0].argmax(-1).numpy(), milliseconds(small, [1.0], few, [1])[0])
     predict, _ = fit_linear("embeddings", rows)
     add("embeddings", np.array(order)[predict(test).argmax(-1)], took[2])
