@@ -37,13 +37,12 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
     model = undecided_model(model_folder, method)
     record["arguments"]["method"], record["exit_layers"] = method, list(model.exit_layers)
     if has_exit_0:
-        exit_0 = NgramExit(60, 2, [0, 2, 3], True, components=0)
+        exit_0 = NgramExit(60, 2, [0, 2, 3], True)
         for tensor in exit_0.state_dict().values():
             if tensor.is_floating_point():
                 tensor.normal_()
         model = model.add_ngrams(exit_0)
-        record |= {"exit_layers": list(model.exit_layers), "ngrams": exit_0.settings}
-        del record["ngrams"]["components"]  # as in runs of before
+        record |= {"exit_layers": list(model.exit_layers), "ngrams": {"pairs": True}}
     save_run(tmp_path / "run", model, model_folder, record, ROWS)
     loaded, found = load_run(tmp_path / "run")
     assert not loaded.training

@@ -62,7 +62,7 @@ class Record:
     precision: str
     losses: list[list[float]] = field(default_factory=list)  # (steps, exits that are trained)
     diverged: int | None = None  # the step at which the loss became infinite or NaN; such a run has no weights
-    ngrams: dict | None = None  # the settings of exit 0
+    ngrams: dict | None = None  # of exit 0: whether its texts are `pairs`
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None
@@ -191,8 +191,9 @@ def new_model(config: Config, record: Record) -> ExitModel:
     encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
     trunk = MultiExitModel(encoder, layers[-1:], record.num_labels, exit_strategy=record.exit_strategy)
     model = grow(record.method, trunk, layers, record.exit_strategy)
-    # Runs from before words were compared have no `components`.
-    return model.add_ngrams(NgramExit(**{"components": 0} | record.ngrams)) if record.ngrams else model
+    if record.ngrams:
+        model.add_ngrams(NgramExit(config.vocab_size, record.num_labels, [], record.ngrams["pairs"]))
+    return model
 
 
 def read_validation(run: Path, record: Record) -> Examples:

@@ -119,7 +119,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ngrams": exit_0 and exit_0.settings,
+        "ngrams": exit_0 and {"pairs": exit_0.pairs},
         "device": devices.device_name(device),
         "precision": str(precision or torch.float32),
         "versions": versions(),
