@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def load(*options, **more):
     tasks.add_data_options(parser)
     args = parser.parse_args([str(option) for option in options])
     args.task = args.task or ("tickets" if args.data else "toy")
-    return load_data(args, **more)
+    train, dev, record = load_data(args, **more)
+    return SimpleNamespace(train=train, dev=dev, record=record)
 
 
 @given(

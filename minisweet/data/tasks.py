@@ -117,14 +117,6 @@ def _download(url: str) -> bytes:
         return response.read()
 
 
-class Data(NamedTuple):
-    """What `load_data` found."""
-
-    train: Examples
-    dev: Examples
-    record: dict  # for run.json
-
-
 def add_data_options(parser: Parser) -> None:
     """Add the options that `load_data` reads."""
     group = parser.add_argument_group("data")
@@ -140,8 +132,8 @@ def add_data_options(parser: Parser) -> None:
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
 
 
-def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> Data:
-    """Read what the options of `add_data_options` name; without --data, --task must be there.
+def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> tuple:
+    """Train, dev, and what run.json tells of them, by the options of `add_data_options`; one of --data and --task.
 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
     the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a file or a
@@ -155,7 +147,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         train, dev, labels, columns, column = _load_own(args, labels, need_labels)
         metric = "accuracy" if dev.labels else "agreement"
     record = {"task": args.task, "labels": list(labels), "metric": metric, "dev_digest": digest(dev)}
-    return Data(train, dev, record | {"text_columns": columns, "label_column": column})
+    return train, dev, record | {"text_columns": columns, "label_column": column}
 
 
 def _class_order(args: argparse.Namespace, trunk: Names) -> Names:

@@ -92,15 +92,15 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     end = trunk.exit_layers[-1] if trunk else None
     folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
-    data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
-    if data.train.second is not None and config.type_vocab_size == 1:
+    train, dev, of_data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
+    if train.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device, training=True)
-    order = np.random.default_rng(args.seed).permutation(len(data.train.first))
+    order = np.random.default_rng(args.seed).permutation(len(train.first))
     subset = np.sort(order[: args.train_size])  # with one seed, 500 rows are among the 6,000
-    rows, labels, layers = data.train.take(subset), data.record["labels"], [n for n in exit_layers if n > 0]
+    rows, labels, layers = train.take(subset), of_data["labels"], [n for n in exit_layers if n > 0]
     examples, exit_0 = TokenizedExamples(tokenizer, rows), None
     if exit_layers[0] == 0:
         exit_0 = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
@@ -115,7 +115,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     args.epochs = args.epochs or (epochs_of(len(subset), args.batch_size) if args.data else 2)
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        **data.record,
+        **of_data,
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
@@ -130,15 +130,15 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     is_trained = trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"
     exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
-    empty = data.train.empty + data.dev.empty
+    empty = train.empty + dev.empty
     notes = [
         f"method {args.method}, {trained}",
         f"{args.model}, {args.task}: {exits}, seed {args.seed}, {record['device']}, {record['precision']}",
-        f"{len(subset):,} of {len(order):,} rows to train, {len(data.dev.first):,} to validate",
+        f"{len(subset):,} of {len(order):,} rows to train, {len(dev.first):,} to validate",
         f"empty texts, skipped: {empty:,}; cut to {args.max_length} tokens: {examples.cut:,}",
     ]
     return TrainingSetup(
-        args, folder, layers, trunk, examples, data.dev, exit_0, len(labels), device, precision, record, notes
+        args, folder, layers, trunk, examples, dev, exit_0, len(labels), device, precision, record, notes
     )
 
 
