@@ -62,8 +62,7 @@ TASKS = {
 def load_examples(task: str, split: str, data_dir: Path, labels: Names = None) -> Examples:
     """Read one split, "train" or "dev", of a task. Where `data_dir` lacks the task's folder, it is fetched first.
 
-    MNLI's dev split is the matched one. `labels` gives the classes another order than the task's. Raises InputError for
-    a file that is missing or wrong, a download that fails, and `labels` that lack one of the task's.
+    `labels` gives the classes another order than the task's. Raises InputError for what cannot be read or fetched.
     """
     own = TASKS[task]
     if task == "toy":
@@ -136,8 +135,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
     """Train, dev, and what run.json tells of them, by the options of `add_data_options`; one of --data and --task.
 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
-    the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a file or a
-    row that is wrong (with the line), and for options that do not go together.
+    the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a wrong file.
     """
     labels, columns, column = _class_order(args, labels), None, None
     if args.data is None:

@@ -1,8 +1,6 @@
 """Run folders: all that made a fine-tuned model, next to the model. README.md beside this file tells what each holds.
 
-A run whose loss became infinite or NaN has run.json alone, which tells the step: `diverged`. Keys of run.json and of
-evaluation.json that are for people alone are no fields here.
-
+Keys of run.json and of evaluation.json that are for people alone are no fields here.
 Dimension letters: K exits, C classes, P thresholds. Scores are in percent, losses in points, speedup ratios in shares
 of the layers; each interval is a 95% interval, its lower and its upper end.
 """
@@ -137,7 +135,7 @@ def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dic
     """Write a run folder, whole or not at all; what is there is replaced.
 
     `model` is None for a training that diverged, and `model_folder` is what was fine-tuned. The model_type is ours, so
-    that no other library takes a run for a BERT. Raises InputError where the folder cannot be written.
+    that no other library takes a run for a BERT.
     """
     with written_beside(out) as folder:
         folder.mkdir()
@@ -174,10 +172,7 @@ def read_evaluation(run: Path) -> Evaluation:
 
 
 def load_run(run: Path) -> tuple[ExitModel, Record]:
-    """A run's model in float32, in evaluation mode and on the CPU; and its record.
-
-    Raises InputError for no run, one that diverged, and files that do not go together.
-    """
+    """A run's model in float32, in evaluation mode and on the CPU; and its record. InputError for a broken run."""
     record = read_record(run)
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
@@ -202,10 +197,7 @@ def read_validation(run: Path, record: Record) -> Examples:
 
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
-    """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels.
-
-    Raises InputError as their loaders do.
-    """
+    """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels."""
     if is_run(folder):
         model, record = load_run(folder)
         model = model.models[-1] if record.method == "mm" else model

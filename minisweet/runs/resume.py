@@ -1,9 +1,8 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
 Until the run NAME is saved, .NAME.checkpoint/checkpoint.pt lies beside it. It is written every `--save-every` minutes,
-at the end of each stage (MM's models, a trunk, branches), and at SIGTERM, SIGHUP or Ctrl-C. Seed, step and the
-process's number alone set the order of the examples and dropout. So the weights are those of a training that never
-stopped, to the last bit with the same processor, torch and numbers of threads and processes.
+at the end of each stage (MM's models, a trunk, branches), and at SIGTERM, SIGHUP or Ctrl-C. Seed, step and process
+alone set the order of the examples and dropout. So the weights are those of a training that never stopped, to the bit.
 """
 
 import argparse
@@ -84,11 +83,10 @@ class Checkpoint:
             before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
         elif args.resume and (args.out / "run.json").is_file():
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
-        pairs = {key: (value, before.get(key)) for key, value in self.training.items()}
-        changed = [f"{key} is {now!s:.60} and was {was!s:.60}" for key, (now, was) in pairs.items() if now != was]
-        if changed:
-            what = f"{args.out} is another training's: {', '.join(changed[:2])}"
-            raise InputError(f"--resume: {what}; to start anew, pass --overwrite")
+        for key, value in self.training.items():
+            if value != (was := before.get(key)):
+                what = f"{args.out} is another training's: {key} is {value!s:.60} and was {was!s:.60}"
+                raise InputError(f"--resume: {what}; to start anew, pass --overwrite")
         *_, place = "step 0", *(f"step {len(saved['losses'])} of {stage}" for stage, saved in self.stages.items())
         self.notes = [f"--resume: goes on from {place}"] * args.resume  # for the user
 
