@@ -28,9 +28,8 @@ FOLDS, ENOUGH = 3, 1000  # of cross-validation, and how many held-out texts are 
 class NgramExit(nn.Module):
     """Tokens to logits by a table of n-grams, which `fit_ngrams` fills. It has buffers, which training leaves alone.
 
-    `special_ids` are tokens that are no words, such as [CLS], [SEP], [PAD] and [UNK], and say nothing. `pairs` is
-    whether texts come in pairs. If so, each token has two rows: one for tokens of one text, one for tokens of both; and
-    words are compared by vectors.
+    `special_ids` are tokens that are no words, such as [CLS]. Where texts come in `pairs`, each token has two rows: one
+    for tokens of one text, one for tokens of both; and words are compared by vectors.
     """
 
     def __init__(self, vocab_size: int, num_labels: int, special_ids: Sequence[int], pairs: bool) -> None:

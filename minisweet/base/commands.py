@@ -104,9 +104,8 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`. Bad input, or too little memory, prints one line and exits with status 2.
 
-    Ctrl-C exits with 130, SIGTERM with 143, and SIGHUP, as of a connection that dropped, with 129, so that what is
-    half-written is removed. Where nobody reads what is printed any more, as after `| head`, the command ends in
-    silence, with 141.
+    Ctrl-C exits with 130, SIGTERM with 143, and SIGHUP with 129, so that what is half-written is removed. Where nobody
+    reads what is printed any more, as after `| head`, the command ends in silence, with 141.
     """
     stopped: list[int] = []  # the signals that came
 

@@ -110,8 +110,7 @@ def read_json(path: Path) -> dict:
 def read_dataclass(kind: type, path: Path | str, content: dict | None = None) -> Any:
     """Make a dataclass of a JSON object: of `content`, or by default of the file at `path`, which errors name.
 
-    Keys that are no fields are ignored. Raises InputError where a key without a default is missing, where a value is of
-    another type than its field, and where __post_init__ raises ValueError.
+    Keys that are no fields are ignored. Raises InputError for keys that are missing, and for values that do not fit.
     """
     content = read_json(path) if content is None else content
     types, values = get_type_hints(kind), {}
