@@ -149,7 +149,7 @@ def train_model(setup: TrainingSetup, checkpoint: Checkpoint, trunk: MultiExitMo
         precision = devices.choose_precision(args.amp, setup.device)  # that of evaluate.py: on a CPU float32
         logits, _ = all_logits(trunk.to(setup.device).eval(), examples, precision, "targets")
         answers = logits[-1].softmax(-1).numpy()  # (N, C)
-        examples.targets = balanced(answers, setup.num_labels) if args.class_weights else answers
+        examples.targets = balanced(answers, answers.shape[1]) if args.class_weights else answers
         trunk.cpu()
     torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
     model = grow(args.method, trunk, setup.layers, args.exit_strategy)
@@ -160,12 +160,12 @@ def train_model(setup: TrainingSetup, checkpoint: Checkpoint, trunk: MultiExitMo
 
 def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     """Train one run and write its folder."""
-    args, record, examples = setup.args, setup.record, setup.examples
+    args, record, examples, C = setup.args, setup.record, setup.examples, len(setup.record["labels"])
     print(*setup.notes, *checkpoint.notes, sep="\n")
     if args.class_weights and examples.targets is not None:
-        examples.targets = balanced(examples.targets, setup.num_labels)
+        examples.targets = balanced(examples.targets, C)
     torch.manual_seed(args.seed)
-    trunk = setup.trunk or build_alone(setup.folder, setup.layers[-1], setup.num_labels, args.exit_strategy)
+    trunk = setup.trunk or build_alone(setup.folder, setup.layers[-1], C, args.exit_strategy)
     embeddings = trunk.encoder.word_embeddings.weight.detach().clone()  # before they are trained
     try:
         model = train_model(setup, checkpoint, trunk)

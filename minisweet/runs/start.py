@@ -44,7 +44,6 @@ class TrainingSetup(NamedTuple):
     examples: TokenizedExamples  # to train on
     validation: Examples
     exit_0: NgramExit | None  # to be fitted
-    num_labels: int  # C
     device: torch.device
     precision: torch.dtype | None  # to autocast to
     record: dict  # of run.json, as far as it is known before the training
@@ -137,9 +136,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         f"{len(subset):,} of {len(order):,} rows to train, {len(dev.first):,} to validate",
         f"empty texts, skipped: {empty:,}; cut to {args.max_length} tokens: {examples.cut:,}",
     ]
-    return TrainingSetup(
-        args, folder, layers, trunk, examples, dev, exit_0, len(labels), device, precision, record, notes
-    )
+    return TrainingSetup(args, folder, layers, trunk, examples, dev, exit_0, device, precision, record, notes)
 
 
 def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "confidence") -> tuple[int, ...]:
