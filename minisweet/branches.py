@@ -70,18 +70,16 @@ def grow(
     """The model of one of `METHODS`, made of a trunk: a model with one exit at its end, fine-tuned or new.
 
     The last exit is the trunk's: before training they answer alike, to the bit. The other exits' heads start from the
-    trunk's pooler. The encoder is taken over. MM's smaller models are slices: copies of its first layers. EE on a
-    finished trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises ValueError unless the exits end where
-    the trunk does.
+    trunk's pooler. The encoder is taken over; MM's models are slices, copies of its first layers. EE on a finished
+    trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises ValueError for exits that end elsewhere.
     """
     if trunk.head_layers != tuple(exit_layers[-1:]):
         raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.head_layers}")
     encoder, head, C = trunk.encoder.requires_grad_(True), trunk.heads[0], trunk.num_labels
     encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
     if method == "mm":
-        slices = [*(first_layers(encoder, n) for n in exit_layers[:-1]), encoder]
-        parts = zip(slices, exit_layers, strict=True)
-        model = MultiModel([MultiExitModel(part, (n,), C, exit_strategy=exit_strategy) for part, n in parts])
+        slices = [(first_layers(encoder, n), n) for n in exit_layers]
+        model = MultiModel([MultiExitModel(part, (n,), C, exit_strategy=exit_strategy) for part, n in slices])
     elif method == "branch":
         model = BranchModel(encoder, exit_layers, C, exit_strategy)
     else:
