@@ -48,7 +48,6 @@ class Record:
     train_size: int | None = None  # None for all rows
     dev_data: str | None = None
     dev_size: float = 0.2
-    trunk: str | None = None
     targets: str | None = None  # up to here they are arguments
 
     exit_layers: list[int]  # (K,), 0 first where there is exit 0
