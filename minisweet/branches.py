@@ -5,11 +5,9 @@ layer, which runs for [CLS] in that layer's place.
 
 The exit's loss trains the copy and the exit's head, and nothing else. So each parameter is updated by exactly one
 classifier, and the trunk's own answers are those of the plain fine-tuned model. EE-Tuning (Pan et al. 2024,
-https://arxiv.org/abs/2402.00518) does the like for language models that generate: a frozen backbone, and exit layers
-that start as copies.
+https://arxiv.org/abs/2402.00518) does the like for language models that generate.
 
-Here is also `grow`, which makes the model of every method from a model with one exit at its end: a finished trunk, or
-new public weights.
+Here is also `grow`, which makes the model of every method.
 """
 
 import copy
@@ -72,23 +70,21 @@ def grow(
     """The model of one of `METHODS`, made of a trunk: a model with one exit at its end, fine-tuned or new.
 
     The last exit is the trunk's: before training they answer alike, to the bit. The other exits' heads start from the
-    trunk's pooler. The encoder is taken over. Branches are copies of its layers, and MM's smaller models are slices:
-    copies of its first layers. EE on a finished trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises
-    ValueError unless the exits end where the trunk does.
+    trunk's pooler. The encoder is taken over; MM's models are slices, copies of its first layers. EE on a finished
+    trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises ValueError for exits that end elsewhere.
     """
     if trunk.head_layers != tuple(exit_layers[-1:]):
         raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.head_layers}")
     encoder, head, C = trunk.encoder.requires_grad_(True), trunk.heads[0], trunk.num_labels
     encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
     if method == "mm":
-        slices = [*(first_layers(encoder, n) for n in exit_layers[:-1]), encoder]
-        parts = zip(slices, exit_layers, strict=True)
-        model = MultiModel([MultiExitModel(part, (n,), C, exit_strategy=exit_strategy) for part, n in parts])
+        slices = [(first_layers(encoder, n), n) for n in exit_layers]
+        model = MultiModel([MultiExitModel(part, (n,), C, exit_strategy=exit_strategy) for part, n in slices])
     elif method == "branch":
         model = BranchModel(encoder, exit_layers, C, exit_strategy)
     else:
         model = MultiExitModel(encoder, exit_layers, C, method, exit_strategy)
-    last = model[-1] if method == "mm" else model
+    last = model.models[-1] if method == "mm" else model
     last.heads[-1].load_state_dict(head.state_dict(), strict=False)  # only one of the two may have the layer of lte
     return model.train(trunk.training)
 
@@ -110,7 +106,6 @@ def build_multi_model(
 ) -> MultiModel:
     """Slice the first n layers of one checkpoint, for each n of `exit_layers`, into K independent models.
 
-    `train.py --method mm` starts from this model. For the arguments see `MultiExitModel`. Raises ValueError for other
-    exit layers, InputError as `load_encoder` does.
+    For the arguments and errors see `MultiExitModel` and `load_encoder`.
     """
     return grow("mm", build_alone(folder, exit_layers[-1], num_labels, exit_strategy), exit_layers, exit_strategy)

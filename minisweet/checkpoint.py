@@ -76,9 +76,8 @@ def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
     """Load the encoder of a folder in the Hugging Face layout: BERT or DeBERTa, as config.json's model_type says.
 
     It has the first `num_layers` layers, by default all, and is in float32 and in training mode. Its `pooler_start` is
-    the checkpoint's pooler (weight, bias), where each exit head starts from, or None. Raises InputError where there are
-    fewer layers, a file is missing or unreadable, config.json asks for what is not implemented, or the tensors are not
-    those that it describes.
+    the checkpoint's pooler (weight, bias), or None. Raises InputError where a file is missing or unreadable, asks for
+    what is not implemented, or does not fit the others.
     """
     return _load(Path(folder), num_layers)["encoder"]
 
@@ -87,8 +86,7 @@ def load_classifier(folder: Path) -> tuple[Encoder, nn.Linear, list[str]]:
     """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
 
     Returns the encoder, the classifier, and the labels in the order of the classes: id2label's, or LABEL_0 and LABEL_1.
-    Raises InputError as `load_encoder`, for labels that are alike or no texts, and for regression, several labels at
-    once, and models of other tasks, which lack a pooler or a classifier.
+    Raises InputError as `load_encoder` does, and for models of other tasks.
     """
     path = folder / "config.json"
     content = read_json(path)
@@ -130,8 +128,7 @@ def open_weights(folder: Path) -> dict:
     """Open a folder's model.safetensors: each tensor's name to its slice, which is read when it is asked for.
 
     Names come without "bert." or "deberta.", and with today's names of LayerNorm's parameters. A pytorch_model.bin that
-    stands there alone is converted first. Raises InputError where there is no such file, or one that is not readable or
-    holds a tensor under two names.
+    stands there alone is converted first. Raises InputError for a file that is missing, broken or ambiguous.
     """
     path, pickled, slices = folder / WEIGHTS, folder / PICKLED, {}
     try:
@@ -158,8 +155,7 @@ def load_strict(path: Path, make: Callable[[], nn.Module], names: Mapping = {}, 
 
     `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
     module's state dict. `names` maps our names to the file's, where they differ. `dropped` are prefixes of names to
-    ignore. Raises InputError, naming each with both shapes, where tensors are missing, unexpected, of another shape, no
-    floats or not finite.
+    ignore. Raises InputError, naming each with both shapes, for tensors that do not fit.
     """
     slices, problems, tensors = open_weights(path.parent), [], {}
     with torch.device("meta"), _NoInit():

@@ -5,7 +5,7 @@ position attends to content (p2c). With delta(i, j) = clamp(i - j + k, 0, 2k - 1
     (q_i . k_j  +  q_i . K_delta(i,j)  +  k_j . Q_delta(i,j)) / sqrt(3 d)
 where K and Q are projections of one table of 2k relative positions, which all layers share. (The paper's Eq. 4 has
 Q_delta(j,i). The public weights were trained with delta(i,j) in both terms, so that is what is right here.) There are
-no absolute positions and no token types at the input. There is no pooler here: each exit has its own, see exits.py.
+no absolute positions and no token types at the input.
 
 What BERT and DeBERTa share is in layers.py. The relative table is part of DeBERTa's context, so that where the gradient
 of the context stops, it stops for the table too.

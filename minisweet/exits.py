@@ -54,8 +54,7 @@ class ExitHead(nn.Module):
 
     The pooler starts from the encoder's `pooler_start` where there is one. Else it is drawn, as the classifier is, the
     way BERT's weights were. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a
-    linear layer beside the classifier learns to tell whether the classifier is right. Its loss trains the same
-    parameters as the cross-entropy.
+    linear layer beside the classifier learns to tell whether the classifier is right.
     """
 
     def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -156,14 +155,9 @@ class ExitModel(nn.Module):
 class MultiExitModel(ExitModel):
     """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
 
-    Args:
-        encoder: from `load_encoder`.
-        exit_layers: increasing, counted from 1 as in the paper; the last is where the model ends.
-        num_labels: C.
-        method: "sweet" or "ee": equal logits from equal weights, and other gradients; or "plain", with one exit.
-        exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
-
-    Raises ValueError for exit layers that are not increasing or not there, another method or exit strategy.
+    `exit_layers` increase, counted from 1 as in the paper; the last is where the model ends. `method` is "sweet" or
+    "ee": equal logits from equal weights, and other gradients; or "plain", with one exit. With `exit_strategy` "lte"
+    exits learn when to be taken. Raises ValueError for anything else.
     """
 
     def __init__(
@@ -184,9 +178,8 @@ class MultiExitModel(ExitModel):
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. Only in EE does a later
-        exit's loss reach the layers below an earlier exit. With the other methods a training loop may call backward()
-        on each loss before the next exit runs, which frees the activations up to there.
+        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. Except in EE, training
+        may call backward() on each loss before the next exit runs, which frees the activations up to there.
         """
         mask, stay = attention_mask, None
         if self.ngrams is not None:
@@ -229,7 +222,7 @@ class MultiExitModel(ExitModel):
 
 
 class MultiModel(ExitModel):
-    """K independent models, smallest first: `models[k]` is a MultiExitModel with one exit, at its end."""
+    """K independent models, smallest first: each of its `models` has one exit, at its end."""
 
     method = "mm"
 
@@ -238,15 +231,12 @@ class MultiModel(ExitModel):
         super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
         self.models = nn.ModuleList(models)
 
-    def __getitem__(self, k: int) -> MultiExitModel:
-        return self.models[k]
-
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
         mask = attention_mask
         if self.ngrams is not None:
             stay = yield self.ngrams(input_ids, mask, token_type_ids), None
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)
-        for model in self:
+        for model in self.models:
             stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)

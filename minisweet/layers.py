@@ -5,9 +5,8 @@ An exit reads the first token, [CLS], alone. So a layer can run for that token o
     cls = layer(hidden, context, rows=1)    (B, T, D) to (B, 1, D): the query of [CLS], keys and values of all tokens
     hidden = layer(hidden, context)         (B, T, D) to (B, T, D): all tokens
 
-The first costs about a sixth of the second. A layer has twelve D x D products per token: query, key, value, attention
-output, and eight in the feed-forward block. With rows=1 two of them run for all tokens, the key and the value. In
-DeBERTa it is a quarter, since its weights pack the query with them.
+The first costs about a sixth of the second: of a layer's twelve D x D products per token, the key and the value alone
+run for all tokens. In DeBERTa it is a quarter, since its weights pack the query with them.
 
 Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.
@@ -23,10 +22,7 @@ PADDING_SCORE = -3e4
 
 
 def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the attention scores (B, H, R, T): 0 for tokens, a very low score for padding.
-
-    The mask (B, T), 1 for tokens and 0 for padding, to (B, 1, 1, T).
-    """
+    """A mask (B, T) to what is added to attention scores (B, H, R, T): 0, or a very low score for padding."""
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
@@ -109,8 +105,8 @@ class Dropout(nn.Module):
     """Dropout that draws its masks fast on a CPU.
 
     torch draws one random number per element there, on one core, which makes dropout 10 to 30% of a training step. Here
-    each element takes 16 bits of a 64-bit number, which takes a sixth of the time. The probability is so rounded to a
-    multiple of 1/65536. On other devices this is torch's own dropout; in evaluation mode it does nothing.
+    each element takes 16 bits of a 64-bit number, which takes a sixth of the time, and rounds the probability to a
+    multiple of 1/65536. On other devices this is torch's own dropout.
     """
 
     def __init__(self, p: float) -> None:

@@ -28,24 +28,19 @@ FOLDS, ENOUGH = 3, 1000  # of cross-validation, and how many held-out texts are 
 class NgramExit(nn.Module):
     """Tokens to logits by a table of n-grams, which `fit_ngrams` fills. It has buffers, which training leaves alone.
 
-    `special_ids` are tokens that are no words, such as [CLS], [SEP], [PAD] and [UNK], and say nothing. `pairs` is
-    whether texts come in pairs. If so, each token has two rows: one for tokens of one text, one for tokens of both; and
-    words are compared by vectors of so many `components`, or not at all where that is 0.
+    `special_ids` are tokens that are no words, such as [CLS]. Where texts come in `pairs`, each token has two rows: one
+    for tokens of one text, one for tokens of both; and words are compared by vectors.
     """
 
-    def __init__(
-        self, vocab_size: int, num_labels: int, special_ids: Sequence[int], pairs: bool, components: int = COMPONENTS
-    ) -> None:
+    def __init__(self, vocab_size: int, num_labels: int, special_ids: Sequence[int], pairs: bool) -> None:
         super().__init__()
-        special_ids, self.pairs, self.token_rows = list(special_ids), pairs, (1 + pairs) * vocab_size
-        self.settings = {"vocab_size": vocab_size, "num_labels": num_labels, "special_ids": special_ids, "pairs": pairs}
-        self.settings["components"] = self.components = components if pairs else 0
+        self.pairs, self.token_rows = pairs, (1 + pairs) * vocab_size
         self.register_buffer("table", torch.zeros(self.token_rows + BUCKETS, num_labels))
         self.register_buffer("bias", torch.zeros(num_labels))
         self.register_buffer("is_word", torch.ones(vocab_size, dtype=torch.bool))
-        self.is_word[special_ids] = False
-        if self.components:
-            self.register_buffer("vectors", torch.zeros(vocab_size, components))  # each of length 1
+        self.is_word[list(special_ids)] = False
+        if pairs:
+            self.register_buffer("vectors", torch.zeros(vocab_size, COMPONENTS))  # each of length 1
             self.register_buffer("idf", torch.ones(vocab_size))  # inverse document frequencies, at least 1
             self.register_buffer("met_weights", torch.zeros(2, num_labels))
 
@@ -80,7 +75,7 @@ class NgramExit(nn.Module):
         counts = counts[..., None].to(self.table.dtype)  # (B, 2T, 1)
         number = counts.sum(1)  # (B, 1)
         logits = (self.table[rows] * counts).sum(1) / number.clamp(min=1).sqrt() + self.bias
-        if self.components:
+        if self.pairs:
             met = self.find_met(input_ids, attention_mask, token_type_ids)
             logits = logits + (met[..., None] * self.met_weights).sum(1)
         return logits * number.clamp(max=1)
@@ -104,8 +99,8 @@ def fit_ngrams(exit: NgramExit, batches: Sequence, targets: Tensor, embeddings: 
     centred, met = embeddings - embeddings.mean(0), torch.zeros(N, 0)
     known = centred / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
     known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): by the ones, the number of shared tokens counts
-    if exit.components:
-        axes = torch.linalg.eigh(centred.T @ centred)[1][:, -exit.components :]  # their signs change no cosine
+    if exit.pairs:
+        axes = torch.linalg.eigh(centred.T @ centred)[1][:, -COMPONENTS:]  # their signs change no cosine
         exit.vectors.zero_()[:, : axes.shape[1]] = F.normalize(centred @ axes)
         holders = sum(torch.zeros(len(ids), V).scatter_(1, ids, mask.float()).sum(0) for ids, mask, _ in batches)
         exit.idf.copy_(1 + ((1 + N) / (1 + holders)).log())
@@ -154,7 +149,7 @@ def fit_ngrams(exit: NgramExit, batches: Sequence, targets: Tensor, embeddings: 
     free, linear, of_met, bias = solve(scale, targets)
     exit.table.zero_()[: exit.token_rows] = scale * (known @ linear).flatten(0, 1)
     exit.table[used] += free
-    if exit.components:
+    if exit.pairs:
         exit.met_weights.copy_(of_met / spread[:, None])
     exit.bias.copy_(bias - mean / spread @ of_met)
     return scale

@@ -1,7 +1,6 @@
 """What several tests use: tiny models with random weights, a way to run commands, and one finished run per method."""
 
 import json
-import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,9 +44,8 @@ WORDS = "the a film was not good bad great dull but and i you we it is in of to 
 
 
 def pytest_configure(config) -> None:
-    """One thread, since tiny models lose more to waiting threads than they gain. The disk is not waited for either."""
+    """One thread, since tiny models lose more to waiting threads than they gain."""
     torch.set_num_threads(1)
-    os.fsync = lambda held: None
 
 
 @pytest.fixture(params=["bert", "deberta"])

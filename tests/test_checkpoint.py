@@ -160,8 +160,8 @@ def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_ty
         model_dir, lambda tensors: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in tensors.items()}
     )
     models = build_multi_model(model_dir, (1, 3), 2)  # layer 4 is broken, and nobody reads it
-    assert [len(model.encoder.layers) for model in models] == [1, 3]
-    for model, n in zip(models.eval(), (1, 3), strict=True):
+    assert [len(model.encoder.layers) for model in models.models] == [1, 3]
+    for model, n in zip(models.eval().models, (1, 3), strict=True):
         torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
     with pytest.raises(InputError, match="encoder.layer.3"):
         build_multi_model(model_dir, (1, 4), 2)

@@ -88,11 +88,11 @@ def test_all_methods_have_the_logits_of_the_same_weights(model_dir):
     assert sweet(*batch).shape == (3, 4, 2)
     with torch.no_grad():
         assert torch.equal(sweet(*batch), ee(*batch))
-        assert torch.equal(mm(*batch)[1], mm[1](*batch)[0])
+        assert torch.equal(mm(*batch)[1], mm.models[1](*batch)[0])
     torch.testing.assert_close(sweet(*batch), ee(*batch), atol=1e-6, rtol=1e-6)  # other kernels run without gradient
     # Branches are still the trunk's layers, and MM's models the first layers of one checkpoint.
     torch.testing.assert_close(sweet(*batch), branch(*batch), atol=1e-5, rtol=1e-5)
-    for head, model in zip(sweet.heads, mm, strict=True):
+    for head, model in zip(sweet.heads, mm.models, strict=True):
         model.heads[0].load_state_dict(head.state_dict())
     torch.testing.assert_close(sweet(*batch), mm(*batch), atol=1e-5, rtol=1e-5)
 
@@ -111,7 +111,7 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
     for start in (frozen, trunk):
         model = grow(method, start, layers, strategy)
         assert (model.method, model.exit_layers, model.training) == (method, layers, False)
-        models = list(model) if method == "mm" else [model]
+        models = list(model.models) if method == "mm" else [model]
         heads = [head for part in models for head in part.heads]
         for part in heads[:-1]:
             assert torch.equal(part.pooler.weight, head.pooler.weight)
@@ -132,7 +132,7 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
         with torch.no_grad():  # as answers are given: DeBERTa's sums are ordered otherwise where autograd follows
             assert torch.equal(model(*batch)[-1], expected)
             if method in ("mm", "branch"):  # copies have weights of their own
-                (model[0].encoder.layers[0] if method == "mm" else model.branches[0]).output.weight.zero_()
+                (model.models[0].encoder.layers[0] if method == "mm" else model.branches[0]).output.weight.zero_()
                 assert torch.equal(model(*batch)[-1], expected)
 
 

@@ -112,11 +112,12 @@ def test_fitting_finds_the_optimum(pairs, monkeypatch):
     """Against autograd on dense matrices in float64. The targets are weighted, as --class-weights weighs them."""
     monkeypatch.setattr(ngrams, "SCALES", (0.8,))
     monkeypatch.setattr(ngrams, "BUCKETS", 64)
+    monkeypatch.setattr(ngrams, "COMPONENTS", 3)
     monkeypatch.setattr(ngrams, "ITERATIONS", 1000)
     texts, C, D = random_texts(30, pairs), 3, 5
     torch.manual_seed(1)
     targets, embeddings = torch.rand(30, C).softmax(-1) * (torch.rand(30, 1) + 0.5), torch.randn(V, D)
-    exit, batches = NgramExit(V, C, SPECIAL, pairs, components=3), [encode(*texts[:11]), encode(*texts[11:])]
+    exit, batches = NgramExit(V, C, SPECIAL, pairs), [encode(*texts[:11]), encode(*texts[11:])]
     assert fit_ngrams(exit, batches, targets, embeddings) == 0.8
 
     centred = embeddings.double() - embeddings.double().mean(0)

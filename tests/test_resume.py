@@ -183,13 +183,3 @@ def test_a_full_disk(command, monkeypatch):
         assert command("--out", "c")[0] == 2
     assert (command("--out", "c", "--resume")[0], command.steps) == (0, 0)  # what was trained is not lost
     assert result("c") == result("whole")
-
-
-def test_a_diverged_run_and_a_broken_checkpoint_are_no_training_to_resume(command):
-    assert command("--out", "a", "--lr", "1e30")[0] == 2
-    status, _, err = command("--out", "a", "--lr", "1e30", "--resume")
-    assert (status, "--resume: a diverged" in err) == (2, True), err
-    STOPPED.parent.mkdir()
-    STOPPED.write_bytes(b"broken")
-    status, _, err = command("--out", "a", "--resume")
-    assert (status, err.count("\n"), "checkpoint.pt is broken" in err) == (2, 1, True), err

@@ -15,7 +15,7 @@ from minisweet.branches import METHODS
 from minisweet.data.rows import Examples
 from minisweet.ngrams import NgramExit
 from minisweet.runs import folders, start
-from minisweet.runs.folders import load_run, load_trunk, method_name, read_record, save_run
+from minisweet.runs.folders import load_run, load_trunk, read_record, save_run
 from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
 from tests.conftest import random_batch, undecided_model, write_model
 
@@ -35,13 +35,12 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
     model = undecided_model(model_folder, method)
     record["arguments"]["method"], record["exit_layers"] = method, list(model.exit_layers)
     if has_exit_0:
-        exit_0 = NgramExit(60, 2, [0, 2, 3], True, components=0)
+        exit_0 = NgramExit(60, 2, [0, 2, 3], True)
         for tensor in exit_0.state_dict().values():
             if tensor.is_floating_point():
                 tensor.normal_()
         model = model.add_ngrams(exit_0)
-        record |= {"exit_layers": list(model.exit_layers), "ngrams": exit_0.settings}
-        del record["ngrams"]["components"]  # as in runs of before
+        record |= {"exit_layers": list(model.exit_layers), "ngrams": {"pairs": True}}
     save_run(tmp_path / "run", model, model_folder, record, ROWS)
     loaded, found = load_run(tmp_path / "run")
     assert not loaded.training
@@ -83,11 +82,6 @@ def test_what_old_records_lack_has_defaults(tmp_path, record):
     found = read_record(tmp_path)
     assert (found.method, found.losses, found.columns) == ("sweet-flow0.5", [], [])
     assert found.diverged is found.ngrams is found.train_texts is None
-
-
-def test_names_of_methods_on_a_trunk():
-    on_trunk = {method: method_name({"method": method, "trunk": "runs/a"}) for method in ("ee", "mm", "branch")}
-    assert on_trunk == {"ee": "ee-mixed", "mm": "mm-taught", "branch": "branch"}
 
 
 # What a training starts from.

@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def load(*options, **more):
     tasks.add_data_options(parser)
     args = parser.parse_args([str(option) for option in options])
     args.task = args.task or ("tickets" if args.data else "toy")
-    return load_data(args, **more)
+    train, dev, record = load_data(args, **more)
+    return SimpleNamespace(train=train, dev=dev, record=record)
 
 
 @given(
@@ -120,13 +122,12 @@ def test_the_classes_of_a_trunk(tickets):
     assert (data.record["labels"], Counter(data.train.labels)) == (trunk, {0: 20, 2: 22})
     assert "label 'login', should be one of refund, b" in refused(load, "--data", tickets, labels=["refund", "b"])
     assert "label 'login', should be one of LABEL_0" in refused(load, "--data", tickets, labels=unnamed)
-    for cases in (["login", "Login", "refund"], ["LOGIN", "refund"]):  # two that differ in case alone, or one from ours
-        named = ",".join(cases).replace("LOGIN", "login")
-        assert load("--data", tickets, "--labels", named, labels=cases).record["labels"] == named.split(",")
-    swapped = refused(load, "--data", tickets, "--labels", "Login,login,refund", labels=["login", "Login", "refund"])
+    cases = ["login", "Login", "refund"]
+    assert load("--data", tickets, "--labels", ",".join(cases), labels=cases).record["labels"] == cases
+    swapped = refused(load, "--data", tickets, "--labels", "Login,login,refund", labels=cases)
     assert swapped == "--labels: Login,login,refund, and the trunk's are login,Login,refund"
     assert load("--data", tickets, "--labels", "refund,login", labels=unnamed).record["labels"] == ["refund", "login"]
-    toy = load(labels=["POSITIVE", "NEGATIVE"])
+    toy = load(labels=["positive", "negative"])
     assert toy.record["labels"] == ["positive", "negative"]
     assert [1 - label for label in toy.train.labels] == load().train.labels
     assert load(labels=unnamed).record["labels"] == ["negative", "positive"]

@@ -7,10 +7,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -24,37 +23,18 @@ STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sign
 class Progress(tqdm):
     """A progress bar, with tqdm's arguments. Where standard error is no terminal, a line every half minute instead."""
 
-    def __init__(self, iterable: Iterable | None = None, desc: str = "", **options) -> None:
-        super().__init__(iterable, desc, disable=None, **options)
-        self.desc, self.postfix, self.is_over = desc, "", Event()
-        if self.disable:  # a thread, since a single step may take minutes
-            Thread(target=self.print_lines, daemon=True).start()
+    def __init__(self, iterable: Iterable | None = None, **options) -> None:
+        self.has_terminal = sys.stderr.isatty()
+        if not self.has_terminal:
+            options |= {"mininterval": PAUSE, "maxinterval": PAUSE, "delay": PAUSE, "ncols": 0, "leave": False}
+        super().__init__(iterable, **options)
 
-    def print_lines(self) -> None:
-        """Print a line now and then, until the work is over."""
-        while not self.is_over.wait(PAUSE):
-            done = f"{self.n:,} of {self.total:,}" if self.total else f"{self.n:,}"
-            print(one_line(f"{self.desc}: {done} {self.postfix or ''}".rstrip()), file=sys.stderr, flush=True)
-
-    def __iter__(self) -> Iterator:
-        try:
-            for item in self.iterable if self.disable else super().__iter__():
-                yield item
-                self.n += bool(self.disable)
-        finally:
-            self.close()
-
-    def update(self, n: float = 1) -> None:
-        """Count `n` more as done."""
-        if self.disable:
-            self.n += n
-        else:
-            super().update(n)
-
-    def close(self) -> None:
-        """The work is over."""
-        self.is_over.set()
-        super().close()
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show how far the work is. Once it is over, tqdm asks for an empty message, to clear the bar."""
+        if self.has_terminal:
+            super().display(msg, pos)
+        elif msg is None:
+            print(self, file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,9 +104,8 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`. Bad input, or too little memory, prints one line and exits with status 2.
 
-    Ctrl-C exits with 130, SIGTERM with 143, and SIGHUP, as of a connection that dropped, with 129, so that what is
-    half-written is removed. Where nobody reads what is printed any more, as after `| head`, the command ends in
-    silence, with 141.
+    Ctrl-C exits with 130, SIGTERM with 143, and SIGHUP with 129, so that what is half-written is removed. Where nobody
+    reads what is printed any more, as after `| head`, the command ends in silence, with 141.
     """
     stopped: list[int] = []  # the signals that came
 

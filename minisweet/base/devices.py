@@ -1,8 +1,7 @@
 """Where to compute: on which device, in which precision, and as one of how many processes.
 
 With `torchrun --nproc-per-node N train.py ...` each process holds the whole model and takes a share of every batch's
-rows. The gradient of the batch's mean loss is the sum of the processes' own, each weighted by its share. One all-reduce
-of one flat tensor adds them up, before clipping: so all processes have the same gradient, loss and overflow.
+rows. Their gradients, each weighted by its share, are added up before clipping: so all have the same one.
 """
 
 import ctypes
@@ -10,8 +9,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,9 +80,9 @@ def device_name(device: torch.device) -> str:
 def tune_cpu() -> None:
     """Make this process faster on a CPU, with the same results. Commands call it before their first model.
 
-    oneDNN keeps 1,024 compiled matrix products, one per shape, and texts of all lengths need more. With 8,192 (100 MB)
-    early exit in batches takes 20% less time. On Linux the process also keeps the memory that it frees: else the kernel
-    zeroes it again in every step, which takes 10 to 20% of a training step.
+    oneDNN keeps 1,024 compiled matrix products, one per shape, and texts of all lengths need more: with 8,192 early
+    exit in batches takes 20% less time. On Linux the process keeps the memory that it frees, which else the kernel
+    zeroes again: that takes 10 to 20% of a training step.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     if sys.platform == "linux":
@@ -124,16 +123,6 @@ def all_gather(value: object) -> list:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Within, models and data are fetched by the first process. Then the others enter, and find them there."""
-    if process_rank():
-        all_gather(None)
-    yield
-    if not process_rank():
-        all_gather(None)
 
 
 def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:

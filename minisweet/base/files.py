@@ -56,9 +56,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
 
     After an error `target` is as it was, and nothing else is left. Where it is a link, the file that it points to is
-    replaced. A folder that is replaced is moved aside, and removed at the end. A process that is killed may leave what
-    it was writing as `.NAME.<random>.partial`, or the folder that was moved aside as `.NAME.<random>.old`. Raises
-    InputError where `target` cannot be written, or exists and `overwrite` is false.
+    replaced. A process that is killed may leave what it was writing as `.NAME.<random>.partial`, or the folder that it
+    was replacing as `.NAME.<random>.old`. Raises InputError where `target` cannot be written, or exists and
+    `overwrite` is false.
     """
     target = Path(os.path.realpath(target))
     if os.path.exists(target) and not (overwrite and (target.is_file() or target.is_dir())):  # /dev/null is neither
@@ -67,12 +67,9 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        for part in (*new.rglob("*"), new):  # after a power cut, the name must not be there without the content
-            _sync(part)
         if overwrite and target.is_dir() and new.is_dir():
             target.rename(new.with_suffix(".old"))
         new.replace(target)
-        _sync(target.parent)
         shutil.rmtree(new.with_suffix(".old"), ignore_errors=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error})") from None
@@ -90,13 +87,6 @@ def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
         except InputError:
             if not folder.exists():
                 raise
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk itself."""
-    held = os.open(path, os.O_RDONLY)
-    os.fsync(held)
-    os.close(held)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -120,8 +110,7 @@ def read_json(path: Path) -> dict:
 def read_dataclass(kind: type, path: Path | str, content: dict | None = None) -> Any:
     """Make a dataclass of a JSON object: of `content`, or by default of the file at `path`, which errors name.
 
-    Keys that are no fields are ignored. Raises InputError where a key without a default is missing, where a value is of
-    another type than its field, and where __post_init__ raises ValueError.
+    Keys that are no fields are ignored. Raises InputError for keys that are missing, and for values that do not fit.
     """
     content = read_json(path) if content is None else content
     types, values = get_type_hints(kind), {}

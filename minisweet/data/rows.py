@@ -127,10 +127,7 @@ def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
 
 
 def text_columns(path: Path, named: Names, trained: Names = None, option: str = "--text-columns") -> list[str]:
-    """The columns of a file's texts: those `named`, or else the same as in training, or else the usual ones.
-
-    Raises InputError for another number than in training: a run of single texts cannot answer pairs.
-    """
+    """The columns of a file's texts: those `named`, or else those `trained` on, or else the usual ones, as many."""
     counts = (1, 2) if trained is None else (max(1, len(trained)),)  # the toy task has no columns
     if named and len(named) not in counts:
         right = "one or two" if trained is None else f"{counts[0]}, as in training"
@@ -193,6 +190,5 @@ def read_examples(path: Path, labels: Sequence[str]) -> Examples:
     columns, rows = text_columns(path, None), list(read_rows(path))
     first = rows[0][1]
     examples, _ = examples_of(path, rows, columns, "label" if "label" in first else None, labels)
-    if "difficulty" not in first:
-        return examples
-    return examples._replace(difficulties=[row["difficulty"] for _, row in rows])
+    difficulties = [row["difficulty"] for _, row in rows] if "difficulty" in first else None
+    return examples._replace(difficulties=difficulties)

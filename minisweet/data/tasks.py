@@ -62,8 +62,7 @@ TASKS = {
 def load_examples(task: str, split: str, data_dir: Path, labels: Names = None) -> Examples:
     """Read one split, "train" or "dev", of a task. Where `data_dir` lacks the task's folder, it is fetched first.
 
-    MNLI's dev split is the matched one. `labels` gives the classes another order than the task's. Raises InputError for
-    a file that is missing or wrong, a download that fails, and `labels` that lack one of the task's.
+    `labels` gives the classes another order than the task's. Raises InputError for what cannot be read or fetched.
     """
     own = TASKS[task]
     if task == "toy":
@@ -117,14 +116,6 @@ def _download(url: str) -> bytes:
         return response.read()
 
 
-class Data(NamedTuple):
-    """What `load_data` found."""
-
-    train: Examples
-    dev: Examples
-    record: dict  # for run.json
-
-
 def add_data_options(parser: Parser) -> None:
     """Add the options that `load_data` reads."""
     group = parser.add_argument_group("data")
@@ -140,12 +131,11 @@ def add_data_options(parser: Parser) -> None:
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
 
 
-def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> Data:
-    """Read what the options of `add_data_options` name; without --data, --task must be there.
+def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> tuple:
+    """Train, dev, and what run.json tells of them, by the options of `add_data_options`; one of --data and --task.
 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
-    the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a file or a
-    row that is wrong (with the line), and for options that do not go together.
+    the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a wrong file.
     """
     labels, columns, column = _class_order(args, labels), None, None
     if args.data is None:
@@ -155,7 +145,7 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         train, dev, labels, columns, column = _load_own(args, labels, need_labels)
         metric = "accuracy" if dev.labels else "agreement"
     record = {"task": args.task, "labels": list(labels), "metric": metric, "dev_digest": digest(dev)}
-    return Data(train, dev, record | {"text_columns": columns, "label_column": column})
+    return train, dev, record | {"text_columns": columns, "label_column": column}
 
 
 def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
@@ -163,13 +153,9 @@ def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
     named = args.labels if args.data else TASKS[args.task].labels
     if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
         return named
-    known = {label.casefold(): label for label in named or ()}  # POSITIVE is GLUE's positive
-    order = [known.get(label.casefold(), label) for label in trunk]
-    if len(set(order)) < len(order):  # the trunk has both a and A
-        order = list(trunk)
-    if args.labels and order != args.labels:
+    if args.labels and args.labels != list(trunk):
         raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(trunk)}")
-    return order
+    return trunk
 
 
 def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple:

@@ -33,8 +33,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     """Load a tokenizer that truncates to `max_length` tokens, [CLS] and [SEP] among them, and does not pad.
 
     `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). Raises
-    InputError for a tokenizer that is missing, lacks a special token, or does not fit the embedding's `vocab_size` rows
-    (up to a tenth less is usual), and for a length above `positions`.
+    InputError for one that does not fit the embedding's `vocab_size` rows, and for a length above `positions`.
     """
     if max_length > positions:
         raise InputError(f"--max-length: {max_length}, should be at most {positions}, the positions of {folder}")
@@ -55,7 +54,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     ids = tokenizer.get_vocab()
     size = 1 + max(ids.values(), default=0)
-    if not ids.keys() >= set(SPECIAL) or not 0.9 * vocab_size <= size <= vocab_size:
+    if not ids.keys() >= set(SPECIAL) or not 0.9 * vocab_size <= size <= vocab_size:  # a tenth less is usual
         right = f"{vocab_size}, as the embedding has rows, and {', '.join(SPECIAL)} among them"
         raise InputError(f"{folder}: its tokenizer has {size} tokens, should have {right}")
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -85,10 +84,8 @@ class Batch(NamedTuple):
         return self.input_ids, self.attention_mask, self.token_type_ids
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; to a GPU it goes from pinned memory, and nobody waits for it."""
-        to_gpu = torch.device(device).type == "cuda"
-        tensors = (tensor.pin_memory() if to_gpu else tensor for tensor in self if tensor is not None)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        """The same batch on `device`."""
+        return Batch(*(tensor.to(device) for tensor in self if tensor is not None))
 
 
 class TokenizedExamples:
@@ -101,8 +98,7 @@ class TokenizedExamples:
         start, end, self.pad_id, _ = special_ids(tokenizer)
         self.targets = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, first_lengths, self.cut = [], [], 0
-        # Each sentence by itself: of a long pair, the library combines all pieces that it cuts off one text with all
-        # that it cuts off the other, which takes gigabytes.
+        # Each sentence by itself: of a long pair the library combines all that it cuts off, which takes gigabytes.
         sides = [side for side in (examples.first, examples.second) if side is not None]
         encodings = [tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in sides]
         room = tokenizer.truncation["max_length"] - 1 - len(sides)

@@ -1,8 +1,6 @@
 """Run folders: all that made a fine-tuned model, next to the model. README.md beside this file tells what each holds.
 
-A run whose loss became infinite or NaN has run.json alone, which tells the step: `diverged`. Keys of run.json and of
-evaluation.json that are for people alone are no fields here.
-
+Keys of run.json and of evaluation.json that are for people alone are no fields here.
 Dimension letters: K exits, C classes, P thresholds. Scores are in percent, losses in points, speedup ratios in shares
 of the layers; each interval is a 95% interval, its lower and its upper end.
 """
@@ -50,7 +48,6 @@ class Record:
     train_size: int | None = None  # None for all rows
     dev_data: str | None = None
     dev_size: float = 0.2
-    trunk: str | None = None
     targets: str | None = None  # up to here they are arguments
 
     exit_layers: list[int]  # (K,), 0 first where there is exit 0
@@ -62,7 +59,7 @@ class Record:
     precision: str
     losses: list[list[float]] = field(default_factory=list)  # (steps, exits that are trained)
     diverged: int | None = None  # the step at which the loss became infinite or NaN; such a run has no weights
-    ngrams: dict | None = None  # the settings of exit 0
+    ngrams: dict | None = None  # of exit 0: whether its texts are `pairs`
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None
@@ -125,36 +122,19 @@ class Evaluation:
     dev_digest: str
 
 
-def method_name(arguments: dict) -> str:
-    """The method as reports name it: on a trunk, ee and sweet are ee-mixed and sweet-mixed, and mm is mm-taught."""
-    method = arguments["method"]
-    on_trunk = {"ee": "ee-mixed", "sweet": "sweet-mixed", "mm": "mm-taught"}
-    return on_trunk.get(method, method) if arguments.get("trunk") else method
-
-
 def run_name(arguments: dict, in_grid: bool = False) -> str:
     """The name of a run's folder, by train.py's arguments; a grid's runs also differ in their rate and their size."""
-    name = f"{Path(os.path.realpath(arguments['model'])).name}-{method_name(arguments)}-{arguments['task']}"
+    name = f"{Path(os.path.realpath(arguments['model'])).name}-{arguments['method']}-{arguments['task']}"
     if in_grid:
         name += f"-lr{arguments['lr']:g}-n{arguments['train_size']}"
     return f"{name}-seed{arguments['seed']}" + "-lte" * (arguments["exit_strategy"] == "lte")
-
-
-def check_output(out: Path, may_stand: bool) -> None:
-    """Raise InputError where `out` holds anything, unless `may_stand` and it is a run and nothing else."""
-    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    others = [name for name in names if name not in FILES or "run.json" not in names]
-    if others:
-        raise InputError(f"--out: {out} holds {others[0]!r:.100}, which no run made; name another folder")
-    if names and not may_stand:
-        raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
 
 
 def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dict, validation: Examples) -> None:
     """Write a run folder, whole or not at all; what is there is replaced.
 
     `model` is None for a training that diverged, and `model_folder` is what was fine-tuned. The model_type is ours, so
-    that no other library takes a run for a BERT. Raises InputError where the folder cannot be written.
+    that no other library takes a run for a BERT.
     """
     with written_beside(out) as folder:
         folder.mkdir()
@@ -191,10 +171,7 @@ def read_evaluation(run: Path) -> Evaluation:
 
 
 def load_run(run: Path) -> tuple[ExitModel, Record]:
-    """A run's model in float32, in evaluation mode and on the CPU; and its record.
-
-    Raises InputError for no run, one that diverged, and files that do not go together.
-    """
+    """A run's model in float32, in evaluation mode and on the CPU; and its record. InputError for a broken run."""
     record = read_record(run)
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
@@ -208,8 +185,9 @@ def new_model(config: Config, record: Record) -> ExitModel:
     encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
     trunk = MultiExitModel(encoder, layers[-1:], record.num_labels, exit_strategy=record.exit_strategy)
     model = grow(record.method, trunk, layers, record.exit_strategy)
-    # Runs from before words were compared have no `components`.
-    return model.add_ngrams(NgramExit(**{"components": 0} | record.ngrams)) if record.ngrams else model
+    if record.ngrams:
+        model.add_ngrams(NgramExit(config.vocab_size, record.num_labels, [], record.ngrams["pairs"]))
+    return model
 
 
 def read_validation(run: Path, record: Record) -> Examples:
@@ -218,13 +196,10 @@ def read_validation(run: Path, record: Record) -> Examples:
 
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
-    """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels.
-
-    Raises InputError as their loaders do.
-    """
+    """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels."""
     if is_run(folder):
         model, record = load_run(folder)
-        model = model[-1] if record.method == "mm" else model
+        model = model.models[-1] if record.method == "mm" else model
         return model.keep_exits(model.head_layers[-1:]), record.labels
     if not folder.is_dir():
         raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")

@@ -29,10 +29,9 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 def model_folder(model: str) -> Path:
-    """Return the folder of `model`: a preset's name, the path of a folder in the Hugging Face layout, or a hub id.
+    """The folder of `model`: a folder in the Hugging Face layout, or a preset or hub id, which is fetched once.
 
-    A preset lies at `home()/weights/<name>`, a hub id at `home()/weights/<owner>--<name>`. It is fetched where that
-    folder is missing. Raises InputError where `model` is none of them, and where the fetch fails.
+    Raises InputError where `model` is none of them, and where the fetch fails.
     """
     folder = Path(model)
     if model in REPOSITORIES or (not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)):

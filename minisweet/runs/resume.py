@@ -1,9 +1,8 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
 Until the run NAME is saved, .NAME.checkpoint/checkpoint.pt lies beside it. It is written every `--save-every` minutes,
-at the end of each stage (MM's models, a trunk, branches), and at SIGTERM, SIGHUP or Ctrl-C. Seed, step and the
-process's number alone set the order of the examples and dropout. So the weights are those of a training that never
-stopped, to the last bit with the same processor, torch and numbers of threads and processes.
+at the end of each stage (MM's models, a trunk, branches), and at SIGTERM, SIGHUP or Ctrl-C. Seed, step and process
+alone set the order of the examples and dropout. So the weights are those of a training that never stopped, to the bit.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from torch import nn
 from minisweet.base.commands import STOPS
 from minisweet.base.devices import all_gather, process_rank
 from minisweet.base.files import LOG, InputError, read_json, written_beside
-from minisweet.runs.folders import check_output
+from minisweet.runs.folders import FILES
 
 # Options that may change when a training goes on. In place of files, their rows' digests are compared; in place of
 # --exit-layers, the model's layers.
@@ -33,12 +32,16 @@ MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_d
 def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
     """Make the checkpoint's folder, so that no other training writes to `out`, and give the checkpoint's path.
 
-    Afterwards the folder stays if a checkpoint is in it. Raises InputError where the folder is there, unless
-    `may_stand`, where `check_output` does, and where nothing can be written.
+    Afterwards the folder stays if a checkpoint is in it. Raises InputError where the folder, or a run in `out`, is
+    there, unless `may_stand`; where `out` holds anything else; and where nothing can be written.
     """
     whole = out.resolve()
     try:
-        check_output(out, may_stand)
+        names = sorted(os.listdir(out)) if out.exists() else []
+        if others := [name for name in names if name not in FILES or "run.json" not in names]:
+            raise InputError(f"--out: {out} holds {others[0]!r:.100}, which no run made; name another folder")
+        if names and not may_stand:
+            raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
         path = whole.with_name(f".{whole.name}.checkpoint") / "checkpoint.pt"
         with suppress(FileNotFoundError):  # another OSError where the longest name of `written_beside` is too long
             os.stat(whole.with_name(f".{whole.name}.12345678.partial"))
@@ -77,20 +80,13 @@ class Checkpoint:
         self.signal = 0  # the number of the signal that came
         self.started = self.saved = time.perf_counter()
         if args.resume and path.is_file():
-            try:
-                before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
-            except Exception as error:  # of pickle, zip or torch, according to what is wrong with the file
-                raise InputError(f"--resume: {path} is broken ({error!s:.100}); to start anew, --overwrite") from None
+            before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
         elif args.resume and (args.out / "run.json").is_file():
-            run = read_json(args.out / "run.json")
-            if run.get("diverged"):
-                raise InputError(f"--resume: {args.out} diverged; train at a lower --lr, with --overwrite")
-            before, self.is_finished = training_of(run), True
-        pairs = {key: (value, before.get(key)) for key, value in self.training.items()}
-        changed = [f"{key} is {now!s:.60} and was {was!s:.60}" for key, (now, was) in pairs.items() if now != was]
-        if changed:
-            what = f"{args.out} is another training's: {', '.join(changed[:2])}"
-            raise InputError(f"--resume: {what}; to start anew, pass --overwrite")
+            before, self.is_finished = training_of(read_json(args.out / "run.json")), True
+        for key, value in self.training.items():
+            if value != (was := before.get(key)):
+                what = f"{args.out} is another training's: {key} is {value!s:.60} and was {was!s:.60}"
+                raise InputError(f"--resume: {what}; to start anew, pass --overwrite")
         *_, place = "step 0", *(f"step {len(saved['losses'])} of {stage}" for stage, saved in self.stages.items())
         self.notes = [f"--resume: goes on from {place}"] * args.resume  # for the user
 

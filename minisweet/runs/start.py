@@ -1,7 +1,6 @@
 """What a training starts from: train.py's command line, the model, the data, and the record of the run to come."""
 
 import argparse
-from collections import Counter
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, positive_float, whole_number
-from minisweet.base.files import InputError, preview
+from minisweet.base.files import InputError
 from minisweet.branches import METHODS
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
@@ -45,7 +44,6 @@ class TrainingSetup(NamedTuple):
     examples: TokenizedExamples  # to train on
     validation: Examples
     exit_0: NgramExit | None  # to be fitted
-    num_labels: int  # C
     device: torch.device
     precision: torch.dtype | None  # to autocast to
     record: dict  # of run.json, as far as it is known before the training
@@ -92,21 +90,23 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     """Fetch and read what the options name. Raises InputError where it does not go together."""
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     end = trunk.exit_layers[-1] if trunk else None
-    with devices.first_process_first():
-        folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
-        data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
-    if data.train.second is not None and config.type_vocab_size == 1:
+    folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
+    train, dev, of_data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
+    if train.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device, training=True)
-    order = np.random.default_rng(args.seed).permutation(len(data.train.first))
+    order = np.random.default_rng(args.seed).permutation(len(train.first))
     subset = np.sort(order[: args.train_size])  # with one seed, 500 rows are among the 6,000
-    rows, labels, layers = data.train.take(subset), data.record["labels"], [n for n in exit_layers if n > 0]
+    rows, labels, layers = train.take(subset), of_data["labels"], [n for n in exit_layers if n > 0]
     examples, exit_0 = TokenizedExamples(tokenizer, rows), None
     if exit_layers[0] == 0:
         exit_0 = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
 
+    known = []  # digests of the texts that the trunk was trained on; None for a trunk from elsewhere
+    if trunk:
+        known = read_record(args.trunk).train_texts if is_run(args.trunk) else None
     # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
@@ -114,61 +114,35 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     args.epochs = args.epochs or (epochs_of(len(subset), args.batch_size) if args.data else 2)
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        **data.record,
+        **of_data,
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ngrams": exit_0 and exit_0.settings,
+        "ngrams": exit_0 and {"pairs": exit_0.pairs},
         "device": devices.device_name(device),
         "precision": str(precision or torch.float32),
         "versions": versions(),
         "subset": subset.tolist(),
         "train_digest": digest(rows),
-        "train_texts": trained_texts(args.trunk, rows),
+        "train_texts": None if known is None else sorted({*known, *map(text_digest, rows.texts())}),
     }
     is_trained = trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"
     exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
+    empty = train.empty + dev.empty
     notes = [
         f"method {args.method}, {trained}",
         f"{args.model}, {args.task}: {exits}, seed {args.seed}, {record['device']}, {record['precision']}",
-        f"train: {len(subset):,} of {len(order):,} rows{by_class(rows, labels)}",
-        f"validation: {len(data.dev.first):,} rows{by_class(data.dev, labels)}",
+        f"{len(subset):,} of {len(order):,} rows to train, {len(dev.first):,} to validate",
+        f"empty texts, skipped: {empty:,}; cut to {args.max_length} tokens: {examples.cut:,}",
     ]
-    counts = {
-        "train: empty texts, skipped": data.train.empty,
-        "validation: empty texts, skipped": data.dev.empty,
-        "texts that are in both train and validation": len(set(data.train.texts()) & set(data.dev.texts())),
-        f"train: cut to {args.max_length} tokens": examples.cut,
-    }
-    notes += [f"{what}: {count:,}" for what, count in counts.items() if count]
-    return TrainingSetup(
-        args, folder, layers, trunk, examples, data.dev, exit_0, len(labels), device, precision, record, notes
-    )
-
-
-def by_class(rows: Examples, labels: list[str]) -> str:
-    """How many rows each class has, for the user."""
-    if rows.labels is None:
-        return " without labels"
-    counts = Counter(rows.labels)
-    return ": " + preview([f"{label} {counts[number]:,}" for number, label in enumerate(labels)], 20)
-
-
-def trained_texts(trunk: Path | None, rows: Examples) -> list[str] | None:
-    """Digests of the texts that a run and its trunk are trained on, sorted; None where the trunk's are not known."""
-    before = []
-    if trunk:
-        before = read_record(trunk).train_texts if is_run(trunk) else None
-    return None if before is None else sorted({*before, *map(text_digest, rows.texts())})
+    return TrainingSetup(args, folder, layers, trunk, examples, dev, exit_0, device, precision, record, notes)
 
 
 def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "confidence") -> tuple[int, ...]:
-    """The default exit layers of an encoder of `depth` layers, counted from 1; exit 0 is in front of the embeddings.
+    """The default exit layers of an encoder of `depth` layers, counted from 1; 0 is exit 0.
 
-    The plain model has exits 0 and L, and branches 0, L/2 and L. Other methods, and exits that learn when to be taken,
-    have the paper's for 12 and 24 layers (Sec. 3.2): 1,4,6,12 and 1,6,12,24. Other depths take the same shares as 12
-    layers do: 1/12, 1/3, 1/2 and 1 of the depth.
+    The paper has them for 12 and 24 layers (Sec. 3.2). Other depths take the same shares as 12 layers do.
     """
     if method == "plain":
         return (0, depth)

@@ -57,7 +57,7 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     layer = model.head_layers[-1] if exit_layer is None else exit_layer
     if layer not in model.head_layers:  # exit 0 has no layers that transformers could load
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
-    model = model[model.head_layers.index(layer)] if isinstance(model, MultiModel) else model
+    model = model.models[model.head_layers.index(layer)] if isinstance(model, MultiModel) else model
     tokenizer = load_tokenizer(run, model.encoder.config.vocab_size, record.max_length)
     with written_beside(out, overwrite=False) as new:
         new.mkdir()
