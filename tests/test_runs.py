@@ -147,5 +147,5 @@ def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypa
             Path("run").rename("first")
         status, out, err = command(train, *common, *arguments, "--overwrite")
         assert (status, out.startswith(expected)) == (0, True), err
-    for words in ("20 of 40 rows", "a 2, b 0", "skipped: 1", "in both train and validation: 1", "cut to 8 tokens: 20"):
+    for words in ("20 of 40 rows to train, 2 to validate", "skipped: 1", "cut to 8 tokens: 20"):
         assert words in out
