@@ -150,11 +150,12 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, n
     """For single texts and for pairs, where neither torch nor minisweet can be imported."""
     run, file = run_of(name), tmp_path / "tickets.onnx"
     first, rows, changes, *_ = onnx.export_onnx(run, file)
-    point, record, told = read_evaluation(run).operating_point, read_record(run), told_by(file)
+    evaluation, record, told = read_evaluation(run), read_record(run), told_by(file)
+    point, sides = evaluation.operating_point, deal(load_validation(run, evaluation, record), record.train_texts)
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert "; 0 labels or exits are not the model's" in rows
     assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
-    assert told.pop("file_rows") == point.judging_texts
+    assert told.pop("file_rows") == len(sides.judging)  # equal texts count as one in `judging_texts`
     assert told.pop("file_changes") == int(changes.split()[0])
     expected = {"labels": record.labels, "exit_layers": point.asked_exits, "max_length": 32, "goal": point.wish}
     expected |= {"threshold": point.threshold, "certified_for": "model", "pairs": name == "pairs"}
