@@ -32,6 +32,7 @@ class Task(NamedTuple):
     header: tuple[str, ...] | None = None  # the names of all columns, where the files have no header line
     files: tuple[str, str] = ("train.tsv", "dev.tsv")
     metric: str = "accuracy"  # or "matthews"
+    epochs: int = 2  # by default, as in the paper
 
 
 # Rows with such a label are skipped. MNLI's "-" says that the annotators did not agree. In QQP's files a few questions
@@ -54,7 +55,7 @@ TASKS = {
                 ("question1", "question2", "is_duplicate")),
     "qnli": Task(("entailment", "not_entailment"), "QNLI", "glue/data/QNLIv2.zip", ("question", "sentence", "label"),
                  numbered=False),
-    "toy": Task(("negative", "positive")),
+    "toy": Task(("negative", "positive"), epochs=3),
 }
 # fmt: on
 

@@ -1,4 +1,4 @@
-"""The pictures of the tour, minisweet/tour.ipynb. Letters: K exits, P thresholds or points of a curve."""
+"""The pictures of the tour, minisweet/tour.ipynb. Letters: K exits, N sentences."""
 
 from collections.abc import Sequence
 
@@ -73,11 +73,11 @@ def owners(norms: dict[str, dict[str, np.ndarray]], exits: Sequence[int]) -> Non
     plt.show()
 
 
-def reliability(logits: dict[str, dict[str, np.ndarray]], right: dict[str, np.ndarray]) -> None:
+def reliability(confidences: dict[str, dict[str, np.ndarray]], right: dict[str, np.ndarray]) -> None:
     """How often an exit is right, by how sure it is. For each title and name: confidences (N,), and who is right."""
-    _, axes = plt.subplots(1, len(logits), figsize=(8, 3), sharey=True)
+    _, axes = plt.subplots(1, len(confidences), figsize=(8, 3), sharey=True)
     edges = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.001])
-    for axis, (title, of_name) in zip(axes, logits.items(), strict=True):
+    for axis, (title, of_name) in zip(axes, confidences.items(), strict=True):
         axis.plot([50, 100], [50, 100], color="0.7", label="as sure as right")
         for (name, sure), style in zip(of_name.items(), ("o--", "s-"), strict=True):
             bins = [(low <= sure) & (sure < high) for low, high in zip(edges, edges[1:], strict=False)]
@@ -105,14 +105,13 @@ def way(ways: dict[str, list[tuple[str, int]]], exits: Sequence[int], stop: int,
         axis.text(0, 0, "words,\nexit 0", ha="center", va="center", bbox={"fc": "0.85", "ec": "0.3", "pad": 5})
         for y, lane in enumerate(lanes):
             for n in range(1, 1 + (depth if lane == "encoder" else stop if lane == "branches" else exits[y])):
-                axis.barh(y, 0.8, 0.6, n, color="none", edgecolor="0.8")
+                axis.barh(y, 0.8, 0.6, n - 0.4, color="none", edgecolor="0.8")
         for name, tokens in sorted(ran, key=lambda step: -step[1]):  # [CLS] alone is drawn over all tokens
             y = next(y for y, lane in enumerate(lanes) if name.startswith(lane))
             place = int(name.rpartition(".")[2])
-            left = (exits[place] if lanes[y] == "branches" else place + 1) - 0.4
-            axis.barh(y, *((0.2, 0.6, left) if tokens == 1 else (0.8, 0.6, left)), align="center", color="none")
+            n = exits[place] if lanes[y] == "branches" else place + 1
             width, colour = (0.2, CLS_ALONE) if tokens == 1 else (0.8, ALL_TOKENS)
-            axis.barh(y, width, 0.6, left, color=colour)
+            axis.barh(y, width, 0.6, n - 0.4, color=colour)
         for n in (0, *exits[: exits.index(stop) + 1]):
             axis.text(n, len(lanes) - 0.5, f"exit {n}: {costs[n]:.2f}", ha="center", va="top")
         axis.set(title=f"{titles[method]}: leaves at exit {stop}, at a cost of {costs[stop]:.2f}", xlim=(-0.6, 6.6))

@@ -15,7 +15,7 @@ from minisweet.branches import METHODS
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
 from minisweet.data.rows import Examples
-from minisweet.data.tasks import add_data_options, digest, load_data, text_digest
+from minisweet.data.tasks import TASKS, add_data_options, digest, load_data, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.ngrams import NgramExit
@@ -65,7 +65,7 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
     option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
     option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
-    option("--epochs", type=whole_number(1), help=f"over the rows (default: 2; --data: {by_size})")
+    option("--epochs", type=whole_number(1), help=f"over the rows (default: 2, toy 3; --data: {by_size})")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
     either("--resume", action="store_true", help="go on from the checkpoint of a training that was stopped")
@@ -111,7 +111,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
     args.lr = args.lr or default_learning_rate(config, task, rates_of)
-    args.epochs = args.epochs or (epochs_of(len(subset), args.batch_size) if args.data else 2)
+    args.epochs = args.epochs or (epochs_of(len(subset), args.batch_size) if args.data else TASKS[args.task].epochs)
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **of_data,
