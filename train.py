@@ -1,6 +1,6 @@
 """Fine-tune BERT or DeBERTa with early exits: the paper's SWEET, Early-Exit (ee) and Multi-Model (mm), and ours.
 
-    python train.py                                   # minilm-l6, sweet, toy: about a minute on a laptop
+    python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
     python train.py --model bert-base --method sweet --task rte
     python train.py --data tickets.csv --text-columns subject,body --label-column team
     python train.py --trunk my-classifier --data texts.csv --targets trunk   # exits for a classifier, without labels

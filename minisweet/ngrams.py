@@ -1,8 +1,8 @@
 """Exit 0: what words and pairs of words say by themselves, before the embeddings and at the cost of no layer.
 
-It is fastText's model (Joulin et al. 2017, https://arxiv.org/abs/1607.01759): a table has a row of C numbers for each
+It is fastText (Joulin et al. 2017, https://arxiv.org/abs/1607.01759) without its hidden layer: a table has a row of C numbers for each
 token and for each pair of neighbours, and a text's logits are the sum of its n-grams' rows over the root of their
-number, plus a bias. There is no hidden layer: fitting is convex, and gives the same numbers each time. In a pair of
+number, plus a bias. So fitting is convex, and gives the same numbers each time. In a pair of
 texts, a token that occurs in both texts uses a second row, since a pair is mostly about what its texts share. A token's
 row is a free part plus a linear function of its pre-trained embedding, so that tokens unseen in training count too.
 A pair also has two numbers with weights of their own: how well each text is met in the other one, by other words too
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed; with a quarter of them CoLA loses five points
+BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed
 FIRST, SECOND, SHARED, PRIME = 1640531513, 1103515245, 1234567891, 2**31 - 1  # a linear hash (Carter and Wegman 1979)
 COMPONENTS = 32  # principal components of the embeddings, by which words of a pair are compared; 64 are no better
 STRENGTH, ITERATIONS = 5.0, 100  # prior variance of each weight (the L2 penalty); the most steps of L-BFGS
