@@ -1,9 +1,9 @@
 """Exit 0: what words and pairs of words say by themselves, before the embeddings and at the cost of no layer.
 
-It is fastText (Joulin et al. 2017, https://arxiv.org/abs/1607.01759) without its hidden layer: a table has a row of C numbers for each
-token and for each pair of neighbours, and a text's logits are the sum of its n-grams' rows over the root of their
-number, plus a bias. So fitting is convex, and gives the same numbers each time. In a pair of
-texts, a token that occurs in both texts uses a second row, since a pair is mostly about what its texts share. A token's
+It is fastText (Joulin et al. 2017, https://arxiv.org/abs/1607.01759) without its hidden layer: a table has a row of C
+numbers for each token and for each pair of neighbours, and a text's logits are the sum of its n-grams' rows over the
+root of their number, plus a bias. So fitting is convex, and gives the same numbers each time. In a pair of texts, a
+token that occurs in both texts uses a second row, since a pair is mostly about what its texts share. A token's
 row is a free part plus a linear function of its pre-trained embedding, so that tokens unseen in training count too.
 A pair also has two numbers with weights of their own: how well each text is met in the other one, by other words too
 (Corley and Mihalcea 2005, https://aclanthology.org/W05-1203). See `NgramExit.find_met`.

@@ -116,9 +116,9 @@ def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():
         assert rates == pytest.approx([rate * 1e-5 for rate in printed])
         assert default_learning_rate(shape(*model), task, "branch") == rates[1]  # the trunk is MM's last model
         assert start.search_rates(shape(*model)) == [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]
-    for size, depth, task in ((768, 12, None), (768, 6, "mrpc"), (384, 6, "mrpc")):
+    for size, depth, task in ((768, 12, None), (768, 6, "mrpc"), (384, 6, "mrpc"), (384, 6, None)):
         rates = {default_learning_rate(shape("bert", size, depth), task, method) for method in METHODS}
-        assert rates == {2e-4 if size == 384 else 5e-5}
+        assert rates == {5e-5 if size == 768 else 2e-4 if task else 1e-4}
 
 
 @given(examples=st.integers(1, 10**6), batch_size=st.sampled_from([1, 8, 16]))

@@ -154,10 +154,13 @@ def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "con
 
 
 def default_learning_rate(config: Config, task: str | None, method: str) -> float:
-    """The paper's rate where it has one (Table 2); else 2e-4 where the hidden size is at most 512, and 5e-5 above."""
+    """The paper's rate where it has one (Table 2), else 5e-5. Where the hidden size is at most 512 it is 2e-4, and 1e-4
+    for own text, whose task is None (.github/results/tried.md).
+    """
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
     if not rates or task not in TABLE_2_TASKS:
-        return 2e-4 if config.hidden_size <= SMALL else 5e-5
+        small = 1e-4 if task is None else 2e-4
+        return small if config.hidden_size <= SMALL else 5e-5
     of_method = rates.get(method, rates["mm"])  # the trunk of branches is MM's last model
     return of_method[TABLE_2_TASKS.index(task)] / 1e5
 

@@ -127,7 +127,8 @@ def make_tables(records: Path, tasks: list[str], seeds: list[int]) -> tuple[dict
     for row, name in zip(rows[1:], ("branches", "EE", "SWEET", "MM"), strict=True):
         row.append(is_one[:, :, [*METHODS].index(name), 0].sum())
     rows.append(["exit 0 alone, no layer", text(by_task_single[learnt, 0].mean())])
-    head = ["accuracy at a share of the layers", "1/6", "1/3", "1/2", "1", "runs whose first exit gives one class, of 18"]
+    of_18 = "runs whose first exit gives one class, of 18"
+    head = ["accuracy at a share of the layers", "1/6", "1/3", "1/2", "1", of_18]
     made["what came out"] = table("", head, rows).rpartition("\n\n")[2]  # README has no room for a title
     return made, curves[..., area + 2 :]
 
