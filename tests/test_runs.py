@@ -138,9 +138,9 @@ def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypa
     common, new = ["--max-length", 8, "--train-size", 20, "--out", "run"], ["--model", model, "--exit-layers", "1,4"]
     own = ["--data", "own.csv", "--dev-data", "dev.csv"]
     for arguments, expected in {
-        (*new,): "method sweet, lr 0.0002, epochs 2",
+        (*new,): "method sweet, lr 0.0002, epochs 3",
         (*new, *own, "--method", "ee", "--lr", "1e-3", "--epochs", 1): "method ee, lr 0.001, epochs 1",
-        ("--model", model, *own): "method plain, lr 0.0002, epochs 5",
+        ("--model", model, *own): "method plain, lr 0.0001, epochs 5",
         ("--trunk", "first", *own): "method plain, no layer is trained: the trunk stays as it is",
     }.items():
         if "--trunk" in arguments:
