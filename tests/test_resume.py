@@ -107,7 +107,7 @@ def test_other_arguments_and_rows_are_refused_with_both_values(command, finished
         return err.partition("--resume: a is another training's: ")[2]
 
     before = files()
-    assert "lr is 0.25 and was 0.0002" in refused("--lr", "0.25")
+    assert "lr is 0.25 and was 0.0001" in refused("--lr", "0.25")
     assert "method is ee and was sweet" in refused("--method", "ee")
     assert "exit_layers is [2, 4] and was [1, 4]" in refused("--exit-layers", "2,4")
     kept = {path: path.read_text() for path in map(Path, ("train.csv", "dev.csv"))}
