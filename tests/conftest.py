@@ -46,6 +46,7 @@ WORDS = "the a film was not good bad great dull but and i you we it is in of to 
 def pytest_configure(config) -> None:
     """One thread, since tiny models lose more to waiting threads than they gain."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have it ignored
 
 
 @pytest.fixture(params=["bert", "deberta"])
