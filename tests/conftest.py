@@ -1,6 +1,7 @@
 """What several tests use: tiny models with random weights, a way to run commands, and one finished run per method."""
 
 import json
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
