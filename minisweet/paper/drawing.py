@@ -7,10 +7,8 @@ import numpy as np
 
 from minisweet.adaptive import Exits
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-METHODS = {"ee": "#0072B2", "sweet": "#D55E00", "mm": "#009E73", "branch": "#CC79A7"}
-EXITS = {0: "0.45", 1: "#0072B2", 2: "#56B4E9", 3: "#E69F00", 6: "#D55E00"}
-ALL_TOKENS, CLS_ALONE = "#0072B2", "#E69F00"
+EXITS = {1: "#FDE725", 2: "#5EC962", 3: "#21918C", 6: "#3B528B"}  # of the exits: the later, the darker
+ALL_TOKENS, CLS_ALONE = "#3B528B", "#FDE725"
 
 
 def who_leaves(shares: dict[str, dict[str, Sequence[float]]], exits: Sequence[int]) -> None:
@@ -43,7 +41,7 @@ def reach(norms: dict[str, dict[str, np.ndarray]], exits: Sequence[int]) -> None
     for axis, (method, of_part) in zip(axes, norms.items(), strict=True):
         grid = np.array([of_part.get(part, np.full(len(exits), np.nan)) for part in parts])
         colours = np.log10(np.where(grid > 0, grid, np.nan))
-        image = axis.imshow(colours, vmin=-3, vmax=0, cmap="viridis_r", aspect="auto")
+        image = axis.imshow(colours, vmin=-4, vmax=0, cmap="viridis_r", aspect="auto")
         for row, k in np.argwhere(grid == 0):
             axis.text(k, row, "·", ha="center", va="center", fontsize=14)
         axis.set(title=method, xticks=range(len(exits)), xticklabels=exits, xlabel="loss of the exit after layer")
@@ -117,7 +115,8 @@ def way(ways: dict[str, list[tuple[str, int]]], exits: Sequence[int], stop: int,
         axis.set(title=f"{titles[method]}: leaves at exit {stop}, at a cost of {costs[stop]:.2f}", xlim=(-0.6, 6.6))
         axis.set_ylim(len(lanes) - 0.1, -0.6)
         axis.set_yticks(range(len(lanes)), lanes_of[method].values())
-    axes[-1].set(xlabel="layer", xticks=range(1 + depth))
+    cost = f"With branches exit {exits[1]} costs {exits[1]} layers, and a sixth of one for the branch that was asked in vain"
+    axes[-1].set(xlabel=f"layer\n{cost}: {({exits[1]} + 1/6) / {depth} = {(exits[1] + 1 / 6) / depth:.2f}", xticks=range(1 + depth))
     for name, colour in (("the layer ran for all tokens", ALL_TOKENS), ("for [CLS] alone", CLS_ALONE)):
         axes[0].barh(0, 0, color=colour, label=name)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
