@@ -115,8 +115,9 @@ def way(ways: dict[str, list[tuple[str, int]]], exits: Sequence[int], stop: int,
         axis.set(title=f"{titles[method]}: leaves at exit {stop}, at a cost of {costs[stop]:.2f}", xlim=(-0.6, 6.6))
         axis.set_ylim(len(lanes) - 0.1, -0.6)
         axis.set_yticks(range(len(lanes)), lanes_of[method].values())
-    cost = f"With branches exit {exits[1]} costs {exits[1]} layers, and a sixth of one for the branch that was asked in vain"
-    axes[-1].set(xlabel=f"layer\n{cost}: {({exits[1]} + 1/6) / {depth} = {(exits[1] + 1 / 6) / depth:.2f}", xticks=range(1 + depth))
+    n, cost = exits[1], (exits[1] + 1 / 6) / depth
+    asked = f"With branches exit {n} costs {n} layers and a sixth of one, for the branch that was asked in vain"
+    axes[-1].set(xlabel=f"layer\n{asked}: ({n} + 1/6) / {depth} = {cost:.2f}", xticks=range(1 + depth))
     for name, colour in (("the layer ran for all tokens", ALL_TOKENS), ("for [CLS] alone", CLS_ALONE)):
         axes[0].barh(0, 0, color=colour, label=name)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
