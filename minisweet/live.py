@@ -19,7 +19,7 @@ class Answers(NamedTuple):
     """What live early exit says of B instances."""
 
     labels: Tensor  # (B,)
-    exits: Tensor  # (B,) the exit taken, counted from 0
+    exits: Tensor  # (B,) the index of the exit taken, among the model's
     logits: Tensor  # (B, C) of that exit, in float32
     confidence: Tensor  # (B,) of that exit
 
