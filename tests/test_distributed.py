@@ -150,6 +150,29 @@ def test_processes_stop_at_one_step_and_go_on_together(tmp_path, monkeypatch):
     assert result("a") == result("whole")
 
 
+ENDS = """
+from pathlib import Path
+from minisweet.base import devices
+
+def main():
+    import torch._dynamo  # as the first optimizer does
+    devices.all_gather(0)
+
+devices.distributed(main)()
+left = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in left if "gloo" in name], left
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for threads in /proc")
+def test_no_thread_of_gloo_outlives_the_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    (tmp_path / "ends.py").write_text(ENDS)
+    done = run(2, tmp_path / "ends.py")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_bad_input_is_one_line_and_the_first_process_says_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

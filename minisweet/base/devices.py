@@ -5,6 +5,7 @@ rows. Their gradients, each weighted by its share, are added up before clipping:
 """
 
 import ctypes
+import importlib
 import os
 import platform
 import re
@@ -107,12 +108,16 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise InputError(f"WORLD_SIZE is set and {missing[0]} is not: start by torchrun, or unset WORLD_SIZE")
+        # Imported later, its functions keep the group as a default, and gloo's threads may abort a process that ends.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        with open(os.devnull, "w") as nowhere:
-            out, err = (nowhere, nowhere) if process_rank() else (sys.stdout, sys.stderr)
-            with redirect_stdout(out), redirect_stderr(err):
-                main()
-        dist.destroy_process_group()
+        try:
+            with open(os.devnull, "w") as nowhere:
+                out, err = (nowhere, nowhere) if process_rank() else (sys.stdout, sys.stderr)
+                with redirect_stdout(out), redirect_stderr(err):
+                    main()
+        finally:
+            dist.destroy_process_group()
 
     return run if int(os.environ.get("WORLD_SIZE", 1)) > 1 else main
 
