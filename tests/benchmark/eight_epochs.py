@@ -99,12 +99,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     (args.out / "records").mkdir(parents=True, exist_ok=True)
-    for task in [] if args.report_only else args.tasks:
-        for method in METHODS:
-            rate = OWN_RATE if task == "own" else RATES[method][TASKS.index(task)]
-            scores = {one: make(args, task, method, 0, one) for one in (rate, rate / 2)}
-            for seed in (1, 2):
-                make(args, task, method, seed, max(scores, key=scores.get))
+    runs = [] if args.report_only else list(product(args.tasks, METHODS))
+    rates = {(task, method): OWN_RATE if task == "own" else RATES[method][TASKS.index(task)] for task, method in runs}
+    better = {}
+    for run, rate in rates.items():
+        scores = {one: make(args, *run, 0, one) for one in (rate, rate / 2)}
+        better[run] = max(scores, key=scores.get)
+    for seed, (run, rate) in product((1, 2), better.items()):  # a study that is stopped has all tasks at seed 0
+        make(args, *run, seed, rate)
     found = read(args.out / "records")
     show(tables(found), args.write)
     if args.write and found:
