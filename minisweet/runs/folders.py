@@ -20,7 +20,6 @@ from minisweet import checkpoint
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
 from minisweet.branches import grow
 from minisweet.checkpoint import OURS, WEIGHTS, load_strict, read_config
-from minisweet.config import Config
 from minisweet.data.rows import Examples, read_examples, write_examples
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
@@ -47,8 +46,7 @@ class Record:
     max_length: int
     train_size: int | None = None  # None for all rows
     dev_data: str | None = None
-    dev_size: float = 0.2
-    targets: str | None = None  # up to here they are arguments
+    dev_size: float = 0.2  # up to here they are arguments
 
     exit_layers: list[int]  # (K,), 0 first where there is exit 0
     labels: list[str]  # (C,)
@@ -63,8 +61,6 @@ class Record:
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None
-    train_digest: str | None = None
-    dev_digest: str | None = None
     train_texts: list[str] | None = None  # digests of the texts that it and its trunk were trained on, if known
 
     @property
@@ -109,7 +105,6 @@ class Evaluation:
     exit_strategy: str
     metric: Literal["accuracy", "agreement", "matthews"]
     exit_layers: list[int]  # (K,), all that were evaluated
-    exit_scores: list[float]  # (K,)
     thresholds: list[float]  # (P,)
     scores: list[float]  # (P,)
     speedup_ratios: list[float]  # (P,)
@@ -175,19 +170,17 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
     record = read_record(run)
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
-    model = load_strict(run / WEIGHTS, lambda: new_model(read_config(run), record))
-    return model.eval(), record
+    config, C, layers = read_config(run), record.num_labels, [n for n in record.exit_layers if n > 0]
 
+    def make() -> ExitModel:
+        encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
+        trunk = MultiExitModel(encoder, layers[-1:], C, exit_strategy=record.exit_strategy)
+        model = grow(record.method, trunk, layers, record.exit_strategy)
+        if record.ngrams:
+            model.add_ngrams(NgramExit(config.vocab_size, C, [], record.ngrams["pairs"]))
+        return model
 
-def new_model(config: Config, record: Record) -> ExitModel:
-    """The model that a run's record describes, with new weights."""
-    layers = [n for n in record.exit_layers if n > 0]
-    encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
-    trunk = MultiExitModel(encoder, layers[-1:], record.num_labels, exit_strategy=record.exit_strategy)
-    model = grow(record.method, trunk, layers, record.exit_strategy)
-    if record.ngrams:
-        model.add_ngrams(NgramExit(config.vocab_size, record.num_labels, [], record.ngrams["pairs"]))
-    return model
+    return load_strict(run / WEIGHTS, make).eval(), record
 
 
 def read_validation(run: Path, record: Record) -> Examples:
