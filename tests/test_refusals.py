@@ -75,7 +75,7 @@ REFUSALS = [
     ("evaluate", "run --speed 1.5", "argument --speed: '1.5' is not a number from 0 to 1"),
     ("evaluate", "run --max-change 0", "argument --max-change: '0' is not a number from 0.01 to 99.99"),
     ("evaluate", "run --max-loss 1 --sure 100", "argument --sure: '100' is not a number from 50 to 99.9"),
-    ("evaluate", "run --speed 0.5 --sure 90", "sure: 90 needs max_loss or max_change"),
+    ("evaluate", "run --speed 0.5 --sure 90", "--sure: needs --max-loss or --max-change"),
     ("evaluate", "run --thresholds 1", "argument --thresholds: '1' is not a whole number from 2"),
     ("evaluate", "run --test own.csv --speed 0.5", "--speed: needs an evaluation, and --test takes the one that"),
     ("evaluate", "run --test none.csv", "none.csv"),
