@@ -6,8 +6,7 @@
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 
 One forward pass over the run's validation rows gives every exit's logits, and with them all thresholds' decisions
-exactly. Prints the scores, and writes logits.safetensors, curve.png and evaluation.json into the run folder. predict
-and the classifier take the operating point from there, so that each evaluation replaces the one that they use.
+exactly. Prints the scores, and writes logits.safetensors, curve.png and evaluation.json, which `predict` reads.
 """
 
 import argparse
@@ -167,8 +166,7 @@ def test(run: Path, args: argparse.Namespace) -> None:
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
     print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
-        is_stated = labelled or key == "speedup_ratio"
-        stated = goals.with_interval(vars(point), key, interval) if is_stated else ""
+        stated = goals.with_interval(vars(point), key, interval) if labelled or key == "speedup_ratio" else ""
         print(f"{title or METRICS[metric]:<25}{goals.with_interval(found, key, interval)}{stated}".rstrip())
     print(f"{'percent changed':<25}{goals.with_interval(changes, 'loss', 'loss_interval')}")
     if column is None:

@@ -37,8 +37,7 @@ class ExitRule:
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
         self.num_labels, self.ranges = num_labels, ranges
-        ones = torch.ones(MOST_EXITS if ranges is None else len(ranges))
-        self.temperatures = ones if temperatures is None else temperatures
+        self.temperatures = torch.ones(MOST_EXITS) if temperatures is None else temperatures
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 

@@ -105,10 +105,8 @@ class Evaluation:
     exit_strategy: str
     metric: Literal["accuracy", "agreement", "matthews"]
     exit_layers: list[int]  # (K,), all that were evaluated
-    thresholds: list[float]  # (P,)
     scores: list[float]  # (P,)
     speedup_ratios: list[float]  # (P,)
-    area: float
     precision: str
     examples: int
     temperatures: list[float]  # (K,)
@@ -145,17 +143,13 @@ def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dic
         write_examples(folder / VALIDATION, validation, record["labels"])
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `folder` is a run."""
-    return (folder / "run.json").is_file()
-
-
 def read_record(run: Path) -> Record:
     """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or mistyped."""
-    if not is_run(run):
+    path = run / "run.json"
+    if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
-    content = read_json(run / "run.json")
-    return read_dataclass(Record, run / "run.json", (content.get("arguments") or {}) | content)
+    content = read_json(path)
+    return read_dataclass(Record, path, (content.get("arguments") or {}) | content)
 
 
 def read_evaluation(run: Path) -> Evaluation:
@@ -190,7 +184,7 @@ def read_validation(run: Path, record: Record) -> Examples:
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
     """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels."""
-    if is_run(folder):
+    if (folder / "run.json").is_file():
         model, record = load_run(folder)
         model = model.models[-1] if record.method == "mm" else model
         return model.keep_exits(model.head_layers[-1:]), record.labels
