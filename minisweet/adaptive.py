@@ -45,8 +45,7 @@ class ExitRule:
     def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
         """The rule for new text, which was fitted to validation rows and evaluation.json keeps."""
         plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
-        is_learned = evaluation.exit_strategy == "lte"
-        ranges = torch.tensor(evaluation.certainty_ranges, **plain) if is_learned else None
+        ranges = evaluation.certainty_ranges and torch.tensor(evaluation.certainty_ranges, **plain)
         return cls(num_labels, torch.tensor(evaluation.temperatures, **plain), ranges)
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:

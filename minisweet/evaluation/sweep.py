@@ -142,8 +142,6 @@ def run_exits(
     logits, certainty = all_logits(model, examples, precision)
     if not all(values.isfinite().all() for values in (logits, certainty) if values is not None):
         raise InputError(f"{run}: its exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
-    if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
-        certainty = logits.new_zeros(0, len(examples))
     labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
     exits = Exits(list(model.exit_layers), record.depth, record.method)
     return Validation(logits, certainty, labels, text_keys(rows.texts()), metric, exits)

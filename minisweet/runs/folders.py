@@ -102,7 +102,6 @@ class Evaluation:
 
     task: str
     method: str
-    exit_strategy: str
     metric: Literal["accuracy", "agreement", "matthews"]
     exit_layers: list[int]  # (K,), all that were evaluated
     scores: list[float]  # (P,)
