@@ -20,7 +20,7 @@ import torch
 from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
-from minisweet.base.files import InputError, read_dataclass, write_json, written_beside
+from minisweet.base.files import InputError, write_json, written_beside
 from minisweet.data.rows import examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
 from minisweet.evaluation import operating, sweep
@@ -99,13 +99,12 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         "precision": str(precision or torch.float32),
         "versions": folders.versions(),
     }
-    # All three are written before one is replaced, and evaluation.json is replaced last. All this comes before anything
-    # is printed, since `| head` may end this process.
+    # Both are written before one is replaced. All this comes before anything is printed, since `| head` may end this
+    # process.
     with written_beside(run / folders.EVALUATION) as new, written_beside(run / folders.LOGITS) as logits:
         sweep.save_validation(logits, validation)
         write_json(new, evaluation)
-        shown = read_dataclass(folders.Evaluation, run / folders.EVALUATION, evaluation)
-        draw_curves(run / folders.CURVE, {str(run): shown})
+    draw_curves(run / folders.CURVE, {str(run): folders.read_evaluation(run)})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
