@@ -125,8 +125,7 @@ def run_name(arguments: dict, in_grid: bool = False) -> str:
 def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dict, validation: Examples) -> None:
     """Write a run folder, whole or not at all; what is there is replaced.
 
-    `model` is None for a training that diverged, and `model_folder` is what was fine-tuned. The model_type is ours, so
-    that no other library takes a run for a BERT.
+    `model` is None for a training that diverged, and `model_folder` is what was fine-tuned.
     """
     with written_beside(out) as folder:
         folder.mkdir()

@@ -202,9 +202,8 @@ def find_model(
     if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
         raise InputError(f"{wanted}, should increase and end {where}")
-    if method == "plain" and (exit_strategy == "lte" or any(exit_layers[:-1])):
-        wanted = "--exit-strategy: lte" if exit_strategy == "lte" else wanted
+    if method == "plain" and any(exit_layers[:-1]):
         raise InputError(f"{wanted}, and the method plain has exits 0 and {depth} alone; add --method branch")
     if exit_strategy == "lte" and exit_layers[0] == 0:
-        raise InputError("--exit-layers: exit 0 cannot learn when to be taken; leave 0 out, or --exit-strategy lte")
+        raise InputError("--exit-strategy: lte, and exit 0 cannot learn when to be taken; leave 0 out, or add --method branch")
     return folder, config, exit_layers
