@@ -205,5 +205,5 @@ def find_model(
     if method == "plain" and any(exit_layers[:-1]):
         raise InputError(f"{wanted}, and the method plain has exits 0 and {depth} alone; add --method branch")
     if exit_strategy == "lte" and exit_layers[0] == 0:
-        raise InputError("--exit-strategy: lte, and exit 0 cannot learn when to be taken; leave 0 out, or add --method branch")
+        raise InputError("--exit-strategy: lte, and exit 0 learns no such thing; leave 0 out, or add --method branch")
     return folder, config, exit_layers
