@@ -16,10 +16,9 @@ from typing import Literal
 from safetensors.torch import save
 from torch import nn
 
-from minisweet import checkpoint
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
 from minisweet.branches import grow
-from minisweet.checkpoint import OURS, WEIGHTS, load_strict, read_config
+from minisweet.checkpoint import OURS, WEIGHTS, load_classifier, load_strict, new_encoder, read_config
 from minisweet.data.rows import Examples, read_examples, write_examples
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
@@ -165,7 +164,7 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
     config, C, layers = read_config(run), record.num_labels, [n for n in record.exit_layers if n > 0]
 
     def make() -> ExitModel:
-        encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
+        encoder = new_encoder(replace(config, num_hidden_layers=layers[-1]))
         trunk = MultiExitModel(encoder, layers[-1:], C, exit_strategy=record.exit_strategy)
         model = grow(record.method, trunk, layers, record.exit_strategy)
         if record.ngrams:
@@ -188,7 +187,7 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
         return model.keep_exits(model.head_layers[-1:]), record.labels
     if not folder.is_dir():
         raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")
-    encoder, classifier, labels = checkpoint.load_classifier(folder)
+    encoder, classifier, labels = load_classifier(folder)
     trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
     trunk.heads[0].classifier.load_state_dict(classifier.state_dict())
     return trunk.eval(), labels
