@@ -51,7 +51,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --out run", "--out: run holds a run already; name another folder, or pass --overwrite"),
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny holds 'config.json', which no run made; name"),
     ("train", f"{TRAIN} --out /", "--out: / holds "),
-    ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
+    ("train", f"{TRAIN} --out {'x' * 240}", "x cannot be written (File name too long)"),
     ("train", f"{TRAIN} --out tiny/vocab.txt/x", "--out: tiny/vocab.txt/x cannot be written (Not a directory)"),
     ("train", f"{TRAIN} --out run --resume --overwrite", "not allowed with argument"),
     ("train", f"{TRAIN} --out run --resume", "--resume: run is another training's: "),

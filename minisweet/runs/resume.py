@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
         if names and not may_stand:
             raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
         path = whole.with_name(f".{whole.name}.checkpoint") / "checkpoint.pt"
+        with suppress(FileNotFoundError):  # another OSError where the longest name of `written_beside` is too long
+            os.stat(whole.with_name(f".{whole.name}.12345678.partial"))
         if process_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=may_stand)
     except FileExistsError:
