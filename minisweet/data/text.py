@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +12,21 @@ import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
-from minisweet.base.files import InputError, read_json, regular_file
+from minisweet.base.files import InputError, read_dataclass, regular_file
 from minisweet.data.rows import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 SPECIAL = START, END, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordPiece:
+    """The keys of tokenizer_config.json that say how the words for vocab.txt are made."""
+
+    do_lower_case: bool = True
+    strip_accents: bool | None = None  # None: where letters are made lower case
+    tokenize_chinese_chars: bool = True  # each is a word
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
@@ -34,10 +44,9 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
         elif pieces.exists():
             tokenizer = ByteLevelBPETokenizer.from_file(str(regular_file(pieces)), str(regular_file(merges)))
         else:
-            own = read_json(settings) if settings.exists() else {}
-            options = {"lowercase": own.get("do_lower_case", True)}
-            options["strip_accents"] = own.get("strip_accents")  # None: where letters are made lower case
-            options["handle_chinese_chars"] = own.get("tokenize_chinese_chars", True)  # each is a word
+            own = read_dataclass(WordPiece, settings) if settings.exists() else WordPiece()
+            options = {"strip_accents": own.strip_accents, "handle_chinese_chars": own.tokenize_chinese_chars}
+            options["lowercase"] = own.do_lower_case
             tokenizer = BertWordPieceTokenizer.from_file(str(regular_file(words)), **options)
         tokenizer.encode("\U00013000")  # an unknown word: raises where the token for it is missing
     except Exception as error:  # the library raises nothing more special
