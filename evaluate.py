@@ -6,13 +6,11 @@
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 
 One forward pass over the run's validation rows gives every exit's logits, and with them all thresholds' decisions
-exactly. Prints the scores, and writes logits.safetensors, curve.png and evaluation.json into the run folder. predict
-and the classifier take the operating point from there, so that each evaluation replaces the one that they use.
+exactly. Prints the scores, and writes logits.safetensors, curve.png and evaluation.json, which `predict` reads.
 """
 
 import argparse
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
 
@@ -22,7 +20,7 @@ import torch
 from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
-from minisweet.base.files import InputError, read_dataclass, write_json, written_beside
+from minisweet.base.files import InputError, write_json, written_beside
 from minisweet.data.rows import examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
 from minisweet.evaluation import operating, sweep
@@ -35,14 +33,14 @@ from minisweet.use.plots import draw_curves
 TIMED = 64  # texts
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read and check the command line."""
+def main() -> None:
+    """Draw the evaluations of several runs, test one run, or evaluate it."""
     parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=path_to(".png"), metavar="PNG", help="evaluate nothing: draw these runs' curves together")
-    test = "evaluate nothing: try the saved operating point on this file, next to what was stated for it"
-    option("--test", type=Path, metavar="FILE", help=test)
+    tried = "evaluate nothing: try the saved operating point on this file, next to what was stated for it"
+    option("--test", type=Path, metavar="FILE", help=tried)
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
     use = "evaluate and use only these exits, such as 0,6 (default: evaluate all, use those worth their cost)"
     option("--use-exits", type=list_of(whole_number(0)), help=use)
@@ -50,35 +48,28 @@ def parse_arguments() -> argparse.Namespace:
     goals.add_goal_options(parser, f"operating point (default: {default}); it replaces the one that predict uses")
     devices.add_device_options(parser)
     args = parser.parse_args()
+    parser.need(args, args.speed is None, "--max-loss or --max-change, since --speed promises nothing", "sure")
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
     others = vars(args).keys() - {"runs", "plot"}
     parser.need(args, args.plot is None, "an evaluation, and --plot draws those that are there", *sorted(others))
     others -= {"test", "device", "amp"}
     parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(others))
-    args.runs = args.runs or [folders.newest_run()]
-    args.device = devices.choose_device(args.device)
-    args.precision = devices.choose_precision(args.amp, args.device)
-    return args
-
-
-def main() -> None:
-    """Draw the evaluations of several runs, test one run, or evaluate it."""
-    args = parse_arguments()
+    runs = args.runs or [folders.newest_run()]
     devices.tune_cpu()
     if args.plot:
-        draw_curves(args.plot, {str(run): folders.read_evaluation(run) for run in args.runs})
+        draw_curves(args.plot, {str(run): folders.read_evaluation(run) for run in runs})
         print(f"written to {args.plot}")
     elif args.test:
-        test(args)
+        test(runs[0], args)
     else:
-        evaluate(args)
+        evaluate(runs[0], args)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(run: Path, args: argparse.Namespace) -> None:
     """Run all exits on the validation rows, and write and print what comes out."""
-    (run,), start = args.runs, time.perf_counter()
-    model, record = folders.load_run(run)
+    start, device = time.perf_counter(), devices.choose_device(args.device)
+    precision, (model, record) = devices.choose_precision(args.amp, device), folders.load_run(run)
     goal = goals.goal_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
     if args.use_exits:
         try:
@@ -86,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     rows = folders.read_validation(run, record)
-    validation = sweep.run_exits(run, record, model.to(args.device), rows, record.metric, args.precision)
+    validation = sweep.run_exits(run, record, model.to(device), rows, record.metric, precision)
     if devices.process_rank():  # the first process alone writes
         return
     seconds, layers, folds = time.perf_counter() - start, list(validation.exits.layers), sweep.crossfit(validation)
@@ -104,22 +95,20 @@ def evaluate(args: argparse.Namespace) -> None:
         "examples": len(rows.first),
         "dev_digest": digest(rows),
         "seconds": round(seconds, 2),
-        "device": devices.device_name(args.device),
-        "precision": str(args.precision or torch.float32),
+        "device": devices.device_name(device),
+        "precision": str(precision or torch.float32),
         "versions": folders.versions(),
     }
-    # All three are written before one is replaced, and evaluation.json comes last. All this comes before anything is
-    # printed, since `| head` may end this process.
-    with ExitStack() as stack:
-        names = (folders.EVALUATION, folders.LOGITS, folders.CURVE)
-        new, logits, curve = (stack.enter_context(written_beside(run / name)) for name in names)
-        draw_curves(curve, {str(run): read_dataclass(folders.Evaluation, run / folders.EVALUATION, evaluation)})
+    # Both are written before one is replaced. All this comes before anything is printed, since `| head` may end this
+    # process.
+    with written_beside(run / folders.EVALUATION) as new, written_beside(run / folders.LOGITS) as logits:
         sweep.save_validation(logits, validation)
         write_json(new, evaluation)
+    draw_curves(run / folders.CURVE, {str(run): folders.read_evaluation(run)})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
-    print_milliseconds(EarlyExitClassifier(run, device=str(args.device), amp=args.amp), rows.texts())
+    print_milliseconds(EarlyExitClassifier(run, device=args.device, amp=args.amp), rows.texts())
     for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
     print(f"\nwritten to {run / folders.EVALUATION}; predict takes this operating point now. Next:")
@@ -160,12 +149,10 @@ def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
         print(f"{title:<25}{one_by_one:10.2f}{in_batches:12.2f}")
 
 
-def test(args: argparse.Namespace) -> None:
+def test(run: Path, args: argparse.Namespace) -> None:
     """Try the run's operating point on a file, beside what was stated and promised. Without labels, count changes."""
-    (run,) = args.runs
-    classify = EarlyExitClassifier(run, device=str(args.device), amp=args.amp)
+    classify = EarlyExitClassifier(run, device=args.device, amp=args.amp)
     record, point, exits = classify.record, classify.evaluation.operating_point, range(len(classify.exit_layers))
-    goal = point.wish
     columns, (_, first) = text_columns(args.test, None, record.columns, option=""), next(read_rows(args.test))
     column = next((name for name in (record.label_column, "label") if name in first), None)
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
@@ -178,18 +165,17 @@ def test(args: argparse.Namespace) -> None:
     print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
     print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
-        is_stated = labelled or key == "speedup_ratio"
-        stated = goals.with_interval(vars(point), key, interval) if is_stated else ""
+        stated = goals.with_interval(vars(point), key, interval) if labelled or key == "speedup_ratio" else ""
         print(f"{title or METRICS[metric]:<25}{goals.with_interval(found, key, interval)}{stated}".rstrip())
     print(f"{'percent changed':<25}{goals.with_interval(changes, 'loss', 'loss_interval')}")
     if column is None:
         print(f"no column {record.label_column or 'label'}: without labels, only the changes and the share are known")
-    of_promise = changes if "max_change" in goal or not labelled else found if column else None
-    if "sure" in goal and of_promise and point.threshold < 1:
+    of_promise = changes if "max_change" in point.wish or not labelled else found if column else None
+    if "sure" in point.wish and of_promise and point.threshold < 1:
         held = "which holds here"
-        if of_promise["loss"] > operating.limit_of(goal):
+        if of_promise["loss"] > operating.limit_of(point.wish):
             held = "which does not hold here: by chance, or such texts are drawn otherwise than the validation rows"
-        print(f"promised: {goals.promise_of(goal)}, {held}")
+        print(f"promised: {goals.promise_of(point.wish)}, {held}")
 
 
 if __name__ == "__main__":

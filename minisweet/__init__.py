@@ -17,15 +17,7 @@ from minisweet.branches import build_multi_model
 from minisweet.checkpoint import load_encoder
 from minisweet.exits import MultiExitModel
 from minisweet.ngrams import NgramExit
+from minisweet.use.classifier import EarlyExitClassifier
 
 __all__ = ["EarlyExitClassifier", "InputError", "MultiExitModel", "NgramExit", "build_multi_model", "load_encoder"]
 __all__ += ["tune_cpu"]
-
-
-def __getattr__(name: str):
-    """Import the classifier, which needs the rooms above, only where somebody asks for it."""
-    if name != "EarlyExitClassifier":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from minisweet.use.classifier import EarlyExitClassifier
-
-    return EarlyExitClassifier

@@ -37,8 +37,7 @@ class ExitRule:
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
         self.num_labels, self.ranges = num_labels, ranges
-        ones = torch.ones(MOST_EXITS if ranges is None else len(ranges))
-        self.temperatures = ones if temperatures is None else temperatures
+        self.temperatures = torch.ones(MOST_EXITS) if temperatures is None else temperatures
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
@@ -46,8 +45,7 @@ class ExitRule:
     def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
         """The rule for new text, which was fitted to validation rows and evaluation.json keeps."""
         plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
-        is_learned = evaluation.exit_strategy == "lte"
-        ranges = torch.tensor(evaluation.certainty_ranges, **plain) if is_learned else None
+        ranges = evaluation.certainty_ranges and torch.tensor(evaluation.certainty_ranges, **plain)
         return cls(num_labels, torch.tensor(evaluation.temperatures, **plain), ranges)
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:

@@ -178,14 +178,14 @@ class MultiExitModel(ExitModel):
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. Except in EE, training
-        may call backward() on each loss before the next exit runs, which frees the activations up to there.
+        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. After exit 0 all go on:
+        `early_exit` asks it by itself, before it makes batches. Except in EE, training may call backward() on each
+        loss before the next exit runs, which frees the activations up to there.
         """
-        mask, stay = attention_mask, None
         if self.ngrams is not None:
-            stay = yield self.ngrams(input_ids, mask, token_type_ids), None
-            mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)
-        hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # (B, T, D)
+            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
+        mask, hidden = attention_mask, self.encoder.embed(input_ids, token_type_ids)  # (B, T), (B, T, D)
+        context = self.encoder.context(mask)
         for n, layer in enumerate(self.encoder.layers, start=1):
             if n in self.head_layers:
                 stay = yield self.ask_exit(n, hidden, context)
@@ -233,10 +233,9 @@ class MultiModel(ExitModel):
 
     def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
-        mask = attention_mask
         if self.ngrams is not None:
-            stay = yield self.ngrams(input_ids, mask, token_type_ids), None
-            mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)
+            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
+        mask = attention_mask
         for model in self.models:
             stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)

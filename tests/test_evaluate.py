@@ -73,7 +73,7 @@ def test_warnings_name_classes_that_no_row_gets():
 
 
 @pytest.mark.parametrize("name", ["branch", "lte", "pairs", "trunk0"])
-def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
+def test_what_is_saved_is_what_each_row_gets_alone(run_of, name):
     run = run_of(name)
     (model, record), evaluation = load_run(run), read_evaluation(run)
     validation, rows = load_validation(run, evaluation, record), read_validation(run, record)
@@ -88,10 +88,9 @@ def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
             assert validation.certainty is certainty is None
     assert validation.labels.tolist() == rows.labels
     assert [f"{key % 2**64:016x}" for key in validation.keys.tolist()] == [*map(text_digest, rows.texts())]
-    curve, _ = sweep(crossfit(validation), validation, evaluation.thresholds)
-    assert [curve[key] for key in ("scores", "area")] == [evaluation.scores, evaluation.area]
-    with pytest.raises(InputError, match="logits.safetensors: not readable.*evaluate again"):
-        load_validation(tmp_path, evaluation, record)
+    saved = json.loads((run / "evaluation.json").read_text())
+    curve, _ = sweep(crossfit(validation), validation, saved["thresholds"])
+    assert curve.items() <= saved.items()
 
 
 @pytest.mark.parametrize("name", ["sweet", "ee", "mm", "branch", "lte", "pairs", "trunk0"])

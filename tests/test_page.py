@@ -38,7 +38,7 @@ class Case:
         self.point.score, self.point.score_interval, self.point.full_depth_interval = 80.0, [74.0, 85.0], [78.0, 88.0]
         self.point.loss, self.point.loss_interval = -0.5, [-2.0, 1.0]
         self.point.speedup_ratio, self.point.speedup_interval = 0.5, [0.45, 0.55]
-        self.evaluation = SimpleNamespace(exit_layers=layers, exit_strategy="confidence", temperatures=temperatures)
+        self.evaluation = SimpleNamespace(exit_layers=layers, certainty_ranges=None, temperatures=temperatures)
         self.evaluation.operating_point = self.point
         labels = ["no", "yes", "<i>perhaps</i>"]
         self.record = SimpleNamespace(model="weights/tiny", task="toy", method=method, labels=labels)

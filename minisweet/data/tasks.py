@@ -138,7 +138,12 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
     the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a wrong file.
     """
-    labels, columns, column = _class_order(args, labels), None, None
+    named = args.labels if args.data else TASKS[args.task].labels
+    if labels is None or (named and list(labels) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
+        labels = named
+    elif args.labels and args.labels != list(labels):
+        raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(labels)}")
+    columns, column = None, None
     if args.data is None:
         train, dev = (load_examples(args.task, split, args.data_dir, labels) for split in ("train", "dev"))
         train, metric = train if need_labels else train._replace(labels=None), TASKS[args.task].metric
@@ -147,16 +152,6 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         metric = "accuracy" if dev.labels else "agreement"
     record = {"task": args.task, "labels": list(labels), "metric": metric, "dev_digest": digest(dev)}
     return train, dev, record | {"text_columns": columns, "label_column": column}
-
-
-def _class_order(args: argparse.Namespace, trunk: Names) -> Names:
-    """The classes that the task, --labels or a trunk prescribes, or None."""
-    named = args.labels if args.data else TASKS[args.task].labels
-    if trunk is None or (named and list(trunk) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
-        return named
-    if args.labels and args.labels != list(trunk):
-        raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(trunk)}")
-    return trunk
 
 
 def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple:

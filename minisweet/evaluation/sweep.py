@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ class Validation(NamedTuple):
         if self.certainty is not None:
             ranges = self.certainty.new_tensor([[0.0, 1.0]]).repeat(K, 1)  # also of the exit that has no certainty
             ranges[: len(self.certainty)] = torch.stack(self.certainty.aminmax(dim=1), dim=1)
-            return ExitRule(C, ranges=ranges)
+            return ExitRule(C, torch.ones(K), ranges)
         temperatures = [adaptive.fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
         if self.metric == "agreement":
             temperatures[-1] = 1.0
@@ -143,8 +142,6 @@ def run_exits(
     logits, certainty = all_logits(model, examples, precision)
     if not all(values.isfinite().all() for values in (logits, certainty) if values is not None):
         raise InputError(f"{run}: its exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
-    if record.exit_strategy == "lte" and certainty is None:  # of a branch model with one exit alone
-        certainty = logits.new_zeros(0, len(examples))
     labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
     exits = Exits(list(model.exit_layers), record.depth, record.method)
     return Validation(logits, certainty, labels, text_keys(rows.texts()), metric, exits)
@@ -208,10 +205,7 @@ def save_validation(path: Path, validation: Validation) -> None:
 
 
 def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Validation:
-    """Read what `save_validation` wrote. Raises InputError where logits.safetensors is missing or broken."""
-    try:
-        tensors = load_file(run / LOGITS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{run / LOGITS}: not readable ({error}); evaluate again: evaluate.py {run}") from None
+    """Read what `save_validation` wrote."""
+    tensors = {"certainty": None} | load_file(run / LOGITS)
     exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
-    return Validation(**{"certainty": None} | tensors, metric=evaluation.metric, exits=exits)
+    return Validation(**tensors, metric=evaluation.metric, exits=exits)

