@@ -140,6 +140,7 @@ def test_a_goal_gives_one_rule_and_threshold_everywhere(run_of, command, tmp_pat
     options = [word for name, value in wish.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert command(evaluate, copied, *options)[0] == 0
     point = json.loads((copied / "evaluation.json").read_text())["operating_point"]
+    assert wish.items() <= point["wish"].items()
     theirs, ours = EarlyExitClassifier(copied), EarlyExitClassifier(run, **wish)
     assert theirs.threshold == ours.threshold == point["threshold"]
     assert list(theirs.exit_layers) == list(ours.exit_layers) == point["asked_exits"]
