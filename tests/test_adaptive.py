@@ -58,6 +58,14 @@ def test_a_confidence_that_equals_the_threshold_leaves():
     assert leaves(torch.tensor([0.7499999, 0.75, 0.7500001]), 0.75, 0.5).tolist() == [False, True, True]
 
 
+@given(st.floats(0.5, 1), st.integers(0, 10**6))
+def test_an_instance_takes_the_first_exit_that_is_confident_or_the_last(threshold, seed):
+    confidence = 0.5 + torch.rand(3, 6, generator=torch.Generator().manual_seed(seed)) / 2
+    for sure, k in zip(confidence.T, exits_taken(confidence, threshold, 0.5), strict=True):
+        is_enough = [threshold == 0.5 or (threshold < 1 and value >= threshold) for value in sure[:2]]
+        assert k == (*is_enough, True).index(True)
+
+
 def test_area_is_the_mean_score_over_the_ratios():
     assert area_under_curve([0.25, 1.0], [60, 80]) == pytest.approx(70)
     assert area_under_curve([0.25, 0.5, 1.0], [60, 80, 80]) == pytest.approx((70 * 0.25 + 80 * 0.5) / 0.75)
@@ -76,6 +84,7 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     logits = torch.zeros(2, 3, 2)
     rule = Validation(logits, certainty, *[None] * 4).fit_rule()
     torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
+    assert rule.temperatures.tolist() == [1, 1]
     confidence = rule.confidences(logits, certainty)
     torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
     of_new_text = rule.confidence(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
@@ -153,23 +162,19 @@ def test_a_temperature_of_nothing_is_one():
     assert math.isfinite(fit_temperature(torch.tensor([[1e4, -1e4]] * 3), torch.ones(3, dtype=torch.int64)))
 
 
-def test_a_rule_has_a_temperature_for_each_exit_and_the_ranges_of_learning_to_exit():
+def test_a_rule_has_a_temperature_for_each_exit():
     logits, labels = sampled(2.0, size=200)
     logits = torch.stack([logits * 0.3, logits])
     fitted = [fit_temperature(x, labels) for x in logits]
 
-    def fit_rule(labels: torch.Tensor, metric: str = "accuracy", certainty: torch.Tensor | None = None) -> ExitRule:
-        return Validation(logits, certainty, labels, None, metric, None).fit_rule()
+    def fit_rule(labels: torch.Tensor, metric: str = "accuracy") -> ExitRule:
+        return Validation(logits, None, labels, None, metric, None).fit_rule()
 
     assert fit_rule(labels).temperatures.tolist() == pytest.approx(fitted)
     own = logits[-1].argmax(-1)  # without labels the last exit is left as it is
     rule = fit_rule(own, "agreement")
     assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], own)), 1.0]
     assert 0.01 < fit_rule(own).temperatures[-1] < 1  # labels that happen to be those: the prior holds it
-    certainty = torch.rand(2, 200)
-    rule = fit_rule(labels, certainty=certainty)
-    assert rule.temperatures.tolist() == [1, 1]
-    torch.testing.assert_close(rule.ranges, torch.stack(certainty.aminmax(dim=1), dim=1))
 
 
 def test_ece_of_a_hand_computed_case():
