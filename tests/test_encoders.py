@@ -73,24 +73,6 @@ def test_hidden_states_and_logits_are_the_stored_ones_of_transformers(tmp_path, 
     torch.testing.assert_close(trunk(*batch)[0], golden[f"{model_type}.logits"], atol=1e-5, rtol=0)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    model_type=st.sampled_from(["bert", "deberta"]), seed=st.integers(0, 10**6), extra=st.integers(1, 9), data=st.data()
-)
-def test_padding_and_batch_order_change_no_token(model_type, seed, extra, data):
-    encoder = tiny_encoder(model_type).eval()
-    input_ids, mask, types = random_batch(seed)
-    B, T = input_ids.shape
-    order = torch.tensor(data.draw(st.permutations(range(B))))
-    junk = torch.randint(0, 60, (B, extra))
-    padded = tuple(
-        torch.cat([x[order], tail], 1) for x, tail in ((input_ids, junk), (mask, 0 * junk), (types, 0 * junk))
-    )
-    for before, after in zip(encoder(input_ids, mask, types), encoder(*padded), strict=True):
-        real = mask[order] == 1
-        torch.testing.assert_close(after[:, :T][real], before[order][real], atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_half_models_stay_close_and_train_and_padding_changes_no_token(model_type, dtype):
     encoder, batch = tiny_encoder(model_type, scale=0.1).eval(), random_batch(1)
