@@ -160,8 +160,6 @@ def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_ty
         torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
     with pytest.raises(InputError, match="encoder.layer.3"):
         build_multi_model(model_dir, (1, 4), 2)
-    parameters = [id(parameter) for parameter in models.parameters()]
-    assert len(parameters) == len(set(parameters))
 
 
 @pytest.mark.parametrize(
