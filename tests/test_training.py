@@ -18,7 +18,7 @@ from minisweet.data.tasks import load_examples, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.runs.folders import load_run, load_trunk, read_record
-from tests.conftest import exit_model, in_folder, quick, random_batch, run, write_model
+from tests.conftest import in_folder, model_of, quick, random_batch, run, write_model
 from tests.test_checkpoint import save_classifier
 
 
@@ -41,8 +41,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     """Against a loop that holds the whole graph and table, clips by hand and uses another implementation of AdamW."""
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     examples = toy_examples(folder, 24, 16)
-    torch.manual_seed(0)
-    ours = exit_model(load_encoder(folder), (1, 2, 4), 2, method)
+    ours = model_of(folder, method)
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain = copy.deepcopy(ours)
@@ -78,7 +77,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_path, model_type, strategy):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
-    model, ran = exit_model(load_encoder(folder), (1, 3, 4), 2, "branch", strategy).eval(), []
+    model, ran = model_of(folder, "branch", (1, 3, 4), strategy=strategy).eval(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
     assert np.shape(fine_tune(model, toy_examples(folder, 20), 1e-2)) == (5, 2)
@@ -98,8 +97,7 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
     for precision in (None, torch.bfloat16, torch.float16):
         seen = norms.setdefault(precision, [])
         monkeypatch.setattr(train, "clip_grad_norm_", lambda group, limit, seen=seen: seen.append(clip(group, limit)))
-        torch.manual_seed(0)
-        model = MultiExitModel(load_encoder(folder), (1, 4), 2, method).eval()
+        model = model_of(folder, method, (1, 4)).eval()
         fine_tune(model, toy_examples(folder, 16, 16), 1e-3, size=16, precision=precision)
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
