@@ -74,16 +74,11 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
-def test_training_branches_leaves_the_trunk_as_it_is_and_without_dropout(tmp_path, model_type, strategy):
+def test_where_branches_are_trained_the_trunk_runs_without_dropout_and_as_far_as_it_must(tmp_path, model_type):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
-    model, ran = model_of(folder, "branch", (1, 3, 4), strategy=strategy).eval(), []
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model, ran = model_of(folder, "branch", (1, 3, 4)).eval(), []
     model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
     assert np.shape(fine_tune(model, toy_examples(folder, 20), 1e-2)) == (5, 2)
-    for name, tensor in model.state_dict().items():
-        trained = name.startswith(("branches.", "heads.0.", "heads.1."))
-        assert torch.equal(tensor, before[name]) is not trained, name
     assert not ran  # the trunk's layer 3, which no branch reads
     one, other = model(*random_batch()), model(*random_batch())
     assert torch.equal(one[-1], other[-1])
