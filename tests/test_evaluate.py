@@ -62,10 +62,8 @@ def test_the_sweep_of_some_exits_is_that_of_a_model_that_has_no_others(method, l
 
 
 def test_warnings_name_classes_that_no_row_gets():
-    reports = [
-        {"recall": [90.0, 0.0, 0.0], "support": [20, 6, 4]},
-        {"recall": [90.0, 50.0, 0.0], "support": [20, 6, 4]},
-    ]
+    recalls = [90.0, 0.0, 0.0], [90.0, 50.0, 0.0]  # of two exits
+    reports = [{"recall": of_exit, "support": [20, 6, 4]} for of_exit in recalls]
     evaluation = {"exit_layers": [0, 4], "per_class": reports, "metric": "accuracy"}
     (line,) = never_right(evaluation, ["no", "yes", "rare"])
     assert "the exit after layer 0 never predicts yes rightly: " in line  # and of four rows nothing is said

@@ -84,9 +84,4 @@ def test_who_leaves_at_exit_0_is_never_embedded_and_the_others_fill_batches(tmp_
         exits = early_exit(model, *batch, threshold, batch_size=5).exits
         stay = 16 if threshold == 1 else int((exits > 0).sum())
         assert embedded == [*[5] * (stay // 5), *[stay % 5] * (stay % 5 > 0)]
-
-
-def test_nothing_in_nothing_out(tmp_path):
-    batch = tuple(tensor[:0] for tensor in random_batch())
-    answers = early_exit(undecided_model(write_model(tmp_path, "bert"), "sweet"), *batch, 0.75)
-    assert [tuple(part.shape) for part in answers] == [(0,), (0,), (0, 2), (0,)]
+    assert len(early_exit(model, *(x[:0] for x in batch), 0.9).exits) == 0
