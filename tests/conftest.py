@@ -74,15 +74,14 @@ def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) 
     return encoder
 
 
-def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = True) -> dict[str, torch.Tensor]:
-    """The encoder's weights under the names of the public checkpoints, BERT's key biases among them."""
+def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder) -> dict[str, torch.Tensor]:
+    """The encoder's weights under the names of the public checkpoints, BERT's key biases and pooler among them."""
     names = checkpoint_names(encoder.config.num_hidden_layers)
     tensors = {names[name]: tensor.clone() for name, tensor in encoder.state_dict().items()}
     if isinstance(encoder, BertEncoder):
         D = encoder.config.hidden_size
         tensors |= {name.replace("query", "key"): torch.randn(D) for name in tensors if name.endswith("query.bias")}
-        if pooler:
-            tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
+        tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

@@ -19,7 +19,7 @@ from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.runs.folders import load_run, load_trunk, read_record
 from tests.conftest import in_folder, model_of, quick, random_batch, run, write_model
-from tests.test_checkpoint import save_classifier
+from tests.test_checkpoint import write_classifier
 
 
 def fine_tune(
@@ -296,9 +296,7 @@ def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
 
 
 def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_path):
-    save_classifier(tmp_path / "theirs", "bert")
-    write_model(tmp_path / "tiny", "bert")
-    (tmp_path / "theirs" / "vocab.txt").write_text((tmp_path / "tiny" / "vocab.txt").read_text())
+    write_classifier(tmp_path / "theirs")
     Path("texts.csv").write_text("text\n" + "".join(f"a film {i}\n" for i in range(40)))
     options = ["--trunk", "theirs", "--data", "texts.csv", "--targets", "trunk", "--labels", "no,yes"]
     trained(*options, "--max-length", 32, "--out", "run", "--class-weights", "balanced")
