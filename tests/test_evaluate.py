@@ -202,11 +202,9 @@ def test_a_file_without_labels_shows_changes_and_whether_the_promise_holds(copie
 
 def test_without_labels_what_is_stated_is_agreement(copied, command, tmp_path):
     run = copied("sweet")
-    record = json.loads((run / "run.json").read_text()) | {"metric": "agreement"}
-    (run / "run.json").write_text(json.dumps(record))
-    shutil.copy(run / "validation.jsonl", tmp_path / "test.jsonl")
-    rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
-    (run / "validation.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+    labelled = shutil.copy(run / "validation.jsonl", tmp_path / "test.jsonl")
+    for name, old, new in (("run.json", "accuracy", "agreement"), ("validation.jsonl", r', "label": "\w+"', "")):
+        (run / name).write_text(re.sub(old, new, (run / name).read_text()))
     status, out, _ = command(evaluate, run, "--sure", "75")
     evaluation = read_evaluation(run)
     assert (status, evaluation.metric) == (0, "agreement")
@@ -215,7 +213,7 @@ def test_without_labels_what_is_stated_is_agreement(copied, command, tmp_path):
     assert "agreement with full depth" in out
     assert "never predicts" not in out
     assert command(evaluate, run, "--max-loss", "60", "--sure", "70")[0] == 0
-    _, out, _ = command(evaluate, run, "--test", tmp_path / "test.jsonl")
+    _, out, _ = command(evaluate, run, "--test", labelled)
     (line,) = [line for line in out.splitlines() if line.startswith("accuracy")]
     assert line.count(" to ") == 1  # nothing was stated of labels
     assert "at most 60 points are lost, 70% sure, which holds here" in out
