@@ -131,20 +131,18 @@ def test_a_device_is_there_or_refused(monkeypatch):
 @pytest.mark.slow
 def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_cache(tmp_path):
     shutil.copytree(CHECKOUT / "minisweet", tmp_path / "site" / "minisweet")
-    (tmp_path / "elsewhere").mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "MINISWEET_HOME"}
     environment |= {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "user")}
 
     def python(*words: str) -> subprocess.CompletedProcess:
         words = [sys.executable, *words]
-        return subprocess.run(words, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     code = "from minisweet import EarlyExitClassifier, InputError; from minisweet.base.files import home"
     done = python("-c", f"{code}; print(home(), issubclass(InputError, ValueError))")
     assert done.stdout == f"{tmp_path}/user/.cache/minisweet True\n", done.stderr
     assert "usage: minisweet predict " in python("-m", "minisweet", "predict", "--help").stdout
-    assert not (tmp_path / "user").exists()
-    assert not os.listdir(tmp_path / "elsewhere")
+    assert os.listdir(tmp_path) == ["site"]
 
 
 def test_the_metadata_fits_the_requirements():

@@ -101,7 +101,6 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
         heads = [head for part in models for head in part.heads]
         for part in heads[:-1]:
             assert torch.equal(part.pooler.weight, head.pooler.weight)
-            assert torch.equal(part.pooler.bias, head.pooler.bias)
             assert not torch.equal(part.classifier.weight, head.classifier.weight)
         learns = [strategy == "lte"] * len(layers)
         learns[-1] &= method != "branch"  # whose last exit nobody asks whether it is right

@@ -115,7 +115,6 @@ def test_the_classes_of_a_trunk(tickets):
     trunk, unnamed = ["refund", "other", "login"], ["LABEL_0", "LABEL_1"]
     data = load("--data", tickets, labels=trunk)
     assert (data.record["labels"], Counter(data.train.labels)) == (trunk, {0: 20, 2: 22})
-    assert "label 'login', should be one of refund, b" in refused(load, "--data", tickets, labels=["refund", "b"])
     assert "label 'login', should be one of LABEL_0" in refused(load, "--data", tickets, labels=unnamed)
     cases = ["login", "Login", "refund"]
     assert load("--data", tickets, "--labels", ",".join(cases), labels=cases).record["labels"] == cases

@@ -150,7 +150,6 @@ def test_a_run_tells_what_made_it(trained, model_dir, method):
     layers = [4] if method == "plain" else [1, 2, 4]
     options = ["--method", method, "--exit-layers", ",".join(map(str, layers)), "--seed", 3]
     assert "lr 0.0002" in trained(*quick(model_dir, *options))
-    assert [path.name for path in Path("runs").iterdir()] == [f"tiny-{method}-toy-seed3"]
     record = record_of(f"runs/tiny-{method}-toy-seed3")
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
     assert (np.shape(record["losses"]), record["exit_layers"]) == ((6, len(layers)), layers)
