@@ -83,8 +83,9 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
         time.sleep(0.02)
         progress.set_postfix_str("so far", refresh=False)
         progress.update(7)
-    (line,) = capsys.readouterr().err.splitlines()
+        (line,) = capsys.readouterr().err.splitlines()
     assert all(part in line for part in ("export", "7/1200", "so far"))
+    assert capsys.readouterr().err == ""  # no other line at the end
 
 
 def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
