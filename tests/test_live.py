@@ -1,4 +1,4 @@
-"""Live early exit: it decides as the sweep and the paper do, and computes nothing in vain."""
+"""Live early exit: it decides as the sweep does, and computes nothing in vain."""
 
 from collections import Counter
 
@@ -25,62 +25,27 @@ from tests.test_exits import with_exit_0
     batch_size=st.sampled_from([3, 16]),
     seed=st.integers(0, 10**6),
 )
-def test_live_decides_as_the_sweep_and_as_the_paper(
-    tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed
-):
+def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed):
     folder = write_model(tmp_path_factory.mktemp("live"), model_type)
     has_exit_0, batch = strategy == "exit 0", random_batch(seed, batch=16)
     model = undecided_model(folder, method, num_labels, seed, "confidence" if has_exit_0 else strategy)
     model = with_exit_0(model) if has_exit_0 else model
     K = len(model.exit_layers)
-    alone = []  # what all exits say of each instance without its padding
     with torch.no_grad():
         logits, certainty = all_exits(model, batch)
-        for row, length in enumerate(batch[1].sum(1)):
-            alone.append(list(model.exit_by_exit(*(x[row : row + 1, :length] for x in batch))))
     temperatures, ranges = torch.rand(K) + 0.5, None
     if strategy == "lte":
         temperatures, ranges = None, Validation(logits, certainty, *[None] * 4).fit_rule().ranges
     rule = ExitRule(num_labels, temperatures, ranges)
 
-    def first_confident_exit(said: list[tuple], threshold: float) -> int:
-        """As the paper tells it: one exit after the other."""
-        for k, (exit_logits, sure) in enumerate(said[:-1]):
-            if strategy == "lte":
-                low, high = ranges[k]
-                confidence = (sure - low) / (high - low)
-            else:
-                confidence = (exit_logits / temperatures[k]).softmax(-1).max()
-            if threshold == rule.lowest or (threshold < 1 and confidence >= threshold):
-                return k
-        return K - 1
-
     confidence = rule.confidences(logits, certainty)
     for threshold in spaced_thresholds(11, rule.lowest):
         answers = early_exit(model, *batch, threshold, rule, batch_size)
         swept = exits_taken(confidence, threshold, rule.lowest)
-        assert answers.exits.tolist() == swept.tolist() == [first_confident_exit(said, threshold) for said in alone]
-        assert answers.labels.tolist() == logits.argmax(-1).gather(0, swept[None])[0].tolist()
+        assert answers.exits.tolist() == swept.tolist()
         assert answers.labels.tolist() == answers.logits.argmax(-1).tolist()
-        of_the_exit = torch.cat([said[k][0] for k, said in zip(swept, alone, strict=True)])
-        torch.testing.assert_close(answers.logits, of_the_exit, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(answers.logits, logits[swept, torch.arange(16)], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(answers.confidence, confidence[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
-@pytest.mark.parametrize("method", ["ee", "mm", "branch"])
-def test_bfloat16_differs_only_where_the_decision_is_close(tmp_path, model_type, method, strategy):
-    model = undecided_model(write_model(tmp_path, model_type), method, strategy=strategy)
-    batch = random_batch(7, batch=64)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, certainty = all_exits(model, batch)
-        rule = ExitRule(2, ranges=None if certainty is None else torch.tensor([[0.0, 1.0]] * 3))
-        confidence = rule.confidences(logits, certainty)
-        for threshold in spaced_thresholds(11, rule.lowest):
-            exits = early_exit(model, *batch, threshold, rule).exits
-            swept = exits_taken(confidence, threshold, rule.lowest)
-            sure = confidence[torch.minimum(exits, swept), torch.arange(64)]
-            assert ((exits == swept) | ((sure - threshold).abs() < 0.01)).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,12 +84,4 @@ def test_who_leaves_at_exit_0_is_never_embedded_and_the_others_fill_batches(tmp_
         exits = early_exit(model, *batch, threshold, batch_size=5).exits
         stay = 16 if threshold == 1 else int((exits > 0).sum())
         assert embedded == [*[5] * (stay // 5), *[stay % 5] * (stay % 5 > 0)]
-    plain = model.keep_exits((1, 2, 4))
-    with torch.no_grad():
-        assert torch.equal(early_exit(model, *batch, 1.0).logits, early_exit(plain, *batch, 1.0).logits)
-
-
-def test_nothing_in_nothing_out(tmp_path):
-    batch = tuple(tensor[:0] for tensor in random_batch())
-    answers = early_exit(undecided_model(write_model(tmp_path, "bert"), "sweet"), *batch, 0.75)
-    assert [tuple(part.shape) for part in answers] == [(0,), (0,), (0, 2), (0,)]
+    assert len(early_exit(model, *(x[:0] for x in batch), 0.9).exits) == 0

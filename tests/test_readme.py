@@ -188,12 +188,3 @@ def test_what_came_out_is_what_the_tables_say():
     numbers = re.findall(r"\d+\.\d(?: ±\d+\.\d)?", re.sub(ANY_BLOCK, "", section, flags=re.S))
     assert len(numbers) > 5
     assert [number for number in numbers if not re.search(rf"(?<![\d.]){number}(?![\d.])", tables)] == []
-
-
-def test_readme_is_short_and_so_are_its_sentences():
-    text = text_of(README)
-    assert len(text.splitlines()) <= 180
-    prose = re.sub(r"^```.*?^```|^\|.*?$|^#.*?$", "\n\n", text, flags=re.MULTILINE | re.DOTALL)
-    prose = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", prose))
-    sentences = re.split(r"(?<=[.!?])[*)\"]*\s|\n\n|\n *(?:-|\d\.) ", prose)
-    assert [sentence for sentence in sentences if len(sentence.split()) > 30] == []

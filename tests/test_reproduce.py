@@ -1,7 +1,6 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes: tables and figures."""
 
 import json
-import math
 import re
 import tarfile
 from contextlib import ExitStack
@@ -14,7 +13,6 @@ import evaluate
 import train
 from minisweet.paper import reproduce
 from minisweet.paper.report import tables
-from minisweet.use.plots import STUDENT_T
 from tests.benchmark import BLOCK, RESULTS, eight_epochs, zero_tables
 from tests.conftest import CHECKOUT, run, write_model
 
@@ -197,13 +195,6 @@ def test_where_it_is_installed_without_a_clone_it_is_refused_first(grid, monkeyp
     status, _, err, started = grid("--methods", "ee", *ONE)
     assert (status, started, err.count("\n"), "minisweet reproduce in a clone" in err) == (2, [], 1, True)
     assert not Path("reproduced").exists()
-
-
-def test_students_quantiles_leave_one_fortieth_above():
-    for n, quantile in enumerate(STUDENT_T, start=1):
-        x = np.linspace(0, quantile, 20001)
-        scale = math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(n * math.pi)
-        assert np.trapezoid(scale * (1 + x**2 / n) ** (-(n + 1) / 2), x) == pytest.approx(0.475, abs=5e-5)
 
 
 def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():

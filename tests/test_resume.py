@@ -85,16 +85,11 @@ def test_ctrl_c_and_sigterm_at_once_and_a_signal_that_is_ignored(command):
     assert len(torch.load(STOPPED, weights_only=True)["stages"]["sweet"]["losses"]) == 3
 
 
-def write_texts(path: str, old: str = "a film", new: str = "a film") -> None:
-    """Own data of two classes, with one piece of it replaced."""
-    rows = [f"a film {word} {i},{label}\n" for i in range(15) for word, label in (("good", "up"), ("bad", "down"))]
-    Path(path).write_text("text,label\n" + "".join(rows).replace(old, new))
-
-
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
 def test_other_arguments_and_rows_are_refused_with_both_values(command, finished):
-    write_texts("train.csv")
-    write_texts("dev.csv", "a film", "the film")
+    rows = [f"a film {word} {i},{label}\n" for i in range(15) for word, label in (("good", "up"), ("bad", "down"))]
+    for path, article in (("train.csv", "a"), ("dev.csv", "the")):
+        Path(path).write_text("text,label\n" + "".join(rows).replace("a film", f"{article} film"))
     given = ["--method", "sweet", "--data", "train.csv", "--dev-data", "dev.csv", "--out", "a"]
     assert command(*given, signals={} if finished else {3: TERM})[0] == (0 if finished else 143)
 

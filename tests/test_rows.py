@@ -64,7 +64,6 @@ def test_windows_line_ends_empty_lines_and_unnamed_columns(tmp_path):
     ("named", "trained", "found"),
     [
         (None, None, ["text"]),
-        (["a", "b"], None, ["a", "b"]),
         (None, [], ["text"]),  # of the toy task
         (None, ["b"], ["b"]),
         (["b"], ["text"], ["b"]),
@@ -100,7 +99,6 @@ REFUSED = [
     ("a.csv", b"text,label\n ,x\n", "no rows with text in text"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"\n', "line 2: not readable as a JSON object"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "line 2: 'text' is 5, should be text"),
-    ("a.jsonl", b'{"text": "a", "label": null}\n', "line 1: 'label' is None, should be a label"),
     ("a.jsonl", b'{"text": "a", "label": NaN}\n', "line 1: 'label' is nan, should be a label"),
     ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'[["text", "a"], ["label", "x"]]\n', "line 1: not readable as a JSON object"),
@@ -126,17 +124,12 @@ def test_rows_are_written_as_they_were_read(tmp_path, suffix):
     assert b"\r\n" not in path.read_bytes()
 
 
-def test_rows_that_differ_and_a_block_that_fails(tmp_path):
+def test_rows_that_differ(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "a", "n": 1.5, "none": null}\n{"text": "b", "list": [true, "é"]}\n')
-    columns = all_columns(tmp_path / "in.jsonl")
-    with row_writer(tmp_path / "out.csv", columns) as write_row:
+    with row_writer(tmp_path / "out.csv", all_columns(tmp_path / "in.jsonl")) as write_row:
         for _, row in read_rows(tmp_path / "in.jsonl"):
             write_row(row)
     assert (tmp_path / "out.csv").read_text() == 'text,n,none,list\na,1.5,,\nb,,,"[true, ""é""]"\n'
-    with pytest.raises(ZeroDivisionError), row_writer(tmp_path / "out.csv", columns) as write_row:
-        write_row({"text": 1 / 0})
-    assert (tmp_path / "out.csv").read_text().startswith("text,n"), "what was there should stay"
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_standard_output_gets_utf_8_whatever_the_terminal_has(monkeypatch):

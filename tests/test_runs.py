@@ -13,11 +13,11 @@ import train
 from minisweet.base.files import InputError, read_json, write_json
 from minisweet.branches import METHODS
 from minisweet.data.rows import Examples
-from minisweet.ngrams import NgramExit
 from minisweet.runs import folders, start
 from minisweet.runs.folders import load_run, load_trunk, read_record, save_run
 from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
 from tests.conftest import random_batch, undecided_model, write_model
+from tests.test_exits import with_exit_0
 
 ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0], ["one polar word", "contrast"])
 
@@ -35,11 +35,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
     model = undecided_model(model_folder, method)
     record["arguments"]["method"], record["exit_layers"] = method, list(model.exit_layers)
     if has_exit_0:
-        exit_0 = NgramExit(60, 2, [0, 2, 3], True)
-        for tensor in exit_0.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.normal_()
-        model = model.add_ngrams(exit_0)
+        model = with_exit_0(model)
         record |= {"exit_layers": list(model.exit_layers), "ngrams": {"pairs": True}}
     save_run(tmp_path / "run", model, model_folder, record, ROWS)
     loaded, found = load_run(tmp_path / "run")
@@ -60,7 +56,6 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
         ({"labels": ["a", "b", "c"]}, r"classifier.weight.*\[[23], 16\].*\[[23], 16\]"),
         ({"exit_layers": [1, 4]}, "heads.2"),
         ({"exit_layers": None}, "exit_layers is None"),
-        ({"depth": "six"}, "depth is 'six'"),
         ({"arguments": None}, "model is missing"),
         ({"exit_strategy": "sure"}, "exit_strategy is 'sure'"),
         ({"diverged": 7}, "run: its training diverged at step 7"),

@@ -93,9 +93,6 @@ def test_a_second_file_to_validate_on(tickets, tmp_path):
     data = load("--data", tickets, "--dev-data", dev)
     assert len(data.train.first) == 52
     assert (data.dev.labels, data.dev.empty) == ([1, 1, 1], 1)
-    write(dev, table(["a"], ["other"]))
-    message = refused(load, "--data", tickets, "--dev-data", dev)
-    assert message.endswith("dev.jsonl, line 1: label 'other', should be one of login, refund")
 
 
 def test_data_without_labels(tmp_path):
@@ -110,8 +107,6 @@ def test_data_without_labels(tmp_path):
     dev = write(tmp_path / "dev.csv", table(["a", "b"], ["y", "x"]))
     data = load("--data", path, "--dev-data", dev, labels=["x", "y"], need_labels=False)
     assert (data.train.labels, data.dev.labels, data.record["metric"]) == (None, [1, 0], "accuracy")
-    write(path, [{"text": "a"}])
-    assert "no row can be set aside" in refused(load, "--data", path, labels=["x", "y"], need_labels=False)
     toy = load("--task", "toy", need_labels=False)
     assert (toy.train.labels, toy.dev) == (None, load_examples("toy", "dev", tmp_path))
 
@@ -120,7 +115,6 @@ def test_the_classes_of_a_trunk(tickets):
     trunk, unnamed = ["refund", "other", "login"], ["LABEL_0", "LABEL_1"]
     data = load("--data", tickets, labels=trunk)
     assert (data.record["labels"], Counter(data.train.labels)) == (trunk, {0: 20, 2: 22})
-    assert "label 'login', should be one of refund, b" in refused(load, "--data", tickets, labels=["refund", "b"])
     assert "label 'login', should be one of LABEL_0" in refused(load, "--data", tickets, labels=unnamed)
     cases = ["login", "Login", "refund"]
     assert load("--data", tickets, "--labels", ",".join(cases), labels=cases).record["labels"] == cases
@@ -136,7 +130,6 @@ def test_the_classes_of_a_trunk(tickets):
 
 # GLUE
 
-GLUE_TASKS = [name for name in TASKS if name != "toy"]
 ODD = 'say "so\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
 
 
@@ -166,20 +159,6 @@ FILES = {
     + line("2", "5", "6", "c", "d", "0"),
 }
 FILES["qnli"] = FILES["rte"].replace("sentence1", "question").replace("sentence2", "sentence")
-LABELS = {"mnli": [2, 0]}
-
-
-def expected(task: str) -> Examples:
-    second = ["b", "d"] if len(TASKS[task].columns) == 3 else None
-    return Examples([ODD, "c"], second, LABELS.get(task, [1, 0]))
-
-
-def put(data_dir: Path, task: str, content: str) -> Path:
-    """Write `content` as the task's dev file."""
-    path = data_dir / TASKS[task].folder / TASKS[task].files[1]
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content.encode())
-    return path
 
 
 @pytest.mark.parametrize(
@@ -192,7 +171,9 @@ def put(data_dir: Path, task: str, content: str) -> Path:
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, task, old, new, message):
-    path = put(tmp_path, task, FILES[task].replace(old, new))
+    path = tmp_path / TASKS[task].folder / TASKS[task].files[1]
+    path.parent.mkdir()
+    path.write_bytes(FILES[task].replace(old, new).encode())
     error = refused(load_examples, task, "dev", tmp_path)
     assert error.startswith(str(path))
     assert message in error
@@ -214,7 +195,7 @@ def zipped(files: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("task", [name for name in GLUE_TASKS if name != "mrpc"])
+@pytest.mark.parametrize("task", [name for name in TASKS if name not in ("toy", "mrpc")])
 def test_fetches_the_two_files_of_a_zip_and_no_other(tmp_path, host, task):
     folder, dev = TASKS[task].folder, TASKS[task].files[1]
     path, others = f"/{TASKS[task].source}", {f"{folder}/test.tsv": "", "../out": ""}
@@ -222,7 +203,8 @@ def test_fetches_the_two_files_of_a_zip_and_no_other(tmp_path, host, task):
     host.files[path] = zipped({f"{folder}/{name}": content for name, content in kinds.items()} | others)
     data_dir = tmp_path / "new" / "data"
     data = load("--task", task, "--data-dir", data_dir)
-    assert data.train == data.dev == expected(task)
+    second, labels = ["b", "d"] if len(TASKS[task].columns) == 3 else None, [2, 0] if task == "mnli" else [1, 0]
+    assert data.train == data.dev == Examples([ODD, "c"], second, labels)
     assert data.record["metric"] == ("matthews" if task == "cola" else "accuracy")
     assert [asked for asked, _ in host.requests] == [path], "should be fetched once"
     files = {file for file in tmp_path.rglob("*") if file.is_file()}

@@ -60,11 +60,6 @@ def test_on_a_harder_level_neither_a_word_nor_a_pair_of_neighbours_tells_the_lab
     assert not any(excess.values())
 
 
-def test_a_list_of_words_solves_the_easy_level():
-    for sentence, label in rows_of("train", LEVELS[0]) + rows_of("dev", LEVELS[0]):
-        assert [SIGN[word] for word in words(sentence) if word in SIGN] == [label]
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_label_is_what_the_sentence_says(level):
     for sentence, label in rows_of("train", level) + rows_of("dev", level):
@@ -76,3 +71,4 @@ def test_the_label_is_what_the_sentence_says(level):
         [place] = [i for i, word in enumerate(tokens) if word in SIGN]
         turns = sum(word in TURNS for word in tokens) + bool({"not", "never"} & {*tokens[place - 2 : place]})
         assert label == (SIGN[tokens[place]] + turns) % 2, sentence
+        assert not turns or level != LEVELS[0], "a list of words should solve the easy level"

@@ -98,8 +98,10 @@ def test_classifier_answers_any_number_in_order(copy_of):
         assert answer.confidence == pytest.approx(expected.confidence, abs=1e-6)
         assert list(answer.probabilities) == classify.labels
     assert classify([]) == []
-    assert {answer.exit_layer for answer in EarlyExitClassifier(run, 0.5)(TEXTS)} == {1}
-    assert {answer.exit_layer for answer in EarlyExitClassifier(run, 1)(TEXTS)} == {4}
+    exact, rounded = (EarlyExitClassifier(run, 1, amp=amp)(TEXTS) for amp in ("off", "bf16"))
+    for one, other in zip(exact, rounded, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=0.05)
+    assert exact != rounded
 
 
 def test_threads_make_and_share_classifiers(run_of):
@@ -116,7 +118,6 @@ def test_threads_make_and_share_classifiers(run_of):
     [
         (["a", None], {}, "item 1: None, should be one text, as in training"),
         (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
-        (["a", 5], {}, "item 1: 5,"),
         ([["a", "b"]], {}, r"item 0: \['a', 'b'\]"),
         *((texts, {}, r"^texts: .*classify\(\[text\]\)") for texts in ("a text", b"a", None, 5, {"a": 1})),
         ([], {"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
@@ -140,6 +141,7 @@ def test_a_goal_gives_one_rule_and_threshold_everywhere(run_of, command, tmp_pat
     options = [word for name, value in wish.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert command(evaluate, copied, *options)[0] == 0
     point = json.loads((copied / "evaluation.json").read_text())["operating_point"]
+    assert wish.items() <= point["wish"].items()
     theirs, ours = EarlyExitClassifier(copied), EarlyExitClassifier(run, **wish)
     assert theirs.threshold == ours.threshold == point["threshold"]
     assert list(theirs.exit_layers) == list(ours.exit_layers) == point["asked_exits"]
