@@ -1,4 +1,4 @@
-"""The embedded task: messages to a shop, from content customers or not. Each level asks for a deeper exit.
+"""The embedded task: messages to a shop, from content customers or not. Each level asks for more.
 
 - a word: "The lamp was superb." is positive. Any word list solves it.
 - a turn: "Anna denies that the lamp was superb." A word far away turns the other one round. One layer is enough.
