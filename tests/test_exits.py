@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from minisweet import MultiExitModel, NgramExit, load_encoder
 from minisweet.base.files import home
-from minisweet.branches import METHODS, build_alone, grow
+from minisweet.branches import METHODS, BranchModel, build_alone, grow
 from minisweet.checkpoint import checkpoint_names
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from tests.conftest import model_of, random_batch, tiny_encoder, write_model
@@ -106,6 +106,7 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
         learns[-1] &= method != "branch"  # whose last exit nobody asks whether it is right
         assert [head.lte is not None for head in heads] == learns
         if method == "branch":
+            assert not BranchModel(copy.deepcopy(trunk.encoder).train(), layers, 3).encoder.training  # from the start
             copies = zip(layers, model.branches, strict=False)
         else:  # of MM all layers up to each exit
             assert all(parameter.requires_grad for parameter in model.parameters())
