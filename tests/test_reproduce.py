@@ -237,7 +237,7 @@ def test_the_committed_records_make_the_committed_tables(tmp_path):
     with tarfile.open(RESULTS / "zero.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     made, _ = zero_tables.make_tables(tmp_path / "records", list(zero_tables.TASKS), [0, 1, 2])
-    made |= eight_epochs.tables(eight_epochs.read(tmp_path / "eight"))
+    made |= eight_epochs.tables(eight_epochs.read(tmp_path / "eight" / "records"))
     text = "".join(path.read_text() for path in (CHECKOUT / "README.md", *RESULTS.glob("*.md")))
     for name, table in made.items():
         assert {found[2] for found in re.findall(BLOCK.format(f"({name})"), text, re.S)} == {table}
