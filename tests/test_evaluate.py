@@ -71,7 +71,7 @@ def test_warnings_name_classes_that_no_row_gets():
 
 
 @pytest.mark.parametrize("name", ["branch", "lte", "pairs", "trunk0"])
-def test_what_is_saved_is_what_each_row_gets_alone(run_of, name):
+def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
     run = run_of(name)
     (model, record), evaluation = load_run(run), read_evaluation(run)
     validation, rows = load_validation(run, evaluation, record), read_validation(run, record)
@@ -89,6 +89,11 @@ def test_what_is_saved_is_what_each_row_gets_alone(run_of, name):
     saved = json.loads((run / "evaluation.json").read_text())
     curve, _ = sweep(crossfit(validation), validation, saved["thresholds"])
     assert curve.items() <= saved.items()
+    for broken in (None, b"{"):
+        if broken:
+            (tmp_path / "logits.safetensors").write_bytes(broken)
+        with pytest.raises(InputError, match="logits.safetensors: not readable.*evaluate again"):
+            load_validation(tmp_path, evaluation, record)
 
 
 @pytest.mark.parametrize("name", ["sweet", "ee", "mm", "branch", "lte", "pairs", "trunk0"])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -205,7 +206,10 @@ def save_validation(path: Path, validation: Validation) -> None:
 
 
 def load_validation(run: Path, evaluation: Evaluation, record: Record) -> Validation:
-    """Read what `save_validation` wrote."""
-    tensors = {"certainty": None} | load_file(run / LOGITS)
+    """Read what `save_validation` wrote. Raises InputError where logits.safetensors is missing or broken."""
+    try:
+        tensors = {"certainty": None} | load_file(run / LOGITS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{run / LOGITS}: not readable ({error}); evaluate again: evaluate.py {run}") from None
     exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
     return Validation(**tensors, metric=evaluation.metric, exits=exits)
