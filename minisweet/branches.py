@@ -71,8 +71,10 @@ def grow(
 
     The last exit is the trunk's: before training they answer alike, to the bit. The other exits' heads start from the
     trunk's pooler. The encoder is taken over; MM's models are slices, copies of its first layers. EE on a finished
-    trunk is "mixed" training (https://arxiv.org/abs/2407.14320).
+    trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises ValueError for exits that end elsewhere.
     """
+    if trunk.head_layers != tuple(exit_layers[-1:]):
+        raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.head_layers}")
     encoder, head, C = trunk.encoder.requires_grad_(True), trunk.heads[0], trunk.num_labels
     encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
     if method == "mm":

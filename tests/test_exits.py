@@ -94,6 +94,8 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
         expected = trunk(*batch)[0]
     state, head = copy.deepcopy(trunk.encoder.state_dict()), copy.deepcopy(trunk.heads[0])
     frozen = grow("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits((4,))
+    with pytest.raises(ValueError, match="the trunk has exits after"):
+        grow(method, trunk, (1, 3), strategy)
     for start in (frozen, trunk):
         model = grow(method, start, layers, strategy)
         assert (model.method, model.exit_layers, model.training) == (method, layers, False)
