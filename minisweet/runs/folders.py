@@ -140,10 +140,15 @@ def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dic
         write_examples(folder / VALIDATION, validation, record["labels"])
 
 
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is a run."""
+    return (folder / "run.json").is_file()
+
+
 def read_record(run: Path) -> Record:
     """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or mistyped."""
     path = run / "run.json"
-    if not path.is_file():
+    if not is_run(run):
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
     content = read_json(path)
     return read_dataclass(Record, path, (content.get("arguments") or {}) | content)
@@ -181,7 +186,7 @@ def read_validation(run: Path, record: Record) -> Examples:
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
     """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels."""
-    if (folder / "run.json").is_file():
+    if is_run(folder):
         model, record = load_run(folder)
         model = model.models[-1] if record.method == "mm" else model
         return model.keep_exits(model.head_layers[-1:]), record.labels

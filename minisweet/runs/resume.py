@@ -21,7 +21,7 @@ from torch import nn
 from minisweet.base.commands import STOPS
 from minisweet.base.devices import all_gather, process_rank
 from minisweet.base.files import LOG, InputError, read_json, written_beside
-from minisweet.runs.folders import FILES
+from minisweet.runs.folders import FILES, is_run
 
 # Options that may change when a training goes on. In place of files, their rows' digests are compared; in place of
 # --exit-layers, the model's layers.
@@ -81,7 +81,7 @@ class Checkpoint:
         self.started = self.saved = time.perf_counter()
         if args.resume and path.is_file():
             before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
-        elif args.resume and (args.out / "run.json").is_file():
+        elif args.resume and is_run(args.out):
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         for key, value in self.training.items():
             if value != (was := before.get(key)):

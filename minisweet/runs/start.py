@@ -19,7 +19,7 @@ from minisweet.data.tasks import TASKS, add_data_options, digest, load_data, tex
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.ngrams import NgramExit
-from minisweet.runs.folders import load_trunk, read_record, run_name, versions
+from minisweet.runs.folders import is_run, load_trunk, read_record, run_name, versions
 from minisweet.runs.hub import REPOSITORIES, model_folder
 
 # Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve, by model type, hidden size and depth.
@@ -106,7 +106,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
 
     known = []  # digests of the texts that the trunk was trained on; None for a trunk from elsewhere
     if trunk:
-        known = read_record(args.trunk).train_texts if (args.trunk / "run.json").is_file() else None
+        known = read_record(args.trunk).train_texts if is_run(args.trunk) else None
     # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
