@@ -64,6 +64,7 @@ def measure(run: Path, record: Record, batches: int, data_dir: Path) -> np.ndarr
 
 
 def main() -> None:
+    """Measure, and write gradients.json and gradients.png."""
     parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="+", type=Path, metavar="RUN", help="run of EE on one of the tasks; or several seeds of it")

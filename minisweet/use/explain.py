@@ -31,6 +31,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def main() -> None:
+    """Explain one text, or write the page."""
     parser = Parser(__doc__)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")

@@ -24,6 +24,7 @@ from minisweet.runs.folders import load_run, read_record
 
 
 def main() -> None:
+    """Export a run."""
     parser = Parser(__doc__)
     option, either = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     option("run", type=Path, metavar="RUN", help="run folder")

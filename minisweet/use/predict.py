@@ -22,6 +22,7 @@ WINDOW = 1024  # rows that are read, and sorted by length, at once
 
 
 def main() -> None:
+    """Predict one file."""
     parser = Parser(__doc__)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
