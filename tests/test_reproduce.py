@@ -12,7 +12,7 @@ import pytest
 import evaluate
 import train
 from minisweet.paper import reproduce
-from minisweet.paper.report import tables
+from minisweet.paper.report import size_table, tables
 from tests.benchmark import BLOCK, RESULTS, eight_epochs, zero_tables
 from tests.conftest import CHECKOUT, run, write_model
 
@@ -223,13 +223,24 @@ def test_differences_are_paired_and_bold_where_the_interval_over_tasks_leaves_ou
     higher = {0: record((61, 71, 80)), 1: record((63, 73, 80)), 2: {}, 3: record()}  # 2 diverged, 3 has no pair
     grid = {"mm": {"a": {}}, "ee": {"a": same}, "sweet": {"a": {0: higher[0], 1: higher[1], 2: record((62, 72, 82))}}}
     text = tables(grid)
-    row = "| ee | 3 | +2.0 ±2.5 | +0.7 ±2.9 | +2.0 ±2.5 | +2.0 ±2.5 | +1.3 ±1.9 | +0.7 ±2.9 | +1.6 ±1.9 |\n"
+    assert "ee less mm" not in text  # they have no pair
+    row = "| sweet less ee | 3 | +2.0 ±2.5 | +0.7 ±2.9 | +2.0 ±2.5 | +2.0 ±2.5 | +1.3 ±1.9 | +0.7 ±2.9 | +1.6 ±1.9 |\n"
     assert row in text  # 1, 3, 2; 0, 0, 2
-    assert "| less | seeds | layer 1 | layer 4 | 0.25 | 0.5 | 0.75 | 1 | area |" in text
+    assert "| difference | seeds | layer 1 | layer 4 | 0.25 | 0.5 | 0.75 | 1 | area |" in text
     tasks = {"a": higher, "b": {0: record((63, 70, 79))}, "c": {1: record((62.5, 71, 81))}}
     text = tables({"ee": dict.fromkeys(tasks, same), "sweet": tasks})
-    row = "| ee | 3 | **+2.5 ±1.2** | +0.0 ±2.5 | **+2.5 ±1.2** | +1.0 ±2.5 | +0.5 ±2.2 | +0.0 ±2.5 | **+1.2 ±1.1** |\n"
+    row = "ee | 3 | **+2.5 ±1.2** | +0.0 ±2.5 | **+2.5 ±1.2** | +1.0 ±2.5 | +0.5 ±2.2 | +0.0 ±2.5 | **+1.2 ±1.1** |\n"
     assert row in text  # 2, 3, 2.5; 0, -1, 1; 2, 0, 1
+
+
+def test_areas_by_training_size_have_an_interval_over_seeds_and_blanks():
+    large = {
+        "ee": {"a": {seed: record() for seed in range(3)}},
+        "mm": {"a": {k: record((58 + k,) * 3) for k in range(3)}},
+    }
+    text = size_table({64: large, 32: {"ee": {"a": {0: record()}}, "mm": {"a": {0: {}}}}})
+    assert "|  | up to 64 | up to 32 |" in text
+    assert "| ee | 70.0 ±0.0 | 70.0 |\n| mm | 59.0 ±2.5 |  |\n| mm less ee | **-11.0 ±2.5** |  |\n" in text
 
 
 @pytest.mark.slow

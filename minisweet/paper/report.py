@@ -10,7 +10,8 @@ Dimension letters: S seeds, P points (exits, or speedup ratios).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import combinations, product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +103,9 @@ def tables(grid: dict[str, Records]) -> str:
         marked = zip(cells(means, deviation=True), constant, strict=False)
         individual.append([name, method, len(means), *(f"{text} [{n}]" if n else text for text, n in marked)])
         curves.append([name, method, len(means), *cells(means)[len(layers) :]])
-    *others, last = grid
-    unit, within = ("tasks" if len(tasks) > 1 else "seeds"), [ratio for ratio in ratios if ratio <= 1]
+    within = [ratio for ratio in ratios if ratio <= 1]
     points = partial(numbers_of, layers=layers, ratios=within)
-    pairs = {other: differences(grid[last], grid[other], points) for other in others}
-    compared = [[other, len(found), *cells(found, sign="+")] for other, found in pairs.items() if found]
+    compared = [[name, len(found), *cells(found, sign="+")] for name, found in pairs_of(grid, points).items() if found]
     of_layers, head = [f"layer {n}" for n in layers], ["task", "method", "seeds"]
     scored = "; ".join(f"{metric} of {', '.join(its)}" for metric, its in metrics_of(grid, tasks).items())
     text = f"\nScores in percent: {scored}.{' Means are over all of them.' * (len(tasks) > 1)} "
@@ -115,9 +114,25 @@ def tables(grid: dict[str, Records]) -> str:
     text += table(title, [*head, *of_layers], individual)
     title = "Scores at speedup ratios, and the area under the curve: mean ± 95% interval over seeds"
     text += table(title, [*head, *map("{:.3g}".format, ratios), "area"], curves)
-    title = f"{last} less each other: mean ± 95% interval over {unit}; what is not bold is not told apart"
-    head = ["less", unit, *of_layers, *map("{:.3g}".format, within), "area"]
+    unit = "tasks" if len(tasks) > 1 else "seeds"
+    title = f"Differences of methods: mean ± 95% interval over {unit}; what is not bold is not told apart"
+    head = ["difference", unit, *of_layers, *map("{:.3g}".format, within), "area"]
     return text + (table(title, head, compared) if compared else "")
+
+
+def pairs_of(grid: dict[str, Records], points: Points) -> dict[str, list[np.ndarray]]:
+    """The `differences` of all pairs of methods, the later less the earlier, by their names."""
+    return {f"{b} less {a}": differences(grid[b], grid[a], points) for a, b in combinations(grid, 2)}
+
+
+def size_table(grids: dict[int, dict[str, Records]]) -> str:
+    """Write the areas, and their differences, by training size: one grid as in `tables` for each (Fig. 8)."""
+    means = [{method: seed_means(its, itemgetter("area")) for method, its in grid.items()} for grid in grids.values()]
+    pairs = [pairs_of(grid, itemgetter("area")) for grid in grids.values()]
+    rows = [[name, *("".join(cells(of_size[name])) for of_size in means)] for name in means[0]]
+    rows += [[name, *("".join(cells(of_size[name], sign="+")) for of_size in pairs)] for name in pairs[0]]
+    title = "Area under the curve by number of training examples: mean ± 95% interval"
+    return table(title, ["", *(f"up to {n}" for n in grids)], rows)
 
 
 def metrics_of(grid: dict[str, Records], tasks: Sequence[str]) -> dict[str, list[str]]:

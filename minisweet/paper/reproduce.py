@@ -186,6 +186,7 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
     rows = [[method, *("" if rate is None else f"{rate:g}" for rate in found)] for method, found in rates.items()]
     text += report.table("Learning rates: of several, that of the largest area", ["method", *args.tasks], rows)
     text += report.tables(tables[size])
+    text += report.size_table(tables) if sizes else ""
     text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n])}" for n in sizes)
     diverged = [name for name, record in complete.items() if not record]
     text += "\n### What to know of these runs\n\n"
