@@ -26,8 +26,8 @@ RESULTS = (".github/results/exit0.md", ".github/results/paper.md")
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
 OTHERS = "pip torchrun srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
-STUDIES = [f"tests.benchmark.{name}" for name in "choose draws eight_epochs speed zero_layer zero_tables".split()]
-ANY_BLOCK = BLOCK.format("([a-z0-9 ]+)")
+STUDIES = [f"tests.benchmark.{name}" for name in "choose draws eight_epochs paper speed zero_layer zero_tables".split()]
+ANY_BLOCK = BLOCK.format("([a-z0-9 :-]+)")
 WITH_ONNX = [pytest.param(guide, True, marks=pytest.mark.slow) for guide in (README, USE)]
 
 

@@ -4,8 +4,12 @@ What one of them needs and is not installed is said in one line.
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
+
+from minisweet.base.files import read_json, write_json
+from minisweet.runs.folders import EVALUATION
 
 CHECKOUT = Path(__file__).parents[2]
 RESULTS = CHECKOUT / ".github" / "results"
@@ -23,6 +27,16 @@ def show(blocks: dict[str, str], write: bool) -> None:
             text = re.sub(BLOCK.format(name), lambda found, table=table: found[1] + table + found[3], text, flags=re.S)
         if text != old:
             page.write_text(text, encoding="utf-8")
+
+
+def keep_record(run: Path, folder: Path) -> None:
+    """Write the two JSON files of a run to a new folder.
+
+    The digests of the texts and the losses take more room than all else, and no table needs them.
+    """
+    folder.mkdir()
+    shutil.copy(run / EVALUATION, folder)
+    write_json(folder / "run.json", read_json(run / "run.json") | {"train_texts": None, "losses": []})
 
 
 def _say_what_is_missing(kind: type, error: BaseException, trace: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from minisweet.base.commands import Parser, list_of, one_of, run_command
 from minisweet.base.files import read_json
-from minisweet.paper.report import table
+from minisweet.paper.report import cells, table
 from minisweet.runs.folders import EVALUATION
 from minisweet.use.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import RESULTS, show, zero_layer
@@ -61,14 +61,14 @@ def tables(found: dict[str, dict[str, np.ndarray]]) -> dict[str, str]:
     """The table of what `read` finds."""
     rows = []
     for task, methods in found.items():
-        zero, full = methods["branch"].mean(0)[[0, -1]]
+        zero, full = methods["branch"][:, 0], methods["branch"][:, -1]
         for method, scores in methods.items():
-            mean = scores[:, -4:].mean(0)
-            passed = [f"{n}/6" for n, value in zip(LAYERS, mean, strict=True) if value > zero]
-            numbers = [f"{value:.1f}" for value in (*mean, zero, full)]
+            numbers = [f"{value:.1f}" for value in (*scores[:, -4:].mean(0), zero.mean(), full.mean())]
+            less = cells(scores[:, -4:] - zero[: len(scores), None], sign="+")  # bold: told apart
+            passed = [f"{n}/6: {cell}" for n, cell in zip(LAYERS, less, strict=True) if cell.startswith("**+")]
             rows.append([DATA[task], METHODS[method], len(scores), *numbers, (passed or ["none"])[0]])
-    head = ["texts", "method", "seeds", *(f"after layer {n}" for n in LAYERS)]
-    head += ["exit 0", "full depth", "passes exit 0 from"]
+    head = ["texts", "method", "seeds", *(f"after layer {n}" for n in LAYERS), "exit 0", "full depth"]
+    head += ["first exit above exit 0 (95%, over seeds)"]
     text = table("Accuracy of each exit alone after eight epochs, mean over seeds", head, rows)
     return {"eight epochs": text + ("\n![Exits after eight epochs](eight-epochs.png)\n" if rows else "")}
 

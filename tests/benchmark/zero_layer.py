@@ -23,15 +23,15 @@ from minisweet.base.commands import Parser, run_command
 from minisweet.base.files import home, read_json, write_json, written_beside
 from minisweet.data.tasks import load_examples
 from minisweet.evaluation.sweep import LOGITS
-from minisweet.runs.folders import EVALUATION
+from tests.benchmark import keep_record
 from tests.benchmark.linear import LINEAR, fit_linear
 from tests.benchmark.zero_tables import TASKS, add_report_options, report
 
 RATES = {  # of 5e-5, 1e-4, 2e-4, 4e-4: the best area on seed 0's validation rows
     "branch": (1e-4, 5e-5, 1e-4, 1e-4, 1e-4, 2e-4),
-    "ee": (4e-4, 2e-4, 2e-4, 2e-4, 5e-5, 1e-4),
-    "sweet": (1e-4, 1e-4, 1e-4, 2e-4, 5e-5, 2e-4),
-    "mm": (1e-4, 1e-4, 2e-4, 1e-4, 1e-4, 5e-5),
+    "ee": (4e-4, 1e-4, 2e-4, 1e-4, 5e-5, 1e-4),
+    "sweet": (1e-4, 1e-4, 5e-5, 1e-4, 5e-5, 2e-4),
+    "mm": (1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 5e-5),
     "slices": (1e-4, 1e-4, 2e-4, 1e-4, 2e-4, 4e-4),
 }
 ROWS = 6000  # to train on, drawn by the seed, or all where there are fewer
@@ -44,10 +44,7 @@ def make(args: argparse.Namespace, name: str, *options: str) -> None:
     for command in (train, ["evaluate.py", str(run)]):
         subprocess.run([sys.executable, *command, *common], check=True)
     with written_beside(args.out / "records" / name) as folder:
-        folder.mkdir()
-        shutil.copy(run / EVALUATION, folder)
-        # The digests of the texts and the losses take more room than all else, and no table needs them.
-        write_json(folder / "run.json", read_json(run / "run.json") | {"train_texts": None, "losses": []})
+        keep_record(run, folder)
         tensors = load_file(run / LOGITS)
         save_file(tensors | {"logits": tensors["logits"].half()}, folder / LOGITS)  # half the size; three digits do
 

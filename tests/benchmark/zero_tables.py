@@ -1,4 +1,4 @@
-"""The tables and figures of exit0.md, of paper.md and of README, from the records that zero_layer.py keeps.
+"""The tables and the figure of exit0.md and of README, from the records that zero_layer.py keeps.
 
     python -m tests.benchmark.zero_tables FOLDER/records [--tasks sst2,qnli] [--seeds 0] [--write]
 
@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
-from minisweet.base.files import read_json
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.sweep import LOGITS, Validation, crossfit, load_validation, sweep
-from minisweet.paper.report import cells, draw_curves, table
-from minisweet.runs.folders import EVALUATION, read_evaluation, read_record
+from minisweet.paper.report import cells, table
+from minisweet.runs.folders import read_evaluation, read_record
 from minisweet.use.plots import draw_mean, label_axes, new_figure, save_figure, sorted_curve
 from tests.benchmark import RESULTS, show
 
@@ -144,7 +143,7 @@ def draw(path: Path, curves: np.ndarray) -> None:
 
 
 def main() -> None:
-    """Print the tables of a folder of records, or write them and the figures to the pages."""
+    """Print the tables of a folder of records, or write them and the figure to the pages."""
     parser = Parser(__doc__)
     parser.add_argument("records", type=Path)
     add_report_options(parser)
@@ -153,20 +152,12 @@ def main() -> None:
 
 
 def report(records: Path, tasks: list[str], seeds: list[int], write: bool) -> None:
-    """Print or write the tables. The figures are only written."""
+    """Print or write the tables. The figure is only written."""
     made, curves = make_tables(records, tasks, seeds)
     show(made, write)
     if write:
         learnt = [k for k, task in enumerate(tasks) if task in LEARNT]
         draw(RESULTS / "exit0.png", curves[learnt])
-        grid = {
-            method: {
-                task: {seed: read_json(records / f"{task}-{seed}-{method}" / EVALUATION) for seed in seeds}
-                for task in tasks
-            }
-            for method in ("ee", "mm", "sweet")
-        }
-        draw_curves(RESULTS / "paper.png", [(task, grid, [task]) for task in tasks])
 
 
 def add_report_options(parser: Parser) -> None:
