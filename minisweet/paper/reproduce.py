@@ -26,7 +26,7 @@ from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper import report
 from minisweet.runs import start
-from minisweet.runs.folders import EVALUATION, read_record, run_name
+from minisweet.runs.folders import EVALUATION, is_run, read_record, run_name
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
@@ -52,7 +52,7 @@ class Grid:
         Raises InputError for a run of other settings or exits than the grid's.
         """
         folder = self.folder(run)
-        if run not in self.records and (folder / "run.json").exists():
+        if run not in self.records and is_run(folder):
             record = read_record(folder)
             for key in SETTINGS:
                 has, wanted = getattr(record, key), getattr(self.args, key)
@@ -96,7 +96,7 @@ class Grid:
         folder = self.folder(run)
         train = ["train.py", *as_options(vars(self.args) | run._asdict() | {"out": folder}, TRAINING), "--resume"]
         evaluate = ["evaluate.py", str(folder), *as_options(vars(self.args), DEVICE)]
-        return [evaluate] if (folder / "run.json").exists() else [train, evaluate]
+        return [evaluate] if is_run(folder) else [train, evaluate]
 
 
 def as_options(values: dict[str, object], names: Sequence[str]) -> list[str]:
