@@ -131,7 +131,7 @@ def size_table(grids: dict[int, dict[str, Records]]) -> str:
     pairs = [pairs_of(grid, itemgetter("area")) for grid in grids.values()]
     rows = [[name, *("".join(cells(of_size[name])) for of_size in means)] for name in means[0]]
     rows += [[name, *("".join(cells(of_size[name], sign="+")) for of_size in pairs)] for name in pairs[0]]
-    title = "Area under the curve by number of training examples: mean ± 95% interval"
+    title = "Area under the curve by number of training examples: mean ± 95% interval over seeds; differences as above"
     return table(title, ["", *(f"up to {n}" for n in grids)], rows)
 
 
