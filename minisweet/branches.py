@@ -17,8 +17,9 @@ from pathlib import Path
 
 from torch import nn
 
-from minisweet.checkpoint import Encoder, load_encoder
+from minisweet.checkpoint import load_encoder
 from minisweet.exits import ExitModel, MultiExitModel, MultiModel
+from minisweet.layers import TransformerEncoder
 
 METHODS = ("sweet", "ee", "mm", "branch", "plain")
 
@@ -30,7 +31,11 @@ class BranchModel(MultiExitModel):
     """
 
     def __init__(
-        self, encoder: Encoder, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
+        self,
+        encoder: TransformerEncoder,
+        exit_layers: Sequence[int],
+        num_labels: int,
+        exit_strategy: str = "confidence",
     ) -> None:
         super().__init__(encoder, exit_layers, num_labels, exit_strategy=exit_strategy)
         self.method = "branch"
@@ -89,7 +94,7 @@ def grow(
     return model.train(trunk.training)
 
 
-def first_layers(encoder: Encoder, n: int) -> Encoder:
+def first_layers(encoder: TransformerEncoder, n: int) -> TransformerEncoder:
     """A copy of an encoder's first n layers."""
     part = copy.deepcopy(encoder)
     part.layers, part.config = part.layers[:n], replace(encoder.config, num_hidden_layers=n)

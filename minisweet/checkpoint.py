@@ -4,7 +4,8 @@ Every tensor of a checkpoint is either loaded, or dropped on purpose and by name
 field for are ignored: they describe the file, not the model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +17,19 @@ from torch.overrides import TorchFunctionMode
 
 from minisweet.base.files import InputError, preview, read_dataclass, read_json, regular_file, written_beside
 from minisweet.bert import BertEncoder
-from minisweet.config import BertConfig, DebertaConfig
+from minisweet.config import BertConfig, Config, DebertaConfig, MPNetConfig
 from minisweet.deberta import DebertaEncoder
-
-Encoder = BertEncoder | DebertaEncoder
+from minisweet.layers import TransformerEncoder
+from minisweet.mpnet import MPNetEncoder
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
-ARCHITECTURES = {"bert": (BertConfig, BertEncoder), "deberta": (DebertaConfig, DebertaEncoder)}
-# A layer's modules, ours to theirs, that both encoders have; then the parameters of BERT's and of DeBERTa's attention.
+ARCHITECTURES = {
+    "bert": (BertConfig, BertEncoder),
+    "deberta": (DebertaConfig, DebertaEncoder),
+    "mpnet": (MPNetConfig, MPNetEncoder),
+}
+# The modules of a layer, ours to theirs. What is not here is called as in `attention.self`, like DeBERTa's biases.
 MODULES = {
     "attention_output": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
@@ -32,48 +37,53 @@ MODULES = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-BERT_ATTENTION = ("query.weight", "query.bias", "key.weight", "value.weight", "value.bias")
-DEBERTA_ATTENTION = ("in_proj.weight", "q_bias", "v_bias", "pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias")
+OF_MPNET = {"query": "attention.attn.q", "key": "attention.attn.k", "value": "attention.attn.v"}
+OF_MPNET |= {"attention_output": "attention.attn.o", "attention_norm": "attention.LayerNorm"}
+TABLES = {"relative_table": "encoder.rel_embeddings", "relative_bias": "encoder.relative_attention_bias"}
+TABLES |= {"embedding_norm": "embeddings.LayerNorm"}
+# A finished classifier's class in transformers, and there the names of an exit head's pooler and classifier.
+CLASSIFIERS = {
+    "bert": ("BertForSequenceClassification", "bert.pooler.dense", "classifier"),
+    "deberta": ("DebertaForSequenceClassification", "pooler.dense", "classifier"),
+    "mpnet": ("MPNetForSequenceClassification", "classifier.dense", "classifier.out_proj"),
+}
 # Tensors whose names start like this are dropped if the model has no such parameter: heads of pre-training and of
 # tasks, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
-DROPPED = ("cls.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
+DROPPED = ("cls.", "lm_head.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
 DROPPED += ("embeddings.position_ids", "embeddings.position_embeddings.")
 
 
-def checkpoint_names(num_layers: int) -> dict[str, str]:
-    """The parameters of both encoders to their public names, without "bert." or "deberta."."""
-    names = {"relative_table.weight": "encoder.rel_embeddings.weight"}
-    for table in ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"):
-        names[table] = f"embeddings.{table}"
-    layer = {part: f"attention.self.{part}" for part in BERT_ATTENTION + DEBERTA_ATTENTION}
-    for kind in ("weight", "bias"):
-        names[f"embedding_norm.{kind}"] = f"embeddings.LayerNorm.{kind}"
-        layer |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in MODULES.items()}
-    for n in range(num_layers):
-        names |= {f"layers.{n}.{ours}": f"encoder.layer.{n}.{theirs}" for ours, theirs in layer.items()}
-    return names
+def public_name(name: str, model_type: str) -> str:
+    """The public name of an encoder's parameter, without "bert.", "deberta." or "mpnet."."""
+    if not name.startswith("layers."):
+        table, kind = name.split(".")
+        return f"{TABLES.get(table, f'embeddings.{table}')}.{kind}"
+    _, n, part = name.split(".", 2)
+    module, _, kind = part.rpartition(".")
+    modules = MODULES | (OF_MPNET if model_type == "mpnet" else {})
+    return f"encoder.layer.{n}." + (f"{modules[module]}.{kind}" if module in modules else f"attention.self.{part}")
 
 
-def read_config(folder: str | Path) -> BertConfig | DebertaConfig:
+def read_config(folder: str | Path) -> Config:
     """Read `folder`/config.json. Raises InputError, naming the file and the field, for what is not implemented."""
     path = Path(folder) / "config.json"
     content = read_json(path)
     # BERT's oldest checkpoints have no model_type.
     model_type = content.get("encoder_type" if content.get("model_type") == OURS else "model_type", "bert")
     if model_type not in list(ARCHITECTURES):
-        raise InputError(f"{path}: model_type is {model_type!r}, and only {' or '.join(ARCHITECTURES)} is implemented")
+        raise InputError(f"{path}: model_type is {model_type!r}, and only {', '.join(ARCHITECTURES)} are implemented")
     if isinstance(terms := content.get("pos_att_type"), list):
         content["pos_att_type"] = "|".join(map(str, terms))
     return read_dataclass(ARCHITECTURES[model_type][0], path, content)
 
 
-def new_encoder(config: BertConfig | DebertaConfig) -> Encoder:
+def new_encoder(config: Config) -> TransformerEncoder:
     """Make an encoder with random weights."""
     return ARCHITECTURES[config.model_type][1](config)
 
 
-def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
-    """Load the encoder of a folder in the Hugging Face layout: BERT or DeBERTa, as config.json's model_type says.
+def load_encoder(folder: str | Path, num_layers: int | None = None) -> TransformerEncoder:
+    """Load the encoder of a folder in the Hugging Face layout: BERT, DeBERTa or MPNet, as its model_type says.
 
     It has the first `num_layers` layers, by default all, and is in float32 and in training mode. Its `pooler_start` is
     the checkpoint's pooler (weight, bias), or None. Raises InputError where a file is missing or unreadable, asks for
@@ -82,8 +92,8 @@ def load_encoder(folder: str | Path, num_layers: int | None = None) -> Encoder:
     return _load(Path(folder), num_layers)["encoder"]
 
 
-def load_classifier(folder: Path) -> tuple[Encoder, nn.Linear, list[str]]:
-    """Load a finished classifier, saved by transformers' BertForSequenceClassification or DebertaFor... .
+def load_classifier(folder: Path) -> tuple[TransformerEncoder, nn.Linear, list[str]]:
+    """Load a finished classifier, saved by a class of transformers that is in `CLASSIFIERS`.
 
     Returns the encoder, the classifier, and the labels in the order of the classes: id2label's, or LABEL_0 and LABEL_1.
     Raises InputError as `load_encoder` does, and for models of other tasks.
@@ -103,22 +113,28 @@ def load_classifier(folder: Path) -> tuple[Encoder, nn.Linear, list[str]]:
 
 def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> nn.ModuleDict:
     """The encoder, with the checkpoint's pooler if there is one; where `num_labels` are asked for, the classifier."""
-    config = read_config(folder)
-    D, depth = config.hidden_size, config.num_hidden_layers
-    L = num_layers or depth
-    has_pooler = num_labels or any(name.startswith("pooler.") for name in open_weights(folder))
+    config, there = read_config(folder), open_weights(folder)
+    model_type, D, depth = config.model_type, config.hidden_size, config.num_hidden_layers
+    L, (_, pooler, classifier) = num_layers or depth, CLASSIFIERS[config.model_type]
+    pooler = pooler.removeprefix("bert.")
+    if not num_labels and f"{pooler}.weight" not in there:  # no finished classifier
+        pooler = "pooler.dense"
+    has_pooler = num_labels or f"{pooler}.weight" in there
     config = replace(config, num_hidden_layers=L)
 
     def make() -> nn.ModuleDict:
         parts = {"encoder": new_encoder(config)} | ({"pooler": nn.Linear(D, D)} if has_pooler else {})
         return nn.ModuleDict(parts | ({"classifier": nn.Linear(D, num_labels)} if num_labels else {}))
 
-    names = {f"encoder.{ours}": theirs for ours, theirs in checkpoint_names(L).items()}
-    names |= {f"pooler.{kind}": f"pooler.dense.{kind}" for kind in ("weight", "bias")}
+    def to_public(name: str) -> str:
+        part, _, rest = name.partition(".")
+        return public_name(rest, model_type) if part == "encoder" else f"{of_head[part]}.{rest}"
+
+    of_head = {"pooler": pooler, "classifier": classifier}
     # Our key has no bias. BERT's adds the same number to all scores of a query, which the softmax ignores.
-    dropped = [*DROPPED, *(f"encoder.layer.{n}.attention.self.key.bias" for n in range(L))]
+    dropped = [*DROPPED, *(public_name(f"layers.{n}.key.bias", model_type) for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
-    parts = load_strict(folder / WEIGHTS, make, names, dropped)
+    parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
     if has_pooler:
         parts["encoder"].pooler_start = (parts["pooler"].weight.detach(), parts["pooler"].bias.detach())
     return parts
@@ -127,8 +143,9 @@ def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> n
 def open_weights(folder: Path) -> dict:
     """Open a folder's model.safetensors: each tensor's name to its slice, which is read when it is asked for.
 
-    Names come without "bert." or "deberta.", and with today's names of LayerNorm's parameters. A pytorch_model.bin that
-    stands there alone is converted first. Raises InputError for a file that is missing, broken or ambiguous.
+    Names come without "bert.", "deberta." or "mpnet.", and with today's names of LayerNorm's parameters. A
+    pytorch_model.bin that stands there alone is converted first. Raises InputError for a file that is missing, broken
+    or ambiguous.
     """
     path, pickled, slices = folder / WEIGHTS, folder / PICKLED, {}
     try:
@@ -142,7 +159,7 @@ def open_weights(folder: Path) -> dict:
     except Exception as error:  # of pickle, zip, torch or safetensors, according to what is wrong with the file
         raise InputError(f"{folder}: no readable {WEIGHTS} or {PICKLED} ({error})") from None
     for name in file.keys():  # noqa: SIM118 (it is no dict)
-        plain = name.removeprefix("bert.").removeprefix("deberta.")
+        plain = re.sub(f"^({'|'.join(ARCHITECTURES)})[.]", "", name)
         plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if plain in slices:
             raise InputError(f"{path}: it holds {plain} twice, once as {name}")
@@ -150,18 +167,20 @@ def open_weights(folder: Path) -> dict:
     return slices
 
 
-def load_strict(path: Path, make: Callable[[], nn.Module], names: Mapping = {}, dropped: Sequence = ()) -> nn.Module:
+def load_strict(
+    path: Path, make: Callable[[], nn.Module], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
+) -> nn.Module:
     """Make a module, and fill it with the tensors of a file, each of which must be used or dropped.
 
     `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
-    module's state dict. `names` maps our names to the file's, where they differ. `dropped` are prefixes of names to
-    ignore. Raises InputError, naming each with both shapes, for tensors that do not fit.
+    module's state dict. `to_public` gives the file's name of ours, by default the same. `dropped` are prefixes of names
+    to ignore. Raises InputError, naming each with both shapes, for tensors that do not fit.
     """
     slices, problems, tensors = open_weights(path.parent), [], {}
     with torch.device("meta"), _NoInit():
         module = make()
     for name, value in module.state_dict().items():
-        source, shape = names.get(name, name), list(value.shape)
+        source, shape = to_public(name), list(value.shape)
         found = slices.pop(source, None)
         there = "missing" if found is None else found.get_shape()
         if there != shape:

@@ -1,4 +1,4 @@
-"""The configs of BERT and DeBERTa: the keys of config.json that shape an encoder, with the published format's defaults.
+"""The encoders' configs: the keys of config.json that shape an encoder, with the published format's defaults.
 
 A `Literal` lists all values that are implemented: any other is refused, since to ignore it would build another model.
 """
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What BERT and DeBERTa share. Raises ValueError for sizes and shares that cannot be."""
+    """What all of them share. Raises ValueError for sizes and shares that cannot be."""
 
     vocab_size: int
     hidden_size: int
@@ -39,8 +39,13 @@ class Config:
     @property
     def head_dropout(self) -> float:
         """The dropout probability between an exit's pooler and its classifier."""
-        own = getattr(self, "classifier_dropout" if self.model_type == "bert" else "cls_dropout")
+        own = getattr(self, "classifier_dropout" if self.model_type == "bert" else "cls_dropout", None)
         return self.hidden_dropout_prob if own is None else own
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a text may have."""
+        return self.max_position_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +79,29 @@ class DebertaConfig(Config):
     def relative_span(self) -> int:
         """The largest relative distance that attention tells from others, k."""
         return self.max_relative_positions if self.max_relative_positions > 0 else self.max_position_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPNetConfig(Config):
+    """The keys of config.json that shape an MPNet encoder."""
+
+    relative_attention_num_buckets: int = 32
+    type_vocab_size: Literal[0] = 0
+    model_type: ClassVar[str] = "mpnet"
+    pooler_hidden_act: ClassVar[str] = "tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (("relative_attention_num_buckets", 32, 1000), ("max_position_embeddings", 3, 10**6)):
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"{name} is {value}, should be from {low} to {high}")
+
+    @property
+    def pooler_dropout(self) -> float:
+        """The dropout probability before an exit's pooler."""
+        return self.hidden_dropout_prob
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a text may have: positions 0 and 1 are padding's."""
+        return self.max_position_embeddings - 2

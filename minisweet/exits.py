@@ -35,8 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.checkpoint import Encoder
-from minisweet.layers import Dropout
+from minisweet.layers import Dropout, TransformerEncoder
 from minisweet.ngrams import NgramExit
 
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -57,7 +56,7 @@ class ExitHead(nn.Module):
     linear layer beside the classifier learns to tell whether the classifier is right.
     """
 
-    def __init__(self, encoder: Encoder, num_labels: int, exit_strategy: str = "confidence") -> None:
+    def __init__(self, encoder: TransformerEncoder, num_labels: int, exit_strategy: str = "confidence") -> None:
         super().__init__()
         config, D = encoder.config, encoder.config.hidden_size
         self.pooler_dropout = Dropout(config.pooler_dropout)
@@ -162,7 +161,7 @@ class MultiExitModel(ExitModel):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: TransformerEncoder,
         exit_layers: Sequence[int],
         num_labels: int,
         method: str = "sweet",

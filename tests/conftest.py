@@ -12,13 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import run_command
-from minisweet.bert import BertEncoder
 from minisweet.branches import build_alone, grow
-from minisweet.checkpoint import checkpoint_names
-from minisweet.config import BertConfig, DebertaConfig
+from minisweet.checkpoint import ARCHITECTURES, public_name
 from minisweet.data import toy
-from minisweet.deberta import DebertaEncoder
 from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.layers import TransformerEncoder
 
 CHECKOUT = Path(__file__).parent.parent
 SIZES = {
@@ -40,6 +38,7 @@ CONFIGS = {
         "pos_att_type": "c2p|p2c",
         "max_relative_positions": 6,
     },
+    "mpnet": {"model_type": "mpnet", **SIZES, "max_position_embeddings": 42},
 }
 WORDS = "the a film was not good bad great dull but and i you we it is in of to superb awful".split()
 
@@ -50,9 +49,9 @@ def pytest_configure(config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have it ignored
 
 
-@pytest.fixture(params=["bert", "deberta"])
+@pytest.fixture(params=CONFIGS)
 def model_type(request) -> str:
-    """Both encoders."""
+    """Each encoder."""
     return request.param
 
 
@@ -62,25 +61,24 @@ def model_dir(tmp_path, model_type) -> Path:
     return write_model(tmp_path / "tiny", model_type)
 
 
-def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) -> BertEncoder | DebertaEncoder:
+def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) -> TransformerEncoder:
     """An encoder with weights large enough that every term of it shows in its output."""
     settings = {key: value for key, value in CONFIGS[model_type].items() if key != "model_type"} | changes
     torch.manual_seed(seed)
-    is_bert = model_type == "bert"
-    encoder = BertEncoder(BertConfig(**settings)) if is_bert else DebertaEncoder(DebertaConfig(**settings))
+    config, kind = ARCHITECTURES[model_type]
+    encoder = kind(config(**settings))
     for name, parameter in encoder.named_parameters():
         centre = 1.0 if name.endswith("norm.weight") else 0.0
         torch.nn.init.normal_(parameter, mean=centre, std=scale)
     return encoder
 
 
-def checkpoint_tensors(encoder: BertEncoder | DebertaEncoder) -> dict[str, torch.Tensor]:
-    """The encoder's weights under the names of the public checkpoints, BERT's key biases and pooler among them."""
-    names = checkpoint_names(encoder.config.num_hidden_layers)
-    tensors = {names[name]: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    if isinstance(encoder, BertEncoder):
-        D = encoder.config.hidden_size
-        tensors |= {name.replace("query", "key"): torch.randn(D) for name in tensors if name.endswith("query.bias")}
+def checkpoint_tensors(encoder: TransformerEncoder) -> dict[str, torch.Tensor]:
+    """The encoder's weights under the names of the public checkpoints, the keys' biases and the pooler among them."""
+    model_type, D, weights = encoder.config.model_type, encoder.config.hidden_size, encoder.state_dict()
+    weights |= {name.replace("query", "key"): torch.randn(D) for name in weights if name.endswith("query.bias")}
+    tensors = {public_name(name, model_type): tensor.clone() for name, tensor in weights.items()}
+    if model_type != "deberta":
         tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -91,6 +89,7 @@ def write_model(folder: Path, model_type: str, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
     save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
+    vocabulary += ["<s>", "</s>", "<pad>"] if model_type == "mpnet" else []
     size = changes.get("vocab_size", SIZES["vocab_size"])
     vocabulary += [f"[unused{i}]" for i in range(len(vocabulary), size)]  # as many tokens as the embedding has rows
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

@@ -29,6 +29,11 @@ def formula_weights(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     return weights
 
 
+def without_1(input_ids: Tensor) -> Tensor:
+    """The same ids, but 2 for 1, which is padding to MPNet."""
+    return input_ids.where(input_ids != 1, 2)
+
+
 def main() -> None:
     """Run both reference models for sequence classification and write what they answer."""
     import transformers
@@ -38,12 +43,15 @@ def main() -> None:
     for model_type, config in CONFIGS.items():
         config = transformers.AutoConfig.for_model(**config)
         model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        own = inputs
+        if model_type == "mpnet":  # which reads no token types, and gives no position to id 1, its padding
+            own = {"input_ids": without_1(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
         parameters = {name.removeprefix(f"{model_type}."): value for name, value in model.named_parameters()}
         weights = formula_weights({name: value.shape for name, value in parameters.items()})
         with torch.no_grad():
             for name, value in parameters.items():
                 value.copy_(weights[name])
-            output = model(**inputs, output_hidden_states=True)
+            output = model(**own, output_hidden_states=True)
         golden |= {f"{model_type}.hidden": torch.stack(output.hidden_states), f"{model_type}.logits": output.logits}
     save_file(golden | inputs, GOLDEN, metadata={"transformers": transformers.__version__, "torch": torch.__version__})
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, load_encoder
+from minisweet.checkpoint import CLASSIFIERS
 from minisweet.layers import Dropout
 from minisweet.runs.folders import load_trunk
 from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder
-from tests.make_golden import GOLDEN, formula_weights
+from tests.make_golden import GOLDEN, formula_weights, without_1
 
 SIZES = st.fixed_dictionaries(
     {
@@ -30,7 +31,7 @@ SIZES = st.fixed_dictionaries(
 @st.composite
 def batches(draw) -> tuple[torch.Tensor, ...]:
     """Ids, any padding pattern that leaves a token in each row, and token types."""
-    shape = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, 20) | st.sampled_from([129, 200]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     input_ids = torch.randint(0, 50, shape, generator=generator)
     mask = torch.randint(0, 2, shape, generator=generator)
@@ -40,10 +41,11 @@ def batches(draw) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 @settings(max_examples=20, deadline=None)
-@given(sizes=SIZES, batch=batches(), span=st.sampled_from([-1, 2, 3, 7, 19, 20, 64]))
+@given(sizes=SIZES, batch=batches(), span=st.sampled_from([-1, 4, 7, 19, 20, 32, 64]))
 def test_hidden_states_are_those_of_transformers(tmp_path_factory, model_type, sizes, batch, span):
     transformers = pytest.importorskip("transformers")
-    config = CONFIGS[model_type] | sizes | ({"max_relative_positions": span} if model_type == "deberta" else {})
+    own = {"deberta": {"max_relative_positions": span}, "mpnet": {"relative_attention_num_buckets": 32 + abs(span)}}
+    config = CONFIGS[model_type] | sizes | own.get(model_type, {}) | {"max_position_embeddings": 202}
     torch.manual_seed(0)
     reference = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).eval()
     for parameter in reference.parameters():  # as drawn by default, position terms would hardly show
@@ -51,8 +53,11 @@ def test_hidden_states_are_those_of_transformers(tmp_path_factory, model_type, s
     folder = tmp_path_factory.mktemp(model_type)
     reference.save_pretrained(folder)
     inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), batch, strict=True))
+    if model_type == "mpnet":
+        del inputs["token_type_ids"]  # which it does not read
+        inputs["input_ids"] = without_1(batch[0])
     with torch.no_grad():
-        ours = load_encoder(folder).eval()(*batch)
+        ours = load_encoder(folder).eval()(inputs["input_ids"], *batch[1:])
         theirs = reference(**inputs, output_hidden_states=True).hidden_states
     real = batch[1] == 1
     for a, b in zip(ours, theirs, strict=True):
@@ -62,12 +67,15 @@ def test_hidden_states_are_those_of_transformers(tmp_path_factory, model_type, s
 def test_hidden_states_and_logits_are_the_stored_ones_of_transformers(tmp_path, model_type):
     """So that transformers need not be installed."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[model_type]))
-    head = {"pooler.dense.weight": (16, 16), "pooler.dense.bias": (16,)}
-    head |= {"classifier.weight": (2, 16), "classifier.bias": (2,)}
-    shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(tiny_encoder(model_type)).items()} | head
+    _, pooler, classifier = CLASSIFIERS[model_type]
+    shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(tiny_encoder(model_type)).items()}
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("pooler.")}
+    for name, size in ((pooler.removeprefix("bert."), 16), (classifier, 2)):
+        shapes |= {f"{name}.weight": (size, 16), f"{name}.bias": (size,)}
     save_file(formula_weights(shapes), tmp_path / "model.safetensors")  # as make_golden.py fills the reference
     golden, (trunk, _) = load_file(GOLDEN), load_trunk(tmp_path)
     batch = [golden[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
+    batch[0] = without_1(batch[0]) if model_type == "mpnet" else batch[0]
     real = batch[1] == 1
     for ours, theirs in zip(trunk.encoder(*batch), golden[f"{model_type}.hidden"], strict=True):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=0)
@@ -94,21 +102,24 @@ def test_autocast_and_half_models_stay_close_and_train_and_padding_changes_no_to
 
 def test_dropout_is_where_the_models_have_it(model_type, monkeypatch):
     rates = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.12}
-    rates |= {"classifier_dropout": 0.13} if model_type == "bert" else {"cls_dropout": 0.13, "pooler_dropout": 0.14}
+    rates |= {"bert": {"classifier_dropout": 0.13}, "deberta": {"cls_dropout": 0.13, "pooler_dropout": 0.14}}.get(
+        model_type, {}
+    )
     model = MultiExitModel(tiny_encoder(model_type, **rates), (1, 4), 2).train()
     seen = Counter()
     monkeypatch.setattr("minisweet.layers.Dropout.forward", lambda self, x: seen.update([(self.p, x.dim())]) or x)
     model(*random_batch())
     # Embeddings; then attention weights, attention output, feed-forward output in layers 1 to 3, and for [CLS] alone in
     # layers 1 and 4; then two heads.
-    expected = {(0.11, 3): 1 + 5 * 2, (0.12, 4): 5, (0.13, 2): 2}
-    # DeBERTa also each time the relative positions (2T, D), and [CLS] before the pooler.
-    expected |= {(0.11, 2): 5, (0.14, 2): 2} if model_type == "deberta" else {(0.0, 2): 2}
+    expected = {(0.11, 3): 1 + 5 * 2, (0.12, 4): 5}
+    # DeBERTa also each time the relative positions (2T, D), and [CLS] before the pooler, as MPNet does.
+    of_heads = {"bert": {(0.0, 2): 2, (0.13, 2): 2}, "deberta": {(0.11, 2): 5, (0.14, 2): 2, (0.13, 2): 2}}
+    expected |= of_heads.get(model_type, {(0.11, 2): 4})
     assert seen == expected
 
 
 @settings(max_examples=30, deadline=None)
-@given(model_type=st.sampled_from(["bert", "deberta"]), T=st.integers(1, 40))
+@given(model_type=st.sampled_from([*CONFIGS]), T=st.integers(1, 40))
 def test_a_layer_gives_cls_the_same_alone_and_among_all_in_training_and_in_evaluation(model_type, T):
     encoder = tiny_encoder(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     layer, (input_ids, mask, types) = encoder.layers[0], random_batch(length=T)

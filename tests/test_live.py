@@ -12,13 +12,13 @@ from minisweet.branches import METHODS
 from minisweet.evaluation.sweep import Validation
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
-from tests.conftest import all_exits, random_batch, undecided_model, write_model
+from tests.conftest import CONFIGS, all_exits, random_batch, undecided_model, write_model
 from tests.test_exits import with_exit_0
 
 
 @settings(max_examples=16, deadline=None)
 @given(
-    model_type=st.sampled_from(["bert", "deberta"]),
+    model_type=st.sampled_from([*CONFIGS]),
     method=st.sampled_from(METHODS),
     strategy=st.sampled_from((*EXIT_STRATEGIES, "exit 0")),
     num_labels=st.integers(2, 3),

@@ -48,6 +48,7 @@ CASES = [
     ("bert", "ee", (1, 4)),
     ("bert", "sweet", (4,)),
     ("deberta", "branch", (0, 1, 4)),
+    ("mpnet", "branch", (0, 1, 4)),
 ]
 TEMPERATURES = [0.8, 1.0, 1.5]
 

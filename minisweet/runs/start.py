@@ -94,7 +94,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     train, dev, of_data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
     if train.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_position_embeddings)
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device, training=True)
     order = np.random.default_rng(args.seed).permutation(len(train.first))

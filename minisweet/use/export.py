@@ -4,7 +4,7 @@
     python -m minisweet export RUN --onnx file.onnx --int8
     python -c 'from transformers import pipeline; print(pipeline("text-classification", "folder")("no invoice"))'
 
-The folder holds a plain BertForSequenceClassification or DebertaForSequenceClassification: nothing leaves early there.
+The folder holds a plain classifier, such as BertForSequenceClassification: nothing leaves early there.
 """
 
 from dataclasses import asdict
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from minisweet.base.commands import Parser, path_to, whole_number
 from minisweet.base.files import InputError, preview, write_json, written_beside
-from minisweet.checkpoint import checkpoint_names
+from minisweet.checkpoint import CLASSIFIERS, public_name
 from minisweet.config import Config
-from minisweet.data.text import SPECIAL, load_tokenizer
+from minisweet.data.text import load_tokenizer, special_tokens
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.runs.folders import load_run, read_record
 
@@ -64,8 +64,10 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
         (new / "model.safetensors").write_bytes(save(plain_tensors(model, layer), metadata={"format": "pt"}))
         write_json(new / "config.json", model_config(model.encoder.config, layer, record.labels))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": record.max_length}
-        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-        settings |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL}  # "cls_token": "[CLS]"
+        types = ["token_type_ids"] if model.encoder.config.model_type != "mpnet" else []  # which it would refuse
+        settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
+        named = zip(("cls", "sep", "pad", "unk"), special_tokens(tokenizer), strict=True)
+        settings |= {f"{name}_token": token for name, token in named}
         write_json(new / "tokenizer_config.json", settings)
         tokenizer.no_truncation()  # model_max_length says it
         (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -77,21 +79,23 @@ def plain_tensors(model: MultiExitModel, layer: int) -> dict[str, Tensor]:
     model_type, head = model.encoder.config.model_type, model.heads[model.head_layers.index(layer)]
     own = model.layer_of_exit(layer).state_dict()
     weights = model.encoder.state_dict() | {f"layers.{layer - 1}.{name}": tensor for name, tensor in own.items()}
-    names = checkpoint_names(layer)  # which lack the layers above
-    tensors = {f"{model_type}.{names[name]}": tensor.clone() for name, tensor in weights.items() if name in names}
-    if model_type == "bert":  # our keys have no bias, since the softmax ignores it, and those of transformers have one
-        biases = {name: tensor for name, tensor in tensors.items() if name.endswith("query.bias")}
-        tensors |= {name.replace("query", "key"): torch.zeros_like(tensor) for name, tensor in biases.items()}
-    pooler = "bert.pooler.dense" if model_type == "bert" else "pooler.dense"
-    for name, linear in ((pooler, head.pooler), ("classifier", head.classifier)):
+    # Our keys have no bias, since the softmax ignores it, and those of transformers have one.
+    biases = {name: tensor for name, tensor in weights.items() if name.endswith("query.bias")}
+    weights |= {name.replace("query", "key"): torch.zeros_like(tensor) for name, tensor in biases.items()}
+    above = tuple(f"layers.{n}." for n in range(layer, len(model.encoder.layers)))
+    tensors = {
+        f"{model_type}.{public_name(name, model_type)}": tensor.clone()
+        for name, tensor in weights.items()
+        if not name.startswith(above)
+    }
+    for name, linear in zip(CLASSIFIERS[model_type][1:], (head.pooler, head.classifier), strict=True):
         tensors |= {f"{name}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
     return tensors
 
 
 def model_config(config: Config, depth: int, labels: list[str]) -> dict:
     """What transformers must know of the model. What is left out has the same default there."""
-    architecture = f"{config.model_type.capitalize()}ForSequenceClassification"
-    settings = {"architectures": [architecture], "model_type": config.model_type}
+    settings = {"architectures": [CLASSIFIERS[config.model_type][0]], "model_type": config.model_type}
     settings |= {name: value for name, value in asdict(config).items() if value is not None}
     settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: c for c, label in enumerate(labels)}}
     return settings | {"num_hidden_layers": depth}

@@ -22,7 +22,7 @@ from torch import Tensor
 from minisweet.adaptive import Exits
 from minisweet.base.commands import Progress
 from minisweet.base.files import InputError, written_beside
-from minisweet.data.text import PAD, TokenizedExamples
+from minisweet.data.text import TokenizedExamples, special_tokens
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.operating import deal, operating_point
 from minisweet.evaluation.sweep import load_validation
@@ -98,7 +98,8 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     metadata |= {"file_changes": changes, "file_rows": len(rows)}
     metadata["certified_for"] = ("file" if recertify else "model") if "sure" in goal else None
     metadata["versions"] = versions() | {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
-    classify.tokenizer.enable_padding(pad_id=classify.tokenizer.token_to_id(PAD))
+    pad = special_tokens(classify.tokenizer)[2]
+    classify.tokenizer.enable_padding(pad_id=classify.tokenizer.token_to_id(pad), pad_token=pad)
     as_json = {key: json.dumps(value) for key, value in metadata.items()}
     set_model_props(file, as_json | {"tokenizer": classify.tokenizer.to_str()})
 

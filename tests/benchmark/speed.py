@@ -27,7 +27,7 @@ from minisweet.base.commands import Parser, run_command, whole_number
 from minisweet.base.devices import device_name, tune_cpu
 from minisweet.checkpoint import new_encoder
 from minisweet.config import BertConfig, DebertaConfig
-from minisweet.data.text import PAD, load_tokenizer
+from minisweet.data.text import load_tokenizer, special_ids
 from minisweet.exits import exit_loss
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, read_validation
@@ -177,7 +177,7 @@ def main() -> None:
 
     run, (_, record), points = args.run.resolve(), load_run(args.run), {"full depth": 1.0, "operating point": None}
     rows, tokenizer = read_validation(run, record), load_tokenizer(run, record.vocab_size, record.max_length)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(PAD))
+    tokenizer.enable_padding(pad_id=special_ids(tokenizer)[2])
     rows = rows.take(sorted(range(len(rows.first))[: args.texts], key=lambda n: len(rows.first[n])))
     batches, files = {}, {}  # those of similar length are in one batch, on all sides
     with TemporaryDirectory() as place:

@@ -1,0 +1,64 @@
+"""MPNet's encoder (Song et al. 2020, https://arxiv.org/abs/2004.09297), by hand.
+
+It is BERT with three differences: positions count from 2, there are no token types at the input, and attention scores
+get a bias per head that depends on the distance of two tokens alone (as in T5, https://arxiv.org/abs/1910.10683). All
+layers share the biases' table. It is read for the context, so that where the context's gradient stops, the table's
+does. What MPNet shares with BERT and DeBERTa is in layers.py, where the dimension letters are explained too.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisweet.config import MPNetConfig
+from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
+
+# The distances, in tokens, at which the second to the last of a direction's 16 buckets begin: 1 to 8 one by one, then
+# in equal ratios to 128. As in transformers, a config may ask for more buckets, and they stay unused.
+STARTS = [*range(1, 8), *(math.ceil(8 * 16 ** (n / 8)) for n in range(8))]
+
+
+class MPNetLayer(TransformerLayer):
+    """Self-attention and a feed-forward block. The key has no bias, since the softmax would ignore it."""
+
+    def __init__(self, config: MPNetConfig) -> None:
+        super().__init__(config)
+        D = config.hidden_size
+        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
+
+    def attend(self, hidden: Tensor, context: tuple[Tensor], rows: int | None) -> Tensor:
+        """Scaled dot-product attention, with the bias that the context is: (B, T, D) to (B, H, R, d)."""
+        projected = self.query(hidden[:, :rows].contiguous()), self.key(hidden), self.value(hidden)
+        query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
+        bias = context[0][:, :, :rows]  # (B, H, R, T)
+        if self.training:  # written out, for a dropout that is fast on a CPU
+            scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
+            return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+
+
+class MPNetEncoder(TransformerEncoder):
+    """Embeddings, table of biases and layers of MPNet, randomly initialised, as `BertEncoder` is."""
+
+    def __init__(self, config: MPNetConfig) -> None:
+        super().__init__(config)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
+        self.layers = nn.ModuleList(MPNetLayer(config) for _ in range(config.num_hidden_layers))
+        self.draw_weights()
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        """The hidden states (B, T, D) that enter layer 1, of ids (B, T). MPNet has no token types and reads none."""
+        positions = self.position_embeddings.weight[2 : 2 + input_ids.shape[1]]  # (T, D); 0 and 1 are padding's
+        return self.dropout(self.embedding_norm(self.word_embeddings(input_ids) + positions))
+
+    def context(self, attention_mask: Tensor) -> tuple[Tensor]:
+        """What padding and distance add to the scores, (B, H, T, T), of a mask (B, T): 1 for tokens, 0 for padding."""
+        place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        distance = place[:, None] - place  # (T, T), of query i and key j: i - j
+        starts = torch.tensor(STARTS, device=attention_mask.device)
+        bucket = (distance.abs()[..., None] >= starts).sum(-1) + 16 * (distance < 0)  # (T, T)
+        relative = self.relative_bias(bucket).movedim(-1, 0)  # (H, T, T)
+        return (padding_bias(attention_mask, relative.dtype) + relative,)
