@@ -22,10 +22,10 @@ class BertLayer(TransformerLayer):
         D = config.hidden_size
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
 
-    def attend(self, hidden: Tensor, context: tuple[Tensor], rows: int | None) -> Tensor:
+    def attend(self, hidden: Tensor, context: tuple[Tensor], tokens: int | None) -> Tensor:
         """Scaled dot-product attention; the context is `padding_bias`. (B, T, D) to (B, H, R, d)."""
         # Without contiguous(), frozen weights would go through another kernel, and the last bits would differ.
-        asking = hidden[:, :rows].contiguous()
+        asking = hidden[:, :tokens].contiguous()
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         (bias,) = context

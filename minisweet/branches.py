@@ -81,7 +81,6 @@ def grow(
     if trunk.head_layers != tuple(exit_layers[-1:]):
         raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.head_layers}")
     encoder, head, C = trunk.encoder.requires_grad_(True), trunk.heads[0], trunk.num_labels
-    encoder.pooler_start = (head.pooler.weight.detach(), head.pooler.bias.detach())
     if method == "mm":
         slices = [(first_layers(encoder, n), n) for n in exit_layers]
         model = MultiModel([MultiExitModel(part, (n,), C, exit_strategy=exit_strategy) for part, n in slices])
@@ -89,8 +88,11 @@ def grow(
         model = BranchModel(encoder, exit_layers, C, exit_strategy)
     else:
         model = MultiExitModel(encoder, exit_layers, C, method, exit_strategy)
-    last = model.models[-1] if method == "mm" else model
-    last.heads[-1].load_state_dict(head.state_dict(), strict=False)  # only one of the two may have the layer of lte
+    models = model.models if method == "mm" else [model]
+    for part in models:
+        for own in part.heads:
+            own.pooler.load_state_dict(head.pooler.state_dict())
+    models[-1].heads[-1].load_state_dict(head.state_dict(), strict=False)  # one of the two may have no layer of lte
     return model.train(trunk.training)
 
 

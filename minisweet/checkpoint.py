@@ -85,11 +85,11 @@ def new_encoder(config: Config) -> TransformerEncoder:
 def load_encoder(folder: str | Path, num_layers: int | None = None) -> TransformerEncoder:
     """Load the encoder of a folder in the Hugging Face layout: BERT, DeBERTa or MPNet, as its model_type says.
 
-    It has the first `num_layers` layers, by default all, and is in float32 and in training mode. Its `pooler_start` is
-    the checkpoint's pooler (weight, bias), or None. Raises InputError where a file is missing or unreadable, asks for
-    what is not implemented, or does not fit the others.
+    It has the first `num_layers` layers, by default all, and is in float32 and in evaluation mode. Its `pooler_start`
+    is the checkpoint's pooler (weight, bias), or None. Raises InputError where there are not so many layers, and where
+    a file is missing or unreadable, asks for what is not implemented, or does not fit the others.
     """
-    return _load(Path(folder), num_layers)["encoder"]
+    return _load(Path(folder), num_layers)["encoder"].eval()
 
 
 def load_classifier(folder: Path) -> tuple[TransformerEncoder, nn.Linear, list[str]]:
@@ -115,7 +115,9 @@ def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> n
     """The encoder, with the checkpoint's pooler if there is one; where `num_labels` are asked for, the classifier."""
     config, there = read_config(folder), open_weights(folder)
     model_type, D, depth = config.model_type, config.hidden_size, config.num_hidden_layers
-    L, (_, pooler, classifier) = num_layers or depth, CLASSIFIERS[config.model_type]
+    L, (_, pooler, classifier) = depth if num_layers is None else num_layers, CLASSIFIERS[config.model_type]
+    if not 1 <= L <= depth:
+        raise InputError(f"num_layers: {L}, should be from 1 to {depth}, the layers of {folder}")
     pooler = pooler.removeprefix("bert.")
     if not num_labels and f"{pooler}.weight" not in there:  # no finished classifier
         pooler = "pooler.dense"

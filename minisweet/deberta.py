@@ -47,7 +47,7 @@ class DebertaLayer(TransformerLayer):
         self.pos_proj = nn.Linear(D, D, bias=False)
         self.pos_q_proj = nn.Linear(D, D)
 
-    def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor], rows: int | None) -> Tensor:
+    def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor], tokens: int | None) -> Tensor:
         """Disentangled attention: hidden states (B, T, D) to context vectors (B, H, R, d).
 
         The context holds what padding adds to the scores, (B, 1, 1, T), and the rows of the relative table for the
@@ -55,15 +55,15 @@ class DebertaLayer(TransformerLayer):
         """
         bias, positions = context
         T, positions = hidden.shape[1], self.dropout(positions)
-        if rows == 1:  # [CLS] meets one distance for each token, 0, -1, ..., -(T-1)
+        if tokens == 1:  # [CLS] meets one distance for each token, 0, -1, ..., -(T-1)
             positions = positions[T - 1 : 2 * T - 1]
         query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
-        query = (query[:, :, :rows] + self.q_bias.view(self.num_heads, 1, -1)) * self.scale  # (B, H, R, d)
+        query = (query[:, :, :tokens] + self.q_bias.view(self.num_heads, 1, -1)) * self.scale  # (B, H, R, d)
         value = value + self.v_bias.view(self.num_heads, 1, -1)
         pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), or (H, T, d) for [CLS]
         pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # likewise
         c2p = query @ pos_key.mT  # (B, H, T, 2T), or (B, H, 1, T) for [CLS]
-        if rows == 1:  # there is nothing to skew: key j meets its one distance, -j
+        if tokens == 1:  # there is nothing to skew: key j meets its one distance, -j
             p2c = (key * pos_query).sum(-1)[:, :, None]  # (B, H, 1, T)
         else:
             c2p = skew(c2p, T - 1)  # (B, H, T, T)

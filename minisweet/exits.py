@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.layers import Dropout, TransformerEncoder
+from minisweet.layers import Dropout, TransformerEncoder, checked_inputs
 from minisweet.ngrams import NgramExit
 
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -123,11 +123,14 @@ class ExitModel(nn.Module):
         """The layers that the exits stand after, counted from 1; exit 0 comes first where there is one."""
         return self.head_layers if self.ngrams is None else (0, *self.head_layers)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """All exits' logits, (K, B, C).
 
-        The arguments are (B, T), int64. `attention_mask` is 1 for tokens and 0 for padding, which stands at the end.
-        `token_type_ids` is 0 in the first sentence and 1 in the second.
+        The arguments are (B, T), int64. `attention_mask` is 1 for tokens, as by default, and 0 for padding, which
+        stands at the end: elsewhere it raises ValueError. `token_type_ids` is 0 in the first sentence, as by default,
+        and 1 in the second.
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 
@@ -173,18 +176,21 @@ class MultiExitModel(ExitModel):
                 raise ValueError(f"{value!r} is none of {', '.join(known)}")
         self.encoder, self.method = encoder, method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
+        self.train()  # as any new module, whatever the encoder's mode was
 
-    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
+    def exit_by_exit(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> ExitOutputs:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
         `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. After exit 0 all go on:
         `early_exit` asks it by itself, before it makes batches. Except in EE, training may call backward() on each
         loss before the next exit runs, which frees the activations up to there.
         """
+        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         if self.ngrams is not None:
-            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
-        mask, hidden = attention_mask, self.encoder.embed(input_ids, token_type_ids)  # (B, T), (B, T, D)
-        context = self.encoder.context(mask)
+            yield self.ngrams(input_ids, mask, token_type_ids), None
+        hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
         for n, layer in enumerate(self.encoder.layers, start=1):
             if n in self.head_layers:
                 stay = yield self.ask_exit(n, hidden, context)
@@ -204,7 +210,7 @@ class MultiExitModel(ExitModel):
         asks for the next exit. In training the two runs draw different dropout masks.
         """
         head = self.heads[self.head_layers.index(n)]
-        return head(self.layer_of_exit(n)(hidden, context, rows=1))
+        return head(self.layer_of_exit(n)(hidden, context, tokens=1))
 
     def layer_of_exit(self, n: int) -> nn.Module:
         """The layer that runs for [CLS] at the exit after layer n."""
@@ -230,11 +236,13 @@ class MultiModel(ExitModel):
         super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
         self.models = nn.ModuleList(models)
 
-    def exit_by_exit(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> ExitOutputs:
+    def exit_by_exit(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
+        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         if self.ngrams is not None:
-            yield self.ngrams(input_ids, attention_mask, token_type_ids), None
-        mask = attention_mask
+            yield self.ngrams(input_ids, mask, token_type_ids), None
         for model in self.models:
             stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)

@@ -2,7 +2,7 @@
 
 An exit reads the first token, [CLS], alone. So a layer can run for that token only:
 
-    cls = layer(hidden, context, rows=1)    (B, T, D) to (B, 1, D): the query of [CLS], keys and values of all tokens
+    cls = layer(hidden, context, tokens=1)  (B, T, D) to (B, 1, D): the query of [CLS], keys and values of all tokens
     hidden = layer(hidden, context)         (B, T, D) to (B, T, D): all tokens
 
 The first costs about a sixth of the second: of a layer's twelve D x D products per token, the key and the value alone
@@ -26,11 +26,29 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
+def whole_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+
+
+def checked_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `whole_inputs`. Raises ValueError for padding before a token: who stays is cut to their number of tokens."""
+    inputs = _, mask, _ = whole_inputs(input_ids, attention_mask, token_type_ids)
+    if not torch.compiler.is_compiling() and (mask[:, 1:] > mask[:, :-1]).any():
+        raise ValueError("attention_mask: padding stands before a token, should stand after all of them, on the right")
+    return inputs
+
+
 class TransformerLayer(nn.Module):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, a residual sum and LayerNorm.
 
-    BERT's and DeBERTa's own layers add the projections of attention, and `attend(hidden, context, rows)`: attention of
-    R tokens on all T, from hidden states (B, T, D) to context vectors (B, H, R, d).
+    Each encoder's own layer adds the projections of attention, and `attend(hidden, context, tokens)`: attention of R
+    tokens on all T, from hidden states (B, T, D) to context vectors (B, H, R, d).
     """
 
     def __init__(self, config) -> None:
@@ -45,13 +63,13 @@ class TransformerLayer(nn.Module):
         self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor, context: tuple[Tensor, ...], rows: int | None = None) -> Tensor:
-        """Run the layer for all tokens, or with `rows` 1 for [CLS] alone: hidden states (B, T, D) to (B, R, D).
+    def forward(self, hidden: Tensor, context: tuple[Tensor, ...], tokens: int | None = None) -> Tensor:
+        """Run the layer for all tokens, or with `tokens` 1 for [CLS] alone: hidden states (B, T, D) to (B, R, D).
 
         `context` is what the encoder's `context(attention_mask)` returns.
         """
-        attended = self.attend(hidden, context, rows).transpose(1, 2).flatten(2)  # (B, R, D)
-        hidden = self.attention_norm(hidden[:, :rows] + self.dropout(self.attention_output(attended)))
+        attended = self.attend(hidden, context, tokens).transpose(1, 2).flatten(2)  # (B, R, D)
+        hidden = self.attention_norm(hidden[:, :tokens] + self.dropout(self.attention_output(attended)))
         return self.output_norm(hidden + self.dropout(self.output(F.gelu(self.intermediate(hidden)))))
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -80,13 +98,16 @@ class TransformerEncoder(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.config = config
-        self.pooler_start: tuple[Tensor, Tensor] | None = None  # the weight and bias that exit heads start from
+        self.pooler_start: tuple[Tensor, Tensor] | None = None  # the checkpoint's, weight and bias
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        """All hidden states, L+1 tensors (B, T, D), the embeddings first. For the arguments see `embed`, `context`."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """All hidden states, L+1 tensors (B, T, D), the embeddings first. For the arguments see `ExitModel.forward`."""
+        input_ids, attention_mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)
         states, context = [self.embed(input_ids, token_type_ids)], self.context(attention_mask)
         for layer in self.layers:
             states.append(layer(states[-1], context))
@@ -119,7 +140,9 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
+        dropped = round(self.p * 65536)  # of the 65,536 values that 16 bits have
+        if dropped == 65536:
+            return x * 0
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        dropped = min(round(self.p * 65536), 65535)  # of the 65,536 values that 16 bits have
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
         return x * (kept.to(x.dtype) * (65536 / (65536 - dropped)))

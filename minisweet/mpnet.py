@@ -28,11 +28,11 @@ class MPNetLayer(TransformerLayer):
         D = config.hidden_size
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
 
-    def attend(self, hidden: Tensor, context: tuple[Tensor], rows: int | None) -> Tensor:
+    def attend(self, hidden: Tensor, context: tuple[Tensor], tokens: int | None) -> Tensor:
         """Scaled dot-product attention, with the bias that the context is: (B, T, D) to (B, H, R, d)."""
-        projected = self.query(hidden[:, :rows].contiguous()), self.key(hidden), self.value(hidden)
+        projected = self.query(hidden[:, :tokens].contiguous()), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
-        bias = context[0][:, :, :rows]  # (B, H, R, T)
+        bias = context[0][:, :, :tokens]  # (B, H, R, T)
         if self.training:  # written out, for a dropout that is fast on a CPU
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value

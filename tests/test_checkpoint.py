@@ -52,7 +52,8 @@ def test_other_names_and_types_known_extras_and_other_ways_to_write_the_config_a
     rewrite(model_dir, as_published)
     written = {"bert": {"model_type": "absent"}, "deberta": {"pos_att_type": ["c2p", "p2c"]}}
     reconfigure(model_dir, model_type, **written.get(model_type, {}))
-    encoder, batch = load_encoder(model_dir).eval(), random_batch()
+    encoder, batch = load_encoder(model_dir), random_batch()
+    assert not any(module.training for module in encoder.modules())
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
     torch.testing.assert_close(encoder(*batch), plain(*batch), atol=0, rtol=0)
 
@@ -153,11 +154,13 @@ def test_bert_heads_start_from_the_checkpoints_pooler_where_there_is_one(tmp_pat
     rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if "pooler" not in name})
     model = MultiExitModel(load_encoder(folder), (1, 4), 2)
     assert not torch.equal(model.heads[0].pooler.weight, model.heads[1].pooler.weight)
+    assert all(module.training for module in model.modules())  # as any new module, though the encoder was not
 
 
 def test_multi_model_holds_and_reads_only_the_layers_it_uses(model_dir, model_type):
-    with pytest.raises(InputError, match=r"encoder.layer.4.*is missing"):
-        load_encoder(model_dir, 5)
+    for n in (-1, 0, 5):
+        with pytest.raises(InputError, match=f"num_layers: {n}, should be from 1 to 4"):
+            load_encoder(model_dir, n)
     whole, batch = load_encoder(model_dir).eval(), random_batch()
     rewrite(
         model_dir, lambda tensors: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in tensors.items()}

@@ -124,9 +124,9 @@ def test_a_layer_gives_cls_the_same_alone_and_among_all_in_training_and_in_evalu
     encoder = tiny_encoder(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     layer, (input_ids, mask, types) = encoder.layers[0], random_batch(length=T)
     hidden, context, found = encoder.embed(input_ids, types).detach(), encoder.context(mask), []
-    for training, rows in product((True, False), (1, None)):
+    for training, tokens in product((True, False), (1, None)):
         layer.train(training).zero_grad()
-        output = layer(hidden, context, rows)[:, :1]
+        output = layer(hidden, context, tokens)[:, :1]
         output.square().sum().backward(retain_graph=True)
         gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
         found.append({"output": output.detach()} | gradients)
@@ -149,3 +149,11 @@ def test_elements_are_dropped_one_by_one_and_the_others_scaled(dtype, p):
         assert abs(correlation) < 0.015
     y.sum().backward()
     torch.testing.assert_close(x.grad, y.detach())
+
+
+@pytest.mark.parametrize("p", [1.0, 1 - 1e-9])
+def test_dropout_of_all_is_zeros(p):
+    x = torch.ones(300, 1000, requires_grad=True)  # a few elements in 65,536 would pass
+    y = Dropout(p).train()(x)
+    y.sum().backward()
+    assert (y.count_nonzero(), x.grad.count_nonzero()) == (0, 0)

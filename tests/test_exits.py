@@ -1,12 +1,13 @@
 """Exits: which exit's loss reaches which parameter, branches, exit 0, and parity with the authors' code."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -15,6 +16,7 @@ from minisweet.base.files import home
 from minisweet.branches import METHODS, BranchModel, build_alone, grow
 from minisweet.checkpoint import public_name
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.live import early_exit
 from tests.conftest import CONFIGS, model_of, random_batch, tiny_encoder, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -122,6 +124,24 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
             if method in ("mm", "branch"):  # copies have weights of their own
                 (model.models[0].encoder.layers[0] if method == "mm" else model.branches[0]).output.weight.zero_()
                 assert torch.equal(model(*batch)[-1], expected)
+
+
+@settings(max_examples=24, deadline=None)
+@given(model_type=st.sampled_from([*CONFIGS]), method=st.sampled_from(METHODS), seed=st.integers(0, 1000))
+def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
+    tmp_path_factory, model_type, method, seed
+):
+    model = with_exit_0(model_of(write_model(tmp_path_factory.mktemp("left"), model_type), method).eval())
+    input_ids, mask, types = random_batch(seed, batch=8)
+    ones, zeros = torch.ones_like(mask), torch.zeros_like(types)
+    assert torch.equal(model(input_ids), model(input_ids, ones, zeros))
+    assert torch.equal(model(input_ids, mask), model(input_ids, attention_mask=mask, token_type_ids=zeros))
+    encoder = model.models[-1].encoder if method == "mm" else model.encoder
+    assert torch.equal(encoder(input_ids)[-1], encoder(input_ids, ones, zeros)[-1])
+    assume(not mask.all())
+    for answer in (model, partial(early_exit, model, threshold=0.8)):
+        with pytest.raises(ValueError, match="padding stands before a token"):
+            answer(input_ids, mask.flip(1), types)
 
 
 def with_exit_0(model):

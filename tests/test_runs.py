@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
+from minisweet import MultiExitModel
 from minisweet.base.files import InputError, read_json, write_json
 from minisweet.branches import METHODS
 from minisweet.data.rows import Examples
@@ -48,6 +49,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
     trunk, labels = load_trunk(tmp_path / "run")
     assert (trunk.exit_layers, labels) == ((4,), ["negative", "positive"])  # exit 0 is fitted anew
     torch.testing.assert_close(trunk(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
+    again = MultiExitModel(trunk.encoder, (1, 4), 2, "ee")  # a loaded encoder is as good as any other
+    assert torch.equal(again.eval().encoder(*random_batch())[-1], trunk.encoder(*random_batch())[-1])
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Writer:
         encoder, layer, head, ngrams = self.model.encoder, self.model.encoder.layers[0], model.heads[0], model.ngrams
         start = Part(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
         go = Part(lambda layer, hidden, *context: layer(hidden, context), layer)
-        ask = Part(lambda layer, head, hidden, *context: head(layer(hidden, context, rows=1))[0], layer, head)
+        ask = Part(lambda layer, head, hidden, *context: head(layer(hidden, context, tokens=1))[0], layer, head)
         tokens = [torch.ones(3, 7).long() for _ in INPUTS]
         parts = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, start(*tokens))}
         if ngrams is not None:
