@@ -23,12 +23,13 @@ from minisweet.base.commands import Parser, list_of, path_to, run_command, whole
 from minisweet.base.files import InputError, write_json, written_beside
 from minisweet.data.rows import examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
-from minisweet.evaluation import operating, sweep
+from minisweet.evaluation import goals, operating
+from minisweet.evaluation.answers import run_exits, save_answers
 from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.plots import draw_curves
+from minisweet.evaluation.sweep import crossfit, curve_of
 from minisweet.runs import folders
-from minisweet.use import goals
 from minisweet.use.classifier import EarlyExitClassifier
-from minisweet.use.plots import draw_curves
 
 TIMED = 64  # texts
 
@@ -77,18 +78,18 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         except ValueError as error:
             raise InputError(f"--use-exits: {error}") from None
     rows = folders.read_validation(run, record)
-    validation = sweep.run_exits(run, record, model.to(device), rows, record.metric, precision)
+    answered = run_exits(run, record, model.to(device), rows, record.metric, precision)
     if devices.process_rank():  # the first process alone writes
         return
-    seconds, layers, folds = time.perf_counter() - start, list(validation.exits.layers), sweep.crossfit(validation)
-    sides = operating.deal(validation, record.train_texts)
-    rule, point = operating.operating_point(validation, goal, sides, args.use_exits)
+    seconds, layers, folds = time.perf_counter() - start, list(answered.exits.layers), crossfit(answered)
+    sides = operating.deal(answered, record.train_texts)
+    rule, point = operating.operating_point(answered, goal, sides, args.use_exits)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
     evaluation = {
         **{key: getattr(record, key) for key in ("task", "method", "exit_strategy", "metric")},
         "exit_layers": layers,
         "thresholds": thresholds,
-        **sweep.curve_of(validation, folds, thresholds),
+        **curve_of(answered, folds, thresholds),
         "temperatures": rule.temperatures.tolist(),
         "certainty_ranges": None if rule.ranges is None else rule.ranges.tolist(),
         "operating_point": point,
@@ -102,14 +103,14 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     # Both are written before one is replaced. All this comes before anything is printed, since `| head` may end this
     # process.
     with written_beside(run / folders.EVALUATION) as new, written_beside(run / folders.LOGITS) as logits:
-        sweep.save_validation(logits, validation)
+        save_answers(logits, answered)
         write_json(new, evaluation)
     draw_curves(run / folders.CURVE, {str(run): folders.read_evaluation(run)})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
     print_milliseconds(EarlyExitClassifier(run, device=args.device, amp=args.amp), rows.texts())
-    for line in filter(None, [goals.shortfall(point, record), *sweep.never_right(evaluation, record.labels)]):
+    for line in filter(None, [goals.shortfall(point, record), *goals.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
     print(f"\nwritten to {run / folders.EVALUATION}; predict takes this operating point now. Next:")
     print(f"  python -m minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")
@@ -158,7 +159,7 @@ def test(run: Path, args: argparse.Namespace) -> None:
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"
-    answers = sweep.run_exits(run, record, classify.model, rows, metric, classify.precision)
+    answers = run_exits(run, record, classify.model, rows, metric, classify.precision)
     found = operating.stated(classify.rule, answers, exits, point.threshold)
     changes = operating.stated(classify.rule, answers.against_full_depth(), exits, point.threshold)
     skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""

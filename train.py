@@ -27,7 +27,7 @@ from minisweet.base.files import InputError
 from minisweet.branches import build_alone, grow
 from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
-from minisweet.evaluation.sweep import all_logits
+from minisweet.evaluation.answers import all_logits
 from minisweet.exits import ExitModel, exit_loss
 from minisweet.ngrams import fit_ngrams
 from minisweet.runs.folders import save_run

@@ -1,28 +1,21 @@
-"""When to leave, and what it costs: exit decisions, temperatures, Eq. 1 and the speed-accuracy curve (Sec. 3.3).
+"""When to leave, and what it costs: exit decisions and Eq. 1 (Sec. 3.3).
 
 An instance leaves at the first exit whose confidence reaches the threshold, and at the last one in any case. The sweep
 needs the logits of all exits once, and is exact: an exit's logits do not depend on who left before it.
 
-Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
-one number, which makes its confidence more truthful and changes no prediction. The authors fit the temperatures on the
-very set that they then score. Here no row is scored by temperatures that were fitted on it (evaluation/).
-
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ASKING_A_BRANCH = 1 / 6  # of a layer, see `Exits.costs`
 MOST_EXITS = 100  # that a rule without temperatures serves
-BINS = 15  # of the expected calibration error
 
 
 class ExitRule:
@@ -119,50 +112,3 @@ class Exits(NamedTuple):
         asked = ASKING_A_BRANCH if self.method == "branch" and threshold < 1 else 0
         branches = accumulate((n > 0 for n in self.layers), initial=0)  # before each exit
         return [(n + k * asked) / self.depth for n, k in zip(self.layers, branches, strict=False)]
-
-
-def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: float = 0.0) -> float:
-    """The mean score over the speedup ratios from `start` to 1: the trapezoid's area, divided by its width.
-
-    It starts at the first exit's ratio where that is larger than `start`. Evaluations start at 1/L, so that a model
-    with exit 0, whose ratio is 0, compares with one without it. `ratios` and `scores` hold a point per threshold.
-    Branches' ratios fall at threshold 1, so points are sorted here. At both ends the score is interpolated; a curve
-    that ends before 1 is taken as far as it goes.
-    """
-    order = np.argsort(ratios, kind="stable")
-    x, y = np.array(ratios)[order], np.array(scores)[order]
-    low, high = np.clip([start, 1.0], x[0], x[-1])
-    inside, ends = (low < x) & (x < high), np.interp([low, high], x, y)
-    x, y = np.r_[low, x[inside], high], np.r_[ends[0], y[inside], ends[1]]
-    mean = np.trapezoid(y, x) / (high - low) if high > low else ends[1]
-    return float(np.clip(mean, y.min(), y.max()))  # rounding must not make 100.00000000000001 of 100
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T that fits best: logits (N, C) and labels (N,) to a number above 0; without rows 1.
-
-    It has the least negative log-likelihood, plus a weak prior that keeps it near 1: log(T)^2 / N. Without the prior,
-    an exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T),
-    between -7 and 7, finds where the slope of the sum is zero.
-    """
-    logits, low, high = logits.double(), -7.0, 7.0
-    gold = float(logits.gather(1, labels[:, None]).sum())
-    for _ in range(40):
-        middle = (low + high) / 2
-        scaled = logits * math.exp(-middle)
-        slope = gold * math.exp(-middle) - float((scaled.softmax(-1) * scaled).sum()) + 2 * middle
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(middle)
-
-
-def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """How far confidence and accuracy part (0 to 1), in 15 bins of confidence: logits (N, C), labels (N,)."""
-    confidence, prediction = logits.double().softmax(-1).max(-1)  # (N,)
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - (prediction == labels).double())
-    return float(gap.abs().sum() / len(labels))
-
-
-def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
-    """Mean NLL in nats: logits (N, C), labels (N,)."""
-    return float(F.cross_entropy(logits.double(), labels))

@@ -8,18 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.adaptive import (
-    ExitRule,
-    Exits,
-    area_under_curve,
-    exits_taken,
-    expected_calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-    spaced_thresholds,
-)
-from minisweet.evaluation.metrics import classification_report, score
-from minisweet.evaluation.sweep import Validation
+from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
+from minisweet.evaluation.answers import AnsweredRows
+from minisweet.evaluation.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
+from minisweet.evaluation.metrics import area_under_curve, classification_report, score
 
 
 def test_exit_costs_are_those_of_equation_1():
@@ -78,7 +70,7 @@ def test_area_is_the_mean_score_over_the_ratios():
 def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     certainty = torch.tensor([[0.2, 0.3, 0.6], [0.5, 0.5, 0.5]])
     logits = torch.zeros(2, 3, 2)
-    rule = Validation(logits, certainty, *[None] * 4).fit_rule()
+    rule = AnsweredRows(logits, certainty, *[None] * 4).fit_rule()
     torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
     assert rule.temperatures.tolist() == [1, 1]
     confidence = rule.confidences(logits, certainty)
@@ -91,7 +83,7 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
 def test_an_exit_without_certainty_has_its_highest_probability():
     certainty = torch.tensor([[0.2, 0.6], [0.3, 0.4]])  # of the first two exits of three
     logits = torch.randn(3, 2, 2)
-    rule = Validation(logits, certainty, *[None] * 4).fit_rule()
+    rule = AnsweredRows(logits, certainty, *[None] * 4).fit_rule()
     torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.3, 0.4], [0.0, 1.0]]))
     confidence = rule.confidences(logits, certainty)
     assert confidence[:2].tolist() == [[0, 1], [0, 1]]
@@ -161,7 +153,7 @@ def test_a_rule_has_a_temperature_for_each_exit():
     fitted = [fit_temperature(x, labels) for x in logits]
 
     def fit_rule(labels: torch.Tensor, metric: str = "accuracy") -> ExitRule:
-        return Validation(logits, None, labels, None, metric, None).fit_rule()
+        return AnsweredRows(logits, None, labels, None, metric, None).fit_rule()
 
     assert fit_rule(labels).temperatures.tolist() == pytest.approx(fitted)
     own = logits[-1].argmax(-1)  # without labels the last exit is left as it is

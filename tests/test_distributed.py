@@ -17,7 +17,7 @@ from minisweet.base import devices
 from minisweet.checkpoint import load_encoder
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation import sweep
+from minisweet.evaluation import answers
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from tests.conftest import CHECKOUT, write_model
 from tests.test_resume import result
@@ -28,7 +28,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 def as_process(monkeypatch, rank: int, processes: int) -> None:
     """As if this process were one of torchrun's, and had met the others."""
-    for module in (devices, sweep):
+    for module in (devices, answers):
         monkeypatch.setattr(module, "process_rank", lambda: rank)
         monkeypatch.setattr(module, "num_processes", lambda: processes)
 
@@ -81,16 +81,16 @@ def test_a_process_without_rows_adds_zeros_whatever_its_loss(monkeypatch):
 def test_each_process_predicts_a_share_and_gets_all(tiny, monkeypatch, N, strategy):
     model, some = tiny
     model, examples = MultiExitModel(model.encoder, (1, 4), 2, exit_strategy=strategy).eval(), some(N)
-    monkeypatch.setattr(sweep, "BATCH_SIZE", 3)
-    whole = sweep.all_logits(model, examples, None)
+    monkeypatch.setattr(answers, "BATCH_SIZE", 3)
+    whole = answers.all_logits(model, examples, None)
     with torch.no_grad():
         single = torch.cat([model(*examples.batch(np.array([row])).inputs) for row in range(N)], dim=1)
     torch.testing.assert_close(whole[0], single, atol=1e-5, rtol=0)  # in the order of the examples
     shares = []
-    monkeypatch.setattr(sweep, "all_gather", lambda share: shares.append(share) or shares)
+    monkeypatch.setattr(answers, "all_gather", lambda share: shares.append(share) or shares)
     for rank in range(3):
         as_process(monkeypatch, rank, 3)
-        logits, certainty = sweep.all_logits(model, examples, None)
+        logits, certainty = answers.all_logits(model, examples, None)
     assert [len(rows) for rows, _, _ in shares] == ([1, 0, 0] if N == 2 else [3, 2, 2])
     assert torch.equal(logits, whole[0])  # to the bit: the batches are those of one process
     assert certainty is whole[1] is None or torch.equal(certainty, whole[1])

@@ -14,8 +14,10 @@ from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
 from minisweet.base.files import InputError
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation import sweep as sweep_module
-from minisweet.evaluation.sweep import Validation, crossfit, curve_of, load_validation, never_right, sweep
+from minisweet.evaluation import answers as answers_module
+from minisweet.evaluation.answers import AnsweredRows, load_answers
+from minisweet.evaluation.goals import never_right
+from minisweet.evaluation.sweep import crossfit, curve_of, sweep
 from minisweet.runs.folders import load_run, read_evaluation, read_record, read_validation
 from tests.conftest import all_exits
 from tests.test_operating import random_validation
@@ -51,7 +53,7 @@ def test_the_sweep_of_some_exits_is_that_of_a_model_that_has_no_others(method, l
     validation, rule = random_validation(2, layers, 60, 2, method), ExitRule(2, torch.tensor([0.7, 1.1, 2.0]))
     thresholds, asked, every = spaced_thresholds(9, 0.5), [0, 2], np.arange(60)
     some, taken = sweep([(rule, every)], validation, thresholds, asked)
-    kept = Validation(validation.logits[asked], None, *validation[2:5], Exits((layers[0], 4), 4, method))
+    kept = AnsweredRows(validation.logits[asked], None, *validation[2:5], Exits((layers[0], 4), 4, method))
     alone, its_taken = sweep([(rule.kept(asked), every)], kept, thresholds)
     assert np.array_equal(taken, np.array(asked)[its_taken])
     for key in ("scores", "speedup_ratios", "area"):
@@ -74,7 +76,7 @@ def test_warnings_name_classes_that_no_row_gets():
 def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
     run = run_of(name)
     (model, record), evaluation = load_run(run), read_evaluation(run)
-    validation, rows = load_validation(run, evaluation, record), read_validation(run, record)
+    validation, rows = load_answers(run, evaluation, record), read_validation(run, record)
     examples = TokenizedExamples(load_tokenizer(run, record.vocab_size, record.max_length), rows)
     for n in (0, 3, len(examples) - 1):
         with torch.no_grad():
@@ -93,7 +95,7 @@ def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
         if broken:
             (tmp_path / "logits.safetensors").write_bytes(broken)
         with pytest.raises(InputError, match="logits.safetensors: not readable.*evaluate again"):
-            load_validation(tmp_path, evaluation, record)
+            load_answers(tmp_path, evaluation, record)
 
 
 @pytest.mark.parametrize("name", ["sweet", "ee", "mm", "branch", "lte", "pairs", "trunk0"])
@@ -147,7 +149,7 @@ def test_an_evaluation_that_fails_replaces_nothing(copied, command, monkeypatch,
     if broken == "disk":
         monkeypatch.setattr(evaluate, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     else:
-        monkeypatch.setattr(sweep_module, "all_logits", lambda *_: (torch.full((2, 200, 2), torch.nan), None))
+        monkeypatch.setattr(answers_module, "all_logits", lambda *_: (torch.full((2, 200, 2), torch.nan), None))
     status, _, err = command(evaluate, run, "--speed", "0.5")
     assert (status, err.count("\n")) == (2, 1), err
     assert {"disk": "No space left", "logits": "NaN"}[broken] in err
@@ -188,7 +190,7 @@ def test_a_file_without_labels_shows_changes_and_whether_the_promise_holds(copie
     assert command(evaluate, run, "--max-change", "20", "--sure", "60")[0] == 0
     rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     evaluation = read_evaluation(run)
-    answers = load_validation(run, evaluation, read_record(run))
+    answers = load_answers(run, evaluation, read_record(run))
     rule = ExitRule.from_evaluation(evaluation, 2)
     _, (early,), _ = answers.decide_at(rule, [0, 1], [evaluation.operating_point.threshold])
     changes = early != answers.logits[-1].argmax(-1).numpy()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, exits_taken, spaced_thresholds
 from minisweet.branches import METHODS
-from minisweet.evaluation.sweep import Validation
+from minisweet.evaluation.answers import AnsweredRows
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
 from tests.conftest import CONFIGS, all_exits, random_batch, undecided_model, write_model
@@ -35,7 +35,7 @@ def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strateg
         logits, certainty = all_exits(model, batch)
     temperatures, ranges = torch.rand(K) + 0.5, None
     if strategy == "lte":
-        temperatures, ranges = None, Validation(logits, certainty, *[None] * 4).fit_rule().ranges
+        temperatures, ranges = None, AnsweredRows(logits, certainty, *[None] * 4).fit_rule().ranges
     rule = ExitRule(num_labels, temperatures, ranges)
 
     confidence = rule.confidences(logits, certainty)

@@ -15,8 +15,8 @@ import torch
 import evaluate
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
+from minisweet.evaluation.answers import load_answers
 from minisweet.evaluation.operating import deal, operating_point
-from minisweet.evaluation.sweep import load_validation
 from minisweet.ngrams import BUCKETS, NgramExit
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.use import export
@@ -148,7 +148,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, n
     run, file = run_of(name), tmp_path / "tickets.onnx"
     first, rows, changes, *_ = onnx.export_onnx(run, file)
     evaluation, record, told = read_evaluation(run), read_record(run), told_by(file)
-    point, sides = evaluation.operating_point, deal(load_validation(run, evaluation, record), record.train_texts)
+    point, sides = evaluation.operating_point, deal(load_answers(run, evaluation, record), record.train_texts)
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert "; 0 labels or exits are not the model's" in rows
     assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
@@ -187,7 +187,7 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
     record, session, told = read_record(run), session_of(own), told_by(own)
-    validation = load_validation(run, read_evaluation(run), record)
+    validation = load_answers(run, read_evaluation(run), record)
     texts = EarlyExitClassifier(run).tokenize(read_validation(run, record).texts())
     singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
     said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0, None)])

@@ -9,9 +9,9 @@ import torch
 
 from minisweet.adaptive import ExitRule, Exits
 from minisweet.evaluation import operating
+from minisweet.evaluation.answers import AnsweredRows, text_keys
+from minisweet.evaluation.goals import shortfall
 from minisweet.evaluation.operating import deal, operating_point, reweighted, stated, walk
-from minisweet.evaluation.sweep import Validation, text_keys
-from minisweet.use.goals import shortfall
 
 GOALS = ({"speed": 0.5}, {"max_loss": 2.0, "sure": 70.0}, {"max_change": 10.0, "sure": 80.0})
 STATED = {"score": "score", "full_depth": "full_depth_score", "loss": "loss", "speedup": "speedup_ratio"}
@@ -24,10 +24,10 @@ def random_validation(seed: int, layers: tuple, N: int, C: int = 2, method="swee
     labels = torch.randint(0, C, (N,), generator=generator)
     certainty = torch.rand(K, N, generator=generator) if lte else None
     keys = text_keys([f"text {n}" for n in range(N)])
-    return Validation(logits, certainty, labels, keys, metric, Exits(layers, layers[-1], method))
+    return AnsweredRows(logits, certainty, labels, keys, metric, Exits(layers, layers[-1], method))
 
 
-def draw(rng: np.random.Generator, N: int) -> Validation:
+def draw(rng: np.random.Generator, N: int) -> AnsweredRows:
     """Rows of exits 0 and 6. The first is sure of each by a random number, and right the more often the surer it is.
 
     Full depth is right on 86%. Of the rows that are sure by 1/2 + x the first exit changes (1 - 2x) 2/5.
@@ -38,14 +38,14 @@ def draw(rng: np.random.Generator, N: int) -> Validation:
     return two_exits(sure, early, full, labels, rng.permutation(10 * N)[:N])
 
 
-def two_exits(sure, early, full, labels, keys) -> Validation:
+def two_exits(sure, early, full, labels, keys) -> AnsweredRows:
     """Exits 0 and 6 by what they answer, and how sure the first one is of it: (N,) each, of two classes."""
     logits = np.stack([np.log(sure / (1 - sure))[:, None] * np.eye(2)[early], 2 * np.eye(2)[full]])
     labels, keys = torch.as_tensor(labels), torch.as_tensor(keys)
-    return Validation(torch.from_numpy(logits).float(), None, labels, keys, "accuracy", Exits((0, 6), 6, "branch"))
+    return AnsweredRows(torch.from_numpy(logits).float(), None, labels, keys, "accuracy", Exits((0, 6), 6, "branch"))
 
 
-def point_of(validation: Validation, goal: dict, trained=None, asked=None) -> dict:
+def point_of(validation: AnsweredRows, goal: dict, trained=None, asked=None) -> dict:
     return operating_point(validation, goal, deal(validation, trained), asked)[1]
 
 

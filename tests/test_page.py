@@ -12,7 +12,7 @@ import torch
 from minisweet.adaptive import Exits, exits_taken
 from minisweet.data.rows import Examples
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.sweep import Validation, text_keys
+from minisweet.evaluation.answers import AnsweredRows, text_keys
 from minisweet.use.explain import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,7 +51,7 @@ class Case:
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
         said = (self.logits, None, self.targets, text_keys(self.sentences), self.metric, self.exits)
-        write_page(path, self.evaluation, self.record, rows, Validation(*said))
+        write_page(path, self.evaluation, self.record, rows, AnsweredRows(*said))
         return path
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minisweet.use import plots
+from minisweet.evaluation import plots
 
 POINT = SimpleNamespace(score=88.0, score_interval=[80.0, 93.0], speedup_ratio=0.7, speedup_interval=[0.6, 0.8])
 

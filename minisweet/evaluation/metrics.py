@@ -1,5 +1,7 @@
 """How right predictions are. Dimension letters: N instances, C classes, R ways to weight the instances."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
@@ -40,3 +42,20 @@ def classification_report(predictions: np.ndarray, labels: np.ndarray, num_label
     per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusion_matrix": confusion}
     of_all = {"macro_f1": float(f1[support + predicted > 0].mean())}
     return of_all | {name: values.tolist() for name, values in per_class.items()}
+
+
+def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: float = 0.0) -> float:
+    """The mean score over the speedup ratios from `start` to 1: the trapezoid's area, divided by its width.
+
+    It starts at the first exit's ratio where that is larger than `start`. Evaluations start at 1/L, so that a model
+    with exit 0, whose ratio is 0, compares with one without it. `ratios` and `scores` hold a point per threshold.
+    Branches' ratios fall at threshold 1, so points are sorted here. At both ends the score is interpolated; a curve
+    that ends before 1 is taken as far as it goes.
+    """
+    order = np.argsort(ratios, kind="stable")
+    x, y = np.array(ratios)[order], np.array(scores)[order]
+    low, high = np.clip([start, 1.0], x[0], x[-1])
+    inside, ends = (low < x) & (x < high), np.interp([low, high], x, y)
+    x, y = np.r_[low, x[inside], high], np.r_[ends[0], y[inside], ends[1]]
+    mean = np.trapezoid(y, x) / (high - low) if high > low else ends[1]
+    return float(np.clip(mean, y.min(), y.max()))  # rounding must not make 100.00000000000001 of 100

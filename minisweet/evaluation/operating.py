@@ -29,8 +29,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minisweet.adaptive import ExitRule
+from minisweet.evaluation.answers import AnsweredRows
 from minisweet.evaluation.metrics import classification_report, score
-from minisweet.evaluation.sweep import Validation
 
 PARTS = 4  # one part of so many chooses
 R = 2000
@@ -48,28 +48,28 @@ class Sides(NamedTuple):
     trained_rows: int | None  # how many do neither, since they were trained on; None where that is not known
 
 
-def deal(validation: Validation, trained: list[str] | None = None) -> Sides:
+def deal(answered: AnsweredRows, trained: list[str] | None = None) -> Sides:
     """Deal out the rows; those of one text go to one side. `trained` are digests of the texts that were trained on."""
     digests = np.array([int(digest, 16) for digest in trained or []], dtype=np.uint64).view(np.int64)
-    is_new = ~np.isin(validation.keys.numpy(), digests)  # (N,)
+    is_new = ~np.isin(answered.keys.numpy(), digests)  # (N,)
     rows = np.flatnonzero(is_new)
-    part = validation.take(rows).parts(PARTS)
+    part = answered.take(rows).parts(PARTS)
     return Sides(rows[part == 0], rows[part > 0], None if trained is None else int((~is_new).sum()))
 
 
 def operating_point(
-    validation: Validation, goal: dict[str, float], sides: Sides, asked: list[int] | None = None
+    answered: AnsweredRows, goal: dict[str, float], sides: Sides, asked: list[int] | None = None
 ) -> tuple[ExitRule, dict]:
     """The rule for new text, of all K exits, and what evaluation.json's `operating_point` (see `OperatingPoint`) holds.
 
     Args:
-        validation: what the exits said of the validation rows.
+        answered: what the exits said of the validation rows.
         goal: of `goal_of`.
         sides: of `deal`. Where nobody judges, all rows choose and state, and the threshold of a promise is 1.
         asked: layers of the exits to ask, the last one's among them; None to choose those that reach the goal fastest.
     """
-    layers, somebody_judges = list(validation.exits.layers), len(sides.judging) > 0
-    choosers, judges = (validation.take(rows) if somebody_judges else validation for rows in sides[:2])
+    layers, somebody_judges = list(answered.exits.layers), len(sides.judging) > 0
+    choosers, judges = (answered.take(rows) if somebody_judges else answered for rows in sides[:2])
     rule = choosers.fit_rule()
     # what changes is what disagrees with full depth
     of_goal = [rows.against_full_depth() if "max_change" in goal else rows for rows in (choosers, judges)]
@@ -80,12 +80,12 @@ def operating_point(
     point = {"threshold": threshold, "asked_exits": [layers[k] for k in exits], "wish": goal}
     point |= stated(rule, judges, exits, threshold)
     point["reached"] = point["speedup_ratio"] <= goal.get("speed", math.inf) + 1e-9
-    texts = (len(validation.take(rows).keys.unique()) for rows in sides[:2])
+    texts = (len(answered.take(rows).keys.unique()) for rows in sides[:2])
     point |= dict(zip(("choosing_texts", "judging_texts"), texts, strict=True))
     return rule, point | {"trained_rows": sides.trained_rows}
 
 
-def thresholds_of(rule: ExitRule, choosers: Validation, exits: Sequence[int]) -> np.ndarray:
+def thresholds_of(rule: ExitRule, choosers: AnsweredRows, exits: Sequence[int]) -> np.ndarray:
     """The thresholds that are tried, some hundred, in increasing order: (M,). The last is 1.
 
     They lie halfway between confidences of the choosing rows, so that rounding seldom flips a row. The first is
@@ -99,7 +99,7 @@ def thresholds_of(rule: ExitRule, choosers: Validation, exits: Sequence[int]) ->
     return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
 
 
-def choose_exits(rule: ExitRule, choosers: Validation, goal: dict) -> list[int]:
+def choose_exits(rule: ExitRule, choosers: AnsweredRows, goal: dict) -> list[int]:
     """The exits (k,), from 0, with which the choosing rows reach a goal best, without asking how sure they are.
 
     To the last exit it adds the one that helps most, as long as one helps: an exit may cost more than it gives.
@@ -122,7 +122,7 @@ def choose_exits(rule: ExitRule, choosers: Validation, goal: dict) -> list[int]:
 
 
 def walk(
-    rule: ExitRule, rows: Validation, goal: dict, exits: list[int], thresholds: np.ndarray
+    rule: ExitRule, rows: AnsweredRows, goal: dict, exits: list[int], thresholds: np.ndarray
 ) -> tuple[float, float, float]:
     """Where rows stop on their way down the thresholds (M,): the threshold, the share of the layers, and the score.
 
@@ -145,7 +145,7 @@ def limit_of(goal: dict[str, float]) -> float:
     return goal["max_loss"] if "max_loss" in goal else goal["max_change"]
 
 
-def how_sure(judges: Validation, answers: np.ndarray, limit: float) -> np.ndarray:
+def how_sure(judges: AnsweredRows, answers: np.ndarray, limit: float) -> np.ndarray:
     """How sure the judges are that early exit loses at most `limit` points, in percent: its answers (M, N) to (M,).
 
     One made-up text is lost. Where texts are lost and none is won, they are then as sure as the exact binomial test.
@@ -157,7 +157,7 @@ def how_sure(judges: Validation, answers: np.ndarray, limit: float) -> np.ndarra
     return 100 * (score(full, labels, judges.metric, weights) - early_scores <= limit + ROUNDING).mean(1)
 
 
-def reweighted(judges: Validation, made_up: int) -> np.ndarray:
+def reweighted(judges: AnsweredRows, made_up: int) -> np.ndarray:
     """Random weights of the rows and of some made-up texts, which have as many rows as others: (R, N + made_up).
 
     Rows of one text have one weight. The same texts get the same weights, in any order of the rows.
@@ -171,7 +171,7 @@ def reweighted(judges: Validation, made_up: int) -> np.ndarray:
     return weights
 
 
-def stated(rule: ExitRule, judges: Validation, exits: Sequence[int], threshold: float) -> dict:
+def stated(rule: ExitRule, judges: AnsweredRows, exits: Sequence[int], threshold: float) -> dict:
     """What decisions give: scores in percent, loss in points, share of the layers; with 95% intervals for new text.
 
     Macro F1 and the classes' own scores have none: with rare classes no kind that was tried holds often enough. Two

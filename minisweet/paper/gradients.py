@@ -23,9 +23,9 @@ from minisweet.base.devices import choose_device, tune_cpu
 from minisweet.base.files import InputError, home, one_line, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.evaluation.plots import new_figure, save_figure
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.runs.folders import Record, load_run, read_record
-from minisweet.use.plots import new_figure, save_figure
 
 SETTINGS = ("task", "model", "exit_layers", "lr", "batch_size", "train_size", "epochs")  # the same for all runs
 

@@ -18,11 +18,11 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.evaluation import goals
+from minisweet.evaluation.answers import load_answers
 from minisweet.evaluation.operating import deal, operating_point
-from minisweet.evaluation.sweep import load_validation
 from minisweet.live import Answers, early_exit
 from minisweet.runs.folders import load_run, read_evaluation
-from minisweet.use import goals
 
 RANGES = goals.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
@@ -96,7 +96,7 @@ class EarlyExitClassifier:
         rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
         layers = evaluation.exit_layers
         if any(value is not None for value in (*goal.values(), sure)):
-            validation = load_validation(run, evaluation, self.record)
+            validation = load_answers(run, evaluation, self.record)
             asked = None if layers == self.record.exit_layers else layers  # evaluate.py --use-exits chose them
             goal = goals.goal_of(validation.metric != "agreement", **goal, sure=sure)
             rule, point = operating_point(validation, goal, deal(validation, self.record.train_texts), asked)

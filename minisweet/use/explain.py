@@ -21,8 +21,9 @@ from minisweet.base.commands import Parser, path_to
 from minisweet.base.devices import autocast
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.data.rows import Examples
+from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.metrics import METRICS
-from minisweet.evaluation.sweep import Validation, load_validation, sweep
+from minisweet.evaluation.sweep import sweep
 from minisweet.live import Answers
 from minisweet.runs.folders import Evaluation, Record, read_evaluation, read_record, read_validation
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
@@ -48,8 +49,8 @@ def main() -> None:
         print_exits(classify, explain(classify, args.text))
         return
     record, evaluation = read_record(args.run), read_evaluation(args.run)
-    validation, rows = load_validation(args.run, evaluation, record), read_validation(args.run, record)
-    write_page(args.html, evaluation, record, rows, validation)
+    answered, rows = load_answers(args.run, evaluation, record), read_validation(args.run, record)
+    write_page(args.html, evaluation, record, rows, answered)
     print(f"written to {args.html}")
 
 
@@ -82,13 +83,13 @@ def print_exits(classify: EarlyExitClassifier, exits: list[tuple[Answer, bool]])
     print(f"\n-> leaves {where} as {one_line(taken.label, 200)}")
 
 
-def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, validation: Validation) -> None:
-    """Write the page, or replace it, whole or not at all. `validation` is what all exits said of `rows`."""
+def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, answered: AnsweredRows) -> None:
+    """Write the page, or replace it, whole or not at all. `answered` is what all exits said of `rows`."""
     point, rule = evaluation.operating_point, ExitRule.from_evaluation(evaluation, record.num_labels)
     asked = [evaluation.exit_layers.index(layer) for layer in point.asked_exits]
-    confidence = rule.confidences(validation.logits, validation.certainty)[asked]  # (asked exits, N)
+    confidence = rule.confidences(answered.logits, answered.certainty)[asked]  # (asked exits, N)
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
-    swept, _ = sweep([(rule, np.arange(len(validation.labels)))], validation, thresholds, asked)
+    swept, _ = sweep([(rule, np.arange(len(answered.labels)))], answered, thresholds, asked)
     data = {
         **{key: swept[key] for key in ("scores", "speedup_ratios")},
         **{key: getattr(record, key) for key in ("task", "method", "depth", "labels")},
@@ -98,11 +99,11 @@ def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Example
         "thresholds": thresholds,
         "lowest": rule.lowest,
         "operating_point": vars(point),
-        "metric": METRICS[validation.metric],
+        "metric": METRICS[answered.metric],
         "sentences": rows.texts(),
-        "predictions": validation.logits[asked].argmax(-1).tolist(),
+        "predictions": answered.logits[asked].argmax(-1).tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidence.tolist()],  # as float32 tells them
-        "right": None if validation.metric == "agreement" else validation.labels.tolist(),
+        "right": None if answered.metric == "agreement" else answered.labels.tolist(),
         "difficulties": rows.difficulties,  # of the toy task
     }
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.

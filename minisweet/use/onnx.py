@@ -23,12 +23,12 @@ from minisweet.adaptive import Exits
 from minisweet.base.commands import Progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.data.text import TokenizedExamples, special_tokens
+from minisweet.evaluation.answers import load_answers
+from minisweet.evaluation.goals import shortfall
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.operating import deal, operating_point
-from minisweet.evaluation.sweep import load_validation
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
-from minisweet.use.goals import shortfall
 from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule
 
 
@@ -61,9 +61,9 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     It is tried on the rows that judge, or on all rows where none does.
     """
     record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.wish
-    validation, examples = load_validation(run, classify.evaluation, record), read_validation(run, record)
-    full_depth, exits = validation.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
-    sides = deal(validation, record.train_texts)  # by the model's labels: who chose its exits does not judge the file
+    answered, examples = load_answers(run, classify.evaluation, record), read_validation(run, record)
+    full_depth, exits = answered.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
+    sides = deal(answered, record.train_texts)  # by the model's labels: who chose its exits does not judge the file
     note = ""
     file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
     if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared
@@ -72,9 +72,9 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
             set_rule(file, 0.0, [math.nan] * k + [1.0] * (len(layers) - k))
             answers.append(one_by_one(file, texts)[0][0])
         logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
-        labels = logits[-1].argmax(-1) if validation.metric == "agreement" else validation.labels
-        validation = validation._replace(logits=logits, labels=labels, exits=exits)
-        classify.rule, point = operating_point(validation, goal, sides, layers)
+        labels = logits[-1].argmax(-1) if answered.metric == "agreement" else answered.labels
+        answered = answered._replace(logits=logits, labels=labels, exits=exits)
+        classify.rule, point = operating_point(answered, goal, sides, layers)
         classify.threshold = point["threshold"]
         set_rule(file, classify.threshold, classify.rule.temperatures.tolist())
         note = shortfall(point, record) or "what is promised holds for this file, against its own full depth"
@@ -103,10 +103,10 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     as_json = {key: json.dumps(value) for key, value in metadata.items()}
     set_model_props(file, as_json | {"tokenizer": classify.tokenizer.to_str()})
 
-    value = score(labels, validation.labels[rows].numpy(), validation.metric)
+    value = score(labels, answered.labels[rows].numpy(), answered.metric)
     costs = dict(zip(layers, exits.costs(classify.threshold), strict=True))
     return file, [
-        f"{len(rows):,} validation rows, one by one: {validation.metric} {value:.1f} with "
+        f"{len(rows):,} validation rows, one by one: {answered.metric} {value:.1f} with "
         f"{np.mean([costs[n] for n in taken]):.1%} of the layers; {differ:,} labels or exits are not the model's",
         f"{changes:,} labels ({changes / len(rows):.1%}) change against the file's full depth, "
         f"{(labels != full_depth[rows]).sum():,} against the model's",

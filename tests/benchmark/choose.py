@@ -18,7 +18,7 @@ from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, list_of, run_command, whole_number
 from minisweet.data.rows import Examples, examples_of, read_rows, write_examples
 from minisweet.data.tasks import TASKS, load_examples
-from minisweet.evaluation.sweep import all_logits
+from minisweet.evaluation.answers import all_logits
 from minisweet.paper.report import cells, table
 from minisweet.runs.folders import load_run, read_validation
 from tests.benchmark import show

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.operating import deal, limit_of, operating_point
-from minisweet.evaluation.sweep import Validation, load_validation
 from minisweet.runs.folders import read_evaluation, read_record
 
 INTERVALS = {"score": "score_interval", "loss": "loss_interval", "speedup_ratio": "speedup_interval"}
@@ -35,7 +35,7 @@ HEADER = (
 )
 
 
-def outcome(pool: Validation, rows: int, times: int, goal: dict, seed: int) -> list[float]:
+def outcome(pool: AnsweredRows, rows: int, times: int, goal: dict, seed: int) -> list[float]:
     """One draw: the true share of the layers and points lost; whether the goal is broken; which intervals held."""
     texts = np.random.default_rng(seed).integers(len(pool.labels), size=rows // times)
     keys = torch.arange(len(texts)).repeat_interleave(times)  # each that is drawn is a text of its own
@@ -51,7 +51,7 @@ def outcome(pool: Validation, rows: int, times: int, goal: dict, seed: int) -> l
     return [truth["speedup_ratio"], truth["loss"], "sure" in goal and missed > limit_of(goal) + 1e-9, *held]
 
 
-def line(name: str, pool: Validation, rows: int, times: int, more: bool, draws: int) -> str:
+def line(name: str, pool: AnsweredRows, rows: int, times: int, more: bool, draws: int) -> str:
     """A line of the table."""
 
     def found(goal: dict) -> tuple[np.ndarray, str]:
@@ -77,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(HEADER + "\n|" + "---|" * (HEADER.count(" | ") + 1))
     for run in args.runs:
-        pool = load_validation(run, read_evaluation(run), read_record(run))
+        pool = load_answers(run, read_evaluation(run), read_record(run))
         for exits, *cell in CELLS:
             exits = exits or list(range(len(pool.logits)))
             layers = [pool.exits.layers[k] for k in exits]

@@ -16,9 +16,9 @@ import numpy as np
 
 from minisweet.base.commands import Parser, list_of, one_of, run_command
 from minisweet.base.files import read_json
+from minisweet.evaluation.plots import COLOURS, label_axes, new_figure, save_figure
 from minisweet.paper.report import cells, table
 from minisweet.runs.folders import EVALUATION
-from minisweet.use.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import RESULTS, show, zero_layer
 from tests.benchmark.zero_layer import RATES
 from tests.benchmark.zero_tables import LAYERS, TASKS

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.files import home, read_json, write_json, written_beside
 from minisweet.data.tasks import load_examples
-from minisweet.evaluation.sweep import LOGITS
+from minisweet.runs.folders import LOGITS
 from tests.benchmark import keep_record
 from tests.benchmark.linear import LINEAR, fit_linear
 from tests.benchmark.zero_tables import TASKS, add_report_options, report

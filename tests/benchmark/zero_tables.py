@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
+from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.metrics import score
-from minisweet.evaluation.sweep import LOGITS, Validation, crossfit, load_validation, sweep
+from minisweet.evaluation.plots import draw_mean, label_axes, new_figure, save_figure, sorted_curve
+from minisweet.evaluation.sweep import crossfit, sweep
 from minisweet.paper.report import cells, table
-from minisweet.runs.folders import read_evaluation, read_record
-from minisweet.use.plots import draw_mean, label_axes, new_figure, save_figure, sorted_curve
+from minisweet.runs.folders import LOGITS, read_evaluation, read_record
 from tests.benchmark import RESULTS, show
 
 TASKS, LEARNT = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte"), ("sst2", "mrpc", "qqp", "qnli")
@@ -36,13 +37,13 @@ SINGLE = {"exit 0": "no", "TF-IDF": "no", **{f"slice of {n}": f"{n}/6" for n in 
 SINGLE |= {"embeddings": "all", "full depth": "all"}  # models without early exit, and the layers that they run
 
 
-def load(records: Path, task: str, seed: int, name: str) -> Validation:
+def load(records: Path, task: str, seed: int, name: str) -> AnsweredRows:
     """What a run said of the validation rows, as evaluate.py kept it."""
     run = records / f"{task}-{seed}-{name}"
-    return load_validation(run, read_evaluation(run), read_record(run))
+    return load_answers(run, read_evaluation(run), read_record(run))
 
 
-def sweep_finely(validation: Validation) -> tuple[np.ndarray, np.ndarray, float]:
+def sweep_finely(validation: AnsweredRows) -> tuple[np.ndarray, np.ndarray, float]:
     """Speedup ratios (P,), sorted, scores (P,), and the area. Thresholds are quantiles: confidences crowd near 1."""
     rule = validation.fit_rule()
     confidence = rule.confidences(validation.logits)[:-1].numpy()
@@ -51,7 +52,7 @@ def sweep_finely(validation: Validation) -> tuple[np.ndarray, np.ndarray, float]
     return *sorted_curve(curve["speedup_ratios"], curve["scores"]), curve["area"]
 
 
-def measure_curve(run: Validation, front: Validation, layers: tuple[int, ...]) -> np.ndarray:
+def measure_curve(run: AnsweredRows, front: AnsweredRows, layers: tuple[int, ...]) -> np.ndarray:
     """Of these exits alone: scores at SHARES, the area, the least share at which 3% change, and scores at GRID."""
     logits = {n: run.logits[k] for k, n in enumerate(run.exits.layers)} | {0: front.logits[0]}
     run = run._replace(logits=torch.stack([logits[n] for n in layers]), exits=run.exits._replace(layers=layers))

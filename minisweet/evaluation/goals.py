@@ -3,7 +3,7 @@
 import math
 
 from minisweet.base.commands import Parser, number
-from minisweet.base.files import one_line
+from minisweet.base.files import one_line, preview
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.operating import PARTS, limit_of
 from minisweet.runs.folders import Record
@@ -107,3 +107,13 @@ def shortfall(point: dict, record: Record) -> str:
         what = what if record.metric == "agreement" else f"labelled {what}"
         reason = f"{texts:,} texts judged, and {needed:,} would do if no answer changed: about {rows:,} {what}"
     return f"nothing faster than full depth can be promised ({promise_of(goal)}); {reason}"
+
+
+def never_right(evaluation: dict, names: list[str]) -> list[str]:
+    """A line on each exit that is never right about a class of five rows or more. `names` are the classes'."""
+    lines, advice = [], "train longer (--epochs), at another --lr, or with --class-weights balanced"
+    for n, report in zip(evaluation["exit_layers"], evaluation["per_class"], strict=True):
+        recalls = zip(names, report["recall"], report["support"], strict=True)
+        if missed := [name for name, recall, support in recalls if recall == 0 and support >= 5]:
+            lines.append(f"the exit after layer {n} never predicts {preview(missed)} rightly: {advice}")
+    return [] if evaluation["metric"] == "agreement" else lines  # there the classes are full depth's own
