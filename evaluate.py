@@ -69,7 +69,7 @@ def main() -> None:
 
 def evaluate(run: Path, args: argparse.Namespace) -> None:
     """Run all exits on the validation rows, and write and print what comes out."""
-    start, device = time.perf_counter(), devices.choose_device(args.device)
+    start, device, run_digest = time.perf_counter(), devices.choose_device(args.device), folders.run_digest(run)
     precision, (model, record) = devices.choose_precision(args.amp, device), folders.load_run(run)
     goal = goals.goal_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
     if args.use_exits:
@@ -95,6 +95,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         "operating_point": point,
         "examples": len(rows.first),
         "dev_digest": digest(rows),
+        "run_digest": run_digest,
         "seconds": round(seconds, 2),
         "device": devices.device_name(device),
         "precision": str(precision or torch.float32),
@@ -103,8 +104,9 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     # Both are written before one is replaced. All this comes before anything is printed, since `| head` may end this
     # process.
     with written_beside(run / folders.EVALUATION) as new, written_beside(run / folders.LOGITS) as logits:
-        save_answers(logits, answered)
+        save_answers(logits, answered, run_digest)
         write_json(new, evaluation)
+        folders.check_digest(run / folders.EVALUATION, folders.run_digest(run), run_digest)  # it may be another by now
     draw_curves(run / folders.CURVE, {str(run): folders.read_evaluation(run)})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)

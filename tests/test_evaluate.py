@@ -8,8 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import evaluate
+from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
 from minisweet.base.files import InputError
 from minisweet.data.tasks import text_digest
@@ -18,7 +21,9 @@ from minisweet.evaluation import answers as answers_module
 from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.goals import never_right
 from minisweet.evaluation.sweep import crossfit, curve_of, sweep
+from minisweet.runs import folders
 from minisweet.runs.folders import load_run, read_evaluation, read_record, read_validation
+from minisweet.use import explain, predict
 from tests.conftest import all_exits
 from tests.test_operating import random_validation
 
@@ -142,17 +147,63 @@ def test_texts_that_were_trained_on_are_counted(copied, command, goal):
         assert ("too few new texts" in out) == (trained is not None)
 
 
-@pytest.mark.parametrize("broken", ["disk", "logits"])
+def test_files_of_another_run_are_refused_and_the_same_run_elsewhere_is_not(copied, run_of, command, caplog):
+    run = copied("sweet")
+    EarlyExitClassifier(run)
+    readers = {
+        "evaluation.json": [(evaluate, "--plot", "a.png"), (evaluate, "--test", run / "validation.jsonl")],
+        "logits.safetensors": [(explain, "--html", "a.html")],
+    }
+    readers["evaluation.json"] += [(predict, run / "validation.jsonl"), (explain, "a"), (explain, "--html", "a.html")]
+    for name, commands in readers.items():
+        shutil.copy(run_of("ee") / name, run / name)
+        for module, *words in commands:
+            status, out, err = command(module, run, *words)
+            assert (status, out, err.count("\n")) == (2, "", 1)
+            assert f"{run / name}: is not of the model beside it; evaluate again: evaluate.py {run}" in err
+        shutil.copy(run_of("sweet") / name, run / name)
+    for name in ("run.json", "model.safetensors"):  # a training that replaced the run
+        shutil.copy(run_of("ee") / name, run / name)
+        with pytest.raises(InputError, match="evaluate again"):
+            read_evaluation(run)
+        shutil.copy(run_of("sweet") / name, run / name)
+    assert caplog.text == ""
+    content = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(content | {"run_digest": None}))
+    EarlyExitClassifier(run)
+    assert "older evaluation" in caplog.text
+
+
+@given(st.integers(1, 40), st.integers(0, 10**6), st.data())
+def test_the_digest_sees_each_byte_of_small_weights_and_each_part_of_large_ones(tmp_path_factory, pages, size, data):
+    run = tmp_path_factory.mktemp("run")
+    (run / "run.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "PAGES", pages)
+        content = bytearray(size)
+        step = max(4096, size // pages)
+        place = data.draw(st.integers(0, size)) if step == 4096 else data.draw(st.integers(0, pages - 1)) * step
+        (run / "model.safetensors").write_bytes(content)
+        before = folders.run_digest(run)
+        content[place : place + 1] = b"x"
+        (run / "model.safetensors").write_bytes(content)
+        assert folders.run_digest(run) != before
+
+
+@pytest.mark.parametrize("broken", ["disk", "logits", "replaced"])
 def test_an_evaluation_that_fails_replaces_nothing(copied, command, monkeypatch, broken):
     run = copied("trunk0")
     before = {path: path.read_bytes() for path in run.iterdir()}
     if broken == "disk":
         monkeypatch.setattr(evaluate, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    elif broken == "replaced":
+        digests = iter("ab")  # at the beginning, and before the files are renamed
+        monkeypatch.setattr(folders, "run_digest", lambda _: next(digests))
     else:
         monkeypatch.setattr(answers_module, "all_logits", lambda *_: (torch.full((2, 200, 2), torch.nan), None))
     status, _, err = command(evaluate, run, "--speed", "0.5")
     assert (status, err.count("\n")) == (2, 1), err
-    assert {"disk": "No space left", "logits": "NaN"}[broken] in err
+    assert {"disk": "No space left", "logits": "NaN", "replaced": "evaluate again"}[broken] in err
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 

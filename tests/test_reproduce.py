@@ -49,7 +49,7 @@ def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), **changes) -> dic
         "metric": "accuracy",
         "exit_layers": [1, 4],
         "exit_scores": [scores[0], scores[-1]],
-        "per_class": [{"confusion_matrix": [[60, 0], [40, 0]]}, {"confusion_matrix": [[50, 10], [10, 30]]}],
+        "per_class": [{"confusions": [[0, 0, 60], [1, 0, 40]]}, {"confusion_matrix": [[50, 10], [10, 30]]}],
         "speedup_ratios": list(ratios),
         "scores": list(scores),
         "area": float(np.mean(scores)),

@@ -9,20 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
-from minisweet.base.files import LOG, InputError
+from minisweet.base.files import LOG, InputError, regular_file
+from minisweet.checkpoint import WEIGHTS
 from minisweet.data.rows import Examples
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.calibration import fit_temperature
 from minisweet.exits import ExitModel
-from minisweet.runs.folders import LOGITS, Evaluation, Record
+from minisweet.runs.folders import LOGITS, Evaluation, Record, check_digest
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long
@@ -141,17 +142,26 @@ def run_exits(
     return AnsweredRows(logits, certainty, labels, text_keys(rows.texts()), metric, exits)
 
 
-def save_answers(path: Path, answered: AnsweredRows) -> None:
-    """Write the tensors of which other goals choose."""
+def save_answers(path: Path, answered: AnsweredRows, run_digest: str) -> None:
+    """Write the tensors, and in the file's metadata of which run they are."""
     tensors = {name: value for name, value in answered._asdict().items() if isinstance(value, Tensor)}
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    path.write_bytes(save(tensors, {"run_digest": run_digest}))
 
 
 def load_answers(run: Path, evaluation: Evaluation, record: Record) -> AnsweredRows:
-    """Read what `save_answers` wrote. Raises InputError where logits.safetensors is missing or broken."""
+    """Read what `save_answers` wrote.
+
+    Raises InputError where logits.safetensors is missing or broken, and where it is of another run than `evaluation`.
+    Records, which have no weights, may have logits of fewer digits in another file.
+    """
     try:
-        tensors = {"certainty": None} | load_file(run / LOGITS)
+        with safe_open(regular_file(run / LOGITS), "pt") as file:
+            tensors = {"certainty": None} | {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            digest = (file.metadata() or {}).get("run_digest")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{run / LOGITS}: not readable ({error}); evaluate again: evaluate.py {run}") from None
+    if (run / WEIGHTS).is_file():
+        check_digest(run / LOGITS, digest, evaluation.run_digest)
     exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
     return AnsweredRows(**tensors, metric=evaluation.metric, exits=exits)

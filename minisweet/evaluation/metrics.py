@@ -33,13 +33,17 @@ def classification_report(predictions: np.ndarray, labels: np.ndarray, num_label
     """How each class fares: predictions (N,) and labels (N,), both class indices, to what JSON can hold.
 
     Returns `precision`, `recall` and `f1` (C), x100 and 0 where undefined; `macro_f1`, the mean over the classes that
-    occur or are predicted; `support` (C), how often each occurs; `confusion_matrix` (C, C), rows by label.
+    occur or are predicted; `support` (C), how often each occurs; `confusions`, [label, prediction, how often] of the
+    pairs that occur, which are at most N.
     """
-    confusion = np.bincount(labels * num_labels + predictions, minlength=num_labels**2).reshape(num_labels, num_labels)
-    right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)  # each (C,)
+    pairs, counts = np.unique(labels * num_labels + predictions, return_counts=True)
+    confusions = np.stack([*divmod(pairs, num_labels), counts], axis=1)  # (pairs, 3)
+    right, support, predicted = (
+        np.bincount(values, minlength=num_labels) for values in (labels[predictions == labels], labels, predictions)
+    )  # each (C,)
     precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
     f1 = 200 * right / np.maximum(support + predicted, 1)
-    per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusion_matrix": confusion}
+    per_class = {"precision": precision, "recall": recall, "f1": f1, "support": support, "confusions": confusions}
     of_all = {"macro_f1": float(f1[support + predicted > 0].mean())}
     return of_all | {name: values.tolist() for name, values in per_class.items()}
 

@@ -41,8 +41,14 @@ def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> 
 
 def with_one_class(record: dict, layers: Sequence[int]) -> list[bool]:
     """Whether each of the exits after these layers gives all validation rows the same answer."""
-    counts = [np.sum(report["confusion_matrix"], axis=0) for report in record["per_class"]]  # rows by class
-    found = {n: np.count_nonzero(of_exit) < 2 for n, of_exit in zip(record["exit_layers"], counts, strict=True)}
+
+    def answers(report: dict) -> int:
+        """How many classes are predicted. Old evaluations have whole matrices, a row for each label."""
+        if "confusion_matrix" in report:
+            return np.count_nonzero(np.sum(report["confusion_matrix"], axis=0))
+        return len({prediction for _, prediction, _ in report["confusions"]})
+
+    found = {n: answers(report) < 2 for n, report in zip(record["exit_layers"], record["per_class"], strict=True)}
     return [found.get(n, False) for n in layers]
 
 

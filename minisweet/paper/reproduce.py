@@ -26,7 +26,7 @@ from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.paper import report
 from minisweet.runs import start
-from minisweet.runs.folders import EVALUATION, is_run, read_record, run_name
+from minisweet.runs.folders import EVALUATION, check_evaluation, is_run, read_record, run_name
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
@@ -62,6 +62,7 @@ class Grid:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
                 evaluation = read_json(folder / EVALUATION)
+                check_evaluation(folder, evaluation.get("run_digest"))
                 if evaluation.get("exit_layers") != record.exit_layers:
                     exits = f"{evaluation.get('exit_layers')} alone, not {record.exit_layers}"
                     raise InputError(f"{folder}: evaluated with the exits {exits}; first: evaluate.py {folder}")

@@ -5,6 +5,7 @@ Dimension letters: K exits, C classes, P thresholds. Scores are in percent, loss
 of the layers; each interval is a 95% interval, its lower and its upper end.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -16,7 +17,7 @@ from typing import Literal
 from safetensors.torch import save
 from torch import nn
 
-from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
+from minisweet.base.files import InputError, read_dataclass, read_json, regular_file, write_json, written_beside
 from minisweet.branches import grow
 from minisweet.checkpoint import OURS, WEIGHTS, load_classifier, load_strict, new_encoder, read_config
 from minisweet.data.rows import Examples, read_examples, write_examples
@@ -27,6 +28,7 @@ from minisweet.ngrams import NgramExit
 
 VALIDATION = "validation.jsonl"
 EVALUATION, LOGITS, CURVE = "evaluation.json", "logits.safetensors", "curve.png"  # evaluate.py writes them
+PAGE, PAGES = 4096, 4096  # bytes, and how many of them at most `run_digest` reads of the weights
 FILES = {"run.json", WEIGHTS, "config.json", VALIDATION, *TOKENIZER_FILES, EVALUATION, LOGITS, CURVE}
 
 
@@ -111,6 +113,7 @@ class Evaluation:
     certainty_ranges: list[list[float]] | None = None  # (K, 2), of learning-to-exit
     operating_point: OperatingPoint
     dev_digest: str
+    run_digest: str | None = None  # see `run_digest`; None in old evaluations
 
 
 def run_name(arguments: dict, in_grid: bool = False) -> str:
@@ -145,20 +148,65 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def read_record(run: Path) -> Record:
-    """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or mistyped."""
-    path = run / "run.json"
+def record_path(run: Path) -> Path:
+    """A run's run.json. Raises InputError where there is none."""
     if not is_run(run):
         raise InputError(f"{run}: no run here (it has no run.json); train one with train.py")
+    return run / "run.json"
+
+
+def read_record(run: Path) -> Record:
+    """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or mistyped."""
+    path = record_path(run)
     content = read_json(path)
     return read_dataclass(Record, path, (content.get("arguments") or {}) | content)
 
 
+def run_digest(run: Path) -> str:
+    """What tells a run from others, in hexadecimal: the SHA-256 of run.json, and of the size and pages of the weights.
+
+    Of up to 16 MiB of weights it reads all, of more 4,096 pages, evenly spaced, so that it takes 0.05 seconds and not
+    one of 440 MB. Another training is another digest; single weights that were changed by hand may not be. Raises
+    InputError for a folder that is no run, or cannot be read.
+    """
+    try:
+        digest = hashlib.sha256(record_path(run).read_bytes())
+        with regular_file(run / WEIGHTS).open("rb", buffering=0) as weights:
+            size = weights.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for place in range(0, size, max(PAGE, size // PAGES)):
+                weights.seek(place)
+                digest.update(weights.read(PAGE))
+    except FileNotFoundError:  # a training that diverged has no weights
+        pass
+    except OSError as error:
+        raise InputError(f"{run}: not readable ({error})") from None
+    return digest.hexdigest()
+
+
+def check_digest(file: Path, found: str | None, wanted: str | None) -> None:
+    """Raise InputError where a file of a run has another digest than it should have."""
+    if found != wanted:
+        raise InputError(f"{file}: is not of the model beside it; evaluate again: evaluate.py {file.parent}")
+
+
+def check_evaluation(run: Path, digest: str | None) -> None:
+    """Raise InputError where an evaluation.json with this digest is of another run. Records without weights pass."""
+    if digest and (run / WEIGHTS).is_file():
+        check_digest(run / EVALUATION, digest, run_digest(run))
+
+
 def read_evaluation(run: Path) -> Evaluation:
-    """Read a run's evaluation.json. Raises InputError where there is none, and for a missing or mistyped key."""
+    """Read a run's evaluation.json.
+
+    Raises InputError where there is none, for a missing or mistyped key, and where it is of another run than the one
+    beside it. Old evaluations, which have no digest, and records without weights pass.
+    """
     if not (run / EVALUATION).is_file():
         raise InputError(f"{run}: has no {EVALUATION}; first: evaluate.py {run}")
-    return read_dataclass(Evaluation, run / EVALUATION)
+    evaluation = read_dataclass(Evaluation, run / EVALUATION)
+    check_evaluation(run, evaluation.run_digest)
+    return evaluation
 
 
 def load_run(run: Path) -> tuple[ExitModel, Record]:

@@ -91,6 +91,8 @@ class EarlyExitClassifier:
         self.precision = choose_precision(amp, self.device)
         model, self.record = load_run(run)
         self.evaluation = evaluation = read_evaluation(run)
+        if evaluation.run_digest is None:
+            LOG.warning("%s: an older evaluation; whether it is of this model cannot be checked: evaluate again", run)
         self.labels, self.pairs = self.record.labels, len(self.record.columns) == 2
         self.certainty_name = "agreement" if self.record.metric == "agreement" else "confidence"  # where it is printed
         rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
