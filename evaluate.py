@@ -11,6 +11,7 @@ exactly. Prints the scores, and writes logits.safetensors, curve.png and evaluat
 
 import argparse
 import time
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 
@@ -20,12 +21,12 @@ import torch
 from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
-from minisweet.base.files import InputError, write_json, written_beside
+from minisweet.base.files import InputError, check_writable, read_dataclass, write_json, written_beside
 from minisweet.data.rows import examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
 from minisweet.evaluation import goals, operating
 from minisweet.evaluation.answers import run_exits, save_answers
-from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.plots import draw_curves
 from minisweet.evaluation.sweep import crossfit, curve_of
 from minisweet.runs import folders
@@ -45,8 +46,8 @@ def main() -> None:
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
     use = "evaluate and use only these exits, such as 0,6 (default: evaluate all, use those worth their cost)"
     option("--use-exits", type=list_of(whole_number(0)), help=use)
-    default = "--max-loss 1; without labels --max-change 3"
-    goals.add_goal_options(parser, f"operating point (default: {default}); it replaces the one that predict uses")
+    default = "the goal of the run's last evaluation, else --max-loss 1, or without labels --max-change 3"
+    goals.add_goal_options(parser, f"goal of the operating point, which others take (default: {default})")
     devices.add_device_options(parser)
     args = parser.parse_args()
     parser.need(args, args.speed is None, "--max-loss or --max-change, since --speed promises nothing", "sure")
@@ -57,6 +58,8 @@ def main() -> None:
     others -= {"test", "device", "amp"}
     parser.need(args, args.test is None, "an evaluation, and --test takes the one that is there", *sorted(others))
     runs = args.runs or [folders.newest_run()]
+    if not args.runs:
+        print(f"{runs[0]}: the newest run under runs/", flush=True)
     devices.tune_cpu()
     if args.plot:
         draw_curves(args.plot, {str(run): folders.read_evaluation(run) for run in runs})
@@ -70,8 +73,12 @@ def main() -> None:
 def evaluate(run: Path, args: argparse.Namespace) -> None:
     """Run all exits on the validation rows, and write and print what comes out."""
     start, device, run_digest = time.perf_counter(), devices.choose_device(args.device), folders.run_digest(run)
+    check_writable(run)
     precision, (model, record) = devices.choose_precision(args.amp, device), folders.load_run(run)
-    goal = goals.goal_of(record.metric != "agreement", args.max_loss, args.speed, args.max_change, args.sure)
+    former = None
+    with suppress(InputError):  # there is none, or it cannot be read
+        former = folders.read_evaluation(run).operating_point
+    goal = goals.goal_of(args, record.metric, former and former.goal)
     if args.use_exits:
         try:
             model = model.keep_exits(args.use_exits)
@@ -107,14 +114,20 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         save_answers(logits, answered, run_digest)
         write_json(new, evaluation)
         folders.check_digest(run / folders.EVALUATION, folders.run_digest(run), run_digest)  # it may be another by now
-    draw_curves(run / folders.CURVE, {str(run): folders.read_evaluation(run)})
+    written = read_dataclass(folders.Evaluation, run / folders.EVALUATION, evaluation)
+    draw_curves(run / folders.CURVE, {str(run): written})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {len(rows.first):,} validation rows")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
-    print_milliseconds(EarlyExitClassifier(run, device=args.device, amp=args.amp), rows.texts())
+    print_milliseconds(EarlyExitClassifier.of(run, model, record, written, device, precision), rows.texts())
     for line in filter(None, [goals.shortfall(point, record), *goals.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
-    print(f"\nwritten to {run / folders.EVALUATION}; predict takes this operating point now. Next:")
+    kept = " (that of the last evaluation)" if former and former.goal == goal else ""
+    print(f"\nwritten to {run / folders.EVALUATION}, by the goal {goals.options_of(goal)}{kept}")
+    if former:
+        asked, by = ", ".join(map(str, former.asked_exits)), goals.options_of(former.goal)
+        print(f"it replaces threshold {former.threshold:.6g}, exits {asked}, by the goal {by}")
+    print("predict takes this operating point now. Next:")
     print(f"  python -m minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")
     print(f"  python evaluate.py {quote(str(run))} --test FILE.csv")
     print(f"  python -m minisweet explain {quote(str(run))} TEXT")
@@ -140,15 +153,17 @@ def print_curve(evaluation: dict) -> None:
 def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
     """Print what a text takes at the operating point and at full depth, from text to label; of some of the texts."""
     texts = texts[:: -(-len(texts) // TIMED)]
+    titles = {"at the operating point": classify.threshold, "at full depth": 1.0}
+    for _ in range(2):  # the first runs are slower, and not the ones that are kept
+        found = {}
+        for title, classify.threshold in titles.items():
+            times = [time.perf_counter()]
+            for batches in ([[text] for text in texts], [texts]):
+                list(map(classify, batches))
+                times.append(time.perf_counter())
+            found[title] = 1000 * np.diff(times) / len(texts)
     print(f"\n{f'milliseconds, {len(texts)} texts':<25}one by one  in batches of {classify.batch_size}")
-    for title, threshold in (("at the operating point", classify.threshold), ("at full depth", 1.0)):
-        classify.threshold = threshold
-        classify(texts)  # the first run is slower
-        times = [time.perf_counter()]
-        for batches in ([[text] for text in texts], [texts]):
-            list(map(classify, batches))
-            times.append(time.perf_counter())
-        one_by_one, in_batches = 1000 * np.diff(times) / len(texts)
+    for title, (one_by_one, in_batches) in found.items():
         print(f"{title:<25}{one_by_one:10.2f}{in_batches:12.2f}")
 
 
@@ -159,7 +174,7 @@ def test(run: Path, args: argparse.Namespace) -> None:
     columns, (_, first) = text_columns(args.test, None, record.columns, option=""), next(read_rows(args.test))
     column = next((name for name in (record.label_column, "label") if name in first), None)
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
-    labelled = record.metric != "agreement"  # else agreement with full depth is stated, and nothing of labels
+    labelled = has_labels(record.metric)  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"
     answers = run_exits(run, record, classify.model, rows, metric, classify.precision)
     found = operating.stated(classify.rule, answers, exits, point.threshold)
@@ -173,12 +188,12 @@ def test(run: Path, args: argparse.Namespace) -> None:
     print(f"{'percent changed':<25}{goals.with_interval(changes, 'loss', 'loss_interval')}")
     if column is None:
         print(f"no column {record.label_column or 'label'}: without labels, only the changes and the share are known")
-    of_promise = changes if "max_change" in point.wish or not labelled else found if column else None
-    if "sure" in point.wish and of_promise and point.threshold < 1:
+    of_promise = changes if "max_change" in point.goal or not labelled else found if column else None
+    if "sure" in point.goal and of_promise and point.threshold < 1:
         held = "which holds here"
-        if of_promise["loss"] > operating.limit_of(point.wish):
+        if of_promise["loss"] > operating.limit_of(point.goal):
             held = "which does not hold here: by chance, or such texts are drawn otherwise than the validation rows"
-        print(f"promised: {goals.promise_of(point.wish)}, {held}")
+        print(f"promised: {goals.promise_of(point.goal)}, {held}")
 
 
 if __name__ == "__main__":

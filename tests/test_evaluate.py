@@ -114,7 +114,7 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert {key for key in before if before[key] != after[key]} <= {"seconds", "device"}
     assert (run / "curve.png").exists()
     point = read_evaluation(run).operating_point
-    assert point.wish == {"max_loss": 1.0, "sure": 70.0}
+    assert point.goal == {"max_loss": 1.0, "sure": 70.0}
     assert f"exits {', '.join(map(str, point.asked_exits))}" in out
     low, high = point.score_interval
     assert f"{point.score:8.2f}   {low:7.2f} to {high:7.2f}" in out
@@ -190,20 +190,25 @@ def test_the_digest_sees_each_byte_of_small_weights_and_each_part_of_large_ones(
         assert folders.run_digest(run) != before
 
 
-@pytest.mark.parametrize("broken", ["disk", "logits", "replaced"])
+@pytest.mark.parametrize("broken", ["disk", "logits", "replaced", "folder"])
 def test_an_evaluation_that_fails_replaces_nothing(copied, command, monkeypatch, broken):
     run = copied("trunk0")
     before = {path: path.read_bytes() for path in run.iterdir()}
     if broken == "disk":
         monkeypatch.setattr(evaluate, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    elif broken == "folder":  # it is said before anything is computed
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+        monkeypatch.setattr(evaluate, "run_exits", None)
     elif broken == "replaced":
-        digests = iter("ab")  # at the beginning, and before the files are renamed
+        digests = iter("aab")  # at the beginning, of the former evaluation, and before the files are renamed
         monkeypatch.setattr(folders, "run_digest", lambda _: next(digests))
     else:
         monkeypatch.setattr(answers_module, "all_logits", lambda *_: (torch.full((2, 200, 2), torch.nan), None))
     status, _, err = command(evaluate, run, "--speed", "0.5")
     assert (status, err.count("\n")) == (2, 1), err
-    assert {"disk": "No space left", "logits": "NaN", "replaced": "evaluate again"}[broken] in err
+    assert {"disk": "No space left", "logits": "NaN", "replaced": "evaluate again", "folder": "(Read-only)"}[
+        broken
+    ] in err
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -217,7 +222,7 @@ def test_without_a_run_it_takes_the_newest_and_passes_no_unfinished_training_ove
     status, _, err = command(evaluate)
     assert (status, err.count("\n"), "runs/new: its training is not finished" in err) == (2, 1, True)
     os.utime(tmp_path / "runs" / ".new.checkpoint", (0, 0))  # older than the run
-    assert f"{run.relative_to(tmp_path)}: " in command(evaluate)[1]
+    assert command(evaluate)[1].startswith(f"{run.relative_to(tmp_path)}: the newest run under runs/\n")
 
 
 @pytest.mark.parametrize("name", ["branch", "pairs", "trunk0", "lte"])
@@ -265,7 +270,7 @@ def test_without_labels_what_is_stated_is_agreement(copied, command, tmp_path):
     status, out, _ = command(evaluate, run, "--sure", "75")
     evaluation = read_evaluation(run)
     assert (status, evaluation.metric) == (0, "agreement")
-    assert evaluation.operating_point.wish == {"max_change": 3.0, "sure": 75.0}
+    assert evaluation.operating_point.goal == {"max_change": 3.0, "sure": 75.0}
     assert re.search(r"^full depth +100.00 +100.00 to +100.00$", out, re.MULTILINE)
     assert "agreement with full depth" in out
     assert "never predicts" not in out

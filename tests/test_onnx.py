@@ -154,7 +154,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, n
     assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
     assert told.pop("file_rows") == len(sides.judging)  # equal texts count as one in `judging_texts`
     assert told.pop("file_changes") == int(changes.split()[0])
-    expected = {"labels": record.labels, "exit_layers": point.asked_exits, "max_length": 32, "goal": point.wish}
+    expected = {"labels": record.labels, "exit_layers": point.asked_exits, "max_length": 32, "goal": point.goal}
     expected |= {"threshold": point.threshold, "certified_for": "model", "pairs": name == "pairs"}
     assert told == expected
 

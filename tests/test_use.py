@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import evaluate
@@ -121,35 +121,59 @@ def test_threads_make_and_share_classifiers(run_of):
         ([["a", "b"]], {}, r"item 0: \['a', 'b'\]"),
         *((texts, {}, r"^texts: .*classify\(\[text\]\)") for texts in ("a text", b"a", None, 5, {"a": 1})),
         ([], {"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
-        ([], {"max_change": 3, "sure": 49}, "^sure: .* from 50 to 99.9$"),
-        ([], {"threshold": 0.75, "max_loss": 1}, "more than one"),
+        *(([], {"run": run}, "^run: .*, should be the path of a run folder$") for run in (None, b"run", 5)),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
         *(([], {"batch_size": size}, "^batch_size: .*, should be") for size in (0, 2.5, "32", None)),
-        *(([], {name: "0.5"}, f"^{name}: '0.5', should be") for name in ("threshold", "speed", "max_loss")),
+        *(([], {"threshold": value}, "^threshold: .*, should be") for value in ("0.5", 1.5, -1, 1j)),
     ],
 )
 def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):
     with pytest.raises(ValueError, match=message):
-        EarlyExitClassifier(run_of("sweet"), **arguments)(texts)
+        EarlyExitClassifier(**{"run": run_of("sweet")} | arguments)(texts)
 
 
-@pytest.mark.parametrize("wish", [{"max_loss": 5.0}, {"speed": 0.5}, {"max_change": 20.0, "sure": 60.0}, {"sure": 80}])
+@pytest.mark.parametrize("goal", [{"max_loss": 5.0, "sure": 80.0}, {"speed": 0.5}, {"max_change": 20.0, "sure": 60.0}])
 @pytest.mark.parametrize("method", ["branch", "lte"])
-def test_a_goal_gives_one_rule_and_threshold_everywhere(run_of, command, tmp_path, wish, method):
-    """evaluate.py with a goal, and the classifier and the commands with that goal, on a run evaluated for another."""
-    run, copied = run_of(method), shutil.copytree(run_of(method), tmp_path / "run")
-    options = [word for name, value in wish.items() for word in (f"--{name.replace('_', '-')}", value)]
-    assert command(evaluate, copied, *options)[0] == 0
-    point = json.loads((copied / "evaluation.json").read_text())["operating_point"]
-    assert wish.items() <= point["wish"].items()
-    theirs, ours = EarlyExitClassifier(copied), EarlyExitClassifier(run, **wish)
-    assert theirs.threshold == ours.threshold == point["threshold"]
-    assert list(theirs.exit_layers) == list(ours.exit_layers) == point["asked_exits"]
-    for name in ("temperatures", "ranges"):
-        torch.testing.assert_close(getattr(theirs.rule, name), getattr(ours.rule, name))
-    out = command(predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]), "--out", tmp_path / "b.csv", *options)[1]
-    assert f"at threshold {point['threshold']:.4g}" in out
-    assert f"threshold {point['threshold']:.4g}" in command(explain, run, "a text", *options)[1]
+def test_who_chooses_chooses_once(run_of, command, tmp_path, goal, method):
+    """The others take evaluate.py's operating point, and evaluate.py keeps the goal until another is named."""
+    run = shutil.copytree(run_of(method), tmp_path / "run")
+    options = [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    for words in (options, [], ["--sure", 80] if "sure" in goal else [], ["--speed", 1]):
+        before = json.loads((run / "evaluation.json").read_text())["operating_point"]
+        status, out, _ = command(evaluate, run, *words)
+        point = json.loads((run / "evaluation.json").read_text())["operating_point"]
+        expected = (
+            goal | {"sure": 80.0} if "--sure" in words[:1] else {"speed": 1.0} if words == ["--speed", 1] else goal
+        )
+        assert (status, point["goal"]) == (0, expected)
+        exits = ", ".join(map(str, before["asked_exits"]))
+        assert f"it replaces threshold {before['threshold']:.6g}, exits {exits}, by the goal --" in out
+        assert ("(that of the last evaluation)" in out) == (point["goal"] == before["goal"])
+        classify = EarlyExitClassifier(run)
+        assert (classify.threshold, classify.exit_layers) == (point["threshold"], point["asked_exits"])
+        out = command(predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]), "--out", tmp_path / "b.csv")[1]
+        assert f"at threshold {point['threshold']:.4g}" in out
+        assert f"threshold {point['threshold']:.4g}" in command(explain, run, "a text")[1]
+    assert "--sure: needs --max-loss or --max-change, since the goal" in command(evaluate, run, "--sure", 90)[2]
+    for module, word in ((predict, tmp_path / "a.csv"), (explain, "a text")):
+        status, out, err = command(module, run, word, *options)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "evaluate.py alone chooses the operating point" in err
+    with pytest.raises(TypeError, match=f"^{next(iter(goal))} is no argument: evaluate.py alone chooses"):
+        EarlyExitClassifier(run, **goal)
+
+
+def test_an_older_evaluation_that_names_its_goal_a_wish_is_read(copy_of):
+    run = copy_of("sweet")
+    path = run / "evaluation.json"
+    path.write_text(path.read_text().replace('"goal": {', '"wish": {'))
+    assert read_evaluation(run).operating_point.goal == {"max_loss": 1.0, "sure": 70.0}
+
+
+def test_a_threshold_may_be_any_real_number(run_of):
+    assert EarlyExitClassifier(run_of("sweet"), Fraction(9, 10))(TEXTS) == EarlyExitClassifier(run_of("sweet"), 0.9)(
+        TEXTS
+    )
 
 
 def test_the_operating_point_is_the_evaluations(copy_of):
@@ -169,14 +193,12 @@ def test_exits_that_were_left_out_by_hand_stay_out(run_of, command, tmp_path):
 
 
 def test_what_a_threshold_does_not_grant_is_told_in_one_line(copy_of, caplog):
-    run = copy_of("sweet", threshold=0.9, wish={"max_change": 30.0, "sure": 90.0})
+    run = copy_of("sweet", threshold=0.9, goal={"max_change": 30.0, "sure": 90.0})
     EarlyExitClassifier(run, 0.9, amp="bf16")
     EarlyExitClassifier(run)
     assert caplog.text == ""
-    EarlyExitClassifier(run, speed=0.1)  # out of reach
     EarlyExitClassifier(run, amp="bf16")  # promised in float32
-    speed, precision = [record.getMessage() for record in caplog.records]
-    assert "speed" in speed
+    (precision,) = [record.getMessage() for record in caplog.records]
     assert "float32" in precision
 
 

@@ -22,6 +22,7 @@ from minisweet.data.rows import Examples
 from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.calibration import fit_temperature
+from minisweet.evaluation.metrics import has_labels
 from minisweet.exits import ExitModel
 from minisweet.runs.folders import LOGITS, Evaluation, Record, check_digest
 
@@ -60,7 +61,7 @@ class AnsweredRows(NamedTuple):
             ranges[: len(self.certainty)] = torch.stack(self.certainty.aminmax(dim=1), dim=1)
             return ExitRule(C, torch.ones(K), ranges)
         temperatures = [fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
-        if self.metric == "agreement":
+        if not has_labels(self.metric):
             temperatures[-1] = 1.0
         return ExitRule(C, torch.tensor(temperatures, dtype=torch.float32))
 

@@ -1,12 +1,13 @@
 """Goals of an operating point: how a person names one, and what he is told of it."""
 
+import argparse
 import math
 
 from minisweet.base.commands import Parser, number
-from minisweet.base.files import one_line, preview
-from minisweet.evaluation.metrics import METRICS
+from minisweet.base.files import InputError, one_line, preview
+from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.operating import PARTS, limit_of
-from minisweet.runs.folders import Record
+from minisweet.runs.folders import GOALS, Record
 
 STATED = (  # of an operating point: a title, the key of the value, and the key of its interval
     ("", "score", "score_interval"),  # the title is the metric's
@@ -18,34 +19,41 @@ STATED = (  # of an operating point: a title, the key of the value, and the key 
 FEW = "so few texts tell little: see how wide the intervals are"
 NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
 CLASSES = 20  # are printed, at most
-RANGES = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "sure": (50, 99.9)}
 
 
-def add_goal_options(parser: Parser, title: str):
-    """Add the options that `goal_of` reads. Returns a function that adds one more that excludes them."""
+def add_goal_options(parser: Parser, title: str) -> None:
+    """Add the options that `goal_of` reads."""
     group = parser.add_argument_group(title)
     option = group.add_mutually_exclusive_group().add_argument
-    option("--max-loss", type=number(*RANGES["max_loss"]), metavar="P", help="the fastest that loses at most P points")
-    option("--speed", type=number(*RANGES["speed"]), metavar="S", help="the slowest within this share of the layers")
+    option("--max-loss", type=number(*GOALS["max_loss"]), metavar="P", help="the fastest that loses at most P points")
+    option("--speed", type=number(*GOALS["speed"]), metavar="S", help="the slowest within this share of the layers")
     change = "the fastest that changes at most P percent of full depth's answers"
-    option("--max-change", type=number(*RANGES["max_change"]), metavar="P", help=change)
+    option("--max-change", type=number(*GOALS["max_change"]), metavar="P", help=change)
     sure = "how sure, in percent, that P holds on new text (--max-loss: 70, --max-change: 90)"
-    group.add_argument("--sure", type=number(*RANGES["sure"]), metavar="S", help=sure)
-    return option
+    group.add_argument("--sure", type=number(*GOALS["sure"]), metavar="S", help=sure)
 
 
-def goal_of(
-    labelled: bool, max_loss: float | None, speed: float | None, max_change: float | None, sure: float | None
-) -> dict[str, float]:
+def goal_of(args: argparse.Namespace, metric: str, former: dict[str, float] | None = None) -> dict[str, float]:
     """The goal: {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}.
 
-    By default at most one point is lost, 70% sure; without labels at most 3% of the answers change, 90% sure.
+    It is the one that `args` name, else the `former` one; else that at most one point is lost, 70% sure, or without
+    labels that at most 3% of the answers change, 90% sure. Raises InputError where --sure would go with a speed.
     """
-    if speed is not None:
-        return {"speed": speed}
-    if max_change is None and (labelled or max_loss is not None):
-        return {"max_loss": 1.0 if max_loss is None else max_loss, "sure": sure or 70.0}
-    return {"max_change": max_change or 3.0, "sure": sure or 90.0}
+    if args.speed is not None:
+        return {"speed": args.speed}
+    if args.max_loss is not None:
+        return {"max_loss": args.max_loss, "sure": args.sure or 70.0}
+    if args.max_change is not None:
+        return {"max_change": args.max_change, "sure": args.sure or 90.0}
+    goal = former or ({"max_loss": 1.0, "sure": 70.0} if has_labels(metric) else {"max_change": 3.0, "sure": 90.0})
+    if args.sure and "sure" not in goal:
+        raise InputError(f"--sure: needs --max-loss or --max-change, since the goal of this run is {options_of(goal)}")
+    return goal | ({"sure": args.sure} if args.sure else {})
+
+
+def options_of(goal: dict[str, float]) -> str:
+    """A goal as evaluate.py takes it."""
+    return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in goal.items())
 
 
 def promise_of(goal: dict[str, float]) -> str:
@@ -57,14 +65,14 @@ def promise_of(goal: dict[str, float]) -> str:
 
 def print_point(point: dict, record: Record, layers: list[int]) -> None:
     """Print the operating point of exits after these `layers`, what is stated, by how many texts, and promised."""
-    asked, goal, labelled = point["asked_exits"], point["wish"], record.metric != "agreement"
+    asked, goal = point["asked_exits"], point["goal"]
     costly = [str(n) for n in layers if n not in asked]
     left_out = f" (left out: {', '.join(costly)}, which cost more than they give)" if costly else ""
     print(f"\noperating point: threshold {point['threshold']:.6g}, exits {', '.join(map(str, asked))}{left_out}")
     print(f"{'on new text':<25}{'stated':>8}   95% interval")
     for title, *keys in STATED:
         print(f"{title or METRICS[record.metric]:<25}" + with_interval(point, *keys))
-    if labelled and len(record.labels) <= CLASSES:
+    if has_labels(record.metric) and len(record.labels) <= CLASSES:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
         for name, *scores, rows in zip(record.labels, *point["per_class"].values(), strict=True):
             print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
@@ -91,7 +99,7 @@ def shortfall(point: dict, record: Record) -> str:
     `point` is `operating_point`'s. The line says how many rows would do if early exit changed no answer: n texts are
     then sure of a share p if (1 - p)^n is at most what is not sure. A point of Matthews correlation is half a percent.
     """
-    goal, texts, share = point["wish"], point["judging_texts"], point["speedup_ratio"]
+    goal, texts, share = point["goal"], point["judging_texts"], point["speedup_ratio"]
     if not point["reached"]:
         return f"--speed {goal['speed']:g} is out of reach; the fastest takes {share:.3f} of the layers"
     if "sure" not in goal or point["threshold"] < 1 or len(record.exit_layers) == 1:
@@ -104,7 +112,7 @@ def shortfall(point: dict, record: Record) -> str:
         rows, what = math.ceil(needed * PARTS / (PARTS - 1)), "validation rows"
         if record.text_columns and not record.dev_data:  # of its own text a share is set aside
             rows, what = math.ceil(rows / record.dev_size), "rows in --data"
-        what = what if record.metric == "agreement" else f"labelled {what}"
+        what = f"labelled {what}" if has_labels(record.metric) else what
         reason = f"{texts:,} texts judged, and {needed:,} would do if no answer changed: about {rows:,} {what}"
     return f"nothing faster than full depth can be promised ({promise_of(goal)}); {reason}"
 
@@ -116,4 +124,4 @@ def never_right(evaluation: dict, names: list[str]) -> list[str]:
         recalls = zip(names, report["recall"], report["support"], strict=True)
         if missed := [name for name, recall, support in recalls if recall == 0 and support >= 5]:
             lines.append(f"the exit after layer {n} never predicts {preview(missed)} rightly: {advice}")
-    return [] if evaluation["metric"] == "agreement" else lines  # there the classes are full depth's own
+    return lines if has_labels(evaluation["metric"]) else []  # without labels the classes are full depth's own

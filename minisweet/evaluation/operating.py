@@ -30,7 +30,7 @@ import numpy as np
 
 from minisweet.adaptive import ExitRule
 from minisweet.evaluation.answers import AnsweredRows
-from minisweet.evaluation.metrics import classification_report, score
+from minisweet.evaluation.metrics import classification_report, has_labels, score
 
 PARTS = 4  # one part of so many chooses
 R = 2000
@@ -77,7 +77,7 @@ def operating_point(
     threshold = 1.0
     if somebody_judges or "speed" in goal:
         threshold, *_ = walk(rule, of_goal[1], goal, exits, thresholds_of(rule, choosers, exits))
-    point = {"threshold": threshold, "asked_exits": [layers[k] for k in exits], "wish": goal}
+    point = {"threshold": threshold, "asked_exits": [layers[k] for k in exits], "goal": goal}
     point |= stated(rule, judges, exits, threshold)
     point["reached"] = point["speedup_ratio"] <= goal.get("speed", math.inf) + 1e-9
     texts = (len(answered.take(rows).keys.unique()) for rows in sides[:2])
@@ -186,7 +186,7 @@ def stated(rule: ExitRule, judges: AnsweredRows, exits: Sequence[int], threshold
     point |= {"speedup_ratio": float(costs.mean()), "macro_f1": report["macro_f1"]}
     point["per_class"] = {key: report[key] for key in ("precision", "recall", "f1", "support")}
     made_up = [RIGHT, WRONG] if threshold == 1 else [LOST, WON]
-    if metric == "agreement":  # full depth is always right there
+    if not has_labels(metric):  # full depth is always right there
         made_up[1] = RIGHT
     labels, full, answers = np.hstack([[labels, full, answers], np.transpose(made_up)])  # (N + 2,) each
     ends = np.array(judges.exits_at(exits).costs(threshold))[[0, -1]]  # of the cheapest exit, and of the most expensive

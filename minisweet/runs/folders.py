@@ -29,6 +29,7 @@ from minisweet.ngrams import NgramExit
 VALIDATION = "validation.jsonl"
 EVALUATION, LOGITS, CURVE = "evaluation.json", "logits.safetensors", "curve.png"  # evaluate.py writes them
 PAGE, PAGES = 4096, 4096  # bytes, and how many of them at most `run_digest` reads of the weights
+GOALS = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "sure": (50, 99.9)}  # lowest, highest
 FILES = {"run.json", WEIGHTS, "config.json", VALIDATION, *TOKENIZER_FILES, EVALUATION, LOGITS, CURVE}
 
 
@@ -90,8 +91,8 @@ class OperatingPoint:
     loss_interval: list[float]
     speedup_ratio: float
     speedup_interval: list[float]
-    reached: bool  # False where no threshold is as fast as `wish` asks
-    wish: dict[str, float]  # {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}
+    reached: bool  # False where no threshold is as fast as `goal` asks
+    goal: dict[str, float]  # {"speed": S}, {"max_loss": P, "sure": S} or {"max_change": P, "sure": S}
     choosing_texts: int | None = None  # how many distinct texts chose; this and the next: None in old evaluations
     judging_texts: int | None = None  # of how many distinct texts all of this is stated
     trained_rows: int | None = None  # how many rows were left out as trained on; None where that cannot be checked
@@ -204,7 +205,11 @@ def read_evaluation(run: Path) -> Evaluation:
     """
     if not (run / EVALUATION).is_file():
         raise InputError(f"{run}: has no {EVALUATION}; first: evaluate.py {run}")
-    evaluation = read_dataclass(Evaluation, run / EVALUATION)
+    content = read_json(run / EVALUATION)
+    point = content.get("operating_point")
+    if isinstance(point, dict) and "wish" in point:  # the goal's name in old evaluations
+        point["goal"] = point["wish"]
+    evaluation = read_dataclass(Evaluation, run / EVALUATION, content)
     check_evaluation(run, evaluation.run_digest)
     return evaluation
 

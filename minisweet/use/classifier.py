@@ -4,11 +4,12 @@ Dimension letters: B texts, K exits, C classes.
 """
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -18,13 +19,12 @@ from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, ch
 from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.evaluation import goals
-from minisweet.evaluation.answers import load_answers
-from minisweet.evaluation.operating import deal, operating_point
+from minisweet.evaluation.metrics import has_labels
+from minisweet.exits import ExitModel
 from minisweet.live import Answers, early_exit
-from minisweet.runs.folders import load_run, read_evaluation
+from minisweet.runs.folders import GOALS, Evaluation, Record, load_run, read_evaluation
 
-RANGES = goals.RANGES | {"threshold": (0, 1), "batch_size": (1, 2**31)}  # from the lowest to the highest value
+CHOOSER = "evaluate.py alone chooses the operating point: give it --max-loss, --max-change or --speed"
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 
 
@@ -50,12 +50,7 @@ class EarlyExitClassifier:
     Args:
         run: the folder of an evaluated run.
         threshold: from 0 to 1, where all texts run to the last exit; up to 1/C (learning-to-exit: 0) all leave at the
-            first. None for the operating point.
-        max_loss, speed, max_change: a goal chooses the threshold instead: the fastest that loses at most so many points
-            to full depth; the slowest that runs at most this share of the layers; or the fastest that changes at most
-            so many percent of full depth's answers.
-        sure: how sure, from 50 to 99.9 percent, it must be that `max_loss` (default 70) or `max_change` (default 90)
-            holds on new text. Alone it goes with evaluate.py's default goal.
+            first. None for the operating point, which evaluate.py alone chooses.
         device, amp: as the commands' --device and --amp.
         batch_size: how many texts run at once.
 
@@ -67,52 +62,58 @@ class EarlyExitClassifier:
         run: str | Path,
         threshold: float | None = None,
         *,
-        max_loss: float | None = None,
-        speed: float | None = None,
-        max_change: float | None = None,
-        sure: float | None = None,
         device: str = "auto",
         amp: str = "auto",
         batch_size: int = 32,
+        **others: object,
     ) -> None:
-        goal = {"max_loss": max_loss, "speed": speed, "max_change": max_change}
-        for name, value in {"threshold": threshold, **goal, "sure": sure, "batch_size": batch_size}.items():
-            low, high = RANGES[name]
-            kind = Integral if name == "batch_size" else Real | None
-            if not isinstance(value, kind) or (value is not None and not low <= value <= high):
-                raise InputError(f"{name}: {value!r:.80}, should be a number from {low} to {high}")
-        if sum(value is not None for value in (threshold, *goal.values())) > 1:
-            raise InputError(f"threshold, {', '.join(goal)}: more than one is given, and each chooses the threshold")
-        if sure is not None and (threshold, speed) != (None, None):
-            raise InputError(f"sure: {sure:g} needs max_loss or max_change; threshold and speed promise nothing")
+        for name in others:
+            raise TypeError(f"{name} is no argument: {CHOOSER}, or pass threshold")
+        if not isinstance(threshold, Real | None) or (threshold is not None and not 0 <= threshold <= 1):
+            raise InputError(f"threshold: {threshold!r:.80}, should be a number from 0 to 1")
+        if not isinstance(batch_size, Integral) or not 1 <= batch_size < 2**31:
+            raise InputError(f"batch_size: {batch_size!r:.80}, should be a whole number from 1 to {2**31 - 1}")
         if amp not in AMP_CHOICES:
             raise InputError(f"amp: {amp!r:.80}, should be one of {', '.join(AMP_CHOICES)}")
-        run, self.batch_size, self.device = Path(run), int(batch_size), choose_device(str(device))
-        self.precision = choose_precision(amp, self.device)
-        model, self.record = load_run(run)
-        self.evaluation = evaluation = read_evaluation(run)
+        if not isinstance(run, str | os.PathLike):
+            raise InputError(f"run: {run!r:.80}, should be the path of a run folder")
+        device, run = choose_device(str(device)), Path(run)
+        precision = choose_precision(amp, device)
+        (model, record), evaluation = load_run(run), read_evaluation(run)
         if evaluation.run_digest is None:
             LOG.warning("%s: an older evaluation; whether it is of this model cannot be checked: evaluate again", run)
-        self.labels, self.pairs = self.record.labels, len(self.record.columns) == 2
-        self.certainty_name = "agreement" if self.record.metric == "agreement" else "confidence"  # where it is printed
-        rule, point = ExitRule.from_evaluation(evaluation, len(self.labels)), vars(evaluation.operating_point)
-        layers = evaluation.exit_layers
-        if any(value is not None for value in (*goal.values(), sure)):
-            validation = load_answers(run, evaluation, self.record)
-            asked = None if layers == self.record.exit_layers else layers  # evaluate.py --use-exits chose them
-            goal = goals.goal_of(validation.metric != "agreement", **goal, sure=sure)
-            rule, point = operating_point(validation, goal, deal(validation, self.record.train_texts), asked)
-            if line := goals.shortfall(point, self.record):
-                LOG.warning("%s", line)
-        if threshold is None:
-            threshold = point["threshold"]
-            was, now = evaluation.precision, str(self.precision or torch.float32)
-            if "sure" in point["wish"] and threshold < 1 and was != now:  # at 1 nothing can change
-                LOG.warning("evaluate.py promised for %s, and not for %s: evaluate again in this precision", was, now)
-        self.threshold, self.exit_layers = threshold, point["asked_exits"]
+        self._deploy(run, model, record, evaluation, device, precision, threshold, int(batch_size))
+
+    @classmethod
+    def of(cls, run: Path, *loaded) -> "EarlyExitClassifier":
+        """The same of what is loaded already: model, record, evaluation, device and precision."""
+        classify = cls.__new__(cls)
+        classify._deploy(run, *loaded)
+        return classify
+
+    def _deploy(
+        self,
+        run: Path,
+        model: ExitModel,
+        record: Record,
+        evaluation: Evaluation,
+        device: torch.device,
+        precision: torch.dtype | None,
+        threshold: float | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self.record, self.evaluation, self.device, self.precision = record, evaluation, device, precision
+        self.batch_size, self.labels, self.pairs = batch_size, record.labels, len(record.columns) == 2
+        self.certainty_name = "confidence" if has_labels(record.metric) else "agreement"  # where it is printed
+        point, layers = evaluation.operating_point, evaluation.exit_layers
+        was, now = evaluation.precision, str(precision or torch.float32)
+        if threshold is None and "sure" in point.goal and point.threshold < 1 and was != now:  # at 1 nothing can change
+            LOG.warning("evaluate.py promised for %s, and not for %s: evaluate again in this precision", was, now)
+        self.threshold = point.threshold if threshold is None else float(threshold)
+        self.exit_layers, rule = point.asked_exits, ExitRule.from_evaluation(evaluation, len(self.labels))
         self.rule = rule.kept([layers.index(n) for n in self.exit_layers])
-        self.model = model.keep_exits(self.exit_layers).to(self.device)
-        self.tokenizer = load_tokenizer(run, self.record.vocab_size, self.record.max_length)
+        self.model = model.keep_exits(self.exit_layers).to(device)
+        self.tokenizer = load_tokenizer(run, record.vocab_size, record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
         """Classify texts, or pairs of them where the run was trained on pairs, in their order.
@@ -157,14 +158,22 @@ class EarlyExitClassifier:
         ]
 
 
+def _chosen_elsewhere(value: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"{CHOOSER}, or name a --threshold")
+
+
 def add_classifier_options(parser: Parser) -> None:
     """Add the options that `classifier_of` reads."""
-    option = goals.add_goal_options(parser, "threshold (default: the operating point of evaluation.json)")
-    option("--threshold", type=number(0, 1), help="leave at this confidence; at 1 all run to the last exit")
-    parser.add_argument("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
+    option = parser.add_argument
+    threshold = "leave at this confidence; at 1 all run to the last exit (default: the operating point)"
+    option("--threshold", type=number(0, 1), help=threshold)
+    option("--batch-size", type=whole_number(1), default=32, help="texts that run at once (default: 32)")
     add_device_options(parser)
+    for name in GOALS:  # which once were options here
+        option(f"--{name.replace('_', '-')}", type=_chosen_elsewhere, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     """The classifier that a command's options ask for."""
-    return EarlyExitClassifier(**{name: getattr(args, name) for name in ("run", "device", "amp", *RANGES)})
+    options = {name: getattr(args, name) for name in ("threshold", "device", "amp", "batch_size")}
+    return EarlyExitClassifier(args.run, **options)

@@ -22,7 +22,7 @@ from minisweet.base.devices import autocast
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.data.rows import Examples
 from minisweet.evaluation.answers import AnsweredRows, load_answers
-from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.sweep import sweep
 from minisweet.live import Answers
 from minisweet.runs.folders import Evaluation, Record, read_evaluation, read_record, read_validation
@@ -103,7 +103,7 @@ def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Example
         "sentences": rows.texts(),
         "predictions": answered.logits[asked].argmax(-1).tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidence.tolist()],  # as float32 tells them
-        "right": None if answered.metric == "agreement" else answered.labels.tolist(),
+        "right": answered.labels.tolist() if has_labels(answered.metric) else None,
         "difficulties": rows.difficulties,  # of the toy task
     }
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.

@@ -25,7 +25,7 @@ from minisweet.base.files import InputError, written_beside
 from minisweet.data.text import TokenizedExamples, special_tokens
 from minisweet.evaluation.answers import load_answers
 from minisweet.evaluation.goals import shortfall
-from minisweet.evaluation.metrics import score
+from minisweet.evaluation.metrics import has_labels, score
 from minisweet.evaluation.operating import deal, operating_point
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
@@ -40,7 +40,7 @@ def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = Fals
     nothing, and where more than one in a hundred of the float32 answers is not the model's.
     """
     classify = EarlyExitClassifier(run, device="cpu")
-    record, goal = classify.record, classify.evaluation.operating_point.wish
+    record, goal = classify.record, classify.evaluation.operating_point.goal
     if record.exit_strategy == "lte" or record.method == "mm":
         what = "learning-to-exit (lte)" if record.exit_strategy == "lte" else "Multi-Model (mm)"
         raise InputError(f"--onnx: {run} is a run of {what}; the file is for one model whose exits have a confidence")
@@ -60,7 +60,7 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
 
     It is tried on the rows that judge, or on all rows where none does.
     """
-    record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.wish
+    record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.goal
     answered, examples = load_answers(run, classify.evaluation, record), read_validation(run, record)
     full_depth, exits = answered.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
     sides = deal(answered, record.train_texts)  # by the model's labels: who chose its exits does not judge the file
@@ -72,7 +72,7 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
             set_rule(file, 0.0, [math.nan] * k + [1.0] * (len(layers) - k))
             answers.append(one_by_one(file, texts)[0][0])
         logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
-        labels = logits[-1].argmax(-1) if answered.metric == "agreement" else answered.labels
+        labels = answered.labels if has_labels(answered.metric) else logits[-1].argmax(-1)
         answered = answered._replace(logits=logits, labels=labels, exits=exits)
         classify.rule, point = operating_point(answered, goal, sides, layers)
         classify.threshold = point["threshold"]

@@ -1,7 +1,7 @@
 """Predict a file of any size, in bounded memory and in its order.
 
     python -m minisweet predict RUN new.csv --out predicted.csv
-    python -m minisweet predict RUN new.jsonl --out predicted.tsv --text-columns subject,body --speed 0.5
+    python -m minisweet predict RUN new.jsonl --out predicted.tsv --text-columns subject,body --threshold 0.9
 
 Each row keeps its columns and gets `label`, `confidence` (`agreement`, with full depth, of a run that was made without
 labels), `exit_layer` (0 is before the first layer) and each label's probability, `p_<label>`. Where the file has such a
