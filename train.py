@@ -29,7 +29,7 @@ from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.answers import all_logits
 from minisweet.exits import ExitModel, exit_loss
-from minisweet.ngrams import fit_ngrams
+from minisweet.ngram_fit import fit_ngrams
 from minisweet.runs.folders import save_run
 from minisweet.runs.resume import Checkpoint, claim_output
 from minisweet.runs.start import TrainingSetup, find_start, parse_arguments
@@ -189,7 +189,13 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
         started = time.perf_counter()
         chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
         batches = [examples.batch(rows).inputs for rows in chunks]
-        fit_ngrams(setup.exit_0, batches, torch.from_numpy(examples.targets), embeddings)
+        try:
+            fit_ngrams(setup.exit_0, batches, torch.from_numpy(examples.targets), embeddings)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            rest = f"--resume --exit-layers {','.join(map(str, setup.layers))}"
+            raise InputError(f"--exit-layers: too little memory to fit exit 0; {rest} goes on without it") from None
         model.add_ngrams(setup.exit_0)
         seconds["exit 0"] = time.perf_counter() - started
     record["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []

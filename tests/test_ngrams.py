@@ -1,14 +1,19 @@
 """Exit 0 sums the right rows of its table, and fitting finds the optimum that an independent implementation finds."""
 
+from collections import Counter
+from itertools import chain
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet import ngrams
+from minisweet import ngram_fit, ngrams
 from minisweet.adaptive import ExitRule, leaves
-from minisweet.ngrams import NgramExit, fit_ngrams
+from minisweet.base.files import InputError
+from minisweet.ngram_fit import check_size, fit_ngrams
+from minisweet.ngrams import NgramExit
 
 V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
 SPECIAL = [PAD, CLS, SEP, UNKNOWN]
@@ -107,13 +112,19 @@ def test_a_text_without_a_known_word_leaves_only_where_all_do(pairs):
             assert (leaves(rule.confidence(0, logits, None), threshold, rule.lowest) == all_leave).all()
 
 
+@pytest.mark.parametrize("are_many", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_fitting_finds_the_optimum(pairs, monkeypatch):
-    """Against autograd on dense matrices in float64. The targets are weighted, as --class-weights weighs them."""
-    monkeypatch.setattr(ngrams, "SCALES", (0.8,))
+def test_fitting_finds_the_optimum(pairs, are_many, monkeypatch):
+    """Against autograd on dense matrices in float64. The targets are weighted, as --class-weights weighs them.
+
+    Where classes are many, units of equal curvature make the way there short, and change no optimum.
+    """
+    monkeypatch.setattr(ngram_fit, "SCALES", (0.8,))
     monkeypatch.setattr(ngrams, "BUCKETS", 64)
     monkeypatch.setattr(ngrams, "COMPONENTS", 3)
-    monkeypatch.setattr(ngrams, "ITERATIONS", 1000)
+    monkeypatch.setattr(ngram_fit, "ITERATIONS", 1000)
+    monkeypatch.setattr(ngram_fit, "MANY", 2 if are_many else 3)
+    monkeypatch.setattr(ngram_fit, "MANY_ITERATIONS", 40)
     texts, C, D = random_texts(30, pairs), 3, 5
     torch.manual_seed(1)
     targets, embeddings = torch.rand(30, C).softmax(-1) * (torch.rand(30, 1) + 0.5), torch.randn(V, D)
@@ -147,7 +158,7 @@ def test_fitting_finds_the_optimum(pairs, monkeypatch):
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         error = F.cross_entropy(logits(), targets.double(), reduction="sum")
-        total = error + sum(part.square().sum() for part in weights[:3]) / (2 * ngrams.STRENGTH)
+        total = error + sum(part.square().sum() for part in weights[:3]) / (2 * ngram_fit.STRENGTH)
         total.backward()
         return total
 
@@ -165,7 +176,35 @@ def test_embeddings_count_where_they_know():
     exit, chosen = NgramExit(V, 2, SPECIAL, pairs=False), []
     for embeddings in (telling, torch.randn(V, 4, generator=generator)):
         chosen.append(fit_ngrams(exit, [encode(*texts)], label[:24], embeddings))
-    assert chosen == [max(ngrams.SCALES), min(ngrams.SCALES)]
+    assert chosen == [max(ngram_fit.SCALES), min(ngram_fit.SCALES)]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_with_many_classes_the_most_frequent_n_grams_alone_are_fitted(pairs, monkeypatch):
+    """Whatever the others do, they have the row of tokens unseen; and what is fitted does not grow with the texts."""
+    monkeypatch.setattr(ngram_fit, "LARGE", 200)
+    C, texts = 20, random_texts(60, pairs)
+    exit, embeddings = NgramExit(V, C, SPECIAL, pairs), torch.randn(V, 4)
+    batches = [encode(*texts)]
+    features = ngram_fit.Features(exit, batches, embeddings)
+    counts = Counter(chain.from_iterable(rows_by_hand(exit, text) for text in texts))
+    assert len(features.used) == 200 // C
+    left_out = counts.keys() - set(features.used.tolist())
+    assert min(counts[row] for row in features.used.tolist()) >= max(counts[row] for row in left_out)
+    fit_ngrams(exit, batches, torch.arange(60) % C, embeddings)
+    pairs_left_out = [row for row in left_out if row >= exit.token_rows]
+    assert pairs_left_out
+    assert (exit.table[pairs_left_out] == 0).all()
+    assert (exit.table[features.used] != 0).any(1).all()
+
+
+def test_more_classes_than_can_be_fitted_are_one_line():
+    """Where the table would be too large, and where the texts' logits would be."""
+    check_size(30522, 1397, False, 6000)
+    check_size(30522, 1000, False, 134_000)
+    for texts, classes in ((6000, 1398), (200_000, 1000)):
+        with pytest.raises(InputError, match=f"^--exit-layers: .* there are {classes:,}; .* without 0$"):
+            check_size(30522, classes, False, texts)
 
 
 @pytest.mark.parametrize("text", [([],), ([], []), ([5], [5])], ids=["empty", "empty pair", "equal texts"])

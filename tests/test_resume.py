@@ -178,3 +178,23 @@ def test_a_full_disk(command, monkeypatch):
         assert command("--out", "c")[0] == 2
     assert (command("--out", "c", "--resume")[0], command.steps) == (0, 0)  # what was trained is not lost
     assert result("c") == result("whole")
+
+
+def test_where_memory_is_too_little_for_exit_0_the_training_goes_on_without_it(command, monkeypatch):
+    """What was trained until then is kept, and the next call does not train it again."""
+    options, fit = ["--method", "sweet", "--exit-layers", "0,2,4"], train.fit_ngrams
+    with monkeypatch.context() as patch:  # where it is known before, nothing is trained
+        patch.setattr("minisweet.ngram_fit.MOST", 100_000)
+        status, _, err = command("--out", "a", *options)
+        assert (status, "--exit-layers: exit 0 can be fitted for at most 1 classes" in err) == (2, True)
+        assert (command.steps, list(Path().glob(".*"))) == (0, [])
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(train, "fit_ngrams", Mock(side_effect=error))
+        status, _, err = command("--out", "a", *options, "--overwrite")
+        line = "--exit-layers: too little memory to fit exit 0; --resume --exit-layers 2,4 goes on without it\n"
+        assert (status, err.endswith(line)) == (2, True)
+    monkeypatch.setattr(train, "fit_ngrams", fit)
+    assert command("--out", "a", *options[:2], "--resume", "--exit-layers", "2,4")[0] == 0
+    assert command.steps == 0
+    assert command("--out", "b", *options[:2], "--exit-layers", "2,4")[0] == 0
+    assert result("a")[0] == result("b")[0]

@@ -81,6 +81,8 @@ class Checkpoint:
         self.started = self.saved = time.perf_counter()
         if args.resume and path.is_file():
             before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
+            if {0, *before["exit_layers"]} == {0, *self.training["exit_layers"]}:
+                before["exit_layers"] = self.training["exit_layers"]  # exit 0 is fitted after all stages
         elif args.resume and is_run(args.out):
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         for key, value in self.training.items():

@@ -18,6 +18,7 @@ from minisweet.data.rows import Examples
 from minisweet.data.tasks import TASKS, add_data_options, digest, load_data, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
+from minisweet.ngram_fit import check_size
 from minisweet.ngrams import NgramExit
 from minisweet.runs.folders import is_run, load_trunk, read_record, run_name, versions
 from minisweet.runs.hub import REPOSITORIES, model_folder
@@ -100,9 +101,11 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     order = np.random.default_rng(args.seed).permutation(len(train.first))
     subset = np.sort(order[: args.train_size])  # with one seed, 500 rows are among the 6,000
     rows, labels, layers = train.take(subset), of_data["labels"], [n for n in exit_layers if n > 0]
-    examples, exit_0 = TokenizedExamples(tokenizer, rows), None
+    pairs, exit_0 = rows.second is not None, None
     if exit_layers[0] == 0:
-        exit_0 = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), rows.second is not None)
+        check_size(config.vocab_size, len(labels), pairs, len(subset))
+        exit_0 = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), pairs)
+    examples = TokenizedExamples(tokenizer, rows)
 
     known = []  # digests of the texts that the trunk was trained on; None for a trunk from elsewhere
     if trunk:
