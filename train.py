@@ -24,11 +24,11 @@ from minisweet import MultiExitModel
 from minisweet.base import devices
 from minisweet.base.commands import Progress, run_command
 from minisweet.base.files import InputError
-from minisweet.branches import build_alone, grow
 from minisweet.checkpoint import WEIGHTS
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.answers import all_logits
 from minisweet.exits import ExitModel, exit_loss
+from minisweet.methods import METHODS, build_alone, grow
 from minisweet.ngram_fit import fit_ngrams
 from minisweet.runs.folders import save_run
 from minisweet.runs.resume import Checkpoint, claim_output
@@ -81,14 +81,14 @@ def fine_tune(
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
     """Add up the gradients of all trained exits' losses. Returns the losses, (K,); of branches (K-1,)."""
-    losses, exits = [], model.exit_by_exit(*batch.inputs)
+    losses, exits, is_ee = [], model.exit_by_exit(*batch.inputs), model.method == "ee"
     for _ in range(model.trained_exits):
         with devices.autocast(batch.input_ids.device, precision):
             losses.append(exit_loss(*next(exits), batch.targets))
-        if model.method != "ee":  # no later loss sends a gradient to this segment, so its activations are freed
+        if not is_ee:  # no later loss sends a gradient to this segment, so its activations are freed
             scaler.scale(losses[-1]).backward()
-    if model.method == "ee":
-        scaler.scale(sum(losses)).backward()
+    if is_ee:
+        scaler.scale(model.sum_losses(losses)).backward()
     return torch.stack(losses).detach()
 
 
@@ -126,36 +126,21 @@ def train_stage(setup: TrainingSetup, checkpoint: Checkpoint, stage: str, model:
     model.cpu()  # frees the device for the next stage
 
 
-def stages(setup: TrainingSetup, model: ExitModel) -> Iterator[tuple[str, MultiExitModel, float]]:
-    """What is trained of a method's model, one after the other: a name, the part of the model, its learning rate.
-
-    A finished trunk stays as it is, but for EE and SWEET: they train its layers further, unless it gets no other exit.
-    """
-    method, rate, is_new = setup.args.method, setup.args.lr, setup.trunk is None
-    if method == "mm":
-        for part in model.models if is_new else model.models[:-1]:
-            yield f"layers {part.exit_layers[0]}", part, rate
-    elif method == "branch" and model.branches:
-        yield "branches", model, 2 * rate
-    elif method in ("sweet", "ee") and (is_new or len(model.heads) > 1):
-        yield method, model, rate
-
-
-def train_model(setup: TrainingSetup, checkpoint: Checkpoint, trunk: MultiExitModel) -> ExitModel:
-    """Train a method's model, which starts from a trunk: a model with one exit at its end, finished or new."""
-    args, examples = setup.args, setup.examples
-    if setup.trunk is None and args.method in ("plain", "branch"):  # the trunk learns for its last exit alone
-        train_stage(setup, checkpoint, "trunk", trunk, args.lr)
+def train_model(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
+    """Train a method's model, which is built from a start (methods.py): a model with one exit, new or finished."""
+    args, examples, is_new, method = setup.args, setup.examples, setup.trunk is None, METHODS[setup.args.method]
+    if is_new and method.keeps_start:  # the plain model, trained for its one exit
+        train_stage(setup, checkpoint, "trunk", start, args.lr)
     if args.targets == "trunk":  # from here on its answers are what is learned, also by exit 0
         precision = devices.choose_precision(args.amp, setup.device)  # that of evaluate.py: on a CPU float32
-        logits, _ = all_logits(trunk.to(setup.device).eval(), examples, precision, "targets")
+        logits, _ = all_logits(start.to(setup.device).eval(), examples, precision, "targets")
         answers = logits[-1].softmax(-1).numpy()  # (N, C)
         examples.targets = balanced(answers, answers.shape[1]) if args.class_weights else answers
-        trunk.cpu()
-    torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
-    model = grow(args.method, trunk, setup.layers, args.exit_strategy)
-    for stage in stages(setup, model):
-        train_stage(setup, checkpoint, *stage)
+        start.cpu()
+    torch.manual_seed(args.seed)  # so that new weights do not depend on where the start is from
+    model = grow(args.method, start, setup.layers, args.exit_strategy)
+    for name, part, times_rate in method.stages(model, is_new):
+        train_stage(setup, checkpoint, name, part, times_rate * args.lr)
     return model
 
 
@@ -166,10 +151,10 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
     if args.class_weights and examples.targets is not None:
         examples.targets = balanced(examples.targets, C)
     torch.manual_seed(args.seed)
-    trunk = setup.trunk or build_alone(setup.folder, setup.layers[-1], C, args.exit_strategy)
-    embeddings = trunk.encoder.word_embeddings.weight.detach().clone()  # before they are trained
+    start = setup.trunk or build_alone(setup.folder, setup.layers[-1], C, args.exit_strategy)
+    embeddings = start.encoder.word_embeddings.weight.detach().clone()  # before they are trained
     try:
-        model = train_model(setup, checkpoint, trunk)
+        model = train_model(setup, checkpoint, start)
     except FloatingPointError as error:
         step = record["diverged"] = error.args[0]
         if devices.process_rank() == 0:
@@ -181,10 +166,9 @@ def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
         raise InputError(f"--lr: {where}; try a lower one") from None
     if devices.process_rank():  # the first process alone fits exit 0 and writes
         return
-    losses = [saved["losses"] for saved in checkpoint.stages.values()]  # of each stage, (steps, its exits)
+    # Of each stage, (steps, its exits). The trunk is trained first, and its exit is the last.
+    losses = [checkpoint.stages[stage]["losses"] for stage in sorted(checkpoint.stages, key="trunk".__eq__)]
     seconds = {stage: saved["seconds"] for stage, saved in checkpoint.stages.items()}
-    if args.method == "branch":
-        losses.reverse()  # the trunk was trained first, and its exit is the last
     if setup.exit_0:
         started = time.perf_counter()
         chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))

@@ -13,9 +13,9 @@ Names and shapes that stay (B batch, T tokens, D hidden size, L layers, K exits,
 
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
-from minisweet.branches import build_multi_model
 from minisweet.checkpoint import load_encoder
 from minisweet.exits import MultiExitModel
+from minisweet.methods import build_multi_model
 from minisweet.ngrams import NgramExit
 from minisweet.use.classifier import EarlyExitClassifier
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ASKING_A_BRANCH = 1 / 6  # of a layer, see `Exits.costs`
+from minisweet.methods import METHODS
+
 MOST_EXITS = 100  # that a rule without temperatures serves
 
 
@@ -44,8 +45,7 @@ class ExitRule:
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
         """Exit k's confidence, k from 0, in some instances: logits (n, C) to (n,), in float32.
 
-        `certainty` is (n,), or None where the exit has none: without learning-to-exit, and at the last of a branch
-        model, which is never asked whether it is right.
+        `certainty` is (n,), of learning-to-exit, or None.
         """
         if certainty is None:
             return (logits.float() / self.temperatures[k]).softmax(-1).amax(-1)
@@ -53,8 +53,8 @@ class ExitRule:
         return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
     def confidences(self, logits: Tensor, certainty: Tensor | None = None) -> Tensor:
-        """All exits' confidences in all instances: logits (K, N, C) and certainties (K or K-1, N) to (K, N)."""
-        of_exit = [None] * len(logits) if certainty is None else [*certainty, None]
+        """All exits' confidences in all instances: logits (K, N, C) and certainties (K, N) to (K, N)."""
+        of_exit = [None] * len(logits) if certainty is None else certainty
         return torch.stack([self.confidence(k, exit_logits, of_exit[k]) for k, exit_logits in enumerate(logits)])
 
     def kept(self, places: Sequence[int]) -> "ExitRule":
@@ -107,8 +107,8 @@ class Exits(NamedTuple):
         Eq. 1 leaves out the exits' heads, exit 0's sum over tokens, and that EE's and SWEET's exits, too, run their
         layer for [CLS] before it runs for all tokens.
         """
-        if self.method == "mm":
-            return [n / self.depth for n in accumulate(self.layers)]
-        asked = ASKING_A_BRANCH if self.method == "branch" and threshold < 1 else 0
-        branches = accumulate((n > 0 for n in self.layers), initial=0)  # before each exit
-        return [(n + k * asked) / self.depth for n, k in zip(self.layers, branches, strict=False)]
+        method = METHODS[self.method]
+        layers = self.layers if method.is_one_model else accumulate(self.layers)
+        in_vain = method.cost_in_vain if threshold < 1 else 0
+        before = accumulate((n > 0 for n in self.layers), initial=0)  # exits with a layer, before each exit
+        return [(n + k * in_vain) / self.depth for n, k in zip(layers, before, strict=False)]

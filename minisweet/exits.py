@@ -114,9 +114,23 @@ class ExitModel(nn.Module):
         self.ngrams: NgramExit | None = None
 
     def add_ngrams(self, ngrams: NgramExit) -> "ExitModel":
-        """Put exit 0, which needs no encoder, in front; returns the model itself."""
+        """Put exit 0, which needs no encoder, in front; returns the model itself.
+
+        Raises ValueError where the other exits learn when to be taken: exit 0 does not.
+        """
+        if self.parts[0].heads[0].lte is not None:
+            raise ValueError("exit 0 has no certainty, and with learning-to-exit every exit has one")
         self.ngrams = ngrams
         return self
+
+    @property
+    def parts(self) -> "list[MultiExitModel]":
+        """The models with an encoder of their own that this one consists of, the last exit's at the end."""
+        return [self]
+
+    def ending_at(self, n: int) -> "MultiExitModel":
+        """The part with the exit after layer n, sharing all weights."""
+        return next(part for part in self.parts if n in part.head_layers)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -158,8 +172,8 @@ class MultiExitModel(ExitModel):
     """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
 
     `exit_layers` increase, counted from 1 as in the paper; the last is where the model ends. `method` is "sweet" or
-    "ee": equal logits from equal weights, and other gradients; or "plain", which `grow` gives one exit alone. With
-    `exit_strategy` "lte" exits learn when to be taken. Raises ValueError for other layers, methods and strategies.
+    "ee": equal logits from equal weights, and other gradients; or "plain", for one exit alone. With `exit_strategy`
+    "lte" exits learn when to be taken. Raises ValueError for other layers, methods and strategies.
     """
 
     def __init__(
@@ -171,7 +185,7 @@ class MultiExitModel(ExitModel):
         exit_strategy: str = "confidence",
     ) -> None:
         super().__init__(exit_layers, num_labels, len(encoder.layers))
-        for value, known in ((method, ("sweet", "ee", "plain")), (exit_strategy, EXIT_STRATEGIES)):
+        for value, known in ((method, ("sweet", "ee", "plain", "branch")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
                 raise ValueError(f"{value!r} is none of {', '.join(known)}")
         self.encoder, self.method = encoder, method
@@ -221,6 +235,10 @@ class MultiExitModel(ExitModel):
         """How many exits training asks, from the first one on."""
         return len(self.heads)
 
+    def sum_losses(self, losses: Sequence[Tensor]) -> Tensor:
+        """EE's one loss: the sum of its exits' losses."""
+        return sum(losses)
+
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """The parameters that training updates, in groups whose gradients are clipped by themselves; here it is one."""
         return [list(self.parameters())]
@@ -235,6 +253,11 @@ class MultiModel(ExitModel):
         exit_layers = [model.head_layers[-1] for model in models]
         super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
         self.models = nn.ModuleList(models)
+
+    @property
+    def parts(self) -> list[MultiExitModel]:
+        """The models, the smallest first."""
+        return list(self.models)
 
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.exits import ExitModel
 from minisweet.layers import checked_inputs
+from minisweet.methods import METHODS
 
 
 class Answers(NamedTuple):
@@ -45,7 +46,7 @@ def early_exit(
     """
     rule, inputs = rule or ExitRule(model.num_labels), checked_inputs(input_ids, attention_mask, token_type_ids)
     last = len(model.exit_layers) - 1
-    first = last if threshold >= 1 and model.method != "mm" else 0  # the exit that is asked first
+    first = last if threshold >= 1 and METHODS[model.method].is_one_model else 0  # the exit that is asked first
     model = model.keep_exits(model.exit_layers[first:])
     lengths = attention_mask.sum(1).clamp(min=1)  # (B,)
     rows = lengths.argsort(descending=True, stable=True)  # similar lengths run together

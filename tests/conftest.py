@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import run_command
-from minisweet.branches import build_alone, grow
 from minisweet.checkpoint import ARCHITECTURES, public_name
 from minisweet.data import toy
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.layers import TransformerEncoder
+from minisweet.methods import build_alone, grow
 
 CHECKOUT = Path(__file__).parent.parent
 SIZES = {
@@ -127,10 +127,9 @@ def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 
 
 
 def all_exits(model: MultiExitModel | MultiModel, batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What all exits say of a batch: logits (K, B, C) and certainties (K or K-1, B), or None."""
+    """What all exits say of a batch: logits (K, B, C) and certainties (K, B), or None."""
     logits, certainty = zip(*model.exit_by_exit(*batch), strict=True)
-    known = [values for values in certainty if values is not None]
-    return torch.stack(logits), torch.stack(known) if known else None
+    return torch.stack(logits), None if None in certainty else torch.stack(certainty)
 
 
 @contextmanager

@@ -81,17 +81,6 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     assert confidence.isfinite().all()  # also of an exit that is equally certain of all
 
 
-def test_an_exit_without_certainty_has_its_highest_probability():
-    certainty = torch.tensor([[0.2, 0.6], [0.3, 0.4]])  # of the first two exits of three
-    logits = torch.randn(3, 2, 2)
-    rule = AnsweredRows(logits, certainty, *[None] * 4).fit_rule()
-    torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.3, 0.4], [0.0, 1.0]]))
-    confidence = rule.confidences(logits, certainty)
-    assert confidence[:2].tolist() == [[0, 1], [0, 1]]
-    assert torch.equal(confidence[2], logits[2].softmax(-1).amax(-1))
-    assert torch.equal(rule.kept([0, 2]).confidences(logits[[0, 2]], certainty[:1]), confidence[[0, 2]])
-
-
 def test_a_rule_scales_each_exit_by_its_own_temperature():
     logits = torch.randn(3, 5, 4)
     for rule in (ExitRule(4), ExitRule(4, torch.rand(3) + 0.5)):

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from minisweet import MultiExitModel, NgramExit, load_encoder
 from minisweet.base.files import home
-from minisweet.branches import METHODS, BranchModel, build_alone, grow
+from minisweet.branches import BranchModel
 from minisweet.checkpoint import public_name
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.live import early_exit
+from minisweet.methods import METHODS, build_alone, grow
 from tests.conftest import CONFIGS, model_of, random_batch, tiny_encoder, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -96,19 +97,17 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
         expected = trunk(*batch)[0]
     state, head = copy.deepcopy(trunk.encoder.state_dict()), copy.deepcopy(trunk.heads[0])
     frozen = grow("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits((4,))
-    with pytest.raises(ValueError, match="the trunk has exits after"):
+    with pytest.raises(ValueError, match="the start has exits after"):
         grow(method, trunk, (1, 3), strategy)
     for start in (frozen, trunk):
         model = grow(method, start, layers, strategy)
         assert (model.method, model.exit_layers, model.training) == (method, layers, False)
-        models = list(model.models) if method == "mm" else [model]
+        models = model.parts
         heads = [head for part in models for head in part.heads]
         for part in heads[:-1]:
             assert torch.equal(part.pooler.weight, head.pooler.weight)
             assert not torch.equal(part.classifier.weight, head.classifier.weight)
-        learns = [strategy == "lte"] * len(layers)
-        learns[-1] &= method != "branch"  # whose last exit nobody asks whether it is right
-        assert [head.lte is not None for head in heads] == learns
+        assert all((head.lte is not None) is (strategy == "lte") for head in heads)
         if method == "branch":
             assert not BranchModel(copy.deepcopy(trunk.encoder).train(), layers, 3).encoder.training  # from the start
             copies = zip(layers, model.branches, strict=False)
@@ -127,7 +126,7 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
 
 
 @settings(max_examples=24, deadline=None)
-@given(model_type=st.sampled_from([*CONFIGS]), method=st.sampled_from(METHODS), seed=st.integers(0, 1000))
+@given(model_type=st.sampled_from([*CONFIGS]), method=st.sampled_from([*METHODS]), seed=st.integers(0, 1000))
 def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
     tmp_path_factory, model_type, method, seed
 ):

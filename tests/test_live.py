@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, exits_taken, spaced_thresholds
-from minisweet.branches import METHODS
 from minisweet.evaluation.answers import AnsweredRows
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
+from minisweet.methods import METHODS
 from tests.conftest import CONFIGS, all_exits, random_batch, undecided_model, write_model
 from tests.test_exits import with_exit_0
 
@@ -19,7 +19,7 @@ from tests.test_exits import with_exit_0
 @settings(max_examples=16, deadline=None)
 @given(
     model_type=st.sampled_from([*CONFIGS]),
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from([*METHODS]),
     strategy=st.sampled_from((*EXIT_STRATEGIES, "exit 0")),
     num_labels=st.integers(2, 3),
     batch_size=st.sampled_from([3, 16]),

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import train
 from minisweet import MultiExitModel
 from minisweet.base.files import InputError, read_json, write_json
-from minisweet.branches import METHODS
 from minisweet.data.rows import Examples
+from minisweet.methods import METHODS
 from minisweet.runs import folders, start
 from minisweet.runs.folders import load_run, load_trunk, read_record, save_run
 from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for

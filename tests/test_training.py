@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from minisweet import MultiExitModel, load_encoder
-from minisweet.branches import METHODS
 from minisweet.data.tasks import load_examples, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.methods import METHODS
 from minisweet.runs.folders import load_run, load_trunk, read_record
 from tests.conftest import in_folder, model_of, quick, random_batch, run, write_model
 from tests.test_checkpoint import write_classifier
@@ -158,6 +159,27 @@ def test_a_run_tells_what_made_it(trained, model_dir, method):
     rows = load_examples("toy", "train", Path()).take(record["subset"])
     assert record["train_texts"] == sorted({*map(text_digest, rows.texts())})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
+
+
+class LastCountsTwice(MultiExitModel):
+    """EE, but the last exit's loss counts twice."""
+
+    def sum_losses(self, losses):
+        return super().sum_losses(losses) + losses[-1]
+
+
+def test_a_row_adds_a_method(trained, command, tmp_path, monkeypatch):
+    """EE's other exits get the same loss and another share of the gradient."""
+    build = partial(LastCountsTwice, method="ee")
+    monkeypatch.setitem(METHODS, "twice", METHODS["ee"]._replace(words="EE, the last loss twice", build=build))
+    model = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.0)
+    for method in ("ee", "twice"):
+        trained(*quick(model, "--method", method, "--out", method))
+        assert command(evaluate, method)[0] == 0
+    (ours, record), ee = load_run(Path("twice")), record_of("ee")
+    assert (record.method, type(ours)) == ("twice", LastCountsTwice)
+    assert np.allclose(record.losses[0], ee["losses"][0])
+    assert not np.allclose(record.losses[1], ee["losses"][1], atol=1e-4)
 
 
 def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_path):

@@ -34,7 +34,7 @@ class AnsweredRows(NamedTuple):
     """What a run's exits said of N rows."""
 
     logits: Tensor  # (K, N, C)
-    certainty: Tensor | None  # (K or K-1, N), of learning-to-exit
+    certainty: Tensor | None  # (K, N), of learning-to-exit
     labels: Tensor  # (N,): the gold ones, or where there are none the last exit's
     keys: Tensor  # (N,), int64, see `text_keys`: equal for equal texts
     metric: str  # of `score`: "agreement" where there are no gold labels
@@ -57,9 +57,7 @@ class AnsweredRows(NamedTuple):
         """
         K, _, C = self.logits.shape
         if self.certainty is not None:
-            ranges = self.certainty.new_tensor([[0.0, 1.0]]).repeat(K, 1)  # also of the exit that has no certainty
-            ranges[: len(self.certainty)] = torch.stack(self.certainty.aminmax(dim=1), dim=1)
-            return ExitRule(C, torch.ones(K), ranges)
+            return ExitRule(C, torch.ones(K), ranges=torch.stack(self.certainty.aminmax(dim=1), dim=1))
         temperatures = [fit_temperature(exit_logits, self.labels) for exit_logits in self.logits]
         if not has_labels(self.metric):
             temperatures[-1] = 1.0
@@ -101,7 +99,7 @@ def text_keys(texts: Sequence) -> Tensor:
 def all_logits(
     model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"
 ) -> tuple[Tensor, Tensor | None]:
-    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, or K-1 of a branch model, N), else None.
+    """All exits' logits (K, N, C) and, of learning-to-exit, certainties (K, N), else None.
 
     `model` is in evaluation mode. Both are float32, on the CPU and in the order of `examples`. Of several processes,
     each takes a share of the batches, and all get the answers for all rows.
@@ -117,8 +115,8 @@ def all_logits(
             rows.append(batch.rows)
             exit_logits, certainty = zip(*model.exit_by_exit(*batch.to(device).inputs), strict=True)
             logits.append(torch.stack([values.float().cpu() for values in exit_logits]))
-            if certainty[0] is not None:  # the last exit of a branch model has none
-                certainties.append(torch.stack([values.float().cpu() for values in certainty if values is not None]))
+            if None not in certainty:
+                certainties.append(torch.stack([values.float().cpu() for values in certainty]))
     gathered = all_gather((rows, logits, certainties))
     rows, logits, certainties = (sum(lists, []) for lists in zip(*gathered, strict=True))
     order = torch.cat(rows).argsort()

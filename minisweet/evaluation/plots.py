@@ -12,13 +12,12 @@ from numpy.typing import ArrayLike
 
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.evaluation.metrics import METRICS
+from minisweet.methods import METHODS
 from minisweet.runs.folders import Evaluation
 
-# One colour per method in all pictures. They are Okabe and Ito's, which the colour-blind can tell apart.
-COLOURS = {"ee": "#0072B2", "sweet": "#D55E00", "mm": "#009E73", "branch": "#CC79A7", "plain": "#000000"}
+COLOURS = {name: method.colour for name, method in METHODS.items()}  # one colour per method in all pictures
 COLOURS |= {"exit 0": "#E69F00", "full depth": "#6E6E6E", "other": "#56B4E9"}
-WORDS = {"ee": "Early-Exit", "sweet": "SWEET", "mm": "Multi-Model", "branch": "branches"}
-WORDS |= {"plain": "plain model with exit 0 in front"}
+WORDS = {name: method.words for name, method in METHODS.items()}
 LINES = ("-", "--", "-.", ":")  # of the curves that share a colour
 MOST = 5  # curves that can be told apart in one picture
 # The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.

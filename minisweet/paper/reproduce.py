@@ -21,9 +21,9 @@ from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
 from minisweet.base.files import CLONE, LOG, InputError, home, read_json, written_beside
-from minisweet.branches import METHODS
 from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES
+from minisweet.methods import METHODS
 from minisweet.paper import report
 from minisweet.runs import start
 from minisweet.runs.folders import EVALUATION, check_evaluation, is_run, read_record, run_name

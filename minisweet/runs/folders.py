@@ -18,12 +18,12 @@ from safetensors.torch import save
 from torch import nn
 
 from minisweet.base.files import InputError, read_dataclass, read_json, regular_file, write_json, written_beside
-from minisweet.branches import grow
 from minisweet.checkpoint import OURS, WEIGHTS, load_classifier, load_strict, new_encoder, read_config
 from minisweet.data.rows import Examples, read_examples, write_examples
 from minisweet.data.tasks import TASKS
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, ExitModel, MultiExitModel
+from minisweet.methods import grow
 from minisweet.ngrams import NgramExit
 
 VALIDATION = "validation.jsonl"
@@ -223,8 +223,8 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
 
     def make() -> ExitModel:
         encoder = new_encoder(replace(config, num_hidden_layers=layers[-1]))
-        trunk = MultiExitModel(encoder, layers[-1:], C, exit_strategy=record.exit_strategy)
-        model = grow(record.method, trunk, layers, record.exit_strategy)
+        start = MultiExitModel(encoder, layers[-1:], C, "plain", record.exit_strategy)
+        model = grow(record.method, start, layers, record.exit_strategy)
         if record.ngrams:
             model.add_ngrams(NgramExit(config.vocab_size, C, [], record.ngrams["pairs"]))
         return model
@@ -241,12 +241,12 @@ def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:
     """A run's model with its last exit alone, or a classifier in the Hugging Face layout; and its labels."""
     if is_run(folder):
         model, record = load_run(folder)
-        model = model.models[-1] if record.method == "mm" else model
+        model = model.parts[-1]
         return model.keep_exits(model.head_layers[-1:]), record.labels
     if not folder.is_dir():
         raise InputError(f"--trunk: {folder} is no folder; should be a run, or a classifier in the Hugging Face layout")
     encoder, classifier, labels = load_classifier(folder)
-    trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels))  # its pooler is the checkpoint's
+    trunk = MultiExitModel(encoder, (len(encoder.layers),), len(labels), "plain")  # its pooler is the checkpoint's
     trunk.heads[0].classifier.load_state_dict(classifier.state_dict())
     return trunk.eval(), labels
 

@@ -11,13 +11,13 @@ import torch
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, positive_float, whole_number
 from minisweet.base.files import InputError
-from minisweet.branches import METHODS
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
 from minisweet.data.rows import Examples
 from minisweet.data.tasks import TASKS, add_data_options, digest, load_data, text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
+from minisweet.methods import METHODS
 from minisweet.ngram_fit import check_size
 from minisweet.ngrams import NgramExit
 from minisweet.runs.folders import is_run, load_trunk, read_record, run_name, versions
@@ -74,7 +74,7 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     add_training_options(parser)
     args = parser.parse_args()
     args.method = args.method or ("plain" if args.trunk or args.data else "sweet")
-    has_trunk = args.trunk or args.method in ("plain", "branch")
+    has_trunk = args.trunk or METHODS[args.method].keeps_start
     parser.need(args, has_trunk, "--trunk or --method branch or plain", "targets")
     parser.need(args, args.data, "--data", "dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")
     parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
@@ -142,17 +142,11 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
 
 
 def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "confidence") -> tuple[int, ...]:
-    """The default exit layers of an encoder of `depth` layers, counted from 1; 0 is exit 0.
-
-    The paper has them for 12 and 24 layers (Sec. 3.2). Other depths take the same shares as 12 layers do.
-    """
-    if method == "plain":
-        return (0, depth)
-    if method == "branch" and exit_strategy == "confidence":
-        return tuple(sorted({0, depth // 2, depth}))
-    if depth == 24:
-        return (1, 6, 12, 24)
-    return tuple(sorted({max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2, 1)}))
+    """The default exit layers of an encoder of `depth` layers, counted from 1; 0 is exit 0."""
+    layers = METHODS[method].exit_layers(depth)
+    if exit_strategy == "lte" and METHODS[method].exits_between:  # exit 0 learns no such thing
+        return METHODS["sweet"].exit_layers(depth)
+    return layers
 
 
 def default_learning_rate(config: Config, task: str | None, method: str) -> float:
@@ -205,8 +199,8 @@ def find_model(
     if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
         raise InputError(f"{wanted}, should increase and end {where}")
-    if method == "plain" and any(exit_layers[:-1]):
-        raise InputError(f"{wanted}, and the method plain has exits 0 and {depth} alone; add --method branch")
+    if METHODS[method].exits_between is None and any(exit_layers[:-1]):
+        raise InputError(f"{wanted}, and the method {method} has exits 0 and {depth} alone; add --method branch")
     if exit_strategy == "lte" and exit_layers[0] == 0:
         raise InputError("--exit-strategy: lte, and exit 0 learns no such thing; leave 0 out, or add --method branch")
     return folder, config, exit_layers

@@ -19,7 +19,7 @@ from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.checkpoint import CLASSIFIERS, public_name
 from minisweet.config import Config
 from minisweet.data.text import load_tokenizer, special_tokens
-from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.exits import MultiExitModel
 from minisweet.runs.folders import load_run, read_record
 
 
@@ -57,7 +57,7 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     layer = model.head_layers[-1] if exit_layer is None else exit_layer
     if layer not in model.head_layers:  # exit 0 has no layers that transformers could load
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
-    model = model.models[model.head_layers.index(layer)] if isinstance(model, MultiModel) else model
+    model = model.ending_at(layer)
     tokenizer = load_tokenizer(run, model.encoder.config.vocab_size, record.max_length)
     with written_beside(out, overwrite=False) as new:
         new.mkdir()

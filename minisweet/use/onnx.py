@@ -27,6 +27,7 @@ from minisweet.evaluation.answers import load_answers
 from minisweet.evaluation.goals import shortfall
 from minisweet.evaluation.metrics import has_labels, score
 from minisweet.evaluation.operating import deal, operating_point
+from minisweet.methods import METHODS
 from minisweet.runs.folders import read_validation, versions
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule
@@ -41,8 +42,9 @@ def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = Fals
     """
     classify = EarlyExitClassifier(run, device="cpu")
     record, goal = classify.record, classify.evaluation.operating_point.goal
-    if record.exit_strategy == "lte" or record.method == "mm":
-        what = "learning-to-exit (lte)" if record.exit_strategy == "lte" else "Multi-Model (mm)"
+    if classify.rule.ranges is not None or not METHODS[record.method].is_one_model:
+        what = METHODS[record.method].words + f" ({record.method})"
+        what = "learning-to-exit (lte)" if classify.rule.ranges is not None else what
         raise InputError(f"--onnx: {run} is a run of {what}; the file is for one model whose exits have a confidence")
     if recertify and "sure" not in goal:
         raise InputError(f"--recertify: {run} has the goal {goal}; should be evaluate.py's --max-loss or --max-change")
