@@ -1,4 +1,4 @@
-"""Fine-tune BERT or DeBERTa with early exits: the paper's SWEET, Early-Exit (ee) and Multi-Model (mm), and ours.
+"""Fine-tune BERT, DeBERTa or MPNet with early exits: the paper's SWEET, Early-Exit (ee) and Multi-Model (mm), and ours.
 
     python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
     python train.py --model bert-base --method sweet --task rte

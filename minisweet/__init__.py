@@ -1,8 +1,8 @@
-"""minisweet: early-exit fine-tuning of BERT and DeBERTa, after "Finding the SWEET Spot" (Rotem et al. 2023).
+"""minisweet: early-exit fine-tuning of BERT, DeBERTa and MPNet, after "Finding the SWEET Spot" (Rotem et al. 2023).
 
 Names and shapes that stay (B batch, T tokens, D hidden size, L layers, K exits, C classes):
 
-    encoder = load_encoder("weights/minilm-l6")                  # BERT or DeBERTa: any folder in Hugging Face's layout
+    encoder = load_encoder("weights/minilm-l6")                  # any folder in Hugging Face's layout
     hidden = encoder(input_ids, attention_mask, token_type_ids)  # L+1 tensors (B, T, D): embeddings, each layer
     model = MultiExitModel(encoder, exit_layers=(1, 2, 3, 6), num_labels=2, method="sweet")  # or "ee"; BranchModel
     logits = model(input_ids, attention_mask, token_type_ids)    # (K, B, C); call model.eval() first to predict

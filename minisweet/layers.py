@@ -1,4 +1,4 @@
-"""What BERT and DeBERTa share: a Transformer layer but for its attention, dropout, padding and first weights.
+"""What BERT, DeBERTa and MPNet share: a Transformer layer but for its attention, dropout, padding and first weights.
 
 An exit reads the first token, [CLS], alone. So a layer can run for that token only:
 
@@ -114,7 +114,7 @@ class TransformerEncoder(nn.Module):
         return tuple(states)
 
     def draw_weights(self) -> None:
-        """Draw random weights as BERT and DeBERTa did before pre-training; `load_encoder` overwrites them."""
+        """Draw random weights as all of them had before pre-training; `load_encoder` overwrites them."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
