@@ -1,4 +1,4 @@
-"""Run the tour, minisweet/tour.ipynb, and compare what comes out with what is stored in it.
+"""Run the tour, minisweet/tour/tour.ipynb, and compare what comes out with what is stored in it.
 
     python .ci/tour.py            # fails where a cell fails, a stored picture is missing, or a table differs
     python .ci/tour.py --store    # runs it, and stores what comes out
@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 CLONE = Path(__file__).parents[1]
-TOUR, RESULTS = CLONE / "minisweet" / "tour.ipynb", CLONE / ".github" / "results"
+TOUR, RESULTS = CLONE / "minisweet" / "tour" / "tour.ipynb", CLONE / ".github" / "results"
 
 
 def printed(cell: NotebookNode) -> tuple[list[str], list[float]]:

@@ -1,4 +1,4 @@
-"""The pictures of the tour, minisweet/tour.ipynb. Letters: K exits, N sentences."""
+"""The pictures of the tour, minisweet/tour/tour.ipynb. Letters: K exits, N sentences."""
 
 from collections.abc import Sequence
 
