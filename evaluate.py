@@ -10,10 +10,15 @@ exactly. Prints the scores, and writes logits.safetensors, curve.png and evaluat
 """
 
 import argparse
+import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported; then see `run_command`
 
 import numpy as np
 import torch

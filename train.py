@@ -8,11 +8,16 @@
 Writes a run folder, which evaluate.py reads. Dimension letters: N instances, K exits, C classes, V words, D hidden.
 """
 
+import os
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from shlex import quote
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported; then see `run_command`
 
 import numpy as np
 import torch

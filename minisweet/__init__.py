@@ -11,6 +11,18 @@ Names and shapes that stay (B batch, T tokens, D hidden size, L layers, K exits,
     model.add_ngrams(NgramExit(...))                             # exit 0, a bag of words: then (K+1, B, C)
 """
 
+import os
+import signal
+import sys
+
+__version__ = "0.1.0"
+
+if (  # it is a command, `minisweet` or `python -m minisweet`; whoever imports it keeps their own Ctrl-C
+    (os.path.basename(sys.argv[0]) == "minisweet" or (sys.argv[0] == "-m" and "minisweet" in sys.orig_argv))
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is imported; then see `run_command`
+
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
 from minisweet.checkpoint import load_encoder

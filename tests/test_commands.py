@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +132,21 @@ def test_a_device_is_there_or_refused(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [["train.py"], ["evaluate.py"], ["-m", "minisweet", "predict", "a", "b"]], ids=str)
+@pytest.mark.parametrize("library", ["multiarray_umath", "libtorch_cpu", "libtorch_python"])
+def test_ctrl_c_while_libraries_are_imported_is_quiet(tmp_path, words, library):
+    words = [CHECKOUT / word if word.endswith(".py") else word for word in words]
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it starts ignored
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": tmp_path, "env": environment}
+    process = subprocess.Popen([sys.executable, *words], preexec_fn=default, **pipes)
+    while library not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert (*process.communicate(), process.returncode) in [(b"", None, 130), (b"interrupted\n", None, 130)]
+
+
+@pytest.mark.slow
 def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_cache(tmp_path):
     shutil.copytree(CHECKOUT / "minisweet", tmp_path / "site" / "minisweet")
     environment = {name: value for name, value in os.environ.items() if name != "MINISWEET_HOME"}
@@ -139,9 +156,9 @@ def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_
         words = [sys.executable, *words]
         return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    code = "from minisweet import EarlyExitClassifier, InputError; from minisweet.base.files import home"
-    done = python("-c", f"{code}; print(home(), issubclass(InputError, ValueError))")
-    assert done.stdout == f"{tmp_path}/user/.cache/minisweet True\n", done.stderr
+    code = "from minisweet import EarlyExitClassifier, InputError, __version__; from minisweet.base.files import home"
+    done = python("-c", f"{code}; print(home(), issubclass(InputError, ValueError), __version__)")
+    assert done.stdout == f"{tmp_path}/user/.cache/minisweet True 0.1.0\n", done.stderr
     assert "usage: minisweet predict " in python("-m", "minisweet", "predict", "--help").stdout
     assert os.listdir(tmp_path) == ["site"]
 

@@ -116,6 +116,8 @@ def run_command(main: Callable[[], None]) -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):  # one that was closed before the start is None: what is printed there is dropped
         setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
