@@ -36,7 +36,7 @@ from minisweet.exits import ExitModel, exit_loss
 from minisweet.methods import METHODS, build_alone, grow
 from minisweet.ngram_fit import fit_ngrams
 from minisweet.runs.folders import save_run
-from minisweet.runs.resume import Checkpoint, claim_output
+from minisweet.runs.resume import SavedTraining, claim_output
 from minisweet.runs.start import TrainingSetup, find_start, parse_arguments
 
 
@@ -47,7 +47,7 @@ def fine_tune(
     learning_rate: float,
     seed: int = 0,
     precision: torch.dtype | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: SavedTraining | None = None,
 ) -> list[list[float]]:
     """Train the parameters of `model.parameter_groups()` (App. A). Returns each step's losses, (steps, K).
 
@@ -120,7 +120,9 @@ def balanced(targets: np.ndarray, num_labels: int) -> np.ndarray:
     return targets * weights[:, None].astype(np.float32)
 
 
-def train_stage(setup: TrainingSetup, checkpoint: Checkpoint, stage: str, model: MultiExitModel, rate: float) -> None:
+def train_stage(
+    setup: TrainingSetup, checkpoint: SavedTraining, stage: str, model: MultiExitModel, rate: float
+) -> None:
     """Fine-tune a model, or a part of one, on all examples for all epochs."""
     args, rows = setup.args, setup.examples
     model.to(setup.device)
@@ -131,7 +133,7 @@ def train_stage(setup: TrainingSetup, checkpoint: Checkpoint, stage: str, model:
     model.cpu()  # frees the device for the next stage
 
 
-def train_model(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitModel) -> ExitModel:
+def train_model(setup: TrainingSetup, checkpoint: SavedTraining, start: MultiExitModel) -> ExitModel:
     """Train a method's model, which is built from a start (methods.py): a model with one exit, new or finished."""
     args, examples, is_new, method = setup.args, setup.examples, setup.trunk is None, METHODS[setup.args.method]
     if is_new and method.keeps_start:  # the plain model, trained for its one exit
@@ -149,7 +151,7 @@ def train_model(setup: TrainingSetup, checkpoint: Checkpoint, start: MultiExitMo
     return model
 
 
-def train_run(setup: TrainingSetup, checkpoint: Checkpoint) -> None:
+def train_run(setup: TrainingSetup, checkpoint: SavedTraining) -> None:
     """Train one run and write its folder."""
     args, record, examples, C = setup.args, setup.record, setup.examples, len(setup.record["labels"])
     print(*setup.notes, *checkpoint.notes, sep="\n")
@@ -200,7 +202,7 @@ def main() -> None:
     devices.tune_cpu()
     with claim_output(args.out, args.resume or args.overwrite) as path:
         setup = find_start(args)
-        checkpoint = Checkpoint(path, args, setup.record)
+        checkpoint = SavedTraining(path, args, setup.record)
         if checkpoint.is_finished:
             print(f"{args.out}: finished already; next: python evaluate.py {quote(str(args.out))}")
         else:

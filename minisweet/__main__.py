@@ -11,6 +11,7 @@ import importlib
 import sys
 
 from minisweet.base.commands import Parser, run_command
+from minisweet.base.devices import tune_cpu
 
 COMMANDS = {
     "predict": "minisweet.use.predict",
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(name).command
     sys.argv = [f"minisweet {command}", *words]
+    tune_cpu()
     run_command(importlib.import_module(COMMANDS[command]).main)
 
 

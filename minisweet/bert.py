@@ -1,7 +1,7 @@
 """BERT's encoder (Devlin et al. 2019, https://arxiv.org/abs/1810.04805), by hand.
 
-Embeddings and L post-norm Transformer layers. There is no pooler here: each exit has its own, see exits.py. What BERT
-and DeBERTa share is in layers.py, where the dimension letters are explained too.
+Embeddings and L post-norm Transformer layers. There is no pooler here: each exit has its own, see exits.py. What all
+encoders share is in layers.py, where the dimension letters are explained too.
 """
 
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class BertLayer(TransformerLayer):
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         (bias,) = context
-        if self.training:  # written out, for a dropout that is fast on a CPU
+        if self.training or self.writes_out:  # in training for a dropout that is fast on a CPU
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))

@@ -176,7 +176,7 @@ def load_strict(
 
     `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
     module's state dict. `to_public` gives the file's name of ours, by default the same. `dropped` are prefixes of names
-    to ignore. Raises InputError, naming each with both shapes, for tensors that do not fit.
+    to ignore. Raises InputError for tensors that do not fit, naming the first five with both shapes.
     """
     slices, problems, tensors = open_weights(path.parent), [], {}
     with torch.device("meta"), _NoInit():

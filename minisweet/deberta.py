@@ -7,7 +7,7 @@ where K and Q are projections of one table of 2k relative positions, which all l
 Q_delta(j,i). The public weights were trained with delta(i,j) in both terms, so that is what is right here.) There are
 no absolute positions and no token types at the input.
 
-What BERT and DeBERTa share is in layers.py. The relative table is part of DeBERTa's context, so that where the gradient
+What all encoders share is in layers.py. The relative table is part of DeBERTa's context, so that where the gradient
 of the context stops, it stops for the table too.
 
 Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, k relative span.

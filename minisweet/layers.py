@@ -62,6 +62,7 @@ class TransformerLayer(nn.Module):
         self.output_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.dropout = Dropout(config.hidden_dropout_prob)
+        self.writes_out = False  # whether `attend` is products and a softmax in evaluation, too, for the ONNX file
 
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...], tokens: int | None = None) -> Tensor:
         """Run the layer for all tokens, or with `tokens` 1 for [CLS] alone: hidden states (B, T, D) to (B, R, D).
@@ -78,7 +79,7 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """Embeddings and layers. Code that uses an encoder needs only these four, and never asks which encoder it is:
+    """Embeddings and layers. Models, training and early exit need only these four, and never ask which encoder it is:
 
     hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1; ids and types are (B, T)
     context = encoder.context(attention_mask)            -> a tuple, what every layer reads beside the hidden states
@@ -88,9 +89,16 @@ class TransformerEncoder(nn.Module):
     Only context[0] has a batch dimension; the other tensors of the context serve all instances.
 
     To add another encoder, such as RoBERTa, write a layer with `attend` and an encoder with `embed` and `context`, in a
-    new file beside bert.py. Then add its config to config.py; its parameters' public names to checkpoint.py, and what
-    use/export.py writes of them; its special tokens to data/text.py; a preset to runs/hub.py. tests/test_encoders.py
-    compares it with transformers.
+    new file beside bert.py. Five places know encoders by name, and learn of it:
+
+    config.py           its config. With a `type_vocab_size` of 0 it reads no token types, and pairs need none; with 1
+                        pairs are refused. `max_tokens`, where positions do not count from 0. Its heads' dropout.
+    checkpoint.py       its parameters' public names; in CLASSIFIERS the two layers of its head, pooler and classifier
+    data/text.py        its special tokens, and how they stand around a pair
+    use/export.py       what transformers must read of it, such as token types
+    runs/               hub.py: a preset; start.py: a batch size or learning rates of its own
+
+    tests/conftest.py makes a tiny one for most tests, and tests/test_encoders.py compares it with transformers.
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s
@@ -114,7 +122,7 @@ class TransformerEncoder(nn.Module):
         return tuple(states)
 
     def draw_weights(self) -> None:
-        """Draw random weights as all of them had before pre-training; `load_encoder` overwrites them."""
+        """Draw random weights as all three did before pre-training; `load_encoder` overwrites them."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)

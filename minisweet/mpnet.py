@@ -3,7 +3,7 @@
 It is BERT with three differences: positions count from 2, there are no token types at the input, and attention scores
 get a bias per head that depends on the distance of two tokens alone (as in T5, https://arxiv.org/abs/1910.10683). All
 layers share the biases' table. It is read for the context, so that where the context's gradient stops, the table's
-does. What MPNet shares with BERT and DeBERTa is in layers.py, where the dimension letters are explained too.
+does. What all encoders share is in layers.py, where the dimension letters are explained too.
 """
 
 import math
@@ -33,7 +33,7 @@ class MPNetLayer(TransformerLayer):
         projected = self.query(hidden[:, :tokens].contiguous()), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         bias = context[0][:, :, :tokens]  # (B, H, R, T)
-        if self.training:  # written out, for a dropout that is fast on a CPU
+        if self.training or self.writes_out:  # in training for a dropout that is fast on a CPU
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -229,3 +230,16 @@ def test_refusals(run_of, tmp_path, command, monkeypatch):
         patch.delitem(sys.modules, "minisweet.use.onnx_graph")
         patch.setitem(sys.modules, "onnxscript", None)
         assert "onnxscript (pip install '.[onnx]')" in refused(run)
+
+
+@pytest.mark.parametrize("former", [logging.NOTSET, logging.INFO, logging.ERROR])
+def test_a_callers_logging_is_as_it_was_also_where_the_export_fails(monkeypatch, former):
+    seen = []
+    monkeypatch.setattr(onnx_graph, "Writer", lambda model: seen.append(logging.root.manager.disable) or 1 / 0)
+    logging.disable(former)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            onnx_graph.export_graph(None, 0.5, [])
+        assert (seen, logging.root.manager.disable) == ([max(former, logging.WARNING)], former)
+    finally:
+        logging.disable(logging.NOTSET)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from minisweet.base.commands import Parser, whole_number
-from minisweet.base.devices import choose_device, tune_cpu
+from minisweet.base.devices import choose_device
 from minisweet.base.files import InputError, home, one_line, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
@@ -72,7 +72,6 @@ def main() -> None:
     option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     args = parser.parse_args()
-    tune_cpu()
     record, *others = records = [read_record(run) for run in args.runs]
     for (run, other), key in product(zip(args.runs[1:], others, strict=True), SETTINGS):
         if (its := getattr(other, key)) != (wanted := getattr(record, key)):

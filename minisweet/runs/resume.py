@@ -66,7 +66,7 @@ def training_of(record: dict) -> dict:
     return options | {key: record.get(key) for key in rest}
 
 
-class Checkpoint:
+class SavedTraining:
     """The checkpoint at `path` of the training that `record` describes.
 
     With --resume it holds the stages that are found there. If there are none, but a finished run is in --out,
@@ -80,7 +80,8 @@ class Checkpoint:
         self.signal = 0  # the number of the signal that came
         self.started = self.saved = time.perf_counter()
         if args.resume and path.is_file():
-            before, self.stages = torch.load(path, map_location="cpu", weights_only=True).values()
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            before, self.stages = saved["training"], saved["stages"]
             if {0, *before["exit_layers"]} == {0, *self.training["exit_layers"]}:
                 before["exit_layers"] = self.training["exit_layers"]  # exit 0 is fitted after all stages
         elif args.resume and is_run(args.out):

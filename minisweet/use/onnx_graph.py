@@ -23,6 +23,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -83,11 +84,11 @@ class Writer:
     """Writes a model's graph, node by node. A value goes by its name."""
 
     def __init__(self, model: MultiExitModel) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        for module in self.model.modules():  # All evaluate but the layers themselves, without their dropout: when it
-            module.training = isinstance(module, TransformerLayer)  # trains, BERT writes its attention out, in fewer
-            # nodes than those of torch's own.
-        encoder, layer, head, ngrams = self.model.encoder, self.model.encoder.layers[0], model.heads[0], model.ngrams
+        self.model = model = copy.deepcopy(model).requires_grad_(False).eval()
+        for module in model.modules():
+            if isinstance(module, TransformerLayer):
+                module.writes_out = True  # in fewer nodes than those of torch's own attention
+        encoder, layer, head, ngrams = model.encoder, model.encoder.layers[0], model.heads[0], model.ngrams
         start = Part(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
         go = Part(lambda layer, hidden, *context: layer(hidden, context), layer)
         ask = Part(lambda layer, head, hidden, *context: head(layer(hidden, context, tokens=1))[0], layer, head)
@@ -177,12 +178,12 @@ class Writer:
         """The whole graph. Beside the file's inputs it has the temperatures (K,)."""
         add, C = self.add, self.model.num_labels
         zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
-        first, last, confidence = (add("Constant", value_ints=[value]) for value in (0, -1, C))
+        start, axis, end = (add("Constant", value_ints=[value]) for value in (0, -1, C))
         # As `leaves` of adaptive.py. At threshold 1 all stay, since 0 was said.
         add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold", outputs=["limit"])
         add("Less", "threshold", one, outputs=["asks"])
         answers = self.from_exit(0, self.go(0, INPUTS))  # (B, C+2)
-        add("Slice", answers, first, confidence, last, outputs=OUTPUTS[:1])
+        add("Slice", answers, start, end, axis, outputs=OUTPUTS[:1])
         add("Gather", answers, add("Constant", value_int=C), axis=1, outputs=OUTPUTS[1:2])
         layer = add("Gather", answers, add("Constant", value_int=C + 1), axis=1)
         add("Cast", layer, to=INT64, outputs=OUTPUTS[2:])
@@ -204,8 +205,10 @@ def export_graph(
     Seven of the eight bits are used: with all of them, products overflow on processors without VNNI. Exit 0 stays as it
     is: it has no products, and one scale for its whole table would change its answers.
     """
-    logging.disable(logging.WARNING)  # the exporters say much about themselves
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    former = logging.root.manager.disable
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as after:
+        after.callback(logging.disable, former)
+        logging.disable(max(former, logging.WARNING))  # the exporters say much about themselves
         warnings.simplefilter("ignore")
         file = inline_local_functions(Writer(model).write())
         optimizer.fold_constants(file)
@@ -219,7 +222,6 @@ def export_graph(
             options |= {"nodes_to_exclude": kept, "extra_options": {"EnableSubgraph": True}}
             quantize_dynamic(file, f"{folder}/int8.onnx", **options)
             file = onnx.load(f"{folder}/int8.onnx")
-    logging.disable(logging.NOTSET)
     for graph in graphs_in(file.graph):  # With shapes ONNX Runtime fuses sums and LayerNorms: batches take longer.
         del graph.value_info[:]
     del file.graph.input[-1]  # temperatures are a constant from here on

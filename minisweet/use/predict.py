@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 from minisweet.base.commands import Parser, Progress, list_of
-from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
 from minisweet.data.rows import all_columns, cell, read_rows, row_writer, text_columns
 from minisweet.use.classifier import add_classifier_options, classifier_of
@@ -33,7 +32,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.out and args.out.resolve() == args.file.resolve():
         raise InputError(f"--out: {args.out} is the input; name another file")
-    tune_cpu()
     classify, left, cut = classifier_of(args), Counter(), 0
     columns, rows = text_columns(args.file, args.text_columns, classify.record.columns), read_rows(args.file)
     theirs = all_columns(args.file)

@@ -11,14 +11,11 @@ from tokenizers import Tokenizer
 PARTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
-def step_of(file: str, tokenizer: str, texts: str, batch: int, **setting: float) -> Callable[[], list]:
-    """What answers all texts in batches, by class and layer (None where the file has one exit).
-
-    `setting` is `threshold`, in place of the file's own.
-    """
+def step_of(file: str, tokenizer: str, texts: str, batch: int, threshold: float | None = None) -> Callable[[], list]:
+    """What answers all texts in batches, by class and layer (None where the file has one exit)."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     encode, rows = Tokenizer.from_file(tokenizer).encode_batch, json.loads(Path(texts).read_text())
-    setting = {name: np.array(value, np.float32) for name, value in setting.items()}
+    setting = {} if threshold is None else {"threshold": np.array(threshold, np.float32)}
 
     def step() -> list:
         answers = []

@@ -34,8 +34,10 @@ from minisweet.runs.folders import load_run, read_validation
 from minisweet.use.export import export
 from tests.benchmark import CHECKOUT, show
 
-LOOP = """
-import json, sys, time
+SIDE = """
+import importlib, json, sys, time
+module, name, arguments = json.loads(sys.argv[1])
+step = getattr(importlib.import_module(f"tests.benchmark.{module}"), name)(*arguments)
 for _ in sys.stdin:
     start = time.perf_counter()
     answers = step()
@@ -121,16 +123,15 @@ def export_theirs(plain: str, file: str, int8: str) -> None:
     quantize_dynamic(file, int8)
 
 
-def take_turns(sides: dict[str, str], turns: int) -> dict[str, tuple[float, list]]:
+def take_turns(sides: dict[str, tuple], turns: int) -> dict[str, tuple[float, list]]:
     """Let each side take its step in turn. Returns its median seconds, after a turn that warms up, and its answers.
 
-    `sides` are calls, as Python source, that make `step`.
+    A side is a module here, a function there that makes `step`, and its arguments, as JSON can hold them.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": CHECKOUT}
     workers, seconds, answers = {}, {side: [] for side in sides}, {}
     for side, call in sides.items():
-        source = f"from tests.benchmark.{call.partition('.')[0]} import *\nstep = {call.partition('.')[2]}\n{LOOP}"
-        workers[side] = subprocess.Popen([sys.executable, "-c", source], **pipes)
+        workers[side] = subprocess.Popen([sys.executable, "-c", SIDE, json.dumps(call)], **pipes)
     for turn in range(turns + 1):
         for side, worker in workers.items():
             print(turn, file=worker.stdin, flush=True)
@@ -147,14 +148,15 @@ def training_table(turns: int) -> str:
     for name in MODELS:
         rows.append([name])
         for setting in settings:
-            sides = {str(is_ours): f"speed.training_step{(is_ours, name, *setting)}" for is_ours in (True, False)}
-            ours, theirs = (1000 * took for took, _ in take_turns(sides, turns).values())
+            sides = {side: ("speed", "training_step", (side == "ours", name, *setting)) for side in ("ours", "theirs")}
+            found = {side: 1000 * took for side, (took, _) in take_turns(sides, turns).items()}
+            ours, theirs = found["ours"], found["theirs"]
             rows[-1].append(f"{theirs:.0f}, {ours:.0f}: {theirs / ours:.2f}")
     head = ["model", *(f"{T} tokens, {'bfloat16' if bf16 else 'float32'}" for T, bf16 in settings)]
     return table("A training step: milliseconds of transformers, of ours, and times as fast", head, rows)
 
 
-def text_table(title: str, sides: dict[str, str], gold: list[int], depth: int, turns: int) -> str:
+def text_table(title: str, sides: dict[str, tuple], gold: list[int], depth: int, turns: int) -> str:
     """Of each side: milliseconds of a text, beside the first side's, accuracy, and the share of the layers."""
     rows, found = [], take_turns(sides, turns)
     for side, (took, answers) in found.items():
@@ -187,19 +189,18 @@ def main() -> None:
         export(run, Path(plain))
         export_theirs(plain, f"{theirs}-float32.onnx", f"{theirs}-int8.onnx")
         for kind in ("float32", "bfloat16"):
-            batches[f"transformers, {kind}"] = f"speed.their_texts{(plain, texts, kind == 'bfloat16')}"
+            batches[f"transformers, {kind}"] = "speed", "their_texts", (plain, texts, kind == "bfloat16")
         for kind in ("float32", "int8"):
             file = f"{theirs}-{kind}.onnx"
-            batches[f"ONNX Runtime, {kind}"] = f"onnx_side.step_of{(file, words, texts, 32)}"
-            files[f"full model, {kind}"] = f"onnx_side.step_of{(file, words, texts, 1)}"
+            batches[f"ONNX Runtime, {kind}"] = "onnx_side", "step_of", (file, words, texts, 32)
+            files[f"full model, {kind}"] = "onnx_side", "step_of", (file, words, texts, 1)
             file = Path(f"{ours}-{kind}.onnx")
             export_onnx(run, file, int8=kind == "int8", recertify=kind == "int8")
             for point, threshold in ({"exit 0 alone": 0.0} | points).items():
-                setting = "" if threshold is None else f", threshold={threshold}"
-                call = f"onnx_side.step_of({str(file)!r}, {words!r}, {texts!r}, 1{setting})"
+                call = "onnx_side", "step_of", (str(file), words, texts, 1, threshold)
                 files[f"the file that leaves early, {kind}, {point}"] = call
         for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
-            batches[f"ours, {kind}, {point}"] = f"speed.our_texts{(str(run), texts, amp, threshold)}"
+            batches[f"ours, {kind}, {point}"] = "speed", "our_texts", (str(run), texts, amp, threshold)
         made = {"a training step": training_table(args.turns)}
         for name, sides in {"texts in batches": batches, "one file": files}.items():
             title = (
