@@ -26,7 +26,7 @@ import torch
 from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
-from minisweet.base.files import InputError, check_writable, read_dataclass, write_json, written_beside
+from minisweet.base.files import InputError, check_writable, counted, read_dataclass, write_json, written_beside
 from minisweet.data.rows import examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
 from minisweet.evaluation import goals, operating
@@ -94,7 +94,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     if devices.process_rank():  # the first process alone writes
         return
     seconds, layers, folds = time.perf_counter() - start, list(answered.exits.layers), crossfit(answered)
-    sides = operating.deal(answered, record.train_texts)
+    sides = operating.deal(answered, record.train_tokens)
     rule, point = operating.operating_point(answered, goal, sides, args.use_exits)
     thresholds = spaced_thresholds(args.thresholds, rule.lowest)
     evaluation = {
@@ -121,7 +121,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         folders.check_digest(run / folders.EVALUATION, folders.run_digest(run), run_digest)  # it may be another by now
     written = read_dataclass(folders.Evaluation, run / folders.EVALUATION, evaluation)
     draw_curves(run / folders.CURVE, {str(run): written})
-    print(f"{run}: {record.model}, {record.method}, {record.task}, {len(rows.first):,} validation rows")
+    print(f"{run}: {record.model}, {record.method}, {record.task}, {counted(len(rows.first), 'validation row')}")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
     print_milliseconds(EarlyExitClassifier.of(run, model, record, written, device, precision), rows.texts())
@@ -167,7 +167,8 @@ def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
                 list(map(classify, batches))
                 times.append(time.perf_counter())
             found[title] = 1000 * np.diff(times) / len(texts)
-    print(f"\n{f'milliseconds, {len(texts)} texts':<25}one by one  in batches of {classify.batch_size}")
+    title = f"milliseconds, {counted(len(texts), 'text')}"
+    print(f"\n{title:<25}one by one  in batches of {classify.batch_size}")
     for title, (one_by_one, in_batches) in found.items():
         print(f"{title:<25}{one_by_one:10.2f}{in_batches:12.2f}")
 
@@ -182,10 +183,20 @@ def test(run: Path, args: argparse.Namespace) -> None:
     labelled = has_labels(record.metric)  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"
     answers = run_exits(run, record, classify.model, rows, metric, classify.precision)
+    is_known, total = operating.trained_on(answers, record.train_tokens), counted(len(rows.first), "row")
+    if is_known.all():
+        raise InputError(f"{args.test}: {total}, all of which were trained on, and do not count; name other rows")
+    answers = answers.take(np.flatnonzero(~is_known))
     found = operating.stated(classify.rule, answers, exits, point.threshold)
     changes = operating.stated(classify.rule, answers.against_full_depth(), exits, point.threshold)
-    skipped = f", {rows.empty:,} empty ones skipped" if rows.empty else ""
-    print(f"{run} at threshold {point.threshold:.6g}: {len(rows.first):,} rows of {args.test}{skipped}\n")
+    skipped = f", empty and skipped: {rows.empty:,}" if rows.empty else ""
+    print(f"{run} at threshold {point.threshold:.6g}: {total} of {args.test}{skipped}")
+    if record.train_tokens is None:
+        print(goals.UNCHECKED)
+    elif count := is_known.sum():
+        were, do = ("was", "does") if count == 1 else ("were", "do")
+        print(f"{count:,} of these {total} {were} trained on, and {do} not count")
+    print()
     print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
         stated = goals.with_interval(vars(point), key, interval) if labelled or key == "speedup_ratio" else ""

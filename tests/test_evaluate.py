@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+from itertools import permutations
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,19 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
+import train
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
 from minisweet.base.files import InputError
-from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import answers as answers_module
 from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.goals import never_right
+from minisweet.evaluation.operating import trained_on
 from minisweet.evaluation.sweep import crossfit, curve_of, sweep
 from minisweet.runs import folders
 from minisweet.runs.folders import load_run, read_evaluation, read_record, read_validation
 from minisweet.use import explain, predict
-from tests.conftest import all_exits
+from tests.conftest import WORDS, all_exits, write_model
 from tests.test_operating import random_validation
 
 
@@ -92,7 +95,7 @@ def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
         else:
             assert validation.certainty is certainty is None
     assert validation.labels.tolist() == rows.labels
-    assert [f"{key % 2**64:016x}" for key in validation.keys.tolist()] == [*map(text_digest, rows.texts())]
+    assert validation.keys.tolist() == examples.keys().tolist()
     saved = json.loads((run / "evaluation.json").read_text())
     curve, _ = sweep(crossfit(validation), validation, saved["thresholds"])
     assert curve.items() <= saved.items()
@@ -136,15 +139,46 @@ def test_an_older_evaluation_can_still_be_read_and_a_broken_one_not(copied):
 @pytest.mark.parametrize("goal", ["--max-change 50", "--speed 0.5"])
 def test_texts_that_were_trained_on_are_counted(copied, command, goal):
     run = copied("sweet")
-    record, texts = json.loads((run / "run.json").read_text()), read_validation(run, read_record(run)).texts()
-    for trained, words in (
-        (None, "trained on these texts cannot be checked"),
-        (list(map(text_digest, texts)), f"{len(texts)} of the rows were trained on, and neither chose nor judged"),
+    record = json.loads((run / "run.json").read_text())
+    keys = load_answers(run, read_evaluation(run), read_record(run)).keys.tolist()
+    for trained, words, line in (
+        (None, "trained on these texts cannot be checked", "trained on these texts cannot be checked"),
+        (keys[:1], " of the rows w", f"{keys.count(keys[0])} of these 200 rows w"),
+        (keys, "200 of the rows were trained on, and neither chose nor judged", "200 rows, all of which were trained"),
     ):
-        (run / "run.json").write_text(json.dumps(record | {"train_texts": trained}))
+        (run / "run.json").write_text(json.dumps(record | {"train_tokens": trained}))
         _, out, _ = command(evaluate, run, *goal.split())
         assert words in out
-        assert ("too few new texts" in out) == (trained is not None)
+        assert ("too few new texts" in out) == (trained is keys)
+        status, out, err = command(evaluate, run, "--test", run / "validation.jsonl")
+        assert (status, err.count("\n")) == ((2, 1) if trained is keys else (0, 0))
+        assert line in out + err
+    del record["train_tokens"]  # as in an old run
+    (run / "run.json").write_text(json.dumps(record | {"train_texts": ["0123456789abcdef"]}))
+    assert "trained on these texts cannot be checked" in command(evaluate, run)[1]
+
+
+@pytest.mark.parametrize("kind", ["blanks", "case", "beyond the cut"])
+def test_texts_that_the_model_cannot_tell_apart_promise_nothing(command, tmp_path, kind):
+    """100 texts of random labels, each in eight forms that read the same: those set aside cannot be known."""
+    draw, lines = Random(0), ["text,label"]
+    for words in draw.sample([*permutations(WORDS, 3)], 100):
+        text, label = " ".join(words), draw.choice("ab")
+        for n in range(8):
+            capital = "".join(c.upper() if n >> k & 1 else c for k, c in enumerate(text))
+            lines.append({"blanks": text + " " * n, "case": capital}.get(kind, f"{text} the the the {n}") + f",{label}")
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    model = write_model(tmp_path / "tiny", "bert")
+    assert (
+        command(train, "--model", model, "--data", "own.csv", "--epochs", 1, "--max-length", 8, "--out", "run")[0] == 0
+    )
+    assert command(evaluate, "run")[0] == 0
+    point = read_evaluation(tmp_path / "run").operating_point
+    assert (point.choosing_texts, point.judging_texts, point.trained_rows) == (5, 15, 0)
+    low, high = point.score_interval
+    assert low < 60
+    assert high - low > 30
+    assert point.threshold == 1
 
 
 def test_files_of_another_run_are_refused_and_the_same_run_elsewhere_is_not(copied, run_of, command, caplog):
@@ -249,10 +283,11 @@ def test_a_file_without_labels_shows_changes_and_whether_the_promise_holds(copie
     answers = load_answers(run, evaluation, read_record(run))
     rule = ExitRule.from_evaluation(evaluation, 2)
     _, (early,), _ = answers.decide_at(rule, [0, 1], [evaluation.operating_point.threshold])
-    changes = early != answers.logits[-1].argmax(-1).numpy()
+    is_new = ~trained_on(answers, read_record(run).train_tokens)  # else it does not count
+    rows, changes = np.array(rows)[is_new], (early != answers.logits[-1].argmax(-1).numpy())[is_new]
     assert changes.any()
     for kind, which, words in (("all", slice(None), "which holds here"), ("changed", changes, "does not hold here")):
-        texts = [{"text": row["text"]} for row in np.array(rows)[which]]
+        texts = [{"text": row["text"]} for row in rows[which]]
         (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
         status, out, err = command(evaluate, run, "--test", tmp_path / f"{kind}.jsonl")
         assert (status, err) == (0, "")

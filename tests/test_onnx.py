@@ -149,7 +149,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, n
     run, file = run_of(name), tmp_path / "tickets.onnx"
     first, rows, changes, *_ = onnx.export_onnx(run, file)
     evaluation, record, told = read_evaluation(run), read_record(run), told_by(file)
-    point, sides = evaluation.operating_point, deal(load_answers(run, evaluation, record), record.train_texts)
+    point, sides = evaluation.operating_point, deal(load_answers(run, evaluation, record), record.train_tokens)
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert "; 0 labels or exits are not the model's" in rows
     assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
@@ -195,7 +195,7 @@ def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, comma
     _, temperatures = rules[-1]
     logits = torch.tensor(np.log(said[:2]) * np.array(temperatures)[:, None, None])  # (2, N, C)
     assert told["exit_layers"] == [0, 4]
-    sides = deal(validation, record.train_texts)
+    sides = deal(validation, record.train_tokens)
     labels = logits[-1].argmax(-1) if record.metric == "agreement" else validation.labels
     validation = validation._replace(logits=logits, labels=labels, exits=Exits([0, 4], record.depth, record.method))
     rule, point = operating_point(validation, told["goal"], sides, [0, 4])

@@ -12,7 +12,7 @@ import torch
 from minisweet.adaptive import Exits, exits_taken
 from minisweet.data.rows import Examples
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.answers import AnsweredRows, text_keys
+from minisweet.evaluation.answers import AnsweredRows
 from minisweet.use.explain import TEMPLATE, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,7 +50,7 @@ class Case:
 
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
-        said = (self.logits, None, self.targets, text_keys(self.sentences), self.metric, self.exits)
+        said = (self.logits, None, self.targets, torch.arange(N), self.metric, self.exits)
         write_page(path, self.evaluation, self.record, rows, AnsweredRows(*said))
         return path
 

@@ -74,12 +74,12 @@ def test_a_run_that_cannot_be_is_one_line(tmp_path, run_of, record, changes, rea
 
 def test_what_old_records_lack_has_defaults(tmp_path, record):
     record["arguments"]["method"] = "sweet-flow0.5"  # of a study: reports read it
-    for key in ("vocab_size", "seconds", "subset", "losses", "text_columns", "train_texts"):
+    for key in ("vocab_size", "seconds", "subset", "losses", "text_columns", "train_tokens"):
         del record[key]
     write_json(tmp_path / "run.json", record | {"digests": {"a": 1}})
     found = read_record(tmp_path)
     assert (found.method, found.losses, found.columns) == ("sweet-flow0.5", [], [])
-    assert found.diverged is found.ngrams is found.train_texts is None
+    assert found.diverged is found.ngrams is found.train_tokens is None
 
 
 # What a training starts from.

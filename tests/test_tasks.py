@@ -4,7 +4,10 @@ import io
 import json
 import zipfile
 from collections import Counter
+from functools import cache
+from itertools import islice, permutations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,16 +19,26 @@ from minisweet.base.commands import Parser
 from minisweet.data import tasks
 from minisweet.data.rows import Examples
 from minisweet.data.tasks import TASKS, digest, load_data, load_examples, stratified_split
+from minisweet.data.text import load_tokenizer
+from tests.conftest import write_model
 from tests.hub_server import HubServer
 from tests.test_rows import refused, table, write
+from tests.test_text import write_byte_level
 
 
-def load(*options, **more):
+@cache
+def letters():
+    """A tokenizer that drops nothing."""
+    with TemporaryDirectory() as folder:
+        return load_tokenizer(write_byte_level(Path(folder)), 264, 40)
+
+
+def load(*options, tokenizer=None, **more):
     parser = Parser()
     tasks.add_data_options(parser)
     args = parser.parse_args([str(option) for option in options])
     args.task = args.task or ("tickets" if args.data else "toy")
-    train, dev, record = load_data(args, **more)
+    train, dev, record = load_data(args, tokenizer or letters(), **more)
     return SimpleNamespace(train=train, dev=dev, record=record)
 
 
@@ -86,6 +99,20 @@ def test_one_file_makes_train_and_dev(tickets):
     assert (data.train.empty, data.dev.empty) == (1, 0)
     assert data.train.first.count("text 3") in (0, 3)
     assert load("--data", tickets, "--dev-seed", 1).dev != data.dev == load("--data", tickets).dev
+
+
+def test_texts_that_the_model_cannot_tell_apart_are_on_one_side(tmp_path):
+    """They differ in blanks, in case, and beyond the cut, which is here behind six words."""
+    tokenizer, base = load_tokenizer(write_model(tmp_path / "tiny", "bert"), 60, 8), {}
+    for words in islice(permutations("good bad great dull the film".split()), 0, 600, 30):
+        text = " ".join(words)
+        base |= dict.fromkeys((text, f" {text}", f"{text}  ", text.replace(" ", "  "), text.upper()), text)
+        base |= {f"{text} and {word}": text for word in ("good", "bad")}
+    path = write(tmp_path / "a.csv", table(list(base), [str(n % 2) for n in range(len(base))]))
+    data = load("--data", path, tokenizer=tokenizer)
+    train, dev = ({base[text] for text in side.first} for side in (data.train, data.dev))
+    assert (len(dev), train & dev) == (4, set())
+    assert len(data.dev.first) == 4 * 7
 
 
 def test_a_second_file_to_validate_on(tickets, tmp_path):

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from minisweet import MultiExitModel, load_encoder
-from minisweet.data.tasks import load_examples, text_digest
+from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.methods import METHODS
 from minisweet.runs.folders import load_run, load_trunk, read_record
-from tests.conftest import in_folder, model_of, quick, random_batch, run, write_model
+from tests.conftest import WORDS, in_folder, model_of, quick, random_batch, run, write_model
 from tests.test_checkpoint import write_classifier
 
 
@@ -157,7 +157,8 @@ def test_a_run_tells_what_made_it(trained, model_dir, method):
     stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"], "plain": ["trunk"]}
     assert list(record["stages"]) == stages.get(method, [method])
     rows = load_examples("toy", "train", Path()).take(record["subset"])
-    assert record["train_texts"] == sorted({*map(text_digest, rows.texts())})
+    examples = TokenizedExamples(load_tokenizer(model_dir, 60, 32), rows)
+    assert record["train_tokens"] == sorted({*examples.keys().tolist()})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
 
 
@@ -244,7 +245,7 @@ def test_a_trunk_gets_exit_0_and_stays_as_it_is(trained, plain, method):
     assert all(name.startswith("ngrams.") for name in moved)
     record = record_of("run")
     assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ([], ["exit 0"], [0, 4])
-    assert set(record_of(trunk)["train_texts"]) < set(record["train_texts"])
+    assert set(record_of(trunk)["train_tokens"]) < set(record["train_tokens"])
 
 
 def short(*arguments) -> list:
@@ -318,14 +319,14 @@ def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
 
 def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_path):
     write_classifier(tmp_path / "theirs")
-    Path("texts.csv").write_text("text\n" + "".join(f"a film {i}\n" for i in range(40)))
+    Path("texts.csv").write_text("text\n" + "".join(f"{a} film {b}\n" for a in WORDS[:8] for b in WORDS[:5]))
     options = ["--trunk", "theirs", "--data", "texts.csv", "--targets", "trunk", "--labels", "no,yes"]
     trained(*options, "--max-length", 32, "--out", "run", "--class-weights", "balanced")
     model, record = load_run(Path("run"))
     with torch.no_grad():
         assert torch.equal(model(*random_batch())[-1], load_trunk(Path("theirs"))[0](*random_batch())[0])
     assert (record.exit_layers, record.labels, record.metric) == ([0, 4], ["no", "yes"], "agreement")
-    assert record.train_texts is None
+    assert record.train_tokens is None
     assert command(evaluate, "run")[0] == 0
     result = json.loads(Path("run/evaluation.json").read_text())
     assert (result["metric"], result["exit_scores"][-1]) == ("agreement", 100)

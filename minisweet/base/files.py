@@ -39,6 +39,11 @@ def preview(names: Sequence[object], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """How many there are: "1 text", "1,200 texts"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def home() -> Path:
     """The folder of weights/ and data/: MINISWEET_HOME of the environment, else the clone, else ~/.cache/minisweet."""
     default = CLONE if (CLONE / "train.py").is_file() else "~/.cache/minisweet"

@@ -12,10 +12,12 @@ from typing import NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from minisweet.base.commands import Parser, list_of, number, whole_number
 from minisweet.base.files import LOG, InputError, fetch_once, home, preview, written_beside
 from minisweet.data.rows import Examples, Names, examples_of, find_columns, read_rows, text_columns
+from minisweet.data.text import TokenizedExamples
 from minisweet.data.toy import make_toy
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
@@ -132,11 +134,12 @@ def add_data_options(parser: Parser) -> None:
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
 
 
-def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool = True) -> tuple:
+def load_data(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names = None, need_labels: bool = True) -> tuple:
     """Train, dev, and what run.json tells of them, by the options of `add_data_options`; one of --data and --task.
 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
-    the labels of training rows are ignored, and own data may lack the label column. Raises InputError for a wrong file.
+    the labels of training rows are ignored, and own data may lack the label column. Texts of the same tokens are one
+    text when rows are set aside. Raises InputError for a wrong file.
     """
     named = args.labels if args.data else TASKS[args.task].labels
     if labels is None or (named and list(labels) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
@@ -148,13 +151,13 @@ def load_data(args: argparse.Namespace, labels: Names = None, need_labels: bool 
         train, dev = (load_examples(args.task, split, args.data_dir, labels) for split in ("train", "dev"))
         train, metric = train if need_labels else train._replace(labels=None), TASKS[args.task].metric
     else:
-        train, dev, labels, columns, column = _load_own(args, labels, need_labels)
+        train, dev, labels, columns, column = _load_own(args, tokenizer, labels, need_labels)
         metric = "accuracy" if dev.labels else "agreement"
     record = {"task": args.task, "labels": list(labels), "metric": metric, "dev_digest": digest(dev)}
     return train, dev, record | {"text_columns": columns, "label_column": column}
 
 
-def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tuple:
+def _load_own(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names, need_labels: bool) -> tuple:
     """Train and dev of --data and --dev-data, the labels, and the columns of text and labels."""
     usual = [[args.label_column or "label"]]
     if not need_labels and not args.label_column:
@@ -173,7 +176,8 @@ def _load_own(args: argparse.Namespace, labels: Names, need_labels: bool) -> tup
     if args.dev_data:
         return train, read(args.dev_data, labels, columns)[0], labels, columns, column
     classes = train.labels or [0] * len(train.first)  # without labels all rows are drawn alike
-    rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed, train.texts())
+    keys = TokenizedExamples(tokenizer, train).keys().tolist()
+    rows, dev_rows = stratified_split(classes, args.dev_size, args.dev_seed, keys)
     if not dev_rows:
         raise InputError(f"{args.data}: no row can be set aside: no label has two different texts; see --dev-data")
     return train.take(rows)._replace(empty=train.empty), train.take(dev_rows), labels, columns, column
@@ -205,8 +209,3 @@ def digest(examples: Examples) -> str:
     """The SHA-256 of the texts and labels, in hexadecimal."""
     rows = zip(examples.texts(), examples.labels or [None] * len(examples.first), strict=True)
     return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
-
-
-def text_digest(text: str | tuple[str, str]) -> str:
-    """Eight bytes, in hexadecimal, that tell a text or a pair from others."""
-    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]

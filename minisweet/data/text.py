@@ -1,6 +1,7 @@
 """Sentences into batches (B) of tokens (T): N examples are tokenised once, and padded to the longest of a batch."""
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -129,6 +130,15 @@ class TokenizedExamples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def keys(self) -> np.ndarray:
+        """64-bit hashes of what a model reads of each example, the token ids: (N,), in an order as good as random.
+
+        So texts that differ in nothing but what the tokenizer drops, such as blanks, case or a long text's end, have
+        one key.
+        """
+        digests = [hashlib.sha256(ids.astype("<i8")).digest()[:8] for ids in self.ids]
+        return np.frombuffer(bytearray().join(digests), dtype=np.int64)
 
     def renumbered(self) -> tuple[np.ndarray, "TokenizedExamples"]:
         """The token ids that occur (V,), [PAD] among them, sorted, and the examples with their numbers there as ids."""

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.base.commands import Progress
 from minisweet.base.devices import all_gather, autocast, num_processes, process_rank
-from minisweet.base.files import LOG, InputError, regular_file
+from minisweet.base.files import LOG, InputError, counted, regular_file
 from minisweet.checkpoint import WEIGHTS
 from minisweet.data.rows import Examples
-from minisweet.data.tasks import text_digest
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.calibration import fit_temperature
 from minisweet.evaluation.metrics import has_labels
@@ -36,7 +35,7 @@ class AnsweredRows(NamedTuple):
     logits: Tensor  # (K, N, C)
     certainty: Tensor | None  # (K, N), of learning-to-exit
     labels: Tensor  # (N,): the gold ones, or where there are none the last exit's
-    keys: Tensor  # (N,), int64, see `text_keys`: equal for equal texts
+    keys: Tensor  # (N,), int64, of `TokenizedExamples.keys`: equal for texts of the same tokens
     metric: str  # of `score`: "agreement" where there are no gold labels
     exits: Exits
 
@@ -90,11 +89,6 @@ class AnsweredRows(NamedTuple):
         return part[text]
 
 
-def text_keys(texts: Sequence) -> Tensor:
-    """64-bit hashes of texts or pairs: (N,). Equal texts have equal ones, and their order is as good as random."""
-    return torch.from_numpy(np.array([int(text_digest(text), 16) for text in texts], dtype=np.uint64).view(np.int64))
-
-
 @torch.no_grad()
 def all_logits(
     model: nn.Module, examples: TokenizedExamples, precision: torch.dtype | None, title: str = "evaluate"
@@ -132,13 +126,13 @@ def run_exits(
     """
     examples = TokenizedExamples(load_tokenizer(run, record.vocab_size, record.max_length), rows)
     if examples.cut:
-        LOG.info("cut to %d tokens: %d texts", record.max_length, examples.cut)
+        LOG.info("cut to %d tokens: %s", record.max_length, counted(examples.cut, "text"))
     logits, certainty = all_logits(model, examples, precision)
     if not all(values.isfinite().all() for values in (logits, certainty) if values is not None):
         raise InputError(f"{run}: its exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
     labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
     exits = Exits(list(model.exit_layers), record.depth, record.method)
-    return AnsweredRows(logits, certainty, labels, text_keys(rows.texts()), metric, exits)
+    return AnsweredRows(logits, certainty, labels, torch.from_numpy(examples.keys()), metric, exits)
 
 
 def save_answers(path: Path, answered: AnsweredRows, run_digest: str) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 
 from minisweet.base.commands import Parser, number
-from minisweet.base.files import InputError, one_line, preview
+from minisweet.base.files import InputError, counted, one_line, preview
 from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.operating import PARTS, limit_of
 from minisweet.runs.folders import GOALS, Record
@@ -18,6 +18,7 @@ STATED = (  # of an operating point: a title, the key of the value, and the key 
 )
 FEW = "so few texts tell little: see how wide the intervals are"
 NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
+UNCHECKED = "whether the model, or its trunk, was trained on these texts cannot be checked"
 CLASSES = 20  # are printed, at most
 
 
@@ -76,15 +77,17 @@ def print_point(point: dict, record: Record, layers: list[int]) -> None:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
         for name, *scores, rows in zip(record.labels, *point["per_class"].values(), strict=True):
             print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
-    print("\n{judging_texts:,} distinct texts judged, {choosing_texts:,} others chose".format(**point))
+    judging, choosing = counted(point["judging_texts"], "distinct text"), counted(point["choosing_texts"], "other")
+    print(f"\n{judging} judged, {choosing} chose")
     if point["judging_texts"] < 75:
         print(FEW if point["judging_texts"] else NOBODY)
     if "sure" in goal and point["threshold"] < 1:
         print(f"promised, of texts drawn like these: {promise_of(goal)}")
-    if record.train_texts is None:
-        print("whether the model, or its trunk, was trained on these texts cannot be checked")
+    if record.train_tokens is None:
+        print(UNCHECKED)
     elif point["trained_rows"]:
-        print(f"{point['trained_rows']:,} of the rows were trained on, and neither chose nor judged")
+        were = "was" if point["trained_rows"] == 1 else "were"
+        print(f"{point['trained_rows']:,} of the rows {were} trained on, and neither chose nor judged")
 
 
 def with_interval(point: dict, key: str, interval: str | None) -> str:
@@ -113,7 +116,7 @@ def shortfall(point: dict, record: Record) -> str:
         if record.text_columns and not record.dev_data:  # of its own text a share is set aside
             rows, what = math.ceil(rows / record.dev_size), "rows in --data"
         what = f"labelled {what}" if has_labels(record.metric) else what
-        reason = f"{texts:,} texts judged, and {needed:,} would do if no answer changed: about {rows:,} {what}"
+        reason = f"{counted(texts, 'text')} judged, and {needed:,} would do if no answer changed: about {rows:,} {what}"
     return f"nothing faster than full depth can be promised ({promise_of(goal)}); {reason}"
 
 

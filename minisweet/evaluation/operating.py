@@ -48,13 +48,17 @@ class Sides(NamedTuple):
     trained_rows: int | None  # how many do neither, since they were trained on; None where that is not known
 
 
-def deal(answered: AnsweredRows, trained: list[str] | None = None) -> Sides:
-    """Deal out the rows; those of one text go to one side. `trained` are digests of the texts that were trained on."""
-    digests = np.array([int(digest, 16) for digest in trained or []], dtype=np.uint64).view(np.int64)
-    is_new = ~np.isin(answered.keys.numpy(), digests)  # (N,)
-    rows = np.flatnonzero(is_new)
+def trained_on(answered: AnsweredRows, trained: list[int] | None) -> np.ndarray:
+    """Whether each row's text was trained on: (N,). `trained` are the keys of such texts, as far as they are known."""
+    return np.isin(answered.keys.numpy(), trained or [])
+
+
+def deal(answered: AnsweredRows, trained: list[int] | None = None) -> Sides:
+    """Deal out the rows; those of one text go to one side. `trained` is that of `trained_on`."""
+    is_known = trained_on(answered, trained)
+    rows = np.flatnonzero(~is_known)
     part = answered.take(rows).parts(PARTS)
-    return Sides(rows[part == 0], rows[part > 0], None if trained is None else int((~is_new).sum()))
+    return Sides(rows[part == 0], rows[part > 0], None if trained is None else int(is_known.sum()))
 
 
 def operating_point(

@@ -63,7 +63,8 @@ class Record:
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None
-    train_texts: list[str] | None = None  # digests of the texts that it and its trunk were trained on, if known
+    # Keys of the texts that it and its trunk were trained on, if known. Old runs have `train_texts`, of strings.
+    train_tokens: list[int] | None = None
 
     @property
     def num_labels(self) -> int:

@@ -14,7 +14,7 @@ from minisweet.base.files import InputError
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
 from minisweet.data.rows import Examples
-from minisweet.data.tasks import TASKS, add_data_options, digest, load_data, text_digest
+from minisweet.data.tasks import TASKS, add_data_options, digest, load_data
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.methods import METHODS
@@ -92,10 +92,10 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     end = trunk.exit_layers[-1] if trunk else None
     folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
-    train, dev, of_data = load_data(args, labels, need_labels=trunk is None or args.targets != "trunk")
+    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
+    train, dev, of_data = load_data(args, tokenizer, labels, need_labels=trunk is None or args.targets != "trunk")
     if train.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {args.task}, need 2")
-    tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device, training=True)
     order = np.random.default_rng(args.seed).permutation(len(train.first))
@@ -107,9 +107,10 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         exit_0 = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), pairs)
     examples = TokenizedExamples(tokenizer, rows)
 
-    known = []  # digests of the texts that the trunk was trained on; None for a trunk from elsewhere
+    known = []  # keys of the texts that the trunk was trained on; None for one from elsewhere, or that cuts elsewhere
     if trunk:
-        known = read_record(args.trunk).train_texts if is_run(args.trunk) else None
+        before = read_record(args.trunk) if is_run(args.trunk) else None
+        known = before.train_tokens if before and before.max_length == args.max_length else None
     # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
@@ -127,7 +128,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         "versions": versions(),
         "subset": subset.tolist(),
         "train_digest": digest(rows),
-        "train_texts": None if known is None else sorted({*known, *map(text_digest, rows.texts())}),
+        "train_tokens": None if known is None else sorted({*known, *examples.keys().tolist()}),
     }
     is_trained = trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"

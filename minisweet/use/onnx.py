@@ -65,7 +65,7 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.goal
     answered, examples = load_answers(run, classify.evaluation, record), read_validation(run, record)
     full_depth, exits = answered.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
-    sides = deal(answered, record.train_texts)  # by the model's labels: who chose its exits does not judge the file
+    sides = deal(answered, record.train_tokens)  # by the model's labels: who chose its exits does not judge the file
     note = ""
     file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
     if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared

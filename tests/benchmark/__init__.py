@@ -36,7 +36,7 @@ def keep_record(run: Path, folder: Path) -> None:
     """
     folder.mkdir()
     shutil.copy(run / EVALUATION, folder)
-    write_json(folder / "run.json", read_json(run / "run.json") | {"train_texts": None, "losses": []})
+    write_json(folder / "run.json", read_json(run / "run.json") | {"train_tokens": None, "losses": []})
 
 
 def _say_what_is_missing(kind: type, error: BaseException, trace: object) -> None:
