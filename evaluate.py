@@ -27,7 +27,7 @@ from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, path_to, run_command, whole_number
 from minisweet.base.files import InputError, check_writable, counted, read_dataclass, write_json, written_beside
-from minisweet.data.rows import examples_of, read_rows, text_columns
+from minisweet.data.rows import all_columns, examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
 from minisweet.evaluation import goals, operating
 from minisweet.evaluation.answers import run_exits, save_answers
@@ -177,8 +177,8 @@ def test(run: Path, args: argparse.Namespace) -> None:
     """Try the run's operating point on a file, beside what was stated and promised. Without labels, count changes."""
     classify = EarlyExitClassifier(run, device=args.device, amp=args.amp)
     record, point, exits = classify.record, classify.evaluation.operating_point, range(len(classify.exit_layers))
-    columns, (_, first) = text_columns(args.test, None, record.columns, option=""), next(read_rows(args.test))
-    column = next((name for name in (record.label_column, "label") if name in first), None)
+    columns, found = text_columns(args.test, None, record.columns, option=""), all_columns(args.test)
+    column = next((name for name in (record.label_column, "label") if name in found), None)
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     labelled = has_labels(record.metric)  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"

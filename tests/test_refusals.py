@@ -60,6 +60,7 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --text-columns body", "own.csv: no column body; it has text, label; name"),
     ("train", f"{TRAIN} --data own.csv --text-columns text,label", "text,label, should be one or two, and not the"),
     ("train", f"{TRAIN} --data own.csv --label-column team", "own.csv: no column team; it has text, label; name"),
+    ("train", f"{TRAIN} --data late.jsonl", "late.jsonl, line 1: 'label' is None, should be a label"),
     ("train", f"{TRAIN} --data pipe.csv", "pipe.csv: cannot be read (it is no file)"),
     ("train", "--model one-type --data two.csv --max-length 32 --out new", "one-type: its type_vocab_size is 1, and"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
@@ -76,6 +77,7 @@ REFUSALS = [
     ("evaluate", "run --speed 0.5 --sure 90", "--sure: needs --max-loss or --max-change"),
     ("evaluate", "run --thresholds 1", "argument --thresholds: '1' is not a whole number from 2"),
     ("evaluate", "run --test own.csv --speed 0.5", "--speed: needs an evaluation, and --test takes the one that"),
+    ("evaluate", "run --test late.jsonl", "late.jsonl, line 1: 'label' is None, should be a label"),
     ("evaluate", "run --test own.csv", "own.csv, line 2: label 'a', should be one of "),
     ("evaluate", "pairs --test own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
     ("evaluate", "run --plot own.csv", "--plot: 'own.csv' is no name that ends in .png"),
@@ -130,6 +132,7 @@ def place(tmp_path_factory, run_of) -> Path:
     write_model(folder / "tiny", "bert")
     write_model(folder / "one-type", "bert", type_vocab_size=1)
     (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,b,x\nb,c,y\nc,d,x\nd,e,y\n")
+    (folder / "late.jsonl").write_text('{"text": "a"}\n{"text": "b", "label": "positive"}\n')
     (folder / "half.jsonl").write_text('{"text": "a"}\n{"id": 1}\n')
     os.mkfifo(folder / "pipe.csv")
     for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee"}.items():

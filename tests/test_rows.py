@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
 from minisweet.data.rows import Examples, all_columns, examples_of, find_columns, read_rows, row_writer, text_columns
@@ -55,6 +57,14 @@ def test_reads_each_kind_of_file(tmp_path, suffix, encoding):
     assert [line for line, _ in read_rows(path)][:3] == LINES[suffix]
 
 
+@given(texts=st.lists(st.sampled_from(["", " ", "a", '"', "b\n", "\n"]), min_size=1))
+def test_an_empty_line_is_a_row_where_there_is_one_column(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("t") / "a.csv"
+    quoted = ('"{}"'.format(text.replace('"', '""')) if text.strip(" a") else text for text in texts)
+    path.write_text("text\n" + "".join(f"{text}\n" for text in quoted))
+    assert [row["text"] for _, row in read_rows(path)] == texts
+
+
 def test_windows_line_ends_empty_lines_and_unnamed_columns(tmp_path):
     (tmp_path / "a.csv").write_bytes(b',text,label\r\n0,"a\r\nb",x\r\n\r\n1,c,y\r\n')
     assert read(tmp_path / "a.csv")[0] == Examples(["a\r\nb", "c"], None, [0, 1])
@@ -85,7 +95,10 @@ def test_labels_are_texts_sorted_or_in_a_given_order(tmp_path):
     assert examples.labels == [3, 3, 3, 5, 0, 2, 2, 2, 1, 4, 6, 7]
     again = read(path, labels[::-1])
     assert (again[0].labels, again[1]) == ([7 - label for label in examples.labels], labels[::-1])
-    assert refused(read, path, labels=["2", "1"]).endswith("a.jsonl, line 5: label '-0.5', should be one of 2, 1")
+    path.write_text("".join(f'{{"text": "t", "label": {label}}}\n' for label in ("10", "2", '"1e1"', "0", "1", "-0.5")))
+    assert read(path)[1] == ["-0.5", "0", "1", "2", "10", "1e1"]  # by number where all are numbers
+    write(path, table("abcde", written[4:9]))
+    assert refused(read, path, labels=["2", "1"]).endswith("a.jsonl, line 1: label '-0.5', should be one of 2, 1")
 
 
 REFUSED = [
@@ -101,6 +114,18 @@ REFUSED = [
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "line 2: 'text' is 5, should be text"),
     ("a.jsonl", b'{"text": "a", "label": NaN}\n', "line 1: 'label' is nan, should be a label"),
     ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
+    (
+        "a.jsonl",
+        b'{"text": "a", "label": "x"}\n{"text": "a", "label": 1, "text": "b"}\n',
+        "line 2: not readable as a JSON",
+    ),
+    ("a.jsonl", b'{"text": "a", "label": "x", "n": {"text": 1, "text": 1}}\n', "(it has the key 'text' twice)"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b", "label": "x"}\n', "line 1: 'label' is None, should be a label"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b"}\n',
+        "a.jsonl: no column label; it has text; name it with --label-column",
+    ),
     ("a.jsonl", b'[["text", "a"], ["label", "x"]]\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'{"text": ' + b"[" * 10**5, "line 1: not readable as a JSON object"),
 ]

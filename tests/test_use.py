@@ -104,6 +104,13 @@ def test_classifier_answers_any_number_in_order(copy_of):
     assert exact != rounded
 
 
+def test_an_empty_line_of_one_column_is_predicted(run_of, command, tmp_path):
+    (tmp_path / "in.csv").write_text("text\na\n\nb\n")
+    status, out, _ = command(predict, run_of("sweet"), tmp_path / "in.csv", "--out", tmp_path / "out.csv")
+    assert (status, ": 3 rows" in out) == (0, True)
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["a", "", "b"]
+
+
 def test_threads_make_and_share_classifiers(run_of):
     run = run_of("sweet")
     expected = EarlyExitClassifier(run)(TEXTS)

@@ -4,9 +4,9 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -37,11 +37,12 @@ class Examples(NamedTuple):
         return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
 
 
-def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
-    """Stream a file's rows: the line where each ends, and its cells by column. `options` are csv.DictReader's.
+def read_rows(path: Path, header: Names = None, **options) -> Iterator[tuple[int, dict]]:
+    """Stream a file's rows: the line where each ends, and its cells by column. `options` are csv.reader's.
 
-    Cells are strings, or None at the end of a short row; in JSON lines, whatever stands there. Raises InputError, with
-    the line, for a broken row.
+    The `header` is the first row, unless it is given. Cells are strings, or None at the end of a short row; in JSON
+    lines, whatever stands there. An empty line is a row where there is one column. Raises InputError, with the line,
+    for a broken row.
     """
     delimiter, number = _delimiter(path), 0
 
@@ -53,15 +54,17 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
 
     try:
         if delimiter is None:
-            rows = (json.loads(line) for line in lines() if line.strip())
+            rows = (json.loads(line, object_pairs_hook=_object) for line in lines() if line.strip())
         else:
             csv.field_size_limit(2**31 - 1)  # characters of a cell; by default 131,072
-            rows = csv.DictReader(lines(), delimiter=delimiter, strict=True, **options)
-            header = rows.fieldnames or [""]
+            table = csv.reader(lines(), delimiter=delimiter, strict=True, **options)
+            header = header or next(table, [])
             if other := [sign for sign in ";\t,|" if len(header) == 1 and sign in header[0]]:
                 raise ValueError(f"its cells are separated by {other[0]!r}, should be by {delimiter!r}")
             if len(set(header)) < len(header):
                 raise ValueError("two columns have the same name")
+            empty = [""] if len(header) == 1 else []
+            rows = (dict(zip_longest(header, cells or empty)) for cells in table if cells or empty)
         for row in rows:
             if not isinstance(row, dict):
                 raise ValueError("it is something else")
@@ -74,6 +77,15 @@ def read_rows(path: Path, **options) -> Iterator[tuple[int, dict]]:
     except (csv.Error, ValueError, TypeError, RecursionError) as error:  # of UTF-8 and of JSON too
         kind = "cells" if delimiter else "a JSON object"
         raise InputError(f"{path}, line {number}: not readable as {kind} ({error})") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. Raises ValueError for a key that stands there twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has the key {next(key for key in keys if keys.count(key) > 1)!r:.60} twice")
+    return found
 
 
 def all_columns(path: Path) -> list[str]:
@@ -114,8 +126,15 @@ def _delimiter(path: Path) -> str | None:
 
 
 def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
-    """The first of the `choices` whose columns the file all has. Raises InputError, which names the option, if any."""
-    _, row = next(read_rows(path), (1, {}))
+    """The first of the `choices` whose columns the file all has. Raises InputError, which names the option, if any.
+
+    Of JSON lines as many rows are read as it takes, since the first one need not have all columns.
+    """
+    row: dict = {}
+    for _, one in read_rows(path):
+        row |= one
+        if _delimiter(path) or row.keys() >= set(choices[0]):
+            break
     for columns in choices:
         if row.keys() >= set(columns):
             return list(columns)
@@ -152,8 +171,8 @@ def examples_of(
 ) -> tuple[Examples, list[str]]:
     """Make examples of a file's rows, which come with their lines; those without text are skipped.
 
-    `labels` are the classes in their order, by default those that occur, sorted; they are returned too. Raises
-    InputError, with the line, for a cell that holds no text or another label.
+    `labels` are the classes in their order, by default those that occur, sorted, by number where all are numbers; they
+    are returned too. Raises InputError, with the line, for a cell that holds no text or another label.
     """
     texts, found, empty = [], [], 0
     for line, row in rows:
@@ -169,7 +188,11 @@ def examples_of(
     if not texts:
         raise InputError(f"{path}: no rows with text in {', '.join(columns)}")
     first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(columns))
-    numbers = {label: number for number, label in enumerate(labels or sorted(set(found)))}
+    if not labels:
+        labels = sorted(set(found))
+        with suppress(ValueError):
+            labels = sorted(labels, key=float)
+    numbers = {label: number for number, label in enumerate(labels)}
     classes = [numbers[label] for label in found] if label_column else None
     return Examples(first, second, classes, empty=empty), list(numbers)
 

@@ -75,7 +75,7 @@ def load_examples(task: str, split: str, data_dir: Path, labels: Names = None) -
         folder = Path(data_dir) / own.folder
         fetch_once(folder, lambda: _fetch(own, folder))
         path, (*columns, label) = folder / own.files[("train", "dev").index(split)], own.columns
-        rows = read_rows(path, fieldnames=own.header, quoting=csv.QUOTE_NONE)  # tabs between columns, no quotes
+        rows = read_rows(path, own.header, quoting=csv.QUOTE_NONE)  # tabs between columns, no quotes
         rows = ((line, row) for line, row in rows if row.get(label) not in SKIPPED)
         codes = list(map(str, range(len(own.labels)))) if own.numbered else own.labels
         examples, _ = examples_of(path, rows, columns, label, codes)
