@@ -41,7 +41,11 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --exit-layers 0,2,4", "--exit-layers: 0,2,4, and the method plain has exits 0"),
     ("train", "--model tiny --trunk run", "--model: needs a training without --trunk"),
     ("train", "--trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in the"),
-    ("train", "--trunk run --data own.csv --labels a,c --out new", "--labels: a,c, and the trunk's are "),
+    (
+        "train",
+        "--trunk run --data own.csv --labels a,c --max-length 32 --out new",
+        "--labels: a,c, and the trunk's are ",
+    ),
     ("train", "--trunk run --out new --exit-layers 1,2", "--exit-layers: 1,2, should increase and end at layer 4, as"),
     ("train", f"{TRAIN} --targets trunk", "--targets: needs --trunk or --method branch"),
     ("train", f"{TRAIN} --dev-data own.csv", "--dev-data: needs --data"),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.base.files import InputError
 from minisweet.data.rows import Examples
-from minisweet.data.text import POOL, TokenizedExamples, load_tokenizer, special_ids
+from minisweet.data.text import POOL, TokenizedExamples, beginning, load_tokenizer, special_ids
 from tests.conftest import WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -62,6 +62,66 @@ def test_texts_and_pairs_are_cut_as_the_library_cuts_them_and_padded_to_the_long
     padded = [values + padding for values in (theirs.ids, theirs.attention_mask, theirs.type_ids)]
     assert [values[0].tolist() for values in ours.batch(np.array([1, 0])).inputs] == padded
     assert ours.cut == 1 + (len(theirs.overflowing) > 0)
+
+
+TWELVE = "superbsuperb"
+PIECES = [
+    "a",
+    "the",
+    f" {TWELVE} ",
+    TWELVE,
+    " ",
+    "\n",
+    ".",
+    "[SEP]",
+    "it're",
+    "bad",
+    "中",
+    "e\u0301",
+    "\u0301",
+    "\x07",
+    "a" * 120,
+    "👍🏽",
+]
+
+
+@pytest.fixture(scope="module", params=["wordpiece", "byte level"])
+def cutting(request, tmp_path_factory):
+    """A tokenizer, whose limit a test may change. A part of a word, or of [SEP], has more tokens than the whole."""
+    folder, letters = tmp_path_factory.mktemp("t"), sorted({*"".join(WORDS)})
+    if request.param == "byte level":
+        return load_tokenizer(write_byte_level(folder), 264, 8)
+    words = [*SPECIAL, *WORDS, ".", "[", "]", "'", TWELVE, *letters, *(f"##{letter}" for letter in letters)]
+    words = list(dict.fromkeys(words))
+    return load_tokenizer(write_wordpiece(folder, words), len(words), 8)
+
+
+@given(
+    sides=st.lists(
+        st.tuples(st.lists(st.sampled_from(PIECES), max_size=30), st.integers(1, 30)), min_size=1, max_size=2
+    ),
+    limit=st.integers(8, 11),
+    blanks=st.integers(0, 200),
+)
+@settings(max_examples=200, deadline=None)
+def test_of_a_long_text_the_beginning_gives_the_same_tokens(cutting, sides, limit, blanks):
+    """As if all of it were tokenised, wherever it is cut, of one text and of two."""
+    cutting.enable_truncation(limit)
+    examples = Examples(
+        *[[" " * blanks + "".join(pieces) * times] for pieces, times in sides], *[None] * (3 - len(sides))
+    )
+    found = TokenizedExamples(cutting, examples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minisweet.data.text.CHARACTERS", 1)
+        short = TokenizedExamples(cutting, examples)
+        patch.setattr("minisweet.data.text.beginning", lambda tokenizer, text, tokens: text)
+        whole = TokenizedExamples(cutting, examples)
+    for part in (found, short):
+        assert (part.ids[0].tolist(), part.cut) == (whole.ids[0].tolist(), whole.cut)
+
+
+def test_a_long_text_is_not_read_to_its_end(cutting):
+    assert len(beginning(cutting, "bad " * 50_000, 6)) < 1000
 
 
 def test_a_long_pair_fits_into_the_memory(tmp_path):

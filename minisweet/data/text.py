@@ -4,13 +4,14 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Encoding, Tokenizer, processors
 from torch import Tensor
 
 from minisweet.base.files import InputError, read_dataclass, regular_file
@@ -20,6 +21,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "t
 # The tokens that are no words: what begins a text, ends it, pads it, and stands for unknown words. MPNet has its end
 # twice between two texts, <s> A </s></s> B </s>. Its vocabulary holds BERT's tokens too.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
+CHARACTERS = 16  # per token: so many of a long text are read first
+WORDS = 16  # of the tokenizer: punctuation and Chinese letters are words too
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
 
 
@@ -71,6 +74,11 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
     return tokenizer
 
 
+def _length(encoding: Encoding) -> int:
+    """The tokens of a text, with those that are cut off."""
+    return len(encoding) + sum(map(len, encoding.overflowing))
+
+
 def special_tokens(tokenizer: Tokenizer) -> tuple[str, str, str, str]:
     """A tokenizer's start, end, padding and unknown word."""
     return MPNETS if {*MPNETS} <= tokenizer.get_vocab().keys() else BERTS
@@ -100,6 +108,22 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device) for tensor in self if tensor is not None))
 
 
+def beginning(tokenizer: Tokenizer, text: str, tokens: int) -> str:
+    """A part of a long text that begins with the same `tokens` tokens, and has more; a shorter text whole.
+
+    Where a text is cut, its last words may become others: a word, or what stands for one token, such as "[SEP]", in
+    pieces. So tokens of the last WORDS words are no proof.
+    """
+    size = CHARACTERS * tokens
+    while size < len(text):
+        encoding = tokenizer.encode(text[:size], add_special_tokens=False)
+        words = list(chain.from_iterable(part.word_ids for part in (encoding, *encoding.overflowing)))
+        if len(words) > tokens and words[tokens] < words[-1] - WORDS:
+            return text[:size]
+        size *= 4
+    return text
+
+
 class TokenizedExamples:
     """N tokenised examples: `lengths` (N,) in tokens; `targets`, the labels (N,), probabilities (N, C), or None.
 
@@ -110,14 +134,17 @@ class TokenizedExamples:
         start, end, self.pad_id, _ = special_ids(tokenizer)
         self.targets = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, first_lengths, self.cut = [], [], 0
-        # Each sentence by itself: of a long pair the library combines all that it cuts off, which takes gigabytes.
         sides = [side for side in (examples.first, examples.second) if side is not None]
-        encodings = [tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in sides]
         between = [end] * (len(sides) - 1) if special_tokens(tokenizer) == MPNETS else []
         room = tokenizer.truncation["max_length"] - 1 - len(sides) - len(between)
-        for sentences in zip(*encodings, strict=True):
-            lengths = [len(sentence) + sum(map(len, sentence.overflowing)) for sentence in sentences]  # uncut
+        # Each sentence by itself: of a long pair the library combines all that it cuts off, which takes gigabytes.
+        encode = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
+        encodings = [encode([beginning(tokenizer, text, room) for text in side]) for side in sides]
+        for row, sentences in enumerate(zip(*encodings, strict=True)):
+            lengths = list(map(_length, sentences))
             self.cut += sum(lengths) > room
+            if len(sides) == 2 and room % 2 and min(lengths) > room:  # the longer one gets a token more: which is it?
+                lengths = list(map(_length, encode([side[row] for side in sides])))
             kept = [room]
             if len(sides) == 2:  # as the library does: the longer one is cut first, then both
                 short = min(*lengths, room // 2)
