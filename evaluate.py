@@ -125,7 +125,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     print_curve(evaluation)
     goals.print_point(point, record, layers)
     print_milliseconds(EarlyExitClassifier.of(run, model, record, written, device, precision), rows.texts())
-    for line in filter(None, [goals.shortfall(point, record), *goals.never_right(evaluation, record.labels)]):
+    for line in filter(None, [goals.shortfall(point, record, layers), *goals.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
     kept = " (that of the last evaluation)" if former and former.goal == goal else ""
     print(f"\nwritten to {run / folders.EVALUATION}, by the goal {goals.options_of(goal)}{kept}")

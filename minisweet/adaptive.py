@@ -16,8 +16,6 @@ from torch import Tensor
 
 from minisweet.methods import METHODS
 
-MOST_EXITS = 100  # that a rule without temperatures serves
-
 
 class ExitRule:
     """How confident an exit is: its highest probability, or what it has learned of itself, learning-to-exit (Sec. 5).
@@ -31,7 +29,7 @@ class ExitRule:
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
         self.num_labels, self.ranges = num_labels, ranges
-        self.temperatures = torch.ones(MOST_EXITS) if temperatures is None else temperatures
+        self.temperatures = temperatures
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
@@ -48,7 +46,8 @@ class ExitRule:
         `certainty` is (n,), of learning-to-exit, or None.
         """
         if certainty is None:
-            return (logits.float() / self.temperatures[k]).softmax(-1).amax(-1)
+            logits = logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
+            return logits.softmax(-1).amax(-1)
         low, high = self.ranges[k]
         return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
@@ -60,12 +59,18 @@ class ExitRule:
     def kept(self, places: Sequence[int]) -> "ExitRule":
         """The rule of some of its exits, counted from 0."""
         ranges = None if self.ranges is None else self.ranges[list(places)]
-        return ExitRule(self.num_labels, self.temperatures[list(places)], ranges)
+        temperatures = None if self.temperatures is None else self.temperatures[list(places)]
+        return ExitRule(self.num_labels, temperatures, ranges)
 
 
 def spaced_thresholds(count: int, lowest: float) -> list[float]:
     """`count` thresholds, evenly spaced from `lowest` (1/C, or 0; all leave at the first exit) to 1."""
     return np.linspace(lowest, 1, count).tolist()
+
+
+def in_float32(threshold: float) -> float:
+    """A threshold as confidences are, so that 0.99999998 is 1 wherever it is asked."""
+    return float(np.float32(threshold))
 
 
 def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
@@ -74,6 +79,7 @@ def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
     At threshold 1 nobody leaves, even with a confidence of 1.0, and at `lowest` (1/C, or 0) everybody does, as in the
     paper. A probability can round to 1, or to just below 1/C, in float32.
     """
+    threshold, lowest = in_float32(threshold), in_float32(lowest)
     if threshold <= lowest:
         return torch.ones_like(confidence, dtype=torch.bool)
     if threshold >= 1:
@@ -109,6 +115,6 @@ class Exits(NamedTuple):
         """
         method = METHODS[self.method]
         layers = self.layers if method.is_one_model else accumulate(self.layers)
-        in_vain = method.cost_in_vain if threshold < 1 else 0
+        in_vain = method.cost_in_vain if in_float32(threshold) < 1 else 0
         before = accumulate((n > 0 for n in self.layers), initial=0)  # exits with a layer, before each exit
         return [(n + k * in_vain) / self.depth for n, k in zip(layers, before, strict=False)]

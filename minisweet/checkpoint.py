@@ -188,7 +188,8 @@ def load_strict(
         if there != shape:
             problems.append(f"{source} is {there} and should be {shape}")
             continue
-        tensor = found[...]
+        with torch.device("cpu"):  # whatever the user's default is
+            tensor = found[...]
         tensors[name] = tensor.to(value.dtype, copy=True)
         if tensor.is_floating_point() != value.is_floating_point():
             problems.append(f"{source} is {tensor.dtype} and should be {value.dtype}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisweet.adaptive import ExitRule, leaves
+from minisweet.adaptive import ExitRule, in_float32, leaves
 from minisweet.exits import ExitModel
 from minisweet.layers import checked_inputs
 from minisweet.methods import METHODS
@@ -45,7 +45,7 @@ def early_exit(
         batch_size: how many of the B run at once.
     """
     rule, inputs = rule or ExitRule(model.num_labels), checked_inputs(input_ids, attention_mask, token_type_ids)
-    last = len(model.exit_layers) - 1
+    last, threshold = len(model.exit_layers) - 1, in_float32(threshold)
     first = last if threshold >= 1 and METHODS[model.method].is_one_model else 0  # the exit that is asked first
     model = model.keep_exits(model.exit_layers[first:])
     lengths = attention_mask.sum(1).clamp(min=1)  # (B,)

@@ -81,10 +81,19 @@ def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     assert confidence.isfinite().all()  # also of an exit that is equally certain of all
 
 
+def test_a_threshold_is_float32_everywhere_and_a_rule_serves_any_number_of_exits():
+    sure = torch.ones(2, 3)
+    assert exits_taken(sure, 0.99999998, 0.5).tolist() == exits_taken(sure, 1.0, 0.5).tolist() == [1, 1, 1]
+    assert Exits((1, 4), 4, "branch").costs(0.99999998) == Exits((1, 4), 4, "branch").costs(1.0)
+    assert exits_taken(torch.tensor([[0.2], [0.2]]), float(np.float32(1 / 3)), 1 / 3).tolist() == [0]
+    assert ExitRule(2).confidences(torch.randn(101, 3, 2)).shape == (101, 3)
+
+
 def test_a_rule_scales_each_exit_by_its_own_temperature():
     logits = torch.randn(3, 5, 4)
     for rule in (ExitRule(4), ExitRule(4, torch.rand(3) + 0.5)):
-        expected = (logits / rule.temperatures[:3, None, None]).softmax(-1).amax(-1)
+        scaled = logits if rule.temperatures is None else logits / rule.temperatures[:, None, None]
+        expected = scaled.softmax(-1).amax(-1)
         torch.testing.assert_close(rule.confidences(logits), expected)
         torch.testing.assert_close(rule.confidence(2, logits[2, 1:3], None), expected[2, 1:3])
         assert rule.lowest == rule.kept([2]).lowest == 1 / 4

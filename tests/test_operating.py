@@ -189,7 +189,7 @@ def test_neither_the_order_of_rows_nor_repeats_of_a_text_make_a_difference():
 
 
 def test_what_falls_short_is_said_in_one_line():
-    record = SimpleNamespace(exit_layers=[0, 6], metric="accuracy", text_columns=["text"], dev_data=None, dev_size=0.2)
+    record = SimpleNamespace(metric="accuracy", text_columns=["text"], dev_data=None, dev_size=0.2)
     few, many = draw(np.random.default_rng(6), 40), draw(np.random.default_rng(6), 400)
     worse = many._replace(logits=many.logits * torch.tensor([-1.0, 1.0])[:, None, None])
     loss, change = {"max_loss": 1.0, "sure": 70.0}, {"max_change": 1.0, "sure": 90.0}
@@ -204,10 +204,11 @@ def test_what_falls_short_is_said_in_one_line():
     ):
         point = point_of(validation, goal)
         assert point["threshold"] == 1
-        line = shortfall(point, SimpleNamespace(**vars(record) | record_of))
+        line = shortfall(point, SimpleNamespace(**vars(record) | record_of), [0, 6])
         assert (words in line, "\n" in line) == (True, False), line
-    line = shortfall(point_of(many, {"speed": 0.5}, asked=[6]), record)
+    line = shortfall(point_of(many, {"speed": 0.5}, asked=[6]), record, [0, 6])
     assert line == "--speed 0.5 is out of reach; the fastest takes 1.000 of the layers"
-    assert not shortfall(point_of(many, {"speed": 0.5}), record)
+    assert not shortfall(point_of(many, {"speed": 0.5}), record, [0, 6])
+    assert not shortfall(point_of(worse, change), record, [6])  # nobody could leave
     point = point_of(many, {"speed": 0.0})
     assert (point["threshold"] > 0.5, point["speedup_ratio"], point["speedup_interval"][0]) == (True, 0, 0)

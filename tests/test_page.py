@@ -157,7 +157,11 @@ def test_what_is_stated_names_its_rows_and_intervals(page):
     opened = page(case)
     (stated,) = opened.texts("#stated")
     lost = "\u22120.5 points lost to full depth (\u22122.0 to 1.0)"
-    for words in ("from the 150 texts that did not choose it", "accuracy 80.0 (74.0 to 85.0)", lost):
+    for words in (
+        "from the 150 texts that did not choose the exits and temperatures",
+        "accuracy 80.0 (74.0 to 85.0)",
+        lost,
+    ):
         assert words in stated
     assert opened.texts("#whichrows") == ["these 200 rows:"]  # of the figures beside, which may be others
     script = "const r = get('cross').getBBox(); return [r.x, r.x + r.width, r.y + r.height, r.y]"

@@ -38,6 +38,15 @@ def test_a_run_has_its_curve_and_the_operating_point_with_intervals(drawn):
     assert [bar.get_xydata().tolist() for bar in bars] == [[[0.6, 88.0], [0.8, 88.0]], [[0.7, 80.0], [0.7, 93.0]]]
 
 
+def test_names_with_dollars_are_no_formula_and_others_may_still_write_some(drawn):
+    from matplotlib import rcParams
+
+    (curve, *_) = drawn(**{"$a$": "sweet"})
+    assert "$a$" in curve.get_label()
+    assert not any(text.get_parse_math() for text in curve.figure.legends[0].get_texts())
+    assert rcParams["text.parse_math"]
+
+
 def test_each_method_has_one_colour_and_runs_of_one_method_differ(drawn):
     one, two, three = (line for line in drawn(one="sweet", two="sweet", three="mm") if line.get_label()[0] != "_")
     assert one.get_color() == two.get_color() != three.get_color()

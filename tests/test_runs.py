@@ -1,22 +1,36 @@
 """Run folders, where what is read is what was saved; and what a training starts from that a user need not give."""
 
+import json
+import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import train
-from minisweet import MultiExitModel
+from minisweet import EarlyExitClassifier, MultiExitModel
 from minisweet.base.files import InputError, read_json, write_json
 from minisweet.data.rows import Examples
+from minisweet.evaluation.answers import load_answers
 from minisweet.methods import METHODS
 from minisweet.runs import folders, start
-from minisweet.runs.folders import load_run, load_trunk, read_record, save_run
+from minisweet.runs.folders import (
+    load_run,
+    load_trunk,
+    read_evaluation,
+    read_record,
+    read_validation,
+    run_digest,
+    save_run,
+)
 from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of, exit_layers_for
+from minisweet.use.explain import write_page
 from tests.conftest import random_batch, undecided_model, write_model
 from tests.test_exits import with_exit_0
 
@@ -147,3 +161,62 @@ def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypa
         assert (status, out.startswith(expected)) == (0, True), err
     for words in ("20 of 40 rows to train, 2 to validate", "skipped: 1", "cut to 8 tokens: 20"):
         assert words in out
+
+
+ODD = [None, [], {}, "", "x", "mm", "agreement", -1, 0, 1, 0.5, 10**9, True, [0], [4], [4, 1], [1, 2, 99], ["a", "a"]]
+ODD += [[None], [[0.5, 0.5]], math.nan, {"a": 1}, {"pairs": 1}, {"speed": 2}, {"speed": 0.5, "sure": 70}, "gone"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_run_that_was_edited_by_hand_works_or_is_refused_in_one_line(run_of, tmp_path_factory, data):
+    """A value of run.json or of evaluation.json becomes an odd one, or is gone. All else still fits."""
+    original = run_of(data.draw(st.sampled_from(["sweet", "lte", "trunk0"])))
+    run = shutil.copytree(original, tmp_path_factory.mktemp("edited") / "run")
+    name = data.draw(st.sampled_from(["run.json", "evaluation.json"]))
+    content = json.loads((run / name).read_text())
+    inner = content["arguments" if name == "run.json" else "operating_point"]
+    edited = content if data.draw(st.booleans()) else inner
+    key, value = data.draw(st.sampled_from(sorted(edited))), data.draw(st.sampled_from(ODD))
+    edited[key] = value
+    if value == "gone":
+        del edited[key]
+    (run / name).write_text(json.dumps(content))
+    if name == "run.json":  # so that the edit is seen, and not that the digest is another
+        evaluation, tensors = read_json(run / "evaluation.json"), load_file(run / "logits.safetensors")
+        write_json(run / "evaluation.json", evaluation | {"run_digest": run_digest(run)})
+        save_file(tensors, run / "logits.safetensors", {"run_digest": run_digest(run)})
+    with suppress(InputError):  # which is one line
+        record, evaluation = load_run(run)[1], read_evaluation(run)
+        rows = read_validation(run, record, evaluation)
+        classify = EarlyExitClassifier(run)
+        classify(rows.texts()[:20])
+        classify.threshold = 0.5
+        classify(rows.texts()[:20])
+        write_page(run / "page.html", evaluation, record, rows, load_answers(run, evaluation, record))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("run.json", "exit_layers", [], "exit_layers is [], should be increasing layers up to 4"),
+        ("run.json", "labels", ["a", "a"], "labels is ['a', 'a'], should be different names"),
+        ("run.json", "method", "x", "method is 'x', should be one of "),
+        ("run.json", "metric", "f1", "metric is 'f1', should be one of "),
+        ("run.json", "depth", 3, "should be increasing layers up to 3"),
+        ("run.json", "max_length", 0, "max_length is 0, should be from 8 to 40"),
+        ("evaluation.json", "temperatures", [1.0], "temperatures is [1.0], should be a positive number for each exit"),
+        ("evaluation.json", "scores", [], "scores is [], should be as many as speedup_ratios"),
+        ("evaluation.json", "exit_layers", [1, 4], "asked_exits is "),
+    ],
+)
+def test_what_was_edited_is_named(run_of, tmp_path, name, key, value, words):
+    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
+    content = read_json(run / name)
+    content.get("arguments", {}).pop(key, None)
+    content.get("operating_point", {})["asked_exits"] = [1, 2, 4]
+    write_json(run / name, content | {key: value})
+    with pytest.raises(InputError) as caught:
+        (load_run if name == "run.json" else read_evaluation)(run)
+    assert str(caught.value).startswith(f"{run / name}: ")
+    assert words in str(caught.value)

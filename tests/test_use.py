@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import evaluate
@@ -175,6 +176,18 @@ def test_an_older_evaluation_that_names_its_goal_a_wish_is_read(copy_of):
     path = run / "evaluation.json"
     path.write_text(path.read_text().replace('"goal": {', '"wish": {'))
     assert read_evaluation(run).operating_point.goal == {"max_loss": 1.0, "sure": 70.0}
+
+
+@pytest.mark.parametrize("name", ["sweet", "mm", "trunk0", "lte"])
+def test_the_users_default_device_makes_no_difference(run_of, name):
+    expected = EarlyExitClassifier(run_of(name))(TEXTS)
+    torch.set_default_device("meta")
+    try:
+        classify = EarlyExitClassifier(run_of(name))
+        assert classify(TEXTS) == expected
+        assert explain.explain(classify, TEXTS[0])
+    finally:
+        torch.set_default_device(None)
 
 
 def test_a_threshold_may_be_any_real_number(run_of):

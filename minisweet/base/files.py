@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -147,9 +148,14 @@ def read_dataclass(kind: type, path: Path | str, content: dict | None = None) ->
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a JSON value is of a field's type. What a list or a dictionary holds is not looked at."""
+    """Whether a JSON value is of a field's type, and with it all that a list or a dictionary holds. NaN is no float."""
     if isinstance(kind, UnionType):  # X | None
         return any(_fits(value, part) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    return type(value) is (get_origin(kind) or kind) or (kind is float and type(value) is int)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is not (get_origin(kind) or kind):
+        return False
+    held = get_args(kind)  # list[X] holds X; dict[K, V] holds V, and its keys are text
+    return not held or all(_fits(part, held[-1]) for part in (value.values() if type(value) is dict else value))

@@ -23,7 +23,7 @@ from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.calibration import fit_temperature
 from minisweet.evaluation.metrics import has_labels
 from minisweet.exits import ExitModel
-from minisweet.runs.folders import LOGITS, Evaluation, Record, check_digest
+from minisweet.runs.folders import EVALUATION, LOGITS, Evaluation, Record, check_digest
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long
@@ -156,5 +156,10 @@ def load_answers(run: Path, evaluation: Evaluation, record: Record) -> AnsweredR
         raise InputError(f"{run / LOGITS}: not readable ({error}); evaluate again: evaluate.py {run}") from None
     if (run / WEIGHTS).is_file():
         check_digest(run / LOGITS, digest, evaluation.run_digest)
+    K, N, C = len(evaluation.exit_layers), evaluation.examples, record.num_labels
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    certainty = {"certainty": (K, N)} if evaluation.certainty_ranges else {}
+    if shapes != {"logits": (K, N, C), "labels": (N,), "keys": (N,), **certainty}:
+        raise InputError(f"{run / LOGITS}: does not fit {EVALUATION}; evaluate again: evaluate.py {run}")
     exits = Exits(evaluation.exit_layers, record.depth, evaluation.method)
     return AnsweredRows(**tensors, metric=evaluation.metric, exits=exits)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from minisweet.base.commands import Parser, number
 from minisweet.base.files import InputError, counted, one_line, preview
@@ -96,16 +97,17 @@ def with_interval(point: dict, key: str, interval: str | None) -> str:
     return f"{point[key]:8.2f}{ends}"
 
 
-def shortfall(point: dict, record: Record) -> str:
+def shortfall(point: dict, record: Record, layers: Sequence[int]) -> str:
     """A line where a goal is out of reach, or full depth is all that can be promised; else "".
 
-    `point` is `operating_point`'s. The line says how many rows would do if early exit changed no answer: n texts are
-    then sure of a share p if (1 - p)^n is at most what is not sure. A point of Matthews correlation is half a percent.
+    `point` is `operating_point`'s, of exits after these `layers`: with one exit nobody could leave. The line says how
+    many rows would do if early exit changed no answer: n texts are then sure of a share p if (1 - p)^n is at most what
+    is not sure. A point of Matthews correlation is half a percent.
     """
     goal, texts, share = point["goal"], point["judging_texts"], point["speedup_ratio"]
     if not point["reached"]:
         return f"--speed {goal['speed']:g} is out of reach; the fastest takes {share:.3f} of the layers"
-    if "sure" not in goal or point["threshold"] < 1 or len(record.exit_layers) == 1:
+    if "sure" not in goal or point["threshold"] < 1 or len(layers) == 1:
         return ""
     p = min(1 - 1e-9, limit_of(goal) / (200 if record.metric == "matthews" and "max_loss" in goal else 100))
     needed = math.log1p(-goal["sure"] / 100) / math.log1p(-p) if p else math.inf

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.adaptive import ExitRule
+from minisweet.adaptive import ExitRule, in_float32
 from minisweet.evaluation.answers import AnsweredRows
 from minisweet.evaluation.metrics import classification_report, has_labels, score
 
@@ -98,7 +98,8 @@ def thresholds_of(rule: ExitRule, choosers: AnsweredRows, exits: Sequence[int]) 
     if len(exits) == 1:  # nobody can leave early
         return np.ones(1)
     occur = np.unique(rule.confidences(choosers.logits, choosers.certainty)[list(exits[:-1])].double().numpy())
-    least, between = rule.lowest + (1e-6 if rule.ranges is None else 0.0), (occur[1:] + occur[:-1]) / 2
+    least = in_float32(rule.lowest + (1e-6 if rule.ranges is None else 0.0))
+    between = np.float32((occur[1:] + occur[:-1]) / 2)
     between = between[(between > least) & (between < 1)]
     return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
 
@@ -182,6 +183,7 @@ def stated(rule: ExitRule, judges: AnsweredRows, exits: Sequence[int], threshold
     made-up texts join in: early exit loses one and wins the other, where it can. For the share of the layers,
     one takes the cheapest exit and the other the most expensive.
     """
+    threshold = in_float32(threshold)
     _, (answers,), (costs,) = judges.decide_at(rule, exits, [threshold])
     labels, full, metric = judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy(), judges.metric
     early, full_depth = (float(score(given, labels, metric)) for given in (answers, full))
@@ -194,7 +196,7 @@ def stated(rule: ExitRule, judges: AnsweredRows, exits: Sequence[int], threshold
         made_up[1] = RIGHT
     labels, full, answers = np.hstack([[labels, full, answers], np.transpose(made_up)])  # (N + 2,) each
     ends = np.array(judges.exits_at(exits).costs(threshold))[[0, -1]]  # of the cheapest exit, and of the most expensive
-    if threshold == 1 or threshold <= rule.lowest:  # all take one exit
+    if threshold == 1 or threshold <= in_float32(rule.lowest):  # all take one exit
         ends = ends[[-1, -1] if threshold == 1 else [0, 0]]
     costs, weights = np.append(costs, ends).astype(np.float32), reweighted(judges, 2)
     early, full_depth = score(answers, labels, metric, weights), score(full, labels, metric, weights)  # (R,) each

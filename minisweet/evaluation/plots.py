@@ -27,10 +27,8 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 
 def new_figure(width: float, height: float):
     """A figure of matplotlib's, in inches. The classifier starts faster where matplotlib is imported here alone."""
-    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["text.parse_math"] = False  # a name may hold two $
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -41,6 +39,8 @@ def save_figure(figure, path: Path) -> None:
         room = int(13 * figure.get_figwidth() / (7 + max(map(len, entries))))  # 13 characters per inch
         options = {"fontsize": 9, "loc": "outside lower center", "ncols": max(1, min(room, len(entries)))}
         figure.legend(entries.values(), entries.keys(), frameon=False, **options)
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)  # a name may hold two $
     with written_beside(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
 

@@ -20,10 +20,10 @@ from torch import nn
 from minisweet.base.files import InputError, read_dataclass, read_json, regular_file, write_json, written_beside
 from minisweet.checkpoint import OURS, WEIGHTS, load_classifier, load_strict, new_encoder, read_config
 from minisweet.data.rows import Examples, read_examples, write_examples
-from minisweet.data.tasks import TASKS
+from minisweet.data.tasks import TASKS, digest
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import EXIT_STRATEGIES, ExitModel, MultiExitModel
-from minisweet.methods import grow
+from minisweet.methods import METHODS, grow
 from minisweet.ngrams import NgramExit
 
 VALIDATION = "validation.jsonl"
@@ -33,9 +33,18 @@ GOALS = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "su
 FILES = {"run.json", WEIGHTS, "config.json", VALIDATION, *TOKENIZER_FILES, EVALUATION, LOGITS, CURVE}
 
 
+def check(name: str, value: object, is_right: bool, wanted: str) -> None:
+    """Raise ValueError, which names a key, its value and what would be right, unless it is right."""
+    if not is_right:
+        raise ValueError(f"{name} is {value!r:.80}, should be {wanted}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What others read of run.json. Its object `arguments`, of train.py, is merged into the rest."""
+    """What others read of run.json. Its object `arguments`, of train.py, is merged into the rest.
+
+    Raises ValueError for values that cannot be.
+    """
 
     model: str
     method: str  # one of METHODS; reports also read studies' runs of other methods, which have no weights
@@ -52,7 +61,7 @@ class Record:
 
     exit_layers: list[int]  # (K,), 0 first where there is exit 0
     labels: list[str]  # (C,)
-    metric: str
+    metric: Literal["accuracy", "agreement", "matthews"]
     depth: int  # the encoder's layers, of which the model keeps those up to the last exit
     vocab_size: int | None = None
     device: str
@@ -65,6 +74,22 @@ class Record:
     label_column: str | None = None
     # Keys of the texts that it and its trunk were trained on, if known. Old runs have `train_texts`, of strings.
     train_tokens: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        layers = [n for n in range(self.exit_layers[-1] + 1) if n in self.exit_layers] if self.exit_layers else None
+        within = f"increasing layers up to {self.depth}, after 0 where there is exit 0"
+        check("exit_layers", self.exit_layers, layers == self.exit_layers and 0 < layers[-1] <= self.depth, within)
+        check("labels", self.labels, 0 < len(set(self.labels)) == len(self.labels), "different names")
+        check("dev_size", self.dev_size, 0 < self.dev_size < 1, "a share between 0 and 1")
+        columns = self.text_columns
+        check("text_columns", columns, columns is None or 1 <= len(columns) <= 2, "one or two columns")
+        check("task", self.task, columns is not None or self.task in TASKS, f"one of {', '.join(TASKS)}")
+        pairs = self.ngrams is None or [type(value) for value in self.ngrams.values()] == [bool]
+        check(
+            "ngrams", self.ngrams, pairs and "pairs" in (self.ngrams or ["pairs"]), 'null or {"pairs": true or false}'
+        )
+        keys = self.train_tokens or [0]
+        check("train_tokens", keys, -(2**63) <= min(keys) <= max(keys) < 2**63, "integers of 64 bits")
 
     @property
     def num_labels(self) -> int:
@@ -79,7 +104,10 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """The threshold to deploy, the exits to ask, and what may be expected of both on new text."""
+    """The threshold to deploy, the exits to ask, and what may be expected of both on new text.
+
+    Raises ValueError for values that cannot be.
+    """
 
     threshold: float
     asked_exits: list[int]  # layers, the last exit's among them; the other exits cost more than they give
@@ -98,10 +126,22 @@ class OperatingPoint:
     judging_texts: int | None = None  # of how many distinct texts all of this is stated
     trained_rows: int | None = None  # how many rows were left out as trained on; None where that cannot be checked
 
+    def __post_init__(self) -> None:
+        check("threshold", self.threshold, 0 <= self.threshold <= 1, "a number from 0 to 1")
+        for name, ends in vars(self).items():
+            check(name, ends, not name.endswith("_interval") or len(ends) == 2, "the two ends of an interval")
+        are_within = all(low <= self.goal[name] <= high for name, (low, high) in GOALS.items() if name in self.goal)
+        names = {*self.goal} - {"sure"}
+        is_goal = len(names) == 1 and names < {*GOALS} and are_within and not ("sure" in self.goal and "speed" in names)
+        check("goal", self.goal, is_goal, "one of max_loss and max_change with sure, or of speed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What others read of evaluation.json: the curve of all exits, cross-fitted, and what is deployed."""
+    """What others read of evaluation.json: the curve of all exits, cross-fitted, and what is deployed.
+
+    Raises ValueError for values that cannot be.
+    """
 
     task: str
     method: str
@@ -116,6 +156,17 @@ class Evaluation:
     operating_point: OperatingPoint
     dev_digest: str
     run_digest: str | None = None  # see `run_digest`; None in old evaluations
+
+    def __post_init__(self) -> None:
+        layers, asked, ranges = self.exit_layers, self.operating_point.asked_exits, self.certainty_ranges
+        check("exit_layers", layers, len(layers) > 0, "layers")
+        is_asked = asked == [n for n in layers if n in asked] and layers[-1] in asked
+        check("asked_exits", asked, is_asked, f"some of {layers}, in order, and the last one among them")
+        fit = len(self.temperatures) == len(layers) and min(self.temperatures) > 0
+        check("temperatures", self.temperatures, fit, "a positive number for each exit")
+        are_pairs = ranges is None or [len(ends) for ends in ranges] == [2] * len(layers)
+        check("certainty_ranges", ranges, are_pairs, "two numbers for each exit")
+        check("scores", self.scores, 0 < len(self.scores) == len(self.speedup_ratios), "as many as speedup_ratios")
 
 
 def run_name(arguments: dict, in_grid: bool = False) -> str:
@@ -158,10 +209,13 @@ def record_path(run: Path) -> Path:
 
 
 def read_record(run: Path) -> Record:
-    """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or mistyped."""
+    """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or wrong."""
     path = record_path(run)
     content = read_json(path)
-    return read_dataclass(Record, path, (content.get("arguments") or {}) | content)
+    arguments = content.get("arguments") or {}
+    if not isinstance(arguments, dict):
+        raise InputError(f"{path}: arguments is {arguments!r:.80}, should be an object")
+    return read_dataclass(Record, path, arguments | content)
 
 
 def run_digest(run: Path) -> str:
@@ -201,7 +255,7 @@ def check_evaluation(run: Path, digest: str | None) -> None:
 def read_evaluation(run: Path) -> Evaluation:
     """Read a run's evaluation.json.
 
-    Raises InputError where there is none, for a missing or mistyped key, and where it is of another run than the one
+    Raises InputError where there is none, for a missing or wrong key, and where it is of another run than the one
     beside it. Old evaluations, which have no digest, and records without weights pass.
     """
     if not (run / EVALUATION).is_file():
@@ -212,15 +266,41 @@ def read_evaluation(run: Path) -> Evaluation:
         point["goal"] = point["wish"]
     evaluation = read_dataclass(Evaluation, run / EVALUATION, content)
     check_evaluation(run, evaluation.run_digest)
+    record, layers = read_record(run), evaluation.exit_layers
+    try:
+        is_of = [n for n in record.exit_layers if n in layers] == layers and layers[-1] == record.exit_layers[-1]
+        check("exit_layers", layers, is_of, f"some of the run's, {record.exit_layers}, and the last one among them")
+        for name in ("method", "metric"):
+            check(name, getattr(evaluation, name), getattr(evaluation, name) == getattr(record, name), "as in run.json")
+        ranges, has_learned = evaluation.certainty_ranges, record.exit_strategy == "lte"
+        check("certainty_ranges", ranges, (ranges is not None) == has_learned, "there for learning-to-exit alone")
+    except ValueError as error:
+        raise InputError(f"{run / EVALUATION}: {error}; evaluate again: evaluate.py {run}") from None
     return evaluation
 
 
 def load_run(run: Path) -> tuple[ExitModel, Record]:
-    """A run's model in float32, in evaluation mode and on the CPU; and its record. InputError for a broken run."""
+    """A run's model in float32, in evaluation mode and on the CPU; and its record.
+
+    Raises InputError for a folder that is no run, a training that diverged, and files that are broken or do not fit.
+    """
     record = read_record(run)
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
     config, C, layers = read_config(run), record.num_labels, [n for n in record.exit_layers if n > 0]
+    try:
+        check("method", record.method, record.method in METHODS, f"one of {', '.join(METHODS)}")
+        for name, key in (("depth", "num_hidden_layers"), ("vocab_size", "vocab_size")):
+            value, wanted = getattr(record, name), getattr(config, key)
+            check(name, value, value == wanted, f"{wanted}, as {key} of config.json")
+        fits = 8 <= record.max_length <= config.max_tokens
+        check("max_length", record.max_length, fits, f"from 8 to {config.max_tokens}, the positions of the model")
+        has_zero = record.exit_layers[0] == 0
+        check(
+            "ngrams", record.ngrams, has_zero == (record.ngrams is not None), "there where exit_layers has 0, else null"
+        )
+    except ValueError as error:
+        raise InputError(f"{run / 'run.json'}: {error}") from None
 
     def make() -> ExitModel:
         encoder = new_encoder(replace(config, num_hidden_layers=layers[-1]))
@@ -233,9 +313,15 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
     return load_strict(run / WEIGHTS, make).eval(), record
 
 
-def read_validation(run: Path, record: Record) -> Examples:
-    """The validation rows that lie in a run. Raises InputError where they are missing or broken."""
-    return read_examples(run / VALIDATION, record.labels)
+def read_validation(run: Path, record: Record, evaluation: Evaluation | None = None) -> Examples:
+    """The validation rows that lie in a run.
+
+    Raises InputError where they are missing or broken, or others than those of an evaluation.
+    """
+    rows = read_examples(run / VALIDATION, record.labels)
+    if evaluation:
+        check_digest(run / VALIDATION, digest(rows), evaluation.dev_digest)
+    return rows
 
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from minisweet.adaptive import ExitRule
+from minisweet.adaptive import ExitRule, in_float32
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import AMP_CHOICES, add_device_options, autocast, choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
@@ -109,7 +109,7 @@ class EarlyExitClassifier:
         was, now = evaluation.precision, str(precision or torch.float32)
         if threshold is None and "sure" in point.goal and point.threshold < 1 and was != now:  # at 1 nothing can change
             LOG.warning("evaluate.py promised for %s, and not for %s: evaluate again in this precision", was, now)
-        self.threshold = point.threshold if threshold is None else float(threshold)
+        self.threshold = in_float32(point.threshold if threshold is None else threshold)
         self.exit_layers, rule = point.asked_exits, ExitRule.from_evaluation(evaluation, len(self.labels))
         self.rule = rule.kept([layers.index(n) for n in self.exit_layers])
         self.model = model.keep_exits(self.exit_layers).to(device)

@@ -49,7 +49,7 @@ def main() -> None:
         print_exits(classify, explain(classify, args.text))
         return
     record, evaluation = read_record(args.run), read_evaluation(args.run)
-    answered, rows = load_answers(args.run, evaluation, record), read_validation(args.run, record)
+    answered, rows = load_answers(args.run, evaluation, record), read_validation(args.run, record, evaluation)
     write_page(args.html, evaluation, record, rows, answered)
     print(f"written to {args.html}")
 
@@ -64,7 +64,9 @@ def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tu
     confidence = torch.cat([classify.rule.confidence(k, *output) for k, output in enumerate(outputs)])  # (K,)
     enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
     enough[-1] = True
-    answers = classify.answers(Answers(logits.argmax(-1), torch.arange(len(outputs)), logits, confidence))
+    answers = classify.answers(
+        Answers(logits.argmax(-1), torch.arange(len(outputs), device=logits.device), logits, confidence)
+    )
     return list(zip(answers, enough.tolist(), strict=True))
 
 

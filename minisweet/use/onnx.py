@@ -63,7 +63,8 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     It is tried on the rows that judge, or on all rows where none does.
     """
     record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.goal
-    answered, examples = load_answers(run, classify.evaluation, record), read_validation(run, record)
+    answered = load_answers(run, classify.evaluation, record)
+    examples = read_validation(run, record, classify.evaluation)
     full_depth, exits = answered.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
     sides = deal(answered, record.train_tokens)  # by the model's labels: who chose its exits does not judge the file
     note = ""
@@ -79,7 +80,7 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
         classify.rule, point = operating_point(answered, goal, sides, layers)
         classify.threshold = point["threshold"]
         set_rule(file, classify.threshold, classify.rule.temperatures.tolist())
-        note = shortfall(point, record) or "what is promised holds for this file, against its own full depth"
+        note = shortfall(point, record, layers) or "what is promised holds for this file, against its own full depth"
     elif int8 and "sure" in goal and classify.threshold < 1:
         note = "what evaluate.py promises holds in float32, and says nothing of int8; --recertify promises it anew"
 
