@@ -23,13 +23,15 @@ class Config:
     initializer_range: float = 0.02
     hidden_act: Literal["gelu"] = "gelu"
     is_decoder: Literal[False] = False
+    first_position: ClassVar[int] = 0
     model_type: ClassVar[str]
 
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value, high = field.name, getattr(self, field.name), 1000 if "layers" in field.name else 10**6
-            if field.type is int and field.default is MISSING and not 1 <= value <= high:
-                raise ValueError(f"{name} is {value}, should be from 1 to {high}")
+            low = 32 if "buckets" in name else 1
+            if field.type is int and (field.default is MISSING or low > 1) and not low <= value <= high:
+                raise ValueError(f"{name} is {value}, should be from {low} to {high}")
             if field.type in (float, float | None) and value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}, should be from 0 to 1")
         D, H = self.hidden_size, self.num_attention_heads
@@ -45,7 +47,7 @@ class Config:
     @property
     def max_tokens(self) -> int:
         """How many tokens a text may have."""
-        return self.max_position_embeddings
+        return self.max_position_embeddings - self.first_position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +87,13 @@ class DebertaConfig(Config):
 class MPNetConfig(Config):
     """The keys of config.json that shape an MPNet encoder."""
 
-    relative_attention_num_buckets: int = 32
+    relative_attention_num_buckets: int = 32  # or more, which stay unused, see mpnet.py
     type_vocab_size: Literal[0] = 0
+    first_position: ClassVar[int] = 2  # 0 and 1 are padding's
     model_type: ClassVar[str] = "mpnet"
     pooler_hidden_act: ClassVar[str] = "tanh"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, low, high in (("relative_attention_num_buckets", 32, 1000), ("max_position_embeddings", 3, 10**6)):
-            if not low <= (value := getattr(self, name)) <= high:
-                raise ValueError(f"{name} is {value}, should be from {low} to {high}")
 
     @property
     def pooler_dropout(self) -> float:
         """The dropout probability before an exit's pooler."""
         return self.hidden_dropout_prob
-
-    @property
-    def max_tokens(self) -> int:
-        """How many tokens a text may have: positions 0 and 1 are padding's."""
-        return self.max_position_embeddings - 2

@@ -51,7 +51,8 @@ class MPNetEncoder(TransformerEncoder):
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter layer 1, of ids (B, T). MPNet has no token types and reads none."""
-        positions = self.position_embeddings.weight[2 : 2 + input_ids.shape[1]]  # (T, D); 0 and 1 are padding's
+        first = self.config.first_position
+        positions = self.position_embeddings.weight[first : first + input_ids.shape[1]]  # (T, D)
         return self.dropout(self.embedding_norm(self.word_embeddings(input_ids) + positions))
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor]:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.base.files import InputError
+from minisweet.checkpoint import read_config
 from minisweet.data.rows import Examples
 from minisweet.data.text import POOL, TokenizedExamples, beginning, load_tokenizer, special_ids
-from tests.conftest import WORDS
+from tests.conftest import WORDS, write_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LONG = " ".join(WORDS * 4)
@@ -226,3 +227,20 @@ def test_renumbered_ids_name_the_same_tokens_and_targets_may_be_probabilities(tm
     assert (own.attention_mask == batch.attention_mask).all()
     assert (batch.targets, own.targets.tolist()) == (None, [[1.0, 0.0], [0.25, 0.75]])
     assert own.targets.numpy().dtype == np.float32
+
+
+def test_mpnets_tokens_and_positions(tmp_path):
+    """<s> A </s>, and <s> A </s></s> B </s>, as in transformers; 42 positions hold 40 tokens."""
+    folder = write_model(tmp_path, "mpnet")
+    config = read_config(folder)
+    with pytest.raises(InputError, match="--max-length: 41, should be at most 40, the positions of"):
+        load_tokenizer(folder, config.vocab_size, 41, config.max_tokens)
+    tokenizer = load_tokenizer(folder, config.vocab_size, 40, config.max_tokens)
+    start, end, pad, unknown = special_ids(tokenizer)
+    assert [tokenizer.id_to_token(n) for n in (start, end, pad, unknown)] == ["<s>", "</s>", "<pad>", "[UNK]"]
+    a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("the film", "not good but great"))
+    examples = TokenizedExamples(tokenizer, Examples(["the film"], ["not good but great"], None))
+    assert examples.ids[0].tolist() == [start, *a, end, end, *b, end]
+    assert examples.ids[0].tolist() == tokenizer.encode("the film", "not good but great").ids
+    types = examples.batch(np.array([0])).token_type_ids[0].tolist()
+    assert types == tokenizer.encode("the film", "not good but great").type_ids == [0] * 5 + [1] * 5
