@@ -112,7 +112,6 @@ def test_all_that_is_wrong_is_listed_with_both_shapes(model_dir):
         ("deberta", "relative_attention", "absent"),
         ("deberta", "position_biased_input", True),
         ("mpnet", "relative_attention_num_buckets", 31),
-        ("mpnet", "max_position_embeddings", 2),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, model_type, key, value):
