@@ -85,7 +85,8 @@ class AnsweredRows(NamedTuple):
         keys, text = np.unique(self.keys.numpy(), return_inverse=True)
         labels, part = np.full(len(keys), np.iinfo(np.int64).max), np.empty(len(keys), dtype=np.int64)  # of each text
         np.minimum.at(labels, text, self.labels.numpy())
-        part[np.lexsort((keys, labels))] = np.arange(len(keys)) % count
+        by_class = np.lexsort((keys, labels))  # by label, and of one label by key, which is as good as at random
+        part[by_class] = np.arange(len(keys)) % count
         return part[text]
 
 

@@ -41,10 +41,10 @@ RIGHT, WRONG = (1, 1, 1), (0, 1, 1)  # by both
 
 
 class Sides(NamedTuple):
-    """Which validation rows choose, and which judge. Of too few texts both may be empty."""
+    """Numbers of the validation rows that choose, and of those that judge. Without new texts both are empty."""
 
-    choosing: np.ndarray
-    judging: np.ndarray
+    choosing: np.ndarray  # (n,)
+    judging: np.ndarray  # (m,)
     trained_rows: int | None  # how many do neither, since they were trained on; None where that is not known
 
 
@@ -58,7 +58,7 @@ def deal(answered: AnsweredRows, trained: list[int] | None = None) -> Sides:
     is_known = trained_on(answered, trained)
     rows = np.flatnonzero(~is_known)
     part = answered.take(rows).parts(PARTS)
-    return Sides(rows[part == 0], rows[part > 0], None if trained is None else int(is_known.sum()))
+    return Sides(rows[part == 0], rows[part > 0], trained_rows=None if trained is None else int(is_known.sum()))
 
 
 def operating_point(
@@ -136,12 +136,14 @@ def walk(
     _, answers, costs = rows.decide_at(rule, exits, thresholds)
     shares, scores = costs.mean(1), score(answers, rows.labels.numpy(), rows.metric)  # (M,) each
     if "speed" in goal:
-        m = np.flatnonzero(shares <= goal["speed"] + 1e-9).max(initial=0)
+        fast = np.flatnonzero(shares <= goal["speed"] + 1e-9)
+        m = fast[-1] if len(fast) else 0  # the slowest that is fast enough, or the fastest that there is
     else:
         is_kept = scores >= scores[-1] - limit_of(goal) - ROUNDING
         if "sure" in goal:
             is_kept = how_sure(rows, answers, limit_of(goal)) >= goal["sure"]
-        m = np.flatnonzero(~is_kept[:-1]).max(initial=-1) + 1
+        lost = np.flatnonzero(~is_kept[:-1])  # the last threshold is full depth
+        m = lost[-1] + 1 if len(lost) else 0  # from 1 down, the last one before the first that loses too much
     return float(thresholds[m]), float(shares[m]), float(scores[m])
 
 
@@ -177,36 +179,42 @@ def reweighted(judges: AnsweredRows, made_up: int) -> np.ndarray:
 
 
 def stated(rule: ExitRule, judges: AnsweredRows, exits: Sequence[int], threshold: float) -> dict:
-    """What decisions give: scores in percent, loss in points, share of the layers; with 95% intervals for new text.
+    """What decisions give: scores in percent, loss in points, share of the layers; with `intervals` for new text.
 
-    Macro F1 and the classes' own scores have none: with rare classes no kind that was tried holds often enough. Two
-    made-up texts join in: early exit loses one and wins the other, where it can. For the share of the layers,
-    one takes the cheapest exit and the other the most expensive.
+    Macro F1 and the classes' own scores have none: with rare classes no kind that was tried holds often enough.
     """
     threshold = in_float32(threshold)
     _, (answers,), (costs,) = judges.decide_at(rule, exits, [threshold])
-    labels, full, metric = judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy(), judges.metric
-    early, full_depth = (float(score(given, labels, metric)) for given in (answers, full))
+    labels, full = judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy()
+    early, full_depth = (float(score(given, labels, judges.metric)) for given in (answers, full))
     point = {"score": early, "full_depth_score": full_depth, "loss": full_depth - early}
     report = classification_report(answers, labels, judges.logits.shape[-1])
     point |= {"speedup_ratio": float(costs.mean()), "macro_f1": report["macro_f1"]}
     point["per_class"] = {key: report[key] for key in ("precision", "recall", "f1", "support")}
-    made_up = [RIGHT, WRONG] if threshold == 1 else [LOST, WON]
+    all_costs = judges.exits_at(exits).costs(threshold)
+    ends = all_costs[0], all_costs[-1]  # of the cheapest exit, and of the most expensive
+    if threshold == 1 or threshold <= in_float32(rule.lowest):  # all take one exit
+        ends = (all_costs[-1 if threshold == 1 else 0],) * 2
+    found = intervals(judges, answers, np.append(costs, ends), may_differ=threshold < 1)
+    names = ("score_interval", "full_depth_interval", "loss_interval", "speedup_interval")
+    for name, (key, (low, high)) in zip(names, found.items(), strict=True):
+        point[name] = [min(low, point[key]), max(high, point[key])]
+    return point
+
+
+def intervals(judges: AnsweredRows, answers: np.ndarray, costs: np.ndarray, may_differ: bool) -> dict:
+    """The two ends of the 95% intervals of what `stated` tells: early exit's answers (N,) and costs (N + 2,).
+
+    Two made-up texts join in: early exit loses one and wins the other, where its answers may differ from full depth's.
+    For the share of the layers, one takes the cheapest exit and the other the most expensive: the last two costs.
+    """
+    labels, full, metric = judges.labels.numpy(), judges.logits[-1].argmax(-1).numpy(), judges.metric
+    made_up = [LOST, WON] if may_differ else [RIGHT, WRONG]
     if not has_labels(metric):  # full depth is always right there
         made_up[1] = RIGHT
-    labels, full, answers = np.hstack([[labels, full, answers], np.transpose(made_up)])  # (N + 2,) each
-    ends = np.array(judges.exits_at(exits).costs(threshold))[[0, -1]]  # of the cheapest exit, and of the most expensive
-    if threshold == 1 or threshold <= in_float32(rule.lowest):  # all take one exit
-        ends = ends[[-1, -1] if threshold == 1 else [0, 0]]
-    costs, weights = np.append(costs, ends).astype(np.float32), reweighted(judges, 2)
-    early, full_depth = score(answers, labels, metric, weights), score(full, labels, metric, weights)  # (R,) each
+    gold, late, early = np.hstack([[labels, full, answers], np.transpose(made_up)])  # (N + 2,) each
+    weights, costs = reweighted(judges, 2), costs.astype(np.float32)
+    scores, full_scores = score(early, gold, metric, weights), score(late, gold, metric, weights)  # (R,) each
     shares = costs.min() + weights @ (costs - costs.min()) / weights.sum(1)
-    for key, interval, values in (
-        ("score", "score_interval", early),
-        ("full_depth_score", "full_depth_interval", full_depth),
-        ("loss", "loss_interval", full_depth - early),
-        ("speedup_ratio", "speedup_interval", shares),
-    ):
-        low, high = np.quantile(values, [0.025, 0.975]).tolist()
-        point[interval] = [min(low, point[key]), max(high, point[key])]
-    return point
+    drawn = {"score": scores, "full_depth_score": full_scores, "loss": full_scores - scores, "speedup_ratio": shares}
+    return {key: np.quantile(values, [0.025, 0.975]).tolist() for key, values in drawn.items()}
