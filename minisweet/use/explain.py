@@ -25,6 +25,7 @@ from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.sweep import sweep
 from minisweet.live import Answers
+from minisweet.methods import METHODS
 from minisweet.runs.folders import Evaluation, Record, read_evaluation, read_record, read_validation
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
 
@@ -95,6 +96,8 @@ def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Example
     data = {
         **{key: swept[key] for key in ("scores", "speedup_ratios")},
         **{key: getattr(record, key) for key in ("task", "method", "depth", "labels")},
+        "is_one_model": METHODS[record.method].is_one_model,
+        "has_branches": METHODS[record.method].cost_in_vain > 0,
         "model": Path(record.model).name,
         "exit_layers": point.asked_exits,
         "exit_scores": [swept["exit_scores"][k] for k in asked],
