@@ -35,6 +35,7 @@ from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.plots import draw_curves
 from minisweet.evaluation.sweep import crossfit, curve_of
 from minisweet.runs import folders
+from minisweet.runs.records import Evaluation
 from minisweet.use.classifier import EarlyExitClassifier
 
 TIMED = 64  # texts
@@ -119,7 +120,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         save_answers(logits, answered, run_digest)
         write_json(new, evaluation)
         folders.check_digest(run / folders.EVALUATION, folders.run_digest(run), run_digest)  # it may be another by now
-    written = read_dataclass(folders.Evaluation, run / folders.EVALUATION, evaluation)
+    written = read_dataclass(Evaluation, run / folders.EVALUATION, evaluation)
     draw_curves(run / folders.CURVE, {str(run): written})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {counted(len(rows.first), 'validation row')}")
     print_curve(evaluation)

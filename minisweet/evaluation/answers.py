@@ -23,7 +23,8 @@ from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.calibration import fit_temperature
 from minisweet.evaluation.metrics import has_labels
 from minisweet.exits import ExitModel
-from minisweet.runs.folders import EVALUATION, LOGITS, Evaluation, Record, check_digest
+from minisweet.runs.folders import EVALUATION, LOGITS, check_digest
+from minisweet.runs.records import Evaluation, Record
 
 BATCH_SIZE = 64
 CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long

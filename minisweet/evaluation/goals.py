@@ -8,7 +8,7 @@ from minisweet.base.commands import Parser, number
 from minisweet.base.files import InputError, counted, one_line, preview
 from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.operating import PARTS, limit_of
-from minisweet.runs.folders import GOALS, Record
+from minisweet.runs.records import GOALS, Record
 
 STATED = (  # of an operating point: a title, the key of the value, and the key of its interval
     ("", "score", "score_interval"),  # the title is the metric's

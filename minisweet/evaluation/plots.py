@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.evaluation.metrics import METRICS
 from minisweet.methods import METHODS
-from minisweet.runs.folders import Evaluation
+from minisweet.runs.records import Evaluation
 
 COLOURS = {name: method.colour for name, method in METHODS.items()}  # one colour per method in all pictures
 COLOURS |= {"exit 0": "#E69F00", "full depth": "#6E6E6E", "other": "#56B4E9"}

@@ -25,7 +25,8 @@ from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.plots import new_figure, save_figure
 from minisweet.exits import MultiExitModel, exit_loss
-from minisweet.runs.folders import Record, load_run, read_record
+from minisweet.runs.folders import load_run, read_record
+from minisweet.runs.records import Record
 
 SETTINGS = ("task", "model", "exit_layers", "lr", "batch_size", "train_size", "epochs")  # the same for all runs
 

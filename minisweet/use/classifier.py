@@ -22,7 +22,8 @@ from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation.metrics import has_labels
 from minisweet.exits import ExitModel
 from minisweet.live import Answers, early_exit
-from minisweet.runs.folders import GOALS, Evaluation, Record, load_run, read_evaluation
+from minisweet.runs.folders import load_run, read_evaluation
+from minisweet.runs.records import GOALS, Evaluation, Record
 
 CHOOSER = "evaluate.py alone chooses the operating point: give it --max-loss, --max-change or --speed"
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches

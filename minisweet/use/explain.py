@@ -26,7 +26,8 @@ from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.sweep import sweep
 from minisweet.live import Answers
 from minisweet.methods import METHODS
-from minisweet.runs.folders import Evaluation, Record, read_evaluation, read_record, read_validation
+from minisweet.runs.folders import read_evaluation, read_record, read_validation
+from minisweet.runs.records import Evaluation, Record
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
