@@ -8,12 +8,14 @@
 Writes a run folder, which evaluate.py reads. Dimension letters: N instances, K exits, C classes, V words, D hidden.
 """
 
+import argparse
 import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from shlex import quote
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -27,17 +29,19 @@ from torch.nn.utils import clip_grad_norm_
 
 from minisweet import MultiExitModel
 from minisweet.base import devices
-from minisweet.base.commands import Progress, run_command
+from minisweet.base.commands import Parser, Progress, positive_float, run_command, whole_number
 from minisweet.base.files import InputError
 from minisweet.checkpoint import WEIGHTS
+from minisweet.data.tasks import add_data_options
 from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.answers import all_logits
-from minisweet.exits import ExitModel, exit_loss
+from minisweet.exits import EXIT_STRATEGIES, ExitModel, exit_loss
 from minisweet.methods import METHODS, build_alone, grow
 from minisweet.ngram_fit import fit_ngrams
-from minisweet.runs.folders import save_run
+from minisweet.runs.folders import run_name, save_run
+from minisweet.runs.hub import REPOSITORIES
 from minisweet.runs.resume import SavedTraining, claim_output
-from minisweet.runs.start import TrainingSetup, find_start, parse_arguments
+from minisweet.runs.start import EPOCHS, STEPS, TrainingSetup, add_training_options, find_start
 
 
 def fine_tune(
@@ -196,13 +200,49 @@ def train_run(setup: TrainingSetup, checkpoint: SavedTraining) -> None:
     print(f"{args.out}: trained in {record['seconds']:.0f} s; next: python evaluate.py {quote(str(args.out))}")
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
+    parser, by_size = Parser(__doc__), f"for {STEPS} steps, at least {EPOCHS}"
+    option = parser.add_argument_group("method").add_argument
+    option("--method", choices=list(METHODS), help="default: sweet; plain with --data or --trunk")
+    option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
+    option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; plain and branch keep it")
+    option("--targets", choices=("labels", "trunk"), default="labels", help="learn labels, or the trunk's answers")
+    option("--class-weights", choices=("balanced",), help="each row weighs N / (classes x rows of its class)")
+    add_data_options(parser)
+    group = parser.add_argument_group("training")
+    option, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
+    option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
+    option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
+    option("--epochs", type=whole_number(1), help=f"over the rows (default: 2, toy 3; --data: {by_size})")
+    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
+    option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
+    either("--resume", action="store_true", help="go on from the checkpoint of a training that was stopped")
+    either("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
+    add_training_options(parser)
+    args = parser.parse_args()
+    args.method = args.method or ("plain" if args.trunk or args.data else "sweet")
+    has_trunk = args.trunk or METHODS[args.method].keeps_start
+    parser.need(args, has_trunk, "--trunk or --method branch or plain", "targets")
+    parser.need(args, args.data, "--data", "dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")
+    parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
+    parser.need(args, args.trunk is None, "a training without --trunk, which is a model itself", "model")
+    if args.trunk:  # a folder, even if it is called like a preset
+        args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)
+    args.task = (args.task or "toy") if args.data is None else args.data.name.split(".")[0] or "own"
+    args.out = args.out or Path("runs") / run_name(vars(args))
+    args.train_size = args.train_size or (6000 if args.data is None else None)
+    return args
+
+
 def main() -> None:
     """Train one run, or with --resume say that it is there."""
-    args = parse_arguments(__doc__)
+    args = parse_arguments()
     devices.tune_cpu()
     with claim_output(args.out, args.resume or args.overwrite) as path:
         setup = find_start(args)
-        checkpoint = SavedTraining(path, args, setup.record)
+        checkpoint = SavedTraining(path, setup.args, setup.record)
         if checkpoint.is_finished:
             print(f"{args.out}: finished already; next: python evaluate.py {quote(str(args.out))}")
         else:

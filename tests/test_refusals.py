@@ -47,6 +47,11 @@ REFUSALS = [
         "--labels: a,c, and the trunk's are ",
     ),
     ("train", "--trunk run --out new --exit-layers 1,2", "--exit-layers: 1,2, should increase and end at layer 4, as"),
+    (
+        "train",
+        "--trunk run --method branch --exit-strategy lte --out new",
+        "--exit-strategy: lte, and run has not learned",
+    ),
     ("train", f"{TRAIN} --targets trunk", "--targets: needs --trunk or --method branch"),
     ("train", f"{TRAIN} --dev-data own.csv", "--dev-data: needs --data"),
     ("train", f"{TRAIN} --data own.csv --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of --data, and"),

@@ -1,4 +1,4 @@
-"""What a training starts from: train.py's command line, the model, the data, and the record of the run to come."""
+"""What a training starts from: what train.py's options name, the model, the data, and the record of the run to come."""
 
 import argparse
 from math import ceil
@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 from minisweet.base import devices
-from minisweet.base.commands import Parser, list_of, positive_float, whole_number
+from minisweet.base.commands import Parser, list_of, whole_number
 from minisweet.base.files import InputError
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
 from minisweet.data.rows import Examples
-from minisweet.data.tasks import TASKS, add_data_options, digest, load_data
+from minisweet.data.tasks import TASKS, digest, load_data
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
-from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
+from minisweet.exits import MultiExitModel
 from minisweet.methods import METHODS
 from minisweet.ngram_fit import check_size
 from minisweet.ngrams import NgramExit
-from minisweet.runs.folders import is_run, load_trunk, read_record, run_name, versions
+from minisweet.runs.folders import is_run, load_trunk, read_record, versions
 from minisweet.runs.hub import REPOSITORIES, model_folder
 
 # Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve, by model type, hidden size and depth.
@@ -38,7 +38,7 @@ SMALL = 512  # up to this hidden size a model needs larger rates, as MiniLM with
 class TrainingSetup(NamedTuple):
     """What a training starts from."""
 
-    args: argparse.Namespace
+    args: argparse.Namespace  # train.py's options, with nothing left open
     folder: Path  # of the model
     layers: list[int]  # the layers that exits stand after, without exit 0
     trunk: MultiExitModel | None
@@ -51,47 +51,14 @@ class TrainingSetup(NamedTuple):
     notes: list[str]  # for the user, a line each
 
 
-def parse_arguments(doc: str) -> argparse.Namespace:
-    """Read and check the command line of train.py, whose docstring is `doc`."""
-    parser, by_size = Parser(doc), f"for {STEPS} steps, at least {EPOCHS}"
-    option = parser.add_argument_group("method").add_argument
-    option("--method", choices=list(METHODS), help="default: sweet; plain with --data or --trunk")
-    option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; plain and branch keep it")
-    option("--targets", choices=("labels", "trunk"), default="labels", help="learn labels, or the trunk's answers")
-    option("--class-weights", choices=("balanced",), help="each row weighs N / (classes x rows of its class)")
-    add_data_options(parser)
-    group = parser.add_argument_group("training")
-    option, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    option("--train-size", type=whole_number(1), help="examples, drawn by the seed (default: 6000, all of --data)")
-    option("--seed", type=whole_number(0), default=0, help="of the subset, new weights, order, dropout (default: 0)")
-    option("--lr", type=positive_float, help="first learning rate (default: the paper's, or by the model's size)")
-    option("--epochs", type=whole_number(1), help=f"over the rows (default: 2, toy 3; --data: {by_size})")
-    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    option("--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="checkpoint (default: 10)")
-    either("--resume", action="store_true", help="go on from the checkpoint of a training that was stopped")
-    either("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
-    add_training_options(parser)
-    args = parser.parse_args()
-    args.method = args.method or ("plain" if args.trunk or args.data else "sweet")
-    has_trunk = args.trunk or METHODS[args.method].keeps_start
-    parser.need(args, has_trunk, "--trunk or --method branch or plain", "targets")
-    parser.need(args, args.data, "--data", "dev_data", "text_columns", "label_column", "labels", "dev_size", "dev_seed")
-    parser.need(args, args.dev_data is None, "rows of --data, and --dev-data is given", "dev_size", "dev_seed")
-    parser.need(args, args.trunk is None, "a training without --trunk, which is a model itself", "model")
-    if args.trunk:  # a folder, even if it is called like a preset
-        args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)
-    args.task = (args.task or "toy") if args.data is None else args.data.name.split(".")[0] or "own"
-    args.out = args.out or Path("runs") / run_name(vars(args))
-    args.train_size = args.train_size or (6000 if args.data is None else None)
-    return args
-
-
 def find_start(args: argparse.Namespace) -> TrainingSetup:
-    """Fetch and read what the options name. Raises InputError where it does not go together."""
+    """Fetch and read what the options name, and choose what they leave open. InputError where it does not fit."""
     trunk, labels = load_trunk(args.trunk) if args.trunk else (None, None)
     end = trunk.exit_layers[-1] if trunk else None
-    folder, config, exit_layers = find_model(args, args.method, args.exit_strategy, end)
+    if trunk and METHODS[args.method].keeps_start and args.exit_strategy == "lte" and trunk.heads[0].lte is None:
+        wanted = "a trunk that was trained with it, since it stays as it is; or another --method"
+        raise InputError(f"--exit-strategy: lte, and {args.trunk} has not learned when it is right; should be {wanted}")
+    folder, config, exit_layers, batch_size = find_model(args, args.method, args.exit_strategy, end)
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
     train, dev, of_data = load_data(args, tokenizer, labels, need_labels=trunk is None or args.targets != "trunk")
     if train.second is not None and config.type_vocab_size == 1:
@@ -114,8 +81,9 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
-    args.lr = args.lr or default_learning_rate(config, task, rates_of)
-    args.epochs = args.epochs or (epochs_of(len(subset), args.batch_size) if args.data else TASKS[args.task].epochs)
+    found = {"batch_size": batch_size, "lr": args.lr or default_learning_rate(config, task, rates_of)}
+    by_size = epochs_of(len(subset), batch_size) if args.data else TASKS[args.task].epochs
+    args = argparse.Namespace(**vars(args) | found | {"epochs": args.epochs or by_size})
     record = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **of_data,
@@ -185,15 +153,15 @@ def add_training_options(parser: Parser) -> None:
 
 def find_model(
     args: argparse.Namespace, method: str = "sweet", exit_strategy: str = "confidence", end: int | None = None
-) -> tuple[Path, Config, list[int]]:
-    """The folder of --model, its config, and the exit layers: the method's where --exit-layers is not given.
+) -> tuple[Path, Config, list[int], int]:
+    """The folder of --model, its config, the exit layers and the batch size: the defaults where none is given.
 
-    `end` is where a trunk ends. --batch-size gets its default. Raises InputError for exits that cannot be.
+    `end` is where a trunk ends. Raises InputError for exits that cannot be.
     """
     folder = model_folder(args.model)
     config = read_config(folder)
     is_large_deberta = config.model_type == "deberta" and config.hidden_size >= 1024
-    args.batch_size = args.batch_size or (8 if is_large_deberta else 16)  # App. A
+    batch_size = args.batch_size or (8 if is_large_deberta else 16)  # App. A
     depth = end or config.num_hidden_layers
     exit_layers = list(args.exit_layers or exit_layers_for(depth, method, exit_strategy))
     wanted = f"--exit-layers: {','.join(map(str, exit_layers))}"
@@ -204,4 +172,4 @@ def find_model(
         raise InputError(f"{wanted}, and the method {method} has exits 0 and {depth} alone; add --method branch")
     if exit_strategy == "lte" and exit_layers[0] == 0:
         raise InputError("--exit-strategy: lte, and exit 0 learns no such thing; leave 0 out, or add --method branch")
-    return folder, config, exit_layers
+    return folder, config, exit_layers, batch_size
