@@ -206,7 +206,9 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=list(METHODS), help="default: sweet; plain with --data or --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option("--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; plain and branch keep it")
+    option(
+        "--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; plain, branch and mm keep it"
+    )
     option("--targets", choices=("labels", "trunk"), default="labels", help="learn labels, or the trunk's answers")
     option("--class-weights", choices=("balanced",), help="each row weighs N / (classes x rows of its class)")
     add_data_options(parser)

@@ -120,7 +120,7 @@ def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "con
 
 def default_learning_rate(config: Config, task: str | None, method: str) -> float:
     """The paper's rate where it has one (Table 2), else 5e-5. Where the hidden size is at most 512 it is 2e-4, and 1e-4
-    for own text, whose task is None (.github/results/tried.md).
+    where the task is None: own text, and a trunk (.github/results/tried.md).
     """
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
     if not rates or task not in TABLE_2_TASKS:
