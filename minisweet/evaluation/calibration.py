@@ -20,9 +20,9 @@ BINS = 15  # of the expected calibration error
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T that fits best: logits (N, C) and labels (N,) to a number above 0; without rows 1.
 
-    What is to be small is the negative log-likelihood plus log(T)^2 / N, a weak prior that keeps T near 1. Without it an
-    exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T), between
-    -7 and 7, finds a place where the slope of the sum is zero. The prior is not convex in 1/T, so there might be others.
+    What is to be small is the negative log-likelihood plus log(T)^2 / N, a weak prior that keeps T near 1. Without it
+    an exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T) from
+    -7 to 7 finds a place where the slope of the sum is zero. The prior is not convex in 1/T, so there might be others.
     """
     logits, low, high = logits.double(), -7.0, 7.0
     gold = float(logits.gather(1, labels[:, None]).sum())
