@@ -160,6 +160,7 @@ def command(capsys, tmp_path):
     """Run a command in an empty folder, quickly: its exit status, standard output and standard error."""
 
     def run_and_read(module, *arguments) -> tuple[int, str, str]:
+        capsys.readouterr()  # what fixtures printed
         status = run(module, *arguments)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
