@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from minisweet.base.commands import run_command
 from minisweet.checkpoint import ARCHITECTURES, public_name
 from minisweet.data import toy
+from minisweet.data.tasks import TASKS
 from minisweet.exits import MultiExitModel, MultiModel
 from minisweet.layers import TransformerEncoder
 from minisweet.methods import build_alone, grow
@@ -173,6 +174,32 @@ def quick(model, *arguments) -> list:
     """train.py's arguments for a run in no time, and of the same losses on every machine."""
     sizes = ["--train-size", 48, "--epochs", 2, "--exit-layers", "1,2,4", "--max-length", 32, "--amp", "off"]
     return ["--model", model, *sizes, *arguments]
+
+
+def write_table(path: Path, columns: list[str], labels: dict, header: bool = True, between: str = ",") -> None:
+    """Write 300 rows of random words; `labels` are the values to draw from, by the column."""
+    draw, rows = Random(0), [columns] * header
+    for _ in range(300):
+        texts = (" ".join(draw.choices(WORDS, k=6)) for _ in columns)
+        rows.append([draw.choice(labels.get(*pair)) for pair in zip(columns, ([text] for text in texts), strict=True)])
+    path.write_text("".join(between.join(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to run a guide in, with tiny models under the presets' names, and tiny tasks of GLUE."""
+    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path / "home"))
+    for name, kind, layers in (("minilm-l6", "bert", 6), ("bert-base", "bert", 12), ("mpnet-base", "mpnet", 12)):
+        sizes = {"num_hidden_layers": layers, "max_position_embeddings": 258}
+        write_model(tmp_path / "home" / "weights" / name, kind, **sizes)
+    for task in (task for task in TASKS.values() if task.folder):
+        labels = {task.columns[-1]: list(map(str, range(len(task.labels)))) if task.numbered else task.labels}
+        (tmp_path / "home" / "data" / task.folder).mkdir(parents=True)
+        for file in task.files:
+            path = tmp_path / "home" / "data" / task.folder / file
+            write_table(path, list(task.header or task.columns), labels, task.header is None, "\t")
+    with in_folder(tmp_path):
+        yield tmp_path
 
 
 # The runs of `run_of`, and what train.py is told for them beside `quick`: later options win.

@@ -9,24 +9,22 @@ import shlex
 import subprocess
 import threading
 from pathlib import Path
-from random import Random
 
 import pytest
 
 import evaluate
 import train
 from minisweet import __main__ as package
-from minisweet.data.tasks import TASKS
 from minisweet.runs.folders import newest_run
 from tests.benchmark import BLOCK
-from tests.conftest import CHECKOUT, WORDS, in_folder, run, write_model
+from tests.conftest import CHECKOUT, run, write_table
 
 README, USE, PAPER, RUNS = "README.md", *(f"minisweet/{room}/README.md" for room in ("use", "paper", "runs"))
 RESULTS = (".github/results/exit0.md", ".github/results/paper.md")
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
 OTHERS = "pip torchrun srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
-STUDIES = [f"tests.benchmark.{name}" for name in "choose draws eight_epochs paper speed zero_layer zero_tables".split()]
+STUDIES = [f"tests.benchmark.{name}" for name in "choose draws eight_epochs speed zero_layer zero_tables".split()]
 ANY_BLOCK = BLOCK.format("([a-z0-9 :-]+)")
 WITH_ONNX = [pytest.param(guide, True, marks=pytest.mark.slow) for guide in (README, USE)]
 
@@ -38,32 +36,6 @@ def text_of(guide: str) -> str:
 def blocks_of(guide: str) -> list[tuple[str, str]]:
     """The language and the text of each code block of a guide."""
     return re.findall(r"^```(\w*)\n(.*?)^```", text_of(guide), re.MULTILINE | re.DOTALL)
-
-
-def write_table(path: Path, columns: list[str], labels: dict, header: bool = True, between: str = ",") -> None:
-    """Write 300 rows of random words; `labels` are the values to draw from, by the column."""
-    draw, rows = Random(0), [columns] * header
-    for _ in range(300):
-        texts = (" ".join(draw.choices(WORDS, k=6)) for _ in columns)
-        rows.append([draw.choice(labels.get(*pair)) for pair in zip(columns, ([text] for text in texts), strict=True)])
-    path.write_text("".join(between.join(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder to run a guide in, with tiny models under the presets' names, and tiny tasks of GLUE."""
-    monkeypatch.setenv("MINISWEET_HOME", str(tmp_path / "home"))
-    for name, layers in (("minilm-l6", 6), ("bert-base", 12)):
-        sizes = {"num_hidden_layers": layers, "max_position_embeddings": 256}
-        write_model(tmp_path / "home" / "weights" / name, "bert", **sizes)
-    for task in (task for task in TASKS.values() if task.folder):
-        labels = {task.columns[-1]: list(map(str, range(len(task.labels)))) if task.numbered else task.labels}
-        (tmp_path / "home" / "data" / task.folder).mkdir(parents=True)
-        for file in task.files:
-            path = tmp_path / "home" / "data" / task.folder / file
-            write_table(path, list(task.header or task.columns), labels, task.header is None, "\t")
-    with in_folder(tmp_path):
-        yield tmp_path
 
 
 def run_line(line: str) -> None:

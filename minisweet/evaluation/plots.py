@@ -86,7 +86,7 @@ def draw_mean(axis, method: str, ratios: np.ndarray, values: np.ndarray, label: 
 
 def label_axes(axis, title: str, score: str) -> None:
     """The title, the labels and the grid of speed-accuracy curves."""
-    axis.set(title=one_line(title, 100), xlabel="speedup ratio: share of the layers run", ylabel=score)
+    axis.set(title=one_line(title, 100), xlabel="speedup ratio: share of the layers run (less is faster)", ylabel=score)
     axis.grid(alpha=0.3)
 
 

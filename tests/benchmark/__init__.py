@@ -5,21 +5,23 @@ What one of them needs and is not installed is said in one line.
 
 import re
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from minisweet.base.files import read_json, write_json
+from minisweet.base.commands import run_command
+from minisweet.base.files import InputError, read_json, write_json
 from minisweet.runs.folders import EVALUATION
 
 CHECKOUT = Path(__file__).parents[2]
 RESULTS = CHECKOUT / ".github" / "results"
 BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
+TASKS = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte", "own")  # own: the texts of own_text.py
 
 
 def show(blocks: dict[str, str], write: bool) -> None:
     """Print tables, by their names, or write each to those pages that have a place for it."""
     if not write:
-        print("\n".join(blocks.values()), flush=True)
+        print("\n".join(f"<!-- {name} -->\n{table}" for name, table in blocks.items()), flush=True)
         return
     for page in (CHECKOUT / "README.md", *RESULTS.glob("*.md")):
         text = old = page.read_text(encoding="utf-8")
@@ -39,11 +41,13 @@ def keep_record(run: Path, folder: Path) -> None:
     write_json(folder / "run.json", read_json(run / "run.json") | {"train_tokens": None, "losses": []})
 
 
-def _say_what_is_missing(kind: type, error: BaseException, trace: object) -> None:
-    if issubclass(kind, ModuleNotFoundError):
-        print(f"{error.name} is missing: pip install '.[onnx]' scikit-learn transformers", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def run_study(main: Callable[[], None]) -> None:
+    """Call `main` as a command. A library that is not installed is named in one line."""
 
+    def checked() -> None:
+        try:
+            main()
+        except ModuleNotFoundError as error:
+            raise InputError(f"{error.name} is missing: pip install '.[onnx]' scikit-learn transformers") from None
 
-sys.excepthook = _say_what_is_missing
+    run_command(checked)

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.base.commands import Parser, whole_number
 from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.operating import deal, limit_of, operating_point
 from minisweet.runs.folders import read_evaluation, read_record
+from tests.benchmark import run_study
 
 INTERVALS = {"score": "score_interval", "loss": "loss_interval", "speedup_ratio": "speedup_interval"}
 LOSS, CHANGE, SPEED = {"max_loss": 1.0, "sure": 70.0}, {"max_change": 3.0, "sure": 90.0}, {"speed": 0.5}
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_study(main)

@@ -10,9 +10,11 @@ train on are drawn, and of the others at most 2,500 are to test on.
 import random
 from pathlib import Path
 
-from minisweet.base.commands import Parser, run_command
+from minisweet.base.commands import Parser
 from minisweet.data.rows import row_writer
+from tests.benchmark import run_study
 
+TRAIN, TEST = 5000, 2500  # rows
 SECTIONS = "admin devel fonts games graphics math net science sound text web x11".split()
 
 
@@ -30,11 +32,11 @@ def main() -> None:
             by_source.setdefault(source, {"text": fields["Description"], "label": section})
     rows = list(by_source.values())
     random.Random(0).shuffle(rows)
-    for path, part in ((args.train, rows[:5000]), (args.test, rows[5000:7500])):
-        with row_writer(path) as write:
+    for path, part in ((args.train, rows[:TRAIN]), (args.test, rows[TRAIN : TRAIN + TEST])):
+        with row_writer(path, ("text", "label")) as write:
             for row in part:
                 write(row)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_study(main)

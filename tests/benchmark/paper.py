@@ -1,9 +1,9 @@
-"""The tables and the figure of paper.md: what `minisweet reproduce --report-only` writes of the archive's runs.
+"""Of paper.md: what `minisweet reproduce --report-only` writes of the archive's runs, and the table of gradients.
 
-    python -m tests.benchmark.paper FOLDER [--write] [--keep KEPT]
+    python -m tests.benchmark.paper FOLDER KEPT
 
-FOLDER/runs are the runs of the commands in paper.md, and FOLDER/TASK/gradients.json is of `minisweet gradients`. --keep
-copies the records of all of them, without weights.
+keeps in KEPT the records, without weights, of FOLDER/runs, which are the runs of the commands in paper.md, and of
+FOLDER/TASK/gradients.json, which is of `minisweet gradients`. zero_tables.py makes the tables of KEPT.
 """
 
 import re
@@ -14,10 +14,10 @@ from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from minisweet.base.commands import Parser, run_command
+from minisweet.base.commands import Parser
 from minisweet.base.files import read_json
 from minisweet.paper.report import table
-from tests.benchmark import CHECKOUT, RESULTS, keep_record, show
+from tests.benchmark import CHECKOUT, keep_record, run_study
 
 REPORTS = {  # what each report of paper.md adds to reproduce's defaults
     "grid": ["--tasks", "sst2,mrpc,qqp,qnli"],
@@ -27,15 +27,25 @@ REPORTS = {  # what each report of paper.md adds to reproduce's defaults
 GRADIENTS = ("mnli", "sst2")
 
 
-def reported(folder: Path, name: str, out: Path) -> dict[str, str]:
-    """Write a report to `out`. Returns its tables, each by the name of the report and what its title begins with."""
-    words = [*REPORTS[name], "--model", "minilm-l6", "--runs", str(folder / "runs"), "--out", str(out), "--report-only"]
-    subprocess.run([sys.executable, "-m", "minisweet", "reproduce", *words], check=True, cwd=CHECKOUT)
+def tables_of(text: str) -> dict[str, str]:
+    """The tables of a report's text by what their titles begin with; of several training sizes the first."""
     found: dict[str, str] = {}
-    text = (out / "results.md").read_text(encoding="utf-8")
     for block, title in re.findall(r"(\n### ([^\n:]+)[^\n]*\n\n(?:\|[^\n]+\n)+)", text):
-        found.setdefault(f"{name}: {title.lower()}", block)  # of several training sizes the first
+        found.setdefault(title.lower(), block)
     return found
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """The tables of the runs that were kept, by the report and the title, and that of the gradients."""
+    made = {"gradients": gradient_table(folder)} if (folder / GRADIENTS[0]).exists() else {}
+    for name, words in REPORTS.items() if (folder / "runs").exists() else ():
+        with TemporaryDirectory() as out:
+            words = [*words, "--model", "minilm-l6", "--runs", folder / "runs", "--out", out, "--report-only"]
+            command = [sys.executable, "-m", "minisweet", "reproduce", *map(str, words)]
+            subprocess.run(command, check=True, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+            text = Path(out, "results.md").read_text(encoding="utf-8")
+        made |= {f"{name}: {title}": block for title, block in tables_of(text).items()}
+    return made
 
 
 def gradient_table(folder: Path) -> str:
@@ -55,27 +65,18 @@ def gradient_table(folder: Path) -> str:
 
 
 def main() -> None:
-    """Print the tables, or write them and the figure to the page."""
+    """Keep the records."""
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--keep", type=Path)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("kept", type=Path, metavar="KEPT")
     args = parser.parse_args()
-    made = {"gradients": gradient_table(args.folder)}
-    with TemporaryDirectory() as out:
-        for name in REPORTS:
-            made |= reported(args.folder, name, Path(out, name))
-        if args.write:
-            shutil.copy(Path(out, "grid", "tasks.png"), RESULTS / "paper.png")
-    show(made, args.write)
-    if args.keep:
-        for name in ("runs", *GRADIENTS):
-            (args.keep / name).mkdir(parents=True)
-        for task in GRADIENTS:
-            shutil.copy(args.folder / task / "gradients.json", args.keep / task)
-        for run in sorted((args.folder / "runs").glob("*-seed*")):
-            keep_record(run, args.keep / "runs" / run.name)
+    for name in ("runs", *GRADIENTS):
+        (args.kept / name).mkdir(parents=True)
+    for task in GRADIENTS:
+        shutil.copy(args.folder / task / "gradients.json", args.kept / task)
+    for run in sorted((args.folder / "runs").glob("*-seed*")):
+        keep_record(run, args.kept / "runs" / run.name)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_study(main)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minisweet import EarlyExitClassifier, MultiExitModel
-from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import device_name, tune_cpu
 from minisweet.checkpoint import new_encoder
 from minisweet.config import BertConfig, DebertaConfig
@@ -32,7 +32,7 @@ from minisweet.exits import exit_loss
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, read_validation
 from minisweet.use.export import export
-from tests.benchmark import CHECKOUT, show
+from tests.benchmark import CHECKOUT, run_study, show
 
 SIDE = """
 import importlib, json, sys, time
@@ -50,20 +50,20 @@ DEBERTA = {"type_vocab_size": 0, "vocab_size": 50265, "relative_attention": True
 MODELS = {"MiniLM": BASE | SMALL, "BERT-base": BASE, "DeBERTa-base": BASE | DEBERTA | {"pos_att_type": "c2p|p2c"}}
 
 
-def training_step(is_ours: bool, name: str, T: int, bf16: bool) -> Callable[[], None]:
+def training_step(is_ours: bool, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
     """What takes one step of ours or of theirs on random texts of T tokens, of which one is half as long."""
     ids, labels = torch.randint(5, 30000, (16, T)), torch.randint(0, 2, (16,))
     mask = torch.ones_like(ids)
     mask[0, T // 2 :] = 0
-    inputs, is_deberta = (ids, mask, torch.zeros_like(ids)), name.startswith("DeBERTa")
+    inputs, is_deberta = (ids, mask, torch.zeros_like(ids)), "pos_att_type" in settings
     if is_ours:
         tune_cpu()
-        config = (DebertaConfig if is_deberta else BertConfig)(**MODELS[name])
+        config = (DebertaConfig if is_deberta else BertConfig)(**settings)
         model = MultiExitModel(new_encoder(config), (config.num_hidden_layers,), 2)
     else:
         import transformers
 
-        config = transformers.AutoConfig.for_model("deberta" if is_deberta else "bert", **MODELS[name])
+        config = transformers.AutoConfig.for_model("deberta" if is_deberta else "bert", **settings)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         if is_deberta and bf16:
             model, bf16 = model.bfloat16(), False
@@ -145,10 +145,10 @@ def take_turns(sides: dict[str, tuple], turns: int) -> dict[str, tuple[float, li
 def training_table(turns: int) -> str:
     """A training step of each model, length and type."""
     rows, settings = [], list(product((32, 128), (False, True)))
-    for name in MODELS:
+    for name, model in MODELS.items():
         rows.append([name])
         for setting in settings:
-            sides = {side: ("speed", "training_step", (side == "ours", name, *setting)) for side in ("ours", "theirs")}
+            sides = {side: ("speed", "training_step", (side == "ours", model, *setting)) for side in ("ours", "theirs")}
             found = {side: 1000 * took for side, (took, _) in take_turns(sides, turns).items()}
             ours, theirs = found["ours"], found["theirs"]
             rows[-1].append(f"{theirs:.0f}, {ours:.0f}: {theirs / ours:.2f}")
@@ -213,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_study(main)

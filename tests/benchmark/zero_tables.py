@@ -1,172 +1,213 @@
-"""The tables and the figure of exit0.md and of README, from the records that zero_layer.py keeps.
+"""All tables and figures that are made of records: of README's "What came out", of exit0.md and of paper.md.
 
-    python -m tests.benchmark.zero_tables FOLDER/records [--tasks sst2,qnli] [--seeds 0] [--write]
+    python -m tests.benchmark.zero_tables FOLDER [--write]
 
-Temperatures and decisions are cross-fitted over five folds of the validation rows, as evaluate.py does. Means are over
-the tasks that full depth learns. 95% intervals (Student's t) have tasks as their unit: the seeds of a task are averaged
-first. A difference in bold is told apart from zero: its interval does not hold it.
+FOLDER is an unpacked zero.tar.xz, or holds what zero_layer.py, eight_epochs.py and paper.py keep: `records` of the
+small model, `base/records` of a larger one, `eight/records` and `paper`. Means are over the tasks that full depth
+learns. 95% intervals (Student's t) have tasks as their unit: the seeds of a task are averaged first. Of one task they
+are over its seeds. A difference in bold is told apart from zero: its interval does not hold it.
 """
 
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
-from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
-from minisweet.evaluation.answers import AnsweredRows, load_answers
-from minisweet.evaluation.metrics import score
-from minisweet.evaluation.plots import draw_mean, label_axes, new_figure, save_figure, sorted_curve
-from minisweet.evaluation.sweep import crossfit, sweep
+from minisweet.base.commands import Parser
+from minisweet.base.files import InputError
+from minisweet.evaluation.plots import draw_line, draw_mean, label_axes, new_figure, save_figure
+from minisweet.paper import report
 from minisweet.paper.report import cells, table
-from minisweet.runs.folders import LOGITS, read_evaluation, read_record
-from tests.benchmark import RESULTS, show
+from tests.benchmark import RESULTS, eight_epochs, paper, run_study, show
+from tests.benchmark.records import (
+    DEALS,
+    GRID,
+    METHODS,
+    ONE_BRANCH,
+    OURS,
+    SHARES,
+    TRAINED,
+    Study,
+    curves_of,
+    points_of,
+    read_study,
+)
 
-TASKS, LEARNT = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte"), ("sst2", "mrpc", "qqp", "qnli")
-METHODS = {"EE": "ee", "MM": "mm", "SWEET": "sweet", "branches": "branch"}
-LAYERS, SLICES = (1, 2, 3, 6), (1, 2, 3)  # where exits stand; slices: models of so many layers
-OURS = "plain model with exit 0 in front"
-CURVES = {OURS: ("branch", (0, 6)), "branches": ("branch", LAYERS)}  # which run, and which exits are asked
-CURVES |= {"exit 0 and a branch": ("branch", (0, 2, 6)), "exit 0 and branches": ("branch", (0, *LAYERS))}
-for name in ("EE", "SWEET", "MM"):
-    CURVES |= {name: (METHODS[name], LAYERS), f"exit 0 and {name}": (METHODS[name], (0, *LAYERS))}
-DRAWN = METHODS | {OURS: "plain"}  # of CURVES, and the method that each has its colour from
-SHARES = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "1": 1.0}
-GRID = np.linspace(0, 1, 61)  # shares of the layers, for the figure
-SINGLE = {"exit 0": "no", "TF-IDF": "no", **{f"slice of {n}": f"{n}/6" for n in SLICES}}
-SINGLE |= {"embeddings": "all", "full depth": "all"}  # models without early exit, and the layers that they run
-
-
-def load(records: Path, task: str, seed: int, name: str) -> AnsweredRows:
-    """What a run said of the validation rows, as evaluate.py kept it."""
-    run = records / f"{task}-{seed}-{name}"
-    return load_answers(run, read_evaluation(run), read_record(run))
+SIZES = (".", "base")  # where a study's records are, in FOLDER
+POINTS = [*SHARES, "area"]
+PAIRS = [(OURS, name) for name in ("full depth", ONE_BRANCH, "exit 0 and EE", "exit 0 and SWEET", "exit 0 and MM")]
+PAIRS += [(ONE_BRANCH, "full depth"), ("SWEET", "EE"), ("MM", "EE"), ("SWEET", "MM")]
+BERT_BASE = ["the paper's BERT-base, mean of 7 tasks", "+3.6", "+1.3", "-0.4", "-1.3"]
 
 
-def sweep_finely(validation: AnsweredRows) -> tuple[np.ndarray, np.ndarray, float]:
-    """Speedup ratios (P,), sorted, scores (P,), and the area. Thresholds are quantiles: confidences crowd near 1."""
-    rule = validation.fit_rule()
-    confidence = rule.confidences(validation.logits)[:-1].numpy()
-    thresholds = [rule.lowest, *np.unique(np.quantile(confidence, np.linspace(0, 1, 100))).tolist(), 1.0]
-    curve, _ = sweep(crossfit(validation), validation, thresholds)
-    return *sorted_curve(curve["speedup_ratios"], curve["scores"]), curve["area"]
+def text(values: np.ndarray) -> list[str]:
+    """Numbers with one digit; blank for NaN."""
+    return ["" if np.isnan(value) else f"{value:.1f}" for value in np.atleast_1d(values)]
 
 
-def measure_curve(run: AnsweredRows, front: AnsweredRows, layers: tuple[int, ...]) -> np.ndarray:
-    """Of these exits alone: scores at SHARES, the area, the least share at which 3% change, and scores at GRID."""
-    logits = {n: run.logits[k] for k, n in enumerate(run.exits.layers)} | {0: front.logits[0]}
-    run = run._replace(logits=torch.stack([logits[n] for n in layers]), exits=run.exits._replace(layers=layers))
-    ratios, scores, area = sweep_finely(run)
-    costs, kept, _ = sweep_finely(run.against_full_depth())
-    at_shares, at_grid = (np.interp(np.round(x, 9), ratios, scores, left=np.nan) for x in ([*SHARES.values()], GRID))
-    return np.r_[at_shares, area, costs[kept >= 97].min(), at_grid]
+def mean_of(study: Study) -> str:
+    """What a mean is over: the tasks, and how many seeds each has."""
+    groups = groupby(study.learnt, lambda task: len(study.runs[task]))
+    return "mean of " + ", ".join(f"{', '.join(tasks)} ({n} seed{'s' * (n > 1)})" for n, tasks in groups)
 
 
-def measure(records: Path, task: str, seed: int) -> tuple[list, ...]:
-    """Of a task and a seed: the numbers of each of CURVES, the scores of SINGLE, and of the exits of METHODS their
-    scores, and whether they answer with one class.
+def rate_rows(study: Study, ours: str, theirs: str, points) -> list[list[str]]:
+    """The difference of two of the paper's methods at other rates than their own; none for other names."""
+    rates, before = sorted({rate for its in study.rates.values() for rate in its}), study.grid(before=True)
+    grids = {"rates of the search before": before} if before != study.grid() else {}
+    grids |= {f"{rate:g} for all": study.grid(rate) for rate in rates}
+    rows = []
+    for name, grid in grids.items() if {METHODS.get(ours), METHODS.get(theirs)} <= set(TRAINED) else ():
+        if grid["ee"]:
+            by_task = report.differences(grid[METHODS[ours]], grid[METHODS[theirs]], points)
+            rows.append([f"{name}, {', '.join(grid['ee'])}", *cells(by_task, sign="+")])
+    return rows
+
+
+def tables(study: Study) -> dict[str, str]:
+    """The tables of a study by their names, without what tells studies apart."""
+    names, tasks, of, made = list(curves_of(study.layers)), list(study.runs), mean_of(study), {}
+    others = [task for task in tasks if task not in study.learnt]
+
+    def less(pair: tuple[str, str], tasks: list[str] | None = None, key: str = "curve") -> np.ndarray:
+        return np.subtract(*(study.by_task(key, name, tasks) for name in pair))
+
+    rows = [["full depth", "", "", "", *text(study.by_task("alone", "full depth").mean())]]
+    for name in names:
+        means, areas = (
+            study.by_task("curve", name)[:, 0].mean(0),
+            [study.values("curve", name, task)[:, 0, -1].mean() for task in others],
+        )
+        rows.append([name, *text(means), *text(areas)])
+    head = ["exits", *POINTS, *(f"area, {task}" for task in others)]
+    made["at shares"] = table(f"Score at a share of the layers, {of}", head, rows)
+    if study.missing:
+        made["at shares"] += f"\nMissing, so that their seed of the task is left out: {', '.join(study.missing)}.\n"
+    rows = []
+    for name in ["full depth", *names[1:]]:
+        wins = (less((OURS, name), tasks)[:, 0, -1] > 0).sum()
+        rows.append([name, *cells(less((OURS, name))[:, 0], sign="+"), f"{wins} of {len(tasks)}"])
+    title = f"{OURS.capitalize()} less each other, ± over tasks, {of}"
+    made["less each other"] = table(title, ["less", *POINTS, "tasks with more area"], rows)
+    rows = []
+    for pair, k in product(PAIRS[:-2], range(3)):
+        row = [f"{pair[0]} less {pair[1]}", POINTS[k]]
+        for task in tasks:
+            row += cells(np.subtract(*(study.values("curve", name, task)[:, 0, k] for name in pair)), sign="+")
+        rows.append([*row, *cells(less(pair)[:, 0, k], sign="+")])
+    head = ["difference", "at", *tasks, f"± over tasks: {', '.join(study.learnt)}"]
+    made["on each task"] = table("Differences on each task, ± over its seeds", head, rows)
+    every = [run["alone"] for its in study.runs.values() for run in its.values()]
+    rows = [
+        [name, *text(study.by_task("alone", name, tasks)), *text(study.by_task("alone", name).mean())]
+        for name in every[0]
+        if all(name in alone for alone in every)
+    ]
+    made["alone"] = table("Models without early exit, and branches alone", ["model", *tasks, of], rows)
+    pair = ("SWEET", "EE")
+    rows = [BERT_BASE, [of, *cells(less(pair, key="exits"), sign="+")]]
+    for task in tasks:
+        by_seed = np.subtract(*(study.values("exits", name, task) for name in pair))
+        rows.append([f"{task}, ± over seeds", *cells(by_seed, sign="+")])
+    rows += rate_rows(study, *pair, lambda run: run["exit_scores"][-len(study.layers) :])
+    head = ["exits alone", *(f"after layer {n}" for n in study.layers)]
+    made["sweet less ee"] = table("SWEET less EE, ± over tasks", head, rows)
+    rows = []
+    for pair in PAIRS:
+        by_choice, name = less(pair), f"{pair[0]} less {pair[1]}"  # (tasks, W, P)
+        means = by_choice[:, 2:].mean(0)
+        rows += [[name, "as above", *cells(by_choice[:, 0], sign="+")]]
+        rows += [["", "11 thresholds", *cells(by_choice[:, 1], sign="+")]]
+        spread = [f"{low:+.1f} to {high:+.1f}" for low, high in zip(means.min(0), means.max(0), strict=True)]
+        rows += [["", f"{len(DEALS) - 1} other deals of the folds", *spread]]
+        rows += [["", f"{row[0]}, 11 thresholds", *row[1:]] for row in rate_rows(study, *pair, points_of)]
+    title = f"How much a difference depends on choices, ± over tasks, {of}"
+    made["choices"] = table(title, ["difference", "choice", *POINTS], rows)
+    rows = [[name, *text(np.ravel(study.by_task("minutes", name, tasks)))] for name in METHODS]
+    made["minutes"] = table("Minutes of a training, mean over seeds", ["method", *tasks], rows)
+    return made | paper.tables_of(report.tables(paper_grid(study)))
+
+
+def paper_grid(study: Study) -> dict[str, report.Records]:
+    """The paper's methods as its reports take them, on the learnt tasks, with as many thresholds as here."""
+    return {
+        method: {task: {seed: run["record"][method] for seed, run in study.runs[task].items()} for task in study.learnt}
+        for method in TRAINED
+    }
+
+
+def what_came_out(studies: list[Study]) -> dict[str, str]:
+    """README's tables, of all studies side by side. They have no title there."""
+    names, columns, differences = list(curves_of([1])), [], [BERT_BASE]
+    for study in studies:
+        every = [run["one class"] for its in study.runs.values() for run in its.values()]
+        column = {"plain model": ["", "", "", *text(study.by_task("alone", "full depth").mean()), ""]}
+        for name in names:
+            count = f"{sum(run[name] for run in every)} of {len(every)}" if name in METHODS else ""
+            column[name] = [*text(study.by_task("curve", name)[:, 0, : len(SHARES)].mean(0)), count]
+        column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * len(SHARES)
+        columns.append(column)
+        exits = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}, {len(study.learnt)} tasks"
+        differences.append(
+            [exits, *cells(np.subtract(*(study.by_task("exits", n) for n in ("SWEET", "EE"))), sign="+")]
+        )
+    rows = [[name, *(cell for column in columns for cell in column[name])] for name in columns[0]]
+    head = [f"{study.depth} layers: {point}" for study in studies for point in [*SHARES, "first exit gives one class"]]
+    made = {"what came out": table("", ["accuracy at a share of the layers", *head], rows)}
+    made["sweet less ee"] = table("", ["SWEET less EE, exits alone", "first", "second", "third", "last"], differences)
+    return {name: text.rpartition("\n\n")[2] for name, text in made.items()}
+
+
+def draw(path: Path, studies: list[Study]) -> None:
+    """Draw a panel for each study: what curves lose to full depth, a mean of the learnt tasks. Those with exit 0 are
+    dashed, and have the 95% interval over tasks as their band. The bands of the others would hide all else.
     """
-    runs = {method: load(records, task, seed, method) for method in [*METHODS.values(), "slices"]}
-    front, slices = runs["branch"], runs["slices"]
-    curves = [measure_curve(runs[method], front, layers) for method, layers in CURVES.values()]
-    logits = [front.logits[0], load_file(records / f"{task}-{seed}-tfidf" / LOGITS)["logits"][0]]
-    logits += [slices.logits[slices.exits.layers.index(n)] for n in SLICES]
-    logits += [load_file(records / f"{task}-{seed}-embeddings" / LOGITS)["logits"][0], front.logits[-1]]
-    single = [score(values.argmax(-1), front.labels, front.metric) for values in logits]
-    answers = [runs[method].logits[-len(LAYERS) :].argmax(-1) for method in METHODS.values()]  # (exits, N) each
-    exits = [score(labels, front.labels, front.metric) for labels in answers]
-    return curves, single, exits, [(labels == labels[:, :1]).all(1).tolist() for labels in answers]
-
-
-def make_tables(records: Path, tasks: list[str], seeds: list[int]) -> tuple[dict[str, str], np.ndarray]:
-    """The tables by their names, and the scores at GRID: (tasks, seeds, CURVES, GRID)."""
-    found = [[measure(records, task, seed) for seed in seeds] for task in tasks]
-    curves, single, exits, is_one = (np.array([[run[i] for run in runs] for runs in found]) for i in range(4))
-    learnt = [k for k, task in enumerate(tasks) if task in LEARNT] or [*range(len(tasks))]
-    others = [k for k in range(len(tasks)) if k not in learnt]
-    by_task, by_task_single, by_task_exits = (values.mean(1) for values in (curves, single, exits))  # over seeds
-    names, area, text = list(CURVES), len(SHARES), "{:.1f}".format
-    mean_of = f"mean of {', '.join(tasks[k] for k in learnt)}"
-
-    def shares_of(rows: list[str], columns: list[int]) -> list[list[str]]:
-        means = by_task[learnt].mean(0)
-        return [[name, *map(text, means[names.index(name), columns])] for name in rows]
-
-    made, rows = {}, shares_of(names, [*range(area + 1)])
-    for k, row in enumerate(rows):
-        row += [*map(text, by_task[others, k, area]), f"{by_task[learnt, k, area + 1].mean():.2f}"]
-    head = ["exits", *SHARES, "area", *(f"area, {tasks[k]}" for k in others), "3% change"]
-    made["at shares"] = table(f"Score at a share of the layers, {mean_of}", head, rows)
-    means = np.c_[by_task_single.T, by_task_single[learnt].mean(0)]  # (SINGLE, tasks and mean)
-    rows = [[name, layers, *map(text, means[k])] for k, (name, layers) in enumerate(SINGLE.items())]
-    made["alone"] = table("Models without early exit", ["model", "layers", *tasks, mean_of], rows)
-    less = by_task[:, :1, : area + 1] - by_task[:, :, : area + 1]  # (tasks, CURVES, numbers)
-    less[:, 0] = by_task[:, 0, : area + 1] - by_task_single[:, -1:]
-    rows = [
-        [name, *cells(less[learnt, k], sign="+"), *cells(less[:, k, area], sign="+"), (less[:, k, area] > 0).sum()]
-        for k, name in enumerate(["full depth", *names[1:]])
-    ]
-    title = f"{OURS.capitalize()} less each other, {mean_of}"
-    head = ["less", *SHARES, "area", f"area, {len(tasks)} tasks", f"tasks won, of {len(tasks)}"]
-    made["less each other"] = table(title, head, rows)
-    rows = [
-        [f"{ours} less {theirs}, {len(over)} tasks", *cells(difference, sign="+")]
-        for ours, theirs in (("SWEET", "EE"), ("SWEET", "MM"), ("MM", "EE"), ("branches", "SWEET"))
-        for over in (learnt, learnt + others)
-        for difference in [np.subtract(*(by_task_exits[over, [*METHODS].index(name)] for name in (ours, theirs)))]
-    ]
-    made["exit by exit"] = table("Exits alone: differences", ["after layer", *LAYERS], rows)
-    rows = [
-        [name, *cells(exits[learnt, :, k].mean(0), deviation=True), *is_one[:, :, k].sum((0, 1))]
-        for k, name in enumerate(METHODS)
-    ]
-    head = ["after layer", *LAYERS, *(f"one class after {n}" for n in LAYERS)]
-    title = f"Exits alone: {mean_of}, ± deviation over seeds; of {is_one[:, :, 0, 0].size} runs, those with one class"
-    made["exits"] = table(title, head, rows)
-    rows = shares_of([OURS, "branches", "EE", "SWEET", "MM"], [0, 2, 3, area - 1])
-    for row, name in zip(rows[1:], ("branches", "EE", "SWEET", "MM"), strict=True):
-        row.append(is_one[:, :, [*METHODS].index(name), 0].sum())
-    rows.append(["exit 0 alone, no layer", text(by_task_single[learnt, 0].mean())])
-    of_18 = "runs whose first exit gives one class, of 18"
-    head = ["accuracy at a share of the layers", "1/6", "1/3", "1/2", "1", of_18]
-    made["what came out"] = table("", head, rows).rpartition("\n\n")[2]  # README has no room for a title
-    return made, curves[..., area + 2 :]
-
-
-def draw(path: Path, curves: np.ndarray) -> None:
-    """Draw the mean of tasks, (tasks, seeds, CURVES, GRID), of those in DRAWN, with its 95% interval over seeds."""
-    figure, means = new_figure(7.5, 4.5), curves.mean(0)
-    axis = figure.add_subplot()
-    for name, method in DRAWN.items():
-        draw_mean(axis, method, GRID, means[:, [*CURVES].index(name)], name)
-    label_axes(axis, "Mean of the tasks that full depth learns, three seeds", "accuracy")
+    figure = new_figure(1 + 5.6 * len(studies), 5)
+    for place, study in enumerate(studies, start=1):
+        axis = figure.add_subplot(1, len(studies), place)
+        draw_line(axis, "plain", [1.0], [0.0], "plain model", "o")
+        for name, (method, exits) in curves_of(study.layers).items():
+            if name != ONE_BRANCH:
+                colour = "plain" if name == OURS else method
+                less = study.by_task("grid", name) - study.by_task("alone", "full depth")[:, None]  # (tasks, GRID)
+                draw_mean(axis, colour, GRID, less if exits[0] == 0 else less.mean(0)[None], name)
+        label_axes(
+            axis, f"{study.depth} layers, mean of {len(study.learnt)} tasks", "accuracy less full depth's, points"
+        )
     save_figure(figure, path)
 
 
 def main() -> None:
-    """Print the tables of a folder of records, or write them and the figure to the pages."""
+    """Print the tables of a folder, or write them and the figures to the pages."""
     parser = Parser(__doc__)
-    parser.add_argument("records", type=Path)
-    add_report_options(parser)
-    args = parser.parse_args()
-    report(args.records, args.tasks, args.seeds, args.write)
-
-
-def report(records: Path, tasks: list[str], seeds: list[int], write: bool) -> None:
-    """Print or write the tables. The figure is only written."""
-    made, curves = make_tables(records, tasks, seeds)
-    show(made, write)
-    if write:
-        learnt = [k for k, task in enumerate(tasks) if task in LEARNT]
-        draw(RESULTS / "exit0.png", curves[learnt])
-
-
-def add_report_options(parser: Parser) -> None:
-    """Add what the tables are of."""
-    parser.add_argument("--tasks", type=list_of(one_of(TASKS)), default=list(TASKS))
-    parser.add_argument("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2])
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    made, studies = make_tables(args.folder)
+    show(made, args.write)
+    if args.write and studies:
+        draw(RESULTS / "exit0.png", studies)
+        for study in studies:
+            panels = [(task, paper_grid(study), [task]) for task in study.learnt]
+            report.draw_curves(RESULTS / f"paper-{study.depth}.png", panels)
+    if args.write and (found := eight_epochs.read(args.folder / "eight" / "records")):
+        eight_epochs.draw(RESULTS / "eight-epochs.png", found)
+
+
+def make_tables(folder: Path) -> tuple[dict[str, str], list[Study]]:
+    """All tables of a folder by their names, and its studies. Raises InputError for a folder without records."""
+    studies, made = [study for size in SIZES if (study := read_study(folder / size))], {}
+    for study in studies:
+        made |= {f"{name}: {study.depth} layers": block for name, block in tables(study).items()}
+    made |= what_came_out(studies) if studies else {}
+    made |= eight_epochs.tables(eight_epochs.read(folder / "eight" / "records"))
+    made |= paper.tables(folder / "paper")
+    if not made:
+        raise InputError(
+            f"{folder}: no records to make tables of; should hold {'records'!r}, with a seed of a task whole"
+        )
+    return made, studies
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_study(main)

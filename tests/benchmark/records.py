@@ -1,0 +1,176 @@
+"""What a study's records say, as numbers. Its depth, exits, tasks, seeds and rates are read from them.
+
+A seed of a task counts where EE, SWEET, MM and branches are all there. Temperatures and decisions are cross-fitted over
+five folds of the validation rows, as evaluate.py does. Letters: S seeds, E exits, P points, W choices, N rows.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from minisweet.adaptive import spaced_thresholds
+from minisweet.base.files import LOG, InputError, read_json
+from minisweet.evaluation.answers import AnsweredRows, load_answers
+from minisweet.evaluation.metrics import score
+from minisweet.evaluation.sweep import crossfit, sweep
+from minisweet.paper.report import Records, curve_of
+from minisweet.runs.folders import EVALUATION, LOGITS, read_evaluation, read_record
+from tests.benchmark import TASKS
+
+NAME = re.compile(r"([a-z0-9]+)-(\d+)-([a-z]+)(-lr.+)?")  # of a record: task, seed, method; a rate besides the usual
+METHODS = {"branches": "branch", "EE": "ee", "SWEET": "sweet", "MM": "mm"}
+TRAINED = ("ee", "mm", "sweet")  # the paper's
+OURS, ONE_BRANCH = "plain model with exit 0", "exit 0 and one branch"
+SHARES = {"1/6": 1 / 6, "1/3": 1 / 3, "1/2": 1 / 2, "1": 1.0}
+GRID = np.linspace(0, 1, 61)  # shares of the layers, for the figure
+MARGIN = 5.0  # a task is learnt where full depth is right so much more often than the most frequent class, in points
+DEALS = (1, 3**40, 5**27, 7**22)  # odd: keys times one of them are in another order, which deals out other folds
+
+
+@dataclass
+class Study:
+    """The records of one model."""
+
+    depth: int
+    layers: list[int]  # (E,), where exits stand, without exit 0
+    runs: dict[str, dict[int, dict]]  # of `measure`, by task and seed
+    missing: list[str]  # the names of records
+    rates: dict[tuple[str, str], dict[float, dict[int, dict]]]  # by method and task: evaluations by rate and seed
+    usual: dict[tuple[str, str], float]  # the rates of `runs`
+
+    @property
+    def learnt(self) -> list[str]:
+        """The tasks that full depth learns; all where it learns none."""
+        gains = {task: np.mean([run["gain"] for run in its.values()]) for task, its in self.runs.items()}
+        return [task for task, gain in gains.items() if gain >= MARGIN] or list(self.runs)
+
+    def values(self, key: str, name: str, task: str) -> np.ndarray:
+        """What `measure` found of a task: (S, ...)."""
+        return np.array([run[key][name] for run in self.runs[task].values()])
+
+    def by_task(self, key: str, name: str, tasks: list[str] | None = None) -> np.ndarray:
+        """The means over seeds, of the tasks that are learnt or of these: (tasks, ...)."""
+        return np.array([self.values(key, name, task).mean(0) for task in tasks or self.learnt])
+
+    def grid(self, rate: float | None = None, before: bool = False) -> dict[str, Records]:
+        """EE's, MM's and SWEET's evaluations of the learnt tasks, for reports: at their usual rates; or `before`, at
+        another that three seeds have; or all at one rate, of the tasks and seeds that have it.
+        """
+        found = {method: {} for method in TRAINED}
+        for method, task in product(TRAINED, self.learnt):
+            its, chosen = self.rates[method, task], self.usual[method, task]
+            if before:
+                chosen = next((lr for lr, seeds in sorted(its.items()) if len(seeds) > 2 and lr != chosen), chosen)
+            found[method][task] = its.get(rate or chosen, {})
+        return {
+            method: {task: its[task] for task in its if all(found[m][task] for m in found)}
+            for method, its in found.items()
+        }
+
+
+def curves_of(layers: list[int]) -> dict[str, tuple[str, list[int]]]:
+    """The curves of exits after these layers: which run each is of, and which exits it asks."""
+    last = layers[-1]
+    found = {OURS: ("branch", [0, last]), ONE_BRANCH: ("branch", [0, last // 2, last])}
+    for name, method in METHODS.items():
+        found |= {name: (method, layers), f"exit 0 and {name}": (method, [0, *layers])}
+    return found
+
+
+def sweep_finely(run: AnsweredRows, folds: list, asked: list[int], few: int | None = None) -> dict:
+    """The curve of some exits, at `few` evenly spaced thresholds; or at a hundred quantiles of the confidences, which
+    crowd near 1.
+    """
+    rule = run.fit_rule()
+    quantiles = np.unique(np.quantile(rule.confidences(run.logits)[asked[:-1]].numpy(), np.linspace(0, 1, 100)))
+    thresholds = spaced_thresholds(few, rule.lowest) if few else [rule.lowest, *quantiles.tolist(), 1.0]
+    return sweep(folds, run, thresholds, asked)[0]
+
+
+def points_of(curve: dict) -> np.ndarray:
+    """The scores at SHARES, NaN below the first exit's, and the area: (P,)."""
+    return np.r_[curve_of(curve, [*SHARES.values()]), curve["area"]]
+
+
+def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str, dict]:
+    """Of a task and a seed, by name: of curves their points (W, P), as told above, at 11 thresholds and of other folds,
+    and scores at GRID; the scores of exits (E,) and of models; whether the first exit answers with one class; minutes.
+    """
+    found, front = defaultdict(dict), None
+    for name, method in METHODS.items():  # branches first: theirs is exit 0
+        record = records / f"{task}-{seed}-{method}"
+        run = load_answers(record, read_evaluation(record), read_record(record))
+        if list(run.exits.layers)[-len(layers) :] != layers:
+            raise InputError(f"{record}: exits after {run.exits.layers}, and those of other records after {layers}")
+        front = run if front is None else front
+        run = run._replace(logits=torch.cat([front.logits[:1], run.logits[-len(layers) :]]))
+        run = run._replace(exits=run.exits._replace(layers=[0, *layers]))
+        dealt = [run._replace(keys=run.keys * deal) for deal in DEALS]
+        folds = [crossfit(one) for one in dealt]
+        for curve, (of, exits) in curves_of(layers).items():
+            if of == method:
+                asked = [run.exits.layers.index(n) for n in exits]
+                fine, *others = (sweep_finely(*pair, asked) for pair in zip(dealt, folds, strict=True))
+                ways = [fine, sweep_finely(run, folds[0], asked, 11), *others]
+                found["curve"][curve], found["grid"][curve] = [*map(points_of, ways)], curve_of(fine, GRID)
+                if curve == name:
+                    kept = ("scores", "speedup_ratios", "area")
+                    found["record"][method] = read_json(record / EVALUATION) | {key: fine[key] for key in kept}
+        answers = run.logits[1:].argmax(-1)  # (E, N)
+        found["minutes"][name] = read_json(record / "run.json")["seconds"] / 60
+        found["exits"][name] = score(answers, run.labels, run.metric)
+        found["one class"][name] = bool((answers[0] == answers[0, 0]).all())
+    full, one_class = front.logits[-1].argmax(-1), torch.full_like(front.labels, int(front.labels.mode().values))
+    alone = {"most frequent class": one_class, "exit 0": front.logits[0].argmax(-1), "TF-IDF": "tfidf"}
+    alone |= {f"slice of {n}": ("slices", k) for k, n in enumerate(layers[:-1])}
+    alone |= {f"branch after {n}": front.logits[1 + k].argmax(-1) for k, n in enumerate(layers[:-1])}
+    for name, answers in (alone | {"embeddings": "embeddings", "full depth": full}).items():
+        if not isinstance(answers, torch.Tensor):
+            method, k = answers if isinstance(answers, tuple) else (answers, 0)
+            if not (path := records / f"{task}-{seed}-{method}" / LOGITS).exists():
+                continue
+            answers = load_file(path)["logits"][k].argmax(-1)
+        found["alone"][name] = score(answers, front.labels, front.metric)
+    found["gain"] = score(full, front.labels, "accuracy") - score(one_class, front.labels, "accuracy")
+    found["curve"]["full depth"] = np.full_like(found["curve"][OURS], found["alone"]["full depth"])
+    return found
+
+
+def read_rates(folder: Path) -> tuple[dict, dict]:
+    """What Study has as `rates` and `usual`, from the records and from the runs of the paper's search."""
+    rates, usual = defaultdict(lambda: defaultdict(dict)), {}
+    for run in sorted([*folder.glob("records/*"), *folder.glob("paper/runs/*")]):
+        name, is_search = NAME.fullmatch(run.name), run.parent.name == "runs"
+        if is_search or (name and name[3] in TRAINED):
+            arguments = read_json(run / "run.json")["arguments"]
+            if is_search and (arguments["exit_strategy"], arguments["train_size"]) != ("confidence", 6000):
+                continue
+            key, lr = (arguments["method"], "own" if arguments["data"] else arguments["task"]), arguments["lr"]
+            rates[key][lr][arguments["seed"]] = read_json(run / EVALUATION)
+            usual |= {key: lr} if name and not name[4] else {}
+    return rates, usual
+
+
+def read_study(folder: Path) -> Study | None:
+    """Read what a folder's `records` hold; None where no seed of a task is complete."""
+    there = {name[0]: name for path in folder.glob("records/*") if (name := NAME.fullmatch(path.name))}
+    its = [name for name in there.values() if name[3] in METHODS.values() and name[1] in TASKS and not name[4]]
+    tasks, seeds = sorted({name[1] for name in its}, key=TASKS.index), sorted({int(name[2]) for name in its})
+    runs, missing, depth, layers = defaultdict(dict), [], 0, []
+    for task, seed in product(tasks, seeds):
+        wanted = [f"{task}-{seed}-{method}" for method in METHODS.values()]
+        if lacking := [name for name in wanted if name not in there]:
+            missing += lacking
+            continue
+        record = read_record(folder / "records" / wanted[0])
+        depth, layers = record.depth, [n for n in record.exit_layers if n > 0]
+        runs[task][seed] = measure(folder / "records", task, seed, layers)
+    if missing:
+        LOG.warning("%s: their seed of the task is left out, since these are missing: %s", folder, ", ".join(missing))
+    return Study(depth, layers, dict(runs), missing, *read_rates(folder)) if runs else None
