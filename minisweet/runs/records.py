@@ -65,10 +65,8 @@ class Record:
         columns = self.text_columns
         check("text_columns", columns, columns is None or 1 <= len(columns) <= 2, "one or two columns")
         check("task", self.task, columns is not None or self.task in TASKS, f"one of {', '.join(TASKS)}")
-        pairs = self.ngrams is None or [type(value) for value in self.ngrams.values()] == [bool]
-        check(
-            "ngrams", self.ngrams, pairs and "pairs" in (self.ngrams or ["pairs"]), 'null or {"pairs": true or false}'
-        )
+        pairs = self.ngrams is None or isinstance(self.ngrams.get("pairs"), bool)  # old runs have other keys beside it
+        check("ngrams", self.ngrams, pairs, 'null or {"pairs": true or false}')
         keys = self.train_tokens or [0]
         check("train_tokens", keys, -(2**63) <= min(keys) <= max(keys) < 2**63, "integers of 64 bits")
 
