@@ -10,16 +10,23 @@ import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluate
 import train
 from minisweet import __main__ as package
-from minisweet.runs.folders import newest_run
+from minisweet import methods
+from minisweet.adaptive import ExitRule, spaced_thresholds
+from minisweet.evaluation.answers import load_answers
+from minisweet.evaluation.sweep import sweep
+from minisweet.methods import METHODS
+from minisweet.runs.folders import load_run, newest_run, read_evaluation
 from tests.benchmark import BLOCK
 from tests.conftest import CHECKOUT, run, write_table
 
 README, USE, PAPER, RUNS = "README.md", *(f"minisweet/{room}/README.md" for room in ("use", "paper", "runs"))
+EXERCISES = "minisweet/tour/exercises.md"
 RESULTS = (".github/results/exit0.md", ".github/results/paper.md")
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
@@ -75,6 +82,22 @@ def test_commands_and_code_run(guide, with_onnx, place, capsys):
         else:
             for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
                 run_line(line.strip())
+
+
+@pytest.mark.slow
+def test_the_exercises_run(run_of, place, monkeypatch, capsys):
+    """Code runs as in a tour whose `said` is tiny, and first, so that the method that it adds is there for commands."""
+    monkeypatch.setitem(METHODS, "twice", None)  # so that it goes afterwards
+    run = run_of("sweet")
+    evaluation, (_, record) = read_evaluation(run), load_run(run)
+    tour = {"said": {"sweet": load_answers(run, evaluation, record)}, "new": range(evaluation.examples), "np": np}
+    tour |= {"ExitRule": ExitRule, "sweep": sweep, "spaced_thresholds": spaced_thresholds}
+    blocks = blocks_of(EXERCISES)
+    for code in (block for kind, block in blocks if kind == "python"):
+        exec(compile(code, EXERCISES, "exec"), vars(methods) | tour)
+    assert re.search(r"sweet \d+\.\d\d \d+\.\d\d\n", capsys.readouterr().out)  # the areas of two rules
+    for line in re.split(r"\n|&&", "".join(block for kind, block in blocks if kind != "python")):
+        run_line(line.strip())
 
 
 def test_the_service_answers(run_of, place):

@@ -1,14 +1,18 @@
-"""The pictures of the tour, minisweet/tour/tour.ipynb. Letters: K exits, N sentences."""
+"""The pictures of the tour, minisweet/tour/tour.ipynb. Letters: K exits, N sentences.
+
+In all of them the first layer or exit is at the left or on top. An exit has one colour, and nothing else has it.
+"""
 
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 
 from minisweet.adaptive import Exits
 
-EXITS = {1: "#FDE725", 2: "#5EC962", 3: "#21918C", 6: "#3B528B"}  # of the exits: the later, the darker
-ALL_TOKENS, CLS_ALONE = "#3B528B", "#FDE725"
+EXITS = {0: "#E69F00", 1: "#FDE725", 2: "#5EC962", 3: "#21918C", 6: "#3B528B"}  # with layers: the later, the darker
+ALL_TOKENS, CLS_ALONE = "0.72", "0.25"  # greys, since they are no exits
 
 
 def who_leaves(shares: dict[str, dict[str, Sequence[float]]], exits: Sequence[int]) -> None:
@@ -17,73 +21,64 @@ def who_leaves(shares: dict[str, dict[str, Sequence[float]]], exits: Sequence[in
     for axis, (title, levels) in zip(axes, shares.items(), strict=True):
         start = np.zeros(len(levels))
         for layer, share in zip(exits, np.array(list(levels.values())).T, strict=True):
-            axis.barh(list(levels), share, left=start, color=EXITS[layer], label=f"after layer {layer}")
+            axis.barh(list(levels), share, left=start, color=EXITS[layer], label=f"exit {layer}")
             start += share
-        axis.set(title=title, xlabel="percent of the level's sentences")
+        axis.set(title=title, xlabel="percent of its kind")
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(exits), frameon=False)
     plt.show()
 
 
-def part_of(name: str, exits: Sequence[int]) -> str:
-    """The part of a model that a parameter belongs to, by its name: "layer 3", "head 1", "embeddings" and so on."""
+def part_of(name: str, exits: Sequence[int]) -> tuple[str, int]:
+    """Where a parameter stands, by its name: "layers", "branches" or "heads", and the layer; the embeddings are 0."""
     words = name.split(".")
     if words[0] == "encoder":
-        return f"layer {int(words[2]) + 1}" if words[1] == "layers" else "embeddings"
-    return f"{'head' if words[0] == 'heads' else 'branch'} {exits[int(words[1])]}"
+        return "layers", int(words[2]) + 1 if words[1] == "layers" else 0
+    return words[0], exits[int(words[1])]
 
 
-def reach(norms: dict[str, dict[str, np.ndarray]], exits: Sequence[int]) -> None:
-    """Where each exit's loss arrives. For each method and part of the model: the norms of K gradients."""
-    parts = ["embeddings", *(f"layer {n}" for n in range(1, 1 + exits[-1])), *(f"head {n}" for n in exits)]
-    parts += [f"branch {n}" for n in exits[:-1]]
-    figure, axes = plt.subplots(1, len(norms), figsize=(10, 4.4), sharey=True)
-    for axis, (method, of_part) in zip(axes, norms.items(), strict=True):
-        grid = np.array([of_part.get(part, np.full(len(exits), np.nan)) for part in parts])
-        colours = np.log10(np.where(grid > 0, grid, np.nan))
-        image = axis.imshow(colours, vmin=-4, vmax=0, cmap="viridis_r", aspect="auto")
-        for row, k in np.argwhere(grid == 0):
-            axis.text(k, row, "·", ha="center", va="center", fontsize=14)
-        axis.set(title=method, xticks=range(len(exits)), xticklabels=exits, xlabel="loss of the exit after layer")
-    axes[0].set_yticks(range(len(parts)), parts)
-    figure.colorbar(image, ax=axes, label="norm of the gradient, power of ten")
+def owners(norms: dict[str, dict[tuple[str, int], np.ndarray]], exits: Sequence[int]) -> None:
+    """Each model as it stands, each part in the colours of the exits whose losses reach it.
+
+    For each method and `part_of` a model: the norms (K,) of the gradients.
+    """
+    rows = [sorted({row for row, _ in parts}, key=["heads", "branches", "layers"].index) for parts in norms.values()]
+    figure, axes = plt.subplots(len(norms), 1, figsize=(9, 5.2), height_ratios=list(map(len, rows)), sharex=True)
+    for axis, (method, parts), lanes in zip(axes, norms.items(), rows, strict=True):
+        for (row, n), values in parts.items():
+            y, reached = lanes.index(row), [k for k in exits if values[exits.index(k)] > 0]
+            for i, k in enumerate(reached):
+                axis.barh(y, 0.8 / len(reached), 0.7, n - 0.4 + 0.8 * i / len(reached), color=EXITS[k])
+            axis.barh(y, 0.8, 0.7, n - 0.4, color="none" if reached else "0.9", edgecolor="0.3")
+        axis.set(title=method, ylim=(len(lanes) - 0.4, -0.6), yticks=range(len(lanes)), yticklabels=lanes)
+    layers = range(1, 1 + exits[-1])
+    axes[-1].set(xticks=[0, *layers], xticklabels=["words", *layers], xlabel="layer", xlim=(-0.6, layers[-1] + 0.6))
+    patches = [Patch(color=EXITS[layer], label=f"loss of exit {layer}") for layer in exits]
+    patches.append(Patch(facecolor="0.9", edgecolor="0.3", label="no loss: frozen"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=1 + len(exits), frameon=False)
     plt.show()
 
 
-def owners(norms: dict[str, dict[str, np.ndarray]], exits: Sequence[int]) -> None:
-    """The same as the model stands: each part in the colours of the exits whose losses train it."""
-    figure, axes = plt.subplots(1, len(norms), figsize=(10, 4), sharey=True)
-    for axis, (method, of_part) in zip(axes, norms.items(), strict=True):
-        for part, values in of_part.items():
-            name, _, n = part.partition(" ")
-            y, x = (int(n) if n else 0), {"branch": 1.15, "head": 2.3}.get(name, 0)
-            trained = [layer for layer, value in zip(exits, values, strict=True) if value > 0]
-            for i, layer in enumerate(trained):
-                axis.barh(y, 1 / len(trained), 0.7, x + i / len(trained), color=EXITS[layer])
-            axis.barh(y, 1, 0.7, x, color="none" if trained else "0.85", edgecolor="0.3")
-            axis.text(x + 0.5, y, name if n else part, ha="center", va="center", fontsize=9)
-        ticks = {"xticks": [], "yticks": range(1 + exits[-1]), "yticklabels": ["words", *range(1, 1 + exits[-1])]}
-        axis.set(title=method, xlim=(-0.1, 3.4), **ticks)
-    axes[0].set_ylabel("layer")
-    for layer in exits:
-        axes[0].plot([], [], "s", color=EXITS[layer], label=f"loss of exit {layer}")
-    figure.legend(loc="outside lower center", ncols=len(exits), frameon=False)
-    plt.show()
+def reliability(sure: dict[str, Sequence[np.ndarray]], right: dict[str, np.ndarray], exits: Sequence[int]) -> None:
+    """How often each exit is right, by its confidence, and how many sentences there are.
 
-
-def reliability(confidences: dict[str, dict[str, np.ndarray]], right: dict[str, np.ndarray]) -> None:
-    """How often an exit is right, by how sure it is. For each title and name: confidences (N,), and who is right."""
-    _, axes = plt.subplots(1, len(confidences), figsize=(8, 3), sharey=True)
+    For each title the exits' confidences (K, N), and for each exit who is right, (K, N).
+    """
+    figure, axes = plt.subplots(2, len(sure), figsize=(9, 4.2), sharex=True, sharey="row", height_ratios=(3, 1))
     edges = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.001])
-    for axis, (title, of_name) in zip(axes, confidences.items(), strict=True):
-        axis.plot([50, 100], [50, 100], color="0.7", label="as sure as right")
-        for (name, sure), style in zip(of_name.items(), ("o--", "s-"), strict=True):
-            bins = [(low <= sure) & (sure < high) for low, high in zip(edges, edges[1:], strict=False)]
-            points = [(100 * sure[some].mean(), 100 * right[title][some].mean()) for some in bins if some.sum() > 20]
-            axis.plot(*zip(*points, strict=True), style, label=name)
-        axis.set(title=title, xlabel="mean confidence, percent")
-    axes[0].set_ylabel("percent right")
-    axes[0].legend()
+    for (axis, below), (title, confidences) in zip(axes.T, sure.items(), strict=True):
+        axis.plot([50, 100], [50, 100], color="0.7")
+        for place, (layer, values, found) in enumerate(zip(exits, confidences, right, strict=True)):
+            bins = [(low <= values) & (values < high) for low, high in zip(edges, edges[1:], strict=False)]
+            points = [(100 * values[some].mean(), 100 * found[some].mean()) for some in bins if some.sum() >= 20]
+            axis.plot(*zip(*points, strict=True), ".-", color=EXITS[layer], label=f"exit {layer}")
+            starts = 100 * edges[:-1] + 100 * np.diff(edges) * (place + 0.5) / len(exits)
+            below.bar(starts, [some.sum() for some in bins], 0.8, color=EXITS[layer])
+        axis.set(title=title)
+        below.set(xlabel="mean confidence, percent")
+    axes[0, 0].set_ylabel("percent right")
+    axes[1, 0].set_ylabel("sentences")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(exits), frameon=False)
     plt.show()
 
 
@@ -104,12 +99,21 @@ def way(ways: dict[str, list[tuple[str, int]]], exits: Sequence[int], stop: int,
         for y, lane in enumerate(lanes):
             for n in range(1, 1 + (depth if lane == "encoder" else stop if lane == "branches" else exits[y])):
                 axis.barh(y, 0.8, 0.6, n - 0.4, color="none", edgecolor="0.8")
+        full = set()
         for name, tokens in sorted(ran, key=lambda step: -step[1]):  # [CLS] alone is drawn over all tokens
             y = next(y for y, lane in enumerate(lanes) if name.startswith(lane))
             place = int(name.rpartition(".")[2])
             n = exits[place] if lanes[y] == "branches" else place + 1
             width, colour = (0.2, CLS_ALONE) if tokens == 1 else (0.8, ALL_TOKENS)
             axis.barh(y, width, 0.6, n - 0.4, color=colour)
+            leaves = (name, tokens) == ran[-1]
+            if tokens > 1:
+                full.add((y, n))
+            elif (y, n) not in full:
+                counted = "1/6" if lanes[y] == "branches" and not leaves else "whole"
+                axis.text(n + 0.1, y, f"counted\n{counted}", ha="center", va="center", fontsize=8)
+            if leaves:
+                axis.annotate("leaves here", (n + 0.4, y), (n + 0.65, y), va="center", arrowprops={"arrowstyle": "<-"})
         for n in (0, *exits[: exits.index(stop) + 1]):
             axis.text(n, len(lanes) - 0.5, f"exit {n}: {costs[n]:.2f}", ha="center", va="top")
         axis.set(title=f"{titles[method]}: leaves at exit {stop}, at a cost of {costs[stop]:.2f}", xlim=(-0.6, 6.6))
