@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minisweet import MultiExitModel, load_encoder
+from minisweet.base.files import home
 from minisweet.checkpoint import CLASSIFIERS
 from minisweet.layers import Dropout
 from minisweet.runs.folders import load_trunk
@@ -62,6 +63,23 @@ def test_hidden_states_are_those_of_transformers(tmp_path_factory, model_type, s
     real = batch[1] == 1
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a[real], b[real], atol=1e-5, rtol=0)
+
+
+def test_hidden_states_of_the_public_mpnet_are_those_of_transformers():
+    """Of all 13, where its weights are at hand; with distances beyond the last bucket."""
+    folder, transformers = home() / "weights" / "mpnet-base", pytest.importorskip("transformers")
+    if not folder.exists():
+        pytest.skip("mpnet-base is not at hand")
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(5, 30000, (2, 203), generator=generator), torch.ones(2, 203, dtype=torch.int64)
+    ids[:, 0], mask[1, 150:] = 0, 0
+    with torch.no_grad():
+        theirs = transformers.AutoModel.from_pretrained(folder).eval()
+        theirs = theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        ours = load_encoder(folder)(ids, mask)
+    assert len(ours) == 13
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a[mask == 1], b[mask == 1], atol=5e-5, rtol=0)
 
 
 def test_hidden_states_and_logits_are_the_stored_ones_of_transformers(tmp_path, model_type):
