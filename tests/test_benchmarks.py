@@ -111,7 +111,7 @@ def test_speed_is_measured_as_it_stands_on_the_page(studies, monkeypatch):
     for extra in ("onnx", "onnxscript", "onnxruntime", "transformers"):
         pytest.importorskip(extra, reason=f"{extra}, which the timings need, is missing")
     tiny = {**CONFIGS["bert"], "vocab_size": 30522, "max_position_embeddings": 128}
-    monkeypatch.setattr(speed, "MODELS", {"MiniLM": {key: tiny[key] for key in tiny if key != "model_type"}})
+    monkeypatch.setattr(speed, "MODELS", {"MiniLM": ("bert", {key: tiny[key] for key in tiny if key != "model_type"})})
     in_turns, calls = speed.take_turns, []
 
     def take_turns(sides: dict, turns: int) -> dict:

@@ -25,9 +25,8 @@ from torch import nn
 from minisweet import EarlyExitClassifier, MultiExitModel
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import device_name, tune_cpu
-from minisweet.checkpoint import new_encoder
-from minisweet.config import BertConfig, DebertaConfig
-from minisweet.data.text import load_tokenizer, special_ids
+from minisweet.checkpoint import ARCHITECTURES, new_encoder
+from minisweet.data.text import load_tokenizer, special_tokens
 from minisweet.exits import exit_loss
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, read_validation
@@ -44,28 +43,31 @@ for _ in sys.stdin:
     print(json.dumps([time.perf_counter() - start, answers]), flush=True)
 """
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-BASE |= {"max_position_embeddings": 512, "type_vocab_size": 2, "vocab_size": 30522}
+BASE |= {"max_position_embeddings": 514, "vocab_size": 30527}
 SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
-DEBERTA = {"type_vocab_size": 0, "vocab_size": 50265, "relative_attention": True, "position_biased_input": False}
-MODELS = {"MiniLM": BASE | SMALL, "BERT-base": BASE, "DeBERTa-base": BASE | DEBERTA | {"pos_att_type": "c2p|p2c"}}
+BERT, DEBERTA = {"type_vocab_size": 2}, {"type_vocab_size": 0, "vocab_size": 50265, "pos_att_type": "c2p|p2c"}
+DEBERTA |= {"relative_attention": True, "position_biased_input": False}
+MODELS = {"MiniLM": ("bert", BASE | BERT | SMALL), "BERT-base": ("bert", BASE | BERT), "MPNet-base": ("mpnet", BASE)}
+MODELS |= {"DeBERTa-base": ("deberta", BASE | DEBERTA)}
+TEXTS_OF = "minilm-l6"  # whose run makes the tables of the page without a suffix, and the training steps
 
 
-def training_step(is_ours: bool, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
+def training_step(is_ours: bool, model_type: str, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
     """What takes one step of ours or of theirs on random texts of T tokens, of which one is half as long."""
     ids, labels = torch.randint(5, 30000, (16, T)), torch.randint(0, 2, (16,))
     mask = torch.ones_like(ids)
     mask[0, T // 2 :] = 0
-    inputs, is_deberta = (ids, mask, torch.zeros_like(ids)), "pos_att_type" in settings
+    inputs = ids, mask  # one sentence: its token types are zeros
     if is_ours:
         tune_cpu()
-        config = (DebertaConfig if is_deberta else BertConfig)(**settings)
+        config = ARCHITECTURES[model_type][0](**settings)
         model = MultiExitModel(new_encoder(config), (config.num_hidden_layers,), 2)
     else:
         import transformers
 
-        config = transformers.AutoConfig.for_model("deberta" if is_deberta else "bert", **settings)
+        config = transformers.AutoConfig.for_model(model_type, **settings)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-        if is_deberta and bf16:
+        if model_type == "deberta" and bf16:
             model, bf16 = model.bfloat16(), False
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, weight_decay=0.0, fused=is_ours or None)
 
@@ -117,6 +119,7 @@ def export_theirs(plain: str, file: str, int8: str) -> None:
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(plain, attn_implementation="eager").eval()
     names, sizes = ("input_ids", "attention_mask", "token_type_ids"), dict.fromkeys((0, 1), torch.export.Dim.AUTO)
+    names = names[:2] if model.config.model_type == "mpnet" else names  # which reads no token types
     inputs = {name: torch.ones(2, 8, dtype=torch.int64) for name in names}
     shapes = dict.fromkeys(names, sizes)
     torch.onnx.export(model, kwargs=inputs, f=file, dynamic_shapes=shapes, dynamo=True, verbose=False)
@@ -148,7 +151,9 @@ def training_table(turns: int) -> str:
     for name, model in MODELS.items():
         rows.append([name])
         for setting in settings:
-            sides = {side: ("speed", "training_step", (side == "ours", model, *setting)) for side in ("ours", "theirs")}
+            sides = {
+                side: ("speed", "training_step", (side == "ours", *model, *setting)) for side in ("ours", "theirs")
+            }
             found = {side: 1000 * took for side, (took, _) in take_turns(sides, turns).items()}
             ours, theirs = found["ours"], found["theirs"]
             rows[-1].append(f"{theirs:.0f}, {ours:.0f}: {theirs / ours:.2f}")
@@ -179,7 +184,8 @@ def main() -> None:
 
     run, (_, record), points = args.run.resolve(), load_run(args.run), {"full depth": 1.0, "operating point": None}
     rows, tokenizer = read_validation(run, record), load_tokenizer(run, record.vocab_size, record.max_length)
-    tokenizer.enable_padding(pad_id=special_ids(tokenizer)[2])
+    pad = special_tokens(tokenizer)[2]
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     rows = rows.take(sorted(range(len(rows.first))[: args.texts], key=lambda n: len(rows.first[n])))
     batches, files = {}, {}  # those of similar length are in one batch, on all sides
     with TemporaryDirectory() as place:
@@ -201,14 +207,16 @@ def main() -> None:
                 files[f"the file that leaves early, {kind}, {point}"] = call
         for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
             batches[f"ours, {kind}, {point}"] = "speed", "our_texts", (str(run), texts, amp, threshold)
-        made = {"a training step": training_table(args.turns)}
+        name_of = Path(record.model).name
+        suffix = "" if name_of == TEXTS_OF else f": {name_of}"
+        made = {} if suffix else {"a training step": training_table(args.turns)}
         for name, sides in {"texts in batches": batches, "one file": files}.items():
             title = (
                 f"{record.task}, {len(rows.first):,} texts, {'in batches of 32' if sides is batches else 'one by one'}"
             )
-            made[name] = text_table(title, sides, rows.labels, record.depth, args.turns)
+            made[name + suffix] = text_table(title, sides, rows.labels, record.depth, args.turns)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
-    made["measured on"] = f"{device_name(torch.device('cpu'))}; {libraries}; medians of {args.turns} turns.\n"
+    made["measured on" + suffix] = f"{device_name(torch.device('cpu'))}; {libraries}; medians of {args.turns} turns.\n"
     show(made, args.write)
 
 
