@@ -200,6 +200,8 @@ def test_a_run_that_was_edited_by_hand_works_or_is_refused_in_one_line(run_of, t
     ("name", "key", "value", "words"),
     [
         ("run.json", "exit_layers", [], "exit_layers is [], should be increasing layers up to 4"),
+        ("run.json", "exit_layers", [0, 10**12], "exit_layers is [0, 1000000000000], should be "),
+        ("evaluation.json", "scores", [10**400], "scores is [1000"),
         ("run.json", "labels", ["a", "a"], "labels is ['a', 'a'], should be different names"),
         ("run.json", "method", "x", "method is 'x', should be one of "),
         ("run.json", "metric", "f1", "metric is 'f1', should be one of "),

@@ -3,10 +3,10 @@
 import errno
 import json
 import logging
-import math
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -154,7 +154,7 @@ def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # an int may be larger
     if type(value) is not (get_origin(kind) or kind):
         return False
     held = get_args(kind)  # list[X] holds X; dict[K, V] holds V, and its keys are text

@@ -57,9 +57,10 @@ class Record:
     train_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
-        layers = [n for n in range(self.exit_layers[-1] + 1) if n in self.exit_layers] if self.exit_layers else None
+        layers = self.exit_layers or [0]
+        is_right = layers == sorted({*layers}) and 0 <= layers[0] and 0 < layers[-1] <= self.depth
         within = f"increasing layers up to {self.depth}, after 0 where there is exit 0"
-        check("exit_layers", self.exit_layers, layers == self.exit_layers and 0 < layers[-1] <= self.depth, within)
+        check("exit_layers", self.exit_layers, is_right, within)
         check("labels", self.labels, 0 < len(set(self.labels)) == len(self.labels), "different names")
         check("dev_size", self.dev_size, 0 < self.dev_size < 1, "a share between 0 and 1")
         columns = self.text_columns
