@@ -192,9 +192,9 @@ def test(run: Path, args: argparse.Namespace) -> None:
     changes = operating.stated(classify.rule, answers.against_full_depth(), exits, point.threshold)
     skipped = f", empty and skipped: {rows.empty:,}" if rows.empty else ""
     print(f"{run} at threshold {point.threshold:.6g}: {total} of {args.test}{skipped}")
-    if record.train_tokens is None:
+    if not record.knows_all_texts:
         print(goals.UNCHECKED)
-    elif count := is_known.sum():
+    if count := is_known.sum():
         were, do = ("was", "does") if count == 1 else ("were", "do")
         print(f"{count:,} of these {total} {were} trained on, and {do} not count")
     print()

@@ -1,7 +1,8 @@
 """The methods, a row for each: the paper's SWEET, Early-Exit and Multi-Model, and ours, branches and the plain model.
 
 All that tells one method from another stands here, but for two lines: where SWEET's gradient stops (exits.py), and EE's
-one backward pass (train.py). To add a method, add a row; a model of another kind is a subclass of those in exits.py.
+one backward pass (train.py). To add a method, add a row. A model of another kind is a subclass of those in exits.py, and
+has the `method` that it trains as: "sweet", "ee" or "plain".
 
 Every model is built from a start, a model with one exit at its end. The start is public weights with a new head, or a
 trunk: a finished classifier that gets exits.

@@ -89,8 +89,8 @@ def write_model(folder: Path, model_type: str, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
     save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
-    vocabulary += ["<s>", "</s>", "<pad>"] if model_type == "mpnet" else []
+    first = ["<s>", "<pad>", "</s>"] if model_type == "mpnet" else []  # at the public model's places
+    vocabulary = [*first, "[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
     size = changes.get("vocab_size", SIZES["vocab_size"])
     vocabulary += [f"[unused{i}]" for i in range(len(vocabulary), size)]  # as many tokens as the embedding has rows
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

@@ -207,7 +207,7 @@ def test_a_run_that_was_edited_by_hand_works_or_is_refused_in_one_line(run_of, t
         ("run.json", "metric", "f1", "metric is 'f1', should be one of "),
         ("run.json", "depth", 3, "should be increasing layers up to 3"),
         ("run.json", "max_length", 0, "max_length is 0, should be from 8 to 40"),
-        ("evaluation.json", "temperatures", [1.0], "temperatures is [1.0], should be a positive number for each exit"),
+        ("evaluation.json", "temperatures", [1.0], "temperatures is [1.0], should be a number from 0.0001 to 10000"),
         ("evaluation.json", "scores", [], "scores is [], should be as many as speedup_ratios"),
         ("evaluation.json", "exit_layers", [1, 4], "asked_exits is "),
     ],

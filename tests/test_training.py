@@ -326,7 +326,8 @@ def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_pa
     with torch.no_grad():
         assert torch.equal(model(*random_batch())[-1], load_trunk(Path("theirs"))[0](*random_batch())[0])
     assert (record.exit_layers, record.labels, record.metric) == ([0, 4], ["no", "yes"], "agreement")
-    assert record.train_tokens is None
+    assert record.train_tokens  # its own are known
+    assert not record.knows_all_texts
     assert command(evaluate, "run")[0] == 0
     result = json.loads(Path("run/evaluation.json").read_text())
     assert (result["metric"], result["exit_scores"][-1]) == ("agreement", 100)

@@ -84,9 +84,9 @@ def print_point(point: dict, record: Record, layers: list[int]) -> None:
         print(FEW if point["judging_texts"] else NOBODY)
     if "sure" in goal and point["threshold"] < 1:
         print(f"promised, of texts drawn like these: {promise_of(goal)}")
-    if record.train_tokens is None:
+    if not record.knows_all_texts:
         print(UNCHECKED)
-    elif point["trained_rows"]:
+    if point["trained_rows"]:
         were = "was" if point["trained_rows"] == 1 else "were"
         print(f"{point['trained_rows']:,} of the rows {were} trained on, and neither chose nor judged")
 

@@ -53,8 +53,9 @@ class Record:
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None
-    # Keys of the texts that it and its trunk were trained on, if known. Old runs have `train_texts`, of strings.
+    # Keys of the texts that it was trained on, and its trunk if that is known. Old runs have `train_texts`, of strings.
     train_tokens: list[int] | None = None
+    is_trunk_known: bool = True
 
     def __post_init__(self) -> None:
         layers = self.exit_layers or [0]
@@ -75,6 +76,11 @@ class Record:
     def num_labels(self) -> int:
         """C."""
         return len(self.labels)
+
+    @property
+    def knows_all_texts(self) -> bool:
+        """Whether it can be told of every text if it or its trunk was trained on it."""
+        return self.train_tokens is not None and self.is_trunk_known
 
     @property
     def columns(self) -> list[str]:
@@ -112,7 +118,9 @@ class OperatingPoint:
             check(name, ends, not name.endswith("_interval") or len(ends) == 2, "the two ends of an interval")
         are_within = all(low <= self.goal[name] <= high for name, (low, high) in GOALS.items() if name in self.goal)
         names = {*self.goal} - {"sure"}
-        is_goal = len(names) == 1 and names < {*GOALS} and are_within and not ("sure" in self.goal and "speed" in names)
+        is_goal = (
+            len(names) == 1 and names < {*GOALS} and are_within and ("sure" in self.goal) == ("speed" not in names)
+        )
         check("goal", self.goal, is_goal, "one of max_loss and max_change with sure, or of speed")
 
 
@@ -142,8 +150,8 @@ class Evaluation:
         check("exit_layers", layers, len(layers) > 0, "layers")
         is_asked = asked == [n for n in layers if n in asked] and layers[-1] in asked
         check("asked_exits", asked, is_asked, f"some of {layers}, in order, and the last one among them")
-        fit = len(self.temperatures) == len(layers) and min(self.temperatures) > 0
-        check("temperatures", self.temperatures, fit, "a positive number for each exit")
+        fit = len(self.temperatures) == len(layers) and all(1e-4 < value < 1e4 for value in self.temperatures)
+        check("temperatures", self.temperatures, fit, "a number from 0.0001 to 10000 for each exit")
         are_pairs = ranges is None or [len(ends) for ends in ranges] == [2] * len(layers)
         check("certainty_ranges", ranges, are_pairs, "two numbers for each exit")
         check("scores", self.scores, 0 < len(self.scores) == len(self.speedup_ratios), "as many as speedup_ratios")

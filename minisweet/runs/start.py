@@ -74,10 +74,9 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         exit_0 = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), pairs)
     examples = TokenizedExamples(tokenizer, rows)
 
-    known = []  # keys of the texts that the trunk was trained on; None for one from elsewhere, or that cuts elsewhere
-    if trunk:
-        before = read_record(args.trunk) if is_run(args.trunk) else None
-        known = before.train_tokens if before and before.max_length == args.max_length else None
+    known, is_trunk_known = [], trunk is None  # the keys of the trunk's texts; of one that cuts elsewhere they differ
+    if trunk and is_run(args.trunk) and (before := read_record(args.trunk)).max_length == args.max_length:
+        known, is_trunk_known = before.train_tokens or [], before.knows_all_texts
     # The paper's rates are for GLUE without a trunk. With one exit all methods train alike, and take MM's rate.
     task = None if args.data or args.trunk else args.task
     rates_of = args.method if len(layers) > 1 else "mm"
@@ -96,7 +95,8 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         "versions": versions(),
         "subset": subset.tolist(),
         "train_digest": digest(rows),
-        "train_tokens": None if known is None else sorted({*known, *examples.keys().tolist()}),
+        "train_tokens": sorted({*known, *examples.keys().tolist()}),
+        "is_trunk_known": is_trunk_known,
     }
     is_trained = trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"

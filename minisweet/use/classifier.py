@@ -70,9 +70,13 @@ class EarlyExitClassifier:
     ) -> None:
         for name in others:
             raise TypeError(f"{name} is no argument: {CHOOSER}, or pass threshold")
-        if not isinstance(threshold, Real | None) or (threshold is not None and not 0 <= threshold <= 1):
+        if (
+            isinstance(threshold, bool)
+            or not isinstance(threshold, Real | None)
+            or (threshold is not None and not 0 <= threshold <= 1)
+        ):
             raise InputError(f"threshold: {threshold!r:.80}, should be a number from 0 to 1")
-        if not isinstance(batch_size, Integral) or not 1 <= batch_size < 2**31:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or not 1 <= batch_size < 2**31:
             raise InputError(f"batch_size: {batch_size!r:.80}, should be a whole number from 1 to {2**31 - 1}")
         if amp not in AMP_CHOICES:
             raise InputError(f"amp: {amp!r:.80}, should be one of {', '.join(AMP_CHOICES)}")

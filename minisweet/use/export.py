@@ -59,14 +59,17 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
     model = model.ending_at(layer)
     tokenizer = load_tokenizer(run, model.encoder.config.vocab_size, record.max_length)
+    special, is_mpnet = special_tokens(tokenizer), model.encoder.config.model_type == "mpnet"
+    if is_mpnet and tokenizer.token_to_id(special[2]) != 1:
+        raise InputError(f"{run}: {special[2]} is not token 1 of its tokenizer, and transformers' MPNet needs it there")
     with written_beside(out, overwrite=False) as new:
         new.mkdir()
         (new / "model.safetensors").write_bytes(save(plain_tensors(model, layer), metadata={"format": "pt"}))
         write_json(new / "config.json", model_config(model.encoder.config, layer, record.labels))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": record.max_length}
-        types = ["token_type_ids"] if model.encoder.config.model_type != "mpnet" else []  # which it would refuse
+        types = [] if is_mpnet else ["token_type_ids"]  # which MPNet would refuse
         settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
-        named = zip(("cls", "sep", "pad", "unk"), special_tokens(tokenizer), strict=True)
+        named = zip(("cls", "sep", "pad", "unk"), special, strict=True)
         settings |= {f"{name}_token": token for name, token in named}
         write_json(new / "tokenizer_config.json", settings)
         tokenizer.no_truncation()  # model_max_length says it
