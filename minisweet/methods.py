@@ -1,8 +1,8 @@
 """The methods, a row for each: the paper's SWEET, Early-Exit and Multi-Model, and ours, branches and the plain model.
 
-All that tells one method from another stands here, but for two lines: where SWEET's gradient stops (exits.py), and EE's
-one backward pass (train.py). To add a method, add a row. A model of another kind is a subclass of those in exits.py, and
-has the `method` that it trains as: "sweet", "ee" or "plain".
+All that tells one method from another stands here, but for two lines: where SWEET's gradient stops (exits.py), and
+EE's one backward pass (train.py). To add a method, add a row. A model of another kind is a subclass of those in
+exits.py, and has the `method` that it trains as: "sweet", "ee" or "plain".
 
 Every model is built from a start, a model with one exit at its end. The start is public weights with a new head, or a
 trunk: a finished classifier that gets exits.
@@ -30,7 +30,7 @@ class Method(NamedTuple):
     colour: str  # in all pictures; Okabe and Ito's, which the colour-blind can tell apart
     build: Callable[..., ExitModel]  # of an encoder, exit layers, C and exit_strategy, as `MultiExitModel`
     stages: Callable[..., Stages]  # what is trained of the model, in turn; its second argument: is the start new?
-    keeps_start: bool = False  # a new start is first trained for its own exit; then it stays, as a finished one does
+    keeps_start: bool = False  # a new start is first trained for its own exit, and then all of it stays as it is
     has_exit_0: bool = False  # by default
     exits_between: Callable[[int], Sequence[int]] | None = None  # by default, of L layers; None for no such exits
     is_one_model: bool = True  # else each exit's model starts from the words, and all of them run, even at threshold 1
