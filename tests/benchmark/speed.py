@@ -2,7 +2,8 @@
 
     python -m tests.benchmark.speed RUN [--turns 7] [--texts 640] [--write]
 
-RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. Each side has a
+RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. The tables of a run
+of more than six layers have its model's name, and leave the training steps out. Each side has a
 process of its own, and the sides take turns, so that a machine whose speed drifts is fair to all. Numbers are medians.
 A training step fine-tunes a whole model of random weights for one exit, at batch 16 with dropout and optimizer.
 DeBERTa of `transformers` fails in bfloat16 autocast, so there it is cast as a whole.
@@ -49,7 +50,6 @@ BERT, DEBERTA = {"type_vocab_size": 2}, {"type_vocab_size": 0, "vocab_size": 502
 DEBERTA |= {"relative_attention": True, "position_biased_input": False}
 MODELS = {"MiniLM": ("bert", BASE | BERT | SMALL), "BERT-base": ("bert", BASE | BERT), "MPNet-base": ("mpnet", BASE)}
 MODELS |= {"DeBERTa-base": ("deberta", BASE | DEBERTA)}
-TEXTS_OF = "minilm-l6"  # whose run makes the tables of the page without a suffix, and the training steps
 
 
 def training_step(is_ours: bool, model_type: str, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
@@ -207,8 +207,7 @@ def main() -> None:
                 files[f"the file that leaves early, {kind}, {point}"] = call
         for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
             batches[f"ours, {kind}, {point}"] = "speed", "our_texts", (str(run), texts, amp, threshold)
-        name_of = Path(record.model).name
-        suffix = "" if name_of == TEXTS_OF else f": {name_of}"
+        suffix = f": {Path(record.model).name}" if record.depth > SMALL["num_hidden_layers"] else ""
         made = {} if suffix else {"a training step": training_table(args.turns)}
         for name, sides in {"texts in batches": batches, "one file": files}.items():
             title = (
