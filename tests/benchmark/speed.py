@@ -2,9 +2,9 @@
 
     python -m tests.benchmark.speed RUN [--turns 7] [--texts 640] [--write]
 
-RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. The tables of a run
-of more than six layers have its model's name, and leave the training steps out. Each side has a
+RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. Each side has a
 process of its own, and the sides take turns, so that a machine whose speed drifts is fair to all. Numbers are medians.
+The tables of a run of more than six layers have its model's name, and leave the training steps out.
 A training step fine-tunes a whole model of random weights for one exit, at batch 16 with dropout and optimizer.
 DeBERTa of `transformers` fails in bfloat16 autocast, so there it is cast as a whole.
 """
