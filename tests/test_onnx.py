@@ -60,7 +60,9 @@ def exported(tmp_path_factory):
 
     @functools.cache
     def made(model_type: str, method: str, exit_layers: tuple[int, ...], int8: bool = False):
-        folder = write_model(tmp_path_factory.mktemp("model"), model_type, max_position_embeddings=512)
+        folder = write_model(
+            tmp_path_factory.mktemp("model"), model_type, max_position_embeddings=514
+        )  # 512 tokens, of MPNet too
         model = undecided_model(folder, method, 3).add_ngrams(NgramExit(60, 3, [0, 1, 2, 3], pairs=True))
         torch.nn.init.normal_(model.ngrams.table)
         model = model.keep_exits(exit_layers)
