@@ -112,10 +112,10 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
 
 def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "confidence") -> tuple[int, ...]:
     """The default exit layers of an encoder of `depth` layers, counted from 1; 0 is exit 0."""
-    layers = METHODS[method].exit_layers(depth)
-    if exit_strategy == "lte" and METHODS[method].exits_between:  # exit 0 learns no such thing
-        return METHODS["sweet"].exit_layers(depth)
-    return layers
+    row = METHODS[method]
+    if exit_strategy == "lte" and row.has_exit_0 and row.exits_between:  # exit 0 learns no such thing
+        row = METHODS["sweet"]
+    return row.exit_layers(depth)
 
 
 def default_learning_rate(config: Config, task: str | None, method: str) -> float:
