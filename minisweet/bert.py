@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.config import BertConfig
-from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
+from minisweet.layers import TransformerEncoder, TransformerLayer, draw_weights, padding_bias
 
 
 class BertLayer(TransformerLayer):
-    """Self-attention and a feed-forward block.
+    """Self-attention and a feed-forward block; MPNet's layers are the same.
 
     The key has no bias. A checkpoint's would add the same number to all scores of a query, which the softmax ignores.
     """
@@ -23,12 +23,15 @@ class BertLayer(TransformerLayer):
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
 
     def attend(self, hidden: Tensor, context: tuple[Tensor], tokens: int | None) -> Tensor:
-        """Scaled dot-product attention; the context is `padding_bias`. (B, T, D) to (B, H, R, d)."""
+        """Scaled dot-product attention: (B, T, D) to (B, H, R, d).
+
+        The context is what padding adds to the scores, (B, 1, 1, T), or padding and distance, (B, H, T, T).
+        """
         # Without contiguous(), frozen weights would go through another kernel, and the last bits would differ.
         asking = hidden[:, :tokens].contiguous()
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
-        (bias,) = context
+        bias = context[0][:, :, :tokens]  # (B, 1, 1, T) or (B, H, R, T)
         if self.training or self.writes_out:  # in training for a dropout that is fast on a CPU
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
@@ -43,7 +46,7 @@ class BertEncoder(TransformerEncoder):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.draw_weights()
+        draw_weights(self, config.initializer_range)
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter layer 1, of ids and types (B, T), int64."""

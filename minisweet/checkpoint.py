@@ -138,7 +138,7 @@ def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> n
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
     if has_pooler:
-        parts["encoder"].pooler_start = (parts["pooler"].weight.detach(), parts["pooler"].bias.detach())
+        parts["encoder"].pooler_start = parts["pooler"].state_dict()
     return parts
 
 

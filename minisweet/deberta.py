@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minisweet.config import DebertaConfig
-from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
+from minisweet.layers import TransformerEncoder, TransformerLayer, draw_weights, padding_bias
 
 
 def skew(scores: Tensor, column: int) -> Tensor:
@@ -81,7 +81,7 @@ class DebertaEncoder(TransformerEncoder):
         super().__init__(config)
         self.relative_table = nn.Embedding(2 * config.relative_span, config.hidden_size)
         self.layers = nn.ModuleList(DebertaLayer(config) for _ in range(config.num_hidden_layers))
-        self.draw_weights()
+        draw_weights(self, config.initializer_range)
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter layer 1, of ids (B, T). DeBERTa has no token types and reads none."""

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.layers import Dropout, TransformerEncoder, checked_inputs
+from minisweet.layers import Dropout, TransformerEncoder, checked_inputs, draw_weights
 from minisweet.ngrams import NgramExit
 
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -64,11 +64,9 @@ class ExitHead(nn.Module):
         self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
         self.dropout = Dropout(config.head_dropout)
         self.classifier = nn.Linear(D, num_labels)
-        for linear in (self.pooler, self.classifier):
-            nn.init.normal_(linear.weight, std=config.initializer_range)
-            nn.init.zeros_(linear.bias)
+        draw_weights(self, config.initializer_range)
         if encoder.pooler_start is not None:
-            self.pooler.load_state_dict(dict(zip(("weight", "bias"), encoder.pooler_start, strict=True)))
+            self.pooler.load_state_dict(encoder.pooler_start)
         self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None
 
     def forward(self, hidden: Tensor) -> ExitOutput:

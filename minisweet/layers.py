@@ -78,6 +78,15 @@ class TransformerLayer(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
 
+def draw_weights(module: nn.Module, std: float) -> None:
+    """Draw random weights, as all three encoders and their heads had before they were trained."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
 class TransformerEncoder(nn.Module):
     """Embeddings and layers. Models, training and early exit need only these four, and never ask which encoder it is:
 
@@ -106,7 +115,7 @@ class TransformerEncoder(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.config = config
-        self.pooler_start: tuple[Tensor, Tensor] | None = None  # the checkpoint's, weight and bias
+        self.pooler_start: dict[str, Tensor] | None = None  # the checkpoint's pooler, with which exit heads begin
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
@@ -120,14 +129,6 @@ class TransformerEncoder(nn.Module):
         for layer in self.layers:
             states.append(layer(states[-1], context))
         return tuple(states)
-
-    def draw_weights(self) -> None:
-        """Draw random weights as all three did before pre-training; `load_encoder` overwrites them."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 class Dropout(nn.Module):

@@ -49,15 +49,13 @@ def exits_of_the_paper(depth: int) -> list[int]:
 
 def slices(encoder: TransformerEncoder, exit_layers: Sequence[int], num_labels: int, **options) -> MultiModel:
     """MM's models, for each exit a copy of the encoder's first layers."""
-    models = [MultiExitModel(first_layers(encoder, n), (n,), num_labels, "plain", **options) for n in exit_layers]
+    models = []
+    for n in exit_layers:
+        part = copy.deepcopy(encoder)
+        part.layers = part.layers[:n]
+        part.config = replace(encoder.config, num_hidden_layers=n)
+        models.append(MultiExitModel(part, (n,), num_labels, "plain", **options))
     return MultiModel(models)
-
-
-def first_layers(encoder: TransformerEncoder, n: int) -> TransformerEncoder:
-    """A copy of an encoder's first n layers."""
-    part = copy.deepcopy(encoder)
-    part.layers, part.config = part.layers[:n], replace(encoder.config, num_hidden_layers=n)
-    return part
 
 
 def train_together(model: MultiExitModel, is_new: bool) -> Stages:

@@ -3,40 +3,21 @@
 It is BERT with three differences: positions count from 2, there are no token types at the input, and attention scores
 get a bias per head that depends on the distance of two tokens alone (as in T5, https://arxiv.org/abs/1910.10683). All
 layers share the biases' table. It is read for the context, so that where the context's gradient stops, the table's
-does. What all encoders share is in layers.py, where the dimension letters are explained too.
+does. Its layers are BERT's. What all encoders share is in layers.py, where the dimension letters are explained too.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.bert import BertLayer
 from minisweet.config import MPNetConfig
-from minisweet.layers import TransformerEncoder, TransformerLayer, padding_bias
+from minisweet.layers import TransformerEncoder, draw_weights, padding_bias
 
 # The distances, in tokens, at which the second to the last of a direction's 16 buckets begin: 1 to 8 one by one, then
 # in equal ratios to 128. As in transformers, a config may ask for more buckets, and they stay unused.
 STARTS = [*range(1, 8), *(math.ceil(8 * 16 ** (n / 8)) for n in range(8))]
-
-
-class MPNetLayer(TransformerLayer):
-    """Self-attention and a feed-forward block. The key has no bias, since the softmax would ignore it."""
-
-    def __init__(self, config: MPNetConfig) -> None:
-        super().__init__(config)
-        D = config.hidden_size
-        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
-
-    def attend(self, hidden: Tensor, context: tuple[Tensor], tokens: int | None) -> Tensor:
-        """Scaled dot-product attention, with the bias that the context is: (B, T, D) to (B, H, R, d)."""
-        projected = self.query(hidden[:, :tokens].contiguous()), self.key(hidden), self.value(hidden)
-        query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
-        bias = context[0][:, :, :tokens]  # (B, H, R, T)
-        if self.training or self.writes_out:  # in training for a dropout that is fast on a CPU
-            scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
-            return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
 
 
 class MPNetEncoder(TransformerEncoder):
@@ -46,8 +27,8 @@ class MPNetEncoder(TransformerEncoder):
         super().__init__(config)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
-        self.layers = nn.ModuleList(MPNetLayer(config) for _ in range(config.num_hidden_layers))
-        self.draw_weights()
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        draw_weights(self, config.initializer_range)
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """The hidden states (B, T, D) that enter layer 1, of ids (B, T). MPNet has no token types and reads none."""
