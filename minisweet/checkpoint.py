@@ -86,8 +86,9 @@ def load_encoder(folder: str | Path, num_layers: int | None = None) -> Transform
     """Load the encoder of a folder in the Hugging Face layout: BERT, DeBERTa or MPNet, as its model_type says.
 
     It has the first `num_layers` layers, by default all, and is in float32 and in evaluation mode. Its `pooler_start`
-    is the checkpoint's pooler (weight, bias), or None. Raises InputError where there are not so many layers, and where
-    a file is missing or unreadable, asks for what is not implemented, or does not fit the others.
+    is the checkpoint's pooler, a state dict with which exit heads begin, or None. Raises InputError where there are not
+    so many layers, and where a file is missing or unreadable, asks for what is not implemented, or does not fit the
+    others.
     """
     return _load(Path(folder), num_layers)["encoder"].eval()
 
@@ -115,29 +116,29 @@ def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> n
     """The encoder, with the checkpoint's pooler if there is one; where `num_labels` are asked for, the classifier."""
     config, there = read_config(folder), open_weights(folder)
     model_type, D, depth = config.model_type, config.hidden_size, config.num_hidden_layers
-    L, (_, pooler, classifier) = depth if num_layers is None else num_layers, CLASSIFIERS[config.model_type]
+    L = depth if num_layers is None else num_layers
     if not 1 <= L <= depth:
         raise InputError(f"num_layers: {L}, should be from 1 to {depth}, the layers of {folder}")
-    pooler = pooler.removeprefix("bert.")
-    if not num_labels and f"{pooler}.weight" not in there:  # no finished classifier
-        pooler = "pooler.dense"
-    has_pooler = num_labels or f"{pooler}.weight" in there
-    config = replace(config, num_hidden_layers=L)
+    _, pooler, classifier = CLASSIFIERS[model_type]
+    heads = {"pooler": pooler.removeprefix("bert."), "classifier": classifier}  # ours to theirs
+    if not num_labels:  # an encoder alone, whose pooler is a finished classifier's, that of pre-training, or missing
+        found = [name for name in (heads["pooler"], "pooler.dense") if f"{name}.weight" in there]
+        heads = {"pooler": found[0]} if found else {}
 
     def make() -> nn.ModuleDict:
-        parts = {"encoder": new_encoder(config)} | ({"pooler": nn.Linear(D, D)} if has_pooler else {})
-        return nn.ModuleDict(parts | ({"classifier": nn.Linear(D, num_labels)} if num_labels else {}))
+        sizes = {"pooler": D, "classifier": num_labels}
+        encoder = new_encoder(replace(config, num_hidden_layers=L))
+        return nn.ModuleDict({"encoder": encoder} | {part: nn.Linear(D, sizes[part]) for part in heads})
 
     def to_public(name: str) -> str:
         part, _, rest = name.partition(".")
-        return public_name(rest, model_type) if part == "encoder" else f"{of_head[part]}.{rest}"
+        return public_name(rest, model_type) if part == "encoder" else f"{heads[part]}.{rest}"
 
-    of_head = {"pooler": pooler, "classifier": classifier}
     # Our key has no bias. BERT's adds the same number to all scores of a query, which the softmax ignores.
     dropped = [*DROPPED, *(public_name(f"layers.{n}.key.bias", model_type) for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
-    if has_pooler:
+    if heads:
         parts["encoder"].pooler_start = parts["pooler"].state_dict()
     return parts
 

@@ -139,8 +139,7 @@ def run_exits(
 
 def save_answers(path: Path, answered: AnsweredRows, run_digest: str) -> None:
     """Write the tensors, and in the file's metadata of which run they are."""
-    tensors = {name: value for name, value in answered._asdict().items() if isinstance(value, Tensor)}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: value.contiguous() for name, value in answered._asdict().items() if isinstance(value, Tensor)}
     path.write_bytes(save(tensors, {"run_digest": run_digest}))
 
 
