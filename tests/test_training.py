@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import evaluate
 import train
 from minisweet import MultiExitModel, load_encoder
+from minisweet.branches import BranchModel
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
-from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS
 from minisweet.runs.folders import load_run, load_trunk, read_record
 from tests.conftest import WORDS, in_folder, model_of, quick, random_batch, run, write_model
@@ -81,6 +84,7 @@ def test_where_branches_are_trained_the_trunk_runs_without_dropout_and_as_far_as
     model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
     assert np.shape(fine_tune(model, toy_examples(folder, 20), 1e-2)) == (5, 2)
     assert not ran  # the trunk's layer 3, which no branch reads
+    assert not BranchModel(copy.deepcopy(model.encoder).train(), (1, 4), 2).encoder.training
     one, other = model(*random_batch()), model(*random_batch())
     assert torch.equal(one[-1], other[-1])
     assert (one[:-1] != other[:-1]).flatten(1).any(1).all()
@@ -99,20 +103,16 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
 
-def test_balanced_rows_count_by_their_class():
-    logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
-    weights = torch.tensor([8 / (3 * n) for n in (5, 5, 5, 5, 5, 2, 2, 1)])
-    of_rows = torch.stack([exit_loss(logits[[i]], None, labels[[i]]) for i in range(8)])
-    targets = torch.from_numpy(train.balanced(labels.numpy(), 3))
-    torch.testing.assert_close(exit_loss(logits, None, targets), (weights * of_rows).mean())
-    certainty = torch.rand(8)  # of which all rows count alike
-    error = exit_loss(logits, certainty, labels) - exit_loss(logits, None, labels)
-    torch.testing.assert_close(exit_loss(logits, certainty, targets) - exit_loss(logits, None, targets), error)
-    soft = torch.randn(8, 3).softmax(-1)  # as of a trunk, whose answers are the classes
-    answers = soft.argmax(-1)
-    counts = answers.bincount(minlength=3)
-    weights = 8 / (counts.count_nonzero() * counts[answers])
-    torch.testing.assert_close(torch.from_numpy(train.balanced(soft.numpy(), 3)), soft * weights[:, None])
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.booleans())
+def test_balanced_classes_weigh_the_same_and_all_rows_together_as_much_as_before(labels, are_probabilities):
+    N, classes, rows = len(labels), len({*labels}), np.eye(4)[labels]
+    rows = rows * 0.6 + 0.1 if are_probabilities else rows  # of a trunk, whose answers are the classes
+    weighted = train.balanced(rows if are_probabilities else np.array(labels), 4)
+    weights = weighted.sum(1)
+    np.testing.assert_allclose(weighted, rows * weights[:, None], rtol=1e-5)
+    for label in {*labels}:
+        its = weights[np.array(labels) == label]
+        np.testing.assert_allclose(its, N / (classes * len(its)), rtol=1e-5)
 
 
 def test_an_error_leaves_the_embedding_whole(model_dir):
