@@ -139,6 +139,16 @@ def test_dropout_is_where_the_models_have_it(model_type):
         torch.testing.assert_close(in_training, list(model.eval().exit_by_exit(*random_batch())))
 
 
+def test_dropout_meets_debertas_positions_too():
+    """What it does there is hidden where dropout leaves nothing of what attention says."""
+    encoder = tiny_encoder("deberta", hidden_dropout_prob=1.0, attention_probs_dropout_prob=0.0)
+    layer, hidden = encoder.layers[0].train(), torch.randn(4, 11, 16)
+    bias, positions = encoder.context(torch.ones(4, 11))
+    attended = layer.attend(hidden, (bias, positions), None)
+    torch.testing.assert_close(attended, layer.attend(hidden, (bias, 0 * positions), None))
+    assert (attended - layer.eval().attend(hidden, (bias, positions), None)).abs().max() > 1e-3
+
+
 @settings(max_examples=30, deadline=None)
 @given(model_type=st.sampled_from([*CONFIGS]), T=st.integers(1, 40))
 def test_a_layer_gives_cls_the_same_alone_and_among_all_in_training_and_in_evaluation(model_type, T):

@@ -84,7 +84,8 @@ def test_where_branches_are_trained_the_trunk_runs_without_dropout_and_as_far_as
     model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
     assert np.shape(fine_tune(model, toy_examples(folder, 20), 1e-2)) == (5, 2)
     assert not ran  # the trunk's layer 3, which no branch reads
-    assert not BranchModel(copy.deepcopy(model.encoder).train(), (1, 4), 2).encoder.training
+    new = BranchModel(copy.deepcopy(model.encoder).train(), (1, 4), 2)
+    assert (new.encoder.training, new.branches[0].training) == (False, True)
     one, other = model(*random_batch()), model(*random_batch())
     assert torch.equal(one[-1], other[-1])
     assert (one[:-1] != other[:-1]).flatten(1).any(1).all()
