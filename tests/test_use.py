@@ -1,6 +1,5 @@
 """What users call: the classifier in Python, and the commands predict and explain."""
 
-import csv
 import json
 import re
 import shutil
@@ -8,22 +7,30 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import evaluate
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.base.files import InputError
+from minisweet.data.rows import DELIMITERS, read_rows, row_writer
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
+from minisweet.runs.records import GOALS
 from minisweet.use import explain, predict
-from tests.conftest import CHECKOUT
+from tests.conftest import CHECKOUT, run
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9)
+OTHERS = ["label", "predicted_label", "confidence", "p_positive", "note"]  # columns beside a text
 
 
 @pytest.fixture
@@ -50,15 +57,9 @@ def middle(run: Path) -> float:
     return float((sure[place] + sure[place + 1]) / 2)
 
 
-def write_csv(path, rows, header=("id", "text")):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
-def read_csv(path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def cells_of(path: Path) -> list[dict]:
+    """A file's rows."""
+    return [row for _, row in read_rows(path)]
 
 
 @pytest.mark.parametrize("method", ["sweet", "mm", "branch", "lte", "pairs", "trunk0"])
@@ -73,7 +74,7 @@ def test_predictions_are_those_of_the_evaluation(copy_of, command, tmp_path, mon
     assert len(taken.unique()) > 1
     words = [run / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
     status, out, _ = command(predict, run, *words)
-    found, texts = read_csv(tmp_path / "out.csv"), read_validation(run, record).first
+    found, texts = cells_of(tmp_path / "out.csv"), read_validation(run, record).first
     assert (status, f"{len(texts):,} rows" in out) == (0, True)
     assert [next(iter(row.values())) for row in found] == texts
     assert [int(row["exit_layer"]) for row in found] == np.array(record.exit_layers)[taken].tolist()
@@ -105,13 +106,6 @@ def test_classifier_answers_any_number_in_order(copy_of):
     assert exact != rounded
 
 
-def test_an_empty_line_of_one_column_is_predicted(run_of, command, tmp_path):
-    (tmp_path / "in.csv").write_text("text\na\n\nb\n")
-    status, out, _ = command(predict, run_of("sweet"), tmp_path / "in.csv", "--out", tmp_path / "out.csv")
-    assert (status, ": 3 rows" in out) == (0, True)
-    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["a", "", "b"]
-
-
 def test_threads_make_and_share_classifiers(run_of):
     run = run_of("sweet")
     expected = EarlyExitClassifier(run)(TEXTS)
@@ -140,35 +134,40 @@ def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):
         EarlyExitClassifier(**{"run": run_of("sweet")} | arguments)(texts)
 
 
-@pytest.mark.parametrize("goal", [{"max_loss": 5.0, "sure": 80.0}, {"speed": 0.5}, {"max_change": 20.0, "sure": 60.0}])
 @pytest.mark.parametrize("method", ["branch", "lte"])
-def test_who_chooses_chooses_once(run_of, command, tmp_path, goal, method):
-    """The others take evaluate.py's operating point, and evaluate.py keeps the goal until another is named."""
+def test_who_chooses_chooses_once(run_of, command, tmp_path, method):
+    """evaluate.py keeps the goal until another is named, and the others take its operating point."""
     run = shutil.copytree(run_of(method), tmp_path / "run")
-    options = [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
-    for words in (options, [], ["--sure", 80] if "sure" in goal else [], ["--speed", 1]):
-        before = json.loads((run / "evaluation.json").read_text())["operating_point"]
-        status, out, _ = command(evaluate, run, *words)
-        point = json.loads((run / "evaluation.json").read_text())["operating_point"]
-        expected = (
-            goal | {"sure": 80.0} if "--sure" in words[:1] else {"speed": 1.0} if words == ["--speed", 1] else goal
-        )
-        assert (status, point["goal"]) == (0, expected)
-        exits = ", ".join(map(str, before["asked_exits"]))
-        assert f"it replaces threshold {before['threshold']:.6g}, exits {exits}, by the goal --" in out
-        assert ("(that of the last evaluation)" in out) == (point["goal"] == before["goal"])
-        classify = EarlyExitClassifier(run)
-        assert (classify.threshold, classify.exit_layers) == (point["threshold"], point["asked_exits"])
-        out = command(predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]), "--out", tmp_path / "b.csv")[1]
-        assert f"at threshold {point['threshold']:.4g}" in out
-        assert f"threshold {point['threshold']:.4g}" in command(explain, run, "a text")[1]
+    (tmp_path / "a.csv").write_text("text\na\n")
+    for words, goal in (
+        ("--max-loss 5 --sure 80", {"max_loss": 5.0, "sure": 80.0}),
+        ("", {"max_loss": 5.0, "sure": 80.0}),
+        ("--sure 60", {"max_loss": 5.0, "sure": 60.0}),
+        ("--max-change 20 --sure 60", {"max_change": 20.0, "sure": 60.0}),
+        ("--speed 0.5 --use-exits 2,4", {"speed": 0.5}),
+    ):
+        before = read_evaluation(run).operating_point
+        status, out, _ = command(evaluate, run, *words.split())
+        point, classify = read_evaluation(run).operating_point, EarlyExitClassifier(run)
+        assert (status, point.goal) == (0, goal)
+        exits = ", ".join(map(str, before.asked_exits))
+        assert f"it replaces threshold {before.threshold:.6g}, exits {exits}, by the goal --" in out
+        assert ("(that of the last evaluation)" in out) == (goal == before.goal)
+        assert (classify.threshold, classify.exit_layers) == (point.threshold, point.asked_exits)
+    assert point.asked_exits == [2, 4]  # exits that were left out by hand stay out
+    said = command(predict, run, "a.csv", "--out", "b.csv")[1], command(explain, run, "a text")[1]
+    assert [f"threshold {point.threshold:.4g}" in out for out in said] == [True, True]
     assert "--sure: needs --max-loss or --max-change, since the goal" in command(evaluate, run, "--sure", 90)[2]
-    for module, word in ((predict, tmp_path / "a.csv"), (explain, "a text")):
-        status, out, err = command(module, run, word, *options)
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_others_do_not_choose(run_of, command, name):
+    for module, words in ((predict, ["a.csv"]), (explain, ["a text"])):
+        status, out, err = command(module, run_of("sweet"), *words, f"--{name.replace('_', '-')}", 50)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert "evaluate.py alone chooses the operating point" in err
-    with pytest.raises(TypeError, match=f"^{next(iter(goal))} is no argument: evaluate.py alone chooses"):
-        EarlyExitClassifier(run, **goal)
+    with pytest.raises(TypeError, match=f"^{name} is no argument: evaluate.py alone chooses"):
+        EarlyExitClassifier(run_of("sweet"), **{name: 50.0})
 
 
 def test_an_older_evaluation_that_names_its_goal_a_wish_is_read(copy_of):
@@ -191,9 +190,8 @@ def test_the_users_default_device_makes_no_difference(run_of, name):
 
 
 def test_a_threshold_may_be_any_real_number(run_of):
-    assert EarlyExitClassifier(run_of("sweet"), Fraction(9, 10))(TEXTS) == EarlyExitClassifier(run_of("sweet"), 0.9)(
-        TEXTS
-    )
+    fraction, number = (EarlyExitClassifier(run_of("sweet"), threshold) for threshold in (Fraction(9, 10), 0.9))
+    assert fraction(TEXTS) == number(TEXTS)
 
 
 def test_the_operating_point_is_the_evaluations(copy_of):
@@ -206,69 +204,60 @@ def test_the_operating_point_is_the_evaluations(copy_of):
         EarlyExitClassifier(run, 0.75)
 
 
-def test_exits_that_were_left_out_by_hand_stay_out(run_of, command, tmp_path):
-    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    assert command(evaluate, run, "--use-exits", "2,4")[0] == 0
-    assert list(EarlyExitClassifier(run).exit_layers) == [2, 4]
-
-
-def test_what_a_threshold_does_not_grant_is_told_in_one_line(copy_of, caplog):
+def test_a_promise_for_another_precision_is_told_in_one_line(copy_of, caplog):
     run = copy_of("sweet", threshold=0.9, goal={"max_change": 30.0, "sure": 90.0})
-    EarlyExitClassifier(run, 0.9, amp="bf16")
-    EarlyExitClassifier(run)
-    assert caplog.text == ""
-    EarlyExitClassifier(run, amp="bf16")  # promised in float32
-    (precision,) = [record.getMessage() for record in caplog.records]
-    assert "float32" in precision
+    for options in ({"threshold": 0.9, "amp": "bf16"}, {}, {"amp": "bf16"}):
+        EarlyExitClassifier(run, **options)
+    (told,) = [record.getMessage() for record in caplog.records if "promised" in record.getMessage()]
+    assert "promised for torch.float32, and not for torch.bfloat16" in told
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
-def test_formats_and_names(run_of, command, tmp_path, suffix):
-    """The format follows the suffix; the input's columns keep their names, and ours give way."""
-    texts, run = ['it is "great", you', "two\nlines", ""], run_of("sweet")
-    path = write_csv(tmp_path / "in.csv", [(text, "x") for text in texts], ("text", "label"))
-    assert command(predict, run, path, "--out", tmp_path / f"out.{suffix}")[0] == 0
-    assert command(predict, run, tmp_path / f"out.{suffix}", "--out", tmp_path / "again.jsonl")[0] == 0
-    again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in again] == texts
-    ours = ["predicted_label", "confidence", "exit_layer", "p_negative", "p_positive"]
-    assert list(again[0])[:7] == ["text", "label", *ours]
-    assert "predicted_predicted_label" in again[0]  # no column is replaced, however often a file is predicted
-    for row in again:
-        assert row["predicted_confidence"] == pytest.approx(float(row["confidence"]))
-        assert row["label"] == "x"
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.lists(st.fixed_dictionaries({"text": CELLS}, optional=dict.fromkeys(OTHERS, CELLS)), min_size=1),
+    suffixes=st.tuples(st.sampled_from([*DELIMITERS]), st.sampled_from([*DELIMITERS])),
+)
+def test_rows_keep_their_cells_and_get_ours_beside_them(run_of, rows, suffixes):
+    """In any format, whatever the texts and columns are; in JSON lines a row may lack a column."""
+    columns, classify = list(dict.fromkeys(chain(*rows))), EarlyExitClassifier(run_of("sweet"))
+    with TemporaryDirectory() as folder:
+        file, out = (Path(folder, name + suffix) for name, suffix in zip(("in", "out"), suffixes, strict=True))
+        with row_writer(file, columns) as write:
+            for row in rows:
+                write(row)
+        assert run(predict, run_of("sweet"), file, "--out", out) == 0
+        found = cells_of(out)
+    ours = [name for name in found[0] if name not in columns]
+    names = ["label", "confidence", "exit_layer", "p_negative", "p_positive"]
+    assert [name.replace("predicted_", "") for name in ours] == names
+    assert {*names} - {*columns} <= {*ours}  # none has another name without need
+    for before, row, answer in zip(rows, found, classify([row["text"] for row in rows]), strict=True):
+        assert {name: row.get(name) or "" for name in columns} == dict.fromkeys(columns, "") | before
+        label, *numbers = (row[name] for name in ours)
+        expected = [answer.confidence, answer.exit_layer, *answer.probabilities.values()]
+        assert (label, list(map(float, numbers))) == (answer.label, pytest.approx(expected, abs=1e-6))
 
 
-def test_columns_of_text_and_what_is_told(run_of, command, tmp_path):
+def test_columns_of_text_and_what_is_told(run_of, command):
     run, classify = run_of("sweet"), EarlyExitClassifier(run_of("sweet"))
-    path = write_csv(tmp_path / "in.csv", [("bad " * 31, "awful"), ("bad " * 30, "a")], ("body", "text"))
+    Path("in.csv").write_text(f"body,text\n{'bad ' * 31},awful\n{'bad ' * 30},a\n")
     for options, text, cut in ((["--text-columns", "body"], "bad " * 31, 1), ([], "awful", 0)):
-        _, out, _ = command(predict, run, path, "--out", tmp_path / "out.csv", *options)
-        row = read_csv(tmp_path / "out.csv")[0]
+        _, out, _ = command(predict, run, "in.csv", "--out", "out.csv", *options)
+        row = cells_of(Path("out.csv"))[0]
         assert float(row["p_negative"]) == pytest.approx(classify([text])[0].probabilities["negative"], abs=1e-6)
         assert out.strip().endswith(f"cut to 32 tokens: {cut}")
-    status, out, err = command(predict, run, path)  # on standard output, as CSV
+    status, out, err = command(predict, run, "in.csv")  # on standard output, as CSV
     assert (status, err, len(out.splitlines())) == (0, "", 3)
     assert out.startswith("body,text,label,confidence,exit_layer,p_negative,p_positive\n")
 
 
-def test_no_row_gets_a_prediction_where_others_have_their_label(run_of, command, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b", "label": "gold", "id": 1}\n{"text": "c"}\n')
-    for name in ("out.jsonl", "out.csv"):
-        assert command(predict, run_of("sweet"), "in.jsonl", "--out", name)[0] == 0
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row.get("label") for row in rows] == [None, "gold", None]
-    assert {row["predicted_label"] for row in rows} <= {"negative", "positive"}
-    assert [row["label"] for row in read_csv(tmp_path / "out.csv")] == ["", "gold", ""]
-
-
-def test_without_labels_confidence_is_called_agreement_where_it_is_shown(copy_of, command, tmp_path):
+def test_without_labels_confidence_is_called_agreement_where_it_is_shown(copy_of, command):
     run = copy_of("sweet")
     path = run / "run.json"
     path.write_text(path.read_text().replace('"metric": "accuracy"', '"metric": "agreement"'))
     assert command(evaluate, run)[0] == 0
-    _, out, _ = command(predict, run, write_csv(tmp_path / "a.csv", [(1, "a")]))
-    assert out.startswith("id,text,label,agreement,exit_layer,")
+    Path("a.csv").write_text("text\na\n")
+    assert command(predict, run, "a.csv")[1].startswith("text,label,agreement,exit_layer,")
     _, out, _ = command(explain, run, "a text")
     assert "compared with the agreement with full depth" in out
     assert "confidence" not in out

@@ -70,24 +70,28 @@ class EarlyExitClassifier:
     ) -> None:
         for name in others:
             raise TypeError(f"{name} is no argument: {CHOOSER}, or pass threshold")
-        if (
-            isinstance(threshold, bool)
-            or not isinstance(threshold, Real | None)
-            or (threshold is not None and not 0 <= threshold <= 1)
+        is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+        is_whole = isinstance(batch_size, Integral) and not isinstance(batch_size, bool)
+        for name, value, is_right, wanted in (
+            ("threshold", threshold, threshold is None or (is_number and 0 <= threshold <= 1), "a number from 0 to 1"),
+            ("batch_size", batch_size, is_whole and 1 <= batch_size < 2**31, f"a whole number from 1 to {2**31 - 1}"),
+            ("amp", amp, amp in AMP_CHOICES, f"one of {', '.join(AMP_CHOICES)}"),
+            ("run", run, isinstance(run, str | os.PathLike), "the path of a run folder"),
         ):
-            raise InputError(f"threshold: {threshold!r:.80}, should be a number from 0 to 1")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or not 1 <= batch_size < 2**31:
-            raise InputError(f"batch_size: {batch_size!r:.80}, should be a whole number from 1 to {2**31 - 1}")
-        if amp not in AMP_CHOICES:
-            raise InputError(f"amp: {amp!r:.80}, should be one of {', '.join(AMP_CHOICES)}")
-        if not isinstance(run, str | os.PathLike):
-            raise InputError(f"run: {run!r:.80}, should be the path of a run folder")
+            if not is_right:
+                raise InputError(f"{name}: {value!r:.80}, should be {wanted}")
         device, run = choose_device(str(device)), Path(run)
         precision = choose_precision(amp, device)
         (model, record), evaluation = load_run(run), read_evaluation(run)
+        self._deploy(run, model, record, evaluation, device, precision)
+        point, was, now = evaluation.operating_point, evaluation.precision, str(precision or torch.float32)
         if evaluation.run_digest is None:
             LOG.warning("%s: an older evaluation; whether it is of this model cannot be checked: evaluate again", run)
-        self._deploy(run, model, record, evaluation, device, precision, threshold, int(batch_size))
+        if threshold is not None:
+            self.threshold = in_float32(threshold)
+        elif "sure" in point.goal and point.threshold < 1 and was != now:  # at 1 nothing can change
+            LOG.warning("evaluate.py promised for %s, and not for %s: evaluate again in this precision", was, now)
+        self.batch_size = int(batch_size)
 
     @classmethod
     def of(cls, run: Path, *loaded) -> "EarlyExitClassifier":
@@ -104,17 +108,12 @@ class EarlyExitClassifier:
         evaluation: Evaluation,
         device: torch.device,
         precision: torch.dtype | None,
-        threshold: float | None = None,
-        batch_size: int = 32,
     ) -> None:
         self.record, self.evaluation, self.device, self.precision = record, evaluation, device, precision
-        self.batch_size, self.labels, self.pairs = batch_size, record.labels, len(record.columns) == 2
+        self.batch_size, self.labels, self.pairs = 32, record.labels, len(record.columns) == 2
         self.certainty_name = "confidence" if has_labels(record.metric) else "agreement"  # where it is printed
         point, layers = evaluation.operating_point, evaluation.exit_layers
-        was, now = evaluation.precision, str(precision or torch.float32)
-        if threshold is None and "sure" in point.goal and point.threshold < 1 and was != now:  # at 1 nothing can change
-            LOG.warning("evaluate.py promised for %s, and not for %s: evaluate again in this precision", was, now)
-        self.threshold = in_float32(point.threshold if threshold is None else threshold)
+        self.threshold = in_float32(point.threshold)
         self.exit_layers, rule = point.asked_exits, ExitRule.from_evaluation(evaluation, len(self.labels))
         self.rule = rule.kept([layers.index(n) for n in self.exit_layers])
         self.model = model.keep_exits(self.exit_layers).to(device)
