@@ -4,17 +4,22 @@ import json
 import re
 import tarfile
 from contextlib import ExitStack
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import evaluate
 import train
 from minisweet.paper import reproduce
-from minisweet.paper.report import size_table, tables
+from minisweet.paper.report import cells, differences, size_table, tables
 from tests.benchmark import BLOCK, RESULTS, zero_tables
-from tests.conftest import CHECKOUT, run, write_model
+from tests.conftest import CHECKOUT, in_folder, run, write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
 ONE = ["--seeds", "0", "--lrs", "1e-3"]
@@ -56,11 +61,11 @@ def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), **changes) -> dic
     } | changes
 
 
-def fake_run(method: str, lr=1e-3, seed=0, area=60.0, evaluated=None, **changes) -> Path:
+def fake_run(method: str, lr=1e-3, size=32, seed=0, area=60.0, evaluated=None, **changes) -> Path:
     """Write the records of a run of the toy task, without its weights; all its scores are `area`."""
-    folder = Path(f"reproduced/runs/tiny-{method}-toy-lr{lr:g}-n32-seed{seed}")
+    folder = Path(f"reproduced/runs/tiny-{method}-toy-lr{lr:g}-n{size}-seed{seed}")
     folder.mkdir(parents=True)
-    content = record([area] * 3, method=method, task="toy", lr=lr, train_size=32, seed=seed, epochs=1)
+    content = record([area] * 3, method=method, task="toy", lr=lr, train_size=size, seed=seed, epochs=1)
     content |= {"max_length": 32, "batch_size": 16, "model": "tiny", "depth": 4, "exit_strategy": "confidence"}
     content |= {"device": "none", "precision": "torch.float32", "thresholds": [0.5, 0.75, 1.0]}
     content |= {"labels": ["negative", "positive"], **changes}
@@ -106,18 +111,55 @@ def test_a_run_that_another_process_makes_is_passed_over_and_then_waited_for(gri
     assert len(list(folder.parent.iterdir())) == 2  # no lock is left
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    areas=st.lists(st.none() | st.integers(0, 100), min_size=4, max_size=4),
+    seeds=st.sampled_from([[0], [0, 1, 2]]),
+    sizes=st.sampled_from([[32], [32, 16]]),
+)
+def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(run_of, areas, seeds, sizes):
+    """On two methods at two rates. An area that is None is of a run that diverges."""
+    area_of = dict(zip(product(("ee", "sweet"), (1e-3, 1e-2)), areas, strict=True))
+    words = ["--model", run_of("sweet").parent / "tiny", *TINY, "--methods", "ee,sweet", "--lrs", "1e-3,1e-2"]
+    words += ["--exit-layers", "1,4", "--seeds", ",".join(map(str, seeds)), "--train-sizes", ",".join(map(str, sizes))]
+    made = []
+
+    def pretend(script: str, arguments: list[str]) -> int:
+        if script == "train.py":
+            method, *numbers = re.search(r"tiny-(\w+)-toy-lr([\d.]+)-n(\d+)-seed(\d)", " ".join(arguments)).groups()
+            lr, size, seed = float(numbers[0]), *map(int, numbers[1:])
+            made.append((method, lr, size, seed))
+            area = area_of[method, lr]
+            fake_run(method, lr, size, seed, area or 0, diverged=3 if area is None else None)
+        return 0
+
+    with TemporaryDirectory() as folder, in_folder(Path(folder)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "run_script", pretend)
+        assert run(reproduce, *words) == 0
+        once = list(made)
+        assert run(reproduce, *words) == 0
+        text, figures = results(), {path.name for path in Path("reproduced").glob("*.png")}
+    assert made == once
+    search, rest = [(*pair, sizes[0], seeds[0]) for pair in area_of], []
+    for method in ("ee", "sweet"):
+        there = {lr: area for (its, lr), area in area_of.items() if its == method and area is not None}
+        best = [max(there, key=there.get)] if there else []
+        rest += product([method], best, sizes, seeds)
+        assert f"| {method} | {best[0]:g} |" in text if best else f"| toy | {method} | 0 |" in text
+    assert (once[:4], sorted(once)) == (search, sorted({*search, *rest}))
+    assert f"infinite or NaN: {areas.count(None)}\n" in text
+    assert figures == {"curves.png"} | ({"sizes.png"} if len(sizes) > 1 else set())
+
+
 def test_commands_are_printed_the_search_first(grid):
     words = ["--methods", "sweet", "--seeds", "0,1,2", "--lrs", "1e-3,1e-2", "--print-commands"]
     status, out, _, started = grid(*words)
     assert (status, started, len(out.splitlines())) == (0, [], 2)
     assert not Path("reproduced").exists()
     fake_run("sweet", 1e-3, area=60.0)
-    (line,) = grid(*words)[1].splitlines()
-    assert "--lr 0.01 " in line
     fake_run("sweet", 1e-2, area=59.0)
     lines = grid(*words)[1].splitlines()
     assert ["--lr 0.001 --seed 1 " in lines[0], "--lr 0.001 --seed 2 " in lines[1], len(lines)] == [True, True, 2]
-    assert len(grid("--methods", "ee,sweet", "--lrs", "1e-3", "--print-commands")[1].splitlines()) == 5
 
 
 def test_options_reach_the_runs_and_the_report(grid):
@@ -135,32 +177,10 @@ def test_what_is_missing_is_named(grid):
     assert (status, started, "of 1 runs; 3 missing" in out) == (0, [], True)
     for line in ("Missing runs: 3", "- tiny-ee-toy-lr0.001-n32-seed1", "infinite or NaN: 0\n"):
         assert line in results()
-    grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
-    assert "Missing runs: 1\n\n- tiny-sweet-toy-lr0.01-n32-seed0\n" in results()  # no rate is known for the others
-
-
-def test_training_sizes_use_the_rate_of_the_first_and_get_a_figure(grid):
-    fake_run("sweet", 1e-3, area=60.0)
-    fake_run("sweet", 1e-2, area=70.0)
-    status, out, _, started = grid("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3,1e-2", "--train-sizes", "32,16")
-    assert (status, "curves.png, sizes.png" in out) == (0, True)
-    assert all("tiny-sweet-toy-lr0.01-n16-seed0" in line for line in started)
-    for part in ("| sweet | 0.01 |", "| toy | sweet | 1 | 70.0 | 70.0 |", "## Up to 16 training examples"):
-        assert part in results()
     out = grid("--methods", "sweet", *ONE, "--tasks", "toy,rte", "--report-only")[1]
     assert "curves.png, tasks.png" in out
-
-
-def test_the_search_passes_over_a_rate_that_diverges(grid):
-    words = ["--methods", "ee", "--seeds", "0,1"]
-    status, out, _, started = grid(*words, "--lrs", "1e-3,1e30")
-    assert any("tiny-ee-toy-lr1e+30-n32-seed0" in line for line in started)
-    assert (status, "of 3 runs; 0 missing" in out) == (0, True)
-    assert "| ee | 0.001 |" in results()
-    assert "Runs whose loss became infinite or NaN: 1\n\n- tiny-ee-toy-lr1e+30-n32-seed0\n" in results()
-    assert grid(*words, "--lrs", "1e-3,1e30")[3] == []
-    grid(*words, "--lrs", "1e30", "--report-only")
-    assert "| toy | ee | 0 |  |  |" in results()
+    grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
+    assert "Missing runs: 1\n\n- tiny-sweet-toy-lr0.01-n32-seed0\n" in results()  # no rate is known for the others
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
@@ -199,12 +219,10 @@ def test_where_it_is_installed_without_a_clone_it_is_refused_first(grid, monkeyp
 
 def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():
     other = record((50.0, 50.0, 80.0), metric="matthews")
+    far = record(ratios=(0.0, 0.5, 1.25), metric="matthews", exit_layers=[0, 6])
     grid = {
         "ee": {"sst2": {0: other, 1: other}, "rte": {0: record(), 1: record()}},
-        "mm": {
-            "sst2": {0: record(ratios=(0.0, 0.5, 1.25), metric="matthews", exit_layers=[0, 6]), 1: {}},  # {}: diverged
-            "rte": {0: {}, 1: record((0, 0, 0))},
-        },
+        "mm": {"sst2": {0: far, 1: {}}, "rte": {0: {}, 1: record((0, 0, 0))}},  # {}: diverged
     }
     text = tables(grid)
     assert "Scores in percent: accuracy of rte; Matthews correlation of sst2. Means are over all of them." in text
@@ -213,33 +231,29 @@ def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():
     assert "| sst2 | mm | 1 | 60.0 [1] |  |  | 80.0 |" in text
     assert "| task | method | seeds | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | area |" in text
     assert "| sst2 | ee | 2 |  | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  | 60.0 |" in text  # two seeds have no interval
-    assert "| mean of all 2 | mm | 0 |  |  |" in text  # no seed has both tasks
     assert "| sst2 | mm | 1 | 60.0 | 65.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  | 70.0 |" in text
+    assert "| mean of all 2 | mm | 0 |  |  |" in text  # no seed has both tasks
 
 
-def test_differences_are_paired_and_bold_where_the_interval_over_tasks_leaves_out_0():
-    """The mean over the seeds of each task, then an interval over three tasks; of one task alone, over its seeds."""
-    same = {seed: record() for seed in range(3)}
-    higher = {0: record((61, 71, 80)), 1: record((63, 73, 80)), 2: {}, 3: record()}  # 2 diverged, 3 has no pair
-    grid = {"mm": {"a": {}}, "ee": {"a": same}, "sweet": {"a": {0: higher[0], 1: higher[1], 2: record((62, 72, 82))}}}
-    text = tables(grid)
-    assert "ee less mm" not in text  # they have no pair
-    row = "| sweet less ee | 3 | +2.0 ±2.5 | +0.7 ±2.9 | +2.0 ±2.5 | +2.0 ±2.5 | +1.3 ±1.9 | +0.7 ±2.9 | +1.6 ±1.9 |\n"
-    assert row in text  # 1, 3, 2; 0, 0, 2
-    assert "| difference | seeds | layer 1 | layer 4 | 0.25 | 0.5 | 0.75 | 1 | area |" in text
-    tasks = {"a": higher, "b": {0: record((63, 70, 79))}, "c": {1: record((62.5, 71, 81))}}
-    text = tables({"ee": dict.fromkeys(tasks, same), "sweet": tasks})
-    row = "| 3 | **+2.5 ±1.2** | +0.0 ±2.5 | **+2.5 ±1.2** | +1.0 ±2.5 | +0.5 ±2.2 | +0.0 ±2.5 | **+1.2 ±1.1** |\n"
-    assert f"\n| sweet less ee {row}" in text  # 2, 3, 2.5; 0, -1, 1; 2, 0, 1
+def test_differences_are_of_pairs_and_their_unit_is_the_task():
+    """The mean over the seeds of each task; of one task alone each seed. {} is a run that diverged."""
+    ours = {"a": [{"area": 3.0}, {"area": 5.0}, {}, {"area": 1.0}], "b": [{"area": 2.0}], "c": [{}]}
+    theirs = {"a": [{"area": 1.0}, {"area": 1.0}, {"area": 0.0}], "b": [{"area": 2.5}], "c": [{"area": 1.0}]}
+    ours, theirs = ({task: dict(enumerate(runs)) for task, runs in its.items()} for its in (ours, theirs))
+    assert differences(ours, theirs, itemgetter("area")) == [3.0, -0.5]
+    assert differences({"a": ours["a"]}, theirs, itemgetter("area")) == [2.0, 4.0]
 
 
-def test_areas_by_training_size_have_an_interval_over_seeds_and_blanks():
-    large = {
-        "ee": {"a": {seed: record() for seed in range(3)}},
-        "mm": {"a": {k: record((58 + k,) * 3) for k in range(3)}},
-    }
+def test_what_is_told_apart_is_bold_and_two_values_have_no_interval():
+    values = [[1.0, -1.0, np.nan], [2.0, 0.0, 0.0], [3.0, 1.0, 0.0]]
+    assert cells(np.array(values) + [1.0, 0.0, 0.0], sign="+") == ["**+3.0 ±2.5**", "+0.0 ±2.5", ""]
+    assert cells(values, deviation=True) == ["2.0 ±1.0", "0.0 ±1.0", ""]
+    assert cells(values[:2]) == ["1.5", "-0.5", ""]
+
+
+def test_areas_and_their_differences_by_training_size():
+    large = {"ee": {"a": {k: record() for k in range(3)}}, "mm": {"a": {k: record((58 + k,) * 3) for k in range(3)}}}
     text = size_table({64: large, 32: {"ee": {"a": {0: record()}}, "mm": {"a": {0: {}}}}})
-    assert "|  | up to 64 | up to 32 |" in text
     assert "| ee | 70.0 ±0.0 | 70.0 |\n| mm | 59.0 ±2.5 |  |\n| mm less ee | **-11.0 ±2.5** |  |\n" in text
 
 
