@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -13,7 +14,7 @@ import pytest
 import evaluate
 import train
 from tests import benchmark
-from tests.benchmark import choose, draws, own_text, run_study, speed, zero_layer, zero_tables
+from tests.benchmark import draws, own_text, run_study, speed, training, zero_tables
 from tests.conftest import CHECKOUT, CONFIGS, WORDS, run
 from tests.test_readme import PAGES, blocks_of
 
@@ -27,7 +28,7 @@ COMMANDS = [
 FEWER = {  # what a test adds to a command: less of the same
     "zero_layer": "--seeds 0",
     "eight_epochs": "--tasks sst2,own --seeds 0",
-    "choose": "--rows 40",
+    "choose": "--rows 40 --seeds 0",
     "draws": "--draws 2",
     "speed": "--turns 1 --texts 32",
 }
@@ -47,9 +48,8 @@ def studies(place, run_of, monkeypatch):
         trained.append(words)
         return run({"train.py": train, "evaluate.py": evaluate}[script], *words)
 
-    monkeypatch.setattr(zero_layer, "run_script", in_process)
-    monkeypatch.setattr(zero_layer, "ROWS", 60)
-    monkeypatch.setattr(choose, "DRAWS", range(1))
+    monkeypatch.setattr(training, "run_script", in_process)
+    monkeypatch.setattr(training, "ROWS", 60)
     monkeypatch.setattr(own_text, "TRAIN", 120)
     monkeypatch.setattr(draws, "CELLS", draws.CELLS[:1])
     draw, sections = Random(0), own_text.SECTIONS[:3]
@@ -84,7 +84,7 @@ def test_the_studies_of_exits_run_as_they_stand_on_the_pages(studies, capsys):
     for part in ("(1 seed)", "| own text, twelve classes | SWEET |", "| own text, 40 rows |"):
         assert part in tables
     assert {path.name for path in Path("FOLDER/records").iterdir()} >= {"sst2-0-slices", "sst2-0-tfidf", "own-0-branch"}
-    assert not list(Path("FOLDER/runs").iterdir())
+    assert not [*Path("FOLDER/runs").iterdir(), *Path("FOLDER/eight/runs").iterdir()]
     shutil.rmtree("FOLDER/base/records/own-0-mm")
     capsys.readouterr()
     studies("zero_tables", "FOLDER")
@@ -119,17 +119,22 @@ def test_speed_is_measured_as_it_stands_on_the_page(studies, monkeypatch):
         calls.append(sides)
         if len(calls) == 1:
             return in_turns(sides, turns)
-        made = {
-            side: getattr(importlib.import_module(f"tests.benchmark.{call[0]}"), call[1])
-            for side, call in sides.items()
+        return {
+            side: (1.0, getattr(sys.modules[module], name)(*rest)()) for side, (module, name, rest) in sides.items()
         }
-        return {side: (1.0, made[side](*call[2])()) for side, call in sides.items()}
 
+    monkeypatch.setitem(sys.modules, "onnx_side", importlib.import_module("tests.benchmark.onnx_side"))
     monkeypatch.setattr(speed, "take_turns", take_turns)
     studies("speed", next(line for name, line in COMMANDS if name == "speed" and "--write" in line))
     text = Path(".github/results/speed.md").read_text()
     assert [len(sides) for sides in calls] == [2] * 4 + [8, 8]
     assert "toy, 32 texts, one by one" in text
+
+
+def test_the_process_of_onnx_runtime_holds_neither_torch_nor_minisweet():
+    pytest.importorskip("onnxruntime", reason="onnxruntime, which the timings need, is missing")
+    code = speed.SIDE.partition("module, name")[0] + "import onnx_side; print({'torch', 'minisweet'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True) == "set()\n"
 
 
 def test_what_is_not_installed_is_one_line_and_importing_changes_nothing(capsys):

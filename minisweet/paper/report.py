@@ -85,10 +85,11 @@ def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[st
 
 
 def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
-    """A heading and a table in Markdown, after an empty line. Short rows are filled with blank cells."""
+    """A table in Markdown, with a heading if it has a title. Short rows are filled with blank cells."""
     filled = [[*row, *[""] * (len(head) - len(row))] for row in (head, *rows)]
     first, *others = (f"| {' | '.join(map(str, row))} |\n" for row in filled)
-    return f"\n### {title}\n\n{first}{'|---' * len(head)}|\n{''.join(others)}"
+    heading = f"\n### {title}\n\n" if title else ""
+    return f"{heading}{first}{'|---' * len(head)}|\n{''.join(others)}"
 
 
 def tables(grid: dict[str, Records]) -> str:

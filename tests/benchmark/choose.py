@@ -14,88 +14,78 @@ from pathlib import Path
 import numpy as np
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
-from minisweet.base.files import InputError
+from minisweet.base.commands import Parser, list_of, positive_float, whole_number
 from minisweet.data.rows import Examples, examples_of, read_rows, write_examples
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.evaluation.answers import all_logits
 from minisweet.paper.report import cells, table
-from minisweet.runs.folders import load_run, read_validation
-from tests.benchmark import run_study, show
+from minisweet.runs.folders import EVALUATION, load_run, read_validation
+from tests.benchmark import run_study, show, training
 from tests.benchmark.linear import LINEAR, fit_linear
-from tests.benchmark.zero_layer import SMALL, train_and_evaluate
 
-TEST_ROWS, DRAWS = 2500, range(3)  # at most; also the seeds of the trainings
+TEST_ROWS = 2500  # at most
 NAMES = dict(zip(LINEAR, ("TF-IDF", "embeddings"), strict=True))
 
 
-def compare(run: Path, rows: Examples, labels: list[str], test: Examples, options: list, beside: list) -> dict:
-    """Accuracies, and the share of the layers, in percent, of rows to train on and rows to test on, by the way.
-
-    Makes `run` where it is not there. `beside` are of LINEAR.
+def compare(run: Path, rows: Examples, labels: list[str], test: Examples, beside: list[str]) -> dict[str, float]:
+    """Accuracies of a run and of the models `beside` it, of LINEAR, on rows to test on, by the way; and the share of
+    the layers. All are in percent. `rows` are those that the run was made of.
     """
-    if not (run / "evaluation.json").exists():
-        write_examples(file := run.with_name(f"{run.name}.jsonl"), rows, labels)
-        train_and_evaluate(run, "--data", file, *options)
     model, record = load_run(run)
     aside = set(read_validation(run, record).texts())  # equal texts are on one side
     trained = rows.take([n for n, text in enumerate(rows.texts()) if text not in aside])
     order = np.array([record.labels.index(label) for label in labels])
-    gold, classify = order[test.labels], EarlyExitClassifier(run)
+    classify = EarlyExitClassifier(run)
     texts = classify.tokenize(test.texts())
     logits, _ = all_logits(model, texts, None)
-    found, answers = classify.classify(texts), {"exit 0": logits[0].argmax(-1)}
+    found, answers = classify.classify(texts), {"exit 0": logits[0].argmax(-1).numpy()}
     answers |= {NAMES[kind]: order[fit_linear(kind, trained)[0](test).argmax(-1)] for kind in beside}
-    answers["full depth"] = logits[-1].argmax(-1)
+    answers["full depth"] = logits[-1].argmax(-1).numpy()
     answers["the default"] = np.array([record.labels.index(answer.label) for answer in found])
-    share = np.mean([answer.exit_layer for answer in found]) / record.depth
-    numbers = {way: 100 * float(np.mean(np.asarray(given) == gold)) for way, given in answers.items()}
-    return numbers | {"layers of the default, %": 100 * share}
+    numbers = {way: 100 * (given == order[test.labels]).mean() for way, given in answers.items()}
+    return numbers | {"layers of the default, %": 100 * np.mean([answer.exit_layer for answer in found]) / record.depth}
 
 
-def read_own(files: list[Path]) -> tuple[Examples, Examples, list[str]]:
+def read(task: str, data_dir: Path, own: list[Path]) -> tuple[Examples, Examples, list[str]]:
     """The rows to train and to test on, and the labels."""
-    train, labels = examples_of(files[0], read_rows(files[0]), ["text"], "label", None)
-    return train, examples_of(files[1], read_rows(files[1]), ["text"], "label", labels)[0], labels
+    if task != "own":
+        return *(load_examples(task, split, data_dir) for split in ("train", "dev")), list(TASKS[task].labels)
+    train, labels = examples_of(own[0], read_rows(own[0]), ["text"], "label", None)
+    return train, examples_of(own[1], read_rows(own[1]), ["text"], "label", labels)[0], labels
+
+
+def draw(rows: Examples, count: int, seed: int) -> Examples:
+    """At most so many rows."""
+    return rows.take(np.random.default_rng(seed).permutation(len(rows.first))[:count].tolist())
 
 
 def main() -> None:
     """Make what is missing, and print or write the table."""
     parser = Parser(__doc__)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--own", type=Path, nargs=2, metavar=("TRAIN", "TEST"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=SMALL)
+    parser.add_argument("--model", default=training.SMALL)
     parser.add_argument("--lr", type=positive_float, help="(default: train.py's)")
-    parser.add_argument("--tasks", type=list_of(one_of(("own", "sst2", "qqp"))), default=["own", "sst2", "qqp"])
     parser.add_argument("--rows", type=list_of(whole_number(10)), default=[300, 1200, 6000])
     parser.add_argument("--write", action="store_true")
-    args, lines, head = parser.parse_args(), [], []
-    for name, value in (("own", "own" in args.tasks), ("data_dir", args.tasks != ["own"])):
-        if value and getattr(args, name) is None:
-            raise InputError(f"--tasks: {','.join(args.tasks)} needs --{name.replace('_', '-')}")
+    args = training.options_of(parser, ["own", "sst2", "qqp"])
     args.out.mkdir(parents=True, exist_ok=True)
-    options, suffix = ["--model", args.model], "" if args.model == SMALL else f": {args.model}"
-    options += ["--lr", args.lr] if args.lr else []
+    is_small, lines = args.model == training.SMALL, []
     for task, size in product(args.tasks, args.rows):
-        if task == "own":
-            rows, test, labels = read_own(args.own)
-        else:
-            rows, test = (load_examples(task, split, args.data_dir) for split in ("train", "dev"))
-            labels = list(TASKS[task].labels)
-        test, found = test.take(np.random.default_rng(0).permutation(len(test.first))[:TEST_ROWS].tolist()), []
-        for seed in DRAWS:
-            drawn = rows.take(np.random.default_rng(seed).permutation(len(rows.first))[:size].tolist())
+        rows, test, labels = read(task, args.data_dir, args.own)
+        found, test = [], draw(test, TEST_ROWS, 0)
+        for seed in args.seeds:
+            drawn = draw(rows, size, seed)
             run = args.out / (f"rows-{task}-{size}-{seed}" + (f"-lr{args.lr:g}" if args.lr else ""))
-            beside = LINEAR if args.model == SMALL else ()
-            found.append(compare(run, drawn, labels, test, [*options, "--seed", seed], beside))
-        head = list(found[0])
-        name = "own text" if task == "own" else task
+            if not (run / EVALUATION).exists():
+                write_examples(file := run.with_name(f"{run.name}.jsonl"), drawn, labels)
+                training.train_and_evaluate(run, data=file, model=args.model, lr=args.lr, seed=seed)
+            found.append(compare(run, drawn, labels, test, LINEAR if is_small else ()))
+        head, name = list(found[0]), "own text" if task == "own" else task
         lines.append([f"{name}, {len(drawn.first):,} rows", *cells([[*one.values()] for one in found], deviation=True)])
-    title = f"Accuracy on new texts, {args.model}, mean ± deviation over {len(DRAWS)} draws"
+    suffix = "" if is_small else f": {args.model}"
+    title = f"Accuracy on new texts, {args.model}, mean ± deviation over {len(args.seeds)} draws"
     made = {f"by number of rows{suffix}": table(title, ["texts", *head], lines)}
     few = [line for k, line in enumerate(lines, start=1) if k <= len(args.rows) or k % len(args.rows) == 0]
-    made[f"what to use{suffix}"] = table("", ["accuracy on new texts", *head], few).rpartition("\n\n")[2]  # for README
+    made[f"what to use{suffix}"] = table("", ["accuracy on new texts", *head], few)  # for README
     show(made, args.write)
 
 

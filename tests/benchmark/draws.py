@@ -16,6 +16,7 @@ from minisweet.base.commands import Parser, whole_number
 from minisweet.evaluation.answers import AnsweredRows, load_answers
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.operating import deal, limit_of, operating_point
+from minisweet.paper.report import table
 from minisweet.runs.folders import read_evaluation, read_record
 from tests.benchmark import run_study
 
@@ -30,10 +31,8 @@ CELLS = (  # which exits of all, rows, how often each text stands there, and whe
     (None, 239, 1, False),
     (None, 1001, 1, False),
 )
-HEADER = (
-    "| pool | exits | rows | `--max-loss 1 --sure 70`: layers | lost | broken | at 90, 95 | intervals held "
-    "| `--max-change 3 --sure 90`: layers | broken | held | `--speed 0.5`: lost | held |"
-)
+HEAD = "pool | exits | rows | `--max-loss 1 --sure 70`: layers | lost | broken | at 90, 95 | intervals held"
+HEAD += " | `--max-change 3 --sure 90`: layers | broken | held | `--speed 0.5`: lost | held"
 
 
 def outcome(pool: AnsweredRows, rows: int, times: int, goal: dict, seed: int) -> list[float]:
@@ -52,8 +51,8 @@ def outcome(pool: AnsweredRows, rows: int, times: int, goal: dict, seed: int) ->
     return [truth["speedup_ratio"], truth["loss"], "sure" in goal and missed > limit_of(goal) + 1e-9, *held]
 
 
-def line(name: str, pool: AnsweredRows, rows: int, times: int, more: bool, draws: int) -> str:
-    """A line of the table."""
+def row_of(name: str, pool: AnsweredRows, rows: int, times: int, more: bool, draws: int) -> list[str]:
+    """A row of the table."""
 
     def found(goal: dict) -> tuple[np.ndarray, str]:
         """The means over all draws, and the percentages of held intervals as text."""
@@ -61,12 +60,14 @@ def line(name: str, pool: AnsweredRows, rows: int, times: int, more: bool, draws
         return each, ", ".join(f"{100 * share:.1f}" for share in each[3:])
 
     (loss, held), (change, change_held) = found(LOSS), found(CHANGE)
+    surer = [f"{100 * found(goal)[0][2]:.1f}" for goal in SURER] if more else []
     cells = [name, ",".join(map(str, pool.exits.layers)), f"{rows:,}" + f", {times} each" * (times > 1)]
-    cells += [f"{loss[0]:.2f}", f"{loss[1]:.2f}", f"{100 * loss[2]:.1f}"]
-    cells += [", ".join(f"{100 * found(goal)[0][2]:.1f}" for goal in SURER) if more else "", held]
+    cells += [f"{loss[0]:.2f}", f"{loss[1]:.2f}", f"{100 * loss[2]:.1f}", ", ".join(surer), held]
     cells += [f"{change[0]:.2f}", f"{100 * change[2]:.1f}", change_held]
-    speed, speed_held = found(SPEED) if more else (None, "")
-    return f"| {' | '.join([*cells, f'{speed[1]:.2f}' if more else '', speed_held])} |"
+    if more:
+        speed, speed_held = found(SPEED)
+        cells += [f"{speed[1]:.2f}", speed_held]
+    return cells
 
 
 def main() -> None:
@@ -76,14 +77,15 @@ def main() -> None:
     parser.add_argument("--draws", type=whole_number(1), default=600)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(HEADER + "\n|" + "---|" * (HEADER.count(" | ") + 1))
+    print(table("", HEAD.split(" | "), []), end="")
     for run in args.runs:
         pool = load_answers(run, read_evaluation(run), read_record(run))
         for exits, *cell in CELLS:
             exits = exits or list(range(len(pool.logits)))
             layers = [pool.exits.layers[k] for k in exits]
             some = pool._replace(logits=pool.logits[exits], exits=pool.exits._replace(layers=layers))
-            print(line(run.name, some, *cell, args.draws), flush=True)
+            row = row_of(run.name, some, *cell, args.draws)
+            print(table("", HEAD.split(" | "), [row]).splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -8,43 +8,38 @@ Branches start from a trunk that is trained for eight epochs as well: their last
 kept in FOLDER/eight/records, and what is there is not made again. zero_tables.py makes the table; it names the rates.
 """
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from minisweet.base.commands import Parser
-from minisweet.base.files import read_json
 from minisweet.evaluation.plots import COLOURS, label_axes, mean_and_spread, new_figure, save_figure
 from minisweet.paper.report import cells, table
-from minisweet.runs.folders import EVALUATION, read_record
-from tests.benchmark import run_study
-from tests.benchmark.zero_layer import add_options, make
+from minisweet.runs.folders import read_record
+from tests.benchmark import run_study, training
+from tests.benchmark.records import read_rates
 
 METHODS = {"branch": "branches", "ee": "EE", "sweet": "SWEET"}
 DATA = {"sst2": "SST-2", "mrpc": "MRPC", "qnli": "QNLI", "own": "own text, twelve classes"}
-
-
-def scores_of(record: Path) -> list[float]:
-    """The scores of a run's exits after layers; of branches exit 0's comes first."""
-    return read_json(record / EVALUATION)["exit_scores"]
 
 
 def read(records: Path) -> dict[str, dict[str, dict]]:
     """By task and method, branches first: `scores` of exits (seeds, exits) at the better `rate` of seed 0, all `rates`
     of seed 0, and what `layers` the exits stand after.
     """
-    found: dict[str, dict[str, dict]] = {}
+    found, rates = {}, read_rates(records.glob("*"))
     for task, method in product(DATA, METHODS):
-        runs = {tuple(path.name.split("-", 3)[1::2]): path for path in sorted(records.glob(f"{task}-*-{method}-*"))}
-        if first := {rate: path for (seed, rate), path in runs.items() if seed == "0"}:
-            record = read_record(next(iter(first.values())))
-            layers = [n for n in record.exit_layers if n > 0]
-            best = max(first, key=lambda rate: np.mean(scores_of(first[rate])[-len(layers) :]))
-            scores = np.array([scores_of(path) for (_, rate), path in runs.items() if rate == best])
-            its = {"scores": scores, "rate": best, "rates": sorted(first, key=float), "layers": layers}
-            found.setdefault(task, {})[method] = its | {"depth": record.depth}
-    return {task: methods for task, methods in found.items() if "branch" in methods}
+        first = {rate: seeds[0] for rate, seeds in rates[method, task].items() if 0 in seeds}
+        if first and (method == "branch" or task in found):
+            one = next(iter(first.values()))
+            layers = [n for n in one["exit_layers"] if n > 0]
+            best = max(first, key=lambda rate: np.mean(first[rate]["exit_scores"][-len(layers) :]))
+            scores = np.array([run["exit_scores"] for run in rates[method, task][best].values()])
+            its = {"scores": scores, "rate": best, "rates": sorted(first), "layers": layers, "depth": one["depth"]}
+            found.setdefault(task, {})[method] = its
+    return found
 
 
 def tables(found: dict[str, dict[str, dict]]) -> dict[str, str]:
@@ -57,7 +52,7 @@ def tables(found: dict[str, dict[str, dict]]) -> dict[str, str]:
             numbers = [f"{value:.1f}" for value in (*scores.mean(0), zero.mean(), full.mean())]
             less = cells(scores - zero[: len(scores), None], sign="+")  # bold: told apart
             passed = [f"{n}/{its['depth']}: {cell}" for n, cell in zip(layers, less, strict=True) if "**+" in cell]
-            rates = f"{its['rate']} of {', '.join(its['rates'])}"
+            rates = f"{its['rate']:g} of {', '.join(f'{rate:g}' for rate in its['rates'])}"
             rows.append([DATA[task], METHODS[method], rates, len(scores), *numbers, (passed or ["none"])[0]])
     head = ["texts", "method", "rate", "seeds", *(f"after layer {n}" for n in layers), "exit 0", "full depth"]
     head += ["first exit above exit 0 (95%, over seeds)"]
@@ -81,24 +76,23 @@ def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
 
 
 def main() -> None:
-    """Make what is missing."""
-    parser = Parser(__doc__)
-    add_options(parser, list(DATA))
-    args = parser.parse_args()
-    records, better = args.out / "eight" / "records", {}
+    """Make what is missing: seed 0 of all tasks, and then the others."""
+    args = training.options_of(Parser(__doc__), list(DATA))
+    records, pairs = args.out / "eight" / "records", list(product(args.tasks, METHODS))
     records.mkdir(parents=True, exist_ok=True)
-    for seed, task, method in product(args.seeds, args.tasks, METHODS):  # when it is stopped, all tasks have seed 0
-        two_epochs = read_record(args.out / "records" / f"{task}-0-{method}")
-        args.model, exits = two_epochs.model, ",".join(map(str, two_epochs.exit_layers))
-        rates = [two_epochs.lr, two_epochs.lr / 2] if seed == args.seeds[0] else [better[task, method]]
-        scores = {}
-        for rate in rates:
-            record = records / f"{task}-{seed}-{method}-{rate:g}"
-            options = ["--method", method, "--exit-layers", exits, "--epochs", 8, "--lr", rate, "--seed", seed]
-            if not record.exists():
-                make(args, record, task, *options)
-            scores[rate] = np.mean(scores_of(record)[1 if method == "branch" else 0 :])
-        better.setdefault((task, method), max(scores, key=scores.get))
+    two_epochs = {pair: read_record(args.out / "records" / "{}-0-{}".format(*pair)) for pair in pairs}
+
+    def job(pair: tuple[str, str], seed: int, rate: float) -> training.Job:
+        """One run."""
+        (task, method), before = pair, two_epochs[pair]
+        way = {"model": before.model, "method": method, "exit_layers": before.exit_layers}
+        train = partial(training.train_record, args=args, task=task, **way, epochs=8, lr=rate, seed=seed)
+        return {records / f"{task}-{seed}-{method}-{rate:g}": train}
+
+    training.make_missing(job(pair, 0, lr) for pair in pairs for lr in (two_epochs[pair].lr, two_epochs[pair].lr / 2))
+    found, others = read(records), [seed for seed in args.seeds if seed > 0]
+    better = {(task, method): found[task][method]["rate"] for task, method in pairs}
+    training.make_missing(job(pair, seed, better[pair]) for seed, pair in product(others, pairs))
     print(f"next: python -m tests.benchmark.zero_tables {args.out}")
 
 

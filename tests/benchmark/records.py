@@ -6,6 +6,7 @@ five folds of the validation rows, as evaluate.py does. Letters: S seeds, E exit
 
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,7 @@ OURS, ONE_BRANCH = "plain model with exit 0", "exit 0 and one branch"
 SHARES = {"1/6": 1 / 6, "1/3": 1 / 3, "1/2": 1 / 2, "1": 1.0}
 GRID = np.linspace(0, 1, 61)  # shares of the layers, for the figure
 MARGIN = 5.0  # a task is learnt where full depth is right so much more often than the most frequent class, in points
+Rates = dict[tuple[str, str], dict[float, Records]]  # evaluations by method and task, then by rate, then by seed
 DEALS = (1, 3**40, 5**27, 7**22)  # odd: keys times one of them are in another order, which deals out other folds
 
 
@@ -41,8 +43,7 @@ class Study:
     layers: list[int]  # (E,), where exits stand, without exit 0
     runs: dict[str, dict[int, dict]]  # of `measure`, by task and seed
     missing: list[str]  # the names of records
-    rates: dict[tuple[str, str], dict[float, dict[int, dict]]]  # by method and task: evaluations by rate and seed
-    usual: dict[tuple[str, str], float]  # the rates of `runs`
+    rates: Rates  # what EE, SWEET, MM and branches give at each rate
 
     @property
     def learnt(self) -> list[str]:
@@ -58,20 +59,28 @@ class Study:
         """The means over seeds, of the tasks that are learnt or of these: (tasks, ...)."""
         return np.array([self.values(key, name, task).mean(0) for task in tasks or self.learnt])
 
-    def grid(self, rate: float | None = None, before: bool = False) -> dict[str, Records]:
-        """EE's, MM's and SWEET's evaluations of the learnt tasks, for reports: at their usual rates; or `before`, at
-        another that three seeds have; or all at one rate, of the tasks and seeds that have it.
+    def less(self, key: str, pair: tuple[str, str], tasks: list[str] | None = None) -> np.ndarray:
+        """The first of a pair less the second, as `by_task`."""
+        return np.subtract(*(self.by_task(key, name, tasks) for name in pair))
+
+    def less_by_seed(self, key: str, pair: tuple[str, str], task: str) -> np.ndarray:
+        """The same on one task, seed by seed: (S, ...)."""
+        return np.subtract(*(self.values(key, name, task) for name in pair))
+
+    def grid(self, rate_of: Callable[[dict[float, dict], float], float]) -> dict[str, Records]:
+        """EE's, MM's and SWEET's evaluations of the learnt tasks, for reports.
+
+        `rate_of` chooses a rate of those that there are, by what is usual. A task counts where all three have it.
         """
-        found = {method: {} for method in TRAINED}
-        for method, task in product(TRAINED, self.learnt):
-            its, chosen = self.rates[method, task], self.usual[method, task]
-            if before:
-                chosen = next((lr for lr, seeds in sorted(its.items()) if len(seeds) > 2 and lr != chosen), chosen)
-            found[method][task] = its.get(rate or chosen, {})
-        return {
-            method: {task: its[task] for task in its if all(found[m][task] for m in found)}
-            for method, its in found.items()
-        }
+        found: dict[str, Records] = {method: {} for method in TRAINED}
+        for task in self.learnt:
+            its = {method: self.rates[method, task] for method in TRAINED}
+            usual = next(iter(self.runs[task].values()))["rate"]
+            chosen = {method: its[method].get(rate_of(its[method], usual[method])) for method in TRAINED}
+            if all(chosen.values()):
+                for method in TRAINED:
+                    found[method][task] = chosen[method]
+        return found
 
 
 def curves_of(layers: list[int]) -> dict[str, tuple[str, list[int]]]:
@@ -123,38 +132,37 @@ def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str,
                     kept = ("scores", "speedup_ratios", "area")
                     found["record"][method] = read_json(record / EVALUATION) | {key: fine[key] for key in kept}
         answers = run.logits[1:].argmax(-1)  # (E, N)
-        found["minutes"][name] = read_json(record / "run.json")["seconds"] / 60
+        content = read_json(record / "run.json")
+        found["minutes"][name], found["rate"][method] = content["seconds"] / 60, content["arguments"]["lr"]
         found["exits"][name] = score(answers, run.labels, run.metric)
         found["one class"][name] = bool((answers[0] == answers[0, 0]).all())
     full, one_class = front.logits[-1].argmax(-1), torch.full_like(front.labels, int(front.labels.mode().values))
-    alone = {"most frequent class": one_class, "exit 0": front.logits[0].argmax(-1), "TF-IDF": "tfidf"}
-    alone |= {f"slice of {n}": ("slices", k) for k, n in enumerate(layers[:-1])}
+
+    def saved(method: str, k: int = 0) -> torch.Tensor | None:
+        """The answers of a model that is no run of early exit; None where it is not there."""
+        path = records / f"{task}-{seed}-{method}" / LOGITS
+        return load_file(path)["logits"][k].argmax(-1) if path.exists() else None
+
+    alone = {"most frequent class": one_class, "exit 0": front.logits[0].argmax(-1), "TF-IDF": saved("tfidf")}
+    alone |= {f"slice of {n}": saved("slices", k) for k, n in enumerate(layers[:-1])}
     alone |= {f"branch after {n}": front.logits[1 + k].argmax(-1) for k, n in enumerate(layers[:-1])}
-    for name, answers in (alone | {"embeddings": "embeddings", "full depth": full}).items():
-        if not isinstance(answers, torch.Tensor):
-            method, k = answers if isinstance(answers, tuple) else (answers, 0)
-            if not (path := records / f"{task}-{seed}-{method}" / LOGITS).exists():
-                continue
-            answers = load_file(path)["logits"][k].argmax(-1)
-        found["alone"][name] = score(answers, front.labels, front.metric)
+    alone |= {"embeddings": saved("embeddings"), "full depth": full}
+    alone = {name: answers for name, answers in alone.items() if answers is not None}
+    found["alone"] = {name: score(answers, front.labels, front.metric) for name, answers in alone.items()}
     found["gain"] = score(full, front.labels, "accuracy") - score(one_class, front.labels, "accuracy")
     found["curve"]["full depth"] = np.full_like(found["curve"][OURS], found["alone"]["full depth"])
     return found
 
 
-def read_rates(folder: Path) -> tuple[dict, dict]:
-    """What Study has as `rates` and `usual`, from the records and from the runs of the paper's search."""
-    rates, usual = defaultdict(lambda: defaultdict(dict)), {}
-    for run in sorted([*folder.glob("records/*"), *folder.glob("paper/runs/*")]):
-        name, is_search = NAME.fullmatch(run.name), run.parent.name == "runs"
-        if is_search or (name and name[3] in TRAINED):
-            arguments = read_json(run / "run.json")["arguments"]
-            if is_search and (arguments["exit_strategy"], arguments["train_size"]) != ("confidence", 6000):
-                continue
-            key, lr = (arguments["method"], "own" if arguments["data"] else arguments["task"]), arguments["lr"]
-            rates[key][lr][arguments["seed"]] = read_json(run / EVALUATION)
-            usual |= {key: lr} if name and not name[4] else {}
-    return rates, usual
+def read_rates(runs: Iterable[Path]) -> Rates:
+    """The evaluations of records, by their method and task, then by rate and seed. Old evaluations lack `depth`."""
+    found: Rates = defaultdict(lambda: defaultdict(dict))
+    for run in sorted(runs):
+        record = read_json(run / "run.json")
+        if (its := record.get("arguments")) and its["targets"] == "labels":  # no slices, and none of linear.py
+            key = its["method"], "own" if its["data"] else its["task"]
+            found[key][its["lr"]][its["seed"]] = read_json(run / EVALUATION) | {"depth": record["depth"]}
+    return found
 
 
 def read_study(folder: Path) -> Study | None:
@@ -173,4 +181,6 @@ def read_study(folder: Path) -> Study | None:
         runs[task][seed] = measure(folder / "records", task, seed, layers)
     if missing:
         LOG.warning("%s: their seed of the task is left out, since these are missing: %s", folder, ", ".join(missing))
-    return Study(depth, layers, dict(runs), missing, *read_rates(folder)) if runs else None
+    searched = folder.glob("paper/runs/*-n6000-seed?")  # the search of rates by confidence, of all training rows
+    rates = read_rates([*(folder / "records" / name for name in there), *searched])
+    return Study(depth, layers, dict(runs), missing, rates) if runs else None

@@ -34,10 +34,12 @@ from minisweet.runs.folders import load_run, read_validation
 from minisweet.use.export import export
 from tests.benchmark import CHECKOUT, run_study, show
 
+HERE = "tests.benchmark.speed"
 SIDE = """
 import importlib, json, sys, time
+sys.path.append("tests/benchmark")  # of onnx_side, whose package would import torch
 module, name, arguments = json.loads(sys.argv[1])
-step = getattr(importlib.import_module(f"tests.benchmark.{module}"), name)(*arguments)
+step = getattr(importlib.import_module(module), name)(*arguments)
 for _ in sys.stdin:
     start = time.perf_counter()
     answers = step()
@@ -129,7 +131,7 @@ def export_theirs(plain: str, file: str, int8: str) -> None:
 def take_turns(sides: dict[str, tuple], turns: int) -> dict[str, tuple[float, list]]:
     """Let each side take its step in turn. Returns its median seconds, after a turn that warms up, and its answers.
 
-    A side is a module here, a function there that makes `step`, and its arguments, as JSON can hold them.
+    A side is a module, a function there that makes `step`, and its arguments, as JSON can hold them.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": CHECKOUT}
     workers, seconds, answers = {}, {side: [] for side in sides}, {}
@@ -149,14 +151,12 @@ def training_table(turns: int) -> str:
     """A training step of each model, length and type."""
     rows, settings = [], list(product((32, 128), (False, True)))
     for name, model in MODELS.items():
-        rows.append([name])
+        row = [name]
         for setting in settings:
-            sides = {
-                side: ("speed", "training_step", (side == "ours", *model, *setting)) for side in ("ours", "theirs")
-            }
-            found = {side: 1000 * took for side, (took, _) in take_turns(sides, turns).items()}
-            ours, theirs = found["ours"], found["theirs"]
-            rows[-1].append(f"{theirs:.0f}, {ours:.0f}: {theirs / ours:.2f}")
+            sides = {is_ours: (HERE, "training_step", (is_ours, *model, *setting)) for is_ours in (True, False)}
+            (ours, _), (theirs, _) = take_turns(sides, turns).values()
+            row.append(f"{1000 * theirs:.0f}, {1000 * ours:.0f}: {theirs / ours:.2f}")
+        rows.append(row)
     head = ["model", *(f"{T} tokens, {'bfloat16' if bf16 else 'float32'}" for T, bf16 in settings)]
     return table("A training step: milliseconds of transformers, of ours, and times as fast", head, rows)
 
@@ -195,7 +195,7 @@ def main() -> None:
         export(run, Path(plain))
         export_theirs(plain, f"{theirs}-float32.onnx", f"{theirs}-int8.onnx")
         for kind in ("float32", "bfloat16"):
-            batches[f"transformers, {kind}"] = "speed", "their_texts", (plain, texts, kind == "bfloat16")
+            batches[f"transformers, {kind}"] = HERE, "their_texts", (plain, texts, kind == "bfloat16")
         for kind in ("float32", "int8"):
             file = f"{theirs}-{kind}.onnx"
             batches[f"ONNX Runtime, {kind}"] = "onnx_side", "step_of", (file, words, texts, 32)
@@ -206,13 +206,12 @@ def main() -> None:
                 call = "onnx_side", "step_of", (str(file), words, texts, 1, threshold)
                 files[f"the file that leaves early, {kind}, {point}"] = call
         for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
-            batches[f"ours, {kind}, {point}"] = "speed", "our_texts", (str(run), texts, amp, threshold)
+            batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, threshold)
         suffix = f": {Path(record.model).name}" if record.depth > SMALL["num_hidden_layers"] else ""
         made = {} if suffix else {"a training step": training_table(args.turns)}
         for name, sides in {"texts in batches": batches, "one file": files}.items():
-            title = (
-                f"{record.task}, {len(rows.first):,} texts, {'in batches of 32' if sides is batches else 'one by one'}"
-            )
+            how = "in batches of 32" if sides is batches else "one by one"
+            title = f"{record.task}, {len(rows.first):,} texts, {how}"
             made[name + suffix] = text_table(title, sides, rows.labels, record.depth, args.turns)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
     made["measured on" + suffix] = f"{device_name(torch.device('cpu'))}; {libraries}; medians of {args.turns} turns.\n"

@@ -36,7 +36,8 @@ from tests.benchmark.records import (
 SIZES = (".", "base")  # where a study's records are, in FOLDER
 POINTS = [*SHARES, "area"]
 PAIRS = [(OURS, name) for name in ("full depth", ONE_BRANCH, "exit 0 and EE", "exit 0 and SWEET", "exit 0 and MM")]
-PAIRS += [(ONE_BRANCH, "full depth"), ("SWEET", "EE"), ("MM", "EE"), ("SWEET", "MM")]
+PAPERS = ("SWEET", "EE")
+PAIRS += [(ONE_BRANCH, "full depth"), PAPERS, ("MM", "EE"), ("SWEET", "MM")]
 BERT_BASE = ["the paper's BERT-base, mean of 7 tasks", "+3.6", "+1.3", "-0.4", "-1.3"]
 
 
@@ -51,13 +52,21 @@ def mean_of(study: Study) -> str:
     return "mean of " + ", ".join(f"{', '.join(tasks)} ({n} seed{'s' * (n > 1)})" for n, tasks in groups)
 
 
-def rate_rows(study: Study, ours: str, theirs: str, points) -> list[list[str]]:
+def rate_rows(study: Study, ours: str, theirs: str, points: report.Points) -> list[list[str]]:
     """The difference of two of the paper's methods at other rates than their own; none for other names."""
-    rates, before = sorted({rate for its in study.rates.values() for rate in its}), study.grid(before=True)
-    grids = {"rates of the search before": before} if before != study.grid() else {}
-    grids |= {f"{rate:g} for all": study.grid(rate) for rate in rates}
+    if not {METHODS.get(ours), METHODS.get(theirs)} <= set(TRAINED):
+        return []
+
+    def rate_before(its: dict[float, dict], usual: float) -> float:
+        """Another rate that three seeds have, if there is one."""
+        return next((lr for lr, seeds in sorted(its.items()) if len(seeds) > 2 and lr != usual), usual)
+
+    before, usual = study.grid(rate_before), study.grid(lambda its, usual: usual)
+    grids = {"rates of the search before": before} if before != usual else {}
+    for rate in sorted({rate for its in study.rates.values() for rate in its}):
+        grids[f"{rate:g} for all"] = study.grid(lambda its, usual, rate=rate: rate)
     rows = []
-    for name, grid in grids.items() if {METHODS.get(ours), METHODS.get(theirs)} <= set(TRAINED) else ():
+    for name, grid in grids.items():
         if grid["ee"]:
             by_task = report.differences(grid[METHODS[ours]], grid[METHODS[theirs]], points)
             rows.append([f"{name}, {', '.join(grid['ee'])}", *cells(by_task, sign="+")])
@@ -67,36 +76,34 @@ def rate_rows(study: Study, ours: str, theirs: str, points) -> list[list[str]]:
 def tables(study: Study) -> dict[str, str]:
     """The tables of a study by their names, without what tells studies apart."""
     names, tasks, of, made = list(curves_of(study.layers)), list(study.runs), mean_of(study), {}
+
     others = [task for task in tasks if task not in study.learnt]
-
-    def less(pair: tuple[str, str], tasks: list[str] | None = None, key: str = "curve") -> np.ndarray:
-        return np.subtract(*(study.by_task(key, name, tasks) for name in pair))
-
     rows = [["full depth", "", "", "", *text(study.by_task("alone", "full depth").mean())]]
     for name in names:
-        means, areas = (
-            study.by_task("curve", name)[:, 0].mean(0),
-            [study.values("curve", name, task)[:, 0, -1].mean() for task in others],
-        )
-        rows.append([name, *text(means), *text(areas)])
+        areas = [study.values("curve", name, task)[:, 0, -1].mean() for task in others]
+        rows.append([name, *text(study.by_task("curve", name)[:, 0].mean(0)), *text(areas)])
     head = ["exits", *POINTS, *(f"area, {task}" for task in others)]
     made["at shares"] = table(f"Score at a share of the layers, {of}", head, rows)
     if study.missing:
         made["at shares"] += f"\nMissing, so that their seed of the task is left out: {', '.join(study.missing)}.\n"
+
     rows = []
     for name in ["full depth", *names[1:]]:
-        wins = (less((OURS, name), tasks)[:, 0, -1] > 0).sum()
-        rows.append([name, *cells(less((OURS, name))[:, 0], sign="+"), f"{wins} of {len(tasks)}"])
+        wins = (study.less("curve", (OURS, name), tasks)[:, 0, -1] > 0).sum()
+        less = cells(study.less("curve", (OURS, name))[:, 0], sign="+")
+        rows.append([name, *less, f"{wins} of {len(tasks)}"])
     title = f"{OURS.capitalize()} less each other, ± over tasks, {of}"
     made["less each other"] = table(title, ["less", *POINTS, "tasks with more area"], rows)
+
     rows = []
     for pair, k in product(PAIRS[:-2], range(3)):
-        row = [f"{pair[0]} less {pair[1]}", POINTS[k]]
+        row = [" less ".join(pair), POINTS[k]]
         for task in tasks:
-            row += cells(np.subtract(*(study.values("curve", name, task)[:, 0, k] for name in pair)), sign="+")
-        rows.append([*row, *cells(less(pair)[:, 0, k], sign="+")])
+            row += cells(study.less_by_seed("curve", pair, task)[:, 0, k], sign="+")
+        rows.append([*row, *cells(study.less("curve", pair)[:, 0, k], sign="+")])
     head = ["difference", "at", *tasks, f"± over tasks: {', '.join(study.learnt)}"]
     made["on each task"] = table("Differences on each task, ± over its seeds", head, rows)
+
     every = [run["alone"] for its in study.runs.values() for run in its.values()]
     rows = [
         [name, *text(study.by_task("alone", name, tasks)), *text(study.by_task("alone", name).mean())]
@@ -104,25 +111,26 @@ def tables(study: Study) -> dict[str, str]:
         if all(name in alone for alone in every)
     ]
     made["alone"] = table("Models without early exit, and branches alone", ["model", *tasks, of], rows)
-    pair = ("SWEET", "EE")
-    rows = [BERT_BASE, [of, *cells(less(pair, key="exits"), sign="+")]]
+
+    rows = [BERT_BASE, [of, *cells(study.less("exits", PAPERS), sign="+")]]
     for task in tasks:
-        by_seed = np.subtract(*(study.values("exits", name, task) for name in pair))
-        rows.append([f"{task}, ± over seeds", *cells(by_seed, sign="+")])
-    rows += rate_rows(study, *pair, lambda run: run["exit_scores"][-len(study.layers) :])
+        rows.append([f"{task}, ± over seeds", *cells(study.less_by_seed("exits", PAPERS, task), sign="+")])
+    rows += rate_rows(study, *PAPERS, lambda run: run["exit_scores"][-len(study.layers) :])
     head = ["exits alone", *(f"after layer {n}" for n in study.layers)]
     made["sweet less ee"] = table("SWEET less EE, ± over tasks", head, rows)
+
     rows = []
     for pair in PAIRS:
-        by_choice, name = less(pair), f"{pair[0]} less {pair[1]}"  # (tasks, W, P)
+        by_choice = study.less("curve", pair)  # (tasks, W, P)
         means = by_choice[:, 2:].mean(0)
-        rows += [[name, "as above", *cells(by_choice[:, 0], sign="+")]]
-        rows += [["", "11 thresholds", *cells(by_choice[:, 1], sign="+")]]
         spread = [f"{low:+.1f} to {high:+.1f}" for low, high in zip(means.min(0), means.max(0), strict=True)]
-        rows += [["", f"{len(DEALS) - 1} other deals of the folds", *spread]]
+        rows.append([" less ".join(pair), "as above", *cells(by_choice[:, 0], sign="+")])
+        rows.append(["", "11 thresholds", *cells(by_choice[:, 1], sign="+")])
+        rows.append(["", f"{len(DEALS) - 1} other deals of the folds", *spread])
         rows += [["", f"{row[0]}, 11 thresholds", *row[1:]] for row in rate_rows(study, *pair, points_of)]
     title = f"How much a difference depends on choices, ± over tasks, {of}"
     made["choices"] = table(title, ["difference", "choice", *POINTS], rows)
+
     rows = [[name, *text(np.ravel(study.by_task("minutes", name, tasks)))] for name in METHODS]
     made["minutes"] = table("Minutes of a training, mean over seeds", ["method", *tasks], rows)
     return made | paper.tables_of(report.tables(paper_grid(study)))
@@ -148,14 +156,12 @@ def what_came_out(studies: list[Study]) -> dict[str, str]:
         column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * len(SHARES)
         columns.append(column)
         exits = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}, {len(study.learnt)} tasks"
-        differences.append(
-            [exits, *cells(np.subtract(*(study.by_task("exits", n) for n in ("SWEET", "EE"))), sign="+")]
-        )
+        differences.append([exits, *cells(study.less("exits", PAPERS), sign="+")])
     rows = [[name, *(cell for column in columns for cell in column[name])] for name in columns[0]]
     head = [f"{study.depth} layers: {point}" for study in studies for point in [*SHARES, "first exit gives one class"]]
     made = {"what came out": table("", ["accuracy at a share of the layers", *head], rows)}
-    made["sweet less ee"] = table("", ["SWEET less EE, exits alone", "first", "second", "third", "last"], differences)
-    return {name: text.rpartition("\n\n")[2] for name, text in made.items()}
+    head = ["SWEET less EE, exits alone", "first", "second", "third", "last"]
+    return made | {"sweet less ee": table("", head, differences)}
 
 
 def draw(path: Path, studies: list[Study]) -> None:
@@ -171,9 +177,8 @@ def draw(path: Path, studies: list[Study]) -> None:
                 colour = "plain" if name == OURS else method
                 less = study.by_task("grid", name) - study.by_task("alone", "full depth")[:, None]  # (tasks, GRID)
                 draw_mean(axis, colour, GRID, less if exits[0] == 0 else less.mean(0)[None], name)
-        label_axes(
-            axis, f"{study.depth} layers, mean of {len(study.learnt)} tasks", "accuracy less full depth's, points"
-        )
+        title = f"{study.depth} layers, mean of {len(study.learnt)} tasks"
+        label_axes(axis, title, "accuracy less full depth's, points")
     save_figure(figure, path)
 
 
@@ -203,9 +208,7 @@ def make_tables(folder: Path) -> tuple[dict[str, str], list[Study]]:
     made |= eight_epochs.tables(eight_epochs.read(folder / "eight" / "records"))
     made |= paper.tables(folder / "paper")
     if not made:
-        raise InputError(
-            f"{folder}: no records to make tables of; should hold {'records'!r}, with a seed of a task whole"
-        )
+        raise InputError(f"{folder}: no records to make tables of; should hold 'records', with a seed of a task whole")
     return made, studies
 
 
