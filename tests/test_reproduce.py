@@ -78,19 +78,6 @@ def results() -> str:
     return Path("reproduced/results.md").read_text()
 
 
-def test_a_grid_runs_once_and_goes_on_where_it_stopped(grid):
-    words = ["--methods", "ee,mm", "--seeds", "0,1", "--lrs", "1e-3,1e-2"]
-    status, out, _, started = grid(*words)
-    assert (status, len(started)) == (0, 2 * 2 * 3)  # two methods, two scripts, two rates and then another seed
-    assert "results.md, curves.png, of 6 runs; 0 missing" in out
-    assert {path.name for path in Path("reproduced").iterdir()} == {"runs", "results.md", "curves.png"}
-    assert len(list(Path("reproduced/runs").iterdir())) == 6
-    assert grid(*words)[3] == []
-    Path("reproduced/runs/tiny-ee-toy-lr0.001-n32-seed0/evaluation.json").unlink()
-    (line,) = grid(*words)[3]
-    assert line.startswith("evaluate.py reproduced/runs/tiny-ee-toy-lr0.001-n32-seed0")
-
-
 def test_a_run_that_another_process_makes_is_passed_over_and_then_waited_for(grid, monkeypatch):
     words, others = ["--methods", "ee,sweet", *ONE], ExitStack()
     folder = fake_run("ee")
@@ -162,13 +149,18 @@ def test_commands_are_printed_the_search_first(grid):
     assert ["--lr 0.001 --seed 1 " in lines[0], "--lr 0.001 --seed 2 " in lines[1], len(lines)] == [True, True, 2]
 
 
-def test_options_reach_the_runs_and_the_report(grid):
-    status, _, _, (trained, evaluated) = grid("--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16")
-    assert (status, "tiny-sweet-toy-lr0.001-n32-seed0-lte" in trained) == (0, True)
+def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):
+    words = ["--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16"]
+    status, out, _, (trained, evaluated) = grid(*words)
+    assert (status, "results.md, curves.png, of 1 runs; 0 missing" in out) == (0, True)
     for option in ("--exit-strategy lte", "--batch-size 16", "--exit-layers 1,4", "--amp bf16", "--resume"):
         assert option in trained
     assert "--amp bf16" in evaluated
     assert "exit strategy lte" in results()
+    assert {path.name for path in Path("reproduced").iterdir()} == {"runs", "results.md", "curves.png"}
+    assert grid(*words)[3] == []
+    Path("reproduced/runs/tiny-sweet-toy-lr0.001-n32-seed0-lte/evaluation.json").unlink()
+    assert grid(*words)[3] == [evaluated]
 
 
 def test_what_is_missing_is_named(grid):

@@ -59,13 +59,10 @@ class Study:
         """The means over seeds, of the tasks that are learnt or of these: (tasks, ...)."""
         return np.array([self.values(key, name, task).mean(0) for task in tasks or self.learnt])
 
-    def less(self, key: str, pair: tuple[str, str], tasks: list[str] | None = None) -> np.ndarray:
-        """The first of a pair less the second, as `by_task`."""
-        return np.subtract(*(self.by_task(key, name, tasks) for name in pair))
-
-    def less_by_seed(self, key: str, pair: tuple[str, str], task: str) -> np.ndarray:
-        """The same on one task, seed by seed: (S, ...)."""
-        return np.subtract(*(self.values(key, name, task) for name in pair))
+    def less(self, key: str, pair: tuple[str, str], task: str | None = None) -> np.ndarray:
+        """The first of a pair less the second: by the seeds of a task, (S, ...), or as `by_task`, (tasks, ...)."""
+        ours, theirs = (self.by_task(key, name) if task is None else self.values(key, name, task) for name in pair)
+        return ours - theirs
 
     def grid(self, rate_of: Callable[[dict[float, dict], float], float]) -> dict[str, Records]:
         """EE's, MM's and SWEET's evaluations of the learnt tasks, for reports.
