@@ -4,7 +4,8 @@
 
 RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. Each side has a
 process of its own, and the sides take turns, so that a machine whose speed drifts is fair to all. Numbers are medians.
-The tables of a run of more than six layers have its model's name, and leave the training steps out.
+The tables of a run of more than six layers have its model's name, and training steps of its kind of model alone.
+bfloat16 is measured in a training step where the processor has instructions for it.
 A training step fine-tunes a whole model of random weights for one exit, at batch 16 with dropout and optimizer.
 DeBERTa of `transformers` fails in bfloat16 autocast, so there it is cast as a whole.
 """
@@ -25,8 +26,8 @@ from torch import nn
 
 from minisweet import EarlyExitClassifier, MultiExitModel
 from minisweet.base.commands import Parser, whole_number
-from minisweet.base.devices import device_name, tune_cpu
-from minisweet.checkpoint import ARCHITECTURES, new_encoder
+from minisweet.base.devices import device_name, processor, tune_cpu
+from minisweet.checkpoint import ARCHITECTURES, new_encoder, read_config
 from minisweet.data.text import load_tokenizer, special_tokens
 from minisweet.exits import exit_loss
 from minisweet.paper.report import table
@@ -147,10 +148,10 @@ def take_turns(sides: dict[str, tuple], turns: int) -> dict[str, tuple[float, li
     return {side: (statistics.median(seconds[side][1:]), answers[side]) for side in sides}
 
 
-def training_table(turns: int) -> str:
-    """A training step of each model, length and type."""
-    rows, settings = [], list(product((32, 128), (False, True)))
-    for name, model in MODELS.items():
+def training_table(turns: int, models: dict[str, tuple]) -> str:
+    """A training step of each of MODELS, length and type."""
+    rows, settings = [], list(product((32, 128), (False, True) if processor()[1] else (False,)))
+    for name, model in models.items():
         row = [name]
         for setting in settings:
             sides = {is_ours: (HERE, "training_step", (is_ours, *model, *setting)) for is_ours in (True, False)}
@@ -207,8 +208,11 @@ def main() -> None:
                 files[f"the file that leaves early, {kind}, {point}"] = call
         for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
             batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, threshold)
-        suffix = f": {Path(record.model).name}" if record.depth > SMALL["num_hidden_layers"] else ""
-        made = {} if suffix else {"a training step": training_table(args.turns)}
+        suffix, models = "", MODELS
+        if record.depth > SMALL["num_hidden_layers"]:
+            suffix, kind = f": {Path(record.model).name}", read_config(run).model_type
+            models = {name: model for name, model in MODELS.items() if model[0] == kind and name.endswith("-base")}
+        made = {f"a training step{suffix}": training_table(args.turns, models)}
         for name, sides in {"texts in batches": batches, "one file": files}.items():
             how = "in batches of 32" if sides is batches else "one by one"
             title = f"{record.task}, {len(rows.first):,} texts, {how}"
