@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import run_command
@@ -48,6 +49,8 @@ def pytest_configure(config) -> None:
     """One thread, since tiny models lose more to waiting threads than they gain."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have it ignored
+    settings.register_profile("slow machines", deadline=None)
+    settings.load_profile("slow machines")
 
 
 @pytest.fixture(params=CONFIGS)

@@ -41,17 +41,9 @@ REFUSALS = [
     ("train", f"{TRAIN} --data own.csv --exit-layers 0,2,4", "--exit-layers: 0,2,4, and the method plain has exits 0"),
     ("train", "--model tiny --trunk run", "--model: needs a training without --trunk"),
     ("train", "--trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in the"),
-    (
-        "train",
-        "--trunk run --data own.csv --labels a,c --max-length 32 --out new",
-        "--labels: a,c, and the trunk's are ",
-    ),
+    ("train", "--trunk run --data own.csv --labels a,c --max-length 32 --out new", "--labels: a,c, and the trunk's"),
     ("train", "--trunk run --out new --exit-layers 1,2", "--exit-layers: 1,2, should increase and end at layer 4, as"),
-    (
-        "train",
-        "--trunk run --method branch --exit-strategy lte --out new",
-        "--exit-strategy: lte, and run has not learned",
-    ),
+    ("train", "--trunk run --method branch --exit-strategy lte --out new", "lte, and run has not learned when it"),
     ("train", f"{TRAIN} --targets trunk", "--targets: needs --trunk or --method branch"),
     ("train", f"{TRAIN} --dev-data own.csv", "--dev-data: needs --data"),
     ("train", f"{TRAIN} --data own.csv --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of --data, and"),
@@ -74,6 +66,8 @@ REFUSALS = [
     ("train", "--model one-type --data two.csv --max-length 32 --out new", "one-type: its type_vocab_size is 1, and"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --data own.csv --labels a,c", "own.csv, line 3: label 'b', should be one of a, c"),
+    ("train", f"{TRAIN} --data same.csv", "same.csv: no row can be set aside: no label has two different texts"),
+    ("train", f"{TRAIN} --data one.csv", "one.csv: all rows have the label 'x', needs two or more"),
     # evaluation
     ("evaluate", "run run", "run: a second run, and only --plot takes several"),
     ("evaluate", "tiny", "tiny: no run here"),
@@ -98,11 +92,7 @@ REFUSALS = [
     ("predict", "run own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
     ("predict", "run own.csv --out new.csv --text-columns text,label", "--text-columns: text,label, should be 1"),
     ("predict", "pairs own.csv --out new.csv --text-columns text", "--text-columns: text, should be 2"),
-    (
-        "predict",
-        "run own.csv --out new.csv --sure 90",
-        "argument --sure: evaluate.py alone chooses",
-    ),
+    ("predict", "run own.csv --out new.csv --sure 90", "argument --sure: evaluate.py alone chooses"),
     ("predict", "run half.jsonl --out new.csv", "half.jsonl, line 2: 'text' is None, should be text"),
     ("explain", "run", "TEXT: should be a text, or the two of a pair"),
     ("explain", "run a --html new.html", "TEXT: should be a text, or the two of a pair"),
@@ -141,6 +131,8 @@ def place(tmp_path_factory, run_of) -> Path:
     write_model(folder / "tiny", "bert")
     write_model(folder / "one-type", "bert", type_vocab_size=1)
     (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,b,x\nb,c,y\nc,d,x\nd,e,y\n")
+    (folder / "same.csv").write_text("text,label\n" + "a,x\n" * 3 + "a,y\n" * 6)
+    (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)
     (folder / "late.jsonl").write_text('{"text": "a"}\n{"text": "b", "label": "positive"}\n')
     (folder / "half.jsonl").write_text('{"text": "a"}\n{"id": 1}\n')
     os.mkfifo(folder / "pipe.csv")

@@ -1,7 +1,6 @@
 """The data of a training: the user's own files, split; and GLUE, read and fetched, from this machine only."""
 
 import io
-import json
 import zipfile
 from collections import Counter
 from functools import cache
@@ -47,7 +46,7 @@ def load(*options, tokenizer=None, **more):
     st.floats(0.01, 0.99),
     st.integers(0, 9),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_equal_texts_are_on_one_side(rows, dev_size, seed):
     """Whatever their labels, and each class that has texts of its own is on both sides."""
     labels, texts = zip(*rows, strict=True)
@@ -60,6 +59,8 @@ def test_equal_texts_are_on_one_side(rows, dev_size, seed):
         if len(own - others) > 1:
             assert label in {labels[row] for row in train}
             assert label in {labels[row] for row in dev}
+        elif len(own) == 1 and not own & others:
+            assert label not in {labels[row] for row in dev}, "a class of one text should be trained on"
     assert stratified_split(labels, dev_size, seed, texts)[1] == dev
 
 
@@ -71,17 +72,6 @@ def test_the_share_of_dev_holds_with_duplicates_and_the_seed_draws_it():
     assert stratified_split(labels, 0.2, 1, texts)[1] != dev
 
 
-def test_a_class_of_one_text_is_trained_on_and_one_class_is_too_few(tmp_path):
-    texts = [f"t{i}" for i in range(20)] + ["same"] * 10
-    path = write(tmp_path / "a.csv", table(texts, ["x", "y"] * 10 + ["z"] * 10))
-    data = load("--data", path)
-    assert (Counter(data.train.labels), Counter(data.dev.labels)) == ({0: 8, 1: 8, 2: 10}, {0: 2, 1: 2})
-    write(path, table(["same"] * 9, ["x", "y", "y"] * 3))
-    assert "no row can be set aside: no label has two different texts; see --dev-data" in refused(load, "--data", path)
-    write(path, table(texts, ["x"] * 30))
-    assert "all rows have the label 'x', needs two or more" in refused(load, "--data", path)
-
-
 @pytest.fixture
 def tickets(tmp_path) -> Path:
     texts = [f"text {i}" for i in range(50)] + [" ", "text 3", "text 3"]
@@ -90,10 +80,8 @@ def tickets(tmp_path) -> Path:
 
 def test_one_file_makes_train_and_dev(tickets):
     data = load("--data", tickets)
-    record = json.loads(json.dumps(data.record))
-    assert (record["task"], record["labels"], record["metric"]) == ("tickets", ["login", "refund"], "accuracy")
-    assert (record["text_columns"], record["label_column"]) == (["text"], "label")
-    assert record["dev_digest"] == digest(data.dev)
+    told = {"task": "tickets", "labels": ["login", "refund"], "metric": "accuracy", "dev_digest": digest(data.dev)}
+    assert data.record == told | {"text_columns": ["text"], "label_column": "label"}
     assert (len(data.train.first), len(data.dev.first)) == (42, 10)
     assert (Counter(data.train.labels), Counter(data.dev.labels)) == ({0: 22, 1: 20}, {0: 5, 1: 5})
     assert (data.train.empty, data.dev.empty) == (1, 0)
@@ -124,7 +112,6 @@ def test_a_second_file_to_validate_on(tickets, tmp_path):
 
 def test_data_without_labels(tmp_path):
     path = write(tmp_path / "a.csv", [{"text": f"t{i}"} for i in range(20)])
-    assert "no column label" in refused(load, "--data", path)
     data = load("--data", path, labels=["x", "y"], need_labels=False)
     assert [data.record[key] for key in ("labels", "metric")] == [["x", "y"], "agreement"]
     assert data.train.labels is data.dev.labels is data.record["label_column"] is None
