@@ -33,7 +33,6 @@ PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in C
 OTHERS = "pip torchrun srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
 STUDIES = [f"tests.benchmark.{name}" for name in "choose draws eight_epochs speed zero_layer zero_tables".split()]
 ANY_BLOCK = BLOCK.format("([a-z0-9 :-]+)")
-WITH_ONNX = [pytest.param(guide, True, marks=pytest.mark.slow) for guide in (README, USE)]
 
 
 def text_of(guide: str) -> str:
@@ -68,13 +67,13 @@ def run_line(line: str) -> None:
             assert run(module, *words[words.index(name) + 1 :], *instead) == 0, line
 
 
-@pytest.mark.parametrize(("guide", "with_onnx"), [(README, False), (USE, False), (PAPER, False), *WITH_ONNX])
-def test_commands_and_code_run(guide, with_onnx, place, capsys):
-    for extra in ("onnx", "onnxscript", "onnxruntime") if with_onnx else ():
+@pytest.mark.parametrize("guide", [PAPER, *(pytest.param(guide, marks=pytest.mark.slow) for guide in (README, USE))])
+def test_commands_and_code_run(guide, place, capsys):
+    for extra in ("onnx", "onnxscript", "onnxruntime") if guide != PAPER else ():
         pytest.importorskip(extra, reason=f"{extra}, which the export needs, is missing")
     for kind, block in blocks_of(guide):
         is_quote = block.strip() in (CHECKOUT / "minisweet" / "exits.py").read_text()
-        if is_quote or "FastAPI" in block or ("onnx" in block and not with_onnx):
+        if is_quote or "FastAPI" in block:
             continue
         if kind == "python":
             exec(compile(block.replace("RUN", str(newest_run())), guide, "exec"), {})
