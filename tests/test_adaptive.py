@@ -92,6 +92,7 @@ def test_a_rule_scales_each_exit_by_its_own_temperature():
         assert rule.lowest == rule.kept([2]).lowest == 1 / 4
         torch.testing.assert_close(rule.kept([0, 2]).confidences(logits[[0, 2]]), expected[[0, 2]])
     assert ExitRule(2).confidences(torch.randn(1, 3, 2).half()).dtype == torch.float32
+    assert ExitRule(2).confidences(torch.randn(101, 3, 2)).shape == (101, 3)  # of any number of exits
 
 
 def sampled(temperature: float, size: int = 4000, num_labels: int = 3, seed: int = 0):
@@ -130,6 +131,7 @@ def test_no_temperature_near_the_fitted_one_is_better(N, C, scale, seed):
 def test_a_temperature_of_nothing_is_one():
     assert fit_temperature(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)) == pytest.approx(1)
     assert fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])) == pytest.approx(1)  # logits that say nothing
+    assert math.isfinite(fit_temperature(torch.tensor([[1e4, -1e4]] * 3), torch.ones(3, dtype=torch.int64)))
 
 
 def test_a_rule_has_a_temperature_for_each_exit():

@@ -131,7 +131,7 @@ def test_a_device_is_there_or_refused(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["train.py"], ["evaluate.py"], ["-m", "minisweet", "predict", "a", "b"]], ids=str)
-@pytest.mark.parametrize("library", ["multiarray_umath", "libtorch_python"])
+@pytest.mark.parametrize("library", ["multiarray_umath", "libtorch_cpu", "libtorch_python"])
 def test_ctrl_c_while_libraries_are_imported_is_quiet(tmp_path, words, library):
     words = [CHECKOUT / word if word.endswith(".py") else word for word in words]
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}

@@ -55,7 +55,6 @@ def test_the_shares_of_a_batch_add_up_to_its_gradients_and_losses(tiny, B, proce
     unused = torch.nn.Parameter(torch.ones(2))
     parameters, scaler = [*model.parameters(), unused], torch.amp.GradScaler("cpu", enabled=False)
     model.zero_grad()
-    model.zero_grad()
     losses = compute_gradients(model, batch, scaler, None)
     whole = [parameter.grad for parameter in model.parameters()]
     rows, total, loss = [], 0, 0
@@ -181,7 +180,8 @@ def test_no_thread_of_gloo_outlives_the_group(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_bad_input_is_one_line_and_the_first_process_says_it(here):
-    done = run(2, "train.py", *OPTIONS, "--out", "a", "--lr", "1e30")
-    assert (done.returncode == 0, "the loss became" in done.stderr) == (False, True)
-    assert f'File "{CHECKOUT / "train.py"}"' not in done.stderr
+    for options, message in ((["--lr", "1e30"], "the loss became"), (["--task", "q"], "'q'")):
+        done = run(2, "train.py", *OPTIONS, "--out", "a", *options)
+        assert (done.returncode == 0, message in done.stderr) == (False, True)
+        assert f'File "{CHECKOUT / "train.py"}"' not in done.stderr
     assert json.loads(Path("a/run.json").read_text())["diverged"] > 0

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+from itertools import permutations
+from random import Random
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
+import train
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
 from minisweet.base.files import InputError
@@ -24,7 +27,7 @@ from minisweet.evaluation.sweep import crossfit, curve_of, sweep
 from minisweet.runs import folders
 from minisweet.runs.folders import load_run, read_evaluation, read_record, read_validation
 from minisweet.use import explain, predict
-from tests.conftest import all_exits
+from tests.conftest import WORDS, all_exits, write_model
 from tests.test_operating import random_validation
 
 
@@ -124,10 +127,13 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert all(f"{words} '{run}' " in out for words in ("minisweet predict", "evaluate.py", "minisweet explain"))
 
 
-def test_an_older_evaluation_can_still_be_read(copied):
+def test_an_older_evaluation_can_still_be_read_and_a_broken_one_not(copied):
     path = copied("sweet") / "evaluation.json"
     path.write_text(re.sub("(choosing|judging)_texts", "certified_rows", path.read_text()))
     assert read_evaluation(path.parent).operating_point.judging_texts is None
+    path.write_text(re.sub('"threshold": [0-9.]+', '"threshold": "x"', path.read_text()))
+    with pytest.raises(InputError, match="evaluation.json: operating_point: threshold is 'x', should be float"):
+        read_evaluation(path.parent)
 
 
 @pytest.mark.parametrize("goal", ["--max-change 50", "--speed 0.5"])
@@ -150,6 +156,28 @@ def test_texts_that_were_trained_on_are_counted(copied, command, goal):
     del record["train_tokens"]  # as in an old run
     (run / "run.json").write_text(json.dumps(record | {"train_texts": ["0123456789abcdef"]}))
     assert "trained on these texts cannot be checked" in command(evaluate, run)[1]
+
+
+@pytest.mark.parametrize("kind", ["blanks", "case", "beyond the cut"])
+def test_texts_that_the_model_cannot_tell_apart_promise_nothing(command, tmp_path, kind):
+    """100 texts of random labels, each in eight forms that read the same: those set aside cannot be known."""
+    draw, lines = Random(0), ["text,label"]
+    for words in draw.sample([*permutations(WORDS, 3)], 100):
+        text, label = " ".join(words), draw.choice("ab")
+        for n in range(8):
+            capital = "".join(c.upper() if n >> k & 1 else c for k, c in enumerate(text))
+            lines.append({"blanks": text + " " * n, "case": capital}.get(kind, f"{text} the the the {n}") + f",{label}")
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    model = write_model(tmp_path / "tiny", "bert")
+    words = ["--data", "own.csv", "--epochs", 1, "--max-length", 8, "--out", "run"]
+    assert command(train, "--model", model, *words)[0] == 0
+    assert command(evaluate, "run")[0] == 0
+    point = read_evaluation(tmp_path / "run").operating_point
+    assert (point.choosing_texts, point.judging_texts, point.trained_rows) == (5, 15, 0)
+    low, high = point.score_interval
+    assert low < 60
+    assert high - low > 30
+    assert point.threshold == 1
 
 
 def test_files_of_another_run_are_refused_and_the_same_run_elsewhere_is_not(copied, run_of, command, caplog):

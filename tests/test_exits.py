@@ -53,7 +53,7 @@ def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[in
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(
     model_type=st.sampled_from([*CONFIGS]),
     exit_layers=EXIT_LAYERS,
@@ -102,7 +102,7 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
                 assert torch.equal(model(*batch)[-1], answers)
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=24)
 @given(model_type=st.sampled_from([*CONFIGS]), method=st.sampled_from([*METHODS]), seed=st.integers(0, 1000))
 def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
     tmp_path_factory, model_type, method, seed
@@ -130,7 +130,7 @@ def with_exit_0(model):
     return model.add_ngrams(ngrams)
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=24)
 @given(
     model_type=st.sampled_from([*CONFIGS]),
     method=st.sampled_from([*METHODS]),

@@ -16,7 +16,7 @@ from tests.conftest import CONFIGS, all_exits, random_batch, undecided_model, wr
 from tests.test_exits import with_exit_0
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(
     model_type=st.sampled_from([*CONFIGS]),
     method=st.sampled_from([*METHODS]),

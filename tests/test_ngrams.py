@@ -89,7 +89,7 @@ def logits_by_hand(exit: NgramExit, text: tuple[list[int], ...]) -> torch.Tensor
     return logits + torch.tensor(met_by_hand(exit, text)) @ exit.met_weights if exit.pairs else logits
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(pairs=st.booleans(), seed=st.integers(0, 10**6), count=st.integers(1, 5))
 def test_logits_are_those_made_by_hand(pairs, seed, count):
     exit, texts = filled(pairs), random_texts(count, pairs, seed)

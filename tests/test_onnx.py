@@ -233,11 +233,14 @@ def test_refusals(run_of, tmp_path, command, monkeypatch):
         assert "onnxscript (pip install '.[onnx]')" in refused(run)
 
 
-def test_a_callers_logging_is_as_it_was_also_where_the_export_fails():
-    logging.disable(logging.INFO)
+@pytest.mark.parametrize("former", [logging.NOTSET, logging.INFO, logging.ERROR])
+def test_a_callers_logging_is_as_it_was_also_where_the_export_fails(monkeypatch, former):
+    seen = []
+    monkeypatch.setattr(onnx_graph, "Writer", lambda model: seen.append(logging.root.manager.disable) or 1 / 0)
+    logging.disable(former)
     try:
-        with pytest.raises(AttributeError):
+        with pytest.raises(ZeroDivisionError):
             onnx_graph.export_graph(None, 0.5, [])
-        assert logging.root.manager.disable == logging.INFO
+        assert (seen, logging.root.manager.disable) == ([max(former, logging.WARNING)], former)
     finally:
         logging.disable(logging.NOTSET)

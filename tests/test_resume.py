@@ -1,5 +1,6 @@
 """A training that was stopped and resumed is, byte for byte, the one that was never stopped."""
 
+import errno
 import json
 import os
 import resource
@@ -166,8 +167,8 @@ def test_a_checkpoint_beside_a_finished_run_goes_first(command):
     assert json.loads(Path("a/run.json").read_text())["arguments"]["seed"] == 1
 
 
-def test_on_a_full_disk_the_last_checkpoint_stays(command):
-    """Here no file may be larger than a kilobyte."""
+def test_on_a_full_disk_the_last_checkpoint_stays(command, monkeypatch):
+    """Here no file may be larger than a kilobyte; then only the run is not written."""
     assert command("--out", "whole")[0] == 0
     assert command("--out", "a", signals={3: TERM})[0] == 143
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -180,6 +181,11 @@ def test_on_a_full_disk_the_last_checkpoint_stays(command):
     assert "checkpoint.pt: cannot be written ([Errno 27] File too large" in err
     assert (command("--out", "a", "--resume")[0], command.steps) == (0, STEPS - 3)
     assert result("a") == result("whole")
+    with monkeypatch.context() as disk:
+        disk.setattr("minisweet.runs.folders.save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        assert command("--out", "c")[0] == 2
+    assert (command("--out", "c", "--resume")[0], command.steps) == (0, 0)  # what was trained is not lost
+    assert result("c") == result("whole")
 
 
 def test_where_memory_is_too_little_for_exit_0_the_training_goes_on_without_it(command, monkeypatch):

@@ -218,4 +218,6 @@ def test_mpnets_tokens_and_positions(tmp_path):
     assert [tokenizer.id_to_token(n) for n in special_ids(tokenizer)] == ["<s>", "</s>", "<pad>", "[UNK]"]
     pair = tokenizer.encode("the film", "not good")
     assert pair.tokens == ["<s>", "the", "film", "</s>", "</s>", "not", "good", "</s>"]
-    assert pair.type_ids == [0] * 5 + [1] * 3
+    examples = TokenizedExamples(tokenizer, Examples(["the film"], ["not good"], None))
+    assert examples.ids[0].tolist() == pair.ids
+    assert examples.batch(np.array([0])).token_type_ids[0].tolist() == pair.type_ids == [0] * 5 + [1] * 3

@@ -27,6 +27,7 @@ def test_sizes_and_balance(split):
     shares = dict(zip(LEVELS, SHARES[split], strict=True))
     counts = {(level, label): SIZES[split] * share // 40 for level, share in shares.items() for label in (0, 1)}
     assert Counter(zip(levels, labels, strict=True)) == counts
+    assert len(set(levels[:100])) == 4, "not shuffled"
 
 
 def test_the_same_on_every_machine():

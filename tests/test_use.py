@@ -212,7 +212,7 @@ def test_a_promise_for_another_precision_is_told_in_one_line(copy_of, caplog):
     assert "promised for torch.float32, and not for torch.bfloat16" in told
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     rows=st.lists(st.fixed_dictionaries({"text": CELLS}, optional=dict.fromkeys(OTHERS, CELLS)), min_size=1),
     suffixes=st.tuples(st.sampled_from([*DELIMITERS]), st.sampled_from([*DELIMITERS])),
