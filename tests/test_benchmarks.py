@@ -86,12 +86,16 @@ def test_the_studies_of_exits_run_as_they_stand_on_the_pages(studies, capsys):
         assert part in tables
     assert {path.name for path in Path("FOLDER/records").iterdir()} >= {"sst2-0-slices", "sst2-0-tfidf", "own-0-branch"}
     assert not [*Path("FOLDER/runs").iterdir(), *Path("FOLDER/eight/runs").iterdir()]
-    shutil.rmtree("FOLDER/base/records/own-0-mm")
-    capsys.readouterr()
-    studies("zero_tables", "FOLDER")
-    out, err = capsys.readouterr()
-    assert "left out, since these are missing: own-0-mm" in err
-    assert "left out: own-0-mm" in out
+    for lost, of_twelve in (("own-0-mm", "mean of sst2, own"), ("own-0-ee", "mean of sst2 (")):
+        shutil.rmtree(f"FOLDER/base/records/{lost}")
+        capsys.readouterr()
+        studies("zero_tables", "FOLDER")
+        out, err = capsys.readouterr()
+        assert f"the seed of the task: {lost}" in err
+        twelve = out.partition("at shares: 12 layers")[2].partition("<!--")[0]
+        assert f"the seed of the task: {lost}" in twelve
+        assert of_twelve in twelve
+        assert ("exit 0 and MM" in twelve) == (lost == "own-0-ee")
 
 
 @pytest.mark.slow

@@ -24,12 +24,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     an exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T) from
     -7 to 7 finds a place where the slope of the sum is zero. The prior is not convex in 1/T, so there might be others.
     """
-    logits, low, high = logits.double(), -7.0, 7.0
-    gold = float(logits.gather(1, labels[:, None]).sum())
+    gold, low, high = float(logits.double().gather(1, labels[:, None]).sum()), -7.0, 7.0
+    logits = logits.double().T.contiguous()  # (C, N): few classes are added up faster so
     for _ in range(40):
         middle = (low + high) / 2
         scaled = logits * math.exp(-middle)
-        slope = gold * math.exp(-middle) - float((scaled.softmax(-1) * scaled).sum()) + 2 * middle
+        slope = gold * math.exp(-middle) - float((scaled.softmax(0) * scaled).sum()) + 2 * middle
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp(middle)
 

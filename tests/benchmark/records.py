@@ -1,7 +1,8 @@
 """What a study's records say, as numbers. Its depth, exits, tasks, seeds and rates are read from them.
 
-A seed of a task counts where EE, SWEET, MM and branches are all there. Temperatures and decisions are cross-fitted over
-five folds of the validation rows, as evaluate.py does. Letters: S seeds, E exits, P points, W choices, N rows.
+A seed of a task counts where EE, SWEET and branches are all there, and MM where each of these has it. Temperatures and
+decisions are cross-fitted over five folds of the validation rows, as evaluate.py does. Letters: S seeds, E exits, P
+points, W choices, N rows.
 """
 
 import re
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from minisweet.adaptive import spaced_thresholds
 from minisweet.base.files import LOG, InputError, read_json
-from minisweet.evaluation.answers import AnsweredRows, load_answers
+from minisweet.evaluation.answers import load_answers
 from minisweet.evaluation.metrics import score
 from minisweet.evaluation.sweep import crossfit, sweep
 from minisweet.paper.report import Records, curve_of
@@ -32,6 +33,7 @@ SHARES = {"1/6": 1 / 6, "1/3": 1 / 3, "1/2": 1 / 2, "1": 1.0}
 GRID = np.linspace(0, 1, 61)  # shares of the layers, for the figure
 MARGIN = 5.0  # a task is learnt where full depth is right so much more often than the most frequent class, in points
 Rates = dict[tuple[str, str], dict[float, Records]]  # evaluations by method and task, then by rate, then by seed
+LEFT_OUT = "Missing, which leaves MM out, or of another method the seed of the task"
 DEALS = (1, 3**40, 5**27, 7**22)  # odd: keys times one of them are in another order, which deals out other folds
 
 
@@ -41,6 +43,7 @@ class Study:
 
     depth: int
     layers: list[int]  # (E,), where exits stand, without exit 0
+    methods: dict[str, str]  # of METHODS, those that each seed of each task has
     runs: dict[str, dict[int, dict]]  # of `measure`, by task and seed
     missing: list[str]  # the names of records
     rates: Rates  # what EE, SWEET, MM and branches give at each rate
@@ -50,6 +53,11 @@ class Study:
         """The tasks that full depth learns; all where it learns none."""
         gains = {task: np.mean([run["gain"] for run in its.values()]) for task, its in self.runs.items()}
         return [task for task, gain in gains.items() if gain >= MARGIN] or list(self.runs)
+
+    @property
+    def curves(self) -> dict[str, tuple[str, list[int]]]:
+        """The curves that the methods have, see `curves_of`."""
+        return {name: of for name, of in curves_of(self.layers).items() if of[0] in self.methods.values()}
 
     def values(self, key: str, name: str, task: str) -> np.ndarray:
         """What `measure` found of a task: (S, ...)."""
@@ -67,15 +75,15 @@ class Study:
     def grid(self, rate_of: Callable[[dict[float, dict], float], float]) -> dict[str, Records]:
         """EE's, MM's and SWEET's evaluations of the learnt tasks, for reports.
 
-        `rate_of` chooses a rate of those that there are, by what is usual. A task counts where all three have it.
+        `rate_of` chooses a rate of those that there are, by what is usual. A task counts where all of them have it.
         """
-        found: dict[str, Records] = {method: {} for method in TRAINED}
+        found: dict[str, Records] = {method: {} for method in TRAINED if method in self.methods.values()}
         for task in self.learnt:
-            its = {method: self.rates[method, task] for method in TRAINED}
+            its = {method: self.rates[method, task] for method in found}
             usual = next(iter(self.runs[task].values()))["rate"]
-            chosen = {method: its[method].get(rate_of(its[method], usual[method])) for method in TRAINED}
+            chosen = {method: its[method].get(rate_of(its[method], usual[method])) for method in found}
             if all(chosen.values()):
-                for method in TRAINED:
+                for method in found:
                     found[method][task] = chosen[method]
         return found
 
@@ -89,14 +97,9 @@ def curves_of(layers: list[int]) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def sweep_finely(run: AnsweredRows, folds: list, asked: list[int], few: int | None = None) -> dict:
-    """The curve of some exits, at `few` evenly spaced thresholds; or at a hundred quantiles of the confidences, which
-    crowd near 1.
-    """
-    rule = run.fit_rule()
-    quantiles = np.unique(np.quantile(rule.confidences(run.logits)[asked[:-1]].numpy(), np.linspace(0, 1, 100)))
-    thresholds = spaced_thresholds(few, rule.lowest) if few else [rule.lowest, *quantiles.tolist(), 1.0]
-    return sweep(folds, run, thresholds, asked)[0]
+def fine_thresholds(confidences: torch.Tensor, lowest: float) -> list[float]:
+    """A hundred quantiles of the confidences, which crowd near 1, and both ends."""
+    return [lowest, *np.unique(np.quantile(confidences.numpy(), np.linspace(0, 1, 100))).tolist(), 1.0]
 
 
 def points_of(curve: dict) -> np.ndarray:
@@ -104,12 +107,12 @@ def points_of(curve: dict) -> np.ndarray:
     return np.r_[curve_of(curve, [*SHARES.values()]), curve["area"]]
 
 
-def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str, dict]:
+def measure(records: Path, task: str, seed: int, layers: list[int], methods: dict[str, str]) -> dict[str, dict]:
     """Of a task and a seed, by name: of curves their points (W, P), as told above, at 11 thresholds and of other folds,
     and scores at GRID; the scores of exits (E,) and of models; whether the first exit answers with one class; minutes.
     """
     found, front = defaultdict(dict), None
-    for name, method in METHODS.items():  # branches first: theirs is exit 0
+    for name, method in methods.items():  # branches first: theirs is exit 0
         record = records / f"{task}-{seed}-{method}"
         run = load_answers(record, read_evaluation(record), read_record(record))
         if list(run.exits.layers)[-len(layers) :] != layers:
@@ -117,17 +120,19 @@ def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str,
         front = run if front is None else front
         run = run._replace(logits=torch.cat([front.logits[:1], run.logits[-len(layers) :]]))
         run = run._replace(exits=run.exits._replace(layers=[0, *layers]))
-        dealt = [run._replace(keys=run.keys * deal) for deal in DEALS]
-        folds = [crossfit(one) for one in dealt]
+        dealt = [(crossfit(one), one) for one in (run._replace(keys=run.keys * deal) for deal in DEALS)]
+        rule = run.fit_rule()
+        few, confidences = spaced_thresholds(11, rule.lowest), rule.confidences(run.logits)
         for curve, (of, exits) in curves_of(layers).items():
             if of == method:
                 asked = [run.exits.layers.index(n) for n in exits]
-                fine, *others = (sweep_finely(*pair, asked) for pair in zip(dealt, folds, strict=True))
-                ways = [fine, sweep_finely(run, folds[0], asked, 11), *others]
-                found["curve"][curve], found["grid"][curve] = [*map(points_of, ways)], curve_of(fine, GRID)
+                fine = fine_thresholds(confidences[asked[:-1]], rule.lowest)
+                ways = [(dealt[0], fine), (dealt[0], few), *((deal, fine) for deal in dealt[1:])]
+                swept = [sweep(*deal, thresholds, asked)[0] for deal, thresholds in ways]
+                found["curve"][curve], found["grid"][curve] = [*map(points_of, swept)], curve_of(swept[0], GRID)
                 if curve == name:
                     kept = ("scores", "speedup_ratios", "area")
-                    found["record"][method] = read_json(record / EVALUATION) | {key: fine[key] for key in kept}
+                    found["record"][method] = read_json(record / EVALUATION) | {key: swept[0][key] for key in kept}
         answers = run.logits[1:].argmax(-1)  # (E, N)
         content = read_json(record / "run.json")
         found["minutes"][name], found["rate"][method] = content["seconds"] / 60, content["arguments"]["lr"]
@@ -167,17 +172,21 @@ def read_study(folder: Path) -> Study | None:
     there = {name[0]: name for path in folder.glob("records/*") if (name := NAME.fullmatch(path.name))}
     its = [name for name in there.values() if name[3] in METHODS.values() and name[1] in TASKS and not name[4]]
     tasks, seeds = sorted({name[1] for name in its}, key=TASKS.index), sorted({int(name[2]) for name in its})
-    runs, missing, depth, layers = defaultdict(dict), [], 0, []
-    for task, seed in product(tasks, seeds):
-        wanted = [f"{task}-{seed}-{method}" for method in METHODS.values()]
-        if lacking := [name for name in wanted if name not in there]:
-            missing += lacking
-            continue
-        record = read_record(folder / "records" / wanted[0])
-        depth, layers = record.depth, [n for n in record.exit_layers if n > 0]
-        runs[task][seed] = measure(folder / "records", task, seed, layers)
+    lacking = {
+        (task, seed): [method for method in METHODS.values() if f"{task}-{seed}-{method}" not in there]
+        for task, seed in product(tasks, seeds)
+    }
+    missing = [f"{task}-{seed}-{method}" for (task, seed), methods in lacking.items() for method in methods]
+    whole = [key for key, methods in lacking.items() if methods in ([], ["mm"])]
+    methods = {name: method for name, method in METHODS.items() if not any(method in lacking[key] for key in whole)}
     if missing:
-        LOG.warning("%s: their seed of the task is left out, since these are missing: %s", folder, ", ".join(missing))
+        LOG.warning("%s: %s (%s)", LEFT_OUT, ", ".join(missing), folder)
+    if not whole:
+        return None
+    record, runs = read_record(folder / "records" / "{}-{}-branch".format(*whole[0])), defaultdict(dict)
+    layers = [n for n in record.exit_layers if n > 0]
+    for task, seed in whole:
+        runs[task][seed] = measure(folder / "records", task, seed, layers, methods)
     searched = folder.glob("paper/runs/*-n6000-seed?")  # the search of rates by confidence, of all training rows
     rates = read_rates([*(folder / "records" / name for name in there), *searched])
-    return Study(depth, layers, dict(runs), missing, rates) if runs else None
+    return Study(record.depth, layers, methods, dict(runs), missing, rates)

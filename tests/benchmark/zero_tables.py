@@ -22,6 +22,7 @@ from tests.benchmark import RESULTS, eight_epochs, paper, run_study, show
 from tests.benchmark.records import (
     DEALS,
     GRID,
+    LEFT_OUT,
     METHODS,
     ONE_BRANCH,
     OURS,
@@ -54,7 +55,7 @@ def mean_of(study: Study) -> str:
 
 def rate_rows(study: Study, ours: str, theirs: str, points: report.Points) -> list[list[str]]:
     """The difference of two of the paper's methods at other rates than their own; none for other names."""
-    if not {METHODS.get(ours), METHODS.get(theirs)} <= set(TRAINED):
+    if not {study.methods.get(ours), study.methods.get(theirs)} <= {*TRAINED}:
         return []
 
     def rate_before(its: dict[float, dict], usual: float) -> float:
@@ -75,7 +76,8 @@ def rate_rows(study: Study, ours: str, theirs: str, points: report.Points) -> li
 
 def tables(study: Study) -> dict[str, str]:
     """The tables of a study by their names, without what tells studies apart."""
-    names, tasks, of, made = list(curves_of(study.layers)), list(study.runs), mean_of(study), {}
+    names, tasks, of, made = list(study.curves), list(study.runs), mean_of(study), {}
+    pairs = [pair for pair in PAIRS if {*pair} <= {"full depth", *names}]
 
     others = [task for task in tasks if task not in study.learnt]
     rows = [["full depth", "", "", "", *text(study.by_task("alone", "full depth").mean())]]
@@ -85,7 +87,7 @@ def tables(study: Study) -> dict[str, str]:
     head = ["exits", *POINTS, *(f"area, {task}" for task in others)]
     made["at shares"] = table(f"Score at a share of the layers, {of}", head, rows)
     if study.missing:
-        made["at shares"] += f"\nMissing, so that their seed of the task is left out: {', '.join(study.missing)}.\n"
+        made["at shares"] += f"\n{LEFT_OUT}: {', '.join(study.missing)}.\n"
 
     rows = []
     for name in ["full depth", *names[1:]]:
@@ -96,7 +98,7 @@ def tables(study: Study) -> dict[str, str]:
     made["less each other"] = table(title, ["less", *POINTS, "tasks with more area"], rows)
 
     rows = []
-    for pair, k in product(PAIRS[:-2], range(3)):
+    for pair, k in product(pairs[: pairs.index(PAPERS) + 1], range(3)):
         row = [" less ".join(pair), POINTS[k]]
         for task in tasks:
             row += cells(study.less("curve", pair, task)[:, 0, k], sign="+")
@@ -120,7 +122,7 @@ def tables(study: Study) -> dict[str, str]:
     made["sweet less ee"] = table("SWEET less EE, ± over tasks", head, rows)
 
     rows = []
-    for pair in PAIRS:
+    for pair in pairs:
         by_choice = study.less("curve", pair)  # (tasks, W, P)
         means = by_choice[:, 2:].mean(0)
         spread = [f"{low:+.1f} to {high:+.1f}" for low, high in zip(means.min(0), means.max(0), strict=True)]
@@ -131,7 +133,7 @@ def tables(study: Study) -> dict[str, str]:
     title = f"How much a difference depends on choices, ± over tasks, {of}"
     made["choices"] = table(title, ["difference", "choice", *POINTS], rows)
 
-    rows = [[name, *text(np.ravel(study.by_task("minutes", name, tasks)))] for name in METHODS]
+    rows = [[name, *text(np.ravel(study.by_task("minutes", name, tasks)))] for name in study.methods]
     made["minutes"] = table("Minutes of a training, mean over seeds", ["method", *tasks], rows)
     return made | paper.tables_of(report.tables(paper_grid(study)))
 
@@ -141,6 +143,7 @@ def paper_grid(study: Study) -> dict[str, report.Records]:
     return {
         method: {task: {seed: run["record"][method] for seed, run in study.runs[task].items()} for task in study.learnt}
         for method in TRAINED
+        if method in study.methods.values()
     }
 
 
@@ -151,6 +154,9 @@ def what_came_out(studies: list[Study]) -> dict[str, str]:
         every = [run["one class"] for its in study.runs.values() for run in its.values()]
         column = {"plain model": ["", "", "", *text(study.by_task("alone", "full depth").mean()), ""]}
         for name in names:
+            if name not in study.curves:
+                column[name] = [""] * (len(SHARES) + 1)
+                continue
             count = f"{sum(run[name] for run in every)} of {len(every)}" if name in METHODS else ""
             column[name] = [*text(study.by_task("curve", name)[:, 0, : len(SHARES)].mean(0)), count]
         column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * len(SHARES)
@@ -172,7 +178,7 @@ def draw(path: Path, studies: list[Study]) -> None:
     for place, study in enumerate(studies, start=1):
         axis = figure.add_subplot(1, len(studies), place)
         draw_line(axis, "plain", [1.0], [0.0], "plain model", "o")
-        for name, (method, exits) in curves_of(study.layers).items():
+        for name, (method, exits) in study.curves.items():
             if name != ONE_BRANCH:
                 colour = "plain" if name == OURS else method
                 less = study.by_task("grid", name) - study.by_task("alone", "full depth")[:, None]  # (tasks, GRID)
