@@ -71,7 +71,7 @@ DAMAGES = [  # what is done to a tensor, and what is said of its name and its sh
 ]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(model_type=st.sampled_from([*CONFIGS]), data=st.data())
 def test_all_that_is_wrong_is_listed_with_both_shapes(tmp_path_factory, model_type, data):
     folder, expected = write_model(tmp_path_factory.mktemp("damaged"), model_type), []

@@ -27,7 +27,7 @@ from minisweet.evaluation.sweep import crossfit, curve_of, sweep
 from minisweet.runs import folders
 from minisweet.runs.folders import load_run, read_evaluation, read_record, read_validation
 from minisweet.use import explain, predict
-from tests.conftest import WORDS, all_exits, write_model
+from tests.conftest import WORDS, all_exits, slow, write_model
 from tests.test_operating import random_validation
 
 
@@ -106,7 +106,7 @@ def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
             load_answers(tmp_path, evaluation, record)
 
 
-@pytest.mark.parametrize("name", ["sweet", "ee", "mm", "branch", "lte", "pairs", "trunk0"])
+@pytest.mark.parametrize("name", ["mm", "lte", "trunk0", *slow("sweet", "ee", "branch", "pairs")])
 def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     run = copied(name)
     before = json.loads((run / "evaluation.json").read_text())
@@ -158,7 +158,7 @@ def test_texts_that_were_trained_on_are_counted(copied, command, goal):
     assert "trained on these texts cannot be checked" in command(evaluate, run)[1]
 
 
-@pytest.mark.parametrize("kind", ["blanks", "case", "beyond the cut"])
+@pytest.mark.parametrize("kind", ["beyond the cut", *slow("blanks", "case")])
 def test_texts_that_the_model_cannot_tell_apart_promise_nothing(command, tmp_path, kind):
     """100 texts of random labels, each in eight forms that read the same: those set aside cannot be known."""
     draw, lines = Random(0), ["text,label"]

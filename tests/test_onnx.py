@@ -21,7 +21,7 @@ from minisweet.evaluation.operating import deal, operating_point
 from minisweet.ngrams import BUCKETS, NgramExit
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.use import export
-from tests.conftest import CHECKOUT, random_batch, undecided_model, write_model
+from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
@@ -145,7 +145,7 @@ def told_by(file) -> dict:
     return {key: json.loads(value) for key, value in told.items() if key != "tokenizer"}
 
 
-@pytest.mark.parametrize("name", ["trunk0", pytest.param("pairs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["trunk0", *slow("pairs")])
 def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, name):
     """For single texts and for pairs, where neither torch nor minisweet can be imported."""
     run, file = run_of(name), tmp_path / "tickets.onnx"

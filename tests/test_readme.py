@@ -67,7 +67,8 @@ def run_line(line: str) -> None:
             assert run(module, *words[words.index(name) + 1 :], *instead) == 0, line
 
 
-@pytest.mark.parametrize("guide", [PAPER, *(pytest.param(guide, marks=pytest.mark.slow) for guide in (README, USE))])
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", [README, USE, PAPER])
 def test_commands_and_code_run(guide, place, capsys):
     for extra in ("onnx", "onnxscript", "onnxruntime") if guide != PAPER else ():
         pytest.importorskip(extra, reason=f"{extra}, which the export needs, is missing")

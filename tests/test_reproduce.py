@@ -98,7 +98,7 @@ def test_a_run_that_another_process_makes_is_passed_over_and_then_waited_for(gri
     assert len(list(folder.parent.iterdir())) == 2  # no lock is left
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     areas=st.lists(st.none() | st.integers(0, 100), min_size=4, max_size=4),
     seeds=st.sampled_from([[0], [0, 1, 2]]),

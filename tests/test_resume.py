@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import train
-from tests.conftest import write_model
+from tests.conftest import slow, write_model
 
 STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
 STOPPED = Path(".a.checkpoint/checkpoint.pt")
@@ -24,11 +24,13 @@ TIMES = ("seconds", "stages")  # of run.json
 FREE = ("out", "save_every", "overwrite", "resume")  # options
 METHODS = [
     ("--method", "sweet"),
-    ("--method", "ee", "--amp", "bf16"),
     ("--method", "mm", "--exit-strategy", "lte"),
-    ("--method", "branch", "--exit-strategy", "lte", "--amp", "bf16"),
     ("--method", "branch", "--exit-layers", "0,2,4"),
-    ("--method", "branch", "--targets", "trunk", "--exit-layers", "0,4"),
+    *slow(
+        ("--method", "ee", "--amp", "bf16"),
+        ("--method", "branch", "--exit-strategy", "lte", "--amp", "bf16"),
+        ("--method", "branch", "--targets", "trunk", "--exit-layers", "0,4"),
+    ),
 ]
 
 

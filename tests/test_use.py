@@ -26,7 +26,7 @@ from minisweet.data.rows import DELIMITERS, read_rows, row_writer
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.runs.records import GOALS
 from minisweet.use import explain, predict
-from tests.conftest import CHECKOUT, run
+from tests.conftest import CHECKOUT, run, slow
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9)
@@ -134,7 +134,7 @@ def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):
         EarlyExitClassifier(**{"run": run_of("sweet")} | arguments)(texts)
 
 
-@pytest.mark.parametrize("method", ["branch", "lte"])
+@pytest.mark.parametrize("method", ["lte", *slow("branch")])
 def test_who_chooses_chooses_once(run_of, command, tmp_path, method):
     """evaluate.py keeps the goal until another is named, and the others take its operating point."""
     run = shutil.copytree(run_of(method), tmp_path / "run")
@@ -212,7 +212,7 @@ def test_a_promise_for_another_precision_is_told_in_one_line(copy_of, caplog):
     assert "promised for torch.float32, and not for torch.bfloat16" in told
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     rows=st.lists(st.fixed_dictionaries({"text": CELLS}, optional=dict.fromkeys(OTHERS, CELLS)), min_size=1),
     suffixes=st.tuples(st.sampled_from([*DELIMITERS]), st.sampled_from([*DELIMITERS])),

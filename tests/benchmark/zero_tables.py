@@ -161,8 +161,10 @@ def what_came_out(studies: list[Study]) -> dict[str, str]:
             column[name] = [*text(study.by_task("curve", name)[:, 0, : len(SHARES)].mean(0)), count]
         column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * len(SHARES)
         columns.append(column)
-        exits = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}, {len(study.learnt)} tasks"
-        differences.append([exits, *cells(study.less("exits", PAPERS), sign="+")])
+        exits, few = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}", len(study.learnt) < 3
+        for task in study.learnt if few else [None]:
+            unit = f"{task}, ± over seeds" if few else f"{len(study.learnt)} tasks"
+            differences.append([f"{exits}, {unit}", *cells(study.less("exits", PAPERS, task), sign="+")])
     rows = [[name, *(cell for column in columns for cell in column[name])] for name in columns[0]]
     head = [f"{study.depth} layers: {point}" for study in studies for point in [*SHARES, "first exit gives one class"]]
     made = {"what came out": table("", ["accuracy at a share of the layers", *head], rows)}
