@@ -180,6 +180,8 @@ def test(run: Path, args: argparse.Namespace) -> None:
     record, point, exits = classify.record, classify.evaluation.operating_point, range(len(classify.exit_layers))
     columns, found = text_columns(args.test, None, record.columns, option=""), all_columns(args.test)
     column = next((name for name in (record.label_column, "label") if name in found), None)
+    if column == "label" and "exit_layer" in found and "predicted_label" not in found:
+        raise InputError(f"{args.test}: its label is what predict answered, should be what is right")
     rows, _ = examples_of(args.test, read_rows(args.test), columns, column, record.labels)
     labelled = has_labels(record.metric)  # else agreement with full depth is stated, and nothing of labels
     metric = "agreement" if column is None else record.metric if labelled else "accuracy"
@@ -197,6 +199,8 @@ def test(run: Path, args: argparse.Namespace) -> None:
     if count := is_known.sum():
         were, do = ("was", "does") if count == 1 else ("were", "do")
         print(f"{count:,} of these {total} {were} trained on, and {do} not count")
+    if count := np.isin(answers.keys, classify.tokenize(folders.read_validation(run, record).texts()).keys()).sum():
+        print(f"{count:,} of them are validation rows of the run, which set the threshold: they test nothing")
     print()
     print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
@@ -208,7 +212,7 @@ def test(run: Path, args: argparse.Namespace) -> None:
     of_promise = changes if "max_change" in point.goal or not labelled else found if column else None
     if "sure" in point.goal and of_promise and point.threshold < 1:
         held = "which holds here"
-        if of_promise["loss"] > operating.limit_of(point.goal):
+        if of_promise["loss"] > operating.limit_of(point.goal) + operating.ROUNDING:
             held = "which does not hold here: by chance, or such texts are drawn otherwise than the validation rows"
         print(f"promised: {goals.promise_of(point.goal)}, {held}")
 

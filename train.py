@@ -38,10 +38,10 @@ from minisweet.evaluation.answers import all_logits
 from minisweet.exits import EXIT_STRATEGIES, ExitModel, exit_loss
 from minisweet.methods import METHODS, build_alone, grow
 from minisweet.ngram_fit import fit_ngrams
-from minisweet.runs.folders import run_name, save_run
+from minisweet.runs.folders import is_run, read_record, run_name, save_run
 from minisweet.runs.hub import REPOSITORIES
 from minisweet.runs.resume import SavedTraining, claim_output
-from minisweet.runs.start import EPOCHS, STEPS, TrainingSetup, add_training_options, find_start
+from minisweet.runs.start import EPOCHS, MAX_LENGTH, STEPS, TrainingSetup, add_training_options, find_start
 
 
 def fine_tune(
@@ -223,6 +223,7 @@ def parse_arguments() -> argparse.Namespace:
     either("--resume", action="store_true", help="go on from the checkpoint of a training that was stopped")
     either("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
     add_training_options(parser)
+    parser.set_defaults(max_length=None)
     args = parser.parse_args()
     args.method = args.method or ("plain" if args.trunk or args.data else "sweet")
     has_trunk = args.trunk or METHODS[args.method].keeps_start
@@ -232,6 +233,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.need(args, args.trunk is None, "a training without --trunk, which is a model itself", "model")
     if args.trunk:  # a folder, even if it is called like a preset
         args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)
+    is_cut_there = args.trunk and is_run(args.trunk)  # else a trunk's answers to long texts would change
+    args.max_length = args.max_length or (read_record(args.trunk).max_length if is_cut_there else MAX_LENGTH)
     args.task = (args.task or "toy") if args.data is None else args.data.name.split(".")[0] or "own"
     args.out = args.out or Path("runs") / run_name(vars(args))
     args.train_size = args.train_size or (6000 if args.data is None else None)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from itertools import permutations
+from pathlib import Path
 from random import Random
 from unittest.mock import Mock
 
@@ -76,7 +77,7 @@ def test_warnings_name_classes_that_no_row_gets():
     reports = [{"recall": of_exit, "support": [20, 6, 4]} for of_exit in recalls]
     evaluation = {"exit_layers": [0, 4], "per_class": reports, "metric": "accuracy"}
     (line,) = never_right(evaluation, ["no", "yes", "rare"])
-    assert "the exit after layer 0 never predicts yes rightly: " in line  # and of four rows nothing is said
+    assert line.startswith("exit 0 never predicts yes rightly: ")  # and of four rows nothing is said
     assert not never_right(evaluation | {"metric": "agreement"}, ["no", "yes", "rare"])
 
 
@@ -270,7 +271,14 @@ def test_a_labelled_file_is_scored_beside_what_was_stated(copied, command, name)
     assert share[8] == f"{point.speedup_ratio:.2f}"
     assert float(share[4]) == pytest.approx(point.speedup_ratio, abs=0.1)  # all rows, and those that judged
     assert "at most 120 points are lost, 60% sure, which holds here" in out
+    assert re.search(r"^[\d,]+ of them are validation rows of the run, which set the threshold", out, re.MULTILINE)
     assert (run / "evaluation.json").read_bytes() == before
+    lines = (run / "validation.jsonl").read_text().splitlines()
+    unlabelled = [{key: value for key, value in json.loads(line).items() if key != "label"} for line in lines]
+    Path("new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unlabelled))
+    assert command(predict, run, "new.jsonl", "--out", "predicted.jsonl")[0] == 0
+    status, _, err = command(evaluate, run, "--test", "predicted.jsonl")
+    assert (status, "its label is what predict answered" in err) == (2, True)
 
 
 def test_a_file_without_labels_shows_changes_and_whether_the_promise_holds(copied, command, tmp_path):

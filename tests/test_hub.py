@@ -20,7 +20,9 @@ from tests.test_rows import refused
 
 CONFIG = json.dumps(CONFIGS["bert"]).encode()
 WEIGHTS = save({"weight": torch.arange(12.0)})
-BERT = {"config.json": CONFIG, "model.safetensors": WEIGHTS, "tokenizer_config.json": b"{}", "vocab.txt": b"[PAD]"}
+VOCABULARY = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"[unused{n}]" for n in range(56))]).encode()
+TOKENS = {"tokenizer_config.json": b"{}", "vocab.txt": VOCABULARY}
+BERT = {"config.json": CONFIG, "model.safetensors": WEIGHTS, **TOKENS}
 NOBODY = "http://127.0.0.1:1"  # answers there
 
 
@@ -80,7 +82,7 @@ def test_of_two_first_uses_at_once_the_slower_takes_the_folder_of_the_faster(ser
 
 def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
     torch.save({"weight": torch.arange(6.0)}, tmp_path / "pytorch_model.bin")
-    files = {"config.json": CONFIG, "vocab.json": b"{}", "merges.txt": b"#version: 0.2\n"}
+    files = {"config.json": CONFIG, **TOKENS}
     weights = {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
     server.repositories[hub.REPOSITORIES["deberta-base"]] = files | weights
     folder = fetch("deberta-base", server.url)
@@ -99,8 +101,12 @@ def test_unknown_unreachable_and_offline_are_refused_and_leave_nothing(server, f
 
 
 def test_a_model_that_is_not_implemented_is_refused_before_its_weights_are_fetched(server, fetch):
-    server.repositories[hub.REPOSITORIES["bert-base"]] |= {"config.json": CONFIG.replace(b'"bert"', b'"roberta"')}
-    assert "config.json: model_type is 'roberta'" in refused(fetch, "bert-base", server.url)
+    for changes, words in (
+        ({"vocab.txt": VOCABULARY[:99]}, "its tokenizer has "),
+        ({"config.json": CONFIG.replace(b'"bert"', b'"roberta"')}, "config.json: model_type is 'roberta'"),
+    ):
+        server.repositories[hub.REPOSITORIES["bert-base"]] = BERT | changes
+        assert words in refused(fetch, "bert-base", server.url)
     assert not [path for path, _ in server.requests if path.endswith("/model.safetensors")]
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import tarfile
+import threading
+import time
 from contextlib import ExitStack
 from itertools import product
 from operator import itemgetter
@@ -98,6 +100,27 @@ def test_a_run_that_another_process_makes_is_passed_over_and_then_waited_for(gri
     assert len(list(folder.parent.iterdir())) == 2  # no lock is left
 
 
+def test_two_never_hold_one_claim(tmp_path):
+    """Also where the second waits for a lock that the first removes, and a third comes."""
+    runs, is_in, may_leave = [tmp_path / "one", tmp_path / "other"], threading.Event(), threading.Event()
+
+    def wait_for_it() -> None:
+        with reproduce.claimed(runs[:1]):
+            is_in.set()
+            may_leave.wait(60)
+
+    second = threading.Thread(target=wait_for_it)
+    with reproduce.claimed(runs) as place:
+        second.start()
+        time.sleep(0.3)  # until it waits
+    assert is_in.wait(60)
+    with reproduce.claimed(runs) as place_of_third:
+        assert (place, place_of_third) == (0, 1)
+    may_leave.set()
+    second.join()
+    assert not list(tmp_path.iterdir())
+
+
 @settings(max_examples=8)
 @given(
     areas=st.lists(st.none() | st.integers(0, 100), min_size=4, max_size=4),
@@ -107,7 +130,7 @@ def test_a_run_that_another_process_makes_is_passed_over_and_then_waited_for(gri
 def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(run_of, areas, seeds, sizes):
     """On two methods at two rates. An area that is None is of a run that diverges."""
     area_of = dict(zip(product(("ee", "sweet"), (1e-3, 1e-2)), areas, strict=True))
-    words = ["--model", run_of("sweet").parent / "tiny", *TINY, "--methods", "ee,sweet", "--lrs", "1e-3,1e-2"]
+    words = ["--model", str(run_of("sweet").parent / "tiny"), *TINY, "--methods", "ee,sweet", "--lrs", "1e-3,1e-2"]
     words += ["--exit-layers", "1,4", "--seeds", ",".join(map(str, seeds)), "--train-sizes", ",".join(map(str, sizes))]
     made = []
 
@@ -117,7 +140,7 @@ def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_res
             lr, size, seed = float(numbers[0]), *map(int, numbers[1:])
             made.append((method, lr, size, seed))
             area = area_of[method, lr]
-            fake_run(method, lr, size, seed, area or 0, diverged=3 if area is None else None)
+            fake_run(method, lr, size, seed, area or 0, model=words[1], diverged=3 if area is None else None)
         return 0
 
     with TemporaryDirectory() as folder, in_folder(Path(folder)), pytest.MonkeyPatch.context() as patch:
@@ -165,6 +188,7 @@ def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):
 
 def test_what_is_missing_is_named(grid):
     fake_run("sweet", area=60.0)
+    fake_run("mm", 0.1)  # which nobody asks for
     status, out, _, started = grid("--methods", "ee,sweet", "--seeds", "0,1", "--report-only")
     assert (status, started, "of 1 runs; 3 missing" in out) == (0, [], True)
     for line in ("Missing runs: 3", "- tiny-ee-toy-lr0.001-n32-seed1", "infinite or NaN: 0\n"):
@@ -188,6 +212,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
     ("changes", "message"),
     [
         ({"epochs": 3}, "a run with epochs 3, not 1"),
+        ({"model": "elsewhere/tiny"}, "a run of elsewhere/tiny, not tiny"),
         ({"exit_layers": [1, 2]}, "a run with exit_layers [1, 2], not [1, 4]"),
         ({"losses": 1.0}, "losses"),
         ({"evaluated": {"exit_layers": [4], "exit_scores": [60.0]}}, "evaluated with the exits [4] alone, not [1, 4]"),

@@ -147,7 +147,7 @@ def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypa
     rows = [f"text number {n} is not good and not bad,{'ab'[n % 2]}\n" for n in range(40)]
     Path("own.csv").write_text("text,label\n ,a\n" + "".join(rows))
     Path("dev.csv").write_text("text,label\n" + rows[0] + "a film,a\n")
-    common, new = ["--max-length", 8, "--train-size", 20, "--out", "run"], ["--model", model, "--exit-layers", "1,4"]
+    common, new = ["--train-size", 20, "--out", "run"], ["--model", model, "--exit-layers", "1,4"]
     own = ["--data", "own.csv", "--dev-data", "dev.csv"]
     for arguments, expected in {
         (*new,): "method sweet, lr 0.0002, epochs 3",
@@ -157,7 +157,8 @@ def test_the_first_lines_say_what_is_trained_on_what(command, tmp_path, monkeypa
     }.items():
         if "--trunk" in arguments:
             Path("run").rename("first")
-        status, out, err = command(train, *common, *arguments, "--overwrite")
+        limit = [] if "--trunk" in arguments else ["--max-length", 8]  # a trunk has its own
+        status, out, err = command(train, *limit, *common, *arguments, "--overwrite")
         assert (status, out.startswith(expected)) == (0, True), err
     for words in ("20 of 40 rows to train, 2 to validate", "skipped: 1", "cut to 8 tokens: 20"):
         assert words in out

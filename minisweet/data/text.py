@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class WordPiece:
     do_lower_case: bool = True
     strip_accents: bool | None = None  # None: where letters are made lower case
     tokenize_chinese_chars: bool = True  # each is a word
+    word_tokenizer_type: Literal["basic", None] = None  # else what makes words is not BERT's, as in Japanese
+    subword_tokenizer_type: Literal["wordpiece", None] = None
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: int = 2**31) -> Tokenizer:
@@ -139,8 +141,14 @@ class TokenizedExamples:
         room = tokenizer.truncation["max_length"] - 1 - len(sides) - len(between)
         # Each sentence by itself: of a long pair the library combines all that it cuts off, which takes gigabytes.
         encode = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
-        encodings = [encode([beginning(tokenizer, text, room) for text in side]) for side in sides]
-        for row, sentences in enumerate(zip(*encodings, strict=True)):
+
+        def encoded() -> Iterator[tuple[Encoding, ...]]:
+            """The encodings of each row. An encoding is ten times as large as what is kept of it."""
+            for start in range(0, len(examples.first), 4096):
+                some = ([beginning(tokenizer, text, room) for text in side[start : start + 4096]] for side in sides)
+                yield from zip(*map(encode, some), strict=True)
+
+        for row, sentences in enumerate(encoded()):
             lengths = list(map(_length, sentences))
             self.cut += sum(lengths) > room
             if len(sides) == 2 and room % 2 and min(lengths) > room:  # the longer one gets a token more: which is it?

@@ -106,7 +106,7 @@ def shortfall(point: dict, record: Record, layers: Sequence[int]) -> str:
     """
     goal, texts, share = point["goal"], point["judging_texts"], point["speedup_ratio"]
     if not point["reached"]:
-        return f"--speed {goal['speed']:g} is out of reach; the fastest takes {share:.3f} of the layers"
+        return f"--speed {goal['speed']:g} is out of reach; the fastest takes {100 * share:.3g}% of the layers"
     if "sure" not in goal or point["threshold"] < 1 or len(layers) == 1:
         return ""
     p = min(1 - 1e-9, limit_of(goal) / (200 if record.metric == "matthews" and "max_loss" in goal else 100))
@@ -124,9 +124,12 @@ def shortfall(point: dict, record: Record, layers: Sequence[int]) -> str:
 
 def never_right(evaluation: dict, names: list[str]) -> list[str]:
     """A line on each exit that is never right about a class of five rows or more. `names` are the classes'."""
-    lines, advice = [], "train longer (--epochs), at another --lr, or with --class-weights balanced"
+    lines = []
     for n, report in zip(evaluation["exit_layers"], evaluation["per_class"], strict=True):
         recalls = zip(names, report["recall"], report["support"], strict=True)
         if missed := [name for name, recall, support in recalls if recall == 0 and support >= 5]:
-            lines.append(f"the exit after layer {n} never predicts {preview(missed)} rightly: {advice}")
+            name, advice = "exit 0", "train with --class-weights balanced, or on more rows"
+            if n > 0:
+                name, advice = f"the exit after layer {n}", f"{advice}, longer (--epochs), or at another --lr"
+            lines.append(f"{name} never predicts {preview(missed)} rightly: {advice}")
     return lines if has_labels(evaluation["metric"]) else []  # without labels the classes are full depth's own

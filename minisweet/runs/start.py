@@ -32,6 +32,7 @@ TABLE_2 = {
     ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
 }
 STEPS, EPOCHS = 300, 4  # own text is trained on for at least so many of both
+MAX_LENGTH = 256  # tokens
 SMALL = 512  # up to this hidden size a model needs larger rates, as MiniLM with its 384 does
 
 
@@ -145,7 +146,12 @@ def add_training_options(parser: Parser) -> None:
     option = parser.add_argument
     option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
     option("--batch-size", type=whole_number(1), help="examples (default: 16, and 8 for a large DeBERTa)")
-    option("--max-length", type=whole_number(8), default=256, help="tokens; longer examples are cut (default: 256)")
+    option(
+        "--max-length",
+        type=whole_number(8),
+        default=MAX_LENGTH,
+        help="tokens; longer examples are cut (default: 256, or the trunk's)",
+    )
     counted = "counted from 1, such as 1,4,6,12; 0 is exit 0, a bag of words (default: by depth)"
     option("--exit-layers", type=list_of(whole_number(0)), help=counted)
     devices.add_device_options(parser)

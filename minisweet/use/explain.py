@@ -76,7 +76,7 @@ def print_exits(classify: EarlyExitClassifier, exits: list[tuple[Answer, bool]])
     """Print a row per exit, each with its five likeliest labels."""
     taken = next(answer for answer, is_enough in exits if is_enough)
     name = classify.certainty_name
-    print(f"threshold {classify.threshold:.4g}, to be compared with the {METRICS.get(name, name)}\n")
+    print(f"threshold {classify.threshold:.6g}, to be compared with the {METRICS.get(name, name)}\n")
     print(f"   layer  {name:>10}  leaves  label and probabilities")
     for answer, is_enough in exits:
         likeliest = Counter(answer.probabilities).most_common(5)

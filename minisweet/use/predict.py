@@ -51,5 +51,5 @@ def main() -> None:
             progress.update(len(chunk))
     if args.out:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
-        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.4g}; left {where}", end="; ")
+        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.6g}; left {where}", end="; ")
         print(f"cut to {classify.record.max_length} tokens: {cut:,}")
