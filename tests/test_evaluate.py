@@ -107,7 +107,7 @@ def test_what_is_saved_is_what_each_row_gets_alone(run_of, name, tmp_path):
             load_answers(tmp_path, evaluation, record)
 
 
-@pytest.mark.parametrize("name", ["mm", "lte", "trunk0", *slow("sweet", "ee", "branch", "pairs")])
+@pytest.mark.parametrize("name", ["lte", "trunk0", *slow("sweet", "ee", "mm", "branch", "pairs")])
 def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     run = copied(name)
     before = json.loads((run / "evaluation.json").read_text())

@@ -24,9 +24,9 @@ TIMES = ("seconds", "stages")  # of run.json
 FREE = ("out", "save_every", "overwrite", "resume")  # options
 METHODS = [
     ("--method", "sweet"),
-    ("--method", "mm", "--exit-strategy", "lte"),
     ("--method", "branch", "--exit-layers", "0,2,4"),
     *slow(
+        ("--method", "mm", "--exit-strategy", "lte"),
         ("--method", "ee", "--amp", "bf16"),
         ("--method", "branch", "--exit-strategy", "lte", "--amp", "bf16"),
         ("--method", "branch", "--targets", "trunk", "--exit-layers", "0,4"),

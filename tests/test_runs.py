@@ -168,7 +168,7 @@ ODD = [None, [], {}, "", "x", "mm", "agreement", -1, 0, 1, 0.5, 10**9, True, [0]
 ODD += [[None], [[0.5, 0.5]], math.nan, {"a": 1}, {"pairs": 1}, {"speed": 2}, {"speed": 0.5, "sure": 70}, "gone"]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.data())
 def test_a_run_that_was_edited_by_hand_works_or_is_refused_in_one_line(run_of, tmp_path_factory, data):
     """A value of run.json or of evaluation.json becomes an odd one, or is gone. All else still fits."""

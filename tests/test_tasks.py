@@ -46,7 +46,7 @@ def load(*options, tokenizer=None, **more):
     st.floats(0.01, 0.99),
     st.integers(0, 9),
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_equal_texts_are_on_one_side(rows, dev_size, seed):
     """Whatever their labels, and each class that has texts of its own is on both sides."""
     labels, texts = zip(*rows, strict=True)

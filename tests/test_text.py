@@ -52,7 +52,7 @@ def write_byte_level(folder):
 
 
 @given(a=st.integers(0, 60), b=st.none() | st.integers(0, 60), limit=st.integers(8, 24))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_texts_and_pairs_are_cut_as_the_library_cuts_them_and_padded_to_the_longest(tmp_path_factory, a, b, limit):
     tokenizer = load_tokenizer(write_wordpiece(tmp_path_factory.mktemp("t")), 26, limit)
     first, second = " ".join((WORDS * 4)[:a]), None if b is None else " ".join((WORDS * 4)[-b:][:b])
@@ -83,7 +83,7 @@ def cutting(request, tmp_path_factory):
 
 
 @given(sides=SIDES, limit=st.integers(8, 11), blanks=st.integers(0, 200))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_of_a_long_text_the_beginning_gives_the_same_tokens(cutting, sides, limit, blanks):
     """As if all of it were tokenised, wherever it is cut, of one text and of two."""
     cutting.enable_truncation(limit)
