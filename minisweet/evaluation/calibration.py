@@ -24,8 +24,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     an exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T) from
     -7 to 7 finds a place where the slope of the sum is zero. The prior is not convex in 1/T, so there might be others.
     """
-    gold, low, high = float(logits.double().gather(1, labels[:, None]).sum()), -7.0, 7.0
-    logits = logits.double().T.contiguous()  # (C, N): few classes are added up faster so
+    logits, low, high = logits.double().T.contiguous(), -7.0, 7.0  # (C, N): few classes are added up faster so
+    gold = float(logits.gather(0, labels[None]).sum())
     for _ in range(40):
         middle = (low + high) / 2
         scaled = logits * math.exp(-middle)

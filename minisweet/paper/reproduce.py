@@ -223,10 +223,11 @@ def main() -> None:
     start.add_training_options(parser)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
+    grid = Grid(args)
     if args.report_only:  # the runs' model need not be here
         there = {read_record(path.parent).lr for path in args.runs.glob("*/run.json")}
         slots = map(Run._make, product(args.tasks, args.methods, args.train_sizes, there, args.seeds))
-        rates = sorted({run.lr for run in slots if is_run(Grid(args).folder(run))})
+        rates = sorted({run.lr for run in slots if is_run(grid.folder(run))})
         if not rates:
             raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
     elif not (CLONE / "train.py").is_file():
@@ -235,7 +236,6 @@ def main() -> None:
         _, config, _, args.batch_size = start.find_model(args, exit_strategy=args.exit_strategy)
         rates = start.search_rates(config)
     args.lrs = args.lrs or rates
-    grid = Grid(args)
     if args.print_commands:
         for run in grid.missing():
             print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))

@@ -84,7 +84,7 @@ def _from_hub(repository: str, folder: Path) -> None:
     for names in (["config.json"], TOKENIZER_FILES, [weights]):
         snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=names)
         config = read_config(folder)
-        if names != ["config.json"]:
+        if names is TOKENIZER_FILES:
             load_tokenizer(folder, config.vocab_size, config.max_tokens)
 
 
