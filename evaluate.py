@@ -56,7 +56,6 @@ def main() -> None:
     goals.add_goal_options(parser, f"goal of the operating point, which others take (default: {default})")
     devices.add_device_options(parser)
     args = parser.parse_args()
-    parser.need(args, args.speed is None, "--max-loss or --max-change, since --speed promises nothing", "sure")
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
     others = vars(args).keys() - {"runs", "plot"}
@@ -125,7 +124,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     print(f"{run}: {record.model}, {record.method}, {record.task}, {counted(len(rows.first), 'validation row')}")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
-    print_milliseconds(EarlyExitClassifier.of(run, model, record, written, device, precision), rows.texts())
+    print_milliseconds(EarlyExitClassifier.of(run, device, precision, model, record, written), rows.texts())
     for line in filter(None, [goals.shortfall(point, record, layers), *goals.never_right(evaluation, record.labels)]):
         print(f"warning: {line}")
     kept = " (that of the last evaluation)" if former and former.goal == goal else ""

@@ -135,12 +135,6 @@ def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 
     return model.eval()
 
 
-def all_exits(model: MultiExitModel | MultiModel, batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What all exits say of a batch: logits (K, B, C) and certainties (K, B), or None."""
-    logits, certainty = zip(*model.exit_by_exit(*batch), strict=True)
-    return torch.stack(logits), None if None in certainty else torch.stack(certainty)
-
-
 @contextmanager
 def in_folder(folder: Path):
     """Within, commands run in `folder` and quickly: few rows in the toy task, few that are timed, no figure drawn."""

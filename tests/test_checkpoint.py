@@ -192,11 +192,3 @@ def test_a_classifier_that_is_no_trunk_is_refused(tmp_path, changes, words):
     rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name != changes.get("left_out")})
     with pytest.raises(InputError, match=re.escape(words)):
         load_trunk(folder)
-
-
-@pytest.mark.parametrize("labels", [None, ["no", "yes"]])
-def test_a_finished_classifier_has_its_labels_and_its_dropout(tmp_path, labels):
-    """Its logits are compared in test_encoders.py."""
-    settings = {"hidden_dropout_prob": 0.3} | ({"id2label": dict(enumerate(labels))} if labels else {})
-    trunk, names = load_trunk(write_classifier(tmp_path, **settings))
-    assert (names, trunk.encoder.config.head_dropout) == (labels or ["LABEL_0", "LABEL_1"], 0.3)

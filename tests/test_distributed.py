@@ -125,18 +125,16 @@ def told_by(run: str) -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sweet", "ee", "mm", "branch"])
+@pytest.mark.parametrize("method", ["ee", "branch"])
 def test_processes_train_and_evaluate_as_one_does(here, method):
     options = [*OPTIONS, "--method", method]  # the last of 21 steps of an epoch has one row
     options += ["--class-weights", "balanced"] if method == "branch" else []
     assert run(0, "train.py", *options, "--out", "one").returncode == 0
     assert run(0, "evaluate.py", "one").returncode == 0
-    for processes in (2, 3):
-        done = run(processes, "train.py", *options, "--out", f"of{processes}")
-        assert (done.returncode, done.stdout.count("trained in")) == (0, 1), done.stderr
-        assert run(processes, "evaluate.py", f"of{processes}").returncode == 0
-        close = {"rtol": 0, "atol": 1e-5 + 1e-6}  # run.json rounds losses to 1e-5
-        torch.testing.assert_close(told_by(f"of{processes}"), told_by("one"), **close)
+    done = run(3, "train.py", *options, "--out", "of3")
+    assert (done.returncode, done.stdout.count("trained in")) == (0, 1), done.stderr
+    assert run(3, "evaluate.py", "of3").returncode == 0
+    torch.testing.assert_close(told_by("of3"), told_by("one"), rtol=0, atol=1e-5 + 1e-6)  # run.json rounds to 1e-5
 
 
 @pytest.mark.slow

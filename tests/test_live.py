@@ -12,7 +12,7 @@ from minisweet.evaluation.answers import AnsweredRows
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
 from minisweet.methods import METHODS
-from tests.conftest import CONFIGS, all_exits, random_batch, undecided_model, write_model
+from tests.conftest import CONFIGS, random_batch, undecided_model, write_model
 from tests.test_exits import with_exit_0
 
 
@@ -32,7 +32,8 @@ def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strateg
     model = with_exit_0(model) if has_exit_0 else model
     K = len(model.exit_layers)
     with torch.no_grad():
-        logits, certainty = all_exits(model, batch)
+        logits, certainty = zip(*model.exit_by_exit(*batch), strict=True)
+    logits, certainty = torch.stack(logits), torch.stack(certainty) if strategy == "lte" else None
     temperatures, ranges = torch.rand(K) + 0.5, None
     if strategy == "lte":
         temperatures, ranges = None, AnsweredRows(logits, certainty, *[None] * 4).fit_rule().ranges

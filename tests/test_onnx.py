@@ -176,11 +176,8 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, n
 def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, command, goal):
     run, int8, own = shutil.copytree(run_of("trunk0"), tmp_path / "run"), tmp_path / "int8.onnx", tmp_path / "own.onnx"
     if "change" in goal:  # without labels: the model's own decide who chooses and who judges, not the file's
-        for name, words, new in (
-            ("run.json", '"metric": "accuracy"', '"metric": "agreement"'),
-            ("validation.jsonl", r', "label": "\w+"', ""),
-        ):
-            (run / name).write_text(re.sub(words, new, (run / name).read_text()))
+        for name, old, new in (("run.json", "accuracy", "agreement"), ("validation.jsonl", r', "label": "\w+"', "")):
+            (run / name).write_text(re.sub(old, new, (run / name).read_text()))
     assert command(evaluate, run, *goal.split())[0] == 0
     evaluation, record = read_evaluation(run), read_record(run)
     _, out, _ = command(export, run, "--onnx", int8, "--int8")
@@ -220,27 +217,22 @@ def test_refusals(run_of, tmp_path, command, monkeypatch):
 
     assert "Multi-Model (mm)" in refused(run_of("mm"))
     assert "learning-to-exit (lte)" in refused(run_of("lte"))
-    with monkeypatch.context() as patch:
-        patch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
-        assert "answers are not the model's" in refused(run)
     fast = shutil.copytree(run_of("trunk0"), tmp_path / "fast")
     assert command(evaluate, fast, "--speed", "0.7")[0] == 0
     assert "--recertify: " in refused(fast, "--recertify")
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, "minisweet.use.onnx")
-        patch.delitem(sys.modules, "minisweet.use.onnx_graph")
-        patch.setitem(sys.modules, "onnxscript", None)
-        assert "onnxscript (pip install '.[onnx]')" in refused(run)
+    monkeypatch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
+    assert "answers are not the model's" in refused(run)
+    for name in ("onnx", "onnx_graph"):
+        monkeypatch.delitem(sys.modules, f"minisweet.use.{name}")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "onnxscript (pip install '.[onnx]')" in refused(run)
 
 
 @pytest.mark.parametrize("former", [logging.NOTSET, logging.INFO, logging.ERROR])
 def test_a_callers_logging_is_as_it_was_also_where_the_export_fails(monkeypatch, former):
     seen = []
     monkeypatch.setattr(onnx_graph, "Writer", lambda model: seen.append(logging.root.manager.disable) or 1 / 0)
-    logging.disable(former)
-    try:
-        with pytest.raises(ZeroDivisionError):
-            onnx_graph.export_graph(None, 0.5, [])
-        assert (seen, logging.root.manager.disable) == ([max(former, logging.WARNING)], former)
-    finally:
-        logging.disable(logging.NOTSET)
+    monkeypatch.setattr(logging.root.manager, "disable", former)
+    with pytest.raises(ZeroDivisionError):
+        onnx_graph.export_graph(None, 0.5, [])
+    assert (seen, logging.root.manager.disable) == ([max(former, logging.WARNING)], former)

@@ -142,13 +142,6 @@ class Page:
             self.browser.execute_script(script, name, value)
         return int(self.texts("#shown")[0].split()[0].replace(",", ""))
 
-    def counts(self) -> list[int]:
-        """Who leaves where, by the bars."""
-        return [int(text.replace(",", "")) for text in self.texts("#bars .count")]
-
-    def choose(self, row: int) -> None:
-        self.find(f"tr[data-row='{row}']")[0].click()
-
 
 @pytest.mark.slow
 def test_what_is_stated_names_its_rows_and_intervals(page):
@@ -156,13 +149,9 @@ def test_what_is_stated_names_its_rows_and_intervals(page):
     case.point.judging_texts = 150  # which older evaluations lack
     opened = page(case)
     (stated,) = opened.texts("#stated")
-    lost = "\u22120.5 points lost to full depth (\u22122.0 to 1.0)"
-    for words in (
-        "from the 150 texts that did not choose the exits and temperatures",
-        "accuracy 80.0 (74.0 to 85.0)",
-        lost,
-    ):
-        assert words in stated
+    assert "from the 150 texts that did not choose the exits and temperatures" in stated
+    assert "accuracy 80.0 (74.0 to 85.0)" in stated
+    assert "\u22120.5 points lost to full depth (\u22122.0 to 1.0)" in stated
     assert opened.texts("#whichrows") == ["these 200 rows:"]  # of the figures beside, which may be others
     script = "const r = get('cross').getBBox(); return [r.x, r.x + r.width, r.y + r.height, r.y]"
     expected = "return [0.45, 0.55].map(curve.x).concat([74, 85].map(curve.y))"
@@ -175,7 +164,7 @@ def test_a_sentence_is_text_and_nothing_else(page):
     case = Case()
     case.sentences[1] = HOSTILE
     opened = page(case)
-    opened.choose(1)
+    opened.find("tr[data-row='1']")[0].click()
     assert opened.texts("tr[data-row='1'] .text") == [HOSTILE]
     assert opened.browser.execute_script("return window.ran") is None
     assert opened.find("img, b b, td b, td i, option i, script:nth-of-type(3)") == []
@@ -213,11 +202,12 @@ def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(
     assert opened.texts("#t") == ["0.7123"]  # the operating point
     for threshold in (*opened.thresholds, 0.8):
         opened.slide(threshold)
-        assert opened.counts() == np.bincount(case.taken(threshold), minlength=3).tolist()
+        assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=3).tolist()
     boxes = {"sweet": 4, "mm": first + 2 + 4, "branch": 4 + first + 1}[method]
     run = {"sweet": [first, 2, 4], "mm": [first, first + 2, first + 6], "branch": [first, first + 2, first + 5]}[method]
     for k in range(3):
-        opened.choose(int(np.flatnonzero(case.taken(0.8)[:50] == k)[0]))
+        row = int(np.flatnonzero(case.taken(0.8)[:50] == k)[0])
+        opened.find(f"tr[data-row='{row}']")[0].click()
         assert len(opened.find("#layers rect.run")) == run[k]
         assert len(opened.find("#layers rect")) == boxes
     opened.slide(1.0)

@@ -33,6 +33,7 @@ from minisweet.runs.start import EPOCHS, STEPS, default_learning_rate, epochs_of
 from minisweet.use.explain import write_page
 from tests.conftest import random_batch, undecided_model, write_model
 from tests.test_exits import with_exit_0
+from tests.test_rows import refused
 
 ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0], ["one polar word", "contrast"])
 
@@ -43,13 +44,12 @@ def record(run_of) -> dict:
     return read_json(run_of("sweet") / "run.json")
 
 
-@pytest.mark.parametrize("has_exit_0", [False, True], ids=["layers", "exit 0"])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, has_exit_0):
+def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method):
     model_folder = write_model(tmp_path / "tiny", model_type)
     model = undecided_model(model_folder, method)
     record["arguments"]["method"], record["exit_layers"] = method, list(model.exit_layers)
-    if has_exit_0:
+    if model_type == "bert":
         model = with_exit_0(model)
         record |= {"exit_layers": list(model.exit_layers), "ngrams": {"pairs": True}}
     save_run(tmp_path / "run", model, model_folder, record, ROWS)
@@ -65,25 +65,6 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method, 
     torch.testing.assert_close(trunk(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
     again = MultiExitModel(trunk.encoder, (1, 4), 2, "ee")  # a loaded encoder is as good as any other
     assert torch.equal(again.eval().encoder(*random_batch())[-1], trunk.encoder(*random_batch())[-1])
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"labels": ["a", "b", "c"]}, r"classifier.weight.*\[[23], 16\].*\[[23], 16\]"),
-        ({"exit_layers": [1, 4]}, "heads.2"),
-        ({"exit_layers": None}, "exit_layers is None"),
-        ({"arguments": None}, "model is missing"),
-        ({"exit_strategy": "sure"}, "exit_strategy is 'sure'"),
-        ({"diverged": 7}, "run: its training diverged at step 7"),
-    ],
-)
-def test_a_run_that_cannot_be_is_one_line(tmp_path, run_of, record, changes, reason):
-    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    write_json(run / "run.json", record | changes)
-    with pytest.raises(InputError, match=reason) as error:
-        load_run(run)
-    assert str(error.value).isprintable()
 
 
 def test_what_old_records_lack_has_defaults(tmp_path, record):
@@ -200,26 +181,29 @@ def test_a_run_that_was_edited_by_hand_works_or_is_refused_in_one_line(run_of, t
 @pytest.mark.parametrize(
     ("name", "key", "value", "words"),
     [
-        ("run.json", "exit_layers", [], "exit_layers is [], should be increasing layers up to 4"),
-        ("run.json", "exit_layers", [0, 10**12], "exit_layers is [0, 1000000000000], should be "),
-        ("evaluation.json", "scores", [10**400], "scores is [1000"),
-        ("run.json", "labels", ["a", "a"], "labels is ['a', 'a'], should be different names"),
-        ("run.json", "method", "x", "method is 'x', should be one of "),
-        ("run.json", "metric", "f1", "metric is 'f1', should be one of "),
-        ("run.json", "depth", 3, "should be increasing layers up to 3"),
-        ("run.json", "max_length", 0, "max_length is 0, should be from 8 to 40"),
-        ("evaluation.json", "temperatures", [1.0], "temperatures is [1.0], should be a number from 0.0001 to 10000"),
-        ("evaluation.json", "scores", [], "scores is [], should be as many as speedup_ratios"),
-        ("evaluation.json", "exit_layers", [1, 4], "asked_exits is "),
+        ("run.json", "labels", ["a", "b", "c"], "classifier.weight is [2, 16] and should be [3, 16]"),
+        ("run.json", "exit_layers", [1, 4], "heads.2"),
+        ("run.json", "exit_layers", None, "run.json: exit_layers is None"),
+        ("run.json", "arguments", None, "run.json: model is missing"),
+        ("run.json", "exit_strategy", "sure", "run.json: exit_strategy is 'sure'"),
+        ("run.json", "diverged", 7, "run: its training diverged at step 7"),
+        ("run.json", "exit_layers", [], "run.json: exit_layers is [], should be increasing layers up to 4"),
+        ("run.json", "exit_layers", [0, 10**12], "run.json: exit_layers is [0, 1000000000000], should be "),
+        ("evaluation.json", "scores", [10**400], "evaluation.json: scores is [1000"),
+        ("run.json", "labels", ["a", "a"], "run.json: labels is ['a', 'a'], should be different names"),
+        ("run.json", "method", "x", "run.json: method is 'x', should be one of "),
+        ("run.json", "metric", "f1", "run.json: metric is 'f1', should be one of "),
+        ("run.json", "depth", 3, "run.json: exit_layers is [1, 2, 4], should be increasing layers up to 3"),
+        ("run.json", "max_length", 0, "run.json: max_length is 0, should be from 8 to 40"),
+        ("evaluation.json", "temperatures", [1.0], "evaluation.json: temperatures is [1.0], should be a number from"),
+        ("evaluation.json", "scores", [], "evaluation.json: scores is [], should be as many as speedup_ratios"),
+        ("evaluation.json", "exit_layers", [1, 4], "evaluation.json: asked_exits is "),
+        ("evaluation.json", "operating_point", {"threshold": "x"}, "operating_point: threshold is 'x', should be"),
     ],
 )
 def test_what_was_edited_is_named(run_of, tmp_path, name, key, value, words):
     run = shutil.copytree(run_of("sweet"), tmp_path / "run")
     content = read_json(run / name)
-    content.get("arguments", {}).pop(key, None)
     content.get("operating_point", {})["asked_exits"] = [1, 2, 4]
     write_json(run / name, content | {key: value})
-    with pytest.raises(InputError) as caught:
-        (load_run if name == "run.json" else read_evaluation)(run)
-    assert str(caught.value).startswith(f"{run / name}: ")
-    assert words in str(caught.value)
+    assert words in refused(load_run if name == "run.json" else read_evaluation, run)

@@ -1,8 +1,6 @@
 """The training loop against plain loops, what each method trains, and what run.json tells of it."""
 
 import copy
-import json
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from minisweet import MultiExitModel, load_encoder
+from minisweet import MultiExitModel, load_encoder, methods
+from minisweet.base.files import read_json
 from minisweet.branches import BranchModel
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
@@ -24,6 +23,7 @@ from minisweet.methods import METHODS
 from minisweet.runs.folders import load_run, load_trunk, read_record
 from tests.conftest import WORDS, in_folder, model_of, quick, random_batch, run, write_model
 from tests.test_checkpoint import write_classifier
+from tests.test_readme import EXERCISES, blocks_of
 
 
 def fine_tune(
@@ -35,16 +35,16 @@ def fine_tune(
         return train.fine_tune(model, batches, len(batches), rate, seed, **more)
 
 
-def toy_examples(folder: Path, rows: int, max_length: int = 32) -> TokenizedExamples:
+def toy_examples(folder: Path, rows: range | list[int], max_length: int = 32) -> TokenizedExamples:
     tokenizer = load_tokenizer(folder, 60, max_length)
-    return TokenizedExamples(tokenizer, load_examples("toy", "train", Path()).take(np.arange(rows)))
+    return TokenizedExamples(tokenizer, load_examples("toy", "train", Path()).take(rows))
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
 def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, model_type, method):
     """Against a loop that holds the whole graph and table, clips by hand and uses another implementation of AdamW."""
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    examples = toy_examples(folder, 24, 16)
+    examples = toy_examples(folder, range(24), 16)
     ours = model_of(folder, method)
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
@@ -82,7 +82,7 @@ def test_where_branches_are_trained_the_trunk_runs_without_dropout_and_as_far_as
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
     model, ran = model_of(folder, "branch", (1, 3, 4)).eval(), []
     model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
-    assert np.shape(fine_tune(model, toy_examples(folder, 20), 1e-2)) == (5, 2)
+    assert np.shape(fine_tune(model, toy_examples(folder, range(20)), 1e-2)) == (5, 2)
     assert not ran  # the trunk's layer 3, which no branch reads
     new = BranchModel(copy.deepcopy(model.encoder).train(), (1, 4), 2)
     assert (new.encoder.training, new.branches[0].training) == (False, True)
@@ -99,7 +99,7 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
         seen = norms.setdefault(precision, [])
         monkeypatch.setattr(train, "clip_grad_norm_", lambda group, limit, seen=seen: seen.append(clip(group, limit)))
         model = model_of(folder, method, (1, 4)).eval()
-        fine_tune(model, toy_examples(folder, 16, 16), 1e-3, size=16, precision=precision)
+        fine_tune(model, toy_examples(folder, range(16), 16), 1e-3, size=16, precision=precision)
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
@@ -119,16 +119,12 @@ def test_balanced_classes_weigh_the_same_and_all_rows_together_as_much_as_before
 def test_an_error_leaves_the_embedding_whole(model_dir):
     model = MultiExitModel(load_encoder(model_dir), (4,), 2)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError), train.used_rows(model, toy_examples(model_dir, 8)):
+    with pytest.raises(FloatingPointError), train.used_rows(model, toy_examples(model_dir, range(8))):
         raise FloatingPointError
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 # What follows runs train.py.
-
-
-def record_of(folder: str | Path) -> dict:
-    return json.loads(Path(folder, "run.json").read_text())
 
 
 def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
@@ -152,34 +148,26 @@ def test_a_run_tells_what_made_it(trained, model_dir, method):
     layers = [4] if method == "plain" else [1, 2, 4]
     options = ["--method", method, "--exit-layers", ",".join(map(str, layers)), "--seed", 3]
     assert "lr 0.0002" in trained(*quick(model_dir, *options))
-    record = record_of(f"runs/tiny-{method}-toy-seed3")
+    record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
     assert (np.shape(record["losses"]), record["exit_layers"]) == ((6, len(layers)), layers)
     stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"], "plain": ["trunk"]}
     assert list(record["stages"]) == stages.get(method, [method])
-    rows = load_examples("toy", "train", Path()).take(record["subset"])
-    examples = TokenizedExamples(load_tokenizer(model_dir, 60, 32), rows)
-    assert record["train_tokens"] == sorted({*examples.keys().tolist()})
+    assert record["train_tokens"] == sorted({*toy_examples(model_dir, record["subset"]).keys().tolist()})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
 
 
-class LastCountsTwice(MultiExitModel):
-    """EE, but the last exit's loss counts twice."""
-
-    def sum_losses(self, losses):
-        return super().sum_losses(losses) + losses[-1]
-
-
 def test_a_row_adds_a_method(trained, command, tmp_path, monkeypatch):
-    """EE's other exits get the same loss and another share of the gradient."""
-    build = partial(LastCountsTwice, method="ee")
-    monkeypatch.setitem(METHODS, "twice", METHODS["ee"]._replace(words="EE, the last loss twice", build=build))
+    """EE, whose last loss counts twice, as in the exercises. The other exits get another share of the gradient."""
+    (code,) = [block for _, block in blocks_of(EXERCISES) if "LastCountsTwice" in block]
+    monkeypatch.setitem(METHODS, "twice", None)  # so that it goes afterwards
+    exec(code, dict(vars(methods)))
     model = write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.0)
     for method in ("ee", "twice"):
         trained(*quick(model, "--method", method, "--out", method))
         assert command(evaluate, method)[0] == 0
-    (ours, record), ee = load_run(Path("twice")), record_of("ee")
-    assert (record.method, type(ours)) == ("twice", LastCountsTwice)
+    (ours, record), ee = load_run(Path("twice")), read_json(Path("ee/run.json"))
+    assert (record.method, type(ours).__name__) == ("twice", "LastCountsTwice")
     assert np.allclose(record.losses[0], ee["losses"][0])
     assert not np.allclose(record.losses[1], ee["losses"][1], atol=1e-4)
 
@@ -214,7 +202,7 @@ def test_with_exits_0_and_L_all_methods_are_one(plain):
     for method in METHODS:
         assert weights[method].keys() == weights["sweet"].keys()
         assert all(torch.equal(weights[method][name], tensor) for name, tensor in weights["sweet"].items())
-        record = record_of(plain / method)
+        record = read_json(plain / method / "run.json")
         assert (record["exit_layers"], np.shape(record["losses"])) == ([0, 4], (6, 1))
         assert list(record["stages"])[-1] == "exit 0"
 
@@ -244,14 +232,12 @@ def test_a_trunk_gets_exit_0_and_stays_as_it_is(trained, plain, method):
     assert before.keys() == after.keys()
     assert moved
     assert all(name.startswith("ngrams.") for name in moved)
-    record = record_of("run")
+    record = read_json(Path("run/run.json"))
     assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ([], ["exit 0"], [0, 4])
-    assert set(record_of(trunk)["train_tokens"]) < set(record["train_tokens"])
+    assert set(read_json(trunk / "run.json")["train_tokens"]) < set(record["train_tokens"])
 
 
-def short(*arguments) -> list:
-    """train.py's arguments for a short training of exits 1, 2 and 4."""
-    return ["--train-size", 32, "--epochs", 1, "--max-length", 32, "--exit-layers", "1,2,4", "--seed", 3, *arguments]
+SHORT = "--train-size 32 --epochs 1 --max-length 32 --exit-layers 1,2,4 --seed 3".split()
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
@@ -266,7 +252,7 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, mod
         "on-one": ["--trunk", "one", "--method", "branch", *same],
         "on-branch": ["--trunk", "branch", "--method", "branch", *same],
     }.items():
-        trained(*short(*arguments, "--out", out))
+        trained(*SHORT, *arguments, "--out", out)
     weights = {path.parent.name: load_file(path) for path in tmp_path.glob("*/model.safetensors")}
     ours, mm = weights["branch"], weights["mm"]
     trunk = {name for name in ours if name.startswith(("encoder.", "heads.2."))}
@@ -283,9 +269,9 @@ def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, mod
 @pytest.mark.parametrize("method", ["ee", "mm"])
 def test_every_method_trains_from_a_trunk(trained, tmp_path, method):
     model = write_model(tmp_path / "tiny", "bert")
-    trained(*short("--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "bert-base"))
+    trained(*SHORT, "--model", model, "--method", "sweet", "--exit-layers", 4, "--lr", "1e-3", "--out", "bert-base")
     grow = ["--trunk", "bert-base", "--method", method, "--targets", "trunk"]  # a folder that is called like a preset
-    trained(*short(*grow, "--out", "grown"))
+    trained(*SHORT, *grow, "--out", "grown")
     (grown, record), (plain, _) = load_run(Path("grown")), load_run(Path("bert-base"))
     assert (record.method, len(record.losses[0]), record.model) == (method, 3 if method == "ee" else 2, "./bert-base")
     same = torch.equal(grown(*random_batch())[-1], plain(*random_batch())[-1])
@@ -301,14 +287,13 @@ def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
     fit, loss = train.fit_ngrams, train.exit_loss
     monkeypatch.setattr(train, "exit_loss", lambda *given: seen.append(given[2]) or loss(*given))
     monkeypatch.setattr(train, "fit_ngrams", lambda *given: seen.append(given[2]) or fit(*given))
-    trained(*short("--model", model, "--method", "plain", "--exit-layers", 4, "--lr", "1e-3", "--out", "one"))
+    trained(*SHORT, "--model", model, "--method", "plain", "--exit-layers", 4, "--lr", "1e-3", "--out", "one")
     seen.clear()
     options = ["--trunk", "one", "--method", "branch", "--targets", targets, "--batch-size", 32]
     options += ["--class-weights", "balanced"] * is_balanced
-    trained(*short(*options, "--exit-layers", "0,2,4", "--out", "a", "--amp", "off"))
-    (trunk, record), rows = load_run(Path("one")), load_examples("toy", "train", Path())
-    examples = TokenizedExamples(load_tokenizer(model, 60, 32), rows.take(record.subset))
-    batch = examples.batch(np.arange(32))
+    trained(*SHORT, *options, "--exit-layers", "0,2,4", "--out", "a", "--amp", "off")
+    trunk, record = load_run(Path("one"))
+    batch = toy_examples(model, record.subset).batch(np.arange(32))
     with torch.no_grad():
         learnt = trunk(*batch.inputs)[0].softmax(-1) if targets == "trunk" else batch.targets
     expected = torch.from_numpy(train.balanced(learnt.numpy(), 2)) if is_balanced else learnt
@@ -330,5 +315,5 @@ def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_pa
     assert record.train_tokens  # its own are known
     assert not record.knows_all_texts
     assert command(evaluate, "run")[0] == 0
-    result = json.loads(Path("run/evaluation.json").read_text())
+    result = read_json(Path("run/evaluation.json"))
     assert (result["metric"], result["exit_scores"][-1]) == ("agreement", 100)

@@ -26,7 +26,7 @@ from minisweet.data.rows import DELIMITERS, read_rows, row_writer
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.runs.records import GOALS
 from minisweet.use import explain, predict
-from tests.conftest import CHECKOUT, run, slow
+from tests.conftest import CHECKOUT, run
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9)
@@ -134,10 +134,9 @@ def test_classifier_checks_what_it_gets(run_of, texts, arguments, message):
         EarlyExitClassifier(**{"run": run_of("sweet")} | arguments)(texts)
 
 
-@pytest.mark.parametrize("method", ["lte", *slow("branch")])
-def test_who_chooses_chooses_once(run_of, command, tmp_path, method):
+def test_who_chooses_chooses_once(run_of, command, tmp_path):
     """evaluate.py keeps the goal until another is named, and the others take its operating point."""
-    run = shutil.copytree(run_of(method), tmp_path / "run")
+    run = shutil.copytree(run_of("lte"), tmp_path / "run")
     (tmp_path / "a.csv").write_text("text\na\n")
     for words, goal in (
         ("--max-loss 5 --sure 80", {"max_loss": 5.0, "sure": 80.0}),
@@ -170,13 +169,6 @@ def test_others_do_not_choose(run_of, command, name):
         EarlyExitClassifier(run_of("sweet"), **{name: 50.0})
 
 
-def test_an_older_evaluation_that_names_its_goal_a_wish_is_read(copy_of):
-    run = copy_of("sweet")
-    path = run / "evaluation.json"
-    path.write_text(path.read_text().replace('"goal": {', '"wish": {'))
-    assert read_evaluation(run).operating_point.goal == {"max_loss": 1.0, "sure": 70.0}
-
-
 @pytest.mark.parametrize("name", ["sweet", "mm", "trunk0", "lte"])
 def test_the_users_default_device_makes_no_difference(run_of, name):
     expected = EarlyExitClassifier(run_of(name))(TEXTS)
@@ -189,15 +181,10 @@ def test_the_users_default_device_makes_no_difference(run_of, name):
         torch.set_default_device(None)
 
 
-def test_a_threshold_may_be_any_real_number(run_of):
-    fraction, number = (EarlyExitClassifier(run_of("sweet"), threshold) for threshold in (Fraction(9, 10), 0.9))
-    assert fraction(TEXTS) == number(TEXTS)
-
-
 def test_the_operating_point_is_the_evaluations(copy_of):
     run = copy_of("sweet", threshold=0.8125, asked_exits=[2, 4])
     assert EarlyExitClassifier(run).threshold == 0.8125
-    assert {answer.exit_layer for answer in EarlyExitClassifier(run, 0.5)(TEXTS)} == {2}
+    assert {answer.exit_layer for answer in EarlyExitClassifier(run, Fraction(1, 2))(TEXTS)} == {2}  # any real number
     assert [answer.exit_layer for answer, _ in explain.explain(EarlyExitClassifier(run), "a")] == [2, 4]
     (run / "evaluation.json").unlink()
     with pytest.raises(InputError, match="has no evaluation.json; first: evaluate.py"):
@@ -249,19 +236,6 @@ def test_columns_of_text_and_what_is_told(run_of, command):
     status, out, err = command(predict, run, "in.csv")  # on standard output, as CSV
     assert (status, err, len(out.splitlines())) == (0, "", 3)
     assert out.startswith("body,text,label,confidence,exit_layer,p_negative,p_positive\n")
-
-
-def test_without_labels_confidence_is_called_agreement_where_it_is_shown(copy_of, command):
-    run = copy_of("sweet")
-    path = run / "run.json"
-    path.write_text(path.read_text().replace('"metric": "accuracy"', '"metric": "agreement"'))
-    assert command(evaluate, run)[0] == 0
-    Path("a.csv").write_text("text\na\n")
-    assert command(predict, run, "a.csv")[1].startswith("text,label,agreement,exit_layer,")
-    _, out, _ = command(explain, run, "a text")
-    assert "compared with the agreement with full depth" in out
-    assert "confidence" not in out
-    assert EarlyExitClassifier(run)(["a"])[0].confidence  # in Python the name stays
 
 
 @pytest.mark.parametrize("name", ["sweet", "lte", "trunk0", "pairs"])

@@ -84,11 +84,10 @@ class AnsweredRows(NamedTuple):
         Equal texts are in one part. The order of the rows makes no difference.
         """
         keys, text = np.unique(self.keys.numpy(), return_inverse=True)
-        labels, part = np.full(len(keys), np.iinfo(np.int64).max), np.empty(len(keys), dtype=np.int64)  # of each text
+        labels = np.full(len(keys), np.iinfo(np.int64).max)  # of each text the lowest
         np.minimum.at(labels, text, self.labels.numpy())
-        by_class = np.lexsort((keys, labels))  # by label, and of one label by key, which is as good as at random
-        part[by_class] = np.arange(len(keys)) % count
-        return part[text]
+        place = np.lexsort((keys, labels)).argsort()  # by label, and of one label by key, which is as good as at random
+        return (place % count)[text]
 
 
 @torch.no_grad()
@@ -103,7 +102,8 @@ def all_logits(
     device = next(model.parameters()).device
     max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
     rows, logits, certainties = [], [], []
-    with Progress(total=len(examples), unit="ex", desc=title) as progress, autocast(device, precision):
+    options = {"total": len(examples), "unit": "ex", "desc": title, "disable": len(examples) == 1}  # no bar for a text
+    with Progress(**options) as progress, autocast(device, precision):
         for number, batch in enumerate(examples.by_length(BATCH_SIZE, max_tokens)):
             progress.update(len(batch.rows))
             if number % num_processes() != process_rank():

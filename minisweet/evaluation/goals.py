@@ -21,6 +21,7 @@ FEW = "so few texts tell little: see how wide the intervals are"
 NOBODY = "too few new texts: all of this is of texts that also chose, or were trained on"
 UNCHECKED = "whether the model, or its trunk, was trained on these texts cannot be checked"
 CLASSES = 20  # are printed, at most
+SURE = {"max_loss": 70.0, "max_change": 90.0}  # by default, in percent
 
 
 def add_goal_options(parser: Parser, title: str) -> None:
@@ -41,16 +42,13 @@ def goal_of(args: argparse.Namespace, metric: str, former: dict[str, float] | No
     It is the one that `args` name, else the `former` one; else that at most one point is lost, 70% sure, or without
     labels that at most 3% of the answers change, 90% sure. Raises InputError where --sure would go with a speed.
     """
-    if args.speed is not None:
-        return {"speed": args.speed}
-    if args.max_loss is not None:
-        return {"max_loss": args.max_loss, "sure": args.sure or 70.0}
-    if args.max_change is not None:
-        return {"max_change": args.max_change, "sure": args.sure or 90.0}
-    goal = former or ({"max_loss": 1.0, "sure": 70.0} if has_labels(metric) else {"max_change": 3.0, "sure": 90.0})
-    if args.sure and "sure" not in goal:
-        raise InputError(f"--sure: needs --max-loss or --max-change, since the goal of this run is {options_of(goal)}")
-    return goal | ({"sure": args.sure} if args.sure else {})
+    named = {name: getattr(args, name) for name in ("speed", *SURE) if getattr(args, name) is not None}
+    goal = named or former or ({"max_loss": 1.0} if has_labels(metric) else {"max_change": 3.0})
+    if "speed" not in goal:
+        return goal | {"sure": args.sure or goal.get("sure") or SURE[next(iter(goal))]}
+    if args.sure:
+        raise InputError(f"--sure: needs --max-loss or --max-change, since the goal is {options_of(goal)}")
+    return goal
 
 
 def options_of(goal: dict[str, float]) -> str:

@@ -80,11 +80,11 @@ class EarlyExitClassifier:
         ):
             if not is_right:
                 raise InputError(f"{name}: {value!r:.80}, should be {wanted}")
-        device, run = choose_device(str(device)), Path(run)
-        precision = choose_precision(amp, device)
+        self.device, run = choose_device(str(device)), Path(run)
+        self.precision = choose_precision(amp, self.device)
         (model, record), evaluation = load_run(run), read_evaluation(run)
-        self._deploy(run, model, record, evaluation, device, precision)
-        point, was, now = evaluation.operating_point, evaluation.precision, str(precision or torch.float32)
+        self._deploy(run, model, record, evaluation)
+        point, was, now = evaluation.operating_point, evaluation.precision, str(self.precision or torch.float32)
         if evaluation.run_digest is None:
             LOG.warning("%s: an older evaluation; whether it is of this model cannot be checked: evaluate again", run)
         if threshold is not None:
@@ -94,29 +94,22 @@ class EarlyExitClassifier:
         self.batch_size = int(batch_size)
 
     @classmethod
-    def of(cls, run: Path, *loaded) -> "EarlyExitClassifier":
-        """The same of what is loaded already: model, record, evaluation, device and precision."""
+    def of(cls, run: Path, device: torch.device, precision: torch.dtype | None, *loaded) -> "EarlyExitClassifier":
+        """The same of what is loaded already: model, record and evaluation."""
         classify = cls.__new__(cls)
+        classify.device, classify.precision = device, precision
         classify._deploy(run, *loaded)
         return classify
 
-    def _deploy(
-        self,
-        run: Path,
-        model: ExitModel,
-        record: Record,
-        evaluation: Evaluation,
-        device: torch.device,
-        precision: torch.dtype | None,
-    ) -> None:
-        self.record, self.evaluation, self.device, self.precision = record, evaluation, device, precision
-        self.batch_size, self.labels, self.pairs = 32, record.labels, len(record.columns) == 2
+    def _deploy(self, run: Path, model: ExitModel, record: Record, evaluation: Evaluation) -> None:
+        self.record, self.evaluation, self.batch_size = record, evaluation, 32
+        self.labels, self.pairs = record.labels, len(record.columns) == 2
         self.certainty_name = "confidence" if has_labels(record.metric) else "agreement"  # where it is printed
         point, layers = evaluation.operating_point, evaluation.exit_layers
         self.threshold = in_float32(point.threshold)
         self.exit_layers, rule = point.asked_exits, ExitRule.from_evaluation(evaluation, len(self.labels))
         self.rule = rule.kept([layers.index(n) for n in self.exit_layers])
-        self.model = model.keep_exits(self.exit_layers).to(device)
+        self.model = model.keep_exits(self.exit_layers).to(self.device)
         self.tokenizer = load_tokenizer(run, record.vocab_size, record.max_length)
 
     def __call__(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
@@ -179,5 +172,4 @@ def add_classifier_options(parser: Parser) -> None:
 
 def classifier_of(args: argparse.Namespace) -> EarlyExitClassifier:
     """The classifier that a command's options ask for."""
-    options = {name: getattr(args, name) for name in ("threshold", "device", "amp", "batch_size")}
-    return EarlyExitClassifier(args.run, **options)
+    return EarlyExitClassifier(args.run, args.threshold, device=args.device, amp=args.amp, batch_size=args.batch_size)

@@ -18,10 +18,9 @@ import torch
 
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.commands import Parser, path_to
-from minisweet.base.devices import autocast
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.data.rows import Examples
-from minisweet.evaluation.answers import AnsweredRows, load_answers
+from minisweet.evaluation.answers import AnsweredRows, all_logits, load_answers
 from minisweet.evaluation.metrics import METRICS, has_labels
 from minisweet.evaluation.sweep import sweep
 from minisweet.live import Answers
@@ -56,19 +55,14 @@ def main() -> None:
     print(f"written to {args.html}")
 
 
-@torch.no_grad()
 def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
     """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last."""
-    inputs = next(classify.tokenize([text]).by_length(1)).to(classify.device).inputs
-    with autocast(classify.device, classify.precision):
-        outputs = list(classify.model.exit_by_exit(*inputs))  # K of (1, C) and (1,) or None
-    logits = torch.cat([exit_logits for exit_logits, _ in outputs]).float()  # (K, C)
-    confidence = torch.cat([classify.rule.confidence(k, *output) for k, output in enumerate(outputs)])  # (K,)
+    logits, certainty = all_logits(classify.model, classify.tokenize([text]), classify.precision)  # (K, 1, C), (K, 1)
+    confidence = classify.rule.confidences(logits, certainty)[:, 0]  # (K,)
     enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
     enough[-1] = True
-    answers = classify.answers(
-        Answers(logits.argmax(-1), torch.arange(len(outputs), device=logits.device), logits, confidence)
-    )
+    exits, logits = torch.arange(len(logits), device="cpu"), logits[:, 0]  # whatever the user's default device is
+    answers = classify.answers(Answers(logits.argmax(-1), exits, logits, confidence))
     return list(zip(answers, enough.tolist(), strict=True))
 
 

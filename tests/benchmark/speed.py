@@ -29,7 +29,6 @@ from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import device_name, processor, tune_cpu
 from minisweet.checkpoint import ARCHITECTURES, new_encoder, read_config
 from minisweet.data.text import load_tokenizer, special_tokens
-from minisweet.exits import exit_loss
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, read_validation
 from minisweet.use.export import export
@@ -77,11 +76,7 @@ def training_step(is_ours: bool, model_type: str, settings: dict, T: int, bf16: 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            if is_ours:
-                (answer,) = model.exit_by_exit(*inputs)
-                loss = exit_loss(*answer, labels)
-            else:
-                loss = F.cross_entropy(model(*inputs).logits.float(), labels)
+            loss = F.cross_entropy(model(*inputs)[0].float(), labels)  # both give the logits first
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
