@@ -200,8 +200,7 @@ def test(run: Path, args: argparse.Namespace) -> None:
         print(f"{count:,} of these {total} {were} trained on, and {do} not count")
     if count := np.isin(answers.keys, classify.tokenize(folders.read_validation(run, record).texts()).keys()).sum():
         print(f"{count:,} of them are validation rows of the run, which set the threshold: they test nothing")
-    print()
-    print(f"{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
+    print(f"\n{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
         stated = goals.with_interval(vars(point), key, interval) if labelled or key == "speedup_ratio" else ""
         print(f"{title or METRICS[metric]:<25}{goals.with_interval(found, key, interval)}{stated}".rstrip())

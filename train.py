@@ -102,14 +102,13 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
 
 
 @contextmanager
-def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[TokenizedExamples]:
-    """Within, the word embeddings are cut to the rows in use, and token ids renumbered: a step takes 10 to 12% less."""
+def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[Tensor]:
+    """Within, the word embeddings are cut to the rows in use: a step takes 10 to 12% less. Gives each id's row (V,)."""
     embedding, whole = model.encoder.word_embeddings, model.encoder.word_embeddings.weight
-    used, renumbered = examples.renumbered()  # ids (V,)
-    used = torch.from_numpy(used).to(whole.device)
+    used = torch.from_numpy(np.unique(np.concatenate([*examples.ids, [examples.pad_id]]))).to(whole.device)
     embedding.weight = nn.Parameter(whole.detach()[used], whole.requires_grad)
     try:
-        yield renumbered
+        yield torch.zeros(len(whole), dtype=torch.int64).index_copy(0, used.cpu(), torch.arange(len(used)))
     finally:
         with torch.no_grad():
             whole[used] = embedding.weight
@@ -124,15 +123,14 @@ def balanced(targets: np.ndarray, num_labels: int) -> np.ndarray:
     return targets * weights[:, None].astype(np.float32)
 
 
-def train_stage(
-    setup: TrainingSetup, checkpoint: SavedTraining, stage: str, model: MultiExitModel, rate: float
-) -> None:
+def train_stage(setup: TrainingSetup, checkpoint: SavedTraining, name: str, model: MultiExitModel, rate: float) -> None:
     """Fine-tune a model, or a part of one, on all examples for all epochs."""
-    args, rows = setup.args, setup.examples
+    args, examples = setup.args, setup.examples
     model.to(setup.device)
-    with checkpoint.during(stage), used_rows(model, rows) as examples:
+    with checkpoint.during(name), used_rows(model, examples) as row_of:
         epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
-        batches, steps = chain.from_iterable(epochs), args.epochs * -(-len(rows) // args.batch_size)
+        batches = (batch._replace(input_ids=row_of[batch.input_ids]) for batch in chain.from_iterable(epochs))
+        steps = args.epochs * -(-len(examples) // args.batch_size)
         fine_tune(model, batches, steps, rate, args.seed, setup.precision, checkpoint)
     model.cpu()  # frees the device for the next stage
 
@@ -206,9 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument_group("method").add_argument
     option("--method", choices=list(METHODS), help="default: sweet; plain with --data or --trunk")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option(
-        "--trunk", type=Path, metavar="FOLDER", help="start from this run or classifier; plain, branch and mm keep it"
-    )
+    option("--trunk", type=Path, metavar="FOLDER", help="run or classifier to start from; plain, branch and mm keep it")
     option("--targets", choices=("labels", "trunk"), default="labels", help="learn labels, or the trunk's answers")
     option("--class-weights", choices=("balanced",), help="each row weighs N / (classes x rows of its class)")
     add_data_options(parser)

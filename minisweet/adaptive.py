@@ -28,8 +28,7 @@ class ExitRule:
     """
 
     def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
-        self.num_labels, self.ranges = num_labels, ranges
-        self.temperatures = temperatures
+        self.num_labels, self.temperatures, self.ranges = num_labels, temperatures, ranges
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
@@ -58,9 +57,8 @@ class ExitRule:
 
     def kept(self, places: Sequence[int]) -> "ExitRule":
         """The rule of some of its exits, counted from 0."""
-        ranges = None if self.ranges is None else self.ranges[list(places)]
-        temperatures = None if self.temperatures is None else self.temperatures[list(places)]
-        return ExitRule(self.num_labels, temperatures, ranges)
+        kept = (None if values is None else values[list(places)] for values in (self.temperatures, self.ranges))
+        return ExitRule(self.num_labels, *kept)
 
 
 def spaced_thresholds(count: int, lowest: float) -> list[float]:

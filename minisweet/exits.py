@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.layers import Dropout, TransformerEncoder, checked_inputs, draw_weights
+from minisweet.layers import Dropout, Maybe, TransformerEncoder, checked_inputs, draw_weights
 from minisweet.ngrams import NgramExit
 
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -126,18 +126,12 @@ class ExitModel(nn.Module):
         """The models with an encoder of their own that this one consists of, the last exit's at the end."""
         return [self]
 
-    def ending_at(self, n: int) -> "MultiExitModel":
-        """The part with the exit after layer n, sharing all weights."""
-        return next(part for part in self.parts if n in part.head_layers)
-
     @property
     def exit_layers(self) -> tuple[int, ...]:
         """The layers that the exits stand after, counted from 1; exit 0 comes first where there is one."""
         return self.head_layers if self.ngrams is None else (0, *self.head_layers)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None) -> Tensor:
         """All exits' logits, (K, B, C).
 
         The arguments are (B, T), int64. `attention_mask` is 1 for tokens, as by default, and 0 for padding, which
@@ -191,7 +185,7 @@ class MultiExitModel(ExitModel):
         self.train()  # as any new module, whatever the encoder's mode was
 
     def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None
     ) -> ExitOutputs:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
@@ -258,7 +252,7 @@ class MultiModel(ExitModel):
         return list(self.models)
 
     def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None
     ) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 # Added to the attention scores of padding. After exp() it is 0 beside any real score, and float16 can hold it. It is
 # not -inf, so that a row of nothing but padding still has a softmax.
 PADDING_SCORE = -3e4
+Maybe = Tensor | None  # an input that may be left out
 
 
 def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,17 +27,13 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
-def whole_inputs(
-    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def whole_inputs(input_ids: Tensor, attention_mask: Maybe, token_type_ids: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
 
 
-def checked_inputs(
-    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def checked_inputs(input_ids: Tensor, attention_mask: Maybe, token_type_ids: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """As `whole_inputs`. Raises ValueError for padding before a token: who stays is cut to their number of tokens."""
     inputs = _, mask, _ = whole_inputs(input_ids, attention_mask, token_type_ids)
     if not torch.compiler.is_compiling() and (mask[:, 1:] > mask[:, :-1]).any():
@@ -121,7 +118,7 @@ class TransformerEncoder(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None
     ) -> tuple[Tensor, ...]:
         """All hidden states, L+1 tensors (B, T, D), the embeddings first. For the arguments see `ExitModel.forward`."""
         input_ids, attention_mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)

@@ -47,19 +47,19 @@ def record(run_of) -> dict:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_loaded_is_what_was_saved(tmp_path, record, model_type, method):
     model_folder = write_model(tmp_path / "tiny", model_type)
-    model = undecided_model(model_folder, method)
+    model, rows = undecided_model(model_folder, method), ROWS
     record["arguments"]["method"], record["exit_layers"] = method, list(model.exit_layers)
     if model_type == "bert":
-        model = with_exit_0(model)
-        record |= {"exit_layers": list(model.exit_layers), "ngrams": {"pairs": True}}
-    save_run(tmp_path / "run", model, model_folder, record, ROWS)
+        model, rows = with_exit_0(model), ROWS._replace(second=["a", "b"])
+        record |= {"exit_layers": list(model.exit_layers), "text_columns": ["a", "b"]}
+    save_run(tmp_path / "run", model, model_folder, record, rows)
     loaded, found = load_run(tmp_path / "run")
     assert not loaded.training
     assert read_json(tmp_path / "run" / "config.json")["model_type"] == "minisweet"  # which no other library takes
     assert list(loaded.exit_layers) == found.exit_layers == record["exit_layers"]
     torch.testing.assert_close(loaded(*random_batch()), model(*random_batch()), rtol=0, atol=0)
     assert (found.method, found.task, found.lr, found.num_labels) == (method, "toy", 3e-3, 2)
-    assert folders.read_validation(tmp_path / "run", found) == ROWS
+    assert folders.read_validation(tmp_path / "run", found) == rows
     trunk, labels = load_trunk(tmp_path / "run")
     assert (trunk.exit_layers, labels) == ((4,), ["negative", "positive"])  # exit 0 is fitted anew
     torch.testing.assert_close(trunk(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
@@ -74,7 +74,7 @@ def test_what_old_records_lack_has_defaults(tmp_path, record):
     write_json(tmp_path / "run.json", record | {"digests": {"a": 1}})
     found = read_record(tmp_path)
     assert (found.method, found.losses, found.columns) == ("sweet-flow0.5", [], [])
-    assert found.diverged is found.ngrams is found.train_tokens is None
+    assert found.diverged is found.train_tokens is None
 
 
 # What a training starts from.

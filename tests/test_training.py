@@ -30,8 +30,12 @@ def fine_tune(
     model: MultiExitModel, examples: TokenizedExamples, rate: float, size=4, seed=0, epochs=1, **more
 ) -> list:
     """Train a model in place, with its table cut to the rows in use; each step's losses."""
-    with train.used_rows(model, examples) as rows:
-        batches = list(chain.from_iterable(rows.shuffled(size, seed, epoch) for epoch in range(epochs)))
+    with train.used_rows(model, examples) as row_of:
+        batches = list(chain.from_iterable(examples.shuffled(size, seed, epoch) for epoch in range(epochs)))
+        assert row_of[torch.cat([batch.input_ids.flatten() for batch in batches])].unique().tolist() == [
+            *range(len(model.encoder.word_embeddings.weight))
+        ]
+        batches = [batch._replace(input_ids=row_of[batch.input_ids]) for batch in batches]
         return train.fine_tune(model, batches, len(batches), rate, seed, **more)
 
 

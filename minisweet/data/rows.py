@@ -126,23 +126,16 @@ def _delimiter(path: Path) -> str | None:
 
 
 def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
-    """The first of the `choices` whose columns the file all has. Raises InputError, which names the option, if any.
-
-    Of JSON lines as many rows are read as it takes, since the first one need not have all columns.
-    """
-    row: dict = {}
-    for _, one in read_rows(path):
-        row |= one
-        if _delimiter(path) or row.keys() >= set(choices[0]):
-            break
+    """The first of the `choices` whose columns the file all has. Raises InputError, which names the option, if any."""
+    there = all_columns(path)
     for columns in choices:
-        if row.keys() >= set(columns):
+        if set(columns) <= set(there):
             return list(columns)
-    if not row:
+    if not there:
         raise InputError(f"{path}: it has no rows")
     lacking = " or ".join(dict.fromkeys(map(",".join, choices)))
     advice = f"name it with {option}" if option else "name it so in the file"
-    raise InputError(f"{path}: no column {lacking}; it has {preview(list(row))}; {advice}")
+    raise InputError(f"{path}: no column {lacking}; it has {preview(there)}; {advice}")
 
 
 def text_columns(path: Path, named: Names, trained: Names = None, option: str = "--text-columns") -> list[str]:
@@ -203,9 +196,8 @@ def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> Non
     columns = {first: examples.first, "sentence2": examples.second, "difficulty": examples.difficulties}
     columns["label"] = examples.labels and [labels[label] for label in examples.labels]
     columns = {name: values for name, values in columns.items() if values is not None}
-    with row_writer(path, list(columns)) as write:
-        for values in zip(*columns.values(), strict=True):
-            write(dict(zip(columns, values, strict=True)))
+    rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> Examples:

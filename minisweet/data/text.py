@@ -1,6 +1,5 @@
 """Sentences into batches (B) of tokens (T): N examples are tokenised once, and padded to the longest of a batch."""
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,14 +173,6 @@ class TokenizedExamples:
         """
         digests = [hashlib.sha256(ids.astype("<i8")).digest()[:8] for ids in self.ids]
         return np.frombuffer(bytearray().join(digests), dtype=np.int64)
-
-    def renumbered(self) -> tuple[np.ndarray, "TokenizedExamples"]:
-        """The token ids that occur (V,), [PAD] among them, sorted, and the examples with their numbers there as ids."""
-        used, numbers = np.unique(np.concatenate([*self.ids, [self.pad_id]]), return_inverse=True)
-        examples = copy.copy(self)
-        *examples.ids, _ = np.split(numbers, np.cumsum(self.lengths))
-        examples.pad_id = int(numbers[-1])
-        return used, examples
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The examples `rows` (B,), padded to the longest of them."""

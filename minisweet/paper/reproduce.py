@@ -233,7 +233,7 @@ def main() -> None:
     elif not (CLONE / "train.py").is_file():
         raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
     else:
-        _, config, _, args.batch_size = start.find_model(args, exit_strategy=args.exit_strategy)
+        _, config, _, args.batch_size = start.find_model(args, "sweet")
         rates = start.search_rates(config)
     args.lrs = args.lrs or rates
     if args.print_commands:

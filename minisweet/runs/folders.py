@@ -20,7 +20,7 @@ from minisweet.data.rows import Examples, read_examples, write_examples
 from minisweet.data.tasks import digest
 from minisweet.data.text import TOKENIZER_FILES
 from minisweet.exits import ExitModel, MultiExitModel
-from minisweet.methods import METHODS, grow
+from minisweet.methods import METHODS
 from minisweet.ngrams import NgramExit
 from minisweet.runs.records import Evaluation, Record, check
 
@@ -73,10 +73,8 @@ def read_record(run: Path) -> Record:
     """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or wrong."""
     path = record_path(run)
     content = read_json(path)
-    arguments = content.get("arguments") or {}
-    if not isinstance(arguments, dict):
-        raise InputError(f"{path}: arguments is {arguments!r:.80}, should be an object")
-    return read_dataclass(Record, path, arguments | content)
+    arguments = content.get("arguments")
+    return read_dataclass(Record, path, (arguments if isinstance(arguments, dict) else {}) | content)
 
 
 def run_digest(run: Path) -> str:
@@ -156,19 +154,14 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
             check(name, value, value == wanted, f"{wanted}, as {key} of config.json")
         fits = 8 <= record.max_length <= config.max_tokens
         check("max_length", record.max_length, fits, f"from 8 to {config.max_tokens}, the positions of the model")
-        has_zero = record.exit_layers[0] == 0
-        check(
-            "ngrams", record.ngrams, has_zero == (record.ngrams is not None), "there where exit_layers has 0, else null"
-        )
     except ValueError as error:
         raise InputError(f"{run / 'run.json'}: {error}") from None
 
     def make() -> ExitModel:
         encoder = new_encoder(replace(config, num_hidden_layers=layers[-1]))
-        start = MultiExitModel(encoder, layers[-1:], C, "plain", record.exit_strategy)
-        model = grow(record.method, start, layers, record.exit_strategy)
-        if record.ngrams:
-            model.add_ngrams(NgramExit(config.vocab_size, C, [], record.ngrams["pairs"]))
+        model = METHODS[record.method].build(encoder, layers, C, exit_strategy=record.exit_strategy)
+        if record.exit_layers[0] == 0:
+            model.add_ngrams(NgramExit(config.vocab_size, C, [], pairs=len(record.columns) == 2))
         return model
 
     return load_strict(run / WEIGHTS, make).eval(), record

@@ -49,7 +49,6 @@ class Record:
     precision: str
     losses: list[list[float]] = field(default_factory=list)  # (steps, exits that are trained)
     diverged: int | None = None  # the step at which the loss became infinite or NaN; such a run has no weights
-    ngrams: dict | None = None  # of exit 0: whether its texts are `pairs`
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None
@@ -67,8 +66,6 @@ class Record:
         columns = self.text_columns
         check("text_columns", columns, columns is None or 1 <= len(columns) <= 2, "one or two columns")
         check("task", self.task, columns is not None or self.task in TASKS, f"one of {', '.join(TASKS)}")
-        pairs = self.ngrams is None or isinstance(self.ngrams.get("pairs"), bool)  # old runs have other keys beside it
-        check("ngrams", self.ngrams, pairs, 'null or {"pairs": true or false}')
         keys = self.train_tokens or [0]
         check("train_tokens", keys, -(2**63) <= min(keys) <= max(keys) < 2**63, "integers of 64 bits")
 
@@ -116,11 +113,8 @@ class OperatingPoint:
         check("threshold", self.threshold, 0 <= self.threshold <= 1, "a number from 0 to 1")
         for name, ends in vars(self).items():
             check(name, ends, not name.endswith("_interval") or len(ends) == 2, "the two ends of an interval")
-        are_within = all(low <= self.goal[name] <= high for name, (low, high) in GOALS.items() if name in self.goal)
-        names = {*self.goal} - {"sure"}
-        is_goal = (
-            len(names) == 1 and names < {*GOALS} and are_within and ("sure" in self.goal) == ("speed" not in names)
-        )
+        are_named = {*self.goal} in ({"speed"}, {"max_loss", "sure"}, {"max_change", "sure"})
+        is_goal = are_named and all(GOALS[name][0] <= value <= GOALS[name][1] for name, value in self.goal.items())
         check("goal", self.goal, is_goal, "one of max_loss and max_change with sure, or of speed")
 
 

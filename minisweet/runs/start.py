@@ -59,7 +59,7 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
     if trunk and METHODS[args.method].keeps_start and args.exit_strategy == "lte" and trunk.heads[0].lte is None:
         wanted = "a trunk that was trained with it, since it stays as it is; or another --method"
         raise InputError(f"--exit-strategy: lte, and {args.trunk} has not learned when it is right; should be {wanted}")
-    folder, config, exit_layers, batch_size = find_model(args, args.method, args.exit_strategy, end)
+    folder, config, exit_layers, batch_size = find_model(args, args.method, end)
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
     train, dev, of_data = load_data(args, tokenizer, labels, need_labels=trunk is None or args.targets != "trunk")
     if train.second is not None and config.type_vocab_size == 1:
@@ -90,7 +90,6 @@ def find_start(args: argparse.Namespace) -> TrainingSetup:
         "exit_layers": exit_layers,
         "depth": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ngrams": exit_0 and {"pairs": exit_0.pairs},
         "device": devices.device_name(device),
         "precision": str(precision or torch.float32),
         "versions": versions(),
@@ -157,9 +156,7 @@ def add_training_options(parser: Parser) -> None:
     devices.add_device_options(parser)
 
 
-def find_model(
-    args: argparse.Namespace, method: str = "sweet", exit_strategy: str = "confidence", end: int | None = None
-) -> tuple[Path, Config, list[int], int]:
+def find_model(args: argparse.Namespace, method: str, end: int | None = None) -> tuple[Path, Config, list[int], int]:
     """The folder of --model, its config, the exit layers and the batch size: the defaults where none is given.
 
     `end` is where a trunk ends. Raises InputError for exits that cannot be.
@@ -169,13 +166,13 @@ def find_model(
     is_large_deberta = config.model_type == "deberta" and config.hidden_size >= 1024
     batch_size = args.batch_size or (8 if is_large_deberta else 16)  # App. A
     depth = end or config.num_hidden_layers
-    exit_layers = list(args.exit_layers or exit_layers_for(depth, method, exit_strategy))
+    exit_layers = list(args.exit_layers or exit_layers_for(depth, method, args.exit_strategy))
     wanted = f"--exit-layers: {','.join(map(str, exit_layers))}"
     if exit_layers != sorted(set(exit_layers)) or not (end or 1) <= exit_layers[-1] <= depth:
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
         raise InputError(f"{wanted}, should increase and end {where}")
     if METHODS[method].exits_between is None and any(exit_layers[:-1]):
         raise InputError(f"{wanted}, and the method {method} has exits 0 and {depth} alone; add --method branch")
-    if exit_strategy == "lte" and exit_layers[0] == 0:
+    if args.exit_strategy == "lte" and exit_layers[0] == 0:
         raise InputError("--exit-strategy: lte, and exit 0 learns no such thing; leave 0 out, or add --method branch")
     return folder, config, exit_layers, batch_size

@@ -57,7 +57,7 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     layer = model.head_layers[-1] if exit_layer is None else exit_layer
     if layer not in model.head_layers:  # exit 0 has no layers that transformers could load
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
-    model = model.ending_at(layer)
+    model = next(part for part in model.parts if layer in part.head_layers)
     tokenizer = load_tokenizer(run, model.encoder.config.vocab_size, record.max_length)
     special, is_mpnet = special_tokens(tokenizer), model.encoder.config.model_type == "mpnet"
     if is_mpnet and tokenizer.token_to_id(special[2]) != 1:
