@@ -14,6 +14,7 @@ import pytest
 import evaluate
 import train
 from minisweet.base.devices import processor
+from minisweet.runs import start
 from tests import benchmark
 from tests.benchmark import draws, own_text, run_study, speed, training, zero_tables
 from tests.conftest import CHECKOUT, CONFIGS, WORDS, run
@@ -50,8 +51,9 @@ def studies(place, run_of, monkeypatch):
         return run({"train.py": train, "evaluate.py": evaluate}[script], *words)
 
     monkeypatch.setattr(training, "run_script", in_process)
-    monkeypatch.setattr(training, "ROWS", 60)
-    monkeypatch.setattr(own_text, "TRAIN", 120)
+    monkeypatch.setattr(training, "ROWS", 32)
+    monkeypatch.setattr(start, "STEPS", 8)
+    monkeypatch.setattr(own_text, "TRAIN", 60)
     monkeypatch.setattr(draws, "CELLS", draws.CELLS[:1])
     draw, sections = Random(0), own_text.SECTIONS[:3]
     fields = "Package: p{0}\nSection: {1}\nDescription: {1} {2}\n Longer: text\n"

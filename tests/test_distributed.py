@@ -140,7 +140,7 @@ def test_processes_train_and_evaluate_as_one_does(here, method):
 @pytest.mark.slow
 def test_processes_stop_at_one_step_and_go_on_together(here):
     write_model(Path("tiny"), "bert")  # with dropout, which differs between processes
-    options = [*OPTIONS, "--epochs", "20"]
+    options = [*OPTIONS, "--epochs", "6"]
     assert run(2, "train.py", *options, "--out", "whole").returncode == 0
     stopped = subprocess.Popen(command(2, "train.py", *options, "--out", "a", "--save-every", "1e-9"))
     while not Path(".a.checkpoint/checkpoint.pt").exists():
