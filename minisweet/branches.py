@@ -23,8 +23,14 @@ class BranchModel(MultiExitModel):
     The trunk gets no gradient and stays in evaluation mode. For the arguments and errors see `MultiExitModel`.
     """
 
-    def __init__(self, encoder: TransformerEncoder, exit_layers: Sequence[int], num_labels: int, **options) -> None:
-        super().__init__(encoder, exit_layers, num_labels, "branch", **options)
+    def __init__(
+        self,
+        encoder: TransformerEncoder,
+        exit_layers: Sequence[int],
+        num_labels: int,
+        exit_strategy: str = "confidence",
+    ) -> None:
+        super().__init__(encoder, exit_layers, num_labels, "branch", exit_strategy)
         self.branches = nn.ModuleList(copy.deepcopy(encoder.layers[n - 1]) for n in exit_layers[:-1])
         self.encoder.requires_grad_(False)
         self.heads[-1].requires_grad_(False)

@@ -103,8 +103,8 @@ def test_precision_follows_the_device(monkeypatch, caplog, has_bfloat16):
     cpu, cuda = map(torch.device, ("cpu", "cuda"))
     assert choose_precision("auto", cpu) is None
     assert choose_precision("auto", cpu, True) is (torch.bfloat16 if has_bfloat16 else None)
-    assert choose_precision("auto", cuda) is (torch.bfloat16 if has_bfloat16 else torch.float16)
-    assert (choose_precision("off", cuda), choose_precision("bf16", cpu)) == (None, torch.bfloat16)
+    assert choose_precision("auto", cuda, True) is (torch.bfloat16 if has_bfloat16 else torch.float16)
+    assert (choose_precision("off", cpu, True), choose_precision("bf16", cpu)) == (None, torch.bfloat16)
     assert ("--amp bf16: a CPU has no instructions for it" in caplog.text) != has_bfloat16
 
 

@@ -119,6 +119,7 @@ def test_autocast_and_half_models_stay_close_and_train_and_padding_changes_no_to
 
 def test_dropout_is_where_the_models_have_it(model_type):
     """A dropout with a probability of 1, if only by rounding, does what zeros in place of some weights do."""
+    assert tiny_encoder(model_type, hidden_dropout_prob=0.3).config.head_dropout == 0.3  # where it has none of its own
     silenced = {
         "attention_probs_dropout_prob": ["attention_output.weight"],
         "hidden_dropout_prob": ["embedding_norm.", "attention_output.", ".output.", "relative_table."],

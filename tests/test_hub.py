@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_a_model_is_fetched_once(server, fetch, tmp_path, model, name):
     assert [path.name for path in folder.parent.iterdir()] == [name]
     assert (f"/api/models/{hub.REPOSITORIES.get(model, model)}", "Bearer hf_secret") in server.requests
     assert fetch(model, NOBODY) == folder
+
+
+def test_of_two_first_uses_at_once_the_slower_takes_the_folder_of_the_faster(server, fetch, monkeypatch):
+    def faster(repository: str, new: Path) -> None:
+        folder = shutil.copytree(new.parent, new.parent / "bert-base")
+        (folder / "config.json").write_bytes(CONFIG)
+        from_hub(repository, new)
+
+    from_hub = hub._from_hub
+    monkeypatch.setattr(hub, "_from_hub", faster)
+    assert os.listdir(fetch("bert-base", server.url)) == ["config.json"]
 
 
 def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):

@@ -47,7 +47,8 @@ def goal_of(args: argparse.Namespace, metric: str, former: dict[str, float] | No
     if "speed" not in goal:
         return goal | {"sure": args.sure or goal.get("sure") or SURE[next(iter(goal))]}
     if args.sure:
-        raise InputError(f"--sure: needs --max-loss or --max-change, since the goal is {options_of(goal)}")
+        whose = "" if named else " of the last evaluation"
+        raise InputError(f"--sure: needs --max-loss or --max-change, since the goal{whose} is {options_of(goal)}")
     return goal
 
 

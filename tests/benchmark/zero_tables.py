@@ -115,12 +115,14 @@ def tables(study: Study) -> dict[str, str]:
     ]
     made["alone"] = table("Models without early exit, and branches alone", ["model", *tasks, of], rows)
 
-    rows = [BERT_BASE, [of, *cells(study.less("exits", PAPERS), sign="+")]]
-    for task in tasks:
-        rows.append([f"{task}, ± over seeds", *cells(study.less("exits", PAPERS, task), sign="+")])
-    rows += rate_rows(study, *PAPERS, lambda run: run["exit_scores"][-len(study.layers) :])
-    head = ["exits alone", *(f"after layer {n}" for n in study.layers)]
-    made["sweet less ee"] = table("SWEET less EE, ± over tasks", head, rows)
+    rows = [["SWEET less EE", *BERT_BASE]]
+    for pair in (pair for pair in pairs if {*pair} <= {*METHODS}):
+        its = [[of, *cells(study.less("exits", pair), sign="+")]]
+        its += [[f"{task}, ± over seeds", *cells(study.less("exits", pair, task), sign="+")] for task in tasks]
+        its += rate_rows(study, *pair, lambda run: run["exit_scores"][-len(study.layers) :])
+        rows += [[" less ".join(pair), *row] for row in its]
+    head = ["difference", "of", *(f"after layer {n}" for n in study.layers)]
+    made["sweet less ee"] = table("Exits alone, less each other, ± over tasks", head, rows)
 
     rows = []
     for pair in pairs:
