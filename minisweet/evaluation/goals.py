@@ -68,7 +68,7 @@ def print_point(point: dict, record: Record, layers: list[int]) -> None:
     """Print the operating point of exits after these `layers`, what is stated, by how many texts, and promised."""
     asked, goal = point["asked_exits"], point["goal"]
     costly = [str(n) for n in layers if n not in asked]
-    left_out = f" (left out: {', '.join(costly)}, which cost more than they give)" if costly else ""
+    left_out = f" (left out: {', '.join(costly)}, not worth the cost)" if costly else ""
     print(f"\noperating point: threshold {point['threshold']:.6g}, exits {', '.join(map(str, asked))}{left_out}")
     print(f"{'on new text':<25}{'stated':>8}   95% interval")
     for title, *keys in STATED:
