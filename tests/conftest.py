@@ -49,7 +49,7 @@ def pytest_configure(config) -> None:
     """One thread, since tiny models lose more to waiting threads than they gain."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have it ignored
-    settings.register_profile("slow machines", deadline=None, max_examples=30)
+    settings.register_profile("slow machines", deadline=None, max_examples=20)
     settings.load_profile("slow machines")
 
 
