@@ -197,8 +197,9 @@ def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> Non
     columns = {first: examples.first, "sentence2": examples.second, "difficulty": examples.difficulties}
     columns["label"] = examples.labels and [labels[label] for label in examples.labels]
     columns = {name: values for name, values in columns.items() if values is not None}
-    rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+    with row_writer(path, list(columns)) as write:
+        for values in zip(*columns.values(), strict=True):
+            write(dict(zip(columns, values, strict=True)))
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> Examples:

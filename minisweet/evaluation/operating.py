@@ -78,8 +78,9 @@ def operating_point(
     # what changes is what disagrees with full depth
     of_goal = [rows.against_full_depth() if "max_change" in goal else rows for rows in (choosers, judges)]
     exits = choose_exits(rule, of_goal[0], goal) if asked is None else [layers.index(n) for n in asked]
-    thresholds = thresholds_of(rule, choosers, exits) if somebody_judges or "speed" in goal else np.ones(1)
-    threshold, share, _ = walk(rule, of_goal[1], goal, exits, thresholds)
+    threshold, share = 1.0, answered.exits_at(exits).costs(1.0)[-1]
+    if somebody_judges or "speed" in goal:
+        threshold, share, _ = walk(rule, of_goal[1], goal, exits, thresholds_of(rule, choosers, exits))
     if "speed" not in goal and asked is None and share > layers[-1] / answered.exits.depth + 1e-9:
         threshold, exits = 1.0, [len(layers) - 1]  # what is asked in vain costs more than leaving early saves
     point = {"threshold": threshold, "asked_exits": [layers[k] for k in exits], "goal": goal}

@@ -73,8 +73,10 @@ def read_record(run: Path) -> Record:
     """Read a run's run.json. Raises InputError for a folder that is no run, and a key that is missing or wrong."""
     path = record_path(run)
     content = read_json(path)
-    arguments = content.get("arguments")
-    return read_dataclass(Record, path, (arguments if isinstance(arguments, dict) else {}) | content)
+    arguments = content.get("arguments") or {}
+    if not isinstance(arguments, dict):
+        raise InputError(f"{path}: arguments is {arguments!r:.80}, should be an object")
+    return read_dataclass(Record, path, arguments | content)
 
 
 def run_digest(run: Path) -> str:
