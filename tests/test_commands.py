@@ -100,11 +100,14 @@ def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
 def test_precision_follows_the_device(monkeypatch, caplog, has_bfloat16):
     monkeypatch.setattr(devices, "processor", lambda: ("a CPU", has_bfloat16))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: has_bfloat16)
-    cpu, cuda = map(torch.device, ("cpu", "cuda"))
-    assert choose_precision("auto", cpu) is None
-    assert choose_precision("auto", cpu, True) is (torch.bfloat16 if has_bfloat16 else None)
-    assert choose_precision("auto", cuda, True) is (torch.bfloat16 if has_bfloat16 else torch.float16)
-    assert (choose_precision("off", cpu, True), choose_precision("bf16", cpu)) == (None, torch.bfloat16)
+    of_gpu = torch.bfloat16 if has_bfloat16 else torch.float16
+    of_cpu = torch.bfloat16 if has_bfloat16 else None
+    expected = {("cpu", False): None, ("cpu", True): of_cpu, ("cuda", False): of_gpu, ("cuda", True): of_gpu}
+    for (name, training), dtype in expected.items():
+        device = torch.device(name)
+        assert choose_precision("auto", device, training) is dtype
+        assert choose_precision("off", device, training) is None
+        assert choose_precision("bf16", device, training) is torch.bfloat16
     assert ("--amp bf16: a CPU has no instructions for it" in caplog.text) != has_bfloat16
 
 

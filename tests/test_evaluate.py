@@ -12,6 +12,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import evaluate
 import train
@@ -25,7 +27,7 @@ from minisweet.evaluation.sweep import crossfit, curve_of, sweep
 from minisweet.runs import folders
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.use import explain, predict
-from tests.conftest import WORDS, write_model
+from tests.conftest import WORDS, slow, write_model
 from tests.test_operating import random_validation
 
 
@@ -97,7 +99,7 @@ def test_what_is_saved_is_read_again(run_of, name, tmp_path):
             load_answers(tmp_path, evaluation, record)
 
 
-@pytest.mark.parametrize("name", ["lte", "trunk0"])
+@pytest.mark.parametrize("name", ["lte", "trunk0", *slow("mm")])
 def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     run = copied(name)
     before = json.loads((run / "evaluation.json").read_text())
@@ -188,17 +190,20 @@ def test_files_of_another_run_are_refused_and_the_same_run_elsewhere_is_not(copi
     assert "older evaluation" in caplog.text
 
 
-def test_the_digest_sees_each_byte_of_small_weights_and_each_part_of_large_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "PAGES", 3)
-    (tmp_path / "run.json").write_text("{}")
-    found = []
-    for size, places in ((9000, (0, 4095, 4096, 8999)), (10**6, (0, 333_333, 666_666, 999_999))):
-        for place in (None, *places):
-            content = bytearray(size)
-            content[place or 0] = place is not None
-            (tmp_path / "model.safetensors").write_bytes(content)
-            found.append(folders.run_digest(tmp_path))
-    assert len({*found}) == 10
+@given(st.integers(1, 40), st.integers(0, 10**6), st.data())
+def test_the_digest_sees_each_byte_of_small_weights_and_each_part_of_large_ones(tmp_path_factory, pages, size, data):
+    run = tmp_path_factory.mktemp("run")
+    (run / "run.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "PAGES", pages)
+        content = bytearray(size)
+        step = max(4096, size // pages)
+        place = data.draw(st.integers(0, size)) if step == 4096 else data.draw(st.integers(0, pages - 1)) * step
+        (run / "model.safetensors").write_bytes(content)
+        before = folders.run_digest(run)
+        content[place : place + 1] = b"x"
+        (run / "model.safetensors").write_bytes(content)
+        assert folders.run_digest(run) != before
 
 
 FAILURES = {  # what the line says, what fails, and how
