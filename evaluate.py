@@ -113,6 +113,8 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         "precision": str(precision or torch.float32),
         "versions": folders.versions(),
     }
+    warnings = [goals.shortfall(point, record, layers), *goals.never_right(evaluation, record.labels)]
+    evaluation["warnings"] = list(filter(None, warnings))
     # Both are written before one is replaced. All this comes before anything is printed, since `| head` may end this
     # process.
     with written_beside(run / folders.EVALUATION) as new, written_beside(run / folders.LOGITS) as logits:
@@ -120,12 +122,11 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         write_json(new, evaluation)
         folders.check_digest(run / folders.EVALUATION, folders.run_digest(run), run_digest)  # it may be another by now
     written = read_dataclass(Evaluation, run / folders.EVALUATION, evaluation)
-    draw_curves(run / folders.CURVE, {str(run): written})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {counted(len(rows.first), 'validation row')}")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
     print_milliseconds(EarlyExitClassifier.of(run, device, precision, model, record, written), rows.texts())
-    for line in filter(None, [goals.shortfall(point, record, layers), *goals.never_right(evaluation, record.labels)]):
+    for line in evaluation["warnings"]:
         print(f"warning: {line}")
     kept = " (that of the last evaluation)" if former and former.goal == goal else ""
     print(f"\nwritten to {run / folders.EVALUATION}, by the goal {goals.options_of(goal)}{kept}")
@@ -135,7 +136,8 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     print("predict takes this operating point now. Next:")
     print(f"  python -m minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")
     print(f"  python evaluate.py {quote(str(run))} --test FILE.csv")
-    print(f"  python -m minisweet explain {quote(str(run))} TEXT")
+    print(f"  python -m minisweet explain {quote(str(run))} TEXT", flush=True)
+    draw_curves(run / folders.CURVE, {str(run): written})  # last, so that all else is told where it cannot be written
 
 
 def print_curve(evaluation: dict) -> None:
@@ -199,7 +201,7 @@ def test(run: Path, args: argparse.Namespace) -> None:
         were, do = ("was", "does") if count == 1 else ("were", "do")
         print(f"{count:,} of these {total} {were} trained on, and {do} not count")
     if count := np.isin(answers.keys, classify.tokenize(folders.read_validation(run, record).texts()).keys()).sum():
-        print(f"{count:,} of them are validation rows of the run, which set the threshold: they test nothing")
+        print(f"validation rows of the run, which set the threshold and so test nothing: {count:,} of those that count")
     print(f"\n{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
         stated = goals.with_interval(vars(point), key, interval) if labelled or key == "speedup_ratio" else ""

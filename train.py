@@ -57,7 +57,7 @@ def fine_tune(
 
     The learning rate decays linearly towards zero, and each group's gradient is clipped to norm 1. `seed` is that of
     dropout. With a checkpoint, its stage goes on where it stopped. Raises FloatingPointError, with the step, where a
-    loss is not finite.
+    loss, or a parameter at the end, is not finite.
     """
     groups, device = model.train().parameter_groups(), next(model.parameters()).device
     parameters = list(chain.from_iterable(groups))
@@ -85,6 +85,8 @@ def fine_tune(
         bar.set_postfix_str(f"loss per exit {np.mean(losses[-50:], axis=0).round(2)}", refresh=False)
         if checkpoint:
             checkpoint.keep(losses, parameters, optimizer, scaler, is_over=step == steps)
+    if not all(parameter.isfinite().all() for parameter in parameters):  # by the last step, after its loss
+        raise FloatingPointError(steps)
     return losses
 
 

@@ -30,7 +30,8 @@ class BranchModel(MultiExitModel):
         num_labels: int,
         exit_strategy: str = "confidence",
     ) -> None:
-        super().__init__(encoder, exit_layers, num_labels, "branch", exit_strategy)
+        super().__init__(encoder, exit_layers, num_labels, "plain", exit_strategy)
+        self.method = "branch"
         self.branches = nn.ModuleList(copy.deepcopy(encoder.layers[n - 1]) for n in exit_layers[:-1])
         self.encoder.requires_grad_(False)
         self.heads[-1].requires_grad_(False)

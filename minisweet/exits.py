@@ -60,14 +60,15 @@ class ExitHead(nn.Module):
         super().__init__()
         config, D = encoder.config, encoder.config.hidden_size
         self.pooler_dropout = Dropout(config.pooler_dropout)
-        self.pooler = nn.Linear(D, D)
+        like = {"device": encoder.word_embeddings.weight.device, "dtype": encoder.word_embeddings.weight.dtype}
+        self.pooler = nn.Linear(D, D, **like)
         self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
         self.dropout = Dropout(config.head_dropout)
-        self.classifier = nn.Linear(D, num_labels)
+        self.classifier = nn.Linear(D, num_labels, **like)
         draw_weights(self, config.initializer_range)
         if encoder.pooler_start is not None:
             self.pooler.load_state_dict(encoder.pooler_start)
-        self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None
+        self.lte = nn.Linear(D, 1, **like) if exit_strategy == "lte" else None
 
     def forward(self, hidden: Tensor) -> ExitOutput:
         """Hidden states of [CLS], (B, 1, D), to logits (B, C) and certainty (B,), or None."""
@@ -177,9 +178,10 @@ class MultiExitModel(ExitModel):
         exit_strategy: str = "confidence",
     ) -> None:
         super().__init__(exit_layers, num_labels, len(encoder.layers))
-        for value, known in ((method, ("sweet", "ee", "plain", "branch")), (exit_strategy, EXIT_STRATEGIES)):
+        for value, known in ((method, ("sweet", "ee", "plain")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
-                raise ValueError(f"{value!r} is none of {', '.join(known)}")
+                where = "; branches are in minisweet.branches" * (value == "branch")
+                raise ValueError(f"{value!r} is none of {', '.join(known)}{where}")
         self.encoder, self.method = encoder, method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
         self.train()  # as any new module, whatever the encoder's mode was

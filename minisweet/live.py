@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minisweet.adaptive import ExitRule, in_float32, leaves
 from minisweet.exits import ExitModel
-from minisweet.layers import checked_inputs
+from minisweet.layers import Maybe, checked_inputs
 from minisweet.methods import METHODS
 
 
@@ -30,8 +30,8 @@ class Answers(NamedTuple):
 def early_exit(
     model: ExitModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
-    token_type_ids: Tensor,
+    attention_mask: Maybe,
+    token_type_ids: Maybe,
     threshold: float,
     rule: ExitRule | None = None,
     batch_size: int = 32,
@@ -48,7 +48,7 @@ def early_exit(
     last, threshold = len(model.exit_layers) - 1, in_float32(threshold)
     first = last if threshold >= 1 and METHODS[model.method].is_one_model else 0  # the exit that is asked first
     model = model.keep_exits(model.exit_layers[first:])
-    lengths = attention_mask.sum(1).clamp(min=1)  # (B,)
+    lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
     rows = lengths.argsort(descending=True, stable=True)  # similar lengths run together
     exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)
     all_logits, stays = confidence.new_zeros(len(lengths), model.num_labels), torch.ones_like(lengths).bool()

@@ -115,6 +115,11 @@ def test_a_process_that_torchrun_did_not_start_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="WORLD_SIZE is set and RANK is not"):
         devices.distributed(print)()
+    for size, rank in (("abc", "0"), ("", "0"), ("0", "0"), ("2", "x"), ("2", "2")):
+        for name, value in {"WORLD_SIZE": size, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=f"WORLD_SIZE is '{size}' and RANK '{rank}'"):
+            devices.distributed(print)()
 
 
 def test_a_device_is_there_or_refused(monkeypatch):

@@ -109,6 +109,7 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     after = json.loads((run / "evaluation.json").read_text())
     assert {key for key in before if before[key] != after[key]} <= {"seconds", "device"}
     assert (run / "curve.png").exists()
+    assert after["warnings"] == re.findall(r"^warning: (.*)$", out, re.MULTILINE)
     point = read_evaluation(run).operating_point
     assert point.goal == {"max_loss": 1.0, "sure": 70.0}
     assert f"exits {', '.join(map(str, point.asked_exits))}" in out
@@ -118,6 +119,15 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert re.search(r"^class +precision +recall +F1", out, re.MULTILINE)
     assert re.search(r"^at full depth +[0-9.]+ +[0-9.]+$", out, re.MULTILINE)  # milliseconds
     assert all(f"{words} '{run}' " in out for words in ("minisweet predict", "evaluate.py", "minisweet explain"))
+
+
+def test_where_the_figure_cannot_be_written_all_else_is_told(copied, command):
+    run = copied("trunk0")
+    (run / "curve.png").unlink(missing_ok=True)
+    (run / "curve.png" / "x").mkdir(parents=True)
+    status, out, err = command(evaluate, run)
+    assert (status, err.count("\n"), "curve.png: cannot be written" in err) == (2, 1, True)
+    assert "predict takes this operating point now" in out
 
 
 def test_an_older_evaluation_can_still_be_read(copied):
@@ -253,7 +263,7 @@ def test_a_labelled_file_is_scored_beside_what_was_stated(copied, command, name)
     assert share[8] == f"{point.speedup_ratio:.2f}"
     assert float(share[4]) == pytest.approx(point.speedup_ratio, abs=0.1)  # all rows, and those that judged
     assert "at most 120 points are lost, 60% sure, which holds here" in out
-    assert re.search(r"^[\d,]+ of them are validation rows of the run, which set the threshold", out, re.MULTILINE)
+    assert re.search(r"validation rows of the run, which set the threshold and so test nothing: [\d,]+ of those", out)
     assert (run / "evaluation.json").read_bytes() == before
     lines = (run / "validation.jsonl").read_text().splitlines()
     unlabelled = [{key: value for key, value in json.loads(line).items() if key != "label"} for line in lines]

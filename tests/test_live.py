@@ -86,3 +86,5 @@ def test_who_leaves_at_exit_0_is_never_embedded_and_the_others_fill_batches(tmp_
         stay = 16 if threshold == 1 else int((exits > 0).sum())
         assert embedded == [*[5] * (stay // 5), *[stay % 5] * (stay % 5 > 0)]
     assert len(early_exit(model, *(x[:0] for x in batch), 0.9).exits) == 0
+    ids, filled = batch[0], (torch.ones_like(batch[0]), torch.zeros_like(batch[0]))
+    assert torch.equal(early_exit(model, ids, None, None, 0.9).logits, early_exit(model, ids, *filled, 0.9).logits)

@@ -1,7 +1,9 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes: tables and figures."""
 
+import importlib
 import json
 import re
+import sys
 import tarfile
 import threading
 import time
@@ -70,7 +72,11 @@ def fake_run(method: str, lr=1e-3, size=32, seed=0, area=60.0, evaluated=None, *
     content = record([area] * 3, method=method, task="toy", lr=lr, train_size=size, seed=seed, epochs=1)
     content |= {"max_length": 32, "batch_size": 16, "model": "tiny", "depth": 4, "exit_strategy": "confidence"}
     content |= {"device": "none", "precision": "torch.float32", "thresholds": [0.5, 0.75, 1.0]}
-    content |= {"labels": ["negative", "positive"], **changes}
+    content |= {"labels": ["negative", "positive"], "examples": 100, "temperatures": [1.0, 1.0], "dev_digest": ""}
+    interval = dict.fromkeys(("score_interval", "full_depth_interval", "loss_interval", "speedup_interval"), [0.0, 1.0])
+    point = dict.fromkeys(("score", "macro_f1", "full_depth_score", "loss", "speedup_ratio"), 1.0) | interval
+    content["operating_point"] = point | {"threshold": 1.0, "asked_exits": [4], "reached": True, "goal": {"speed": 1.0}}
+    content |= changes
     (folder / "run.json").write_text(json.dumps(content))
     (folder / "evaluation.json").write_text(json.dumps(content | (evaluated or {})))
     return folder
@@ -203,7 +209,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
     (folder / "evaluation.json").unlink()  # and it has no weights
     status, out, err, started = grid("--methods", "ee,sweet", *ONE)
     assert any("tiny-sweet-toy-lr0.001-n32-seed0" in line for line in started)
-    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
+    assert err.splitlines()[-1].endswith("1 run failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
     assert (status, "of 1 runs; 1 missing" in out) == (2, True)
 
 
@@ -224,6 +230,12 @@ def test_a_run_of_other_settings_is_refused(grid, changes, message):
     assert (status, started, err.count("\n")) == (2, [], 1)
     assert f"{folder}" in err
     assert message in err
+
+
+def test_it_is_imported_where_there_are_no_locks_as_on_windows(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delitem(sys.modules, "minisweet.paper.reproduce")
+    assert importlib.import_module("minisweet.paper.reproduce").main
 
 
 def test_where_it_is_installed_without_a_clone_it_is_refused_first(grid, monkeypatch, tmp_path):

@@ -103,8 +103,8 @@ CHANGES = [  # options, what is replaced in both files, and what differs then
     (["--lr", "0.25"], ("", ""), "lr is 0.25 and was 0.0001"),
     (["--method", "ee"], ("", ""), "method is ee and was sweet"),
     (["--exit-layers", "2,4"], ("", ""), "exit_layers is [2, 4] and was [1, 4]"),
-    ([], ("a film bad", "a dull film"), "train_digest is "),
-    ([], ("the film bad", "a dull film"), "dev_digest is "),
+    ([], ("a film bad", "a dull film"), "the training rows are others"),
+    ([], ("the film bad", "a dull film"), "the validation rows are others"),
     ([], (",down", ",below"), "labels is ['below', 'up'] and was ['down', 'up']"),
 ]
 
@@ -137,6 +137,10 @@ def test_other_arguments_and_rows_are_refused_with_both_values_and_files_may_mov
     status, out, err = command(*words, "--data", "elsewhere/other.csv", "--resume", "--save-every", "5")
     assert (status, "a: finished already" in out, command.steps) == (0, finished, 0 if finished else STEPS - 3), err
     assert (written() == before) is finished
+    if finished:
+        Path("a/run.json").write_text('{"arguments": [[1, 2]]}')
+        broken = command(*words, "--data", "elsewhere/other.csv", "--resume")
+        assert "a/run.json: arguments is [[1, 2]], should be an object" in broken[2]
 
 
 def test_a_training_claims_its_folder(command):
@@ -149,6 +153,9 @@ def test_a_training_claims_its_folder(command):
     assert "; pass --resume or --overwrite to take it" in err
     assert command("--out", "a", "--overwrite", "--seed", "1", "--model", "nowhere")[0] == 2
     assert STOPPED.read_bytes() == before  # nothing is lost before a new checkpoint takes its place
+    for broken in (b"", before[:-200]):
+        STOPPED.write_bytes(broken)
+        assert "checkpoint.pt: is no checkpoint (" in command("--out", "a", "--resume")[2]
     assert command("--out", "a", "--seed", "1", "--overwrite")[0] == 0
     assert (command.steps, STOPPED.parent.exists()) == (STEPS, False)
     finished = Path("a/run.json").stat().st_mtime_ns

@@ -1,6 +1,7 @@
 """The data of a training: the user's own files, split; and GLUE, read and fetched, from this machine only."""
 
 import io
+import re
 import zipfile
 from collections import Counter
 from functools import cache
@@ -121,6 +122,12 @@ def test_data_without_labels(tmp_path):
     dev = write(tmp_path / "dev.csv", table(["a", "b"], ["y", "x"]))
     data = load("--data", path, "--dev-data", dev, labels=["x", "y"], need_labels=False)
     assert (data.train.labels, data.dev.labels, data.record["metric"]) == (None, [1, 0], "accuracy")
+    (tmp_path / "RTE").mkdir()
+    for name in ("train", "dev"):
+        content = FILES["rte"] if name == "dev" else re.sub("(not_)?entailment", "hidden", FILES["rte"])
+        (tmp_path / f"RTE/{name}.tsv").write_bytes(content.encode())
+    rte = load("--task", "rte", "--data-dir", tmp_path, need_labels=False)
+    assert (rte.train.first, rte.train.labels) == (rte.dev.first, None)
     toy = load("--task", "toy", need_labels=False)
     assert (toy.train.labels, toy.dev) == (None, load_examples("toy", "dev", tmp_path))
 

@@ -184,6 +184,8 @@ def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_pa
     assert (status, err.splitlines(True)[-1]) == (2, message)
     assert [path.name for path in Path().glob("*a*/*")] == ["run.json"]  # no weights, and no checkpoint
     assert (read_record(Path("a")).diverged, read_record(Path("a")).lr) == (2, 1e30)
+    at_the_end = command(train, *options, "--train-size", 1, "--epochs", 1, "--lr", "1e39", "--overwrite")
+    assert (at_the_end[0], "NaN at step 1; try a lower one" in at_the_end[2]) == (2, True)
     assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
     assert command(train, *options, "--overwrite")[0] == 2
     assert load_run(Path("a"))[1].diverged is None  # a run with weights stays
@@ -307,15 +309,17 @@ def test_branches_and_exit_0_learn_the_trunks_probabilities_or_balanced_rows(
     torch.testing.assert_close(branches.sort(0).values, expected.sort(0).values, atol=1e-5, rtol=1e-5)
 
 
-def test_a_trunk_from_elsewhere_and_text_without_labels(command, trained, tmp_path):
+def test_a_trunk_from_elsewhere_and_text_with_no_labels_of_its_own(command, trained, tmp_path, caplog):
     write_classifier(tmp_path / "theirs")
-    Path("texts.csv").write_text("text\n" + "".join(f"{a} film {b}\n" for a in WORDS[:8] for b in WORDS[:5]))
+    rows = "".join(f"{a} film {b},unknown\n" for a in WORDS[:8] for b in WORDS[:5])
+    Path("texts.csv").write_text(f"text,label\n{rows}")
     options = ["--trunk", "theirs", "--data", "texts.csv", "--targets", "trunk", "--labels", "no,yes"]
     trained(*options, "--max-length", 32, "--out", "run", "--class-weights", "balanced")
     model, record = load_run(Path("run"))
     with torch.no_grad():
         assert torch.equal(model(*random_batch())[-1], load_trunk(Path("theirs"))[0](*random_batch())[0])
     assert (record.exit_layers, record.labels, record.metric) == ([0, 4], ["no", "yes"], "agreement")
+    assert "should be one of no, yes; all its labels are left out" in caplog.text
     assert record.train_tokens  # its own are known
     assert not record.knows_all_texts
     assert command(evaluate, "run")[0] == 0

@@ -23,10 +23,11 @@ from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.base.files import InputError
 from minisweet.data.rows import DELIMITERS, read_rows, row_writer
+from minisweet.methods import METHODS, build_alone, grow
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.runs.records import GOALS
 from minisweet.use import explain, predict
-from tests.conftest import CHECKOUT, run
+from tests.conftest import CHECKOUT, random_batch, run, write_model
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9)
@@ -170,15 +171,20 @@ def test_others_do_not_choose(run_of, command, name):
 
 
 @pytest.mark.parametrize("name", ["sweet", "mm", "trunk0", "lte"])
-def test_the_users_default_device_makes_no_difference(run_of, name):
-    expected = EarlyExitClassifier(run_of(name))(TEXTS)
-    torch.set_default_device("meta")
-    try:
-        classify = EarlyExitClassifier(run_of(name))
-        assert classify(TEXTS) == expected
-        assert explain.explain(classify, TEXTS[0])
-    finally:
-        torch.set_default_device(None)
+def test_the_users_default_device_and_type_make_no_difference(run_of, name, tmp_path):
+    expected, batch, folder = EarlyExitClassifier(run_of(name))(TEXTS), random_batch(), write_model(tmp_path, "bert")
+    for device, dtype in (("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)):
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        try:
+            classify = EarlyExitClassifier(run_of(name))
+            assert classify(TEXTS) == expected
+            assert explain.explain(classify, TEXTS[0])
+            for model in (grow(method, build_alone(folder, 4, 2), [1, 4]) for method in METHODS):
+                assert model(*batch).dtype is torch.float32
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
 
 
 def test_the_operating_point_is_the_evaluations(copy_of):
@@ -227,12 +233,12 @@ def test_rows_keep_their_cells_and_get_ours_beside_them(run_of, rows, suffixes):
 
 def test_columns_of_text_and_what_is_told(run_of, command):
     run, classify = run_of("sweet"), EarlyExitClassifier(run_of("sweet"))
-    Path("in.csv").write_text(f"body,text\n{'bad ' * 31},awful\n{'bad ' * 30},a\n")
-    for options, text, cut in ((["--text-columns", "body"], "bad " * 31, 1), ([], "awful", 0)):
+    Path("in.csv").write_text(f"body,text\n{'bad ' * 31},awful\n{'bad ' * 30},\n")
+    for options, text, empty, cut in ((["--text-columns", "body"], "bad " * 31, 0, 1), ([], "awful", 1, 0)):
         _, out, _ = command(predict, run, "in.csv", "--out", "out.csv", *options)
         row = cells_of(Path("out.csv"))[0]
         assert float(row["p_negative"]) == pytest.approx(classify([text])[0].probabilities["negative"], abs=1e-6)
-        assert out.strip().endswith(f"cut to 32 tokens: {cut}")
+        assert out.strip().endswith(f"empty: {empty}; cut to 32 tokens: {cut}")
     status, out, err = command(predict, run, "in.csv")  # on standard output, as CSV
     assert (status, err, len(out.splitlines())) == (0, "", 3)
     assert out.startswith("body,text,label,confidence,exit_layer,p_negative,p_positive\n")

@@ -33,13 +33,13 @@ def add_device_options(parser: Parser) -> None:
     option("--amp", choices=AMP_CHOICES, default="auto", help="mixed precision (default: auto, where it pays)")
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, option: str = "--device") -> torch.device:
     """The device of auto, cpu, cuda or cuda:N; torchrun's processes take one GPU each. Raises InputError for others."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     if name == "cuda" or (name == "auto" and gpus):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name not in ("auto", "cpu", *gpus):
-        raise InputError(f"--device: {name!r} is not here; should be {', '.join(['auto', 'cpu', *gpus])}")
+        raise InputError(f"{option}: {name!r:.80} is not here; should be {', '.join(['auto', 'cpu', *gpus])}")
     return torch.device("cpu" if name == "auto" else name)
 
 
@@ -108,6 +108,11 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise InputError(f"WORLD_SIZE is set and {missing[0]} is not: start by torchrun, or unset WORLD_SIZE")
+        size, rank = (os.environ[name] for name in ("WORLD_SIZE", "RANK"))
+        if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
+            raise InputError(
+                f"WORLD_SIZE is {size!r:.80} and RANK {rank!r:.80}: start by torchrun, or unset WORLD_SIZE"
+            )
         # Imported later, its functions keep the group as a default, and gloo's threads may abort a process that ends.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -119,7 +124,7 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
         finally:
             dist.destroy_process_group()
 
-    return run if int(os.environ.get("WORLD_SIZE", 1)) > 1 else main
+    return main if os.environ.get("WORLD_SIZE", "1") == "1" else run
 
 
 def all_gather(value: object) -> list:

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import unicodedata
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,10 +63,11 @@ TASKS = {
 # fmt: on
 
 
-def load_examples(task: str, split: str, data_dir: Path, labels: Names = None) -> Examples:
+def load_examples(task: str, split: str, data_dir: Path, labels: Names = None, need_labels: bool = True) -> Examples:
     """Read one split, "train" or "dev", of a task. Where `data_dir` lacks the task's folder, it is fetched first.
 
-    `labels` gives the classes another order than the task's. Raises InputError for what cannot be read or fetched.
+    `labels` gives the classes another order than the task's. Without `need_labels` the rows' labels are not read.
+    Raises InputError for what cannot be read or fetched.
     """
     own = TASKS[task]
     if task == "toy":
@@ -76,14 +78,15 @@ def load_examples(task: str, split: str, data_dir: Path, labels: Names = None) -
         fetch_once(folder, lambda: _fetch(own, folder))
         path, (*columns, label) = folder / own.files[("train", "dev").index(split)], own.columns
         rows = read_rows(path, own.header, quoting=csv.QUOTE_NONE)  # tabs between columns, no quotes
-        rows = ((line, row) for line, row in rows if row.get(label) not in SKIPPED)
+        label = label if need_labels else None
+        rows = ((line, row) for line, row in rows if row.get(label or columns[-1]) not in SKIPPED)
         codes = list(map(str, range(len(own.labels)))) if own.numbered else own.labels
         examples, _ = examples_of(path, rows, columns, label, codes)
     labels = list(labels or own.labels)
     if not set(own.labels) <= set(labels):
         raise InputError(f"task {task}: its labels are {preview(own.labels)}, which {preview(labels)} lacks")
     order = [labels.index(label) for label in own.labels]
-    return examples._replace(labels=[order[label] for label in examples.labels])
+    return examples._replace(labels=[order[label] for label in examples.labels] if need_labels else None)
 
 
 def _fetch(task: Task, folder: Path) -> None:
@@ -138,8 +141,8 @@ def load_data(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names = No
     """Train, dev, and what run.json tells of them, by the options of `add_data_options`; one of --data and --task.
 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
-    the labels of training rows are ignored, and own data may lack the label column. Texts of the same tokens are one
-    text when rows are set aside. Raises InputError for a wrong file.
+    those of a task's training rows are left out, and so are own data's, with a warning, where they are missing or
+    others. Texts of the same tokens are one text when rows are set aside. Raises InputError for a wrong file.
     """
     named = args.labels if args.data else TASKS[args.task].labels
     if labels is None or (named and list(labels) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
@@ -148,8 +151,8 @@ def load_data(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names = No
         raise InputError(f"--labels: {','.join(named)}, and the trunk's are {','.join(labels)}")
     columns, column = None, None
     if args.data is None:
-        train, dev = (load_examples(args.task, split, args.data_dir, labels) for split in ("train", "dev"))
-        train, metric = train if need_labels else train._replace(labels=None), TASKS[args.task].metric
+        train = load_examples(args.task, "train", args.data_dir, labels, need_labels)
+        dev, metric = load_examples(args.task, "dev", args.data_dir, labels), TASKS[args.task].metric
     else:
         train, dev, labels, columns, column = _load_own(args, tokenizer, labels, need_labels)
         metric = "accuracy" if dev.labels else "agreement"
@@ -168,9 +171,18 @@ def _load_own(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names, nee
         column = next(iter(find_columns("--label-column", path, *usual)), None)
         if column in columns:
             raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
-        return *examples_of(path, read_rows(path), columns, column, labels), columns, column
+        try:
+            return *examples_of(path, read_rows(path), columns, column, labels), columns, column
+        except InputError as error:
+            if need_labels or args.label_column or column is None:
+                raise
+            examples = examples_of(path, read_rows(path), columns, None, labels)
+            LOG.warning("%s; all its labels are left out", error)
+            return *examples, columns, None
 
     train, labels, columns, column = read(args.data, labels)
+    if len({unicodedata.normalize("NFKC", name).casefold() for name in labels or ()}) < len(labels or ()):
+        LOG.warning("%s: labels that differ in case or Unicode form alone are classes of their own", args.data)
     if need_labels and len(set(train.labels)) < 2:
         raise InputError(f"{args.data}: all rows have the label {labels[train.labels[0]]!r:.60}, needs two or more")
     if args.dev_data:

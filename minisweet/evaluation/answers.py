@@ -132,7 +132,7 @@ def run_exits(
     logits, certainty = all_logits(model, examples, precision)
     if not all(values.isfinite().all() for values in (logits, certainty) if values is not None):
         raise InputError(f"{run}: its exits give infinite numbers or NaN; try --amp off, or train at a lower --lr")
-    labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels)  # (N,)
+    labels = logits[-1].argmax(-1) if rows.labels is None else torch.tensor(rows.labels, device="cpu")  # (N,)
     exits = Exits(list(model.exit_layers), record.depth, record.method)
     return AnsweredRows(logits, certainty, labels, torch.from_numpy(examples.keys()), metric, exits)
 

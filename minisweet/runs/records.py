@@ -62,6 +62,8 @@ class Record:
         within = f"increasing layers up to {self.depth}, after 0 where there is exit 0"
         check("exit_layers", self.exit_layers, is_right, within)
         check("labels", self.labels, 0 < len(set(self.labels)) == len(self.labels), "different names")
+        check("seed", self.seed, self.seed >= 0, "0 or more")
+        check("batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
         check("dev_size", self.dev_size, 0 < self.dev_size < 1, "a share between 0 and 1")
         columns = self.text_columns
         check("text_columns", columns, columns is None or 1 <= len(columns) <= 2, "one or two columns")
@@ -129,8 +131,11 @@ class Evaluation:
     method: str
     metric: Literal["accuracy", "agreement", "matthews"]
     exit_layers: list[int]  # (K,), all that were evaluated
+    exit_scores: list[float]  # (K,), each exit alone
+    per_class: list[dict]  # (K,), of `classification_report`
     scores: list[float]  # (P,)
     speedup_ratios: list[float]  # (P,)
+    area: float
     precision: str
     examples: int
     temperatures: list[float]  # (K,)
@@ -148,4 +153,8 @@ class Evaluation:
         check("temperatures", self.temperatures, fit, "a number from 0.0001 to 10000 for each exit")
         are_pairs = ranges is None or [len(ends) for ends in ranges] == [2] * len(layers)
         check("certainty_ranges", ranges, are_pairs, "two numbers for each exit")
+        check("exit_scores", self.exit_scores, len(self.exit_scores) == len(layers), "a number for each exit")
+        have_confusions = all({"confusions", "confusion_matrix"} & {*report} for report in self.per_class)  # new or old
+        are_reports = len(self.per_class) == len(layers) and have_confusions
+        check("per_class", self.per_class, are_reports, "for each exit an object with its confusions")
         check("scores", self.scores, 0 < len(self.scores) == len(self.speedup_ratios), "as many as speedup_ratios")

@@ -21,11 +21,13 @@ from torch import nn
 from minisweet.base.commands import STOPS
 from minisweet.base.devices import all_gather, process_rank
 from minisweet.base.files import LOG, InputError, read_json, written_beside
-from minisweet.runs.folders import FILES, is_run
+from minisweet.runs.folders import FILES, is_run, read_record
 
 # Options that may change when a training goes on. In place of files, their rows' digests are compared; in place of
 # --exit-layers, the model's layers.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_data", "data_dir", "exit_layers"}
+
+ROWS = {"train_digest": "training", "dev_digest": "validation"}
 
 
 @contextmanager
@@ -61,7 +63,7 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
 
 def training_of(record: dict) -> dict:
     """What must stay the same when a training goes on, of a run.json."""
-    options = {key: value for key, value in record["arguments"].items() if key not in MAY_CHANGE}
+    options = {key: value for key, value in (record.get("arguments") or {}).items() if key not in MAY_CHANGE}
     rest = ("exit_layers", "labels", "train_digest", "dev_digest", "precision")
     return options | {key: record.get(key) for key in rest}
 
@@ -80,16 +82,24 @@ class SavedTraining:
         self.signal = 0  # the number of the signal that came
         self.started = self.saved = time.perf_counter()
         if args.resume and path.is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            before, self.stages = saved["training"], saved["stages"]
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                before, self.stages = saved["training"], saved["stages"]
+            except Exception as error:  # of pickle, zip or torch, according to what is wrong with the file
+                raise InputError(
+                    f"{path}: is no checkpoint ({error!s:.100}); to start anew, pass --overwrite"
+                ) from None
             if {0, *before["exit_layers"]} == {0, *self.training["exit_layers"]}:
                 before["exit_layers"] = self.training["exit_layers"]  # exit 0 is fitted after all stages
         elif args.resume and is_run(args.out):
+            read_record(args.out)  # refuses what is no run's
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         for key, value in self.training.items():
             if value != (was := before.get(key)):
-                what = f"{args.out} is another training's: {key} is {value!s:.60} and was {was!s:.60}"
-                raise InputError(f"--resume: {what}; to start anew, pass --overwrite")
+                what = f"{key} is {value!s:.60} and was {was!s:.60}"
+                if key in ROWS:
+                    what = f"the {ROWS[key]} rows are others"
+                raise InputError(f"--resume: {args.out} is another training's: {what}; to start anew, pass --overwrite")
         *_, place = "step 0", *(f"step {len(saved['losses'])} of {stage}" for stage, saved in self.stages.items())
         self.notes = [f"--resume: goes on from {place}"] * args.resume  # for the user
 

@@ -174,5 +174,6 @@ def find_model(args: argparse.Namespace, method: str, end: int | None = None) ->
     if METHODS[method].exits_between is None and any(exit_layers[:-1]):
         raise InputError(f"{wanted}, and the method {method} has exits 0 and {depth} alone; add --method branch")
     if args.exit_strategy == "lte" and exit_layers[0] == 0:
-        raise InputError("--exit-strategy: lte, and exit 0 learns no such thing; leave 0 out, or add --method branch")
+        wanted = "leave 0 out" if args.exit_layers else "add --method branch"
+        raise InputError(f"--exit-strategy: lte, and exit 0 learns no such thing; {wanted}")
     return folder, config, exit_layers, batch_size

@@ -69,18 +69,18 @@ class EarlyExitClassifier:
         **others: object,
     ) -> None:
         for name in others:
-            raise TypeError(f"{name} is no argument: {CHOOSER}, or pass threshold")
+            raise TypeError(f"{name} is no argument" + f": {CHOOSER}, or pass threshold" * (name in GOALS))
         is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
         is_whole = isinstance(batch_size, Integral) and not isinstance(batch_size, bool)
         for name, value, is_right, wanted in (
             ("threshold", threshold, threshold is None or (is_number and 0 <= threshold <= 1), "a number from 0 to 1"),
             ("batch_size", batch_size, is_whole and 1 <= batch_size < 2**31, f"a whole number from 1 to {2**31 - 1}"),
             ("amp", amp, amp in AMP_CHOICES, f"one of {', '.join(AMP_CHOICES)}"),
-            ("run", run, isinstance(run, str | os.PathLike), "the path of a run folder"),
+            ("run", run, isinstance(run, str | os.PathLike) and run != "", "the path of a run folder"),
         ):
             if not is_right:
                 raise InputError(f"{name}: {value!r:.80}, should be {wanted}")
-        self.device, run = choose_device(str(device)), Path(run)
+        self.device, run = choose_device(str(device), "device"), Path(run)
         self.precision = choose_precision(amp, self.device)
         (model, record), evaluation = load_run(run), read_evaluation(run)
         self._deploy(run, model, record, evaluation)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minisweet.adaptive import Exits
 from minisweet.base.commands import Progress
-from minisweet.base.files import InputError, written_beside
+from minisweet.base.files import InputError, counted, written_beside
 from minisweet.data.text import TokenizedExamples, special_tokens
 from minisweet.evaluation.answers import load_answers
 from minisweet.evaluation.goals import shortfall
@@ -109,7 +109,7 @@ def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: b
     value = score(labels, answered.labels[rows].numpy(), answered.metric)
     costs = dict(zip(layers, exits.costs(classify.threshold), strict=True))
     return file, [
-        f"{len(rows):,} validation rows, one by one: {answered.metric} {value:.1f} with "
+        f"{counted(len(rows), 'validation row')}, one by one: {answered.metric} {value:.1f} with "
         f"{np.mean([costs[n] for n in taken]):.1%} of the layers; {differ:,} labels or exits are not the model's",
         f"{changes:,} labels ({changes / len(rows):.1%}) change against the file's full depth, "
         f"{(labels != full_depth[rows]).sum():,} against the model's",

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from minisweet.base.commands import Parser, Progress, list_of
-from minisweet.base.files import InputError
+from minisweet.base.files import InputError, counted
 from minisweet.data.rows import all_columns, cell, read_rows, row_writer, text_columns
 from minisweet.use.classifier import add_classifier_options, classifier_of
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out and args.out.resolve() == args.file.resolve():
         raise InputError(f"--out: {args.out} is the input; name another file")
-    classify, left, cut = classifier_of(args), Counter(), 0
+    classify, left, empty, cut = classifier_of(args), Counter(), 0, 0
     columns, rows = text_columns(args.file, args.text_columns, classify.record.columns), read_rows(args.file)
     theirs = all_columns(args.file)
     ours = ["label", classify.certainty_name, "exit_layer", *(f"p_{name}" for name in classify.labels)]
@@ -47,9 +47,10 @@ def main() -> None:
                 values = [answer.label, numbers[0], answer.exit_layer, *numbers[1:]]
                 write(row | dict(zip(ours, values, strict=True)))
                 left[answer.exit_layer] += 1
-            cut += examples.cut
+            empty, cut = empty + sum(not "".join(text).strip() for text in texts), cut + examples.cut
             progress.update(len(chunk))
     if args.out:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
-        print(f"{args.out}: {left.total():,} rows at threshold {classify.threshold:.6g}; left {where}", end="; ")
-        print(f"cut to {classify.record.max_length} tokens: {cut:,}")
+        rows = counted(left.total(), "row")
+        print(f"{args.out}: {rows} at threshold {classify.threshold:.6g}; left {where}", end="; ")
+        print(f"empty: {empty:,}; cut to {classify.record.max_length} tokens: {cut:,}")
