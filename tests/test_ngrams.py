@@ -2,12 +2,14 @@
 
 from collections import Counter
 from itertools import chain
+from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
 
 from minisweet import ngram_fit, ngrams
 from minisweet.adaptive import ExitRule, leaves
@@ -22,24 +24,15 @@ SPECIAL = [PAD, CLS, SEP, UNKNOWN]
 def encode(*texts: tuple[list[int], ...]) -> tuple[torch.Tensor, ...]:
     """Texts, or pairs of texts, of word ids to a padded batch: [CLS] A [SEP] B [SEP]."""
     ids = [[CLS, *[id for part in text for id in (*part, SEP)]] for text in texts]
-    types = [
-        [0] * (len(text[0]) + 2) + [1] * (len(row) - len(text[0]) - 2) for text, row in zip(texts, ids, strict=True)
-    ]
-    T = max(map(len, ids))
-    padded = [torch.tensor([row + [PAD] * (T - len(row)) for row in rows]) for rows in (ids, types)]
-    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in ids])
-    return padded[0], mask, padded[1]
+    types = [[0, *[side for side, part in enumerate(text) for _ in (*part, SEP)]] for text in texts]
+    mask = [[1] * len(row) for row in ids]
+    return tuple(pad_sequence([torch.tensor(row) for row in rows], batch_first=True) for rows in (ids, mask, types))
 
 
 def random_texts(count: int, pairs: bool, seed: int = 0) -> list[tuple[list[int], ...]]:
     """So many texts or pairs; some parts are empty, and some words unknown."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words() -> list[int]:
-        length = int(torch.randint(0, 9, (), generator=generator))
-        return torch.randint(UNKNOWN, V, (length,), generator=generator).tolist()
-
-    return [tuple(words() for _ in range(1 + pairs)) for _ in range(count)]
+    draw = Random(seed)
+    return [tuple(draw.choices(range(UNKNOWN, V), k=draw.randrange(9)) for _ in range(1 + pairs)) for _ in range(count)]
 
 
 def filled(pairs: bool) -> NgramExit:
