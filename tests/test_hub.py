@@ -29,8 +29,8 @@ NOBODY = "http://127.0.0.1:1"  # answers there
 @pytest.fixture
 def server():
     with HubServer() as server:
-        for model in ("bert-base", "minilm-l6", "mpnet-base"):
-            server.repositories[hub.REPOSITORIES[model]] = BERT | {"README.md": b"not fetched"}
+        for model in ("bert-base", "minilm-l6", "mpnet-base", "some.one/tiny"):
+            server.add_repository(hub.REPOSITORIES.get(model, model), BERT | {"README.md": b"not fetched"})
         yield server
 
 
@@ -57,7 +57,6 @@ def fetch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("model", "name"), [("bert-base", "bert-base"), ("some.one/tiny", "some.one--tiny")])
 def test_a_model_is_fetched_once(server, fetch, tmp_path, model, name):
-    server.repositories["some.one/tiny"] = server.repositories[hub.REPOSITORIES["bert-base"]]
     folder = tmp_path / "weights" / name
     assert fetch(model, server.url, HF_TOKEN="hf_secret") == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == BERT
@@ -81,7 +80,7 @@ def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
     torch.save({"weight": torch.arange(6.0)}, tmp_path / "pytorch_model.bin")
     files = {"config.json": CONFIG, **TOKENS}
     weights = {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
-    server.repositories[hub.REPOSITORIES["deberta-base"]] = files | weights
+    server.add_repository(hub.REPOSITORIES["deberta-base"], files | weights)
     folder = fetch("deberta-base", server.url)
     assert {path.name for path in folder.iterdir()} == {*files, "model.safetensors"}
     assert load_file(folder / "model.safetensors")["weight"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -94,7 +93,7 @@ def test_unknown_unreachable_and_offline_are_refused_and_leave_nothing(server, f
     assert f"{by_hand}{tmp_path / 'weights/bert-base'}, as weights/README.md tells" in error
     assert by_hand in refused(fetch, "minilm-l6", server.url, HF_HUB_OFFLINE="1")
     assert server.requests == []
-    assert "some.one/tiny: not fetched" in refused(fetch, "some.one/tiny", server.url)
+    assert "some.one/else: not fetched" in refused(fetch, "some.one/else", server.url)
     assert list((tmp_path / "weights").iterdir()) == []
 
 
@@ -103,7 +102,7 @@ def test_a_model_that_is_not_implemented_is_refused_before_its_weights_are_fetch
         ({"vocab.txt": VOCABULARY[:99]}, "its tokenizer has "),
         ({"config.json": CONFIG.replace(b'"bert"', b'"roberta"')}, "config.json: model_type is 'roberta'"),
     ):
-        server.repositories[hub.REPOSITORIES["bert-base"]] = BERT | changes
+        server.add_repository(hub.REPOSITORIES["bert-base"], BERT | changes)
         assert words in refused(fetch, "bert-base", server.url)
     assert not [path for path, _ in server.requests if path.endswith("/model.safetensors")]
 
