@@ -154,31 +154,20 @@ def test_the_classes_of_a_trunk(tickets):
 ODD = 'say "so\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
 
 
-def line(*cells: str) -> str:
-    return "\t".join(cells) + "\n"
-
-
-MNLI_PARSES = tuple("tuvwxyz")
+# The train and the dev file of each task, with | for a tab, and ! for the characters above.
 FILES = {
-    "rte": line("index", "sentence1", "sentence2", "label")
-    + line("0", ODD, "b", "not_entailment")
-    + line("1", "c", "d", "entailment"),
-    "mrpc": "\ufeff"
-    + line("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
-    + line("1", "8", "9", ODD, "b")
-    + line("0", "8", "7", "c", "d"),
-    "cola": line("gj04", "1", "", ODD) + line("gj04", "0", "*", "c"),
-    "sst2": line("sentence", "label") + line(ODD, "1") + line("c", "0"),
-    "mnli": line("index", *MNLI_PARSES, "sentence1", "sentence2", "label1", "gold_label")
-    + line("0", *MNLI_PARSES, ODD, "b", "neutral", "contradiction")
-    + line("1", *MNLI_PARSES, "skipped", "no gold label", "neutral", "-")
-    + line("2", *MNLI_PARSES, "c", "d", "neutral", "entailment"),
-    "qqp": line("id", "qid1", "qid2", "question1", "question2", "is_duplicate")
-    + line("0", "1", "2", ODD, "b", "1")
-    + line("1", "3", "4", "a question that is")
-    + line("cut in two", "d", "1")
-    + line("2", "5", "6", "c", "d", "0"),
+    "rte": "index|sentence1|sentence2|label\n0|!|b|not_entailment\n1|c|d|entailment\n",
+    "mrpc": "\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String\n1|8|9|!|b\n0|8|7|c|d\n",
+    "cola": "gj04|1||!\ngj04|0|*|c\n",
+    "sst2": "sentence|label\n!|1\nc|0\n",
+    "mnli": "index|t|u|v|w|x|y|z|sentence1|sentence2|label1|gold_label\n"
+    "0|t|u|v|w|x|y|z|!|b|neutral|contradiction\n"
+    "1|t|u|v|w|x|y|z|skipped|no gold label|neutral|-\n"
+    "2|t|u|v|w|x|y|z|c|d|neutral|entailment\n",
+    "qqp": "id|qid1|qid2|question1|question2|is_duplicate\n"
+    "0|1|2|!|b|1\n1|3|4|a question that is\ncut in two|d|1\n2|5|6|c|d|0\n",
 }
+FILES = {task: text.replace("|", "\t").replace("!", ODD) for task, text in FILES.items()}
 FILES["qnli"] = FILES["rte"].replace("sentence1", "question").replace("sentence2", "sentence")
 
 
@@ -233,10 +222,10 @@ def test_fetches_the_two_files_of_a_zip_and_no_other(tmp_path, host, task):
 
 
 def test_fetches_mrpc_and_splits_it_by_the_listed_ids(tmp_path, host):
-    corpus = FILES["mrpc"] + line("1", "5", "6", '" e', "f")
+    corpus = FILES["mrpc"] + '1\t5\t6\t" e\tf\n'
     host.files = {
         "/senteval/senteval_data/msr_paraphrase_train.txt": corpus.replace("\n", "\r\n").encode(),
-        "/glue/data/mrpc_dev_ids.tsv": (line("8", "7") + line("9", "8")).encode(),  # the second is in the wrong order
+        "/glue/data/mrpc_dev_ids.tsv": b"8\t7\n9\t8\n",  # the second is in the wrong order
     }
     assert load_examples("mrpc", "train", tmp_path) == Examples([ODD, '" e'], ["b", "f"], [1, 1])
     assert load_examples("mrpc", "dev", tmp_path) == Examples(["c"], ["d"], [0])
