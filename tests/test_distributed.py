@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 
 from minisweet.base import devices
 from minisweet.checkpoint import load_encoder
-from minisweet.data.tasks import load_examples
-from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.evaluation import answers
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from tests.conftest import CHECKOUT, write_model
 from tests.test_resume import result
+from tests.test_training import toy_examples
 from train import compute_gradients
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -43,8 +42,7 @@ def as_process(rank: int, processes: int, **calls):
 def tiny(tmp_path_factory):
     """An encoder without dropout, and a function that gives so many examples."""
     folder = write_model(tmp_path_factory.mktemp("tiny"), "bert", **NO_DROPOUT)
-    tokenizer, rows = load_tokenizer(folder, 60, 32), load_examples("toy", "train", Path())
-    return load_encoder(folder), lambda N: TokenizedExamples(tokenizer, rows.take(range(N)))
+    return load_encoder(folder), lambda N: toy_examples(folder, range(N))
 
 
 @given(B=st.integers(1, 8), processes=st.integers(2, 5))
