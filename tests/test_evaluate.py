@@ -4,9 +4,7 @@ import json
 import os
 import re
 import shutil
-from itertools import permutations
 from pathlib import Path
-from random import Random
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
-import train
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
 from minisweet.base.files import InputError, read_json, write_json
@@ -27,7 +24,7 @@ from minisweet.evaluation.sweep import crossfit, curve_of, sweep
 from minisweet.runs import folders
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.use import explain, predict
-from tests.conftest import WORDS, slow, write_model
+from tests.conftest import slow
 from tests.test_operating import random_validation
 
 
@@ -158,25 +155,6 @@ def test_texts_that_were_trained_on_are_counted(copied, command, goal):
     del record["train_tokens"]  # as in an old run
     (run / "run.json").write_text(json.dumps(record | {"train_texts": ["0123456789abcdef"]}))
     assert "trained on these texts cannot be checked" in command(evaluate, run)[1]
-
-
-def test_texts_that_the_model_cannot_tell_apart_promise_nothing(command, tmp_path):
-    """100 texts of random labels, each in eight forms that read the same: those set aside cannot be known."""
-    draw, lines = Random(0), ["text,label"]
-    for words in draw.sample([*permutations(WORDS, 3)], 100):
-        text, label = " ".join(words), draw.choice("ab")
-        lines += [f"{(text, text.upper())[n % 2]}{' ' * n} the the the {n},{label}" for n in range(8)]
-    (tmp_path / "own.csv").write_text("\n".join(lines))
-    model = write_model(tmp_path / "tiny", "bert")
-    words = ["--data", "own.csv", "--epochs", 1, "--max-length", 8, "--out", "run"]
-    assert command(train, "--model", model, *words)[0] == 0
-    assert command(evaluate, "run")[0] == 0
-    point = read_evaluation(tmp_path / "run").operating_point
-    assert (point.choosing_texts, point.judging_texts, point.trained_rows) == (5, 15, 0)
-    low, high = point.score_interval
-    assert low < 60
-    assert high - low > 30
-    assert point.threshold == 1
 
 
 def test_files_of_another_run_are_refused_and_the_same_run_elsewhere_is_not(copied, run_of, command, caplog):
