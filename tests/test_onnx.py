@@ -21,7 +21,8 @@ from minisweet.evaluation.operating import deal, operating_point
 from minisweet.ngrams import BUCKETS, NgramExit
 from minisweet.runs.folders import read_evaluation, read_record, read_validation
 from minisweet.use import export
-from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, write_model
+from tests.conftest import random_batch, slow, undecided_model, write_model
+from tests.test_readme import USE, blocks_of
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
@@ -162,8 +163,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, n
     expected |= {"threshold": point.threshold, "certified_for": "model", "pairs": name == "pairs"}
     assert told == expected
 
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "minisweet" / "use" / "README.md").read_text(), re.S)
-    (code,) = [block for block in blocks if "onnxruntime" in block]
+    (code,) = [block for kind, block in blocks_of(USE) if kind == "python" and "onnxruntime" in block]
     code = f"import sys; sys.modules.update(torch=None, minisweet=None)\n{code}print(json.dumps(texts))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
