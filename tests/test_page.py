@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisweet.adaptive import Exits, exits_taken
+from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.data.rows import Examples
 from minisweet.data.toy import LEVELS
 from minisweet.evaluation.answers import AnsweredRows
@@ -18,6 +18,8 @@ from minisweet.use.explain import TEMPLATE, write_page
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
 N, DEPTH = 200, 4
+STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth_interval": [78.0, 88.0]}
+STATED |= {"loss": -0.5, "loss_interval": [-2.0, 1.0], "speedup_ratio": 0.5, "speedup_interval": [0.45, 0.55]}
 
 
 class Case:
@@ -26,23 +28,18 @@ class Case:
     def __init__(self, method: str = "sweet", layers=(1, 2, 4), labelled: bool = True, asked: int = 0):
         rng = np.random.default_rng(0)
         self.labels = rng.integers(0, 3, N)
-        self.logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]).float()
-        self.targets = torch.from_numpy(self.labels) if labelled else self.logits[-1].argmax(-1)
-        self.metric, self.exits = "accuracy" if labelled else "agreement", Exits(layers, DEPTH, method)
-        temperatures = [1.0, 0.8, 0.5]
-        confidence = (self.logits / torch.tensor(temperatures)[:, None, None]).softmax(-1).amax(-1)
-        self.confidence = confidence[asked:]  # (asked exits, N)
-        self.predictions = self.logits.argmax(-1).numpy()[asked:]  # (asked exits, N)
+        logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]).float()
+        keys, exits, temperatures = torch.arange(N), Exits(layers, DEPTH, method), [1.0, 0.8, 0.5]
+        said = AnsweredRows(logits, None, torch.from_numpy(self.labels), keys, "accuracy", exits)
+        self.said = said if labelled else said.against_full_depth()
+        self.confidence = ExitRule(3, torch.tensor(temperatures)).confidences(logits)[asked:]  # (asked exits, N)
+        self.predictions = logits.argmax(-1).numpy()[asked:]  # (asked exits, N)
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
-        self.point = SimpleNamespace(threshold=0.7123, asked_exits=list(layers[asked:]))
-        self.point.score, self.point.score_interval, self.point.full_depth_interval = 80.0, [74.0, 85.0], [78.0, 88.0]
-        self.point.loss, self.point.loss_interval = -0.5, [-2.0, 1.0]
-        self.point.speedup_ratio, self.point.speedup_interval = 0.5, [0.45, 0.55]
+        self.point = SimpleNamespace(threshold=0.7123, asked_exits=list(layers[asked:]), **STATED)
         self.evaluation = SimpleNamespace(exit_layers=layers, certainty_ranges=None, temperatures=temperatures)
         self.evaluation.operating_point = self.point
-        labels = ["no", "yes", "<i>perhaps</i>"]
-        self.record = SimpleNamespace(model="weights/tiny", task="toy", method=method, labels=labels)
-        self.record.num_labels, self.record.depth = 3, DEPTH
+        model = {"model": "weights/tiny", "task": "toy", "method": method, "depth": DEPTH, "num_labels": 3}
+        self.record = SimpleNamespace(**model, labels=["no", "yes", "<i>perhaps</i>"])
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
@@ -50,8 +47,7 @@ class Case:
 
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
-        said = (self.logits, None, self.targets, torch.arange(N), self.metric, self.exits)
-        write_page(path, self.evaluation, self.record, rows, AnsweredRows(*said))
+        write_page(path, self.evaluation, self.record, rows, self.said)
         return path
 
 
