@@ -146,15 +146,12 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
     config, C, layers = read_config(run), record.num_labels, [n for n in record.exit_layers if n > 0]
-    try:
-        check("method", record.method, record.method in METHODS, f"one of {', '.join(METHODS)}")
-        for name, key in (("depth", "num_hidden_layers"), ("vocab_size", "vocab_size")):
-            value, wanted = getattr(record, name), getattr(config, key)
-            check(name, value, value == wanted, f"{wanted}, as {key} of config.json")
-        fits = 8 <= record.max_length <= config.max_tokens
-        check("max_length", record.max_length, fits, f"from 8 to {config.max_tokens}, the positions of the model")
-    except ValueError as error:
-        raise InputError(f"{run / 'run.json'}: {error}") from None
+    file, length, most = f"{run / 'run.json'}: ", record.max_length, config.max_tokens
+    check(f"{file}method", record.method, record.method in METHODS, f"one of {', '.join(METHODS)}")
+    for name, key in (("depth", "num_hidden_layers"), ("vocab_size", "vocab_size")):
+        value, wanted = getattr(record, name), getattr(config, key)
+        check(f"{file}{name}", value, value == wanted, f"{wanted}, as {key} of config.json")
+    check(f"{file}max_length", length, 8 <= length <= most, f"from 8 to {most}, the positions of the model")
 
     def make() -> ExitModel:
         encoder = new_encoder(replace(config, num_hidden_layers=layers[-1]))

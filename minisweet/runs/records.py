@@ -1,6 +1,6 @@
 """What others read of a run's run.json and evaluation.json, checked where it is made.
 
-Keys that are for people alone are no fields here.
+Keys that are for people alone are no fields here. Values that cannot be raise InputError, which names the key.
 Dimension letters: K exits, C classes, P thresholds. Scores are in percent, losses in points, speedup ratios in shares
 of the layers; each interval is a 95% interval, its lower and its upper end.
 """
@@ -8,6 +8,7 @@ of the layers; each interval is a 95% interval, its lower and its upper end.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minisweet.base.files import InputError
 from minisweet.data.tasks import TASKS
 from minisweet.exits import EXIT_STRATEGIES
 
@@ -15,17 +16,14 @@ GOALS = {"max_loss": (0, 200), "speed": (0, 1), "max_change": (0.01, 99.99), "su
 
 
 def check(name: str, value: object, is_right: bool, wanted: str) -> None:
-    """Raise ValueError, which names a key, its value and what would be right, unless it is right."""
+    """Raise InputError, which names a key, its value and what would be right, unless it is right."""
     if not is_right:
-        raise ValueError(f"{name} is {value!r:.80}, should be {wanted}")
+        raise InputError(f"{name} is {value!r:.80}, should be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What others read of run.json. Its object `arguments`, of train.py, is merged into the rest.
-
-    Raises ValueError for values that cannot be.
-    """
+    """What others read of run.json. Its object `arguments`, of train.py, is merged into the rest."""
 
     model: str
     method: str  # one of METHODS; reports also read studies' runs of other methods, which have no weights
@@ -89,10 +87,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """The threshold to deploy, the exits to ask, and what may be expected of both on new text.
-
-    Raises ValueError for values that cannot be.
-    """
+    """The threshold to deploy, the exits to ask, and what may be expected of both on new text."""
 
     threshold: float
     asked_exits: list[int]  # layers, the last exit's among them; the other exits cost more than they give
@@ -122,10 +117,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What others read of evaluation.json: the curve of all exits, cross-fitted, and what is deployed.
-
-    Raises ValueError for values that cannot be.
-    """
+    """What others read of evaluation.json: the curve of all exits, cross-fitted, and what is deployed."""
 
     task: str
     method: str
