@@ -22,7 +22,7 @@ from minisweet.evaluation.metrics import METRICS
 
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the ratios of the first exits
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
-# The records of one method and training size, by task and seed. A run that diverged is {}.
+# The records of one method and training size, by task and seed; runs that diverged are left out.
 Records = dict[str, dict[int, dict]]
 Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or one number
 
@@ -54,7 +54,7 @@ def with_one_class(record: dict, layers: Sequence[int]) -> list[bool]:
 
 def seed_means(records: Records, points: Points) -> np.ndarray:
     """Average the points over the tasks, for each seed that has a run of all tasks: (S, P)."""
-    seeds = set.intersection(*({seed for seed, run in runs.items() if run} for runs in records.values()))
+    seeds = set.intersection(*map(set, records.values()))
     return np.array([np.mean([points(runs[seed]) for runs in records.values()], axis=0) for seed in sorted(seeds)])
 
 
@@ -63,10 +63,10 @@ def differences(ours: Records, theirs: Records, points: Points) -> list[np.ndarr
 
     Gives the mean over the seeds of each task; of one task alone, each seed.
     """
-    by_task = []
-    for task, runs in ours.items():
-        pairs = [(run, theirs[task].get(seed)) for seed, run in runs.items()]
-        by_task.append([np.subtract(points(run), points(other)) for run, other in pairs if run and other])
+    by_task = [
+        [np.subtract(points(run), points(theirs[task][seed])) for seed, run in runs.items() if seed in theirs[task]]
+        for task, runs in ours.items()
+    ]
     return by_task[0] if len(by_task) == 1 else [np.mean(of_seeds, axis=0) for of_seeds in by_task if of_seeds]
 
 
@@ -144,13 +144,13 @@ def size_table(grids: dict[int, dict[str, Records]]) -> str:
 
 def metrics_of(grid: dict[str, Records], tasks: Sequence[str]) -> dict[str, list[str]]:
     """The tasks that each metric scores, by its name; tasks without a run are left out."""
-    of_task = {task: run["metric"] for runs in grid.values() for task in tasks for run in runs[task].values() if run}
+    of_task = {task: run["metric"] for runs in grid.values() for task in tasks for run in runs[task].values()}
     return {name: its for key, name in METRICS.items() if (its := [task for task in of_task if of_task[task] == key])}
 
 
 def _runs(records: Records) -> list[dict]:
-    """The records of all tasks and seeds but those of runs that diverged."""
-    return [run for runs in records.values() for run in runs.values() if run]
+    """The records of all tasks and seeds."""
+    return [run for runs in records.values() for run in runs.values()]
 
 
 def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:

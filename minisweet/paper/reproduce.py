@@ -165,7 +165,7 @@ def write_report(grid: Grid) -> None:
     missing = [grid.folder(run).name for run in grid.missing()]
     tables = {n: {method: {task: {} for task in args.tasks} for method in args.methods} for n in args.train_sizes}
     for run in grid.averaged():
-        if (record := grid.record(run)) is not None:
+        if record := grid.record(run):  # not so of a run that diverged
             tables[run.train_size][run.method][run.task][run.seed] = record
     with written_beside(args.out / "results.md") as new:
         new.write_text(document(grid, tables, missing), encoding="utf-8")
