@@ -18,10 +18,7 @@ from minisweet.layers import TransformerEncoder
 
 
 class BranchModel(MultiExitModel):
-    """A frozen trunk, which is the encoder and the last head, with a branch for each exit before the last.
-
-    The trunk gets no gradient and stays in evaluation mode. For the arguments and errors see `MultiExitModel`.
-    """
+    """A frozen trunk, encoder and last head, with a branch for each exit before the last; see `MultiExitModel`."""
 
     def __init__(
         self,

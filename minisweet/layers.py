@@ -85,13 +85,14 @@ def draw_weights(module: nn.Module, std: float) -> None:
 
 
 class TransformerEncoder(nn.Module):
-    """Embeddings and layers. Models, training and early exit need only these four, and never ask which encoder it is:
+    """Embeddings and layers. Models and early exit need only these four, and never ask which encoder it is:
 
     hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1; ids and types are (B, T)
     context = encoder.context(attention_mask)            -> a tuple, what every layer reads beside the hidden states
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
+    Training and the fit of exit 0 also read `encoder.word_embeddings`, which all have.
     Only context[0] has a batch dimension; the other tensors of the context serve all instances.
 
     To add another encoder, such as RoBERTa, write a layer with `attend` and an encoder with `embed` and `context`, in a

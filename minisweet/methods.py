@@ -1,8 +1,8 @@
 """The methods, a row for each: the paper's SWEET, Early-Exit and Multi-Model, and ours, branches and the plain model.
 
-All that tells one method from another stands here, but for two lines: where SWEET's gradient stops (exits.py), and
-EE's one backward pass (train.py). To add a method, add a row. A model of another kind is a subclass of those in
-exits.py, and has the `method` that it trains as: "sweet", "ee" or "plain".
+All that tells one method from another stands here, but for two lines, where SWEET's gradient stops (exits.py) and EE's
+one backward pass (train.py), and for the paper's learning rates (runs/start.py). To add a method, add a row. A model of
+another kind is a subclass of those in exits.py, and has the `method` that it trains as: "sweet", "ee" or "plain".
 
 Every model is built from a start, a model with one exit at its end. The start is public weights with a new head, or a
 trunk: a finished classifier that gets exits.
@@ -35,11 +35,6 @@ class Method(NamedTuple):
     exits_between: Callable[[int], Sequence[int]] | None = None  # by default, of L layers; None for no such exits
     is_one_model: bool = True  # else each exit's model starts from the words, and all of them run, even at threshold 1
     cost_in_vain: float = 0.0  # in layers, of each exit that is asked and not taken
-
-    def exit_layers(self, depth: int) -> tuple[int, ...]:
-        """The default exit layers of an encoder of `depth` layers, counted from 1; 0 is exit 0."""
-        between = self.exits_between(depth) if self.exits_between else []
-        return tuple(sorted({*between, depth} | ({0} if self.has_exit_0 else set())))
 
 
 def exits_of_the_paper(depth: int) -> list[int]:

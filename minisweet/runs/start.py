@@ -115,7 +115,8 @@ def exit_layers_for(depth: int, method: str = "sweet", exit_strategy: str = "con
     row = METHODS[method]
     if exit_strategy == "lte" and row.has_exit_0 and row.exits_between:  # exit 0 learns no such thing
         row = METHODS["sweet"]
-    return row.exit_layers(depth)
+    between = row.exits_between(depth) if row.exits_between else []
+    return tuple(sorted({*between, depth} | ({0} if row.has_exit_0 else set())))
 
 
 def default_learning_rate(config: Config, task: str | None, method: str) -> float:
