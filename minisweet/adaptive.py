@@ -40,10 +40,7 @@ class ExitRule:
         return cls(num_labels, torch.tensor(evaluation.temperatures, **plain), ranges)
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
-        """Exit k's confidence, k from 0, in some instances: logits (n, C) to (n,), in float32.
-
-        `certainty` is (n,), of learning-to-exit, or None.
-        """
+        """Exit k's confidence, k from 0: logits (n, C) and, of learning-to-exit, certainty (n,) to (n,) in float32."""
         if certainty is None:
             logits = logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
             return logits.softmax(-1).amax(-1)

@@ -91,13 +91,10 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
 
 
 def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a mask (B, T) and other tensors (B, T, ...) where `stay` (B,) is true, at least one; None for all.
-
-    The longest text that stays sets the new T.
-    """
+    """The rows of a mask (B, T) and other tensors (B, T, ...) where `stay` (B,) is true, at least one; None for all."""
     if stay is None or stay.all():
         return attention_mask, *others
-    T = attention_mask[stay].sum(1).max().clamp(min=1)
+    T = attention_mask[stay].sum(1).max().clamp(min=1)  # of the longest text that stays
     return tuple(x[stay, :T] for x in (attention_mask, *others))
 
 
