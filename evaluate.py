@@ -125,6 +125,12 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     print(f"{run}: {record.model}, {record.method}, {record.task}, {counted(len(rows.first), 'validation row')}")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
+    if rows.difficulties:  # of the toy task
+        asked = [layers.index(n) for n in point["asked_exits"]]
+        (taken,), *_ = answered.decide_at(rule, asked, [point["threshold"]])
+        print(f"\n{'difficulty':<25}left after layer, mean")
+        for level in sorted(set(rows.difficulties)):
+            print(f"{level:<25}{np.array(layers)[taken][np.array(rows.difficulties) == level].mean():8.2f}")
     print_milliseconds(EarlyExitClassifier.of(run, device, precision, model, record, written), rows.texts())
     for line in evaluation["warnings"]:
         print(f"warning: {line}")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -114,6 +115,10 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert f"{point.score:8.2f}   {low:7.2f} to {high:7.2f}" in out
     assert f"{point.judging_texts} distinct texts judged, {point.choosing_texts} others chose" in out
     assert re.search(r"^class +precision +recall +F1", out, re.MULTILINE)
+    rows, left = read_validation(run, read_record(run)), defaultdict(list)
+    for level, answer in zip(rows.difficulties, EarlyExitClassifier(run)(rows.texts()), strict=True):
+        left[level].append(answer.exit_layer)
+    assert all(f"\n{level:<25}{np.mean(layers):8.2f}\n" in out for level, layers in left.items())
     assert re.search(r"^at full depth +[0-9.]+ +[0-9.]+$", out, re.MULTILINE)  # milliseconds
     assert all(f"{words} '{run}' " in out for words in ("minisweet predict", "evaluate.py", "minisweet explain"))
 
