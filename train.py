@@ -37,7 +37,7 @@ from minisweet.data.text import Batch, TokenizedExamples
 from minisweet.evaluation.answers import all_logits
 from minisweet.exits import EXIT_STRATEGIES, ExitModel, exit_loss
 from minisweet.methods import METHODS, build_alone, grow
-from minisweet.ngram_fit import fit_ngrams
+from minisweet.ngrams import fit_ngrams
 from minisweet.runs.folders import is_run, read_record, run_name, save_run
 from minisweet.runs.hub import REPOSITORIES
 from minisweet.runs.resume import SavedTraining, claim_output

@@ -6,9 +6,18 @@ a table has a row of C numbers for each token and for each pair of neighbours, a
 n-grams' rows over the root of their number, plus a bias. In a pair of texts, a token that occurs in both texts uses a
 second row, since a pair is mostly about what its texts share. A pair also has two numbers with weights of their own:
 how well each text is met in the other one, by other words too (Corley and Mihalcea 2005,
-https://aclanthology.org/W05-1203). See `NgramExit.find_met`. How all this is fitted stands in ngram_fit.py.
+https://aclanthology.org/W05-1203). See `NgramExit.find_met`.
 
-Letters: B batch, T tokens, V vocabulary, C classes.
+`fit_ngrams` fits it by L-BFGS on the CPU, in seconds. The loss is convex, so the numbers are the same each time. A
+token's row is a free part plus a linear function of its pre-trained embedding, so that tokens unseen in training count
+too. `Features` is the texts as a linear map, `fit_weights` finds the weights with the least loss, and `fit_ngrams`
+searches the scale of the embeddings and fills the exit.
+
+With more than 16 classes only the most frequent n-grams are fitted, so that their rows have at most 2 million numbers
+in all. L-BFGS then sees the weights in units of equal curvature (a preconditioner), in which 15 steps get further than
+100 do without. With fewer classes nothing of this is needed.
+
+Letters: B batch, T tokens, V vocabulary, D hidden size, C classes, N texts, G all their n-grams, R n-grams with a row.
 """
 
 from collections.abc import Sequence
@@ -17,9 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisweet.base.commands import Progress
+from minisweet.base.files import LOG, InputError
+
 BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed
 FIRST, SECOND, SHARED, PRIME = 1640531513, 1103515245, 1234567891, 2**31 - 1  # a linear hash (Carter and Wegman 1979)
 COMPONENTS = 32  # principal components of the embeddings, by which words of a pair are compared; 64 are no better
+STRENGTH, ITERATIONS = 5.0, 100  # prior variance of each weight (the L2 penalty); the most steps of L-BFGS
+SCALES = (0.35, 0.7, 1.4)  # of the embedding part, chosen by cross-validation: large with few texts, small with many
+FOLDS, ENOUGH = 3, 1000  # of cross-validation, and how many held-out texts are enough to choose a scale
+MANY, MANY_ITERATIONS = 16, 15  # with more classes than these, L-BFGS has units of equal curvature, and so many steps
+LARGE, MOST = 2**21, 2**27  # numbers: in the rows to fit, where classes are many; in the whole table, or all logits
 
 
 class NgramExit(nn.Module):
@@ -79,3 +96,156 @@ class NgramExit(nn.Module):
             met = self.find_met(input_ids, attention_mask, token_type_ids)
             logits = logits + (met[..., None] * self.met_weights).sum(1)
         return logits * number.clamp(max=1)
+
+
+def check_size(vocab_size: int, num_labels: int, pairs: bool, texts: int) -> None:
+    """Raise InputError where so many classes need a table, or logits of all texts, that cannot be fitted in memory."""
+    rows = max((1 + pairs) * vocab_size + BUCKETS, texts)
+    if num_labels > MOST // rows:
+        why = f"exit 0 can be fitted for at most {MOST // rows:,} classes here, and there are {num_labels:,}"
+        raise InputError(f"--exit-layers: {why}; name the other exits alone, without 0")
+
+
+def compare_words(exit: NgramExit, batches: Sequence, embeddings: Tensor) -> None:
+    """Fill what `find_met` compares words by: vectors, the embeddings' principal components, and IDF."""
+    centred, V = embeddings - embeddings.mean(0), len(embeddings)
+    axes = torch.linalg.eigh(centred.T @ centred)[1][:, -exit.vectors.shape[1] :]  # their signs change no cosine
+    exit.vectors.zero_()[:, : axes.shape[1]] = F.normalize(centred @ axes)
+    holders = sum(torch.zeros(len(ids), V).scatter_(1, ids, mask.float()).sum(0) for ids, mask, _ in batches)
+    exit.idf.copy_(1 + ((1 + sum(len(ids) for ids, _, _ in batches)) / (1 + holders)).log())
+
+
+class Features:
+    """N texts as a linear map: from weights to logits, and back from the logits' errors to the weights' gradients.
+
+    The weights: `free`, a row for each n-gram (R, C); `linear` functions of a token's embedding, one for tokens of one
+    text and one for tokens of both (1 or 2, D+1, C); `of_met`, of `find_met`'s numbers (0 or 2, C); `bias` (C,).
+    """
+
+    def __init__(self, exit: NgramExit, batches: Sequence, embeddings: Tensor) -> None:
+        (V, D), C = embeddings.shape, len(exit.bias)
+        found = [exit.find_rows(*batch) for batch in batches]
+        sizes = torch.cat([counts.sum(1) for _, counts in found])  # (N,) n-grams of each text
+        self.has_words, self.root = (sizes > 0)[:, None], sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
+        rows = torch.cat([rows[counts.bool()] for rows, counts in found])  # (G,) of the table, text by text
+        self.used, gram, counts = rows.unique(return_inverse=True, return_counts=True)  # (R,), (G,) in 0 to R-1, (R,)
+        text = torch.arange(len(sizes)).repeat_interleave(sizes)  # (G,)
+        if C > MANY:  # the most frequent n-grams alone; a token that is not among them counts as one unseen
+            kept = counts.argsort(descending=True, stable=True)[: LARGE // C].sort().values
+            gram = torch.full_like(self.used, -1).index_copy(0, kept, torch.arange(len(kept)))[gram]
+            self.used, counts, text, gram = self.used[kept], counts[kept], text[gram >= 0], gram[gram >= 0]
+        # embedding_bag adds up, per text, its n-grams' rows; and for the gradient, per n-gram, the errors of its texts.
+        sizes = text.bincount(minlength=len(sizes))
+        self.grams, self.text_starts = gram, sizes.cumsum(0) - sizes
+        self.texts, self.gram_starts = text[gram.argsort(stable=True)], counts.cumsum(0) - counts
+        known = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
+        self.known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): the ones count shared tokens
+        # Of tokens of one text, and of tokens of both: which of the R they are, and their embeddings.
+        are_tokens = [self.used // V == part for part in range(1 + exit.pairs)]
+        self.parts = [(which, self.known[self.used[which] % V]) for which in are_tokens]
+        met = torch.cat([exit.find_met(*batch) for batch in batches]) if exit.pairs else torch.zeros(len(sizes), 0)
+        self.mean = met.mean(0)
+        self.spread = (met - self.mean).square().mean(0).sqrt().clamp(min=0.01)  # rounding alone is no spread
+        self.met = (met - self.mean) / self.spread  # (N, 0 or 2)
+
+    def sums(self, table: Tensor) -> Tensor:
+        """The sum of each text's rows of a table (R, any), over the root of its number of n-grams: (N, any)."""
+        return F.embedding_bag(self.grams, table, self.text_starts, mode="sum") * self.root
+
+    def logits(self, scale: float, free: Tensor, linear: Tensor, of_met: Tensor, bias: Tensor) -> Tensor:
+        """The logits (N, C). `scale` is that of the embeddings."""
+        table = free.clone()
+        for (which, vectors), function in zip(self.parts, linear, strict=True):
+            table[which] += vectors @ (scale * function)
+        return self.sums(table) + self.met @ of_met + bias
+
+    def gradients(self, scale: float, error: Tensor) -> list[Tensor]:
+        """The weights' gradients, where `error` (N, C) is that of the logits. By hand, which is four times as fast."""
+        of_free = F.embedding_bag(self.texts, error * self.root, self.gram_starts, mode="sum")  # (R, C)
+        of_linear = scale * torch.stack([vectors.T @ of_free[which] for which, vectors in self.parts])
+        return [of_free, of_linear, self.met.T @ error, error.sum(0)]
+
+    def units(self, scale: float, C: int) -> list[Tensor]:
+        """For each weight the unit, or for `linear` a matrix (D+1, D+1), in which the loss has a curvature of about 1.
+
+        The curvature is that of the penalty, and of the features' squares times 1 / C, which all classes have at first.
+        """
+        N, weigh = len(self.met), lambda squares: squares / (C * N) + 1 / (STRENGTH * N)
+        of_linear = []
+        for which, vectors in self.parts:
+            table = torch.zeros(len(self.used), vectors.shape[1])
+            table[which] = scale * vectors
+            features = self.sums(table)  # (N, D+1)
+            squares, axes = torch.linalg.eigh(features.T @ features)
+            of_linear.append(axes * weigh(squares.clamp(min=0)).rsqrt() @ axes.T)
+        of_free = F.embedding_bag(self.texts, self.root.square(), self.gram_starts, mode="sum")  # (R, 1)
+        return [weigh(of_free).rsqrt(), torch.stack(of_linear), torch.tensor(C**0.5), torch.tensor(C**0.5)]
+
+
+def fit_weights(features: Features, scale: float, targets: Tensor, bar: Progress) -> list[Tensor]:
+    """The weights with the least mean cross-entropy and penalty. `targets` (N, C); rows of zeros do not count."""
+    (N, C), R, parts, D1 = targets.shape, len(features.used), len(features.parts), features.known.shape[1]
+    steps = MANY_ITERATIONS if C > MANY else ITERATIONS
+    units = features.units(scale, C) if C > MANY else [torch.tensor(1.0)] * 4
+    shapes = [(R, C), (parts, D1, C), (features.met.shape[1], C), (C,)]
+    found, end = [torch.zeros(shape) for shape in shapes], bar.n + steps  # the weights in these units
+
+    def times_units(values: list[Tensor]) -> list[Tensor]:
+        return [unit @ value if unit.ndim == 3 else unit * value for unit, value in zip(units, values, strict=True)]
+
+    def loss() -> Tensor:
+        bar.update(bar.n < end)  # a step may ask for the loss twice
+        *penalised, _ = weights = times_units(found)
+        said = features.logits(scale, *weights).log_softmax(-1)
+        error = (said.exp() * targets.sum(1, keepdim=True) - targets) / N  # of the logits
+        gradients = features.gradients(scale, error)
+        for gradient, weight in zip(gradients, penalised, strict=False):
+            gradient += weight / (STRENGTH * N)
+        for value, gradient in zip(found, times_units(gradients), strict=True):
+            value.grad = gradient
+        squares = sum(weight.square().sum() for weight in penalised)
+        return squares / (2 * STRENGTH * N) - (targets * said).sum(1).mean()
+
+    settings = {"max_iter": steps, "history_size": 10, "tolerance_grad": 1e-6}
+    torch.optim.LBFGS(found, line_search_fn="strong_wolfe", **settings).step(loss)
+    bar.update(end - bar.n)
+    return times_units(found)
+
+
+@torch.no_grad()
+def fit_ngrams(exit: NgramExit, batches: Sequence, targets: Tensor, embeddings: Tensor) -> float:
+    """Fill the buffers, in place, by L-BFGS on the CPU. Returns the scale that cross-validation chose.
+
+    Args:
+        batches: (input_ids, attention_mask, token_type_ids) of all N texts, in the order of `targets`.
+        targets: labels (N,), or probabilities (N, C), each row multiplied by its weight.
+        embeddings: the pre-trained word embeddings (V, D), in float32.
+    """
+    N, C = len(targets), len(exit.bias)
+    if exit.pairs:
+        compare_words(exit, batches, embeddings)
+    features = Features(exit, batches, embeddings)
+    # A text without a known word has zeros, whatever is fitted.
+    targets = (targets if targets.ndim == 2 else F.one_hot(targets, C).float()) * features.has_words
+    fold = torch.randperm(N, generator=torch.Generator().manual_seed(0)) % FOLDS  # (N,)
+    held_out = [fold == n for n in range(min(FOLDS, -(-ENOUGH * FOLDS // N)))]  # two from 1,500 texts, one from 3,000
+    LOG.info(f"exit 0: fits {len(features.used):,} n-grams x {C:,} classes to {N:,} texts")
+
+    steps = (len(SCALES) * len(held_out) + 1) * (MANY_ITERATIONS if C > MANY else ITERATIONS)
+    with Progress(total=steps, desc="exit 0", unit="step") as bar:
+
+        def likelihood(scale: float) -> float:  # the log-likelihood of texts that the fit has not seen
+            total = 0.0
+            for out in held_out:
+                weights = fit_weights(features, scale, targets * ~out[:, None], bar)
+                total += float((targets * features.logits(scale, *weights).log_softmax(-1))[out].sum())
+            return total
+
+        scale = max(SCALES, key=likelihood)
+        free, linear, of_met, bias = fit_weights(features, scale, targets, bar)
+    exit.table.zero_()[: exit.token_rows] = scale * (features.known @ linear).flatten(0, 1)
+    exit.table[features.used] += free
+    if exit.pairs:
+        exit.met_weights.copy_(of_met / features.spread[:, None])
+    exit.bias.copy_(bias - features.mean / features.spread @ of_met)
+    return scale

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from minisweet import ngram_fit, ngrams
+from minisweet import ngrams
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.files import InputError
-from minisweet.ngram_fit import check_size, fit_ngrams
-from minisweet.ngrams import NgramExit
+from minisweet.ngrams import NgramExit, check_size, fit_ngrams
 
 V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
 SPECIAL = [PAD, CLS, SEP, UNKNOWN]
@@ -112,12 +111,12 @@ def test_fitting_finds_the_optimum(pairs, are_many, monkeypatch):
 
     Where classes are many, units of equal curvature make the way there short, and change no optimum.
     """
-    monkeypatch.setattr(ngram_fit, "SCALES", (0.8,))
+    monkeypatch.setattr(ngrams, "SCALES", (0.8,))
     monkeypatch.setattr(ngrams, "BUCKETS", 64)
     monkeypatch.setattr(ngrams, "COMPONENTS", 3)
-    monkeypatch.setattr(ngram_fit, "ITERATIONS", 1000)
-    monkeypatch.setattr(ngram_fit, "MANY", 2 if are_many else 3)
-    monkeypatch.setattr(ngram_fit, "MANY_ITERATIONS", 40)
+    monkeypatch.setattr(ngrams, "ITERATIONS", 1000)
+    monkeypatch.setattr(ngrams, "MANY", 2 if are_many else 3)
+    monkeypatch.setattr(ngrams, "MANY_ITERATIONS", 40)
     texts, C, D = random_texts(30, pairs), 3, 5
     torch.manual_seed(1)
     targets, embeddings = torch.rand(30, C).softmax(-1) * (torch.rand(30, 1) + 0.5), torch.randn(V, D)
@@ -151,7 +150,7 @@ def test_fitting_finds_the_optimum(pairs, are_many, monkeypatch):
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         error = F.cross_entropy(logits(), targets.double(), reduction="sum")
-        total = error + sum(part.square().sum() for part in weights[:3]) / (2 * ngram_fit.STRENGTH)
+        total = error + sum(part.square().sum() for part in weights[:3]) / (2 * ngrams.STRENGTH)
         total.backward()
         return total
 
@@ -169,17 +168,17 @@ def test_embeddings_count_where_they_know():
     exit, chosen = NgramExit(V, 2, SPECIAL, pairs=False), []
     for embeddings in (telling, torch.randn(V, 4, generator=generator)):
         chosen.append(fit_ngrams(exit, [encode(*texts)], label[:24], embeddings))
-    assert chosen == [max(ngram_fit.SCALES), min(ngram_fit.SCALES)]
+    assert chosen == [max(ngrams.SCALES), min(ngrams.SCALES)]
 
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_with_many_classes_the_most_frequent_n_grams_alone_are_fitted(pairs, monkeypatch):
     """Whatever the others do, they have the row of tokens unseen; and what is fitted does not grow with the texts."""
-    monkeypatch.setattr(ngram_fit, "LARGE", 200)
+    monkeypatch.setattr(ngrams, "LARGE", 200)
     C, texts = 20, random_texts(60, pairs)
     exit, embeddings = NgramExit(V, C, SPECIAL, pairs), torch.randn(V, 4)
     batches = [encode(*texts)]
-    features = ngram_fit.Features(exit, batches, embeddings)
+    features = ngrams.Features(exit, batches, embeddings)
     counts = Counter(chain.from_iterable(rows_by_hand(exit, text) for text in texts))
     assert len(features.used) == 200 // C
     left_out = counts.keys() - set(features.used.tolist())

@@ -197,7 +197,7 @@ def test_where_memory_is_too_little_for_exit_0_the_training_goes_on_without_it(c
     """What was trained until then is kept, and the next call does not train it again."""
     options, fit = ["--method", "sweet", "--exit-layers", "0,2,4"], train.fit_ngrams
     with monkeypatch.context() as patch:  # where it is known before, nothing is trained
-        patch.setattr("minisweet.ngram_fit.MOST", 100_000)
+        patch.setattr("minisweet.ngrams.MOST", 100_000)
         status, _, err = command("--out", "a", *options)
         assert (status, "--exit-layers: exit 0 can be fitted for at most 1 classes" in err) == (2, True)
         assert (command.steps, list(Path().glob(".*"))) == (0, [])

@@ -18,8 +18,7 @@ from minisweet.data.tasks import TASKS, digest, load_data
 from minisweet.data.text import TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import MultiExitModel
 from minisweet.methods import METHODS
-from minisweet.ngram_fit import check_size
-from minisweet.ngrams import NgramExit
+from minisweet.ngrams import NgramExit, check_size
 from minisweet.runs.folders import is_run, load_trunk, read_record, versions
 from minisweet.runs.hub import REPOSITORIES, model_folder
 
