@@ -151,26 +151,26 @@ def paper_grid(study: Study) -> dict[str, report.Records]:
 
 
 def what_came_out(studies: list[Study]) -> dict[str, str]:
-    """README's tables, of all studies side by side. They have no title there."""
+    """README's tables, of all studies side by side. They have no title there. Few tasks stand beside their mean."""
     names, columns, differences = [name for name in curves_of([1]) if name != "exit 0 and branches"], [], [BERT_BASE]
     for study in studies:
         every = [run["one class"] for its in study.runs.values() for run in its.values()]
-        column = {"plain model": ["", "", "", *text(study.by_task("alone", "full depth").mean()), ""]}
+        column = {"plain model": ["", "", "", *text(study.by_task("alone", "full depth").mean())]}
         for name in names:
-            if name not in study.curves:
-                column[name] = [""] * (len(SHARES) + 1)
-                continue
-            count = f"{sum(run[name] for run in every)} of {len(every)}" if name in METHODS else ""
-            column[name] = [*text(study.by_task("curve", name)[:, 0, : len(SHARES)].mean(0)), count]
-        column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * len(SHARES)
+            column[name] = [""] * len(SHARES)
+            if name in study.curves:
+                column[name] = text(study.by_task("curve", name)[:, 0, : len(SHARES)].mean(0))
+            if name in study.methods:
+                column[name][0] += f" [{sum(run[name] for run in every)} of {len(every)}]"
+        column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * (len(SHARES) - 1)
         columns.append(column)
-        exits, few = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}", len(study.learnt) < 3
-        for task in study.learnt if few else [None]:
-            unit = f"{task}, ± over seeds" if few else f"{len(study.learnt)} tasks"
+        exits = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}"
+        for task in [None, *study.learnt] if len(study.learnt) < 4 else [None]:
+            unit = f"{task}, ± over seeds" if task else f"mean of {len(study.learnt)} tasks"
             differences.append([f"{exits}, {unit}", *cells(study.less("exits", PAPERS, task), sign="+")])
     rows = [[name, *(cell for column in columns for cell in column[name])] for name in columns[0]]
-    head = [f"{study.depth} layers: {point}" for study in studies for point in [*SHARES, "first exit gives one class"]]
-    made = {"what came out": table("", ["accuracy at a share of the layers", *head], rows)}
+    head = [f"{study.depth} layers: {point}" for study in studies for point in SHARES]
+    made = {"what came out": table("", ["score at a share of the layers", *head], rows)}
     head = ["SWEET less EE, exits alone", "first", "second", "third", "last"]
     return made | {"sweet less ee": table("", head, differences)}
 
@@ -189,7 +189,7 @@ def draw(path: Path, studies: list[Study]) -> None:
                 less = study.by_task("grid", name) - study.by_task("alone", "full depth")[:, None]  # (tasks, GRID)
                 draw_mean(axis, colour, GRID, less if exits[0] == 0 else less.mean(0)[None], name)
         title = f"{study.depth} layers, mean of {len(study.learnt)} tasks"
-        label_axes(axis, title, "accuracy less full depth's, points")
+        label_axes(axis, title, "score less full depth's, points")
     save_figure(figure, path)
 
 
