@@ -168,9 +168,9 @@ def test_files_of_another_run_are_refused_and_the_same_run_elsewhere_is_not(copi
     rows = run / "validation.jsonl"
     readers = [(explain, "--html", "a.html"), (explain, "a"), (predict, rows)]
     readers += [(evaluate, "--plot", "a.png"), (evaluate, "--test", rows)]
-    trained = dict.fromkeys(("evaluation.json", "run.json", "model.safetensors", "config.json"), readers)
+    trained = dict.fromkeys(("evaluation.json", "run.json", "model.safetensors"), readers)  # two of a new training
     for name, commands in ({"logits.safetensors": readers[:1]} | trained).items():
-        (run / name).write_bytes((run_of("ee") / name).read_bytes() + b" " * (name == "config.json"))
+        shutil.copy(run_of("ee") / name, run / name)
         file = name if name == "logits.safetensors" else "evaluation.json"
         for module, *words in commands:
             status, out, err = command(module, run, *words)

@@ -80,7 +80,7 @@ def read_record(run: Path) -> Record:
 
 
 def run_digest(run: Path) -> str:
-    """What tells a run from others, a SHA-256 in hexadecimal: of run.json, config, tokenizer and pages of the weights.
+    """What tells a run from others, in hexadecimal: the SHA-256 of run.json, and of the size and pages of the weights.
 
     Of up to 16 MiB of weights it reads all, of more 4,096 pages, evenly spaced, so that it takes 0.05 seconds and not
     one of 440 MB. Another training is another digest; single weights that were changed by hand may not be. Raises
@@ -88,8 +88,6 @@ def run_digest(run: Path) -> str:
     """
     try:
         digest = hashlib.sha256(record_path(run).read_bytes())
-        for path in (run / name for name in ("config.json", *TOKENIZER_FILES)):
-            digest.update(regular_file(path).read_bytes() if path.exists() else b"")
         with regular_file(run / WEIGHTS).open("rb", buffering=0) as weights:
             size = weights.seek(0, os.SEEK_END)
             digest.update(str(size).encode())
