@@ -29,6 +29,7 @@ from minisweet.base.commands import Parser, list_of, path_to, run_command, whole
 from minisweet.base.files import InputError, check_writable, counted, read_dataclass, write_json, written_beside
 from minisweet.data.rows import all_columns, examples_of, read_rows, text_columns
 from minisweet.data.tasks import digest
+from minisweet.data.toy import LEVELS
 from minisweet.evaluation import goals, operating
 from minisweet.evaluation.answers import run_exits, save_answers
 from minisweet.evaluation.metrics import METRICS, has_labels
@@ -122,15 +123,21 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         write_json(new, evaluation)
         folders.check_digest(run / folders.EVALUATION, folders.run_digest(run), run_digest)  # it may be another by now
     written = read_dataclass(Evaluation, run / folders.EVALUATION, evaluation)
+    failed = None
+    try:
+        draw_curves(run / folders.CURVE, {str(run): written})
+    except InputError as error:  # is told after all else
+        failed = error
     print(f"{run}: {record.model}, {record.method}, {record.task}, {counted(len(rows.first), 'validation row')}")
     print_curve(evaluation)
     goals.print_point(point, record, layers)
     if rows.difficulties:  # of the toy task
         asked = [layers.index(n) for n in point["asked_exits"]]
         (taken,), *_ = answered.decide_at(rule, asked, [point["threshold"]])
-        print(f"\n{'difficulty':<25}left after layer, mean")
-        for level in sorted(set(rows.difficulties)):
-            print(f"{level:<25}{np.array(layers)[taken][np.array(rows.difficulties) == level].mean():8.2f}")
+        after, levels = np.array(layers)[taken], np.array(rows.difficulties)  # (N,) each
+        print(f"\n{'difficulty':<25}mean layer that rows leave after")
+        for level in filter(rows.difficulties.count, LEVELS):
+            print(f"{level:<25}{after[levels == level].mean():8.2f}")
     print_milliseconds(EarlyExitClassifier.of(run, device, precision, model, record, written), rows.texts())
     for line in evaluation["warnings"]:
         print(f"warning: {line}")
@@ -143,7 +150,8 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     print(f"  python -m minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")
     print(f"  python evaluate.py {quote(str(run))} --test FILE.csv")
     print(f"  python -m minisweet explain {quote(str(run))} TEXT", flush=True)
-    draw_curves(run / folders.CURVE, {str(run): written})  # last, so that all else is told where it cannot be written
+    if failed:
+        raise failed
 
 
 def print_curve(evaluation: dict) -> None:
@@ -207,7 +215,8 @@ def test(run: Path, args: argparse.Namespace) -> None:
         were, do = ("was", "does") if count == 1 else ("were", "do")
         print(f"{count:,} of these {total} {were} trained on, and {do} not count")
     if count := np.isin(answers.keys, classify.tokenize(folders.read_validation(run, record).texts()).keys()).sum():
-        print(f"validation rows of the run, which set the threshold and so test nothing: {count:,} of those that count")
+        which = "is a validation row" if count == 1 else "are validation rows"
+        print(f"{count:,} of those that count {which} of the run, which set the threshold and so test nothing")
     print(f"\n{'with 95% intervals':<25}{'here':>8}{'':21}{'stated':>8}")
     for title, key, interval in goals.STATED if column else goals.STATED[-1:]:
         stated = goals.with_interval(vars(point), key, interval) if labelled or key == "speedup_ratio" else ""

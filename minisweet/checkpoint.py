@@ -173,7 +173,7 @@ def open_weights(folder: Path) -> dict:
 def load_strict(
     path: Path, make: Callable[[], nn.Module], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
 ) -> nn.Module:
-    """Make a module, and fill it with the tensors of a file, in float32; each must be used or dropped.
+    """Make a module in float32, and fill it with the tensors of a file, each of which must be used or dropped.
 
     `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
     module's state dict. `to_public` gives the file's name of ours, by default the same. `dropped` are prefixes of names

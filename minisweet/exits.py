@@ -177,7 +177,7 @@ class MultiExitModel(ExitModel):
         super().__init__(exit_layers, num_labels, len(encoder.layers))
         for value, known in ((method, ("sweet", "ee", "plain")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
-                where = "; branches are in minisweet.branches" * (value == "branch")
+                where = "; branches are in minisweet.branches" * (value == "branch" == method)
                 raise ValueError(f"{value!r} is none of {', '.join(known)}{where}")
         self.encoder, self.method = encoder, method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)

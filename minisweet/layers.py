@@ -92,7 +92,7 @@ class TransformerEncoder(nn.Module):
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
-    Training and the fit of exit 0 also read `encoder.word_embeddings`, which all have.
+    New exit heads, training and the fit of exit 0 also read `encoder.word_embeddings`, which all have.
     Only context[0] has a batch dimension; the other tensors of the context serve all instances.
 
     To add another encoder, such as RoBERTa, write a layer with `attend` and an encoder with `embed` and `context`, in a

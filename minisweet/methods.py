@@ -2,7 +2,7 @@
 
 All that tells one method from another stands here, but for two lines, where SWEET's gradient stops (exits.py) and EE's
 one backward pass (train.py), and for the paper's learning rates (runs/start.py). To add a method, add a row. A model of
-another kind is a subclass of those in exits.py, and has the `method` that it trains as: "sweet", "ee" or "plain".
+another kind is a subclass of those in exits.py, made with the `method` that it trains as: "sweet", "ee" or "plain".
 
 Every model is built from a start, a model with one exit at its end. The start is public weights with a new head, or a
 trunk: a finished classifier that gets exits.

@@ -89,7 +89,7 @@ def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):
 def test_unknown_unreachable_and_offline_are_refused_and_leave_nothing(server, fetch, tmp_path):
     error = refused(fetch, "bert-base", NOBODY)
     assert error.startswith("bert-base: not fetched (")
-    by_hand = "put config.json, model.safetensors and tokenizer.json into "
+    by_hand = "put config.json, model.safetensors and its tokenizer into "
     assert f"{by_hand}{tmp_path / 'weights/bert-base'}, as weights/README.md tells" in error
     assert by_hand in refused(fetch, "minilm-l6", server.url, HF_HUB_OFFLINE="1")
     assert server.requests == []

@@ -232,7 +232,15 @@ def test_a_run_of_other_settings_is_refused(grid, changes, message):
     assert message in err
 
 
+def test_a_run_that_diverged_is_in_no_table(grid):
+    fake_run("ee", diverged=3)
+    assert grid("--methods", "ee", *ONE, "--report-only")[0] == 0
+    assert "| toy | ee | 0 |" in results()
+    assert "infinite or NaN: 1\n" in results()
+
+
 def test_it_is_imported_where_there_are_no_locks_as_on_windows(monkeypatch):
+    monkeypatch.setattr("minisweet.paper.reproduce", reproduce)  # what the new import sets is undone at the end
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.delitem(sys.modules, "minisweet.paper.reproduce")
     assert importlib.import_module("minisweet.paper.reproduce").main

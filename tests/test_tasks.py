@@ -5,7 +5,7 @@ import re
 import zipfile
 from collections import Counter
 from functools import cache
-from itertools import islice, permutations
+from itertools import islice, permutations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -122,23 +122,25 @@ def test_data_without_labels(tmp_path):
     dev = write(tmp_path / "dev.csv", table(["a", "b"], ["y", "x"]))
     data = load("--data", path, "--dev-data", dev, labels=["x", "y"], need_labels=False)
     assert (data.train.labels, data.dev.labels, data.record["metric"]) == (None, [1, 0], "accuracy")
-    (tmp_path / "RTE").mkdir()
-    for name in ("train", "dev"):
-        content = FILES["rte"] if name == "dev" else re.sub("(not_)?entailment", "hidden", FILES["rte"])
-        (tmp_path / f"RTE/{name}.tsv").write_bytes(content.encode())
-    rte = load("--task", "rte", "--data-dir", tmp_path, need_labels=False)
-    assert (rte.train.first, rte.train.labels) == (rte.dev.first, None)
+    for task, name in product(("rte", "qqp"), ("train", "dev")):
+        content = FILES[task] if name == "dev" else re.sub("(not_)?entailment", "hidden", FILES[task])
+        (tmp_path / TASKS[task].folder).mkdir(exist_ok=True)
+        (tmp_path / TASKS[task].folder / f"{name}.tsv").write_bytes(content.encode())
+    for task in ("rte", "qqp"):
+        rows = load("--task", task, "--data-dir", tmp_path, need_labels=False)
+        assert (rows.train.first, rows.train.labels) == (rows.dev.first, None)
     toy = load("--task", "toy", need_labels=False)
     assert (toy.train.labels, toy.dev) == (None, load_examples("toy", "dev", tmp_path))
 
 
-def test_the_classes_of_a_trunk(tickets):
+def test_the_classes_of_a_trunk(tickets, caplog):
     trunk, unnamed = ["refund", "other", "login"], ["LABEL_0", "LABEL_1"]
     data = load("--data", tickets, labels=trunk)
     assert (data.record["labels"], Counter(data.train.labels)) == (trunk, {0: 20, 2: 22})
     assert "label 'login', should be one of LABEL_0" in refused(load, "--data", tickets, labels=unnamed)
-    cases = ["login", "Login", "refund"]
+    cases = ["login", "Login", "refund"]  # of which two are alike
     assert load("--data", tickets, "--labels", ",".join(cases), labels=cases).record["labels"] == cases
+    assert [line.getMessage()[-12:] for line in caplog.records] == ["login, Login"]
     swapped = refused(load, "--data", tickets, "--labels", "Login,login,refund", labels=cases)
     assert swapped == "--labels: Login,login,refund, and the trunk's are login,Login,refund"
     assert load("--data", tickets, "--labels", "refund,login", labels=unnamed).record["labels"] == ["refund", "login"]

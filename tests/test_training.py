@@ -312,7 +312,7 @@ def test_a_trunk_from_elsewhere_and_text_with_no_labels_of_its_own(command, trai
     with torch.no_grad():
         assert torch.equal(model(*random_batch())[-1], load_trunk(Path("theirs"))[0](*random_batch())[0])
     assert (record.exit_layers, record.labels, record.metric) == ([0, 4], ["no", "yes"], "agreement")
-    assert "should be one of no, yes; all its labels are left out" in caplog.text
+    assert "should be one of no, yes; none of its labels is used" in caplog.text
     assert record.train_tokens  # its own are known
     assert not record.knows_all_texts
     assert command(evaluate, "run")[0] == 0

@@ -124,7 +124,7 @@ def test_threads_make_and_share_classifiers(run_of):
         ([["a", "b"]], {}, r"item 0: \['a', 'b'\]"),
         *((texts, {}, r"^texts: .*classify\(\[text\]\)") for texts in ("a text", b"a", None, 5, {"a": 1})),
         ([], {"threshold": float("nan")}, "^threshold: nan, should be a number from 0 to 1$"),
-        *(([], {"run": run}, "^run: .*, should be the path of a run folder$") for run in (None, b"run", 5)),
+        *(([], {"run": run}, "^run: .*, should be the path of a run folder$") for run in (None, b"run", 5, "")),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
         *(([], {"batch_size": size}, "^batch_size: .*, should be") for size in (0, 2.5, "32", None)),
         *(([], {"threshold": value}, "^threshold: .*, should be") for value in ("0.5", 1.5, -1, 1j)),

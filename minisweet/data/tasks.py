@@ -7,6 +7,7 @@ import io
 import json
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,8 +79,8 @@ def load_examples(task: str, split: str, data_dir: Path, labels: Names = None, n
         fetch_once(folder, lambda: _fetch(own, folder))
         path, (*columns, label) = folder / own.files[("train", "dev").index(split)], own.columns
         rows = read_rows(path, own.header, quoting=csv.QUOTE_NONE)  # tabs between columns, no quotes
+        rows = ((line, row) for line, row in rows if row.get(label, row.get(columns[-1])) not in SKIPPED)
         label = label if need_labels else None
-        rows = ((line, row) for line, row in rows if row.get(label or columns[-1]) not in SKIPPED)
         codes = list(map(str, range(len(own.labels)))) if own.numbered else own.labels
         examples, _ = examples_of(path, rows, columns, label, codes)
     labels = list(labels or own.labels)
@@ -141,8 +142,9 @@ def load_data(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names = No
     """Train, dev, and what run.json tells of them, by the options of `add_data_options`; one of --data and --task.
 
     `labels` are the classes of a finished trunk, in its order: the data's must be among them. Without `need_labels`
-    those of a task's training rows are left out, and so are own data's, with a warning, where they are missing or
-    others. Texts of the same tokens are one text when rows are set aside. Raises InputError for a wrong file.
+    the labels of a task's training rows are not read. Own data may have none; where one of --data's is none of the
+    classes, it says so and takes none of them. Texts of the same tokens are one text when rows are set aside. Raises
+    InputError for a wrong file.
     """
     named = args.labels if args.data else TASKS[args.task].labels
     if labels is None or (named and list(labels) == [f"LABEL_{i}" for i in range(len(named))]):  # which are no names
@@ -166,23 +168,23 @@ def _load_own(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names, nee
     if not need_labels and not args.label_column:
         usual.append([])  # no column at all
 
-    def read(path: Path, labels: Names, trained: Names = None) -> tuple:
+    def read(path: Path, labels: Names, trained: Names = None, usual: list[list[str]] = usual) -> tuple:
         columns = text_columns(path, args.text_columns, trained)
         column = next(iter(find_columns("--label-column", path, *usual)), None)
         if column in columns:
             raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
-        try:
-            return *examples_of(path, read_rows(path), columns, column, labels), columns, column
-        except InputError as error:
-            if need_labels or args.label_column or column is None:
-                raise
-            examples = examples_of(path, read_rows(path), columns, None, labels)
-            LOG.warning("%s; all its labels are left out", error)
-            return *examples, columns, None
+        return *examples_of(path, read_rows(path), columns, column, labels), columns, column
 
-    train, labels, columns, column = read(args.data, labels)
-    if len({unicodedata.normalize("NFKC", name).casefold() for name in labels or ()}) < len(labels or ()):
-        LOG.warning("%s: labels that differ in case or Unicode form alone are classes of their own", args.data)
+    try:
+        train, labels, columns, column = read(args.data, labels)
+    except InputError as error:
+        if need_labels or args.label_column:
+            raise
+        train, labels, columns, column = read(args.data, labels, usual=[[]])
+        LOG.warning("%s; none of its labels is used", error)
+    alike = Counter(unicodedata.normalize("NFKC", name).casefold() for name in labels)
+    if names := [name for name in labels if alike[unicodedata.normalize("NFKC", name).casefold()] > 1]:
+        LOG.warning("classes of their own, though they differ in case or Unicode form alone: %s", preview(names))
     if need_labels and len(set(train.labels)) < 2:
         raise InputError(f"{args.data}: all rows have the label {labels[train.labels[0]]!r:.60}, needs two or more")
     if args.dev_data:

@@ -56,9 +56,9 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
             options["lowercase"] = own.do_lower_case
             tokenizer = BertWordPieceTokenizer.from_file(str(regular_file(words)), **options)
         tokenizer.encode("\U00013000")  # an unknown word: raises where the token for it is missing
-    except BaseException as error:  # the library raises nothing more special, and a panic of Rust is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more special, and its panics are no Exception
         raise InputError(f"{folder}: its tokenizer is missing or not readable ({error})") from None
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     ids = tokenizer.get_vocab()

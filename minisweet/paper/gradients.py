@@ -53,7 +53,7 @@ def measure(run: Path, record: Record, batches: int, data_dir: Path) -> np.ndarr
         what = f"a run of {record.method} on {record.task}{own}, exits after layers {','.join(map(str, exits))}"
         raise InputError(f"{run}: {what}; should be of ee on a task, with two exits or more")
     if record.subset is None:
-        raise InputError(f"{run / 'run.json'}: subset is null, should be the rows that it was trained on")
+        raise InputError(f"{run / 'run.json'}: has no subset, the rows that it was trained on")
     rows = load_examples(record.task, "train", data_dir, record.labels)
     order = np.random.default_rng(record.seed).permutation(len(rows.labels))
     unseen = order[~np.isin(order, record.subset)]

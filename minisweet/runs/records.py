@@ -1,6 +1,6 @@
 """What others read of a run's run.json and evaluation.json, checked where it is made.
 
-Keys that are for people alone are no fields here. Values that cannot be raise InputError, which names the key.
+Keys that are for people alone are no fields here. A value that cannot be raises InputError, which names the key.
 Dimension letters: K exits, C classes, P thresholds. Scores are in percent, losses in points, speedup ratios in shares
 of the layers; each interval is a 95% interval, its lower and its upper end.
 """
@@ -46,7 +46,9 @@ class Record:
     device: str
     precision: str
     losses: list[list[float]] = field(default_factory=list)  # (steps, exits that are trained)
-    diverged: int | None = None  # the step at which the loss became infinite or NaN; such a run has no weights
+    diverged: int | None = (
+        None  # the step at which a loss or a weight became infinite or NaN; then no weights are there
+    )
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of --data
     label_column: str | None = None

@@ -85,6 +85,8 @@ class SavedTraining:
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 before, self.stages = saved["training"], saved["stages"]
+            except (OSError, MemoryError):
+                raise
             except Exception as error:  # of pickle, zip or torch, according to what is wrong with the file
                 raise InputError(
                     f"{path}: is no checkpoint ({error!s:.100}); to start anew, pass --overwrite"
@@ -92,13 +94,12 @@ class SavedTraining:
             if {0, *before["exit_layers"]} == {0, *self.training["exit_layers"]}:
                 before["exit_layers"] = self.training["exit_layers"]  # exit 0 is fitted after all stages
         elif args.resume and is_run(args.out):
-            read_record(args.out)  # refuses what is no run's
+            read_record(args.out)  # raises for a broken run.json
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         for key, value in self.training.items():
             if value != (was := before.get(key)):
-                what = f"{key} is {value!s:.60} and was {was!s:.60}"
-                if key in ROWS:
-                    what = f"the {ROWS[key]} rows are others"
+                pair = f"{key} is {value!s:.60} and was {was!s:.60}"
+                what = f"the {ROWS[key]} rows are others" if key in ROWS else pair
                 raise InputError(f"--resume: {args.out} is another training's: {what}; to start anew, pass --overwrite")
         *_, place = "step 0", *(f"step {len(saved['losses'])} of {stage}" for stage, saved in self.stages.items())
         self.notes = [f"--resume: goes on from {place}"] * args.resume  # for the user

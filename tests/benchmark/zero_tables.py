@@ -160,12 +160,12 @@ def what_came_out(studies: list[Study]) -> dict[str, str]:
             column[name] = [""] * len(SHARES)
             if name in study.curves:
                 column[name] = text(study.by_task("curve", name)[:, 0, : len(SHARES)].mean(0))
-            if name in study.methods:
+            if name in study.methods:  # in how many runs its first exit gives one answer
                 column[name][0] += f" [{sum(run[name] for run in every)} of {len(every)}]"
         column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * (len(SHARES) - 1)
         columns.append(column)
         exits = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}"
-        for task in [None, *study.learnt] if len(study.learnt) < 4 else [None]:
+        for task in [None, *study.learnt] if len(study.learnt) in (2, 3) else [None]:
             unit = f"{task}, ± over seeds" if task else f"mean of {len(study.learnt)} tasks"
             differences.append([f"{exits}, {unit}", *cells(study.less("exits", PAPERS, task), sign="+")])
     rows = [[name, *(cell for column in columns for cell in column[name])] for name in columns[0]]
