@@ -27,6 +27,7 @@ from tests.conftest import CHECKOUT, in_folder, run, write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
 ONE = ["--seeds", "0", "--lrs", "1e-3"]
+LAST_ALONE = {"exit_layers": [4], "exit_scores": [60.0], "temperatures": [1.0], "per_class": [{"confusions": []}]}
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
         ({"model": "elsewhere/tiny"}, "a run of elsewhere/tiny, not tiny"),
         ({"exit_layers": [1, 2]}, "a run with exit_layers [1, 2], not [1, 4]"),
         ({"losses": 1.0}, "losses"),
-        ({"evaluated": {"exit_layers": [4], "exit_scores": [60.0]}}, "evaluated with the exits [4] alone, not [1, 4]"),
+        ({"evaluated": LAST_ALONE}, "evaluated with the exits [4] alone, not [1, 4]"),
     ],
 )
 def test_a_run_of_other_settings_is_refused(grid, changes, message):

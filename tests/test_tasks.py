@@ -179,7 +179,7 @@ FILES["qnli"] = FILES["rte"].replace("sentence1", "question").replace("sentence2
         ("rte", "\tentail", "\tEntail", "line 3: label 'Entailment', should be one of entailment"),
         ("sst2", "\t1", "\tpositive", "line 2: label 'positive', should be one of 0, 1"),
         ("cola", "\t*\t", "\t", "line 2: 'sentence' is None, should be text"),
-        ("mrpc", "Quality", "quality", "no rows with text in #1 String, #2 String"),
+        ("mrpc", "Quality", "quality", "line 2: 'Quality' is None, should be a label"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, task, old, new, message):

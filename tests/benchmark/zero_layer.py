@@ -2,7 +2,7 @@
 
     python -m tests.benchmark.zero_layer --data-dir DIR --out FOLDER
     python -m tests.benchmark.zero_layer --data-dir DIR --out FOLDER/base --model mpnet-base --dev-rows 2000
-        --tasks sst2,mrpc,rte,qnli,own --own TRAIN.csv TEST.csv
+        --tasks sst2,cola,own --own TRAIN.csv TEST.csv
 
 A run of branches with exit 0 in front holds all that is made of exit 0, of branches and of full depth, since its exits
 are trained apart. Its exit 0 is also put in front of EE, SWEET and MM, whose training it does not touch. Of the small
