@@ -177,7 +177,7 @@ def what_came_out(studies: list[Study]) -> dict[str, str]:
 
 def draw(path: Path, studies: list[Study]) -> None:
     """Draw a panel for each study: what curves lose to full depth, a mean of the learnt tasks. Those with exit 0 are
-    dashed, and have the 95% interval over tasks as their band. The bands of the others would hide all else.
+    dashed, and of four tasks have the 95% interval over tasks as their band. Other bands would hide all else.
     """
     figure = new_figure(1 + 5.6 * len(studies), 5)
     for place, study in enumerate(studies, start=1):
@@ -187,7 +187,7 @@ def draw(path: Path, studies: list[Study]) -> None:
             if name != ONE_BRANCH:
                 colour = "plain" if name == OURS else method
                 less = study.by_task("grid", name) - study.by_task("alone", "full depth")[:, None]  # (tasks, GRID)
-                draw_mean(axis, colour, GRID, less if exits[0] == 0 else less.mean(0)[None], name)
+                draw_mean(axis, colour, GRID, less if exits[0] == 0 and len(less) > 3 else less.mean(0)[None], name)
         title = f"{study.depth} layers, mean of {len(study.learnt)} tasks"
         label_axes(axis, title, "score less full depth's, points")
     save_figure(figure, path)
