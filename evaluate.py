@@ -134,10 +134,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
     if rows.difficulties:  # of the toy task
         asked = [layers.index(n) for n in point["asked_exits"]]
         (taken,), *_ = answered.decide_at(rule, asked, [point["threshold"]])
-        after, levels = np.array(layers)[taken], np.array(rows.difficulties)  # (N,) each
-        print(f"\n{'difficulty':<25}mean layer that rows leave after")
-        for level in filter(rows.difficulties.count, LEVELS):
-            print(f"{level:<25}{after[levels == level].mean():8.2f}")
+        print_difficulties(rows.difficulties, np.array(layers)[taken])
     print_milliseconds(EarlyExitClassifier.of(run, device, precision, model, record, written), rows.texts())
     for line in evaluation["warnings"]:
         print(f"warning: {line}")
@@ -169,6 +166,13 @@ def print_curve(evaluation: dict) -> None:
     for threshold, value, ratio, counts in zip(*columns, strict=True):
         print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   " + "".join(f"{count:7,}" for count in counts))
     print("area under the curve {area:.2f}; all exits of all rows in {seconds:.1f} s".format(**evaluation))
+
+
+def print_difficulties(difficulties: list[str], left_after: np.ndarray) -> None:
+    """Print after which layer rows (N,) leave, the mean of each difficulty."""
+    print(f"\n{'difficulty':<25}mean layer that rows leave after")
+    for level in filter(difficulties.count, LEVELS):
+        print(f"{level:<25}{left_after[np.array(difficulties) == level].mean():8.2f}")
 
 
 def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:

@@ -182,8 +182,9 @@ def _load_own(args: argparse.Namespace, tokenizer: Tokenizer, labels: Names, nee
             raise
         train, labels, columns, column = read(args.data, labels, usual=[[]])
         LOG.warning("%s; none of its labels is used", error)
-    alike = Counter(unicodedata.normalize("NFKC", name).casefold() for name in labels)
-    if names := [name for name in labels if alike[unicodedata.normalize("NFKC", name).casefold()] > 1]:
+    forms = [unicodedata.normalize("NFKC", name).casefold() for name in labels]
+    often = Counter(forms)
+    if names := [name for name, form in zip(labels, forms, strict=True) if often[form] > 1]:
         LOG.warning("classes of their own, though they differ in case or Unicode form alone: %s", preview(names))
     if need_labels and len(set(train.labels)) < 2:
         raise InputError(f"{args.data}: all rows have the label {labels[train.labels[0]]!r:.60}, needs two or more")

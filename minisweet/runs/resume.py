@@ -26,8 +26,7 @@ from minisweet.runs.folders import FILES, is_run, read_record
 # Options that may change when a training goes on. In place of files, their rows' digests are compared; in place of
 # --exit-layers, the model's layers.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "task", "data", "dev_data", "data_dir", "exit_layers"}
-
-ROWS = {"train_digest": "training", "dev_digest": "validation"}
+ROWS = {"train_digest": "training", "dev_digest": "validation"}  # whose digests
 
 
 @contextmanager
@@ -88,9 +87,8 @@ class SavedTraining:
             except (OSError, MemoryError):
                 raise
             except Exception as error:  # of pickle, zip or torch, according to what is wrong with the file
-                raise InputError(
-                    f"{path}: is no checkpoint ({error!s:.100}); to start anew, pass --overwrite"
-                ) from None
+                why = f"is no checkpoint ({error!s:.100}); to start anew, pass --overwrite"
+                raise InputError(f"{path}: {why}") from None
             if {0, *before["exit_layers"]} == {0, *self.training["exit_layers"]}:
                 before["exit_layers"] = self.training["exit_layers"]  # exit 0 is fitted after all stages
         elif args.resume and is_run(args.out):

@@ -51,6 +51,6 @@ def main() -> None:
             progress.update(len(chunk))
     if args.out:
         where = ", ".join(f"{left[n]:,} after layer {n}" for n in classify.exit_layers)
-        rows = counted(left.total(), "row")
-        print(f"{args.out}: {rows} at threshold {classify.threshold:.6g}; left {where}", end="; ")
+        number = counted(left.total(), "row")
+        print(f"{args.out}: {number} at threshold {classify.threshold:.6g}; left {where}", end="; ")
         print(f"empty: {empty:,}; cut to {classify.record.max_length} tokens: {cut:,}")
