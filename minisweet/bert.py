@@ -32,7 +32,7 @@ class BertLayer(TransformerLayer):
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         bias = context[0][:, :, :tokens]  # (B, 1, 1, T) or (B, H, R, T)
-        if self.training or self.writes_out:  # in training for a dropout that is fast on a CPU
+        if self.training or self.plain_products:  # in training for a dropout that is fast on a CPU
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))

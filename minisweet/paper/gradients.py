@@ -20,12 +20,13 @@ import torch.nn.functional as F
 
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import choose_device
-from minisweet.base.files import InputError, home, one_line, write_json
+from minisweet.base.files import InputError, one_line, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.plots import new_figure, save_figure
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.runs.folders import load_run, read_record
+from minisweet.runs.hub import fetch_task, home
 from minisweet.runs.records import Record
 
 SETTINGS = ("task", "model", "exit_layers", "lr", "batch_size", "train_size", "epochs")  # the same for all runs
@@ -52,9 +53,8 @@ def measure(run: Path, record: Record, batches: int, data_dir: Path) -> np.ndarr
         own = " (own text)" if record.text_columns else ""
         what = f"a run of {record.method} on {record.task}{own}, exits after layers {','.join(map(str, exits))}"
         raise InputError(f"{run}: {what}; should be of ee on a task, with two exits or more")
-    if record.subset is None:
-        raise InputError(f"{run / 'run.json'}: has no subset, the rows that it was trained on")
-    rows = load_examples(record.task, "train", data_dir, record.labels)
+    fetch_task(record.task, data_dir)
+    rows = load_examples(record.task, "train", data_dir)
     order = np.random.default_rng(record.seed).permutation(len(rows.labels))
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from minisweet.evaluation import plots
 from minisweet.evaluation.metrics import METRICS
+from minisweet.paper.statistics import mean_and_spread
 
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the ratios of the first exits
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
@@ -41,15 +42,8 @@ def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> 
 
 def with_one_class(record: dict, layers: Sequence[int]) -> list[bool]:
     """Whether each of the exits after these layers gives all validation rows the same answer."""
-
-    def answers(report: dict) -> int:
-        """How many classes are predicted. Old evaluations have whole matrices, a row for each label."""
-        if "confusion_matrix" in report:
-            return np.count_nonzero(np.sum(report["confusion_matrix"], axis=0))
-        return len({prediction for _, prediction, _ in report["confusions"]})
-
-    found = {n: answers(report) < 2 for n, report in zip(record["exit_layers"], record["per_class"], strict=True)}
-    return [found.get(n, False) for n in layers]
+    found = dict(zip(record["exit_layers"], record["exit_answers"], strict=True))
+    return [found.get(n, 2) < 2 for n in layers]
 
 
 def seed_means(records: Records, points: Points) -> np.ndarray:
@@ -75,7 +69,7 @@ def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[st
 
     With a sign they are differences, in bold where the interval leaves out 0.
     """
-    mean, std, half = (np.atleast_1d(values).round(4) for values in plots.mean_and_spread(np.array(values)))
+    mean, std, half = (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
     texts = []
     for value, spread in zip(mean, std if deviation else half, strict=True):
         text = f"{value:{sign}.1f}" + ("" if np.isnan(spread) else f" ±{spread:.1f}")
@@ -169,6 +163,13 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
             ratios = np.linspace(min(reached), max(reached), 400)
             values = seed_means(records, partial(curve_of, ratios=ratios))  # (S, P)
             if len(values):
-                plots.draw_mean(axis, method, ratios, values, plots.WORDS.get(method, method))
+                draw_mean(axis, method, ratios, values, plots.WORDS.get(method, method))
         plots.label_axes(axis, title, " and ".join(metrics_of(grid, tasks)))
     plots.save_figure(figure, path)
+
+
+def draw_mean(axis, method: str, ratios: np.ndarray, values: np.ndarray, label: str) -> None:
+    """Draw the mean of S curves at the same ratios (P,), scores (S, P), and the band of its interval if S > 2."""
+    mean, _, half = mean_and_spread(values)
+    colour = plots.draw_line(axis, method, ratios, mean, label, marker="")
+    axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.base.commands import Progress
+from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError
 
 BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed
@@ -182,7 +182,7 @@ class Features:
         return [weigh(of_free).rsqrt(), torch.stack(of_linear), torch.tensor(C**0.5), torch.tensor(C**0.5)]
 
 
-def fit_weights(features: Features, scale: float, targets: Tensor, bar: Progress) -> list[Tensor]:
+def fit_weights(features: Features, scale: float, targets: Tensor, bar) -> list[Tensor]:
     """The weights with the least mean cross-entropy and penalty. `targets` (N, C); rows of zeros do not count."""
     (N, C), R, parts, D1 = targets.shape, len(features.used), len(features.parts), features.known.shape[1]
     steps = MANY_ITERATIONS if C > MANY else ITERATIONS
@@ -232,7 +232,7 @@ def fit_ngrams(exit: NgramExit, batches: Sequence, targets: Tensor, embeddings: 
     LOG.info(f"exit 0: fits {len(features.used):,} n-grams x {C:,} classes to {N:,} texts")
 
     steps = (len(SCALES) * len(held_out) + 1) * (MANY_ITERATIONS if C > MANY else ITERATIONS)
-    with Progress(total=steps, desc="exit 0", unit="step") as bar:
+    with progress(total=steps, desc="exit 0", unit="step") as bar:
 
         def likelihood(scale: float) -> float:  # the log-likelihood of texts that the fit has not seen
             total = 0.0
