@@ -109,8 +109,7 @@ def tables(grid: dict[str, Records]) -> str:
     compared = [[name, len(found), *cells(found, sign="+")] for name, found in pairs_of(grid, points).items() if found]
     of_layers, head = [f"layer {n}" for n in layers], ["task", "method", "seeds"]
     scored = "; ".join(f"{metric} of {', '.join(its)}" for metric, its in metrics_of(grid, tasks).items())
-    text = f"\nScores in percent: {scored}.{' Means are over all of them.' * (len(tasks) > 1)} "
-    text += "An interval needs three seeds, or tasks, at least.\n"
+    text = f"\nScores in percent: {scored}. An interval needs three seeds, or tasks, at least.\n"
     title = "Individual classifiers: mean score ± deviation over seeds; [n]: in n runs it answers with one class"
     text += table(title, [*head, *of_layers], individual)
     title = "Scores at speedup ratios, and the area under the curve: mean ± 95% interval over seeds"

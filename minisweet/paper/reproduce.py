@@ -9,7 +9,6 @@ share a grid: a run belongs to the process that trains it.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -29,10 +28,10 @@ from minisweet.runs.hub import CLONE, home
 from minisweet.runs.resume import is_claimed
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
-SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
 DEVICE = ("device", "amp")  # options of train.py and evaluate.py
 WAIT = 20  # seconds, until a run of another process is looked at again
-TRAINING = ("out", *Run._fields, "model", *SETTINGS, "exit_strategy", "data_dir", *DEVICE)
+TRAINING = ("out", *Run._fields, "model", "epochs", "max_length", "batch_size", "exit_layers", "exit_strategy")
+TRAINING += ("data_dir", *DEVICE)
 
 
 class Grid:
@@ -48,19 +47,10 @@ class Grid:
         return self.args.runs / run_name(vars(self.args) | run._asdict(), in_grid=True)
 
     def record(self, run: Run) -> dict | None:
-        """What reports use of a run: {} if it diverged, None if it is not complete.
-
-        Raises InputError for a run of other settings or exits than the grid's.
-        """
+        """What reports use of a run: {} if it diverged, None if it is not complete."""
         folder = self.folder(run)
         if run not in self.records and is_run(folder):
             record = read_record(folder)
-            if os.path.realpath(record.model) != os.path.realpath(self.args.model):  # of one name
-                raise InputError(f"{folder}: a run of {record.model}, not {self.args.model}; name another --runs")
-            for key in SETTINGS:
-                has, wanted = getattr(record, key), getattr(self.args, key)
-                if wanted not in (None, has):
-                    raise InputError(f"{folder}: a run with {key} {has}, not {wanted}; name another --runs")
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
