@@ -85,12 +85,6 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
     """`main` as one of torchrun's processes, of which the first alone prints; without torchrun `main` itself."""
 
     def run() -> None:
-        start = "start by torchrun, or unset WORLD_SIZE"
-        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise InputError(f"WORLD_SIZE is set and {missing[0]} is not: {start}")
-        size, rank = os.environ["WORLD_SIZE"], os.environ["RANK"]
-        if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
-            raise InputError(f"WORLD_SIZE is {size!r:.80} and RANK {rank!r:.80}: {start}")
         # Imported later, its functions keep the group as a default, and gloo's threads may abort a process that ends.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

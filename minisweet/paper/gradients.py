@@ -11,7 +11,6 @@ it. A similarity near 1 is agreement, below 0 conflict. Of several runs, such as
 Dimension letters: K exits, M = K-1 matrices.
 """
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,6 @@ from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.runs.folders import load_run, read_record
 from minisweet.runs.hub import fetch_task, home
 from minisweet.runs.records import Record
-
-SETTINGS = ("task", "model", "exit_layers", "lr", "batch_size", "train_size", "epochs")  # the same for all runs
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
@@ -76,9 +73,8 @@ def main() -> None:
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     args = parser.parse_args()
     record, *others = records = [read_record(run) for run in args.runs]
-    for (run, other), key in product(zip(args.runs[1:], others, strict=True), SETTINGS):
-        if (its := getattr(other, key)) != (wanted := getattr(record, key)):
-            raise InputError(f"{run}: its {key} is {its}, should be {wanted} as {args.runs[0]}'s, for one mean")
+    if other := next((its for its in others if (its.task, its.exit_layers) != (record.task, record.exit_layers)), None):
+        raise InputError(f"RUN: {other.task}, exits {other.exit_layers}, should be as {args.runs[0]}'s for one mean")
     pairs = zip(args.runs, records, strict=True)
     found = np.stack([measure(run, its, args.batches, args.data_dir) for run, its in pairs])  # (runs, batches, M, K, K)
     mean, parts = found.mean((0, 1)), found.mean(1) if others else found[0]

@@ -1,9 +1,9 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
-Until the run NAME is saved, .NAME.checkpoint/ lies beside it, with checkpoint.pt: stage, losses, parameters, optimizer
-and scaler. It is written every ten minutes, at the end of each stage (MM's models, a trunk, branches), and at SIGTERM
-or Ctrl-C. Seed and step alone set the order of the examples and dropout. So the weights are those of a training that
-never stopped, to the bit. A lock in the folder says that the training lives: it ends with its process.
+Until the run NAME is saved, .NAME.checkpoint/ lies beside it. Its checkpoint.pt holds stage, losses, parameters,
+optimizer and scaler. It is written every ten minutes, at the end of each stage (MM's models, a trunk, branches), and at
+SIGTERM or Ctrl-C. Seed and step alone set the order of the examples and dropout. So the weights are those of a training
+that never stopped, to the bit. A lock in the folder says that the training lives. It ends with its process.
 """
 
 import argparse
@@ -40,12 +40,12 @@ def checkpoint_folder(out: Path) -> Path:
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[bool]:
-    """Hold the lock of the training to `out`, in its checkpoint's folder. Gives False where another process has it."""
-    if fcntl is None:
-        yield True
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold the lock in a checkpoint's folder. Gives False where there is none, or another process holds its lock."""
+    if fcntl is None or not folder.exists():
+        yield folder.exists()
         return
-    with (checkpoint_folder(out) / "lock").open("w") as lock:
+    with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -56,11 +56,8 @@ def claimed(out: Path) -> Iterator[bool]:
 
 def is_claimed(out: Path) -> bool:
     """Whether a training to `out` lives."""
-    try:
-        with claimed(out) as is_mine:
-            return not is_mine
-    except FileNotFoundError:
-        return False
+    with claimed(folder := checkpoint_folder(out)) as is_mine:
+        return folder.exists() and not is_mine
 
 
 @contextmanager
@@ -86,7 +83,7 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
         raise InputError(f"--out: {why}; pass --resume or --overwrite to take it") from None
     except OSError as error:
         raise InputError(f"--out: {out!s:.100} cannot be written ({error.strerror})") from None
-    with claimed(out) as is_mine:
+    with claimed(folder) as is_mine:
         if not is_mine:
             raise InputError(f"--out: another process trains {out} now; wait for it, or name another folder")
         try:
@@ -114,13 +111,12 @@ class SavedTraining:
         self.stages = {}  # by name: losses, seconds, parameters; of one that was stopped, AdamW and the scaler too
         self.training = before = training_of(record)
         self.signal = 0  # the number of the signal that came
-        self.bar = None  # shows the losses
         self.started = self.saved = time.perf_counter()
         if args.resume and self.path.is_file():
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             before, self.stages = saved["training"], saved["stages"]
-            done = [f"{len(saved['losses'])} steps of {stage}" for stage, saved in self.stages.items()]
-            LOG.info("--resume: goes on after %s", ", ".join(done) or "0 steps")
+            done = [f"{len(state['losses'])} steps of {stage}" for stage, state in self.stages.items()]
+            LOG.info("--resume: goes on after %s", ", ".join(done))
         elif args.resume and is_run(args.out):
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         for key, value in self.training.items():
@@ -130,7 +126,7 @@ class SavedTraining:
 
     def restore(self, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:
         """Restore parameters, AdamW and scaler, if the stage was begun. Returns each step's losses until there."""
-        saved, self.started = self.stages.get(self.stage, {}), time.perf_counter()
+        saved, self.started = self.stages.get(self.stage), time.perf_counter()
         if not saved:
             return []
         self.started -= saved["seconds"]
@@ -181,16 +177,10 @@ class SavedTraining:
     @contextmanager
     def during(self, stage: str, bar) -> Iterator[None]:
         """Within, the stage is trained, and `bar` shows its losses. A command's SIGTERM and Ctrl-C wait for `keep`."""
-        self.stage, self.bar = stage, bar
-        if not callable(signal.getsignal(signal.SIGTERM)):  # no command, whose `run_command` sets it
-            yield
-            return
-
-        def note(number: int, _: object) -> None:
-            self.signal = number
-
-        heard = [number for number in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(number))]
-        former = {number: signal.signal(number, note) for number in heard}
+        self.stage, self.bar, former = stage, bar, {}
+        if callable(signal.getsignal(signal.SIGTERM)):  # a command, by `run_command`; else Python's own signals stay
+            for number in (signal.SIGTERM, signal.SIGINT):
+                former[number] = signal.signal(number, lambda number, _: setattr(self, "signal", number))
         try:
             yield
         finally:
