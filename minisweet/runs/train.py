@@ -123,8 +123,13 @@ def fit_exit_0(setup: Setup, checkpoint: SavedTraining, model: ExitModel, embedd
     targets = balanced(examples.targets, C) if setup.args.class_weights else examples.targets
     chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
     batches = [examples.batch(rows).inputs for rows in chunks]
-    with checkpoint.timed("exit 0"):
-        fit_ngrams(setup.ngrams, batches, torch.from_numpy(targets), embeddings)
+    with checkpoint.timed("exit 0"), progress(desc="exit 0", unit="fit") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        fit_ngrams(setup.ngrams, batches, torch.from_numpy(targets), embeddings, report)
     model.add_ngrams(setup.ngrams)
 
 
