@@ -1,7 +1,8 @@
 """What several tests use: tiny models with random weights, a way to run commands, and one finished run per method."""
 
 import json
-import signal
+import os
+import runpy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,15 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
+from minisweet import NgramExit
 from minisweet.base.commands import run_command
 from minisweet.checkpoint import ARCHITECTURES, public_name
 from minisweet.data import toy
-from minisweet.data.tasks import TASKS
-from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.exits import ExitModel
 from minisweet.layers import TransformerEncoder
-from minisweet.methods import build_alone, grow
+from minisweet.methods import add_exits, new_trunk
 
 CHECKOUT = Path(__file__).parent.parent
 SIZES = {
@@ -46,11 +49,16 @@ WORDS = "the a film was not good bad great dull but and i you we it is in of to 
 
 
 def pytest_configure(config) -> None:
-    """One thread, since tiny models lose more to waiting threads than they gain."""
+    """One thread, since tiny models lose more to waiting threads than they gain. A learner's own file runs first.
+
+    `MINE=my_exits.py python -m pytest tests/test_paper.py` runs my_exits.py, which puts a function or a class of its
+    own in place of the package's, such as `minisweet.exits.stop_gradient = mine`.
+    """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have it ignored
     settings.register_profile("slow machines", deadline=None, max_examples=20)
     settings.load_profile("slow machines")
+    if mine := os.environ.get("MINE"):
+        runpy.run_path(mine)
 
 
 def slow(*values) -> list:
@@ -115,13 +123,48 @@ def random_batch(seed: int = 0, batch: int = 4, length: int = 11, vocab: int = 6
     return input_ids, mask, (torch.arange(length) >= length // 2).long().expand(batch, -1) * mask
 
 
+def rewrite(folder: Path, change) -> None:
+    """Apply `change` to the checkpoint's dictionary of tensors."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def reconfigure(folder: Path, base: str, **changes) -> None:
+    """Write config.json anew, with some keys changed; "absent" leaves a key out."""
+    content = {key: value for key, value in (CONFIGS[base] | changes).items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def write_classifier(folder: Path, **changes) -> Path:
+    """A tiny BERT that was fine-tuned elsewhere for two classes."""
+    write_model(folder, "bert")
+    head = {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
+    rewrite(folder, lambda tensors: tensors | head)
+    reconfigure(folder, "bert", **changes)
+    return folder
+
+
+def toy_examples(folder: Path, rows: range | list[int], max_length: int = 32) -> TokenizedExamples:
+    """Rows of the toy task, in the tokens of a tiny model."""
+    tokenizer = load_tokenizer(folder, SIZES["vocab_size"], max_length)
+    return TokenizedExamples(tokenizer, load_examples("toy", "train", Path()).take(rows))
+
+
 def model_of(
     folder: Path, method: str, layers=(1, 2, 4), num_labels: int = 2, strategy: str = "confidence", seed: int = 0
-) -> MultiExitModel | MultiModel:
+) -> ExitModel:
     """A method's model of a folder's checkpoint, with exits after these layers; plain has the last of them alone."""
     torch.manual_seed(seed)
     layers = layers[-1:] if method == "plain" else layers
-    return grow(method, build_alone(folder, layers[-1], num_labels, strategy), layers, strategy)
+    return add_exits(method, new_trunk(folder, layers[-1], num_labels, strategy), layers, strategy)
+
+
+def with_exit_0(model: ExitModel) -> ExitModel:
+    """The model with exit 0 in front, whose table says something."""
+    ngrams, generator = NgramExit(60, model.num_labels, [0, 1, 2, 3], pairs=True), torch.Generator().manual_seed(1)
+    for tensor in ngrams.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model.add_ngrams(ngrams)
 
 
 def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"):
@@ -137,20 +180,20 @@ def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 
 
 @contextmanager
 def in_folder(folder: Path):
-    """Within, commands run in `folder` and quickly: few rows in the toy task, few that are timed, no figure drawn."""
+    """Within, commands run in `folder` and quickly: few rows in the toy task, no figure drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(toy.SIZES, "train", 400)
         patch.setitem(toy.SIZES, "dev", 200)
-        patch.setattr("evaluate.TIMED", 4)
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
         yield
 
 
 def run(module, *arguments) -> int:
     """Call a module's main() with these arguments, as a command; returns its exit status."""
+    room, _, name = module.__name__.rpartition(".")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"minisweet {name}" if room else f"{name}.py", *map(str, arguments)])
         try:
             run_command(module.main)
         except SystemExit as stopped:
@@ -174,8 +217,7 @@ def command(capsys, tmp_path):
 
 def quick(model, *arguments) -> list:
     """train.py's arguments for a run in no time, and of the same losses on every machine."""
-    sizes = ["--train-size", 48, "--epochs", 2, "--exit-layers", "1,2,4", "--max-length", 32, "--amp", "off"]
-    return ["--model", model, *sizes, *arguments]
+    return ["--model", model, "--train-size", 48, *SHORT, *arguments]
 
 
 def write_table(path: Path, columns: list[str], labels: dict, header: bool = True, between: str = ",") -> None:
@@ -204,15 +246,16 @@ def place(tmp_path, monkeypatch):
         yield tmp_path
 
 
-# The runs of `run_of`, and what train.py is told for them beside `quick`: later options win.
+SHORT = "--epochs 2 --exit-layers 1,2,4 --max-length 32 --amp off".split()  # later options win
+# The runs of `run_of`, and what train.py is told for them; of own text, what `minisweet fit` is told.
 RUNS = {
-    "sweet": ["--method", "sweet"],
-    "ee": ["--method", "ee"],
-    "mm": ["--method", "mm"],
-    "branch": ["--method", "branch"],
-    "lte": ["--method", "sweet", "--exit-strategy", "lte"],
-    "pairs": "--method branch --data pairs.csv --text-columns first,second --label-column verdict".split(),
-    "trunk0": ["--method", "plain", "--exit-layers", "0,4"],
+    "sweet": ["--method", "sweet", "--train-size", 200],
+    "ee": ["--method", "ee", "--train-size", 200],
+    "mm": ["--method", "mm", "--train-size", 200],
+    "branch": ["--method", "branch", "--train-size", 200],
+    "lte": ["--method", "sweet", "--train-size", 200, "--exit-strategy", "lte"],
+    "pairs": "pairs.csv --method branch --text-columns first,second --label-column verdict".split(),
+    "trunk0": ["--method", "plain", "--train-size", 200, "--exit-layers", "0,4"],
 }
 
 
@@ -236,12 +279,13 @@ def write_model_of_words(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory):
-    """A function that gives the folder of a finished and evaluated run: "sweet", "pairs" or another of `RUNS`.
+    """A function that gives the folder of a finished run, evaluated and chosen for: "sweet" or another of `RUNS`.
 
     Each is made at its first use, of a tiny BERT in the folder `tiny` beside it. Nobody changes one: copy it first.
     """
     import evaluate
     import train
+    from minisweet.use import choose, fit
 
     folder = tmp_path_factory.mktemp("runs")
     model = write_model_of_words(folder / "tiny")
@@ -255,11 +299,11 @@ def run_of(tmp_path_factory):
 
     def finished(name: str) -> Path:
         path = folder / name
-        if not (path / "evaluation.json").exists():
-            options = ["--train-size", 200, "--epochs", 4, "--lr", "3e-3", *RUNS[name]]
+        if not (path / "operating.json").exists():
+            options = ["--model", model, "--out", name, *SHORT, "--epochs", 4, "--lr", "3e-3", *RUNS[name]]
             with in_folder(folder):
-                assert run(train, *quick(model, "--out", name, *options)) == 0
-                assert run(evaluate, name) == 0
+                assert run(fit if name == "pairs" else train, *options) == 0
+                assert run(evaluate, name) == run(choose, name) == 0
         return path
 
     return finished
