@@ -63,9 +63,9 @@ def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
         return
     if setup.ngrams:
         fit_exit_0(setup, checkpoint, model, embeddings)
+    stages = checkpoint.stages
     # Of each stage, (steps, its exits). The trunk is trained first, and its exit is the last.
-    stages = {name: checkpoint.stages[name] for name in sorted(checkpoint.stages, key="trunk".__eq__)}
-    losses = [saved["losses"] for saved in stages.values() if saved["losses"]]
+    losses = [stages[name]["losses"] for name in sorted(stages, key="trunk".__eq__) if stages[name]["losses"]]
     record["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
     record["stages"] = {name: round(saved["seconds"], 1) for name, saved in stages.items()}
     record["seconds"] = round(sum(saved["seconds"] for saved in stages.values()), 1)
