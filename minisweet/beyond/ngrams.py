@@ -93,6 +93,19 @@ class NgramExit(nn.Module):
             logits = logits + (met[..., None] * self.met_weights).sum(1)
         return logits * number.clamp(max=1)
 
+    def contributions(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """What makes the logits of texts that have words, but for the bias: (B, 2T, C), or in pairs (B, 2T+2, C).
+
+        They are those of all tokens, of each token with its next neighbour, and of the two numbers of `find_met`.
+        """
+        rows, counts = self.find_rows(input_ids, attention_mask, token_type_ids)
+        root = counts.sum(1).clamp(min=1).sqrt()[:, None, None]
+        added = self.table[rows] * counts[..., None] / root
+        if self.pairs:
+            met = self.find_met(input_ids, attention_mask, token_type_ids)
+            added = torch.cat([added, met[..., None] * self.met_weights], 1)
+        return added
+
 
 def check_size(vocab_size: int, num_labels: int, pairs: bool, texts: int) -> None:
     """Raise InputError where so many classes need a table, or logits of all texts, that cannot be fitted in memory."""

@@ -7,11 +7,6 @@ import numpy as np
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
 
 
-def has_labels(metric: str) -> bool:
-    """Whether there are labels to be right about. Else full depth's answers stand in for them."""
-    return metric != "agreement"
-
-
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str):
     """Accuracy, agreement (the same, with the last exit's answers as labels) or Matthews correlation, all x100.
 

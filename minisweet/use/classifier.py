@@ -44,7 +44,7 @@ class Answer(NamedTuple):
     confidence: float
     exit_layer: int  # counted from 1; 0 for exit 0, a bag of words before the first layer
     probabilities: dict  # of all labels, after temperature scaling
-    words: tuple[dict[str, float], dict[str, float]] | None = None  # `explain` alone: what spoke for it, and against it
+    words: tuple[dict[str, float], dict[str, float]] | None = None  # at exit 0, by `explain` alone; see `spoke` there
 
 
 class EarlyExitClassifier:
