@@ -5,7 +5,7 @@
 RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. Each side has a
 process of its own, and the sides take turns, so that a machine whose speed drifts is fair to all. Numbers are medians.
 The tables of a run of more than six layers have its model's name, and training steps of its kind of model alone.
-bfloat16 is measured in a training step where the processor has instructions for it.
+bfloat16 is measured where the processor has instructions for it.
 A training step fine-tunes a whole model of random weights for one exit, at batch 16 with dropout and optimizer.
 DeBERTa of `transformers` fails in bfloat16 autocast, so there it is cast as a whole.
 """
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -52,6 +53,10 @@ BERT, DEBERTA = {"type_vocab_size": 2}, {"type_vocab_size": 0, "vocab_size": 502
 DEBERTA |= {"relative_attention": True, "position_biased_input": False}
 MODELS = {"MiniLM": ("bert", BASE | BERT | SMALL), "BERT-base": ("bert", BASE | BERT), "MPNet-base": ("mpnet", BASE)}
 MODELS |= {"DeBERTa-base": ("deberta", BASE | DEBERTA)}
+
+# Thresholds of the one file, slower and slower, and what is chosen to deploy.
+POINTS = {"exit 0 alone": 0.0, **{f"threshold {t}": t for t in (0.7, 0.8, 0.9, 0.95)}}
+POINTS |= {"full depth": 1.0, "operating point": None}
 
 
 def training_step(is_ours: bool, model_type: str, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
@@ -178,7 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     from minisweet.use.onnx import export_onnx
 
-    run, (_, record), points = args.run.resolve(), load_run(args.run), {"full depth": 1.0, "operating point": None}
+    run, (_, record) = args.run.resolve(), load_run(args.run)
     rows, tokenizer = read_validation(run, record), load_tokenizer(run, record.vocab_size, record.max_length)
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
@@ -190,31 +195,31 @@ def main() -> None:
         tokenizer.save(words)
         export(run, Path(plain))
         export_theirs(plain, f"{theirs}-float32.onnx", f"{theirs}-int8.onnx")
-        for kind in ("float32", "bfloat16"):
-            batches[f"transformers, {kind}"] = HERE, "their_texts", (plain, texts, kind == "bfloat16")
         for kind in ("float32", "int8"):
             file = f"{theirs}-{kind}.onnx"
             batches[f"ONNX Runtime, {kind}"] = "onnx_side", "step_of", (file, words, texts, 32)
             files[f"full model, {kind}"] = "onnx_side", "step_of", (file, words, texts, 1)
             file = Path(f"{ours}-{kind}.onnx")
             export_onnx(run, file, int8=kind == "int8", recertify=kind == "int8")
-            for point, threshold in ({"exit 0 alone": 0.0} | points).items():
+            for point, threshold in POINTS.items():
                 call = "onnx_side", "step_of", (str(file), words, texts, 1, threshold)
                 files[f"the file that leaves early, {kind}, {point}"] = call
-        for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
-            batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, threshold)
-        suffix, models = "", MODELS
-        if record.depth > SMALL["num_hidden_layers"]:
-            suffix, kind = f": {Path(record.model).name}", read_config(run).model_type
-            models = {name: model for name, model in MODELS.items() if model[0] == kind and name.endswith("-base")}
-        made = {f"a training step{suffix}": training_table(args.turns, models)}
+        for kind, amp in list({"float32": "off", "bfloat16": "bf16"}.items())[: 1 + processor()[1]]:
+            batches[f"transformers, {kind}"] = HERE, "their_texts", (plain, texts, kind == "bfloat16")
+            for point in ("full depth", "operating point"):
+                batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, POINTS[point])
+        of_small, kind = record.depth == SMALL["num_hidden_layers"], read_config(run).model_type
+        models = {name: its for name, its in MODELS.items() if of_small or its[0] == kind and name.endswith("-base")}
+        made = {"a training step": training_table(args.turns, models)}
         for name, sides in {"texts in batches": batches, "one file": files}.items():
             how = "in batches of 32" if sides is batches else "one by one"
             title = f"{record.task}, {len(rows.first):,} texts, {how}"
-            made[name + suffix] = text_table(title, sides, rows.labels, record.depth, args.turns)
+            made[name] = text_table(title, sides, rows.labels, record.depth, args.turns)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
-    made["measured on" + suffix] = f"{device_name(torch.device('cpu'))}; {libraries}; medians of {args.turns} turns.\n"
-    show(made, args.write)
+    where = f"{device_name(torch.device('cpu'))}{', with bfloat16' * processor()[1]}; {libraries}"
+    made["measured on"] = f"{where}; medians of {args.turns} turns; {date.today()}.\n"
+    suffix = "" if of_small else f": {Path(record.model).name}"
+    show({name + suffix: block for name, block in made.items()}, args.write)
 
 
 if __name__ == "__main__":
