@@ -25,12 +25,12 @@ from minisweet.evaluation.answers import all_logits
 from minisweet.paper.report import cells, table
 from minisweet.runs.folders import load_run
 from tests.benchmark import run_study, show, study
-from tests.benchmark.linear import fit_linear
+from tests.benchmark.linear import LINEAR, fit_linear
 
 TEST_ROWS = 2500  # at most
 NAMES = {"own": "own text", "sst2": "SST-2", "qqp": "QQP"}
 FULL, DEPLOYED, LAYERS = "full depth", "deployed", "layers run, %"
-BESIDE = ("TF-IDF", "embeddings")
+BESIDE = tuple(LINEAR.values())
 
 
 def make_run(run: Path, labelled: Path, unlabelled: Path | None, columns: list[str], **options: object) -> None:
@@ -62,11 +62,11 @@ def measure(folder: Path, drawn: Examples, count: int, test: Examples, labels: l
     make_run(folder / "run", files[0], files[1] or None, columns, **options)
     said, share = ask(folder / "run", test, labels)
     if options["model"] == study.SMALL:
-        said |= {name: fit_linear(name, labelled)[0](test).argmax(-1) for name in BESIDE}
+        said |= {name: fit_linear(name, labelled)(test) for name in BESIDE}
         if others.first:
             answers, _ = ask(folder / "run", others, labels)
             taught = drawn._replace(labels=[*labelled.labels, *answers[FULL].tolist()])
-            said["TF-IDF, taught by full depth"] = fit_linear("TF-IDF", taught)[0](test).argmax(-1)
+            said["TF-IDF, taught by full depth"] = fit_linear("TF-IDF", taught)(test)
     right = {name: answers == np.array(test.labels) for name, answers in said.items()}
     found = {name: 100 * is_right.mean() for name, is_right in right.items()}
     found["exit 0 agrees"] = 100 * (said["exit 0"] == said[FULL]).mean()

@@ -16,7 +16,7 @@ from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.runs.hub import model_folder
 
-LINEAR = {"tfidf": "TF-IDF", "embeddings": "embeddings"}  # by the names of records
+LINEAR = {"tfidf": "TF-IDF", "embeddings": "embeddings"}  # by the names of the archive's records
 STRENGTHS = (0.1, 1, 10, 100)
 
 
@@ -34,8 +34,8 @@ def embed(texts: list[str]) -> np.ndarray:
     return np.stack([vectors[n] for n in range(len(texts))])
 
 
-def fit_linear(name: str, train: Examples) -> tuple[Callable[[Examples], np.ndarray], dict]:
-    """Fit one of LINEAR. Returns what makes log-probabilities (N, C) of other rows, and facts for run.json."""
+def fit_linear(name: str, train: Examples) -> Callable[[Examples], np.ndarray]:
+    """Fit one of LINEAR. Returns what answers other rows: (N,)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
@@ -48,8 +48,7 @@ def fit_linear(name: str, train: Examples) -> tuple[Callable[[Examples], np.ndar
         to_vectors = union.transform
     vectors = features(train, to_vectors)
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=3).fit(vectors, train.labels)
-    facts = {"strength": search.best_params_["C"], "features": vectors.shape[1]}
-    return lambda rows: search.predict_log_proba(features(rows, to_vectors)), facts
+    return lambda rows: search.predict(features(rows, to_vectors))
 
 
 def features(rows: Examples, to_vectors):

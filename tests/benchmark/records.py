@@ -42,7 +42,7 @@ class Study:
     depth: int
     layers: list[int]  # (E,), where exits stand, without exit 0
     runs: dict[str, dict[int, dict]]  # of `measure`, by task and seed
-    rates: dict[tuple[str, str], dict[int, dict]]  # scores of exits (E,) by task and another rate, seed and method
+    rates: dict[tuple[str, str], dict[int, dict]]  # of `exits_of`, by task and another rate, seed and method
     missing: list[str]  # the names of records
 
     @property
@@ -87,9 +87,16 @@ def read_outputs(record: Path) -> AnsweredRows:
     return AnsweredRows(tensors["logits"], None, tensors["labels"], tensors["keys"], told["metric"], exits)
 
 
+def exits_of(run: AnsweredRows) -> tuple[np.ndarray, np.ndarray]:
+    """The score of each exit (E,), and how often it gives each answer (E, C)."""
+    answers = run.logits.argmax(-1).numpy()  # (E, N)
+    counts = [np.bincount(row, minlength=run.logits.shape[-1]) for row in answers]
+    return score(answers, run.labels.numpy(), run.metric), np.array(counts)
+
+
 def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str, dict]:
     """Of a task and a seed, by name: a `curve` at SHARES and as `drawn` at GRID; of each method the scores of its exits
-    (E,), the `classes` in which they answer, and its `record` as reports take it; the scores of models `alone`; and
+    (E,), the `counts` of their answers, and its `record` as reports take it; the scores of models `alone`; and
     what full depth gains.
     """
     found, front = defaultdict(dict), None
@@ -100,7 +107,7 @@ def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str,
         logits = [front.logits[:1], run.logits[-len(layers) :], *[front.logits[-1:]] * some]
         run = run._replace(logits=torch.cat(logits), exits=run.exits._replace(layers=[0, *layers]))
         folds, rule = crossfit(run), run.fit_rule()
-        confidences, answers = rule.confidences(run.logits).numpy(), run.logits[1:].argmax(-1).numpy()  # (1 + E, N)
+        confidences = rule.confidences(run.logits).numpy()  # (1 + E, N)
         for curve, (of, exits) in curves_of(layers).items():
             if of == method:
                 asked = [run.exits.layers.index(n) for n in exits]
@@ -111,11 +118,9 @@ def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str,
                 )
                 if curve == name:
                     found["record"][method] = swept
-        found["exits"][name] = score(answers, run.labels.numpy(), run.metric)
-        counts = [np.bincount(row) for row in answers]
-        found["classes"][name] = np.array([np.count_nonzero(row) for row in counts])
-        its = {"metric": run.metric, "exit_layers": layers, "exit_scores": found["exits"][name], "class_counts": counts}
-        found["record"][method] |= its
+        found["exits"][name], found["counts"][name] = (values[1:] for values in exits_of(run))
+        its = {"metric": run.metric, "exit_layers": layers, "exit_scores": found["exits"][name]}
+        found["record"][method] |= its | {"class_counts": found["counts"][name]}
     full, labels = front.logits[-1].argmax(-1).numpy(), front.labels.numpy()
     constant = np.full_like(labels, np.bincount(labels).argmax())
     alone = {"most frequent class": constant, "exit 0": front.logits[0].argmax(-1).numpy()}
@@ -149,8 +154,7 @@ def read_study(folder: Path) -> Study | None:
     for name in its:
         if name[4]:
             run = read_outputs(folder / "records" / name[0])
-            scores = score(run.logits.argmax(-1).numpy(), run.labels.numpy(), run.metric)
-            rates[name[1], name[4]][int(name[2])][name[3]] = scores
+            rates[name[1], name[4]][int(name[2])][name[3]] = exits_of(run)
     return Study(first["depth"], first["exit_layers"], dict(runs), dict(rates), missing)
 
 

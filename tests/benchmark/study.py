@@ -5,9 +5,9 @@
         --tasks sst2,mrpc,cola,own --own TRAIN.csv TEST.csv
 
 A run of branches with exit 0 in front holds all that is made of exit 0, of branches and of full depth, since its exits
-are trained apart. Its exit 0 is also put in front of EE, SWEET and MM, whose training it does not touch. Of the small
-model there are also the two of linear.py, without early exit. FOLDER/records keeps run.json and the validation logits
-of each run, and what is there is not made again. Then zero_tables.py makes the tables.
+are trained apart. Its exit 0 is also put in front of EE, SWEET and MM, whose training it does not touch. FOLDER/records
+keeps run.json and the validation logits of each run, and what is there is not made again. Then zero_tables.py makes the
+tables.
 """
 
 import argparse
@@ -18,18 +18,14 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 
 from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
 from minisweet.base.files import InputError, home, read_json, write_json, written_beside
 from minisweet.checkpoint import read_config
-from minisweet.data.tasks import load_examples
 from minisweet.runs.hub import model_folder
 from minisweet.runs.start import exit_layers_for
 from tests.benchmark import CHECKOUT, TASKS, run_study
-from tests.benchmark.linear import LINEAR, fit_linear
 from tests.benchmark.records import LOGITS, METHODS
 
 SMALL = "minilm-l6"  # the default model
@@ -86,17 +82,6 @@ def keep(run: Path, record: Path) -> None:
         save_file(tensors | {"logits": tensors["logits"].half()}, folder / LOGITS)  # half the size; three digits do
 
 
-def make_linear(record: Path, task: str, seed: int, kind: str, data_dir: Path) -> None:
-    """Keep the record of a model of linear.py, which learns from the rows that the seed draws for the others too."""
-    train, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
-    subset = np.sort(np.random.default_rng(seed).permutation(len(train.first))[:ROWS])
-    predict, facts = fit_linear(LINEAR[kind], train.take(subset))
-    with written_beside(record) as folder:
-        folder.mkdir()
-        save_file({"logits": torch.tensor(predict(dev), dtype=torch.float16)[None]}, folder / LOGITS)
-        write_json(folder / "run.json", facts)
-
-
 def main() -> None:
     """Make what is missing."""
     parser = Parser(__doc__)
@@ -118,9 +103,6 @@ def main() -> None:
             make_run(run := args.out / "runs" / record.name, **options)
             keep(run, record)
             shutil.rmtree(run)
-    for seed, task, kind in product(args.seeds, [task for task in args.tasks if is_small and task != "own"], LINEAR):
-        if not (record := records / f"{task}-{seed}-{kind}").exists():
-            make_linear(record, task, seed, kind, args.data_dir)
     print(f"next: python -m tests.benchmark.zero_tables {args.out}")
 
 

@@ -17,19 +17,11 @@ from minisweet.base.files import InputError, read_json
 from minisweet.evaluation.plots import draw_line, label_axes, new_figure, save_figure
 from minisweet.paper import report
 from minisweet.paper.report import Records, cells, table
-from tests.benchmark import RESULTS, by_rows, run_study, show
+from tests.benchmark import RESULTS, TASKS, by_rows, run_study, show
 from tests.benchmark.records import GRID, METHODS, ONE_BRANCH, OURS, SHARES, Study, curves_of, read_grid, read_study
 
 SIZES = (".", "base")  # where a study's records are, in FOLDER
-TITLES = {
-    "sst2": "SST-2",
-    "mrpc": "MRPC",
-    "qqp": "QQP",
-    "qnli": "QNLI",
-    "cola": "CoLA",
-    "rte": "RTE",
-    "own": "own text",
-}
+TITLES = dict(zip(TASKS, ("SST-2", "MRPC", "QQP", "QNLI", "CoLA", "RTE", "own text"), strict=True))
 FRONTED = ("exit 0 and EE", "exit 0 and SWEET")
 PAIRS = {  # of curves, and at which shares, by depth
     6: ([(OURS, name) for name in ("full depth", ONE_BRANCH, *FRONTED, "EE", "SWEET")], [*SHARES][:1]),
@@ -57,33 +49,33 @@ def exits_table(title: str, grid: dict[str, Records]) -> str:
     return table(title, ["task", "method", *(f"after layer {n}" for n in layers)], rows)
 
 
+def less(ours: list[tuple], theirs: list[tuple]) -> list[str]:
+    """The scores of exits less those of others, by seeds of what `exits_of` gives, or that both know but one class."""
+    known = np.max([np.count_nonzero(counts, axis=-1) for _, counts in (*ours, *theirs)], axis=0)  # (E,)
+    values = np.array([one for one, _ in ours]) - [one for one, _ in theirs]
+    return [cell if n > 1 else "both give one answer" for n, cell in zip(known, cells(values, sign="+"), strict=True)]
+
+
 def by_exit(study: Study, pair: tuple[str, str]) -> list[list[str]]:
     """What the exits of one method have less those of another, on each task that is learnt."""
     rows = []
     for task in study.learnt:
-        ours, theirs = (study.values("exits", name, task) for name in pair)
-        known = np.concatenate([study.values("classes", name, task) for name in pair]).max(0)  # (E,)
-        less = zip(known, cells(ours - theirs, sign="+"), strict=True)
-        row = [cell if count > 1 else "both give one answer" for count, cell in less]
-        rows.append([" less ".join(pair), TITLES[task], *row])
+        runs = study.runs[task].values()
+        ours, theirs = ([(run["exits"][name], run["counts"][name]) for run in runs] for name in pair)
+        rows.append([TITLES[task], *less(ours, theirs)])
     return rows
 
 
 def by_rate(study: Study) -> list[list[str]]:
-    """The same pairs at another rate than the usual one, by the seeds that it has, and at the usual one by these."""
+    """SWEET less EE at another rate than the usual one, by the seeds that have it, and at the usual one by these."""
     rows = []
-    for pair, (task, rate) in product(BY_EXIT[:2], sorted(study.rates)):
-        ours, theirs = (METHODS[name] for name in pair)
-        its = {seed: run for seed, run in study.rates[task, rate].items() if seed in study.runs.get(task, ())}
-        its = {seed: run for seed, run in its.items() if {ours, theirs} <= run.keys()}
-        usual = {seed: study.runs[task][seed]["exits"] for seed in its}
-        if its:
-            few = min(len(run[name]) for run in its.values() for name in (ours, theirs))  # MM may lack its last model
-            both = {"5e-5": [usual[seed][pair[0]][:few] - usual[seed][pair[1]][:few] for seed in its]}
-            both[rate] = [run[ours][:few] - run[theirs][:few] for run in its.values()]
-            rows += [
-                [" less ".join(pair), TITLES[task], lr, len(its), *cells(less, sign="+")] for lr, less in both.items()
-            ]
+    for (task, rate), its in sorted(study.rates.items()):
+        seeds = [seed for seed in its if {"ee", "sweet"} <= its[seed].keys() and seed in study.runs.get(task, ())]
+        usual = [study.runs[task][seed] for seed in seeds]
+        ours, theirs = ([(run["exits"][name], run["counts"][name]) for run in usual] for name in ("SWEET", "EE"))
+        if seeds:
+            rows.append([TITLES[task], "5e-5", len(seeds), *less(ours, theirs)])
+            rows.append([TITLES[task], rate, len(seeds), *less(*([its[n][m] for n in seeds] for m in ("sweet", "ee")))])
     return rows
 
 
@@ -101,14 +93,13 @@ def tables(study: Study) -> dict[str, str]:
     for pair, share in product(pairs, shares):
         place, row = [*SHARES].index(share), [" less ".join(pair), share]
         for task in tasks:
-            less = study.values("curve", pair[0], task) - study.values("curve", pair[1], task)
-            row += cells(less[:, place], sign="+")
+            ours, theirs = (study.values("curve", name, task)[:, place] for name in pair)
+            row += cells(ours - theirs, sign="+")
         rows.append(row)
     title = "Points at a share of the layers, less each other, ± over seeds"
     made["less each other"] = table(title, ["difference", "at", *(TITLES[task] for task in tasks)], rows)
 
-    every = [run["alone"] for its in study.runs.values() for run in its.values()]
-    rows = []
+    rows, every = [], [run["alone"].keys() for its in study.runs.values() for run in its.values()]
     for name in (name for name in every[0] if all(name in alone for alone in every)):
         row = [text(study.values("alone", name, task).mean())[0] for task in tasks]
         rows.append([name, *row, *(text(study.mean("alone", name)) if study.has_mean else [])])
@@ -117,10 +108,11 @@ def tables(study: Study) -> dict[str, str]:
 
     title = "Exits alone: mean ± deviation over three seeds; [n]: in n runs it gives all texts one answer"
     made["exits"] = exits_table(title, study.grid(study.learnt, tuple(METHODS.values())))
-    rows = [["SWEET less EE", *BERT_BASE], *(row for pair in BY_EXIT for row in by_exit(study, pair))]
+    rows = [["SWEET less EE", *BERT_BASE]]
+    rows += [[" less ".join(pair), *row] for pair in BY_EXIT for row in by_exit(study, pair)]
     made["by exit"] = table("Exits alone, less each other, ± over seeds", ["difference", "on", *of_exits], rows)
     if rows := by_rate(study):
-        made["by rate"] = table("Exits alone, at two rates", ["difference", "on", "rate", "seeds", *of_exits], rows)
+        made["by rate"] = table("SWEET less EE, exits alone, at two rates", ["task", "rate", "seeds", *of_exits], rows)
     return made
 
 
@@ -151,7 +143,7 @@ def make_tables(folder: Path) -> tuple[dict[str, str], list[Study]]:
     for study in studies:
         made |= {f"{name}: {study.depth} layers": block for name, block in tables(study).items()}
     if studies:
-        rows = [row[1:] for row in by_exit(studies[-1], BY_EXIT[0])]
+        rows = by_exit(studies[-1], BY_EXIT[0])
         head = ["SWEET less EE, exits alone", *(f"after layer {n}" for n in studies[-1].layers)]
         made["sweet less ee"] = table("", head, [BERT_BASE, *rows])
     if not made:
