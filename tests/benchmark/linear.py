@@ -16,7 +16,7 @@ from minisweet.data.rows import Examples
 from minisweet.data.text import TokenizedExamples, load_tokenizer
 from minisweet.runs.hub import model_folder
 
-LINEAR = ("tfidf", "embeddings")
+LINEAR = {"tfidf": "TF-IDF", "embeddings": "embeddings"}  # by the names of the archive's records
 STRENGTHS = (0.1, 1, 10, 100)
 
 
@@ -34,22 +34,21 @@ def embed(texts: list[str]) -> np.ndarray:
     return np.stack([vectors[n] for n in range(len(texts))])
 
 
-def fit_linear(name: str, train: Examples) -> tuple[Callable[[Examples], np.ndarray], dict]:
-    """Fit on labelled rows. Returns what makes log-probabilities (N, C) of other rows, and facts for run.json."""
+def fit_linear(name: str, train: Examples) -> Callable[[Examples], np.ndarray]:
+    """Fit one of LINEAR. Returns what answers other rows: (N,)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import FeatureUnion
 
     to_vectors = embed
-    if name == "tfidf":
+    if name == LINEAR["tfidf"]:
         words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
         union = FeatureUnion([("words", words), ("letters", letters)]).fit(train.first + (train.second or []))
         to_vectors = union.transform
     vectors = features(train, to_vectors)
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=3).fit(vectors, train.labels)
-    facts = {"strength": search.best_params_["C"], "features": vectors.shape[1]}
-    return lambda rows: search.predict_log_proba(features(rows, to_vectors)), facts
+    return lambda rows: search.predict(features(rows, to_vectors))
 
 
 def features(rows: Examples, to_vectors):
@@ -61,5 +60,5 @@ def features(rows: Examples, to_vectors):
         return u
     v = to_vectors(rows.second)
     stack = sparse.hstack if sparse.issparse(u) else np.hstack
-    parts = stack([u, v, abs(u - v), u.multiply(v) if sparse.issparse(u) else u * v])
-    return sparse.csr_array(parts) if sparse.issparse(u) else parts
+    both = stack([u, v, abs(u - v), u.multiply(v) if sparse.issparse(u) else u * v])
+    return sparse.csr_array(both) if sparse.issparse(u) else both
