@@ -2,85 +2,68 @@
 
     python -m tests.benchmark.by_rows --data-dir DIR --own TRAIN.csv TEST.csv --out FOLDER [--rows 300,1200] [--write]
 
-Ours is what the defaults make of a CSV file with the rows: a fifth of them is set aside, and something is chosen to
-deploy. Beside the default model stand the two of scikit-learn (linear.py), which learn from all of the rows. With
+Ours is what `EarlyExitClassifier().fit` makes of the rows: a fifth of them is set aside, and something is chosen to
+deploy. Beside it stand those of linear.py, which learn from all of the rows. With
 --unlabelled so many further rows of the draw go without their labels, and TF-IDF also learns from what full depth says
 of them. FOLDER/rows keeps the numbers of each draw, and what is there is not made again.
 """
 
 import csv
-import shutil
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, list_of, positive_float, whole_number
-from minisweet.base.files import InputError, read_json, write_json
-from minisweet.data.rows import Examples
+from minisweet.base.files import read_json, write_json
 from minisweet.data.tasks import TASKS, load_examples
-from minisweet.evaluation.answers import all_logits
+from minisweet.data.text import Examples
+from minisweet.evaluation.outputs import all_logits
 from minisweet.paper.report import cells, table
 from minisweet.runs.folders import load_run
 from tests.benchmark import run_study, show, study
 from tests.benchmark.linear import LINEAR, fit_linear
 
 TEST_ROWS = 2500  # at most
-NAMES = {"own": "own text", "sst2": "SST-2", "qqp": "QQP"}
+NAMES = {"own": "own text", "sst2": "SST-2", "qqp": "QQP", "cola": "CoLA", "mrpc": "MRPC"}
+BESIDE_ON = ("own", "sst2", "qqp")  # the rivals are asked there
 FULL, DEPLOYED, LAYERS = "full depth", "deployed", "layers run, %"
 BESIDE = tuple(LINEAR.values())
 
 
-def make_run(run: Path, labelled: Path, unlabelled: Path | None, columns: list[str], **options: object) -> None:
-    """Fit our classifier to files, and choose what to deploy."""
-    if unlabelled:
-        raise InputError("--unlabelled: train.py takes labelled rows alone")
-    study.make_run(run, data=labelled, text_columns=columns, **options)
-
-
-def ask(run: Path, rows: Examples, labels: list[str]) -> tuple[dict[str, np.ndarray], float]:
-    """What exit 0, full depth and what is deployed say of rows, as numbers of labels: (N,) each; and the share of the
-    layers that are run.
-    """
-    (model, record), classify = load_run(run), EarlyExitClassifier(run)
+def ask(classify: EarlyExitClassifier, run: Path, rows: Examples) -> dict[str, np.ndarray]:
+    """What exit 0, full depth and what is deployed say of rows, as numbers of labels, and the layers run: (N,) each."""
+    model, record = load_run(run)
     logits, _ = all_logits(model, classify.tokenize(rows.texts()), None)
-    deployed = classify(rows.texts())
-    order = np.array([labels.index(label) for label in record.labels])
-    said = {"exit 0": order[logits[0].argmax(-1)], FULL: order[logits[-1].argmax(-1)]}
-    said[DEPLOYED] = np.array([labels.index(answer.label) for answer in deployed])
-    return said, np.mean([answer.exit_layer for answer in deployed]) / record.depth
+    deployed = classify.classify(rows.texts())
+    said = {"exit 0": logits[0].argmax(-1).numpy(), FULL: logits[-1].argmax(-1).numpy()}
+    said[DEPLOYED] = np.array([answer.label for answer in deployed])
+    return said | {LAYERS: np.array([answer.exit_layer for answer in deployed]) / record.depth}
 
 
-def measure(folder: Path, drawn: Examples, count: int, test: Examples, labels: list[str], **options) -> dict:
-    """Numbers of a draw, in percent. `count` of its rows are labelled, the others are not."""
-    place = np.arange(len(drawn.first))
-    labelled, others = drawn.take(place[:count].tolist()), drawn.take(place[count:].tolist())
-    files = write(folder / "rows.csv", labelled, labels), others.first and write(folder / "more.csv", others, None)
-    columns = ["text"] if drawn.second is None else ["text", "other"]
-    make_run(folder / "run", files[0], files[1] or None, columns, **options)
-    said, share = ask(folder / "run", test, labels)
-    if options["model"] == study.SMALL:
+def measure(folder: Path, labelled: Examples, more: Examples, test: Examples, beside: bool, **options) -> dict:
+    """Numbers of a draw, in percent. The trunk of the run without unlabelled texts serves those with some."""
+    trunk, run = folder / "run-0", folder / f"run-{len(more.first)}"
+    classify = EarlyExitClassifier(**options | ({"trunk": trunk} if more.first else {}))
+    classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None).save(run)
+    said = ask(classify, run, test)
+    layers = said.pop(LAYERS)
+    if beside:
         said |= {name: fit_linear(name, labelled)(test) for name in BESIDE}
-        if others.first:
-            answers, _ = ask(folder / "run", others, labels)
-            taught = drawn._replace(labels=[*labelled.labels, *answers[FULL].tolist()])
+        if more.first:
+            answers = ask(classify, run, more)[FULL].tolist()
+            pairs = labelled.second and labelled.second + more.second
+            taught = Examples(labelled.first + more.first, pairs, labelled.labels + answers)
             said["TF-IDF, taught by full depth"] = fit_linear("TF-IDF", taught)(test)
     right = {name: answers == np.array(test.labels) for name, answers in said.items()}
     found = {name: 100 * is_right.mean() for name, is_right in right.items()}
     found["exit 0 agrees"] = 100 * (said["exit 0"] == said[FULL]).mean()
     found["lost"] = 100 * (right[FULL] & ~right[DEPLOYED]).mean()
-    return found | {LAYERS: 100 * share}
-
-
-def write(path: Path, rows: Examples, labels: list[str] | None) -> Path:
-    """Write rows as CSV, with their labels or without. Returns the path."""
-    columns = {"text": rows.first, "other": rows.second, "label": labels and [labels[n] for n in rows.labels]}
-    columns = {name: values for name, values in columns.items() if values is not None}
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
-    return path
+    found["changed"] = 100 * (said[FULL] != said[DEPLOYED]).mean()
+    return found | {LAYERS: 100 * layers.mean()}
 
 
 def read(task: str, data_dir: Path, own: list[Path]) -> tuple[Examples, Examples, list[str]]:
@@ -128,19 +111,23 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--lr", type=positive_float, help="(default: the usual)")
     parser.add_argument("--rows", type=list_of(whole_number(10)), default=[300, 1200, 6000])
-    parser.add_argument("--unlabelled", type=list_of(whole_number(0)), default=[0])
+    parser.add_argument("--unlabelled", type=list_of(whole_number(0)), default=[0], help="0 first")
     parser.add_argument("--write", action="store_true")
     args = study.options_of(parser, list(NAMES))
     (args.out / "rows").mkdir(parents=True, exist_ok=True)
-    for task, count, more, seed in product(args.tasks, args.rows, args.unlabelled, args.seeds):
-        rows, test, labels = read(task, args.data_dir, args.own)
-        count = min(count, len(rows.first))
-        if not (numbers := args.out / "rows" / f"{task}-{count}-{more}-{seed}.json").exists():
-            (folder := args.out / numbers.stem).mkdir(exist_ok=True)
-            options = {"model": args.model, "lr": args.lr, "seed": seed}
-            drawn, test = draw(rows, count + more, seed), draw(test, TEST_ROWS, 0)
-            write_json(numbers, measure(folder, drawn, count, test, labels, **options))
-            shutil.rmtree(folder)
+    for task, count, seed in product(args.tasks, args.rows, args.seeds):
+        rows, test, _ = read(task, args.data_dir, args.own)
+        order, test = np.random.default_rng(seed).permutation(len(rows.first)).tolist(), draw(test, TEST_ROWS, 0)
+        count = min(count, len(order))
+        with TemporaryDirectory() as folder:
+            for more in args.unlabelled:
+                some = rows.take(order[count : count + more])
+                numbers = args.out / "rows" / f"{task}-{count}-{more}-{seed}.json"
+                if not numbers.exists() and (some.first or not more):
+                    options = {"model": args.model, "lr": args.lr, "seed": seed}
+                    beside = args.model == study.SMALL and task in BESIDE_ON
+                    found = measure(Path(folder), rows.take(order[:count]), some, test, beside, **options)
+                    write_json(numbers, found | {"unlabelled": len(some.first)})
     show(tables(args.out / "rows", "" if args.model == study.SMALL else f": {args.model}"), args.write)
 
 

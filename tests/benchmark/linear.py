@@ -1,22 +1,23 @@
-"""What one would use in place of n-grams: scikit-learn's logistic regression, on TF-IDF or on frozen embeddings.
+"""What one would use in place of ours: a logistic regression on TF-IDF, on a static model or on embeddings.
 
 TF-IDF counts words, pairs of words, and three to five characters within words. Embeddings are MiniLM's mean-pooled last
-layer, normalised, as its sentence-transformers model makes them: they cost all layers. A pair of texts u, v is
-[u, v, |u-v|, u*v], as usual for both. The regression's strength is chosen by cross-validation on the training rows.
+layer, normalised, as its sentence-transformers model makes them: they cost all layers. The static model is model2vec's,
+distilled from the same MiniLM: a vector for each token, and no layer. A pair of texts u, v is
+[u, v, |u-v|, u*v], as usual. The regression's strength is chosen by cross-validation on the training rows.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minisweet import load_encoder
-from minisweet.data.rows import Examples
-from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer
 from minisweet.runs.hub import model_folder
 
-LINEAR = {"tfidf": "TF-IDF", "embeddings": "embeddings"}  # by the names of the archive's records
+LINEAR = {"tfidf": "TF-IDF", "static": "model2vec", "embeddings": "embeddings"}  # by the names of the archive's records
 STRENGTHS = (0.1, 1, 10, 100)
 
 
@@ -34,6 +35,14 @@ def embed(texts: list[str]) -> np.ndarray:
     return np.stack([vectors[n] for n in range(len(texts))])
 
 
+@cache
+def static_model():
+    """model2vec's static model, distilled from MiniLM."""
+    from model2vec.distill import distill
+
+    return distill(model_name=str(model_folder("minilm-l6")))
+
+
 def fit_linear(name: str, train: Examples) -> Callable[[Examples], np.ndarray]:
     """Fit one of LINEAR. Returns what answers other rows: (N,)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -42,6 +51,8 @@ def fit_linear(name: str, train: Examples) -> Callable[[Examples], np.ndarray]:
     from sklearn.pipeline import FeatureUnion
 
     to_vectors = embed
+    if name == LINEAR["static"]:
+        to_vectors = static_model().encode
     if name == LINEAR["tfidf"]:
         words, letters = TfidfVectorizer(ngram_range=(1, 2)), TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
         union = FeatureUnion([("words", words), ("letters", letters)]).fit(train.first + (train.second or []))

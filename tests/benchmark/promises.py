@@ -1,10 +1,11 @@
 """How often what is promised and stated comes true: draws of texts from runs with many validation rows.
 
-    python -m tests.benchmark.promises RUN [RUN ...] [--draws 1000]
+    python -m tests.benchmark.promises RECORD [RECORD ...] [--draws 1000]
 
-Prints the table of .github/results/promises.md. A run's validation rows are the pool: all texts that there are, so that
-the truth is known. A draw takes some, with replacement and each as a text of its own, and chooses by the default
-goal among the first and the last exit. Two standard errors of 1,000 draws are 1.9 points at 10%, and 1.4 at 95%.
+Prints the table of .github/results/promises.md. The records are of the archive. A run's validation rows are the pool:
+all texts that there are, so that the truth is known. A draw takes some, with replacement and each as a text of its own,
+and chooses by the default goal among the first and the last exit. Two standard errors of 1,000 draws are 1.9 points at
+10%, and 1.4 at 95%.
 """
 
 from pathlib import Path
@@ -13,12 +14,11 @@ import numpy as np
 import torch
 
 from minisweet.base.commands import Parser, whole_number
-from minisweet.evaluation.answers import load_answers
 from minisweet.evaluation.operating import choose, stated
 from minisweet.evaluation.outputs import Outputs
 from minisweet.paper.report import table
-from minisweet.runs.folders import read_evaluation, read_record
 from tests.benchmark import run_study
+from tests.benchmark.records import read_outputs
 
 GOAL = {"max_lost": 3.0, "sure": 90.0}
 ROWS = {240: 320, 1000: 1334}  # texts that judge, and all that are drawn
@@ -41,12 +41,12 @@ def outcome(pool: Outputs, rows: int, seed: int) -> list[float]:
 def main() -> None:
     """Print the table of some runs."""
     parser = Parser(__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RECORD")
     parser.add_argument("--draws", type=whole_number(1), default=1000)
     args, lines = parser.parse_args(), []
     torch.set_num_threads(1)
     for run in args.runs:
-        pool = load_answers(run, read_evaluation(run), read_record(run))
+        pool = read_outputs(run)
         pool = pool._replace(logits=pool.logits[[0, -1]], exits=pool.exits.take([0, -1]))
         for judging, rows in ROWS.items():
             broken, *held, share, loss = np.mean([outcome(pool, rows, seed) for seed in range(args.draws)], axis=0)

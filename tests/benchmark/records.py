@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from minisweet.adaptive import Exits
 from minisweet.base.files import LOG, read_json
-from minisweet.evaluation.answers import AnsweredRows
 from minisweet.evaluation.metrics import score
+from minisweet.evaluation.outputs import Outputs
 from minisweet.evaluation.sweep import crossfit, sweep
 from minisweet.paper.report import Records, curve_of
 from tests.benchmark import TASKS
@@ -80,14 +80,20 @@ def curves_of(layers: list[int]) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def read_outputs(record: Path) -> AnsweredRows:
+def exits_after(layers: list[int], depth: int, method: str) -> Exits:
+    """The exits of a method's model after these layers, and what they cost."""
+    in_vain = {"branch": [1 / 6 if n else 0 for n in layers], "mm": layers}.get(method, [0] * len(layers))
+    return Exits(layers, layers, in_vain, depth, asks_at_1=method == "mm")
+
+
+def read_outputs(record: Path) -> Outputs:
     """What the exits of a record's run say of its validation rows."""
     told, tensors = read_json(record / "run.json"), load_file(record / LOGITS)
-    exits = Exits(told["exit_layers"], told["depth"], told["arguments"]["method"])
-    return AnsweredRows(tensors["logits"], None, tensors["labels"], tensors["keys"], told["metric"], exits)
+    exits = exits_after(told["exit_layers"], told["depth"], told["arguments"]["method"])
+    return Outputs(tensors["logits"], None, tensors["labels"], tensors["keys"], told["metric"], exits)
 
 
-def exits_of(run: AnsweredRows) -> tuple[np.ndarray, np.ndarray]:
+def exits_of(run: Outputs) -> tuple[np.ndarray, np.ndarray]:
     """The score of each exit (E,), and how often it gives each answer (E, C)."""
     answers = run.logits.argmax(-1).numpy()  # (E, N)
     counts = [np.bincount(row, minlength=run.logits.shape[-1]) for row in answers]
@@ -105,7 +111,7 @@ def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str,
         front = run if front is None else front
         some = len(run.logits) < len(layers)  # MM without its last model
         logits = [front.logits[:1], run.logits[-len(layers) :], *[front.logits[-1:]] * some]
-        run = run._replace(logits=torch.cat(logits), exits=run.exits._replace(layers=[0, *layers]))
+        run = run._replace(logits=torch.cat(logits), exits=exits_after([0, *layers], run.exits.depth, method))
         folds, rule = crossfit(run), run.fit_rule()
         confidences = rule.confidences(run.logits).numpy()  # (1 + E, N)
         for curve, (of, exits) in curves_of(layers).items():
@@ -120,7 +126,7 @@ def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str,
                     found["record"][method] = swept
         found["exits"][name], found["counts"][name] = (values[1:] for values in exits_of(run))
         its = {"metric": run.metric, "exit_layers": layers, "exit_scores": found["exits"][name]}
-        found["record"][method] |= its | {"class_counts": found["counts"][name]}
+        found["record"][method] |= its | {"exit_answers": np.count_nonzero(found["counts"][name], axis=1)}
     full, labels = front.logits[-1].argmax(-1).numpy(), front.labels.numpy()
     constant = np.full_like(labels, np.bincount(labels).argmax())
     alone = {"most frequent class": constant, "exit 0": front.logits[0].argmax(-1).numpy()}

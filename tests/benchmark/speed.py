@@ -84,8 +84,8 @@ def training_step(is_ours: bool, settings: dict, T: int, bf16: bool) -> Callable
 def our_texts(run: str, texts: str, amp: str, threshold: float | None = None) -> Callable[[], list]:
     """What answers all texts by our classifier, by class and layer."""
     tune_cpu()
-    classify, rows = EarlyExitClassifier(run, threshold, amp=amp), json.loads(Path(texts).read_text())
-    return lambda: [(classify.labels.index(answer.label), answer.exit_layer) for answer in classify(rows)]
+    classify, rows = EarlyExitClassifier.load(run, threshold=threshold, amp=amp), json.loads(Path(texts).read_text())
+    return lambda: [(classify.labels.index(answer.label), answer.exit_layer) for answer in classify.classify(rows)]
 
 
 def their_texts(folder: str, texts: str, bf16: bool) -> Callable[[], list]:
@@ -196,7 +196,7 @@ def main() -> None:
             batches[f"ONNX Runtime, {kind}"] = "onnx_side", "step_of", (file, words, texts, 32)
             files[f"full model, {kind}"] = "onnx_side", "step_of", (file, words, texts, 1)
             file = Path(f"{ours}-{kind}.onnx")
-            export_onnx(run, file, int8=kind == "int8", recertify=kind == "int8")
+            export_onnx(run, file, int8=kind == "int8")
             for point, threshold in POINTS.items():
                 call = "onnx_side", "step_of", (str(file), words, texts, 1, threshold)
                 files[f"the file that leaves early, {kind}, {point}"] = call

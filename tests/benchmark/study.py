@@ -20,11 +20,11 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
-from minisweet.base.files import InputError, home, read_json, write_json, written_beside
+from minisweet.base.commands import Parser, list_of, positive_float, whole_number
+from minisweet.base.files import InputError, read_json, write_json, written_beside
 from minisweet.checkpoint import read_config
-from minisweet.runs.hub import model_folder
-from minisweet.runs.start import exit_layers_for
+from minisweet.methods import exit_layers_for
+from minisweet.runs.hub import home, model_folder
 from tests.benchmark import CHECKOUT, TASKS, run_study
 from tests.benchmark.records import LOGITS, METHODS
 
@@ -47,7 +47,7 @@ def options_of(parser: Parser, tasks: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=home() / "data")
     parser.add_argument("--own", type=Path, nargs=2, metavar=("TRAIN", "TEST"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", type=list_of(one_of(TASKS)), default=list(tasks))
+    parser.add_argument("--tasks", type=list_of(str, TASKS), default=list(tasks))
     parser.add_argument("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2])
     args = parser.parse_args()
     if "own" in args.tasks and not args.own:
@@ -55,21 +55,16 @@ def options_of(parser: Parser, tasks: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def run_script(script: str, words: list[str]) -> int:
-    """Run a script of the clone. Returns its exit status."""
-    return subprocess.run([sys.executable, str(CHECKOUT / script), *words]).returncode
-
-
-def make_run(run: Path, **options: object) -> None:
-    """Train and evaluate a run, or go on with it. `options` are train.py's. Those that are None are left out."""
+def make_run(run: Path, *script: str, **options: object) -> None:
+    """Train and evaluate a run, or go on with it. `options` are the script's. Those that are None are left out."""
     words = []
     for name, value in (options | {"out": run}).items():
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words += [f"--{name.replace('_', '-')}", text]
-    for script, arguments in (("train.py", [*words, "--resume"]), ("evaluate.py", [str(run)])):
-        if run_script(script, arguments):
-            raise InputError(f"{run}: {script} failed, see above")
+    for command in ([*script, *words, "--resume"], ["evaluate.py", str(run)]):
+        if subprocess.run([sys.executable, *command], cwd=CHECKOUT).returncode:
+            raise InputError(f"{run}: {command[0]} failed, see above")
 
 
 def keep(run: Path, record: Path) -> None:
@@ -96,11 +91,13 @@ def main() -> None:
             usual = RATES[method][TASKS.index(task)] if is_small else RATE
             options = {"model": args.model, "method": method, "seed": seed, "epochs": 2, "lr": args.lr or usual}
             options["exit_layers"] = [0, *layers] if method == "branch" else layers
+            run, script = args.out.resolve() / "runs" / record.name, ["train.py"]
             if task == "own":
-                options |= {"data": args.own[0], "dev_data": args.own[1]}
+                own = [str(path.resolve()) for path in args.own]
+                script = ["-m", "minisweet", "fit", own[0], "--dev-data", own[1]]
             else:
-                options |= {"task": task, "train_size": ROWS, "data_dir": args.data_dir}
-            make_run(run := args.out / "runs" / record.name, **options)
+                options |= {"task": task, "train_size": ROWS, "data_dir": args.data_dir.resolve()}
+            make_run(run, *script, **options)
             keep(run, record)
             shutil.rmtree(run)
     print(f"next: python -m tests.benchmark.zero_tables {args.out}")

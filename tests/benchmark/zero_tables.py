@@ -43,7 +43,7 @@ def exits_table(title: str, grid: dict[str, Records]) -> str:
     layers = next(iter(next(iter(grid["ee"].values())).values()))["exit_layers"]
     for task, method in product(grid["ee"], grid):
         runs = list(grid[method][task].values())
-        constant = np.sum([[np.count_nonzero(row) < 2 for row in run["class_counts"]] for run in runs], axis=0)
+        constant = np.sum([np.array(run["exit_answers"]) < 2 for run in runs], axis=0)
         marked = zip(cells([run["exit_scores"] for run in runs], deviation=True), constant, strict=True)
         rows.append([TITLES[task], names[method], *(f"{cell} [{n}]" if n else cell for cell, n in marked)])
     return table(title, ["task", "method", *(f"after layer {n}" for n in layers)], rows)
