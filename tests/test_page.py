@@ -243,7 +243,7 @@ def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(
     case = Case(method, layers=(first, 2, 4))
     opened = page(case)
     assert opened.texts("#t") == ["0.7123"]  # the operating point
-    for threshold in (*opened.thresholds, 0.8):
+    for threshold in (*opened.thresholds[::9], 0.8):
         opened.slide(threshold)
         assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=3).tolist()
     boxes = {"sweet": 4, "mm": first + 2 + 4, "branch": 4 + first + 1}[method]

@@ -110,7 +110,7 @@ def print_exits(classify: EarlyExitClassifier, exits: list[tuple[Answer, bool]])
 
 def in_words(numbers: dict[str, float]) -> str:
     """N-grams and what each adds, in a line."""
-    return ", ".join(f"{one_line(name, 60)} {number:+.2f}" for name, number in numbers.items()) or "nothing"
+    return ", ".join(f'"{one_line(name, 60)}" {number:+.2f}' for name, number in numbers.items()) or "nothing"
 
 
 def write_page(path: Path, classify: EarlyExitClassifier, outputs: Outputs, rows: Examples) -> None:
