@@ -396,3 +396,41 @@ def run_of(tmp_path_factory):
         return path
 
     return finished
+
+
+def opinions(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Different texts, each with a word that decides whether its label is up or down."""
+    draw, found = Random(seed), {}
+    while len(found) < count:
+        label = draw.choice(["up", "down"])
+        words = [draw.choice("good great superb".split() if label == "up" else "bad dull awful".split())]
+        words += draw.choices("the a film was but and i you it is".split(), k=6)
+        found[" ".join(draw.sample(words, 7))] = label
+    return list(found.items())
+
+
+def write_rows(path: Path, rows: list[tuple], *columns: str) -> Path:
+    """Write a CSV of cells that need no quotes."""
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def own_run(tmp_path_factory) -> Path:
+    """What `minisweet fit` makes of own.csv and more.csv, which lie beside it, with the model `tiny`, and new.csv."""
+    from minisweet.use import fit
+
+    folder = tmp_path_factory.mktemp("own")
+    write_model_of_words(folder / "tiny")
+    rows, unlabelled = opinions(1000)[:300], opinions(1000)[300:800]
+    write_rows(folder / "own.csv", rows, "text", "label")
+    write_rows(
+        folder / "more.csv", [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]], "text", "label"
+    )
+    write_rows(folder / "new.csv", opinions(1000)[800:], "text", "label")
+    with in_folder(folder):
+        assert run(fit, "own.csv", "--unlabelled", "more.csv", "--out", "run", *OWN) == 0
+    return folder / "run"
+
+
+OWN = "--model tiny --max-length 32 --amp off --epochs 2 --lr 3e-3".split()  # `minisweet fit` in that folder

@@ -11,6 +11,7 @@ import pytest
 
 from minisweet.base import files
 from minisweet.base.files import InputError, read_json, write_json, written_beside
+from minisweet.runs import hub
 
 
 def content(path: Path) -> dict[str, bytes] | bytes:
@@ -85,7 +86,7 @@ def test_after_an_error_the_target_is_as_it_was_and_nothing_else_is_left(tmp_pat
         with pytest.raises(InputError, match=f"/{target}: {reason}"):
             write(tmp_path / target)
     e = tmp_path / "e"  # of two first uses at once the slower takes what the faster made
-    files.fetch_once(e, lambda: write_folder(e, "mine", False, lambda: write_folder(e, "another's")))
+    hub.fetch_once(e, lambda: write_folder(e, "mine", False, lambda: write_folder(e, "another's")))
     assert content(tmp_path) == before | {f"{folder}/{name}": b"another's" for folder in "de" for name in "ab"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "e", "new"]
 

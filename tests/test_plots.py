@@ -6,13 +6,11 @@ import pytest
 
 from minisweet.evaluation import plots
 
-POINT = SimpleNamespace(score=88.0, score_interval=[80.0, 93.0], speedup_ratio=0.7, speedup_interval=[0.6, 0.8])
-
 
 def evaluation(method: str) -> SimpleNamespace:
     """The last ratio but one is larger than the last, as it is with branches: at t = 1 they are not asked."""
     ratios, scores = [0.25, 0.6, 1.05, 1.0], [60.0, 80.0, 89.0, 90.0]
-    of_rows = {"task": "toy", "metric": "accuracy", "examples": 8, "dev_digest": "0", "operating_point": POINT}
+    of_rows = {"task": "toy", "metric": "accuracy", "examples": 8, "dev_digest": "0"}
     return SimpleNamespace(method=method, scores=scores, speedup_ratios=ratios, **of_rows)
 
 
@@ -30,12 +28,10 @@ def drawn(monkeypatch, tmp_path):
     return draw
 
 
-def test_a_run_has_its_curve_and_the_operating_point_with_intervals(drawn):
-    curve, *bars, star = drawn(a="sweet")
-    assert curve.get_label() == "SWEET, a: 88.0 at 70% of the layers"
+def test_a_run_has_its_curve(drawn):
+    (curve,) = drawn(a="sweet")
+    assert curve.get_label() == "SWEET, a"
     assert curve.get_xydata().tolist() == [[0.25, 60], [0.6, 80], [1.0, 90], [1.05, 89]]  # by ratio, not by threshold
-    assert star.get_xydata().tolist() == [[0.7, 88.0]]
-    assert [bar.get_xydata().tolist() for bar in bars] == [[[0.6, 88.0], [0.8, 88.0]], [[0.7, 80.0], [0.7, 93.0]]]
 
 
 def test_names_with_dollars_are_no_formula_and_others_may_still_write_some(drawn):

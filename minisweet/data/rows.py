@@ -41,8 +41,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         nonlocal number
         with regular_file(path).open("rb") as file:
             is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
-        # Only "\n" ends a line: what else may end one can stand in a text.
-        with path.open(encoding="utf-16" if is_utf16 else "utf-8-sig", newline="\n") as file:
+        # Only "\n" ends a line: what else may end one can stand in a text. What is no UTF-8 is refused below.
+        form = {"encoding": "utf-16" if is_utf16 else "utf-8-sig", "errors": "surrogateescape"}
+        with path.open(newline="\n", **form) as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (it is read outside)
                 yield line
 
@@ -64,14 +65,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         for row in rows:
             if not isinstance(row, dict):
                 raise ValueError("it is something else")
-            to_json(row).encode()  # raises for half of an emoji, which JSON can hold
+            to_json(row).encode()  # raises for half of an emoji, which JSON can hold, and for bytes that are no UTF-8
             if None in row:
                 raise ValueError("it has more cells than the header")
             yield number, row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (csv.Error, ValueError, TypeError, RecursionError) as error:  # of UTF-8 and of JSON too
-        kind = "a JSON object" if is_json else "cells"
+        kind = "a JSON object in UTF-8" if is_json else "cells in UTF-8"
         raise InputError(f"{path}, line {number}: not readable as {kind} ({error})") from None
 
 

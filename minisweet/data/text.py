@@ -147,7 +147,7 @@ class TokenizedExamples:
                 first_lengths.append(encoding.type_ids.count(0))
                 self.cut += len(encoding.overflowing) > 0
         self.lengths, self.first_lengths = (
-            np.array(list(map(len, self.ids)), dtype=int),
+            np.array([*map(len, self.ids)], dtype=int),
             np.array(first_lengths, dtype=int),
         )
 

@@ -41,9 +41,7 @@ class Record:
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of own text
     label_column: str | None = None
-    trained_keys: list[int] = field(
-        default_factory=list
-    )  # of the texts that it, and a trunk that is a run, learnt from
+    trained_keys: list[int] = field(default_factory=list)  # of texts that it, and a trunk that is a run, learnt from
 
     @property
     def num_labels(self) -> int:

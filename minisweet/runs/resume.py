@@ -30,7 +30,8 @@ except ImportError:  # Windows: the folder alone is the claim
 
 MINUTES = 10  # between two checkpoints
 # Options that may change when a training goes on. In place of files, their rows' digests are compared.
-MAY_CHANGE = {"out", "overwrite", "resume", "task", "data_dir", "file", "dev_data", "unlabelled"}
+MAY_CHANGE = set("out overwrite resume task data_dir file dev_data unlabelled max_lost sure max_share".split())
+ROWS = ("rows_digest", "trained_keys")  # of labelled rows, and of all texts, unlabelled ones too
 
 
 def checkpoint_folder(out: Path) -> Path:
@@ -96,7 +97,7 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
 def training_of(record: dict) -> dict:
     """What must stay the same when a training goes on, of a run.json."""
     options = {key: value for key, value in (record.get("arguments") or {}).items() if key not in MAY_CHANGE}
-    return options | {key: record.get(key) for key in ("exit_layers", "labels", "rows_digest", "precision")}
+    return options | {key: record.get(key) for key in ("exit_layers", "labels", *ROWS, "precision")}
 
 
 class SavedTraining:
@@ -121,7 +122,7 @@ class SavedTraining:
             before, self.is_finished = training_of(read_json(args.out / "run.json")), True
         for key, value in self.training.items():
             if value != (was := before.get(key)):
-                what = "its rows are others" if key == "rows_digest" else f"{key} is {value!s:.60} and was {was!s:.60}"
+                what = "its rows are others" if key in ROWS else f"{key} is {value!s:.60} and was {was!s:.60}"
                 raise InputError(f"--resume: {args.out} is another training's: {what}; to start anew, pass --overwrite")
 
     def restore(self, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:

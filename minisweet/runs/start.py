@@ -66,11 +66,12 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     trunk, known = None, []
     if args.trunk:
         trunk, labels = load_trunk(args.trunk)
+        before = read_record(args.trunk) if is_run(args.trunk) else None
+        if len(data.labels) < len(labels):  # the others are of the trunk's type
+            data = data._replace(label_type=before.label_type if before else "str")
         data = with_labels_of(data, labels, args.trunk)
-        is_run_trunk = is_run(args.trunk)
         args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)  # a folder, not a preset
-        if is_run_trunk:
-            before = read_record(args.trunk)
+        if before:
             args.max_length, known = args.max_length or before.max_length, before.trained_keys
     args.max_length = args.max_length or MAX_LENGTH
     end = trunk.exit_layers[-1] if trunk else None
@@ -90,8 +91,10 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     if exit_layers[0] == 0:
         check_size(config.vocab_size, C, pairs, len(subset) + (len(unlabelled) if unlabelled else 0))
         ngrams = NgramExit(config.vocab_size, C, special_ids(tokenizer), pairs)
-    elif unlabelled:
+    elif data.unlabelled:
         raise InputError(f"--unlabelled: exit 0 learns from it, and --exit-layers is {','.join(map(str, exit_layers))}")
+    else:  # rows without a label may judge, and teach nobody
+        unlabelled = None
     examples = TokenizedExamples(tokenizer, rows)
 
     # The paper's rates are for GLUE without a finished trunk. With one exit all methods train alike, and take MM's.
@@ -118,21 +121,11 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     is_trained = trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"
     exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
-    LOG.info("method %s, %s", args.method, trained)
-    LOG.info(
-        "%s, %s: %s, seed %d, %s, %s",
-        args.model,
-        data.task,
-        exits,
-        args.seed,
-        *map(record.get, ("device", "precision")),
-    )
-    LOG.info(
-        "%s of %s rows to train on, %s to validate", *(f"{n:,}" for n in (len(subset), len(order), len(dev.first)))
-    )
-    LOG.info(
-        "empty texts, skipped: %s; cut to %d tokens: %s", f"{data.train.empty:,}", args.max_length, f"{examples.cut:,}"
-    )
+    where = f"{exits}, seed {args.seed}, {record['device']}, {record['precision']}"
+    counts = f"{len(subset):,} of {len(order):,} rows to train on, {len(dev.first):,} to validate"
+    skipped = f"empty texts, skipped: {data.train.empty:,}; cut to {args.max_length} tokens: {examples.cut:,}"
+    for line in (f"method {args.method}, {trained}", f"{args.model}, {data.task}: {where}", counts, skipped):
+        LOG.info("%s", line)
     return Setup(args, folder, layers, trunk, examples, unlabelled, dev, ngrams, device, precision, record)
 
 
@@ -160,6 +153,11 @@ def set_aside(
         return data.train, data.dev, None
     labels = np.array(data.train.labels, dtype=int)
     rows, dev = data.train.take(np.flatnonzero(labels >= 0)), data.dev
+    extra = [data.train.take(np.flatnonzero(labels < 0)), *([data.unlabelled] if data.unlabelled else [])]
+    second = None if rows.second is None else sum((more.second for more in extra), [])
+    texts = Examples(sum((more.first for more in extra), []), second, None)
+    if not rows.first and not (args.trunk and texts.first):
+        raise InputError(f"{data.task}: no row has a label")
     keys = TokenizedExamples(tokenizer, rows).keys()
     train, of_dev = rows, TokenizedExamples(tokenizer, dev).keys() if dev else keys[:0]
     if dev is None and rows.first:
@@ -173,15 +171,12 @@ def set_aside(
     dev = dev or rows
     if lacking := [data.labels[n] for n in sorted(set(rows.labels) - set(dev.labels))]:
         LOG.warning("no row to validate on has the label %s", preview(lacking))
-    extra = [data.train.take(np.flatnonzero(labels < 0)), *([data.unlabelled] if data.unlabelled else [])]
-    second = None if rows.second is None else sum((more.second for more in extra), [])
-    texts = Examples(sum((more.first for more in extra), []), second, None)
     if not texts.first:
         return train, dev, None
     tokens = TokenizedExamples(tokenizer, texts)
     distinct, first = np.unique(tokens.keys(), return_index=True)
     new = np.sort(first[~np.isin(distinct, np.concatenate([keys, of_dev]))])
-    if not len(new):
+    if not len(new) and data.unlabelled:
         raise InputError("--unlabelled: no text is left: all of them are also labelled, or set aside")
     new = np.random.default_rng(0).permutation(new)
     judges = 0
@@ -190,6 +185,8 @@ def set_aside(
         some = texts.take(new[:judges])
         second = None if second is None else dev.second + some.second
         dev = Examples(dev.first + some.first, second, dev.labels + [-1] * judges)
+    if not dev.first:
+        raise InputError(f"{data.task}: too few texts to choose and to judge on: one in {JUDGES} of {len(new)}")
     counts = [f"{n:,}" for n in (len(new) - judges, judges, len(texts.first) - len(new))]
     LOG.info("unlabelled texts: %s for exit 0, %s to judge; left out, labelled too or there twice: %s", *counts)
     return train, dev, tokens.take(np.sort(new[judges:]))

@@ -22,6 +22,7 @@ from minisweet.base.files import LOG, InputError, write_json, written_beside
 from minisweet.data.own import classes_of, with_labels
 from minisweet.data.rows import OwnText, label_name
 from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer
+from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import Decisions, early_exit
 from minisweet.methods import METHODS
 from minisweet.runs.folders import OPERATING, load_run, read_operating_point
@@ -143,13 +144,16 @@ class EarlyExitClassifier:
         (texts, labels) to choose and judge on, in place of rows of X. With a `trunk`, X and y may be None.
         Raises InputError, with the item, for what cannot be trained on.
         """
-        for name, value, known in (("method", self.method, METHODS), ("amp", self.amp, AMP_CHOICES)):
-            if value not in known:
-                raise InputError(f"{name}: {value!r:.80}, should be one of {', '.join(known)}")
+        known = {"method": METHODS, "amp": AMP_CHOICES, "exit_strategy": EXIT_STRATEGIES}
+        known["class_weights"] = (None, "balanced")
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise InputError(f"{name}: {getattr(self, name)!r:.80}, should be one of {', '.join(map(str, values))}")
         goal = goal_of(self)
         more = None if unlabelled is None else texts_of(unlabelled)
-        rows, kind = own_text([], [], more) if X is None and self.trunk and more else own_text(X, y)
-        dev, dev_kind = own_text(*validation) if validation else (None, kind)
+        sides = more and 1 + (more.second is not None)
+        rows, kind = own_text([], [], sides) if X is None and self.trunk else own_text(X, y, sides)
+        dev, dev_kind = own_text(*validation, 1 + (rows.rows.second is not None)) if validation else (None, kind)
         labels = classes_of(rows.names + (dev.names if dev else []))
         data = Data(
             task="texts",
@@ -163,6 +167,7 @@ class EarlyExitClassifier:
         self._folder = tempfile.TemporaryDirectory(prefix="minisweet-")  # it goes with this object
         run = Path(self._folder.name) / "run"
         options = self.get_params() | {"out": run, "train_size": None, "resume": False, "overwrite": False}
+        options["trunk"] = self.trunk and Path(self.trunk)
         for name in ("max_lost", "sure", "max_share"):
             del options[name]
         train(argparse.Namespace(**options), data)
@@ -259,7 +264,7 @@ class EarlyExitClassifier:
     def tokenize(self, texts: Iterable[str | Sequence[str]]) -> TokenizedExamples:
         """The tokens of what `classify` takes."""
         self._check_fitted()
-        return TokenizedExamples(self._tokenizer, texts_of(texts, len(self.record.columns)))
+        return TokenizedExamples(self._tokenizer, texts_of(texts, max(1, len(self.record.columns))))
 
     def classify_tokens(self, examples: TokenizedExamples) -> list[Answer]:
         """Classify what `tokenize` made, in its order."""
@@ -300,9 +305,9 @@ def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> 
     return Examples([row[0] for row in rows], [row[1] for row in rows] if sides == 2 else None, None)
 
 
-def own_text(X, y) -> tuple[OwnText, str]:
+def own_text(X, y, sides: int | None) -> tuple[OwnText, str]:
     """Texts and labels as a file's rows would be, and the labels' type. Raises InputError, with the item."""
-    rows = texts_of(X)
+    rows = texts_of(X, sides)
     labels = list(y) if isinstance(y, Iterable) and not isinstance(y, str | bytes) else []
     if len(labels) != len(rows.first):
         raise InputError(f"labels: {len(labels):,}, should be as many as the texts, {len(rows.first):,}")

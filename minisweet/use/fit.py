@@ -65,14 +65,10 @@ def read_data(args: argparse.Namespace) -> Data:
         if label in columns:
             raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
         rows = read_texts(first, columns, label)
-    dev = (
-        read_texts(args.dev_data, text_columns(args.dev_data, args.text_columns, columns), label)
-        if args.dev_data
-        else None
-    )
+    dev = None
+    if args.dev_data:
+        dev = read_texts(args.dev_data, text_columns(args.dev_data, args.text_columns, columns), label)
     labels = classes_of(rows.names + (dev.names if dev else []))
-    if args.file and not labels:
-        raise InputError(f"{first}: no row has a label in {label!r:.60}")
     more = [read_texts(file, text_columns(file, args.text_columns, columns)).rows for file in args.unlabelled]
     return Data(
         task=first.name.split(".")[0] or "texts",

@@ -12,13 +12,12 @@ import numpy as np
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, preview
 from minisweet.data.rows import all_columns, read_texts, text_columns
+from minisweet.data.text import Examples
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.outputs import Outputs, run_exits
 from minisweet.runs.folders import read_validation
 from minisweet.use.classifier import EarlyExitClassifier, add_classifier_options, classifier_of
-
-KEYS = {"deployed": "score", "full depth": "full_depth", "of 100 texts": "lost", "share of the layers": "share"}
 
 
 def main() -> None:
@@ -28,11 +27,11 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     args = parser.parse_args()
     classify = classifier_of(args)
-    outputs = read_outputs(classify, args.run, args.file)
-    print_test(classify, outputs)
+    rows = read_validation(args.run, classify.record)
+    print_test(classify, read_outputs(classify, args.run, args.file, rows), max(rows.labels) >= 0)
 
 
-def read_outputs(classify: EarlyExitClassifier, run: Path, file: Path) -> Outputs:
+def read_outputs(classify: EarlyExitClassifier, run: Path, file: Path, validation: Examples) -> Outputs:
     """What the exits that are asked say of a file's rows, but those that were trained on or set the threshold."""
     record = classify.record
     columns, found = text_columns(file, None, record.columns, option=""), all_columns(file)
@@ -49,31 +48,32 @@ def read_outputs(classify: EarlyExitClassifier, run: Path, file: Path) -> Output
         raise InputError(f"{file}: no row has a label of the model's: {preview(record.labels)}")
     rows = text.rows.take(kept)._replace(labels=labels)
     outputs = run_exits(run, record, classify.model_, rows, classify.precision_)
-    learnt, validation = record.trained_keys, classify.tokenize(read_validation(run, record).texts()).keys()
-    for keys, what in ((learnt, "were trained on"), (validation, "are validation rows, which set the threshold")):
+    learnt, aside = record.trained_keys, classify.tokenize(validation.texts()).keys()
+    for keys, what in ((learnt, "were trained on"), (aside, "are validation rows, which set the threshold")):
         if count := int(np.isin(outputs.keys, keys).sum()):
             print(f"{count:,} of these rows {what}, and do not count")
-    outputs = outputs.take(np.flatnonzero(~np.isin(outputs.keys, np.concatenate([learnt, validation]))))
+    outputs = outputs.take(np.flatnonzero(~np.isin(outputs.keys, np.concatenate([learnt, aside]))))
     if not len(outputs.labels):
         raise InputError(f"{file}: no row is left to test on; name other rows")
     return outputs
 
 
-def print_test(classify: EarlyExitClassifier, outputs: Outputs) -> None:
-    """Print what comes out, what was stated, and whether the promise held here."""
-    point = classify.operating_point
-    scored = outputs.labelled() if (outputs.labels >= 0).any() else outputs.against_full_depth()
-    judges = scored if point.lost_means == "lost" else outputs.against_full_depth()
+def print_test(classify: EarlyExitClassifier, outputs: Outputs, stated_right: bool) -> None:
+    """Print what comes out, what was stated (a score of labels if `stated_right`), and if the promise held here."""
+    point, has_labels = classify.operating_point, bool((outputs.labels >= 0).any())
+    scored, means = (outputs.labelled(), point.lost_means) if has_labels else (outputs.against_full_depth(), "changed")
+    judges = scored if means == "lost" else outputs.against_full_depth()
     exits = range(len(point.exits))
     found = operating.stated(classify.rule, exits, classify.threshold, judges, scored)
     print(f"\n{len(outputs.labels):,} rows, threshold {classify.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
-    titles = [METRICS[scored.metric], "full depth", f"{point.lost_means}, of 100 texts", "share of the layers"]
-    for title, key in zip(titles, KEYS.values(), strict=True):
+    titles = {"score": METRICS[scored.metric], "full_depth": "full depth"} if has_labels else {}
+    for key, title in (titles | {"lost": f"{means}, of 100 texts", "share": "share of the layers"}).items():
         ends = found[f"{key}_interval"]
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
-        print(f"{title:<26}{found[key]:8.2f}   {interval}{getattr(point, key):12.2f}")
-    if promised := point.goal.get("max_lost"):
-        what = f"at most {promised:g} of 100 {point.lost_means}, {point.goal['sure']:g}% sure"
+        is_stated = key == "share" or (means == point.lost_means if key == "lost" else stated_right)
+        print(f"{title:<26}{found[key]:8.2f}   {interval}" + f"{getattr(point, key):12.2f}" * is_stated)
+    if (promised := point.goal.get("max_lost")) and means == point.lost_means:
+        what = f"at most {promised:g} of 100 {means}, {point.goal['sure']:g}% sure"
         by_chance = ": by chance, or these texts are drawn otherwise than those that judged"
         print(f"promised: {what}; " + ("held here" if found["lost"] <= promised else f"not held here{by_chance}"))
