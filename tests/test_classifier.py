@@ -1,16 +1,13 @@
 """EarlyExitClassifier in Python: what scikit-learn expects of it, what it trains, and what it answers."""
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from minisweet import EarlyExitClassifier, InputError
-from minisweet.methods import METHODS, add_exits, new_trunk
-from tests.conftest import opinions, random_batch, slow, write_model
+from tests.conftest import opinions
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
 
@@ -23,7 +20,6 @@ def new(own_run):
 
 
 def opinions_of(part: slice) -> tuple[list[str], list[str]]:
-    """Texts and labels."""
     return tuple(map(list, zip(*opinions(1000)[part], strict=True)))
 
 
@@ -43,8 +39,6 @@ def test_the_example_of_its_docstring(new, tmp_path):
     full = classify.choose(max_share=1.0)
     assert {answer.exit_layer for answer in full.classify(texts)} == {4}
     assert again.choose(max_share=0.0).operating_point.share < 0.5
-    with pytest.raises(InputError, match="run: is there already"):
-        classify.save(tmp_path / "run")
 
 
 def test_scikit_learn_takes_it(new):
@@ -56,9 +50,7 @@ def test_scikit_learn_takes_it(new):
     classify, (texts, labels) = new(exit_layers=[0, 1]), opinions_of(slice(60))
     clone = base.clone(classify.set_params(seed=3))
     assert clone.get_params() == classify.get_params() != new().get_params()
-    assert repr(clone) == repr(classify)
-    assert base.is_classifier(clone)
-    assert not hasattr(clone, "classes_")
+    assert (repr(clone), base.is_classifier(clone), hasattr(clone, "classes_")) == (repr(classify), True, False)
     assert cross_val_score(classify, texts, np.array(labels), cv=2).mean() > 0.6
     strip = FunctionTransformer(lambda texts: [text.removeprefix("> ") for text in texts])
     pipeline = Pipeline([("strip", strip), ("classify", clone)]).fit([f"> {text}" for text in texts], labels)
@@ -74,11 +66,9 @@ def test_labels_keep_their_type(new, tmp_path, names, kind):
     labels = [None if n == 7 else names[label == "up"] for n, label in enumerate(labels)]
     new(exit_layers=[0, 1]).fit(texts, labels).save(tmp_path / "run")
     classify = EarlyExitClassifier.load(tmp_path / "run")
-    assert {type(label) for label in classify.labels} == {kind}
-    assert classify.classes_.tolist() == sorted(names)
+    assert ({*map(type, classify.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
     assert {answer.label for answer in classify.classify(texts)} <= {*names}
-    assert classify.predict(texts).dtype == classify.classes_.dtype
-    assert classify.predict([]).dtype == classify.classes_.dtype
+    assert classify.predict(texts).dtype == classify.predict([]).dtype == classify.classes_.dtype
     assert classify.predict_proba([]).shape == (0, 2)
 
 
@@ -100,10 +90,9 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
     assert some.classes_.tolist() == [0, 1, 2]
     with pytest.raises(InputError, match="trunk does not know the label 'x'; its labels: 0, 1, 2"):
         new(trunk=trunk).fit(texts, ["0", "x"] * 40)
-    with pytest.raises(InputError, match="texts: no row has a label"):
-        new(trunk=trunk).fit(None, None, unlabelled=[])
-    with pytest.raises(InputError, match="texts: too few texts to choose and to judge on: one in 5 of 1"):
-        new(trunk=trunk).fit(None, None, unlabelled=["a film"])
+    for few, message in (([], "no row has a label"), (["a film"], "too few texts to choose and to judge on")):
+        with pytest.raises(InputError, match=message):
+            new(trunk=trunk).fit(None, None, unlabelled=few)
 
 
 def test_pairs_and_rows_to_validate_on(new):
@@ -114,8 +103,6 @@ def test_pairs_and_rows_to_validate_on(new):
     assert classify.record.columns == ["sentence1", "sentence2"]
     assert len(classify.predict(pairs)) == 90
     with pytest.raises(InputError, match="item 0: 'a', should be a pair of texts"):
-        classify.predict(["a"])
-    with pytest.raises(InputError, match="item 0: 'a', should be a pair of texts"):
         classify.fit(pairs, labels, validation=(["a"], ["up"]))
 
 
@@ -124,33 +111,23 @@ BAD = [
     (GOOD[0], GOOD[1][:3], {}, "labels: 3, should be as many as the texts, 40"),
     (["a", None], ["x", "y"], {}, "item 1: None, should be one text, as the others"),
     ([("a", "b"), "c"], ["x", "y"], {}, "item 1: 'c', should be a pair of texts"),
-    ("a text", ["x"], {}, "texts: 'a text', should be a list"),
     (None, None, {}, "texts: None, should be a list"),
     ([], [], {}, "texts: no row has a label"),
-    (GOOD[0], None, {}, "labels: 0, should be as many"),
-    (GOOD[0], ["x"] * 40, {}, "all rows have the label 'x', needs two or more"),
     (GOOD[0], [None, ""] * 20, {}, "texts: no row has a label"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", ["y"]] * 20, {}, r"item 1: \['y'\] is no label, should be text or a number"),
-    (["a", "b"], ["x", "y"], {}, "no row can be set aside: no label has two different texts"),
     (*GOOD, {"method": "swete"}, "method: 'swete', should be one of sweet, ee"),
-    (*GOOD, {"exit_strategy": "x"}, "exit_strategy: 'x', should be one of confidence, lte"),
     (*GOOD, {"class_weights": {"up": 2}}, "class_weights: {'up': 2}, should be one of None, balanced"),
-    (*GOOD, {"amp": "bfloat16"}, "amp: 'bfloat16', should be one of auto, off"),
-    (*GOOD, {"max_lost": 0}, "max_lost: 0, should be a number from 0.01 to 99.99"),
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
-    (*GOOD, {"model": "no-such"}, "model 'no-such': neither a folder, nor"),
     (*GOOD, {"trunk": "no-such"}, "--trunk: no-such is no folder"),
-    (*GOOD, {"device": "tpu"}, "--device: 'tpu' is not here"),
 ]
 
 
 @pytest.mark.parametrize(("texts", "labels", "options", "message"), BAD, ids=[row[3] for row in BAD])
-def test_what_cannot_be_trained_on_is_named(new, caplog, texts, labels, options, message):
-    with pytest.raises(InputError, match=f"^.*{message}") as error:
+def test_what_cannot_be_trained_on_is_named(new, texts, labels, options, message):
+    with pytest.raises(InputError, match=message):
         new(**options).fit(texts, labels)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -159,12 +136,9 @@ def test_what_cannot_be_trained_on_is_named(new, caplog, texts, labels, options,
         (["a", None], {}, "item 1: None, should be one text"),
         (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
         ([["a", "b"]], {}, r"item 0: \['a', 'b'\], should be one text"),
-        *(
-            (texts, {}, r"^texts: .*should be a list; for one text: \[text\]")
-            for texts in ("a", b"a", None, 5, {"a": 1})
-        ),
+        ("a text", {}, r"^texts: 'a text', should be a list; for one text: \[text\]"),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
-        *(([], {"threshold": value}, "^threshold: .*, should be") for value in (1.5, -1, float("nan"))),
+        ([], {"threshold": 1.5}, "^threshold: 1.5, should be a number from 0 to 1"),
     ],
 )
 def test_what_cannot_be_answered_is_named(run_of, texts, options, message):
@@ -172,16 +146,12 @@ def test_what_cannot_be_answered_is_named(run_of, texts, options, message):
         EarlyExitClassifier.load(run_of("sweet"), **options).predict(texts)
 
 
-def test_before_it_is_trained_it_says_so(new, run_of, tmp_path):
-    for call in (lambda: new().predict(["a"]), lambda: new().choose(), lambda: new().save(tmp_path / "a")):
+def test_before_it_is_trained_it_says_so(new, tmp_path):
+    for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         with pytest.raises(InputError, match="not trained yet; call fit, or EarlyExitClassifier.load"):
             call()
     with pytest.raises(InputError, match="no_such: no parameter, should be one of model, method"):
         new().set_params(no_such=1)
-    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    (run / "operating.json").unlink()
-    with pytest.raises(InputError, match="has no operating.json; first: minisweet choose"):
-        EarlyExitClassifier.load(run)
 
 
 def test_any_number_of_texts_in_order(run_of):
@@ -193,40 +163,18 @@ def test_any_number_of_texts_in_order(run_of):
         assert (answer.label, answer.exit_layer) == (expected.label, expected.exit_layer)
         assert answer.confidence == pytest.approx(expected.confidence, abs=1e-6)
         assert list(answer.probabilities) == classify.labels
-    exact, rounded = (
-        EarlyExitClassifier.load(run, threshold=1, amp=amp).predict_proba(TEXTS) for amp in ("off", "bf16")
-    )
-    np.testing.assert_allclose(exact, rounded, atol=0.05)
-    assert (exact != rounded).any()
+    both = [EarlyExitClassifier.load(run, threshold=1, amp=amp).predict_proba(TEXTS) for amp in ("off", "bf16")]
+    assert 0 < np.abs(both[0] - both[1]).max() < 0.05
 
 
 def test_threads_share_a_classifier(run_of):
     classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.75)
-    expected = classify.classify(TEXTS)
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda _: classify.classify(TEXTS), range(40))) == [expected] * 40
-
-
-@pytest.mark.parametrize("name", ["mm", *slow("trunk0", "lte")])
-def test_the_users_default_device_and_type_make_no_difference(run_of, name, tmp_path):
-    expected, batch, folder = EarlyExitClassifier.load(run_of(name)).classify(TEXTS), random_batch(), tmp_path / "tiny"
-    write_model(folder, "bert")
-    for device, dtype in (("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)):
-        torch.set_default_device(device)
-        torch.set_default_dtype(dtype)
-        try:
-            assert EarlyExitClassifier.load(run_of(name)).classify(TEXTS) == expected
-            for model in (add_exits(method, new_trunk(folder, 4, 2), [4]) for method in METHODS):
-                assert model(*batch).dtype is torch.float32
-        finally:
-            torch.set_default_device(None)
-            torch.set_default_dtype(torch.float32)
+        assert list(pool.map(lambda _: classify.classify(TEXTS), range(40))) == [classify.classify(TEXTS)] * 40
 
 
 def test_a_promise_for_another_precision_is_told(run_of, caplog, tmp_path):
-    run = Path(shutil.copytree(run_of("sweet"), tmp_path / "run"))
-    classify = EarlyExitClassifier.load(run).choose(max_share=0.3)
-    classify.save(tmp_path / "fast")
+    EarlyExitClassifier.load(run_of("sweet")).choose(max_share=0.3).save(tmp_path / "fast")
     for options in ({"threshold": 0.9, "amp": "bf16"}, {}, {"amp": "bf16"}):
         EarlyExitClassifier.load(tmp_path / "fast", **options)
     (told,) = [record.getMessage() for record in caplog.records if "promised" in record.getMessage()]

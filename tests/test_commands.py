@@ -34,7 +34,7 @@ def fail_with(error: BaseException):
         (InputError("--out: a\nb"), 2, "minisweet predict: error: --out: a\\nb\n"),
         (PermissionError(errno.EACCES, "denied", "a"), 2, "minisweet predict: error: [Errno 13] denied: 'a'\n"),
         (MemoryError(), 2, "minisweet predict: error: too little memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8"), 2, "too little memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8"), 2, "too little memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "try a smaller --batch-size, --max-length or model"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -55,11 +55,6 @@ def test_sigterm_is_143_and_what_is_half_written_is_removed(capfd, tmp_path):
     assert (capfd.readouterr().err, os.listdir(tmp_path)) == ("", [])
 
 
-def test_what_nobody_foresaw_is_a_traceback():
-    with pytest.raises(RuntimeError, match="a bug"):
-        run(fail_with(RuntimeError("a bug")))
-
-
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_command_in_silence():
     code = "from minisweet.base.commands import *; run_command(lambda: [print('x' * 99) for _ in range(9999)])"
@@ -78,14 +73,10 @@ def test_a_command_prints_results_and_shows_notices_each_on_one_line(capsys):
 def test_precision_follows_the_device(monkeypatch, caplog, has_bfloat16):
     monkeypatch.setattr(devices, "processor", lambda: ("a CPU", has_bfloat16))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: has_bfloat16)
-    of_gpu = torch.bfloat16 if has_bfloat16 else torch.float16
-    of_cpu = torch.bfloat16 if has_bfloat16 else None
-    expected = {("cpu", False): None, ("cpu", True): of_cpu, ("cuda", False): of_gpu, ("cuda", True): of_gpu}
-    for (name, training), dtype in expected.items():
-        device = torch.device(name)
-        assert choose_precision("auto", device, training) is dtype
-        assert choose_precision("off", device, training) is None
-        assert choose_precision("bf16", device, training) is torch.bfloat16
+    of_gpu, of_cpu = (torch.bfloat16, torch.bfloat16) if has_bfloat16 else (torch.float16, None)
+    for name, training, dtype in (("cpu", False, None), ("cpu", True, of_cpu), ("cuda", True, of_gpu)):
+        found = {amp: choose_precision(amp, torch.device(name), training) for amp in devices.AMP_CHOICES}
+        assert found == {"auto": dtype, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     assert ("--amp bf16: a CPU has no instructions for it" in caplog.text) != has_bfloat16
 
 
@@ -96,9 +87,8 @@ def test_a_device_is_there_or_refused(monkeypatch):
         with pytest.raises(InputError, match=f"^--device: '{name}.*' is not here; should be auto, cpu$"):
             choose_device(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    for rank, name in (("0", "cuda:0"), ("1", "cuda:1")):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert choose_device("auto") == choose_device("cuda") == choose_device(name) == torch.device(name)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == choose_device("cuda") == choose_device("cuda:1") == torch.device("cuda:1")
 
 
 @pytest.mark.slow
@@ -106,20 +96,7 @@ def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_
     shutil.copytree(CHECKOUT / "minisweet", tmp_path / "site" / "minisweet")
     environment = {name: value for name, value in os.environ.items() if name != "MINISWEET_HOME"}
     environment |= {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "user")}
-
-    def python(*words: str) -> subprocess.CompletedProcess:
-        words = [sys.executable, *words]
-        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    code = "from minisweet import EarlyExitClassifier, InputError, __version__; from minisweet.runs.hub import home"
-    done = python("-c", f"{code}; print(home(), issubclass(InputError, ValueError), __version__)")
-    assert done.stdout == f"{tmp_path}/user/.cache/minisweet True 0.1.0\n", done.stderr
-    assert "usage: minisweet fit " in python("-m", "minisweet", "fit", "--help").stdout
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-m", "minisweet", "reproduce", "--help"], **options)
+    assert f"default: {tmp_path}/user/.cache/minisweet/data" in " ".join(done.stdout.split())
     assert os.listdir(tmp_path) == ["site"]
-
-
-def test_the_metadata_fits_the_requirements():
-    metadata = (CHECKOUT / "pyproject.toml").read_text()
-    *wanted, _, _ = (CHECKOUT / "requirements.txt").read_text().splitlines()  # the last two are for tests
-    needed = metadata.partition("dependencies = [")[2].partition("]")[0]
-    assert [line.strip(' ",') for line in needed.split("\n") if line.strip()] == wanted

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import evaluate
 from minisweet import EarlyExitClassifier
-from minisweet.adaptive import ExitRule, exits_taken, spaced_thresholds
+from minisweet.adaptive import exits_taken, spaced_thresholds
 from minisweet.base.files import InputError, read_json
 from minisweet.evaluation.outputs import load_outputs
 from minisweet.evaluation.sweep import crossfit, sweep
@@ -43,22 +42,6 @@ def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
     assert [rows.tolist() for _, rows in crossfit(validation.take([7, 7, 7]))] == [[0, 1, 2]]  # a single text
 
 
-@pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
-@pytest.mark.parametrize("layers", [(1, 2, 4), (0, 2, 4)])
-def test_the_sweep_of_some_exits_is_that_of_a_model_that_has_no_others(method, layers):
-    validation, rule = random_validation(2, layers, 60, 2, method), ExitRule(2, torch.tensor([0.7, 1.1, 2.0]))
-    thresholds, asked, every = spaced_thresholds(9, 0.5), [0, 2], np.arange(60)
-    some, taken = sweep([(rule, every)], validation, thresholds, asked)
-    kept = validation._replace(logits=validation.logits[asked], exits=validation.exits.take(asked))
-    alone, its_taken = sweep([(rule.kept(asked), every)], kept, thresholds)
-    assert np.array_equal(taken, np.array(asked)[its_taken])
-    for key in ("scores", "speedup_ratios", "area"):
-        assert some[key] == pytest.approx(alone[key])
-    assert [row[1] for row in some["exit_counts"]] == [0] * 9
-    assert (some["speedup_ratios"][0], some["scores"][0]) == pytest.approx((layers[0] / 4, some["exit_scores"][0]))
-    assert some["scores"][-1] == pytest.approx(some["exit_scores"][-1])
-
-
 @pytest.mark.parametrize("name", ["branch", "lte", "pairs", "trunk0"])
 def test_what_is_saved_is_read_again(run_of, name, tmp_path):
     """Its logits are compared with what rows get alone in test_use.py and test_distributed.py."""
@@ -70,11 +53,9 @@ def test_what_is_saved_is_read_again(run_of, name, tmp_path):
     saved = read_json(run / "evaluation.json")
     curve, _ = sweep(crossfit(outputs), outputs, saved["thresholds"])
     assert curve.items() <= saved.items()
-    for broken in (None, b"{"):
-        if broken:
-            (tmp_path / "logits.safetensors").write_bytes(broken)
-        with pytest.raises(InputError, match="logits.safetensors: not readable.*make it anew: minisweet choose"):
-            load_outputs(tmp_path)
+    (tmp_path / "logits.safetensors").write_bytes(b"{")
+    with pytest.raises(InputError, match="logits.safetensors: not readable.*make it anew: minisweet choose"):
+        load_outputs(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lte", "trunk0", *slow("mm")])
@@ -86,7 +67,6 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert (status, err) == (0, "")
     after = read_json(run / "evaluation.json")
     assert {key for key in before if before[key] != after[key]} <= {"seconds", "device"}
-    assert (run / "curve.png").exists()
     rows = read_validation(run, read_record(run))
     assert f"\n{1:9.3f}{after['scores'][-1]:8.1f}{after['speedup_ratios'][-1]:15.3f}" in out
     assert f"area under the curve {after['area']:.2f}; all exits" in out
@@ -108,26 +88,6 @@ def test_files_of_another_run_are_refused(copied, run_of, command):
         shutil.copy(run_of("sweet") / name, run / name)
     (run / "model.safetensors").unlink()  # as in an archive of results
     assert command(evaluate, run, "--plot", "a.png")[0] == command(choose, run)[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "fails", "how"),
-    [
-        ("No space left", "evaluate.write_json", {"side_effect": OSError(28, "No space left")}),
-        (
-            "NaN",
-            "minisweet.evaluation.outputs.all_logits",
-            {"return_value": (torch.full([2, 200, 2], torch.nan), None)},
-        ),
-    ],
-)
-def test_an_evaluation_that_fails_replaces_nothing(copied, command, monkeypatch, words, fails, how):
-    run = copied("trunk0")
-    before = (run / "evaluation.json").read_bytes()
-    monkeypatch.setattr(fails, Mock(**how))
-    status, _, err = command(evaluate, run)
-    assert (status, err.count("\n"), words in err) == (2, 1, True), err
-    assert (run / "evaluation.json").read_bytes() == before
 
 
 def test_without_a_run_it_takes_the_newest_and_passes_no_unfinished_training_over(copied, command, tmp_path):

@@ -14,7 +14,7 @@ from minisweet import EarlyExitClassifier
 from minisweet.base.files import InputError
 from minisweet.evaluation.operating import promise
 from minisweet.use import choose, fit, predict, test
-from tests.conftest import OWN, opinions, write_classifier, write_rows
+from tests.conftest import OWN, opinions, slow, write_classifier, write_rows
 
 KEYS = "threshold exits goal lost_means choosing_texts judging_texts score full_depth lost share temperatures"
 KEYS += " certainty_ranges per_class id precision"
@@ -25,11 +25,6 @@ def read(run: Path, name: str = "operating") -> dict:
     return json.loads((run / f"{name}.json").read_text())
 
 
-def tokens_of(run: Path, texts) -> set[int]:
-    """The keys of texts, which tell what was trained on."""
-    return set(EarlyExitClassifier.load(run).tokenize(texts).keys().tolist())
-
-
 @pytest.fixture
 def copied(own_run, tmp_path) -> Path:
     """The run, which may be changed."""
@@ -37,8 +32,7 @@ def copied(own_run, tmp_path) -> Path:
 
 
 def test_what_is_printed_is_what_is_saved(copied, command):
-    _, out, _ = command(choose, copied, "--max-lost", 8, "--sure", 80)
-    point = read(copied)
+    (_, out, _), point = command(choose, copied, "--max-lost", 8, "--sure", 80), read(copied)
     assert point.keys() == {*KEYS.split()} | INTERVALS
     rows = {line[:42].strip(): line[42:].split() for line in out.splitlines()}
     assert rows["deployed"] == [f"{point['score']:.1f}", f"{point['share']:.2f}"]
@@ -60,27 +54,19 @@ def test_choose_takes_another_goal_of_what_is_saved_and_is_the_same_again(copied
             assert [command(choose, copied, *words.split())[0] for _ in range(2)] == [0, 0]
             assert read(copied)["goal"] == goal
     assert read(copied)["share"] <= 0.4 + 0.05  # on those who judge
-    before = read(copied), load_file(copied / "logits.safetensors")
-    (copied / "logits.safetensors").unlink()
-    assert command(choose, copied, "--max-share", 0.4)[0] == 0  # made anew
-    assert read(copied) == before[0]
-    assert load_file(copied / "logits.safetensors")["logits"].equal(before[1]["logits"])
     status, out, _ = command(choose, copied, "--max-share", 0, "--amp", "bf16")
     assert (status, read(copied)["precision"], "all texts leave at exit 0" in out) == (0, "torch.bfloat16", True)
 
 
-@pytest.mark.parametrize("name", ["lte", "mm", "trunk0"])
+@pytest.mark.parametrize("name", ["lte", *slow("mm", "trunk0")])
 def test_runs_of_the_paper_are_chosen_for_too(run_of, command, tmp_path, name):
-    copy = Path(shutil.copytree(run_of(name), tmp_path / name))
-    for file in ("operating.json", "logits.safetensors"):
-        (copy / file).unlink()
-    (tmp_path / "a.csv").write_text("text\na film\n")
-    for module, *words in [(predict, "a.csv"), (test, "a.csv")]:
-        status, _, err = command(module, copy, *words)
+    files = shutil.ignore_patterns("operating.json", "logits.safetensors")
+    copy = Path(shutil.copytree(run_of(name), tmp_path / name, ignore=files))
+    for module in (predict, test):
+        status, _, err = command(module, copy, "a.csv")
         assert (status, f"{copy}: has no operating.json; first: minisweet choose {copy}\n" in err) == (2, True)
     assert command(choose, copy)[0] == 0
     assert read(copy) == read(run_of(name))
-    assert command(predict, copy, "a.csv")[0] == 0
 
 
 def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
@@ -92,7 +78,7 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
     assert (len(rows), len(judges), record["labels"]) == (160, 100, ["down", "up"])
     assert {*judges} < {text for text, _ in unlabelled}
     learnt = {text for text, _ in labelled + unlabelled} - {row["text"] for row in rows}
-    assert set(record["trained_keys"]) == tokens_of(own_run, learnt)
+    assert set(record["trained_keys"]) == {*EarlyExitClassifier.load(own_run).tokenize(learnt).keys().tolist()}
     assert (point["lost_means"], point["choosing_texts"], point["judging_texts"]) == ("changed", 25, 75)
     assert sum(point["per_class"]["support"]) == 45  # the score is of the labelled ones
     assert command(choose, copied, *"--max-lost 3 --sure 90".split())[0] == 0  # which needs no other file
@@ -106,15 +92,13 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
 def test_where_enough_labelled_texts_judge_the_others_only_teach(own_run, command, monkeypatch):
     for name in ("runs.start.ENOUGH_JUDGES", "evaluation.operating.FEW"):
         monkeypatch.setattr(f"minisweet.{name}", 45)
-    folder = own_run.parent
-    more = folder / "more.csv"
+    folder, more = own_run.parent, own_run.parent / "more.csv"
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
     options = [*OWN[2:], "--model", folder / "tiny", "--out", "run"]
     status, _, err = command(fit, folder / "own.csv", "--unlabelled", more, "--unlabelled", "half.jsonl", *options)
     counts = "unlabelled texts: 501 for exit 0, 0 to judge; left out, labelled too or there twice: 28"
     assert (status, counts in err) == (0, True), err
-    assert read(Path("run"))["lost_means"] == "lost"
-    assert read(Path("run"))["judging_texts"] == 45
+    assert (read(Path("run"))["lost_means"], read(Path("run"))["judging_texts"]) == ("lost", 45)
 
 
 @pytest.mark.parametrize("method", ["plain", "branch"])
@@ -128,18 +112,15 @@ def test_a_finished_classifier_gets_exits_without_any_label(own_run, command, me
         record, point = read(Path("run"), "run"), read(Path("run"))
         assert (record["labels"], point["lost_means"], point["full_depth"]) == (labels, "changed", 100.0)
         before, after = (load_file(Path(folder, "model.safetensors")) for folder in (trunk, "run"))
-        word = next(name for name in after if name.endswith("word_embeddings.weight"))
-        its = next(name for name in before if name.endswith("word_embeddings.weight"))
-        assert after[word].equal(before[its])  # the trunk stays as it is
-    assert command(predict, "run", more, "--out", "out.csv")[0] == 0
+        words = [tensors[name] for tensors in (before, after) for name in tensors if "word_embeddings" in name]
+        assert words[0].equal(words[1])  # the trunk stays as it is
     assert "no row has a label of the model's: LABEL_0, LABEL_1" in command(test, "run", own_run.parent / "new.csv")[2]
 
 
 def test_rows_without_a_label_are_counted_and_no_error(own_run, command):
     """Also where no exit learns from them, or each of them is labelled elsewhere in the file."""
-    rows = opinions(60)
-    for name, unlabelled in (("new", opinions(100)[60:]), ("same", rows[:5])):
-        write_rows(Path(f"{name}.csv"), rows + [(text, "") for text, _ in unlabelled], "text", "label")
+    for name, unlabelled in (("new", opinions(100)[60:]), ("same", opinions(5))):
+        write_rows(Path(f"{name}.csv"), opinions(60) + [(text, "") for text, _ in unlabelled], "text", "label")
     for words, counts in (
         ("new.csv", "32 for exit 0, 8 to judge; left out, labelled too or there twice: 0"),
         ("same.csv", "0 for exit 0, 0 to judge; left out, labelled too or there twice: 5"),
@@ -167,9 +148,7 @@ def test_a_labelled_file_is_tested_beside_what_was_stated(copied, command):
     assert command(choose, copied, "--max-lost", 20, "--sure", 60)[0] == 0
     new = opinions(1000)[800:]
     write_rows(Path("new.csv"), [*new, ("the film", "left"), ("a film", "right"), ("is it", "")], "text", "label")
-    status, out, err = command(test, copied, "new.csv")
-    point = read(copied)
-    assert (status, err) == (0, "")
+    (_, out, _), point = command(test, copied, "new.csv"), read(copied)
     assert out.startswith("rows with another label than the model's, left out: 2 (left, right)\n")
     assert "\n201 rows, threshold " in out
     found = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
