@@ -112,7 +112,6 @@ BAD = [
     (["a", None], ["x", "y"], {}, "item 1: None, should be one text, as the others"),
     ([("a", "b"), "c"], ["x", "y"], {}, "item 1: 'c', should be a pair of texts"),
     (None, None, {}, "texts: None, should be a list"),
-    ([], [], {}, "texts: no row has a label"),
     (GOOD[0], [None, ""] * 20, {}, "texts: no row has a label"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", ["y"]] * 20, {}, r"item 1: \['y'\] is no label, should be text or a number"),
