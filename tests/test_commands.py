@@ -98,5 +98,5 @@ def test_an_installed_package_has_its_commands_and_keeps_its_files_in_the_users_
     environment |= {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "user")}
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-m", "minisweet", "reproduce", "--help"], **options)
-    assert f"default: {tmp_path}/user/.cache/minisweet/data" in " ".join(done.stdout.split())
+    assert f"default:{tmp_path}/user/.cache/minisweet/data" in "".join(done.stdout.split())
     assert os.listdir(tmp_path) == ["site"]
