@@ -9,8 +9,7 @@ from minisweet import EarlyExitClassifier
 from minisweet.base.files import write_json
 from minisweet.runs.folders import load_run, load_trunk
 from minisweet.use import export
-from tests.conftest import random_batch, undecided_model, with_exit_0
-from tests.make_golden import without_1
+from tests.conftest import random_batch, undecided_model, with_exit_0, without_1
 
 transformers = pytest.importorskip("transformers", reason="transformers, which loads the folder, is missing")
 
