@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from minisweet.beyond import ngrams
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.files import InputError
+from minisweet.beyond import ngrams
 from minisweet.beyond.ngrams import NgramExit, check_size, fit_ngrams
 
 V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3

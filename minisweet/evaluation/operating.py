@@ -199,7 +199,7 @@ def promise(point: dict) -> str:
     if point["threshold"] == 1:
         return ""
     texts, goal, is_changed = point["judging_texts"], point["goal"], point["lost_means"] == "changed"
-    lost = f"{round(point['lost'] * texts / 100):,} answers"
+    lost = f"{(n := round(point['lost'] * texts / 100)):,} answer{'s' * (n != 1)}"
     did = f"changed {lost} of the full model" if is_changed else f"lost {lost} that the full model had right"
     said = f"On {texts:,} of your texts that the model had not seen, early exit {did}."
     if "max_share" in goal:

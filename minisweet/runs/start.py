@@ -179,9 +179,10 @@ def set_aside(
     if not len(new) and data.unlabelled:
         raise InputError("--unlabelled: no text is left: all of them are also labelled, or set aside")
     new = np.random.default_rng(0).permutation(new)
-    judges = 0
-    if 3 * len(set(of_dev.tolist())) // 4 < ENOUGH_JUDGES:
-        judges = min(MOST_JUDGES, len(new) // JUDGES)
+    judges, labelled = min(MOST_JUDGES, len(new) // JUDGES), len(set(of_dev.tolist()))
+    if labelled >= min(judges, ENOUGH_JUDGES * 4 // 3):  # three quarters of both would judge
+        judges = 0
+    if judges:
         some = texts.take(new[:judges])
         second = None if second is None else dev.second + some.second
         dev = Examples(dev.first + some.first, second, dev.labels + [-1] * judges)

@@ -22,6 +22,7 @@ from minisweet.base.files import LOG, InputError, write_json, written_beside
 from minisweet.data.own import classes_of, with_labels
 from minisweet.data.rows import OwnText, label_name
 from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer
+from minisweet.evaluation import operating
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import Decisions, early_exit
 from minisweet.methods import METHODS
@@ -55,7 +56,7 @@ class EarlyExitClassifier:
 
         classify = EarlyExitClassifier(model="minilm-l6", max_lost=3, sure=90).fit(texts, labels)
         classify.predict(["The printer is on fire"])          # array of labels; predict_proba (N, C), classes_, score
-        print(classify.operating_point.promise)               # what to expect on new text
+        print(classify.promise, classify.operating_point)     # what to expect on new text
         classify.save("runs/tickets")                         # a run folder, as that of `minisweet fit`
         classify = EarlyExitClassifier.load("runs/tickets")   # threshold=, device=, amp=, batch_size=
         classify.classify(texts)                              # per text: label, confidence, exit layer, probabilities
@@ -180,6 +181,12 @@ class EarlyExitClassifier:
         asked = argparse.Namespace(max_lost=max_lost, sure=sure, max_share=max_share)
         self.operating_point = choose_for(self._run, goal_of(asked), write=False)
         return self._take_point(None)
+
+    @property
+    def promise(self) -> str:
+        """What is promised of new text, in words; or why nothing is."""
+        point = vars(self.operating_point)
+        return operating.promise(point) or operating.shortfall(point, self.record.dev_size or 1.0)
 
     # --- runs
 
