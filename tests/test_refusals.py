@@ -33,7 +33,6 @@ REFUSALS = [
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
     # own text
     ("fit", FIT, "FILE: is missing; without labels, --trunk FOLDER --unlabelled FILE will do"),
-    ("fit", f"absent.csv {FIT}", "absent.csv: cannot be read (No such file or directory)"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
     ("fit", f"latin.csv {FIT}", "latin.csv, line 3: not readable as cells in UTF-8"),
     ("fit", f"pipe.csv {FIT}", "pipe.csv: cannot be read (it is no file)"),
