@@ -119,17 +119,17 @@ def test_a_finished_classifier_gets_exits_without_any_label(own_run, command, me
 
 def test_rows_without_a_label_are_counted_and_no_error(own_run, command):
     """Also where no exit learns from them, or each of them is labelled elsewhere in the file."""
-    for name, unlabelled in (("new", opinions(100)[60:]), ("same", opinions(5))):
+    for name, unlabelled in (("new", opinions(160)[60:]), ("same", opinions(5))):
         write_rows(Path(f"{name}.csv"), opinions(60) + [(text, "") for text, _ in unlabelled], "text", "label")
     for words, counts in (
-        ("new.csv", "32 for exit 0, 8 to judge; left out, labelled too or there twice: 0"),
+        ("new.csv", "80 for exit 0, 20 to judge; left out, labelled too or there twice: 0"),
         ("same.csv", "0 for exit 0, 0 to judge; left out, labelled too or there twice: 5"),
-        ("new.csv --method sweet --exit-layers 1,4", "32 for exit 0, 8 to judge"),
+        ("new.csv --method sweet --exit-layers 1,4", "80 for exit 0, 20 to judge"),
     ):
         options = [*OWN[2:], "--epochs", 1, "--model", own_run.parent / "tiny", "--out", "run", "--overwrite"]
         status, _, err = command(fit, *words.split(), *options)
         assert (status, counts in err) == (0, True), err
-        assert len(read(Path("run"), "run")["trained_keys"]) == 48 + 32 * (words == "new.csv")
+        assert len(read(Path("run"), "run")["trained_keys"]) == 48 + 80 * (words == "new.csv")
 
 
 def test_classes_that_may_be_a_typo_are_named_before_the_training(own_run, command, monkeypatch):
