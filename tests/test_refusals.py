@@ -69,7 +69,6 @@ REFUSALS = [
     # paper
     ("reproduce", "--tasks sst3", "--tasks: 'sst3' is none of rte, mrpc"),
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
-    ("reproduce", "--report-only --out none", "--report-only: no run is in none/runs; name another --runs, or --out"),
     ("gradients", "run", "run: a run of branch on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
     ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
 ]

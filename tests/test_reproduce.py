@@ -119,16 +119,6 @@ def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):
     assert grid(*words)[3] == [evaluated]
 
 
-def test_what_is_missing_is_named(grid):
-    fake_run("sweet", area=60.0)
-    fake_run("mm", 0.1)  # which nobody asks for
-    status, out, _, started = grid("--methods", "ee,sweet", "--seeds", "0,1", "--report-only")
-    assert (status, started, "of 1 runs; 3 missing" in out) == (0, [], True)
-    assert "Missing runs: 3\n\n- tiny-ee-toy-lr0.001-n32-seed0\n" in RESULTS.read_text()
-    grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
-    assert "Missing runs: 1\n\n- tiny-sweet-toy-lr0.01-n32-seed0\n" in RESULTS.read_text()  # others have no rate yet
-
-
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
     (fake_run("ee") / "evaluation.json").unlink()  # and it has no weights
     status, out, err, _ = grid("--methods", "ee,sweet", *ONE)

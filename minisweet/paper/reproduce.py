@@ -172,7 +172,7 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
 
 
 def main() -> None:
-    """Run the grid, or report what is there."""
+    """Run what is missing of the grid, and report."""
     parser = Parser(__doc__)
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
@@ -184,28 +184,19 @@ def main() -> None:
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
-    option("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     start.add_training_options(parser)
     parser.set_defaults(epochs=2)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     grid = Grid(args)
-    if args.report_only:  # the runs' model need not be here
-        there = {read_record(path.parent).lr for path in args.runs.glob("*/run.json")}
-        slots = map(Run._make, product(args.tasks, args.methods, args.train_sizes, there, args.seeds))
-        rates = sorted({run.lr for run in slots if is_run(grid.folder(run))})
-        if not rates:
-            raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
-    elif not (CLONE / "train.py").is_file():
+    if not (CLONE / "train.py").is_file():
         raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
-    else:
-        _, config, _, args.batch_size = start.find_model(args, "sweet")
-        rates = search_rates(config)
-    args.lrs = args.lrs or rates
+    _, config, _, args.batch_size = start.find_model(args, "sweet")
+    args.lrs = args.lrs or search_rates(config)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
-    failed = [] if args.report_only else run_all(grid)
+    failed = run_all(grid)
     write_report(grid)
     if failed:
         raise InputError(f"{len(failed)} runs failed, see their messages above: {', '.join(failed)}")
