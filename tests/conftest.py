@@ -311,7 +311,7 @@ def quick(model, *arguments) -> list:
 
 def write_table(path: Path, columns: list[str], labels: dict, header: bool = True, between: str = ",") -> None:
     """Write 300 rows of random words; `labels` are the values to draw from, by the column."""
-    draw, rows = Random(0), [columns] * header
+    draw, rows = Random(path.name), [columns] * header
     for _ in range(300):
         texts = (" ".join(draw.choices(WORDS, k=6)) for _ in columns)
         rows.append([draw.choice(labels.get(*pair)) for pair in zip(columns, ([text] for text in texts), strict=True)])
