@@ -8,6 +8,7 @@ A text is lost where the whole model, full depth, is right and the early exit is
 predict, explain and export take.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 
@@ -19,11 +20,10 @@ from minisweet.base.files import InputError, read_dataclass, write_json
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS, score
 from minisweet.evaluation.outputs import Outputs, load_outputs, run_exits, save_outputs
-from minisweet.runs.folders import LOGITS, OPERATING, load_run, read_record, read_validation
-from minisweet.runs.records import OperatingPoint
+from minisweet.runs.folders import OPERATING, load_run, read_record, read_validation
+from minisweet.runs.records import OperatingPoint, Record
 
 GOALS = {"max_lost": (0.01, 99.99), "max_share": (0, 1), "sure": (50, 99.9)}  # lowest and highest
-CLASSES = 20  # are printed, at most
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def outputs_of(run: Path, device: str = "auto", amp: str = "auto") -> tuple[Outp
     """What a run's exits say of its validation rows, and in which precision: as saved, or made and saved."""
     record = read_record(run)
     wanted = devices.choose_precision(amp, chosen := devices.choose_device(device))
-    if (run / LOGITS).is_file():
+    with suppress(InputError):  # there are none, or they are of other weights
         outputs, precision = load_outputs(run)
         if amp == "auto" or precision == str(wanted or torch.float32):
             return outputs, precision
@@ -106,18 +106,23 @@ def print_choice(run: Path, point: OperatingPoint) -> None:
     for name, value, share in lines:
         print(f"{name:<42}{value:12.1f}   {share:12.2f}")
     gain = point.score - point.full_depth
-    early = (
+    than = (
         f"{gain:+.1f} points" if gain > 0 else f"{-gain:.1f} points less than full depth" if gain else "as full depth"
     )
-    exits = ", ".join(map(str, point.exits))
-    print(f"early exit: {early}, at threshold {point.threshold:.6g}, exits {exits}")
+    print(f"early exit: {than}, at threshold {point.threshold:.6g}, exits {', '.join(map(str, point.exits))}")
     if point.threshold == 1:
         print("no text leaves early: all run to the last exit")
     elif point.share == costs[0]:
-        where = "exit 0, the bag of words; the layers add nothing" if point.exits[0] == 0 else "the first exit"
-        print(f"all texts leave at {where}")
+        print("all texts leave at " + ("exit 0: the layers add nothing" if point.exits[0] == 0 else "the first exit"))
     if trained:
         print(f"{trained:,} of the validation rows were trained on, and do not count")
-    set_aside = record.dev_size if record.text_columns and record.dev_size else 1.0
-    print(operating.promise(vars(point)) or operating.shortfall(vars(point), set_aside))
+    print(in_words(point, record))
     print(f"next: minisweet predict {quote(str(run))} FILE.csv --out predicted.csv")
+
+
+def in_words(point: OperatingPoint, record: Record) -> str:
+    """What is promised of new text; or why nothing faster than full depth can be, and how many rows would do."""
+    if len(record.exit_layers) == 1:
+        return "the model has one exit alone"
+    set_aside = record.dev_size if record.text_columns and record.dev_size else 1.0
+    return operating.promise(vars(point)) or operating.shortfall(vars(point), set_aside)

@@ -22,14 +22,13 @@ from minisweet.base.files import LOG, InputError, write_json, written_beside
 from minisweet.data.own import classes_of, with_labels
 from minisweet.data.rows import OwnText, label_name
 from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer
-from minisweet.evaluation import operating
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import Decisions, early_exit
 from minisweet.methods import METHODS
 from minisweet.runs.folders import OPERATING, load_run, read_operating_point
 from minisweet.runs.start import Data
 from minisweet.runs.train import train
-from minisweet.use.choose import choose_for, goal_of
+from minisweet.use.choose import choose_for, goal_of, in_words
 
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # labels' names back to labels
@@ -185,8 +184,7 @@ class EarlyExitClassifier:
     @property
     def promise(self) -> str:
         """What is promised of new text, in words; or why nothing is."""
-        point = vars(self.operating_point)
-        return operating.promise(point) or operating.shortfall(point, self.record.dev_size or 1.0)
+        return in_words(self.operating_point, self.record)
 
     # --- runs
 

@@ -2,15 +2,17 @@
 
     minisweet test runs/tickets labelled.csv
 
-Without a column of labels it counts the answers that early exit changes.
+Then each class's precision, recall and F1, and the milliseconds of a text. Without a column of labels it counts the
+answers that early exit changes.
 """
 
+import time
 from pathlib import Path
 
 import numpy as np
 
 from minisweet.base.commands import Parser
-from minisweet.base.files import InputError, preview
+from minisweet.base.files import InputError, one_line, preview
 from minisweet.data.rows import all_columns, read_texts, text_columns
 from minisweet.data.text import Examples
 from minisweet.evaluation import operating
@@ -18,6 +20,8 @@ from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.outputs import Outputs, run_exits
 from minisweet.runs.folders import read_validation
 from minisweet.use.classifier import EarlyExitClassifier, add_classifier_options, classifier_of
+
+CLASSES, TIMED = 20, 64  # classes that are told, at most; texts that are timed
 
 
 def main() -> None:
@@ -29,6 +33,7 @@ def main() -> None:
     classify = classifier_of(args)
     rows = read_validation(args.run, classify.record)
     print_test(classify, read_outputs(classify, args.run, args.file, rows), max(rows.labels) >= 0)
+    print_milliseconds(classify, rows.texts()[:TIMED])
 
 
 def read_outputs(classify: EarlyExitClassifier, run: Path, file: Path, validation: Examples) -> Outputs:
@@ -77,3 +82,22 @@ def print_test(classify: EarlyExitClassifier, outputs: Outputs, stated_right: bo
         what = f"at most {promised:g} of 100 {means}, {point.goal['sure']:g}% sure"
         by_chance = ": by chance, or these texts are drawn otherwise than those that judged"
         print(f"promised: {what}; " + ("held here" if found["lost"] <= promised else f"not held here{by_chance}"))
+    if has_labels and len(classify.labels) <= CLASSES:
+        print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
+        for name, *scores, rows in zip(classify.labels, *found["per_class"].values(), strict=True):
+            print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
+
+
+def print_milliseconds(classify: EarlyExitClassifier, texts: list) -> None:
+    """Print what a text takes, from text to label, as deployed and at full depth: one by one and in batches."""
+    print(f"\n{f'milliseconds, {len(texts)} texts':<26}one by one  in batches")
+    deployed = classify.threshold
+    for title, classify.threshold in (("as deployed", deployed), ("with all layers", 1.0)):
+        taken = []
+        for batches in ([[text] for text in texts], [texts]):
+            for _ in range(2):  # the first time is slower, and not kept
+                started = time.perf_counter()
+                list(map(classify.classify, batches))
+            taken.append(1000 * (time.perf_counter() - started) / len(texts))
+        print(f"{title:<26}{taken[0]:10.2f}{taken[1]:12.2f}")
+    classify.threshold = deployed
