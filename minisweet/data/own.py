@@ -4,14 +4,23 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 
 from minisweet.base.files import LOG, InputError, preview
-from minisweet.data.rows import OwnText
 from minisweet.data.text import Examples
 
 FEW = 5  # rows: a class with fewer is named
+
+
+class OwnText(NamedTuple):
+    """Texts, and what each row's label is called."""
+
+    rows: Examples  # N, without labels
+    names: list[str | None]  # (N,), None where a row has no label
+    columns: list[str] | None = None  # of the texts, in their file
+    label_column: str | None = None
 
 
 def classes_of(names: Sequence[str | None]) -> list[str]:

@@ -9,23 +9,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 from minisweet.base.files import InputError, preview, regular_file, written_beside
+from minisweet.data.own import OwnText
 from minisweet.data.text import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # the usual ones
 to_json = partial(json.dumps, ensure_ascii=False)
-
-
-class OwnText(NamedTuple):
-    """Texts, and what each row's label is called."""
-
-    rows: Examples  # N, without labels
-    names: list[str | None]  # (N,), None where a row has no label
-    columns: list[str] | None = None  # of the texts, in their file
-    label_column: str | None = None
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -172,30 +163,3 @@ def read_texts(path: Path, columns: Sequence[str], label_column: str | None = No
         raise InputError(f"{path}: no rows with text in {', '.join(columns)}")
     first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(columns))
     return OwnText(Examples(first, second, None, empty=empty), names, list(columns), label_column)
-
-
-def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> None:
-    """Write JSON lines: `text`, or `sentence1` and `sentence2`; the `label`, its name or null; a toy row's
-    `difficulty`.
-    """
-    first = "text" if examples.second is None else "sentence1"
-    columns = {first: examples.first, "sentence2": examples.second, "difficulty": examples.difficulties}
-    columns["label"] = examples.labels and [None if label < 0 else labels[label] for label in examples.labels]
-    columns = {name: values for name, values in columns.items() if values is not None}
-    with row_writer(path, list(columns)) as write:
-        for values in zip(*columns.values(), strict=True):
-            write(dict(zip(columns, values, strict=True)))
-
-
-def read_examples(path: Path, labels: Sequence[str]) -> Examples:
-    """Read what `write_examples` wrote; `labels` are the classes in their order."""
-    columns, rows = text_columns(path, None), list(read_rows(path))
-    numbers = {name: number for number, name in enumerate(labels)} | {None: -1}
-    first, second = (
-        ([row[name] for _, row in rows] for name in columns)
-        if len(columns) > 1
-        else ([row[columns[0]] for _, row in rows], None)
-    )
-    of_row = [numbers[row["label"]] for _, row in rows] if "label" in rows[0][1] else None
-    difficulties = [row["difficulty"] for _, row in rows] if "difficulty" in rows[0][1] else None
-    return Examples(first, second, of_row, difficulties)

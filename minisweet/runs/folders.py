@@ -4,9 +4,11 @@ Dimension letter: C classes.
 """
 
 import hashlib
+import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,6 @@ from torch import nn
 from minisweet.base.files import LOG, InputError, read_dataclass, read_json, write_json, written_beside
 from minisweet.beyond.ngrams import NgramExit
 from minisweet.checkpoint import OURS, WEIGHTS, load_classifier, load_strict, new_encoder, read_config
-from minisweet.data.rows import read_examples, write_examples
 from minisweet.data.text import TOKENIZER_FILES, Examples
 from minisweet.exits import ExitModel, MultiExitModel
 from minisweet.methods import METHODS
@@ -58,7 +59,18 @@ def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dic
         for name in TOKENIZER_FILES:
             if (model_folder / name).is_file():
                 shutil.copyfile(model_folder / name, folder / name)
-        write_examples(folder / VALIDATION, validation, record["labels"])
+        with (folder / VALIDATION).open("w", encoding="utf-8") as file:
+            for row in rows_of(validation, record["labels"]):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def rows_of(examples: Examples, labels: Sequence[str]) -> Iterator[dict]:
+    """Each row as validation.jsonl has it; its label is null where it has none."""
+    names = [*labels, None]  # the last is that of -1
+    for n, text in enumerate(examples.texts()):
+        row = {"text": text} if examples.second is None else dict(zip(("sentence1", "sentence2"), text, strict=True))
+        level = {"difficulty": examples.difficulties[n]} if examples.difficulties else {}
+        yield row | {"label": names[examples.labels[n]]} | level
 
 
 def is_run(folder: Path) -> bool:
@@ -86,7 +98,7 @@ def check_id(file: Path, found: str | None) -> None:
     """Raise InputError where a file that was computed from a run is of other weights than those beside it."""
     wanted = run_id(file.parent)
     if wanted and found != wanted:
-        raise InputError(f"{file}: is of other weights than the model beside it; make it anew: minisweet choose")
+        raise InputError(f"{file}: is of other weights than the model beside it; make it anew")
 
 
 def read_result(kind: type, run: Path, name: str, command: str):
@@ -117,6 +129,8 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
     record = read_record(run)
     if record.diverged is not None:
         raise InputError(f"{run}: its training diverged at step {record.diverged}; it has no weights")
+    if record.id != (found := run_id(run)):
+        raise InputError(f"{run / WEIGHTS}: is of another run than run.json beside it ({found})")
     config, C, layers = read_config(run), record.num_labels, [n for n in record.exit_layers if n > 0]
 
     def make() -> ExitModel:
@@ -132,7 +146,14 @@ def load_run(run: Path) -> tuple[ExitModel, Record]:
 
 def read_validation(run: Path, record: Record) -> Examples:
     """The validation rows in a run."""
-    return read_examples(run / VALIDATION, record.labels)
+    with (run / VALIDATION).open(encoding="utf-8", newline="\n") as file:
+        rows = [json.loads(line) for line in file]
+    numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
+    first, second, difficulties = (
+        [row[name] for row in rows] if name in rows[0] else None
+        for name in ("text" if "text" in rows[0] else "sentence1", "sentence2", "difficulty")
+    )
+    return Examples(first, second, [numbers[row["label"]] for row in rows], difficulties)
 
 
 def load_trunk(folder: Path) -> tuple[MultiExitModel, list[str]]:

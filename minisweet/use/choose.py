@@ -8,7 +8,6 @@ A text is lost where the whole model, full depth, is right and the early exit is
 predict, explain and export take.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 
@@ -16,11 +15,11 @@ import torch
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser
-from minisweet.base.files import InputError, read_dataclass, write_json
+from minisweet.base.files import LOG, InputError, read_dataclass, write_json
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS, score
 from minisweet.evaluation.outputs import Outputs, load_outputs, run_exits, save_outputs
-from minisweet.runs.folders import OPERATING, load_run, read_record, read_validation
+from minisweet.runs.folders import LOGITS, OPERATING, load_run, read_record, read_validation
 from minisweet.runs.records import OperatingPoint, Record
 
 GOALS = {"max_lost": (0.01, 99.99), "max_share": (0, 1), "sure": (50, 99.9)}  # lowest and highest
@@ -68,10 +67,13 @@ def outputs_of(run: Path, device: str = "auto", amp: str = "auto") -> tuple[Outp
     """What a run's exits say of its validation rows, and in which precision: as saved, or made and saved."""
     record = read_record(run)
     wanted = devices.choose_precision(amp, chosen := devices.choose_device(device))
-    with suppress(InputError):  # there are none, or they are of other weights
-        outputs, precision = load_outputs(run)
-        if amp == "auto" or precision == str(wanted or torch.float32):
-            return outputs, precision
+    if (run / LOGITS).is_file():
+        try:
+            outputs, precision = load_outputs(run)
+            if amp == "auto" or precision == str(wanted or torch.float32):
+                return outputs, precision
+        except InputError as error:
+            LOG.warning("%s", error)
     model, _ = load_run(run)
     outputs = run_exits(run, record, model.to(chosen), read_validation(run, record), wanted)
     save_outputs(run, outputs, wanted)
