@@ -4,8 +4,8 @@
     python train.py --model bert-base --method sweet --task rte
     torchrun --nproc-per-node 4 train.py --model bert-base --task mnli
 
-Writes a run folder, which evaluate.py reads. The loop stands in minisweet/training.py, the stages of a method in
-minisweet/runs/train.py. For your own text: python -m minisweet fit FILE.
+Writes a run folder, which evaluate.py reads. The loop stands in minisweet/training.py, a method's stages in
+minisweet/methods.py, and what runs them in minisweet/runs/train.py. For your own text: python -m minisweet fit FILE.
 """
 
 from argparse import Namespace

@@ -9,7 +9,7 @@ export      write a run as a classifier for transformers, or as an ONNX file
 
 Of the paper:
 reproduce   train and evaluate the paper's grid and report it, which needs a clone
-gradients   measure how the gradients of exits conflict
+gradients   measure whether the gradients of exits conflict
 """
 
 import importlib

@@ -242,7 +242,7 @@ def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(
     """A branch model's early exit runs the layers below its own and, as each exit asked before it, a private copy."""
     case = Case(method, layers=(first, 2, 4))
     opened = page(case)
-    assert opened.texts("#t") == ["0.7123"]  # the operating point
+    assert opened.texts("#t") == ["0.7123"]  # the one that is deployed
     for threshold in (*opened.thresholds[::9], 0.8):
         opened.slide(threshold)
         assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=3).tolist()

@@ -8,8 +8,9 @@ these thresholds, from 1, which is full depth, downwards: the lower, the faster.
 
 Theorem. Model, goal and precision are fixed before a judge is looked at. If judging and new texts are independent draws
 of different texts from one source, none trained on, then at most 100 - S of 100 validation samples give a promise that
-is broken: a threshold at which more than P of 100 new texts are lost in the long run. (For the first such threshold on
-the way down passes the exact binomial test in at most 100 - S of 100 samples, and else the judges stop before it.)
+is broken: a threshold at which more than P of 100 new texts are lost in the long run. (Why: on
+the way down there is a first threshold that is too low. The exact binomial test passes it in at most 100 - S of 100
+samples. In all others the judges stop before it, and so take none that is too low.)
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
 MAPIE calls `control_fwer` by "fixed_sequence". For early exits: Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.

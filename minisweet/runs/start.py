@@ -102,7 +102,8 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     rates_of = args.method if len(layers) > 1 else "mm"
     epochs = epochs_of(len(subset), batch_size) if data.text_columns else TASKS[data.task].epochs
     found = {"batch_size": batch_size, "lr": args.lr or default_learning_rate(config, task, rates_of)}
-    args = argparse.Namespace(**vars(args) | found | {"epochs": args.epochs or epochs})
+    found |= {"epochs": args.epochs or epochs, "dev_size": None if data.dev else args.dev_size}
+    args = argparse.Namespace(**vars(args) | found)
     learnt = [*known, *examples.keys().tolist(), *(unlabelled.keys().tolist() if unlabelled else [])]
     record = {
         "arguments": json.loads(json.dumps(vars(args), default=str)),  # a path as it is written
@@ -224,7 +225,7 @@ def find_model(args: argparse.Namespace, method: str, end: int | None = None) ->
 def add_training_options(parser: Parser) -> None:
     """Add what every command that trains takes: the model, and how it is trained and computed."""
     option = parser.add_argument_group("training").add_argument
-    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, or a folder (default: minilm-l6)")
+    option("--model", default="minilm-l6", help=f"{', '.join(REPOSITORIES)}, a folder or a hub id (default: minilm-l6)")
     option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
     counted = "counted from 1, such as 1,4,6,12; 0 is exit 0, a bag of words (default: by depth)"
     option("--exit-layers", type=list_of(whole_number(0)), help=counted)

@@ -5,7 +5,7 @@
     minisweet choose runs/tickets --max-share 0.3     # at most 30% of the layers run
 
 A text is lost where the whole model, full depth, is right and the early exit is wrong. Writes operating.json, which
-predict, explain and export take.
+test, predict, explain and export take.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ def add_goal_options(parser: Parser) -> None:
     group = parser.add_argument_group("goal: what to deploy")
     either = group.add_mutually_exclusive_group().add_argument
     either("--max-lost", type=float, default=3.0, metavar="P", help="at most P of 100 texts are lost (default: 3)")
-    either("--max-share", type=float, metavar="S", help="at most this share of the layers, from 0 to 1")
+    either("--max-share", type=float, metavar="SHARE", help="at most this share of the layers, from 0 to 1")
     group.add_argument("--sure", type=float, default=90.0, metavar="S", help="how sure of P, in percent (default: 90)")
 
 

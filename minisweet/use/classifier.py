@@ -69,7 +69,7 @@ class EarlyExitClassifier:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
         method: "plain", or "branch", "sweet", "ee", "mm". exit_layers: counted from 1; 0 is exit 0, a bag of words.
         exit_strategy: "confidence", or "lte", learning-to-exit.
-        trunk: the folder of a run or a finished classifier to start from; "plain" and "branch" keep it as it is.
+        trunk: the folder of a run or a finished classifier to start from; "plain" and "branch" keep its answers.
         class_weights: "balanced" counts rare classes as much as frequent ones.
         dev_size: the share of the rows that is set aside to choose and to judge.
         seed, lr, epochs, batch_size, max_length: of the training; None for what the size of model and data suggests.
@@ -200,11 +200,12 @@ class EarlyExitClassifier:
     ) -> "EarlyExitClassifier":
         """The classifier of a run folder for which something was chosen, by `minisweet fit`, `choose` or `save`.
 
-        `threshold` is from 0 to 1, where all texts run to the last exit; None for the one that was chosen. `batch_size`
+        `threshold` is from 0 to 1; at 1 all texts run to the last exit; None for the one that was chosen. `batch_size`
         is how many texts run at once. Raises InputError where there is no such run.
         """
         classify = cls()._deploy(Path(run), threshold, device, amp, batch_size)
-        trained = {name: value for name, value in vars(classify.record).items() if name in cls._names()}
+        facts = vars(classify.record)
+        trained = {name: facts[name] for name in cls._names() if facts.get(name) is not None}
         return classify.set_params(**trained | classify.operating_point.goal | {"device": device, "amp": amp})
 
     def save(self, run: str | Path) -> None:

@@ -35,7 +35,12 @@ def main() -> None:
     option("--dev-data", type=Path, metavar="FILE", help="to choose and judge on (default: rows of FILE set aside)")
     option("--dev-size", type=number(0.0001, 0.9999), default=0.2, help="share of FILE set aside (default: 0.2)")
     option("--method", choices=list(METHODS), default="plain", help="default: plain; branch adds exits between")
-    option("--trunk", type=Path, metavar="FOLDER", help="run or classifier to start from; plain and branch keep it")
+    option(
+        "--trunk",
+        type=Path,
+        metavar="FOLDER",
+        help="run or classifier to start from, which plain and branch keep",
+    )
     option("--class-weights", choices=("balanced",), help="each row weighs N / (classes x rows of its class)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
     add_goal_options(parser)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
 from minisweet.data.rows import all_columns, read_texts, text_columns
@@ -78,7 +79,8 @@ def print_test(classify: EarlyExitClassifier, outputs: Outputs, stated_right: bo
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
         is_stated = key == "share" or (means == point.lost_means if key == "lost" else stated_right)
         print(f"{title:<26}{found[key]:8.2f}   {interval}" + f"{getattr(point, key):12.2f}" * is_stated)
-    if (promised := point.goal.get("max_lost")) and means == point.lost_means:
+    is_chosen = classify.threshold == in_float32(point.threshold) < 1
+    if (promised := point.goal.get("max_lost")) and means == point.lost_means and is_chosen:
         what = f"at most {promised:g} of 100 {means}, {point.goal['sure']:g}% sure"
         by_chance = ": by chance, or these texts are drawn otherwise than those that judged"
         print(f"promised: {what}; " + ("held here" if found["lost"] <= promised else f"not held here{by_chance}"))

@@ -51,7 +51,7 @@ BASE |= {"max_position_embeddings": 514, "vocab_size": 30527, "type_vocab_size":
 MODELS = {"MiniLM": BASE | {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}, "BERT-base": BASE}
 # Thresholds of the one file, slower and slower, and what is chosen to deploy.
 POINTS = {"exit 0 alone": 0.0, **{f"threshold {t}": t for t in (0.7, 0.8, 0.9, 0.95)}}
-POINTS |= {"full depth": 1.0, "operating point": None}
+POINTS |= {"full depth": 1.0, "as deployed": None}
 
 
 def training_step(is_ours: bool, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
@@ -189,7 +189,7 @@ def main() -> None:
         export_theirs(plain, f"{theirs}-float32.onnx", f"{theirs}-int8.onnx")
         for kind, amp in list({"float32": "off", "bfloat16": "bf16"}.items())[: 1 + processor()[1]]:
             batches[f"transformers, {kind}"] = HERE, "their_texts", (plain, texts, kind == "bfloat16")
-            for point in ("full depth", "operating point"):
+            for point in ("full depth", "as deployed"):
                 batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, POINTS[point])
         for kind in ("float32", "int8"):
             file = f"{theirs}-{kind}.onnx"
