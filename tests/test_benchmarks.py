@@ -14,9 +14,10 @@ import pytest
 
 import evaluate
 import train
+from minisweet import __main__ as package
 from minisweet.base.devices import processor
 from tests import benchmark
-from tests.benchmark import BLOCK, RESULTS, own_text, run_study, speed, study, zero_tables
+from tests.benchmark import BLOCK, RESULTS, by_rows, own_text, run_study, speed, study, zero_tables
 from tests.conftest import CHECKOUT, CONFIGS, WORDS, run
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in RESULTS.glob("*.md")}
@@ -36,11 +37,18 @@ def studies(place, run_of, monkeypatch):
     monkeypatch.setattr(benchmark, "CHECKOUT", place)
     trained = []
 
-    def in_process(script: str, words: list[str]) -> int:
+    def in_process(words: list[str]) -> int:
         trained.append(words)
-        return run({"train.py": train, "evaluate.py": evaluate}[script], *words)
+        script, *rest = words if words[0] != "-m" else words[1:]
+        return run({"train.py": train, "evaluate.py": evaluate, "minisweet": package}[script], *rest)
 
-    monkeypatch.setattr(study, "run_script", in_process)
+    def measured(*args, **options) -> dict:
+        trained.append(args)
+        return measure(*args, **options)
+
+    measure = by_rows.measure
+    monkeypatch.setattr(by_rows, "measure", measured)
+    monkeypatch.setattr(study, "run_in_clone", in_process)
     monkeypatch.setattr(study, "ROWS", 32)
     monkeypatch.setattr(own_text, "TRAIN", 60)
     draw, sections = Random(0), own_text.SECTIONS[:3]

@@ -10,6 +10,7 @@ of them. FOLDER/rows keeps the numbers of each draw, and what is there is not ma
 
 import csv
 from collections import defaultdict
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,7 @@ TEST_ROWS = 2500  # at most
 NAMES = {"own": "own text", "sst2": "SST-2", "qqp": "QQP", "cola": "CoLA", "mrpc": "MRPC"}
 BESIDE_ON = ("own", "sst2", "qqp")  # the rivals are asked there
 FULL, DEPLOYED, LAYERS = "full depth", "deployed", "layers run, %"
-BESIDE = tuple(LINEAR.values())
+BESIDE = tuple(name for name in LINEAR.values() if name != "model2vec" or find_spec("model2vec"))
 
 
 def ask(classify: EarlyExitClassifier, run: Path, rows: Examples) -> dict[str, np.ndarray]:

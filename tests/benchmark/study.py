@@ -55,6 +55,11 @@ def options_of(parser: Parser, tasks: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def run_in_clone(words: list[str]) -> int:
+    """Run a script or a module of the clone. Returns its exit status."""
+    return subprocess.run([sys.executable, *words], cwd=CHECKOUT).returncode
+
+
 def make_run(run: Path, *script: str, **options: object) -> None:
     """Train and evaluate a run, or go on with it. `options` are the script's. Those that are None are left out."""
     words = []
@@ -63,7 +68,7 @@ def make_run(run: Path, *script: str, **options: object) -> None:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words += [f"--{name.replace('_', '-')}", text]
     for command in ([*script, *words, "--resume"], ["evaluate.py", str(run)]):
-        if subprocess.run([sys.executable, *command], cwd=CHECKOUT).returncode:
+        if run_in_clone(command):
             raise InputError(f"{run}: {command[0]} failed, see above")
 
 
