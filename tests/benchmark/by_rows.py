@@ -47,15 +47,15 @@ def ask(classify: EarlyExitClassifier, run: Path, rows: Examples) -> dict[str, n
 
 def measure(folder: Path, labelled: Examples, more: Examples, test: Examples, beside: bool, **options) -> dict:
     """Numbers of a draw, in percent. The trunk of the run without unlabelled texts serves those with some."""
-    trunk, run = folder / "run-0", folder / f"run-{len(more.first)}"
+    trunk = folder.parent / "run-0"
     classify = EarlyExitClassifier(**options | ({"trunk": trunk} if more.first else {}))
-    classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None).save(run)
-    said = ask(classify, run, test)
+    classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None).save(folder)
+    said = ask(classify, folder, test)
     layers = said.pop(LAYERS)
     if beside:
         said |= {name: fit_linear(name, labelled)(test) for name in BESIDE}
         if more.first:
-            answers = ask(classify, run, more)[FULL].tolist()
+            answers = ask(classify, folder, more)[FULL].tolist()
             pairs = labelled.second and labelled.second + more.second
             taught = Examples(labelled.first + more.first, pairs, labelled.labels + answers)
             said["TF-IDF, taught by full depth"] = fit_linear("TF-IDF", taught)(test)
@@ -97,9 +97,10 @@ def tables(folder: Path, suffix: str = "") -> dict[str, str]:
         name += f" and {some:,.0f} unlabelled" * (more > 0)
         whole.append([name, *cells(values, deviation=True)])
         row = [f"{mean[key]:.1f}" for key in ("TF-IDF", "embeddings", FULL, DEPLOYED)] + [f"{mean[LAYERS]:.0f}"]
-        expected += [[name, *row]] if more != 1000 and (task == "own" or count < 1000) else []
-        if more in (0, 5000):  # the most labelled rows, and the fewest with unlabelled ones
-            largest[task, more] = largest.get((task, more)) if more and (task, more) in largest else [name, *row[-3:]]
+        few = task == "own" or count < 1000
+        expected += [[name, *row]] if few and (more == 0 or (more == 5000 and count == 300)) else []
+        if more == 0 or (task, more) == ("own", 5000):  # the most labelled rows, and the fewest with unlabelled ones
+            largest[task, more] = largest[task, more] if more and (task, more) in largest else [name, *row[-3:]]
     if not groups:
         return {}
     title = f"Accuracy on new texts, mean ± deviation over {max(map(len, groups.values()))} draws"
@@ -131,7 +132,7 @@ def main() -> None:
                 if not numbers.exists() and (some.first or not more):
                     options = {"model": args.model, "lr": args.lr, "seed": seed}
                     beside = args.model == study.SMALL and task in BESIDE_ON
-                    found = measure(Path(folder), rows.take(order[:count]), some, test, beside, **options)
+                    found = measure(Path(folder) / f"run-{more}", rows.take(order[:count]), some, test, beside, **options)
                     write_json(numbers, found | {"unlabelled": len(some.first)})
     show(tables(args.out / "rows", "" if args.model == study.SMALL else f": {args.model}"), args.write)
 
