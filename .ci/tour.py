@@ -4,8 +4,7 @@
     python .ci/tour.py --store    # runs it, and stores what comes out
 
 A cell that prints a table has a `tolerance` in its metadata: by how much a number may differ. It is rounding's, and
-larger where a table tells of a training, in which processors round apart. A cell with a `picture` in its metadata draws
-that file of .github/results.
+larger where a table tells of a training, in which processors round apart.
 """
 
 import base64
@@ -22,7 +21,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 CLONE = Path(__file__).parents[1]
-TOUR, RESULTS = CLONE / "minisweet" / "tour" / "tour.ipynb", CLONE / ".github" / "results"
+TOUR = CLONE / "minisweet" / "tour" / "tour.ipynb"
 
 
 def printed(cell: NotebookNode) -> tuple[list[str], list[float]]:
@@ -37,11 +36,11 @@ def pictures(cell: NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
-def with_few_colours(png: str) -> bytes:
+def with_few_colours(png: str) -> str:
     """A picture in base64 with 32 colours, which takes a third of the room."""
     small = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(32).save(small, "PNG", optimize=True)
-    return small.getvalue()
+    return base64.b64encode(small.getvalue()).decode()
 
 
 def problems(stored: NotebookNode, new: NotebookNode) -> list[str]:
@@ -65,9 +64,7 @@ def main() -> None:
         for cell in new.cells:
             for output in cell.get("outputs", []):
                 if picture := output.get("data", {}).get("image/png"):
-                    output.data["image/png"] = base64.b64encode(small := with_few_colours(picture)).decode()
-                    if name := cell.metadata.get("picture"):
-                        (RESULTS / name).write_bytes(small)
+                    output.data["image/png"] = with_few_colours(picture)
         sys.exit(nbformat.write(new, TOUR))
     pairs = [pair for pair in zip(stored.cells, new.cells, strict=True) if pair[0].cell_type == "code"]
     lines = [f"{old.source.splitlines()[0]!r}: {line}" for old, cell in pairs for line in problems(old, cell)]

@@ -1,10 +1,15 @@
-"""The commands of the package: `minisweet COMMAND ...`. `minisweet COMMAND --help` tells a command's options.
+"""Early exits for your own text: `minisweet COMMAND ...`. `minisweet COMMAND --help` tells a command's options.
 
-predict     predict the texts of a file with a run
-explain     show how a text is answered, exit by exit
+fit         train on a file of texts, choose what to deploy, say what to expect
+choose      choose again, by another goal
+test        try what is deployed on other labelled texts
+predict     predict the texts of a file
+explain     show how a text is answered, exit by exit, or a page of all validation texts
 export      write a run as a classifier for transformers, or as an ONNX file
+
+Of the paper:
 reproduce   train and evaluate the paper's grid and report it, which needs a clone
-gradients   measure how the gradients of exits conflict
+gradients   measure whether the gradients of exits conflict
 """
 
 import importlib
@@ -13,13 +18,8 @@ import sys
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import tune_cpu
 
-COMMANDS = {
-    "predict": "minisweet.use.predict",
-    "explain": "minisweet.use.explain",
-    "export": "minisweet.use.export",
-    "reproduce": "minisweet.paper.reproduce",
-    "gradients": "minisweet.paper.gradients",
-}
+COMMANDS = {name: f"minisweet.use.{name}" for name in ("fit", "choose", "test", "predict", "explain", "export")}
+COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 
 
 def main() -> None:

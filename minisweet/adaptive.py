@@ -7,14 +7,12 @@ Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from minisweet.methods import METHODS
 
 
 class ExitRule:
@@ -31,13 +29,6 @@ class ExitRule:
         self.num_labels, self.temperatures, self.ranges = num_labels, temperatures, ranges
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
-
-    @classmethod
-    def from_evaluation(cls, evaluation, num_labels: int) -> "ExitRule":
-        """The rule for new text, which was fitted to validation rows and evaluation.json keeps."""
-        plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
-        ranges = evaluation.certainty_ranges and torch.tensor(evaluation.certainty_ranges, **plain)
-        return cls(num_labels, torch.tensor(evaluation.temperatures, **plain), ranges)
 
     def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
         """Exit k's confidence, k from 0: logits (n, C) and, of learning-to-exit, certainty (n,) to (n,) in float32."""
@@ -90,26 +81,32 @@ def exits_taken(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
 
 
 class Exits(NamedTuple):
-    """Which exits a model has, and what leaving there costs."""
+    """Which exits a model has, and what each costs, in layers.
 
-    layers: Sequence[int]  # (K,), counted from 1; 0 is exit 0
+    | | leaving there | asked in vain |
+    |---|---|---|
+    | EE, SWEET, plain: exit after layer n | n | 0 |
+    | MM: each model starts from the words | n | n |
+    | branch: its layer runs for [CLS] alone, for two of twelve products per token | n | 1/6 |
+    | exit 0: no layer runs | 0 | 0 |
+
+    (DeBERTa's branch takes a quarter, and is charged a sixth too.) Eq. 1 leaves out the exits' heads, exit 0's sum over
+    tokens, and that EE's and SWEET's exits, too, run their layer for [CLS] before it runs for all tokens.
+    """
+
+    layers: list[int]  # (K,), counted from 1; 0 is exit 0
+    leaving: list[float]  # (K,), the layers that an exit's own answer takes
+    in_vain: list[float]  # (K,), what an exit adds to the later ones where it was asked and not taken
     depth: int  # L, of the whole encoder
-    method: str
+    asks_at_1: bool  # whether the exits before the last are asked at threshold 1 too, as MM's are
 
     def costs(self, threshold: float = 0.0) -> list[float]:
-        """What leaving at each exit costs, as a share of the encoder's layers: (K,) (Eq. 1 for one instance).
+        """What leaving at each exit costs, as a share of the encoder's layers: (K,) (Eq. 1 for one instance)."""
+        is_asked = self.asks_at_1 or in_float32(threshold) < 1
+        before = accumulate(self.in_vain, initial=0.0) if is_asked else repeat(0.0)
+        return [(own + others) / self.depth for own, others in zip(self.leaving, before, strict=False)]
 
-        EE, SWEET and plain have run the exit's n layers: n / L. MM has run all models up to the exit's. Exit 0 runs no
-        layer. With branches, leaving after layer n costs n layers and a sixth of a layer for each of the k branches
-        before it: (n + k/6) / L. A branch runs its layer for [CLS] alone, which takes two of the layer's twelve D x D
-        products per token, those of the keys and the values. (DeBERTa's takes a quarter, and is charged a sixth too.)
-        At threshold 1 no exit but the last is asked, except with MM, which runs all its models.
-
-        Eq. 1 leaves out the exits' heads, exit 0's sum over tokens, and that EE's and SWEET's exits, too, run their
-        layer for [CLS] before it runs for all tokens.
-        """
-        method = METHODS[self.method]
-        layers = self.layers if method.is_one_model else accumulate(self.layers)
-        in_vain = method.cost_in_vain if in_float32(threshold) < 1 else 0
-        before = accumulate((n > 0 for n in self.layers), initial=0)  # exits with a layer, before each exit
-        return [(n + k * in_vain) / self.depth for n, k in zip(layers, before, strict=False)]
+    def take(self, places: Sequence[int]) -> "Exits":
+        """Some of the exits alone, by their numbers from 0."""
+        kept = ([values[k] for k in places] for values in self[:3])
+        return Exits(*kept, self.depth, self.asks_at_1)

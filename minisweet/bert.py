@@ -32,10 +32,12 @@ class BertLayer(TransformerLayer):
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         bias = context[0][:, :, :tokens]  # (B, 1, 1, T) or (B, H, R, T)
-        if self.training or self.writes_out:  # in training for a dropout that is fast on a CPU
+        # A CPU trains by plain products, for the sake of our dropout, which is fast there (layers.py).
+        if self.plain_products or (self.training and hidden.device.type == "cpu"):
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        dropout_p = self.attention_dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout_p)
 
 
 class BertEncoder(TransformerEncoder):

@@ -138,6 +138,7 @@ def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> n
     dropped = [*DROPPED, *(public_name(f"layers.{n}.key.bias", model_type) for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
+    parts["encoder"].depth = depth
     if heads:
         parts["encoder"].pooler_start = parts["pooler"].state_dict()
     return parts

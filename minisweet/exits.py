@@ -5,7 +5,7 @@
 - Multi-Model (MM): one model per exit, each trained for itself. An instance that goes on starts from the words again.
 
 Which exits' losses update what, for exits after layers 1, 2 and 4 (each of MM's models has its parameters for itself;
-the trunk of branches is trained before, for the last exit alone, and then frozen, see branches.py):
+the trunk of branches is trained before, for the last exit alone, and then frozen):
 
                  ee      sweet   branch
     embeddings   1 2 4   1       -
@@ -22,8 +22,10 @@ the trunk of branches is trained before, for the last exit alone, and then froze
 With SWEET *each parameter is updated by exactly one classifier*, as the paper says. In the authors' code all exits
 share a pooler, and all their gradients reach DeBERTa's relative table. Here each exit has its own pooler, and the first
 exit alone updates the table. As there, the gradients of all exits are clipped together: a large gradient elsewhere
-shrinks this one, but does not turn it. Exit 0, in front of the embeddings, is a bag of words (ngrams.py). Training does
-not touch it.
+shrinks this one, but does not turn it.
+
+Two things go beyond the paper, and stand in beyond/: branches, and exit 0, any module that makes logits of tokens and
+stands before the embeddings. Training does not touch exit 0.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -35,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.layers import Dropout, Maybe, TransformerEncoder, checked_inputs, draw_weights
-from minisweet.ngrams import NgramExit
+from minisweet.adaptive import Exits
+from minisweet.layers import Dropout, TransformerEncoder, checked_inputs, draw_weights
 
 EXIT_STRATEGIES = ("confidence", "lte")
 ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
@@ -101,35 +103,50 @@ def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor)
 class ExitModel(nn.Module):
     """What all models with exits share: exit 0 in front, `forward` and `keep_exits`. A subclass has `exit_by_exit`."""
 
+    asks_at_1 = False  # whether at threshold 1, too, all exits are asked
+
     def __init__(self, exit_layers: Sequence[int], num_labels: int, depth: int) -> None:
         super().__init__()
         layers = tuple(exit_layers)
         if not layers or layers != tuple(n for n in range(1, depth + 1) if n in layers):
             raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {depth}")
         self.head_layers, self.num_labels = layers, num_labels  # head_layers never has exit 0, exit_layers may
-        self.ngrams: NgramExit | None = None
+        self.ngrams: nn.Module | None = None
 
-    def add_ngrams(self, ngrams: NgramExit) -> "ExitModel":
-        """Put exit 0, which needs no encoder, in front; returns the model itself.
+    def add_ngrams(self, ngrams: nn.Module) -> "ExitModel":
+        """Put exit 0 in front: it makes logits (B, C) of the inputs of `forward`. Returns the model itself.
 
         Raises ValueError where the other exits learn when to be taken: exit 0 does not.
         """
-        if self.parts[0].heads[0].lte is not None:
+        if self.models_alone[0].heads[0].lte is not None:
             raise ValueError("exit 0 has no certainty, and with learning-to-exit every exit has one")
         self.ngrams = ngrams
         return self
 
     @property
-    def parts(self) -> "list[MultiExitModel]":
+    def models_alone(self) -> "list[MultiExitModel]":
         """The models with an encoder of their own that this one consists of, the last exit's at the end."""
         return [self]
+
+    @property
+    def exits(self) -> Exits:
+        """Which exits there are, and what they cost (Eq. 1)."""
+        layers = list(self.exit_layers)
+        in_vain = [self.cost_in_vain(n) if n else 0.0 for n in layers]
+        return Exits(layers, layers, in_vain, self.models_alone[-1].encoder.depth, self.asks_at_1)
+
+    def cost_in_vain(self, n: int) -> float:
+        """What the exit after layer n adds to later ones where it was asked and not taken, in layers."""
+        return 0.0
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
         """The layers that the exits stand after, counted from 1; exit 0 comes first where there is one."""
         return self.head_layers if self.ngrams is None else (0, *self.head_layers)
 
-    def forward(self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """All exits' logits, (K, B, C).
 
         The arguments are (B, T), int64. `attention_mask` is 1 for tokens, as by default, and 0 for padding, which
@@ -152,9 +169,9 @@ class ExitModel(nn.Module):
         model.ngrams = self.ngrams if 0 in exit_layers else None
         model.head_layers = tuple(n for n in exit_layers if n > 0)
         kept = [self.head_layers.index(n) for n in model.head_layers]
-        for name, parts in self.named_children():
-            if isinstance(parts, nn.ModuleList):  # one part per exit; the last exit has no branch
-                setattr(model, name, nn.ModuleList(parts[k] for k in kept if k < len(parts)))
+        for name, modules in self.named_children():
+            if isinstance(modules, nn.ModuleList):  # one per exit; the last exit has no branch
+                setattr(model, name, nn.ModuleList(modules[k] for k in kept if k < len(modules)))
         return model
 
 
@@ -177,14 +194,14 @@ class MultiExitModel(ExitModel):
         super().__init__(exit_layers, num_labels, len(encoder.layers))
         for value, known in ((method, ("sweet", "ee", "plain")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
-                where = "; branches are in minisweet.branches" * (value == "branch" == method)
+                where = "; branches are a BranchModel" * (value == "branch" == method)
                 raise ValueError(f"{value!r} is none of {', '.join(known)}{where}")
         self.encoder, self.method = encoder, method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
         self.train()  # as any new module, whatever the encoder's mode was
 
     def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
         """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
@@ -238,7 +255,7 @@ class MultiExitModel(ExitModel):
 class MultiModel(ExitModel):
     """K independent models, smallest first: each of its `models` has one exit, at its end."""
 
-    method = "mm"
+    method, asks_at_1 = "mm", True
 
     def __init__(self, models: Sequence[MultiExitModel]) -> None:
         exit_layers = [model.head_layers[-1] for model in models]
@@ -246,12 +263,16 @@ class MultiModel(ExitModel):
         self.models = nn.ModuleList(models)
 
     @property
-    def parts(self) -> list[MultiExitModel]:
+    def models_alone(self) -> list[MultiExitModel]:
         """The models, the smallest first."""
         return list(self.models)
 
+    def cost_in_vain(self, n: int) -> float:
+        """All of its layers: the next model starts from the words again."""
+        return float(n)
+
     def exit_by_exit(
-        self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 # Added to the attention scores of padding. After exp() it is 0 beside any real score, and float16 can hold it. It is
 # not -inf, so that a row of nothing but padding still has a softmax.
 PADDING_SCORE = -3e4
-Maybe = Tensor | None  # an input that may be left out
 
 
 def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,13 +26,17 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
-def whole_inputs(input_ids: Tensor, attention_mask: Maybe, token_type_ids: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+def whole_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
 
 
-def checked_inputs(input_ids: Tensor, attention_mask: Maybe, token_type_ids: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+def checked_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `whole_inputs`. Raises ValueError for padding before a token: who stays is cut to their number of tokens."""
     inputs = _, mask, _ = whole_inputs(input_ids, attention_mask, token_type_ids)
     if not torch.compiler.is_compiling() and (mask[:, 1:] > mask[:, :-1]).any():
@@ -59,7 +62,7 @@ class TransformerLayer(nn.Module):
         self.output_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        self.writes_out = False  # whether `attend` is products and a softmax in evaluation, too, for the ONNX file
+        self.plain_products = False  # whether BERT's `attend` is always products and a softmax, as the ONNX file needs
 
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...], tokens: int | None = None) -> Tensor:
         """Run the layer for all tokens, or with `tokens` 1 for [CLS] alone: hidden states (B, T, D) to (B, R, D).
@@ -85,21 +88,22 @@ def draw_weights(module: nn.Module, std: float) -> None:
 
 
 class TransformerEncoder(nn.Module):
-    """Embeddings and layers. Models and early exit need only these four, and never ask which encoder it is:
+    """Embeddings and layers. Models and early exit call these four, and never ask which encoder it is:
 
     hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1; ids and types are (B, T)
     context = encoder.context(attention_mask)            -> a tuple, what every layer reads beside the hidden states
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
-    New exit heads, training and the fit of exit 0 also read `encoder.word_embeddings`, which all have.
-    Only context[0] has a batch dimension; the other tensors of the context serve all instances.
+    Only context[0] has a batch dimension; the other tensors of the context serve all instances. New heads also read the
+    encoder's `config` and `pooler_start`, training and exit 0's fit its `word_embeddings`, and costs its `depth`.
 
     To add another encoder, such as RoBERTa, write a layer with `attend` and an encoder with `embed` and `context`, in a
     new file beside bert.py. Five places know encoders by name, and learn of it:
 
-    config.py           its config. With a `type_vocab_size` of 0 it reads no token types, and pairs need none; with 1
-                        pairs are refused. `max_tokens`, where positions do not count from 0. Its heads' dropout.
+    config.py           its config. A `type_vocab_size` of 0 says that it reads no token types, whatever config.json
+                        has (RoBERTa's has 1, with which pairs are refused). `max_tokens`, where positions do not count
+                        from 0. Its heads' dropout.
     checkpoint.py       its parameters' public names; in CLASSIFIERS the two layers of its head, pooler and classifier
     data/text.py        its special tokens, and how they stand around a pair
     use/export.py       what transformers must read of it, such as token types
@@ -113,13 +117,14 @@ class TransformerEncoder(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.config = config
+        self.depth = config.num_hidden_layers  # of the whole checkpoint, also where fewer layers are loaded
         self.pooler_start: dict[str, Tensor] | None = None  # the checkpoint's pooler, with which exit heads begin
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Maybe = None, token_type_ids: Maybe = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """All hidden states, L+1 tensors (B, T, D), the embeddings first. For the arguments see `ExitModel.forward`."""
         input_ids, attention_mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)

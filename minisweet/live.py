@@ -13,11 +13,10 @@ from torch import Tensor
 
 from minisweet.adaptive import ExitRule, in_float32, leaves
 from minisweet.exits import ExitModel
-from minisweet.layers import Maybe, checked_inputs
-from minisweet.methods import METHODS
+from minisweet.layers import checked_inputs
 
 
-class Answers(NamedTuple):
+class Decisions(NamedTuple):
     """What live early exit says of B instances."""
 
     labels: Tensor  # (B,)
@@ -30,12 +29,12 @@ class Answers(NamedTuple):
 def early_exit(
     model: ExitModel,
     input_ids: Tensor,
-    attention_mask: Maybe,
-    token_type_ids: Maybe,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
     threshold: float,
     rule: ExitRule | None = None,
     batch_size: int = 32,
-) -> Answers:
+) -> Decisions:
     """Classify instances, each at the first exit whose confidence reaches the threshold.
 
     Args:
@@ -46,7 +45,7 @@ def early_exit(
     """
     rule, inputs = rule or ExitRule(model.num_labels), checked_inputs(input_ids, attention_mask, token_type_ids)
     last, threshold = len(model.exit_layers) - 1, in_float32(threshold)
-    first = last if threshold >= 1 and METHODS[model.method].is_one_model else 0  # the exit that is asked first
+    first = last if threshold >= 1 and not model.asks_at_1 else 0  # the exit that is asked first
     model = model.keep_exits(model.exit_layers[first:])
     lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
     rows = lengths.argsort(descending=True, stable=True)  # similar lengths run together
@@ -69,4 +68,4 @@ def early_exit(
         while len(batch):
             stay = decide(k, batch, *outputs.send(stay))
             batch, k = batch[stay], k + 1
-    return Answers(all_logits.argmax(-1), exits, all_logits, confidence)
+    return Decisions(all_logits.argmax(-1), exits, all_logits, confidence)

@@ -1,8 +1,10 @@
 """What several tests use: tiny models with random weights, a way to run commands, and one finished run per method."""
 
 import json
-import signal
+import os
+import runpy
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -10,15 +12,19 @@ from random import Random
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from minisweet import NgramExit, load_encoder
 from minisweet.base.commands import run_command
 from minisweet.checkpoint import ARCHITECTURES, public_name
 from minisweet.data import toy
-from minisweet.data.tasks import TASKS
-from minisweet.exits import MultiExitModel, MultiModel
+from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.text import TokenizedExamples, load_tokenizer
+from minisweet.exits import ExitModel, MultiExitModel, exit_loss
 from minisweet.layers import TransformerEncoder
-from minisweet.methods import build_alone, grow
+from minisweet.methods import add_exits, new_trunk
+from minisweet.training import fine_tune, used_rows
 
 CHECKOUT = Path(__file__).parent.parent
 SIZES = {
@@ -42,15 +48,21 @@ CONFIGS = {
     },
     "mpnet": {"model_type": "mpnet", **SIZES, "max_position_embeddings": 42},
 }
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = "the a film was not good bad great dull but and i you we it is in of to superb awful".split()
 
 
 def pytest_configure(config) -> None:
-    """One thread, since tiny models lose more to waiting threads than they gain."""
+    """One thread, since tiny models lose more to waiting threads than they gain. A learner's own file runs first.
+
+    `MINE=my_exits.py python -m pytest tests/test_paper.py` runs my_exits.py, which puts a function or a class of its
+    own in place of the package's, such as `minisweet.exits.stop_gradient = mine`.
+    """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have it ignored
     settings.register_profile("slow machines", deadline=None, max_examples=20)
     settings.load_profile("slow machines")
+    if mine := os.environ.get("MINE"):
+        runpy.run_path(mine)
 
 
 def slow(*values) -> list:
@@ -82,21 +94,17 @@ def tiny_encoder(model_type: str, seed: int = 0, scale: float = 0.2, **changes) 
     return encoder
 
 
-def checkpoint_tensors(encoder: TransformerEncoder) -> dict[str, torch.Tensor]:
-    """The encoder's weights under the names of the public checkpoints, the keys' biases and the pooler among them."""
-    model_type, D, weights = encoder.config.model_type, encoder.config.hidden_size, encoder.state_dict()
-    weights |= {name.replace("query", "key"): torch.randn(D) for name in weights if name.endswith("query.bias")}
-    tensors = {public_name(name, model_type): tensor.clone() for name, tensor in weights.items()}
-    if model_type != "deberta":
-        tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
 def write_model(folder: Path, model_type: str, **changes) -> Path:
-    """Write a tiny model, tokenizer and all, to `folder`."""
+    """Write a tiny model, tokenizer and all, to `folder`. The keys' biases and the pooler are among its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[model_type] | changes))
-    save_file(checkpoint_tensors(tiny_encoder(model_type, **changes)), folder / "model.safetensors")
+    encoder = tiny_encoder(model_type, **changes)
+    D, weights = encoder.config.hidden_size, encoder.state_dict()
+    weights |= {name.replace("query", "key"): torch.randn(D) for name in weights if name.endswith("query.bias")}
+    tensors = {public_name(name, model_type): tensor for name, tensor in weights.items()}
+    if model_type != "deberta":
+        tensors |= {"pooler.dense.weight": torch.randn(D, D) * 0.2, "pooler.dense.bias": torch.randn(D) * 0.2}
+    save_file(tensors, folder / "model.safetensors")
     first = ["<s>", "<pad>", "</s>"] if model_type == "mpnet" else []  # at the public model's places
     vocabulary = [*first, "[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "."]
     size = changes.get("vocab_size", SIZES["vocab_size"])
@@ -115,13 +123,127 @@ def random_batch(seed: int = 0, batch: int = 4, length: int = 11, vocab: int = 6
     return input_ids, mask, (torch.arange(length) >= length // 2).long().expand(batch, -1) * mask
 
 
+def rewrite(folder: Path, change) -> None:
+    """Apply `change` to the checkpoint's dictionary of tensors."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def reconfigure(folder: Path, base: str, **changes) -> None:
+    """Write config.json anew, with some keys changed; "absent" leaves a key out."""
+    content = {key: value for key, value in (CONFIGS[base] | changes).items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def write_classifier(folder: Path, **changes) -> Path:
+    """A tiny BERT that was fine-tuned elsewhere for two classes."""
+    write_model(folder, "bert")
+    head = {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
+    rewrite(folder, lambda tensors: tensors | head)
+    reconfigure(folder, "bert", **changes)
+    return folder
+
+
+def toy_examples(folder: Path, rows: range | list[int], max_length: int = 32) -> TokenizedExamples:
+    """Rows of the toy task, in the tokens of a tiny model."""
+    tokenizer = load_tokenizer(folder, SIZES["vocab_size"], max_length)
+    return TokenizedExamples(tokenizer, load_examples("toy", "train", Path()).take(rows))
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "num_hidden_layers": st.integers(1, 3),
+        "num_attention_heads": st.sampled_from([1, 2, 4]),
+        "hidden_size": st.sampled_from([8, 16, 24]),
+        "layer_norm_eps": st.sampled_from([1e-12, 1e-7, 1e-3]),
+    }
+)
+
+
+@st.composite
+def any_padding(draw) -> tuple[torch.Tensor, ...]:
+    """Ids, any padding pattern that leaves a token in each row, and token types."""
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, 20) | st.sampled_from([129, 200]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    input_ids = torch.randint(0, 50, shape, generator=generator)
+    mask = torch.randint(0, 2, shape, generator=generator)
+    mask[torch.arange(shape[0]), torch.randint(0, shape[1], (shape[0],), generator=generator)] = 1
+    return input_ids, mask, torch.randint(0, 2, shape, generator=generator)
+
+
+def compare_hidden_states(folder: Path, reference, batch: tuple, atol: float) -> None:
+    """Those that we make of a folder, and those of a model of transformers, of all tokens but padding."""
+    ids, mask, types = batch
+    read = {"input_ids": ids, "attention_mask": mask}
+    if reference.config.model_type != "mpnet":  # which reads no token types
+        read["token_type_ids"] = types
+    with torch.no_grad():
+        ours = load_encoder(folder)(ids, mask, types)
+        theirs = reference.eval()(**read, output_hidden_states=True).hidden_states
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a[mask == 1], b[mask == 1], atol=atol, rtol=0)
+
+
+def without_1(input_ids: torch.Tensor) -> torch.Tensor:
+    """The same ids, but 2 for 1, which is padding to MPNet."""
+    return input_ids.where(input_ids != 1, 2)
+
+
 def model_of(
     folder: Path, method: str, layers=(1, 2, 4), num_labels: int = 2, strategy: str = "confidence", seed: int = 0
-) -> MultiExitModel | MultiModel:
+) -> ExitModel:
     """A method's model of a folder's checkpoint, with exits after these layers; plain has the last of them alone."""
     torch.manual_seed(seed)
     layers = layers[-1:] if method == "plain" else layers
-    return grow(method, build_alone(folder, layers[-1], num_labels, strategy), layers, strategy)
+    return add_exits(method, new_trunk(folder, layers[-1], num_labels, strategy), layers, strategy)
+
+
+def with_exit_0(model: ExitModel) -> ExitModel:
+    """The model with exit 0 in front, whose table says something."""
+    ngrams, generator = NgramExit(60, model.num_labels, [0, 1, 2, 3], pairs=True), torch.Generator().manual_seed(1)
+    for tensor in ngrams.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model.add_ngrams(ngrams)
+
+
+def train_on(
+    examples: TokenizedExamples, model: MultiExitModel, rate: float, size: int = 4, epochs: int = 1, seed=0, **more
+) -> list[list[float]]:
+    """Train a model in place as a stage of a run does, with its table cut to the rows in use; each step's losses."""
+    with used_rows(model, examples) as row_of:
+        batches = [batch for epoch in range(epochs) for batch in examples.shuffled(size, seed, epoch)]
+        batches = [batch._replace(input_ids=row_of[batch.input_ids]) for batch in batches]
+        return fine_tune(model, batches, len(batches), rate, seed, **more)
+
+
+def exit_losses(model: ExitModel, batch: tuple, labels: torch.Tensor) -> list[torch.Tensor]:
+    """Each exit's loss, of one forward pass."""
+    return [exit_loss(logits, certainty, labels) for logits, certainty in model.exit_by_exit(*batch)]
+
+
+def owners(model: ExitModel, batch: tuple, labels: torch.Tensor) -> dict[str, set[int]]:
+    """The ownership matrix: which exits' losses, from 0, give each parameter a gradient other than zero."""
+    matrix = {name: set() for name, _ in model.named_parameters()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for k, loss in enumerate(exit_losses(model, batch, labels)):
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
+            for name, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None and gradient.abs().max() > 0:
+                    matrix[name].add(k)
+    return matrix
+
+
+def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[int]:
+    """Which exits' losses are to update a parameter: the table at the head of exits.py."""
+    K, (kind, k, *rest) = len(exit_layers), name.split(".")
+    if method == "branch":  # the exit its branch and its head, and nobody the trunk
+        return {int(k)} if kind in ("branches", "heads") and int(k) < K - 1 else set()
+    if kind == "heads":
+        return {int(k)}
+    layer = int(rest[0]) + 1 if k == "layers" else 1  # the embeddings and the table of positions belong to layer 1
+    later = {k for k, exit_layer in enumerate(exit_layers) if layer <= exit_layer}
+    return later if method == "ee" else set(sorted(later)[:1])  # with SWEET, the next exit alone
 
 
 def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"):
@@ -135,22 +257,32 @@ def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 
     return model.eval()
 
 
+def count_blocks(model: ExitModel) -> Counter:
+    """Counts from now on how often feed-forward blocks, of "trunk" or "branch", run for (B, T) tokens: (kind, B, T)."""
+    seen = Counter()
+    for name, module in model.named_modules():
+        if name.endswith(".output"):
+            kind = "branch" if name.startswith("branches") else "trunk"
+            module.register_forward_pre_hook(lambda _, x, kind=kind: seen.update([(kind, *x[0].shape[:2])]))
+    return seen
+
+
 @contextmanager
 def in_folder(folder: Path):
-    """Within, commands run in `folder` and quickly: few rows in the toy task, few that are timed, no figure drawn."""
+    """Within, commands run in `folder` and quickly: few rows in the toy task, no figure drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(toy.SIZES, "train", 400)
         patch.setitem(toy.SIZES, "dev", 200)
-        patch.setattr("evaluate.TIMED", 4)
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(b"\x89PNG"))
         yield
 
 
 def run(module, *arguments) -> int:
     """Call a module's main() with these arguments, as a command; returns its exit status."""
+    room, _, name = module.__name__.rpartition(".")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"minisweet {name}" if room else f"{name}.py", *map(str, arguments)])
         try:
             run_command(module.main)
         except SystemExit as stopped:
@@ -174,13 +306,12 @@ def command(capsys, tmp_path):
 
 def quick(model, *arguments) -> list:
     """train.py's arguments for a run in no time, and of the same losses on every machine."""
-    sizes = ["--train-size", 48, "--epochs", 2, "--exit-layers", "1,2,4", "--max-length", 32, "--amp", "off"]
-    return ["--model", model, *sizes, *arguments]
+    return ["--model", model, "--train-size", 48, *SHORT, *arguments]
 
 
 def write_table(path: Path, columns: list[str], labels: dict, header: bool = True, between: str = ",") -> None:
     """Write 300 rows of random words; `labels` are the values to draw from, by the column."""
-    draw, rows = Random(0), [columns] * header
+    draw, rows = Random(path.name), [columns] * header
     for _ in range(300):
         texts = (" ".join(draw.choices(WORDS, k=6)) for _ in columns)
         rows.append([draw.choice(labels.get(*pair)) for pair in zip(columns, ([text] for text in texts), strict=True)])
@@ -204,15 +335,16 @@ def place(tmp_path, monkeypatch):
         yield tmp_path
 
 
-# The runs of `run_of`, and what train.py is told for them beside `quick`: later options win.
+SHORT = "--epochs 2 --exit-layers 1,2,4 --max-length 32 --amp off".split()  # later options win
+# The runs of `run_of`, and what train.py is told for them; of own text, what `minisweet fit` is told.
 RUNS = {
-    "sweet": ["--method", "sweet"],
-    "ee": ["--method", "ee"],
-    "mm": ["--method", "mm"],
-    "branch": ["--method", "branch"],
-    "lte": ["--method", "sweet", "--exit-strategy", "lte"],
-    "pairs": "--method branch --data pairs.csv --text-columns first,second --label-column verdict".split(),
-    "trunk0": ["--method", "plain", "--exit-layers", "0,4"],
+    "sweet": ["--method", "sweet", "--train-size", 200],
+    "ee": ["--method", "ee", "--train-size", 200],
+    "mm": ["--method", "mm", "--train-size", 200],
+    "branch": ["--method", "branch", "--train-size", 200],
+    "lte": ["--method", "sweet", "--train-size", 200, "--exit-strategy", "lte"],
+    "pairs": "pairs.csv --method branch --text-columns first,second --label-column verdict".split(),
+    "trunk0": ["--method", "plain", "--train-size", 200, "--exit-layers", "0,4"],
 }
 
 
@@ -221,7 +353,7 @@ def write_model_of_words(folder: Path) -> Path:
 
     Its exits are then sure and right where a text has one such word, and unsure elsewhere.
     """
-    write_model(folder, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    write_model(folder, "bert", **NO_DROPOUT)
     vocabulary, tensors = (folder / "vocab.txt").read_text().split(), load_file(folder / "model.safetensors")
     unused = [n for n, word in enumerate(vocabulary) if word.startswith("[unused")]
     for words, side in ((toy.POSITIVE, 2.0), (toy.NEGATIVE, -2.0)):
@@ -236,12 +368,13 @@ def write_model_of_words(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory):
-    """A function that gives the folder of a finished and evaluated run: "sweet", "pairs" or another of `RUNS`.
+    """A function that gives the folder of a finished run, evaluated and chosen for: "sweet" or another of `RUNS`.
 
     Each is made at its first use, of a tiny BERT in the folder `tiny` beside it. Nobody changes one: copy it first.
     """
     import evaluate
     import train
+    from minisweet.use import choose, fit
 
     folder = tmp_path_factory.mktemp("runs")
     model = write_model_of_words(folder / "tiny")
@@ -255,11 +388,49 @@ def run_of(tmp_path_factory):
 
     def finished(name: str) -> Path:
         path = folder / name
-        if not (path / "evaluation.json").exists():
-            options = ["--train-size", 200, "--epochs", 4, "--lr", "3e-3", *RUNS[name]]
+        if not (path / "operating.json").exists():
+            options = ["--model", model, "--out", name, *SHORT, "--epochs", 4, "--lr", "3e-3", *RUNS[name]]
             with in_folder(folder):
-                assert run(train, *quick(model, "--out", name, *options)) == 0
-                assert run(evaluate, name) == 0
+                assert run(fit if name == "pairs" else train, *options) == 0
+                assert run(evaluate, name) == run(choose, name) == 0
         return path
 
     return finished
+
+
+def opinions(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Different texts, each with a word that decides whether its label is up or down."""
+    draw, found = Random(seed), {}
+    while len(found) < count:
+        label = draw.choice(["up", "down"])
+        words = [draw.choice("good great superb".split() if label == "up" else "bad dull awful".split())]
+        words += draw.choices("the a film was but and i you it is".split(), k=6)
+        found[" ".join(draw.sample(words, 7))] = label
+    return list(found.items())
+
+
+def write_rows(path: Path, rows: list[tuple], *columns: str) -> Path:
+    """Write a CSV of cells that need no quotes."""
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def own_run(tmp_path_factory) -> Path:
+    """What `minisweet fit` makes of own.csv and more.csv, which lie beside it, with the model `tiny`, and new.csv."""
+    from minisweet.use import fit
+
+    folder = tmp_path_factory.mktemp("own")
+    write_model_of_words(folder / "tiny")
+    rows, unlabelled = opinions(1000)[:300], opinions(1000)[300:800]
+    write_rows(folder / "own.csv", rows, "text", "label")
+    write_rows(
+        folder / "more.csv", [(text, "unread") for text, _ in unlabelled + rows[:20] + unlabelled[:7]], "text", "label"
+    )
+    write_rows(folder / "new.csv", opinions(1000)[800:], "text", "label")
+    with in_folder(folder):
+        assert run(fit, "own.csv", "--unlabelled", "more.csv", "--out", "run", *OWN) == 0
+    return folder / "run"
+
+
+OWN = "--model tiny --max-length 32 --amp off --epochs 2 --lr 3e-3".split()  # `minisweet fit` in that folder

@@ -1,7 +1,7 @@
 """A loopback server of files, which also answers as the Hugging Face hub does.
 
-It imitates what the hub's client relies on: /api/models/<repository>, .../revision/<revision> and .../tree/<revision>,
-which list the files; HEAD and GET of /<repository>/resolve/<revision>/<file>; ETag, X-Repo-Commit and Content-Length.
+Its paths are /api/models/<repository>, .../revision/<revision>, .../tree/<revision> and
+/<repository>/resolve/<revision>/<file>; the client reads ETag, X-Repo-Commit and Content-Length.
 """
 
 import hashlib
@@ -34,9 +34,6 @@ class HubServer(ThreadingHTTPServer):
         self.files[api] = self.files[f"{api}/revision/{COMMIT}"] = json.dumps(info).encode()
         self.files[f"{api}/tree/{COMMIT}"] = json.dumps(listed).encode()
 
-    def handle_error(self, request, client_address) -> None:
-        """Say nothing of a client that hangs up before it has its answer."""
-
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
@@ -64,5 +61,4 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def log_message(self, *_) -> None:
-        """Say nothing on stderr."""
+    log_message = lambda *_: None  # noqa: E731

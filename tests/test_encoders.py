@@ -1,73 +1,16 @@
-"""The encoders: hidden states of transformers, padding, precision, dropout."""
+"""The encoders: the public MPNet, precision, padding, dropout, [CLS] alone. Parity at large is in test_paper.py."""
 
-import json
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-from minisweet import MultiExitModel, load_encoder
-from minisweet.base.files import home
-from minisweet.checkpoint import CLASSIFIERS
+from minisweet import MultiExitModel
 from minisweet.layers import Dropout
-from minisweet.runs.folders import load_trunk
-from tests.conftest import CONFIGS, checkpoint_tensors, random_batch, tiny_encoder
-from tests.make_golden import GOLDEN, formula_weights, without_1
-
-SIZES = st.fixed_dictionaries(
-    {
-        "num_hidden_layers": st.integers(1, 3),
-        "num_attention_heads": st.sampled_from([1, 2, 4]),
-        "hidden_size": st.sampled_from([8, 16, 24]),
-        "intermediate_size": st.sampled_from([8, 20]),
-        "layer_norm_eps": st.sampled_from([1e-12, 1e-7, 1e-3]),
-    }
-)
-
-
-@st.composite
-def batches(draw) -> tuple[torch.Tensor, ...]:
-    """Ids, any padding pattern that leaves a token in each row, and token types."""
-    shape = draw(st.integers(1, 3)), draw(st.integers(1, 20) | st.sampled_from([129, 200]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    input_ids = torch.randint(0, 50, shape, generator=generator)
-    mask = torch.randint(0, 2, shape, generator=generator)
-    mask[torch.arange(shape[0]), torch.randint(0, shape[1], (shape[0],), generator=generator)] = 1
-    return input_ids, mask, torch.randint(0, 2, shape, generator=generator)
-
-
-def compare_hidden_states(folder: Path, reference, batch, atol: float) -> None:
-    """Those that we make of a folder, and those of a model of transformers, of all tokens but padding."""
-    ids, mask, types = batch
-    read = {"input_ids": ids, "attention_mask": mask}
-    if reference.config.model_type != "mpnet":  # which reads no token types
-        read["token_type_ids"] = types
-    with torch.no_grad():
-        ours = load_encoder(folder)(ids, mask, types)
-        theirs = reference.eval()(**read, output_hidden_states=True).hidden_states
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a[mask == 1], b[mask == 1], atol=atol, rtol=0)
-
-
-@pytest.mark.parametrize("model_type", CONFIGS)
-@settings(max_examples=20)
-@given(sizes=SIZES, batch=batches(), span=st.sampled_from([-1, 4, 7, 19, 20, 32, 64]))
-def test_hidden_states_are_those_of_transformers(tmp_path_factory, model_type, sizes, batch, span):
-    transformers = pytest.importorskip("transformers")
-    own = {"deberta": {"max_relative_positions": span}, "mpnet": {"relative_attention_num_buckets": 32 + abs(span)}}
-    config = CONFIGS[model_type] | sizes | own.get(model_type, {}) | {"max_position_embeddings": 202}
-    torch.manual_seed(0)
-    reference = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
-    for parameter in reference.parameters():  # as drawn by default, position terms would hardly show
-        torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp(model_type)
-    reference.save_pretrained(folder)
-    ids, mask, types = batch
-    compare_hidden_states(folder, reference, (without_1(ids) if model_type == "mpnet" else ids, mask, types), 1e-5)
+from minisweet.runs.hub import home
+from tests.conftest import CONFIGS, NO_DROPOUT, compare_hidden_states, random_batch, tiny_encoder
 
 
 def test_hidden_states_of_the_public_mpnet_are_those_of_transformers():
@@ -79,24 +22,6 @@ def test_hidden_states_of_the_public_mpnet_are_those_of_transformers():
     ids, mask = torch.randint(5, 30000, (2, 203), generator=generator), torch.ones(2, 203, dtype=torch.int64)
     ids[:, 0], mask[1, 150:] = 0, 0
     compare_hidden_states(folder, transformers.AutoModel.from_pretrained(folder), (ids, mask, mask), 5e-5)
-
-
-def test_hidden_states_and_logits_are_the_stored_ones_of_transformers(tmp_path, model_type):
-    """So that transformers need not be installed."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[model_type]))
-    _, pooler, classifier = CLASSIFIERS[model_type]
-    shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(tiny_encoder(model_type)).items()}
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("pooler.")}
-    for name, size in ((pooler.removeprefix("bert."), 16), (classifier, 2)):
-        shapes |= {f"{name}.weight": (size, 16), f"{name}.bias": (size,)}
-    save_file(formula_weights(shapes), tmp_path / "model.safetensors")  # as make_golden.py fills the reference
-    golden, (trunk, _) = load_file(GOLDEN), load_trunk(tmp_path)
-    batch = [golden[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
-    batch[0] = without_1(batch[0]) if model_type == "mpnet" else batch[0]
-    real = batch[1] == 1
-    for ours, theirs in zip(trunk.encoder(*batch), golden[f"{model_type}.hidden"], strict=True):
-        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=0)
-    torch.testing.assert_close(trunk(*batch)[0], golden[f"{model_type}.logits"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -130,12 +55,12 @@ def test_dropout_is_where_the_models_have_it(model_type):
         silenced["classifier_dropout"] = ["classifier.weight"]
     if model_type == "deberta":
         silenced |= {"cls_dropout": ["classifier.weight"], "pooler_dropout": ["pooler.weight"]}
-    for key, parts in silenced.items():
+    for key, silent in silenced.items():
         rates = dict.fromkeys(silenced, 0.0) | {key: 1 - 1e-9}
         model = MultiExitModel(tiny_encoder(model_type, **rates), (1, 4), 2, exit_strategy="lte")
         in_training = list(model.train().exit_by_exit(*random_batch()))
         for name, parameter in model.named_parameters():
-            if any(part in name for part in parts):
+            if any(part in name for part in silent):
                 parameter.data.zero_()
         torch.testing.assert_close(in_training, list(model.eval().exit_by_exit(*random_batch())))
 
@@ -153,7 +78,7 @@ def test_dropout_meets_debertas_positions_too():
 @settings(max_examples=30)
 @given(model_type=st.sampled_from([*CONFIGS]), T=st.integers(1, 40))
 def test_a_layer_gives_cls_the_same_alone_and_among_all_in_training_and_in_evaluation(model_type, T):
-    encoder = tiny_encoder(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    encoder = tiny_encoder(model_type, **NO_DROPOUT)
     layer, (input_ids, mask, types) = encoder.layers[0], random_batch(length=T)
     hidden, context, found = encoder.embed(input_ids, types).detach(), encoder.context(mask), []
     for training, tokens in product((True, False), (1, None)):

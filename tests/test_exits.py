@@ -1,4 +1,4 @@
-"""Exits: which exit's loss reaches which parameter, branches, exit 0, and parity with the authors' code."""
+"""Exits on a trunk, fewer exits, exit 0 in front, and parity with the authors' code."""
 
 import copy
 from functools import partial
@@ -11,85 +11,33 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minisweet import MultiExitModel, NgramExit, load_encoder
-from minisweet.base.files import home
+from minisweet import MultiExitModel
 from minisweet.checkpoint import public_name
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.live import early_exit
-from minisweet.methods import METHODS, build_alone, grow
-from tests.conftest import CONFIGS, model_of, random_batch, tiny_encoder, write_model
-
-LABELS = torch.tensor([0, 1, 1, 0])
-EXIT_LAYERS = st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers)))
-
-
-def exit_losses(model, batch, labels):
-    return [exit_loss(logits, certainty, labels) for logits, certainty in model.exit_by_exit(*batch)]
-
-
-def owners(model, batch) -> dict[str, set[int]]:
-    """The ownership matrix: which exits' losses give each parameter a gradient other than zero."""
-    matrix = {name: set() for name, _ in model.named_parameters()}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for k, loss in enumerate(exit_losses(model, batch, LABELS)):
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
-            for name, gradient in zip(trained, gradients, strict=True):
-                if gradient is not None and gradient.abs().max() > 0:
-                    matrix[name].add(k)
-    return matrix
-
-
-def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[int]:
-    """Which exits' losses are to update a parameter."""
-    K, (kind, k, *rest) = len(exit_layers), name.split(".")
-    if method == "branch":  # the exit its branch and its head, and nobody the trunk
-        return {int(k)} if kind in ("branches", "heads") and int(k) < K - 1 else set()
-    if kind == "heads":
-        return {int(k)}
-    layer = int(rest[0]) + 1 if k == "layers" else 1  # the embeddings and the table of positions belong to layer 1
-    later = {k for k, exit_layer in enumerate(exit_layers) if layer <= exit_layer}
-    return later if method == "ee" else set(sorted(later)[:1])  # with SWEET, the next exit alone
-
-
-@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
-@settings(max_examples=16)
-@given(
-    model_type=st.sampled_from([*CONFIGS]),
-    exit_layers=EXIT_LAYERS,
-    seed=st.integers(0, 1000),
-    strategy=st.sampled_from(EXIT_STRATEGIES),
-)
-def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, model_type, exit_layers, seed, strategy):
-    trunk = MultiExitModel(tiny_encoder(model_type, seed), exit_layers[-1:], 2, exit_strategy=strategy)
-    model = grow(method, trunk, exit_layers, strategy).eval()
-    found = owners(model, random_batch(seed))
-    for name, exits in found.items():
-        assert exits == right_owners(name, exit_layers, method), name
-    if method == "branch":
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        groups = [{names[parameter] for parameter in group} for group in model.parameter_groups()]
-        assert groups == [{name for name in found if found[name] == {k}} for k in range(len(exit_layers) - 1)]
+from minisweet.methods import METHODS, add_exits, new_trunk
+from minisweet.runs.hub import home
+from tests.conftest import CONFIGS, exit_losses, model_of, random_batch, tiny_encoder, with_exit_0, write_model
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method, strategy):
-    trunk, batch = build_alone(model_dir, 4, 3, strategy).eval(), random_batch()
+    trunk, batch = new_trunk(model_dir, 4, 3, strategy).eval(), random_batch()
     layers = (4,) if method == "plain" else (1, 3, 4)
     with torch.no_grad():  # as answers are given: DeBERTa's sums are ordered otherwise where autograd follows
         for parameter in trunk.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         hidden, answers = trunk.encoder(*batch), trunk(*batch)[0]
     pooler = copy.deepcopy(trunk.heads[0].pooler.state_dict())
-    frozen = grow("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits((4,))
-    with pytest.raises(ValueError, match="the start has exits after"):
-        grow(method, trunk, (1, 3), strategy)
-    for start in (frozen, trunk):
-        model = grow(method, start, layers, strategy)
+    frozen = add_exits("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits((4,))
+    with pytest.raises(ValueError, match="the trunk has exits after"):
+        add_exits(method, trunk, (1, 3), strategy)
+    for finished in (frozen, trunk):
+        model = add_exits(method, finished, layers, strategy)
         assert (model.method, model.exit_layers, model.training) == (method, layers, False)
         assert method == "branch" or all(parameter.requires_grad for parameter in model.parameters())
-        heads = [head for part in model.parts for head in part.heads]
+        heads = [head for alone in model.models_alone for head in alone.heads]
         for n, head, said in zip(layers, heads, model.exit_by_exit(*batch), strict=True):
             torch.testing.assert_close(said, head(hidden[n][:, :1]), atol=1e-5, rtol=1e-5)
             assert (head.lte is not None) is (strategy == "lte")
@@ -118,16 +66,6 @@ def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
     for answer in (model, partial(early_exit, model, threshold=0.8)):
         with pytest.raises(ValueError, match="padding stands before a token"):
             answer(input_ids, mask.flip(1), types)
-
-
-def with_exit_0(model):
-    """The model with exit 0 in front, whose table says something."""
-    ngrams = NgramExit(60, model.num_labels, [0, 1, 2, 3], pairs=True)
-    generator = torch.Generator().manual_seed(1)
-    for tensor in ngrams.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return model.add_ngrams(ngrams)
 
 
 @settings(max_examples=24)
@@ -160,26 +98,28 @@ def test_kept_exits_answer_as_before_from_the_same_weights(tmp_path_factory, mod
             model.keep_exits(wrong)
 
 
+def test_who_leaves_at_exit_0_is_never_embedded_and_the_others_fill_batches(tmp_path, model_type):
+    model, batch = with_exit_0(model_of(write_model(tmp_path, model_type), "branch").eval()), random_batch(3, batch=16)
+    embedded = []
+    model.encoder.word_embeddings.register_forward_pre_hook(lambda _, ids: embedded.append(len(ids[0])))
+    for threshold in (0.5, 0.9, 1.0):
+        embedded.clear()
+        exits = early_exit(model, *batch, threshold, batch_size=5).exits
+        stay = 16 if threshold == 1 else int((exits > 0).sum())
+        assert embedded == [*[5] * (stay // 5), *[stay % 5] * (stay % 5 > 0)]
+    assert len(early_exit(model, *(x[:0] for x in batch), 0.9).exits) == 0
+    ids, filled = batch[0], (torch.ones_like(batch[0]), torch.zeros_like(batch[0]))
+    assert torch.equal(early_exit(model, ids, None, None, 0.9).logits, early_exit(model, ids, *filled, 0.9).logits)
+
+
 @pytest.mark.parametrize(
     ("exit_layers", "more", "reason"),
     [(layers, [], "exit_layers is") for layers in [(), (0, 2), (2, 2), (3, 1), (1, 5)]]
-    + [((1,), ["branch"], "none of sweet, ee, plain; branches are in m"), ((1,), ["ee", "sure"], "'sure' is none of")],
+    + [((1,), ["branch"], "none of sweet, ee, plain; branches are a B"), ((1,), ["ee", "sure"], "'sure' is none of")],
 )
 def test_models_that_cannot_be_are_refused(exit_layers, more, reason):
     with pytest.raises(ValueError, match=reason):
         MultiExitModel(tiny_encoder("bert"), exit_layers, 2, *more)
-
-
-def test_learning_to_exit_reads_the_pooler_and_trains_it_and_the_layers_of_its_exit(model_dir):
-    model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, "sweet", "lte").eval()
-    head, batch = model.heads[1], random_batch()
-    *_, (_, certainty) = model.exit_by_exit(*batch)
-    pooled = head.activation(head.pooler(model.encoder(*batch)[4][:, 0]))
-    torch.testing.assert_close(certainty, torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias))
-    certainty.sum().backward()
-    assert head.pooler.weight.grad.abs().max() > 0
-    assert all(layer.output.weight.grad.abs().max() > 0 for layer in model.encoder.layers[1:])
-    assert model.encoder.layers[0].output.weight.grad is None
 
 
 def test_targets_may_be_probabilities():
@@ -189,17 +129,9 @@ def test_targets_may_be_probabilities():
     torch.testing.assert_close(exit_loss(logits, None, targets), expected)
     expected = expected + (0.1**2 + 0.4**2) / 2  # the first is right by the larger probability, the second is not
     torch.testing.assert_close(exit_loss(logits, certainty, targets), expected)
-    certain = F.one_hot(LABELS[:2], 2).float()
-    torch.testing.assert_close(exit_loss(logits, certainty, certain), exit_loss(logits, certainty, LABELS[:2]))
-
-
-def test_new_weights_of_a_head_have_the_configs_deviation():
-    torch.manual_seed(0)
-    wide = {"hidden_size": 64, "initializer_range": 0.07, "vocab_size": 60}
-    head = MultiExitModel(tiny_encoder("bert", **wide), (1,), 40).heads[0]
-    for linear in (head.pooler, head.classifier):
-        assert linear.weight.std().item() == pytest.approx(0.07, rel=0.1)
-        assert linear.bias.eq(0).all()
+    labels = torch.tensor([0, 1])
+    certain = F.one_hot(labels, 2).float()
+    torch.testing.assert_close(exit_loss(logits, certainty, certain), exit_loss(logits, certainty, labels))
 
 
 # What the authors' classes gave once, on the public MiniLM and eight pairs of RTE's dev set, without dropout, in

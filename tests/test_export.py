@@ -7,23 +7,20 @@ from safetensors.torch import save_file
 
 from minisweet import EarlyExitClassifier
 from minisweet.base.files import write_json
-from minisweet.ngrams import NgramExit
 from minisweet.runs.folders import load_run, load_trunk
 from minisweet.use import export
-from tests.conftest import random_batch, undecided_model
-from tests.make_golden import without_1
+from tests.conftest import random_batch, undecided_model, with_exit_0, without_1
 
 transformers = pytest.importorskip("transformers", reason="transformers, which loads the folder, is missing")
 
 
 @pytest.mark.parametrize("method", ["sweet", "branch"])
 def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
-    model, batch = undecided_model(model_dir, method, num_labels=3), random_batch()
+    model, batch = with_exit_0(undecided_model(model_dir, method, num_labels=3)), random_batch()
     inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), batch, strict=True))
     if model.encoder.config.model_type == "mpnet":
         del inputs["token_type_ids"]  # which it does not read
         inputs["input_ids"] = without_1(batch[0])
-    model.add_ngrams(NgramExit(60, 3, [0, 1, 2, 3], pairs=False))
     for k, layer in enumerate((1, 2, 4), start=1):
         folder = tmp_path / f"exit{layer}"
         folder.mkdir()
@@ -41,7 +38,7 @@ def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
 def test_command(run_of, tmp_path, command, name, layers):
     """Tokens are ours too, and the folder may be a --trunk."""
     run = run_of(name)
-    (model, record), classify = load_run(run), EarlyExitClassifier(run)
+    (model, record), classify = load_run(run), EarlyExitClassifier.load(run)
     texts = ["the film was superb [SEP]", "", "bad " * 90]
     texts = [(text, "you and i") for text in texts] if name == "pairs" else texts
     for layer in layers:

@@ -44,8 +44,7 @@ def test_the_command_writes_the_mean_of_the_runs_and_passes_exit_0_over(command,
     one = found[0]  # of one run the deviation is that of its batches
     for named, mean, parts in ((runs, found.mean((0, 1)), found.mean(1)), (runs[:1], one.mean(0), one)):
         assert command(gradients, *named, "--batches", 2)[0] == 0
-        report = json.loads(Path("gradients/gradients.json").read_text())
+        report = json.loads(Path("gradients.json").read_text())
         assert (report["layers"], report["exits"], report["steps"]) == ([1, 2], [1, 2, 4], 6)
         np.testing.assert_allclose(np.array(report["cosine"], float), mean, atol=1e-4)
         np.testing.assert_allclose(np.array(report["deviation"], float), parts.std(0, ddof=1), atol=1e-4)
-    assert {path.name for path in Path("gradients").iterdir()} == {"gradients.json", "gradients.png"}

@@ -1,4 +1,4 @@
-"""Exit 0 sums the right rows of its table, and fitting finds the optimum that an independent implementation finds."""
+"""Exit 0 sums the right rows of its table, and its fit goes to the optimum that an independent implementation finds."""
 
 from collections import Counter
 from itertools import chain
@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from minisweet import ngrams
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.files import InputError
-from minisweet.ngrams import NgramExit, check_size, fit_ngrams
+from minisweet.beyond import ngrams
+from minisweet.beyond.ngrams import NgramExit, check_size, fit_ngrams
 
 V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
 SPECIAL = [PAD, CLS, SEP, UNKNOWN]
@@ -58,7 +58,7 @@ def rows_by_hand(exit: NgramExit, text: tuple[list[int], ...]) -> list[int]:
             a, b = words[n : n + 2]
             if known[n] and known[n + 1]:
                 code = a * ngrams.FIRST + b * ngrams.SECOND + ngrams.SHARED * (a in others and b in others)
-                rows.append((1 + exit.pairs) * V + code % ngrams.PRIME % ngrams.BUCKETS)
+                rows.append((1 + exit.pairs) * V + code % ngrams.PRIME % exit.buckets)
     return rows
 
 
@@ -104,19 +104,12 @@ def test_a_text_without_a_known_word_leaves_only_where_all_do(pairs):
             assert (leaves(rule.confidence(0, logits, None), threshold, rule.lowest) == all_leave).all()
 
 
-@pytest.mark.parametrize("are_many", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_fitting_finds_the_optimum(pairs, are_many, monkeypatch):
-    """Against autograd on dense matrices in float64. The targets are weighted, as --class-weights weighs them.
-
-    Where classes are many, units of equal curvature make the way there short, and change no optimum.
-    """
+def test_fitting_goes_to_the_optimum(pairs, monkeypatch):
+    """Against features by hand and their weights in float64. The targets are probabilities, and weighted."""
     monkeypatch.setattr(ngrams, "SCALES", (0.8,))
-    monkeypatch.setattr(ngrams, "BUCKETS", 64)
+    monkeypatch.setattr(ngrams, "FEW_BUCKETS", 64)
     monkeypatch.setattr(ngrams, "COMPONENTS", 3)
-    monkeypatch.setattr(ngrams, "ITERATIONS", 1000)
-    monkeypatch.setattr(ngrams, "MANY", 2 if are_many else 3)
-    monkeypatch.setattr(ngrams, "MANY_ITERATIONS", 40)
     texts, C, D = random_texts(30, pairs), 3, 5
     torch.manual_seed(1)
     targets, embeddings = torch.rand(30, C).softmax(-1) * (torch.rand(30, 1) + 0.5), torch.randn(V, D)
@@ -171,23 +164,27 @@ def test_embeddings_count_where_they_know():
     assert chosen == [max(ngrams.SCALES), min(ngrams.SCALES)]
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_with_many_classes_the_most_frequent_n_grams_alone_are_fitted(pairs, monkeypatch):
+def test_the_most_frequent_n_grams_alone_are_fitted(monkeypatch):
     """Whatever the others do, they have the row of tokens unseen; and what is fitted does not grow with the texts."""
-    monkeypatch.setattr(ngrams, "LARGE", 200)
-    C, texts = 20, random_texts(60, pairs)
-    exit, embeddings = NgramExit(V, C, SPECIAL, pairs), torch.randn(V, 4)
-    batches = [encode(*texts)]
-    features = ngrams.Features(exit, batches, embeddings)
+    monkeypatch.setattr(ngrams, "LARGE", 60)
+    texts, exit = random_texts(60, True), NgramExit(V, 6, SPECIAL, pairs=True)
+    fit_ngrams(exit, [encode(*texts)], torch.arange(60) % 6, torch.randn(V, 4))
     counts = Counter(chain.from_iterable(rows_by_hand(exit, text) for text in texts))
-    assert len(features.used) == 200 // C
-    left_out = counts.keys() - set(features.used.tolist())
-    assert min(counts[row] for row in features.used.tolist()) >= max(counts[row] for row in left_out)
-    fit_ngrams(exit, batches, torch.arange(60) % C, embeddings)
-    pairs_left_out = [row for row in left_out if row >= exit.token_rows]
-    assert pairs_left_out
-    assert (exit.table[pairs_left_out] == 0).all()
-    assert (exit.table[features.used] != 0).any(1).all()
+    fitted = [row for row in counts if row >= exit.token_rows and (exit.table[row] != 0).any()]
+    used = ngrams.Features(exit, [encode(*texts)], torch.randn(V, 4)).used.tolist()
+    assert len(used) == 60 // 6
+    assert set(fitted) <= set(used)
+    assert min(counts[row] for row in used) >= max(count for row, count in counts.items() if row not in used)
+
+
+def test_the_same_texts_give_the_same_bits_whatever_was_there():
+    exits, reports = (NgramExit(V, 3, SPECIAL, True), filled(True)), []
+    texts, embeddings = random_texts(60, True), torch.randn(V, 4)
+    for exit in exits:
+        fit_ngrams(exit, [encode(*texts)], torch.arange(60) % 3, embeddings, lambda *report: reports.append(report))
+    first, second = (exit.state_dict() for exit in exits)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert reports == [(done, 4) for done in (1, 2, 3, 4)] * 2
 
 
 def test_more_classes_than_can_be_fitted_are_one_line():

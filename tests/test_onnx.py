@@ -3,26 +3,24 @@
 import copy
 import functools
 import json
-import logging
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import evaluate
 from minisweet import EarlyExitClassifier
-from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
-from minisweet.evaluation.answers import load_answers
-from minisweet.evaluation.operating import deal, operating_point
-from minisweet.ngrams import BUCKETS, NgramExit
-from minisweet.runs.folders import read_evaluation, read_record, read_validation
-from minisweet.use import export
-from tests.conftest import random_batch, slow, undecided_model, write_model
-from tests.test_readme import USE, blocks_of
+from minisweet.adaptive import ExitRule, exits_taken, spaced_thresholds
+from minisweet.beyond.ngrams import BUCKETS
+from minisweet.evaluation import operating
+from minisweet.evaluation.outputs import load_outputs
+from minisweet.runs.folders import read_operating_point, read_record, read_validation
+from minisweet.use import choose, export
+from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, with_exit_0, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
@@ -31,6 +29,15 @@ import onnxruntime  # noqa: E402
 from onnx.numpy_helper import to_array  # noqa: E402
 
 from minisweet.use import onnx, onnx_graph  # noqa: E402
+
+CASES = [
+    ("bert", "branch", (0, 1, 4)),
+    ("bert", "ee", (1, 4)),
+    ("bert", "sweet", (4,)),
+    ("deberta", "branch", (0, 1, 4)),
+    ("mpnet", "branch", (0, 1, 4)),
+]
+TEMPERATURES = [0.8, 1.0, 1.5]
 
 
 def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
@@ -46,16 +53,6 @@ def ask(session, batch, threshold=None) -> list[np.ndarray]:
     return session.run(None, inputs if threshold is None else inputs | {"threshold": np.array(threshold, np.float32)})
 
 
-CASES = [
-    ("bert", "branch", (0, 1, 4)),
-    ("bert", "ee", (1, 4)),
-    ("bert", "sweet", (4,)),
-    ("deberta", "branch", (0, 1, 4)),
-    ("mpnet", "branch", (0, 1, 4)),
-]
-TEMPERATURES = [0.8, 1.0, 1.5]
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A function that gives an undecided model of a case, which takes 512 tokens, and its file: each is made once."""
@@ -64,9 +61,7 @@ def exported(tmp_path_factory):
     def made(model_type: str, method: str, exit_layers: tuple[int, ...], int8: bool = False):
         sizes = {"max_position_embeddings": 514}  # 512 tokens, of MPNet too
         folder = write_model(tmp_path_factory.mktemp("model"), model_type, **sizes)
-        model = undecided_model(folder, method, 3).add_ngrams(NgramExit(60, 3, [0, 1, 2, 3], pairs=True))
-        torch.nn.init.normal_(model.ngrams.table)
-        model = model.keep_exits(exit_layers)
+        model = with_exit_0(undecided_model(folder, method, 3)).keep_exits(exit_layers)
         return model, onnx_graph.export_graph(model, 0.7, TEMPERATURES[: len(exit_layers)], int8)
 
     return made
@@ -103,7 +98,7 @@ def test_answers_are_the_models(exported, case):
 
 
 @pytest.mark.slow
-def test_in_int8_all_may_leave_too(exported):
+def test_int8_leaves_exit_0_as_it_is(exported):
     cases = (*CASES[0], True), CASES[0]
     int8, plain = (session_of(exported(*case)[1].SerializeToString()) for case in cases)
     for batch in batches():
@@ -141,99 +136,85 @@ def test_nothing_is_run_in_vain(exported):
             ask(session, batch, asked)
 
 
-def told_by(file) -> dict:
-    """What a file's metadata say, but for the tokenizer."""
-    told = session_of(file).get_modelmeta().custom_metadata_map
-    return {key: json.loads(value) for key, value in told.items() if key != "tokenizer"}
+@pytest.fixture
+def chosen(run_of, tmp_path, command):
+    """A function that copies a run, for which a goal is chosen at which some texts leave early."""
+
+    def copied(name: str, *goal: str) -> Path:
+        run = shutil.copytree(run_of(name), tmp_path / name)
+        assert command(choose, run, *(goal or ("--max-share", 0.5)))[0] == 0
+        return run
+
+    return copied
 
 
 @pytest.mark.parametrize("name", ["trunk0", *slow("pairs")])
-def test_file_tells_what_it_is_and_the_guides_python_runs_it(run_of, tmp_path, name):
+def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, name):
     """For single texts and for pairs, where neither torch nor minisweet can be imported."""
-    run, file = run_of(name), tmp_path / "tickets.onnx"
-    first, rows, changes, *_ = onnx.export_onnx(run, file)
-    evaluation, record, told = read_evaluation(run), read_record(run), told_by(file)
-    point, sides = evaluation.operating_point, deal(load_answers(run, evaluation, record), record.train_tokens)
+    run, file = chosen(name), tmp_path / "tickets.onnx"
+    first, rows, _, promised = onnx.export_onnx(run, file)
+    point, record = read_operating_point(run), read_record(run)
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
-    assert "; 0 labels or exits are not the model's" in rows
-    assert told.pop("versions").keys() >= {"torch", "onnx", "onnxscript", "onnxruntime"}
-    assert told.pop("file_rows") == len(sides.judging)  # equal texts count as one in `judging_texts`
-    assert told.pop("file_changes") == int(changes.split()[0])
-    expected = {"labels": record.labels, "exit_layers": point.asked_exits, "max_length": 32, "goal": point.goal}
-    expected |= {"threshold": point.threshold, "certified_for": "model", "pairs": name == "pairs"}
-    assert told == expected
+    assert rows.endswith(": 0 answers or exits are not the model's")
+    assert promised == operating.promise(vars(point)) != ""
+    told = session_of(file).get_modelmeta().custom_metadata_map
+    expected = {"labels": record.labels, "exit_layers": point.exits, "max_length": 32, "goal": point.goal}
+    expected |= {"threshold": point.threshold, "pairs": name == "pairs"}
+    assert {key: json.loads(value) for key, value in told.items() if key != "tokenizer"} == expected
 
-    (code,) = [block for kind, block in blocks_of(USE) if kind == "python" and "onnxruntime" in block]
+    guide = (CHECKOUT / "minisweet/use/README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall("```python\n(.*?)```", guide, re.DOTALL) if "onnxruntime" in block]
     code = f"import sys; sys.modules.update(torch=None, minisweet=None)\n{code}print(json.dumps(texts))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *lines, texts = done.stdout.splitlines()
-    for line, answer in zip(lines, EarlyExitClassifier(run)(json.loads(texts)), strict=True):
+    for line, answer in zip(lines, EarlyExitClassifier.load(run).classify(json.loads(texts)), strict=True):
         assert line.split() == [answer.label, f"{answer.confidence:.2f}", str(answer.exit_layer)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("goal", ["--max-loss 2 --sure 60", "--max-change 10 --sure 80"])
-def test_int8_and_a_threshold_from_the_files_own_answers(run_of, tmp_path, command, goal):
-    run, int8, own = shutil.copytree(run_of("trunk0"), tmp_path / "run"), tmp_path / "int8.onnx", tmp_path / "own.onnx"
-    if "change" in goal:  # without labels: the model's own decide who chooses and who judges, not the file's
-        for name, old, new in (("run.json", "accuracy", "agreement"), ("validation.jsonl", r', "label": "\w+"', "")):
-            (run / name).write_text(re.sub(old, new, (run / name).read_text()))
-    assert command(evaluate, run, *goal.split())[0] == 0
-    evaluation, record = read_evaluation(run), read_record(run)
-    _, out, _ = command(export, run, "--onnx", int8, "--int8")
-    assert ("says nothing of int8" in out) == (evaluation.operating_point.threshold < 1)
-    assert told_by(int8)["certified_for"] == "model"
-    status, out, err = command(export, run, "--onnx", own, "--int8", "--recertify")
+@pytest.mark.parametrize("labelled", [True, False])
+def test_int8_promises_anew_against_its_own_full_depth(chosen, tmp_path, command, labelled):
+    run, file = chosen("trunk0", "--max-lost", "30", "--sure", "60"), tmp_path / "int8.onnx"
+    if not labelled:  # the file's answers at full depth stand in
+        outputs, _ = load_outputs(run)
+        choose.save_outputs(run, outputs._replace(labels=outputs.labels * 0 - 1, metric="agreement"), None)
+        assert command(choose, run, "--max-lost", "30", "--sure", "60")[0] == 0
+    status, out, err = command(export, run, "--onnx", file, "--int8")
     assert status == 0, err
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
-    session, told, validation = session_of(own), told_by(own), load_answers(run, evaluation, record)
-    texts = EarlyExitClassifier(run).tokenize(read_validation(run, record).texts())
+    session, (outputs, _), record = session_of(file), load_outputs(run), read_record(run)
+    texts = EarlyExitClassifier.load(run).tokenize(read_validation(run, record).texts())
     singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
-    said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0, None)])
-    weights = onnx_graph.onnx.load(own).graph.initializer
+    said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
+    weights = onnx_graph.onnx.load(file).graph.initializer
     (temperatures,) = [to_array(value) for value in weights if value.name == "temperatures"]
-    logits = torch.tensor(np.log(said[:2]) * temperatures[:, None, None])  # (2, N, C)
-    sides = deal(validation, record.train_tokens)
-    labels = logits[-1].argmax(-1) if record.metric == "agreement" else validation.labels
-    validation = validation._replace(logits=logits, labels=labels, exits=Exits([0, 4], record.depth, record.method))
-    rule, point = operating_point(validation, told["goal"], sides, [0, 4])
+    own = outputs._replace(logits=torch.tensor(np.log(said) * temperatures[:, None, None]))  # (2, N, C)
+    rule, point = operating.choose(own, read_operating_point(run).goal, record.trained_keys, [0, 4])
+    told = session.get_modelmeta().custom_metadata_map
     assert temperatures == pytest.approx(rule.temperatures.numpy(), rel=1e-3)
-    assert told["threshold"] == pytest.approx(point["threshold"], abs=1e-4)
-    _, full_depth, early = said.argmax(-1)[:, sides.judging]
-    assert (told["file_rows"], told["file_changes"]) == (len(early), (early != full_depth).sum())
-    assert (told["exit_layers"], told["certified_for"]) == ([0, 4], "file")
-    assert ("holds for this file" in out) == (told["threshold"] < 1)
+    assert json.loads(told["threshold"]) == pytest.approx(point["threshold"], abs=1e-4) != 1
+    assert operating.promise(point) in out
+    assert ("+0.0 points beside the model's" in out) == labelled
 
 
 @pytest.mark.slow
-def test_refusals(run_of, tmp_path, command, monkeypatch):
-    run, new = run_of("trunk0"), tmp_path / "new.onnx"
+def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
+    run, new = chosen("trunk0"), tmp_path / "new.onnx"
 
-    def refused(run, *options) -> str:
-        status, _, err = command(export, run, "--onnx", new, *options)
+    def refused(run) -> str:
+        status, _, err = command(export, run, "--onnx", new)
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
 
     assert "Multi-Model (mm)" in refused(run_of("mm"))
     assert "learning-to-exit (lte)" in refused(run_of("lte"))
-    fast = shutil.copytree(run_of("trunk0"), tmp_path / "fast")
-    assert command(evaluate, fast, "--speed", "0.7")[0] == 0
-    assert "--recertify: " in refused(fast, "--recertify")
     monkeypatch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
     assert "answers are not the model's" in refused(run)
+    (run / "operating.json").unlink()
+    assert "has no operating.json; first: minisweet choose" in refused(run)
     for name in ("onnx", "onnx_graph"):
         monkeypatch.delitem(sys.modules, f"minisweet.use.{name}")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "onnxscript (pip install '.[onnx]')" in refused(run)
-
-
-@pytest.mark.parametrize("former", [logging.NOTSET, logging.INFO, logging.ERROR])
-def test_a_callers_logging_is_as_it_was_also_where_the_export_fails(monkeypatch, former):
-    seen = []
-    monkeypatch.setattr(onnx_graph, "Writer", lambda model: seen.append(logging.root.manager.disable) or 1 / 0)
-    monkeypatch.setattr(logging.root.manager, "disable", former)
-    with pytest.raises(ZeroDivisionError):
-        onnx_graph.export_graph(None, 0.5, [])
-    assert (seen, logging.root.manager.disable) == ([max(former, logging.WARNING)], former)

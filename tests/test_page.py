@@ -1,4 +1,4 @@
-"""The page for looking: what stands in the file, and in a real browser, marked slow, what it shows and counts."""
+"""What spoke at exit 0, and the page: what stands in the file, and in a real browser, marked slow, what it shows."""
 
 import json
 import shutil
@@ -9,37 +9,88 @@ import numpy as np
 import pytest
 import torch
 
+from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.data.rows import Examples
+from minisweet.data.text import Examples
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.answers import AnsweredRows
-from minisweet.use.explain import TEMPLATE, write_page
+from minisweet.evaluation.outputs import Outputs
+from minisweet.use import explain
+from minisweet.use.explain import MET, TEMPLATE, spoke, write_page
+from tests.conftest import random_batch, undecided_model, with_exit_0, write_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
 N, DEPTH = 200, 4
-STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth_interval": [78.0, 88.0]}
-STATED |= {"loss": -0.5, "loss_interval": [-2.0, 1.0], "speedup_ratio": 0.5, "speedup_interval": [0.45, 0.55]}
+STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "full_depth_interval": [78.0, 88.0]}
+STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": {"max_lost": 3.0, "sure": 90.0}, "lost": 2.0}
+STATED |= {"lost_means": "lost", "judging_texts": 150}
+IN_VAIN = {"sweet": lambda n: 0.0, "mm": float, "branch": lambda n: n and 1 / 6}  # of the exit after layer n
+
+
+def test_contributions_and_bias_are_the_logits_of_exit_0(tmp_path):
+    """Of single texts and of pairs, where `find_met`'s numbers are among them."""
+    model = with_exit_0(undecided_model(write_model(tmp_path, "bert"), "sweet", 3))
+    ids, mask, types = random_batch(0, 32)
+    ids[:, 1] = 9  # a word
+    for inputs in ((ids, mask, types), (ids, mask, types * 0)):
+        said = model.ngrams.contributions(*inputs)
+        assert said.shape == (32, 2 * ids.shape[1] + 2, 3)
+        torch.testing.assert_close(said.sum(1) + model.ngrams.bias, model.ngrams(*inputs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "text"), [("trunk0", "superb film"), ("pairs", ("good film", "film"))])
+def test_what_spoke_is_all_where_words_are_few(run_of, name, text):
+    classify = EarlyExitClassifier.load(run_of(name))
+    exit_0 = with_exit_0(classify.model_).ngrams
+    examples = classify.tokenize([text])
+    ((for_answer, for_other),) = spoke(classify, examples)
+    logits = exit_0(*examples.batch(np.array([0])).inputs)[0] - exit_0.bias
+    answer, other = (logits + exit_0.bias).argsort(descending=True)
+    expected = {"superb", "film", "superb film"} if name == "trunk0" else {"good", "film", "good film", *MET}
+    assert for_answer.keys() | for_other.keys() == expected
+    assert min(for_answer.values(), default=1) > 0 > max(for_other.values(), default=-1)
+    total = sum(for_answer.values()) + sum(for_other.values())
+    assert total == pytest.approx(float(logits[answer] - logits[other]), abs=1e-5)
+
+
+def test_commands(run_of, tmp_path, command):
+    status, out, err = command(explain, run_of("trunk0"), "superb film")
+    assert (status, "adds up words and pairs of neighbours" in out) == (0, True), err
+    assert command(explain, run_of("trunk0"), "--html", tmp_path / "page.html")[0] == 0
+    data = data_of(tmp_path / "page.html")
+    assert len(data["words"]) == len(data["sentences"]) == 200
+    assert data["point"]["promise"] == ""  # since all texts run to the last exit
+
+
+def data_of(page: Path) -> dict:
+    """What stands in a page."""
+    block = (
+        page.read_text(encoding="utf-8").split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    )
+    assert block.isascii()
+    assert "<" not in block
+    return json.loads(block)
 
 
 class Case:
-    """N random sentences with three exits and three labels, and their evaluation. The page asks exits from `asked`."""
+    """N random sentences with three exits and three labels, and what was chosen. The page asks exits from `asked`."""
 
     def __init__(self, method: str = "sweet", layers=(1, 2, 4), labelled: bool = True, asked: int = 0):
         rng = np.random.default_rng(0)
         self.labels = rng.integers(0, 3, N)
         logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]).float()
-        keys, exits, temperatures = torch.arange(N), Exits(layers, DEPTH, method), [1.0, 0.8, 0.5]
-        said = AnsweredRows(logits, None, torch.from_numpy(self.labels), keys, "accuracy", exits)
-        self.said = said if labelled else said.against_full_depth()
-        self.confidence = ExitRule(3, torch.tensor(temperatures)).confidences(logits)[asked:]  # (asked exits, N)
+        labels = torch.from_numpy(self.labels) if labelled else torch.full((N,), -1)
+        exits = Exits(list(layers), list(layers), list(map(IN_VAIN[method], layers)), DEPTH, method == "mm")
+        self.outputs = Outputs(logits, None, labels, torch.arange(N), "accuracy", exits)
+        self.rule = ExitRule(3, torch.tensor([1.0, 0.8, 0.5][asked:]))
+        self.confidence = self.rule.confidences(logits[asked:])  # (asked exits, N)
         self.predictions = logits.argmax(-1).numpy()[asked:]  # (asked exits, N)
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
-        self.point = SimpleNamespace(threshold=0.7123, asked_exits=list(layers[asked:]), **STATED)
-        self.evaluation = SimpleNamespace(exit_layers=layers, certainty_ranges=None, temperatures=temperatures)
-        self.evaluation.operating_point = self.point
-        model = {"model": "weights/tiny", "task": "toy", "method": method, "depth": DEPTH, "num_labels": 3}
-        self.record = SimpleNamespace(**model, labels=["no", "yes", "<i>perhaps</i>"])
+        self.operating_point = SimpleNamespace(threshold=0.7123, exits=list(layers[asked:]), **STATED)
+        self.record = SimpleNamespace(
+            model="weights/tiny", task="toy", method=method, labels=["no", "yes", "<i>so</i>"]
+        )
+        self.model_, self.tokenize = SimpleNamespace(ngrams=None), list  # no exit 0 that could be asked for words
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
@@ -47,35 +98,32 @@ class Case:
 
     def write(self, path: Path) -> Path:
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
-        write_page(path, self.evaluation, self.record, rows, self.said)
+        write_page(path, self, self.outputs, rows)  # it reads of a classifier what stands above
         return path
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_the_file_holds_what_was_evaluated_of_the_exits_that_are_asked(tmp_path, asked):
+def test_the_file_holds_what_all_asked_exits_said(tmp_path, asked):
     case = Case(asked=asked)
     case.sentences[3] = HOSTILE
-    case.point.threshold = float(case.confidence[0, 5])
-    text = case.write(tmp_path / "page.html").read_text(encoding="utf-8")
-    block = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    assert block.isascii()
-    assert "<" not in block
-    data = json.loads(block)
-    assert data["sentences"] == [list(text) if isinstance(text, tuple) else text for text in case.sentences]
-    assert data["exit_layers"] == [1, 2, 4][asked:]
-    assert data["predictions"] == case.predictions.tolist()
-    assert data["right"] == case.labels.tolist()
-    assert torch.equal(torch.tensor(data["confidences"]), case.confidence)
-    assert data["exit_scores"] == pytest.approx(100 * (case.predictions == case.labels).mean(1))
-    assert data["operating_point"] == vars(case.point)
+    case.outputs.labels[7] = -1  # a row without a label is not on the page
+    case.operating_point.threshold = float(case.confidence[0, 5])
+    data, kept = data_of(case.write(tmp_path / "page.html")), np.arange(N) != 7
+    texts = [list(text) if isinstance(text, tuple) else text for text in case.sentences]
+    assert data["sentences"] == texts[:7] + texts[8:]
+    assert data["layers"] == [1, 2, 4][asked:]
+    assert data["predictions"] == case.predictions[:, kept].tolist()
+    assert data["right"] == case.labels[kept].tolist()
+    assert torch.equal(torch.tensor(data["confidences"]), case.confidence[:, kept])
+    assert data["exit_scores"] == pytest.approx(100 * (case.predictions == case.labels)[:, kept].mean(1))
     thresholds = data["thresholds"]
-    assert {1 / 3, case.point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
+    assert {1 / 3, case.operating_point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
     assert thresholds == sorted(set(thresholds))
     for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
         taken = case.taken(threshold)
         right = case.predictions[taken, np.arange(N)] == case.labels
-        assert score == pytest.approx(100 * right.mean())
-        assert ratio == pytest.approx(np.array([0.25, 0.5, 1])[asked:][taken].mean())
+        assert score == pytest.approx(100 * right[kept].mean())
+        assert ratio == pytest.approx(np.array([0.25, 0.5, 1])[asked:][taken][kept].mean())
 
 
 def test_the_template_needs_no_network():
@@ -140,17 +188,16 @@ class Page:
 
 
 @pytest.mark.slow
-def test_what_is_stated_names_its_rows_and_intervals(page):
+def test_what_is_promised_and_stated(page):
     case = Case()
-    case.point.judging_texts = 150  # which older evaluations lack
+    case.operating_point.share_interval = None
     opened = page(case)
     (stated,) = opened.texts("#stated")
-    assert "from the 150 texts that did not choose the exits and temperatures" in stated
-    assert "accuracy 80.0 (74.0 to 85.0)" in stated
-    assert "\u22120.5 points lost to full depth (\u22122.0 to 1.0)" in stated
-    assert opened.texts("#whichrows") == ["these 200 rows:"]  # of the figures beside, which may be others
+    assert stated.startswith("On 150 of your texts that the model had not seen, early exit lost 3 answers")
+    assert "at most 3 in 100 new texts like these are lost, 90% sure. Stated of new text: accuracy 80.0 (74.0" in stated
+    assert "50% of the layers, full depth 82.0 (78.0 to 88.0)" in stated
     script = "const r = get('cross').getBBox(); return [r.x, r.x + r.width, r.y + r.height, r.y]"
-    expected = "return [0.45, 0.55].map(curve.x).concat([74, 85].map(curve.y))"
+    expected = "return [0.5, 0.5].map(curve.x).concat([74, 85].map(curve.y))"
     found = opened.browser.execute_script(script)
     assert found == pytest.approx(opened.browser.execute_script(expected), abs=0.01)
 
@@ -195,8 +242,8 @@ def test_who_leaves_where_at_each_threshold_and_the_layers_that_a_sentence_runs(
     """A branch model's early exit runs the layers below its own and, as each exit asked before it, a private copy."""
     case = Case(method, layers=(first, 2, 4))
     opened = page(case)
-    assert opened.texts("#t") == ["0.7123"]  # the operating point
-    for threshold in (*opened.thresholds, 0.8):
+    assert opened.texts("#t") == ["0.7123"]  # the one that is deployed
+    for threshold in (*opened.thresholds[::9], 0.8):
         opened.slide(threshold)
         assert [*map(int, opened.texts("#bars .count"))] == np.bincount(case.taken(threshold), minlength=3).tolist()
     boxes = {"sweet": 4, "mm": first + 2 + 4, "branch": 4 + first + 1}[method]

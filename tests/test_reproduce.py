@@ -1,41 +1,30 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes: tables and figures."""
 
-import importlib
 import json
 import re
-import sys
-import tarfile
-import threading
-import time
+import shutil
 from contextlib import ExitStack
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import evaluate
 import train
 from minisweet.paper import reproduce
-from minisweet.paper.report import cells, differences, size_table, tables
-from tests.benchmark import BLOCK, RESULTS, zero_tables
-from tests.conftest import CHECKOUT, in_folder, run, write_model
+from minisweet.paper.report import tables
+from minisweet.runs.resume import checkpoint_folder, claimed
+from tests.conftest import run, write_model
 
 TINY = ["--train-sizes", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
 ONE = ["--seeds", "0", "--lrs", "1e-3"]
-LAST_ALONE = {"exit_layers": [4], "exit_scores": [60.0], "temperatures": [1.0], "per_class": [{"confusions": []}]}
+RESULTS = Path("reproduced/results.md")
 
 
 @pytest.fixture
 def grid(command, monkeypatch, tmp_path):
-    """Run reproduce in an empty folder: its status, output, errors, and the command lines of what it started.
-
-    What it would start in processes of their own runs in this one, which is faster.
-    """
+    """Run reproduce in an empty folder: its status, output, errors, and what it started, which runs in this process."""
     write_model(tmp_path / "tiny", "bert")
     started = []
 
@@ -54,91 +43,47 @@ def grid(command, monkeypatch, tmp_path):
 
 def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), **changes) -> dict:
     """A run's record with two exits, after layers 1 and 4, of which the first answers with one class."""
-    return {
-        "method": "ee",
-        "metric": "accuracy",
-        "exit_layers": [1, 4],
-        "exit_scores": [scores[0], scores[-1]],
-        "per_class": [{"confusions": [[0, 0, 60], [1, 0, 40]]}, {"confusion_matrix": [[50, 10], [10, 30]]}],
-        "speedup_ratios": list(ratios),
-        "scores": list(scores),
-        "area": float(np.mean(scores)),
-    } | changes
+    exits = {"exit_layers": [1, 4], "exit_scores": [scores[0], scores[-1]], "exit_answers": [1, 2]}
+    curve = {"speedup_ratios": list(ratios), "scores": list(scores), "area": float(np.mean(scores))}
+    return {"method": "ee", "metric": "accuracy"} | exits | curve | changes
 
 
-def fake_run(method: str, lr=1e-3, size=32, seed=0, area=60.0, evaluated=None, **changes) -> Path:
+def fake_run(method: str, lr=1e-3, size=32, seed=0, area=60.0, **changes) -> Path:
     """Write the records of a run of the toy task, without its weights; all its scores are `area`."""
     folder = Path(f"reproduced/runs/tiny-{method}-toy-lr{lr:g}-n{size}-seed{seed}")
     folder.mkdir(parents=True)
     content = record([area] * 3, method=method, task="toy", lr=lr, train_size=size, seed=seed, epochs=1)
     content |= {"max_length": 32, "batch_size": 16, "model": "tiny", "depth": 4, "exit_strategy": "confidence"}
-    content |= {"device": "none", "precision": "torch.float32", "thresholds": [0.5, 0.75, 1.0]}
-    content |= {"labels": ["negative", "positive"], "examples": 100, "temperatures": [1.0, 1.0], "dev_digest": ""}
-    interval = dict.fromkeys(("score_interval", "full_depth_interval", "loss_interval", "speedup_interval"), [0.0, 1.0])
-    point = dict.fromkeys(("score", "macro_f1", "full_depth_score", "loss", "speedup_ratio"), 1.0) | interval
-    content["operating_point"] = point | {"threshold": 1.0, "asked_exits": [4], "reached": True, "goal": {"speed": 1.0}}
-    content |= changes
-    (folder / "run.json").write_text(json.dumps(content))
-    (folder / "evaluation.json").write_text(json.dumps(content | (evaluated or {})))
+    content |= {"device": "none", "precision": "torch.float32", "vocab_size": 60, "examples": 100, "dev_digest": ""}
+    for name in ("run.json", "evaluation.json"):
+        (folder / name).write_text(json.dumps(content | {"labels": ["negative", "positive"]} | changes))
     return folder
 
 
-def results() -> str:
-    return Path("reproduced/results.md").read_text()
+def test_a_run_that_another_process_trains_is_passed_over_and_then_waited_for(grid, monkeypatch):
+    folder, others = fake_run("ee"), ExitStack()
+    shutil.move(folder, "made")
+    checkpoint_folder(folder).mkdir()
+    others.enter_context(claimed(checkpoint_folder(folder)))
 
+    def end_of_the_other(_) -> None:
+        others.close()
+        shutil.rmtree(checkpoint_folder(folder))
+        shutil.move("made", folder)
 
-def test_a_run_that_another_process_makes_is_passed_over_and_then_waited_for(grid, monkeypatch):
-    words, others = ["--methods", "ee,sweet", *ONE], ExitStack()
-    folder = fake_run("ee")
-    others.enter_context(reproduce.claimed([folder]))
-    (folder / "evaluation.json").rename("made")
-    in_process = reproduce.run_script
-
-    def meanwhile(script: str, arguments: list[str]) -> int:
-        if script == "evaluate.py":  # when this process is over with its own run, the other one is too
-            Path("made").rename(folder / "evaluation.json")
-            others.close()
-        return in_process(script, arguments)
-
-    monkeypatch.setattr(reproduce, "run_script", meanwhile)
-    status, out, _, started = grid(*words)
+    monkeypatch.setattr("time.sleep", end_of_the_other)
+    status, out, err, started = grid("--methods", "ee,sweet", *ONE)
     assert (status, "of 2 runs; 0 missing" in out) == (0, True)
+    assert "waiting for tiny-ee-toy-lr0.001-n32-seed0, which another process makes" in err
     assert ["tiny-sweet-toy" in line for line in started] == [True, True]
-    assert len(list(folder.parent.iterdir())) == 2  # no lock is left
 
 
-def test_two_never_hold_one_claim(tmp_path):
-    """Also where the second waits for a lock that the first removes, and a third comes."""
-    runs, is_in, may_leave = [tmp_path / "one", tmp_path / "other"], threading.Event(), threading.Event()
-
-    def wait_for_it() -> None:
-        with reproduce.claimed(runs[:1]):
-            is_in.set()
-            may_leave.wait(60)
-
-    second = threading.Thread(target=wait_for_it)
-    with reproduce.claimed(runs) as place:
-        second.start()
-        time.sleep(0.3)  # until it waits
-    assert is_in.wait(60)
-    with reproduce.claimed(runs) as place_of_third:
-        assert (place, place_of_third) == (0, 1)
-    may_leave.set()
-    second.join()
-    assert not list(tmp_path.iterdir())
-
-
-@settings(max_examples=8)
-@given(
-    areas=st.lists(st.none() | st.integers(0, 100), min_size=4, max_size=4),
-    seeds=st.sampled_from([[0], [0, 1, 2]]),
-    sizes=st.sampled_from([[32], [32, 16]]),
-)
-def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(run_of, areas, seeds, sizes):
-    """On two methods at two rates. An area that is None is of a run that diverges."""
-    area_of = dict(zip(product(("ee", "sweet"), (1e-3, 1e-2)), areas, strict=True))
-    words = ["--model", str(run_of("sweet").parent / "tiny"), *TINY, "--methods", "ee,sweet", "--lrs", "1e-3,1e-2"]
-    words += ["--exit-layers", "1,4", "--seeds", ",".join(map(str, seeds)), "--train-sizes", ",".join(map(str, sizes))]
+@pytest.mark.parametrize("sizes", [[32], [32, 16]])
+def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(grid, monkeypatch, sizes):
+    """On three methods at two rates. An area that is None is of a run that diverges."""
+    areas = {"ee": {1e-3: 60, 1e-2: 70}, "sweet": {1e-3: None, 1e-2: 50}, "mm": {1e-3: None, 1e-2: None}}
+    words = ["--methods", "ee,sweet,mm", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
+    words += ["--train-sizes", ",".join(map(str, sizes))]
     made = []
 
     def pretend(script: str, arguments: list[str]) -> int:
@@ -146,37 +91,20 @@ def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_res
             method, *numbers = re.search(r"tiny-(\w+)-toy-lr([\d.]+)-n(\d+)-seed(\d)", " ".join(arguments)).groups()
             lr, size, seed = float(numbers[0]), *map(int, numbers[1:])
             made.append((method, lr, size, seed))
-            area = area_of[method, lr]
-            fake_run(method, lr, size, seed, area or 0, model=words[1], diverged=3 if area is None else None)
+            area = areas[method][lr]
+            fake_run(method, lr, size, seed, area or 0, diverged=3 if area is None else None)
         return 0
 
-    with TemporaryDirectory() as folder, in_folder(Path(folder)), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce, "run_script", pretend)
-        assert run(reproduce, *words) == 0
-        once = list(made)
-        assert run(reproduce, *words) == 0
-        text, figures = results(), {path.name for path in Path("reproduced").glob("*.png")}
-    assert made == once
-    search, rest = [(*pair, sizes[0], seeds[0]) for pair in area_of], []
-    for method in ("ee", "sweet"):
-        there = {lr: area for (its, lr), area in area_of.items() if its == method and area is not None}
-        best = [max(there, key=there.get)] if there else []
-        rest += product([method], best, sizes, seeds)
-        assert f"| {method} | {best[0]:g} |" in text if best else f"| toy | {method} | 0 |" in text
-    assert (once[:4], sorted(once)) == (search, sorted({*search, *rest}))
-    assert f"infinite or NaN: {areas.count(None)}\n" in text
+    monkeypatch.setattr(reproduce, "run_script", pretend)
+    assert grid(*words)[0] == 0
+    search, rest = [(method, lr, 32, 0) for method, rates in areas.items() for lr in rates], [*made]
+    assert made[:6] == search
+    assert sorted(made) == sorted({*search, *product(("ee", "sweet"), [1e-2], sizes, (0, 1, 2))})
+    assert (grid(*words)[0], made) == (0, rest)  # nothing is made again
+    for line in ("| ee | 0.01 |", "| sweet | 0.01 |", "| toy | mm | 0 |", "infinite or NaN: 3\n"):
+        assert line in RESULTS.read_text()
+    figures = {path.name for path in Path("reproduced").glob("*.png")}
     assert figures == {"curves.png"} | ({"sizes.png"} if len(sizes) > 1 else set())
-
-
-def test_commands_are_printed_the_search_first(grid):
-    words = ["--methods", "sweet", "--seeds", "0,1,2", "--lrs", "1e-3,1e-2", "--print-commands"]
-    status, out, _, started = grid(*words)
-    assert (status, started, len(out.splitlines())) == (0, [], 2)
-    assert not Path("reproduced").exists()
-    fake_run("sweet", 1e-3, area=60.0)
-    fake_run("sweet", 1e-2, area=59.0)
-    lines = grid(*words)[1].splitlines()
-    assert ["--lr 0.001 --seed 1 " in lines[0], "--lr 0.001 --seed 2 " in lines[1], len(lines)] == [True, True, 2]
 
 
 def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):
@@ -186,126 +114,28 @@ def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):
     for option in ("--exit-strategy lte", "--batch-size 16", "--exit-layers 1,4", "--amp bf16", "--resume"):
         assert option in trained
     assert "--amp bf16" in evaluated
-    assert "exit strategy lte" in results()
-    assert {path.name for path in Path("reproduced").iterdir()} == {"runs", "results.md", "curves.png"}
+    assert "exit strategy lte" in RESULTS.read_text()
     Path("reproduced/runs/tiny-sweet-toy-lr0.001-n32-seed0-lte/evaluation.json").unlink()
     assert grid(*words)[3] == [evaluated]
 
 
-def test_what_is_missing_is_named(grid):
-    fake_run("sweet", area=60.0)
-    fake_run("mm", 0.1)  # which nobody asks for
-    status, out, _, started = grid("--methods", "ee,sweet", "--seeds", "0,1", "--report-only")
-    assert (status, started, "of 1 runs; 3 missing" in out) == (0, [], True)
-    for line in ("Missing runs: 3", "- tiny-ee-toy-lr0.001-n32-seed1", "infinite or NaN: 0\n"):
-        assert line in results()
-    out = grid("--methods", "sweet", *ONE, "--tasks", "toy,rte", "--report-only")[1]
-    assert "curves.png, tasks.png" in out
-    grid("--methods", "sweet", "--seeds", "0,1", "--lrs", "1e-3,1e-2", "--report-only")
-    assert "Missing runs: 1\n\n- tiny-sweet-toy-lr0.01-n32-seed0\n" in results()  # no rate is known for the others
-
-
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
-    folder = fake_run("ee")
-    (folder / "evaluation.json").unlink()  # and it has no weights
-    status, out, err, started = grid("--methods", "ee,sweet", *ONE)
-    assert any("tiny-sweet-toy-lr0.001-n32-seed0" in line for line in started)
-    assert err.splitlines()[-1].endswith("1 run failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
+    (fake_run("ee") / "evaluation.json").unlink()  # and it has no weights
+    status, out, err, _ = grid("--methods", "ee,sweet", *ONE)
+    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
     assert (status, "of 1 runs; 1 missing" in out) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 3}, "a run with epochs 3, not 1"),
-        ({"model": "elsewhere/tiny"}, "a run of elsewhere/tiny, not tiny"),
-        ({"exit_layers": [1, 2]}, "a run with exit_layers [1, 2], not [1, 4]"),
-        ({"losses": 1.0}, "losses"),
-        ({"evaluated": LAST_ALONE}, "evaluated with the exits [4] alone, not [1, 4]"),
-    ],
-)
-def test_a_run_of_other_settings_is_refused(grid, changes, message):
-    fake_run("ee")
-    folder = fake_run("sweet", **changes)
-    status, _, err, started = grid("--methods", "ee,sweet", *ONE)
-    assert (status, started, err.count("\n")) == (2, [], 1)
-    assert f"{folder}" in err
-    assert message in err
-
-
-def test_a_run_that_diverged_is_in_no_table(grid):
-    fake_run("ee", diverged=3)
-    assert grid("--methods", "ee", *ONE, "--report-only")[0] == 0
-    assert "| toy | ee | 0 |" in results()
-    assert "infinite or NaN: 1\n" in results()
-
-
-def test_it_is_imported_where_there_are_no_locks_as_on_windows(monkeypatch):
-    monkeypatch.setattr("minisweet.paper.reproduce", reproduce)  # what the new import sets is undone at the end
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.delitem(sys.modules, "minisweet.paper.reproduce")
-    assert importlib.import_module("minisweet.paper.reproduce").main
-
-
-def test_where_it_is_installed_without_a_clone_it_is_refused_first(grid, monkeypatch, tmp_path):
-    monkeypatch.setattr(reproduce, "CLONE", tmp_path)
-    status, _, err, started = grid("--methods", "ee", *ONE)
-    assert (status, started, err.count("\n"), "minisweet reproduce in a clone" in err) == (2, [], 1, True)
-    assert not Path("reproduced").exists()
 
 
 def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():
     other = record((50.0, 50.0, 80.0), metric="matthews")
-    far = record(ratios=(0.0, 0.5, 1.25), metric="matthews", exit_layers=[0, 6])
+    far = record(ratios=(0.0, 0.5, 1.25), metric="matthews", exit_layers=[0, 6], exit_answers=[1, 3])
     grid = {
         "ee": {"sst2": {0: other, 1: other}, "rte": {0: record(), 1: record()}},
         "mm": {"sst2": {0: far}, "rte": {1: record((0, 0, 0))}},
     }
     text = tables(grid)
-    assert "Scores in percent: accuracy of rte; Matthews correlation of sst2. Means are over all of them." in text
     assert "| task | method | seeds | layer 0 | layer 1 | layer 4 | layer 6 |" in text
     assert "| mean of all 2 | ee | 2 |  | 55.0 ±0.0 [4] | 80.0 ±0.0 |  |" in text
-    assert "| sst2 | mm | 1 | 60.0 [1] |  |  | 80.0 |" in text
     assert "| task | method | seeds | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | area |" in text
     assert "| sst2 | ee | 2 |  | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  | 60.0 |" in text  # two seeds have no interval
-    assert "| sst2 | mm | 1 | 60.0 | 65.0 | 70.0 | 73.3 | 76.7 | 80.0 |  |  | 70.0 |" in text
     assert "| mean of all 2 | mm | 0 |  |  |" in text  # no seed has both tasks
-
-
-def test_differences_are_of_pairs_and_their_unit_is_the_task():
-    """The mean over the seeds of each task; of one task alone each seed."""
-    ours = {"a": {0: {"area": 3.0}, 1: {"area": 5.0}, 3: {"area": 1.0}}, "b": {0: {"area": 2.0}}, "c": {}}
-    theirs = {"a": {seed: {"area": area} for seed, area in enumerate((1.0, 1.0, 0.0))}}
-    theirs |= {"b": {0: {"area": 2.5}}, "c": {0: {"area": 1.0}}}
-    assert differences(ours, theirs, itemgetter("area")) == [3.0, -0.5]
-    assert differences({"a": ours["a"]}, theirs, itemgetter("area")) == [2.0, 4.0]
-
-
-def test_what_is_told_apart_is_bold_and_two_values_have_no_interval():
-    values = [[1.0, -1.0, np.nan], [2.0, 0.0, 0.0], [3.0, 1.0, 0.0]]
-    assert cells(np.array(values) + [1.0, 0.0, 0.0], sign="+") == ["**+3.0 ±2.5**", "+0.0 ±2.5", ""]
-    assert cells(values, deviation=True) == ["2.0 ±1.0", "0.0 ±1.0", ""]
-    assert cells(values[:2]) == ["1.5", "-0.5", ""]
-
-
-def test_areas_and_their_differences_by_training_size():
-    large = {"ee": {"a": {k: record() for k in range(3)}}, "mm": {"a": {k: record((58 + k,) * 3) for k in range(3)}}}
-    text = size_table({64: large, 32: {"ee": {"a": {0: record()}}, "mm": {"a": {}}}})
-    assert "| ee | 70.0 ±0.0 | 70.0 |\n| mm | 59.0 ±2.5 |  |\n| mm less ee | **-11.0 ±2.5** |  |\n" in text
-
-
-@pytest.mark.slow
-def test_the_committed_records_make_the_committed_tables(tmp_path):
-    with tarfile.open(RESULTS / "zero.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    made, studies = zero_tables.make_tables(tmp_path)
-    assert [study.missing for study in studies] == [[], []]
-    text = "".join(path.read_text() for path in (CHECKOUT / "README.md", *RESULTS.glob("*.md")))
-    blocks = [(name, block) for _, name, block, _ in re.findall(BLOCK.format("(.*?)"), text, re.S) if block]
-    assert blocks == [(name, made.get(name, block)) for name, block in blocks]
-    names = {name for name, _ in blocks}
-    assert all(
-        name.startswith(("grid", "learning-to", "sizes", "scores at", "minutes")) for name in made.keys() - names
-    )
-    measured = {"what to use", "by number of rows", "measured on", "a training step", "texts in batches", "one file"}
-    assert {name.partition(": mpnet")[0] for name in names - made.keys()} == measured  # on one machine, or too large

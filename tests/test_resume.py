@@ -3,9 +3,11 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,30 +17,22 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import train
-from tests.conftest import slow, write_model
+from minisweet.runs.resume import is_claimed
+from minisweet.use import fit
+from tests.conftest import CHECKOUT, OWN, opinions, slow, write_model, write_rows
 
 STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
 STOPPED = Path(".a.checkpoint/checkpoint.pt")
 NEW = "--model tiny --train-size 20 --epochs 2 --batch-size 8 --exit-layers 1,4 --max-length 32".split()
-TIMES = ("seconds", "stages")  # of run.json
-FREE = ("out", "save_every", "overwrite", "resume")  # options
-METHODS = [
-    ("--method", "sweet"),
-    ("--method", "branch", "--exit-layers", "0,2,4"),
-    *slow(
-        ("--method", "mm", "--exit-strategy", "lte"),
-        ("--method", "branch", "--exit-strategy", "lte", "--amp", "bf16"),
-        ("--method", "branch", "--targets", "trunk", "--exit-layers", "0,4"),
-    ),
-]
+METHODS = ["--method sweet", "--method branch --exit-layers 0,2,4"]
+METHODS += slow("--method mm --exit-strategy lte", "--method branch --exit-strategy lte --amp bf16")
 
 
 def result(run: str | Path) -> tuple[bytes, dict]:
     """What must be the same of two runs: the weights' bytes, and what was told but for times and where it lies."""
     record = json.loads(Path(run, "run.json").read_text())
-    record["arguments"] = {k: v for k, v in record["arguments"].items() if k not in FREE}
-    told = {key: value for key, value in record.items() if key not in TIMES}
-    return Path(run, "model.safetensors").read_bytes(), told
+    record["arguments"] |= dict.fromkeys(("out", "overwrite", "resume"))
+    return Path(run, "model.safetensors").read_bytes(), record | dict.fromkeys(("seconds", "stages"))
 
 
 @pytest.fixture
@@ -47,7 +41,7 @@ def command(command, monkeypatch, tmp_path):
     write_model(tmp_path / "tiny", "bert")
     step = torch.optim.AdamW.step
 
-    def run_and_read(*arguments, signals=(), words=NEW) -> tuple[int, str, str]:
+    def run_and_read(*arguments, signals=(), words=NEW, module=train) -> tuple[int, str, str]:
         due, taken = dict(signals), []
 
         def step_and_signal(*of_step) -> None:
@@ -57,7 +51,7 @@ def command(command, monkeypatch, tmp_path):
                 os.kill(os.getpid(), number)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", step_and_signal)
-        answer = command(train, *words, *arguments)
+        answer = command(module, *words, *arguments)
         run_and_read.steps = len(taken)
         return answer
 
@@ -68,11 +62,12 @@ TERM = [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("options", METHODS)
-@given(stops=st.lists(st.tuples(st.integers(1, 8), st.sampled_from([signal.SIGTERM, signal.SIGHUP])), min_size=1))
+@given(stops=st.lists(st.tuples(st.integers(1, 8), st.sampled_from([signal.SIGTERM, signal.SIGINT])), min_size=1))
 @example(stops=[(STEPS, signal.SIGTERM)])  # all is trained, and no run is written
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, stops):
     """Stopped again and again, each time so many steps after it went on, until it is finished."""
+    options = options.split()
     if not Path("whole").exists():
         assert command("--out", "whole", *options)[0] == 0
     for step, number in stops:
@@ -81,66 +76,62 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, st
             break
         assert (status, command.steps, "--resume goes on from" in err) == (128 + number, step, True)
         assert not Path("a").exists()
-    status, out, _ = command("--out", "a", *options, "--resume")
-    assert (status, "--resume: goes on from step " in out or "finished already" in out) == (0, True)
+    status, out, err = command("--out", "a", *options, "--resume")
+    assert (status, "--resume: goes on after " in err or "finished already" in out) == (0, True)
     assert result("a") == result("whole")
     assert not list(Path().glob(".*"))
     shutil.rmtree("a")
 
 
-def test_ctrl_c_and_sigterm_at_once_and_a_signal_that_is_ignored(command):
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as with nohup
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it starts ignored
-    status, _, err = command("--out", "a", signals={2: [signal.SIGHUP], 3: [signal.SIGINT, signal.SIGTERM]})
-    assert (status, err.count("Traceback"), "stopped after 3 steps of sweet; --resume goes on" in err) == (143, 0, True)
-    assert signal.signal(signal.SIGINT, former) is signal.default_int_handler
-    assert signal.signal(signal.SIGHUP, ignored) is signal.SIG_IGN
-    assert command("--out", "a", "--resume")[0] == 0
-    assert command.steps == STEPS - 3
-
-
-CHANGES = [  # options, what is replaced in both files, and what differs then
-    (["--lr", "0.25"], ("", ""), "lr is 0.25 and was 0.0001"),
-    (["--method", "ee"], ("", ""), "method is ee and was sweet"),
-    (["--exit-layers", "2,4"], ("", ""), "exit_layers is [2, 4] and was [1, 4]"),
-    ([], ("a film bad", "a dull film"), "the training rows are others"),
-    ([], ("the film bad", "a dull film"), "the validation rows are others"),
-    ([], (",down", ",below"), "labels is ['below', 'up'] and was ['down', 'up']"),
-]
+def test_fit_goes_on_too_and_takes_another_goal(command, own_run):
+    """Stopped in the training, and while the model answers the unlabelled texts."""
+    folder, answers = own_run.parent, "minisweet.runs.train.all_logits"
+    words = [folder / "own.csv", "--unlabelled", folder / "more.csv", *OWN[2:], "--out", "a"]
+    words += ["--model", folder / "tiny"]
+    assert command(signals={3: [signal.SIGINT]}, words=words, module=fit)[0] == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, Mock(side_effect=KeyboardInterrupt))
+        assert command("--resume", words=words, module=fit)[0] == 130
+    other = write_rows(Path("other.csv"), [[text] for text, _ in opinions(1000)[400:900]], "text")
+    _, _, err = command("--resume", "--unlabelled", other, words=words, module=fit)
+    assert "--resume: a is another training's: its rows are others" in err
+    status, _, err = command("--resume", "--max-lost", 5, words=words, module=fit)
+    assert (status, command.steps, "goes on after 30 steps of trunk" in err) == (0, 0, True)
+    assert Path("a/model.safetensors").read_bytes() == (own_run / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
 def test_other_arguments_and_rows_are_refused_with_both_values_and_files_may_move(command, finished):
-    rows = [f"film {word} {i},{label}\n" for i in range(15) for word, label in (("good", "up"), ("bad", "down"))]
-    texts = {name: "text,label\n" + article + article.join(rows) for name, article in (("a", "a "), ("b", "the "))}
-    words = ["--method", "sweet", "--data", "a.csv", "--dev-data", "b.csv", "--out", "a"]
-
-    def write(old: str, new: str) -> None:
-        for name, text in texts.items():
-            Path(f"{name}.csv").write_text(text.replace(old, new))
+    def write(*replaced: tuple[int, str, str]) -> None:
+        rows = opinions(60)
+        for place, *row in replaced:
+            rows[place] = row
+        write_rows(Path("a.csv"), rows[:30], "text", "label")
+        write_rows(Path("b.csv"), rows[30:], "text", "label")
 
     def written() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in (*Path().glob("a/*"), *Path().glob(".a.checkpoint/*"))}
 
-    write("", "")
-    assert command(*words, signals={} if finished else {3: TERM})[0] == (0 if finished else 143)
+    write()
+    words = "--model tiny --epochs 2 --batch-size 8 --exit-layers 1,4 --max-length 32 --dev-data b.csv --out a".split()
+    of_fit = {"words": [*words, "--method", "sweet"], "module": fit}
+    assert command("a.csv", signals={} if finished else {3: TERM}, **of_fit)[0] == (0 if finished else 143)
     before = written()
-    for more, (old, new), reason in CHANGES:
-        write(old, new)
-        status, _, err = command(*words, "--resume", *more)
+    for more, replaced, reason in (
+        (["--lr", "0.25"], [], "lr is 0.25 and was 0.0001"),
+        (["--exit-layers", "2,4"], [], "exit_layers is [2, 4] and was [1, 4]"),
+        ([], [(0, "a film", "up")], "its rows are others"),
+        ([], [(59, "a film", "up")], "its rows are others"),
+        ([], [(0, "a film", "below")], "labels is ['below', 'down', 'up'] and was ['down', 'up']"),
+    ):
+        write(*replaced)
+        status, _, err = command("a.csv", "--resume", *more, **of_fit)
         assert (status, command.steps, written()) == (2, 0, before), err
         assert f"--resume: a is another training's: {reason}" in err
-        assert len(err.splitlines()[-1]) < 400
-    write("", "")
-    Path("elsewhere").mkdir()
-    Path("a.csv").rename("elsewhere/other.csv")
-    status, out, err = command(*words, "--data", "elsewhere/other.csv", "--resume", "--save-every", "5")
-    assert (status, "a: finished already" in out, command.steps) == (0, finished, 0 if finished else STEPS - 3), err
-    assert (written() == before) is finished
-    if finished:
-        Path("a/run.json").write_text('{"arguments": [[1, 2]]}')
-        broken = command(*words, "--data", "elsewhere/other.csv", "--resume")
-        assert "a/run.json: arguments is [[1, 2]], should be an object" in broken[2]
+    write()
+    Path("a.csv").rename("other.csv")
+    status, out, err = command("other.csv", "--resume", **of_fit)
+    assert (status, "a: finished already" in out, command.steps) == (0, finished, 0 if finished else 8 - 3), err
 
 
 def test_a_training_claims_its_folder(command):
@@ -150,64 +141,41 @@ def test_a_training_claims_its_folder(command):
     status, _, err = command("--out", "a")
     assert (status, err.count("\n"), command.steps, STOPPED.read_bytes() == before) == (2, 1, 0, True)
     assert "--out: another training runs, or was stopped, with " in err
-    assert "; pass --resume or --overwrite to take it" in err
-    assert command("--out", "a", "--overwrite", "--seed", "1", "--model", "nowhere")[0] == 2
-    assert STOPPED.read_bytes() == before  # nothing is lost before a new checkpoint takes its place
-    for broken in (b"", before[:-200]):
-        STOPPED.write_bytes(broken)
-        assert "checkpoint.pt: is no checkpoint (" in command("--out", "a", "--resume")[2]
     assert command("--out", "a", "--seed", "1", "--overwrite")[0] == 0
     assert (command.steps, STOPPED.parent.exists()) == (STEPS, False)
-    finished = Path("a/run.json").stat().st_mtime_ns
     assert command("--out", "a", "--overwrite", signals={2: TERM})[0] == 143
-    assert Path("a/run.json").stat().st_mtime_ns == finished  # the run stays; beside it the checkpoint goes first
-    assert (command("--out", "a", "--resume")[0], command.steps) == (0, STEPS - 2)
-    assert json.loads(Path("a/run.json").read_text())["arguments"]["seed"] == 0
-    Path(".b.checkpoint").mkdir()  # of a training that was killed before its first checkpoint
-    assert command("--out", "b")[0] == 2
-    status, out, _ = command("--out", "b", "--resume")
-    assert (status, "--resume: goes on from step 0\n" in out) == (0, True)
-    assert not Path(".b.checkpoint").exists()
+    assert (command("--out", "a", "--resume")[0], command.steps) == (0, STEPS - 2)  # the checkpoint goes first
     assert command("--out", "c", "--model", "nowhere")[0] == 2
     assert not Path(".c.checkpoint").exists()  # what fails before a checkpoint claims nothing
 
 
 def test_on_a_full_disk_the_last_checkpoint_stays(command, monkeypatch):
-    """Here no file may be larger than a kilobyte; then only the run is not written."""
-    assert command("--out", "whole")[0] == 0
     assert command("--out", "a", signals={3: TERM})[0] == 143
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, former[1]))
-    try:
-        status, _, err = command("--out", "a", "--resume", "--save-every", "1e-9")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert (status, command.steps) == (2, 1)
-    assert "checkpoint.pt: cannot be written ([Errno 27] File too large" in err
-    assert (command("--out", "a", "--resume")[0], command.steps) == (0, STEPS - 3)
-    assert result("a") == result("whole")
     with monkeypatch.context() as disk:
-        disk.setattr("minisweet.runs.folders.save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-        assert command("--out", "c")[0] == 2
-    assert (command("--out", "c", "--resume")[0], command.steps) == (0, 0)  # what was trained is not lost
-    assert result("c") == result("whole")
+        full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        disk.setattr("minisweet.runs.resume.torch.save", full)
+        status, _, err = command("--out", "a", "--resume")
+        assert (status, "checkpoint.pt: cannot be written ([Errno 28] No space left on device" in err) == (2, True)
+    with monkeypatch.context() as disk:
+        disk.setattr("minisweet.runs.folders.save", full)
+        assert (command("--out", "a", "--resume")[0], command.steps) == (2, STEPS - 3)
+    assert (command("--out", "a", "--resume")[0], command.steps) == (0, 0)  # what was trained is not lost
 
 
-def test_where_memory_is_too_little_for_exit_0_the_training_goes_on_without_it(command, monkeypatch):
-    """What was trained until then is kept, and the next call does not train it again."""
-    options, fit = ["--method", "sweet", "--exit-layers", "0,2,4"], train.fit_ngrams
-    with monkeypatch.context() as patch:  # where it is known before, nothing is trained
-        patch.setattr("minisweet.ngrams.MOST", 100_000)
-        status, _, err = command("--out", "a", *options)
-        assert (status, "--exit-layers: exit 0 can be fitted for at most 1 classes" in err) == (2, True)
-        assert (command.steps, list(Path().glob(".*"))) == (0, [])
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        monkeypatch.setattr(train, "fit_ngrams", Mock(side_effect=error))
-        status, _, err = command("--out", "a", *options, "--overwrite")
-        line = "--exit-layers: too little memory to fit exit 0; --resume --exit-layers 2,4 goes on without it\n"
-        assert (status, err.endswith(line)) == (2, True)
-    monkeypatch.setattr(train, "fit_ngrams", fit)
-    assert command("--out", "a", *options[:2], "--resume", "--exit-layers", "2,4")[0] == 0
-    assert command.steps == 0
-    assert command("--out", "b", *options[:2], "--exit-layers", "2,4")[0] == 0
-    assert result("a")[0] == result("b")[0]
+@pytest.mark.slow
+def test_a_living_training_is_left_alone_and_a_killed_one_leaves_its_lock(command, tmp_path):
+    """Another process trains until it is killed, and is too slow to end by itself."""
+    words = [sys.executable, CHECKOUT / "train.py", *NEW, "--epochs", "10000", "--out", "a"]
+    process = subprocess.Popen(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+    try:
+        while not is_claimed(Path("a")):
+            time.sleep(0.1)
+        for more in ("--resume", "--overwrite"):
+            status, _, err = command("--out", "a", more)
+            assert (status, "--out: another process trains a now; wait for it, or" in err) == (2, True)
+    finally:
+        process.kill()
+        process.wait()
+    assert not is_claimed(Path("a"))
+    assert "another training runs, or was stopped" in command("--out", "a")[2]
+    assert (command("--out", "a", "--resume")[0], command.steps) == (0, STEPS)

@@ -1,9 +1,7 @@
 """Files of rows: read, refused with file and line, and written."""
 
 import csv
-import io
 import json
-import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -12,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
-from minisweet.data.rows import Examples, all_columns, examples_of, find_columns, read_rows, row_writer, text_columns
+from minisweet.data.own import classes_of, with_labels
+from minisweet.data.rows import find_columns, read_rows, read_texts, row_writer, text_columns
+from minisweet.data.text import Examples
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c\rd", "caf\u00e9 \u2028 \\", " "]
 BETWEEN = {".csv": ",", ".tsv": "\t", ".jsonl": None}
@@ -31,15 +31,10 @@ def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
     return path
 
 
-def table(texts, labels) -> list[dict]:
-    return [{"id": "7", "text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
-
-
-def read(path, labels=None):
-    """The examples of a file, and its classes."""
+def read(path):
+    """The texts of a file, and their labels' names."""
     columns = text_columns(path, None)
-    (column,) = find_columns("--label-column", path, ["label"])
-    return examples_of(path, read_rows(path), columns, column, labels)
+    return read_texts(path, columns, *find_columns("--label-column", path, ["label"]))
 
 
 def refused(call, *arguments, **more) -> str:
@@ -71,69 +66,61 @@ def test_rows_are_read_as_they_were_written_by_us_and_by_others(tmp_path_factory
     with path.open(encoding="utf-8", newline="") as file:
         theirs = map(json.loads, file) if is_json else csv.DictReader(file, delimiter=BETWEEN[suffix])
         assert list(theirs) == rows
-    assert not path.read_bytes().endswith(b"\r\n")
 
 
-@given(texts=st.lists(st.sampled_from(["", " ", "a", '"', "b\n", "\n"]), min_size=1))
-def test_an_empty_line_is_a_row_where_there_is_one_column(tmp_path_factory, texts):
-    path = tmp_path_factory.mktemp("t") / "a.csv"
-    quoted = ('"{}"'.format(text.replace('"', '""')) if text.strip(" a") else text for text in texts)
-    path.write_text("text\n" + "".join(f"{text}\n" for text in quoted))
-    assert [row["text"] for _, row in read_rows(path)] == texts
-
-
-def test_windows_line_ends_empty_lines_texts_and_names_of_columns(tmp_path):
+def test_lines_that_are_empty_and_ends_of_lines(tmp_path):
+    """An empty line is a row where there is one column."""
+    (tmp_path / "a.csv").write_text('text\n\na\n"b\n"\n')
+    assert [row["text"] for _, row in read_rows(tmp_path / "a.csv")] == ["", "a", "b\n"]
     (tmp_path / "a.csv").write_bytes(b',text,label\r\n0,"a\r\nb",y\r\n\r\n1,c,x\r\n2, ,x\r\n')
-    assert read(tmp_path / "a.csv") == (Examples(["a\r\nb", "c"], None, [1, 0], empty=1), ["x", "y"])
+    rows, names, *_ = read(tmp_path / "a.csv")
+    assert (rows, names) == (Examples(["a\r\nb", "c"], None, None, empty=1), ["y", "x"])
 
 
-@pytest.mark.parametrize(
-    ("named", "trained", "found"),
-    [
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("between", ",;\t")
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_files_as_people_have_them(tmp_path, encoding, between, suffix):
+    """The header shows what separates cells, and a mark that it is UTF-16."""
+    text = f'id{between}text{between}label\n1{between}"ein, zwei; \u00fc\t\u0d0a"{between}x\n'
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    (tmp_path / f"a{suffix}").write_bytes(mark + text.encode(encoding))
+    assert read(tmp_path / f"a{suffix}")[:2] == (Examples(["ein, zwei; \u00fc\t\u0d0a"], None, None), ["x"])
+
+
+def test_columns_as_in_training_or_as_many(tmp_path):
+    path = write(tmp_path / "a.csv", [dict.fromkeys(["text", "sentence1", "sentence2", "a", "b"], "t")])
+    for named, trained, found in (
         (None, None, ["text"]),
         (None, [], ["text"]),  # of the toy task
-        (None, ["b"], ["b"]),
         (["b"], ["text"], ["b"]),
         (None, ["a", "b"], ["a", "b"]),
         (None, ["left", "right"], ["sentence1", "sentence2"]),
-    ],
-)
-def test_columns_as_in_training_or_as_many(tmp_path, named, trained, found):
-    path = write(tmp_path / "a.csv", [dict.fromkeys(["text", "sentence1", "sentence2", "a", "b"], "t")])
-    assert text_columns(path, named, trained) == found
+    ):
+        assert text_columns(path, named, trained) == found
 
 
-def test_labels_are_texts_sorted_or_in_a_given_order(tmp_path):
+def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
-    written = ("1", "1.0", '"1"', "2.0", "-0.5", "0", "-0.0", "0.0", "-10", "10", "false", '" x "')
+    written = ("1", "1.0", '"1"', "2.0", "-0.5", "0", "-0.0", "-10", "false", '" x "', "null", '" "', "NaN")
     path.write_text("".join(f'{{"text": "t", "label": {label}}}\n' for label in written))
-    examples, labels = read(path)
-    assert labels == ["-0.5", "-10", "0", "1", "10", "2", "false", "x"]
-    assert examples.labels == [3, 3, 3, 5, 0, 2, 2, 2, 1, 4, 6, 7]
-    again = read(path, labels[::-1])
-    assert (again[0].labels, again[1]) == ([7 - label for label in examples.labels], labels[::-1])
-    path.write_text("".join(f'{{"text": "t", "label": {label}}}\n' for label in ("10", "2", '"1e1"', "0", "1", "-0.5")))
-    assert read(path)[1] == ["-0.5", "0", "1", "2", "10", "1e1"]  # by number where all are numbers
-    write(path, table("abcde", written[4:9]))
-    assert refused(read, path, labels=["2", "1"]).endswith("a.jsonl, line 1: label '-0.5', should be one of 2, 1")
+    text = read(path)
+    assert text.names == ["1", "1", "1", "2", "-0.5", "0", "0", "-10", "False", "x", None, None, None]
+    assert classes_of(text.names) == ["-0.5", "-10", "0", "1", "2", "False", "x"]
+    assert classes_of(["10", None, "2", "1e1", "0", "-0.5"]) == ["-0.5", "0", "2", "10", "1e1"]
+    assert with_labels(text, classes_of(text.names), path).labels == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
+    with pytest.raises(InputError, match="a.jsonl: label '1', should be one of x, y"):
+        with_labels(text, ["x", "y"], path)
 
 
 REFUSED = [
-    ("a.csv", b"text,label\na\n", "line 2: 'label' is None, should be a label"),
-    ("a.csv", b"text,label\na,x\n\nb,y,z\n", "line 4: not readable as cells (it has more cells than the header)"),
-    ("a.csv", b"text,label\ncaf\xe9,x\n", "line 2: not readable as cells ('utf-8' codec can't decode byte 0xe9"),
-    ("a.csv", b"text;label\na;x\n", "line 1: not readable as cells (its cells are separated by ';', should be by ',')"),
-    ("a.csv", b"text,label,text\na,x,b\n", "line 1: not readable as cells (two columns have the same name)"),
-    ("a.csv", b"body,team\na,x\n", "a.csv: no column text or sentence or sentence1,sentence2; it has body, team;"),
-    ("a.csv", b"", "no rows"),
-    ("a.csv", b"text,label\n ,x\n", "no rows with text in text"),
+    ("a.csv", b"text,label\na,x\n\nb,y,z\n", "line 4: not readable as cells in UTF-8 (it has more cells than"),
+    ("a.csv", b"text,label\ncaf\xe9,x\n", "line 2: not readable as cells in UTF-8 ('utf-8' codec can't"),
+    ("a.csv", b"text,label,text\na,x,b\n", "line 1: not readable as cells in UTF-8 (two columns have the same name)"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"\n', "line 2: not readable as a JSON object"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n', "line 2: 'text' is 5, should be text"),
-    ("a.jsonl", b'{"text": "a", "label": NaN}\n', "line 1: 'label' is nan, should be a label"),
     ("a.jsonl", b'{"text": "a\\ud83d", "label": "x"}\n', "line 1: not readable as a JSON object"),
-    ("a.jsonl", b'{"text": "a", "label": "x", "n": {"text": 1, "text": 1}}\n', "(it has the key 'text' twice)"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b", "label": "x"}\n', "line 1: 'label' is None, should be a label"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n', "no column label; it has text; name it with --label-column"),
+    ("a.jsonl", b'{"text": "a", "label": [1]}\n', "line 1: 'label': [1] is no label, should be text or a number"),
     ("a.jsonl", b'[["text", "a"], ["label", "x"]]\n', "line 1: not readable as a JSON object"),
     ("a.jsonl", b'{"text": ' + b"[" * 10**5, "line 1: not readable as a JSON object"),
 ]
@@ -145,27 +132,3 @@ def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, conte
     error = refused(read, tmp_path / name)
     assert error.startswith(str(tmp_path / name))
     assert message in error
-
-
-def test_rows_that_differ(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"text": "a", "n": 1.5, "none": null}\n{"text": "b", "list": [true, "é"]}\n')
-    with row_writer(tmp_path / "out.csv", all_columns(tmp_path / "in.jsonl")) as write_row:
-        for _, row in read_rows(tmp_path / "in.jsonl"):
-            write_row(row)
-    assert (tmp_path / "out.csv").read_text() == 'text,n,none,list\na,1.5,,\nb,,,"[true, ""é""]"\n'
-
-
-def test_standard_output_gets_utf_8_whatever_the_terminal_has(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1", "backslashreplace", "\r\n"))
-    with row_writer(None, ["text"]) as write_row:
-        write_row({"text": "é \U0001f600"})
-    sys.stdout.flush()
-    assert sys.stdout.buffer.getvalue() == "text\né \U0001f600\n".encode()
-
-
-def test_rows_are_streamed(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("text,label\n" + "a,x\n" * 5_000 + "broken, row, here\n")
-    rows = read_rows(path)
-    assert next(rows) == (2, {"text": "a", "label": "x"})
-    assert "line 5002: not readable as cells (it has more" in refused(list, rows)

@@ -1,4 +1,4 @@
-"""What every command shares: options that are checked, errors and notices of one line, and progress bars."""
+"""What every command shares: options that are checked, and errors and notices of one line."""
 
 import argparse
 import logging
@@ -7,8 +7,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,25 +17,7 @@ from tqdm import tqdm
 
 from minisweet.base.files import LOG, InputError, one_line
 
-PAUSE = 30.0  # seconds
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-
-
-class Progress(tqdm):
-    """A progress bar, with tqdm's arguments. Where standard error is no terminal, a line every half minute instead."""
-
-    def __init__(self, iterable: Iterable | None = None, **options) -> None:
-        self.has_terminal = sys.stderr.isatty()
-        if not self.has_terminal:
-            options |= {"mininterval": PAUSE, "maxinterval": PAUSE, "delay": PAUSE, "ncols": 0, "leave": False}
-        super().__init__(iterable, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Show how far the work is. Once it is over, tqdm asks for an empty message, to clear the bar."""
-        if self.has_terminal:
-            super().display(msg, pos)
-        elif msg is None:
-            print(self, file=sys.stderr, flush=True)
+progress = partial(tqdm, disable=None)  # a bar where standard error is a terminal, and nothing elsewhere
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,48 +62,32 @@ def number(low: float, high: float) -> Callable[[str], float]:
 positive_float = _checked(float, lambda value: 0 < value < math.inf, "not a positive number")
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """An argparse type: one of some names."""
-    return _checked(str, lambda text: text in names, f"none of {', '.join(names)}")
-
-
 def path_to(suffix: str) -> Callable[[str], Path]:
     """An argparse type: a file to write, which ends in `suffix`, so that no other file is replaced by mistake."""
     return _checked(Path, lambda path: path.suffix.lower() == suffix, f"no name that ends in {suffix}")
 
 
-def list_of(parse: Callable[[str], object]) -> Callable[[str], list]:
-    """An argparse type: different values with commas between them, none of them empty."""
+def list_of(parse: Callable[[str], object], known: object = None) -> Callable[[str], list]:
+    """An argparse type: different values with commas between them, none of them empty, all of them `known` if given."""
 
     def parse_all(text: str) -> list:
         values = [parse(part) for part in text.split(",")]
         if len(set(values)) < len(values) or "" in values:
             raise argparse.ArgumentTypeError(f"{text!r} names one twice, or has an empty name")
+        if known and (others := [value for value in values if value not in known]):
+            raise argparse.ArgumentTypeError(f"{others[0]!r} is none of {', '.join(known)}")
         return values
 
     return parse_all
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`. Bad input, or too little memory, prints one line and exits with status 2.
+    """Call `main`. Bad input, too little memory or a full disk prints one line and exits with status 2.
 
-    Ctrl-C exits with 130, SIGTERM with 143, and SIGHUP with 129, so that what is half-written is removed. Where nobody
-    reads what is printed any more, as after `| head`, the command ends in silence, with 141.
+    Ctrl-C exits with 130. SIGTERM raises SystemExit, so that what is half-written is removed. Where nobody reads what
+    is printed any more, as after `| head`, the command ends in silence, with 141.
     """
-    stopped: list[int] = []  # the signals that came
-
-    def stop(number: int, _: object) -> None:
-        stopped.append(number)
-        sys.exit(128 + number)
-
-    for number in STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, stop)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("stdout", "stderr"):  # one that was closed before the start is None: what is printed there is dropped
-        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    sys.stdout.reconfigure(errors="backslashreplace")  # shows \\xe9 for what the terminal's encoding does not know
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     notices = logging.Handler()
     notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar
     LOG.handlers = [notices]  # only commands do this: whoever imports minisweet configures logging as they like
@@ -131,16 +98,13 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
+        sys.exit(141)
     except Exception as error:
-        if stopped:  # libraries that read weights make another error of SystemExit
-            sys.exit(128 + stopped[0])
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
-            sys.exit(141)
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             error = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
         elif not isinstance(error, InputError | OSError | UnicodeError):
             raise
-        with suppress(OSError):  # nobody reads it, or its disk is full
-            print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
+        print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,4 @@
-"""Where to compute: on which device, in which precision, and as one of how many processes.
-
-With `torchrun --nproc-per-node N train.py ...` each process holds the whole model and takes a share of every batch's
-rows. Their gradients, each weighted by its share, are added up before clipping: so all have the same one.
-"""
+"""Where to compute: on which device, in which precision, and as one of how many processes (`torchrun train.py ...`)."""
 
 import ctypes
 import importlib
@@ -10,18 +6,16 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from minisweet.base.commands import Parser
 from minisweet.base.files import LOG, InputError
+from minisweet.training import num_processes, process_rank
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 
@@ -58,11 +52,6 @@ def choose_precision(amp: str, device: torch.device, training: bool = False) -> 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
-def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager:
-    """The autocast context for `precision`; one that does nothing for None."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
-
-
 def processor() -> tuple[str, bool]:
     """The CPU's name, and whether it has instructions for bfloat16; both are known on Linux alone."""
     path = Path("/proc/cpuinfo")
@@ -92,26 +81,10 @@ def tune_cpu() -> None:
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def process_rank() -> int:
-    """The number of this process among torchrun's, from 0; without torchrun 0. The first process prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def num_processes() -> int:
-    """How many processes torchrun has started; without torchrun 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def distributed(main: Callable[[], None]) -> Callable[[], None]:
     """`main` as one of torchrun's processes, of which the first alone prints; without torchrun `main` itself."""
 
     def run() -> None:
-        start = "start by torchrun, or unset WORLD_SIZE"
-        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise InputError(f"WORLD_SIZE is set and {missing[0]} is not: {start}")
-        size, rank = os.environ["WORLD_SIZE"], os.environ["RANK"]
-        if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
-            raise InputError(f"WORLD_SIZE is {size!r:.80} and RANK {rank!r:.80}: {start}")
         # Imported later, its functions keep the group as a default, and gloo's threads may abort a process that ends.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -124,30 +97,3 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
             dist.destroy_process_group()
 
     return main if os.environ.get("WORLD_SIZE", "1") == "1" else run
-
-
-def all_gather(value: object) -> list:
-    """All processes' values, which can be pickled, in the order of their ranks. The processes wait for each other."""
-    values = [value] * num_processes()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def own_rows(batch: NamedTuple) -> tuple[NamedTuple, float]:
-    """This process's rows of a `Batch`, and their share of it. A process without a row takes the first, of weight 0."""
-    rank, B = process_rank(), len(batch.rows)
-    rows = slice(rank, None, num_processes()) if rank < B else slice(1)
-    mine = type(batch)(*(tensor[rows] for tensor in batch))
-    return mine, len(mine.rows) / B if rank < B else 0.0
-
-
-def add_up_gradients(parameters: Sequence[nn.Parameter], losses: Tensor, weight: float) -> Tensor:
-    """Make the gradients and the losses (K,), in place, those of the whole batch; returns the losses."""
-    if num_processes() > 1:
-        tensors = [p.grad for p in parameters if p.grad is not None] + [losses]  # the same ones in all processes
-        flat = parameters_to_vector(tensors)
-        flat = flat * weight if weight else torch.zeros_like(flat)  # 0 times NaN would be NaN
-        dist.all_reduce(flat)
-        vector_to_parameters(flat, tensors)
-    return losses

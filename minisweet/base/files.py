@@ -7,8 +7,7 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import formatannotation
@@ -17,7 +16,6 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 LOG = logging.getLogger("minisweet")  # for notices; results are printed
-CLONE = Path(__file__).parents[2]  # which has train.py, unless the package is installed
 
 
 class InputError(ValueError):
@@ -40,30 +38,11 @@ def preview(names: Sequence[object], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def counted(number: int, noun: str) -> str:
-    """How many there are: "1 text", "1,200 texts"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def home() -> Path:
-    """The folder of weights/ and data/: MINISWEET_HOME of the environment, else the clone, else ~/.cache/minisweet."""
-    default = CLONE if (CLONE / "train.py").is_file() else "~/.cache/minisweet"
-    return Path(os.environ.get("MINISWEET_HOME") or default).expanduser()
-
-
 def regular_file(path: Path) -> Path:
     """`path` itself. Raises OSError where it is something else than a file: to open a pipe would wait for a writer."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return path
-
-
-def check_writable(folder: Path) -> None:
-    """Raise InputError where no file can be made in a folder, so that it is said before hours of work."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 @contextmanager
@@ -92,16 +71,6 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         with suppress(OSError):
             new.unlink()
-
-
-def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
-    """Call `fetch`, which makes `folder`, unless it is there. Where another process is faster, its folder is taken."""
-    if not folder.exists():
-        try:
-            fetch()
-        except InputError:
-            if not folder.exists():
-                raise
 
 
 def write_json(path: Path, content: dict) -> None:

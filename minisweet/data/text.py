@@ -1,28 +1,50 @@
 """Sentences into batches (B) of tokens (T): N examples are tokenised once, and padded to the longest of a batch."""
 
+import copy
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Encoding, Tokenizer, processors
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
 from minisweet.base.files import InputError, read_dataclass, regular_file
-from minisweet.data.rows import Examples
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 # The tokens that are no words: what begins a text, ends it, pads it, and stands for unknown words. MPNet has its end
 # twice between two texts, <s> A </s></s> B </s>. Its vocabulary holds BERT's tokens too.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
-CHARACTERS = 16  # per token: so many of a long text are read first
-WORDS = 16  # of the tokenizer: punctuation and Chinese letters are words too
+CHARACTERS = 32  # per token: so many of a text are read, several times what its tokens have
+CHUNK = 256  # texts that are tokenised at once, since the library also keeps what it cuts off
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
+
+
+class Examples(NamedTuple):
+    """N rows: each list has N."""
+
+    first: list[str]
+    second: list[str] | None  # None where there are single sentences
+    labels: list[int] | None  # indices of classes, -1 for a row without a label; None where no row has one
+    difficulties: list[str] | None = None  # of the toy task only
+    empty: int = 0  # rows without text, which were skipped
+
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """These rows alone."""
+        return Examples(*(None if values is None else [values[row] for row in rows] for values in self[:-1]))
+
+    def texts(self) -> list:
+        """Each row's sentence, or pair of sentences."""
+        return self.first if self.second is None else list(zip(self.first, self.second, strict=True))
+
+    def digest(self) -> str:
+        """The SHA-256 of the texts and labels, in hexadecimal."""
+        rows = zip(self.texts(), self.labels or [None] * len(self.first), strict=True)
+        return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +99,6 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
     return tokenizer
 
 
-def _length(encoding: Encoding) -> int:
-    """The tokens of a text, with those that are cut off."""
-    return len(encoding) + sum(map(len, encoding.overflowing))
-
-
 def special_tokens(tokenizer: Tokenizer) -> tuple[str, str, str, str]:
     """A tokenizer's start, end, padding and unknown word."""
     return BERTS if None in map(tokenizer.token_to_id, MPNETS) else MPNETS  # get_vocab() would take 10 ms
@@ -111,22 +128,6 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device) for tensor in self if tensor is not None))
 
 
-def beginning(tokenizer: Tokenizer, text: str, tokens: int) -> str:
-    """A part of a long text that begins with the same `tokens` tokens, and has more; a shorter text whole.
-
-    Where a text is cut, its last words may become others: a word, or what stands for one token, such as "[SEP]", in
-    pieces. So tokens of the last WORDS words are no proof.
-    """
-    size = CHARACTERS * tokens
-    while size < len(text):
-        encoding = tokenizer.encode(text[:size], add_special_tokens=False)
-        words = list(chain.from_iterable(part.word_ids for part in (encoding, *encoding.overflowing)))
-        if len(words) > tokens and words[tokens] < words[-1] - WORDS:
-            return text[:size]
-        size *= 4
-    return text
-
-
 class TokenizedExamples:
     """N tokenised examples: `lengths` (N,) in tokens; `targets`, the labels (N,), probabilities (N, C), or None.
 
@@ -134,38 +135,45 @@ class TokenizedExamples:
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
-        start, end, self.pad_id, _ = special_ids(tokenizer)
+        self.pad_id = special_ids(tokenizer)[2]
         self.targets = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
         self.ids, first_lengths, self.cut = [], [], 0
+        most = CHARACTERS * tokenizer.truncation["max_length"]
         sides = [side for side in (examples.first, examples.second) if side is not None]
-        between = [end] * (len(sides) - 1) if special_tokens(tokenizer) == MPNETS else []
-        room = tokenizer.truncation["max_length"] - 1 - len(sides) - len(between)
-        # Each sentence by itself: of a long pair the library combines all that it cuts off, which takes gigabytes.
-        encode = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
-
-        def encoded() -> Iterator[tuple[Encoding, ...]]:
-            """The encodings of each row. An encoding is ten times as large as what is kept of it."""
-            for start in range(0, len(examples.first), 4096):
-                some = ([beginning(tokenizer, text, room) for text in side[start : start + 4096]] for side in sides)
-                yield from zip(*map(encode, some), strict=True)
-
-        for row, sentences in enumerate(encoded()):
-            lengths = list(map(_length, sentences))
-            self.cut += sum(lengths) > room
-            if len(sides) == 2 and room % 2 and min(lengths) > room:  # the longer one gets a token more: which is it?
-                lengths = list(map(_length, encode([side[row] for side in sides])))
-            kept = [room]
-            if len(sides) == 2:  # as the library does: the longer one is cut first, then both
-                short = min(*lengths, room // 2)
-                kept = [short, room - short] if lengths[0] <= lengths[1] else [room - short, short]
-            parts = [[*sentence.ids[:n], end] for sentence, n in zip(sentences, kept, strict=True)]
-            parts[0] += between
-            self.ids.append(np.array([start, *chain(*parts)]))  # [CLS] A [SEP] B [SEP]
-            first_lengths.append(1 + len(parts[0]))  # those of token type 0
-        self.lengths, self.first_lengths = np.array(list(map(len, self.ids))), np.array(first_lengths)
+        for start in range(0, len(examples.first), CHUNK):
+            some = [[text[:most] for text in side[start : start + CHUNK]] for side in sides]
+            for encoding in tokenizer.encode_batch_fast(list(zip(*some, strict=True)) if len(some) > 1 else some[0]):
+                self.ids.append(np.array(encoding.ids))  # [CLS] A [SEP] B [SEP]
+                first_lengths.append(encoding.type_ids.count(0))
+                self.cut += len(encoding.overflowing) > 0
+        self.lengths, self.first_lengths = (
+            np.array([*map(len, self.ids)], dtype=int),
+            np.array(first_lengths, dtype=int),
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, rows: Sequence[int]) -> "TokenizedExamples":
+        """These rows alone."""
+        some = copy.copy(self)
+        some.ids, some.targets = [self.ids[row] for row in rows], None if self.targets is None else self.targets[rows]
+        some.lengths, some.first_lengths = self.lengths[rows], self.first_lengths[rows]
+        return some
+
+    def joined(self, others: "TokenizedExamples") -> "TokenizedExamples":
+        """These and others, without targets."""
+        both = copy.copy(self)
+        both.ids, both.targets = self.ids + others.ids, None
+        both.lengths = np.concatenate([self.lengths, others.lengths])
+        both.first_lengths = np.concatenate([self.first_lengths, others.first_lengths])
+        return both
+
+    def with_targets(self, targets: np.ndarray) -> "TokenizedExamples":
+        """The same with other targets, (N,) or (N, C)."""
+        same = copy.copy(self)
+        same.targets = targets
+        return same
 
     def keys(self) -> np.ndarray:
         """64-bit hashes of what a model reads of each example, the token ids: (N,), in an order as good as random.

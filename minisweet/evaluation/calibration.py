@@ -1,7 +1,7 @@
-"""How truthful confidences are, before and after temperature scaling.
+"""Temperature scaling, which makes confidences more truthful.
 
-Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
-one number, which makes its confidence more truthful and changes no prediction. The authors fit the temperatures on the
+It (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
+one number, which changes no prediction. The authors fit the temperatures on the
 very set that they then score. Here others are scored: the curve is cross-fitted (sweep.py), and what is stated of new
 text is of rows that fitted nothing (operating.py).
 
@@ -10,11 +10,7 @@ Dimension letters: N instances, C classes.
 
 import math
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-BINS = 15  # of the expected calibration error
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -32,16 +28,3 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         slope = gold * math.exp(-middle) - float((scaled.softmax(0) * scaled).sum()) + 2 * middle
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp(middle)
-
-
-def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """How far confidence and accuracy part (0 to 1), in 15 bins of confidence: logits (N, C), labels (N,)."""
-    confidence, prediction = logits.double().softmax(-1).max(-1)  # (N,)
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - (prediction == labels).double())
-    return float(gap.abs().sum() / len(labels))
-
-
-def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
-    """Mean NLL in nats: logits (N, C), labels (N,)."""
-    return float(F.cross_entropy(logits.double(), labels))

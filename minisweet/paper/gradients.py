@@ -11,7 +11,6 @@ it. A similarity near 1 is agreement, below 0 conflict. Of several runs, such as
 Dimension letters: K exits, M = K-1 matrices.
 """
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,13 @@ import torch.nn.functional as F
 
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import choose_device
-from minisweet.base.files import InputError, home, one_line, write_json
+from minisweet.base.files import InputError, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
-from minisweet.evaluation.plots import new_figure, save_figure
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.runs.folders import load_run, read_record
+from minisweet.runs.hub import fetch_task, home
 from minisweet.runs.records import Record
-
-SETTINGS = ("task", "model", "exit_layers", "lr", "batch_size", "train_size", "epochs")  # the same for all runs
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
@@ -52,9 +49,8 @@ def measure(run: Path, record: Record, batches: int, data_dir: Path) -> np.ndarr
         own = " (own text)" if record.text_columns else ""
         what = f"a run of {record.method} on {record.task}{own}, exits after layers {','.join(map(str, exits))}"
         raise InputError(f"{run}: {what}; should be of ee on a task, with two exits or more")
-    if record.subset is None:
-        raise InputError(f"{run / 'run.json'}: has no subset, the rows that it was trained on")
-    rows = load_examples(record.task, "train", data_dir, record.labels)
+    fetch_task(record.task, data_dir)
+    rows = load_examples(record.task, "train", data_dir)
     order = np.random.default_rng(record.seed).permutation(len(rows.labels))
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:
@@ -67,45 +63,29 @@ def measure(run: Path, record: Record, batches: int, data_dir: Path) -> np.ndarr
 
 
 def main() -> None:
-    """Measure, and write gradients.json and gradients.png."""
+    """Measure, print a table for each matrix, and write gradients.json."""
     parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="+", type=Path, metavar="RUN", help="run of EE on one of the tasks; or several seeds of it")
     option("--batches", type=whole_number(2), default=10, help="new training batches to measure on (default: 10)")
-    option("--out", type=Path, default=Path("gradients"), help="folder to write to (default: gradients)")
+    option("--out", type=Path, default=Path("gradients.json"), help="(default: gradients.json)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     args = parser.parse_args()
-    record, *others = records = [read_record(run) for run in args.runs]
-    for (run, other), key in product(zip(args.runs[1:], others, strict=True), SETTINGS):
-        if (its := getattr(other, key)) != (wanted := getattr(record, key)):
-            raise InputError(f"{run}: its {key} is {its}, should be {wanted} as {args.runs[0]}'s, for one mean")
+    records = [read_record(run) for run in args.runs]
+    if len({(its.task, *its.exit_layers) for its in records}) > 1:
+        raise InputError(f"RUN: {args.runs[-1]} is of another task or other exits, should be as {args.runs[0]}")
     pairs = zip(args.runs, records, strict=True)
     found = np.stack([measure(run, its, args.batches, args.data_dir) for run, its in pairs])  # (runs, batches, M, K, K)
-    mean, parts = found.mean((0, 1)), found.mean(1) if others else found[0]
-    exits = [n for n in record.exit_layers if n > 0]
-    given = {"model": record.model, "task": record.task, "steps": len(record.losses), "learning_rate": record.lr}
-    given |= {key: getattr(record, key) for key in ("method", "batch_size", "device", "precision")}
-    given |= {"seeds": [its.seed for its in records], "batches": args.batches, "layers": exits[:-1], "exits": exits}
-    # The deviation is over the runs' means, or over the batches of one run alone.
-    for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):
+    exits, mean = [n for n in records[0].exit_layers if n > 0], found.mean((0, 1))
+    deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
+    given = {"model": records[0].model, "task": records[0].task, "seeds": [its.seed for its in records]}
+    given |= {"learning_rate": records[0].lr, "steps": len(records[0].losses), "batches": args.batches}
+    given |= {"layers": exits[:-1], "exits": exits}
+    for name, values in (("cosine", mean), ("deviation", deviation)):
         given[name] = np.where(np.isnan(values), None, values.round(4)).tolist()  # JSON has no NaN
-    write_json(args.out / "gradients.json", given)
-    title = f"{record.model}, {record.method}, {record.task}" + f", mean of {len(records)} runs" * bool(others)
-    draw_similarities(args.out / "gradients.png", mean, exits, title)
-    print(f"written to {args.out / 'gradients.json'} and gradients.png")
-
-
-def draw_similarities(path: Path, mean: np.ndarray, exits: list[int], title: str) -> None:
-    """Draw a heat map with one panel per layer to a PNG: mean (M, K, K)."""
-    M, K, _ = mean.shape
-    figure = new_figure(3.2 * M + 1, 3.6)
-    axes = figure.subplots(1, M, squeeze=False)[0]
-    for m, axis in enumerate(axes):
-        image = axis.imshow(mean[m, m:, m:], vmin=-1, vmax=1, cmap="RdBu")
-        ticks, names = range(K - m), [f"C-{k + 1}" for k in range(m, K)]  # as in the paper
-        axis.set(title=f"layer {exits[m]}", xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
-        for (i, j), value in np.ndenumerate(mean[m, m:, m:]):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
-    figure.suptitle(one_line(title, 100))
-    save_figure(figure, path)
+    write_json(args.out, given)
+    for layer, cosines in zip(exits, mean, strict=False):
+        print(f"\nlayer {layer}: cosines of the gradients of two exits\n{'exit':>6}" + "".join(f"{n:8}" for n in exits))
+        for n, row in zip(exits, cosines, strict=True):
+            print(f"{n:6}" + "".join(" " * 8 if np.isnan(value) else f"{value:8.2f}" for value in row))
+    print(f"written to {args.out}")

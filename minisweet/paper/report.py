@@ -2,15 +2,14 @@
 ratios and the areas under the curve (App. A), and the speed-accuracy curves (Figs. 4 to 8, 10).
 
 The mean over tasks is taken for each seed, so that its deviation is the one over seeds, as in the paper. A seed that
-lacks the run of a task has no mean. Two methods are compared on the same task and seed. What differs between tasks is
-what a reader wants to know of the next task, so the interval of a difference takes tasks as its unit.
+lacks the run of a task has no mean.
 
 Dimension letters: S seeds, P points (exits, or speedup ratios).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import combinations, product
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from minisweet.evaluation import plots
-from minisweet.evaluation.metrics import METRICS
+from minisweet.paper.statistics import mean_and_spread
 
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the ratios of the first exits
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
@@ -41,15 +40,8 @@ def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> 
 
 def with_one_class(record: dict, layers: Sequence[int]) -> list[bool]:
     """Whether each of the exits after these layers gives all validation rows the same answer."""
-
-    def answers(report: dict) -> int:
-        """How many classes are predicted. Old evaluations have whole matrices, a row for each label."""
-        if "confusion_matrix" in report:
-            return np.count_nonzero(np.sum(report["confusion_matrix"], axis=0))
-        return len({prediction for _, prediction, _ in report["confusions"]})
-
-    found = {n: answers(report) < 2 for n, report in zip(record["exit_layers"], record["per_class"], strict=True)}
-    return [found.get(n, False) for n in layers]
+    found = dict(zip(record["exit_layers"], record["exit_answers"], strict=True))
+    return [found.get(n, 2) < 2 for n in layers]
 
 
 def seed_means(records: Records, points: Points) -> np.ndarray:
@@ -58,24 +50,12 @@ def seed_means(records: Records, points: Points) -> np.ndarray:
     return np.array([np.mean([points(runs[seed]) for runs in records.values()], axis=0) for seed in sorted(seeds)])
 
 
-def differences(ours: Records, theirs: Records, points: Points) -> list[np.ndarray]:
-    """Subtract from the points of a method's runs those of another's runs of the same task and seed: (P,) each.
-
-    Gives the mean over the seeds of each task; of one task alone, each seed.
-    """
-    by_task = [
-        [np.subtract(points(run), points(theirs[task][seed])) for seed, run in runs.items() if seed in theirs[task]]
-        for task, runs in ours.items()
-    ]
-    return by_task[0] if len(by_task) == 1 else [np.mean(of_seeds, axis=0) for of_seeds in by_task if of_seeds]
-
-
 def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[str]:
     """Write the means of values (S, P) or (S,), each with its 95% interval or deviation. What has no mean is blank.
 
     With a sign they are differences, in bold where the interval leaves out 0.
     """
-    mean, std, half = (np.atleast_1d(values).round(4) for values in plots.mean_and_spread(np.array(values)))
+    mean, std, half = (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
     texts = []
     for value, spread in zip(mean, std if deviation else half, strict=True):
         text = f"{value:{sign}.1f}" + ("" if np.isnan(spread) else f" ±{spread:.1f}")
@@ -110,42 +90,20 @@ def tables(grid: dict[str, Records]) -> str:
         marked = zip(cells(means, deviation=True), constant, strict=False)
         individual.append([name, method, len(means), *(f"{text} [{n}]" if n else text for text, n in marked)])
         curves.append([name, method, len(means), *cells(means)[len(layers) :]])
-    within = [ratio for ratio in ratios if ratio <= 1]
-    points = partial(numbers_of, layers=layers, ratios=within)
-    compared = [[name, len(found), *cells(found, sign="+")] for name, found in pairs_of(grid, points).items() if found]
-    of_layers, head = [f"layer {n}" for n in layers], ["task", "method", "seeds"]
-    scored = "; ".join(f"{metric} of {', '.join(its)}" for metric, its in metrics_of(grid, tasks).items())
-    text = f"\nScores in percent: {scored}.{' Means are over all of them.' * (len(tasks) > 1)} "
-    text += "An interval needs three seeds, or tasks, at least.\n"
+    head = ["task", "method", "seeds"]
     title = "Individual classifiers: mean score ± deviation over seeds; [n]: in n runs it answers with one class"
-    text += table(title, [*head, *of_layers], individual)
+    text = "\nScores in percent: Matthews correlation of CoLA, accuracy elsewhere. An interval needs three seeds.\n"
+    text += table(title, [*head, *(f"layer {n}" for n in layers)], individual)
     title = "Scores at speedup ratios, and the area under the curve: mean ± 95% interval over seeds"
-    text += table(title, [*head, *map("{:.3g}".format, ratios), "area"], curves)
-    unit = "tasks" if len(tasks) > 1 else "seeds"
-    title = f"Differences of methods: mean ± 95% interval over {unit}; what is not bold is not told apart"
-    head = ["difference", unit, *of_layers, *map("{:.3g}".format, within), "area"]
-    return text + (table(title, head, compared) if compared else "")
-
-
-def pairs_of(grid: dict[str, Records], points: Points) -> dict[str, list[np.ndarray]]:
-    """The `differences` of all pairs of methods, the later less the earlier, by their names."""
-    return {f"{b} less {a}": differences(grid[b], grid[a], points) for a, b in combinations(grid, 2)}
+    return text + table(title, [*head, *map("{:.3g}".format, ratios), "area"], curves)
 
 
 def size_table(grids: dict[int, dict[str, Records]]) -> str:
-    """Write the areas, and their differences, by training size: one grid as in `tables` for each (Fig. 8)."""
+    """Write the areas by training size: one grid as in `tables` for each (Fig. 8)."""
     means = [{method: seed_means(its, itemgetter("area")) for method, its in grid.items()} for grid in grids.values()]
-    pairs = [pairs_of(grid, itemgetter("area")) for grid in grids.values()]
     rows = [[name, *("".join(cells(of_size[name])) for of_size in means)] for name in means[0]]
-    rows += [[name, *("".join(cells(of_size[name], sign="+")) for of_size in pairs)] for name in pairs[0]]
-    title = "Area under the curve by number of training examples: mean ± 95% interval over seeds; differences as above"
+    title = "Area under the curve by number of training examples: mean ± 95% interval over seeds"
     return table(title, ["", *(f"up to {n}" for n in grids)], rows)
-
-
-def metrics_of(grid: dict[str, Records], tasks: Sequence[str]) -> dict[str, list[str]]:
-    """The tasks that each metric scores, by its name; tasks without a run are left out."""
-    of_task = {task: run["metric"] for runs in grid.values() for task in tasks for run in runs[task].values()}
-    return {name: its for key, name in METRICS.items() if (its := [task for task in of_task if of_task[task] == key])}
 
 
 def _runs(records: Records) -> list[dict]:
@@ -169,6 +127,13 @@ def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str
             ratios = np.linspace(min(reached), max(reached), 400)
             values = seed_means(records, partial(curve_of, ratios=ratios))  # (S, P)
             if len(values):
-                plots.draw_mean(axis, method, ratios, values, plots.WORDS.get(method, method))
-        plots.label_axes(axis, title, " and ".join(metrics_of(grid, tasks)))
+                draw_mean(axis, method, ratios, values, plots.WORDS.get(method, method))
+        plots.label_axes(axis, title, "score, in percent")
     plots.save_figure(figure, path)
+
+
+def draw_mean(axis, method: str, ratios: np.ndarray, values: np.ndarray, label: str) -> None:
+    """Draw the mean of S curves at the same ratios (P,), scores (S, P), and the band of its interval if S > 2."""
+    mean, _, half = mean_and_spread(values)
+    colour = plots.draw_line(axis, method, ratios, mean, label, marker="")
+    axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)

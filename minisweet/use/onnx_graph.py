@@ -1,6 +1,6 @@
 """How a model becomes one ONNX graph that leaves early by itself.
 
-torch exports each kind of part once, as a function with weights as inputs: the embeddings, a layer, an exit, exit 0.
+torch exports each kind of step once, as a function with weights as inputs: the embeddings, a layer, an exit, exit 0.
 `Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one of two
 inner graphs, and so the file is a graph in a graph in a graph. For exits 0, 2 and 6:
 
@@ -34,7 +34,7 @@ from onnx.helper import make_function, make_graph, make_model, make_node, make_o
 from onnx.inliner import inline_local_functions
 from onnx.numpy_helper import from_array
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxscript import opset20, optimizer
+from onnxscript import optimizer
 from torch import Tensor, nn
 
 from minisweet.exits import MultiExitModel
@@ -45,7 +45,7 @@ INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("probabili
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 
-class Part(nn.ModuleList):
+class Step(nn.ModuleList):
     """Some modules, and what is done with them and with tensors."""
 
     def __init__(self, run: Callable, *modules: nn.Module) -> None:
@@ -56,28 +56,22 @@ class Part(nn.ModuleList):
         return self.run(*self, *inputs)
 
 
-def function_of(name: str, part: Part, inputs: Sequence[Tensor]) -> FunctionProto:
-    """A part as a function of ONNX. Its inputs are the part's, and then the weights that it reads, by their names."""
+def function_of(name: str, step: Step, inputs: Sequence[Tensor]) -> FunctionProto:
+    """A step as a function of ONNX. Its inputs are the step's, and then the weights that it reads, by their names."""
     inputs = tuple(x.clone() for x in inputs)  # since torch.export would merge equal tensors into one input
     sizes = (tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in inputs),)
-    program = torch.export.export(part, inputs, dynamic_shapes=sizes, strict=False)
+    program = torch.export.export(step, inputs, dynamic_shapes=sizes, strict=False)
     options = {"dynamo": True, "optimize": False, "external_data": False, "verbose": False, "opset_version": OPSET}
-    options["custom_translation_table"] = {torch.ops.aten.sym_stride.int: stride}
     file = torch.onnx.export(program, **options).model_proto
     values = list(file.graph.initializer)
-    weights = [value for value in values if value.name in part.state_dict()]
+    weights = [value for value in values if value.name in step.state_dict()]
     file.graph.input.extend(make_tensor_value_info(value.name, value.data_type, value.dims) for value in weights)
     del file.graph.initializer[:]
     file.graph.initializer.extend(value for value in values if value not in weights)
     graph = optimizer.optimize(file).graph
     constants = [make_node("Constant", [], [value.name], value=value) for value in graph.initializer]
     names = [value.name for value in graph.input], [value.name for value in graph.output]
-    return make_function("parts", name, *names, [*constants, *graph.node], [make_opsetid("", OPSET)])
-
-
-def stride(x, dim: int):
-    """How far apart the entries of a dimension lie, which torch may ask of a tensor instead of a size."""
-    return opset20.ReduceProd(opset20.Shape(x, start=dim + 1), keepdims=0)
+    return make_function("steps", name, *names, [*constants, *graph.node], [make_opsetid("", OPSET)])
 
 
 class Writer:
@@ -87,16 +81,16 @@ class Writer:
         self.model = model = copy.deepcopy(model).requires_grad_(False).eval()
         for module in model.modules():
             if isinstance(module, TransformerLayer):
-                module.writes_out = True  # in fewer nodes than those of torch's own attention
+                module.plain_products = True  # in fewer nodes than those of torch's own attention
         encoder, layer, head, ngrams = model.encoder, model.encoder.layers[0], model.heads[0], model.ngrams
-        start = Part(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
-        go = Part(lambda layer, hidden, *context: layer(hidden, context), layer)
-        ask = Part(lambda layer, head, hidden, *context: head(layer(hidden, context, tokens=1))[0], layer, head)
+        start = Step(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
+        go = Step(lambda layer, hidden, *context: layer(hidden, context), layer)
+        ask = Step(lambda layer, head, hidden, *context: head(layer(hidden, context, tokens=1))[0], layer, head)
         tokens = [torch.ones(3, 7).long() for _ in INPUTS]
-        parts = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, start(*tokens))}
+        steps = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, start(*tokens))}
         if ngrams is not None:
-            parts["ask_ngrams"] = Part(lambda ngrams, *tokens: ngrams(*tokens), ngrams), tokens
-        self.functions = {name: function_of(name, *part) for name, part in parts.items()}
+            steps["ask_ngrams"] = Step(lambda ngrams, *tokens: ngrams(*tokens), ngrams), tokens
+        self.functions = {name: function_of(name, *step) for name, step in steps.items()}
         self.nodes, self.weights, self.count = [], [], 0
 
     def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes) -> str:
@@ -111,7 +105,7 @@ class Writer:
         read = {f"{place}.{key}": weights[key] for key in function.input[len(inputs) :]}
         self.weights += [from_array(weight.numpy(), key) for key, weight in read.items()]
         outputs = [f"{place}.{value}" for value in function.output]
-        self.add(name, *inputs, *read, outputs=outputs, domain="parts")
+        self.add(name, *inputs, *read, outputs=outputs, domain="steps")
         return outputs
 
     def either(self, condition: str, *ways: Callable[[], str]) -> str:
@@ -191,7 +185,7 @@ class Writer:
         inputs += [make_tensor_value_info(name, FLOAT, None) for name in ("threshold", "temperatures")]
         shapes = (FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])
         outputs = [make_tensor_value_info(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
-        versions = [make_opsetid("", OPSET), make_opsetid("parts", 1)]
+        versions = [make_opsetid("", OPSET), make_opsetid("steps", 1)]
         graph = make_graph(self.nodes, "early_exit", inputs, outputs, self.weights)
         return make_model(graph, functions=self.functions.values(), opset_imports=versions, ir_version=IR_VERSION)
 
@@ -203,12 +197,11 @@ def export_graph(
 
     With `int8` weights have eight bits, with a scale per column, and ONNX Runtime quantises activations as they come.
     Seven of the eight bits are used: with all of them, products overflow on processors without VNNI. Exit 0 stays as it
-    is: it has no products, and one scale for its whole table would change its answers.
+    is: one scale for its whole table would change its answers.
     """
-    former = logging.root.manager.disable
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as after:
-        after.callback(logging.disable, former)
-        logging.disable(max(former, logging.WARNING))  # the exporters say much about themselves
+        after.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)  # the exporters say much about themselves
         warnings.simplefilter("ignore")
         file = inline_local_functions(Writer(model).write())
         optimizer.fold_constants(file)

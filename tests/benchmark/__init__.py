@@ -4,13 +4,11 @@ What one of them needs and is not installed is said in one line.
 """
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from minisweet.base.commands import run_command
-from minisweet.base.files import InputError, read_json, write_json
-from minisweet.runs.folders import EVALUATION
+from minisweet.base.files import InputError
 
 CHECKOUT = Path(__file__).parents[2]
 RESULTS = CHECKOUT / ".github" / "results"
@@ -29,16 +27,6 @@ def show(blocks: dict[str, str], write: bool) -> None:
             text = re.sub(BLOCK.format(name), lambda found, table=table: found[1] + table + found[3], text, flags=re.S)
         if text != old:
             page.write_text(text, encoding="utf-8")
-
-
-def keep_record(run: Path, folder: Path) -> None:
-    """Write the two JSON files of a run to a new folder.
-
-    The digests of the texts and the losses take more room than all else, and no table needs them.
-    """
-    folder.mkdir()
-    shutil.copy(run / EVALUATION, folder)
-    write_json(folder / "run.json", read_json(run / "run.json") | {"train_tokens": None, "losses": []})
 
 
 def run_study(main: Callable[[], None]) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-PARTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
 def step_of(file: str, tokenizer: str, texts: str, batch: int, threshold: float | None = None) -> Callable[[], list]:
     """What answers all texts in batches, by class and layer (None where the file has one exit)."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    parts = {value.name: PARTS[value.name] for value in session.get_inputs() if value.name in PARTS}
+    fields = {value.name: FIELDS[value.name] for value in session.get_inputs() if value.name in FIELDS}
     encode, rows = Tokenizer.from_file(tokenizer).encode_batch, json.loads(Path(texts).read_text())
     setting = {} if threshold is None else {"threshold": np.array(threshold, np.float32)}
 
@@ -22,7 +22,7 @@ def step_of(file: str, tokenizer: str, texts: str, batch: int, threshold: float 
         answers = []
         for start in range(0, len(rows), batch):
             encoded = encode(rows[start : start + batch])
-            inputs = {name: np.array([getattr(text, part) for text in encoded]) for name, part in parts.items()}
+            inputs = {name: np.array([getattr(text, field) for text in encoded]) for name, field in fields.items()}
             scores, *told = session.run(None, inputs | setting)
             layers = told[1].tolist() if told else [None] * len(scores)
             answers += zip(scores.argmax(-1).tolist(), layers, strict=True)

@@ -7,11 +7,11 @@ Of the packages made from one source the first is taken, so that no two rows tel
 train on are drawn, and of the others at most 2,500 are to test on.
 """
 
+import csv
 import random
 from pathlib import Path
 
 from minisweet.base.commands import Parser
-from minisweet.data.rows import row_writer
 from tests.benchmark import run_study
 
 TRAIN, TEST = 5000, 2500  # rows
@@ -29,13 +29,12 @@ def main() -> None:
         section = fields.get("Section", "").split("/")[-1]
         if section in SECTIONS and "Description" in fields:
             source = fields.get("Source", fields["Package"]).split()[0]
-            by_source.setdefault(source, {"text": fields["Description"], "label": section})
+            by_source.setdefault(source, (fields["Description"], section))
     rows = list(by_source.values())
     random.Random(0).shuffle(rows)
     for path, part in ((args.train, rows[:TRAIN]), (args.test, rows[TRAIN : TRAIN + TEST])):
-        with row_writer(path, ("text", "label")) as write:
-            for row in part:
-                write(row)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *part])
 
 
 if __name__ == "__main__":

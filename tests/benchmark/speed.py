@@ -4,10 +4,9 @@
 
 RUN is an evaluated run with exits 0 and last. Its validation texts are answered, from text to label. Each side has a
 process of its own, and the sides take turns, so that a machine whose speed drifts is fair to all. Numbers are medians.
-The tables of a run of more than six layers have its model's name, and training steps of its kind of model alone.
-bfloat16 is measured in a training step where the processor has instructions for it.
-A training step fine-tunes a whole model of random weights for one exit, at batch 16 with dropout and optimizer.
-DeBERTa of `transformers` fails in bfloat16 autocast, so there it is cast as a whole.
+The tables of a run of more than six layers have its model's name, and no training steps. bfloat16 is
+measured where the processor has instructions for it. A training step fine-tunes a whole model of random weights for one
+exit, at batch 16 with dropout and optimizer.
 """
 
 import json
@@ -15,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,8 @@ from torch import nn
 from minisweet import EarlyExitClassifier, MultiExitModel
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import device_name, processor, tune_cpu
-from minisweet.checkpoint import ARCHITECTURES, new_encoder, read_config
+from minisweet.bert import BertEncoder
+from minisweet.config import BertConfig
 from minisweet.data.text import load_tokenizer, special_tokens
 from minisweet.paper.report import table
 from minisweet.runs.folders import load_run, read_validation
@@ -46,15 +47,14 @@ for _ in sys.stdin:
     print(json.dumps([time.perf_counter() - start, answers]), flush=True)
 """
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-BASE |= {"max_position_embeddings": 514, "vocab_size": 30527}
-SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
-BERT, DEBERTA = {"type_vocab_size": 2}, {"type_vocab_size": 0, "vocab_size": 50265, "pos_att_type": "c2p|p2c"}
-DEBERTA |= {"relative_attention": True, "position_biased_input": False}
-MODELS = {"MiniLM": ("bert", BASE | BERT | SMALL), "BERT-base": ("bert", BASE | BERT), "MPNet-base": ("mpnet", BASE)}
-MODELS |= {"DeBERTa-base": ("deberta", BASE | DEBERTA)}
+BASE |= {"max_position_embeddings": 514, "vocab_size": 30527, "type_vocab_size": 2}
+MODELS = {"MiniLM": BASE | {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}, "BERT-base": BASE}
+# Thresholds of the one file, slower and slower, and what is chosen to deploy.
+POINTS = {"exit 0 alone": 0.0, **{f"threshold {t}": t for t in (0.7, 0.8, 0.9, 0.95)}}
+POINTS |= {"full depth": 1.0, "as deployed": None}
 
 
-def training_step(is_ours: bool, model_type: str, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
+def training_step(is_ours: bool, settings: dict, T: int, bf16: bool) -> Callable[[], None]:
     """What takes one step of ours or of theirs on random texts of T tokens, of which one is half as long."""
     ids, labels = torch.randint(5, 30000, (16, T)), torch.randint(0, 2, (16,))
     mask = torch.ones_like(ids)
@@ -62,15 +62,12 @@ def training_step(is_ours: bool, model_type: str, settings: dict, T: int, bf16: 
     inputs = ids, mask  # one sentence: its token types are zeros
     if is_ours:
         tune_cpu()
-        config = ARCHITECTURES[model_type][0](**settings)
-        model = MultiExitModel(new_encoder(config), (config.num_hidden_layers,), 2)
+        config = BertConfig(**settings)
+        model = MultiExitModel(BertEncoder(config), (config.num_hidden_layers,), 2)
     else:
         import transformers
 
-        config = transformers.AutoConfig.for_model(model_type, **settings)
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-        if model_type == "deberta" and bf16:
-            model, bf16 = model.bfloat16(), False
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**settings))
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, weight_decay=0.0, fused=is_ours or None)
 
     def step() -> None:
@@ -87,8 +84,8 @@ def training_step(is_ours: bool, model_type: str, settings: dict, T: int, bf16: 
 def our_texts(run: str, texts: str, amp: str, threshold: float | None = None) -> Callable[[], list]:
     """What answers all texts by our classifier, by class and layer."""
     tune_cpu()
-    classify, rows = EarlyExitClassifier(run, threshold, amp=amp), json.loads(Path(texts).read_text())
-    return lambda: [(classify.labels.index(answer.label), answer.exit_layer) for answer in classify(rows)]
+    classify, rows = EarlyExitClassifier.load(run, threshold=threshold, amp=amp), json.loads(Path(texts).read_text())
+    return lambda: [(classify.labels.index(answer.label), answer.exit_layer) for answer in classify.classify(rows)]
 
 
 def their_texts(folder: str, texts: str, bf16: bool) -> Callable[[], list]:
@@ -143,13 +140,13 @@ def take_turns(sides: dict[str, tuple], turns: int) -> dict[str, tuple[float, li
     return {side: (statistics.median(seconds[side][1:]), answers[side]) for side in sides}
 
 
-def training_table(turns: int, models: dict[str, tuple]) -> str:
+def training_table(turns: int) -> str:
     """A training step of each of MODELS, length and type."""
     rows, settings = [], list(product((32, 128), (False, True) if processor()[1] else (False,)))
-    for name, model in models.items():
+    for name, model in MODELS.items():
         row = [name]
         for setting in settings:
-            sides = {is_ours: (HERE, "training_step", (is_ours, *model, *setting)) for is_ours in (True, False)}
+            sides = {is_ours: (HERE, "training_step", (is_ours, model, *setting)) for is_ours in (True, False)}
             (ours, _), (theirs, _) = take_turns(sides, turns).values()
             row.append(f"{1000 * theirs:.0f}, {1000 * ours:.0f}: {theirs / ours:.2f}")
         rows.append(row)
@@ -178,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     from minisweet.use.onnx import export_onnx
 
-    run, (_, record), points = args.run.resolve(), load_run(args.run), {"full depth": 1.0, "operating point": None}
+    run, (_, record) = args.run.resolve(), load_run(args.run)
     rows, tokenizer = read_validation(run, record), load_tokenizer(run, record.vocab_size, record.max_length)
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
@@ -190,31 +187,30 @@ def main() -> None:
         tokenizer.save(words)
         export(run, Path(plain))
         export_theirs(plain, f"{theirs}-float32.onnx", f"{theirs}-int8.onnx")
-        for kind in ("float32", "bfloat16"):
+        for kind, amp in list({"float32": "off", "bfloat16": "bf16"}.items())[: 1 + processor()[1]]:
             batches[f"transformers, {kind}"] = HERE, "their_texts", (plain, texts, kind == "bfloat16")
+            for point in ("full depth", "as deployed"):
+                batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, POINTS[point])
         for kind in ("float32", "int8"):
             file = f"{theirs}-{kind}.onnx"
             batches[f"ONNX Runtime, {kind}"] = "onnx_side", "step_of", (file, words, texts, 32)
             files[f"full model, {kind}"] = "onnx_side", "step_of", (file, words, texts, 1)
             file = Path(f"{ours}-{kind}.onnx")
-            export_onnx(run, file, int8=kind == "int8", recertify=kind == "int8")
-            for point, threshold in ({"exit 0 alone": 0.0} | points).items():
+            export_onnx(run, file, int8=kind == "int8")
+            for point, threshold in POINTS.items():
                 call = "onnx_side", "step_of", (str(file), words, texts, 1, threshold)
                 files[f"the file that leaves early, {kind}, {point}"] = call
-        for (kind, amp), (point, threshold) in product({"float32": "off", "bfloat16": "bf16"}.items(), points.items()):
-            batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, threshold)
-        suffix, models = "", MODELS
-        if record.depth > SMALL["num_hidden_layers"]:
-            suffix, kind = f": {Path(record.model).name}", read_config(run).model_type
-            models = {name: model for name, model in MODELS.items() if model[0] == kind and name.endswith("-base")}
-        made = {f"a training step{suffix}": training_table(args.turns, models)}
+        of_small = record.depth == MODELS["MiniLM"]["num_hidden_layers"]
+        made = {"a training step": training_table(args.turns)} if of_small else {}
         for name, sides in {"texts in batches": batches, "one file": files}.items():
             how = "in batches of 32" if sides is batches else "one by one"
             title = f"{record.task}, {len(rows.first):,} texts, {how}"
-            made[name + suffix] = text_table(title, sides, rows.labels, record.depth, args.turns)
+            made[name] = text_table(title, sides, rows.labels, record.depth, args.turns)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
-    made["measured on" + suffix] = f"{device_name(torch.device('cpu'))}; {libraries}; medians of {args.turns} turns.\n"
-    show(made, args.write)
+    where = f"{device_name(torch.device('cpu'))}{', with bfloat16' * processor()[1]}; {libraries}"
+    made["measured on"] = f"{where}; medians of {args.turns} turns; {date.today()}.\n"
+    suffix = "" if of_small else f": {Path(record.model).name}"
+    show({name + suffix: block for name, block in made.items()}, args.write)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,35 @@
-"""All tables and figures that are made of records: of README's "What came out", of exit0.md and of paper.md.
+"""All tables and figures that are made of records: of exit0.md, twelve.md and paper.md, and README's SWEET less EE.
 
     python -m tests.benchmark.zero_tables FOLDER [--write]
 
-FOLDER is an unpacked zero.tar.xz, or holds what zero_layer.py, eight_epochs.py and paper.py keep: `records` of the
-small model, `base/records` of a larger one, `eight/records` and `paper`. Means are over the tasks that full depth
-learns. 95% intervals (Student's t) have tasks as their unit: the seeds of a task are averaged first. Of one task they
-are over its seeds. A difference in bold is told apart from zero: its interval does not hold it.
+FOLDER is an unpacked zero.tar.xz. Or it holds `records` of the small model and `base/records` of a larger one, which
+study.py keeps, `rows` of by_rows.py, and in `paper` what `minisweet reproduce` and `gradients` make. Intervals are 95%
+(Student's t), over the seeds of a task. A difference in bold is told apart from zero: its interval does not hold it.
 """
 
-from itertools import groupby, product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 
 from minisweet.base.commands import Parser
-from minisweet.base.files import InputError
-from minisweet.evaluation.plots import draw_line, draw_mean, label_axes, new_figure, save_figure
+from minisweet.base.files import InputError, read_json
+from minisweet.evaluation.plots import draw_line, label_axes, new_figure, save_figure
 from minisweet.paper import report
-from minisweet.paper.report import cells, table
-from tests.benchmark import RESULTS, eight_epochs, paper, run_study, show
-from tests.benchmark.records import (
-    DEALS,
-    GRID,
-    LEFT_OUT,
-    METHODS,
-    ONE_BRANCH,
-    OURS,
-    SHARES,
-    TRAINED,
-    Study,
-    curves_of,
-    points_of,
-    read_study,
-)
+from minisweet.paper.report import Records, cells, table
+from tests.benchmark import RESULTS, TASKS, by_rows, run_study, show
+from tests.benchmark.records import GRID, METHODS, ONE_BRANCH, OURS, SHARES, Study, curves_of, read_grid, read_study
 
 SIZES = (".", "base")  # where a study's records are, in FOLDER
-POINTS = [*SHARES, "area"]
-PAIRS = [(OURS, name) for name in ("full depth", ONE_BRANCH, "exit 0 and EE", "exit 0 and SWEET", "exit 0 and MM")]
-PAPERS = ("SWEET", "EE")
-PAIRS += [(ONE_BRANCH, name) for name in ("full depth", "exit 0 and EE", "exit 0 and SWEET")]
-PAIRS += [("exit 0 and SWEET", "exit 0 and EE"), PAPERS, ("MM", "EE"), ("SWEET", "MM")]
+TITLES = dict(zip(TASKS, ("SST-2", "MRPC", "QQP", "QNLI", "CoLA", "RTE", "own text"), strict=True))
+FRONTED = ("exit 0 and EE", "exit 0 and SWEET")
+PAIRS = {  # of curves, and at which shares, by depth
+    6: ([(OURS, name) for name in ("full depth", ONE_BRANCH, *FRONTED, "EE", "SWEET")], [*SHARES][:1]),
+    12: ([(ONE_BRANCH, name) for name in ("full depth", OURS, *FRONTED)] + [FRONTED[::-1]], [*SHARES][:3]),
+}
+BY_EXIT = [("SWEET", "EE"), ("MM", "EE"), ("SWEET", "MM")]
 BERT_BASE = ["the paper's BERT-base, mean of 7 tasks", "+3.6", "+1.3", "-0.4", "-1.3"]
+GRADIENTS = ("mnli", "sst2")
 
 
 def text(values: np.ndarray) -> list[str]:
@@ -48,148 +37,140 @@ def text(values: np.ndarray) -> list[str]:
     return ["" if np.isnan(value) else f"{value:.1f}" for value in np.atleast_1d(values)]
 
 
-def mean_of(study: Study) -> str:
-    """What a mean is over: the tasks, and how many seeds each has."""
-    groups = groupby(study.learnt, lambda task: len(study.runs[task]))
-    return "mean of " + ", ".join(f"{', '.join(tasks)} ({n} seed{'s' * (n > 1)})" for n, tasks in groups)
+def exits_table(title: str, grid: dict[str, Records]) -> str:
+    """The score of each exit alone, by task and method."""
+    names, rows = {method: name for name, method in METHODS.items()}, []
+    layers = next(iter(next(iter(grid["ee"].values())).values()))["exit_layers"]
+    for task, method in product(grid["ee"], grid):
+        runs = list(grid[method][task].values())
+        constant = np.sum([np.array(run["exit_answers"]) < 2 for run in runs], axis=0)
+        marked = zip(cells([run["exit_scores"] for run in runs], deviation=True), constant, strict=True)
+        rows.append([TITLES[task], names[method], *(f"{cell} [{n}]" if n else cell for cell, n in marked)])
+    return table(title, ["task", "method", *(f"after layer {n}" for n in layers)], rows)
 
 
-def rate_rows(study: Study, ours: str, theirs: str, points: report.Points) -> list[list[str]]:
-    """The difference of two of the paper's methods at other rates than their own; none for other names."""
-    if not {study.methods.get(ours), study.methods.get(theirs)} <= {*TRAINED}:
-        return []
+def less(ours: list[tuple], theirs: list[tuple]) -> list[str]:
+    """The scores of exits less those of others, by seeds of what `exits_of` gives, or that both know but one class."""
+    known = np.max([np.count_nonzero(counts, axis=-1) for _, counts in (*ours, *theirs)], axis=0)  # (E,)
+    values = np.array([one for one, _ in ours]) - [one for one, _ in theirs]
+    return [cell if n > 1 else "both give one answer" for n, cell in zip(known, cells(values, sign="+"), strict=True)]
 
-    def rate_before(its: dict[float, dict], usual: float) -> float:
-        """Another rate that three seeds have, if there is one."""
-        return next((lr for lr, seeds in sorted(its.items()) if len(seeds) > 2 and lr != usual), usual)
 
-    before, usual = study.grid(rate_before), study.grid(lambda its, usual: usual)
-    grids = {"rates of the search before": before} if before != usual else {}
-    for rate in sorted({rate for its in study.rates.values() for rate in its}):
-        grids[f"{rate:g} for all"] = study.grid(lambda its, usual, rate=rate: rate)
+def by_exit(study: Study, pair: tuple[str, str]) -> list[list[str]]:
+    """What the exits of one method have less those of another, on each task that is learnt."""
     rows = []
-    for name, grid in grids.items():
-        if grid["ee"]:
-            by_task = report.differences(grid[METHODS[ours]], grid[METHODS[theirs]], points)
-            rows.append([f"{name}, {', '.join(grid['ee'])}", *cells(by_task, sign="+")])
+    for task in study.learnt:
+        runs = study.runs[task].values()
+        ours, theirs = ([(run["exits"][name], run["counts"][name]) for run in runs] for name in pair)
+        rows.append([TITLES[task], *less(ours, theirs)])
+    return rows
+
+
+def by_rate(study: Study) -> list[list[str]]:
+    """SWEET less EE at another rate than the usual one, by the seeds that have it, and at the usual one by these."""
+    rows = []
+    for (task, rate), its in sorted(study.rates.items()):
+        seeds = [seed for seed in its if {"ee", "sweet"} <= its[seed].keys() and seed in study.runs.get(task, ())]
+        usual = [study.runs[task][seed] for seed in seeds]
+        ours, theirs = ([(run["exits"][name], run["counts"][name]) for run in usual] for name in ("SWEET", "EE"))
+        if seeds:
+            rows.append([TITLES[task], "5e-5", len(seeds), *less(ours, theirs)])
+            rows.append([TITLES[task], rate, len(seeds), *less(*([its[n][m] for n in seeds] for m in ("sweet", "ee")))])
     return rows
 
 
 def tables(study: Study) -> dict[str, str]:
     """The tables of a study by their names, without what tells studies apart."""
-    names, tasks, of, made = list(study.curves), list(study.runs), mean_of(study), {}
-    pairs = [pair for pair in PAIRS if {*pair} <= {"full depth", *names}]
+    tasks, made, of_exits = list(study.runs), {}, [f"after layer {n}" for n in study.layers]
+    if study.has_mean:
+        rows = [["full depth", "", "", "", *text(study.mean("alone", "full depth"))]]
+        rows += [[name, *text(study.mean("curve", name))] for name in curves_of(study.layers)]
+        title = f"Accuracy at a share of the layers, mean of {', '.join(TITLES[task] for task in study.learnt)}"
+        made["at shares"] = table(title, ["exits", *SHARES], rows)
 
-    others = [task for task in tasks if task not in study.learnt]
-    rows = [["full depth", "", "", "", *text(study.by_task("alone", "full depth").mean())]]
-    for name in names:
-        areas = [study.values("curve", name, task)[:, 0, -1].mean() for task in others]
-        rows.append([name, *text(study.by_task("curve", name)[:, 0].mean(0)), *text(areas)])
-    head = ["exits", *POINTS, *(f"area, {task}" for task in others)]
-    made["at shares"] = table(f"Score at a share of the layers, {of}", head, rows)
-    if study.missing:
-        made["at shares"] += f"\n{LEFT_OUT}: {', '.join(study.missing)}.\n"
-
+    pairs, shares = PAIRS[study.depth if study.depth in PAIRS else 12]
     rows = []
-    for name in ["full depth", *names[1:]]:
-        wins = sum(study.less("curve", (OURS, name), task)[:, 0, -1].mean() > 0 for task in tasks)
-        less = cells(study.less("curve", (OURS, name))[:, 0], sign="+")
-        rows.append([name, *less, f"{wins} of {len(tasks)}"])
-    title = f"{OURS.capitalize()} less each other, ± over tasks, {of}"
-    made["less each other"] = table(title, ["less", *POINTS, "tasks with more area"], rows)
-
-    rows = []
-    for pair, k in product(pairs[: pairs.index(PAPERS) + 1], range(3)):
-        row = [" less ".join(pair), POINTS[k]]
+    for pair, share in product(pairs, shares):
+        place, row = [*SHARES].index(share), [" less ".join(pair), share]
         for task in tasks:
-            row += cells(study.less("curve", pair, task)[:, 0, k], sign="+")
-        rows.append([*row, *cells(study.less("curve", pair)[:, 0, k], sign="+")])
-    head = ["difference", "at", *tasks, f"± over tasks: {', '.join(study.learnt)}"]
-    made["on each task"] = table("Differences on each task, ± over its seeds", head, rows)
+            ours, theirs = (study.values("curve", name, task)[:, place] for name in pair)
+            row += cells(ours - theirs, sign="+")
+        rows.append(row)
+    title = "Points at a share of the layers, less each other, ± over seeds"
+    made["less each other"] = table(title, ["difference", "at", *(TITLES[task] for task in tasks)], rows)
 
-    every = [run["alone"] for its in study.runs.values() for run in its.values()]
-    rows = [
-        [name, *text(study.by_task("alone", name, tasks)), *text(study.by_task("alone", name).mean())]
-        for name in every[0]
-        if all(name in alone for alone in every)
-    ]
-    made["alone"] = table("Models without early exit, and branches alone", ["model", *tasks, of], rows)
+    rows, every = [], [run["alone"].keys() for its in study.runs.values() for run in its.values()]
+    for name in (name for name in every[0] if all(name in alone for alone in every)):
+        row = [text(study.values("alone", name, task).mean())[0] for task in tasks]
+        rows.append([name, *row, *(text(study.mean("alone", name)) if study.has_mean else [])])
+    head = ["model", *(TITLES[task] for task in tasks), *["mean of those learnt"] * study.has_mean]
+    made["alone"] = table("Models without early exit, mean over seeds", head, rows)
 
+    title = "Exits alone: mean ± deviation over three seeds; [n]: in n runs it gives all texts one answer"
+    made["exits"] = exits_table(title, study.grid(study.learnt, tuple(METHODS.values())))
     rows = [["SWEET less EE", *BERT_BASE]]
-    for pair in (pair for pair in pairs if {*pair} <= {*METHODS}):
-        its = [[of, *cells(study.less("exits", pair), sign="+")]]
-        its += [[f"{task}, ± over seeds", *cells(study.less("exits", pair, task), sign="+")] for task in tasks]
-        its += rate_rows(study, *pair, lambda run: run["exit_scores"][-len(study.layers) :])
-        rows += [[" less ".join(pair), *row] for row in its]
-    head = ["difference", "of", *(f"after layer {n}" for n in study.layers)]
-    made["sweet less ee"] = table("Exits alone, less each other, ± over tasks", head, rows)
+    rows += [[" less ".join(pair), *row] for pair in BY_EXIT for row in by_exit(study, pair)]
+    made["by exit"] = table("Exits alone, less each other, ± over seeds", ["difference", "on", *of_exits], rows)
+    if rows := by_rate(study):
+        made["by rate"] = table("SWEET less EE, exits alone, at two rates", ["task", "rate", "seeds", *of_exits], rows)
+    return made
 
+
+def paper_tables(folder: Path) -> dict[str, str]:
+    """Of the paper's grids: learning-to-exit, fewer training rows, and gradients."""
+    if not (runs := folder / "runs").exists():
+        return {}
+    title = "Exits alone, learning-to-exit: mean ± deviation over three seeds; [n]: in n runs one answer"
+    made = {"learning-to-exit": exits_table(title, read_grid(runs, ["sst2", "mrpc"], is_lte=True))}
+    made["sizes"] = report.size_table({size: read_grid(runs, ["sst2"], size) for size in (6000, 2000, 500)})
     rows = []
-    for pair in pairs:
-        by_choice = study.less("curve", pair)  # (tasks, W, P)
-        means = by_choice[:, 2:].mean(0)
-        spread = [f"{low:+.1f} to {high:+.1f}" for low, high in zip(means.min(0), means.max(0), strict=True)]
-        rows.append([" less ".join(pair), "as above", *cells(by_choice[:, 0], sign="+")])
-        rows.append(["", "11 thresholds", *cells(by_choice[:, 1], sign="+")])
-        rows.append(["", f"{len(DEALS) - 1} other deals of the folds", *spread])
-        rows += [["", f"{row[0]}, 11 thresholds", *row[1:]] for row in rate_rows(study, *pair, points_of)]
-    title = f"How much a difference depends on choices, ± over tasks, {of}"
-    made["choices"] = table(title, ["difference", "choice", *POINTS], rows)
-
-    rows = [[name, *text(np.ravel(study.by_task("minutes", name, tasks)))] for name in study.methods]
-    made["minutes"] = table("Minutes of a training, mean over seeds", ["method", *tasks], rows)
-    return made | paper.tables_of(report.tables(paper_grid(study)))
+    for task in GRADIENTS:
+        found = read_json(folder / task / "gradients.json")
+        pairs = list(combinations(range(len(found["exits"])), 2))
+        for n, mean, spread in zip(found["layers"], found["cosine"], found["deviation"], strict=True):
+            both = [(mean[i][j], spread[i][j]) for i, j in pairs]
+            shown = ["" if one is None else f"{one:.2f} ±{std:.2f}".replace("-0.00", "0.00") for one, std in both]
+            rows.append([TITLES.get(task, task.upper()), n, *shown])
+    head = ["task", "layer", *(f"exits {found['exits'][i]} and {found['exits'][j]}" for i, j in pairs)]
+    title = f"Cosines of two exits' gradients, ± deviation over {len(found['seeds'])} seeds"
+    return made | {"gradients": table(title, head, rows)}
 
 
-def paper_grid(study: Study) -> dict[str, report.Records]:
-    """The paper's methods as its reports take them, on the learnt tasks, with as many thresholds as here."""
-    return {
-        method: {task: {seed: run["record"][method] for seed, run in study.runs[task].items()} for task in study.learnt}
-        for method in TRAINED
-        if method in study.methods.values()
-    }
-
-
-def what_came_out(studies: list[Study]) -> dict[str, str]:
-    """README's tables, of all studies side by side. They have no title there. Few tasks stand beside their mean."""
-    names, columns, differences = [name for name in curves_of([1]) if name != "exit 0 and branches"], [], [BERT_BASE]
+def make_tables(folder: Path) -> tuple[dict[str, str], list[Study]]:
+    """All tables of a folder by their names, and its studies. Raises InputError for a folder without records."""
+    studies = [study for size in SIZES if (study := read_study(folder / size))]
+    made = paper_tables(folder / "paper") | by_rows.tables(folder / "rows")
     for study in studies:
-        every = [run["one class"] for its in study.runs.values() for run in its.values()]
-        column = {"plain model": ["", "", "", *text(study.by_task("alone", "full depth").mean())]}
-        for name in names:
-            column[name] = [""] * len(SHARES)
-            if name in study.curves:
-                column[name] = text(study.by_task("curve", name)[:, 0, : len(SHARES)].mean(0))
-            if name in study.methods:  # in how many runs its first exit gives one answer
-                column[name][0] += f" [{sum(run[name] for run in every)} of {len(every)}]"
-        column["exit 0 alone, no layer"] = text(study.by_task("alone", "exit 0").mean()) + [""] * (len(SHARES) - 1)
-        columns.append(column)
-        exits = f"{study.depth} layers, exits {', '.join(map(str, study.layers))}"
-        for task in [None, *study.learnt] if len(study.learnt) in (2, 3) else [None]:
-            unit = f"{task}, ± over seeds" if task else f"mean of {len(study.learnt)} tasks"
-            differences.append([f"{exits}, {unit}", *cells(study.less("exits", PAPERS, task), sign="+")])
-    rows = [[name, *(cell for column in columns for cell in column[name])] for name in columns[0]]
-    head = [f"{study.depth} layers: {point}" for study in studies for point in SHARES]
-    made = {"what came out": table("", ["score at a share of the layers", *head], rows)}
-    head = ["SWEET less EE, exits alone", "first", "second", "third", "last"]
-    return made | {"sweet less ee": table("", head, differences)}
+        made |= {f"{name}: {study.depth} layers": block for name, block in tables(study).items()}
+    if studies:
+        rows = by_exit(studies[-1], BY_EXIT[0])
+        head = ["SWEET less EE, exits alone", *(f"after layer {n}" for n in studies[-1].layers)]
+        made["sweet less ee"] = table("", head, [BERT_BASE, *rows])
+    if not made:
+        raise InputError(f"{folder}: no records to make tables of; should hold 'records', with a seed of a task whole")
+    return made, studies
 
 
-def draw(path: Path, studies: list[Study]) -> None:
-    """Draw a panel for each study: what curves lose to full depth, a mean of the learnt tasks. Those with exit 0 are
-    dashed, and of four tasks have the 95% interval over tasks as their band. Other bands would hide all else.
-    """
-    figure = new_figure(1 + 5.6 * len(studies), 5)
-    for place, study in enumerate(studies, start=1):
-        axis = figure.add_subplot(1, len(studies), place)
-        draw_line(axis, "plain", [1.0], [0.0], "plain model", "o")
-        for name, (method, exits) in study.curves.items():
-            if name != ONE_BRANCH:
-                colour = "plain" if name == OURS else method
-                less = study.by_task("grid", name) - study.by_task("alone", "full depth")[:, None]  # (tasks, GRID)
-                draw_mean(axis, colour, GRID, less if exits[0] == 0 and len(less) > 3 else less.mean(0)[None], name)
-        title = f"{study.depth} layers, mean of {len(study.learnt)} tasks"
-        label_axes(axis, title, "score less full depth's, points")
+def draw(path: Path, study: Study) -> None:
+    """Draw a panel for each task: the score over the share of the layers, means over seeds."""
+    columns = 3 if len(study.runs) > 4 else 2
+    figure = new_figure(1 + 3.6 * columns, 0.6 + 3 * -(-len(study.runs) // columns))
+    for place, task in enumerate(study.runs, start=1):
+        axis = figure.add_subplot(-(-len(study.runs) // columns), columns, place)
+        for name, colour in (
+            (OURS, "plain"),
+            (ONE_BRANCH, "branch"),
+            *zip(("EE", "SWEET"), ("ee", "sweet"), strict=True),
+        ):
+            draw_line(axis, colour, GRID, study.values("drawn", name, task).mean(0), name, marker="")
+        for name, colour in zip(FRONTED, ("ee", "sweet"), strict=True):
+            draw_line(axis, colour, GRID, study.values("drawn", name, task).mean(0), name, marker="")
+        draw_line(
+            axis, "plain", [1.0], study.values("alone", "full depth", task).mean(keepdims=True), "full depth", "o"
+        )
+        metric = study.grid([task])["ee"][task][0]["metric"]
+        label_axes(axis, f"{TITLES[task]}, {study.depth} layers", metric)
+        axis.set_xlabel("share of the layers run")
     save_figure(figure, path)
 
 
@@ -201,26 +182,10 @@ def main() -> None:
     args = parser.parse_args()
     made, studies = make_tables(args.folder)
     show(made, args.write)
-    if args.write and studies:
-        draw(RESULTS / "exit0.png", studies)
-        for study in studies:
-            panels = [(task, paper_grid(study), [task]) for task in study.learnt]
-            report.draw_curves(RESULTS / f"paper-{study.depth}.png", panels)
-    if args.write and (found := eight_epochs.read(args.folder / "eight" / "records")):
-        eight_epochs.draw(RESULTS / "eight-epochs.png", found)
-
-
-def make_tables(folder: Path) -> tuple[dict[str, str], list[Study]]:
-    """All tables of a folder by their names, and its studies. Raises InputError for a folder without records."""
-    studies, made = [study for size in SIZES if (study := read_study(folder / size))], {}
-    for study in studies:
-        made |= {f"{name}: {study.depth} layers": block for name, block in tables(study).items()}
-    made |= what_came_out(studies) if studies else {}
-    made |= eight_epochs.tables(eight_epochs.read(folder / "eight" / "records"))
-    made |= paper.tables(folder / "paper")
-    if not made:
-        raise InputError(f"{folder}: no records to make tables of; should hold 'records', with a seed of a task whole")
-    return made, studies
+    for study in studies if args.write else ():
+        draw(RESULTS / ("twelve.png" if study.depth > 6 else "exit0.png"), study)
+        panels = [(TITLES[task], study.grid(study.learnt), [task]) for task in study.learnt]
+        report.draw_curves(RESULTS / f"paper-{study.depth}.png", panels)
 
 
 if __name__ == "__main__":

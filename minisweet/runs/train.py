@@ -1,0 +1,141 @@
+"""Train one run and write its folder: what train.py, `minisweet fit` and `EarlyExitClassifier.fit` call.
+
+Dimension letters: N instances, K exits, C classes, V words, D hidden size.
+"""
+
+import argparse
+from itertools import chain
+
+import numpy as np
+import torch
+
+from minisweet.base import devices
+from minisweet.base.commands import progress
+from minisweet.base.files import LOG, InputError
+from minisweet.beyond.ngrams import fit_ngrams
+from minisweet.checkpoint import WEIGHTS
+from minisweet.evaluation.outputs import all_logits
+from minisweet.exits import ExitModel, MultiExitModel
+from minisweet.methods import METHODS, add_exits, new_trunk
+from minisweet.runs.folders import save_run
+from minisweet.runs.resume import SavedTraining, claim_output
+from minisweet.runs.start import Data, Setup, prepare
+from minisweet.training import fine_tune, process_rank, used_rows
+
+
+def train(args: argparse.Namespace, data: Data) -> bool:
+    """Train a run and write it to `args.out`. False where --resume finds it finished.
+
+    `args` has the options of `add_training_options`, and method, trunk, class_weights, train_size, dev_size and out.
+    Raises InputError where options or data do not fit, and where the loss is not finite.
+    """
+    with claim_output(args.out, args.resume or args.overwrite) as folder:
+        setup = prepare(args, data)
+        checkpoint = SavedTraining(folder, setup.args, setup.record)
+        if not checkpoint.is_finished:
+            train_and_save(setup, checkpoint)
+        if process_rank() == 0:
+            checkpoint.path.unlink(missing_ok=True)
+    return not checkpoint.is_finished
+
+
+def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
+    """Train the stages of the method, fit exit 0, and write the run."""
+    args, record, C = setup.args, setup.record, len(setup.record["labels"])
+    torch.manual_seed(args.seed)
+    trunk = setup.trunk or new_trunk(setup.folder, setup.layers[-1], C, args.exit_strategy)
+    embeddings = trunk.encoder.word_embeddings.weight.detach().clone()  # before they are trained
+    if not len(setup.examples):  # no row is labelled: all learn what the trunk says
+        answers = answers_of(setup, checkpoint, trunk)
+        setup = setup._replace(examples=setup.unlabelled.with_targets(answers), unlabelled=None)
+    try:
+        model = train_model(setup, checkpoint, trunk)
+    except FloatingPointError as error:
+        step = record["diverged"] = error.args[0]
+        if process_rank() == 0:
+            checkpoint.path.unlink(missing_ok=True)
+            if not (args.out / WEIGHTS).exists():  # an earlier run with weights is not overwritten
+                # It counts as done: `reproduce` and --resume pass it over.
+                save_run(args.out, None, setup.folder, record, setup.validation)
+        where = f"at {args.lr:g} the loss became infinite or NaN at step {step}"
+        raise InputError(f"--lr: {where}; try a lower one") from None
+    if process_rank():  # the first process alone fits exit 0 and writes
+        return
+    if setup.ngrams:
+        fit_exit_0(setup, checkpoint, model, embeddings)
+    stages = checkpoint.stages
+    # Of each stage, (steps, its exits). The trunk is trained first, and its exit is the last.
+    losses = [stages[name]["losses"] for name in sorted(stages, key="trunk".__eq__) if stages[name]["losses"]]
+    record["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
+    record["stages"] = {name: round(saved["seconds"], 1) for name, saved in stages.items()}
+    record["seconds"] = round(sum(saved["seconds"] for saved in stages.values()), 1)
+    save_run(args.out, model, setup.folder, record, setup.validation)
+    LOG.info("%s: trained in %.0f s", args.out, record["seconds"])
+
+
+def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) -> ExitModel:
+    """Train a method's model, which is built from a trunk (methods.py): a model with one exit, new or finished."""
+    args, is_new, method = setup.args, setup.trunk is None, METHODS[setup.args.method]
+    if is_new and method.keeps_trunk:  # the plain model, trained for its one exit
+        train_stage(setup, checkpoint, "trunk", trunk, args.lr)
+    torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
+    model = add_exits(args.method, trunk, setup.layers, args.exit_strategy)
+    for name, part, times_rate in method.stages(model, is_new):
+        train_stage(setup, checkpoint, name, part, times_rate * args.lr)
+    return model
+
+
+def train_stage(setup: Setup, checkpoint: SavedTraining, name: str, model: MultiExitModel, rate: float) -> None:
+    """Fine-tune a model, or a part of one, on all examples for all epochs."""
+    args, examples = setup.args, setup.examples
+    if args.class_weights:
+        examples = examples.with_targets(balanced(examples.targets, len(setup.record["labels"])))
+    model.to(setup.device)
+    with used_rows(model, examples) as row_of:
+        epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
+        batches = (batch._replace(input_ids=row_of[batch.input_ids]) for batch in chain.from_iterable(epochs))
+        steps = args.epochs * -(-len(examples) // args.batch_size)
+        with progress(batches, total=steps, unit="step", desc=name) as bar, checkpoint.during(name, bar):
+            fine_tune(model, bar, steps, rate, args.seed, setup.precision, checkpoint)
+    model.cpu()  # frees the device for the next stage
+
+
+def answers_of(setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> np.ndarray:
+    """What a model's last exit says of the unlabelled texts: probabilities (N, C). It is a stage of the checkpoint."""
+    if "unlabelled" not in checkpoint.stages:
+        alone = model.models_alone[-1]
+        alone = alone.keep_exits(alone.head_layers[-1:]).eval().to(setup.device)
+        precision = devices.choose_precision(setup.args.amp, setup.device)  # as in evaluation: on a CPU float32
+        with checkpoint.timed("unlabelled") as state:
+            logits, _ = all_logits(alone, setup.unlabelled, precision, "the model answers the unlabelled texts")
+            state["answers"] = logits[-1].softmax(-1)
+        alone.cpu()
+    return checkpoint.stages["unlabelled"]["answers"].numpy()
+
+
+def fit_exit_0(setup: Setup, checkpoint: SavedTraining, model: ExitModel, embeddings: torch.Tensor) -> None:
+    """Fit exit 0 to the labels, and where there are unlabelled texts to what the model's last exit says of them."""
+    examples, C = setup.examples, len(setup.record["labels"])
+    if setup.unlabelled:
+        answers = answers_of(setup, checkpoint, model)
+        targets = np.concatenate([np.eye(C, dtype=np.float32)[examples.targets], answers])
+        examples = examples.joined(setup.unlabelled).with_targets(targets)
+    targets = balanced(examples.targets, C) if setup.args.class_weights else examples.targets
+    chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
+    batches = [examples.batch(rows).inputs for rows in chunks]
+    with checkpoint.timed("exit 0"), progress(desc="exit 0", unit="fit") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        fit_ngrams(setup.ngrams, batches, torch.from_numpy(targets), embeddings, report)
+    model.add_ngrams(setup.ngrams)
+
+
+def balanced(targets: np.ndarray, num_labels: int) -> np.ndarray:
+    """Labels (N,) or probabilities (N, C) to (N, C), each row times N / (classes that occur x rows of its class)."""
+    targets = np.eye(num_labels, dtype=np.float32)[targets] if targets.ndim == 1 else targets
+    _, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
+    weights = len(targets) / (len(counts) * counts[of_row])  # (N,)
+    return targets * weights[:, None].astype(np.float32)

@@ -1,0 +1,134 @@
+"""The training loop: AdamW, a linear decay, and the gradients of each method (App. A of the paper).
+
+    for step, batch in enumerate(batches):
+        forward exit by exit, backward: one loss per exit, or EE's one sum
+        clip the gradient, step, decay the learning rate
+
+With CUDA, or with bfloat16 instructions, products run in half precision (AMP). With torchrun each process holds the
+whole model and takes a share of every batch's rows: their gradients, each weighted by its share, are added up before
+they are clipped, so that all processes have the same one.
+
+Dimension letters: B batch, K exits, V words, D hidden size, L layers.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+
+from minisweet.data.text import Batch, TokenizedExamples
+from minisweet.exits import MultiExitModel, exit_loss
+
+
+def fine_tune(
+    model: MultiExitModel,
+    batches: Iterable[Batch],
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    precision: torch.dtype | None = None,
+    checkpoint=None,
+) -> list[list[float]]:
+    """Train the parameters of `model.parameter_groups()`. Returns each step's losses, (steps, K).
+
+    The learning rate decays linearly towards zero, and each group's gradient is clipped to norm 1. `seed` is that of
+    dropout. A `checkpoint` restores what an earlier process had done, and is told of each step (`SavedTraining` of
+    runs/resume.py). Raises FloatingPointError, with the step, where a loss, or a parameter at the end, is not finite.
+    """
+    groups, device = model.train().parameter_groups(), next(model.parameters()).device
+    parameters = list(chain.from_iterable(groups))
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    scaler = GradScaler(device.type, enabled=precision is torch.float16)
+    losses = checkpoint.restore(parameters, optimizer, scaler) if checkpoint else []
+    for step, batch in enumerate(batches, start=1):
+        if step <= len(losses):  # the step was done before the training was stopped
+            continue
+        # Seeds dropout by step, so that no random state has to be saved.
+        torch.manual_seed(1_000_003 * seed + 1_009 * step + process_rank())
+        optimizer.zero_grad()
+        rows, weight = own_rows(batch)
+        of_step = compute_gradients(model, rows.to(device), scaler, precision)
+        losses.append(add_up_gradients(parameters, of_step, weight).tolist())
+        if not np.isfinite(losses[-1]).all():
+            raise FloatingPointError(step)
+        scaler.unscale_(optimizer)
+        for group in groups:
+            clip_grad_norm_(group, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
+        scaler.step(optimizer)
+        scaler.update()
+        if checkpoint:
+            checkpoint.keep(losses, parameters, optimizer, scaler, is_over=step == steps)
+    if not all(parameter.isfinite().all() for parameter in parameters):  # by the last step, after its loss
+        raise FloatingPointError(steps)
+    return losses
+
+
+def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
+    """Add up the gradients of the trained exits' losses. Returns these losses: (K,), of branches (K-1,)."""
+    losses, exits, is_ee = [], model.exit_by_exit(*batch.inputs), model.method == "ee"
+    for _ in range(model.trained_exits):
+        with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):
+            losses.append(exit_loss(*next(exits), batch.targets))
+        if not is_ee:  # no later loss sends a gradient to this segment, so its activations are freed
+            scaler.scale(losses[-1]).backward()
+    if is_ee:
+        scaler.scale(model.sum_losses(losses)).backward()
+    return torch.stack(losses).detach()
+
+
+@contextmanager
+def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[Tensor]:
+    """Within, the word embeddings are cut to the rows in use: a step takes 10 to 12% less. Gives each id's row (V,)."""
+    embedding, whole = model.encoder.word_embeddings, model.encoder.word_embeddings.weight
+    used = torch.from_numpy(np.unique(np.concatenate([*examples.ids, [examples.pad_id]]))).to(whole.device)
+    embedding.weight = nn.Parameter(whole.detach()[used], whole.requires_grad)
+    try:
+        yield torch.zeros(len(whole), dtype=torch.int64).index_copy(0, used.cpu(), torch.arange(len(used)))
+    finally:
+        with torch.no_grad():
+            whole[used] = embedding.weight
+        embedding.weight = whole
+
+
+def process_rank() -> int:
+    """The number of this process among torchrun's, from 0; without torchrun 0. The first process prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    """How many processes torchrun has started; without torchrun 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers, for which they wait for each other."""
+    if num_processes() > 1:
+        dist.all_reduce(shared := torch.tensor(number), dist.ReduceOp.MAX)
+        return int(shared)
+    return number
+
+
+def own_rows(batch: Batch) -> tuple[Batch, float]:
+    """This process's rows of a batch, and their share of it. A process without a row takes the first, of weight 0."""
+    rank, B = process_rank(), len(batch.rows)
+    rows = slice(rank, None, num_processes()) if rank < B else slice(1)
+    mine = Batch(*(tensor[rows] for tensor in batch if tensor is not None))
+    return mine, len(mine.rows) / B if rank < B else 0.0
+
+
+def add_up_gradients(parameters: list[nn.Parameter], losses: Tensor, weight: float) -> Tensor:
+    """Make the gradients and the losses (K,), in place, those of the whole batch; returns the losses."""
+    if num_processes() > 1:
+        tensors = [p.grad for p in parameters if p.grad is not None] + [losses]  # the same ones in all processes
+        flat = parameters_to_vector(tensors)
+        flat = flat * weight if weight else torch.zeros_like(flat)  # 0 times NaN would be NaN
+        dist.all_reduce(flat)
+        vector_to_parameters(flat, tensors)
+    return losses

@@ -1,0 +1,180 @@
+"""EarlyExitClassifier in Python: what scikit-learn expects of it, what it trains, and what it answers."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minisweet import EarlyExitClassifier, InputError
+from tests.conftest import opinions
+
+TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
+
+
+@pytest.fixture
+def new(own_run):
+    """A function that makes a classifier to train, of the tiny model, in no time."""
+    quick = {"model": str(own_run.parent / "tiny"), "max_length": 32, "amp": "off", "lr": 3e-3, "epochs": 1}
+    return lambda **options: EarlyExitClassifier(**quick | {"max_lost": 40, "sure": 60} | options)
+
+
+def opinions_of(part: slice) -> tuple[list[str], list[str]]:
+    return tuple(map(list, zip(*opinions(1000)[part], strict=True)))
+
+
+def test_the_example_of_its_docstring(new, tmp_path):
+    texts, labels = opinions_of(slice(100))
+    classify = new(exit_layers=[0, 2, 4], method="branch")
+    assert classify.fit(texts, labels) is classify
+    assert classify.predict(texts).tolist() == [answer.label for answer in classify.classify(texts)]
+    assert classify.classes_.tolist() == ["down", "up"]
+    np.testing.assert_allclose(classify.predict_proba(texts).sum(1), 1, atol=1e-6)
+    assert classify.score(texts, labels) == np.mean(classify.predict(texts) == np.array(labels)) > 0.8
+    assert classify.choose(max_lost=20, sure=55).operating_point.goal == {"max_lost": 20, "sure": 55}
+    classify.save(tmp_path / "run")
+    again = EarlyExitClassifier.load(tmp_path / "run", batch_size=7)
+    assert (again.operating_point, again.max_lost, again.epochs) == (classify.operating_point, 20, 1)
+    assert again.classify(texts) == classify.classify(texts)
+    full = classify.choose(max_share=1.0)
+    assert {answer.exit_layer for answer in full.classify(texts)} == {4}
+    assert again.choose(max_share=0.0).operating_point.share < 0.5
+
+
+def test_scikit_learn_takes_it(new):
+    base = pytest.importorskip("sklearn.base")
+    from sklearn.model_selection import cross_val_score
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import FunctionTransformer
+
+    classify, (texts, labels) = new(exit_layers=[0, 1]), opinions_of(slice(60))
+    clone = base.clone(classify.set_params(seed=3))
+    assert clone.get_params() == classify.get_params() != new().get_params()
+    assert (repr(clone), base.is_classifier(clone), hasattr(clone, "classes_")) == (repr(classify), True, False)
+    assert cross_val_score(classify, texts, np.array(labels), cv=2).mean() > 0.6
+    strip = FunctionTransformer(lambda texts: [text.removeprefix("> ") for text in texts])
+    pipeline = Pipeline([("strip", strip), ("classify", clone)]).fit([f"> {text}" for text in texts], labels)
+    assert pipeline.predict(texts).tolist() == clone.predict(texts).tolist()
+    assert pipeline.predict_proba(texts).shape == (60, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"), [([-1, 10], int), ([0.5, 2], float), ([np.True_, np.False_], bool), (["b", np.str_("a")], str)]
+)
+def test_labels_keep_their_type(new, tmp_path, names, kind):
+    texts, labels = opinions_of(slice(60))
+    labels = [None if n == 7 else names[label == "up"] for n, label in enumerate(labels)]
+    new(exit_layers=[0, 1]).fit(texts, labels).save(tmp_path / "run")
+    classify = EarlyExitClassifier.load(tmp_path / "run")
+    assert ({*map(type, classify.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
+    assert {answer.label for answer in classify.classify(texts)} <= {*names}
+    assert classify.predict(texts).dtype == classify.predict([]).dtype == classify.classes_.dtype
+    assert classify.predict_proba([]).shape == (0, 2)
+
+
+def test_the_same_rows_and_seed_give_the_weights_of_the_command(own_run, new):
+    """Also those of exit 0, which learnt from unlabelled texts."""
+    (texts, labels), (more, _), repeated = *map(opinions_of, (slice(300), slice(300, 800))), opinions_of(slice(20))[0]
+    classify = new(epochs=2, max_lost=3, sure=90).fit(texts, labels, unlabelled=more + repeated + more[:7])
+    saved = Path(classify._run)
+    assert (saved / "model.safetensors").read_bytes() == (own_run / "model.safetensors").read_bytes()
+    assert (saved / "operating.json").read_text() == (own_run / "operating.json").read_text()
+
+
+def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tmp_path):
+    texts, trunk = opinions_of(slice(80))[0], str(tmp_path / "trunk")
+    new(exit_layers=[0, 1]).fit(texts, [n % 3 for n in range(80)]).save(trunk)
+    classify = new(trunk=trunk).fit(None, None, unlabelled=opinions_of(slice(100, 200))[0])
+    assert (classify.classes_.tolist(), classify.operating_point.lost_means) == ([0, 1, 2], "changed")
+    some = new(trunk=trunk).fit(texts[:40], ["02"[n % 2] if n % 3 else None for n in range(40)])
+    assert some.classes_.tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match="trunk does not know the label 'x'; its labels: 0, 1, 2"):
+        new(trunk=trunk).fit(texts, ["0", "x"] * 40)
+    for few, message in (([], "no row has a label"), (["a film"], "too few texts to choose and to judge on")):
+        with pytest.raises(InputError, match=message):
+            new(trunk=trunk).fit(None, None, unlabelled=few)
+
+
+def test_pairs_and_rows_to_validate_on(new):
+    (first, labels), (second, _) = opinions_of(slice(90)), opinions_of(slice(100, 190))
+    pairs = list(zip(first, second, strict=True))
+    classify = new(exit_layers=[0, 1], class_weights="balanced")
+    classify.fit(np.array(pairs[:50]), labels[:50], unlabelled=pairs[70:], validation=(pairs[50:70], labels[50:70]))
+    assert classify.record.columns == ["sentence1", "sentence2"]
+    assert len(classify.predict(pairs)) == 90
+    with pytest.raises(InputError, match="item 0: 'a', should be a pair of texts"):
+        classify.fit(pairs, labels, validation=(["a"], ["up"]))
+
+
+GOOD = opinions_of(slice(40))
+BAD = [
+    (GOOD[0], GOOD[1][:3], {}, "labels: 3, should be as many as the texts, 40"),
+    (["a", None], ["x", "y"], {}, "item 1: None, should be one text, as the others"),
+    ([("a", "b"), "c"], ["x", "y"], {}, "item 1: 'c', should be a pair of texts"),
+    (None, None, {}, "texts: None, should be a list"),
+    (GOOD[0], [None, ""] * 20, {}, "texts: no row has a label"),
+    (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
+    (GOOD[0], ["x", ["y"]] * 20, {}, r"item 1: \['y'\] is no label, should be text or a number"),
+    (*GOOD, {"method": "swete"}, "method: 'swete', should be one of sweet, ee"),
+    (*GOOD, {"class_weights": {"up": 2}}, "class_weights: {'up': 2}, should be one of None, balanced"),
+    (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
+    (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
+    (*GOOD, {"trunk": "no-such"}, "--trunk: no-such is no folder"),
+]
+
+
+@pytest.mark.parametrize(("texts", "labels", "options", "message"), BAD, ids=[row[3] for row in BAD])
+def test_what_cannot_be_trained_on_is_named(new, texts, labels, options, message):
+    with pytest.raises(InputError, match=message):
+        new(**options).fit(texts, labels)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["a", None], {}, "item 1: None, should be one text"),
+        (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
+        ([["a", "b"]], {}, r"item 0: \['a', 'b'\], should be one text"),
+        ("a text", {}, r"^texts: 'a text', should be a list; for one text: \[text\]"),
+        ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
+        ([], {"threshold": 1.5}, "^threshold: 1.5, should be a number from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_answered_is_named(run_of, texts, options, message):
+    with pytest.raises(InputError, match=message):
+        EarlyExitClassifier.load(run_of("sweet"), **options).predict(texts)
+
+
+def test_before_it_is_trained_it_says_so(new, tmp_path):
+    for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
+        with pytest.raises(InputError, match="not trained yet; call fit, or EarlyExitClassifier.load"):
+            call()
+    with pytest.raises(InputError, match="no_such: no parameter, should be one of model, method"):
+        new().set_params(no_such=1)
+
+
+def test_any_number_of_texts_in_order(run_of):
+    run = run_of("sweet")
+    classify = EarlyExitClassifier.load(run, threshold=0.75)
+    alone = [classify.classify([text])[0] for text in TEXTS]
+    many = iter(TEXTS * 300)  # more than are gathered at once
+    for answer, expected in zip(classify.classify(many), alone * 300, strict=True):
+        assert (answer.label, answer.exit_layer) == (expected.label, expected.exit_layer)
+        assert answer.confidence == pytest.approx(expected.confidence, abs=1e-6)
+        assert list(answer.probabilities) == classify.labels
+    both = [EarlyExitClassifier.load(run, threshold=1, amp=amp).predict_proba(TEXTS) for amp in ("off", "bf16")]
+    assert 0 < np.abs(both[0] - both[1]).max() < 0.05
+
+
+def test_threads_share_a_classifier(run_of):
+    classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.75)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: classify.classify(TEXTS), range(40))) == [classify.classify(TEXTS)] * 40
+
+
+def test_a_promise_for_another_precision_is_told(run_of, caplog, tmp_path):
+    EarlyExitClassifier.load(run_of("sweet")).choose(max_share=0.3).save(tmp_path / "fast")
+    for options in ({"threshold": 0.9, "amp": "bf16"}, {}, {"amp": "bf16"}):
+        EarlyExitClassifier.load(tmp_path / "fast", **options)
+    (told,) = [record.getMessage() for record in caplog.records if "promised" in record.getMessage()]
+    assert "is of torch.float32, and this is torch.bfloat16: choose again with the same --amp" in told

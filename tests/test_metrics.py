@@ -1,0 +1,102 @@
+"""Of an evaluation: the area under the curve, temperatures, ranges of certainty and scores, against plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisweet.evaluation.calibration import fit_temperature
+from minisweet.evaluation.metrics import area_under_curve, classification_report, score
+from minisweet.evaluation.outputs import Outputs
+
+POINTS = st.lists(st.tuples(st.integers(0, 48), st.floats(0, 100)), min_size=1, max_size=9, unique_by=lambda p: p[0])
+
+
+@given(POINTS, st.integers(0, 9), st.randoms())
+def test_area_is_the_mean_score_over_the_ratios(points, start, random):
+    """From `start`, or where the curve begins, to 1, or where it ends: the mean over a fine grid; in any order."""
+    ratios, scores = np.array(sorted(points)).T
+    low, high = np.clip([start, 24], ratios[0], ratios[-1])
+    grid = np.linspace(low, high, 1 + 100 * int(high - low))  # every ratio is on it
+    heights = np.interp(grid, ratios, scores)
+    expected = np.trapezoid(heights, grid) / (high - low) if high > low else heights[-1]
+    random.shuffle(points)  # branches: just below threshold 1 it costs more than at it
+    ratios, scores = np.array(points).T
+    area = area_under_curve((ratios / 24).tolist(), scores.tolist(), start / 24)
+    assert area == pytest.approx(expected, abs=1e-6)
+    assert area_under_curve((ratios / 24).tolist(), [100.0] * len(ratios), start / 24) == 100.0  # whatever is rounded
+
+
+def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
+    certainty = torch.tensor([[0.2, 0.3, 0.6], [0.5, 0.5, 0.5]])
+    logits = torch.zeros(2, 3, 2)
+    rule = Outputs(logits, certainty, *[None] * 4).fit_rule()
+    torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
+    assert rule.temperatures.tolist() == [1, 1]
+    confidence = rule.confidences(logits, certainty)
+    torch.testing.assert_close(confidence[0], torch.tensor([0.0, 0.25, 1.0]))
+    of_new_text = rule.confidence(0, logits[0], torch.tensor([0.1, 0.4, 0.9]))
+    torch.testing.assert_close(of_new_text, torch.tensor([0.0, 0.5, 1.0]))
+    assert confidence.isfinite().all()  # also of an exit that is equally certain of all
+
+
+def nll_and_prior(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
+    return float(F.cross_entropy(logits / temperature, labels)) + math.log(temperature) ** 2 / len(labels)
+
+
+@given(st.integers(1, 60), st.integers(2, 4), st.floats(0.1, 100), st.integers(0, 10**6))
+def test_no_temperature_near_the_fitted_one_is_better(N, C, scale, seed):
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(scale * rng.standard_normal((N, C)))
+    drawn = torch.from_numpy(rng.integers(C, size=N))
+    fitted = {}
+    for kind, labels in {"drawn": drawn, "right": logits.argmax(-1), "wrong": logits.argmin(-1)}.items():
+        fitted[kind] = fit_temperature(logits, labels)
+        best = nll_and_prior(logits, labels, fitted[kind])
+        assert all(best <= nll_and_prior(logits, labels, fitted[kind] * times) for times in (0.97, 1.03))
+    assert 1e-3 < fitted["right"] < 1 + 1e-9 < fitted["wrong"] < 1e3  # the prior holds both
+
+
+def test_a_temperature_of_nothing_is_one():
+    assert fit_temperature(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)) == pytest.approx(1)
+    assert fit_temperature(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])) == pytest.approx(1)  # logits that say nothing
+    assert math.isfinite(fit_temperature(torch.tensor([[1e4, -1e4]] * 3), torch.ones(3, dtype=torch.int64)))
+
+
+def test_a_rule_has_the_right_temperature_for_each_exit():
+    rng = np.random.default_rng(0)  # whose draws are the same in every version
+    logits = 3 * torch.from_numpy(rng.standard_normal((4000, 3))).float()
+    labels = (logits / 2 + torch.from_numpy(rng.gumbel(size=(4000, 3)))).argmax(-1)  # so that 2 is the right one
+    logits = torch.stack([logits * 0.3, logits])
+
+    outputs = Outputs(logits, None, labels, None, "accuracy", None)
+    assert outputs.fit_rule().temperatures.tolist() == pytest.approx([0.6, 2.0], rel=0.1)
+    rule = outputs.against_full_depth().fit_rule()  # which tells nothing of the last exit
+    assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], logits[1].argmax(-1))), 1.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30))
+def test_matthews_correlation_is_the_correlation_of_two_vectors(pairs):
+    predictions, labels = np.array(pairs).T
+    spread = predictions.std() * labels.std()
+    expected = 100 * ((predictions * labels).mean() - predictions.mean() * labels.mean()) / spread if spread else 0
+    assert score(predictions, labels, "matthews") == pytest.approx(expected, abs=1e-9)
+    accuracies = score(np.stack([predictions, labels]), labels, "accuracy")
+    assert accuracies == pytest.approx([100 * np.mean(predictions == labels), 100])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_the_report_of_each_class_is_that_of_plain_loops(pairs):
+    predictions, labels = np.array(pairs).T
+    report = classification_report(predictions, labels, 5)
+    for c in range(5):
+        right = sum(p == t == c for p, t in pairs)
+        predicted, support = int((predictions == c).sum()), int((labels == c).sum())
+        assert report["support"][c] == support
+        assert report["precision"][c] == pytest.approx(100 * right / predicted if predicted else 0)
+        assert report["recall"][c] == pytest.approx(100 * right / support if support else 0)
+        assert report["f1"][c] == pytest.approx(200 * right / (predicted + support) if predicted + support else 0)

@@ -1,0 +1,250 @@
+"""The paper's claims, in its order, each on tiny random models: "Finding the SWEET Spot" (Rotem et al. 2023).
+
+A learner's own file runs first with MINE=my_exits.py python -m pytest tests/test_paper.py; see minisweet/tour/.
+"""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisweet import MultiExitModel, build_multi_model, load_encoder
+from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
+from minisweet.evaluation.outputs import Outputs
+from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.live import early_exit
+from minisweet.methods import METHODS, add_exits
+from minisweet.training import fine_tune
+from tests import conftest
+from tests.conftest import CONFIGS, random_batch, rewrite, tiny_encoder, undecided_model, with_exit_0, write_model
+
+LABELS = torch.tensor([0, 1, 1, 0])
+MODEL_TYPES = st.sampled_from([*CONFIGS])
+
+
+def test_multi_model_is_models_of_the_first_layers_which_read_no_others(model_dir, model_type):
+    """Sec. 2 and 3.2: MM's models are the first layers of one checkpoint, and share nothing."""
+    whole, batch = load_encoder(model_dir).eval(), random_batch()
+    rewrite(model_dir, lambda there: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in there.items()})
+    models = build_multi_model(model_dir, (1, 3), 2)  # layer 4 is broken, and nobody reads it
+    assert [len(model.encoder.layers) for model in models.models] == [1, 3]
+    for model, n in zip(models.eval().models, (1, 3), strict=True):
+        torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
+    small, large = ({parameter.data_ptr() for parameter in model.parameters()} for model in models.models)
+    assert not small & large
+
+
+def test_each_exit_has_a_head_which_starts_from_the_checkpoints_pooler(tmp_path):
+    """Sec. 2: a classifier of [CLS] after each exit layer. Each has a pooler of its own; the authors' share one."""
+    folder, batch = write_model(tmp_path, "bert"), random_batch()
+    model = MultiExitModel(load_encoder(folder), (1, 4), 2).eval()
+    assert torch.equal(*(head.pooler.weight for head in model.heads))
+    assert model.heads[0].pooler.weight is not model.heads[1].pooler.weight
+    for n, head, logits in zip((1, 4), model.heads, model(*batch), strict=True):
+        torch.testing.assert_close(logits, head(model.encoder(*batch)[n][:, :1])[0], atol=1e-5, rtol=1e-5)
+    rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if "pooler" not in name})
+    assert not torch.equal(*(head.pooler.weight for head in MultiExitModel(load_encoder(folder), (1, 4), 2).heads))
+    head = MultiExitModel(tiny_encoder("bert", hidden_size=64, initializer_range=0.07), (1,), 40).heads[0]
+    assert head.classifier.weight.std().item() == pytest.approx(0.07, rel=0.1)
+
+
+def test_sweet_and_ee_answer_alike_and_learn_otherwise(model_dir):
+    """Sec. 4: SWEET changes the backward pass alone. From equal weights the logits are equal, to the bit."""
+    models, logits = [conftest.model_of(model_dir, method).train() for method in ("ee", "sweet")], []
+    for model in models:
+        torch.manual_seed(0)  # of dropout
+        logits.append(model(*random_batch()))
+        logits[-1].square().sum().backward()
+    assert torch.equal(*logits)
+    assert not torch.allclose(*(model.encoder.layers[0].output.weight.grad for model in models))
+
+
+@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
+@settings(max_examples=16)
+@given(
+    model_type=MODEL_TYPES,
+    exit_layers=st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers))),
+    strategy=st.sampled_from(EXIT_STRATEGIES),
+)
+def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, model_type, exit_layers, strategy):
+    """Sec. 3.1: with EE all later exits update a layer. Sec. 4: with SWEET exactly one classifier updates each."""
+    trunk = MultiExitModel(tiny_encoder(model_type), exit_layers[-1:], 2, exit_strategy=strategy)
+    model = add_exits(method, trunk, exit_layers, strategy).eval()
+    found = conftest.owners(model, random_batch(), LABELS)
+    assert found == {name: conftest.right_owners(name, exit_layers, method) for name in found}
+
+
+def test_temperatures_change_who_leaves_and_no_answer():
+    """Sec. 3.3: each exit's logits are divided by its own temperature before the confidence is taken."""
+    logits, temperatures = torch.randn(3, 50, 4), torch.tensor([0.5, 1.0, 3.0])
+    outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], [1, 2, 4], [0, 0, 0], 4, False))
+    for rule, divided in ((ExitRule(4), logits), (ExitRule(4, temperatures), logits / temperatures[:, None, None])):
+        expected = divided.softmax(-1).amax(-1)
+        torch.testing.assert_close(rule.confidences(logits), expected)
+        torch.testing.assert_close(rule.kept([0, 2]).confidences(logits[[0, 2]]), expected[[0, 2]])
+        taken, answers, _ = outputs.decide_at(rule, range(3), [0.6])
+        assert taken[0].tolist() == exits_taken(expected, 0.6, 1 / 4).tolist()
+        assert answers[0].tolist() == logits[taken[0], range(50)].argmax(-1).tolist()
+
+
+@settings(max_examples=40)
+@given(others=st.sets(st.integers(0, 8)), last=st.integers(1, 9), method=st.sampled_from([*METHODS]))
+def test_exit_costs_are_those_of_equation_1(others, last, method):
+    """Eq. 1: the share of the layers that have run when an exit answers. MM adds up the models before.
+
+    A branch that is asked in vain costs a sixth of a layer, and nothing at threshold 1, where no branch is asked.
+    """
+    layers = [last] if method == "plain" else [*sorted(n for n in others if 0 < n < last), last]
+    model = add_exits(method, MultiExitModel(tiny_encoder("bert", num_hidden_layers=9), (last,), 2), layers)
+    model, depth = with_exit_0(model) if 0 in others else model, 9
+    for threshold, is_asked in ((0.0, True), (0.999, True), (0.99999998, False), (1.0, False)):  # 1, in float32
+        run, branches = 0.0, 0
+        for n, cost in zip(model.exit_layers, model.exits.costs(threshold), strict=True):
+            run = run + n if method == "mm" else n
+            assert cost == pytest.approx((run + (branches / 6 if method == "branch" and is_asked else 0)) / depth)
+            branches += n > 0  # exit 0 runs no layer, and is no branch
+    if method == "mm":
+        trunk = MultiExitModel(tiny_encoder("bert", num_hidden_layers=6), (6,), 2)
+        assert add_exits("mm", trunk, (1, 2, 3, 6)).exits.costs(1.0)[-1] == 2.0
+
+
+@given(st.integers(2, 5), st.integers(0, 10**6))
+def test_thresholds_go_from_1_over_c_where_all_leave_to_1_where_nobody_does(num_labels, seed):
+    """Sec. 3.3, whatever rounding does. Between them: the first exit that is confident enough, or the last."""
+    logits = torch.randn(3, 6, num_labels, generator=torch.Generator().manual_seed(seed))
+    logits[:, 0] = 7.3  # all equal: a confidence that may round below 1/C
+    logits[:, 1] *= 1e4  # certain: a confidence that rounds to 1
+    confidence = ExitRule(num_labels).confidences(logits)
+    lowest, *between, highest = spaced_thresholds(11, 1 / num_labels)
+    for threshold in (0.0, 1 / num_labels, lowest):
+        assert exits_taken(confidence, threshold, lowest).tolist() == [0] * 6
+    for threshold in (highest, 0.99999998, 1.5):
+        assert exits_taken(confidence, threshold, lowest).tolist() == [2] * 6
+    for threshold in (*between, confidence[0, 3].item()):  # also one that is reached exactly
+        expected = [(*(sure[:2] >= torch.tensor(threshold)).tolist(), True).index(True) for sure in confidence.T]
+        assert exits_taken(confidence, threshold, lowest).tolist() == expected
+
+
+@settings(max_examples=16)
+@given(
+    model_type=MODEL_TYPES,
+    method=st.sampled_from([*METHODS]),
+    strategy=st.sampled_from((*EXIT_STRATEGIES, "exit 0")),
+    num_labels=st.integers(2, 3),
+    batch_size=st.sampled_from([3, 16]),
+    seed=st.integers(0, 10**6),
+)
+def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed):
+    """Sec. 3.3: the sweep over the exits' logits is exact. An answer is its exit's, whatever the temperatures are."""
+    folder = write_model(tmp_path_factory.mktemp("live"), model_type)
+    has_exit_0, batch = strategy == "exit 0", random_batch(seed, batch=16)
+    model = undecided_model(folder, method, num_labels, seed, "confidence" if has_exit_0 else strategy)
+    model = with_exit_0(model) if has_exit_0 else model
+    with torch.no_grad():
+        logits, certainty = map(list, zip(*model.exit_by_exit(*batch), strict=True))
+    logits, certainty = torch.stack(logits), torch.stack(certainty) if strategy == "lte" else None
+    rule = ExitRule(num_labels, temperatures=torch.rand(len(logits)) + 0.5)
+    if strategy == "lte":
+        rule = ExitRule(num_labels, ranges=torch.stack(certainty.aminmax(dim=1), dim=1))
+    confidence = rule.confidences(logits, certainty)
+    for threshold in spaced_thresholds(11, rule.lowest):
+        live = early_exit(model, *batch, threshold, rule, batch_size)
+        swept = exits_taken(confidence, threshold, rule.lowest)
+        assert live.exits.tolist() == swept.tolist()
+        assert live.labels.tolist() == live.logits.argmax(-1).tolist()
+        torch.testing.assert_close(live.logits, logits[swept, torch.arange(16)], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(live.confidence, confidence[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_who_leaves_is_not_computed_further(tmp_path, model_type, method, batch_size):
+    """Sec. 2: an instance that leaves saves the layers after its exit. Nothing runs in vain, padding included."""
+    model, batch = undecided_model(write_model(tmp_path, model_type), method, seed=1), random_batch(3, batch=16)
+    seen = conftest.count_blocks(model)
+    exits, lengths, expected = early_exit(model, *batch, 0.75, batch_size=batch_size).exits, batch[1].sum(1), Counter()
+    steps = {"mm": (1, 2, 4), "plain": (4,)}.get(method, (1, 1, 2))  # layers that end at each exit
+    for rows in lengths.argsort(descending=True, stable=True).split(batch_size):
+        for k, layers in enumerate(steps):
+            rows = rows[exits[rows] >= k]
+            if len(rows):  # the exit's layer runs for [CLS], the others between two exits for all tokens
+                expected["trunk", len(rows), int(lengths[rows].max())] += layers - 1 + (method != "mm" and k > 0)
+                expected["branch" if method == "branch" and k < 2 else "trunk", len(rows), 1] += 1
+    assert len(exits.unique()) > 1 or method == "plain"
+    assert seen == expected
+    seen.clear()
+    early_exit(model, *batch, 0.5, batch_size=16)  # all leave at the first exit
+    assert method == "plain" or [call[1:] for call in seen.elements()] == [(16, 1)]
+    seen.clear()
+    early_exit(model, *batch, 1.0, batch_size=16)  # no exit but the last is asked, and MM's models
+    assert (seen.total(), seen["branch", 16, 1]) == (7 if method == "mm" else 4, 0)
+
+
+def test_learning_to_exit_learns_when_its_exit_is_right_and_trains_its_layers(model_dir):
+    """Sec. 5: a sigmoid of the pooled [CLS], whose target is 1 where the classifier is right, 0 elsewhere."""
+    logits, certainty = torch.tensor([[2.0, 0.0], [0.5, 1.0]]), torch.tensor([0.9, 0.4])
+    expected = F.cross_entropy(logits, LABELS[[0, 0]]) + (0.1**2 + 0.4**2) / 2  # the first is right, the second is not
+    torch.testing.assert_close(exit_loss(logits, certainty, LABELS[[0, 0]]), expected)
+    model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, "sweet", "lte").eval()
+    head, batch = model.heads[1], random_batch()
+    *_, (_, certainty) = model.exit_by_exit(*batch)
+    pooled = head.activation(head.pooler(model.encoder(*batch)[4][:, 0]))
+    torch.testing.assert_close(certainty, torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias))
+    certainty.sum().backward()
+    assert head.pooler.weight.grad.abs().max() > 0
+    assert all(layer.output.weight.grad.abs().max() > 0 for layer in model.encoder.layers[1:])
+    assert model.encoder.layers[0].output.weight.grad is None
+
+
+@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
+def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, model_type, method):
+    """App. A. Against a loop that holds the whole graph, clips by hand, and uses another implementation of AdamW."""
+    folder = write_model(tmp_path / "tiny", model_type, **conftest.NO_DROPOUT)
+    examples, ours = conftest.toy_examples(folder, range(24), 16), conftest.model_of(folder, method)
+    for head in ours.heads:
+        torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
+    plain, batches = copy.deepcopy(ours), [*examples.shuffled(8, 5, 0), *examples.shuffled(8, 5, 1)]
+    history = fine_tune(ours, batches, len(batches), 1e-2)
+    groups = [list(plain.parameters())]
+    if method == "branch":
+        names = [("branches.0.", "heads.0."), ("branches.1.", "heads.1.")]
+        groups = [[p for name, p in plain.named_parameters() if name.startswith(own)] for own in names]
+    optimizer, norms = torch.optim.AdamW(sum(groups, []), betas=(0.9, 0.999), weight_decay=0.0, foreach=False), []
+    for step, batch in enumerate(batches):
+        trained = plain(*batch.inputs)[: 2 if method == "branch" else 3]
+        losses = [F.cross_entropy(logits, batch.targets) for logits in trained]
+        assert history[step] == pytest.approx([loss.item() for loss in losses], abs=1e-3)
+        optimizer.zero_grad()
+        sum(losses).backward()
+        for group in groups:
+            own = [parameter for parameter in group if parameter.grad is not None]
+            norms.append(torch.sqrt(sum(parameter.grad.square().sum() for parameter in own)))
+            for parameter in own:
+                parameter.grad /= max(1.0, norms[-1])
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)  # a linear decay
+        optimizer.step()
+    assert max(norms) > 1.2
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@settings(max_examples=20)
+@given(shape=conftest.SHAPES, batch=conftest.any_padding(), span=st.sampled_from([-1, 4, 7, 19, 20, 32, 64]))
+def test_hidden_states_are_those_of_transformers(tmp_path_factory, model_type, shape, batch, span):
+    """The encoders that the paper fine-tunes, of any size and padding."""
+    transformers = pytest.importorskip("transformers")
+    spans = {"max_relative_positions": span, "relative_attention_num_buckets": 32 + abs(span)}  # DeBERTa's, MPNet's
+    config = CONFIGS[model_type] | shape | spans | {"max_position_embeddings": 202}
+    torch.manual_seed(0)
+    reference = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+    for parameter in reference.parameters():  # as drawn by default, position terms would hardly show
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp(model_type)
+    reference.save_pretrained(folder)
+    ids = conftest.without_1(batch[0]) if model_type == "mpnet" else batch[0]
+    conftest.compare_hidden_states(folder, reference, (ids, *batch[1:]), 1e-5)
