@@ -4,6 +4,7 @@ Dimension letters: N instances, K exits, C classes, V words, D hidden size.
 """
 
 import argparse
+import time
 from itertools import chain
 
 import numpy as np
@@ -21,6 +22,8 @@ from minisweet.runs.folders import save_run
 from minisweet.runs.resume import SavedTraining, claim_output
 from minisweet.runs.start import Data, Setup, prepare
 from minisweet.training import fine_tune, process_rank, used_rows
+
+TIMED = 64  # unlabelled texts, to tell how long all of them will take
 
 
 def train(args: argparse.Namespace, data: Data) -> bool:
@@ -106,8 +109,12 @@ def answers_of(setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> np.
         alone = model.models_alone[-1]
         alone = alone.keep_exits(alone.head_layers[-1:]).eval().to(setup.device)
         precision = devices.choose_precision(setup.args.amp, setup.device)  # as in evaluation: on a CPU float32
+        started, some = time.perf_counter(), setup.unlabelled.take(np.arange(len(setup.unlabelled))[:TIMED])
+        all_logits(alone, some, precision)
+        minutes = (time.perf_counter() - started) / len(some) * len(setup.unlabelled) / 60
+        LOG.info("the model answers %s unlabelled texts: some %.1f minutes", f"{len(setup.unlabelled):,}", minutes)
         with checkpoint.timed("unlabelled") as state:
-            logits, _ = all_logits(alone, setup.unlabelled, precision, "the model answers the unlabelled texts")
+            logits, _ = all_logits(alone, setup.unlabelled, precision, "unlabelled texts")
             state["answers"] = logits[-1].softmax(-1)
         alone.cpu()
     return checkpoint.stages["unlabelled"]["answers"].numpy()

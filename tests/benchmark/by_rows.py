@@ -98,7 +98,7 @@ def tables(folder: Path, suffix: str = "") -> dict[str, str]:
         whole.append([name, *cells(values, deviation=True)])
         row = [f"{mean[key]:.1f}" for key in ("TF-IDF", "embeddings", FULL, DEPLOYED)] + [f"{mean[LAYERS]:.0f}"]
         few = task == "own" or count < 1000
-        expected += [[name, *row]] if few and (more == 0 or (more == 5000 and count == 300)) else []
+        expected += [[name, *row]] if few and (more == 0 or (task, count, more) == ("own", 300, 5000)) else []
         if more == 0 or (task, more) == ("own", 5000):  # the most labelled rows, and the fewest with unlabelled ones
             largest[task, more] = largest[task, more] if more and (task, more) in largest else [name, *row[-3:]]
     if not groups:
@@ -132,7 +132,9 @@ def main() -> None:
                 if not numbers.exists() and (some.first or not more):
                     options = {"model": args.model, "lr": args.lr, "seed": seed}
                     beside = args.model == study.SMALL and task in BESIDE_ON
-                    found = measure(Path(folder) / f"run-{more}", rows.take(order[:count]), some, test, beside, **options)
+                    found = measure(
+                        Path(folder) / f"run-{more}", rows.take(order[:count]), some, test, beside, **options
+                    )
                     write_json(numbers, found | {"unlabelled": len(some.first)})
     show(tables(args.out / "rows", "" if args.model == study.SMALL else f": {args.model}"), args.write)
 
