@@ -35,7 +35,7 @@ def fine_tune(
     precision: torch.dtype | None = None,
     checkpoint=None,
 ) -> list[list[float]]:
-    """Train the parameters of `model.parameter_groups()`. Returns each step's losses, (steps, K).
+    """Train the parameters of `model.parameter_groups()`. Returns each step's losses, (steps, K), of branches (steps, K-1).
 
     The learning rate decays linearly towards zero, and each group's gradient is clipped to norm 1. `seed` is that of
     dropout. A `checkpoint` restores what an earlier process had done, and is told of each step (`SavedTraining` of

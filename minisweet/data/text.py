@@ -178,7 +178,7 @@ class TokenizedExamples:
     def keys(self) -> np.ndarray:
         """64-bit hashes of what a model reads of each example, the token ids: (N,), in an order as good as random.
 
-        So texts that differ in nothing but what the tokenizer drops, such as blanks, case or a long text's end, have
+        So texts that differ in nothing but what the tokenizer drops, such as a long text's end, or BERT's case, have
         one key.
         """
         digests = [hashlib.sha256(ids.astype("<i8")).digest()[:8] for ids in self.ids]

@@ -10,7 +10,7 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
 
-    They are NaN where one of the S values is. Of two values there is no interval: it would be nine deviations wide. Of
+    They are NaN where one of the S values is. Of two values there is no interval: its half would be nine deviations. Of
     one there is no deviation, and of none all three are empty.
     """
     if (S := len(values)) == 0:
