@@ -16,7 +16,8 @@ from minisweet.config import MPNetConfig
 from minisweet.layers import TransformerEncoder, draw_weights, padding_bias
 
 # The distances, in tokens, at which the second to the last of a direction's 16 buckets begin: 1 to 8 one by one, then
-# in equal ratios: the last begins at 91, and the next would at 128. As in transformers, a config may ask for more buckets, and they stay unused.
+# in equal ratios. The last begins at 91, and the next would at 128. As in transformers, a config may ask for more
+# buckets, and they stay unused.
 STARTS = [*range(1, 8), *(math.ceil(8 * 16 ** (n / 8)) for n in range(8))]
 
 
