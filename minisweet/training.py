@@ -38,8 +38,9 @@ def fine_tune(
     """Train the parameters of `model.parameter_groups()`. Returns each step's losses, (steps, K).
 
     Of branches they are (steps, K-1). The learning rate decays linearly towards zero, and each group's gradient is
-    clipped to norm 1. `seed` is that of dropout. A `checkpoint` restores what an earlier process had done, and is told of each step (`SavedTraining` of
-    runs/resume.py). Raises FloatingPointError, with the step, where a loss, or a parameter at the end, is not finite.
+    clipped to norm 1. `seed` is that of dropout. A `checkpoint` restores what an earlier process had done, and is told
+    of each step (`SavedTraining` of runs/resume.py). Raises FloatingPointError, with the step, where a loss, or a
+    parameter at the end, is not finite.
     """
     groups, device = model.train().parameter_groups(), next(model.parameters()).device
     parameters = list(chain.from_iterable(groups))
