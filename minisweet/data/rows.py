@@ -104,7 +104,8 @@ def _suffix(path: Path) -> str:
 
 def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
     """The first of the `choices` whose columns the file all has. Raises InputError, which names the option, if any."""
-    there = all_columns(path)
+    first = next(read_rows(path), (0, {}))[1]
+    there = list(first) if first.keys() >= set(choices[0]) else all_columns(path)  # not all rows need all columns
     for columns in choices:
         if set(columns) <= set(there):
             return list(columns)

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule, in_float32
+from minisweet.data.own import ENOUGH_JUDGES
 from minisweet.evaluation.calibration import fit_temperature
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.outputs import Outputs
 
 CHOOSING = 4  # one text of so many chooses
-FEW = 300  # labelled judges: where there are fewer, texts without a label judge in their place
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 ROUNDING = 1e-9  # of shares
 
@@ -61,7 +61,7 @@ def choose(
     """
     sides = split(outputs, known)[:2]
     labelled, unlabelled = ([outputs.take(rows).labelled(there) for rows in sides] for there in (True, False))
-    is_changed = labelled[1].texts < min(FEW, unlabelled[1].texts)
+    is_changed = labelled[1].texts < min(ENOUGH_JUDGES, unlabelled[1].texts)
     somebody_judges = min(rows.texts for rows in (unlabelled if is_changed else labelled)) > 0
     if not somebody_judges:
         labelled, unlabelled = ([outputs.labelled(there)] * 2 for there in (True, False))

@@ -17,7 +17,7 @@ from minisweet.base.files import LOG, InputError, preview
 from minisweet.beyond.ngrams import NgramExit, check_size
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
-from minisweet.data.own import stratified_split
+from minisweet.data.own import ENOUGH_JUDGES, stratified_split
 from minisweet.data.tasks import TASKS, default_learning_rate
 from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
@@ -27,7 +27,6 @@ from minisweet.runs.hub import REPOSITORIES, model_folder
 
 STEPS, EPOCHS = 300, 4  # own text is trained on for at least so many of both
 MAX_LENGTH = 256  # tokens
-ENOUGH_JUDGES = 300  # distinct labelled texts; with fewer, unlabelled texts judge
 MOST_JUDGES, JUDGES = 2000, 5  # at most so many unlabelled texts judge, and one of so many
 
 
