@@ -16,7 +16,6 @@ from shlex import quote
 
 import numpy as np
 
-from minisweet.adaptive import spaced_thresholds
 from minisweet.base import devices
 from minisweet.base.commands import Parser, path_to, run_command, whole_number
 from minisweet.base.files import InputError, write_json
@@ -24,8 +23,8 @@ from minisweet.data.toy import LEVELS
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.outputs import run_exits, save_outputs
 from minisweet.evaluation.plots import draw_curves
-from minisweet.evaluation.sweep import crossfit, sweep
-from minisweet.runs import folders
+from minisweet.evaluation.sweep import crossfit, spaced_thresholds, sweep
+from minisweet.runs import folders, load
 
 
 def main() -> None:
@@ -39,10 +38,10 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
-    runs = args.runs or [folders.newest_run()]
+    runs = args.runs or [load.newest_run()]
     devices.tune_cpu()
     if args.plot:
-        draw_curves(args.plot, {str(run): folders.read_evaluation(run) for run in runs})
+        draw_curves(args.plot, {str(run): load.read_evaluation(run) for run in runs})
         print(f"written to {args.plot}")
     else:
         evaluate(runs[0], args)
@@ -51,8 +50,8 @@ def main() -> None:
 def evaluate(run: Path, args: argparse.Namespace) -> None:
     """Run all exits on the validation rows, and write and print what comes out."""
     start, device = time.perf_counter(), devices.choose_device(args.device)
-    precision, (model, record) = devices.choose_precision(args.amp, device), folders.load_run(run)
-    rows = folders.read_validation(run, record)
+    precision, (model, record) = devices.choose_precision(args.amp, device), load.load_run(run)
+    rows = load.read_validation(run, record)
     outputs = run_exits(run, record, model.to(device), rows, precision)
     seconds = time.perf_counter() - start
     save_outputs(run, outputs, precision)
@@ -75,7 +74,7 @@ def evaluate(run: Path, args: argparse.Namespace) -> None:
         "versions": folders.versions(),
     }
     write_json(run / folders.EVALUATION, evaluation)
-    draw_curves(run / folders.CURVE, {str(run): folders.read_evaluation(run)})
+    draw_curves(run / folders.CURVE, {str(run): load.read_evaluation(run)})
     print(f"{run}: {record.model}, {record.method}, {record.task}, {len(outputs.labels):,} validation rows")
     print_curve(evaluation)
     if rows.difficulties:  # of the toy task, in the middle of the curve

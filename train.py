@@ -33,7 +33,7 @@ def parse_arguments() -> Namespace:
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
     add_training_options(parser)
     add_run_options(parser)
-    parser.set_defaults(trunk=None, class_weights=None, dev_size=None)  # of own text
+    parser.set_defaults(class_weights=None, dev_size=None)  # of own text
     args = parser.parse_args()
     args.out = args.out or Path("runs") / run_name(vars(args))
     return args
@@ -44,8 +44,9 @@ def main() -> None:
     args = parse_arguments()
     devices.tune_cpu()
     fetch_task(args.task, args.data_dir)
-    rows, task = (load_examples(args.task, split, args.data_dir) for split in ("train", "dev")), TASKS[args.task]
-    is_new = train(args, Data(args.task, list(task.labels), *rows, metric=task.metric))
+    rows, task = [load_examples(args.task, split, args.data_dir) for split in ("train", "dev")], TASKS[args.task]
+    data = Data(task=args.task, labels=list(task.labels), train=rows[0], dev=rows[1], metric=task.metric)
+    is_new = train(args, data)
     print(f"{args.out}: {'trained' if is_new else 'finished already'}; next: python evaluate.py {quote(str(args.out))}")
 
 

@@ -49,11 +49,6 @@ class ExitRule:
         return ExitRule(self.num_labels, *kept)
 
 
-def spaced_thresholds(count: int, lowest: float) -> list[float]:
-    """`count` thresholds, evenly spaced from `lowest` (1/C, or 0; all leave at the first exit) to 1."""
-    return np.linspace(lowest, 1, count).tolist()
-
-
 def in_float32(threshold: float) -> float:
     """A threshold as confidences are, so that 0.99999998 is 1 wherever it is asked."""
     return float(np.float32(threshold))

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.adaptive import Exits
-from minisweet.layers import Dropout, TransformerEncoder, checked_inputs, draw_weights
+from minisweet.layers import Dropout, TransformerEncoder, draw_weights, whole_inputs
 
 EXIT_STRATEGIES = ("confidence", "lte")
 ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
@@ -194,8 +194,7 @@ class MultiExitModel(ExitModel):
         super().__init__(exit_layers, num_labels, len(encoder.layers))
         for value, known in ((method, ("sweet", "ee", "plain")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
-                where = "; branches are a BranchModel" * (value == "branch" == method)
-                raise ValueError(f"{value!r} is none of {', '.join(known)}{where}")
+                raise ValueError(f"{value!r} is none of {', '.join(known)}")
         self.encoder, self.method = encoder, method
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
         self.train()  # as any new module, whatever the encoder's mode was
@@ -209,7 +208,7 @@ class MultiExitModel(ExitModel):
         `early_exit` asks it by itself, before it makes batches. Except in EE, training may call backward() on each
         loss before the next exit runs, which frees the activations up to there.
         """
-        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
+        input_ids, mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)
         if self.ngrams is not None:
             yield self.ngrams(input_ids, mask, token_type_ids), None
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
@@ -275,7 +274,7 @@ class MultiModel(ExitModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
-        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
+        input_ids, mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)
         if self.ngrams is not None:
             yield self.ngrams(input_ids, mask, token_type_ids), None
         for model in self.models:

@@ -29,19 +29,14 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 def whole_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros."""
+    """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros.
+
+    Raises ValueError for padding before a token: at an exit, who stays is cut to their number of tokens.
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-
-
-def checked_inputs(
-    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `whole_inputs`. Raises ValueError for padding before a token: who stays is cut to their number of tokens."""
-    inputs = _, mask, _ = whole_inputs(input_ids, attention_mask, token_type_ids)
     if not torch.compiler.is_compiling() and (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError("attention_mask: padding stands before a token, should stand after all of them, on the right")
-    return inputs
+    return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
 
 
 class TransformerLayer(nn.Module):
@@ -98,18 +93,7 @@ class TransformerEncoder(nn.Module):
     Only context[0] has a batch dimension; the other tensors of the context serve all instances. New heads also read the
     encoder's `config` and `pooler_start`, training and exit 0's fit its `word_embeddings`, and costs its `depth`.
 
-    To add another encoder, such as RoBERTa, write a layer with `attend` and an encoder with `embed` and `context`, in a
-    new file beside bert.py. Five places know encoders by name, and learn of it:
-
-    config.py           its config. A `type_vocab_size` of 0 says that it reads no token types, whatever config.json
-                        has (RoBERTa's has 1, with which pairs are refused). `max_tokens`, where positions do not count
-                        from 0. Its heads' dropout.
-    checkpoint.py       its parameters' public names; in CLASSIFIERS the two layers of its head, pooler and classifier
-    data/text.py        its special tokens, and how they stand around a pair
-    use/export.py       what transformers must read of it, such as token types
-    runs/               hub.py: a preset; start.py: a batch size or learning rates of its own
-
-    tests/conftest.py makes a tiny one for most tests, and tests/test_encoders.py compares it with transformers.
+    How to add another encoder stands at the end of tour/exercises.md.
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s

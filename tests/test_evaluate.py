@@ -10,11 +10,11 @@ import torch
 
 import evaluate
 from minisweet import EarlyExitClassifier
-from minisweet.adaptive import exits_taken, spaced_thresholds
+from minisweet.adaptive import exits_taken
 from minisweet.base.files import InputError, read_json
 from minisweet.evaluation.outputs import load_outputs
-from minisweet.evaluation.sweep import crossfit, sweep
-from minisweet.runs.folders import read_record, read_validation
+from minisweet.evaluation.sweep import crossfit, spaced_thresholds, sweep
+from minisweet.runs.load import read_record, read_validation
 from minisweet.use import choose, predict, test
 from tests.conftest import slow
 from tests.test_operating import random_validation

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from minisweet import EarlyExitClassifier
 from minisweet.base.files import write_json
-from minisweet.runs.folders import load_run, load_trunk
+from minisweet.runs.load import load_run, load_trunk
 from minisweet.use import export
 from tests.conftest import random_batch, undecided_model, with_exit_0, without_1
 

@@ -90,7 +90,7 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
 
 
 def test_where_enough_labelled_texts_judge_the_others_only_teach(own_run, command, monkeypatch):
-    for name in ("runs.start.ENOUGH_JUDGES", "evaluation.operating.ENOUGH_JUDGES"):
+    for name in ("runs.own.ENOUGH_JUDGES", "evaluation.operating.ENOUGH_JUDGES"):
         monkeypatch.setattr(f"minisweet.{name}", 45)
     folder, more = own_run.parent, own_run.parent / "more.csv"
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read

@@ -13,7 +13,7 @@ from minisweet import MultiExitModel
 from minisweet.data.text import Batch
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
-from minisweet.runs.folders import read_record
+from minisweet.runs.load import read_record
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
 
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier
-from minisweet.adaptive import ExitRule, exits_taken, spaced_thresholds
+from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.beyond.ngrams import BUCKETS
 from minisweet.evaluation import operating
 from minisweet.evaluation.outputs import load_outputs
-from minisweet.runs.folders import read_operating_point, read_record, read_validation
+from minisweet.evaluation.sweep import spaced_thresholds
+from minisweet.runs.load import read_operating_point, read_record, read_validation
 from minisweet.use import choose, export
 from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, with_exit_0, write_model
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.adaptive import ExitRule, Exits, exits_taken, spaced_thresholds
+from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.evaluation.outputs import Outputs
+from minisweet.evaluation.sweep import spaced_thresholds
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.live import early_exit
 from minisweet.methods import METHODS, add_exits

@@ -85,7 +85,7 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, st
 
 def test_fit_goes_on_too_and_takes_another_goal(command, own_run):
     """Stopped in the training, and while the model answers the unlabelled texts."""
-    folder, answers = own_run.parent, "minisweet.runs.train.all_logits"
+    folder, answers = own_run.parent, "minisweet.runs.own.all_logits"
     words = [folder / "own.csv", "--unlabelled", folder / "more.csv", *OWN[2:], "--out", "a"]
     words += ["--model", folder / "tiny"]
     assert command(signals={3: [signal.SIGINT]}, words=words, module=fit)[0] == 130

@@ -11,7 +11,8 @@ from minisweet.base.files import read_json, write_json
 from minisweet.data.tasks import default_learning_rate
 from minisweet.data.text import Examples
 from minisweet.methods import METHODS, exit_layers_for
-from minisweet.runs.folders import load_run, load_trunk, read_operating_point, read_validation, save_run
+from minisweet.runs.folders import save_run
+from minisweet.runs.load import load_run, load_trunk, read_operating_point, read_validation
 from minisweet.runs.start import epochs_of
 from tests.conftest import random_batch, undecided_model, with_exit_0, write_model
 from tests.test_rows import refused

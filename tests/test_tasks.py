@@ -15,7 +15,7 @@ from minisweet.data.own import classes_of, stratified_split
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Examples, load_tokenizer
 from minisweet.runs import hub
-from minisweet.runs.start import Data, set_aside, with_labels_of
+from minisweet.runs.own import OwnData
 from tests.conftest import SIZES, write_model
 from tests.hub_server import HubServer
 
@@ -58,9 +58,10 @@ def tokenizer(tmp_path):
     return load_tokenizer(write_model(tmp_path / "tiny", "bert"), SIZES["vocab_size"], 8)
 
 
-def own_text(texts: list[str], labels: list[int], unlabelled: list[str]) -> Data:
+def own_text(texts: list[str], labels: list[int], unlabelled: list[str]) -> OwnData:
     more = Examples(unlabelled, None, None) if unlabelled else None
-    return Data("own", ["no", "yes"], Examples(texts, None, labels), unlabelled=more, text_columns=["text"])
+    rows = Examples(texts, None, labels)
+    return OwnData(task="own", labels=["no", "yes"], train=rows, unlabelled=more, text_columns=["text"])
 
 
 ORDERS = [" ".join(words) for words in islice(permutations("good bad great dull the film".split()), 0, 600, 30)]
@@ -73,7 +74,7 @@ def test_texts_that_the_model_cannot_tell_apart_are_on_one_side(tokenizer):
         base |= dict.fromkeys((text, f" {text}", f"{text}  ", text.replace(" ", "  "), text.upper()), text)
         base |= {f"{text} and {word}": text for word in ("good", "bad")}
     data = own_text(list(base), [n % 2 for n in range(len(base))], [])
-    rows, dev, unlabelled = set_aside(Namespace(dev_size=0.2), data, tokenizer)
+    rows, dev, unlabelled = data.split(Namespace(dev_size=0.2), tokenizer, True)
     train, held_out = ({base[text] for text in side.first} for side in (rows, dev))
     assert (len(held_out), train & held_out, len(dev.first), unlabelled) == (4, set(), 4 * 7, None)
 
@@ -81,12 +82,12 @@ def test_texts_that_the_model_cannot_tell_apart_are_on_one_side(tokenizer):
 def test_unlabelled_texts_count_once(tokenizer):
     """A row of -1 is unlabelled too. What is labelled is left out."""
     data = own_text(ORDERS[:10], [0, 1] * 4 + [-1, -1], [*ORDERS[6:], ORDERS[19]])
-    rows, dev, unlabelled = set_aside(Namespace(dev_size=0.25), data, tokenizer)
+    rows, dev, unlabelled = data.split(Namespace(dev_size=0.25), tokenizer, True)
     assert (len(rows.first), sorted(dev.labels)) == (6, [0, 1])  # two would judge, no more than labelled ones
     assert len(unlabelled) == len(set(unlabelled.keys())) == 12
     assert set(dev.first) <= set(ORDERS)
     with pytest.raises(InputError, match="--unlabelled: no text is left"):
-        set_aside(Namespace(dev_size=0.25), own_text(ORDERS, [0, 1] * 10, ORDERS), tokenizer)
+        own_text(ORDERS, [0, 1] * 10, ORDERS).split(Namespace(dev_size=0.25), tokenizer, True)
 
 
 def test_the_classes_of_own_text_and_of_a_trunk(caplog):
@@ -94,10 +95,10 @@ def test_the_classes_of_own_text_and_of_a_trunk(caplog):
     assert classes_of(["b", "a", "A"] * 5) == ["A", "a", "b"]
     assert "A, a" in caplog.text
     data = own_text(["x", "y", "z"], [0, 1, -1], [])
-    renamed = with_labels_of(data, ["yes", "other", "no"], "trunk")
+    renamed = data.with_labels(["yes", "other", "no"], "trunk")
     assert (renamed.labels, renamed.train.labels) == (["yes", "other", "no"], [2, 0, -1])
     with pytest.raises(InputError, match="trunk does not know the label 'yes'; its labels: LABEL_0, no"):
-        with_labels_of(data, ["LABEL_0", "no"], "trunk")
+        data.with_labels(["LABEL_0", "no"], "trunk")
 
 
 # GLUE

@@ -17,7 +17,7 @@ from minisweet.base.files import read_json
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS
 from minisweet.runs import train as run_training
-from minisweet.runs.folders import load_run, load_trunk, read_operating_point, read_record
+from minisweet.runs.load import load_run, load_trunk, read_operating_point, read_record
 from minisweet.training import fine_tune, used_rows
 from minisweet.use import fit
 from tests import conftest

@@ -14,7 +14,7 @@ from minisweet.base.files import read_json, write_json
 from minisweet.data.rows import SUFFIXES, read_rows, row_writer
 from minisweet.evaluation import operating
 from minisweet.evaluation.outputs import load_outputs
-from minisweet.runs.folders import read_record, read_validation
+from minisweet.runs.load import read_record, read_validation
 from minisweet.use import predict
 from tests.conftest import CHECKOUT, run
 

@@ -20,7 +20,8 @@ from minisweet.base.files import LOG, InputError, written_beside
 from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer
 from minisweet.evaluation.calibration import fit_temperature
 from minisweet.exits import ExitModel
-from minisweet.runs.folders import LOGITS, check_id, run_id
+from minisweet.runs.folders import LOGITS
+from minisweet.runs.load import check_id, run_id
 from minisweet.runs.records import Record
 
 BATCH_SIZE = 64

@@ -18,6 +18,11 @@ FOLDS = 5
 Folds = list[tuple[ExitRule, np.ndarray]]  # rules, and which rows (n,) each decides
 
 
+def spaced_thresholds(count: int, lowest: float) -> list[float]:
+    """`count` thresholds, evenly spaced from `lowest` (1/C, or 0; all leave at the first exit) to 1."""
+    return np.linspace(lowest, 1, count).tolist()
+
+
 def crossfit(outputs: Outputs) -> Folds:
     """The rules of the curve: each fold's rows are decided by the rule of the others. A single text decides itself."""
     fold = outputs.folds(FOLDS)

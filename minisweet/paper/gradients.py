@@ -23,8 +23,8 @@ from minisweet.base.files import InputError, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
 from minisweet.exits import MultiExitModel, exit_loss
-from minisweet.runs.folders import load_run, read_record
 from minisweet.runs.hub import fetch_task, home
+from minisweet.runs.load import load_run, read_record
 from minisweet.runs.records import Record
 
 

@@ -23,8 +23,9 @@ from minisweet.data.tasks import TASKS, search_rates
 from minisweet.methods import METHODS
 from minisweet.paper import report
 from minisweet.runs import start
-from minisweet.runs.folders import EVALUATION, is_run, read_evaluation, read_record, run_name
+from minisweet.runs.folders import EVALUATION, is_run, run_name
 from minisweet.runs.hub import CLONE, home
+from minisweet.runs.load import read_evaluation, read_record
 from minisweet.runs.resume import is_claimed
 
 Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart

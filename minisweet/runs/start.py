@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -13,44 +14,54 @@ from tokenizers import Tokenizer
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, list_of, positive_float, whole_number
-from minisweet.base.files import LOG, InputError, preview
+from minisweet.base.files import LOG, InputError
 from minisweet.beyond.ngrams import NgramExit, check_size
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
-from minisweet.data.own import ENOUGH_JUDGES, stratified_split
 from minisweet.data.tasks import TASKS, default_learning_rate
 from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.methods import METHODS, exit_layers_for
-from minisweet.runs.folders import is_run, load_trunk, read_record, versions
+from minisweet.runs.folders import versions
 from minisweet.runs.hub import REPOSITORIES, model_folder
 
 STEPS, EPOCHS = 300, 4  # own text is trained on for at least so many of both
 MAX_LENGTH = 256  # tokens
-MOST_JUDGES, JUDGES = 2000, 5  # at most so many unlabelled texts judge, and one of so many
 
 
-class Data(NamedTuple):
-    """What a training learns from, and validates on."""
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a training learns from, and validates on: here a task's rows. Own text is an `OwnData` (own.py)."""
 
     task: str
     labels: list[str]  # (C,), what labels are called
-    train: Examples  # a row whose label is -1 is unlabelled
-    dev: Examples | None = None  # None: a share of `train` is set aside
-    unlabelled: Examples | None = None
+    train: Examples
+    dev: Examples | None
     metric: str = "accuracy"
-    text_columns: list[str] | None = None  # of own text
+    text_columns: list[str] | None = None  # all from here on are own text's
     label_column: str | None = None
     label_type: str = "str"
+    trunk: MultiExitModel | None = None  # a finished one
+    known_keys: Sequence[int] = ()  # of texts that the trunk has learnt from
+
+    def begin(self, args: argparse.Namespace) -> "Data":
+        """What the options make of it before a model is read."""
+        return self
+
+    def split(
+        self, args: argparse.Namespace, tokenizer: Tokenizer, has_exit_0: bool
+    ) -> tuple[Examples, Examples, TokenizedExamples | None]:
+        """The rows to train on, the rows to validate on, and unlabelled texts for exit 0."""
+        return self.train, self.dev, None
 
 
 class Setup(NamedTuple):
     """What a training starts from."""
 
     args: argparse.Namespace  # the options, with nothing left open
+    data: Data
     folder: Path  # of the model
     layers: list[int]  # the layers that exits stand after, without exit 0
-    trunk: MultiExitModel | None  # a finished one
     examples: TokenizedExamples  # to train on
     unlabelled: TokenizedExamples | None  # for exit 0
     validation: Examples
@@ -62,25 +73,13 @@ class Setup(NamedTuple):
 
 def prepare(args: argparse.Namespace, data: Data) -> Setup:
     """Read what the options name, and choose what they leave open. InputError where it does not fit."""
-    trunk, known = None, []
-    if args.trunk:
-        trunk, labels = load_trunk(args.trunk)
-        before = read_record(args.trunk) if is_run(args.trunk) else None
-        if len(data.labels) < len(labels):  # the others are of the trunk's type
-            data = data._replace(label_type=before.label_type if before else "str")
-        data = with_labels_of(data, labels, args.trunk)
-        args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)  # a folder, not a preset
-        if before:
-            args.max_length, known = args.max_length or before.max_length, before.trained_keys
-    args.max_length = args.max_length or MAX_LENGTH
-    end = trunk.exit_layers[-1] if trunk else None
-    if trunk and METHODS[args.method].keeps_trunk and args.exit_strategy == "lte" and trunk.heads[0].lte is None:
-        raise InputError(f"--exit-strategy: lte, and {args.trunk} stays as it is and has not learned when it is right")
+    data = data.begin(args)
+    args.max_length, end = args.max_length or MAX_LENGTH, data.trunk and data.trunk.exit_layers[-1]
     folder, config, exit_layers, batch_size = find_model(args, args.method, end)
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
     if data.train.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {data.task}, need 2")
-    train, dev, unlabelled = set_aside(args, data, tokenizer)
+    train, dev, unlabelled = data.split(args, tokenizer, has_exit_0=exit_layers[0] == 0)
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device, training=True)
     order = np.random.default_rng(args.seed).permutation(len(train.first))
@@ -90,20 +89,16 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     if exit_layers[0] == 0:
         check_size(config.vocab_size, C, pairs, len(subset) + (len(unlabelled) if unlabelled else 0))
         ngrams = NgramExit(config.vocab_size, C, special_ids(tokenizer), pairs)
-    elif data.unlabelled:
-        raise InputError(f"--unlabelled: exit 0 learns from it, and --exit-layers is {','.join(map(str, exit_layers))}")
-    else:  # rows without a label may judge, and teach nobody
-        unlabelled = None
     examples = TokenizedExamples(tokenizer, rows)
 
     # The paper's rates are for GLUE without a finished trunk. With one exit all methods train alike, and take MM's.
-    task = None if data.text_columns or args.trunk else data.task
+    task = None if data.text_columns else data.task
     rates_of = args.method if len(layers) > 1 else "mm"
     epochs = epochs_of(len(subset), batch_size) if data.text_columns else TASKS[data.task].epochs
     found = {"batch_size": batch_size, "lr": args.lr or default_learning_rate(config, task, rates_of)}
     found |= {"epochs": args.epochs or epochs, "dev_size": None if data.dev else args.dev_size}
     args = argparse.Namespace(**vars(args) | found)
-    learnt = [*known, *examples.keys().tolist(), *(unlabelled.keys().tolist() if unlabelled else [])]
+    learnt = [*data.known_keys, *examples.keys().tolist(), *(unlabelled.keys().tolist() if unlabelled else [])]
     record = {
         "arguments": json.loads(json.dumps(vars(args), default=str)),  # a path as it is written
         **{name: getattr(data, name) for name in ("task", "labels", "label_type", "metric")},
@@ -118,7 +113,7 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
         "rows_digest": rows.digest() + dev.digest(),
         "trained_keys": sorted(set(learnt)),
     }
-    is_trained = trunk is None or len(layers) > 1
+    is_trained = data.trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"
     exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
     where = f"{exits}, seed {args.seed}, {record['device']}, {record['precision']}"
@@ -126,71 +121,7 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     skipped = f"empty texts, skipped: {data.train.empty:,}; cut to {args.max_length} tokens: {examples.cut:,}"
     for line in (f"method {args.method}, {trained}", f"{args.model}, {data.task}: {where}", counts, skipped):
         LOG.info("%s", line)
-    return Setup(args, folder, layers, trunk, examples, unlabelled, dev, ngrams, device, precision, record)
-
-
-def with_labels_of(data: Data, labels: Sequence[str], trunk: Path) -> Data:
-    """The data with a trunk's classes, in its order. Raises InputError for a label that the trunk does not know."""
-    if others := [name for name in data.labels if name not in labels]:
-        raise InputError(f"--trunk: {trunk} does not know the label {others[0]!r:.60}; its labels: {preview(labels)}")
-    numbers = [labels.index(name) for name in data.labels] + [-1]  # the last is that of -1
-
-    def renamed(rows: Examples | None) -> Examples | None:
-        return rows and rows.labels and rows._replace(labels=[numbers[label] for label in rows.labels]) or rows
-
-    return data._replace(labels=list(labels), train=renamed(data.train), dev=renamed(data.dev))
-
-
-def set_aside(
-    args: argparse.Namespace, data: Data, tokenizer: Tokenizer
-) -> tuple[Examples, Examples, TokenizedExamples | None]:
-    """The labelled rows to train on; those to validate on; and the tokens of unlabelled texts for exit 0, if any.
-
-    Texts of the same tokens are one text, and stay on one side. An unlabelled text that is also labelled is left out.
-    Where too few labelled texts would judge what is deployed, a fifth of the unlabelled ones is set aside for it.
-    """
-    if data.text_columns is None:  # a task
-        return data.train, data.dev, None
-    labels = np.array(data.train.labels, dtype=int)
-    rows, dev = data.train.take(np.flatnonzero(labels >= 0)), data.dev
-    extra = [data.train.take(np.flatnonzero(labels < 0)), *([data.unlabelled] if data.unlabelled else [])]
-    second = None if rows.second is None else sum((more.second for more in extra), [])
-    texts = Examples(sum((more.first for more in extra), []), second, None)
-    if not rows.first and not (args.trunk and texts.first):
-        raise InputError(f"{data.task}: no row has a label")
-    keys = TokenizedExamples(tokenizer, rows).keys()
-    train, of_dev = rows, TokenizedExamples(tokenizer, dev).keys() if dev else keys[:0]
-    if dev is None and rows.first:
-        if len(set(rows.labels)) < 2:
-            only = data.labels[rows.labels[0]]
-            raise InputError(f"{data.task}: all rows have the label {only!r:.60}, needs two or more")
-        kept, aside = stratified_split(rows.labels, args.dev_size, 0, keys.tolist())
-        if not aside:
-            raise InputError(f"{data.task}: no row can be set aside: no label has two different texts")
-        train, dev, of_dev = rows.take(kept), rows.take(aside), keys[aside]
-    dev = dev or rows
-    if lacking := [data.labels[n] for n in sorted(set(rows.labels) - set(dev.labels))]:
-        LOG.warning("no row to validate on has the label %s", preview(lacking))
-    if not texts.first:
-        return train, dev, None
-    tokens = TokenizedExamples(tokenizer, texts)
-    distinct, first = np.unique(tokens.keys(), return_index=True)
-    new = np.sort(first[~np.isin(distinct, np.concatenate([keys, of_dev]))])
-    if not len(new) and data.unlabelled:
-        raise InputError("--unlabelled: no text is left: all of them are also labelled, or set aside")
-    new = np.random.default_rng(0).permutation(new)
-    judges, labelled = min(MOST_JUDGES, len(new) // JUDGES), len(set(of_dev.tolist()))
-    if labelled >= min(judges, ENOUGH_JUDGES * 4 // 3):  # three quarters of both would judge
-        judges = 0
-    if judges:
-        some = texts.take(new[:judges])
-        second = None if second is None else dev.second + some.second
-        dev = Examples(dev.first + some.first, second, dev.labels + [-1] * judges)
-    if not dev.first:
-        raise InputError(f"{data.task}: too few texts to choose and to judge on: one in {JUDGES} of {len(new)}")
-    counts = [f"{n:,}" for n in (len(new) - judges, judges, len(texts.first) - len(new))]
-    LOG.info("unlabelled texts: %s for exit 0, %s to judge; left out, labelled too or there twice: %s", *counts)
-    return train, dev, tokens.take(np.sort(new[judges:]))
+    return Setup(args, data, folder, layers, examples, unlabelled, dev, ngrams, device, precision, record)
 
 
 def epochs_of(examples: int, batch_size: int) -> int:

@@ -4,26 +4,21 @@ Dimension letters: N instances, K exits, C classes, V words, D hidden size.
 """
 
 import argparse
-import time
 from itertools import chain
 
 import numpy as np
 import torch
 
-from minisweet.base import devices
 from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError
 from minisweet.beyond.ngrams import fit_ngrams
 from minisweet.checkpoint import WEIGHTS
-from minisweet.evaluation.outputs import all_logits
 from minisweet.exits import ExitModel, MultiExitModel
 from minisweet.methods import METHODS, add_exits, new_trunk
 from minisweet.runs.folders import save_run
 from minisweet.runs.resume import SavedTraining, claim_output
 from minisweet.runs.start import Data, Setup, prepare
 from minisweet.training import fine_tune, process_rank, used_rows
-
-TIMED = 64  # unlabelled texts, to tell how long all of them will take
 
 
 def train(args: argparse.Namespace, data: Data) -> bool:
@@ -46,10 +41,10 @@ def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
     """Train the stages of the method, fit exit 0, and write the run."""
     args, record, C = setup.args, setup.record, len(setup.record["labels"])
     torch.manual_seed(args.seed)
-    trunk = setup.trunk or new_trunk(setup.folder, setup.layers[-1], C, args.exit_strategy)
+    trunk = setup.data.trunk or new_trunk(setup.folder, setup.layers[-1], C, args.exit_strategy)
     embeddings = trunk.encoder.word_embeddings.weight.detach().clone()  # before they are trained
     if not len(setup.examples):  # no row is labelled: all learn what the trunk says
-        answers = answers_of(setup, checkpoint, trunk)
+        answers = setup.data.answers(setup, checkpoint, trunk)
         setup = setup._replace(examples=setup.unlabelled.with_targets(answers), unlabelled=None)
     try:
         model = train_model(setup, checkpoint, trunk)
@@ -78,7 +73,7 @@ def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
 
 def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) -> ExitModel:
     """Train a method's model, which is built from a trunk (methods.py): a model with one exit, new or finished."""
-    args, is_new, method = setup.args, setup.trunk is None, METHODS[setup.args.method]
+    args, is_new, method = setup.args, setup.data.trunk is None, METHODS[setup.args.method]
     if is_new and method.keeps_trunk:  # the plain model, trained for its one exit
         train_stage(setup, checkpoint, "trunk", trunk, args.lr)
     torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
@@ -103,28 +98,11 @@ def train_stage(setup: Setup, checkpoint: SavedTraining, name: str, model: Multi
     model.cpu()  # frees the device for the next stage
 
 
-def answers_of(setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> np.ndarray:
-    """What a model's last exit says of the unlabelled texts: probabilities (N, C). It is a stage of the checkpoint."""
-    if "unlabelled" not in checkpoint.stages:
-        alone = model.models_alone[-1]
-        alone = alone.keep_exits(alone.head_layers[-1:]).eval().to(setup.device)
-        precision = devices.choose_precision(setup.args.amp, setup.device)  # as in evaluation: on a CPU float32
-        started, some = time.perf_counter(), setup.unlabelled.take(np.arange(len(setup.unlabelled))[:TIMED])
-        all_logits(alone, some, precision)
-        minutes = (time.perf_counter() - started) / len(some) * len(setup.unlabelled) / 60
-        LOG.info("the model answers %s unlabelled texts: some %.1f minutes", f"{len(setup.unlabelled):,}", minutes)
-        with checkpoint.timed("unlabelled") as state:
-            logits, _ = all_logits(alone, setup.unlabelled, precision, "unlabelled texts")
-            state["answers"] = logits[-1].softmax(-1)
-        alone.cpu()
-    return checkpoint.stages["unlabelled"]["answers"].numpy()
-
-
 def fit_exit_0(setup: Setup, checkpoint: SavedTraining, model: ExitModel, embeddings: torch.Tensor) -> None:
     """Fit exit 0 to the labels, and where there are unlabelled texts to what the model's last exit says of them."""
     examples, C = setup.examples, len(setup.record["labels"])
     if setup.unlabelled:
-        answers = answers_of(setup, checkpoint, model)
+        answers = setup.data.answers(setup, checkpoint, model)
         targets = np.concatenate([np.eye(C, dtype=np.float32)[examples.targets], answers])
         examples = examples.joined(setup.unlabelled).with_targets(targets)
     targets = balanced(examples.targets, C) if setup.args.class_weights else examples.targets

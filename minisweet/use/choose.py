@@ -19,7 +19,8 @@ from minisweet.base.files import LOG, InputError, read_dataclass, write_json
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS, score
 from minisweet.evaluation.outputs import Outputs, load_outputs, run_exits, save_outputs
-from minisweet.runs.folders import LOGITS, OPERATING, load_run, read_record, read_validation
+from minisweet.runs.folders import LOGITS, OPERATING
+from minisweet.runs.load import load_run, read_record, read_validation
 from minisweet.runs.records import OperatingPoint, Record
 
 GOALS = {"max_lost": (0.01, 99.99), "max_share": (0, 1), "sure": (50, 99.9)}  # lowest and highest

@@ -25,8 +25,9 @@ from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import Decisions, early_exit
 from minisweet.methods import METHODS
-from minisweet.runs.folders import OPERATING, load_run, read_operating_point
-from minisweet.runs.start import Data
+from minisweet.runs.folders import OPERATING
+from minisweet.runs.load import load_run, read_operating_point
+from minisweet.runs.own import OwnData
 from minisweet.runs.train import train
 from minisweet.use.choose import choose_for, goal_of, in_words
 
@@ -155,7 +156,7 @@ class EarlyExitClassifier:
         rows, kind = own_text([], [], sides) if X is None and self.trunk else own_text(X, y, sides)
         dev, dev_kind = own_text(*validation, 1 + (rows.rows.second is not None)) if validation else (None, kind)
         labels = classes_of(rows.names + (dev.names if dev else []))
-        data = Data(
+        data = OwnData(
             task="texts",
             labels=labels,
             train=with_labels(rows, labels, "labels"),

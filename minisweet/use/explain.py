@@ -27,7 +27,7 @@ from minisweet.evaluation.operating import promise
 from minisweet.evaluation.outputs import Outputs, all_logits, load_outputs
 from minisweet.evaluation.sweep import sweep
 from minisweet.live import Decisions
-from minisweet.runs.folders import read_validation
+from minisweet.runs.load import read_validation
 from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
 
 TEMPLATE = Path(__file__).with_name("page.html")

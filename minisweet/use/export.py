@@ -20,7 +20,7 @@ from minisweet.checkpoint import CLASSIFIERS, public_name
 from minisweet.config import Config
 from minisweet.data.text import load_tokenizer, special_tokens
 from minisweet.exits import MultiExitModel
-from minisweet.runs.folders import load_run, read_record
+from minisweet.runs.load import load_run, read_record
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from minisweet.data.own import classes_of, with_labels
 from minisweet.data.rows import OwnText, find_columns, read_texts, text_columns
 from minisweet.data.text import Examples
 from minisweet.methods import METHODS
-from minisweet.runs.start import Data, add_run_options, add_training_options
+from minisweet.runs.own import OwnData
+from minisweet.runs.start import add_run_options, add_training_options
 from minisweet.runs.train import train
 from minisweet.use.choose import add_goal_options, choose_for, goal_of, print_choice
 
@@ -60,7 +61,7 @@ def main() -> None:
     print_choice(args.out, choose_for(args.out, goal, args.device, args.amp))
 
 
-def read_data(args: argparse.Namespace) -> Data:
+def read_data(args: argparse.Namespace) -> OwnData:
     """The texts and labels of the files that the options name."""
     first = args.file or args.unlabelled[0]
     columns, label = text_columns(first, args.text_columns), None
@@ -75,7 +76,7 @@ def read_data(args: argparse.Namespace) -> Data:
         dev = read_texts(args.dev_data, text_columns(args.dev_data, args.text_columns, columns), label)
     labels = classes_of(rows.names + (dev.names if dev else []))
     more = [read_texts(file, text_columns(file, args.text_columns, columns)).rows for file in args.unlabelled]
-    return Data(
+    return OwnData(
         task=first.name.split(".")[0] or "texts",
         labels=labels,
         train=with_labels(rows, labels, first),

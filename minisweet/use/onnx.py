@@ -26,7 +26,7 @@ from minisweet.data.text import TokenizedExamples, load_tokenizer, special_token
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.outputs import load_outputs
-from minisweet.runs.folders import read_validation
+from minisweet.runs.load import read_validation
 from minisweet.use.classifier import EarlyExitClassifier
 from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule
 

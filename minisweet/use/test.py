@@ -19,7 +19,7 @@ from minisweet.data.text import Examples
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS
 from minisweet.evaluation.outputs import Outputs, run_exits
-from minisweet.runs.folders import read_validation
+from minisweet.runs.load import read_validation
 from minisweet.use.classifier import EarlyExitClassifier, add_classifier_options, classifier_of
 
 CLASSES, TIMED = 20, 64  # classes that are told, at most; texts that are timed

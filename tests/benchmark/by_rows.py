@@ -24,7 +24,7 @@ from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Examples
 from minisweet.evaluation.outputs import all_logits
 from minisweet.paper.report import cells, table
-from minisweet.runs.folders import load_run
+from minisweet.runs.load import load_run
 from tests.benchmark import run_study, show, study
 from tests.benchmark.linear import LINEAR, fit_linear
 

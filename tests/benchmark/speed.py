@@ -31,7 +31,7 @@ from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig
 from minisweet.data.text import load_tokenizer, special_tokens
 from minisweet.paper.report import table
-from minisweet.runs.folders import load_run, read_validation
+from minisweet.runs.load import load_run, read_validation
 from minisweet.use.export import export
 from tests.benchmark import CHECKOUT, run_study, show
 

@@ -1,0 +1,133 @@
+"""What own text adds to a training: a trunk to start from, rows that are set aside, and texts without a label.
+
+Dimension letters: N instances, C classes.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minisweet.base import devices
+from minisweet.base.files import LOG, InputError, preview
+from minisweet.data.own import ENOUGH_JUDGES, stratified_split
+from minisweet.data.text import Examples, TokenizedExamples
+from minisweet.evaluation.outputs import all_logits
+from minisweet.exits import ExitModel
+from minisweet.methods import METHODS
+from minisweet.runs.folders import is_run
+from minisweet.runs.hub import REPOSITORIES
+from minisweet.runs.load import load_trunk, read_record
+from minisweet.runs.resume import SavedTraining
+from minisweet.runs.start import Data, Setup
+
+MOST_JUDGES, JUDGES = 2000, 5  # at most so many unlabelled texts judge, and one of so many
+TIMED = 64  # unlabelled texts, to tell how long all of them will take
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData(Data):
+    """Own text. A row whose label is -1 is unlabelled."""
+
+    dev: Examples | None = None  # None: a share of `train` is set aside
+    unlabelled: Examples | None = None
+
+    def begin(self, args: argparse.Namespace) -> "OwnData":
+        """Load --trunk, and take its labels and its length of texts. InputError where it does not fit."""
+        if not args.trunk:
+            return self
+        trunk, labels = load_trunk(args.trunk)
+        if METHODS[args.method].keeps_trunk and args.exit_strategy == "lte" and trunk.heads[0].lte is None:
+            why = f"{args.trunk} stays as it is and has not learned when it is right"
+            raise InputError(f"--exit-strategy: lte, and {why}")
+        before = read_record(args.trunk) if is_run(args.trunk) else None
+        data = replace(self.with_labels(labels, args.trunk), trunk=trunk)
+        if len(self.labels) < len(labels):  # the others are of the trunk's type
+            data = replace(data, label_type=before.label_type if before else "str")
+        args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)  # a folder, not a preset
+        if before:
+            args.max_length = args.max_length or before.max_length
+            data = replace(data, known_keys=before.trained_keys)
+        return data
+
+    def with_labels(self, labels: Sequence[str], trunk: object) -> "OwnData":
+        """The data with a trunk's classes, in its order. Raises InputError for a label that the trunk does not know."""
+        if others := [name for name in self.labels if name not in labels]:
+            known = f"{trunk} does not know the label {others[0]!r:.60}; its labels: {preview(labels)}"
+            raise InputError(f"--trunk: {known}")
+        numbers = [labels.index(name) for name in self.labels] + [-1]  # the last is that of -1
+        train, dev = (
+            rows and rows._replace(labels=[numbers[label] for label in rows.labels]) for rows in (self.train, self.dev)
+        )
+        return replace(self, labels=list(labels), train=train, dev=dev)
+
+    def split(
+        self, args: argparse.Namespace, tokenizer: Tokenizer, has_exit_0: bool
+    ) -> tuple[Examples, Examples, TokenizedExamples | None]:
+        """As `Data.split`: the labelled rows; those to validate on; and the tokens of unlabelled texts, if any.
+
+        Texts of the same tokens are one text, and stay on one side. An unlabelled text that is also labelled is left
+        out. Where too few labelled texts would judge what is deployed, a fifth of the unlabelled ones is set aside for
+        it. Raises InputError where nothing is left for one side.
+        """
+        if self.unlabelled and not has_exit_0:
+            raise InputError(f"--unlabelled: exit 0 learns from it, and --exit-layers is {args.exit_layers}, without 0")
+        labels = np.array(self.train.labels, dtype=int)
+        rows, dev = self.train.take(np.flatnonzero(labels >= 0)), self.dev
+        extra = [self.train.take(np.flatnonzero(labels < 0)), *([self.unlabelled] if self.unlabelled else [])]
+        second = None if rows.second is None else sum((more.second for more in extra), [])
+        texts = Examples(sum((more.first for more in extra), []), second, None)
+        if not rows.first and not (args.trunk and texts.first):
+            raise InputError(f"{self.task}: no row has a label")
+        keys = TokenizedExamples(tokenizer, rows).keys()
+        train, of_dev = rows, TokenizedExamples(tokenizer, dev).keys() if dev else keys[:0]
+        if dev is None and rows.first:
+            if len(set(rows.labels)) < 2:
+                only = self.labels[rows.labels[0]]
+                raise InputError(f"{self.task}: all rows have the label {only!r:.60}, needs two or more")
+            kept, aside = stratified_split(rows.labels, args.dev_size, 0, keys.tolist())
+            if not aside:
+                raise InputError(f"{self.task}: no row can be set aside: no label has two different texts")
+            train, dev, of_dev = rows.take(kept), rows.take(aside), keys[aside]
+        dev = dev or rows
+        if lacking := [self.labels[n] for n in sorted(set(rows.labels) - set(dev.labels))]:
+            LOG.warning("no row to validate on has the label %s", preview(lacking))
+        if not texts.first:
+            return train, dev, None
+        tokens = TokenizedExamples(tokenizer, texts)
+        distinct, first = np.unique(tokens.keys(), return_index=True)
+        new = np.sort(first[~np.isin(distinct, np.concatenate([keys, of_dev]))])
+        if not len(new) and self.unlabelled:
+            raise InputError("--unlabelled: no text is left: all of them are also labelled, or set aside")
+        new = np.random.default_rng(0).permutation(new)
+        judges, labelled = min(MOST_JUDGES, len(new) // JUDGES), len(set(of_dev.tolist()))
+        if labelled >= min(judges, ENOUGH_JUDGES * 4 // 3):  # three quarters of both would judge
+            judges = 0
+        if judges:
+            some = texts.take(new[:judges])
+            second = None if second is None else dev.second + some.second
+            dev = Examples(dev.first + some.first, second, dev.labels + [-1] * judges)
+        if not dev.first:
+            raise InputError(f"{self.task}: too few texts to choose and to judge on: one in {JUDGES} of {len(new)}")
+        counts = [f"{n:,}" for n in (len(new) - judges, judges, len(texts.first) - len(new))]
+        LOG.info("unlabelled texts: %s for exit 0, %s to judge; left out, labelled too or there twice: %s", *counts)
+        return train, dev, tokens.take(np.sort(new[judges:])) if has_exit_0 else None
+
+    def answers(self, setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> np.ndarray:
+        """What a model's last exit says of the unlabelled texts: probabilities (N, C). A stage of the checkpoint."""
+        if "unlabelled" not in checkpoint.stages:
+            alone = model.models_alone[-1]
+            alone = alone.keep_exits(alone.head_layers[-1:]).eval().to(setup.device)
+            precision = devices.choose_precision(setup.args.amp, setup.device)  # as in evaluation: on a CPU float32
+            started, some = time.perf_counter(), setup.unlabelled.take(np.arange(len(setup.unlabelled))[:TIMED])
+            all_logits(alone, some, precision)
+            minutes = (time.perf_counter() - started) / len(some) * len(setup.unlabelled) / 60
+            LOG.info("the model answers %s unlabelled texts: some %.1f minutes", f"{len(setup.unlabelled):,}", minutes)
+            with checkpoint.timed("unlabelled") as state:
+                logits, _ = all_logits(alone, setup.unlabelled, precision, "unlabelled texts")
+                state["answers"] = logits[-1].softmax(-1)
+            alone.cpu()
+        return checkpoint.stages["unlabelled"]["answers"].numpy()
