@@ -17,7 +17,7 @@ from minisweet.paper.report import tables
 from minisweet.runs.resume import checkpoint_folder, claimed
 from tests.conftest import run, write_model
 
-TINY = ["--train-sizes", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
+TINY = ["--train-size", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
 ONE = ["--seeds", "0", "--lrs", "1e-3"]
 RESULTS = Path("reproduced/results.md")
 
@@ -48,11 +48,11 @@ def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), **changes) -> dic
     return {"method": "ee", "metric": "accuracy"} | exits | curve | changes
 
 
-def fake_run(method: str, lr=1e-3, size=32, seed=0, area=60.0, **changes) -> Path:
+def fake_run(method: str, lr=1e-3, seed=0, area=60.0, **changes) -> Path:
     """Write the records of a run of the toy task, without its weights; all its scores are `area`."""
-    folder = Path(f"reproduced/runs/tiny-{method}-toy-lr{lr:g}-n{size}-seed{seed}")
+    folder = Path(f"reproduced/runs/tiny-{method}-toy-lr{lr:g}-n32-seed{seed}")
     folder.mkdir(parents=True)
-    content = record([area] * 3, method=method, task="toy", lr=lr, train_size=size, seed=seed, epochs=1)
+    content = record([area] * 3, method=method, task="toy", lr=lr, train_size=32, seed=seed, epochs=1)
     content |= {"max_length": 32, "batch_size": 16, "model": "tiny", "depth": 4, "exit_strategy": "confidence"}
     content |= {"device": "none", "precision": "torch.float32", "vocab_size": 60, "examples": 100, "dev_digest": ""}
     for name in ("run.json", "evaluation.json"):
@@ -78,33 +78,30 @@ def test_a_run_that_another_process_trains_is_passed_over_and_then_waited_for(gr
     assert ["tiny-sweet-toy" in line for line in started] == [True, True]
 
 
-@pytest.mark.parametrize("sizes", [[32], [32, 16]])
-def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(grid, monkeypatch, sizes):
+def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(grid, monkeypatch):
     """On three methods at two rates. An area that is None is of a run that diverges."""
     areas = {"ee": {1e-3: 60, 1e-2: 70}, "sweet": {1e-3: None, 1e-2: 50}, "mm": {1e-3: None, 1e-2: None}}
     words = ["--methods", "ee,sweet,mm", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
-    words += ["--train-sizes", ",".join(map(str, sizes))]
     made = []
 
     def pretend(script: str, arguments: list[str]) -> int:
         if script == "train.py":
-            method, *numbers = re.search(r"tiny-(\w+)-toy-lr([\d.]+)-n(\d+)-seed(\d)", " ".join(arguments)).groups()
-            lr, size, seed = float(numbers[0]), *map(int, numbers[1:])
-            made.append((method, lr, size, seed))
+            method, lr, seed = re.search(r"tiny-(\w+)-toy-lr([\d.]+)-n32-seed(\d)", " ".join(arguments)).groups()
+            made.append((method, lr := float(lr), seed := int(seed)))
             area = areas[method][lr]
-            fake_run(method, lr, size, seed, area or 0, diverged=3 if area is None else None)
+            fake_run(method, lr, seed, area or 0, diverged=3 if area is None else None)
         return 0
 
     monkeypatch.setattr(reproduce, "run_script", pretend)
     assert grid(*words)[0] == 0
-    search, rest = [(method, lr, 32, 0) for method, rates in areas.items() for lr in rates], [*made]
+    search, rest = [(method, lr, 0) for method, rates in areas.items() for lr in rates], [*made]
     assert made[:6] == search
-    assert sorted(made) == sorted({*search, *product(("ee", "sweet"), [1e-2], sizes, (0, 1, 2))})
+    assert sorted(made) == sorted({*search, *product(("ee", "sweet"), [1e-2], (0, 1, 2))})
     assert (grid(*words)[0], made) == (0, rest)  # nothing is made again
     for line in ("| ee | 0.01 |", "| sweet | 0.01 |", "| toy | mm | 0 |", "infinite or NaN: 3\n"):
         assert line in RESULTS.read_text()
     figures = {path.name for path in Path("reproduced").glob("*.png")}
-    assert figures == {"curves.png"} | ({"sizes.png"} if len(sizes) > 1 else set())
+    assert figures == {"curves.png"}
 
 
 def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):

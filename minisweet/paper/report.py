@@ -10,7 +10,6 @@ Dimension letters: S seeds, P points (exits, or speedup ratios).
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from minisweet.paper.statistics import mean_and_spread
 
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the ratios of the first exits
 MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
-# The records of one method and training size, by task and seed; runs that diverged are left out.
+# The records of one method, by task and seed; runs that diverged are left out.
 Records = dict[str, dict[int, dict]]
 Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or one number
 
@@ -98,28 +97,20 @@ def tables(grid: dict[str, Records]) -> str:
     return text + table(title, [*head, *map("{:.3g}".format, ratios), "area"], curves)
 
 
-def size_table(grids: dict[int, dict[str, Records]]) -> str:
-    """Write the areas by training size: one grid as in `tables` for each (Fig. 8)."""
-    means = [{method: seed_means(its, itemgetter("area")) for method, its in grid.items()} for grid in grids.values()]
-    rows = [[name, *("".join(cells(of_size[name])) for of_size in means)] for name in means[0]]
-    title = "Area under the curve by number of training examples: mean ± 95% interval over seeds"
-    return table(title, ["", *(f"up to {n}" for n in grids)], rows)
-
-
 def _runs(records: Records) -> list[dict]:
     """The records of all tasks and seeds."""
     return [run for runs in records.values() for run in runs.values()]
 
 
-def draw_curves(path: Path, panels: list[tuple[str, dict[str, Records], list[str]]]) -> None:
-    """Draw the speed-accuracy curves of all methods to a PNG: means over seeds and their 95% intervals.
+def draw_curves(path: Path, grid: dict[str, Records], panels: dict[str, list[str]]) -> None:
+    """Draw the speed-accuracy curves of a grid's methods to a PNG: means over seeds and their 95% intervals.
 
-    Each panel is a title, a grid as in `tables`, and the tasks to average over.
+    Each panel has a title, and the tasks to average over.
     """
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows)
-    for place, (title, grid, tasks) in enumerate(panels, start=1):
+    for place, (title, tasks) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, place)
         for method in grid:
             records = {task: grid[method][task] for task in tasks}

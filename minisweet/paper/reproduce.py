@@ -2,10 +2,10 @@
 
     python -m minisweet reproduce --model minilm-l6 --tasks sst2,mrpc --seeds 0,1,2 --lrs 5e-5,1e-4,2e-4,4e-4
 
-The learning rate of each task and method is searched on the first seed and the first training size: the rate with the
-largest area under the speed-accuracy curve wins (App. A). All seeds and training sizes then run at that rate. Nothing
-is kept but the run folders of train.py and evaluate.py, so a stopped grid goes on where it was. Several processes may
-share a grid: a run belongs to the process that trains it.
+The learning rate of each task and method is searched on the first seed: the rate with the largest area under the
+speed-accuracy curve wins (App. A). All seeds then run at that rate. Nothing is kept but the run folders of train.py and
+evaluate.py, so a stopped grid goes on where it was. Several processes may share a grid: a run belongs to the process
+that trains it.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from minisweet.runs.hub import CLONE, home
 from minisweet.runs.load import read_evaluation, read_record
 from minisweet.runs.resume import is_claimed
 
-Run = namedtuple("Run", ("task", "method", "train_size", "lr", "seed"))  # one training: what tells runs apart
+Run = namedtuple("Run", ("task", "method", "lr", "seed"))  # one training: what tells runs apart
 DEVICE = ("device", "amp")  # options of train.py and evaluate.py
 WAIT = 20  # seconds, until a run of another process is looked at again
-TRAINING = ("out", *Run._fields, "model", "epochs", "max_length", "batch_size", "exit_layers", "exit_strategy")
-TRAINING += ("data_dir", *DEVICE)
+TRAINING = ("out", *Run._fields, "train_size", "model", "epochs", "max_length", "batch_size", "exit_layers")
+TRAINING += ("exit_strategy", "data_dir", *DEVICE)
 
 
 class Grid:
@@ -60,7 +60,7 @@ class Grid:
 
     def search(self, task: str, method: str) -> list[Run]:
         """The runs of the learning-rate search: one, if there is one rate."""
-        return [Run(task, method, self.args.train_sizes[0], lr, self.args.seeds[0]) for lr in self.args.lrs]
+        return [Run(task, method, lr, self.args.seeds[0]) for lr in self.args.lrs]
 
     def learning_rate(self, task: str, method: str) -> float | None:
         """The rate with the largest area; None while the search is incomplete, or if all its runs diverged."""
@@ -73,8 +73,8 @@ class Grid:
     def averaged(self) -> list[Run]:
         """The runs that the tables average over, where their learning rate is known."""
         rates = {pair: self.learning_rate(*pair) for pair in self.pairs}
-        slots = product(self.args.train_sizes, self.pairs, self.args.seeds)
-        return [Run(*pair, n, rates[pair], seed) for n, pair, seed in slots if rates[pair] is not None]
+        slots = product(self.pairs, self.args.seeds)
+        return [Run(*pair, rates[pair], seed) for pair, seed in slots if rates[pair] is not None]
 
     def missing(self) -> list[Run]:
         """The runs that are not complete, the search first. The others follow once their rate is known."""
@@ -134,37 +134,32 @@ def write_report(grid: Grid) -> None:
     """Write results.md and the figures from the runs that are complete."""
     args, several = grid.args, len(grid.args.tasks) > 1
     missing = [grid.folder(run).name for run in grid.missing()]
-    tables = {n: {method: {task: {} for task in args.tasks} for method in args.methods} for n in args.train_sizes}
+    records = {method: {task: {} for task in args.tasks} for method in args.methods}
     for run in grid.averaged():
         if record := grid.record(run):  # not so of a run that diverged
-            tables[run.train_size][run.method][run.task][run.seed] = record
+            records[run.method][run.task][run.seed] = record
     with written_beside(args.out / "results.md") as new:
-        new.write_text(document(grid, tables, missing), encoding="utf-8")
-    first = tables[args.train_sizes[0]]
-    figures = {"curves.png": [(f"mean over {', '.join(args.tasks)}", first, args.tasks)]}
-    figures |= {"tasks.png": [(task, first, [task]) for task in args.tasks]} if several else {}
-    if len(tables) > 1:
-        figures["sizes.png"] = [(f"up to {n} training examples", tables[n], args.tasks) for n in sorted(tables)]
+        new.write_text(document(grid, records, missing), encoding="utf-8")
+    figures = {"curves.png": {f"mean over {', '.join(args.tasks)}": args.tasks}}
+    figures |= {"tasks.png": {task: [task] for task in args.tasks}} if several else {}
     for name, panels in figures.items():
-        report.draw_curves(args.out / name, panels)
+        report.draw_curves(args.out / name, records, panels)
     print(f"{args.out}: {', '.join(['results.md', *figures])}, of {len(grid.records)} runs; {len(missing)} missing")
 
 
-def document(grid: Grid, tables: dict[int, dict], missing: list[str]) -> str:
-    """The text of results.md, from the tables' records by training size and the names of missing runs."""
-    args, (size, *sizes) = grid.args, grid.args.train_sizes
+def document(grid: Grid, records: dict[str, report.Records], missing: list[str]) -> str:
+    """The text of results.md, from records by method and the names of missing runs."""
+    args = grid.args
     complete = {grid.folder(run).name: record for run, record in grid.records.items()}
     trained_on = sorted({f"{record['device']}, {record['precision']}" for record in complete.values() if record})
     text = (
-        f"# {args.model}, exit strategy {args.exit_strategy}\n\nSeeds {', '.join(map(str, args.seeds))}; "
-        f"up to {size} training examples, {args.epochs} epochs; trained on: {'; '.join(trained_on) or 'nothing yet'}.\n"
+        f"# {args.model}, exit strategy {args.exit_strategy}\n\nSeeds {', '.join(map(str, args.seeds))}; up to "
+        f"{args.train_size} examples, {args.epochs} epochs; trained on: {'; '.join(trained_on) or 'nothing yet'}.\n"
     )
     rates = {method: [grid.learning_rate(task, method) for task in args.tasks] for method in args.methods}
     rows = [[method, *("" if rate is None else f"{rate:g}" for rate in found)] for method, found in rates.items()]
     text += report.table("Learning rates: of several, that of the largest area", ["method", *args.tasks], rows)
-    text += report.tables(tables[size])
-    text += report.size_table(tables) if sizes else ""
-    text += "".join(f"\n## Up to {n} training examples\n{report.tables(tables[n])}" for n in sizes)
+    text += report.tables(records)
     diverged = [name for name, record in complete.items() if not record]
     text += "\n### What to know of these runs\n\n"
     for what, lines in (("Runs whose loss became infinite or NaN", diverged), ("Missing runs", missing)):
@@ -182,9 +177,9 @@ def main() -> None:
     option("--methods", type=list_of(str, METHODS), default=["ee", "mm", "sweet"], help=known)
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first searches (default: 0,1,2)")
     option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
-    option("--train-sizes", type=list_of(whole_number(1)), default=[6000], help="the first searches (default: 6000)")
+    option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
-    option("--runs", type=Path, help="for the run folders, which several reports may share (default: OUT/runs)")
+    option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     start.add_training_options(parser)
     parser.set_defaults(epochs=2)

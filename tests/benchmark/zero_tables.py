@@ -122,7 +122,13 @@ def paper_tables(folder: Path) -> dict[str, str]:
         return {}
     title = "Exits alone, learning-to-exit: mean ± deviation over three seeds; [n]: in n runs one answer"
     made = {"learning-to-exit": exits_table(title, read_grid(runs, ["sst2", "mrpc"], is_lte=True))}
-    made["sizes"] = report.size_table({size: read_grid(runs, ["sst2"], size) for size in (6000, 2000, 500)})
+    sizes = {size: read_grid(runs, ["sst2"], size) for size in (6000, 2000, 500)}
+    rows = []
+    for name in sizes[500]:
+        areas = [report.seed_means(grid[name], lambda run: run["area"]) for grid in sizes.values()]
+        rows.append([name, *("".join(cells(values)) for values in areas)])
+    title = "Area under the curve by number of training examples: mean ± 95% interval over seeds"
+    made["sizes"] = table(title, ["", *(f"up to {n}" for n in sizes)], rows)
     rows = []
     for task in GRADIENTS:
         found = read_json(folder / task / "gradients.json")
@@ -184,8 +190,8 @@ def main() -> None:
     show(made, args.write)
     for study in studies if args.write else ():
         draw(RESULTS / ("twelve.png" if study.depth > 6 else "exit0.png"), study)
-        panels = [(TITLES[task], study.grid(study.learnt), [task]) for task in study.learnt]
-        report.draw_curves(RESULTS / f"paper-{study.depth}.png", panels)
+        panels = {TITLES[task]: [task] for task in study.learnt}
+        report.draw_curves(RESULTS / f"paper-{study.depth}.png", study.grid(study.learnt), panels)
 
 
 if __name__ == "__main__":
