@@ -14,11 +14,11 @@ from shlex import quote
 
 from minisweet.base import devices
 from minisweet.base.commands import Parser, run_command, whole_number
-from minisweet.data.tasks import TASKS, load_examples
+from minisweet.data.tasks import TASKS
 from minisweet.methods import METHODS
 from minisweet.runs.folders import run_name
-from minisweet.runs.hub import fetch_task, home
-from minisweet.runs.start import Data, add_run_options, add_training_options
+from minisweet.runs.hub import home
+from minisweet.runs.start import add_run_options, add_training_options, task_data
 from minisweet.runs.train import train
 
 
@@ -43,10 +43,7 @@ def main() -> None:
     """Train one run, or with --resume say that it is there."""
     args = parse_arguments()
     devices.tune_cpu()
-    fetch_task(args.task, args.data_dir)
-    rows, task = [load_examples(args.task, split, args.data_dir) for split in ("train", "dev")], TASKS[args.task]
-    data = Data(task=args.task, labels=list(task.labels), train=rows[0], dev=rows[1], metric=task.metric)
-    is_new = train(args, data)
+    is_new = train(args, task_data(args.task, args.data_dir))
     print(f"{args.out}: {'trained' if is_new else 'finished already'}; next: python evaluate.py {quote(str(args.out))}")
 
 

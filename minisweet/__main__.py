@@ -8,7 +8,7 @@ explain     show how a text is answered, exit by exit, or a page of all validati
 export      write a run as a classifier for transformers, or as an ONNX file
 
 Of the paper:
-reproduce   train and evaluate the paper's grid and report it, which needs a clone
+reproduce   train and evaluate the paper's grid and report it
 gradients   measure whether the gradients of exits conflict
 """
 

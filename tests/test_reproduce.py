@@ -1,7 +1,6 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes: tables and figures."""
 
 import json
-import re
 import shutil
 from contextlib import ExitStack
 from itertools import product
@@ -10,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
-import train
 from minisweet.paper import reproduce
 from minisweet.paper.report import tables
 from minisweet.runs.resume import checkpoint_folder, claimed
-from tests.conftest import run, write_model
+from tests.conftest import write_model
 
 TINY = ["--train-size", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
 ONE = ["--seeds", "0", "--lrs", "1e-3"]
@@ -24,15 +21,15 @@ RESULTS = Path("reproduced/results.md")
 
 @pytest.fixture
 def grid(command, monkeypatch, tmp_path):
-    """Run reproduce in an empty folder: its status, output, errors, and what it started, which runs in this process."""
+    """Run reproduce in an empty folder: its status, output, errors, and the names of runs that it worked on."""
     write_model(tmp_path / "tiny", "bert")
-    started = []
+    complete, started = reproduce.Grid.complete, []
 
-    def in_process(script: str, arguments: list[str]) -> int:
-        started.append(" ".join([script, *arguments]))
-        return run({"train.py": train, "evaluate.py": evaluate}[script], *arguments)
+    def noted(self, run) -> None:
+        started.append(self.folder(run).name)
+        complete(self, run)
 
-    monkeypatch.setattr(reproduce, "run_script", in_process)
+    monkeypatch.setattr(reproduce.Grid, "complete", noted)
 
     def reproduced(*arguments) -> tuple[int, str, str, list[str]]:
         started.clear()
@@ -75,7 +72,7 @@ def test_a_run_that_another_process_trains_is_passed_over_and_then_waited_for(gr
     status, out, err, started = grid("--methods", "ee,sweet", *ONE)
     assert (status, "of 2 runs; 0 missing" in out) == (0, True)
     assert "waiting for tiny-ee-toy-lr0.001-n32-seed0, which another process makes" in err
-    assert ["tiny-sweet-toy" in line for line in started] == [True, True]
+    assert started == ["tiny-sweet-toy-lr0.001-n32-seed0"]
 
 
 def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(grid, monkeypatch):
@@ -84,15 +81,12 @@ def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_res
     words = ["--methods", "ee,sweet,mm", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
     made = []
 
-    def pretend(script: str, arguments: list[str]) -> int:
-        if script == "train.py":
-            method, lr, seed = re.search(r"tiny-(\w+)-toy-lr([\d.]+)-n32-seed(\d)", " ".join(arguments)).groups()
-            made.append((method, lr := float(lr), seed := int(seed)))
-            area = areas[method][lr]
-            fake_run(method, lr, seed, area or 0, diverged=3 if area is None else None)
-        return 0
+    def pretend(_, run) -> None:
+        made.append((run.method, run.lr, run.seed))
+        area = areas[run.method][run.lr]
+        fake_run(run.method, run.lr, run.seed, area or 0, diverged=3 if area is None else None)
 
-    monkeypatch.setattr(reproduce, "run_script", pretend)
+    monkeypatch.setattr(reproduce.Grid, "complete", pretend)
     assert grid(*words)[0] == 0
     search, rest = [(method, lr, 0) for method, rates in areas.items() for lr in rates], [*made]
     assert made[:6] == search
@@ -106,14 +100,18 @@ def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_res
 
 def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):
     words = ["--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16"]
-    status, out, _, (trained, evaluated) = grid(*words)
+    status, out, _, (name,) = grid(*words)
     assert (status, "results.md, curves.png, of 1 runs; 0 missing" in out) == (0, True)
-    for option in ("--exit-strategy lte", "--batch-size 16", "--exit-layers 1,4", "--amp bf16", "--resume"):
-        assert option in trained
-    assert "--amp bf16" in evaluated
+    folder, evaluation = Path("reproduced/runs", name), Path("reproduced/runs", name, "evaluation.json")
+    arguments = json.loads((folder / "run.json").read_text())["arguments"]
+    wanted = {"exit_strategy": "lte", "batch_size": 16, "exit_layers": [1, 4], "amp": "bf16", "resume": True}
+    assert arguments | wanted == arguments
+    assert json.loads(evaluation.read_text())["precision"] == "torch.bfloat16"
     assert "exit strategy lte" in RESULTS.read_text()
-    Path("reproduced/runs/tiny-sweet-toy-lr0.001-n32-seed0-lte/evaluation.json").unlink()
-    assert grid(*words)[3] == [evaluated]
+    evaluation.unlink()
+    weights = (folder / "model.safetensors").stat().st_mtime_ns
+    assert (grid(*words)[3], grid(*words)[3]) == ([name], [])
+    assert (folder / "model.safetensors").stat().st_mtime_ns == weights
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid):

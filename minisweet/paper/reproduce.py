@@ -3,36 +3,34 @@
     python -m minisweet reproduce --model minilm-l6 --tasks sst2,mrpc --seeds 0,1,2 --lrs 5e-5,1e-4,2e-4,4e-4
 
 The learning rate of each task and method is searched on the first seed: the rate with the largest area under the
-speed-accuracy curve wins (App. A). All seeds then run at that rate. Nothing is kept but the run folders of train.py and
-evaluate.py, so a stopped grid goes on where it was. Several processes may share a grid: a run belongs to the process
-that trains it.
+speed-accuracy curve wins (App. A). All seeds then run at that rate. Nothing is kept but the run folders, as train.py
+and evaluate.py make them, so a stopped grid goes on where it was. Several processes may share a grid: a run belongs to
+the process that trains it.
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from collections import namedtuple
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, positive_float, whole_number
 from minisweet.base.files import LOG, InputError, written_beside
 from minisweet.data.tasks import TASKS, search_rates
+from minisweet.evaluation.evaluate import evaluate
 from minisweet.methods import METHODS
 from minisweet.paper import report
 from minisweet.runs import start
 from minisweet.runs.folders import EVALUATION, is_run, run_name
-from minisweet.runs.hub import CLONE, home
+from minisweet.runs.hub import home
 from minisweet.runs.load import read_evaluation, read_record
 from minisweet.runs.resume import is_claimed
+from minisweet.runs.train import train
 
 Run = namedtuple("Run", ("task", "method", "lr", "seed"))  # one training: what tells runs apart
-DEVICE = ("device", "amp")  # options of train.py and evaluate.py
 WAIT = 20  # seconds, until a run of another process is looked at again
-TRAINING = ("out", *Run._fields, "train_size", "model", "epochs", "max_length", "batch_size", "exit_layers")
-TRAINING += ("exit_strategy", "data_dir", *DEVICE)
+TRAINING = ("out", "resume", *Run._fields, "train_size", "model", "epochs", "max_length", "batch_size", "exit_layers")
+TRAINING += ("exit_strategy", "data_dir", "device", "amp", "class_weights", "dev_size")
 
 
 class Grid:
@@ -81,32 +79,13 @@ class Grid:
         runs = [run for pair in self.pairs for run in self.search(*pair)] + self.averaged()
         return [run for run in dict.fromkeys(runs) if self.record(run) is None]
 
-    def commands(self, run: Run) -> list[list[str]]:
-        """The command lines that complete a run, to be called in the clone."""
-        folder = self.folder(run)
-        train = ["train.py", *as_options(vars(self.args) | run._asdict() | {"out": folder}, TRAINING), "--resume"]
-        evaluate = ["evaluate.py", str(folder), *as_options(vars(self.args), DEVICE)]
-        return [evaluate] if is_run(folder) else [train, evaluate]
-
-
-def as_options(values: dict[str, object], names: Sequence[str]) -> list[str]:
-    """The command-line options of these names. Those that have no value are left out."""
-    words = []
-    for name in names:
-        if (value := values[name]) is not None:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
-    return words
-
-
-def run_script(script: str, arguments: list[str]) -> int:
-    """Run train.py or evaluate.py as a process, which ends when this one is told to. Returns its exit status."""
-    with subprocess.Popen([sys.executable, str(CLONE / script), *arguments]) as process:
-        try:
-            return process.wait()
-        except SystemExit:  # SIGTERM reached this process alone; Ctrl-C reaches both
-            process.terminate()
-            raise
+    def complete(self, run: Run) -> None:
+        """Train and evaluate a run, as far as that is not done."""
+        options = vars(self.args) | run._asdict() | {"out": (folder := self.folder(run)), "resume": True}
+        if not is_run(folder):
+            options = argparse.Namespace(**{name: options[name] for name in TRAINING}, overwrite=False)
+            train(options, start.task_data(run.task, self.args.data_dir))
+        evaluate(folder, device=self.args.device, amp=self.args.amp)
 
 
 def run_all(grid: Grid) -> list[str]:
@@ -123,10 +102,12 @@ def run_all(grid: Grid) -> list[str]:
             continue
         run = free[0]
         LOG.info("%s (%d to go)", grid.folder(run).name, len(todo))
-        for script, *words in grid.commands(run):
-            if run_script(script, words):
-                failed += [run] if not is_claimed(grid.folder(run)) else []  # else another process was faster
-                break
+        try:
+            grid.complete(run)
+        except Exception as error:  # the others go on
+            LOG.warning("%s: %s", grid.folder(run).name, error)
+            if grid.record(run) is None and not is_claimed(grid.folder(run)):  # else it diverged, or another has it
+                failed.append(run)
     return [grid.folder(run).name for run in failed]
 
 
@@ -182,12 +163,10 @@ def main() -> None:
     option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     start.add_training_options(parser)
-    parser.set_defaults(epochs=2)
+    parser.set_defaults(epochs=2, class_weights=None, dev_size=None)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
     grid = Grid(args)
-    if not (CLONE / "train.py").is_file():
-        raise InputError("reproduce: needs train.py and evaluate.py; call python -m minisweet reproduce in a clone")
     _, config, _, args.batch_size = start.find_model(args, "sweet")
     args.lrs = args.lrs or search_rates(config)
     for folder in (args.runs, args.out):

@@ -18,12 +18,12 @@ from minisweet.base.files import LOG, InputError
 from minisweet.beyond.ngrams import NgramExit, check_size
 from minisweet.checkpoint import read_config
 from minisweet.config import Config
-from minisweet.data.tasks import TASKS, default_learning_rate
+from minisweet.data.tasks import TASKS, default_learning_rate, load_examples
 from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer, special_ids
 from minisweet.exits import EXIT_STRATEGIES, MultiExitModel
 from minisweet.methods import METHODS, exit_layers_for
 from minisweet.runs.folders import versions
-from minisweet.runs.hub import REPOSITORIES, model_folder
+from minisweet.runs.hub import REPOSITORIES, fetch_task, model_folder
 
 STEPS, EPOCHS = 300, 4  # own text is trained on for at least so many of both
 MAX_LENGTH = 256  # tokens
@@ -53,6 +53,13 @@ class Data:
     ) -> tuple[Examples, Examples, TokenizedExamples | None]:
         """The rows to train on, the rows to validate on, and unlabelled texts for exit 0."""
         return self.train, self.dev, None
+
+
+def task_data(name: str, data_dir: Path) -> Data:
+    """A task's rows, which are fetched where they are missing."""
+    fetch_task(name, data_dir)
+    task, (train, dev) = TASKS[name], (load_examples(name, split, data_dir) for split in ("train", "dev"))
+    return Data(task=name, labels=list(task.labels), train=train, dev=dev, metric=task.metric)
 
 
 class Setup(NamedTuple):
