@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisweet.adaptive import Exits
-from minisweet.layers import Dropout, TransformerEncoder, draw_weights, whole_inputs
+from minisweet.layers import Dropout, TransformerEncoder, checked_inputs, draw_weights
 
 EXIT_STRATEGIES = ("confidence", "lte")
 ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
@@ -208,7 +208,7 @@ class MultiExitModel(ExitModel):
         `early_exit` asks it by itself, before it makes batches. Except in EE, training may call backward() on each
         loss before the next exit runs, which frees the activations up to there.
         """
-        input_ids, mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)
+        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         if self.ngrams is not None:
             yield self.ngrams(input_ids, mask, token_type_ids), None
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
@@ -274,7 +274,7 @@ class MultiModel(ExitModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
-        input_ids, mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)
+        input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         if self.ngrams is not None:
             yield self.ngrams(input_ids, mask, token_type_ids), None
         for model in self.models:

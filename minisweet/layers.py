@@ -29,14 +29,17 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 def whole_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros.
-
-    Raises ValueError for padding before a token: at an exit, who stays is cut to their number of tokens.
-    """
+    """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+
+
+def checked_inputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `whole_inputs`. Raises ValueError for padding before a token: who stays is cut to their number of tokens."""
+    input_ids, mask, token_type_ids = whole_inputs(*inputs)
     if not torch.compiler.is_compiling() and (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError("attention_mask: padding stands before a token, should stand after all of them, on the right")
-    return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    return input_ids, mask, token_type_ids
 
 
 class TransformerLayer(nn.Module):
@@ -91,9 +94,8 @@ class TransformerEncoder(nn.Module):
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
     Only context[0] has a batch dimension; the other tensors of the context serve all instances. New heads also read the
-    encoder's `config` and `pooler_start`, training and exit 0's fit its `word_embeddings`, and costs its `depth`.
-
-    How to add another encoder stands at the end of tour/exercises.md.
+    encoder's `config` and `pooler_start`, training and exit 0's fit its `word_embeddings`, and costs its `depth`. How
+    to add another encoder is told in tour/exercises.md.
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s

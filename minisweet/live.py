@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minisweet.adaptive import ExitRule, in_float32, leaves
 from minisweet.exits import ExitModel
-from minisweet.layers import whole_inputs
+from minisweet.layers import checked_inputs
 
 
 class Decisions(NamedTuple):
@@ -43,7 +43,7 @@ def early_exit(
         rule: for the model's K exits; None for confidences as they are.
         batch_size: how many of the B run at once.
     """
-    rule, inputs = rule or ExitRule(model.num_labels), whole_inputs(input_ids, attention_mask, token_type_ids)
+    rule, inputs = rule or ExitRule(model.num_labels), checked_inputs(input_ids, attention_mask, token_type_ids)
     last, threshold = len(model.exit_layers) - 1, in_float32(threshold)
     first = last if threshold >= 1 and not model.asks_at_1 else 0  # the exit that is asked first
     model = model.keep_exits(model.exit_layers[first:])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, Exits
-from minisweet.evaluation.operating import choose, how_sure, promise, shortfall, split, stated, walk, wilson
+from minisweet.evaluation.operating import choose, fixed_sequence, how_sure, promise, shortfall, split, stated, wilson
 from minisweet.evaluation.outputs import Outputs
 
 GOAL, SHARE = {"max_lost": 3.0, "sure": 90.0}, {"max_share": 0.5}
@@ -61,7 +61,7 @@ def test_judges_stop_before_the_first_threshold_that_fails(seed, N, limit, sure)
         if how_sure(N, [is_lost.sum()], limit / 100) < sure / 100:
             break
         expected = threshold
-    assert walk(ExitRule(2), rows, {"max_lost": limit, "sure": sure}, [0, 1], thresholds)[0] == expected
+    assert fixed_sequence(ExitRule(2), rows, {"max_lost": limit, "sure": sure}, [0, 1], thresholds)[0] == expected
 
 
 def test_judges_stop_even_if_a_lower_threshold_would_pass_again():
@@ -69,14 +69,14 @@ def test_judges_stop_even_if_a_lower_threshold_would_pass_again():
     sure = np.linspace(0.55, 0.95, 400)
     rows = two_exits(sure, np.where(sure > 0.922, 0, 1), np.ones(400, int), np.ones(400, int))
     goals = [GOAL, {"max_lost": 10.0, "sure": 90.0}, {"max_share": 0.0}, {"max_share": 0.4}, {"max_share": 1.0}]
-    found = [walk(ExitRule(2), rows, goal, [0, 1], np.array([0.5, 0.7, 0.91, 0.99, 1]))[0] for goal in goals]
+    found = [fixed_sequence(ExitRule(2), rows, goal, [0, 1], np.array([0.5, 0.7, 0.91, 0.99, 1]))[0] for goal in goals]
     assert found == [0.99, 0.5, 0.5, 0.7, 1]
 
 
 def test_promises_are_broken_in_at_most_one_of_ten_draws():
     thresholds, broken = np.linspace(0.5, 1, 26), 0
     for seed in range(300):
-        threshold, _, _ = walk(ExitRule(2), draw(seed, 300), GOAL, [0, 1], thresholds)
+        threshold, _, _ = fixed_sequence(ExitRule(2), draw(seed, 300), GOAL, [0, 1], thresholds)
         broken += 0.86 * 0.8 * (1 - threshold) ** 2 > 0.03  # how many are lost in the long run, see `draw`
     assert 0 < broken <= 30 + 2 * (300 * 0.1 * 0.9) ** 0.5
 

@@ -74,7 +74,7 @@ def choose(
     asked = choose_exits(rule, choosers, goal) if exits is None else [layers.index(n) for n in exits]
     threshold = 1.0
     if somebody_judges:
-        threshold, share, _ = walk(rule, judges, goal, asked, thresholds_of(rule, choosers, asked))
+        threshold, share, _ = fixed_sequence(rule, judges, goal, asked, thresholds_of(rule, choosers, asked))
         if exits is None and "max_lost" in goal and share > layers[-1] / outputs.exits.depth + ROUNDING:
             threshold, asked = 1.0, [len(layers) - 1]  # what is asked in vain costs more than leaving early saves
     point = {"threshold": threshold, "exits": [layers[k] for k in asked], "goal": goal}
@@ -126,7 +126,8 @@ def choose_exits(rule: ExitRule, choosers: Outputs, goal: dict[str, float]) -> l
     """
 
     def rank(asked: list[int]) -> tuple[float, float]:  # the smaller the better
-        _, share, value = walk(rule, choosers, goal | {"sure": 0}, asked, thresholds_of(rule, choosers, asked))
+        thresholds = thresholds_of(rule, choosers, asked)
+        _, share, value = fixed_sequence(rule, choosers, goal | {"sure": 0}, asked, thresholds)
         return max(0.0, share - goal.get("max_share", 0.0)), -value
 
     last = len(choosers.logits) - 1
@@ -139,7 +140,9 @@ def choose_exits(rule: ExitRule, choosers: Outputs, goal: dict[str, float]) -> l
     return asked
 
 
-def walk(rule: ExitRule, rows: Outputs, goal: dict, asked: Sequence[int], thresholds: np.ndarray) -> tuple[float, ...]:
+def fixed_sequence(
+    rule: ExitRule, rows: Outputs, goal: dict, asked: Sequence[int], thresholds: np.ndarray
+) -> tuple[float, ...]:
     """Where rows stop on their way down the thresholds (M,): the threshold, the share of the layers, and the score.
 
     Where they must be 0% sure, it is enough that no more than P of 100 of these very texts are lost.

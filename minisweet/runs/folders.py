@@ -34,7 +34,7 @@ def run_name(arguments: dict, in_grid: bool = False) -> str:
     return f"{name}-seed{arguments['seed']}" + "-lte" * (arguments["exit_strategy"] == "lte")
 
 
-def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dict, validation: Examples) -> None:
+def save_run(out: Path, model: nn.Module | None, model_folder: Path, run_json: dict, validation: Examples) -> None:
     """Write a run folder, whole or not at all; what is there is replaced.
 
     `model` is None for a training that diverged, and `model_folder` is what was fine-tuned.
@@ -42,11 +42,11 @@ def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dic
     with written_beside(out) as folder:
         folder.mkdir()
         if model is None:
-            write_json(folder / "run.json", record)
+            write_json(folder / "run.json", run_json)
             return
         tensors = model.state_dict()
         digest = hashlib.sha256(save(tensors)).hexdigest()
-        write_json(folder / "run.json", record | {"id": digest})
+        write_json(folder / "run.json", run_json | {"id": digest})
         (folder / WEIGHTS).write_bytes(save(tensors, {"id": digest}))
         ours = {"model_type": OURS, "encoder_type": read_config(model_folder).model_type}
         write_json(folder / "config.json", read_json(model_folder / "config.json") | ours)
@@ -54,7 +54,7 @@ def save_run(out: Path, model: nn.Module | None, model_folder: Path, record: dic
             if (model_folder / name).is_file():
                 shutil.copyfile(model_folder / name, folder / name)
         with (folder / VALIDATION).open("w", encoding="utf-8") as file:
-            for row in rows_of(validation, record["labels"]):
+            for row in rows_of(validation, run_json["labels"]):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -94,23 +94,23 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def training_of(record: dict) -> dict:
+def training_of(run_json: dict) -> dict:
     """What must stay the same when a training goes on, of a run.json."""
-    options = {key: value for key, value in (record.get("arguments") or {}).items() if key not in MAY_CHANGE}
-    return options | {key: record.get(key) for key in ("exit_layers", "labels", *ROWS, "precision")}
+    options = {key: value for key, value in (run_json.get("arguments") or {}).items() if key not in MAY_CHANGE}
+    return options | {key: run_json.get(key) for key in ("exit_layers", "labels", *ROWS, "precision")}
 
 
 class SavedTraining:
-    """The checkpoint in `folder` of the training that `record` describes.
+    """The checkpoint in `folder` of the training that `run_json` describes.
 
     With --resume it holds the stages that are found there. If there are none, but a finished run is in --out,
     `is_finished` is true. Raises InputError where what is found is of another training.
     """
 
-    def __init__(self, folder: Path, args: argparse.Namespace, record: dict) -> None:
+    def __init__(self, folder: Path, args: argparse.Namespace, run_json: dict) -> None:
         self.path, self.is_finished = folder / "checkpoint.pt", False
         self.stages = {}  # by name: losses, seconds, parameters; of one that was stopped, AdamW and the scaler too
-        self.training = before = training_of(record)
+        self.training = before = training_of(run_json)
         self.signal = 0  # the number of the signal that came
         self.started = self.saved = time.perf_counter()
         if args.resume and self.path.is_file():

@@ -1,4 +1,4 @@
-"""What a training starts from: its options, the model, the data, and the record of the run to come."""
+"""What a training starts from: its options, the model, the data, and run.json as far as it is known."""
 
 import argparse
 import json
@@ -75,7 +75,7 @@ class Setup(NamedTuple):
     ngrams: NgramExit | None  # exit 0, to be fitted
     device: torch.device
     precision: torch.dtype | None  # to autocast to
-    record: dict  # of run.json, as far as it is known before the training
+    run_json: dict  # as far as it is known before the training
 
 
 def prepare(args: argparse.Namespace, data: Data) -> Setup:
@@ -106,7 +106,7 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     found |= {"epochs": args.epochs or epochs, "dev_size": None if data.dev else args.dev_size}
     args = argparse.Namespace(**vars(args) | found)
     learnt = [*data.known_keys, *examples.keys().tolist(), *(unlabelled.keys().tolist() if unlabelled else [])]
-    record = {
+    run_json = {
         "arguments": json.loads(json.dumps(vars(args), default=str)),  # a path as it is written
         **{name: getattr(data, name) for name in ("task", "labels", "label_type", "metric")},
         **{name: getattr(data, name) for name in ("text_columns", "label_column")},
@@ -122,13 +122,13 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     }
     is_trained = data.trunk is None or len(layers) > 1
     trained = f"lr {args.lr:g}, epochs {args.epochs}" if is_trained else "no layer is trained: the trunk stays as it is"
-    exits = f"exits after layers {','.join(map(str, exit_layers))} of {record['depth']}"
-    where = f"{exits}, seed {args.seed}, {record['device']}, {record['precision']}"
+    exits = f"exits after layers {','.join(map(str, exit_layers))} of {run_json['depth']}"
+    where = f"{exits}, seed {args.seed}, {run_json['device']}, {run_json['precision']}"
     counts = f"{len(subset):,} of {len(order):,} rows to train on, {len(dev.first):,} to validate"
     skipped = f"empty texts, skipped: {data.train.empty:,}; cut to {args.max_length} tokens: {examples.cut:,}"
     for line in (f"method {args.method}, {trained}", f"{args.model}, {data.task}: {where}", counts, skipped):
         LOG.info("%s", line)
-    return Setup(args, data, folder, layers, examples, unlabelled, dev, ngrams, device, precision, record)
+    return Setup(args, data, folder, layers, examples, unlabelled, dev, ngrams, device, precision, run_json)
 
 
 def epochs_of(examples: int, batch_size: int) -> int:

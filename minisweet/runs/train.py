@@ -29,7 +29,7 @@ def train(args: argparse.Namespace, data: Data) -> bool:
     """
     with claim_output(args.out, args.resume or args.overwrite) as folder:
         setup = prepare(args, data)
-        checkpoint = SavedTraining(folder, setup.args, setup.record)
+        checkpoint = SavedTraining(folder, setup.args, setup.run_json)
         if not checkpoint.is_finished:
             train_and_save(setup, checkpoint)
         if process_rank() == 0:
@@ -39,7 +39,7 @@ def train(args: argparse.Namespace, data: Data) -> bool:
 
 def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
     """Train the stages of the method, fit exit 0, and write the run."""
-    args, record, C = setup.args, setup.record, len(setup.record["labels"])
+    args, run_json, C = setup.args, setup.run_json, len(setup.run_json["labels"])
     torch.manual_seed(args.seed)
     trunk = setup.data.trunk or new_trunk(setup.folder, setup.layers[-1], C, args.exit_strategy)
     embeddings = trunk.encoder.word_embeddings.weight.detach().clone()  # before they are trained
@@ -49,12 +49,12 @@ def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
     try:
         model = train_model(setup, checkpoint, trunk)
     except FloatingPointError as error:
-        step = record["diverged"] = error.args[0]
+        step = run_json["diverged"] = error.args[0]
         if process_rank() == 0:
             checkpoint.path.unlink(missing_ok=True)
             if not (args.out / WEIGHTS).exists():  # an earlier run with weights is not overwritten
                 # It counts as done: `reproduce` and --resume pass it over.
-                save_run(args.out, None, setup.folder, record, setup.validation)
+                save_run(args.out, None, setup.folder, run_json, setup.validation)
         where = f"at {args.lr:g} the loss became infinite or NaN at step {step}"
         raise InputError(f"--lr: {where}; try a lower one") from None
     if process_rank():  # the first process alone fits exit 0 and writes
@@ -64,11 +64,11 @@ def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
     stages = checkpoint.stages
     # Of each stage, (steps, its exits). The trunk is trained first, and its exit is the last.
     losses = [stages[name]["losses"] for name in sorted(stages, key="trunk".__eq__) if stages[name]["losses"]]
-    record["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
-    record["stages"] = {name: round(saved["seconds"], 1) for name, saved in stages.items()}
-    record["seconds"] = round(sum(saved["seconds"] for saved in stages.values()), 1)
-    save_run(args.out, model, setup.folder, record, setup.validation)
-    LOG.info("%s: trained in %.0f s", args.out, record["seconds"])
+    run_json["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
+    run_json["stages"] = {name: round(saved["seconds"], 1) for name, saved in stages.items()}
+    run_json["seconds"] = round(sum(saved["seconds"] for saved in stages.values()), 1)
+    save_run(args.out, model, setup.folder, run_json, setup.validation)
+    LOG.info("%s: trained in %.0f s", args.out, run_json["seconds"])
 
 
 def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) -> ExitModel:
@@ -87,7 +87,7 @@ def train_stage(setup: Setup, checkpoint: SavedTraining, name: str, model: Multi
     """Fine-tune a model, or a part of one, on all examples for all epochs."""
     args, examples = setup.args, setup.examples
     if args.class_weights:
-        examples = examples.with_targets(balanced(examples.targets, len(setup.record["labels"])))
+        examples = examples.with_targets(balanced(examples.targets, len(setup.run_json["labels"])))
     model.to(setup.device)
     with used_rows(model, examples) as row_of:
         epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
@@ -100,7 +100,7 @@ def train_stage(setup: Setup, checkpoint: SavedTraining, name: str, model: Multi
 
 def fit_exit_0(setup: Setup, checkpoint: SavedTraining, model: ExitModel, embeddings: torch.Tensor) -> None:
     """Fit exit 0 to the labels, and where there are unlabelled texts to what the model's last exit says of them."""
-    examples, C = setup.examples, len(setup.record["labels"])
+    examples, C = setup.examples, len(setup.run_json["labels"])
     if setup.unlabelled:
         answers = setup.data.answers(setup, checkpoint, model)
         targets = np.concatenate([np.eye(C, dtype=np.float32)[examples.targets], answers])
