@@ -101,6 +101,14 @@ def test_where_enough_labelled_texts_judge_the_others_only_teach(own_run, comman
     assert (read(Path("run"))["lost_means"], read(Path("run"))["judging_texts"]) == ("lost", 45)
 
 
+def test_branches_learn_from_unlabelled_texts_too(own_run, command):
+    folder = own_run.parent
+    options = ["--unlabelled", folder / "more.csv", *OWN[2:], "--model", folder / "tiny", "--out", "run"]
+    assert command(fit, folder / "own.csv", *options, "--method", "branch")[0] == 0
+    steps = {stage: len(losses) for stage, losses in read(Path("run"), "run")["losses"].items()}
+    assert steps == {"trunk": 2 * 240 // 16, "branches": 2 * (240 + 400) // 16}
+
+
 @pytest.mark.parametrize("method", ["plain", "branch"])
 def test_a_finished_classifier_gets_exits_without_any_label(own_run, command, method):
     """Of a run, or of a classifier that was trained elsewhere."""

@@ -17,7 +17,7 @@ from minisweet.exits import ExitModel, MultiExitModel
 from minisweet.methods import METHODS, add_exits, new_trunk
 from minisweet.runs.folders import save_run
 from minisweet.runs.resume import SavedTraining, claim_output
-from minisweet.runs.start import Data, Setup, prepare
+from minisweet.runs.start import Data, Setup, epochs_of, prepare
 from minisweet.training import fine_tune, process_rank, used_rows
 
 
@@ -39,13 +39,12 @@ def train(args: argparse.Namespace, data: Data) -> bool:
 
 def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
     """Train the stages of the method, fit exit 0, and write the run."""
-    args, run_json, C = setup.args, setup.run_json, len(setup.run_json["labels"])
+    args, run_json, C = setup.args, setup.run_json, len(setup.data.labels)
     torch.manual_seed(args.seed)
     trunk = setup.data.trunk or new_trunk(setup.folder, setup.layers[-1], C, args.exit_strategy)
     embeddings = trunk.encoder.word_embeddings.weight.detach().clone()  # before they are trained
     if not len(setup.examples):  # no row is labelled: all learn what the trunk says
-        answers = setup.data.answers(setup, checkpoint, trunk)
-        setup = setup._replace(examples=setup.unlabelled.with_targets(answers), unlabelled=None)
+        setup = taught(setup, checkpoint, trunk)
     try:
         model = train_model(setup, checkpoint, trunk)
     except FloatingPointError as error:
@@ -62,9 +61,8 @@ def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
     if setup.ngrams:
         fit_exit_0(setup, checkpoint, model, embeddings)
     stages = checkpoint.stages
-    # Of each stage, (steps, its exits). The trunk is trained first, and its exit is the last.
-    losses = [stages[name]["losses"] for name in sorted(stages, key="trunk".__eq__) if stages[name]["losses"]]
-    run_json["losses"] = np.concatenate(losses, axis=1).round(5).tolist() if losses else []
+    losses = {name: np.round(saved["losses"], 5).tolist() for name, saved in stages.items()}
+    run_json["losses"] = {name: of_stage for name, of_stage in losses.items() if of_stage}
     run_json["stages"] = {name: round(saved["seconds"], 1) for name, saved in stages.items()}
     run_json["seconds"] = round(sum(saved["seconds"] for saved in stages.values()), 1)
     save_run(args.out, model, setup.folder, run_json, setup.validation)
@@ -78,16 +76,30 @@ def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) 
         train_stage(setup, checkpoint, "trunk", trunk, args.lr)
     torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
     model = add_exits(args.method, trunk, setup.layers, args.exit_strategy)
+    if method.keeps_trunk:
+        setup = taught(setup, checkpoint, model)
     for name, part, times_rate in method.stages(model, is_new):
         train_stage(setup, checkpoint, name, part, times_rate * args.lr)
     return model
+
+
+def taught(setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> Setup:
+    """With the unlabelled texts, if any, among the examples: they shall be answered as by the model's last exit."""
+    if not setup.unlabelled:
+        return setup
+    labels = np.eye(len(setup.data.labels), dtype=np.float32)[setup.examples.targets]
+    targets = np.concatenate([labels, setup.data.answers(setup, checkpoint, model)])
+    examples = setup.examples.joined(setup.unlabelled).with_targets(targets)
+    epochs = min(setup.args.epochs, epochs_of(len(examples), setup.args.batch_size))
+    args = argparse.Namespace(**vars(setup.args) | {"epochs": epochs})
+    return setup._replace(args=args, examples=examples, unlabelled=None)
 
 
 def train_stage(setup: Setup, checkpoint: SavedTraining, name: str, model: MultiExitModel, rate: float) -> None:
     """Fine-tune a model, or a part of one, on all examples for all epochs."""
     args, examples = setup.args, setup.examples
     if args.class_weights:
-        examples = examples.with_targets(balanced(examples.targets, len(setup.run_json["labels"])))
+        examples = examples.with_targets(balanced(examples.targets, len(setup.data.labels)))
     model.to(setup.device)
     with used_rows(model, examples) as row_of:
         epochs = (examples.shuffled(args.batch_size, args.seed, epoch) for epoch in range(args.epochs))
@@ -100,11 +112,7 @@ def train_stage(setup: Setup, checkpoint: SavedTraining, name: str, model: Multi
 
 def fit_exit_0(setup: Setup, checkpoint: SavedTraining, model: ExitModel, embeddings: torch.Tensor) -> None:
     """Fit exit 0 to the labels, and where there are unlabelled texts to what the model's last exit says of them."""
-    examples, C = setup.examples, len(setup.run_json["labels"])
-    if setup.unlabelled:
-        answers = setup.data.answers(setup, checkpoint, model)
-        targets = np.concatenate([np.eye(C, dtype=np.float32)[examples.targets], answers])
-        examples = examples.joined(setup.unlabelled).with_targets(targets)
+    examples, C = taught(setup, checkpoint, model).examples, len(setup.data.labels)
     targets = balanced(examples.targets, C) if setup.args.class_weights else examples.targets
     chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
     batches = [examples.batch(rows).inputs for rows in chunks]
