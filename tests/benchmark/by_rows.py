@@ -31,7 +31,8 @@ from tests.benchmark.linear import LINEAR, fit_linear
 TEST_ROWS = 2500  # at most
 NAMES = {"own": "own text", "sst2": "SST-2", "qqp": "QQP", "cola": "CoLA", "mrpc": "MRPC"}
 BESIDE_ON = ("own", "sst2", "qqp")  # the rivals are asked there
-FULL, DEPLOYED, LAYERS = "full depth", "deployed", "layers run, %"
+FULL, DEPLOYED, LAYERS, TAUGHT = "full depth", "deployed", "layers run, %", "TF-IDF, taught by full depth"
+OF_EXITS = ("exit 0 agrees", "lost", "changed", LAYERS)
 BESIDE = tuple(name for name in LINEAR.values() if name != "model2vec" or find_spec("model2vec"))
 
 
@@ -58,7 +59,7 @@ def measure(folder: Path, labelled: Examples, more: Examples, test: Examples, be
             answers = ask(classify, folder, more)[FULL].tolist()
             pairs = labelled.second and labelled.second + more.second
             taught = Examples(labelled.first + more.first, pairs, labelled.labels + answers)
-            said["TF-IDF, taught by full depth"] = fit_linear("TF-IDF", taught)(test)
+            said[TAUGHT] = fit_linear("TF-IDF", taught)(test)
     right = {name: answers == np.array(test.labels) for name, answers in said.items()}
     found = {name: 100 * is_right.mean() for name, is_right in right.items()}
     found["exit 0 agrees"] = 100 * (said["exit 0"] == said[FULL]).mean()
@@ -82,13 +83,14 @@ def draw(rows: Examples, count: int, seed: int) -> Examples:
     return rows.take(np.random.default_rng(seed).permutation(len(rows.first))[:count].tolist())
 
 
-def tables(folder: Path, suffix: str = "") -> dict[str, str]:
-    """The tables of FOLDER/rows: of all numbers, and README's two."""
+def tables(folder: Path, model: str = study.SMALL) -> dict[str, str]:
+    """The tables of a folder of numbers: of all of them, and of the small model README's two."""
     groups, whole, expected, largest = defaultdict(list), [], [], {}
     for path in folder.glob("*.json"):
         task, count, more, _ = path.stem.split("-")
         groups[[*NAMES].index(task), int(count), int(more)].append(read_json(path))
-    head = list(dict.fromkeys(name for its in groups.values() for one in its for name in one if name != "unlabelled"))
+    there = {name for its in groups.values() for one in its for name in one}
+    head = [name for name in ("exit 0", FULL, DEPLOYED, *LINEAR.values(), TAUGHT, *OF_EXITS) if name in there]
     for (place, count, more), its in sorted(groups.items()):
         values = np.array([[one.get(name, np.nan) for name in head] for one in its])
         mean, task = dict(zip(head, values.mean(0), strict=True)), [*NAMES][place]
@@ -96,7 +98,7 @@ def tables(folder: Path, suffix: str = "") -> dict[str, str]:
         name = f"{NAMES[task]}, {count:,} rows"
         name += f" and {some:,.0f} unlabelled" * (more > 0)
         whole.append([name, *cells(values, deviation=True)])
-        row = [f"{mean[key]:.1f}" for key in ("TF-IDF", "embeddings", FULL, DEPLOYED)] + [f"{mean[LAYERS]:.0f}"]
+        row = [f"{mean.get(key, 0):.1f}" for key in ("TF-IDF", "embeddings", FULL, DEPLOYED)] + [f"{mean[LAYERS]:.0f}"]
         few = task == "own" or count < 1000
         expected += [[name, *row]] if few and (more == 0 or (task, count, more) == ("own", 300, 5000)) else []
         if more == 0 or (task, more) == ("own", 5000):  # the most labelled rows, and the fewest with unlabelled ones
@@ -104,12 +106,14 @@ def tables(folder: Path, suffix: str = "") -> dict[str, str]:
     if not groups:
         return {}
     title = f"Accuracy on new texts, mean ± deviation over {max(map(len, groups.values()))} draws"
+    if model != study.SMALL:
+        return {f"by number of rows: {model}": table(title, ["texts", *head], whole)}
     made = {"by number of rows": table(title, ["texts", *head], whole)}
     made["what to expect"] = table(
         "", ["accuracy on new texts", "TF-IDF", "embeddings", FULL, "early exit", LAYERS], expected
     )
     made["three data sets"] = table("", ["accuracy on new texts", "all layers", "early exit", LAYERS], largest.values())
-    return {name + suffix: block for name, block in made.items()}
+    return made
 
 
 def main() -> None:
@@ -136,7 +140,7 @@ def main() -> None:
                         Path(folder) / f"run-{more}", rows.take(order[:count]), some, test, beside, **options
                     )
                     write_json(numbers, found | {"unlabelled": len(some.first)})
-    show(tables(args.out / "rows", "" if args.model == study.SMALL else f": {args.model}"), args.write)
+    show(tables(args.out / "rows", args.model), args.write)
 
 
 if __name__ == "__main__":

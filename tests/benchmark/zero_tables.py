@@ -146,6 +146,7 @@ def make_tables(folder: Path) -> tuple[dict[str, str], list[Study]]:
     """All tables of a folder by their names, and its studies. Raises InputError for a folder without records."""
     studies = [study for size in SIZES if (study := read_study(folder / size))]
     made = paper_tables(folder / "paper") | by_rows.tables(folder / "rows")
+    made |= by_rows.tables(folder / "base" / "rows", "mpnet-base")
     for study in studies:
         made |= {f"{name}: {study.depth} layers": block for name, block in tables(study).items()}
     if studies:
