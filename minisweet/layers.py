@@ -8,7 +8,7 @@ An exit reads the first token, [CLS], alone. So a layer can run for that token o
 The first costs about a sixth of the second: of a layer's twelve D x D products per token, the key and the value alone
 run for all tokens. In DeBERTa it is a quarter, since its weights pack the query with them.
 
-Dimension letters, here and everywhere: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
+Dimension letters of the models: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.
 """
 
@@ -86,7 +86,7 @@ def draw_weights(module: nn.Module, std: float) -> None:
 
 
 class TransformerEncoder(nn.Module):
-    """Embeddings and layers. Models and early exit call these four, and never ask which encoder it is:
+    """Embeddings and layers. Models and early exit call these, and never ask which encoder it is:
 
     hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1; ids and types are (B, T)
     context = encoder.context(attention_mask)            -> a tuple, what every layer reads beside the hidden states

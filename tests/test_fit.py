@@ -96,7 +96,7 @@ def test_where_enough_labelled_texts_judge_the_others_only_teach(own_run, comman
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
     options = [*OWN[2:], "--model", folder / "tiny", "--out", "run"]
     status, _, err = command(fit, folder / "own.csv", "--unlabelled", more, "--unlabelled", "half.jsonl", *options)
-    counts = "unlabelled texts: 501 for exit 0, 0 to judge; left out, labelled too or there twice: 28"
+    counts = "unlabelled texts: 501 to learn from, 0 to judge; left out, labelled too or there twice: 28"
     assert (status, counts in err) == (0, True), err
     assert (read(Path("run"))["lost_means"], read(Path("run"))["judging_texts"]) == ("lost", 45)
 
@@ -130,9 +130,9 @@ def test_rows_without_a_label_are_counted_and_no_error(own_run, command):
     for name, unlabelled in (("new", opinions(160)[60:]), ("same", opinions(5))):
         write_rows(Path(f"{name}.csv"), opinions(60) + [(text, "") for text, _ in unlabelled], "text", "label")
     for words, counts in (
-        ("new.csv", "80 for exit 0, 20 to judge; left out, labelled too or there twice: 0"),
-        ("same.csv", "0 for exit 0, 0 to judge; left out, labelled too or there twice: 5"),
-        ("new.csv --method sweet --exit-layers 1,4", "80 for exit 0, 20 to judge"),
+        ("new.csv", "80 to learn from, 20 to judge; left out, labelled too or there twice: 0"),
+        ("same.csv", "0 to learn from, 0 to judge; left out, labelled too or there twice: 5"),
+        ("new.csv --method sweet --exit-layers 1,4", "80 to learn from, 20 to judge"),
     ):
         options = [*OWN[2:], "--epochs", 1, "--model", own_run.parent / "tiny", "--out", "run", "--overwrite"]
         status, _, err = command(fit, *words.split(), *options)

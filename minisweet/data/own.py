@@ -12,7 +12,6 @@ from minisweet.base.files import LOG, InputError, preview
 from minisweet.data.text import Examples
 
 FEW = 5  # rows: a class with fewer is named
-ENOUGH_JUDGES = 300  # distinct labelled texts; with fewer, unlabelled ones judge where they are more
 
 
 class OwnText(NamedTuple):

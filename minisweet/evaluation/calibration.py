@@ -1,9 +1,8 @@
 """Temperature scaling, which makes confidences more truthful.
 
-It (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by
-one number, which changes no prediction. The authors fit the temperatures on the
-very set that they then score. Here others are scored: the curve is cross-fitted (sweep.py), and what is stated of new
-text is of rows that fitted nothing (operating.py).
+It (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by one number,
+which changes no prediction. The authors fit the temperatures on the very set that they then score. Here no row is
+scored by a temperature that it fitted: the curve is cross-fitted (sweep.py), and other rows judge (operating.py).
 
 Dimension letters: N instances, C classes.
 """

@@ -8,9 +8,9 @@ these thresholds, from 1, which is full depth, downwards: the lower, the faster.
 
 Theorem. Model, goal and precision are fixed before a judge is looked at. If judging and new texts are independent draws
 of different texts from one source, none trained on, then at most 100 - S of 100 validation samples give a promise that
-is broken: a threshold at which more than P of 100 new texts are lost in the long run. (Why: on
-the way down there is a first threshold that is too low. The exact binomial test passes it in at most 100 - S of 100
-samples. In all others the judges stop before it, and so take none that is too low.)
+is broken: a threshold at which more than P of 100 new texts are lost in the long run. (Why: on the way down there is a
+first threshold that is too low. The exact binomial test passes it in at most 100 - S of 100 samples. In all others the
+judges stop before it, and so take none that is too low.)
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
 MAPIE calls `control_fwer` by "fixed_sequence". For early exits: Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule, in_float32
-from minisweet.data.own import ENOUGH_JUDGES
 from minisweet.evaluation.calibration import fit_temperature
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.evaluation.outputs import Outputs
 
 CHOOSING = 4  # one text of so many chooses
+ENOUGH_JUDGES = 300  # distinct labelled texts; with fewer, unlabelled ones judge where they are more
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 ROUNDING = 1e-9  # of shares
 

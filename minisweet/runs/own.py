@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from minisweet.base import devices
 from minisweet.base.files import LOG, InputError, preview
-from minisweet.data.own import ENOUGH_JUDGES, stratified_split
+from minisweet.data.own import stratified_split
 from minisweet.data.text import Examples, TokenizedExamples
+from minisweet.evaluation.operating import ENOUGH_JUDGES
 from minisweet.evaluation.outputs import all_logits
 from minisweet.exits import ExitModel
 from minisweet.methods import METHODS
@@ -65,16 +66,16 @@ class OwnData(Data):
         return replace(self, labels=list(labels), train=train, dev=dev)
 
     def split(
-        self, args: argparse.Namespace, tokenizer: Tokenizer, has_exit_0: bool
+        self, args: argparse.Namespace, tokenizer: Tokenizer, may_learn: bool
     ) -> tuple[Examples, Examples, TokenizedExamples | None]:
-        """As `Data.split`: the labelled rows; those to validate on; and the tokens of unlabelled texts, if any.
+        """As `Data.split`: labelled rows, those that are set aside, and the tokens of unlabelled texts, if any.
 
         Texts of the same tokens are one text, and stay on one side. An unlabelled text that is also labelled is left
         out. Where too few labelled texts would judge what is deployed, a fifth of the unlabelled ones is set aside for
         it. Raises InputError where nothing is left for one side.
         """
-        if self.unlabelled and not has_exit_0:
-            raise InputError(f"--unlabelled: exit 0 learns from it, and --exit-layers is {args.exit_layers}, without 0")
+        if self.unlabelled and not may_learn:
+            raise InputError("--unlabelled: exit 0 and branches learn from it, and there are none; see --exit-layers")
         labels = np.array(self.train.labels, dtype=int)
         rows, dev = self.train.take(np.flatnonzero(labels >= 0)), self.dev
         extra = [self.train.take(np.flatnonzero(labels < 0)), *([self.unlabelled] if self.unlabelled else [])]
@@ -113,8 +114,8 @@ class OwnData(Data):
         if not dev.first:
             raise InputError(f"{self.task}: too few texts to choose and to judge on: one in {JUDGES} of {len(new)}")
         counts = [f"{n:,}" for n in (len(new) - judges, judges, len(texts.first) - len(new))]
-        LOG.info("unlabelled texts: %s for exit 0, %s to judge; left out, labelled too or there twice: %s", *counts)
-        return train, dev, tokens.take(np.sort(new[judges:])) if has_exit_0 else None
+        LOG.info("unlabelled texts: %s to learn from, %s to judge; left out, labelled too or there twice: %s", *counts)
+        return train, dev, tokens.take(np.sort(new[judges:])) if may_learn else None
 
     def answers(self, setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> np.ndarray:
         """What a model's last exit says of the unlabelled texts: probabilities (N, C). A stage of the checkpoint."""

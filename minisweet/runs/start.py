@@ -49,9 +49,9 @@ class Data:
         return self
 
     def split(
-        self, args: argparse.Namespace, tokenizer: Tokenizer, has_exit_0: bool
+        self, args: argparse.Namespace, tokenizer: Tokenizer, may_learn: bool
     ) -> tuple[Examples, Examples, TokenizedExamples | None]:
-        """The rows to train on, the rows to validate on, and unlabelled texts for exit 0."""
+        """The rows to train on; the rows to validate on; and unlabelled texts, where an exit may learn from them."""
         return self.train, self.dev, None
 
 
@@ -70,7 +70,7 @@ class Setup(NamedTuple):
     folder: Path  # of the model
     layers: list[int]  # the layers that exits stand after, without exit 0
     examples: TokenizedExamples  # to train on
-    unlabelled: TokenizedExamples | None  # for exit 0
+    unlabelled: TokenizedExamples | None  # for exit 0 and branches
     validation: Examples
     ngrams: NgramExit | None  # exit 0, to be fitted
     device: torch.device
@@ -86,7 +86,8 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     tokenizer = load_tokenizer(folder, config.vocab_size, args.max_length, config.max_tokens)
     if data.train.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {data.task}, need 2")
-    train, dev, unlabelled = data.split(args, tokenizer, has_exit_0=exit_layers[0] == 0)
+    may_learn = exit_layers[0] == 0 or (METHODS[args.method].keeps_trunk and len(exit_layers) > 1)
+    train, dev, unlabelled = data.split(args, tokenizer, may_learn)
     device = devices.choose_device(args.device)
     precision = devices.choose_precision(args.amp, device, training=True)
     order = np.random.default_rng(args.seed).permutation(len(train.first))
@@ -154,8 +155,8 @@ def find_model(args: argparse.Namespace, method: str, end: int | None = None) ->
     if METHODS[method].exits_between is None and any(exit_layers[:-1]):
         raise InputError(f"{wanted}, and the method {method} has exits 0 and {depth} alone; add --method branch")
     if args.exit_strategy == "lte" and exit_layers[0] == 0:
-        wanted = "leave 0 out" if args.exit_layers else "add --method branch"
-        raise InputError(f"--exit-strategy: lte, and exit 0 learns no such thing; {wanted}")
+        advice = "leave 0 out" if args.exit_layers else "add --method branch"
+        raise InputError(f"--exit-strategy: lte, and exit 0 learns no such thing; {advice}")
     return folder, config, exit_layers, batch_size
 
 
