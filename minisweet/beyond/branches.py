@@ -3,10 +3,9 @@
 The trunk is fine-tuned for the last exit alone, then frozen. Each earlier exit has a branch: a private copy of its
 layer, which runs for [CLS] in that layer's place.
 
-The exit's loss trains the copy and the exit's head, and nothing else. So each parameter is updated by exactly one
-classifier, and the trunk's own answers are those of the plain fine-tuned model. Texts without labels serve too, with
-the trunk's answers (`taught` in runs/train.py). EE-Tuning (Pan et al. 2024, https://arxiv.org/abs/2402.00518) does the
-like for language models that generate.
+The exit's loss trains the copy and the exit's head alone. So each parameter is updated by exactly one classifier, and
+the trunk's own answers stay as they are. Texts without labels serve too (`taught` in runs/train.py). EE-Tuning (Pan et
+al. 2024, https://arxiv.org/abs/2402.00518) does the like for language models that generate.
 """
 
 import copy
