@@ -179,7 +179,7 @@ class MultiExitModel(ExitModel):
     """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
 
     `exit_layers` increase, counted from 1 as in the paper; the last is where the model ends. `method` is "sweet" or
-    "ee": equal logits from equal weights, and other gradients; or "plain": one exit, or a branch for each. With
+    "ee": equal logits from equal weights, and other gradients; or "plain", for one exit, and for a `BranchModel`. With
     `exit_strategy` "lte" exits learn when to be taken. Raises ValueError for other layers, methods and strategies.
     """
 

@@ -125,6 +125,13 @@ def test_a_finished_classifier_gets_exits_without_any_label(own_run, command, me
     assert "no row has a label of the model's: LABEL_0, LABEL_1" in command(test, "run", own_run.parent / "new.csv")[2]
 
 
+def test_without_labels_all_exits_learn_what_the_trunk_says(own_run, command):
+    options = ["--unlabelled", own_run.parent / "more.csv", *OWN[2:], "--exit-layers", "2,4", "--method", "sweet"]
+    _, _, err = command(fit, "--trunk", own_run, *options, "--out", "run")
+    assert "unlabelled texts: 416 to learn from, 104 to judge" in err
+    assert len(read(Path("run"), "run")["losses"]["sweet"]) == 2 * 416 // 16
+
+
 def test_rows_without_a_label_are_counted_and_no_error(own_run, command):
     """Also where no exit learns from them, or each of them is labelled elsewhere in the file."""
     for name, unlabelled in (("new", opinions(160)[60:]), ("same", opinions(5))):
@@ -132,7 +139,7 @@ def test_rows_without_a_label_are_counted_and_no_error(own_run, command):
     for words, counts in (
         ("new.csv", "80 to learn from, 20 to judge; left out, labelled too or there twice: 0"),
         ("same.csv", "0 to learn from, 0 to judge; left out, labelled too or there twice: 5"),
-        ("new.csv --method sweet --exit-layers 1,4", "80 to learn from, 20 to judge"),
+        ("new.csv --method sweet --exit-layers 1,4", "0 to learn from, 20 to judge"),
     ):
         options = [*OWN[2:], "--epochs", 1, "--model", own_run.parent / "tiny", "--out", "run", "--overwrite"]
         status, _, err = command(fit, *words.split(), *options)

@@ -45,7 +45,7 @@ REFUSALS = [
     ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled"),
-    ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: exit 0 and branches learn from it"),
+    ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: exit 0 and branches alone learn"),
     ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in"),
     ("fit", "own.csv --trunk run --out new", "--trunk: run does not know the label 'a'; its labels: "),
     ("fit", "none.csv --trunk run --out new --exit-layers 0,2", "--exit-layers: 0,2, should increase and"),

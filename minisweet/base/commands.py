@@ -102,9 +102,14 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-            error = f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
-        elif not isinstance(error, InputError | OSError | UnicodeError):
-            raise
-        print(one_line(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
+        print(one_line(f"{Path(sys.argv[0]).name}: error: {told(error)}"), file=sys.stderr)
         sys.exit(2)
+
+
+def told(error: Exception) -> str:
+    """What a user is told of bad input, of too little memory, or of a full disk. Raises any other error."""
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
+    if not isinstance(error, InputError | OSError | UnicodeError):
+        raise error
+    return str(error)

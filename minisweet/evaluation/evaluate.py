@@ -22,10 +22,10 @@ from minisweet.runs.load import load_run, read_evaluation, read_validation
 
 def evaluate(run: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> None:
     """Run all exits on a run's validation rows, and write and print what comes out."""
-    start, on = time.perf_counter(), devices.choose_device(device)
-    precision, (model, record) = devices.choose_precision(amp, on), load_run(run)
+    start, where = time.perf_counter(), devices.choose_device(device)
+    precision, (model, record) = devices.choose_precision(amp, where), load_run(run)
     rows = read_validation(run, record)
-    outputs = run_exits(run, record, model.to(on), rows, precision)
+    outputs = run_exits(run, record, model.to(where), rows, precision)
     seconds = time.perf_counter() - start
     save_outputs(run, outputs, precision)
     outputs = outputs.against_full_depth() if outputs.metric == "agreement" else outputs.labelled()
@@ -42,7 +42,7 @@ def evaluate(run: Path, thresholds: int = 11, device: str = "auto", amp: str = "
         "examples": len(outputs.labels),
         "dev_digest": rows.digest(),
         "seconds": round(seconds, 2),
-        "device": devices.device_name(on),
+        "device": devices.device_name(where),
         "precision": str(precision),
         "versions": versions(),
     }
@@ -52,7 +52,7 @@ def evaluate(run: Path, thresholds: int = 11, device: str = "auto", amp: str = "
     print_curve(evaluation)
     if rows.difficulties:  # of the toy task, in the middle of the curve
         print_difficulties(rows.difficulties, np.array(outputs.exits.layers)[taken], points)
-    print(f"\nwritten to {run / EVALUATION}; to choose what to deploy: minisweet choose {quote(str(run))}")
+    print(f"\nwritten to {run / EVALUATION}; to choose what to deploy: minisweet choose {quote(str(run))}", flush=True)
 
 
 def print_curve(evaluation: dict) -> None:

@@ -79,8 +79,7 @@ def main() -> None:
     exits, mean = [n for n in records[0].exit_layers if n > 0], found.mean((0, 1))
     deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
     given = {"model": records[0].model, "task": records[0].task, "seeds": [its.seed for its in records]}
-    given |= {"learning_rate": records[0].lr, "steps": len(records[0].losses["ee"]), "batches": args.batches}
-    given |= {"layers": exits[:-1], "exits": exits}
+    given |= {"learning_rate": records[0].lr, "batches": args.batches, "layers": exits[:-1], "exits": exits}
     for name, values in (("cosine", mean), ("deviation", deviation)):
         given[name] = np.where(np.isnan(values), None, values.round(4)).tolist()  # JSON has no NaN
     write_json(args.out, given)

@@ -14,7 +14,7 @@ from collections import namedtuple
 from itertools import product
 from pathlib import Path
 
-from minisweet.base.commands import Parser, list_of, positive_float, whole_number
+from minisweet.base.commands import Parser, list_of, positive_float, told, whole_number
 from minisweet.base.files import LOG, InputError, written_beside
 from minisweet.data.tasks import TASKS, search_rates
 from minisweet.evaluation.evaluate import evaluate
@@ -29,6 +29,7 @@ from minisweet.runs.train import train
 
 Run = namedtuple("Run", ("task", "method", "lr", "seed"))  # one training: what tells runs apart
 WAIT = 20  # seconds, until a run of another process is looked at again
+# Options of a training. --resume compares them, so that a grid's own, such as --seeds, are not among them.
 TRAINING = ("out", "resume", *Run._fields, "train_size", "model", "epochs", "max_length", "batch_size", "exit_layers")
 TRAINING += ("exit_strategy", "data_dir", "device", "amp", "class_weights", "dev_size")
 
@@ -81,9 +82,9 @@ class Grid:
 
     def complete(self, run: Run) -> None:
         """Train and evaluate a run, as far as that is not done."""
-        options = vars(self.args) | run._asdict() | {"out": (folder := self.folder(run)), "resume": True}
-        if not is_run(folder):
-            options = argparse.Namespace(**{name: options[name] for name in TRAINING}, overwrite=False)
+        if not is_run(folder := self.folder(run)):
+            given = vars(self.args) | run._asdict() | {"out": folder, "resume": True}
+            options = argparse.Namespace(**{name: given[name] for name in TRAINING}, overwrite=False)
             train(options, start.task_data(run.task, self.args.data_dir))
         evaluate(folder, device=self.args.device, amp=self.args.amp)
 
@@ -105,7 +106,7 @@ def run_all(grid: Grid) -> list[str]:
         try:
             grid.complete(run)
         except Exception as error:  # the others go on
-            LOG.warning("%s: %s", grid.folder(run).name, error)
+            LOG.warning("%s: %s", grid.folder(run).name, told(error))
             if grid.record(run) is None and not is_claimed(grid.folder(run)):  # else it diverged, or another has it
                 failed.append(run)
     return [grid.folder(run).name for run in failed]

@@ -74,8 +74,6 @@ class OwnData(Data):
         out. Where too few labelled texts would judge what is deployed, a fifth of the unlabelled ones is set aside for
         it. Raises InputError where nothing is left for one side.
         """
-        if self.unlabelled and not may_learn:
-            raise InputError("--unlabelled: exit 0 and branches learn from it, and there are none; see --exit-layers")
         labels = np.array(self.train.labels, dtype=int)
         rows, dev = self.train.take(np.flatnonzero(labels >= 0)), self.dev
         extra = [self.train.take(np.flatnonzero(labels < 0)), *([self.unlabelled] if self.unlabelled else [])]
@@ -83,6 +81,9 @@ class OwnData(Data):
         texts = Examples(sum((more.first for more in extra), []), second, None)
         if not rows.first and not (args.trunk and texts.first):
             raise InputError(f"{self.task}: no row has a label")
+        may_learn = may_learn or not rows.first  # without labels all exits learn what the trunk says
+        if self.unlabelled and not may_learn:
+            raise InputError("--unlabelled: exit 0 and branches alone learn from it; add 0 to --exit-layers")
         keys = TokenizedExamples(tokenizer, rows).keys()
         train, of_dev = rows, TokenizedExamples(tokenizer, dev).keys() if dev else keys[:0]
         if dev is None and rows.first:
@@ -113,7 +114,8 @@ class OwnData(Data):
             dev = Examples(dev.first + some.first, second, dev.labels + [-1] * judges)
         if not dev.first:
             raise InputError(f"{self.task}: too few texts to choose and to judge on: one in {JUDGES} of {len(new)}")
-        counts = [f"{n:,}" for n in (len(new) - judges, judges, len(texts.first) - len(new))]
+        taught = (len(new) - judges) * may_learn
+        counts = [f"{n:,}" for n in (taught, judges, len(texts.first) - len(new))]
         LOG.info("unlabelled texts: %s to learn from, %s to judge; left out, labelled too or there twice: %s", *counts)
         return train, dev, tokens.take(np.sort(new[judges:])) if may_learn else None
 

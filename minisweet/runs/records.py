@@ -36,7 +36,6 @@ class Record:
     vocab_size: int
     device: str
     precision: str
-    losses: dict[str, list[list[float]]] = field(default_factory=dict)  # of each stage, (steps, its exits)
     diverged: int | None = None  # the step at which a loss or a weight became infinite or NaN; no weights are there
     subset: list[int] | None = None  # the rows that were trained on
     text_columns: list[str] | None = None  # this and the next are of own text

@@ -45,7 +45,7 @@ class Data:
     known_keys: Sequence[int] = ()  # of texts that the trunk has learnt from
 
     def begin(self, args: argparse.Namespace) -> "Data":
-        """What the options make of it before a model is read."""
+        """Called first: own text may have a trunk, whose labels it takes."""
         return self
 
     def split(
@@ -66,11 +66,12 @@ class Setup(NamedTuple):
     """What a training starts from."""
 
     args: argparse.Namespace  # the options, with nothing left open
+    epochs: int | None  # as the options had them
     data: Data
     folder: Path  # of the model
     layers: list[int]  # the layers that exits stand after, without exit 0
     examples: TokenizedExamples  # to train on
-    unlabelled: TokenizedExamples | None  # for exit 0 and branches
+    unlabelled: TokenizedExamples | None  # to learn the trained model's answers
     validation: Examples
     ngrams: NgramExit | None  # exit 0, to be fitted
     device: torch.device
@@ -102,10 +103,11 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     # The paper's rates are for GLUE without a finished trunk. With one exit all methods train alike, and take MM's.
     task = None if data.text_columns else data.task
     rates_of = args.method if len(layers) > 1 else "mm"
-    epochs = epochs_of(len(subset), batch_size) if data.text_columns else TASKS[data.task].epochs
+    count = len(subset) or len(unlabelled or [])
+    epochs = epochs_of(count, batch_size) if data.text_columns else TASKS[data.task].epochs
     found = {"batch_size": batch_size, "lr": args.lr or default_learning_rate(config, task, rates_of)}
     found |= {"epochs": args.epochs or epochs, "dev_size": None if data.dev else args.dev_size}
-    args = argparse.Namespace(**vars(args) | found)
+    epochs, args = args.epochs, argparse.Namespace(**vars(args) | found)
     learnt = [*data.known_keys, *examples.keys().tolist(), *(unlabelled.keys().tolist() if unlabelled else [])]
     run_json = {
         "arguments": json.loads(json.dumps(vars(args), default=str)),  # a path as it is written
@@ -129,7 +131,7 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     skipped = f"empty texts, skipped: {data.train.empty:,}; cut to {args.max_length} tokens: {examples.cut:,}"
     for line in (f"method {args.method}, {trained}", f"{args.model}, {data.task}: {where}", counts, skipped):
         LOG.info("%s", line)
-    return Setup(args, data, folder, layers, examples, unlabelled, dev, ngrams, device, precision, run_json)
+    return Setup(args, epochs, data, folder, layers, examples, unlabelled, dev, ngrams, device, precision, run_json)
 
 
 def epochs_of(examples: int, batch_size: int) -> int:

@@ -24,8 +24,8 @@ from minisweet.training import fine_tune, process_rank, used_rows
 def train(args: argparse.Namespace, data: Data) -> bool:
     """Train a run and write it to `args.out`. False where --resume finds it finished.
 
-    `args` has the options of `add_training_options`, and method, trunk, class_weights, train_size, dev_size and out.
-    Raises InputError where options or data do not fit, and where the loss is not finite.
+    `args` has what `add_training_options` and `add_run_options` add, and out, method, class_weights, train_size and
+    dev_size; for own text trunk too. Raises InputError where options or data do not fit, or the loss is not finite.
     """
     with claim_output(args.out, args.resume or args.overwrite) as folder:
         setup = prepare(args, data)
@@ -84,13 +84,16 @@ def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) 
 
 
 def taught(setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> Setup:
-    """With the unlabelled texts, if any, among the examples: they shall be answered as by the model's last exit."""
+    """With the unlabelled texts, if any, among the examples: they shall be answered as by the model's last exit.
+
+    More examples take fewer epochs, unless the options say how many.
+    """
     if not setup.unlabelled:
         return setup
     labels = np.eye(len(setup.data.labels), dtype=np.float32)[setup.examples.targets]
     targets = np.concatenate([labels, setup.data.answers(setup, checkpoint, model)])
     examples = setup.examples.joined(setup.unlabelled).with_targets(targets)
-    epochs = min(setup.args.epochs, epochs_of(len(examples), setup.args.batch_size))
+    epochs = setup.epochs or epochs_of(len(examples), setup.args.batch_size)
     args = argparse.Namespace(**vars(setup.args) | {"epochs": epochs})
     return setup._replace(args=args, examples=examples, unlabelled=None)
 
