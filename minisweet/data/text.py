@@ -37,6 +37,13 @@ class Examples(NamedTuple):
         """These rows alone."""
         return Examples(*(None if values is None else [values[row] for row in rows] for values in self[:-1]))
 
+    def joined(self, *others: "Examples") -> "Examples":
+        """These rows and others, all with labels: -1 where there is none."""
+        its = (self, *others)
+        second = None if self.second is None else sum((rows.second for rows in its), [])
+        labels = sum((rows.labels or [-1] * len(rows.first) for rows in its), [])
+        return Examples(sum((rows.first for rows in its), []), second, labels, empty=sum(rows.empty for rows in its))
+
     def texts(self) -> list:
         """Each row's sentence, or pair of sentences."""
         return self.first if self.second is None else list(zip(self.first, self.second, strict=True))

@@ -70,54 +70,45 @@ class OwnData(Data):
     ) -> tuple[Examples, Examples, TokenizedExamples | None]:
         """As `Data.split`: labelled rows, those that are set aside, and the tokens of unlabelled texts, if any.
 
-        Texts of the same tokens are one text, and stay on one side. An unlabelled text that is also labelled is left
-        out. Where too few labelled texts would judge what is deployed, a fifth of the unlabelled ones is set aside for
-        it. Raises InputError where nothing is left for one side.
+        Texts of the same tokens are one text, and stay on one side. Raises InputError where nothing is left for one.
         """
-        labels = np.array(self.train.labels, dtype=int)
-        rows, dev = self.train.take(np.flatnonzero(labels >= 0)), self.dev
-        extra = [self.train.take(np.flatnonzero(labels < 0)), *([self.unlabelled] if self.unlabelled else [])]
-        second = None if rows.second is None else sum((more.second for more in extra), [])
-        texts = Examples(sum((more.first for more in extra), []), second, None)
+        is_labelled = np.array(self.train.labels, dtype=int) >= 0
+        rows, texts = (self.train.take(np.flatnonzero(there)) for there in (is_labelled, ~is_labelled))
+        texts = texts.joined(self.unlabelled) if self.unlabelled else texts
         if not rows.first and not (args.trunk and texts.first):
             raise InputError(f"{self.task}: no row has a label")
         may_learn = may_learn or not rows.first  # without labels all exits learn what the trunk says
         if self.unlabelled and not may_learn:
             raise InputError("--unlabelled: exit 0 and branches alone learn from it; add 0 to --exit-layers")
         keys = TokenizedExamples(tokenizer, rows).keys()
-        train, of_dev = rows, TokenizedExamples(tokenizer, dev).keys() if dev else keys[:0]
-        if dev is None and rows.first:
-            if len(set(rows.labels)) < 2:
-                only = self.labels[rows.labels[0]]
-                raise InputError(f"{self.task}: all rows have the label {only!r:.60}, needs two or more")
-            kept, aside = stratified_split(rows.labels, args.dev_size, 0, keys.tolist())
-            if not aside:
-                raise InputError(f"{self.task}: no row can be set aside: no label has two different texts")
-            train, dev, of_dev = rows.take(kept), rows.take(aside), keys[aside]
-        dev = dev or rows
+        train, dev = rows, self.dev or rows
+        if self.dev is None and rows.first:
+            train, dev = self.set_aside(rows, args.dev_size, keys)
         if lacking := [self.labels[n] for n in sorted(set(rows.labels) - set(dev.labels))]:
             LOG.warning("no row to validate on has the label %s", preview(lacking))
         if not texts.first:
             return train, dev, None
-        tokens = TokenizedExamples(tokenizer, texts)
-        distinct, first = np.unique(tokens.keys(), return_index=True)
-        new = np.sort(first[~np.isin(distinct, np.concatenate([keys, of_dev]))])
-        if not len(new) and self.unlabelled:
+        tokens, of_dev = TokenizedExamples(tokenizer, texts), TokenizedExamples(tokenizer, dev).keys()
+        judges, others = judges_and_others(tokens.keys(), np.concatenate([keys, of_dev]), len(np.unique(of_dev)))
+        new = len(judges) + len(others)
+        if self.unlabelled and not new:
             raise InputError("--unlabelled: no text is left: all of them are also labelled, or set aside")
-        new = np.random.default_rng(0).permutation(new)
-        judges, labelled = min(MOST_JUDGES, len(new) // JUDGES), len(set(of_dev.tolist()))
-        if labelled >= min(judges, ENOUGH_JUDGES * 4 // 3):  # three quarters of both would judge
-            judges = 0
-        if judges:
-            some = texts.take(new[:judges])
-            second = None if second is None else dev.second + some.second
-            dev = Examples(dev.first + some.first, second, dev.labels + [-1] * judges)
+        dev = dev.joined(texts.take(judges))
         if not dev.first:
-            raise InputError(f"{self.task}: too few texts to choose and to judge on: one in {JUDGES} of {len(new)}")
-        taught = (len(new) - judges) * may_learn
-        counts = [f"{n:,}" for n in (taught, judges, len(texts.first) - len(new))]
+            raise InputError(f"{self.task}: too few texts to choose and to judge on: one in {JUDGES} of {new}")
+        counts = [f"{n:,}" for n in (len(others) * may_learn, len(judges), len(texts.first) - new)]
         LOG.info("unlabelled texts: %s to learn from, %s to judge; left out, labelled too or there twice: %s", *counts)
-        return train, dev, tokens.take(np.sort(new[judges:])) if may_learn else None
+        return train, dev, tokens.take(others) if may_learn else None
+
+    def set_aside(self, rows: Examples, dev_size: float, keys: np.ndarray) -> tuple[Examples, Examples]:
+        """Labelled rows, with keys (N,) of their texts, to those to train on and a share to validate on."""
+        if len(set(rows.labels)) < 2:
+            only = self.labels[rows.labels[0]]
+            raise InputError(f"{self.task}: all rows have the label {only!r:.60}, needs two or more")
+        kept, aside = stratified_split(rows.labels, dev_size, 0, keys.tolist())
+        if not aside:
+            raise InputError(f"{self.task}: no row can be set aside: no label has two different texts")
+        return rows.take(kept), rows.take(aside)
 
     def answers(self, setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> np.ndarray:
         """What a model's last exit says of the unlabelled texts: probabilities (N, C). A stage of the checkpoint."""
@@ -134,3 +125,16 @@ class OwnData(Data):
                 state["answers"] = logits[-1].softmax(-1)
             alone.cpu()
         return checkpoint.stages["unlabelled"]["answers"].numpy()
+
+
+def judges_and_others(keys: np.ndarray, known: np.ndarray, labelled: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of N unlabelled texts judge, and which do not, by their keys (N,): none that is `known`, and each once.
+
+    A fifth judges where fewer labelled texts would, and fewer than enough; three quarters of both judge in the end.
+    """
+    distinct, first = np.unique(keys, return_index=True)
+    new = np.random.default_rng(0).permutation(np.sort(first[~np.isin(distinct, known)]))
+    judges = min(MOST_JUDGES, len(new) // JUDGES)
+    if labelled >= min(judges, ENOUGH_JUDGES * 4 // 3):
+        judges = 0
+    return new[:judges], np.sort(new[judges:])

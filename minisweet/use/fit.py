@@ -81,14 +81,7 @@ def read_data(args: argparse.Namespace) -> OwnData:
         labels=labels,
         train=with_labels(rows, labels, first),
         dev=with_labels(dev, labels, args.dev_data) if dev else None,
-        unlabelled=joined(more) if more else None,
+        unlabelled=more[0].joined(*more[1:]) if more else None,
         text_columns=columns,
         label_column=label,
     )
-
-
-def joined(several: list[Examples]) -> Examples:
-    """The rows of several files, which have as many texts each, without labels."""
-    sides = zip(*((rows.first, rows.second) for rows in several), strict=True)
-    first, second = (None if side[0] is None else sum(side, []) for side in sides)
-    return Examples(first, second, None, empty=sum(rows.empty for rows in several))
