@@ -101,8 +101,8 @@ def tables(folder: Path, model: str = study.SMALL) -> dict[str, str]:
         row = [f"{mean.get(key, 0):.1f}" for key in ("TF-IDF", "embeddings", FULL, DEPLOYED)] + [f"{mean[LAYERS]:.0f}"]
         few = task == "own" or (task in BESIDE_ON and count < 1000)
         expected += [[name, *row]] if few and (more == 0 or (task, count, more) == ("own", 300, 5000)) else []
-        if more == 0 or (task, more) == ("own", 5000):  # the most labelled rows, and the fewest with unlabelled ones
-            largest[task, more] = largest[task, more] if more and (task, more) in largest else [name, *row[-3:]]
+        if more == 0 and task in BESIDE_ON:  # the most labelled rows
+            largest[task] = [name, *row[-3:]]
     if not groups:
         return {}
     title = f"Accuracy on new texts, mean ± deviation over {max(map(len, groups.values()))} draws"
