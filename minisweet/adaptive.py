@@ -93,7 +93,7 @@ class Exits(NamedTuple):
     leaving: list[float]  # (K,), the layers that an exit's own answer takes
     in_vain: list[float]  # (K,), what an exit adds to the later ones where it was asked and not taken
     depth: int  # L, of the whole encoder
-    asks_at_1: bool  # whether the exits before the last are asked at threshold 1 too, as MM's are
+    asks_at_1: bool  # whether earlier exits are asked at threshold 1 too, as MM's are: its curve ends at their sum
 
     def costs(self, threshold: float = 0.0) -> list[float]:
         """What leaving at each exit costs, as a share of the encoder's layers: (K,) (Eq. 1 for one instance)."""
