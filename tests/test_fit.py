@@ -174,15 +174,16 @@ def test_a_labelled_file_is_tested_beside_what_was_stated(copied, command):
     assert "promised: at most 20 of 100 changed, 60% sure; held here" in out
 
 
-def test_without_labels_a_test_counts_what_changes(own_run, run_of, command, tmp_path):
+def test_without_labels_a_test_counts_what_changes(copied, run_of, command, tmp_path):
     """What was stated of labels is not shown beside it."""
+    assert command(choose, copied, "--max-lost", 20, "--sure", 60)[0] == 0
     texts = [text for text, _ in opinions(1000)[800:]]
     write_rows(Path("new.csv"), [[text] for text in texts], "text")
-    for run, promised in ((own_run, read(own_run)["threshold"] < 1), (run_of("trunk0"), False)):
+    for run, promised in ((copied, True), (run_of("trunk0"), False)):
         _, out, _ = command(test, run, "new.csv")
         assert ("accuracy" in out, "full depth" in out, "promised" in out) == (False, False, promised)
         early, full = (EarlyExitClassifier.load(run, threshold=t).predict(texts) for t in (None, 1))
         (line,) = re.findall("^changed, of 100 texts(.*)$", out, re.MULTILINE)
         assert line.split()[0] == f"{100 * np.mean(early != full):.2f}"
-    assert command(predict, own_run, "new.csv", "--out", "p.csv")[0] == 0
-    assert "p.csv: its label is what predict answered" in command(test, own_run, "p.csv")[2]
+    assert command(predict, copied, "new.csv", "--out", "p.csv")[0] == 0
+    assert "p.csv: its label is what predict answered" in command(test, copied, "p.csv")[2]

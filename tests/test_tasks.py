@@ -95,10 +95,10 @@ def test_the_classes_of_own_text_and_of_a_trunk(caplog):
     assert classes_of(["b", "a", "A"] * 5) == ["A", "a", "b"]
     assert "A, a" in caplog.text
     data = own_text(["x", "y", "z"], [0, 1, -1], [])
-    renamed = data.with_labels(["yes", "other", "no"], "trunk")
+    renamed = data.with_labels_of(["yes", "other", "no"], "trunk")
     assert (renamed.labels, renamed.train.labels) == (["yes", "other", "no"], [2, 0, -1])
     with pytest.raises(InputError, match="trunk does not know the label 'yes'; its labels: LABEL_0, no"):
-        data.with_labels(["LABEL_0", "no"], "trunk")
+        data.with_labels_of(["LABEL_0", "no"], "trunk")
 
 
 # GLUE

@@ -45,7 +45,7 @@ class OwnData(Data):
             why = f"{args.trunk} stays as it is and has not learned when it is right"
             raise InputError(f"--exit-strategy: lte, and {why}")
         before = read_record(args.trunk) if is_run(args.trunk) else None
-        data = replace(self.with_labels(labels, args.trunk), trunk=trunk)
+        data = replace(self.with_labels_of(labels, args.trunk), trunk=trunk)
         if len(self.labels) < len(labels):  # the others are of the trunk's type
             data = replace(data, label_type=before.label_type if before else "str")
         args.model = f"./{args.trunk}" if str(args.trunk) in REPOSITORIES else str(args.trunk)  # a folder, not a preset
@@ -54,7 +54,7 @@ class OwnData(Data):
             data = replace(data, known_keys=before.trained_keys)
         return data
 
-    def with_labels(self, labels: Sequence[str], trunk: object) -> "OwnData":
+    def with_labels_of(self, labels: Sequence[str], trunk: object) -> "OwnData":
         """The data with a trunk's classes, in its order. Raises InputError for a label that the trunk does not know."""
         if others := [name for name in self.labels if name not in labels]:
             known = f"{trunk} does not know the label {others[0]!r:.60}; its labels: {preview(labels)}"
