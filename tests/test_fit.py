@@ -101,12 +101,17 @@ def test_where_enough_labelled_texts_judge_the_others_only_teach(own_run, comman
     assert (read(Path("run"))["lost_means"], read(Path("run"))["judging_texts"]) == ("lost", 45)
 
 
-def test_branches_learn_from_unlabelled_texts_too(own_run, command):
-    folder = own_run.parent
-    options = ["--unlabelled", folder / "more.csv", *OWN[2:], "--model", folder / "tiny", "--out", "run"]
-    assert command(fit, folder / "own.csv", *options, "--method", "branch")[0] == 0
-    steps = {stage: len(losses) for stage, losses in read(Path("run"), "run")["losses"].items()}
-    assert steps == {"trunk": 2 * 240 // 16, "branches": 2 * (240 + 400) // 16}
+def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command):
+    """The plain model its own answers, if these are more than the labels, and branches always."""
+    few = write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
+    for more, stages in (
+        (own_run.parent / "more.csv", {"trunk": 240, "trunk again": 240 + 400, "branches": 240 + 400}),
+        (few, {"trunk": 240, "branches": 240 + 100}),
+    ):
+        options = ["--unlabelled", more, *OWN[2:], "--model", own_run.parent / "tiny", "--out", "run", "--overwrite"]
+        assert command(fit, own_run.parent / "own.csv", *options, "--method", "branch")[0] == 0
+        steps = {stage: len(losses) for stage, losses in read(Path("run"), "run")["losses"].items()}
+        assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
 
 
 @pytest.mark.parametrize("method", ["plain", "branch"])

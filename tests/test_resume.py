@@ -84,7 +84,7 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, st
 
 
 def test_fit_goes_on_too_and_takes_another_goal(command, own_run):
-    """Stopped in the training, and while the model answers the unlabelled texts."""
+    """Stopped in the training, while the model answers the unlabelled texts, and while it learns its answers."""
     folder, answers = own_run.parent, "minisweet.runs.own.all_logits"
     words = [folder / "own.csv", "--unlabelled", folder / "more.csv", *OWN[2:], "--out", "a"]
     words += ["--model", folder / "tiny"]
@@ -95,8 +95,9 @@ def test_fit_goes_on_too_and_takes_another_goal(command, own_run):
     other = write_rows(Path("other.csv"), [[text] for text, _ in opinions(1000)[400:900]], "text")
     _, _, err = command("--resume", "--unlabelled", other, words=words, module=fit)
     assert "--resume: a is another training's: its rows are others" in err
+    assert command("--resume", signals={9: [signal.SIGTERM]}, words=words, module=fit)[0] == 143
     status, _, err = command("--resume", "--max-lost", 5, words=words, module=fit)
-    assert (status, command.steps, "goes on after 30 steps of trunk" in err) == (0, 0, True)
+    assert (status, command.steps, "0 steps of first answers, 9 steps of trunk again" in err) == (0, 80 - 9, True)
     assert Path("a/model.safetensors").read_bytes() == (own_run / "model.safetensors").read_bytes()
 
 

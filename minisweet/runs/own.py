@@ -110,9 +110,9 @@ class OwnData(Data):
             raise InputError(f"{self.task}: no row can be set aside: no label has two different texts")
         return rows.take(kept), rows.take(aside)
 
-    def answers(self, setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> np.ndarray:
-        """What a model's last exit says of the unlabelled texts: probabilities (N, C). A stage of the checkpoint."""
-        if "unlabelled" not in checkpoint.stages:
+    def answers(self, setup: Setup, checkpoint: SavedTraining, model: ExitModel, stage: str) -> np.ndarray:
+        """What a model's last exit says of the unlabelled texts: probabilities (N, C). They are a `stage`."""
+        if stage not in checkpoint.stages:
             alone = model.models_alone[-1]
             alone = alone.keep_exits(alone.head_layers[-1:]).eval().to(setup.device)
             precision = devices.choose_precision(setup.args.amp, setup.device)  # as in evaluation: on a CPU float32
@@ -120,11 +120,11 @@ class OwnData(Data):
             all_logits(alone, some, precision)
             minutes = (time.perf_counter() - started) / len(some) * len(setup.unlabelled) / 60
             LOG.info("the model answers %s unlabelled texts: some %.1f minutes", f"{len(setup.unlabelled):,}", minutes)
-            with checkpoint.timed("unlabelled") as state:
+            with checkpoint.timed(stage) as state:
                 logits, _ = all_logits(alone, setup.unlabelled, precision, "unlabelled texts")
                 state["answers"] = logits[-1].softmax(-1)
             alone.cpu()
-        return checkpoint.stages["unlabelled"]["answers"].numpy()
+        return checkpoint.stages[stage]["answers"].numpy()
 
 
 def judges_and_others(keys: np.ndarray, known: np.ndarray, labelled: int) -> tuple[np.ndarray, np.ndarray]:

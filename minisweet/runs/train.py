@@ -20,6 +20,9 @@ from minisweet.runs.resume import SavedTraining, claim_output
 from minisweet.runs.start import Data, Setup, epochs_of, prepare
 from minisweet.training import fine_tune, process_rank, used_rows
 
+# A plain model with fewer labelled rows also learns its own answers: to at most so many texts, for so many epochs.
+FEW, MOST, EPOCHS_AGAIN = 2000, 5000, 2
+
 
 def train(args: argparse.Namespace, data: Data) -> bool:
     """Train a run and write it to `args.out`. False where --resume finds it finished.
@@ -72,8 +75,8 @@ def train_and_save(setup: Setup, checkpoint: SavedTraining) -> None:
 def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) -> ExitModel:
     """Train a method's model, which is built from a trunk (methods.py): a model with one exit, new or finished."""
     args, is_new, method = setup.args, setup.data.trunk is None, METHODS[setup.args.method]
-    if is_new and method.keeps_trunk:  # the plain model, trained for its one exit
-        train_stage(setup, checkpoint, "trunk", trunk, args.lr)
+    if is_new and method.keeps_trunk:
+        train_trunk(setup, checkpoint, trunk)
     torch.manual_seed(args.seed)  # so that new weights do not depend on where the trunk is from
     model = add_exits(args.method, trunk, setup.layers, args.exit_strategy)
     if method.keeps_trunk:
@@ -83,15 +86,29 @@ def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) 
     return model
 
 
-def taught(setup: Setup, checkpoint: SavedTraining, model: ExitModel) -> Setup:
+def train_trunk(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) -> None:
+    """Train the plain model for its one exit.
+
+    Where few texts have labels and more have none, it then learns its own answers to these (self-training): they become
+    more often right, and easier to tell by words (.github/results/choose.md).
+    """
+    train_stage(setup, checkpoint, "trunk", trunk, setup.args.lr)
+    count = len(setup.unlabelled or [])
+    if len(setup.examples) < min(FEW, count):
+        some = np.sort(np.random.default_rng(0).permutation(count)[:MOST])
+        again = setup._replace(unlabelled=setup.unlabelled.take(some), epochs=setup.epochs or EPOCHS_AGAIN)
+        train_stage(taught(again, checkpoint, trunk, "first answers"), checkpoint, "trunk again", trunk, setup.args.lr)
+
+
+def taught(setup: Setup, checkpoint: SavedTraining, model: ExitModel, stage: str = "unlabelled") -> Setup:
     """With the unlabelled texts, if any, among the examples: they shall be answered as by the model's last exit.
 
-    More examples take fewer epochs, unless the options say how many.
+    More examples take fewer epochs, unless the options say how many. The answers are a stage of the checkpoint.
     """
     if not setup.unlabelled:
         return setup
     labels = np.eye(len(setup.data.labels), dtype=np.float32)[setup.examples.targets]
-    targets = np.concatenate([labels, setup.data.answers(setup, checkpoint, model)])
+    targets = np.concatenate([labels, setup.data.answers(setup, checkpoint, model, stage)])
     examples = setup.examples.joined(setup.unlabelled).with_targets(targets)
     epochs = setup.epochs or epochs_of(len(examples), setup.args.batch_size)
     args = argparse.Namespace(**vars(setup.args) | {"epochs": epochs})

@@ -14,6 +14,7 @@ CHECKOUT = Path(__file__).parents[2]
 RESULTS = CHECKOUT / ".github" / "results"
 BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
 TASKS = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte", "own")  # own: the texts of own_text.py
+USUAL = "5e-5"  # the learning rate of all models but the small one
 
 
 def show(blocks: dict[str, str], write: bool) -> None:

@@ -47,9 +47,8 @@ def ask(classify: EarlyExitClassifier, run: Path, rows: Examples) -> dict[str, n
 
 
 def measure(folder: Path, labelled: Examples, more: Examples, test: Examples, beside: bool, **options) -> dict:
-    """Numbers of a draw, in percent. The trunk of the run without unlabelled texts serves those with some."""
-    trunk = folder.parent / "run-0"
-    classify = EarlyExitClassifier(**options | ({"trunk": trunk} if more.first else {}))
+    """Numbers of a draw, in percent."""
+    classify = EarlyExitClassifier(**options)
     classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None).save(folder)
     said = ask(classify, folder, test)
     layers = said.pop(LAYERS)

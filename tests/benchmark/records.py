@@ -1,9 +1,10 @@
 """What a study's records say, as numbers. Its depth, exits, tasks, seeds and rates are read from them.
 
 A record is a folder TASK-SEED-METHOD with run.json and the validation logits of a run. A name that ends in -lrRATE is
-of another rate than the usual one. A seed of a task counts where all four methods are there. An MM without its last
-model has that of the branches' trunk, which is trained alike. Temperatures and decisions are cross-fitted over five
-folds of the validation rows, as evaluate.py does. Letters: S seeds, E exits, N rows.
+of another rate than the usual one; or of the usual one and other rows, to stand beside such a record. A seed of a task
+counts where all four methods are there. An MM without its last model has that of the branches' trunk, which is trained
+alike. Temperatures and decisions are cross-fitted over five folds of the validation rows, as evaluate.py does. Letters:
+S seeds, E exits, N rows.
 """
 
 import re
@@ -22,7 +23,7 @@ from minisweet.evaluation.metrics import score
 from minisweet.evaluation.outputs import Outputs
 from minisweet.evaluation.sweep import crossfit, sweep
 from minisweet.paper.report import Records, curve_of
-from tests.benchmark import TASKS
+from tests.benchmark import TASKS, USUAL
 from tests.benchmark.linear import LINEAR
 
 LOGITS = "logits.safetensors"
@@ -42,7 +43,7 @@ class Study:
     depth: int
     layers: list[int]  # (E,), where exits stand, without exit 0
     runs: dict[str, dict[int, dict]]  # of `measure`, by task and seed
-    rates: dict[tuple[str, str], dict[int, dict]]  # of `exits_of`, by task and another rate, seed and method
+    rates: dict[tuple[str, str], dict[int, dict]]  # of `exits_of`, by task and rate, seed and method
     missing: list[str]  # the names of records
 
     @property
@@ -157,10 +158,9 @@ def read_study(folder: Path) -> Study | None:
     runs, rates = defaultdict(dict), defaultdict(lambda: defaultdict(dict))
     for task, seed in whole:
         runs[task][seed] = measure(folder / "records", task, seed, first["exit_layers"])
-    for name in its:
-        if name[4]:
-            run = read_outputs(folder / "records" / name[0])
-            rates[name[1], name[4]][int(name[2])][name[3]] = exits_of(run)
+    for name in sorted(its, key=lambda name: name[4] or ""):  # one whose name says the usual rate comes later
+        run = read_outputs(folder / "records" / name[0])
+        rates[name[1], name[4] or USUAL][int(name[2])][name[3]] = exits_of(run)
     return Study(first["depth"], first["exit_layers"], dict(runs), dict(rates), missing)
 
 

@@ -17,7 +17,7 @@ from minisweet.base.files import InputError, read_json
 from minisweet.evaluation.plots import draw_line, label_axes, new_figure, save_figure
 from minisweet.paper import report
 from minisweet.paper.report import Records, cells, table
-from tests.benchmark import RESULTS, TASKS, by_rows, run_study, show
+from tests.benchmark import RESULTS, TASKS, USUAL, by_rows, run_study, show
 from tests.benchmark.records import GRID, METHODS, ONE_BRANCH, OURS, SHARES, Study, curves_of, read_grid, read_study
 
 SIZES = (".", "base")  # where a study's records are, in FOLDER
@@ -67,15 +67,13 @@ def by_exit(study: Study, pair: tuple[str, str]) -> list[list[str]]:
 
 
 def by_rate(study: Study) -> list[list[str]]:
-    """SWEET less EE at another rate than the usual one, by the seeds that have it, and at the usual one by these."""
+    """SWEET less EE at another rate than the usual one, and at the usual one by the same seeds."""
     rows = []
     for (task, rate), its in sorted(study.rates.items()):
-        seeds = [seed for seed in its if {"ee", "sweet"} <= its[seed].keys() and seed in study.runs.get(task, ())]
-        usual = [study.runs[task][seed] for seed in seeds]
-        ours, theirs = ([(run["exits"][name], run["counts"][name]) for run in usual] for name in ("SWEET", "EE"))
-        if seeds:
-            rows.append([TITLES[task], "5e-5", len(seeds), *less(ours, theirs)])
-            rows.append([TITLES[task], rate, len(seeds), *less(*([its[n][m] for n in seeds] for m in ("sweet", "ee")))])
+        usual = study.rates[task, USUAL]
+        seeds = [seed for seed in its if all({"ee", "sweet"} <= at[seed].keys() for at in (its, usual))]
+        for name, at in ((USUAL, usual), (rate, its)) if seeds and rate != USUAL else ():
+            rows.append([TITLES[task], name, len(seeds), *less(*([at[n][m] for n in seeds] for m in ("sweet", "ee")))])
     return rows
 
 
