@@ -46,16 +46,16 @@ def ask(classify: EarlyExitClassifier, run: Path, rows: Examples) -> dict[str, n
     return said | {LAYERS: np.array([answer.exit_layer for answer in deployed]) / record.depth}
 
 
-def measure(folder: Path, labelled: Examples, more: Examples, test: Examples, beside: bool, **options) -> dict:
-    """Numbers of a draw, in percent."""
+def measure(run: Path, labelled: Examples, more: Examples, test: Examples, beside: bool, **options) -> dict:
+    """Numbers of a draw, in percent. The run is written."""
     classify = EarlyExitClassifier(**options)
-    classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None).save(folder)
-    said = ask(classify, folder, test)
+    classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None).save(run)
+    said = ask(classify, run, test)
     layers = said.pop(LAYERS)
     if beside:
         said |= {name: fit_linear(name, labelled)(test) for name in BESIDE}
         if more.first:
-            taught = labelled.joined(more._replace(labels=ask(classify, folder, more)[FULL].tolist()))
+            taught = labelled.joined(more._replace(labels=ask(classify, run, more)[FULL].tolist()))
             said[TAUGHT] = fit_linear("TF-IDF", taught)(test)
     right = {name: answers == np.array(test.labels) for name, answers in said.items()}
     found = {name: 100 * is_right.mean() for name, is_right in right.items()}
@@ -119,7 +119,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--lr", type=positive_float, help="(default: the usual)")
     parser.add_argument("--rows", type=list_of(whole_number(10)), default=[300, 1200, 6000])
-    parser.add_argument("--unlabelled", type=list_of(whole_number(0)), default=[0], help="0 first")
+    parser.add_argument("--unlabelled", type=list_of(whole_number(0)), default=[0])
     parser.add_argument("--write", action="store_true")
     args = study.options_of(parser, list(NAMES))
     (args.out / "rows").mkdir(parents=True, exist_ok=True)
@@ -127,17 +127,15 @@ def main() -> None:
         rows, test, _ = read(task, args.data_dir, args.own)
         order, test = np.random.default_rng(seed).permutation(len(rows.first)).tolist(), draw(test, TEST_ROWS, 0)
         count = min(count, len(order))
-        with TemporaryDirectory() as folder:
-            for more in args.unlabelled:
-                some = rows.take(order[count : count + more])
-                numbers = args.out / "rows" / f"{task}-{count}-{more}-{seed}.json"
-                if not numbers.exists() and (some.first or not more):
-                    options = {"model": args.model, "lr": args.lr, "seed": seed}
-                    beside = args.model == study.SMALL and task in BESIDE_ON
-                    found = measure(
-                        Path(folder) / f"run-{more}", rows.take(order[:count]), some, test, beside, **options
-                    )
-                    write_json(numbers, found | {"unlabelled": len(some.first)})
+        labelled, options = rows.take(order[:count]), {"model": args.model, "lr": args.lr, "seed": seed}
+        for more in args.unlabelled:
+            some = rows.take(order[count : count + more])
+            numbers = args.out / "rows" / f"{task}-{count}-{more}-{seed}.json"
+            if not numbers.exists() and (some.first or not more):
+                beside = args.model == study.SMALL and task in BESIDE_ON
+                with TemporaryDirectory() as folder:
+                    found = measure(Path(folder, "run"), labelled, some, test, beside, **options)
+                write_json(numbers, found | {"unlabelled": len(some.first)})
     show(tables(args.out / "rows", args.model), args.write)
 
 
