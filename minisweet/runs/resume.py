@@ -31,7 +31,7 @@ except ImportError:  # Windows: the folder alone is the claim
 MINUTES = 10  # between two checkpoints
 # Options that may change when a training goes on. In place of files, their rows' digests are compared.
 MAY_CHANGE = set("out overwrite resume task data_dir file dev_data unlabelled max_lost sure max_share".split())
-ROWS = ("rows_digest", "trained_keys")  # of labelled rows, and of all texts, unlabelled ones too
+ROWS = ("rows_digest", "trained_keys")  # of the rows in their order, unlabelled ones too, and of all texts
 
 
 def checkpoint_folder(out: Path) -> Path:

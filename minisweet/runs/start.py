@@ -1,6 +1,7 @@
 """What a training starts from: its options, the model, the data, and run.json as far as it is known."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
     found |= {"epochs": args.epochs or epochs, "dev_size": None if data.dev else args.dev_size}
     epochs, args = args.epochs, argparse.Namespace(**vars(args) | found)
     learnt = [*data.known_keys, *examples.keys().tolist(), *(unlabelled.keys().tolist() if unlabelled else [])]
+    order = hashlib.sha256(unlabelled.keys().tobytes()).hexdigest() if unlabelled else ""
     run_json = {
         "arguments": json.loads(json.dumps(vars(args), default=str)),  # a path as it is written
         **{name: getattr(data, name) for name in ("task", "labels", "label_type", "metric")},
@@ -120,7 +122,7 @@ def prepare(args: argparse.Namespace, data: Data) -> Setup:
         "precision": str(precision or torch.float32),
         "versions": versions(),
         "subset": subset.tolist(),
-        "rows_digest": rows.digest() + dev.digest(),
+        "rows_digest": rows.digest() + dev.digest() + order,
         "trained_keys": sorted(set(learnt)),
     }
     is_trained = data.trunk is None or len(layers) > 1

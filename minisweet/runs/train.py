@@ -89,8 +89,9 @@ def train_model(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) 
 def train_trunk(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) -> None:
     """Train the plain model for its one exit.
 
-    Where few texts have labels and more have none, it then learns its own answers to these (self-training): they become
-    more often right, and easier to tell by words (.github/results/choose.md).
+    Where few texts have labels and more have none, it then learns the labels again, and its own answers to the others
+    (self-training). That seldom costs accuracy, mostly gains some, and its answers follow more from words alone
+    (.github/results/choose.md).
     """
     train_stage(setup, checkpoint, "trunk", trunk, setup.args.lr)
     count = len(setup.unlabelled or [])

@@ -141,9 +141,9 @@ class EarlyExitClassifier:
     def fit(self, X, y, *, unlabelled=None, validation=None) -> "EarlyExitClassifier":
         """Train on texts X (N) and labels y (N), choose what to deploy, and return itself.
 
-        `unlabelled` are more texts: exit 0 and branches learn what the trained model says of them; so does the model
-        itself where few texts are labelled. `validation` is (texts, labels) to choose and judge on, in place of rows of
-        X. With a `trunk`, X and y may be None.
+        `unlabelled` are more texts: exit 0 and branches learn what the trained model says of them; so does a new plain
+        model itself where few texts are labelled. `validation` is (texts, labels) to choose and judge on, in place of
+        rows of X. With a `trunk`, X and y may be None.
         Raises InputError, with the item, for what cannot be trained on.
         """
         known = {"method": METHODS, "amp": AMP_CHOICES, "exit_strategy": EXIT_STRATEGIES}

@@ -1,10 +1,10 @@
 """What a study's records say, as numbers. Its depth, exits, tasks, seeds and rates are read from them.
 
 A record is a folder TASK-SEED-METHOD with run.json and the validation logits of a run. A name that ends in -lrRATE is
-of another rate than the usual one; or of the usual one and other rows, to stand beside such a record. A seed of a task
-counts where all four methods are there. An MM without its last model has that of the branches' trunk, which is trained
-alike. Temperatures and decisions are cross-fitted over five folds of the validation rows, as evaluate.py does. Letters:
-S seeds, E exits, N rows.
+of another rate than the usual one; -lr5e-5 is of the usual one and other rows, to stand beside such a record. A seed of
+a task counts where all four methods are there. An MM without its last model has that of the branches' trunk, which is
+trained alike. Temperatures and decisions are cross-fitted over five folds of the validation rows, as evaluate.py does.
+Letters: S seeds, E exits, N rows.
 """
 
 import re

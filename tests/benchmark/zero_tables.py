@@ -70,8 +70,8 @@ def by_rate(study: Study) -> list[list[str]]:
     """SWEET less EE at another rate than the usual one, and at the usual one by the same seeds."""
     rows = []
     for (task, rate), its in sorted(study.rates.items()):
-        usual = study.rates[task, USUAL]
-        seeds = [seed for seed in its if all({"ee", "sweet"} <= at[seed].keys() for at in (its, usual))]
+        usual = study.rates.get((task, USUAL), {})
+        seeds = [seed for seed in its if all({"ee", "sweet"} <= at.get(seed, {}).keys() for at in (its, usual))]
         for name, at in ((USUAL, usual), (rate, its)) if seeds and rate != USUAL else ():
             rows.append([TITLES[task], name, len(seeds), *less(*([at[n][m] for n in seeds] for m in ("sweet", "ee")))])
     return rows
