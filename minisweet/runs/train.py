@@ -90,8 +90,7 @@ def train_trunk(setup: Setup, checkpoint: SavedTraining, trunk: MultiExitModel) 
     """Train the plain model for its one exit.
 
     Where few texts have labels and more have none, it then learns the labels again, and its own answers to the others
-    (self-training). That seldom costs accuracy, mostly gains some, and its answers follow more from words alone
-    (.github/results/choose.md).
+    (self-training). Full depth mostly gains by it, and exit 0 then foretells it better (.github/results/choose.md).
     """
     train_stage(setup, checkpoint, "trunk", trunk, setup.args.lr)
     count = len(setup.unlabelled or [])

@@ -158,7 +158,9 @@ def read_study(folder: Path) -> Study | None:
     runs, rates = defaultdict(dict), defaultdict(lambda: defaultdict(dict))
     for task, seed in whole:
         runs[task][seed] = measure(folder / "records", task, seed, first["exit_layers"])
-    for name in sorted(its, key=lambda name: name[4] or ""):  # one whose name says the usual rate comes later
+    compared = {name[1] for name in its if name[4]}  # tasks with another rate
+    of_these = [name for name in its if name[1] in compared]
+    for name in sorted(of_these, key=lambda name: name[4] or ""):  # one whose name says the usual rate comes later
         run = read_outputs(folder / "records" / name[0])
         rates[name[1], name[4] or USUAL][int(name[2])][name[3]] = exits_of(run)
     return Study(first["depth"], first["exit_layers"], dict(runs), dict(rates), missing)
