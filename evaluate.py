@@ -11,12 +11,13 @@ is another question: minisweet choose RUN.
 
 from pathlib import Path
 
-from minisweet.base import devices
 from minisweet.base.commands import Parser, path_to, run_command, whole_number
+from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
-from minisweet.evaluation.evaluate import evaluate
+from minisweet.evaluation.curve import evaluate
 from minisweet.evaluation.plots import draw_curves
-from minisweet.runs.load import newest_run, read_evaluation
+from minisweet.runs.options import TrainingOptions
+from minisweet.runs.run import Run, newest_run
 
 
 def main() -> None:
@@ -26,14 +27,14 @@ def main() -> None:
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
     option("--plot", type=path_to(".png"), metavar="PNG", help="evaluate nothing: draw these runs' curves together")
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
-    devices.add_device_options(parser)
+    parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
     runs = args.runs or [newest_run()]
-    devices.tune_cpu()
+    tune_cpu()
     if args.plot:
-        draw_curves(args.plot, {str(run): read_evaluation(run) for run in runs})
+        draw_curves(args.plot, {str(run): Run.read(run).evaluation for run in runs})
         print(f"written to {args.plot}")
     else:
         evaluate(runs[0], args.thresholds, args.device, args.amp)

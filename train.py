@@ -5,47 +5,41 @@
     torchrun --nproc-per-node 4 train.py --model bert-base --task mnli
 
 Writes a run folder, which evaluate.py reads. The loop stands in minisweet/training.py, a method's stages in
-minisweet/methods.py, and what runs them in minisweet/runs/train.py. For your own text: python -m minisweet fit FILE.
+minisweet/methods.py, and all of a training in minisweet/runs/recipe.py. For your own text: minisweet fit FILE.
 """
 
-from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from shlex import quote
 
-from minisweet.base import devices
-from minisweet.base.commands import Parser, run_command, whole_number
+from minisweet.base.commands import Parser, run_command
+from minisweet.base.devices import distributed, tune_cpu
 from minisweet.data.tasks import TASKS
-from minisweet.methods import METHODS
-from minisweet.runs.folders import run_name
 from minisweet.runs.hub import home
-from minisweet.runs.start import add_run_options, add_training_options, task_data
-from minisweet.runs.train import train
-
-
-def parse_arguments() -> Namespace:
-    """Read and check the command line."""
-    parser = Parser(__doc__)
-    option = parser.add_argument
-    option("--method", choices=list(METHODS), default="sweet", help="default: sweet")
-    option("--task", choices=list(TASKS), default="toy", help="of GLUE, or toy (default: toy)")
-    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
-    option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
-    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    add_training_options(parser)
-    add_run_options(parser)
-    parser.set_defaults(class_weights=None, dev_size=None)  # of own text
-    args = parser.parse_args()
-    args.out = args.out or Path("runs") / run_name(vars(args))
-    return args
+from minisweet.runs.options import OF_OWN_TEXT, TrainingOptions
+from minisweet.runs.recipe import train_task
+from minisweet.runs.record import run_name
+from minisweet.runs.resume import add_output_options, claim_output
 
 
 def main() -> None:
     """Train one run, or with --resume say that it is there."""
-    args = parse_arguments()
-    devices.tune_cpu()
-    is_new = train(args, task_data(args.task, args.data_dir))
-    print(f"{args.out}: {'trained' if is_new else 'finished already'}; next: python evaluate.py {quote(str(args.out))}")
+    parser = Parser(__doc__)
+    option = parser.add_argument
+    option("--task", choices=list(TASKS), default="toy", help="of GLUE, or toy (default: toy)")
+    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
+    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
+    names = [its.name for its in fields(TrainingOptions) if its.name not in OF_OWN_TEXT]
+    parser.add_options(TrainingOptions, *names, method="sweet", train_size=6000)
+    add_output_options(parser)
+    args = parser.parse_args()
+    options = parser.make(TrainingOptions, args)
+    out = args.out or Path("runs") / run_name(options, args.task)
+    tune_cpu()
+    with claim_output(out, args.resume, args.overwrite) as saved:
+        run = train_task(options, args.task, args.data_dir, saved)
+    print(f"{out}: {'trained' if run else 'finished already'}; next: python evaluate.py {quote(str(out))}")
 
 
 if __name__ == "__main__":
-    run_command(devices.distributed(main))
+    run_command(distributed(main))

@@ -18,7 +18,8 @@ import sys
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import tune_cpu
 
-COMMANDS = {name: f"minisweet.use.{name}" for name in ("fit", "choose", "test", "predict", "explain", "export")}
+COMMANDS = {name: f"minisweet.use.{name}" for name in ("fit", "choose", "predict", "explain", "export")}
+COMMANDS["test"] = "minisweet.use.check"
 COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 
 

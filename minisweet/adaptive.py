@@ -89,8 +89,7 @@ class Exits(NamedTuple):
     tokens, and that EE's and SWEET's exits, too, run their layer for [CLS] before it runs for all tokens.
     """
 
-    layers: list[int]  # (K,), counted from 1; 0 is exit 0
-    leaving: list[float]  # (K,), the layers that an exit's own answer takes
+    layers: list[int]  # (K,), counted from 1; 0 is exit 0: what an exit's own answer takes
     in_vain: list[float]  # (K,), what an exit adds to the later ones where it was asked and not taken
     depth: int  # L, of the whole encoder
     asks_at_1: bool  # whether earlier exits are asked at threshold 1 too, as MM's are: its curve ends at their sum
@@ -99,9 +98,9 @@ class Exits(NamedTuple):
         """What leaving at each exit costs, as a share of the encoder's layers: (K,) (Eq. 1 for one instance)."""
         is_asked = self.asks_at_1 or in_float32(threshold) < 1
         before = accumulate(self.in_vain, initial=0.0) if is_asked else repeat(0.0)
-        return [(own + others) / self.depth for own, others in zip(self.leaving, before, strict=False)]
+        return [(own + others) / self.depth for own, others in zip(self.layers, before, strict=False)]
 
     def take(self, places: Sequence[int]) -> "Exits":
         """Some of the exits alone, by their numbers from 0."""
-        kept = ([values[k] for k in places] for values in self[:3])
-        return Exits(*kept, self.depth, self.asks_at_1)
+        layers, in_vain = ([values[k] for k in places] for values in self[:2])
+        return Exits(layers, in_vain, self.depth, self.asks_at_1)

@@ -33,7 +33,7 @@ class BertLayer(TransformerLayer):
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         bias = context[0][:, :, :tokens]  # (B, 1, 1, T) or (B, H, R, T)
         # A CPU trains by plain products, for the sake of our dropout, which is fast there (layers.py).
-        if self.plain_products or (self.training and hidden.device.type == "cpu"):
+        if self.training and hidden.device.type == "cpu":
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
         dropout_p = self.attention_dropout.p if self.training else 0.0

@@ -3,37 +3,44 @@
 A `Literal` lists all values that are implemented: any other is refused, since to ignore it would build another model.
 """
 
-from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+
+def size(low: int = 1, high: int = 10**6) -> Any:
+    """A field without a default, from `low` to `high`."""
+    return field(metadata={"range": (low, high)})
+
+
+def share(default: float | None) -> Any:
+    """A field from 0 to 1, or None where that is its default."""
+    return field(default=default, metadata={"range": (0, 1)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What all of them share. Raises ValueError for sizes and shares that cannot be."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    vocab_size: int = size()
+    hidden_size: int = size()
+    num_hidden_layers: int = size(1, 1000)
+    num_attention_heads: int = size()
+    intermediate_size: int = size()
+    max_position_embeddings: int = size()
+    hidden_dropout_prob: float = share(0.1)
+    attention_probs_dropout_prob: float = share(0.1)
+    layer_norm_eps: float = share(1e-12)
+    initializer_range: float = share(0.02)
     hidden_act: Literal["gelu"] = "gelu"
     is_decoder: Literal[False] = False
     first_position: ClassVar[int] = 0
     model_type: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            name, value, high = field.name, getattr(self, field.name), 1000 if "layers" in field.name else 10**6
-            low = 32 if "buckets" in name else 1
-            if field.type is int and (field.default is MISSING or low > 1) and not low <= value <= high:
-                raise ValueError(f"{name} is {value}, should be from {low} to {high}")
-            if field.type in (float, float | None) and value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}, should be from 0 to 1")
+        for its in fields(self):
+            value, (low, high) = getattr(self, its.name), its.metadata.get("range", (None, None))
+            if None not in (value, low) and not low <= value <= high:
+                raise ValueError(f"{its.name} is {value}, should be from {low} to {high}")
         D, H = self.hidden_size, self.num_attention_heads
         if D % H:
             raise ValueError(f"hidden_size is {D}, should be a multiple of num_attention_heads, {H}")
@@ -54,8 +61,8 @@ class Config:
 class BertConfig(Config):
     """The keys of config.json that shape a BERT encoder."""
 
-    type_vocab_size: int
-    classifier_dropout: float | None = None
+    type_vocab_size: int = size()
+    classifier_dropout: float | None = share(None)
     position_embedding_type: Literal["absolute"] = "absolute"
     model_type: ClassVar[str] = "bert"
     pooler_hidden_act: ClassVar[str] = "tanh"
@@ -70,9 +77,9 @@ class DebertaConfig(Config):
     relative_attention: Literal[True]
     position_biased_input: Literal[False]
     max_relative_positions: int = -1
-    pooler_dropout: float = 0.0
-    cls_dropout: float | None = None
-    layer_norm_eps: float = 1e-7
+    pooler_dropout: float = share(0.0)
+    cls_dropout: float | None = share(None)
+    layer_norm_eps: float = share(1e-7)
     pooler_hidden_act: Literal["gelu"] = "gelu"
     type_vocab_size: Literal[0] = 0
     model_type: ClassVar[str] = "deberta"
@@ -87,7 +94,7 @@ class DebertaConfig(Config):
 class MPNetConfig(Config):
     """The keys of config.json that shape an MPNet encoder."""
 
-    relative_attention_num_buckets: int = 32  # or more, which stay unused, see mpnet.py
+    relative_attention_num_buckets: int = field(default=32, metadata={"range": (32, 10**6)})  # above 32: see mpnet.py
     type_vocab_size: Literal[0] = 0
     first_position: ClassVar[int] = 2  # 0 and 1 are padding's
     model_type: ClassVar[str] = "mpnet"

@@ -133,7 +133,7 @@ class ExitModel(nn.Module):
         """Which exits there are, and what they cost (Eq. 1)."""
         layers = list(self.exit_layers)
         in_vain = [self.cost_in_vain(n) if n else 0.0 for n in layers]
-        return Exits(layers, layers, in_vain, self.models_alone[-1].encoder.depth, self.asks_at_1)
+        return Exits(layers, in_vain, self.models_alone[-1].encoder.depth, self.asks_at_1)
 
     def cost_in_vain(self, n: int) -> float:
         """What the exit after layer n adds to later ones where it was asked and not taken, in layers."""
@@ -214,7 +214,10 @@ class MultiExitModel(ExitModel):
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
         for n, layer in enumerate(self.encoder.layers, start=1):
             if n in self.head_layers:
-                stay = yield self.ask_exit(n, hidden, context)
+                # The exit reads [CLS] alone, and its layer runs for [CLS] alone. It runs for all tokens only if the
+                # caller asks for the next exit. In training the two runs draw different dropout masks.
+                head, its_layer = self.heads[self.head_layers.index(n)], self.layer_of_exit(n)
+                stay = yield head(its_layer(hidden, context, tokens=1))
                 if stay is not None:
                     mask, hidden = rows_that_stay(stay, mask, hidden)
                     context = self.encoder.context(mask)
@@ -224,31 +227,13 @@ class MultiExitModel(ExitModel):
             if n in self.head_layers and self.method == "sweet":
                 hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
 
-    def ask_exit(self, n: int, hidden: Tensor, context: tuple[Tensor, ...]) -> ExitOutput:
-        """What the exit after layer n says, from the hidden states (B, T, D) that enter layer n.
-
-        The exit reads [CLS] alone, and so layer n runs for [CLS] alone here. It runs for all tokens only if the caller
-        asks for the next exit. In training the two runs draw different dropout masks.
-        """
-        head = self.heads[self.head_layers.index(n)]
-        return head(self.layer_of_exit(n)(hidden, context, tokens=1))
-
     def layer_of_exit(self, n: int) -> nn.Module:
         """The layer that runs for [CLS] at the exit after layer n."""
         return self.encoder.layers[n - 1]
 
-    @property
-    def trained_exits(self) -> int:
-        """How many exits training asks, from the first one on."""
-        return len(self.heads)
-
     def sum_losses(self, losses: Sequence[Tensor]) -> Tensor:
         """EE's one loss: the sum of its exits' losses."""
         return sum(losses)
-
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters that training updates, in groups whose gradients are clipped by themselves; here it is one."""
-        return [list(self.parameters())]
 
 
 class MultiModel(ExitModel):

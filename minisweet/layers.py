@@ -60,7 +60,6 @@ class TransformerLayer(nn.Module):
         self.output_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        self.plain_products = False  # whether BERT's `attend` is always products and a softmax, as the ONNX file needs
 
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...], tokens: int | None = None) -> Tensor:
         """Run the layer for all tokens, or with `tokens` 1 for [CLS] alone: hidden states (B, T, D) to (B, R, D).

@@ -16,12 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from torch.nn import Parameter
+
 from minisweet.beyond.branches import BranchModel
 from minisweet.checkpoint import load_encoder
 from minisweet.exits import ExitModel, MultiExitModel, MultiModel
 from minisweet.layers import TransformerEncoder
 
-Stages = Iterator[tuple[str, MultiExitModel, float]]  # a name, what is trained, and its rate in learning rates
+
+class Stage(NamedTuple):
+    """What is trained at once."""
+
+    name: str
+    model: MultiExitModel
+    times_rate: float = 1.0  # in learning rates
+    groups: list[list[Parameter]] | None = None  # of parameters, each clipped by itself; None for all of them together
 
 
 class Method(NamedTuple):
@@ -29,7 +38,7 @@ class Method(NamedTuple):
 
     words: str
     build: Callable[..., ExitModel]  # of an encoder, exit layers, C and exit_strategy, as `MultiExitModel`
-    stages: Callable[..., Stages]  # what is trained of the model, in turn; its second argument: is the trunk new?
+    stages: Callable[..., Iterator[Stage]]  # of the model, in turn; the second argument: is the trunk new?
     keeps_trunk: bool = False  # a new trunk is first trained for its own exit, and then all of it stays as it is
     has_exit_0: bool = False  # by default
     exits_between: Callable[[int], Sequence[int]] | None = None  # by default, of L layers; None for no such exits
@@ -51,25 +60,25 @@ def slices(encoder: TransformerEncoder, exit_layers: Sequence[int], num_labels: 
     return MultiModel(models)
 
 
-def train_together(model: MultiExitModel, is_new: bool) -> Stages:
+def train_together(model: MultiExitModel, is_new: bool) -> Iterator[Stage]:
     """All exits at once. A finished trunk is trained further, unless it gets no other exit."""
     if is_new or len(model.heads) > 1:
-        yield model.method, model, 1.0
+        yield Stage(model.method, model)
 
 
-def train_one_by_one(model: MultiModel, is_new: bool) -> Stages:
+def train_one_by_one(model: MultiModel, is_new: bool) -> Iterator[Stage]:
     """MM's models, the smallest first. The last one is the trunk: a finished one stays as it is."""
     for part in model.models if is_new else model.models[:-1]:
-        yield f"layers {part.exit_layers[0]}", part, 1.0
+        yield Stage(f"layers {part.exit_layers[0]}", part)
 
 
-def train_branches(model: BranchModel, is_new: bool) -> Stages:
+def train_branches(model: BranchModel, is_new: bool) -> Iterator[Stage]:
     """The branches alone, at twice the rate."""
     if model.branches:
-        yield "branches", model, 2.0
+        yield Stage("branches", model, 2.0, model.branch_parameters())
 
 
-def train_nothing(model: MultiExitModel, is_new: bool) -> Stages:
+def train_nothing(model: MultiExitModel, is_new: bool) -> Iterator[Stage]:
     """The trunk is all."""
     yield from ()
 
@@ -102,7 +111,7 @@ def add_exits(
 
     The last exit is the trunk's: before training they answer alike, to the bit. The other exits' heads get the trunk's
     pooler. EE on a trunk is "mixed" training (https://arxiv.org/abs/2407.14320). Raises ValueError for exits that end
-    elsewhere, and where branches shall learn when to be taken and their trunk's exit has not.
+    elsewhere.
     """
     if trunk.head_layers != tuple(exit_layers[-1:]):
         raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.head_layers}")
@@ -111,8 +120,6 @@ def add_exits(
     for own in (own for alone in model.models_alone for own in alone.heads):
         own.pooler.load_state_dict(head.pooler.state_dict())
     last = model.models_alone[-1].heads[-1]
-    if METHODS[method].keeps_trunk and last.lte is not None and head.lte is None:
-        raise ValueError("exit_strategy is lte, and the trunk, which stays as it is, has not learned when it is right")
     last.load_state_dict(head.state_dict(), strict=False)  # one of the two may have no layer of learning-to-exit
     return model.train(trunk.training)
 

@@ -11,7 +11,7 @@ they are clipped, so that all processes have the same one.
 Dimension letters: B batch, K exits, V words, D hidden size, L layers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
-from minisweet.data.text import Batch, TokenizedExamples
+from minisweet.data.text import Batch, Texts
 from minisweet.exits import MultiExitModel, exit_loss
 
 
@@ -33,16 +33,17 @@ def fine_tune(
     learning_rate: float,
     seed: int = 0,
     precision: torch.dtype | None = None,
+    groups: Sequence[list[nn.Parameter]] | None = None,
     checkpoint=None,
 ) -> list[list[float]]:
-    """Train the parameters of `model.parameter_groups()`. Returns each step's losses, (steps, K).
+    """Train a model's parameters. Returns each step's losses, (steps, K), of branches (steps, K-1).
 
-    Of branches they are (steps, K-1). The learning rate decays linearly towards zero, and each group's gradient is
-    clipped to norm 1. `seed` is that of dropout. A `checkpoint` restores what an earlier process had done, and is told
-    of each step (`SavedTraining` of runs/resume.py). Raises FloatingPointError, with the step, where a loss, or a
-    parameter at the end, is not finite.
+    The learning rate decays linearly towards zero. The gradient is clipped to norm 1, or that of each of some `groups`
+    of parameters, which then are all that is trained. `seed` is that of dropout. A `checkpoint` restores what an
+    earlier process had done, and is told of each step (`SavedTraining` of runs/resume.py). Raises FloatingPointError,
+    with the step, where a loss, or a parameter at the end, is not finite.
     """
-    groups, device = model.train().parameter_groups(), next(model.parameters()).device
+    groups, device = groups or [list(model.parameters())], next(model.train().parameters()).device
     parameters = list(chain.from_iterable(groups))
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     scaler = GradScaler(device.type, enabled=precision is torch.float16)
@@ -65,7 +66,7 @@ def fine_tune(
         scaler.step(optimizer)
         scaler.update()
         if checkpoint:
-            checkpoint.keep(losses, parameters, optimizer, scaler, is_over=step == steps)
+            checkpoint.keep(losses, steps, parameters, optimizer, scaler)
     if not all(parameter.isfinite().all() for parameter in parameters):  # by the last step, after its loss
         raise FloatingPointError(steps)
     return losses
@@ -74,7 +75,7 @@ def fine_tune(
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
     """Add up the gradients of the trained exits' losses. Returns these losses: (K,), of branches (K-1,)."""
     losses, exits, is_ee = [], model.exit_by_exit(*batch.inputs), model.method == "ee"
-    for _ in range(model.trained_exits):
+    for _ in (head for head in model.heads if head.classifier.weight.requires_grad):  # a trunk's is frozen
         with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):
             losses.append(exit_loss(*next(exits), batch.targets))
         if not is_ee:  # no later loss sends a gradient to this segment, so its activations are freed
@@ -85,7 +86,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
 
 
 @contextmanager
-def used_rows(model: MultiExitModel, examples: TokenizedExamples) -> Iterator[Tensor]:
+def used_rows(model: MultiExitModel, examples: Texts) -> Iterator[Tensor]:
     """Within, the word embeddings are cut to the rows in use: a step takes 10 to 12% less. Gives each id's row (V,)."""
     embedding, whole = model.encoder.word_embeddings, model.encoder.word_embeddings.weight
     used = torch.from_numpy(np.unique(np.concatenate([*examples.ids, [examples.pad_id]]))).to(whole.device)
@@ -106,14 +107,6 @@ def process_rank() -> int:
 def num_processes() -> int:
     """How many processes torchrun has started; without torchrun 1."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def largest(number: int) -> int:
-    """The largest of all processes' numbers, for which they wait for each other."""
-    if num_processes() > 1:
-        dist.all_reduce(shared := torch.tensor(number), dist.ReduceOp.MAX)
-        return int(shared)
-    return number
 
 
 def own_rows(batch: Batch) -> tuple[Batch, float]:

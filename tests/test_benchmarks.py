@@ -16,7 +16,7 @@ import evaluate
 import train
 from minisweet import __main__ as package
 from minisweet.base.devices import processor
-from minisweet.runs import start
+from minisweet.runs import options
 from tests import benchmark
 from tests.benchmark import BLOCK, RESULTS, by_rows, own_text, run_study, speed, study, zero_tables
 from tests.conftest import CHECKOUT, CONFIGS, WORDS, run
@@ -52,7 +52,7 @@ def studies(place, run_of, monkeypatch):
     monkeypatch.setattr(by_rows, "measure", measured)
     monkeypatch.setattr(study, "run_in_clone", in_process)
     monkeypatch.setattr(study, "ROWS", 32)
-    monkeypatch.setattr(start, "STEPS", 1)
+    monkeypatch.setattr(options, "STEPS", 1)
     monkeypatch.setattr(own_text, "TRAIN", 60)
     draw, sections = Random(0), own_text.SECTIONS[:3]
     fields = "Package: p{0}\nSection: {1}\nDescription: {1} {2}\n Longer: text\n"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minisweet import load_encoder
 from minisweet.base.files import InputError
-from minisweet.runs.load import load_trunk
+from minisweet.runs.run import load_trunk
 from tests.conftest import CONFIGS, random_batch, reconfigure, rewrite, without_1, write_classifier, write_model
 
 
@@ -120,7 +120,7 @@ def test_a_finished_classifiers_logits_are_those_of_transformers(tmp_path, model
     config = transformers.AutoConfig.for_model(**CONFIGS[model_type], id2label={0: "no", 1: "yes"})
     theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     theirs.save_pretrained(tmp_path)
-    trunk, labels = load_trunk(tmp_path)
+    trunk, labels, _ = load_trunk(tmp_path)
     ids, mask, types = random_batch()
     read = {"input_ids": without_1(ids), "attention_mask": mask}
     read |= {} if model_type == "mpnet" else {"token_type_ids": types}

@@ -1,7 +1,10 @@
 """EarlyExitClassifier in Python: what scikit-learn expects of it, what it trains, and what it answers."""
 
+import copy
+import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -66,19 +69,19 @@ def test_labels_keep_their_type(new, tmp_path, names, kind):
     labels = [None if n == 7 else names[label == "up"] for n, label in enumerate(labels)]
     new(exit_layers=[0, 1]).fit(texts, labels).save(tmp_path / "run")
     classify = EarlyExitClassifier.load(tmp_path / "run")
-    assert ({*map(type, classify.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
+    assert ({*map(type, classify.deployed.labels)}, classify.classes_.tolist()) == ({kind}, sorted(names))
     assert {answer.label for answer in classify.classify(texts)} <= {*names}
     assert classify.predict(texts).dtype == classify.predict([]).dtype == classify.classes_.dtype
     assert classify.predict_proba([]).shape == (0, 2)
 
 
-def test_the_same_rows_and_seed_give_the_weights_of_the_command(own_run, new):
+def test_the_same_rows_and_seed_give_the_weights_of_the_command(own_run, new, tmp_path):
     """Also those of exit 0, which learnt from unlabelled texts."""
     (texts, labels), (more, _), repeated = *map(opinions_of, (slice(300), slice(300, 800))), opinions_of(slice(20))[0]
     classify = new(epochs=2, max_lost=3, sure=90).fit(texts, labels, unlabelled=more + repeated + more[:7])
-    saved = Path(classify._run)
-    assert (saved / "model.safetensors").read_bytes() == (own_run / "model.safetensors").read_bytes()
-    assert (saved / "operating.json").read_text() == (own_run / "operating.json").read_text()
+    classify.save(tmp_path / "run")
+    for name in ("model.safetensors", "operating.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (own_run / name).read_bytes()
 
 
 def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tmp_path):
@@ -86,8 +89,10 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
     new(exit_layers=[0, 1]).fit(texts, [n % 3 for n in range(80)]).save(trunk)
     classify = new(trunk=trunk).fit(None, None, unlabelled=opinions_of(slice(100, 200))[0])
     assert (classify.classes_.tolist(), classify.operating_point.lost_means) == ([0, 1, 2], "changed")
-    some = new(trunk=trunk).fit(texts[:40], ["02"[n % 2] if n % 3 else None for n in range(40)])
-    assert some.classes_.tolist() == [0, 1, 2]
+    some = new(trunk=trunk, class_weights="balanced")
+    some.fit(texts[:40], ["02"[n % 2] if n % 3 else None for n in range(40)]).save(tmp_path / "some")
+    again = EarlyExitClassifier.load(tmp_path / "some")
+    assert (again.classes_.tolist(), again.trunk, again.class_weights) == ([0, 1, 2], trunk, "balanced")
     with pytest.raises(InputError, match="trunk does not know the label 'x'; its labels: 0, 1, 2"):
         new(trunk=trunk).fit(texts, ["0", "x"] * 40)
     for few, message in (([], "no row has a label"), (["a film"], "too few texts to choose and to judge on")):
@@ -102,8 +107,14 @@ def test_pairs_and_rows_to_validate_on(new):
     classify.fit(np.array(pairs[:50]), labels[:50], unlabelled=pairs[70:], validation=(pairs[50:70], labels[50:70]))
     assert classify.record.columns == ["sentence1", "sentence2"]
     assert len(classify.predict(pairs)) == 90
-    with pytest.raises(InputError, match="item 0: 'a', should be a pair of texts"):
-        classify.fit(pairs, labels, validation=(["a"], ["up"]))
+    for validation, message in (
+        ((["a"], ["up"]), "item 0: 'a', should be a pair of texts"),
+        ((pairs, labels, 1), r"validation: should be \(texts, labels\)"),
+        (([], []), "validation: has no rows"),
+        ((pairs[:2], ["up", "x"]), "a validation row has the label 'x', which no other row has"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            classify.fit(pairs, labels, validation=validation)
 
 
 GOOD = opinions_of(slice(40))
@@ -115,18 +126,78 @@ BAD = [
     (GOOD[0], [None, ""] * 20, {}, "texts: no row has a label"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", ["y"]] * 20, {}, r"item 1: \['y'\] is no label, should be text or a number"),
+    (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
     (*GOOD, {"method": "swete"}, "method: 'swete', should be one of sweet, ee"),
-    (*GOOD, {"class_weights": {"up": 2}}, "class_weights: {'up': 2}, should be one of None, balanced"),
+    (*GOOD, {"class_weights": {"up": 2}}, "class_weights: {'up': 2}, should be one of balanced"),
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
-    (*GOOD, {"trunk": "no-such"}, "--trunk: no-such is no folder"),
+    (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is no folder"),
 ]
 
 
 @pytest.mark.parametrize(("texts", "labels", "options", "message"), BAD, ids=[row[3] for row in BAD])
-def test_what_cannot_be_trained_on_is_named(new, texts, labels, options, message):
+def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, options, message):
+    monkeypatch.setattr("minisweet.runs.recipe.train", None)  # nothing is trained before
     with pytest.raises(InputError, match=message):
         new(**options).fit(texts, labels)
+
+
+WRONG = {
+    "model": [None],
+    "trunk": [""],
+    "exit_layers": ["x"],
+    "dev_size": [200, 0, 1, -0.1, "0.2", None],
+    "seed": [None],
+    "lr": [0, -1, "1e-3", float("nan")],
+    "epochs": [0, -1, 2.5],
+    "batch_size": [-1, 0],
+    "max_length": [1],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_options_are_checked_before_anything_is_fetched_or_trained(new, monkeypatch, name):
+    monkeypatch.setattr("minisweet.runs.recipe.begin", None)  # which fetches the model
+    for value in WRONG[name]:
+        with pytest.raises(InputError, match=f"^{name}: {value!r}, should be "):
+            new(**{name: value}).fit(*GOOD)
+
+
+def test_numbers_of_numpy_are_taken(new, tmp_path):
+    new(exit_layers=np.array([0, 1]), epochs=np.int64(2), dev_size=np.float32(0.25)).fit(*GOOD).save(tmp_path / "run")
+    again = EarlyExitClassifier.load(tmp_path / "run")
+    assert (again.exit_layers, again.epochs, again.dev_size) == ([0, 1], 2, 0.25)
+
+
+def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, monkeypatch):
+    """Where the training diverges, and where it is over and choosing fails."""
+    classify, texts = new(exit_layers=[0, 1]).fit(*GOOD), GOOD[0]
+    before = classify.classify(texts)
+    with pytest.raises(InputError, match=r"^lr: at 1e\+30 the loss became infinite or NaN"):
+        classify.set_params(lr=1e30).fit(texts, ["x", "y"] * 20)
+    with monkeypatch.context() as patch:
+        patch.setattr("minisweet.evaluation.operating.choose", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            classify.set_params(lr=3e-3).fit(texts, ["x", "y"] * 20)
+    assert classify.classify(texts) == before
+    classify.save(tmp_path / "run")
+    assert EarlyExitClassifier.load(tmp_path / "run").classify(texts) == before
+    assert classify.choose(max_share=0.0).classes_.tolist() == ["down", "up"]
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda classify: pickle.loads(pickle.dumps(classify))}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, copied):
+    original = EarlyExitClassifier.load(shutil.copytree(own_run, tmp_path / "run"))
+    classify, expected = copied(original), original.classify(TEXTS)
+    del original
+    shutil.rmtree(tmp_path / "run")
+    classify.save(tmp_path / "saved")
+    for its in (classify, EarlyExitClassifier.load(tmp_path / "saved")):
+        assert its.classify(TEXTS) == expected
+        assert its.choose(max_share=0.0).operating_point.share < 0.5
 
 
 @pytest.mark.parametrize(
@@ -138,6 +209,7 @@ def test_what_cannot_be_trained_on_is_named(new, texts, labels, options, message
         ("a text", {}, r"^texts: 'a text', should be a list; for one text: \[text\]"),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
         ([], {"threshold": 1.5}, "^threshold: 1.5, should be a number from 0 to 1"),
+        ([], {"batch_size": 0}, "^batch_size: 0, should be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_answered_is_named(run_of, texts, options, message):
@@ -161,15 +233,27 @@ def test_any_number_of_texts_in_order(run_of):
     for answer, expected in zip(classify.classify(many), alone * 300, strict=True):
         assert (answer.label, answer.exit_layer) == (expected.label, expected.exit_layer)
         assert answer.confidence == pytest.approx(expected.confidence, abs=1e-6)
-        assert list(answer.probabilities) == classify.labels
+        assert list(answer.probabilities) == classify.deployed.labels
     both = [EarlyExitClassifier.load(run, threshold=1, amp=amp).predict_proba(TEXTS) for amp in ("off", "bf16")]
     assert 0 < np.abs(both[0] - both[1]).max() < 0.05
 
 
-def test_threads_share_a_classifier(run_of):
-    classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.75)
+def test_threads_share_a_classifier_while_one_chooses(run_of):
+    """All answers are of one of the goals, and of no mixture."""
+    classify, shares = EarlyExitClassifier.load(run_of("sweet")), [0.0, 0.6, 1.0]
+    right = [classify.choose(max_share=share).classify(TEXTS) for share in shares]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda _: classify.classify(TEXTS), range(40))) == [classify.classify(TEXTS)] * 40
+        found = [pool.submit(classify.classify, TEXTS) for _ in range(100)]
+        for share in shares * 10:
+            classify.choose(max_share=share)
+        assert all(future.result() in right for future in found)
+
+
+def test_the_goal_is_the_constructors_and_another_threshold_promises_nothing(run_of):
+    classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.5)
+    assert classify.promise == "threshold 0.5 is not the one that was chosen, and nothing is promised of it"
+    assert classify.set_params(max_share=0.3).choose().operating_point.goal == {"max_share": 0.3}
+    assert classify.promise.startswith(f"On {classify.operating_point.judging_texts} of your texts")
 
 
 def test_a_promise_for_another_precision_is_told(run_of, caplog, tmp_path):

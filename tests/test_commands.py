@@ -31,7 +31,7 @@ def fail_with(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (InputError("--out: a\nb"), 2, "minisweet predict: error: --out: a\\nb\n"),
+        (InputError("a\nb", "max_lost"), 2, "minisweet predict: error: --max-lost: a\\nb\n"),
         (PermissionError(errno.EACCES, "denied", "a"), 2, "minisweet predict: error: [Errno 13] denied: 'a'\n"),
         (MemoryError(), 2, "minisweet predict: error: too little memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8"), 2, "too little memory"),
@@ -75,16 +75,19 @@ def test_precision_follows_the_device(monkeypatch, caplog, has_bfloat16):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: has_bfloat16)
     of_gpu, of_cpu = (torch.bfloat16, torch.bfloat16) if has_bfloat16 else (torch.float16, None)
     for name, training, dtype in (("cpu", False, None), ("cpu", True, of_cpu), ("cuda", True, of_gpu)):
-        found = {amp: choose_precision(amp, torch.device(name), training) for amp in devices.AMP_CHOICES}
-        assert found == {"auto": dtype, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    assert ("--amp bf16: a CPU has no instructions for it" in caplog.text) != has_bfloat16
+        found = {amp: choose_precision(amp, torch.device(name), training) for amp in ("auto", "off", "bf16")}
+        assert found == {"auto": dtype, "off": None, "bf16": torch.bfloat16}
+    assert choose_precision("fp16", torch.device("cuda")) == torch.float16
+    with pytest.raises(InputError, match="^amp: fp16 is for CUDA; on a CPU it should be bf16 or off$"):
+        choose_precision("fp16", torch.device("cpu"))
+    assert ("amp bf16: a CPU has no instructions for it" in caplog.text) != has_bfloat16
 
 
 def test_a_device_is_there_or_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     for name in ("cuda", "cuda:0", "cpu:1", ""):
-        with pytest.raises(InputError, match=f"^--device: '{name}.*' is not here; should be auto, cpu$"):
+        with pytest.raises(InputError, match=f"^device: '{name}.*' is not here; should be auto, cpu$"):
             choose_device(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -94,7 +94,7 @@ def test_processes_train_as_one_does(here, method):
 
 
 @pytest.mark.slow
-def test_processes_stop_at_one_step_and_go_on_together(here):
+def test_processes_that_were_stopped_go_on_together(here):
     write_model(Path("tiny"), "bert")  # with dropout, which differs between processes
     options = [*OPTIONS, "--method", "mm", "--epochs", "6"]
     assert run(2, "train.py", *options, "--out", "whole").returncode == 0

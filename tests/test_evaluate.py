@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import evaluate
-from minisweet import EarlyExitClassifier
 from minisweet.adaptive import exits_taken
 from minisweet.base.files import InputError, read_json
-from minisweet.evaluation.outputs import load_outputs
+from minisweet.data.text import Texts
+from minisweet.evaluation.calibration import fit_rule
 from minisweet.evaluation.sweep import crossfit, spaced_thresholds, sweep
-from minisweet.runs.load import read_record, read_validation
-from minisweet.use import choose, predict, test
+from minisweet.runs.run import Run
+from minisweet.use import check, choose, predict
 from tests.conftest import slow
 from tests.test_operating import random_validation
 
@@ -32,7 +32,7 @@ def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
     assert sorted(np.concatenate([rows for _, rows in turns])) == list(range(103))
     for rule, rows in turns:
         others = validation.take(np.setdiff1d(np.arange(103), rows))
-        assert torch.equal(rule.temperatures, others.fit_rule().temperatures)
+        assert torch.equal(rule.temperatures, fit_rule(others).temperatures)
     assert len({tuple(rule.temperatures.tolist()) for rule, _ in turns}) == 5
     _, taken = sweep(turns, validation, thresholds)
     for rule, rows in turns:
@@ -45,17 +45,17 @@ def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
 @pytest.mark.parametrize("name", ["branch", "lte", "pairs", "trunk0"])
 def test_what_is_saved_is_read_again(run_of, name, tmp_path):
     """Its logits are compared with what rows get alone in test_use.py and test_distributed.py."""
-    run = run_of(name)
-    (outputs, precision), rows = load_outputs(run), read_validation(run, read_record(run))
-    assert ((outputs.certainty is None), precision) == (name != "lte", "torch.float32")
+    run = Run.read(run_of(name))
+    outputs, rows = run.outputs, run.examples
+    assert (outputs.certainty is None, outputs.precision) == (name != "lte", "torch.float32")
     assert outputs.labels.tolist() == rows.labels
-    assert outputs.keys.tolist() == EarlyExitClassifier.load(run).tokenize(rows.texts()).keys().tolist()
-    saved = read_json(run / "evaluation.json")
+    assert outputs.keys.tolist() == Texts(run.tokenizer, rows).keys.tolist()
+    saved = vars(run.evaluation)
     curve, _ = sweep(crossfit(outputs), outputs, saved["thresholds"])
     assert curve.items() <= saved.items()
     (tmp_path / "logits.safetensors").write_bytes(b"{")
     with pytest.raises(InputError, match="logits.safetensors: not readable.*make it anew: minisweet choose"):
-        load_outputs(tmp_path)
+        _ = Run(run.record, tmp_path).outputs
 
 
 @pytest.mark.parametrize("name", ["lte", "trunk0", *slow("mm")])
@@ -67,10 +67,10 @@ def test_an_evaluation_is_whole_and_the_same_again(copied, command, name):
     assert (status, err) == (0, "")
     after = read_json(run / "evaluation.json")
     assert {key for key in before if before[key] != after[key]} <= {"seconds", "device"}
-    rows = read_validation(run, read_record(run))
+    rows = Run.read(run).examples
     assert f"\n{1:9.3f}{after['scores'][-1]:8.1f}{after['speedup_ratios'][-1]:15.3f}" in out
     assert f"area under the curve {after['area']:.2f}; all exits" in out
-    assert f"to choose what to deploy: minisweet choose '{run}'" in out
+    assert (f"to choose what to deploy: minisweet choose '{run}'" in out) == (name != "lte")
     assert len(re.findall(f"^({'|'.join(set(rows.difficulties))}) +[0-9.]+$", out, re.MULTILINE)) == 4
     assert ("gives all rows one answer" in out) == (1 in after["exit_answers"])
 
@@ -79,7 +79,7 @@ def test_files_of_another_run_are_refused(copied, run_of, command):
     run = copied("sweet")
     rows = run / "validation.jsonl"
     shutil.copy(run_of("ee") / "model.safetensors", run / "model.safetensors")
-    for module, *words in [(predict, rows), (test, rows), (evaluate, "--plot", "a.png"), (evaluate,)]:
+    for module, *words in [(predict, rows), (check, rows), (evaluate, "--plot", "a.png"), (evaluate,)]:
         status, out, err = command(module, run, *words)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert "is of other weights than the model beside it" in err or "is of another run than run.json" in err

@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minisweet import EarlyExitClassifier
 from minisweet.base.files import write_json
-from minisweet.runs.load import load_run, load_trunk
+from minisweet.data.rows import texts_of
+from minisweet.data.text import Texts
+from minisweet.runs.run import Run, load_trunk
 from minisweet.use import export
 from tests.conftest import random_batch, undecided_model, with_exit_0, without_1
 
@@ -37,27 +38,26 @@ def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
 @pytest.mark.parametrize(("name", "layers"), [("trunk0", [4]), ("mm", [1, 4]), ("pairs", [2]), ("lte", [1])])
 def test_command(run_of, tmp_path, command, name, layers):
     """Tokens are ours too, and the folder may be a --trunk."""
-    run = run_of(name)
-    (model, record), classify = load_run(run), EarlyExitClassifier.load(run)
+    run = Run.read(run_of(name))
     texts = ["the film was superb [SEP]", "", "bad " * 90]
     texts = [(text, "you and i") for text in texts] if name == "pairs" else texts
     for layer in layers:
         out = tmp_path / f"exit{layer}"
         words = ["--exit-layer", layer] if layer < 4 else []
-        status, said, err = command(export, run, "--out", out, *words)
+        status, said, err = command(export, run.folder, "--out", out, *words)
         assert (status, f"the first {layer} layers" in said) == (0, True), err
         assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
         tokenizer = transformers.AutoTokenizer.from_pretrained(out)
         theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-        trunk, labels = load_trunk(out)
-        assert list(theirs.config.id2label.values()) == labels == record.labels
+        trunk, labels, _ = load_trunk(out)
+        assert list(theirs.config.id2label.values()) == labels == run.record.labels
         for text in texts:
-            ours = classify.tokenize([text]).batch(np.array([0])).inputs
+            ours = Texts(run.tokenizer, texts_of([text])).batch(np.array([0])).inputs
             encoded = tokenizer(*([text] if isinstance(text, str) else text), truncation=True, return_tensors="pt")
             for tensor, key in zip(ours, ("input_ids", "attention_mask", "token_type_ids"), strict=True):
                 assert torch.equal(encoded[key], tensor), key
             with torch.no_grad():
-                logits = model(*ours)[model.exit_layers.index(layer)]
+                logits = run.model(*ours)[run.record.exit_layers.index(layer)]
                 torch.testing.assert_close(theirs(**encoded).logits, logits, atol=1e-5, rtol=0)
                 torch.testing.assert_close(trunk(*ours)[-1], logits, atol=1e-5, rtol=0)
         pairs = [("the film", "a")] * 2 if name == "pairs" else ["the film", "a"]

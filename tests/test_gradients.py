@@ -13,7 +13,7 @@ from minisweet import MultiExitModel
 from minisweet.data.text import Batch
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
-from minisweet.runs.load import read_record
+from minisweet.runs.run import Run
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
 
 
@@ -40,7 +40,7 @@ def test_the_command_writes_the_mean_of_the_runs_and_passes_exit_0_over(command,
     for seed, run in enumerate(runs):
         words = ["--method", "ee", "--exit-layers", "0,1,2,4", "--lr", "1e-3", "--seed", seed, "--out", run]
         assert command(train, *quick(model, *words))[0] == 0
-    found = np.stack([gradients.measure(run, read_record(run), 2, tmp_path) for run in runs])
+    found = np.stack([gradients.measure(Run.read(run), 2, tmp_path) for run in runs])
     one = found[0]  # of one run the deviation is that of its batches
     for named, mean, parts in ((runs, found.mean((0, 1)), found.mean(1)), (runs[:1], one.mean(0), one)):
         assert command(gradients, *named, "--batches", 2)[0] == 0

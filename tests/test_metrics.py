@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.evaluation.calibration import fit_temperature
+from minisweet.evaluation.calibration import fit_rule, fit_temperature
 from minisweet.evaluation.metrics import area_under_curve, classification_report, score
-from minisweet.evaluation.outputs import Outputs
+from minisweet.outputs import Outputs
 
 POINTS = st.lists(st.tuples(st.integers(0, 48), st.floats(0, 100)), min_size=1, max_size=9, unique_by=lambda p: p[0])
 
@@ -34,7 +34,7 @@ def test_area_is_the_mean_score_over_the_ratios(points, start, random):
 def test_learned_confidences_fill_their_range_and_are_clamped_beyond_it():
     certainty = torch.tensor([[0.2, 0.3, 0.6], [0.5, 0.5, 0.5]])
     logits = torch.zeros(2, 3, 2)
-    rule = Outputs(logits, certainty, *[None] * 4).fit_rule()
+    rule = fit_rule(Outputs(logits, certainty, *[None] * 4))
     torch.testing.assert_close(rule.ranges, torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
     assert rule.temperatures.tolist() == [1, 1]
     confidence = rule.confidences(logits, certainty)
@@ -74,8 +74,8 @@ def test_a_rule_has_the_right_temperature_for_each_exit():
     logits = torch.stack([logits * 0.3, logits])
 
     outputs = Outputs(logits, None, labels, None, "accuracy", None)
-    assert outputs.fit_rule().temperatures.tolist() == pytest.approx([0.6, 2.0], rel=0.1)
-    rule = outputs.against_full_depth().fit_rule()  # which tells nothing of the last exit
+    assert fit_rule(outputs).temperatures.tolist() == pytest.approx([0.6, 2.0], rel=0.1)
+    rule = fit_rule(outputs.against_full_depth())  # which tells nothing of the last exit
     assert rule.temperatures.tolist() == [pytest.approx(fit_temperature(logits[0], logits[1].argmax(-1))), 1.0]
 
 

@@ -192,7 +192,7 @@ def test_more_classes_than_can_be_fitted_are_one_line():
     check_size(30522, 1397, False, 6000)
     check_size(30522, 1000, False, 134_000)
     for texts, classes in ((6000, 1398), (200_000, 1000)):
-        with pytest.raises(InputError, match=f"^--exit-layers: .* there are {classes:,}; .* without 0$"):
+        with pytest.raises(InputError, match=f"^exit_layers: .* there are {classes:,}; .* without 0$"):
             check_size(30522, classes, False, texts)
 
 

@@ -17,9 +17,8 @@ from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, exits_taken
 from minisweet.beyond.ngrams import BUCKETS
 from minisweet.evaluation import operating
-from minisweet.evaluation.outputs import load_outputs
 from minisweet.evaluation.sweep import spaced_thresholds
-from minisweet.runs.load import read_operating_point, read_record, read_validation
+from minisweet.runs.run import Run
 from minisweet.use import choose, export
 from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, with_exit_0, write_model
 
@@ -154,10 +153,11 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, n
     """For single texts and for pairs, where neither torch nor minisweet can be imported."""
     run, file = chosen(name), tmp_path / "tickets.onnx"
     first, rows, _, promised = onnx.export_onnx(run, file)
-    point, record = read_operating_point(run), read_record(run)
+    its = Run.read(run)
+    point, record = its.point, its.record
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert rows.endswith(": 0 answers or exits are not the model's")
-    assert promised == operating.promise(vars(point)) != ""
+    assert promised == point.promise != ""
     told = session_of(file).get_modelmeta().custom_metadata_map
     expected = {"labels": record.labels, "exit_layers": point.exits, "max_length": 32, "goal": point.goal}
     expected |= {"threshold": point.threshold, "pairs": name == "pairs"}
@@ -178,25 +178,25 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, n
 def test_int8_promises_anew_against_its_own_full_depth(chosen, tmp_path, command, labelled):
     run, file = chosen("trunk0", "--max-lost", "30", "--sure", "60"), tmp_path / "int8.onnx"
     if not labelled:  # the file's answers at full depth stand in
-        outputs, _ = load_outputs(run)
-        choose.save_outputs(run, outputs._replace(labels=outputs.labels * 0 - 1, metric="agreement"), None)
+        its = Run.read(run)
+        its.outputs = its.outputs._replace(labels=its.outputs.labels * 0 - 1, metric="agreement")
+        its.write_outputs(run)
         assert command(choose, run, "--max-lost", "30", "--sure", "60")[0] == 0
     status, out, err = command(export, run, "--onnx", file, "--int8")
     assert status == 0, err
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
-    session, (outputs, _), record = session_of(file), load_outputs(run), read_record(run)
-    texts = EarlyExitClassifier.load(run).tokenize(read_validation(run, record).texts())
-    singles = [texts.batch(np.array([row])).inputs for row in range(len(texts))]
+    session, its = session_of(file), Run.read(run)
+    singles = [its.texts.batch(np.array([row])).inputs for row in range(len(its.texts))]
     said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
     weights = onnx_graph.onnx.load(file).graph.initializer
     (temperatures,) = [to_array(value) for value in weights if value.name == "temperatures"]
-    own = outputs._replace(logits=torch.tensor(np.log(said) * temperatures[:, None, None]))  # (2, N, C)
-    rule, point = operating.choose(own, read_operating_point(run).goal, record.trained_keys, [0, 4])
+    own = its.outputs._replace(logits=torch.tensor(np.log(said) * temperatures[:, None, None]))  # (2, N, C)
+    point = operating.choose(own, its.point.goal, its.record.trained_keys, [0, 4])
     told = session.get_modelmeta().custom_metadata_map
-    assert temperatures == pytest.approx(rule.temperatures.numpy(), rel=1e-3)
-    assert json.loads(told["threshold"]) == pytest.approx(point["threshold"], abs=1e-4) != 1
-    assert operating.promise(point) in out
+    assert temperatures == pytest.approx(point.temperatures, rel=1e-3)
+    assert json.loads(told["threshold"]) == pytest.approx(point.threshold, abs=1e-4) != 1
+    assert point.promise in out
     assert ("+0.0 points beside the model's" in out) == labelled
 
 
@@ -210,11 +210,8 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
         return err
 
     assert "Multi-Model (mm)" in refused(run_of("mm"))
-    assert "learning-to-exit (lte)" in refused(run_of("lte"))
     monkeypatch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
     assert "answers are not the model's" in refused(run)
-    (run / "operating.json").unlink()
-    assert "has no operating.json; first: minisweet choose" in refused(run)
     for name in ("onnx", "onnx_graph"):
         monkeypatch.delitem(sys.modules, f"minisweet.use.{name}")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

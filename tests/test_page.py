@@ -2,20 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
 from minisweet import EarlyExitClassifier
-from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.data.text import Examples
+from minisweet.adaptive import Exits, exits_taken
+from minisweet.data.text import BERTS, Examples, Texts
 from minisweet.data.toy import LEVELS
-from minisweet.evaluation.outputs import Outputs
+from minisweet.outputs import Outputs
+from minisweet.runs.deployed import OperatingPoint
 from minisweet.use import explain
-from minisweet.use.explain import MET, TEMPLATE, spoke, write_page
+from minisweet.use.classifier import tokenize
+from minisweet.use.explain import MET, TEMPLATE, word_scores, write_page
 from tests.conftest import random_batch, undecided_model, with_exit_0, write_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,7 +28,8 @@ HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ra
 N, DEPTH = 200, 4
 STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "full_depth_interval": [78.0, 88.0]}
 STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": {"max_lost": 3.0, "sure": 90.0}, "lost": 2.0}
-STATED |= {"lost_means": "lost", "judging_texts": 150}
+STATED |= {"lost_means": "lost", "lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150}
+STATED |= {"per_class": {"support": [50, 50, 50]}, "precision": "torch.float32"}
 IN_VAIN = {"sweet": lambda n: 0.0, "mm": float, "branch": lambda n: n and 1 / 6}  # of the exit after layer n
 
 
@@ -40,11 +46,10 @@ def test_contributions_and_bias_are_the_logits_of_exit_0(tmp_path):
 
 @pytest.mark.parametrize(("name", "text"), [("trunk0", "superb film"), ("pairs", ("good film", "film"))])
 def test_what_spoke_is_all_where_words_are_few(run_of, name, text):
-    classify = EarlyExitClassifier.load(run_of(name))
-    exit_0 = with_exit_0(classify.model_).ngrams
-    examples = classify.tokenize([text])
-    ((for_answer, for_other),) = spoke(classify, examples)
-    logits = exit_0(*examples.batch(np.array([0])).inputs)[0] - exit_0.bias
+    its = EarlyExitClassifier.load(run_of(name)).deployed
+    exit_0, texts = with_exit_0(its.model).ngrams, tokenize(its, [text])
+    ((for_answer, for_other),) = word_scores(its, texts)
+    logits = exit_0(*texts.batch(np.array([0])).inputs)[0] - exit_0.bias
     answer, other = (logits + exit_0.bias).argsort(descending=True)
     expected = {"superb", "film", "superb film"} if name == "trunk0" else {"good", "film", "good film", *MET}
     assert for_answer.keys() | for_other.keys() == expected
@@ -80,25 +85,27 @@ class Case:
         self.labels = rng.integers(0, 3, N)
         logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 3 * np.eye(3)[self.labels]).float()
         labels = torch.from_numpy(self.labels) if labelled else torch.full((N,), -1)
-        exits = Exits(list(layers), list(layers), list(map(IN_VAIN[method], layers)), DEPTH, method == "mm")
+        exits = Exits(list(layers), list(map(IN_VAIN[method], layers)), DEPTH, method == "mm")
         self.outputs = Outputs(logits, None, labels, torch.arange(N), "accuracy", exits)
-        self.rule = ExitRule(3, torch.tensor([1.0, 0.8, 0.5][asked:]))
-        self.confidence = self.rule.confidences(logits[asked:])  # (asked exits, N)
+        own = {"exits": list(layers[asked:]), "temperatures": [1.0, 0.8, 0.5][asked:]}
+        self.point = OperatingPoint(threshold=0.7123, **own, **STATED)
+        self.confidence = self.point.rule.confidences(logits[asked:])  # (asked exits, N)
         self.predictions = logits.argmax(-1).numpy()[asked:]  # (asked exits, N)
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
-        self.operating_point = SimpleNamespace(threshold=0.7123, exits=list(layers[asked:]), **STATED)
-        self.record = SimpleNamespace(
-            model="weights/tiny", task="toy", method=method, labels=["no", "yes", "<i>so</i>"]
-        )
-        self.model_, self.tokenize = SimpleNamespace(ngrams=None), list  # no exit 0 that could be asked for words
+        arguments = SimpleNamespace(model="weights/tiny", method=method)
+        self.record = SimpleNamespace(arguments=arguments, task="toy", labels=["no", "yes", "<i>so</i>"])
 
     def taken(self, threshold: float) -> np.ndarray:
         """The exit that each sentence takes: (N,), from 0."""
         return exits_taken(self.confidence, threshold, 1 / 3).numpy()
 
     def write(self, path: Path) -> Path:
+        tokenizer = Tokenizer(WordPiece({token: n for n, token in enumerate(BERTS)}, unk_token="[UNK]"))
+        tokenizer.enable_truncation(8)
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
-        write_page(path, self, self.outputs, rows)  # it reads of a classifier what stands above
+        run = SimpleNamespace(record=self.record, outputs=self.outputs, texts=Texts(tokenizer, rows))
+        model = SimpleNamespace(ngrams=None)  # no exit 0 that could be asked for words
+        write_page(path, SimpleNamespace(run=run, point=self.point, rule=self.point.rule, model=model))
         return path
 
 
@@ -107,7 +114,7 @@ def test_the_file_holds_what_all_asked_exits_said(tmp_path, asked):
     case = Case(asked=asked)
     case.sentences[3] = HOSTILE
     case.outputs.labels[7] = -1  # a row without a label is not on the page
-    case.operating_point.threshold = float(case.confidence[0, 5])
+    case.point = replace(case.point, threshold=float(case.confidence[0, 5]))
     data, kept = data_of(case.write(tmp_path / "page.html")), np.arange(N) != 7
     texts = [list(text) if isinstance(text, tuple) else text for text in case.sentences]
     assert data["sentences"] == texts[:7] + texts[8:]
@@ -117,7 +124,7 @@ def test_the_file_holds_what_all_asked_exits_said(tmp_path, asked):
     assert torch.equal(torch.tensor(data["confidences"]), case.confidence[:, kept])
     assert data["exit_scores"] == pytest.approx(100 * (case.predictions == case.labels)[:, kept].mean(1))
     thresholds = data["thresholds"]
-    assert {1 / 3, case.operating_point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
+    assert {1 / 3, case.point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
     assert thresholds == sorted(set(thresholds))
     for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
         taken = case.taken(threshold)
@@ -190,7 +197,7 @@ class Page:
 @pytest.mark.slow
 def test_what_is_promised_and_stated(page):
     case = Case()
-    case.operating_point.share_interval = None
+    case.point = replace(case.point, share_interval=None)
     opened = page(case)
     (stated,) = opened.texts("#stated")
     assert stated.startswith("On 150 of your texts that the model had not seen, early exit lost 3 answers")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.evaluation.outputs import Outputs
 from minisweet.evaluation.sweep import spaced_thresholds
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.live import early_exit
 from minisweet.methods import METHODS, add_exits
+from minisweet.outputs import Outputs
 from minisweet.training import fine_tune
 from tests import conftest
 from tests.conftest import CONFIGS, random_batch, rewrite, tiny_encoder, undecided_model, with_exit_0, write_model
@@ -82,7 +82,7 @@ def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, mod
 def test_temperatures_change_who_leaves_and_no_answer():
     """Sec. 3.3: each exit's logits are divided by its own temperature before the confidence is taken."""
     logits, temperatures = torch.randn(3, 50, 4), torch.tensor([0.5, 1.0, 3.0])
-    outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], [1, 2, 4], [0, 0, 0], 4, False))
+    outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], [0, 0, 0], 4, False))
     for rule, divided in ((ExitRule(4), logits), (ExitRule(4, temperatures), logits / temperatures[:, None, None])):
         expected = divided.softmax(-1).amax(-1)
         torch.testing.assert_close(rule.confidences(logits), expected)
@@ -209,11 +209,10 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain, batches = copy.deepcopy(ours), [*examples.shuffled(8, 5, 0), *examples.shuffled(8, 5, 1)]
-    history = fine_tune(ours, batches, len(batches), 1e-2)
-    groups = [list(plain.parameters())]
-    if method == "branch":
-        names = [("branches.0.", "heads.0."), ("branches.1.", "heads.1.")]
-        groups = [[p for name, p in plain.named_parameters() if name.startswith(own)] for own in names]
+    [stage] = METHODS[method].stages(ours, is_new=False)
+    history = fine_tune(stage.model, batches, len(batches), 1e-2, groups=stage.groups)
+    names = [("branches.0.", "heads.0."), ("branches.1.", "heads.1.")] if method == "branch" else [""]
+    groups = [[p for name, p in plain.named_parameters() if name.startswith(own)] for own in names]
     optimizer, norms = torch.optim.AdamW(sum(groups, []), betas=(0.9, 0.999), weight_decay=0.0, foreach=False), []
     for step, batch in enumerate(batches):
         trained = plain(*batch.inputs)[: 2 if method == "branch" else 3]

@@ -13,7 +13,7 @@ import pytest
 import evaluate
 import train
 from minisweet import __main__ as package
-from minisweet.runs.load import newest_run
+from minisweet.runs.run import newest_run
 from tests.conftest import CHECKOUT, opinions, run, write_table
 
 README, USE, PAPER = "README.md", "minisweet/use/README.md", "minisweet/paper/README.md"

@@ -18,14 +18,14 @@ from tests.conftest import in_folder, opinions, run, write_model, write_rows
 MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate", "minisweet": "minisweet.__main__"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
 FIT = "--model tiny --out new --epochs 1 --max-length 32"
-LTE = "--out new --method branch --exit-strategy lte --exit-layers 2,4"
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
     ("minisweet", "predikt run", "argument command: invalid choice: 'predikt'"),
-    ("train", f"{TRAIN} --lr inf", "--lr: 'inf' is not a positive number"),
+    ("train", f"{TRAIN} --lr inf", "argument --lr: 'inf' is not a positive number"),
     ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
-    # runs: hub, start, resume, folders
+    ("train", f"{TRAIN} --device cpu --amp fp16", "--amp: fp16 is for CUDA; on a CPU it should be bf16 or off"),
+    # runs: hub, options, resume, run
     ("train", "--model no-such --out new", "model 'no-such': neither a folder, nor owner/name on the hub, nor one of"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --out run", "--out: run holds a run already; name another folder, or pass --overwrite"),
@@ -41,7 +41,7 @@ REFUSALS = [
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
     ("fit", f"two.csv --model one-type {FIT[13:]}", "one-type: its type_vocab_size is 1, and"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of FILE, and --dev-data is"),
-    ("fit", f"own.csv {FIT} --max-lost 0", "max_lost: 0.0, should be a number from 0.01 to 99.99"),
+    ("fit", f"own.csv {FIT} --max-lost 0", "argument --max-lost: '0' is not a number from 0.01 to 99.99"),
     ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled"),
@@ -49,7 +49,7 @@ REFUSALS = [
     ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in"),
     ("fit", "own.csv --trunk run --out new", "--trunk: run does not know the label 'a'; its labels: "),
     ("fit", "none.csv --trunk run --out new --exit-layers 0,2", "--exit-layers: 0,2, should increase and"),
-    ("fit", f"none.csv --trunk run {LTE}", "--exit-strategy: lte, and run stays as it is and has not learned when it"),
+    ("choose", "lte", "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"),
     ("test", "run own.csv", "own.csv: no row has a label of the model's: "),
     ("test", "pairs own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
     ("test", "run run/validation.jsonl", "run/validation.jsonl: no row is left to test on; name other rows"),
@@ -67,7 +67,7 @@ REFUSALS = [
     ("export", "run --out tiny", "tiny: is there already"),
     ("export", "run --out new --exit-layer 0", "--exit-layer: 0, should be the layer of an exit: 1, 2, 4"),
     # paper
-    ("reproduce", "--tasks sst3", "--tasks: 'sst3' is none of rte, mrpc"),
+    ("reproduce", "--tasks sst3", "argument --tasks: 'sst3' is not different values, each one of rte, mrpc"),
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
     ("gradients", "run", "run: a run of branch on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
     ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
@@ -86,7 +86,7 @@ def place(tmp_path_factory, run_of) -> Path:
     (folder / "latin.csv").write_bytes(b"text,label\na,x\ncaf\xe9,y\n")
     (folder / "empty.csv").write_text("")
     os.mkfifo(folder / "pipe.csv")
-    for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee"}.items():
+    for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee", "lte": "lte"}.items():
         shutil.copytree(run_of(name), folder / called)
     ignored = shutil.ignore_patterns("operating.json", "evaluation.json")
     shutil.copytree(run_of("ee"), folder / "bare", ignore=ignored)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
-from minisweet.data.own import classes_of, with_labels
+from minisweet.data.own import class_numbers, classes_of
 from minisweet.data.rows import find_columns, read_rows, read_texts, row_writer, text_columns
 from minisweet.data.text import Examples
 
@@ -73,8 +73,7 @@ def test_lines_that_are_empty_and_ends_of_lines(tmp_path):
     (tmp_path / "a.csv").write_text('text\n\na\n"b\n"\n')
     assert [row["text"] for _, row in read_rows(tmp_path / "a.csv")] == ["", "a", "b\n"]
     (tmp_path / "a.csv").write_bytes(b',text,label\r\n0,"a\r\nb",y\r\n\r\n1,c,x\r\n2, ,x\r\n')
-    rows, names, *_ = read(tmp_path / "a.csv")
-    assert (rows, names) == (Examples(["a\r\nb", "c"], None, None, empty=1), ["y", "x"])
+    assert read(tmp_path / "a.csv")[:2] == (Examples(["a\r\nb", "c"], None, None, empty=1), ["y", "x"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -108,9 +107,9 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     assert text.names == ["1", "1", "1", "2", "-0.5", "0", "0", "-10", "False", "x", None, None, None]
     assert classes_of(text.names) == ["-0.5", "-10", "0", "1", "2", "False", "x"]
     assert classes_of(["10", None, "2", "1e1", "0", "-0.5"]) == ["-0.5", "0", "2", "10", "1e1"]
-    assert with_labels(text, classes_of(text.names), path).labels == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
-    with pytest.raises(InputError, match="a.jsonl: label '1', should be one of x, y"):
-        with_labels(text, ["x", "y"], path)
+    assert class_numbers(text, classes_of(text.names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
+    error = refused(class_numbers, text, ["x", "y"])
+    assert error == "a validation row has the label '1', which no other row has; should be one of x, y"
 
 
 REFUSED = [

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,10 @@ import torch
 
 from minisweet.base.files import read_json, write_json
 from minisweet.data.tasks import default_learning_rate
-from minisweet.data.text import Examples
+from minisweet.data.text import Examples, Texts, load_tokenizer
 from minisweet.methods import METHODS, exit_layers_for
-from minisweet.runs.folders import save_run
-from minisweet.runs.load import load_run, load_trunk, read_operating_point, read_validation
-from minisweet.runs.start import epochs_of
+from minisweet.runs.options import epochs_of
+from minisweet.runs.run import Run, load_trunk
 from tests.conftest import random_batch, undecided_model, with_exit_0, write_model
 from tests.test_rows import refused
 
@@ -22,22 +22,26 @@ ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0], ["one polar 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method):
-    model_folder = write_model(tmp_path / "tiny", model_type)
-    model, rows, record = undecided_model(model_folder, method), ROWS, read_json(run_of("sweet") / "run.json")
-    record["arguments"]["method"], record["exit_layers"] = method, list(model.exit_layers)
+    folder, record = write_model(tmp_path / "tiny", model_type), Run.read(run_of("sweet")).record
+    model, rows, columns = undecided_model(folder, method), ROWS, None
     if model_type == "bert":
-        model, rows = with_exit_0(model), ROWS._replace(second=["a", "b"])
-        record |= {"exit_layers": list(model.exit_layers), "text_columns": ["a", "b"]}
-    save_run(tmp_path / "run", model, model_folder, record, rows)
-    loaded, found = load_run(tmp_path / "run")
-    assert not loaded.training
+        model, rows, columns = with_exit_0(model), ROWS._replace(second=["a", "b"]), ["a", "b"]
+    arguments, layers = replace(record.arguments, method=method), list(model.exit_layers)
+    record = replace(record, arguments=arguments, exit_layers=layers, text_columns=columns)
+    tokenizer = load_tokenizer(folder, record.vocab_size, record.arguments.max_length)
+    made = Run.made(record, model.train(), tokenizer, Texts(tokenizer, rows))
+    made.outputs = made.ask(made.texts, "cpu")
+    made.save(tmp_path / "run")
+    found = Run.read(tmp_path / "run")
     assert read_json(tmp_path / "run" / "config.json")["model_type"] == "minisweet"  # which no other library takes
-    assert list(loaded.exit_layers) == found.exit_layers == record["exit_layers"]
-    torch.testing.assert_close(loaded(*random_batch()), model(*random_batch()), rtol=0, atol=0)
-    assert (found.method, found.task, found.lr, found.num_labels) == (method, "toy", 3e-3, 2)
-    assert read_validation(tmp_path / "run", found) == rows
-    trunk, labels = load_trunk(tmp_path / "run")
+    assert (found.record, found.examples, found.model.training) == (made.record, rows, False)
+    assert found.texts.keys.tolist() == made.texts.keys.tolist()
+    torch.testing.assert_close(found.model(*random_batch()), model(*random_batch()), rtol=0, atol=0)
+    torch.testing.assert_close(found.outputs[:4], made.outputs[:4], rtol=0, atol=0)
+    assert found.outputs[4:] == made.outputs[4:]
+    trunk, labels, before = load_trunk(tmp_path / "run")
     assert (trunk.exit_layers, labels) == ((4,), ["negative", "positive"])  # exit 0 is fitted anew
+    assert before == made.record
     torch.testing.assert_close(trunk(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
 
 
@@ -91,4 +95,13 @@ def test_epochs_make_three_hundred_steps_and_are_four_at_least(examples, epochs)
 def test_a_key_that_does_not_fit_is_named(run_of, tmp_path, name, key, value, words):
     run = shutil.copytree(run_of("sweet"), tmp_path / "run")
     write_json(run / name, read_json(run / name) | {key: value})
-    assert words in refused(load_run if name == "run.json" else read_operating_point, run)
+    assert words in refused(lambda: (Run.read(run).model, Run.read(run).point))
+
+
+@pytest.mark.parametrize("left", [0, 4, 1000, -1])
+def test_a_file_of_tensors_that_was_cut_is_one_line(run_of, tmp_path, left):
+    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
+    for file, part in ((run / "logits.safetensors", "outputs"), (run / "model.safetensors", "model")):
+        file.write_bytes(file.read_bytes()[:left])
+        assert refused(getattr, Run.read(run), part).startswith(f"{file}: not readable (")
+    assert refused(getattr, Run.read(run), "point").startswith(f"{file}: not readable (")  # is it of these weights?

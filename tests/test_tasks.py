@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from argparse import Namespace
 from itertools import islice, permutations
 
 import numpy as np
@@ -11,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
-from minisweet.data.own import classes_of, stratified_split
+from minisweet.data.own import classes_of, own_data, stratified_split
+from minisweet.data.rows import Rows
 from minisweet.data.tasks import TASKS, load_examples
-from minisweet.data.text import Examples, load_tokenizer
+from minisweet.data.text import Data, Examples, load_tokenizer
 from minisweet.runs import hub
-from minisweet.runs.own import OwnData
 from tests.conftest import SIZES, write_model
 from tests.hub_server import HubServer
 
@@ -52,53 +51,60 @@ def test_the_share_of_dev_holds_with_duplicates_and_the_seed_draws_it():
     assert stratified_split(labels, 0.2, 1, texts)[1] != dev == stratified_split(labels, 0.2, 0, texts)[1]
 
 
+def rows_of(texts: list[str], names: list[str | None]) -> Rows:
+    return Rows(Examples(texts, None, None), names, ["text"])
+
+
 @pytest.fixture
-def tokenizer(tmp_path):
-    """One that reads six words."""
-    return load_tokenizer(write_model(tmp_path / "tiny", "bert"), SIZES["vocab_size"], 8)
+def own(tmp_path):
+    """A function that makes data of texts, what their labels are called, and other texts. Six words are read."""
+    tokenizer = load_tokenizer(write_model(tmp_path / "tiny", "bert"), SIZES["vocab_size"], 8)
 
+    def make(texts: list[str], names: list[str | None], unlabelled=(), dev=None, dev_size=0.25, **more) -> Data:
+        others = Examples(unlabelled, None, None) if unlabelled else None
+        return own_data("own", rows_of(texts, names), dev, others, tokenizer, dev_size, **more)
 
-def own_text(texts: list[str], labels: list[int], unlabelled: list[str]) -> OwnData:
-    more = Examples(unlabelled, None, None) if unlabelled else None
-    rows = Examples(texts, None, labels)
-    return OwnData(task="own", labels=["no", "yes"], train=rows, unlabelled=more, text_columns=["text"])
+    return make
 
 
 ORDERS = [" ".join(words) for words in islice(permutations("good bad great dull the film".split()), 0, 600, 30)]
 
 
-def test_texts_that_the_model_cannot_tell_apart_are_on_one_side(tokenizer):
+def test_texts_that_the_model_cannot_tell_apart_are_on_one_side(own):
     """They differ in blanks, in case, and beyond the cut."""
     base = {}
     for text in ORDERS:
         base |= dict.fromkeys((text, f" {text}", f"{text}  ", text.replace(" ", "  "), text.upper()), text)
         base |= {f"{text} and {word}": text for word in ("good", "bad")}
-    data = own_text(list(base), [n % 2 for n in range(len(base))], [])
-    rows, dev, unlabelled = data.split(Namespace(dev_size=0.2), tokenizer, True)
-    train, held_out = ({base[text] for text in side.first} for side in (rows, dev))
-    assert (len(held_out), train & held_out, len(dev.first), unlabelled) == (4, set(), 4 * 7, None)
+    data = own(list(base), [f"label {n % 2}" for n in range(len(base))], dev_size=0.2)
+    train, held_out = ({base[text] for text in side.examples.first} for side in (data.train, data.validation))
+    assert (len(held_out), train & held_out, len(data.validation), data.unlabelled) == (4, set(), 4 * 7, None)
 
 
-def test_unlabelled_texts_count_once(tokenizer):
-    """A row of -1 is unlabelled too. What is labelled is left out."""
-    data = own_text(ORDERS[:10], [0, 1] * 4 + [-1, -1], [*ORDERS[6:], ORDERS[19]])
-    rows, dev, unlabelled = data.split(Namespace(dev_size=0.25), tokenizer, True)
-    assert (len(rows.first), sorted(dev.labels)) == (6, [0, 1])  # two would judge, no more than labelled ones
-    assert len(unlabelled) == len(set(unlabelled.keys())) == 12
-    assert set(dev.first) <= set(ORDERS)
-    with pytest.raises(InputError, match="--unlabelled: no text is left"):
-        own_text(ORDERS, [0, 1] * 10, ORDERS).split(Namespace(dev_size=0.25), tokenizer, True)
+def test_unlabelled_texts_count_once(own):
+    """A row without a label is unlabelled too. What is labelled is left out."""
+    data = own(ORDERS[:10], ["no", "yes"] * 4 + [None, None], [*ORDERS[6:], ORDERS[19]])
+    dev = data.validation
+    assert (len(data.train), sorted(dev.labels)) == (6, [0, 1])  # two would judge, no more than labelled ones
+    assert len(data.unlabelled) == len(set(data.unlabelled.keys)) == 12
+    assert set(dev.examples.first) <= set(ORDERS)
+    with pytest.raises(InputError, match="^unlabelled: no text is left"):
+        own(ORDERS, ["no", "yes"] * 10, ORDERS)
 
 
-def test_the_classes_of_own_text_and_of_a_trunk(caplog):
+def test_the_classes_of_own_text_and_of_a_trunk(own, caplog):
     assert classes_of(["10", "9", None, "9"]) == ["9", "10"]
     assert classes_of(["b", "a", "A"] * 5) == ["A", "a", "b"]
     assert "A, a" in caplog.text
-    data = own_text(["x", "y", "z"], [0, 1, -1], [])
-    renamed = data.with_labels_of(["yes", "other", "no"], "trunk")
-    assert (renamed.labels, renamed.train.labels) == (["yes", "other", "no"], [2, 0, -1])
-    with pytest.raises(InputError, match="trunk does not know the label 'yes'; its labels: LABEL_0, no"):
-        data.with_labels_of(["LABEL_0", "no"], "trunk")
+    texts, names, dev = ORDERS[:3], ["no", "yes", None], rows_of(ORDERS[3:5], ["yes", "no"])
+    assert own(texts, names, dev=dev).train.labels.tolist() == [0, 1]
+    data = own(texts, names, dev=dev, trunk=("trunk", ["yes", "other", "no"], "int"))
+    assert (data.labels, data.label_type) == (["yes", "other", "no"], "int")
+    assert (data.train.labels.tolist(), data.validation.labels.tolist()) == ([2, 0], [0, 2])
+    with pytest.raises(InputError, match="^trunk: it does not know the label 'yes'; its labels: LABEL_0, no$"):
+        own(texts, names, dev=dev, trunk=("it", ["LABEL_0", "no"], "str"))
+    with pytest.raises(InputError, match="a validation row has the label 'maybe', which no other row has"):
+        own(texts, names, dev=rows_of(ORDERS[3:5], ["yes", "maybe"]))
 
 
 # GLUE
@@ -128,6 +134,7 @@ FILES["qnli"] = FILES["rte"].replace("sentence1", "question").replace("sentence2
     [
         ("rte", "\tentail", "\tEntail", "line 3: label 'Entailment', should be one of entailment"),
         ("sst2", "\t1", "\tpositive", "line 2: label 'positive', should be one of 0, 1"),
+        ("sst2", "c\t0", "c\t0\tx", "line 3: 3 cells, should be 2, as its header has"),
         ("cola", FILES["cola"], "", "it has no rows"),
         ("mrpc", "Quality", "quality", "no column Quality; is it a file of GLUE's MRPC?"),
     ],

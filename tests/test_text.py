@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.base.files import InputError
 from minisweet.checkpoint import read_config
-from minisweet.data.text import CHARACTERS, POOL, Examples, TokenizedExamples, load_tokenizer, special_ids
+from minisweet.data.text import CHARACTERS, POOL, Examples, Texts, load_tokenizer, special_ids
 from tests.conftest import WORDS, write_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -56,20 +56,20 @@ def test_texts_and_pairs_are_cut_by_the_library_and_padded_to_the_longest(tmp_pa
     tokenizer = load_tokenizer(write_wordpiece(tmp_path_factory.mktemp("t")), 26, limit)
     first, second = " ".join((WORDS * 4)[:a]), None if b is None else " ".join((WORDS * 4)[-b:][:b])
     theirs = tokenizer.encode(first, second)
-    ours = TokenizedExamples(tokenizer, Examples([LONG, first], None if b is None else [LONG, second], None))
+    ours = Texts(tokenizer, Examples([LONG, first], None if b is None else [LONG, second], None))
     padding = [0] * (limit - len(theirs.ids))
     padded = [values + padding for values in (theirs.ids, theirs.attention_mask, theirs.type_ids)]
     assert [values[0].tolist() for values in ours.batch(np.array([1, 0])).inputs] == padded
-    assert ours.cut == 1 + (len(theirs.overflowing) > 0)
+    assert ours.is_cut.tolist() == [True, len(theirs.overflowing) > 0]
 
 
 def test_of_a_long_text_so_many_characters_per_token_are_read(tmp_path):
     tokenizer = load_tokenizer(write_wordpiece(tmp_path), 26, 8)
     blanks = " " * (8 * CHARACTERS - 3)
     texts = [f"{blanks}bad good", "bad " * 30_000]
-    pairs = TokenizedExamples(tokenizer, Examples(texts[1:], texts[1:], None))  # all of it would take 70 GB
-    assert (pairs.lengths.tolist(), pairs.cut) == ([8], 1)
-    assert [len(ids) for ids in TokenizedExamples(tokenizer, Examples(texts, None, None)).ids] == [3, 8]
+    pairs = Texts(tokenizer, Examples(texts[1:], texts[1:], None))  # all of it would take 70 GB
+    assert (pairs.lengths.tolist(), pairs.is_cut.tolist()) == ([8], [True])
+    assert [len(ids) for ids in Texts(tokenizer, Examples(texts, None, None)).ids] == [3, 8]
 
 
 @pytest.mark.parametrize("write", [write_wordpiece, write_tokenizer_json, write_byte_level])
@@ -136,7 +136,7 @@ def examples(tmp_path):
     first = [" ".join(rng.choice(WORDS, size=rng.integers(0, 30))) for _ in range(101)]
     second = [" ".join(rng.choice(WORDS, size=rng.integers(0, 9))) for _ in range(101)]
     rows = Examples(first, second, None)
-    return TokenizedExamples(load_tokenizer(write_wordpiece(tmp_path), 26, 24), rows)
+    return Texts(load_tokenizer(write_wordpiece(tmp_path), 26, 24), rows)
 
 
 def test_an_epoch_shows_every_example_once_and_depends_on_seed_and_epoch(examples):
@@ -164,12 +164,12 @@ def test_mpnets_tokens_and_positions(tmp_path):
     """As in transformers; 42 positions hold 40 tokens."""
     folder = write_model(tmp_path, "mpnet")
     config = read_config(folder)
-    with pytest.raises(InputError, match="--max-length: 41, should be at most 40, the positions of"):
+    with pytest.raises(InputError, match="max_length: 41, should be at most 40, the positions of"):
         load_tokenizer(folder, config.vocab_size, 41, config.max_tokens)
     tokenizer = load_tokenizer(folder, config.vocab_size, 40, config.max_tokens)
     assert [tokenizer.id_to_token(n) for n in special_ids(tokenizer)] == ["<s>", "</s>", "<pad>", "[UNK]"]
     pair = tokenizer.encode("the film", "not good")
     assert pair.tokens == ["<s>", "the", "film", "</s>", "</s>", "not", "good", "</s>"]
-    examples = TokenizedExamples(tokenizer, Examples(["the film"], ["not good"], None))
+    examples = Texts(tokenizer, Examples(["the film"], ["not good"], None))
     assert examples.ids[0].tolist() == pair.ids
     assert examples.batch(np.array([0])).token_type_ids[0].tolist() == pair.type_ids == [0] * 5 + [1] * 3

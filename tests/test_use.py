@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.files import read_json, write_json
 from minisweet.data.rows import SUFFIXES, read_rows, row_writer
 from minisweet.evaluation import operating
-from minisweet.evaluation.outputs import load_outputs
-from minisweet.runs.load import read_record, read_validation
+from minisweet.runs.run import Run
 from minisweet.use import predict
 from tests.conftest import CHECKOUT, run
 
@@ -23,22 +21,22 @@ def cells_of(path: Path) -> list[dict]:
     return [row for _, row in read_rows(path)]
 
 
-@pytest.mark.parametrize("method", ["sweet", "mm", "branch", "lte", "pairs", "trunk0"])
+@pytest.mark.parametrize("method", ["sweet", "mm", "branch", "pairs", "trunk0"])
 def test_predictions_are_those_of_the_sweep(run_of, command, tmp_path, monkeypatch, method):
     """Labels, exits and confidences of the validation rows, through the command, in the input's order."""
     monkeypatch.setattr(predict, "WINDOW", 60)
-    run, (outputs, _) = shutil.copytree(run_of(method), tmp_path / method), load_outputs(run_of(method))
-    rule, point = operating.choose(outputs, {"max_share": 1.0}, exits=outputs.exits.layers)  # all of them are asked
-    write_json(run / "operating.json", read_json(run / "operating.json") | point)
-    confidence = rule.confidences(outputs.logits, outputs.certainty)  # (K, N)
+    run = Run.read(shutil.copytree(run_of(method), tmp_path / method))
+    record, outputs, texts = run.record, run.outputs, run.examples.first
+    run.point = operating.choose(outputs, {"max_share": 1.0}, exits=record.exit_layers, run_id=run.id)  # all are asked
+    run.write_point(run.folder)
+    confidence = run.point.rule.confidences(outputs.logits)  # (K, N)
     sure = confidence[0].unique()
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
-    (taken,), (labels,), _ = outputs.decide_at(rule, range(len(confidence)), [threshold])
+    (taken,), (labels,), _ = outputs.decide_at(run.point.rule, range(len(confidence)), [threshold])
     assert len(set(taken)) > 1
-    words = [run / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
-    status, out, _ = command(predict, run, *words)
-    record, found = read_record(run), cells_of(tmp_path / "out.csv")
-    texts = read_validation(run, record).first
+    words = [run.folder / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
+    status, out, _ = command(predict, run.folder, *words)
+    found = cells_of(tmp_path / "out.csv")
     assert (status, f"{len(texts):,} rows" in out) == (0, True)
     assert [next(iter(row.values())) for row in found] == texts
     assert [int(row["exit_layer"]) for row in found] == np.array(record.exit_layers)[taken].tolist()
@@ -48,7 +46,7 @@ def test_predictions_are_those_of_the_sweep(run_of, command, tmp_path, monkeypat
     for row in found[:20]:
         p = {name: float(row[f"p_{name}"]) for name in record.labels}
         assert (sum(p.values()), max(p, key=p.get)) == (pytest.approx(1), row["predicted_label"])
-        assert method == "lte" or max(p.values()) == float(row["confidence"])
+        assert max(p.values()) == float(row["confidence"])
 
 
 @pytest.mark.parametrize("suffixes", [*product(SUFFIXES, repeat=2)])

@@ -13,27 +13,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minisweet.base.commands import Parser
 from minisweet.base.files import LOG, InputError
-from minisweet.training import num_processes, process_rank
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 
 
-def add_device_options(parser: Parser) -> None:
-    """Add --device and --amp."""
-    option = parser.add_argument
-    option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    option("--amp", choices=AMP_CHOICES, default="auto", help="mixed precision (default: auto, where it pays)")
-
-
-def choose_device(name: str, option: str = "--device") -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device of auto, cpu, cuda or cuda:N; torchrun's processes take one GPU each. Raises InputError for others."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     if name == "cuda" or (name == "auto" and gpus):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name not in ("auto", "cpu", *gpus):
-        raise InputError(f"{option}: {name!r:.80} is not here; should be {', '.join(['auto', 'cpu', *gpus])}")
+        raise InputError(f"{name!r:.80} is not here; should be {', '.join(['auto', 'cpu', *gpus])}", "device")
     return torch.device("cpu" if name == "auto" else name)
 
 
@@ -41,14 +32,17 @@ def choose_precision(amp: str, device: torch.device, training: bool = False) -> 
     """The type to autocast to, None for float32 alone.
 
     auto: bfloat16 where the device has instructions for it, else float16 on CUDA and float32 on a CPU. On a CPU
-    evaluation and prediction stay in float32, so that answers are the same on every machine.
+    evaluation and prediction stay in float32, so that answers are the same on every machine. Raises InputError for
+    float16 on a CPU.
     """
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto" and training and processor()[1]:
         amp = "bf16"
+    elif amp == "fp16" and device.type == "cpu":
+        raise InputError("fp16 is for CUDA; on a CPU it should be bf16 or off", "amp")
     elif amp == "bf16" and device.type == "cpu" and not processor()[1]:
-        LOG.warning("--amp bf16: %s has no instructions for it; --amp off may be ten times faster", processor()[0])
+        LOG.warning("amp bf16: %s has no instructions for it; off may be ten times faster", processor()[0])
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
@@ -64,7 +58,8 @@ def device_name(device: torch.device) -> str:
     """What a reader of the results should know of the device."""
     cpu = f"{processor()[0]}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return name + (f", {num_processes()} processes" if num_processes() > 1 else "")
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return name + (f", {processes} processes" if processes > 1 else "")
 
 
 def tune_cpu() -> None:
@@ -90,7 +85,7 @@ def distributed(main: Callable[[], None]) -> Callable[[], None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         try:
             with open(os.devnull, "w") as nowhere:
-                out, err = (nowhere, nowhere) if process_rank() else (sys.stdout, sys.stderr)
+                out, err = (nowhere, nowhere) if dist.get_rank() else (sys.stdout, sys.stderr)
                 with redirect_stdout(out), redirect_stderr(err):
                     main()
         finally:

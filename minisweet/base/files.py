@@ -19,10 +19,22 @@ LOG = logging.getLogger("minisweet")  # for notices; results are printed
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line: the file or option, the value, and what would be right."""
+    """Bad input. The message is one line: the file or option, the value, and what would be right.
+
+    `option` names an option as Python does, such as max_lost; a command writes it as it is typed, --max-lost.
+    """
+
+    def __init__(self, message: object, option: str = "") -> None:
+        super().__init__(f"{option}: {message}" if option else message)
+        self.option = option
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+    def as_typed(self) -> str:
+        """The message, with the option as it is typed in a shell."""
+        typed = f"--{self.option.replace('_', '-')}" if self.option else ""
+        return typed + str(self).removeprefix(self.option)
 
 
 def one_line(text: object, limit: int = 400) -> str:

@@ -4,7 +4,7 @@ The trunk is fine-tuned for the last exit alone, then frozen. Each earlier exit 
 layer, which runs for [CLS] in that layer's place.
 
 The exit's loss trains the copy and the exit's head alone. So each parameter is updated by exactly one classifier, and
-the trunk's own answers stay as they are. Texts without labels serve too (`taught` in runs/train.py). EE-Tuning (Pan et
+the trunk's own answers stay as they are. Texts without labels serve too (runs/recipe.py). EE-Tuning (Pan et
 al. 2024, https://arxiv.org/abs/2402.00518) does the like for language models that generate.
 """
 
@@ -44,11 +44,6 @@ class BranchModel(MultiExitModel):
             return super().layer_of_exit(n)
         return self.branches[self.head_layers.index(n)]
 
-    @property
-    def trained_exits(self) -> int:
-        """The number of exits that have a branch."""
-        return len(self.branches)
-
     def train(self, mode: bool = True) -> "BranchModel":
         """As any module's `train`, but the trunk stays in evaluation mode."""
         super().train(mode)
@@ -56,7 +51,7 @@ class BranchModel(MultiExitModel):
         self.heads[-1].eval()
         return self
 
-    def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """A group for each branch and its head, in the order of the exits: each is clipped by itself."""
+    def branch_parameters(self) -> list[list[nn.Parameter]]:
+        """A group for each branch and its head, in the order of the exits."""
         pairs = zip(self.branches, self.heads[:-1], strict=True)
         return [[*branch.parameters(), *head.parameters()] for branch, head in pairs]

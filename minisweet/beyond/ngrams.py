@@ -112,7 +112,7 @@ def check_size(vocab_size: int, num_labels: int, pairs: bool, texts: int) -> Non
     rows = max((1 + pairs) * vocab_size + BUCKETS, texts)
     if num_labels > MOST // rows:
         why = f"exit 0 can be fitted for at most {MOST // rows:,} classes here, and there are {num_labels:,}"
-        raise InputError(f"--exit-layers: {why}; name the other exits alone, without 0")
+        raise InputError(f"{why}; name the other exits alone, without 0", "exit_layers")
 
 
 def compare_words(exit: NgramExit, batches: Sequence, embeddings: Tensor) -> None:

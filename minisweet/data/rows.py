@@ -1,22 +1,38 @@
-"""Files of own text, in and out: CSV, TSV and JSON lines, in UTF-8, or in UTF-16 with a mark."""
+"""Own text as users have it: files, in and out, and Python lists. Files are CSV, TSV and JSON lines, in UTF-8, or in
+UTF-16 with a mark.
+"""
 
 import csv
 import json
+import re
 import sys
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from minisweet.base.files import InputError, preview, regular_file, written_beside
-from minisweet.data.own import OwnText
 from minisweet.data.text import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # the usual ones
+HALF = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot hold
 to_json = partial(json.dumps, ensure_ascii=False)
+
+
+class Rows(NamedTuple):
+    """Texts as users have them, and what each row's label is called."""
+
+    examples: Examples  # N, without labels
+    names: list[str | None]  # (N,), None where a row has no label
+    columns: list[str]  # of the texts, in their file
+    label_column: str | None = None
+    label_type: str = "str"  # of labels that came from Python
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -143,10 +159,12 @@ def label_name(value: object) -> str | None:
         value = int(value)
     if not isinstance(value, str | int | float | bool):
         raise ValueError(f"{value!r:.60} is no label, should be text or a number")
+    if HALF.search(str(value)):
+        raise ValueError(f"{value!r:.60} holds half of a character, should be valid Unicode")
     return str(value).strip()
 
 
-def read_texts(path: Path, columns: Sequence[str], label_column: str | None = None) -> OwnText:
+def read_texts(path: Path, columns: Sequence[str], label_column: str | None = None) -> Rows:
     """Read a file's texts and labels; rows without text are skipped and counted. Raises InputError, with the line."""
     texts, names, empty = [], [], 0
     for line, row in read_rows(path):
@@ -163,4 +181,41 @@ def read_texts(path: Path, columns: Sequence[str], label_column: str | None = No
     if not texts:
         raise InputError(f"{path}: no rows with text in {', '.join(columns)}")
     first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(columns))
-    return OwnText(Examples(first, second, None, empty=empty), names, list(columns), label_column)
+    return Rows(Examples(first, second, None, empty=empty), names, list(columns), label_column)
+
+
+def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> Examples:
+    """A list of texts, or of pairs, as rows without labels; `sides` is 1 or 2, None for those of the first item."""
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: [text]")
+    rows = []
+    for i, text in enumerate(texts):
+        row = list(text) if isinstance(text, tuple | list | np.ndarray) else [text]
+        sides = sides or (2 if len(row) == 2 else 1)
+        if len(row) != sides or not all(isinstance(part, str) for part in row):
+            wanted = "a pair of texts" if sides == 2 else "one text"
+            raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as the others")
+        if half := HALF.search("".join(row)):
+            raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode")
+        rows.append(row)
+    return Examples([row[0] for row in rows], [row[1] for row in rows] if sides == 2 else None, None)
+
+
+def labelled_texts(X, y, sides: int | None = None) -> Rows:
+    """Texts and labels as a file's rows would be. Raises InputError, with the item."""
+    examples = texts_of(X, sides)
+    labels = list(y) if isinstance(y, Iterable) and not isinstance(y, str | bytes) else []
+    if len(labels) != len(examples.first):
+        raise InputError(f"labels: {len(labels):,}, should be as many as the texts, {len(examples.first):,}")
+    labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    names = []
+    for i, label in enumerate(labels):
+        try:
+            names.append(label_name(label))
+        except ValueError as error:
+            raise InputError(f"item {i}: {error}") from None
+    kinds = {type(label).__name__ for label, name in zip(labels, names, strict=True) if name is not None}
+    if len(kinds) > 1 and kinds != {"int", "float"}:
+        raise InputError(f"labels: {' and '.join(sorted(kinds))} are mixed, should be of one type")
+    columns = ["text"] if examples.second is None else ["sentence1", "sentence2"]
+    return Rows(examples, names, columns, label_type="float" if "float" in kinds else next(iter(kinds), "str"))

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from tokenizers import Tokenizer
+
 from minisweet.base.files import InputError
 from minisweet.config import Config
-from minisweet.data.text import Examples
+from minisweet.data.text import Data, Examples, Texts
 from minisweet.data.toy import make_toy
 
 
@@ -76,6 +79,8 @@ def load_examples(task: str, split: str, data_dir: Path) -> Examples:
     rows, labels, empty = [], [], 0
     for number, line in enumerate(lines, 1):
         cells = line.rstrip("\r").split("\t")
+        if len(cells) > len(header):
+            raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}, as its header has")
         if (number == 1 and not own.header) or len(cells) <= max(*texts, label) or cells[label] == NO_LABEL:
             continue
         if cells[label] not in codes:
@@ -90,6 +95,16 @@ def load_examples(task: str, split: str, data_dir: Path) -> Examples:
         raise InputError(f"{path}: it has no rows")
     first, second = [list(side) for side in zip(*rows, strict=True)] + [None] * (2 - len(texts))
     return Examples(first, second, labels, empty=empty)
+
+
+def task_data(task: str, data_dir: Path, tokenizer: Tokenizer, size: int | None, seed: int) -> Data:
+    """A task's rows: to train on at most `size`, drawn by the seed, and all dev rows."""
+    rows, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
+    order = np.random.default_rng(seed).permutation(len(rows.first))
+    subset = np.sort(order[:size]).tolist()  # with one seed, 500 rows are among the 6,000
+    train, validation = Texts(tokenizer, rows.take(subset)), Texts(tokenizer, dev)
+    labels, metric = list(TASKS[task].labels), TASKS[task].metric
+    return Data(task, labels, train, validation, subset, len(rows.first), rows.empty, metric=metric)
 
 
 def default_learning_rate(config: Config, task: str | None, method: str) -> float:

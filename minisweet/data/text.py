@@ -21,6 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "t
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
 CHARACTERS = 32  # per token: so many of a text are read, several times what its tokens have
 CHUNK = 256  # texts that are tokenised at once, since the library also keeps what it cuts off
+ARRAYS = ("lengths", "first_lengths", "is_cut", "keys")  # of `Texts`, (N,) each
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
 
 
@@ -72,7 +73,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
     InputError for one that does not fit the embedding's `vocab_size` rows, and for a length above `max_tokens`.
     """
     if max_length > max_tokens:
-        raise InputError(f"--max-length: {max_length}, should be at most {max_tokens}, the positions of {folder}")
+        raise InputError(f"{max_length}, should be at most {max_tokens}, the positions of {folder}", "max_length")
     whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     try:
         if whole.exists():
@@ -135,16 +136,21 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device) for tensor in self if tensor is not None))
 
 
-class TokenizedExamples:
-    """N tokenised examples: `lengths` (N,) in tokens; `targets`, the labels (N,), probabilities (N, C), or None.
+class Texts:
+    """N examples, tokenised once: strings and labels, token ids, and what one text is told from another by.
 
-    `cut` counts those that were longer than the tokenizer's limit.
+    `examples` has the strings and labels, `ids` a list of each row's tokens, `lengths` (N,) their number, and `is_cut`
+    (N,) says whether there were more than the tokenizer's limit. `targets` are what training learns: labels (N,),
+    probabilities (N, C), or None.
+
+    `keys` (N,) are 64-bit hashes of the ids, in an order as good as random. So texts that differ in nothing but what
+    the tokenizer drops, such as a long text's end, or BERT's case, have one key.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
-        self.pad_id = special_ids(tokenizer)[2]
+        self.examples, self.pad_id = examples, special_ids(tokenizer)[2]
         self.targets = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
-        self.ids, first_lengths, self.cut = [], [], 0
+        self.ids, first_lengths, is_cut, digests = [], [], [], []
         most = CHARACTERS * tokenizer.truncation["max_length"]
         sides = [side for side in (examples.first, examples.second) if side is not None]
         for start in range(0, len(examples.first), CHUNK):
@@ -152,44 +158,45 @@ class TokenizedExamples:
             for encoding in tokenizer.encode_batch_fast(list(zip(*some, strict=True)) if len(some) > 1 else some[0]):
                 self.ids.append(np.array(encoding.ids))  # [CLS] A [SEP] B [SEP]
                 first_lengths.append(encoding.type_ids.count(0))
-                self.cut += len(encoding.overflowing) > 0
+                is_cut.append(len(encoding.overflowing) > 0)
+                digests.append(hashlib.sha256(self.ids[-1].astype("<i8")).digest()[:8])
         self.lengths, self.first_lengths = (
             np.array([*map(len, self.ids)], dtype=int),
             np.array(first_lengths, dtype=int),
         )
+        self.is_cut, self.keys = np.array(is_cut, dtype=bool), np.frombuffer(b"".join(digests), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: Sequence[int]) -> "TokenizedExamples":
+    @property
+    def labels(self) -> np.ndarray:
+        """The classes (N,), -1 where a row has no label."""
+        return np.array(self.examples.labels or [-1] * len(self), dtype=np.int64)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
         """These rows alone."""
-        some = copy.copy(self)
-        some.ids, some.targets = [self.ids[row] for row in rows], None if self.targets is None else self.targets[rows]
-        some.lengths, some.first_lengths = self.lengths[rows], self.first_lengths[rows]
+        some, rows = copy.copy(self), np.asarray(rows, dtype=int)
+        some.examples, some.ids = self.examples.take(rows), [self.ids[row] for row in rows]
+        some.targets = None if self.targets is None else self.targets[rows]
+        for name in ARRAYS:
+            setattr(some, name, getattr(self, name)[rows])
         return some
 
-    def joined(self, others: "TokenizedExamples") -> "TokenizedExamples":
+    def joined(self, others: "Texts") -> "Texts":
         """These and others, without targets."""
         both = copy.copy(self)
-        both.ids, both.targets = self.ids + others.ids, None
-        both.lengths = np.concatenate([self.lengths, others.lengths])
-        both.first_lengths = np.concatenate([self.first_lengths, others.first_lengths])
+        both.examples, both.ids = self.examples.joined(others.examples), self.ids + others.ids
+        both.targets = None
+        for name in ARRAYS:
+            setattr(both, name, np.concatenate([getattr(self, name), getattr(others, name)]))
         return both
 
-    def with_targets(self, targets: np.ndarray) -> "TokenizedExamples":
+    def with_targets(self, targets: np.ndarray) -> "Texts":
         """The same with other targets, (N,) or (N, C)."""
         same = copy.copy(self)
         same.targets = targets
         return same
-
-    def keys(self) -> np.ndarray:
-        """64-bit hashes of what a model reads of each example, the token ids: (N,), in an order as good as random.
-
-        So texts that differ in nothing but what the tokenizer drops, such as a long text's end, or BERT's case, have
-        one key.
-        """
-        digests = [hashlib.sha256(ids.astype("<i8")).digest()[:8] for ids in self.ids]
-        return np.frombuffer(bytearray().join(digests), dtype=np.int64)
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The examples `rows` (B,), padded to the longest of them."""
@@ -218,3 +225,21 @@ class TokenizedExamples:
             size = min(batch_size, max(1, max_tokens // self.lengths[order[0]]))
             yield self.batch(order[:size])
             order = order[size:]
+
+
+class Data(NamedTuple):
+    """What a training learns from, and validates on: rows of a task and own text are the same from here on."""
+
+    task: str  # or the name of own text's file
+    labels: list[str]  # (C,), what classes are called
+    train: Texts
+    validation: Texts
+    subset: list[int]  # which of the labelled rows `train` holds
+    rows: int  # how many of them there are
+    empty: int  # rows without text, which were skipped
+    unlabelled: Texts | None = None  # texts that may learn the trained model's answers
+    metric: str = "accuracy"
+    text_columns: list[str] | None = None  # all from here on are own text's
+    label_column: str | None = None
+    label_type: str = "str"
+    set_aside: float = 1.0  # the share of the labelled rows that validates; 1 where these rows have their own file

@@ -4,12 +4,16 @@ It (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divi
 which changes no prediction. The authors fit the temperatures on the very set that they then score. Here no row is
 scored by a temperature that it fitted: the curve is cross-fitted (sweep.py), and other rows judge (operating.py).
 
-Dimension letters: N instances, C classes.
+Dimension letters: K exits, N instances, C classes.
 """
 
 import math
 
+import torch
 from torch import Tensor
+
+from minisweet.adaptive import ExitRule
+from minisweet.outputs import Outputs
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -27,3 +31,17 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         slope = gold * math.exp(-middle) - float((scaled.softmax(0) * scaled).sum()) + 2 * middle
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp(middle)
+
+
+def fit_rule(outputs: Outputs) -> ExitRule:
+    """The rule that some rows suggest for others, for all K exits: temperatures, or ranges of learning-to-exit.
+
+    Where the labels are the last exit's own answers, they tell nothing of its temperature: it is 1.
+    """
+    K, _, C = outputs.logits.shape
+    if outputs.certainty is not None:
+        return ExitRule(C, torch.ones(K), ranges=torch.stack(outputs.certainty.aminmax(dim=1), dim=1))
+    temperatures = [fit_temperature(exit_logits, outputs.labels) for exit_logits in outputs.logits]
+    if outputs.metric == "agreement":
+        temperatures[-1] = 1.0
+    return ExitRule(C, torch.tensor(temperatures, dtype=torch.float32))

@@ -19,22 +19,19 @@ Dimension letters: N rows, T distinct texts, M thresholds.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from statistics import NormalDist
 
 import numpy as np
-import torch
 
 from minisweet.adaptive import ExitRule, in_float32
-from minisweet.evaluation.calibration import fit_temperature
+from minisweet.data.own import ENOUGH_JUDGES
+from minisweet.evaluation.calibration import fit_rule, fit_temperature
 from minisweet.evaluation.metrics import classification_report, score
-from minisweet.evaluation.outputs import Outputs
+from minisweet.outputs import Outputs
+from minisweet.runs.deployed import CHOOSING, ROUNDING, OperatingPoint, how_sure
 
-CHOOSING = 4  # one text of so many chooses
-ENOUGH_JUDGES = 300  # distinct labelled texts; with fewer, unlabelled ones judge where they are more
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
-ROUNDING = 1e-9  # of shares
 
 
 def split(outputs: Outputs, known: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray, int]:
@@ -46,9 +43,13 @@ def split(outputs: Outputs, known: Collection[int] = ()) -> tuple[np.ndarray, np
 
 
 def choose(
-    outputs: Outputs, goal: dict, known: Collection[int] = (), exits: Sequence[int] | None = None
-) -> tuple[ExitRule, dict]:
-    """The rule of the exits to ask, and what operating.json holds of them.
+    outputs: Outputs,
+    goal: dict,
+    known: Collection[int] = (),
+    exits: Sequence[int] | None = None,
+    run_id: str | None = None,
+) -> OperatingPoint:
+    """What to deploy.
 
     Args:
         outputs: of the validation rows. Where fewer than 300 labelled texts would judge, and there are more without a
@@ -56,6 +57,7 @@ def choose(
         goal: {"max_lost": P, "sure": S}, both in percent, or {"max_share": share of the layers}.
         known: keys of texts that were trained on.
         exits: layers of the exits to ask, the last one's among them; None to choose those that reach the goal best.
+        run_id: of the run.
 
     Where nobody judges, the threshold is 1, and all rows choose and state, without intervals.
     """
@@ -67,8 +69,8 @@ def choose(
         labelled, unlabelled = ([outputs.labelled(there)] * 2 for there in (True, False))
         is_changed = labelled[0].texts == 0
     choosers, judges = [rows.against_full_depth() for rows in unlabelled] if is_changed else labelled
-    rule = choosers.fit_rule()
-    if is_changed and rule.ranges is None:  # full depth's answers tell nothing of its own temperature
+    rule = fit_rule(choosers)
+    if is_changed:  # full depth's answers tell nothing of its own temperature
         rule.temperatures[-1] = fit_temperature(labelled[0].logits[-1], labelled[0].labels)
     layers = list(outputs.exits.layers)
     asked = choose_exits(rule, choosers, goal) if exits is None else [layers.index(n) for n in exits]
@@ -77,31 +79,26 @@ def choose(
         threshold, share, _ = fixed_sequence(rule, judges, goal, asked, thresholds_of(rule, choosers, asked))
         if exits is None and "max_lost" in goal and share > layers[-1] / outputs.exits.depth + ROUNDING:
             threshold, asked = 1.0, [len(layers) - 1]  # what is asked in vain costs more than leaving early saves
-    point = {"threshold": threshold, "exits": [layers[k] for k in asked], "goal": goal}
-    point |= {"lost_means": "changed" if is_changed else "lost", "choosing_texts": choosers.texts}
-    point |= stated(rule, asked, threshold, judges, labelled[1] if labelled[1].texts else judges)
+    found = stated(rule, asked, threshold, judges, labelled[1] if labelled[1].texts else judges)
+    found |= {"choosing_texts": choosers.texts}
     if not somebody_judges:
-        point |= {"choosing_texts": 0, "judging_texts": 0} | {key: None for key in point if "_interval" in key}
-    rule = rule.kept(asked)
-    ranges = None if rule.ranges is None else rule.ranges.tolist()
-    return rule, point | {"temperatures": rule.temperatures.tolist(), "certainty_ranges": ranges}
+        found |= {"choosing_texts": 0, "judging_texts": 0} | {key: None for key in found if "_interval" in key}
+    return OperatingPoint(
+        id=run_id,
+        threshold=threshold,
+        exits=[layers[k] for k in asked],
+        goal=goal,
+        lost_means="changed" if is_changed else "lost",
+        temperatures=rule.kept(asked).temperatures.tolist(),
+        precision=outputs.precision,
+        **found,
+    )
 
 
 def lost_texts(outputs: Outputs, answers: np.ndarray) -> np.ndarray:
     """Whether a text is lost, that is any of its rows, by early exit's answers: (..., N) to (..., T)."""
     labels, full_depth = outputs.labels.numpy(), outputs.logits[-1].argmax(-1).numpy()
     return outputs.of_texts((full_depth == labels) & (answers != labels)) > 0
-
-
-def how_sure(texts: int, lost: np.ndarray, share: float) -> np.ndarray:
-    """How sure it is, from 0 to 1, that in the long run at most a share of texts is lost, where `lost` of them were.
-
-    This is the exact binomial test, 1 - P(Binomial(texts, share) <= lost): (M,) to (M,).
-    """
-    k = torch.arange(max(lost) + 1, dtype=torch.float64)
-    ways = math.lgamma(texts + 1) - torch.lgamma(k + 1) - torch.lgamma(texts - k + 1)  # logarithms
-    chances = (ways + torch.xlogy(k, share) + torch.special.xlog1py(texts - k, -share)).exp()
-    return (1 - chances.cumsum(0)).numpy()[lost]
 
 
 def thresholds_of(rule: ExitRule, choosers: Outputs, asked: Sequence[int]) -> np.ndarray:
@@ -112,8 +109,8 @@ def thresholds_of(rule: ExitRule, choosers: Outputs, asked: Sequence[int]) -> np
     """
     if len(asked) == 1:  # nobody can leave early
         return np.ones(1)
-    occur = np.unique(rule.confidences(choosers.logits, choosers.certainty)[list(asked[:-1])].double().numpy())
-    least = in_float32(rule.lowest + (1e-6 if rule.ranges is None else 0.0))
+    occur = np.unique(rule.confidences(choosers.logits)[list(asked[:-1])].double().numpy())
+    least = in_float32(rule.lowest + 1e-6)
     between = np.float32((occur[1:] + occur[:-1]) / 2)
     between = between[(between > least) & (between < 1)]
     return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
@@ -196,38 +193,3 @@ def around_mean(values: np.ndarray, least: float, most: float) -> list[float]:
     some, mean = np.append(values, [least, most]), values.mean()
     half = Z * some.std() / math.sqrt(len(some))
     return [float(min(mean, max(least, some.mean() - half))), float(max(mean, min(most, some.mean() + half)))]
-
-
-def promise(point: dict) -> str:
-    """What the judges saw and what is promised, in words; "" where all texts run to the last exit."""
-    if point["threshold"] == 1:
-        return ""
-    texts, goal, is_changed = point["judging_texts"], point["goal"], point["lost_means"] == "changed"
-    lost = f"{(n := round(point['lost'] * texts / 100)):,} answer{'s' * (n != 1)}"
-    did = f"changed {lost} of the full model" if is_changed else f"lost {lost} that the full model had right"
-    said = f"On {texts:,} of your texts that the model had not seen, early exit {did}."
-    if "max_share" in goal:
-        return said
-    what = "answers to new texts like these are not the full model's" if is_changed else "new texts like these are lost"
-    return f"{said} In the long run at most {goal['max_lost']:g} in 100 {what}, {goal['sure']:g}% sure."
-
-
-def shortfall(point: dict, set_aside: float = 1.0) -> str:
-    """A line where a goal is out of reach, or only full depth can be promised; else "".
-
-    It says how many rows would do. Of these a share is set aside: 1 where the validation rows have a file of their own.
-    """
-    goal, texts, share, what = point["goal"], point["judging_texts"], point["share"], point["lost_means"]
-    if "max_share" in goal:
-        line = f"--max-share {goal['max_share']:g} is out of reach: the fastest takes {share:.3g} of the layers"
-        return line if share > goal["max_share"] + ROUNDING else ""
-    if point["threshold"] < 1:
-        return ""
-    tests = [lambda n, lost=lost: how_sure(n, [lost], goal["max_lost"] / 100)[0] for lost in range(3)]
-    needed = [bisect_left(range(10**9), goal["sure"] / 100, lost + 1, key=test) for lost, test in enumerate(tests)]
-    if texts >= needed[-1]:
-        return f"nothing faster than full depth can be promised: too many of {texts:,} texts are {what}"
-    rows = [math.ceil(math.ceil(n * CHOOSING / (CHOOSING - 1)) / set_aside) for n in needed]
-    kind = "labelled rows" if what == "lost" else "rows without a label"
-    would = f"{rows[0]:,} {kind} would do where none is {what}, {rows[1]:,} and {rows[2]:,} where one or two are"
-    return f"nothing faster than full depth can be promised: {texts:,} texts judged. Some {would}"

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisweet.adaptive import ExitRule
+from minisweet.evaluation.calibration import fit_rule
 from minisweet.evaluation.metrics import area_under_curve, score
-from minisweet.evaluation.outputs import Outputs
+from minisweet.outputs import Outputs
 
 FOLDS = 5
 Folds = list[tuple[ExitRule, np.ndarray]]  # rules, and which rows (n,) each decides
@@ -27,7 +28,7 @@ def crossfit(outputs: Outputs) -> Folds:
     """The rules of the curve: each fold's rows are decided by the rule of the others. A single text decides itself."""
     fold = outputs.folds(FOLDS)
     folds = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in np.unique(fold)]
-    return [(outputs.take(others if len(others) else rows).fit_rule(), rows) for others, rows in folds]
+    return [(fit_rule(outputs.take(others if len(others) else rows)), rows) for others, rows in folds]
 
 
 def sweep(

@@ -21,11 +21,10 @@ from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import choose_device
 from minisweet.base.files import InputError, write_json
 from minisweet.data.tasks import TASKS, load_examples
-from minisweet.data.text import Batch, TokenizedExamples, load_tokenizer
+from minisweet.data.text import Batch, Texts
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.runs.hub import fetch_task, home
-from minisweet.runs.load import load_run, read_record
-from minisweet.runs.records import Record
+from minisweet.runs.run import Run
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
@@ -41,25 +40,24 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
     return similarity
 
 
-def measure(run: Path, record: Record, batches: int, data_dir: Path) -> np.ndarray:
+def measure(run: Run, batches: int, data_dir: Path) -> np.ndarray:
     """Compare the exits' gradients on some batches of rows that a run has not seen: (batches, M, K, K)."""
-    model, _ = load_run(run)
-    exits, size, device = list(model.head_layers), record.batch_size, choose_device("auto")
-    if record.method != "ee" or len(exits) < 2 or record.task not in TASKS or record.text_columns:
+    record, options = run.record, run.record.arguments
+    exits, size = [n for n in record.exit_layers if n > 0], options.batch_size
+    if options.method != "ee" or len(exits) < 2 or record.task not in TASKS or record.text_columns:
         own = " (own text)" if record.text_columns else ""
-        what = f"a run of {record.method} on {record.task}{own}, exits after layers {','.join(map(str, exits))}"
-        raise InputError(f"{run}: {what}; should be of ee on a task, with two exits or more")
+        what = f"a run of {options.method} on {record.task}{own}, exits after layers {','.join(map(str, exits))}"
+        raise InputError(f"{run.folder}: {what}; should be of ee on a task, with two exits or more")
     fetch_task(record.task, data_dir)
-    rows = load_examples(record.task, "train", data_dir)
-    order = np.random.default_rng(record.seed).permutation(len(rows.labels))
+    rows, device = load_examples(record.task, "train", data_dir), choose_device("auto")
+    order = np.random.default_rng(options.seed).permutation(len(rows.labels))
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:
         raise InputError(f"--batches: {batches} of {size} rows, and {record.task} has {len(unseen)} other rows")
-    tokenizer = load_tokenizer(run, record.vocab_size, record.max_length)
-    examples = TokenizedExamples(tokenizer, rows.take(unseen[: batches * size]))
-    model = model.keep_exits(exits).to(device)  # exit 0 sends no gradient to a layer; no dropout
-    parts = np.arange(len(examples)).reshape(-1, size)
-    return np.stack([exit_similarities(model, examples.batch(rows).to(device)) for rows in parts])
+    texts = Texts(run.tokenizer, rows.take(unseen[: batches * size]))
+    model = run.model.keep_exits(exits).to(device)  # exit 0 sends no gradient to a layer; no dropout
+    parts = np.arange(len(texts)).reshape(-1, size)
+    return np.stack([exit_similarities(model, texts.batch(rows).to(device)) for rows in parts])
 
 
 def main() -> None:
@@ -71,15 +69,16 @@ def main() -> None:
     option("--out", type=Path, default=Path("gradients.json"), help="(default: gradients.json)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     args = parser.parse_args()
-    records = [read_record(run) for run in args.runs]
-    if len({(its.task, *its.exit_layers) for its in records}) > 1:
+    runs = [Run.read(folder) for folder in args.runs]
+    its = runs[0].record
+    if len({(run.record.task, *run.record.exit_layers) for run in runs}) > 1:
         raise InputError(f"RUN: {args.runs[-1]} is of another task or other exits, should be as {args.runs[0]}")
-    pairs = zip(args.runs, records, strict=True)
-    found = np.stack([measure(run, its, args.batches, args.data_dir) for run, its in pairs])  # (runs, batches, M, K, K)
-    exits, mean = [n for n in records[0].exit_layers if n > 0], found.mean((0, 1))
-    deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
-    given = {"model": records[0].model, "task": records[0].task, "seeds": [its.seed for its in records]}
-    given |= {"learning_rate": records[0].lr, "batches": args.batches, "layers": exits[:-1], "exits": exits}
+    found = np.stack([measure(run, args.batches, args.data_dir) for run in runs])  # (runs, batches, M, K, K)
+    exits, mean = [n for n in its.exit_layers if n > 0], found.mean((0, 1))
+    deviation = (found.mean(1) if len(runs) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
+    seeds = [run.record.arguments.seed for run in runs]
+    given = {"model": its.arguments.model, "task": its.task, "seeds": seeds, "learning_rate": its.arguments.lr}
+    given |= {"batches": args.batches, "layers": exits[:-1], "exits": exits}
     for name, values in (("cosine", mean), ("deviation", deviation)):
         given[name] = np.where(np.isnan(values), None, values.round(4)).tolist()  # JSON has no NaN
     write_json(args.out, given)

@@ -11,55 +11,59 @@ the process that trains it.
 import argparse
 import time
 from collections import namedtuple
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from minisweet.base.commands import Parser, list_of, positive_float, told, whole_number
+from minisweet.base.commands import Parser, list_of, one_of, positive_number, what_to_tell, whole_number
 from minisweet.base.files import LOG, InputError, written_beside
+from minisweet.checkpoint import read_config
 from minisweet.data.tasks import TASKS, search_rates
-from minisweet.evaluation.evaluate import evaluate
+from minisweet.evaluation.curve import evaluate
 from minisweet.methods import METHODS
 from minisweet.paper import report
-from minisweet.runs import start
-from minisweet.runs.folders import EVALUATION, is_run, run_name
-from minisweet.runs.hub import home
-from minisweet.runs.load import read_evaluation, read_record
-from minisweet.runs.resume import is_claimed
-from minisweet.runs.train import train
+from minisweet.runs.hub import home, model_folder
+from minisweet.runs.options import TrainingOptions, resolve
+from minisweet.runs.recipe import train_task
+from minisweet.runs.record import run_name
+from minisweet.runs.resume import claim_output, is_claimed
+from minisweet.runs.run import EVALUATION, Run, is_run
 
-Run = namedtuple("Run", ("task", "method", "lr", "seed"))  # one training: what tells runs apart
+Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training: what tells runs apart
 WAIT = 20  # seconds, until a run of another process is looked at again
-# Options of a training. --resume compares them, so that a grid's own, such as --seeds, are not among them.
-TRAINING = ("out", "resume", *Run._fields, "train_size", "model", "epochs", "max_length", "batch_size", "exit_layers")
-TRAINING += ("exit_strategy", "data_dir", "device", "amp", "class_weights", "dev_size")
+SHARED = "exit_strategy train_size epochs max_length batch_size exit_layers device amp".split()  # by all runs of a grid
 
 
 class Grid:
-    """The runs that the command line asks for."""
+    """The runs that the command line asks for: `options` are what all have in common."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, options: TrainingOptions) -> None:
+        self.args, self.options = args, options
         self.pairs = list(product(args.tasks, args.methods))
-        self.records: dict[Run, dict] = {}  # of the complete runs; {} of one that diverged
+        self.records: dict[Slot, dict] = {}  # of the complete runs; {} of one that diverged
 
-    def folder(self, run: Run) -> Path:
+    def options_of(self, run: Slot) -> TrainingOptions:
+        """The options of one training."""
+        return replace(self.options, method=run.method, lr=run.lr, seed=run.seed)
+
+    def folder(self, run: Slot) -> Path:
         """The run's folder, whose name holds all that tells the runs of a grid apart."""
-        return self.args.runs / run_name(vars(self.args) | run._asdict(), in_grid=True)
+        return self.args.runs / run_name(self.options_of(run), run.task, in_grid=True)
 
-    def record(self, run: Run) -> dict | None:
+    def record(self, run: Slot) -> dict | None:
         """What reports use of a run: {} if it diverged, None if it is not complete."""
         folder = self.folder(run)
         if run not in self.records and is_run(folder):
-            record = read_record(folder)
-            if record.diverged is not None:
+            its = Run.read(folder)
+            if its.record.diverged is not None:
                 self.records[run] = {}
             elif (folder / EVALUATION).exists():
-                self.records[run] = vars(read_evaluation(folder)) | vars(record)
+                self.records[run] = vars(its.evaluation) | vars(its.record)
         return self.records.get(run)
 
-    def search(self, task: str, method: str) -> list[Run]:
+    def search(self, task: str, method: str) -> list[Slot]:
         """The runs of the learning-rate search: one, if there is one rate."""
-        return [Run(task, method, lr, self.args.seeds[0]) for lr in self.args.lrs]
+        return [Slot(task, method, lr, self.args.seeds[0]) for lr in self.args.lrs]
 
     def learning_rate(self, task: str, method: str) -> float | None:
         """The rate with the largest area; None while the search is incomplete, or if all its runs diverged."""
@@ -69,24 +73,23 @@ class Grid:
         areas = {lr: record["area"] for lr, record in found.items() if record}
         return None if None in found.values() else max(areas, key=areas.get, default=None)
 
-    def averaged(self) -> list[Run]:
+    def averaged(self) -> list[Slot]:
         """The runs that the tables average over, where their learning rate is known."""
         rates = {pair: self.learning_rate(*pair) for pair in self.pairs}
         slots = product(self.pairs, self.args.seeds)
-        return [Run(*pair, rates[pair], seed) for pair, seed in slots if rates[pair] is not None]
+        return [Slot(*pair, rates[pair], seed) for pair, seed in slots if rates[pair] is not None]
 
-    def missing(self) -> list[Run]:
+    def missing(self) -> list[Slot]:
         """The runs that are not complete, the search first. The others follow once their rate is known."""
         runs = [run for pair in self.pairs for run in self.search(*pair)] + self.averaged()
         return [run for run in dict.fromkeys(runs) if self.record(run) is None]
 
-    def complete(self, run: Run) -> None:
+    def complete(self, run: Slot) -> None:
         """Train and evaluate a run, as far as that is not done."""
         if not is_run(folder := self.folder(run)):
-            given = vars(self.args) | run._asdict() | {"out": folder, "resume": True}
-            options = argparse.Namespace(**{name: given[name] for name in TRAINING}, overwrite=False)
-            train(options, start.task_data(run.task, self.args.data_dir))
-        evaluate(folder, device=self.args.device, amp=self.args.amp)
+            with claim_output(folder, resume=True) as saved:
+                train_task(self.options_of(run), run.task, self.args.data_dir, saved)
+        evaluate(folder, device=self.options.device, amp=self.options.amp)
 
 
 def run_all(grid: Grid) -> list[str]:
@@ -94,7 +97,7 @@ def run_all(grid: Grid) -> list[str]:
 
     A run that another process trains is passed over, and comes again at the end.
     """
-    failed: list[Run] = []
+    failed: list[Slot] = []
     while todo := [run for run in grid.missing() if run not in failed]:
         free = [run for run in todo if not is_claimed(grid.folder(run))]
         if not free:
@@ -106,7 +109,7 @@ def run_all(grid: Grid) -> list[str]:
         try:
             grid.complete(run)
         except Exception as error:  # the others go on
-            LOG.warning("%s: %s", grid.folder(run).name, told(error))
+            LOG.warning("%s: %s", grid.folder(run).name, what_to_tell(error))
             if grid.record(run) is None and not is_claimed(grid.folder(run)):  # else it diverged, or another has it
                 failed.append(run)
     return [grid.folder(run).name for run in failed]
@@ -134,10 +137,9 @@ def document(grid: Grid, records: dict[str, report.Records], missing: list[str])
     args = grid.args
     complete = {grid.folder(run).name: record for run, record in grid.records.items()}
     trained_on = sorted({f"{record['device']}, {record['precision']}" for record in complete.values() if record})
-    text = (
-        f"# {args.model}, exit strategy {args.exit_strategy}\n\nSeeds {', '.join(map(str, args.seeds))}; up to "
-        f"{args.train_size} examples, {args.epochs} epochs; trained on: {'; '.join(trained_on) or 'nothing yet'}.\n"
-    )
+    options, where = grid.options, "; ".join(trained_on) or "nothing yet"
+    text = f"# {args.model}, exit strategy {options.exit_strategy}\n\nSeeds {', '.join(map(str, args.seeds))}; up to "
+    text += f"{options.train_size} examples, {options.epochs} epochs; trained on: {where}.\n"
     rates = {method: [grid.learning_rate(task, method) for task in args.tasks] for method in args.methods}
     rows = [[method, *("" if rate is None else f"{rate:g}" for rate in found)] for method, found in rates.items()]
     text += report.table("Learning rates: of several, that of the largest area", ["method", *args.tasks], rows)
@@ -154,22 +156,23 @@ def main() -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
     glue = [task for task in TASKS if task != "toy"]
-    option("--tasks", type=list_of(str, TASKS), default=glue, help=f"default: {','.join(glue)}")
+    option("--model", default="minilm-l6", help="a preset, a folder or a hub id (default: minilm-l6)")
+    option("--tasks", type=list_of(one_of(*TASKS)), default=glue, help=f"default: {','.join(glue)}")
     known = f"of {', '.join(METHODS)} (default: ee,mm,sweet)"
-    option("--methods", type=list_of(str, METHODS), default=["ee", "mm", "sweet"], help=known)
+    option("--methods", type=list_of(one_of(*METHODS)), default=["ee", "mm", "sweet"], help=known)
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2], help="the first searches (default: 0,1,2)")
-    option("--lrs", type=list_of(positive_float), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
-    option("--train-size", type=whole_number(1), default=6000, help="examples, drawn by the seed (default: 6000)")
+    option("--lrs", type=list_of(positive_number), help="to search (default: the paper's; small models 5e-5 to 4e-4)")
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
-    start.add_training_options(parser)
-    parser.set_defaults(epochs=2, class_weights=None, dev_size=None)
+    parser.add_options(TrainingOptions, *SHARED, train_size=6000, epochs=2)
     args = parser.parse_args()
     args.runs = args.runs or args.out / "runs"
-    grid = Grid(args)
-    _, config, _, args.batch_size = start.find_model(args, "sweet")
+    options = parser.make(TrainingOptions, args, method="sweet")
+    config = read_config(model_folder(args.model))
+    options = replace(options, batch_size=resolve(options, config, args.tasks[0]).batch_size)
     args.lrs = args.lrs or search_rates(config)
+    grid = Grid(args, options)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
     failed = run_all(grid)

@@ -1,27 +1,27 @@
 """The checkpoint of a training, so that a training that was stopped goes on as if it never had been.
 
-Until the run NAME is saved, .NAME.checkpoint/ lies beside it. Its checkpoint.pt holds stage, losses, parameters,
-optimizer and scaler. It is written every ten minutes, at the end of each stage (MM's models, a trunk, branches), and at
-SIGTERM or Ctrl-C. Seed and step alone set the order of the examples and dropout. So the weights are those of a training
-that never stopped, to the bit. A lock in the folder says that the training lives. It ends with its process.
+Until the run NAME is saved, .NAME.checkpoint/ lies beside it. Its checkpoint.pt holds what came of each stage that is
+over (a trunk, branches, MM's models, answers to texts), and of the running one losses, parameters, optimizer and scaler
+as they were at most ten minutes ago. Seed and step alone set the order of the examples and dropout. So the weights are
+those of a training that never stopped, to the bit. A lock in the folder says that the training lives. It ends with its
+process.
 """
 
-import argparse
 import os
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minisweet.base.files import LOG, InputError, read_json, written_beside
-from minisweet.runs.folders import FILES, is_run
-from minisweet.training import largest, process_rank
+from minisweet.base.commands import Parser
+from minisweet.base.files import LOG, InputError, written_beside
+from minisweet.checkpoint import WEIGHTS
+from minisweet.runs.run import FILES, Run, is_run
+from minisweet.training import process_rank
 
 try:
     import fcntl
@@ -29,15 +29,19 @@ except ImportError:  # Windows: the folder alone is the claim
     fcntl = None
 
 MINUTES = 10  # between two checkpoints
-# Options that may change when a training goes on. In place of files, their rows' digests are compared.
-MAY_CHANGE = set("out overwrite resume task data_dir file dev_data unlabelled max_lost sure max_share".split())
-ROWS = ("rows_digest", "trained_keys")  # of the rows in their order, unlabelled ones too, and of all texts
+
+
+def add_output_options(parser: Parser) -> None:
+    """Add --resume and --overwrite."""
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on from the checkpoint of a training that was stopped")
+    either("--overwrite", action="store_true", help="replace the run, or a stopped training, in --out")
 
 
 def checkpoint_folder(out: Path) -> Path:
     """Where the checkpoint of the training to `out` lies."""
-    out = out.resolve()
-    return out.with_name(f".{out.name}.checkpoint")
+    real = Path(os.path.realpath(out))
+    return real.parent / f".{real.name}.checkpoint"
 
 
 @contextmanager
@@ -62,23 +66,24 @@ def is_claimed(out: Path) -> bool:
 
 
 @contextmanager
-def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
-    """Make the checkpoint's folder and hold its lock, so that no other training writes to `out`; give the folder.
+def claim_output(out: Path, resume: bool = False, overwrite: bool = False) -> Iterator["SavedTraining"]:
+    """Make the checkpoint's folder and hold its lock, so that no other training writes to `out`.
 
     Afterwards the folder stays if a checkpoint is in it. Raises InputError where another training holds it; where it,
-    or a run in `out`, is there, unless `may_stand`; where `out` holds anything else; and where nothing can be written.
+    or a run in `out`, is there, unless it may be resumed or overwritten; and where `out` holds anything else.
     """
-    folder = checkpoint_folder(out)
-    names = sorted(os.listdir(out)) if out.is_dir() else ["a file"] * out.exists()
+    saved = SavedTraining(out, resume)
+    names = sorted(os.listdir(out)) if out.is_dir() else ["a file"] * os.path.lexists(out)
     if others := [name for name in names if name not in FILES or "run.json" not in names]:
         raise InputError(f"--out: {out} holds {others[0]!r:.100}, which no run made; name another folder")
-    if names and not may_stand:
+    if names and not (resume or overwrite):
         raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
     if process_rank():
-        yield folder
+        yield saved
         return
+    folder = saved.path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=may_stand)
+        folder.mkdir(parents=True, exist_ok=resume or overwrite)
     except FileExistsError:
         why = f"another training runs, or was stopped, with {folder}"
         raise InputError(f"--out: {why}; pass --resume or --overwrite to take it") from None
@@ -88,79 +93,84 @@ def claim_output(out: Path, may_stand: bool) -> Iterator[Path]:
         if not is_mine:
             raise InputError(f"--out: another process trains {out} now; wait for it, or name another folder")
         try:
-            yield folder
+            yield saved
         finally:
-            if not (folder / "checkpoint.pt").exists():
+            if not saved.path.exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def training_of(run_json: dict) -> dict:
-    """What must stay the same when a training goes on, of a run.json."""
-    options = {key: value for key, value in (run_json.get("arguments") or {}).items() if key not in MAY_CHANGE}
-    return options | {key: run_json.get(key) for key in ("exit_layers", "labels", *ROWS, "precision")}
-
-
 class SavedTraining:
-    """The checkpoint in `folder` of the training that `run_json` describes.
+    """What a training to `out` has come to, stage by stage; without `out` nothing is written.
 
-    With --resume it holds the stages that are found there. If there are none, but a finished run is in --out,
-    `is_finished` is true. Raises InputError where what is found is of another training.
+    `stages` has by name the losses and seconds, and what is needed to go on.
     """
 
-    def __init__(self, folder: Path, args: argparse.Namespace, run_json: dict) -> None:
-        self.path, self.is_finished = folder / "checkpoint.pt", False
-        self.stages = {}  # by name: losses, seconds, parameters; of one that was stopped, AdamW and the scaler too
-        self.training = before = training_of(run_json)
-        self.signal = 0  # the number of the signal that came
+    def __init__(self, out: Path | None = None, resume: bool = False) -> None:
+        self.out, self.resume, self.training, self.stages = out, resume, {}, {}
+        self.path = out and checkpoint_folder(out) / "checkpoint.pt"
         self.started = self.saved = time.perf_counter()
-        if args.resume and self.path.is_file():
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            before, self.stages = saved["training"], saved["stages"]
+
+    def begin(self, training: dict) -> bool:
+        """Whether the run of this training is finished. If not, the stages that were begun are there from now on.
+
+        `training` is what must be equal where it goes on. Raises InputError where what is found is another's.
+        """
+        self.training, before, is_finished = training, training, False
+        if self.resume and self.path.is_file():
+            try:
+                before, self.stages = torch.load(self.path, map_location="cpu", weights_only=True).values()
+            except Exception as error:  # of pickle or zip, according to what is wrong with the file
+                why = f"{self.path} is not readable ({error!s:.100}); to start anew, pass --overwrite"
+                raise InputError(why, "resume") from None
             done = [f"{len(state['losses'])} steps of {stage}" for stage, state in self.stages.items()]
             LOG.info("--resume: goes on after %s", ", ".join(done))
-        elif args.resume and is_run(args.out):
-            before, self.is_finished = training_of(read_json(args.out / "run.json")), True
-        for key, value in self.training.items():
+        elif self.resume and is_run(self.out):
+            before, is_finished = Run.read(self.out).record.training(), True
+        for key, value in training.items():
             if value != (was := before.get(key)):
-                what = "its rows are others" if key in ROWS else f"{key} is {value!s:.60} and was {was!s:.60}"
-                raise InputError(f"--resume: {args.out} is another training's: {what}; to start anew, pass --overwrite")
+                hidden = {"digest": "its rows are others", "weights": "it starts from other weights"}
+                what = hidden.get(key, f"{key} is {value!s:.60} and was {was!s:.60}")
+                raise InputError(f"{self.out} is another training's: {what}; to start anew, pass --overwrite", "resume")
+        return is_finished
+
+    def stage(self, name: str, bar) -> "SavedTraining":
+        """Begin a stage, whose losses `bar` shows."""
+        self.name, self.bar, self.started = name, bar, time.perf_counter()
+        return self
 
     def restore(self, parameters: Sequence[nn.Parameter], *others) -> list[list[float]]:
         """Restore parameters, AdamW and scaler, if the stage was begun. Returns each step's losses until there."""
-        saved, self.started = self.stages.get(self.stage), time.perf_counter()
-        if not saved:
+        if not (saved := self.stages.get(self.name)):
             return []
         self.started -= saved["seconds"]
         with torch.no_grad():
             for parameter, values in zip(parameters, saved["parameters"], strict=True):
                 parameter.copy_(values)
-        for other, state in zip(others, saved.get("others", ()), strict=False):
+        for other, state in zip(others, saved["others"], strict=False):
             other.load_state_dict(state)
         return saved["losses"]
 
-    def keep(self, losses: list, parameters: Sequence[nn.Parameter], *others, is_over: bool) -> None:
-        """Save the checkpoint if it is time, if the stage is over, or if a signal came, which then ends the process.
-
-        All processes save together as soon as one of them must.
-        """
+    def keep(self, losses: list, steps: int, parameters: Sequence[nn.Parameter], *others) -> None:
+        """Save where the stage is, if it is time, or if it is over."""
         mean = [sum(values) / len(values) for values in zip(*losses[-50:], strict=True)]
         self.bar.set_postfix_str("loss " + ", ".join(f"{value:.2f}" for value in mean), refresh=False)
-        is_due = is_over or time.perf_counter() - self.saved > 60 * MINUTES
-        number, is_due = largest(self.signal), largest(int(is_due))
-        if not is_due and not number:
-            return
-        state = {"losses": losses, "parameters": [parameter.detach().cpu() for parameter in parameters]}
-        if not is_over:
-            state["others"] = [other.state_dict() for other in others]
-        self.save(self.stage, state)
-        if number:
-            LOG.warning("stopped after %d steps of %s; --resume goes on from there", len(losses), self.stage)
-            sys.exit(128 + number)
+        is_over = len(losses) == steps
+        if is_over or (self.path and time.perf_counter() - self.saved > 60 * MINUTES):
+            kept = [parameter.detach().cpu() for parameter in parameters] if self.path else []
+            state = {"losses": losses, "parameters": kept}
+            self.save(self.name, state | {"others": [] if is_over else [other.state_dict() for other in others]})
 
-    def save(self, stage: str, state: dict) -> None:
-        """Write what a stage has come to."""
-        self.stages[stage] = state | {"seconds": time.perf_counter() - self.started}
-        if process_rank() == 0:
+    def once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `make` makes, as a stage without steps; where it was made before, what was made then."""
+        if self.stages.get(name, {}).get("made") is None:
+            self.started = time.perf_counter()
+            self.save(name, {"losses": [], "made": make()})
+        return self.stages[name]["made"]
+
+    def save(self, name: str, state: dict) -> None:
+        """Write what a stage has come to. All processes have the same, and the first one writes."""
+        self.stages[name] = state | {"seconds": time.perf_counter() - self.started}
+        if self.path and process_rank() == 0:
             with written_beside(self.path) as new, new.open("wb") as file:
                 try:
                     torch.save({"training": self.training, "stages": self.stages}, file)
@@ -168,22 +178,12 @@ class SavedTraining:
                     raise OSError(error.__context__ or error) from None
         self.saved = time.perf_counter()
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[dict]:
-        """Within, a stage without steps runs. What it puts into the dictionary is saved at the end."""
-        self.started, state = time.perf_counter(), {"losses": []}
-        yield state
-        self.save(stage, state)
+    def finish(self, run: Run) -> None:
+        """Write the run, whose training is over, in place of its checkpoint.
 
-    @contextmanager
-    def during(self, stage: str, bar) -> Iterator[None]:
-        """Within, the stage is trained, and `bar` shows its losses. A command's SIGTERM and Ctrl-C wait for `keep`."""
-        self.stage, self.bar, former = stage, bar, {}
-        if callable(signal.getsignal(signal.SIGTERM)):  # a command, by `run_command`; else Python's own signals stay
-            for number in (signal.SIGTERM, signal.SIGINT):
-                former[number] = signal.signal(number, lambda number, _: setattr(self, "signal", number))
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        One that diverged is a run, too, and counts as done; but it replaces no weights.
+        """
+        if self.out:
+            if run.record.diverged is None or not (self.out / WEIGHTS).exists():
+                run.save(self.out)
+            self.path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ with the saved answers. It decides as new text is decided: by the exits that are
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,14 +22,12 @@ import torch
 from minisweet.adaptive import leaves
 from minisweet.base.commands import Parser, path_to, progress
 from minisweet.base.files import InputError, one_line, written_beside
-from minisweet.data.text import Examples, TokenizedExamples
+from minisweet.data.text import Texts
 from minisweet.evaluation.metrics import METRICS
-from minisweet.evaluation.operating import promise
-from minisweet.evaluation.outputs import Outputs, all_logits, load_outputs
 from minisweet.evaluation.sweep import sweep
 from minisweet.live import Decisions
-from minisweet.runs.load import read_validation
-from minisweet.use.classifier import Answer, EarlyExitClassifier, add_classifier_options, classifier_of
+from minisweet.outputs import ask_all
+from minisweet.use.classifier import Answer, Deployed, add_classifier_options, answers_of, classifier_of, tokenize
 
 TEMPLATE = Path(__file__).with_name("page.html")
 WORDS, MOST = 5, 10_000  # n-grams on each side; rows of the page that have them, so that it stays small
@@ -45,41 +44,40 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.text) == bool(args.html):
         raise InputError("TEXT: should be a text, or the two of a pair; or --html FILE and no text")
-    others = sorted(vars(args).keys() - {"run", "text", "html"})
-    parser.need(args, args.text, "TEXT; the page shows saved answers", *others)
-    classify = classifier_of(args)
+    parser.need(args, args.text, "TEXT; the page shows saved answers", "threshold", "batch_size", "device", "amp")
+    its = classifier_of(args).deployed
     if args.text:
-        print_exits(classify, explain(classify, args.text))
+        print_exits(its, explain(its, args.text))
         return
-    write_page(args.html, classify, load_outputs(args.run)[0], read_validation(args.run, classify.record))
+    write_page(args.html, its)
     print(f"written to {args.html}")
 
 
-def explain(classify: EarlyExitClassifier, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
+def explain(its: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
     """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last."""
-    examples = classify.tokenize([text])
-    logits, certainty = all_logits(classify.model_, examples, classify.precision_)  # (K, 1, C), (K, 1)
-    confidence = classify.rule.confidences(logits, certainty)[:, 0]  # (K,)
-    enough = leaves(confidence, classify.threshold, classify.rule.lowest)  # (K,)
+    texts = tokenize(its, [text])
+    logits = ask_all(its.model, texts, its.precision).logits  # (K, 1, C)
+    confidence = its.rule.confidences(logits)[:, 0]  # (K,)
+    enough = leaves(confidence, its.threshold, its.rule.lowest)  # (K,)
     enough[-1] = True
     exits, logits = torch.arange(len(logits), device="cpu"), logits[:, 0]  # whatever the user's default device is
-    answers = classify.answers(Decisions(logits.argmax(-1), exits, logits, confidence))
-    for words in spoke(classify, examples):
+    answers = answers_of(its, Decisions(logits.argmax(-1), exits, logits, confidence))
+    for words in word_scores(its, texts):
         answers[0] = answers[0]._replace(words=words)
     return list(zip(answers, enough.tolist(), strict=True))
 
 
-def spoke(classify: EarlyExitClassifier, examples: TokenizedExamples) -> Iterator[tuple[dict[str, float], ...]]:
+def word_scores(its: Deployed, texts: Texts) -> Iterator[tuple[dict[str, float], ...]]:
     """What spoke most at exit 0 for each text's answer, and what for the runner-up: five n-grams each, largest first.
 
     A number is what a word, or a pair of neighbours "a b", adds to the answer's logit less the runner-up's, wherever it
     stands in the text. Of pairs of texts it may be how well one is met in the other. Without exit 0 nothing comes.
     """
-    for row in range(len(examples)) if classify.model_.ngrams is not None else ():
-        inputs = examples.batch(np.array([row])).to(classify.device_).inputs
-        answer, other = classify.model_.ngrams(*inputs)[0].argsort(descending=True, stable=True)[:2]
-        added = classify.model_.ngrams.contributions(*inputs)[0]  # (2T or 2T+2, C)
-        tokens = list(map(classify._tokenizer.id_to_token, inputs[0][0].tolist()))
+    for row in range(len(texts)) if its.model.ngrams is not None else ():
+        inputs = texts.batch(np.array([row])).to(its.device).inputs
+        answer, other = its.model.ngrams(*inputs)[0].argsort(descending=True, stable=True)[:2]
+        added = its.model.ngrams.contributions(*inputs)[0]  # (2T or 2T+2, C)
+        tokens = list(map(its.run.tokenizer.id_to_token, inputs[0][0].tolist()))
         names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *MET]
         total = Counter()
         for name, number in zip(names, (added[:, answer] - added[:, other]).tolist(), strict=False):
@@ -91,10 +89,10 @@ def spoke(classify: EarlyExitClassifier, examples: TokenizedExamples) -> Iterato
         )
 
 
-def print_exits(classify: EarlyExitClassifier, exits: list[tuple[Answer, bool]]) -> None:
+def print_exits(its: Deployed, exits: list[tuple[Answer, bool]]) -> None:
     """Print a row per exit, each with its five likeliest labels, and the words that spoke at exit 0."""
     taken = next(answer for answer, is_enough in exits if is_enough)
-    print(f"threshold {classify.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")
+    print(f"threshold {its.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")
     for answer, is_enough in exits:
         likeliest = Counter(answer.probabilities).most_common(5)
         probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
@@ -113,37 +111,38 @@ def in_words(numbers: dict[str, float]) -> str:
     return ", ".join(f'"{one_line(name, 60)}" {number:+.2f}' for name, number in numbers.items()) or "nothing"
 
 
-def write_page(path: Path, classify: EarlyExitClassifier, outputs: Outputs, rows: Examples) -> None:
-    """Write the page, or replace it, whole or not at all. `outputs` is what all exits said of `rows`.
+def write_page(path: Path, its: Deployed) -> None:
+    """Write the page of a run's saved answers, or replace it, whole or not at all.
 
     Rows without a label are on it only where no row has one.
     """
-    record, point, rule = classify.record, classify.operating_point, classify.rule
+    record, point, rule, outputs, rows = its.run.record, its.point, its.rule, its.run.outputs, its.run.texts
     kept = np.flatnonzero(outputs.labels.numpy() >= 0)
     has_labels = len(kept) > 0
     outputs, rows = (outputs.take(kept), rows.take(kept)) if has_labels else (outputs.against_full_depth(), rows)
     asked = [outputs.exits.layers.index(n) for n in point.exits]
-    certainty = None if outputs.certainty is None else outputs.certainty[asked]
-    outputs = outputs._replace(logits=outputs.logits[asked], certainty=certainty, exits=outputs.exits.take(asked))
+    outputs = outputs._replace(logits=outputs.logits[asked], exits=outputs.exits.take(asked))
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
     swept, _ = sweep([(rule, np.arange(len(outputs.labels)))], outputs, thresholds)
-    confidences = rule.confidences(outputs.logits, outputs.certainty).tolist()  # (K, N)
-    words = spoke(classify, classify.tokenize(rows.texts()[:MOST]))
+    confidences = rule.confidences(outputs.logits).tolist()  # (K, N)
+    words = word_scores(its, rows.take(np.arange(min(MOST, len(rows)))))
     data = {
         **{key: swept[key] for key in ("scores", "speedup_ratios", "exit_scores")},
-        **{key: getattr(record, key) for key in ("task", "method", "labels")},
+        "task": record.task,
+        "method": record.arguments.method,
+        "labels": record.labels,
         **outputs.exits._asdict(),
-        "model": Path(record.model).name,
+        "model": Path(record.arguments.model).name,
         "thresholds": thresholds,
         "lowest": rule.lowest,
-        "point": vars(point) | {"promise": promise(vars(point))},
+        "point": asdict(point) | {"promise": point.promise},
         "metric": METRICS[outputs.metric],
-        "sentences": rows.texts(),
+        "sentences": rows.examples.texts(),
         "predictions": outputs.logits.argmax(-1).tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidences],  # as float32 tells them
         "words": [list(map(in_words, both)) for both in progress(words, desc="exit 0", unit="text")],
         "right": outputs.labels.tolist() if has_labels else None,
-        "difficulties": rows.difficulties,  # of the toy task
+        "difficulties": rows.examples.difficulties,  # of the toy task
     }
     # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -18,9 +18,9 @@ from minisweet.base.commands import Parser, path_to, whole_number
 from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.checkpoint import CLASSIFIERS, public_name
 from minisweet.config import Config
-from minisweet.data.text import load_tokenizer, special_tokens
+from minisweet.data.text import special_tokens
 from minisweet.exits import MultiExitModel
-from minisweet.runs.load import load_run, read_record
+from minisweet.runs.run import Run
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         layer = export(args.run, args.out, args.exit_layer)
         print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
         return
-    read_record(args.run)  # a wrong folder is told before a missing package
+    Run.read(args.run)  # a wrong folder is told before a missing package
     try:
         from minisweet.use.onnx import export_onnx
     except ImportError as error:
@@ -47,25 +47,27 @@ def main() -> None:
     print(*export_onnx(args.run, args.onnx, args.int8), sep="\n")
 
 
-def export(run: Path, out: Path, exit_layer: int | None = None) -> int:
+def export(folder: Path, out: Path, exit_layer: int | None = None) -> int:
     """Write the model of a run up to one exit, whole or not at all. Returns the exit's layer, counted from 1.
 
     Raises InputError for no run, another layer than an exit's, and an `out` that exists.
     """
-    model, record = load_run(run)
+    run = Run.read(folder)
+    model, record, tokenizer = run.model, run.record, run.tokenizer
     layer = model.head_layers[-1] if exit_layer is None else exit_layer
     if layer not in model.head_layers:  # exit 0 has no layers that transformers could load
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.head_layers, 24)}")
     model = next(alone for alone in model.models_alone if layer in alone.head_layers)
-    tokenizer = load_tokenizer(run, model.encoder.config.vocab_size, record.max_length)
     special, is_mpnet = special_tokens(tokenizer), model.encoder.config.model_type == "mpnet"
     if is_mpnet and tokenizer.token_to_id(special[2]) != 1:
-        raise InputError(f"{run}: {special[2]} is not token 1 of its tokenizer, and transformers' MPNet needs it there")
+        raise InputError(
+            f"{folder}: {special[2]} is not token 1 of its tokenizer, and transformers' MPNet needs it there"
+        )
     with written_beside(out, overwrite=False) as new:
         new.mkdir()
         (new / "model.safetensors").write_bytes(save(plain_tensors(model, layer), metadata={"format": "pt"}))
         write_json(new / "config.json", model_config(model.encoder.config, layer, record.labels))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": record.max_length}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": record.arguments.max_length}
         types = [] if is_mpnet else ["token_type_ids"]  # which MPNet would refuse
         settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
         named = zip(("cls", "sep", "pad", "unk"), special, strict=True)

@@ -7,6 +7,7 @@ answers, and so an int8 file gets a threshold and a promise of its own, against 
 Dimension letters: K exits, N texts, C classes.
 """
 
+import copy
 import json
 import math
 import time
@@ -22,85 +23,78 @@ from torch import Tensor
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
-from minisweet.data.text import TokenizedExamples, load_tokenizer, special_tokens
+from minisweet.data.text import Texts, special_tokens
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS
-from minisweet.evaluation.outputs import load_outputs
-from minisweet.runs.load import read_validation
-from minisweet.use.classifier import EarlyExitClassifier
+from minisweet.use.classifier import Deployed, EarlyExitClassifier, classify_tokens
 from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule
 
 
 def export_onnx(run: Path, out: Path, int8: bool = False) -> list[str]:
     """Write one file of a run, whole or not at all. Returns what came out, a line each.
 
-    Raises InputError for an `out` that exists, a run for which nothing was chosen, one of Multi-Model or of
-    learning-to-exit, and where more than one in a hundred of the float32 answers is not the model's.
+    Raises InputError for an `out` that exists, a run for which nothing was chosen, one of Multi-Model, and where more
+    than one in a hundred of the float32 answers is not the model's.
     """
-    classify = EarlyExitClassifier.load(run, device="cpu", amp="off")
-    if classify.rule.ranges is not None or classify.model_.exits.asks_at_1:
-        what = "Multi-Model (mm)" if classify.rule.ranges is None else "learning-to-exit (lte)"
-        raise InputError(f"--onnx: {run} is a run of {what}; the file is for one model whose exits have a confidence")
+    its = EarlyExitClassifier.load(run, device="cpu", amp="off").deployed
+    if its.model.exits.asks_at_1:
+        raise InputError(f"--onnx: {run} is a run of Multi-Model (mm); the file is for one model")
     with written_beside(out, overwrite=False) as new:
-        file, lines = make_file(run, classify, int8)
+        file, its, lines = make_file(its, int8)
         new.write_bytes(content := file.SerializeToString())
-    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, classify.model_.exit_layers))
-    what = f"{kind}, {len(content) / 1e6:.1f} MB, exits {exits}, by default at threshold {classify.threshold:.6g}"
+    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, its.model.exit_layers))
+    what = f"{kind}, {len(content) / 1e6:.1f} MB, exits {exits}, by default at threshold {its.threshold:.6g}"
     return [f"{out}: {what}", *lines]
 
 
-def make_file(run: Path, classify: EarlyExitClassifier, int8: bool) -> tuple[ModelProto, list[str]]:
-    """The file, with its metadata and tokenizer, and what came out when it was tried, a line each.
+def make_file(its: Deployed, int8: bool) -> tuple[ModelProto, Deployed, list[str]]:
+    """The file, with its metadata and tokenizer; what it deploys; and what came out when it was tried, a line each.
 
-    In int8 the classifier gets the file's temperatures and threshold, so that both can be compared.
+    In int8 temperatures and threshold are the file's own.
     """
-    record, layers, point = classify.record, list(classify.model_.exit_layers), vars(classify.operating_point)
-    (outputs, _), texts = load_outputs(run), classify.tokenize(read_validation(run, record).texts())
+    record, texts, outputs, layers = its.run.record, its.run.texts, its.run.outputs, list(its.model.exit_layers)
     rows = operating.split(outputs, record.trained_keys)[1]  # those that judge, or all rows where none does
     rows = rows if len(rows) else np.arange(len(texts))
-    file = export_graph(classify.model_, classify.threshold, classify.rule.temperatures.tolist(), int8)
+    file = export_graph(its.model, its.threshold, its.point.temperatures, int8)
     lines = []
     if int8:
         logits = answers_of_exits(file, texts, len(layers))
         exits = outputs.exits.take([outputs.exits.layers.index(n) for n in layers])
-        full_depth, stated = outputs.logits[-1].argmax(-1), point["full_depth"]
-        outputs = outputs._replace(logits=logits, exits=exits)
-        classify.rule, point = operating.choose(outputs, point["goal"], record.trained_keys, layers)
-        classify.threshold = in_float32(point["threshold"])
-        set_rule(file, classify.threshold, classify.rule.temperatures.tolist())
+        full_depth, stated = outputs.logits[-1].argmax(-1), its.point.full_depth
+        outputs = outputs._replace(logits=logits, exits=exits, precision="int8")
+        point = operating.choose(outputs, its.point.goal, record.trained_keys, layers, record.id)
+        its = its._replace(point=point, rule=point.rule, threshold=in_float32(point.threshold))
+        set_rule(file, its.threshold, point.temperatures)
         changes = int((logits[-1].argmax(-1) != full_depth)[rows].sum())
         what = f"{changes:,} of {len(rows):,} answers at full depth are not the model's"
         if outputs.metric != "agreement":
-            gap = point["full_depth"] - stated
-            what += f"; {METRICS[outputs.metric]} there {point['full_depth']:.1f}, {gap:+.1f} points beside the model's"
+            gap = point.full_depth - stated
+            what += f"; {METRICS[outputs.metric]} there {point.full_depth:.1f}, {gap:+.1f} points beside the model's"
         lines += [f"int8: {what}"]
 
     texts = texts.take(rows)
     (probabilities, _, taken), milliseconds = one_by_one(file, texts)
     _, full_milliseconds = one_by_one(file, texts, threshold=np.ones((), np.float32))
-    of_file = [(classify.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), taken, strict=True)]
-    of_model = [(answer.label, answer.exit_layer) for answer in classify.classify_tokens(texts)]
+    of_file = [(its.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), taken, strict=True)]
+    of_model = [(answer.label, answer.exit_layer) for answer in classify_tokens(its, texts)]
     differ = sum(one != other for one, other in zip(of_file, of_model, strict=True))
     if 100 * differ > len(rows) and not int8:
         raise InputError(f"--onnx: not written: {differ} of {len(rows)} answers are not the model's")
 
-    metadata = {"labels": record.labels, "exit_layers": layers, "max_length": record.max_length}
-    metadata |= {"pairs": len(record.columns) == 2, "threshold": classify.threshold, "goal": point["goal"]}
-    tokenizer = load_tokenizer(run, record.vocab_size, record.max_length)
+    metadata = {"labels": record.labels, "exit_layers": layers, "max_length": record.arguments.max_length}
+    metadata |= {"pairs": len(record.columns) == 2, "threshold": its.threshold, "goal": its.point.goal}
+    tokenizer = copy.deepcopy(its.run.tokenizer)
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     as_json = {key: json.dumps(value) for key, value in metadata.items()}
     set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
-    promised = operating.promise(point) or operating.shortfall(point, record.dev_size or 1.0)
-    return file, [
-        *lines,
-        f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's",
-        f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth",
-        *([promised] if promised else []),
-    ]
+    lines += [f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's"]
+    lines += [f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth"]
+    promised = its.point.promise or its.point.shortfall(record.set_aside)
+    return file, its, [*lines, *([promised] if promised else [])]
 
 
-def answers_of_exits(file: ModelProto, texts: TokenizedExamples, exits: int) -> Tensor:
+def answers_of_exits(file: ModelProto, texts: Texts, exits: int) -> Tensor:
     """What each exit of a file says of all texts: log-probabilities (K, N, C), at a temperature of 1."""
     said = []
     for k in range(exits):  # nobody leaves at exits before, which get no confidence, and all leave at exit k
@@ -109,7 +103,7 @@ def answers_of_exits(file: ModelProto, texts: TokenizedExamples, exits: int) -> 
     return torch.from_numpy(np.stack(said)).clamp(min=1e-37).log()
 
 
-def one_by_one(file: ModelProto, texts: TokenizedExamples, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:
+def one_by_one(file: ModelProto, texts: Texts, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:
     """Run texts through a file one by one: its outputs, (N, ...) each, and the mean milliseconds of a text.
 
     The first tenth of the texts is not timed.

@@ -38,7 +38,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from minisweet.exits import MultiExitModel
-from minisweet.layers import TransformerLayer
+from minisweet.layers import Dropout
 
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
 INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("probabilities", "confidence", "exit_layer")
@@ -78,10 +78,10 @@ class Writer:
     """Writes a model's graph, node by node. A value goes by its name."""
 
     def __init__(self, model: MultiExitModel) -> None:
-        self.model = model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = model = copy.deepcopy(model).requires_grad_(False).train()
         for module in model.modules():
-            if isinstance(module, TransformerLayer):
-                module.plain_products = True  # in fewer nodes than those of torch's own attention
+            if isinstance(module, Dropout):  # attention as in training is fewer nodes than torch's own
+                module.p = 0.0
         encoder, layer, head, ngrams = model.encoder, model.encoder.layers[0], model.heads[0], model.ngrams
         start = Step(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
         go = Step(lambda layer, hidden, *context: layer(hidden, context), layer)

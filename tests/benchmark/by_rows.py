@@ -18,13 +18,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.commands import Parser, list_of, positive_float, whole_number
+from minisweet.base.commands import Parser, list_of, positive_number, whole_number
 from minisweet.base.files import read_json, write_json
 from minisweet.data.tasks import TASKS, load_examples
 from minisweet.data.text import Examples
-from minisweet.evaluation.outputs import all_logits
+from minisweet.outputs import ask_all
 from minisweet.paper.report import cells, table
-from minisweet.runs.load import load_run
+from minisweet.runs.run import Run
+from minisweet.use.classifier import classify_tokens, tokenize
 from tests.benchmark import run_study, show, study
 from tests.benchmark.linear import LINEAR, fit_linear
 
@@ -38,12 +39,12 @@ BESIDE = tuple(name for name in LINEAR.values() if name != "model2vec" or find_s
 
 def ask(classify: EarlyExitClassifier, run: Path, rows: Examples) -> dict[str, np.ndarray]:
     """What exit 0, full depth and what is deployed say of rows, as numbers of labels, and the layers run: (N,) each."""
-    model, record = load_run(run)
-    logits, _ = all_logits(model, classify.tokenize(rows.texts()), None)
-    deployed = classify.classify(rows.texts())
+    its = classify.deployed
+    texts = tokenize(its, rows.texts())
+    logits, deployed = ask_all(Run.read(run).model, texts).logits, classify_tokens(its, texts)
     said = {"exit 0": logits[0].argmax(-1).numpy(), FULL: logits[-1].argmax(-1).numpy()}
     said[DEPLOYED] = np.array([answer.label for answer in deployed])
-    return said | {LAYERS: np.array([answer.exit_layer for answer in deployed]) / record.depth}
+    return said | {LAYERS: np.array([answer.exit_layer for answer in deployed]) / its.run.record.depth}
 
 
 def measure(run: Path, labelled: Examples, more: Examples, test: Examples, beside: bool, **options) -> dict:
@@ -117,7 +118,7 @@ def tables(folder: Path, model: str = study.SMALL) -> dict[str, str]:
 def main() -> None:
     """Make what is missing, and print or write the tables."""
     parser = Parser(__doc__)
-    parser.add_argument("--lr", type=positive_float, help="(default: the usual)")
+    parser.add_argument("--lr", type=positive_number, help="(default: the usual)")
     parser.add_argument("--rows", type=list_of(whole_number(10)), default=[300, 1200, 6000])
     parser.add_argument("--unlabelled", type=list_of(whole_number(0)), default=[0])
     parser.add_argument("--write", action="store_true")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from minisweet import load_encoder
-from minisweet.data.text import Examples, TokenizedExamples, load_tokenizer
+from minisweet.data.text import Examples, Texts, load_tokenizer
 from minisweet.runs.hub import model_folder
 
 LINEAR = {"tfidf": "TF-IDF", "static": "model2vec", "embeddings": "embeddings"}  # by the names of the archive's records
@@ -26,7 +26,7 @@ def embed(texts: list[str]) -> np.ndarray:
     folder = model_folder("minilm-l6")
     encoder = load_encoder(folder).eval()
     tokenizer = load_tokenizer(folder, encoder.config.vocab_size, 256)
-    examples, vectors = TokenizedExamples(tokenizer, Examples(texts, None, None)), {}
+    examples, vectors = Texts(tokenizer, Examples(texts, None, None)), {}
     with torch.inference_mode():
         for batch in examples.by_length(64, 1024):
             mask = batch.attention_mask[..., None]  # (B, T, 1)

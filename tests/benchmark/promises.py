@@ -15,10 +15,10 @@ import torch
 
 from minisweet.base.commands import Parser, whole_number
 from minisweet.evaluation.operating import choose, stated
-from minisweet.evaluation.outputs import Outputs
+from minisweet.outputs import Outputs
 from minisweet.paper.report import table
 from tests.benchmark import run_study
-from tests.benchmark.records import read_outputs
+from tests.benchmark.archive import read_outputs
 
 GOAL = {"max_lost": 3.0, "sure": 90.0}
 ROWS = {240: 320, 1000: 1334}  # texts that judge, and all that are drawn
@@ -29,11 +29,11 @@ HEAD = ("pool", "judging", "broken", "intervals held: score", "full depth", "los
 def outcome(pool: Outputs, rows: int, seed: int) -> list[float]:
     """One draw: whether the promise is broken, which intervals held, the share of the layers and the net loss."""
     drawn = pool.take(np.random.default_rng(seed).integers(len(pool.keys), size=rows))
-    rule, point = choose(drawn._replace(keys=torch.arange(rows)), GOAL)
-    asked = [pool.exits.layers.index(n) for n in point["exits"]]
+    point = choose(drawn._replace(keys=torch.arange(rows)), GOAL)
+    asked = [pool.exits.layers.index(n) for n in point.exits]
     some = pool._replace(logits=pool.logits[asked], exits=pool.exits.take(asked), keys=torch.arange(len(pool.keys)))
-    truth = stated(rule, range(len(asked)), point["threshold"], some, some)
-    ends = [point[f"{name}_interval"] for name in STATED]
+    truth = stated(point.rule, range(len(asked)), point.threshold, some, some)
+    ends = [getattr(point, f"{name}_interval") for name in STATED]
     held = [low - 1e-9 <= truth[name] <= high + 1e-9 for name, (low, high) in zip(STATED, ends, strict=True)]
     return [truth["lost"] > GOAL["max_lost"], *held, truth["share"], truth["full_depth"] - truth["score"]]
 

@@ -29,9 +29,9 @@ from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import device_name, processor, tune_cpu
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig
-from minisweet.data.text import load_tokenizer, special_tokens
+from minisweet.data.text import special_tokens
 from minisweet.paper.report import table
-from minisweet.runs.load import load_run, read_validation
+from minisweet.runs.run import Run
 from minisweet.use.export import export
 from tests.benchmark import CHECKOUT, run_study, show
 
@@ -85,7 +85,7 @@ def our_texts(run: str, texts: str, amp: str, threshold: float | None = None) ->
     """What answers all texts by our classifier, by class and layer."""
     tune_cpu()
     classify, rows = EarlyExitClassifier.load(run, threshold=threshold, amp=amp), json.loads(Path(texts).read_text())
-    return lambda: [(classify.labels.index(answer.label), answer.exit_layer) for answer in classify.classify(rows)]
+    return lambda: [(classify.deployed.labels.index(its.label), its.exit_layer) for its in classify.classify(rows)]
 
 
 def their_texts(folder: str, texts: str, bf16: bool) -> Callable[[], list]:
@@ -175,8 +175,8 @@ def main() -> None:
     args = parser.parse_args()
     from minisweet.use.onnx import export_onnx
 
-    run, (_, record) = args.run.resolve(), load_run(args.run)
-    rows, tokenizer = read_validation(run, record), load_tokenizer(run, record.vocab_size, record.max_length)
+    run = Run.read(args.run.resolve())
+    record, rows, tokenizer = run.record, run.examples, run.tokenizer
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     rows = rows.take(sorted(range(len(rows.first))[: args.texts], key=lambda n: len(rows.first[n])))
@@ -185,18 +185,18 @@ def main() -> None:
         plain, texts, words, theirs, ours = (f"{place}/{name}" for name in ("plain", "texts", "words", "full", "file"))
         Path(texts).write_text(json.dumps(rows.texts()))
         tokenizer.save(words)
-        export(run, Path(plain))
+        export(run.folder, Path(plain))
         export_theirs(plain, f"{theirs}-float32.onnx", f"{theirs}-int8.onnx")
         for kind, amp in list({"float32": "off", "bfloat16": "bf16"}.items())[: 1 + processor()[1]]:
             batches[f"transformers, {kind}"] = HERE, "their_texts", (plain, texts, kind == "bfloat16")
             for point in ("full depth", "as deployed"):
-                batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run), texts, amp, POINTS[point])
+                batches[f"ours, {kind}, {point}"] = HERE, "our_texts", (str(run.folder), texts, amp, POINTS[point])
         for kind in ("float32", "int8"):
             file = f"{theirs}-{kind}.onnx"
             batches[f"ONNX Runtime, {kind}"] = "onnx_side", "step_of", (file, words, texts, 32)
             files[f"full model, {kind}"] = "onnx_side", "step_of", (file, words, texts, 1)
             file = Path(f"{ours}-{kind}.onnx")
-            export_onnx(run, file, int8=kind == "int8")
+            export_onnx(run.folder, file, int8=kind == "int8")
             for point, threshold in POINTS.items():
                 call = "onnx_side", "step_of", (str(file), words, texts, 1, threshold)
                 files[f"the file that leaves early, {kind}, {point}"] = call
@@ -209,7 +209,7 @@ def main() -> None:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
     where = f"{device_name(torch.device('cpu'))}{', with bfloat16' * processor()[1]}; {libraries}"
     made["measured on"] = f"{where}; medians of {args.turns} turns; {date.today()}.\n"
-    suffix = "" if of_small else f": {Path(record.model).name}"
+    suffix = "" if of_small else f": {Path(record.arguments.model).name}"
     show({name + suffix: block for name, block in made.items()}, args.write)
 
 

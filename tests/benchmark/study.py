@@ -20,13 +20,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from minisweet.base.commands import Parser, list_of, positive_float, whole_number
+from minisweet.base.commands import Parser, list_of, one_of, positive_number, whole_number
 from minisweet.base.files import InputError, read_json, write_json, written_beside
 from minisweet.checkpoint import read_config
 from minisweet.methods import exit_layers_for
 from minisweet.runs.hub import home, model_folder
 from tests.benchmark import CHECKOUT, TASKS, USUAL, run_study
-from tests.benchmark.records import LOGITS, METHODS
+from tests.benchmark.archive import LOGITS, METHODS
 
 SMALL = "minilm-l6"  # the default model
 ROWS = 6000  # of GLUE to train on, drawn by the seed, or all where there are fewer
@@ -47,7 +47,7 @@ def options_of(parser: Parser, tasks: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=home() / "data")
     parser.add_argument("--own", type=Path, nargs=2, metavar=("TRAIN", "TEST"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", type=list_of(str, TASKS), default=list(tasks))
+    parser.add_argument("--tasks", type=list_of(one_of(*TASKS)), default=list(tasks))
     parser.add_argument("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2])
     args = parser.parse_args()
     if "own" in args.tasks and not args.own:
@@ -85,7 +85,7 @@ def keep(run: Path, record: Path) -> None:
 def main() -> None:
     """Make what is missing."""
     parser = Parser(__doc__)
-    parser.add_argument("--lr", type=positive_float, help=f"(default: {SMALL} the best of a search, else {RATE:g})")
+    parser.add_argument("--lr", type=positive_number, help=f"(default: {SMALL} the best of a search, else {RATE:g})")
     args = options_of(parser, TASKS[:-1])  # all but own text
     records, is_small = args.out / "records", args.model == SMALL
     records.mkdir(parents=True, exist_ok=True)

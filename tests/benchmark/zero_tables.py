@@ -18,7 +18,7 @@ from minisweet.evaluation.plots import draw_line, label_axes, new_figure, save_f
 from minisweet.paper import report
 from minisweet.paper.report import Records, cells, table
 from tests.benchmark import RESULTS, TASKS, USUAL, by_rows, run_study, show
-from tests.benchmark.records import GRID, METHODS, ONE_BRANCH, OURS, SHARES, Study, curves_of, read_grid, read_study
+from tests.benchmark.archive import GRID, METHODS, ONE_BRANCH, OURS, SHARES, Study, curves_of, read_grid, read_study
 
 SIZES = (".", "base")  # where a study's records are, in FOLDER
 TITLES = dict(zip(TASKS, ("SST-2", "MRPC", "QQP", "QNLI", "CoLA", "RTE", "own text"), strict=True))

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from minisweet.adaptive import Exits
 from minisweet.base.files import LOG, read_json
+from minisweet.evaluation.calibration import fit_rule
 from minisweet.evaluation.metrics import score
-from minisweet.evaluation.outputs import Outputs
 from minisweet.evaluation.sweep import crossfit, sweep
+from minisweet.outputs import Outputs
 from minisweet.paper.report import Records, curve_of
 from tests.benchmark import TASKS, USUAL
 from tests.benchmark.linear import LINEAR
@@ -84,7 +85,7 @@ def curves_of(layers: list[int]) -> dict[str, tuple[str, list[int]]]:
 def exits_after(layers: list[int], depth: int, method: str) -> Exits:
     """The exits of a method's model after these layers, and what they cost."""
     in_vain = {"branch": [1 / 6 if n else 0 for n in layers], "mm": layers}.get(method, [0] * len(layers))
-    return Exits(layers, layers, in_vain, depth, asks_at_1=method == "mm")
+    return Exits(layers, in_vain, depth, asks_at_1=method == "mm")
 
 
 def read_outputs(record: Path) -> Outputs:
@@ -113,7 +114,7 @@ def measure(records: Path, task: str, seed: int, layers: list[int]) -> dict[str,
         some = len(run.logits) < len(layers)  # MM without its last model
         logits = [front.logits[:1], run.logits[-len(layers) :], *[front.logits[-1:]] * some]
         run = run._replace(logits=torch.cat(logits), exits=exits_after([0, *layers], run.exits.depth, method))
-        folds, rule = crossfit(run), run.fit_rule()
+        folds, rule = crossfit(run), fit_rule(run)
         confidences = rule.confidences(run.logits).numpy()  # (1 + E, N)
         for curve, (of, exits) in curves_of(layers).items():
             if of == method:

@@ -1,0 +1,132 @@
+"""What is deployed of a run: which exits are asked, when a text leaves, and what is promised of new text, in words."""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from minisweet.adaptive import ExitRule
+from minisweet.base.commands import Options, number, option
+from minisweet.base.files import InputError
+
+CHOOSING = 4  # of so many validation texts one chooses, and the others judge
+ROUNDING = 1e-9  # of shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal(Options):
+    """What is wanted of what is deployed: that little is lost, or else that little is run."""
+
+    max_lost: float = option(3.0, number(0.01, 99.99), "at most so many of 100 texts are lost (default: 3)")
+    sure: float = option(90.0, number(50, 99.9), "how sure of that, in percent (default: 90)")
+    max_share: float | None = option(None, number(0, 1), "in its place: at most this share of the layers, from 0 to 1")
+
+    def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
+        """The goal by what is given anew; None leaves it as it is. Raises InputError where both kinds are given."""
+        if max_lost is not None and max_share is not None:
+            raise InputError(f"{max_share!r:.60}, and max_lost is given too; should be one of both", "max_share")
+        if max_share is None and max_lost is sure is None:
+            return self
+        of_lost = self.max_lost if max_lost is None else max_lost
+        return Goal(max_lost=of_lost, sure=self.sure if sure is None else sure, max_share=max_share)
+
+    def as_json(self) -> dict[str, float]:
+        """The goal as operating.json has it: {"max_lost": P, "sure": S}, or {"max_share": s}."""
+        names = ("max_lost", "sure") if self.max_share is None else ("max_share",)
+        return {name: float(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """What is deployed, and what may be expected of it on new text, as operating.json has it.
+
+    Scores are in percent, shares of the layers from 0 to 1. Each interval is a 95% interval, its two ends.
+    """
+
+    id: str | None = None  # of the run
+    threshold: float
+    exits: list[int]  # the layers of those that are asked, the last exit's among them
+    goal: dict[str, float]  # {"max_lost": P, "sure": S} or {"max_share": s}
+    lost_means: Literal["lost", "changed"]  # full depth is right and early exit wrong; or their answers differ
+    choosing_texts: int
+    judging_texts: int
+    score: float
+    score_interval: list[float] | None
+    full_depth: float
+    full_depth_interval: list[float] | None
+    lost: float  # of 100 judging texts
+    lost_interval: list[float] | None
+    share: float  # of the layers
+    share_interval: list[float] | None
+    temperatures: list[float]  # of `exits`
+    per_class: dict  # precision, recall, f1, support: (C,) each
+    precision: str  # in which its logits were computed
+
+    @property
+    def rule(self) -> ExitRule:
+        """When a text leaves at which of the exits."""
+        temperatures = torch.tensor(self.temperatures, dtype=torch.float32, device="cpu")
+        return ExitRule(len(self.per_class["support"]), temperatures)
+
+    @property
+    def promise(self) -> str:
+        """What the judges saw and what is promised, in words; "" where all texts run to the last exit."""
+        if self.threshold == 1:
+            return ""
+        texts, is_changed = self.judging_texts, self.lost_means == "changed"
+        lost = f"{(n := round(self.lost * texts / 100)):,} answer{'s' * (n != 1)}"
+        did = f"changed {lost} of the full model" if is_changed else f"lost {lost} that the full model had right"
+        said = f"On {texts:,} of your texts that the model had not seen, early exit {did}."
+        if "max_share" in self.goal:
+            return said
+        what = (
+            "answers to new texts like these are not the full model's"
+            if is_changed
+            else "new texts like these are lost"
+        )
+        return f"{said} In the long run at most {self.goal['max_lost']:g} in 100 {what}, {self.goal['sure']:g}% sure."
+
+    def shortfall(self, set_aside: float = 1.0) -> str:
+        """A line where a goal is out of reach, or only full depth can be promised; else "".
+
+        It says how many rows would do. Of these a share is set aside: 1 where they have a file of their own.
+        """
+        if "max_share" in self.goal:
+            wanted = f"at most {self.goal['max_share']:g} of the layers is out of reach"
+            is_reached = self.share <= self.goal["max_share"] + ROUNDING
+            return "" if is_reached else f"{wanted}: the fastest takes {self.share:.3g}"
+        if self.threshold < 1:
+            return ""
+        needed = texts_needed(self.goal)
+        if self.judging_texts >= needed[-1]:
+            many = f"too many of {self.judging_texts:,} texts are {self.lost_means}"
+            return f"nothing faster than full depth can be promised: {many}"
+        rows = [math.ceil(math.ceil(n * CHOOSING / (CHOOSING - 1)) / set_aside) for n in needed]
+        kind = "labelled rows" if self.lost_means == "lost" else "rows without a label"
+        would = f"{rows[0]:,} {kind} would do where none is {self.lost_means}"
+        would += f", {rows[1]:,} and {rows[2]:,} where one or two are"
+        return f"nothing faster than full depth can be promised: {self.judging_texts:,} texts judged. Some {would}"
+
+    def in_words(self, exits: int, set_aside: float = 1.0) -> str:
+        """What is promised of new text by a model of so many exits; or why nothing faster than full depth can be."""
+        return "the model has one exit alone" if exits == 1 else self.promise or self.shortfall(set_aside)
+
+
+def how_sure(texts: int, lost: np.ndarray, share: float) -> np.ndarray:
+    """How sure it is, from 0 to 1, that in the long run at most a share of texts is lost, where `lost` of them were.
+
+    This is the exact binomial test, 1 - P(Binomial(texts, share) <= lost): (M,) to (M,).
+    """
+    k = torch.arange(max(lost) + 1, dtype=torch.float64)
+    ways = math.lgamma(texts + 1) - torch.lgamma(k + 1) - torch.lgamma(texts - k + 1)  # logarithms
+    chances = (ways + torch.xlogy(k, share) + torch.special.xlog1py(texts - k, -share)).exp()
+    return (1 - chances.cumsum(0)).numpy()[lost]
+
+
+def texts_needed(goal: dict[str, float]) -> list[int]:
+    """How many texts must judge to promise something where none, one or two of them are lost."""
+    tests = [lambda n, lost=lost: how_sure(n, [lost], goal["max_lost"] / 100)[0] for lost in range(3)]
+    return [bisect_left(range(10**9), goal["sure"] / 100, lost + 1, key=test) for lost, test in enumerate(tests)]
