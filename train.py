@@ -8,7 +8,6 @@ Writes a run folder, which evaluate.py reads. The loop stands in minisweet/train
 minisweet/methods.py, and all of a training in minisweet/runs/recipe.py. For your own text: minisweet fit FILE.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from shlex import quote
 
@@ -16,7 +15,7 @@ from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import distributed, tune_cpu
 from minisweet.data.tasks import TASKS
 from minisweet.runs.hub import home
-from minisweet.runs.options import OF_OWN_TEXT, TrainingOptions
+from minisweet.runs.options import OF_TASKS, TrainingOptions
 from minisweet.runs.recipe import train_task
 from minisweet.runs.record import run_name
 from minisweet.runs.resume import add_output_options, claim_output
@@ -29,8 +28,7 @@ def main() -> None:
     option("--task", choices=list(TASKS), default="toy", help="of GLUE, or toy (default: toy)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    names = [its.name for its in fields(TrainingOptions) if its.name not in OF_OWN_TEXT]
-    parser.add_options(TrainingOptions, *names, method="sweet", train_size=6000)
+    parser.add_options(TrainingOptions, *OF_TASKS, method="sweet", train_size=6000)
     add_output_options(parser)
     args = parser.parse_args()
     options = parser.make(TrainingOptions, args)

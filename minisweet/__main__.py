@@ -1,7 +1,8 @@
 """Early exits for your own text: `minisweet COMMAND ...`. `minisweet COMMAND --help` tells a command's options.
 
 fit         train on a file of texts, choose what to deploy, say what to expect
-choose      choose again, by another goal
+choose      choose again, by another goal, or with more labels
+label       ask for the few labels that let more texts leave early
 test        try what is deployed on other labelled texts
 predict     predict the texts of a file
 explain     show how a text is answered, exit by exit, or a page of all validation texts
@@ -18,7 +19,7 @@ import sys
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import tune_cpu
 
-COMMANDS = {name: f"minisweet.use.{name}" for name in ("fit", "choose", "predict", "explain", "export")}
+COMMANDS = {name: f"minisweet.use.{name}" for name in ("fit", "choose", "label", "predict", "explain", "export")}
 COMMANDS["test"] = "minisweet.use.check"
 COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 

@@ -16,37 +16,61 @@ from torch import Tensor
 
 
 class ExitRule:
-    """How confident an exit is: its highest probability, or what it has learned of itself, learning-to-exit (Sec. 5).
+    """What an exit answers, and how confident it is: its highest probability, or what it learned of itself (Sec. 5).
+
+    With `weights` exit 0, which was asked anyway, has a say in the answer: exit k's calibrated logits are
+    logits_k / T_k + w_k logits_0 / T_0. The paper has no such weights.
 
     Args:
         num_labels: C.
         temperatures: (K,), what each exit's logits are divided by; None for ones.
+        weights: (K,), how much exit 0, the first of the exits, counts at each; 0 at itself. None for zeros.
         ranges: (K, 2), the lowest and the highest certainty of each exit on validation data. This makes it the rule
             of learning-to-exit.
     """
 
-    def __init__(self, num_labels: int, temperatures: Tensor | None = None, ranges: Tensor | None = None) -> None:
-        self.num_labels, self.temperatures, self.ranges = num_labels, temperatures, ranges
+    def __init__(
+        self,
+        num_labels: int,
+        temperatures: Tensor | None = None,
+        weights: Tensor | None = None,
+        ranges: Tensor | None = None,
+    ) -> None:
+        self.num_labels, self.temperatures, self.weights, self.ranges = num_labels, temperatures, weights, ranges
         # The lowest possible confidence; at this threshold all leave at the first exit.
         self.lowest = 1 / num_labels if ranges is None else 0.0
 
-    def confidence(self, k: int, logits: Tensor, certainty: Tensor | None) -> Tensor:
-        """Exit k's confidence, k from 0: logits (n, C) and, of learning-to-exit, certainty (n,) to (n,) in float32."""
+    @property
+    def needs_exit_0(self) -> bool:
+        """Whether exit 0 has a say at later exits, and so is always asked."""
+        return self.weights is not None and bool(self.weights.any())
+
+    def calibrated(self, k: int, logits: Tensor, first: Tensor) -> Tensor:
+        """Exit k's calibrated logits, k from 0, by its own and the first exit's, which are calibrated: (n, C) each."""
+        logits = logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
+        return logits if self.weights is None or not self.weights[k] else logits + self.weights[k] * first
+
+    def confidence(self, k: int, calibrated: Tensor, certainty: Tensor | None) -> Tensor:
+        """Exit k's confidence: calibrated logits (n, C) and, of learning-to-exit, certainty (n,) to (n,) in float32."""
         if certainty is None:
-            logits = logits.float() if self.temperatures is None else logits.float() / self.temperatures[k]
-            return logits.softmax(-1).amax(-1)
+            return calibrated.softmax(-1).amax(-1)
         low, high = self.ranges[k]
         return ((certainty.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+
+    def all_calibrated(self, logits: Tensor) -> Tensor:
+        """The calibrated logits of all exits, of their logits: (K, N, C)."""
+        first = self.calibrated(0, logits[0], logits[0])
+        return torch.stack([first, *(self.calibrated(k, logits[k], first) for k in range(1, len(logits)))])
 
     def confidences(self, logits: Tensor, certainty: Tensor | None = None) -> Tensor:
         """All exits' confidences in all instances: logits (K, N, C) and certainties (K, N) to (K, N)."""
         of_exit = [None] * len(logits) if certainty is None else certainty
-        return torch.stack([self.confidence(k, exit_logits, of_exit[k]) for k, exit_logits in enumerate(logits)])
+        return torch.stack([self.confidence(k, its, of_exit[k]) for k, its in enumerate(self.all_calibrated(logits))])
 
     def kept(self, places: Sequence[int]) -> "ExitRule":
-        """The rule of some of its exits, counted from 0."""
-        kept = (None if values is None else values[list(places)] for values in (self.temperatures, self.ranges))
-        return ExitRule(self.num_labels, *kept)
+        """The rule of some of its exits, counted from 0; the first must be among them if it has a say."""
+        its = (self.temperatures, self.weights, self.ranges)
+        return ExitRule(self.num_labels, *(None if values is None else values[list(places)] for values in its))
 
 
 def in_float32(threshold: float) -> float:

@@ -21,7 +21,7 @@ class Decisions(NamedTuple):
 
     labels: Tensor  # (B,)
     exits: Tensor  # (B,) the index of the exit taken, among the model's
-    logits: Tensor  # (B, C) of that exit, in float32
+    logits: Tensor  # (B, C) of that exit, calibrated, in float32
     confidence: Tensor  # (B,) of that exit
 
 
@@ -44,27 +44,31 @@ def early_exit(
         batch_size: how many of the B run at once.
     """
     rule, inputs = rule or ExitRule(model.num_labels), checked_inputs(input_ids, attention_mask, token_type_ids)
-    last, threshold = len(model.exit_layers) - 1, in_float32(threshold)
-    first = last if threshold >= 1 and not model.asks_at_1 else 0  # the exit that is asked first
-    model = model.keep_exits(model.exit_layers[first:])
+    threshold, asked = in_float32(threshold), list(range(len(model.exit_layers)))
+    if threshold >= 1 and not model.asks_at_1:
+        asked = [0, asked[-1]] if rule.needs_exit_0 else asked[-1:]
+    rule, model = rule.kept(asked), model.keep_exits([model.exit_layers[k] for k in asked])
     lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
     rows = lengths.argsort(descending=True, stable=True)  # similar lengths run together
     exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)
     all_logits, stays = confidence.new_zeros(len(lengths), model.num_labels), torch.ones_like(lengths).bool()
+    of_exit_0, start = all_logits, 0
 
     def decide(k: int, batch: Tensor, logits: Tensor, certainty: Tensor | None) -> Tensor:
-        """Note what exit k says of the rows `batch`, (R, C) and (R,) or None. Returns who of them stays: bool (R,)."""
-        all_logits[batch], exits[batch] = logits.float(), k
-        confidence[batch] = sure = rule.confidence(k, logits, certainty)
-        stays[batch] = ~leaves(sure, threshold, rule.lowest) & (k < last)
+        """Note what the k-th asked exit says of the rows `batch`, (R, C) and (R,) or None. Returns who stays: (R,)."""
+        all_logits[batch] = calibrated = rule.calibrated(k, logits, of_exit_0[batch])
+        exits[batch] = asked[k]
+        confidence[batch] = sure = rule.confidence(k, calibrated, certainty)
+        stays[batch] = ~leaves(sure, threshold, rule.lowest) & (k < len(asked) - 1)
         return stays[batch]
 
     if model.ngrams is not None:
         for batch in rows.split(batch_size) if len(rows) else ():
             decide(0, batch, model.ngrams(*(x[batch, : lengths[batch[0]]] for x in inputs)), None)
-        rows, first, model = rows[stays[rows]], 1, model.keep_exits(model.head_layers)
+        of_exit_0, start = all_logits.clone(), 1
+        rows, model = rows[stays[rows]], model.keep_exits(model.head_layers)
     for batch in rows.split(batch_size) if len(rows) else ():
-        outputs, k, stay = model.exit_by_exit(*(x[batch, : lengths[batch[0]]] for x in inputs)), first, None
+        outputs, k, stay = model.exit_by_exit(*(x[batch, : lengths[batch[0]]] for x in inputs)), start, None
         while len(batch):
             stay = decide(k, batch, *outputs.send(stay))
             batch, k = batch[stay], k + 1

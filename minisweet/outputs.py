@@ -3,7 +3,7 @@
 Dimension letters: K exits, N texts, n some of them, T distinct texts, C classes, P thresholds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,16 +29,31 @@ class Outputs(NamedTuple):
     metric: str  # of `score`: "agreement" where no row has a label
     exits: Exits
     precision: str = "torch.float32"  # of the logits
+    units: Tensor | None = None  # (N,), int64, of `Texts`: equal for texts of one group; None where a text is a unit
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Outputs":
         """These rows (n,) alone."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
+        its = {
+            name: getattr(self, name)[rows] for name in ("labels", "keys", "units") if getattr(self, name) is not None
+        }
         certainty = None if self.certainty is None else self.certainty[:, rows]
-        return Outputs(self.logits[:, rows], certainty, self.labels[rows], self.keys[rows], *self[4:])
+        return self._replace(logits=self.logits[:, rows], certainty=certainty, **its)
 
-    def against_full_depth(self) -> "Outputs":
-        """The same rows with full depth's answers as labels, so that what is lost is what changes."""
-        return self._replace(labels=self.logits[-1].argmax(-1), metric="agreement")
+    def by(self, rule: ExitRule) -> "Outputs":
+        """The same rows with calibrated logits, so that full depth's answer is that of the rule."""
+        return self._replace(logits=rule.all_calibrated(self.logits))
+
+    def filled(self, labels: Mapping[int, int] | None = None) -> "Outputs":
+        """The same rows, where those without a label get one: by their key that of `labels`, else full depth's answer.
+
+        So a text without a label is lost where early exit changes full depth's answer. Where no row has a label, the
+        metric is agreement with full depth.
+        """
+        full = self.logits[-1].argmax(-1)
+        given = [(labels or {}).get(key, answer) for key, answer in zip(self.keys.tolist(), full.tolist(), strict=True)]
+        metric = self.metric if (self.labels >= 0).any() else "agreement"
+        return self._replace(labels=self.labels.where(self.labels >= 0, torch.tensor(given)), metric=metric)
 
     def labelled(self, there: bool = True) -> "Outputs":
         """The rows that have a label, or those that have none."""
@@ -55,15 +70,18 @@ class Outputs(NamedTuple):
         _, first, rows = np.unique(keys.numpy(), return_index=True, return_counts=True)  # (T,) each
         return np.add.reduceat(values[..., order.numpy()].astype(np.float64), first, axis=-1) / rows
 
-    def decide_at(self, rule: ExitRule, asked: Sequence[int], thresholds: Sequence[float]) -> tuple[np.ndarray, ...]:
+    def decide_at(
+        self, asked: Sequence[int], thresholds: Sequence[float], rule: ExitRule | None = None
+    ) -> tuple[np.ndarray, ...]:
         """The exit that each row takes at some thresholds, the exit's answer, and what it costs: (P, N) each.
 
-        Only the exits `asked` are asked. Exits go by their numbers among all K, from 0.
+        Only the exits `asked` are asked. Exits go by their numbers among all K, from 0. Calibrated logits need no rule.
         """
+        rule = rule or ExitRule(self.logits.shape[-1])
         confidence = rule.confidences(self.logits, self.certainty)[list(asked)]  # the same at all thresholds
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
         costs = np.array([self.exits.take(asked).costs(threshold) for threshold in thresholds])  # (P, exits asked)
-        answers = np.take_along_axis(self.logits[list(asked)].argmax(-1).numpy(), taken, axis=0)
+        answers = np.take_along_axis(self.by(rule).logits[list(asked)].argmax(-1).numpy(), taken, axis=0)
         return np.array(asked)[taken], answers, np.take_along_axis(costs, taken, axis=1)
 
     def folds(self, count: int) -> np.ndarray:
@@ -102,4 +120,5 @@ def ask_all(
     certainty = torch.cat(certainties, dim=1)[:, order] if certainties else None
     metric, keys = "agreement" if (labels < 0).all() else metric, torch.tensor(texts.keys, device="cpu")
     logits, precision = torch.cat(logits, dim=1)[:, order], str(precision or torch.float32)
-    return Outputs(logits, certainty, labels, keys, metric, model.exits, precision)
+    units = torch.tensor(texts.units, device="cpu") if texts.examples.groups else None
+    return Outputs(logits, certainty, labels, keys, metric, model.exits, precision, units)

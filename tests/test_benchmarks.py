@@ -18,14 +18,15 @@ from minisweet import __main__ as package
 from minisweet.base.devices import processor
 from minisweet.runs import options
 from tests import benchmark
-from tests.benchmark import BLOCK, RESULTS, by_rows, own_text, run_study, speed, study, zero_tables
+from tests.benchmark import BLOCK, RESULTS, by_rows, own_text, promises, run_study, speed, study, zero_tables
 from tests.conftest import CHECKOUT, CONFIGS, WORDS, run
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in RESULTS.glob("*.md")}
 COMMANDS = re.findall(r"python -m tests\.benchmark\.(\w+) (.*)", "\n".join(PAGES.values()))
 PAGES |= {"the first page": (CHECKOUT / "README.md").read_text(encoding="utf-8")}
 BLOCKS = {name: block for text in PAGES.values() for _, name, block, _ in re.findall(BLOCK.format("(.*?)"), text, re.S)}
-MEASURED = {"measured on", "a training step", "texts in batches", "one file"}  # on one machine
+MEASURED = {"measured on", "a training step", "texts in batches", "one file", "promises"}  # on one machine, or drawn
+DRAWN = re.compile(r"^\| (.+?) \| [\d,]+ \| ([\d.]+) \|", re.M)  # a line of promises, and how often it is broken
 FEWER = {"study": "--seeds 0 --tasks sst2", "by_rows": "--rows 40 --seeds 0", "speed": "--turns 1 --texts 32"}
 
 
@@ -95,7 +96,7 @@ def test_the_studies_run_as_they_stand_on_the_pages(studies, capsys):
 
 
 @pytest.mark.slow
-def test_the_archive_makes_the_tables_of_the_pages(tmp_path):
+def test_the_archive_makes_the_tables_of_the_pages(tmp_path, capsys):
     with tarfile.open(RESULTS / "zero.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     made, found = zero_tables.make_tables(tmp_path)
@@ -104,9 +105,19 @@ def test_the_archive_makes_the_tables_of_the_pages(tmp_path):
     assert {name: block for name, block in blocks.items() if made.get(name, block) != block} == {}
     assert {name.partition(": mpnet")[0] for name in blocks.keys() - made.keys()} <= MEASURED
     assert {*made} <= {*blocks}
+    assert run(promises, tmp_path, "--draws", "1") == 0
+    drawn, kept = (dict(DRAWN.findall(text)) for text in (capsys.readouterr().out, blocks["promises"]))
+    assert [*drawn] == [*kept]
 
 
-@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"promises.md", "tried.md"}))
+def test_no_promise_of_the_page_is_broken_too_often():
+    broken = {name: float(percent) for name, percent in DRAWN.findall(BLOCKS["promises"])}
+    beyond = [name for name, percent in broken.items() if percent > 10 + 1.9]  # two standard errors of 1,000 draws
+    assert len(broken) > 30
+    assert [name for name in beyond if not re.search("without the option|repeats 50 texts", name)] == []
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"tried.md"}))
 def test_a_number_of_a_page_stands_in_a_table(page):
     prose = re.sub(BLOCK.format(".*?") + r"|```.*?```|`.*?`|\]\(.*?\)", "", PAGES[page], flags=re.S)
     numbers = re.findall(r"(?<![\w.])\d+\.\d+(?: ±\d+\.\d)?", prose)

@@ -89,6 +89,8 @@ def test_logits_are_those_made_by_hand(pairs, seed, count):
     for text, found in zip(texts, logits, strict=True):
         torch.testing.assert_close(found, logits_by_hand(exit, text), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found, exit(*encode(text))[0], atol=1e-5, rtol=1e-5)  # whatever the padding
+    said = exit.contributions(*encode(*texts)).sum(1) + exit.bias
+    torch.testing.assert_close(said[logits.any(1)], logits[logits.any(1)], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from minisweet.evaluation import operating
 from minisweet.evaluation.sweep import spaced_thresholds
 from minisweet.runs.run import Run
 from minisweet.use import choose, export
+from minisweet.use.classifier import classify_tokens
 from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, with_exit_0, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -30,14 +32,13 @@ from onnx.numpy_helper import to_array  # noqa: E402
 
 from minisweet.use import onnx, onnx_graph  # noqa: E402
 
-CASES = [
-    ("bert", "branch", (0, 1, 4)),
-    ("bert", "ee", (1, 4)),
-    ("bert", "sweet", (4,)),
-    ("deberta", "branch", (0, 1, 4)),
-    ("mpnet", "branch", (0, 1, 4)),
+CASES = [  # the last is how much exit 0's answer counts
+    ("bert", "branch", (0, 1, 4), None),
+    ("bert", "ee", (1, 4), None),
+    ("bert", "sweet", (4,), None),
+    ("deberta", "branch", (0, 1, 4), (0.0, 0.0, 0.7)),
+    ("mpnet", "branch", (0, 1, 4), (0.0, 0.9, -0.4)),
 ]
-TEMPERATURES = [0.8, 1.0, 1.5]
 
 
 def session_of(file: bytes | str) -> onnxruntime.InferenceSession:
@@ -55,14 +56,15 @@ def ask(session, batch, threshold=None) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A function that gives an undecided model of a case, which takes 512 tokens, and its file: each is made once."""
+    """A function that gives a case's undecided model, which takes 512 tokens, rule and file: each is made once."""
 
     @functools.cache
-    def made(model_type: str, method: str, exit_layers: tuple[int, ...], int8: bool = False):
+    def made(model_type: str, method: str, exit_layers: tuple[int, ...], weights, int8: bool = False):
         sizes = {"max_position_embeddings": 514}  # 512 tokens, of MPNet too
         folder = write_model(tmp_path_factory.mktemp("model"), model_type, **sizes)
         model = with_exit_0(undecided_model(folder, method, 3)).keep_exits(exit_layers)
-        return model, onnx_graph.export_graph(model, 0.7, TEMPERATURES[: len(exit_layers)], int8)
+        rule = ExitRule(3, torch.tensor([0.8, 1.0, 1.5])[: len(exit_layers)], weights and torch.tensor(weights))
+        return model, rule, onnx_graph.export_graph(model, 0.7, rule, int8)
 
     return made
 
@@ -80,12 +82,11 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_the_models(exported, case):
     """At eleven thresholds and beyond, and at the file's own."""
-    (model, file), ways = exported(*case), set()
-    rule = ExitRule(3, torch.tensor(TEMPERATURES[: len(model.exit_layers)]))
+    (model, rule, file), ways = exported(*case), set()
     session = session_of(file.SerializeToString())
     for batch in batches():
         logits = model(*batch).detach()
-        each = (logits / rule.temperatures[:, None, None]).softmax(-1)  # (K, B, C)
+        each = rule.all_calibrated(logits).softmax(-1)  # (K, B, C)
         for threshold in (*spaced_thresholds(11, rule.lowest), 0.0, 0.7, 1.5):
             taken = exits_taken(rule.confidences(logits), threshold, rule.lowest)
             expected = each[taken, torch.arange(len(taken))]
@@ -98,18 +99,22 @@ def test_answers_are_the_models(exported, case):
 
 
 @pytest.mark.slow
-def test_int8_leaves_exit_0_as_it_is(exported):
+def test_int8_leaves_exit_0_as_it_is_and_takes_one_text_at_a_time(exported):
     cases = (*CASES[0], True), CASES[0]
-    int8, plain = (session_of(exported(*case)[1].SerializeToString()) for case in cases)
+    int8, plain = (session_of(exported(*case)[-1].SerializeToString()) for case in cases)
     for batch in batches():
-        np.testing.assert_allclose(ask(int8, batch, 0.0)[0], ask(plain, batch, 0.0)[0], atol=1e-6)
-        assert (ask(int8, batch, 0.0)[2].max(), ask(int8, batch, 1.0)[2].min()) == (0, 4)
+        for n in range(len(batch[0])):
+            one = [x[n : n + 1] for x in batch]
+            np.testing.assert_allclose(ask(int8, one, 0.0)[0], ask(plain, one, 0.0)[0], atol=1e-6)
+            assert (ask(int8, one, 0.0)[2], ask(int8, one, 1.0)[2]) == (0, 4)
+    with pytest.raises(Exception, match="invalid dimensions"):  # others would change its answers
+        ask(int8, random_batch(0, 2))
 
 
 @pytest.mark.slow
 def test_nothing_is_run_in_vain(exported):
     """Who leaves at exit 0 is never embedded; at threshold 1 no exit but the last is asked."""
-    _, file = exported(*CASES[0])
+    *_, file = exported(*CASES[0])
 
     def spoilt(is_spoilt) -> onnxruntime.InferenceSession:
         """The file, where some weights have their first row alone, so that who reads another one raises an error."""
@@ -175,43 +180,59 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labelled", [True, False])
-def test_int8_promises_anew_against_its_own_full_depth(chosen, tmp_path, command, labelled):
-    run, file = chosen("trunk0", "--max-lost", "30", "--sure", "60"), tmp_path / "int8.onnx"
-    if not labelled:  # the file's answers at full depth stand in
+def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path, command, labelled):
+    """Of own text, where exit 0 has a say; and where the file's answers at full depth stand in for labels."""
+    goal, file = ("--max-lost", "30", "--sure", "60"), tmp_path / "int8.onnx"
+    run = shutil.copytree(own_run if labelled else run_of("trunk0"), tmp_path / "run")
+    if not labelled:
         its = Run.read(run)
         its.outputs = its.outputs._replace(labels=its.outputs.labels * 0 - 1, metric="agreement")
         its.write_outputs(run)
-        assert command(choose, run, "--max-lost", "30", "--sure", "60")[0] == 0
+    assert command(choose, run, *goal)[0] == 0
     status, out, err = command(export, run, "--onnx", file, "--int8")
     assert status == 0, err
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
     session, its = session_of(file), Run.read(run)
     singles = [its.texts.batch(np.array([row])).inputs for row in range(len(its.texts))]
-    said = np.array([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
-    weights = onnx_graph.onnx.load(file).graph.initializer
-    (temperatures,) = [to_array(value) for value in weights if value.name == "temperatures"]
-    own = its.outputs._replace(logits=torch.tensor(np.log(said) * temperatures[:, None, None]))  # (2, N, C)
-    point = operating.choose(own, its.point.goal, its.record.trained_keys, [0, 4])
+    first, last = np.log([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
+    numbers = {value.name: value for value in onnx_graph.onnx.load(file).graph.initializer}
+    temperatures, weights = (to_array(numbers[name]) for name in ("temperatures", "weights"))
+    logits = [first * temperatures[0], (last - weights[1] * temperatures[0] * first) * temperatures[1]]
+    own = its.outputs._replace(logits=torch.from_numpy(np.stack(logits)))  # (2, N, C)
+    point = operating.choose(own, its.point.goal, its.record.trained_keys, [0, 4], combine=labelled)
     told = session.get_modelmeta().custom_metadata_map
     assert temperatures == pytest.approx(point.temperatures, rel=1e-3)
+    assert weights * temperatures[0] == pytest.approx(point.weights, rel=1e-3)
+    assert (weights[1] != 0) == ("points beside the model's" in out) == labelled
     assert json.loads(told["threshold"]) == pytest.approx(point.threshold, abs=1e-4) != 1
     assert point.promise in out
-    assert ("+0.0 points beside the model's" in out) == labelled
 
 
 @pytest.mark.slow
 def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
-    run, new = chosen("trunk0"), tmp_path / "new.onnx"
+    run, new, its = chosen("trunk0"), tmp_path / "new.onnx", Run.read(run_of("trunk0"))
 
     def refused(run) -> str:
         status, _, err = command(export, run, "--onnx", new)
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
 
+    def with_others(its, texts) -> list:
+        answers = classify_tokens(its, texts)
+        return [answers[0]._replace(label="?")] * others + answers[others:]
+
     assert "Multi-Model (mm)" in refused(run_of("mm"))
-    monkeypatch.setattr(onnx, "export_graph", lambda model, *_: onnx_graph.export_graph(model, 0.0, [1.0, 1.0]))
-    assert "answers are not the model's" in refused(run)
+    others = 2
+    monkeypatch.setattr(onnx, "classify_tokens", with_others)
+    assert re.search(r"not written: 2 of \d+ answers are not the model's", refused(run))
+    others = 1  # of a thousand answers one may be another one
+    its.point = replace(Run.read(run).point, precision="torch.bfloat16")
+    its.write_point(run)
+    status, out, _ = command(export, run, "--onnx", new)
+    assert (status, "one by one: 1 answers or exits are not" in out) == (0, True)
+    assert out.endswith("is of torch.bfloat16, and nothing of this file: choose again with --amp off\n")
+    new.unlink()
     for name in ("onnx", "onnx_graph"):
         monkeypatch.delitem(sys.modules, f"minisweet.use.{name}")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

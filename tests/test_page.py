@@ -21,27 +21,16 @@ from minisweet.runs.deployed import OperatingPoint
 from minisweet.use import explain
 from minisweet.use.classifier import tokenize
 from minisweet.use.explain import MET, TEMPLATE, word_scores, write_page
-from tests.conftest import random_batch, undecided_model, with_exit_0, write_model
+from tests.conftest import with_exit_0
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
 N, DEPTH = 200, 4
 STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "full_depth_interval": [78.0, 88.0]}
 STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": {"max_lost": 3.0, "sure": 90.0}, "lost": 2.0}
-STATED |= {"lost_means": "lost", "lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150}
+STATED |= {"lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150, "labelled_judges": 150}
 STATED |= {"per_class": {"support": [50, 50, 50]}, "precision": "torch.float32"}
 IN_VAIN = {"sweet": lambda n: 0.0, "mm": float, "branch": lambda n: n and 1 / 6}  # of the exit after layer n
-
-
-def test_contributions_and_bias_are_the_logits_of_exit_0(tmp_path):
-    """Of single texts and of pairs, where `find_met`'s numbers are among them."""
-    model = with_exit_0(undecided_model(write_model(tmp_path, "bert"), "sweet", 3))
-    ids, mask, types = random_batch(0, 32)
-    ids[:, 1] = 9  # a word
-    for inputs in ((ids, mask, types), (ids, mask, types * 0)):
-        said = model.ngrams.contributions(*inputs)
-        assert said.shape == (32, 2 * ids.shape[1] + 2, 3)
-        torch.testing.assert_close(said.sum(1) + model.ngrams.bias, model.ngrams(*inputs), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "text"), [("trunk0", "superb film"), ("pairs", ("good film", "film"))])
@@ -58,9 +47,12 @@ def test_what_spoke_is_all_where_words_are_few(run_of, name, text):
     assert total == pytest.approx(float(logits[answer] - logits[other]), abs=1e-5)
 
 
-def test_commands(run_of, tmp_path, command):
-    status, out, err = command(explain, run_of("trunk0"), "superb film")
+def test_commands(own_run, run_of, tmp_path, command):
+    status, out, err = command(explain, own_run, "superb film")
     assert (status, "adds up words and pairs of neighbours" in out) == (0, True), err
+    classify = EarlyExitClassifier.load(own_run, threshold=1.0)
+    (answer,), (last, _) = classify.classify(["superb film"]), explain.explain(classify.deployed, "superb film")[-1]
+    assert last.probabilities == pytest.approx(answer.probabilities, abs=1e-5)  # where exit 0 has a say
     assert command(explain, run_of("trunk0"), "--html", tmp_path / "page.html")[0] == 0
     data = data_of(tmp_path / "page.html")
     assert len(data["words"]) == len(data["sentences"]) == 200
@@ -88,9 +80,10 @@ class Case:
         exits = Exits(list(layers), list(map(IN_VAIN[method], layers)), DEPTH, method == "mm")
         self.outputs = Outputs(logits, None, labels, torch.arange(N), "accuracy", exits)
         own = {"exits": list(layers[asked:]), "temperatures": [1.0, 0.8, 0.5][asked:]}
+        own["weights"] = [0.0, 0.0] if asked else [0.0, -0.3, 0.4]  # of the first exit
         self.point = OperatingPoint(threshold=0.7123, **own, **STATED)
         self.confidence = self.point.rule.confidences(logits[asked:])  # (asked exits, N)
-        self.predictions = logits.argmax(-1).numpy()[asked:]  # (asked exits, N)
+        self.predictions = self.point.rule.all_calibrated(logits[asked:]).argmax(-1).numpy()  # (asked exits, N)
         self.sentences = [f"Sentence {n} & <b>co</b>" if n % 2 else (f"first {n}", f"second {n}") for n in range(N)]
         arguments = SimpleNamespace(model="weights/tiny", method=method)
         self.record = SimpleNamespace(arguments=arguments, task="toy", labels=["no", "yes", "<i>so</i>"])
@@ -104,8 +97,8 @@ class Case:
         tokenizer.enable_truncation(8)
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
         run = SimpleNamespace(record=self.record, outputs=self.outputs, texts=Texts(tokenizer, rows))
-        model = SimpleNamespace(ngrams=None)  # no exit 0 that could be asked for words
-        write_page(path, SimpleNamespace(run=run, point=self.point, rule=self.point.rule, model=model))
+        its = {"run": run, "point": self.point, "rule": self.point.rule, "labels": self.record.labels}
+        write_page(path, SimpleNamespace(**its, model=SimpleNamespace(ngrams=None)))  # no exit 0 to be asked for words
         return path
 
 
@@ -126,11 +119,8 @@ def test_the_file_holds_what_all_asked_exits_said(tmp_path, asked):
     thresholds = data["thresholds"]
     assert {1 / 3, case.point.threshold, 0.34, 0.5, 0.99, 1} <= set(thresholds)
     assert thresholds == sorted(set(thresholds))
-    for threshold, score, ratio in zip(thresholds, data["scores"], data["speedup_ratios"], strict=True):
-        taken = case.taken(threshold)
-        right = case.predictions[taken, np.arange(N)] == case.labels
-        assert score == pytest.approx(100 * right[kept].mean())
-        assert ratio == pytest.approx(np.array([0.25, 0.5, 1])[asked:][taken][kept].mean())
+    right = case.predictions[case.taken(0.5), np.arange(N)] == case.labels  # the rest is the sweep's
+    assert data["scores"][thresholds.index(0.5)] == pytest.approx(100 * right[kept].mean())
 
 
 def test_the_template_needs_no_network():
@@ -200,8 +190,7 @@ def test_what_is_promised_and_stated(page):
     case.point = replace(case.point, share_interval=None)
     opened = page(case)
     (stated,) = opened.texts("#stated")
-    assert stated.startswith("On 150 of your texts that the model had not seen, early exit lost 3 answers")
-    assert "at most 3 in 100 new texts like these are lost, 90% sure. Stated of new text: accuracy 80.0 (74.0" in stated
+    assert stated.startswith(f"{case.point.promise} Stated of new text: accuracy 80.0 (74.0")
     assert "50% of the layers, full depth 82.0 (78.0 to 88.0)" in stated
     script = "const r = get('cross').getBBox(); return [r.x, r.x + r.width, r.y + r.height, r.y]"
     expected = "return [0.5, 0.5].map(curve.x).concat([74, 85].map(curve.y))"

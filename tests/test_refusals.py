@@ -31,6 +31,8 @@ REFUSALS = [
     ("train", f"{TRAIN} --out run", "--out: run holds a run already; name another folder, or pass --overwrite"),
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny holds 'config.json', which no run made; name"),
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
+    *[("train", f"{TRAIN} --out / {more}", "--out: / holds ") for more in ("", "--resume", "--overwrite")],
+    *[("train", f"{TRAIN} --out loop {more}", "--out: loop holds 'a file', which no") for more in ("", "--overwrite")],
     # own text
     ("fit", FIT, "FILE: is missing; without labels, --trunk FOLDER --unlabelled FILE will do"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
@@ -39,17 +41,19 @@ REFUSALS = [
     ("fit", f"own.csv {FIT} --text-columns text,label", "text,label, should be one or two, and not the label column"),
     ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
+    ("fit", f"two.csv {FIT} --dev-size 0.1", "two: too few rows: no text can be set aside, or none is left to learn"),
     ("fit", f"two.csv --model one-type {FIT[13:]}", "one-type: its type_vocab_size is 1, and"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of FILE, and --dev-data is"),
     ("fit", f"own.csv {FIT} --max-lost 0", "argument --max-lost: '0' is not a number from 0.01 to 99.99"),
     ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
-    ("fit", f"own.csv {FIT} --unlabelled own.csv", "--unlabelled: no text is left: all of them are also labelled"),
     ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: exit 0 and branches alone learn"),
     ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in"),
-    ("fit", "own.csv --trunk run --out new", "--trunk: run does not know the label 'a'; its labels: "),
+    ("fit", "own.csv --trunk run --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk run"),
     ("fit", "none.csv --trunk run --out new --exit-layers 0,2", "--exit-layers: 0,2, should increase and"),
     ("choose", "lte", "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"),
+    ("choose", "pairs --labels own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
+    ("label", "bare --out new.csv", "bare: has no operating.json; first: minisweet choose bare"),
     ("test", "run own.csv", "own.csv: no row has a label of the model's: "),
     ("test", "pairs own.csv", "own.csv: no column first,second or sentence1,sentence2; it has text, label"),
     ("test", "run run/validation.jsonl", "run/validation.jsonl: no row is left to test on; name other rows"),
@@ -80,12 +84,14 @@ def place(tmp_path_factory, run_of) -> Path:
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "bert")
     write_model(folder / "one-type", "bert", type_vocab_size=1)
-    (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,b,x\nb,c,y\nc,d,x\nd,e,y\n")
+    (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,it,x\na,to,y\na,of,x\na,in,y\n")
     (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)
     (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
     (folder / "latin.csv").write_bytes(b"text,label\na,x\ncaf\xe9,y\n")
     (folder / "empty.csv").write_text("")
     os.mkfifo(folder / "pipe.csv")
+    (folder / "loop").symlink_to("round")
+    (folder / "round").symlink_to("loop")
     for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee", "lte": "lte"}.items():
         shutil.copytree(run_of(name), folder / called)
     ignored = shutil.ignore_patterns("operating.json", "evaluation.json")

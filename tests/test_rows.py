@@ -105,6 +105,7 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     path.write_text("".join(f'{{"text": "t", "label": {label}}}\n' for label in written))
     text = read(path)
     assert text.names == ["1", "1", "1", "2", "-0.5", "0", "0", "-10", "False", "x", None, None, None]
+    assert read_texts(path, ["text"], group_column="label").examples.groups == text.names  # as groups too
     assert classes_of(text.names) == ["-0.5", "-10", "0", "1", "2", "False", "x"]
     assert classes_of(["10", None, "2", "1e1", "0", "-0.5"]) == ["-0.5", "0", "2", "10", "1e1"]
     assert class_numbers(text, classes_of(text.names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]

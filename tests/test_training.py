@@ -17,7 +17,8 @@ from minisweet.base.files import read_json
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS
 from minisweet.runs import recipe
-from minisweet.runs.run import Run, load_trunk
+from minisweet.runs.options import epochs_of
+from minisweet.runs.run import Run
 from minisweet.training import fine_tune, used_rows
 from minisweet.use import fit
 from tests import conftest
@@ -270,12 +271,15 @@ def test_branches_and_exit_0_learn_the_same_balanced_labels_or_what_the_trunk_sa
         torch.testing.assert_close(exit_0.sum(0), torch.full((2,), len(exit_0) / 2))
 
 
-def test_a_trunk_from_elsewhere_and_text_without_labels(fitted, tmp_path, caplog):
-    conftest.write_classifier(tmp_path / "theirs")
-    fitted("--trunk", "theirs", "--out", "run", file=["--unlabelled", "own.csv"])
-    its = Run.read(Path("run"))
-    with torch.no_grad():
-        assert torch.equal(its.model(*random_batch())[-1], load_trunk(Path("theirs"))[0](*random_batch())[0])
-    assert (its.record.exit_layers, its.record.labels) == ([0, 4], ["LABEL_0", "LABEL_1"])
-    assert "its labels have no names" in caplog.text
-    assert its.point.lost_means == "changed"
+def test_own_texts_epochs_follow_from_what_a_stage_learns(trained, tmp_path, monkeypatch):
+    """Labelled texts, pairs, and a model's own answers to other texts, which are more than the labels."""
+    write_model(tmp_path / "tiny", "bert")
+    for name, *columns in (("own", "text"), ("more", "text"), ("most", "text"), ("pairs", "sentence1", "sentence2")):
+        conftest.write_table(Path(f"{name}.csv"), [*columns, "label"], {"label": ["a", "b"]})
+    steps, options = [], "--model tiny --max-length 32 --batch-size 4 --overwrite --out run".split()
+    monkeypatch.setattr(recipe, "fine_tune", lambda model, bar, count, *_: steps.append(count))
+    for words in ("own.csv --unlabelled more.csv --unlabelled most.csv --method branch", "pairs.csv"):
+        trained(*words.split(), *options, module=fit)
+    rows, all_rows = 240, 240 + 480  # of 300, and of 600 others
+    expected = [(rows, epochs_of(rows, 4)), (all_rows, recipe.EPOCHS_AGAIN), (all_rows, epochs_of(all_rows, 4, False))]
+    assert steps == [epochs * some // 4 for some, epochs in [*expected, (rows, epochs_of(rows, 4, False))]]

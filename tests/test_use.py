@@ -1,20 +1,25 @@
-"""What users call: predict, which answers as the sweep says; and what a program imports."""
+"""What users call: predict, which answers as the sweep says; label, which asks for what helps; and what is imported."""
 
+import re
 import shutil
 import subprocess
 import sys
-from itertools import product
+from dataclasses import replace
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from minisweet import EarlyExitClassifier
 from minisweet.data.rows import SUFFIXES, read_rows, row_writer
+from minisweet.data.text import Examples, Texts
 from minisweet.evaluation import operating
+from minisweet.runs.deployed import OperatingPoint
 from minisweet.runs.run import Run
-from minisweet.use import predict
-from tests.conftest import CHECKOUT, run
+from minisweet.use import choose, label, predict
+from tests.conftest import CHECKOUT, WORDS, run, undecided_model, with_exit_0, write_rows
 
 
 def cells_of(path: Path) -> list[dict]:
@@ -27,12 +32,12 @@ def test_predictions_are_those_of_the_sweep(run_of, command, tmp_path, monkeypat
     monkeypatch.setattr(predict, "WINDOW", 60)
     run = Run.read(shutil.copytree(run_of(method), tmp_path / method))
     record, outputs, texts = run.record, run.outputs, run.examples.first
-    run.point = operating.choose(outputs, {"max_share": 1.0}, exits=record.exit_layers, run_id=run.id)  # all are asked
+    run.point = replace(operating.choose(outputs, {"max_share": 1.0}, exits=record.exit_layers), id=run.id)  # all asked
     run.write_point(run.folder)
     confidence = run.point.rule.confidences(outputs.logits)  # (K, N)
     sure = confidence[0].unique()
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
-    (taken,), (labels,), _ = outputs.decide_at(run.point.rule, range(len(confidence)), [threshold])
+    (taken,), (labels,), _ = outputs.decide_at(range(len(confidence)), [threshold], run.point.rule)
     assert len(set(taken)) > 1
     words = [run.folder / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
     status, out, _ = command(predict, run.folder, *words)
@@ -47,6 +52,98 @@ def test_predictions_are_those_of_the_sweep(run_of, command, tmp_path, monkeypat
         p = {name: float(row[f"p_{name}"]) for name in record.labels}
         assert (sum(p.values()), max(p, key=p.get)) == (pytest.approx(1), row["predicted_label"])
         assert max(p.values()) == float(row["confidence"])
+
+
+@pytest.fixture
+def disputed(run_of, command, tmp_path) -> Run:
+    """A run of 480 pairs, 200 of them labelled, for which a goal is chosen.
+
+    The surer exit 0 is, in twenty steps, the more seldom its answer is not full depth's, which is often wrong there.
+    """
+    its, rng, N = Run.read(run_of("trunk0")), np.random.default_rng(0), 480
+    words = [*permutations(WORDS, 3)][::16][:N]
+    step, full = rng.integers(0, 20, N), rng.integers(0, 2, N)
+    early = np.where(rng.random(N) < 0.6 * (1 - step / 20) ** 2, 1 - full, full)
+    labels = np.where(rng.random(N) < np.where(early == full, 0.85, 0.6), full, 1 - full)
+    labels[200:] = -1
+    texts = Examples([f"{a} {b}" for a, b, _ in words], [c for *_, c in words], labels.tolist())
+    record = replace(its.record, text_columns=["subject", "body"], label_column="team", labels=["no", "yes"])
+    model = with_exit_0(undecided_model(run_of("trunk0").with_name("tiny"), "plain"))
+    made = Run.made(record, model, its.tokenizer, Texts(its.tokenizer, texts))
+    logits = np.stack([(0.2 + step / 8)[:, None] * np.eye(2)[early], 6 * np.eye(2)[full]])
+    made.outputs = made.ask(made.texts, "cpu", "off")._replace(logits=torch.from_numpy(logits).float())
+    made.save(tmp_path / "run")
+    assert command(choose, "run", "--amp", "off")[0] == 0
+    return Run.read(Path("run"))
+
+
+def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(disputed, command, run_of):
+    point, outputs, ask = disputed.point, disputed.outputs, Path("ask.csv")
+    (early, full), (sure, _) = outputs.by(point.rule).logits.argmax(-1).numpy(), point.rule.confidences(outputs.logits)
+    changed = [row for row in operating.split(outputs)[1] if outputs.labels[row] < 0 and early[row] != full[row]]
+    changed.sort(key=lambda row: (-sure[row], outputs.keys[row]))
+    texts = [disputed.examples.texts()[row] for row in changed]
+    wrong = {text: ["yes", "no"][full[row]] for text, row in zip(texts, changed, strict=True)}  # so full depth was
+
+    def said_and_asked(*options) -> tuple[str, list[tuple[str, str]]]:
+        ask.unlink(missing_ok=True)
+        _, out, _ = command(label, "run", "--out", ask, *options)
+        rows = cells_of(ask) if ask.exists() else []
+        assert all([*row.items()][2:] == [("team", "")] for row in rows)  # nothing that the model says
+        return out, [(row["subject"], row["body"]) for row in rows]
+
+    def with_labels(labels: dict[tuple[str, str], str]) -> OperatingPoint:
+        row_of = dict(zip(texts, changed, strict=True))
+        by_key = {int(outputs.keys[row_of[text]]): ["no", "yes"].index(name) for text, name in labels.items()}
+        return replace(operating.choose(outputs, point.goal, (), None, by_key, combine=True), id=disputed.id)
+
+    # What stops the way down first is asked first, and nothing that would not help.
+    (out, asked), (_, first) = said_and_asked(), said_and_asked("--most", 5)
+    assert (asked, first) == (texts[: len(asked)], texts[:5])
+    assert len(asked) < len(texts)
+    assert with_labels({text: wrong[text] for text in asked}).threshold == with_labels(wrong).threshold
+    half = with_labels({text: wrong[text] for text in asked[1::2]})  # as is expected of them
+    found = re.match(rf"Some {len(asked)} labels may bring the layers run from (\d+) to about (\d+) of 100\n", out)
+    assert [*map(int, found.groups())] == pytest.approx([100 * point.share, 100 * half.share], abs=0.51)
+    assert out.endswith("; fill in 'team', then: minisweet choose run --labels ask.csv --max-lost 3 --sure 90\n")
+
+    # Python's are the same, and are kept. The folder that they came from stays as it is.
+    classify = EarlyExitClassifier.load("run", amp="off")
+    assert classify.to_label(most=5) == first
+    classify.choose(labels=(asked[:9], [wrong[text] for text in asked[:9]])).save("saved")
+    again = EarlyExitClassifier.load("saved", amp="off")
+    assert again.operating_point == with_labels({text: wrong[text] for text in asked[:9]})
+    assert again.operating_point == again.choose().operating_point != point == Run.read(Path("run")).point
+    assert not {*again.to_label()} & {*asked[:9]}
+
+    # Somebody fills in that full depth was right in one of four, and wrong in the others; not all of it is right.
+    given = {
+        text: name if n % 4 else {"no": "yes", "yes": "no"}[name]
+        for n, (text, name) in enumerate([*wrong.items()][3 : len(asked)])
+    }
+    other = next(text for text, n in zip(disputed.examples.texts(), outputs.labels, strict=True) if n >= 0)
+    rows = [(*text, name) for text, name in given.items()] + [(*asked[0], ""), (*asked[1], "maybe")]
+    write_rows(ask, [*rows, (asked[2][0], "edited", "yes"), (*other, "yes")], "subject", "body", "team")
+    status, _, err = command(choose, "run", "--labels", ask, "--amp", "off")
+    told = (
+        f"texts that this run does not ask about, or that were edited, left out: {(asked[2][0], 'edited')}, {other}\n"
+    )
+    assert (status, err) == (0, f"{told}labels that the run does not know, left out: maybe\n")
+    assert command(choose, "run", "--amp", "off")[0] == 0  # they are kept
+    now = Run.read(Path("run")).point
+    assert (now, now.share < point.share) == (with_labels(given), True)
+    _, asked_again = said_and_asked()
+    assert (asked_again[:3], {*asked_again} & {*given}) == (asked[:3], set())
+
+    # Where labels would change nothing it says why: first, since those of both times count.
+    write_rows(ask, [(*text, wrong[text]) for text in asked_again], "subject", "body", "team")
+    for words, why in (
+        (("run", "--labels", ask), "none that is missing stands in the way"),
+        (("run", "--max-share", 0.5), "what is deployed was chosen by its share of the layers"),
+    ):
+        assert command(choose, *words, "--amp", "off")[0] == 0
+        assert said_and_asked() == (f"labels would change nothing: {why}\n", [])
+    assert command(label, run_of("trunk0"), "--out", ask)[1].endswith("nothing: no text without a label judges\n")
 
 
 @pytest.mark.parametrize("suffixes", [*product(SUFFIXES, repeat=2)])

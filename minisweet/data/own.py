@@ -13,11 +13,10 @@ from tokenizers import Tokenizer
 
 from minisweet.base.files import LOG, InputError, preview
 from minisweet.data.rows import Rows
-from minisweet.data.text import Data, Examples, Texts
+from minisweet.data.text import Data, Examples, Texts, dealt, unite
 
 MAY_BE_TYPO = 5  # rows: a class with fewer is named
-JUDGE_IN, MOST_JUDGES = 5, 2000  # of so many unlabelled texts one judges, and at most so many
-ENOUGH_JUDGES = 300  # distinct labelled texts; with fewer, unlabelled ones judge where they are more
+JUDGE_IN, MOST_JUDGES = 5, 2000  # of so many unlabelled units one validates, and at most so many
 
 
 def own_data(
@@ -30,12 +29,12 @@ def own_data(
     may_learn: bool = True,
     trunk: tuple[str, list[str], str] | None = None,
 ) -> Data:
-    """Own text as a training takes it. Texts of the same tokens are one text, and stay on one side.
+    """Own text as a training takes it. Rows of one unit, a text or a group of texts, stay on one side (`Texts`).
 
-    `dev` are rows to validate on, None for a share `dev_size` of `rows`. Rows that have no label go to the `unlabelled`
-    texts, of which some validate, and the others are learnt from where an exit `may_learn`. A `trunk` has a name,
-    classes and their type, which are then those of the data. Raises InputError for rows that do not fit, and where none
-    is left for one of these.
+    `dev` are rows to validate on. Where it is None, a share `dev_size` of the units of `rows` is set aside: those whose
+    hash is smallest, so that no label has a say. Rows that have no label go to the `unlabelled` texts. Of these a fifth
+    validates, too; the others are learnt from where an exit `may_learn`. A `trunk` has a name, classes and their type,
+    which are then those of the data. Raises InputError for rows that do not fit, and where none is left on a side.
     """
     labels = trunk[1] if trunk else classes_of(rows.names)
     numbers = class_numbers(rows, labels, trunk and trunk[0])
@@ -46,29 +45,42 @@ def own_data(
         raise InputError(f"{name}: no row has a label")
     may_learn = may_learn or not learn.first  # without labels all exits learn what the trunk says
     if unlabelled and not may_learn:
-        raise InputError("exit 0 and branches alone learn from it; add 0 to --exit-layers", "unlabelled")
-    labelled = Texts(tokenizer, learn._replace(labels=numbers[is_labelled].tolist()))
-    train = validation = labelled
+        raise InputError("exit 0 and branches alone learn from it; add 0 to the exit layers", "unlabelled")
+    train, others = Texts(tokenizer, learn._replace(labels=numbers[is_labelled].tolist())), Texts(tokenizer, others)
+    labelled, validation = train, train
     if dev:
         validation = Texts(tokenizer, dev.examples._replace(labels=class_numbers(dev, labels).tolist()))
+    unite(labelled, others, *([validation] if dev else []))
+    if dev:
+        is_known = np.isin(validation.units, labelled.units) & ~np.isin(validation.keys, labelled.keys)
+        if is_known.any():
+            LOG.warning("rows to validate on, left out since their group is trained on: %d", is_known.sum())
+            validation = validation.take(np.flatnonzero(~is_known))
     elif len(labelled):
-        kept, aside = set_aside(name, labels, labelled, dev_size)
-        train, validation = labelled.take(kept), labelled.take(aside)
-    if lacking := [labels[n] for n in sorted({*labelled.labels} - {*validation.labels})]:
-        LOG.warning("no row to validate on has the label %s", preview(lacking))
-    texts = None
-    if others.first:
-        texts = Texts(tokenizer, others)
-        judges, rest, repeated = judges_and_others(texts.keys, labelled.keys, validation.keys)
-        if unlabelled and repeated == len(texts):
+        if len({*labelled.labels}) < 2:
+            raise InputError(f"{name}: all rows have the label {labels[labelled.labels[0]]!r:.60}, needs two or more")
+        aside = dealt(labelled.units, round(dev_size * len(np.unique(labelled.units))), "set aside")
+        if aside.all() or not aside.any():
+            raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
+        train, validation = (labelled.take(np.flatnonzero(side)) for side in (~aside, aside))
+    for side, what in ((train, "learn from"), (validation, "validate on")):
+        if lacking := [labels[n] for n in sorted({*labelled.labels} - {*side.labels})]:
+            LOG.warning("no row to %s has the label %s", what, preview(lacking))
+    if len(others):
+        judges, rest, known = judges_and_others(others, train, validation)
+        if unlabelled and known == len(others):
             raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
-        validation = validation.joined(texts.take(judges))
+        validation = validation.joined(others.take(judges))
         if not len(validation):
-            count = len(texts) - repeated
+            count = len(others) - known
             raise InputError(f"{name}: too few texts to choose and to judge on: one in {JUDGE_IN} of {count}")
-        counts = [f"{n:,}" for n in (len(rest) * may_learn, len(judges), repeated)]
+        counts = [f"{n:,}" for n in (len(rest) * may_learn, len(judges), known)]
         LOG.info("unlabelled texts: %s to learn from, %s to judge; left out, labelled too or there twice: %s", *counts)
-        texts = texts.take(rest) if may_learn else None
+        others = others.take(rest)
+    if validation.examples.groups:  # under names that hold when the rows are read again, without the others
+        groups = [str(unit) for unit in validation.units]
+        validation.examples = validation.examples._replace(groups=groups)
+        unite(validation)
     return Data(
         task=name,
         labels=labels,
@@ -77,9 +89,10 @@ def own_data(
         subset=list(range(len(train))),
         rows=len(labelled),
         empty=rows.examples.empty,
-        unlabelled=texts,
+        unlabelled=others if len(others) and may_learn else None,
         text_columns=rows.columns,
         label_column=rows.label_column,
+        group_column=rows.group_column,
         label_type=trunk[2] if trunk else rows.label_type,
         set_aside=1.0 if dev else dev_size,
     )
@@ -112,50 +125,18 @@ def class_numbers(rows: Rows, labels: Sequence[str], trunk: str | None = None) -
     return np.array([numbers[name] for name in rows.names], dtype=np.int64)
 
 
-def set_aside(name: str, labels: list[str], rows: Texts, dev_size: float) -> tuple[list[int], list[int]]:
-    """Which labelled rows train, and which validate."""
-    if len(there := {*rows.labels}) < 2:
-        raise InputError(f"{name}: all rows have the label {labels[there.pop()]!r:.60}, needs two or more")
-    kept, aside = stratified_split(rows.labels, dev_size, 0, rows.keys.tolist())
-    if not aside:
-        raise InputError(f"{name}: no row can be set aside: no label has two different texts")
-    return kept, aside
+def judges_and_others(others: Texts, train: Texts, validation: Texts) -> tuple[np.ndarray, np.ndarray, int]:
+    """Which of N unlabelled texts validate, which are learnt from, and how many do neither, since they are known.
 
-
-def judges_and_others(
-    keys: np.ndarray, labelled: np.ndarray, validation: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Which of N unlabelled texts judge, which do not, and how many do neither, since they are there already.
-
-    All are told by their `keys` (N,), and those of labelled texts. A fifth judges where fewer labelled texts would, and
-    fewer than enough; three quarters of both judge in the end.
+    A text counts once. One of a group that is trained on is learnt from, and one of a group that validates is left out.
     """
-    distinct, first = np.unique(keys, return_index=True)
-    known = np.concatenate([labelled, validation])
-    new = np.random.default_rng(0).permutation(np.sort(first[~np.isin(distinct, known)]))
-    judges, of_labels = min(MOST_JUDGES, len(new) // JUDGE_IN), len(np.unique(validation))
-    if of_labels >= min(judges, ENOUGH_JUDGES * 4 // 3):
-        judges = 0
-    return new[:judges], np.sort(new[judges:]), len(keys) - len(new)
-
-
-def stratified_split(labels: Sequence[int], dev_size: float, seed: int, texts: Sequence) -> tuple[list[int], list[int]]:
-    """Labels (N,) to the sorted rows of train and dev: of each class a share `dev_size`.
-
-    Equal `texts` (N,) stay on one side, so a class of few, frequent texts may miss `dev_size`. Each class has a row on
-    both sides, unless all its rows are one text, which goes to train, or it shares all its texts with rarer classes.
-    """
-    rng, labels, numbers = np.random.default_rng(seed), np.asarray(labels), {}
-    which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])  # (N,)
-    side = np.full(len(numbers), -1)  # of each text: 1 dev, 0 train, -1 not decided
-    classes = [np.unique(which[labels == label], return_counts=True) for label in np.unique(labels)]
-    for own, counts in sorted(classes, key=lambda part: len(part[0])):  # rarest first: others may share its texts
-        free = rng.permutation(np.flatnonzero(side[own] < 0))
-        wanted = min(max(1, round(dev_size * counts.sum())), counts.sum() - 1)
-        room = wanted - counts[side[own] == 1].sum()
-        for i in free:
-            side[own[i]] = counts[i] <= room
-            room -= counts[i] * side[own[i]]
-        if len(own) > 1 and not (side[own] == 1).any():  # all are frequent: the least frequent one
-            side[own[free[counts[free].argsort()[:1]]]] = 1
-    return np.flatnonzero(side[which] == 0).tolist(), np.flatnonzero(side[which] == 1).tolist()
+    _, first = np.unique(others.keys, return_index=True)
+    is_new = np.zeros(len(others), dtype=bool)
+    is_new[first] = True
+    is_new &= ~np.isin(others.keys, np.concatenate([train.keys, validation.keys]))
+    is_new &= ~np.isin(others.units, validation.units)
+    is_free = is_new & ~np.isin(others.units, train.units)
+    free = others.units[is_free]
+    is_judge = np.zeros(len(others), dtype=bool)
+    is_judge[is_free] = dealt(free, min(MOST_JUDGES, len(np.unique(free)) // JUDGE_IN), "unlabelled")
+    return (np.flatnonzero(is_judge), np.flatnonzero(is_new & ~is_judge), int((~is_new).sum()))

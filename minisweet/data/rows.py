@@ -32,6 +32,7 @@ class Rows(NamedTuple):
     names: list[str | None]  # (N,), None where a row has no label
     columns: list[str]  # of the texts, in their file
     label_column: str | None = None
+    group_column: str | None = None
     label_type: str = "str"  # of labels that came from Python
 
 
@@ -164,24 +165,28 @@ def label_name(value: object) -> str | None:
     return str(value).strip()
 
 
-def read_texts(path: Path, columns: Sequence[str], label_column: str | None = None) -> Rows:
-    """Read a file's texts and labels; rows without text are skipped and counted. Raises InputError, with the line."""
-    texts, names, empty = [], [], 0
+def read_texts(
+    path: Path, columns: Sequence[str], label_column: str | None = None, group_column: str | None = None
+) -> Rows:
+    """Read a file's texts, labels and groups; rows without text are skipped and counted. InputError has the line."""
+    texts, names, groups, empty = [], [], [], 0
     for line, row in read_rows(path):
         text = [cell(path, line, row, column) for column in columns]
         try:
-            name = label_name(row.get(label_column)) if label_column else None
+            name, group = (label_name(row.get(named := its)) if its else None for its in (label_column, group_column))
         except ValueError as error:
-            raise InputError(f"{path}, line {line}: {label_column!r:.60}: {error}") from None
+            raise InputError(f"{path}, line {line}: {named!r:.60}: {error}") from None
         if any(part.strip() for part in text):
             texts.append(text)
             names.append(name)
+            groups.append(group)
         else:
             empty += 1
     if not texts:
         raise InputError(f"{path}: no rows with text in {', '.join(columns)}")
     first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(columns))
-    return Rows(Examples(first, second, None, empty=empty), names, list(columns), label_column)
+    examples = Examples(first, second, None, groups=groups if group_column else None, empty=empty)
+    return Rows(examples, names, list(columns), label_column, group_column)
 
 
 def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> Examples:
@@ -201,21 +206,33 @@ def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> 
     return Examples([row[0] for row in rows], [row[1] for row in rows] if sides == 2 else None, None)
 
 
+def with_groups(examples: Examples, groups: Iterable | None, name: str) -> Examples:
+    """Texts from Python with the groups that belong to them. Raises InputError, with the item."""
+    if groups is None:
+        return examples
+    return examples._replace(groups=names_of(groups, len(examples.first), name)[0])
+
+
 def labelled_texts(X, y, sides: int | None = None) -> Rows:
     """Texts and labels as a file's rows would be. Raises InputError, with the item."""
     examples = texts_of(X, sides)
-    labels = list(y) if isinstance(y, Iterable) and not isinstance(y, str | bytes) else []
-    if len(labels) != len(examples.first):
-        raise InputError(f"labels: {len(labels):,}, should be as many as the texts, {len(examples.first):,}")
-    labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
-    names = []
-    for i, label in enumerate(labels):
-        try:
-            names.append(label_name(label))
-        except ValueError as error:
-            raise InputError(f"item {i}: {error}") from None
-    kinds = {type(label).__name__ for label, name in zip(labels, names, strict=True) if name is not None}
+    names, kinds = names_of(y, len(examples.first), "labels")
     if len(kinds) > 1 and kinds != {"int", "float"}:
         raise InputError(f"labels: {' and '.join(sorted(kinds))} are mixed, should be of one type")
     columns = ["text"] if examples.second is None else ["sentence1", "sentence2"]
     return Rows(examples, names, columns, label_type="float" if "float" in kinds else next(iter(kinds), "str"))
+
+
+def names_of(values: Iterable, count: int, what: str) -> tuple[list[str | None], set[str]]:
+    """What some labels or groups from Python are called, None where one is empty; and the types of the others."""
+    values = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else []
+    if len(values) != count:
+        raise InputError(f"{what}: {len(values):,}, should be as many as the texts, {count:,}")
+    values = [value.item() if isinstance(value, np.generic) else value for value in values]
+    names = []
+    for i, value in enumerate(values):
+        try:
+            names.append(label_name(value))
+        except ValueError as error:
+            raise InputError(f"item {i}: {error}") from None
+    return names, {type(value).__name__ for value, name in zip(values, names, strict=True) if name is not None}

@@ -21,7 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "t
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
 CHARACTERS = 32  # per token: so many of a text are read, several times what its tokens have
 CHUNK = 256  # texts that are tokenised at once, since the library also keeps what it cuts off
-ARRAYS = ("lengths", "first_lengths", "is_cut", "keys")  # of `Texts`, (N,) each
+ARRAYS = ("lengths", "first_lengths", "is_cut", "keys", "units")  # of `Texts`, (N,) each
 POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
 
 
@@ -32,6 +32,7 @@ class Examples(NamedTuple):
     second: list[str] | None  # None where there are single sentences
     labels: list[int] | None  # indices of classes, -1 for a row without a label; None where no row has one
     difficulties: list[str] | None = None  # of the toy task only
+    groups: list[str | None] | None = None  # what a row belongs to, such as a thread; None for a row by itself
     empty: int = 0  # rows without text, which were skipped
 
     def take(self, rows: Sequence[int]) -> "Examples":
@@ -43,7 +44,9 @@ class Examples(NamedTuple):
         its = (self, *others)
         second = None if self.second is None else sum((rows.second for rows in its), [])
         labels = sum((rows.labels or [-1] * len(rows.first) for rows in its), [])
-        return Examples(sum((rows.first for rows in its), []), second, labels, empty=sum(rows.empty for rows in its))
+        groups = sum((rows.groups or [None] * len(rows.first) for rows in its), [])
+        first, empty = sum((rows.first for rows in its), []), sum(rows.empty for rows in its)
+        return Examples(first, second, labels, groups=groups if any(groups) else None, empty=empty)
 
     def texts(self) -> list:
         """Each row's sentence, or pair of sentences."""
@@ -144,7 +147,8 @@ class Texts:
     probabilities (N, C), or None.
 
     `keys` (N,) are 64-bit hashes of the ids, in an order as good as random. So texts that differ in nothing but what
-    the tokenizer drops, such as a long text's end, or BERT's case, have one key.
+    the tokenizer drops, such as a long text's end, or BERT's case, have one key. `units` (N,) are keys too: rows of one
+    unit are of one text, or of one group (`unite`).
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
@@ -165,6 +169,9 @@ class Texts:
             np.array(first_lengths, dtype=int),
         )
         self.is_cut, self.keys = np.array(is_cut, dtype=bool), np.frombuffer(b"".join(digests), dtype=np.int64)
+        self.units = self.keys
+        if examples.groups:
+            unite(self)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -227,6 +234,51 @@ class Texts:
             order = order[size:]
 
 
+def unite(*parts: Texts) -> None:
+    """Set the units of texts. A row's unit is the lowest key among the rows that it hangs together with.
+
+    Rows of one key hang together, and so do rows of one group, in all parts.
+    """
+    keys = np.concatenate([part.keys for part in parts])
+    names = [name for part in parts for name in part.examples.groups or [None] * len(part)]
+    units, named = keys.copy(), np.array([name is not None for name in names], dtype=bool)
+    links = [(np.arange(len(keys)), np.unique(keys, return_inverse=True)[1])]
+    links += [(np.flatnonzero(named), np.unique([name for name in names if name is not None], return_inverse=True)[1])]
+    before = None
+    while not np.array_equal(units, before):  # a chain of links takes several rounds
+        before = units.copy()
+        for rows, which in links:
+            lowest = np.full(1 + which.max(initial=-1), np.iinfo(np.int64).max)
+            np.minimum.at(lowest, which, units[rows])
+            units[rows] = lowest[which]
+    for part, its in zip(parts, np.split(units, np.cumsum([len(part) for part in parts])[:-1]), strict=True):
+        part.units = its
+
+
+def hashes(units: np.ndarray, purpose: str) -> np.ndarray:
+    """A hash of each unit (N,), by which it is dealt out: as good as random, for each purpose anew, always the same."""
+    distinct, place = np.unique(units, return_inverse=True)
+    digests = [hashlib.sha256(purpose.encode() + unit.tobytes()).digest()[:8] for unit in distinct]
+    return np.frombuffer(bytearray().join(digests), dtype=np.uint64)[place]
+
+
+def dealt(units: np.ndarray, count: int, purpose: str) -> np.ndarray:
+    """Which rows (N,) are of the `count` units whose hash is smallest."""
+    hashed = hashes(units, purpose)
+    return np.isin(hashed, np.unique(hashed)[:count])
+
+
+def one_of_each(units: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Which rows (N,) are of the text that is drawn of their unit: that with the smallest hash."""
+    _, place = np.unique(units, return_inverse=True)
+    hashed, smallest = (
+        hashes(keys, "one of each"),
+        np.full(1 + place.max(initial=-1), np.iinfo(np.uint64).max, np.uint64),
+    )
+    np.minimum.at(smallest, place, hashed)
+    return hashed == smallest[place]
+
+
 class Data(NamedTuple):
     """What a training learns from, and validates on: rows of a task and own text are the same from here on."""
 
@@ -241,5 +293,6 @@ class Data(NamedTuple):
     metric: str = "accuracy"
     text_columns: list[str] | None = None  # all from here on are own text's
     label_column: str | None = None
+    group_column: str | None = None
     label_type: str = "str"
     set_aside: float = 1.0  # the share of the labelled rows that validates; 1 where these rows have their own file

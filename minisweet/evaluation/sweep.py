@@ -41,10 +41,11 @@ def sweep(
     """
     (K, N, _), labels, metric = outputs.logits.shape, outputs.labels.numpy(), outputs.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
+    predictions = np.empty((K, N), dtype=np.int64)
     for rule, rows in folds:
         some = outputs.take(rows)
-        taken[:, rows], _, costs[:, rows] = some.decide_at(rule, range(K) if asked is None else asked, thresholds)
-    predictions = outputs.logits.argmax(-1).numpy()  # (K, N)
+        taken[:, rows], _, costs[:, rows] = some.decide_at(range(K) if asked is None else asked, thresholds, rule)
+        predictions[:, rows] = some.by(rule).logits.argmax(-1).numpy()
     ratios = costs.mean(1).tolist()  # Eq. 1
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
     curve = {"exit_scores": score(predictions, labels, metric).tolist(), "scores": scores, "speedup_ratios": ratios}

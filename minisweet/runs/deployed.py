@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ import torch
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Options, number, option
 from minisweet.base.files import InputError
+from minisweet.data.own import JUDGE_IN
 
 CHOOSING = 4  # of so many validation texts one chooses, and the others judge
 ROUNDING = 1e-9  # of shares
@@ -50,49 +50,51 @@ class OperatingPoint:
     threshold: float
     exits: list[int]  # the layers of those that are asked, the last exit's among them
     goal: dict[str, float]  # {"max_lost": P, "sure": S} or {"max_share": s}
-    lost_means: Literal["lost", "changed"]  # full depth is right and early exit wrong; or their answers differ
     choosing_texts: int
     judging_texts: int
-    score: float
+    labelled_judges: int  # of them, texts that were set aside with a label
+    score: float  # this and `full_depth` are of the labelled judges; where there are none, agreement with full depth
     score_interval: list[float] | None
     full_depth: float
     full_depth_interval: list[float] | None
-    lost: float  # of 100 judging texts
+    lost: float  # of 100 judging texts: early exit changed full depth's answer, and no label says that this was wrong
     lost_interval: list[float] | None
     share: float  # of the layers
     share_interval: list[float] | None
     temperatures: list[float]  # of `exits`
+    weights: list[float]  # of `exits`: how much exit 0's answer counts at each
     per_class: dict  # precision, recall, f1, support: (C,) each
     precision: str  # in which its logits were computed
 
     @property
     def rule(self) -> ExitRule:
         """When a text leaves at which of the exits."""
-        temperatures = torch.tensor(self.temperatures, dtype=torch.float32, device="cpu")
-        return ExitRule(len(self.per_class["support"]), temperatures)
+        its = (torch.tensor(part, dtype=torch.float32, device="cpu") for part in (self.temperatures, self.weights))
+        return ExitRule(len(self.per_class["support"]), *its)
 
     @property
     def promise(self) -> str:
         """What the judges saw and what is promised, in words; "" where all texts run to the last exit."""
         if self.threshold == 1:
             return ""
-        texts, is_changed = self.judging_texts, self.lost_means == "changed"
-        lost = f"{(n := round(self.lost * texts / 100)):,} answer{'s' * (n != 1)}"
-        did = f"changed {lost} of the full model" if is_changed else f"lost {lost} that the full model had right"
-        said = f"On {texts:,} of your texts that the model had not seen, early exit {did}."
-        if "max_share" in self.goal:
-            return said
-        what = (
-            "answers to new texts like these are not the full model's"
-            if is_changed
-            else "new texts like these are lost"
+        lost = f"{(n := round(self.lost * self.judging_texts / 100)):,} answer{'s' * (n != 1)}"
+        said = (
+            f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost at most {lost} that "
         )
-        return f"{said} In the long run at most {self.goal['max_lost']:g} in 100 {what}, {self.goal['sure']:g}% sure."
+        said += "the full model had right."
+        if "max_lost" in self.goal:
+            said += f" In the long run at most {self.goal['max_lost']:g} in 100 new texts like these are lost, "
+            said += f"{self.goal['sure']:g}% sure."
+        if self.labelled_judges and self.score_interval:  # of accuracy alone
+            said += (
+                f" Of labelled ones the full model had {self.full_depth:.1f} of 100 right, early exit {self.score:.1f}."
+            )
+        return said
 
     def shortfall(self, set_aside: float = 1.0) -> str:
         """A line where a goal is out of reach, or only full depth can be promised; else "".
 
-        It says how many rows would do. Of these a share is set aside: 1 where they have a file of their own.
+        It says how many rows would do. Of labelled rows a share is set aside: 1 where they have a file of their own.
         """
         if "max_share" in self.goal:
             wanted = f"at most {self.goal['max_share']:g} of the layers is out of reach"
@@ -100,15 +102,15 @@ class OperatingPoint:
             return "" if is_reached else f"{wanted}: the fastest takes {self.share:.3g}"
         if self.threshold < 1:
             return ""
-        needed = texts_needed(self.goal)
+        needed, only = texts_needed(self.goal), "nothing faster than full depth can be promised"
         if self.judging_texts >= needed[-1]:
-            many = f"too many of {self.judging_texts:,} texts are {self.lost_means}"
-            return f"nothing faster than full depth can be promised: {many}"
-        rows = [math.ceil(math.ceil(n * CHOOSING / (CHOOSING - 1)) / set_aside) for n in needed]
-        kind = "labelled rows" if self.lost_means == "lost" else "rows without a label"
-        would = f"{rows[0]:,} {kind} would do where none is {self.lost_means}"
-        would += f", {rows[1]:,} and {rows[2]:,} where one or two are"
-        return f"nothing faster than full depth can be promised: {self.judging_texts:,} texts judged. Some {would}"
+            return f"{only}: too many of {self.judging_texts:,} texts are lost"
+        kind, share, there = "labelled rows", set_aside, 0
+        if self.judging_texts > self.labelled_judges:  # more of those that are cheap
+            kind, share, there = "more rows without a label", 1 / JUDGE_IN, self.judging_texts
+        rows = [math.ceil(math.ceil(max(1, n - there) * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
+        would = f"{rows[0]:,} {kind} would do where none is lost, {rows[1]:,} and {rows[2]:,} where one or two are"
+        return f"{only}: {self.judging_texts:,} texts judged. Some {would}"
 
     def in_words(self, exits: int, set_aside: float = 1.0) -> str:
         """What is promised of new text by a model of so many exits; or why nothing faster than full depth can be."""

@@ -12,10 +12,11 @@ from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS, exit_layers_for
 from minisweet.runs.hub import REPOSITORIES
 
-STEPS, EPOCHS = 300, 4  # own text is trained on for at least so many of both
+# Own text is trained on for at least so many steps and epochs: single texts gain by more, pairs do not, and texts that
+# the model has answered itself are many.
+STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
 MAX_LENGTH = 256  # tokens
 METHOD = one_of(*METHODS)._replace(is_right=lambda name: isinstance(name, str) and name in METHODS)  # new rows too
-OF_PAPER, OF_OWN_TEXT = ("exit_strategy", "train_size"), ("trunk", "class_weights", "dev_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class TrainingOptions(Options):
     max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
     amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: where it pays")
+
+
+COMMON = "model method exit_layers seed lr epochs batch_size max_length device amp".split()
+OF_TASKS, OWN_TEXT = [*COMMON, "exit_strategy", "train_size"], [*COMMON, "trunk", "class_weights", "dev_size"]
 
 
 def resolve(
@@ -77,6 +82,6 @@ def resolve(
     )
 
 
-def epochs_of(rows: int, batch_size: int) -> int:
-    """How many epochs a stage on own text takes (.github/results/tried.md)."""
-    return max(EPOCHS, ceil(STEPS / ceil(max(1, rows) / batch_size)))
+def epochs_of(rows: int, batch_size: int, are_single: bool = True) -> int:
+    """How many epochs a stage on own text takes (.github/results/tried.md); `are_single`: labelled texts, no pairs."""
+    return max(EPOCHS if are_single else EPOCHS_OF_OTHERS, ceil(STEPS / ceil(max(1, rows) / batch_size)))

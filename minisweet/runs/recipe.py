@@ -39,8 +39,8 @@ from minisweet.runs.resume import SavedTraining
 from minisweet.runs.run import Run, load_trunk
 from minisweet.training import fine_tune, process_rank, used_rows
 
-# A plain model with fewer labelled rows also learns its own answers: to at most so many texts, for so many epochs.
-FEW_LABELS, MOST_AGAIN, EPOCHS_AGAIN = 2000, 5000, 2
+# Where more texts have no label, a plain model also learns its own answers: to at most so many, for so many epochs.
+MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 TIMED = 64  # unlabelled texts, to tell how long all of them will take
 
 
@@ -63,10 +63,11 @@ def begin(options: TrainingOptions, task: str | None = None) -> Start:
     trunk, labels, before = None, [], None
     if options.trunk:
         trunk, labels, before = load_trunk(Path(options.trunk))
+        length = before and before.arguments.max_length
+        if options.max_length and length and options.max_length != length:  # keys of cut texts are no longer the same
+            raise InputError(f"{options.max_length}, should be {length}, as of the trunk {options.trunk}", "max_length")
         name = f"./{options.trunk}" if options.trunk in REPOSITORIES else options.trunk  # a folder, not a preset
-        options = replace(
-            options, model=name, max_length=options.max_length or (before and before.arguments.max_length)
-        )
+        options = replace(options, model=name, max_length=options.max_length or length)
     options = replace(options, max_length=options.max_length or MAX_LENGTH)
     folder = model_folder(options.model)
     config = read_config(folder)
@@ -121,9 +122,9 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
         # 1. The trunk, a model with one exit: where branches or exit 0 alone are put on it, it is trained before.
         if is_new and method.keeps_trunk:
             train_stage(start, saved, Stage("trunk", trunk), learn)
-            if others and len(learn) < min(FEW_LABELS, len(others)):
-                # Few texts have labels, and more have none: it learns the labels again, and its own answers to the
-                # others (self-training). Full depth mostly gains, and exit 0 then foretells it better (choose.md).
+            if others and len(learn) < len(others):
+                # It learns the labels again, and its own answers to the others (self-training). Full depth mostly
+                # gains, and exit 0 then foretells it better (choose.md).
                 some = others.take(np.sort(np.random.default_rng(0).permutation(len(others))[:MOST_AGAIN]))
                 answered = with_answers(start, saved, learn, "first answers", trunk, some)
                 train_stage(start, saved, Stage("trunk again", trunk), answered, EPOCHS_AGAIN)
@@ -168,7 +169,8 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
 def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, epochs: int | None = None) -> None:
     """Fine-tune a model, or a part of one. Own text's epochs are `epochs`, or follow from the number of texts."""
     options, model = start.options, stage.model.to(start.device)
-    epochs = options.epochs or epochs or epochs_of(len(learn), options.batch_size)
+    are_single = learn.targets.ndim == 1 and learn.examples.second is None
+    epochs = options.epochs or epochs or epochs_of(len(learn), options.batch_size, are_single)
     if options.class_weights:
         learn = learn.with_targets(balanced(learn.targets, model.num_labels))
     with used_rows(model, learn) as row_of:
@@ -242,11 +244,14 @@ def new_record(start: Start, data: Data) -> Record:
         raise InputError(f"{start.folder}: its type_vocab_size is 1, and pairs, as in {data.task}, need 2")
     learnt = {*start.known_keys, *(key for part in parts for key in part.keys.tolist())}
     digests = "".join(part.examples.digest() for part in (data.validation, *parts))
-    count = len(data.train) or len(parts[-1])
+    are_single = bool(len(data.train)) and data.train.examples.second is None
+    rule = epochs_of(len(data.train) or len(parts[-1]), options.batch_size, are_single)
+    if data.text_columns and options.epochs and options.epochs < rule:
+        LOG.warning("epochs: %d, and %d are the rule here; with few the model may learn nothing", options.epochs, rule)
     record = Record(
-        arguments=replace(options, epochs=options.epochs or epochs_of(count, options.batch_size)),
+        arguments=replace(options, epochs=options.epochs or rule),
         **{name: getattr(data, name) for name in ("task", "labels", "label_type", "metric", "subset", "set_aside")},
-        **{name: getattr(data, name) for name in ("text_columns", "label_column")},
+        **{name: getattr(data, name) for name in ("text_columns", "label_column", "group_column")},
         exit_layers=options.exit_layers,
         depth=config.num_hidden_layers,
         vocab_size=config.vocab_size,

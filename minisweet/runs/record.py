@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from minisweet.data.tasks import TASKS
+from minisweet.methods import METHODS
 from minisweet.runs.options import TrainingOptions
 
 
@@ -24,8 +25,9 @@ class Record:
     labels: list[str]  # (C,)
     label_type: Literal["str", "int", "float", "bool"] = "str"  # of the labels that were handed to Python's `fit`
     metric: Literal["accuracy", "matthews"]
-    text_columns: list[str] | None = None  # this and the next are of own text
+    text_columns: list[str] | None = None  # this and the next two are of own text
     label_column: str | None = None
+    group_column: str | None = None
     set_aside: float = 1.0  # the share of the labelled rows that validates; 1 where these rows have their own file
     exit_layers: list[int]  # (K,), 0 first where there is exit 0
     depth: int  # the encoder's layers, of which the model keeps those up to the last exit
@@ -46,6 +48,14 @@ class Record:
     def columns(self) -> list[str]:
         """The columns of the texts that it was trained on: of own text, or of a task of GLUE; the toy has none."""
         return list(self.text_columns or TASKS[self.task].columns[:-1])
+
+    @property
+    def combines(self) -> bool:
+        """Whether exit 0 has a say at later exits: own text's, where the trunk is not a finished classifier's."""
+        its = self.arguments
+        return (
+            bool(self.text_columns) and self.exit_layers[0] == 0 and METHODS[its.method].keeps_trunk and not its.trunk
+        )
 
     def training(self) -> dict:
         """What must be equal where a training goes on."""

@@ -27,15 +27,15 @@ from minisweet.runs.deployed import OperatingPoint
 from minisweet.runs.record import Evaluation, Record
 
 TOKENIZER, VALIDATION, LOGITS = "tokenizer.json", "validation.jsonl", "logits.safetensors"
-EVALUATION, CURVE, OPERATING = "evaluation.json", "curve.png", "operating.json"
-FILES = {"run.json", "config.json", WEIGHTS, TOKENIZER, VALIDATION, LOGITS, EVALUATION, CURVE, OPERATING}
+EVALUATION, CURVE, OPERATING, LABELS = "evaluation.json", "curve.png", "operating.json", "labels.jsonl"
+FILES = {"run.json", "config.json", WEIGHTS, TOKENIZER, VALIDATION, LOGITS, EVALUATION, CURVE, OPERATING, LABELS}
 
 
 class Run:
     """What a training made: its record, and the model, tokenizer, validation texts, logits, and what is deployed.
 
-    Of a run in a folder each part is read when it is first asked for. Raises InputError where it is missing or broken,
-    or is of other weights than the run.
+    Of a run in a folder each part is read when it is first asked for. Raises InputError where weights or results are
+    missing, broken, or of other weights than the run.
     """
 
     def __init__(self, record: Record, folder: Path | None = None) -> None:
@@ -98,11 +98,11 @@ class Run:
         with (self.folder / VALIDATION).open(encoding="utf-8", newline="\n") as file:
             rows = [json.loads(line) for line in file]
         numbers = {name: number for number, name in enumerate(self.record.labels)} | {None: -1}
-        first, second, difficulties = (
+        first, second, difficulties, groups = (
             [row[name] for row in rows] if name in rows[0] else None
-            for name in ("text" if "text" in rows[0] else "sentence1", "sentence2", "difficulty")
+            for name in ("text" if "text" in rows[0] else "sentence1", "sentence2", "difficulty", "group")
         )
-        return Examples(first, second, [numbers[row["label"]] for row in rows], difficulties)
+        return Examples(first, second, [numbers[row["label"]] for row in rows], difficulties, groups)
 
     @cached_property
     def texts(self) -> Texts:
@@ -142,6 +142,14 @@ class Run:
         """What is deployed."""
         return self._result(OperatingPoint, OPERATING, "minisweet choose")
 
+    @cached_property
+    def labels(self) -> dict[int, int]:
+        """Classes of validation texts that had none, by their keys: given on request, see `minisweet label`."""
+        if not self.folder or not (self.folder / LABELS).exists():
+            return {}
+        rows = map(json.loads, (self.folder / LABELS).read_text(encoding="utf-8").splitlines())
+        return {row["key"]: self.record.labels.index(row["label"]) for row in rows}
+
     @property
     def evaluation(self) -> Evaluation:
         """What evaluate.py found."""
@@ -174,8 +182,8 @@ class Run:
                 (folder / TOKENIZER).write_text(self.tokenizer.to_str(), encoding="utf-8")
                 with (folder / VALIDATION).open("w", encoding="utf-8") as file:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
-            for name in ("outputs", "point"):
-                if name in vars(self):
+            for name in ("outputs", "point", "labels"):
+                if vars(self).get(name):
                     getattr(self, f"write_{name}")(folder)
         self.folder = out
 
@@ -187,9 +195,20 @@ class Run:
             row = (
                 {"text": text} if examples.second is None else dict(zip(("sentence1", "sentence2"), text, strict=True))
             )
-            level = {"difficulty": examples.difficulties[n]} if examples.difficulties else {}
-            rows.append(row | {"label": names[examples.labels[n]]} | level)
+            if examples.difficulties:
+                row["difficulty"] = examples.difficulties[n]
+            if examples.groups:
+                row["group"] = examples.groups[n]
+            rows.append(row | {"label": names[examples.labels[n]]})
         return rows
+
+    def write_labels(self, folder: Path) -> None:
+        """Write the labels that were given on request."""
+        rows = dict(zip(self.texts.keys.tolist(), self.rows(), strict=True))
+        with written_beside(folder / LABELS) as new, new.open("w", encoding="utf-8") as file:
+            for key, label in self.labels.items():
+                row = rows[key] | {"label": self.record.labels[label], "key": key}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def write_outputs(self, folder: Path) -> None:
         """Write what all exits said of the validation texts, and in the metadata of which weights."""

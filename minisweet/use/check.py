@@ -2,8 +2,8 @@
 
     minisweet test runs/tickets labelled.csv
 
-Then each class's precision, recall and F1, and the milliseconds of a text. Without a column of labels it counts the
-answers that early exit changes.
+Then each class's precision, recall and F1, and the milliseconds of a text. Of a text without a label it counts as lost
+that early exit changes full depth's answer.
 """
 
 import time
@@ -15,10 +15,11 @@ from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
 from minisweet.data.rows import all_columns, read_texts, text_columns
-from minisweet.data.text import Texts
+from minisweet.data.text import Texts, one_of_each
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS
 from minisweet.outputs import Outputs, ask_all
+from minisweet.runs.deployed import texts_needed
 from minisweet.use.classifier import Deployed, add_classifier_options, classifier_of, classify_tokens, tokenize
 
 CLASSES, TIMED = 20, 64  # classes that are told, at most; texts that are timed
@@ -42,7 +43,8 @@ def read_outputs(its: Deployed, file: Path) -> Outputs:
     column = next((name for name in (record.label_column, "label") if name in found), None)
     if column == "label" and "exit_layer" in found:
         raise InputError(f"{file}: its label is what predict answered, should be what is right")
-    rows = read_texts(file, columns, column)
+    group = record.group_column if record.group_column in found else None
+    rows = read_texts(file, columns, column, group)
     numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
     if unknown := [name for name in rows.names if name not in numbers]:
         print(f"rows with another label than the model's, left out: {len(unknown):,} ({preview(sorted(set(unknown)))})")
@@ -56,31 +58,32 @@ def read_outputs(its: Deployed, file: Path) -> Outputs:
         if count := int(np.isin(texts.keys, keys).sum()):
             print(f"{count:,} of these rows {what}, and do not count")
     texts = texts.take(np.flatnonzero(~np.isin(texts.keys, np.concatenate([learnt, aside]))))
+    texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # of a group one text
     if not len(texts):
         raise InputError(f"{file}: no row is left to test on; name other rows")
-    return ask_all(its.model, texts, its.precision, record.metric)
+    return ask_all(its.model, texts, its.precision, record.metric).by(its.rule)
 
 
 def print_test(its: Deployed, outputs: Outputs, stated_right: bool) -> None:
     """Print what comes out, what was stated (a score of labels if `stated_right`), and if the promise held here."""
-    point, has_labels = its.point, bool((outputs.labels >= 0).any())
-    scored, means = (outputs.labelled(), point.lost_means) if has_labels else (outputs.against_full_depth(), "changed")
-    judges = scored if means == "lost" else outputs.against_full_depth()
-    exits = range(len(point.exits))
-    found = operating.stated(its.rule, exits, its.threshold, judges, scored)
+    point, has_labels, judges = its.point, bool((outputs.labels >= 0).any()), outputs.filled()
+    scored, exits = outputs.labelled() if has_labels else judges, range(len(point.exits))
+    found = operating.stated(exits, its.threshold, judges, scored)
     print(f"\n{len(outputs.labels):,} rows, threshold {its.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
     titles = {"score": METRICS[scored.metric], "full_depth": "full depth"} if has_labels else {}
-    for key, title in (titles | {"lost": f"{means}, of 100 texts", "share": "share of the layers"}).items():
+    for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
         ends = found[f"{key}_interval"]
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
-        is_stated = key == "share" or (means == point.lost_means if key == "lost" else stated_right)
+        is_stated = key in ("lost", "share") or stated_right
         print(f"{title:<26}{found[key]:8.2f}   {interval}" + f"{getattr(point, key):12.2f}" * is_stated)
-    is_chosen = its.threshold == in_float32(point.threshold) < 1
-    if (promised := point.goal.get("max_lost")) and means == point.lost_means and is_chosen:
-        what = f"at most {promised:g} of 100 {means}, {point.goal['sure']:g}% sure"
-        by_chance = ": by chance, or these texts are drawn otherwise than those that judged"
-        print(f"promised: {what}; " + ("held here" if found["lost"] <= promised else f"not held here{by_chance}"))
+    if (promised := point.goal.get("max_lost")) and its.threshold == in_float32(point.threshold) < 1:
+        what, needed = f"at most {promised:g} of 100 lost, {point.goal['sure']:g}% sure", texts_needed(point.goal)[0]
+        held = (
+            "held here" if found["lost"] <= promised else "not held here: by chance, or these texts are drawn otherwise"
+        )
+        few = f"too few texts to tell whether it holds; some {needed:,} would do where none is lost"
+        print(f"promised: {what}; {held if found['judging_texts'] >= needed else few}")
     if has_labels and len(its.labels) <= CLASSES:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
         for name, *scores, rows in zip(its.labels, *found["per_class"].values(), strict=True):

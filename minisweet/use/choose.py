@@ -3,12 +3,14 @@
     minisweet choose runs/tickets                     # at most 3 in 100 texts are lost, 90% sure
     minisweet choose runs/tickets --max-lost 1 --sure 95
     minisweet choose runs/tickets --max-share 0.3     # at most 30% of the layers run
+    minisweet choose runs/tickets --labels ask.csv    # with labels that `minisweet label` asked for
 
-A text is lost where the whole model, full depth, is right and the early exit is wrong. Writes operating.json, which
-test, predict, explain and export take.
+A text is lost where the whole model, full depth, is right and the early exit is wrong. Each goal is reached as surely
+as it says; the fastest of several goals is not. Writes operating.json, which test, predict, explain and export take.
 """
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
@@ -16,7 +18,9 @@ import torch
 
 from minisweet.base.commands import Parser
 from minisweet.base.devices import choose_device, choose_precision
-from minisweet.base.files import LOG, InputError
+from minisweet.base.files import LOG, InputError, preview
+from minisweet.data.rows import Rows, find_columns, read_texts, text_columns
+from minisweet.data.text import Texts
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS, score
 from minisweet.runs.deployed import Goal
@@ -29,9 +33,13 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     add_goal_options(parser)
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="filled in, as `minisweet label` wrote it")
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
     run, goal = Run.read(args.run), goal_of(args)
+    if args.labels:
+        run.labels = run.labels | labels_of(run, read_answers(run, args.labels))
+        run.write_labels(args.run)
     choose_for(run, goal, args.device, args.amp)
     run.write_point(args.run)
     print_choice(run)
@@ -62,11 +70,34 @@ def choose_for(run: Run, goal: Goal, device: str = "auto", amp: str = "auto") ->
             is_there = run.outputs is not None
         except InputError as error:
             LOG.warning("%s", error)
-    if not is_there or (amp != "auto" and run.outputs.precision != wanted):
+    if not is_there or run.outputs.precision != wanted:
         run.outputs = run.ask(run.texts, device, amp)
         if run.folder:
             run.write_outputs(run.folder)
-    run.point = operating.choose(run.outputs, goal.as_json(), run.record.trained_keys, run_id=run.id)
+    its = run.record
+    found = operating.choose(run.outputs, goal.as_json(), its.trained_keys, None, run.labels, its.combines)
+    run.point = replace(found, id=run.id)
+
+
+def read_answers(run: Run, file: Path) -> Rows:
+    """The rows of a file that `minisweet label` wrote, and somebody filled in."""
+    columns, label = text_columns(file, None, run.record.columns, option=""), run.record.label_column or "label"
+    return read_texts(file, columns, *find_columns("", file, [label]))
+
+
+def labels_of(run: Run, rows: Rows) -> dict[int, int]:
+    """Classes of judging texts that had none, by their keys. Rows that are others, or have no such label, are told."""
+    classes = {name: number for number, name in enumerate(run.record.labels)}
+    keys, may_ask = (
+        Texts(run.tokenizer, rows.examples).keys.tolist(),
+        set(run.texts.keys[run.texts.labels < 0].tolist()),
+    )
+    given = [(key, name, row) for row, (key, name) in enumerate(zip(keys, rows.names, strict=True)) if name is not None]
+    if strange := [rows.examples.texts()[row] for key, _, row in given if key not in may_ask]:
+        LOG.warning("texts that this run does not ask about, or that were edited, left out: %s", preview(strange))
+    if unknown := sorted({name for _, name, _ in given if name not in classes}):
+        LOG.warning("labels that the run does not know, left out: %s", preview(unknown))
+    return {key: classes[name] for key, name, _ in given if key in may_ask and name in classes}
 
 
 def print_choice(run: Run) -> None:
@@ -74,7 +105,7 @@ def print_choice(run: Run) -> None:
     record, outputs, point = run.record, run.outputs, run.point
     _, judging, trained = operating.split(outputs, record.trained_keys)
     rows = outputs.take(judging) if len(judging) else outputs
-    rows = rows.against_full_depth() if (rows.labels < 0).all() else rows.labelled()
+    rows = rows.labelled() if (rows.labels >= 0).any() else rows.filled()
     costs = outputs.exits.take([outputs.exits.layers.index(n) for n in point.exits]).costs(point.threshold)
     lines = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     if outputs.exits.layers[0] == 0:

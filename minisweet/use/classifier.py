@@ -6,7 +6,6 @@ Dimension letters: N texts, K exits, C classes.
 import argparse
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import NamedTuple
@@ -18,25 +17,23 @@ from minisweet.adaptive import ExitRule, in_float32
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
-from minisweet.data.rows import labelled_texts, texts_of
+from minisweet.data.rows import labelled_texts, texts_of, with_groups
 from minisweet.data.text import Texts
 from minisweet.exits import ExitModel
 from minisweet.live import Decisions, early_exit
 from minisweet.runs.deployed import Goal, OperatingPoint
-from minisweet.runs.options import OF_PAPER, TrainingOptions
+from minisweet.runs.options import OWN_TEXT, TrainingOptions
 from minisweet.runs.recipe import train_own
 from minisweet.runs.record import Record
 from minisweet.runs.resume import SavedTraining
 from minisweet.runs.run import Run
-from minisweet.use.choose import choose_for
+from minisweet.use.choose import choose_for, labels_of
+from minisweet.use.label import to_ask
 
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # labels' names back to labels
-TRAINING = [its.name for its in fields(TrainingOptions) if its.name not in OF_PAPER]
-PARAMETERS = {
-    its.name: its.default for kind in (TrainingOptions, Goal) for its in fields(kind) if its.name not in OF_PAPER
-}
-THRESHOLD, BATCH_SIZE = number(0, 1), whole_number(1)
+PARAMETERS = {name: getattr(TrainingOptions, name) for name in OWN_TEXT} | vars(Goal())
+THRESHOLD, BATCH_SIZE, MOST_TO_LABEL = number(0, 1), whole_number(1), whole_number(1)
 
 
 class Answer(NamedTuple):
@@ -62,6 +59,7 @@ class Deployed(NamedTuple):
     rule: ExitRule
     model: ExitModel  # with the exits that are asked, on the device
     device: torch.device
+    amp: str  # as it was asked for
     precision: torch.dtype | None  # to autocast to
     batch_size: int  # texts that run at once
     labels: list  # (C,), as they were trained on
@@ -79,6 +77,8 @@ class EarlyExitClassifier:
         classify = EarlyExitClassifier.load("runs/tickets")   # threshold=, device=, amp=, batch_size=
         classify.classify(texts)                              # per text: label, confidence, exit layer, probabilities
         classify.choose(max_lost=2)                           # another goal, or max_share=0.3
+        texts = classify.to_label(most=50)                    # whose labels let more texts leave early
+        classify.choose(labels=(texts, labels_of_texts))
 
     Texts are a list of strings, or of pairs of strings. Labels are strings or numbers; None is a row without a label.
     Several threads may share one classifier. On a CPU `minisweet.tune_cpu()`, before a process's first model, makes it
@@ -131,18 +131,23 @@ class EarlyExitClassifier:
 
     # --- training
 
-    def fit(self, X, y, *, unlabelled=None, validation=None) -> "EarlyExitClassifier":
+    def fit(
+        self, X, y, *, unlabelled=None, validation=None, groups=None, unlabelled_groups=None
+    ) -> "EarlyExitClassifier":
         """Train on texts X (N) and labels y (N), choose what to deploy, and return itself.
 
         `unlabelled` are more texts: exit 0 and branches learn what the trained model says of them; so does a new plain
         model itself where few texts are labelled. `validation` is (texts, labels) to choose and judge on, in place of
-        rows of X. With a `trunk`, X and y may be None. A model that was fitted before answers until the new one is
-        there. Raises InputError, with the item, for what cannot be trained on.
+        rows of X. `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together;
+        None is a row by itself. `unlabelled_groups` does so of `unlabelled`. With a `trunk`, X and y may be None. A
+        model that was fitted before answers until the new one is there. Raises InputError, with the item, for what
+        cannot be trained on.
         """
-        options = TrainingOptions(**{name: getattr(self, name) for name in TRAINING})
-        more = None if unlabelled is None else texts_of(unlabelled)
+        options = TrainingOptions(**{name: getattr(self, name) for name in OWN_TEXT})
+        more = None if unlabelled is None else with_groups(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
         sides, dev = more and 1 + (more.second is not None), None
         rows = labelled_texts([], [], sides) if X is None and options.trunk else labelled_texts(X, y, sides)
+        rows = rows._replace(examples=with_groups(rows.examples, groups, "groups"))
         if validation is not None:
             if not isinstance(validation, tuple | list) or len(validation) != 2:
                 raise InputError("should be (texts, labels)", "validation")
@@ -158,19 +163,41 @@ class EarlyExitClassifier:
     def _goal(self) -> Goal:
         return Goal(max_lost=self.max_lost, sure=self.sure, max_share=self.max_share)
 
-    def choose(self, max_lost: float | None = None, sure: float | None = None, max_share: float | None = None):
+    def choose(
+        self,
+        max_lost: float | None = None,
+        sure: float | None = None,
+        max_share: float | None = None,
+        labels: tuple[Sequence, Sequence] | None = None,
+    ) -> "EarlyExitClassifier":
         """Choose what to deploy by another goal, from the answers that are saved. Returns itself.
 
-        What is not given is the constructor's. Raises InputError where max_lost and max_share are given together.
+        What is not given is the constructor's. `labels` is (texts, labels) of texts that `to_label` gave. Raises
+        InputError where max_lost and max_share are given together.
         """
         its, run = self.deployed, copy.copy(self.deployed.run)
-        choose_for(run, self._goal().changed(max_lost, sure, max_share))
-        return self._take(run, None, its.device, its.precision, its.batch_size)
+        run.folder = None  # in memory alone: the folder that it was loaded from stays as it is
+        if labels is not None:
+            rows = labelled_texts(*labels, max(1, len(run.record.columns)))
+            run.labels = run.labels | labels_of(run, rows)
+        choose_for(run, self._goal().changed(max_lost, sure, max_share), str(its.device), its.amp)
+        return self._deploy(run, None, str(its.device), its.amp, its.batch_size)
+
+    def to_label(self, most: int = 50) -> list:
+        """Texts whose labels let more texts leave early, the most useful first; see `minisweet label`."""
+        its = self.deployed
+        run = copy.copy(its.run)
+        run.point = its.point
+        rows, said = to_ask(run, MOST_TO_LABEL.check("most", most))
+        LOG.info("%s", said)
+        return run.examples.take(rows).texts()
 
     @property
     def promise(self) -> str:
         """What is promised of new text, in words; or why nothing is."""
         its, record = self.deployed, self.deployed.run.record
+        if its.point.precision != str(its.precision or torch.float32):
+            return f"what was promised is of {its.point.precision}: choose again in this precision"
         if its.threshold != in_float32(its.point.threshold):
             return f"threshold {its.threshold:g} is not the one that was chosen, and nothing is promised of it"
         return its.point.in_words(len(record.exit_layers), record.set_aside)
@@ -198,7 +225,7 @@ class EarlyExitClassifier:
         run = Run.read(Path(run))
         trained, goal = run.record.arguments, run.point.goal
         classify = cls()._deploy(run, threshold, options.device, options.amp, batch_size)
-        its = {name: getattr(trained, name) for name in TRAINING}
+        its = {name: getattr(trained, name) for name in OWN_TEXT}
         return classify.set_params(**its | goal | {"device": options.device, "amp": options.amp})
 
     def save(self, run: str | Path) -> None:
@@ -208,22 +235,16 @@ class EarlyExitClassifier:
     def _deploy(
         self, run: Run, threshold: float | None, device: str, amp: str, batch_size: int = 32
     ) -> "EarlyExitClassifier":
-        """Take over a run, all that is needed of it in memory."""
-        where = choose_device(device)
-        precision = choose_precision(amp, where)
-        was, now = run.point.precision, str(precision or torch.float32)
-        if threshold is None and was != now and run.point.threshold < 1:
+        """Take over a run, with all that is needed of it in memory."""
+        point, where = run.point, choose_device(device)
+        precision, _ = choose_precision(amp, where), (run.tokenizer, run.examples, run.outputs, run.labels)
+        was, now = point.precision, str(precision or torch.float32)
+        if threshold is None and was != now and point.threshold < 1:
             LOG.warning("what was promised is of %s, and this is %s: choose again with the same --amp", was, now)
-        _ = run.tokenizer, run.examples, run.outputs
-        return self._take(run, threshold, where, precision, batch_size)
-
-    def _take(
-        self, run: Run, threshold: float | None, device: torch.device, precision: torch.dtype | None, batch_size: int
-    ) -> "EarlyExitClassifier":
-        point, model = run.point, run.model.keep_exits(run.point.exits).to(device)
         threshold = in_float32(point.threshold if threshold is None else threshold)
         labels = [TYPES[run.record.label_type](name) for name in run.record.labels]
-        self._deployed = Deployed(run, point, threshold, point.rule, model, device, precision, batch_size, labels)
+        model = run.model.keep_exits(point.exits).to(where)
+        self._deployed = Deployed(run, point, threshold, point.rule, model, where, amp, precision, batch_size, labels)
         return self
 
     @property
@@ -293,7 +314,6 @@ def classify_tokens(its: Deployed, texts: Texts) -> list[Answer]:
 def answers_of(its: Deployed, found: Decisions) -> list[Answer]:
     """What exits said of N texts, each text by one of them, as users read it."""
     labels, exits, logits, confidence = (tensor.cpu() for tensor in found)
-    logits = logits / its.rule.temperatures[exits, None]  # (N, C) by (N, 1)
     columns = map(torch.Tensor.tolist, (labels, confidence, exits, logits.softmax(-1)))
     return [
         Answer(its.labels[label], sure, its.model.exit_layers[k], dict(zip(its.labels, row, strict=True)))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisweet.adaptive import leaves
+from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.commands import Parser, path_to, progress
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.data.text import Texts
@@ -56,11 +56,11 @@ def main() -> None:
 def explain(its: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
     """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last."""
     texts = tokenize(its, [text])
-    logits = ask_all(its.model, texts, its.precision).logits  # (K, 1, C)
-    confidence = its.rule.confidences(logits)[:, 0]  # (K,)
+    logits = ask_all(its.model, texts, its.precision).by(its.rule).logits[:, 0]  # (K, C)
+    confidence = ExitRule(len(its.labels)).confidences(logits[:, None])[:, 0]  # (K,)
     enough = leaves(confidence, its.threshold, its.rule.lowest)  # (K,)
     enough[-1] = True
-    exits, logits = torch.arange(len(logits), device="cpu"), logits[:, 0]  # whatever the user's default device is
+    exits = torch.arange(len(logits), device="cpu")  # whatever the user's default device is
     answers = answers_of(its, Decisions(logits.argmax(-1), exits, logits, confidence))
     for words in word_scores(its, texts):
         answers[0] = answers[0]._replace(words=words)
@@ -117,14 +117,15 @@ def write_page(path: Path, its: Deployed) -> None:
     Rows without a label are on it only where no row has one.
     """
     record, point, rule, outputs, rows = its.run.record, its.point, its.rule, its.run.outputs, its.run.texts
+    asked = [outputs.exits.layers.index(n) for n in point.exits]
+    outputs = outputs._replace(logits=outputs.logits[asked], exits=outputs.exits.take(asked)).by(rule)
     kept = np.flatnonzero(outputs.labels.numpy() >= 0)
     has_labels = len(kept) > 0
-    outputs, rows = (outputs.take(kept), rows.take(kept)) if has_labels else (outputs.against_full_depth(), rows)
-    asked = [outputs.exits.layers.index(n) for n in point.exits]
-    outputs = outputs._replace(logits=outputs.logits[asked], exits=outputs.exits.take(asked))
+    outputs, rows = (outputs.take(kept), rows.take(kept)) if has_labels else (outputs.filled(), rows)
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
-    swept, _ = sweep([(rule, np.arange(len(outputs.labels)))], outputs, thresholds)
-    confidences = rule.confidences(outputs.logits).tolist()  # (K, N)
+    plain = ExitRule(len(its.labels))  # of calibrated logits
+    swept, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)
+    confidences = plain.confidences(outputs.logits).tolist()  # (K, N)
     words = word_scores(its, rows.take(np.arange(min(MOST, len(rows)))))
     data = {
         **{key: swept[key] for key in ("scores", "speedup_ratios", "exit_scores")},

@@ -10,7 +10,6 @@ words, stands in front of it. Then as `minisweet choose`.
 """
 
 from argparse import Namespace
-from dataclasses import fields
 from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, name_of
@@ -18,13 +17,11 @@ from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
 from minisweet.data.rows import Rows, find_columns, read_texts, text_columns
 from minisweet.data.text import Examples
-from minisweet.runs.options import OF_PAPER, TrainingOptions
+from minisweet.runs.options import OWN_TEXT, TrainingOptions
 from minisweet.runs.recipe import train_own
 from minisweet.runs.resume import add_output_options, claim_output
 from minisweet.runs.run import Run
 from minisweet.use.choose import add_goal_options, choose_for, goal_of, print_choice
-
-OPTIONS = [its.name for its in fields(TrainingOptions) if its.name not in OF_PAPER]
 
 
 def main() -> None:
@@ -36,9 +33,10 @@ def main() -> None:
     names = list_of(name_of)
     option("--text-columns", type=names, help="one or two (default: text, sentence or sentence1,sentence2)")
     option("--label-column", metavar="NAME", help="(default: label)")
+    option("--group-column", metavar="NAME", help="what a row belongs to, such as a thread; all its rows stay together")
     option("--dev-data", type=Path, metavar="FILE", help="to choose and judge on (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
-    parser.add_options(TrainingOptions, *OPTIONS)
+    parser.add_options(TrainingOptions, *OWN_TEXT)
     add_goal_options(parser)
     add_output_options(parser)
     args = parser.parse_args()
@@ -61,14 +59,19 @@ def main() -> None:
 
 def read_data(args: Namespace, first: Path) -> tuple[Rows, Rows | None, Examples | None]:
     """The labelled rows, those to validate on, and texts without labels, of the files that the options name."""
-    columns, label = text_columns(first, args.text_columns), None
-    rows, dev = Rows(Examples([], None if len(columns) == 1 else [], None), [], columns), None
+    columns, label, group = text_columns(first, args.text_columns), None, args.group_column
+
+    def read(file: Path, label: str | None) -> Rows:
+        its = columns if file is first else text_columns(file, args.text_columns, columns)
+        return read_texts(file, its, label, *find_columns("--group-column", file, [group]) if group else ())
+
+    rows, dev = Rows(Examples([], None if len(columns) == 1 else [], None), [], columns, None, group), None
     if args.file:
         (label,) = find_columns("--label-column", first, [args.label_column or "label"])
         if label in columns:
             raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
-        rows = read_texts(first, columns, label)
+        rows = read(first, label)
     if args.dev_data:
-        dev = read_texts(args.dev_data, text_columns(args.dev_data, args.text_columns, columns), label)
-    more = [read_texts(file, text_columns(file, args.text_columns, columns)).examples for file in args.unlabelled]
+        dev = read(args.dev_data, label)
+    more = [read(file, None).examples for file in args.unlabelled]
     return rows, dev, more[0].joined(*more[1:]) if more else None

@@ -37,11 +37,13 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript import optimizer
 from torch import Tensor, nn
 
+from minisweet.adaptive import ExitRule
 from minisweet.exits import MultiExitModel
 from minisweet.layers import Dropout
 
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
 INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("probabilities", "confidence", "exit_layer")
+RULE = ("temperatures", "weights")  # (K,): what logits are divided by; how much exit 0's count
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 
@@ -77,7 +79,8 @@ def function_of(name: str, step: Step, inputs: Sequence[Tensor]) -> FunctionProt
 class Writer:
     """Writes a model's graph, node by node. A value goes by its name."""
 
-    def __init__(self, model: MultiExitModel) -> None:
+    def __init__(self, model: MultiExitModel, combines: bool = False) -> None:
+        self.combines = combines  # whether exit 0 has a say at later exits
         self.model = model = copy.deepcopy(model).requires_grad_(False).train()
         for module in model.modules():
             if isinstance(module, Dropout):  # attention as in training is fewer nodes than torch's own
@@ -133,15 +136,22 @@ class Writer:
             (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
         return [hidden, *context]
 
-    def ask(self, k: int, state: list[str]) -> str:
-        """What exit k says, (M, C+2): probabilities, confidence, and its layer."""
-        add, model, n = self.add, self.model, self.model.exit_layers[k]
+    def ask_ngrams(self, state: list[str]) -> str:
+        """Exit 0's logits (M, C)."""
+        return self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state)[0]
+
+    def ask(self, k: int, state: list[str], first: str | None) -> str:
+        """What exit k says, (M, C+2): probabilities, confidence, layer. `first` are exit 0's logits, if needed."""
+        add, model, n, place = self.add, self.model, self.model.exit_layers[k], self.add("Constant", value_int=k)
         if n == 0:
-            (logits,) = self.call("ask_ngrams", "ngrams", [model.ngrams], *state)
+            logits = first or self.ask_ngrams(state)
         else:
             modules = model.layer_of_exit(n), model.heads[model.head_layers.index(n)]
             (logits,) = self.call("ask", f"exits.{n}", modules, *state)
-        said = add("Softmax", add("Div", logits, add("Gather", "temperatures", add("Constant", value_int=k))))
+        said = add("Div", logits, add("Gather", "temperatures", place))
+        if first and k:
+            said = add("Add", said, add("Mul", first, add("Gather", "weights", place)))
+        said = add("Softmax", said)
         said = add("Concat", said, add("ReduceMax", said, add("Constant", value_ints=[-1])), axis=1)
         return add("Pad", said, add("Constant", value_ints=[0, 0, 0, 1]), add("Constant", value_float=float(n)))
 
@@ -150,12 +160,14 @@ class Writer:
         size = self.add("Shape", state[0], end=1), self.add("Constant", value_ints=[self.model.num_labels + 2])
         return self.add("ConstantOfShape", self.add("Concat", *size, axis=0))
 
-    def from_exit(self, k: int, state: list[str]) -> str:
+    def from_exit(self, k: int, state: list[str], first: str | None = None) -> str:
         """What exit k and later ones say of the rows that come so far, (M, C+2), as in `ask`."""
         add = self.add
         if k == len(self.model.exit_layers) - 1:
-            return self.ask(k, state)
-        said = self.either("asks", partial(self.ask, k, state), partial(self.skip, state))
+            return self.ask(k, state, first)
+        if k == 0 and self.combines:
+            first = self.ask_ngrams(state)
+        said = self.either("asks", partial(self.ask, k, state, first), partial(self.skip, state))
         confidence = add("Gather", said, add("Constant", value_int=self.model.num_labels), axis=1)  # (M,)
         stays = add("NonZero", add("Not", add("GreaterOrEqual", confidence, "limit")))
         rows = add("Squeeze", stays, add("Constant", value_ints=[0]))
@@ -163,13 +175,13 @@ class Writer:
         def later() -> str:
             of_rows = 3 if self.model.exit_layers[k] == 0 else 2  # all tokens; hidden states and the context's first
             kept = [add("Gather", x, rows) for x in state[:of_rows]] + state[of_rows:]
-            answers = self.from_exit(k + 1, self.go(k + 1, kept))
+            answers = self.from_exit(k + 1, self.go(k + 1, kept), first and add("Gather", first, rows))
             return add("ScatterND", said, add("Unsqueeze", rows, add("Constant", value_ints=[1])), answers)
 
         return self.either(add("Cast", add("Size", rows), to=BOOL), later, lambda: said)
 
     def write(self) -> ModelProto:
-        """The whole graph. Beside the file's inputs it has the temperatures (K,)."""
+        """The whole graph. Beside the file's inputs it has temperatures and weights, (K,) each."""
         add, C = self.add, self.model.num_labels
         zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
         start, axis, end = (add("Constant", value_ints=[value]) for value in (0, -1, C))
@@ -182,7 +194,7 @@ class Writer:
         layer = add("Gather", answers, add("Constant", value_int=C + 1), axis=1)
         add("Cast", layer, to=INT64, outputs=OUTPUTS[2:])
         inputs = [make_tensor_value_info(name, INT64, ["batch", "tokens"]) for name in INPUTS]
-        inputs += [make_tensor_value_info(name, FLOAT, None) for name in ("threshold", "temperatures")]
+        inputs += [make_tensor_value_info(name, FLOAT, None) for name in ("threshold", *RULE)]
         shapes = (FLOAT, ["batch", C]), (FLOAT, ["batch"]), (INT64, ["batch"])
         outputs = [make_tensor_value_info(name, *shape) for name, shape in zip(OUTPUTS, shapes, strict=True)]
         versions = [make_opsetid("", OPSET), make_opsetid("steps", 1)]
@@ -190,20 +202,19 @@ class Writer:
         return make_model(graph, functions=self.functions.values(), opset_imports=versions, ir_version=IR_VERSION)
 
 
-def export_graph(
-    model: MultiExitModel, threshold: float, temperatures: Sequence[float], int8: bool = False
-) -> ModelProto:
-    """The graph of a model, with a temperature for each exit. `threshold` is an input, with this default.
+def export_graph(model: MultiExitModel, threshold: float, rule: ExitRule, int8: bool = False) -> ModelProto:
+    """The graph of a model with a rule for its exits. `threshold` is an input, with this default.
 
     With `int8` weights have eight bits, with a scale per column, and ONNX Runtime quantises activations as they come.
     Seven of the eight bits are used: with all of them, products overflow on processors without VNNI. Exit 0 stays as it
-    is: one scale for its whole table would change its answers.
+    is: one scale for its whole table would change its answers. Activations have one scale for all that runs at once, so
+    that such a file takes one text at a time: other texts and padding would change its answers.
     """
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as after:
         after.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)  # the exporters say much about themselves
         warnings.simplefilter("ignore")
-        file = inline_local_functions(Writer(model).write())
+        file = inline_local_functions(Writer(model, rule.needs_exit_0).write())
         optimizer.fold_constants(file)
         optimizer.remove_unused_nodes(file)
         if int8:
@@ -215,19 +226,22 @@ def export_graph(
             options |= {"nodes_to_exclude": kept, "extra_options": {"EnableSubgraph": True}}
             quantize_dynamic(file, f"{folder}/int8.onnx", **options)
             file = onnx.load(f"{folder}/int8.onnx")
+            for value in file.graph.input[: len(INPUTS)]:
+                value.type.tensor_type.shape.dim[0].dim_value = 1
     for graph in graphs_in(file.graph):  # With shapes ONNX Runtime fuses sums and LayerNorms: batches take longer.
         del graph.value_info[:]
-    del file.graph.input[-1]  # temperatures are a constant from here on
-    set_rule(file, threshold, temperatures)
+    del file.graph.input[-len(RULE) :]  # which are constants from here on
+    set_rule(file, threshold, rule)
     return file
 
 
-def set_rule(file: ModelProto, threshold: float, temperatures: Sequence[float]) -> None:
-    """Give a file this default threshold and these temperatures, in place."""
-    new = {"threshold": threshold, "temperatures": temperatures}
+def set_rule(file: ModelProto, threshold: float, rule: ExitRule) -> None:
+    """Give a file this default threshold and this rule, in place."""
+    of_exit_0 = torch.zeros_like(rule.temperatures) if rule.weights is None else rule.weights / rule.temperatures[0]
+    new = {"threshold": np.array(threshold), "temperatures": rule.temperatures.numpy(), "weights": of_exit_0.numpy()}
     kept = [value for value in file.graph.initializer if value.name not in new]
     del file.graph.initializer[:]
-    file.graph.initializer.extend(kept + [from_array(np.array(value, np.float32), name) for name, value in new.items()])
+    file.graph.initializer.extend(kept + [from_array(value.astype(np.float32), name) for name, value in new.items()])
 
 
 def graphs_in(graph: GraphProto) -> Iterator[GraphProto]:
