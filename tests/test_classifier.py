@@ -76,15 +76,6 @@ def test_labels_keep_their_type(new, tmp_path, names, kind):
     assert classify.predict_proba([]).shape == (0, 2)
 
 
-def test_the_same_rows_and_seed_give_the_weights_of_the_command(own_run, new, tmp_path):
-    """Also those of exit 0, which learnt from unlabelled texts."""
-    (texts, labels), (more, _), repeated = *map(opinions_of, (slice(300), slice(300, 800))), opinions_of(slice(20))[0]
-    classify = new(epochs=2, max_lost=3, sure=90).fit(texts, labels, unlabelled=more + repeated + more[:7])
-    classify.save(tmp_path / "run")
-    for name in ("model.safetensors", "operating.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (own_run / name).read_bytes()
-
-
 def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tmp_path):
     texts, trunk = opinions_of(slice(80))[0], str(tmp_path / "trunk")
     new(exit_layers=[0, 1]).fit(texts, [n % 3 for n in range(80)]).save(trunk)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier
-from minisweet.runs.deployed import CHOOSING
+from minisweet.runs.operating_point import CHOOSING
 from minisweet.runs.options import epochs_of
 from minisweet.runs.run import Run, load_trunk
 from minisweet.use import check, choose, fit, predict
@@ -117,7 +117,7 @@ def test_a_finished_classifier_gets_exits_without_any_label(own_run, command, me
         assert ("its labels have no names" in err) is (trunk is theirs)
         its = Run.read(Path("run"))
         assert (its.record.labels, its.record.arguments.max_length) == (labels, 32)
-        assert (its.point.labelled_judges, its.point.full_depth) == (0, 100.0)
+        assert (its.point.labelled_judges, its.point.full_depth, its.record.combines) == (0, 100.0, False)
         said = its.model(*random_batch())[-1], load_trunk(trunk)[0](*random_batch())[0]
         torch.testing.assert_close(*said, rtol=0, atol=0)
 
@@ -187,7 +187,7 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     its = {name: getattr(run.record.arguments, name) for name in "model max_length amp epochs lr dev_size".split()}
     (texts, labels, groups), (others, of_others) = zip(*rows, strict=True), zip(*more, strict=True)
     ours = EarlyExitClassifier(**its).fit(texts, labels, groups=groups, unlabelled=others, unlabelled_groups=of_others)
-    assert ours.operating_point == run.point
+    assert ours.operating_point == run.point  # the weights too, of which its id is a hash
     assert command(choose, "run", "--amp", "bf16")[0] == 0
     assert Run.read(Path("run")).outputs.units.equal(run.outputs.units)
     new = [(text, label, f"new {n % 10}") for n, (text, label) in enumerate(opinions(1030)[1000:])]

@@ -14,7 +14,7 @@ from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.evaluation.operating import choose, fixed_sequence, share_right, split, stated, way_down, wilson
 from minisweet.evaluation.sweep import sweep
 from minisweet.outputs import Outputs
-from minisweet.runs.deployed import how_sure
+from minisweet.runs.operating_point import how_sure
 
 GOAL, SHARE = {"max_lost": 3.0, "sure": 90.0}, {"max_share": 0.5}
 

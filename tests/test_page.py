@@ -17,7 +17,7 @@ from minisweet.adaptive import Exits, exits_taken
 from minisweet.data.text import BERTS, Examples, Texts
 from minisweet.data.toy import LEVELS
 from minisweet.outputs import Outputs
-from minisweet.runs.deployed import OperatingPoint
+from minisweet.runs.operating_point import OperatingPoint
 from minisweet.use import explain
 from minisweet.use.classifier import tokenize
 from minisweet.use.explain import MET, TEMPLATE, word_scores, write_page

@@ -20,7 +20,7 @@ README, USE, PAPER = "README.md", "minisweet/use/README.md", "minisweet/paper/RE
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
 OTHERS = "pip torchrun srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
-STUDIES = [f"tests.benchmark.{name}" for name in "by_rows promises speed study zero_tables".split()]
+STUDIES = [f"tests.benchmark.{name}" for name in "by_rows labels promises speed study zero_tables".split()]
 
 
 def text_of(guide: str) -> str:

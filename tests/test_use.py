@@ -16,7 +16,7 @@ from minisweet import EarlyExitClassifier
 from minisweet.data.rows import SUFFIXES, read_rows, row_writer
 from minisweet.data.text import Examples, Texts
 from minisweet.evaluation import operating
-from minisweet.runs.deployed import OperatingPoint
+from minisweet.runs.operating_point import OperatingPoint
 from minisweet.runs.run import Run
 from minisweet.use import choose, label, predict
 from tests.conftest import CHECKOUT, WORDS, run, undecided_model, with_exit_0, write_rows
@@ -26,14 +26,16 @@ def cells_of(path: Path) -> list[dict]:
     return [row for _, row in read_rows(path)]
 
 
-@pytest.mark.parametrize("method", ["sweet", "mm", "branch", "pairs", "trunk0"])
-def test_predictions_are_those_of_the_sweep(run_of, command, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("method", ["sweet", "mm", "branch", "pairs", "trunk0", "own"])
+def test_predictions_are_those_of_the_sweep(run_of, own_run, command, tmp_path, monkeypatch, method):
     """Labels, exits and confidences of the validation rows, through the command, in the input's order."""
     monkeypatch.setattr(predict, "WINDOW", 60)
-    run = Run.read(shutil.copytree(run_of(method), tmp_path / method))
+    run = Run.read(shutil.copytree(own_run if method == "own" else run_of(method), tmp_path / method))
     record, outputs, texts = run.record, run.outputs, run.examples.first
-    run.point = replace(operating.choose(outputs, {"max_share": 1.0}, exits=record.exit_layers), id=run.id)  # all asked
+    point = operating.choose(outputs, {"max_share": 1.0}, (), record.exit_layers, combine=record.combines)  # all asked
+    run.point = replace(point, id=run.id)
     run.write_point(run.folder)
+    assert run.point.rule.needs_exit_0 == (method == "own")
     confidence = run.point.rule.confidences(outputs.logits)  # (K, N)
     sure = confidence[0].unique()
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
@@ -105,7 +107,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     half = with_labels({text: wrong[text] for text in asked[1::2]})  # as is expected of them
     found = re.match(rf"Some {len(asked)} labels may bring the layers run from (\d+) to about (\d+) of 100\n", out)
     assert [*map(int, found.groups())] == pytest.approx([100 * point.share, 100 * half.share], abs=0.51)
-    assert out.endswith("; fill in 'team', then: minisweet choose run --labels ask.csv --max-lost 3 --sure 90\n")
+    assert out.endswith("; fill in 'team', then: minisweet choose run --labels ask.csv\n")
 
     # Python's are the same, and are kept. The folder that they came from stays as it is.
     classify = EarlyExitClassifier.load("run", amp="off")
@@ -134,6 +136,11 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     assert (now, now.share < point.share) == (with_labels(given), True)
     _, asked_again = said_and_asked()
     assert (asked_again[:3], {*asked_again} & {*given}) == (asked[:3], set())
+
+    # The goal stays the run's, unless another one is given.
+    for words, goal in ((["--max-lost", 7, "--sure", 80], (7, 80)), ([], (7, 80)), (["--max-lost", 3], (3, 90))):
+        assert command(choose, "run", "--labels", ask, *words, "--amp", "off")[0] == 0
+        assert Run.read(Path("run")).point.goal == dict(zip(("max_lost", "sure"), goal, strict=True))
 
     # Where labels would change nothing it says why: first, since those of both times count.
     write_rows(ask, [(*text, wrong[text]) for text in asked_again], "subject", "body", "team")

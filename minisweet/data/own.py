@@ -47,7 +47,7 @@ def own_data(
     if unlabelled and not may_learn:
         raise InputError("exit 0 and branches alone learn from it; add 0 to the exit layers", "unlabelled")
     train, others = Texts(tokenizer, learn._replace(labels=numbers[is_labelled].tolist())), Texts(tokenizer, others)
-    labelled, validation = train, train
+    labelled, validation, subset = train, train, np.arange(len(train))
     if dev:
         validation = Texts(tokenizer, dev.examples._replace(labels=class_numbers(dev, labels).tolist()))
     unite(labelled, others, *([validation] if dev else []))
@@ -62,7 +62,8 @@ def own_data(
         aside = dealt(labelled.units, round(dev_size * len(np.unique(labelled.units))), "set aside")
         if aside.all() or not aside.any():
             raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
-        train, validation = (labelled.take(np.flatnonzero(side)) for side in (~aside, aside))
+        subset = np.flatnonzero(~aside)
+        train, validation = labelled.take(subset), labelled.take(np.flatnonzero(aside))
     for side, what in ((train, "learn from"), (validation, "validate on")):
         if lacking := [labels[n] for n in sorted({*labelled.labels} - {*side.labels})]:
             LOG.warning("no row to %s has the label %s", what, preview(lacking))
@@ -86,7 +87,7 @@ def own_data(
         labels=labels,
         train=train,
         validation=validation,
-        subset=list(range(len(train))),
+        subset=subset.tolist(),
         rows=len(labelled),
         empty=rows.examples.empty,
         unlabelled=others if len(others) and may_learn else None,

@@ -82,6 +82,6 @@ def fit_rule(outputs: Outputs, combine: bool = False) -> ExitRule:
             temperatures[k], weights[k] = fit_answer(outputs.logits[k], first / temperatures[0], targets)
         else:
             temperatures[k] = fit_temperature(outputs.logits[k], targets)
-    if combine and len(labelled.labels):
+    if weights[-1]:
         weights[-1] *= temperatures[0] / of_first
     return ExitRule(C, temperatures, weights if combine else None)

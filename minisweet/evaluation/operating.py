@@ -1,6 +1,6 @@
 """What to deploy: the exits to ask, the confidence at which a text leaves, and what is promised of new text.
 
-A text is *lost* where full depth is right and early exit is wrong. So it takes a label only where their answers differ.
+A text is *lost* where full depth is right and early exit is wrong. Only texts whose two answers differ need a label.
 Counted as lost is each text whose answer early exit changes, unless a label says that full depth was wrong there: never
 fewer than are lost. The goal is that at most P of 100 texts are lost, S% sure, or else that at most a share of the
 layers runs. The units of the validation rows, which are texts or groups of texts, are dealt out by a hash. A quarter
@@ -33,7 +33,7 @@ from minisweet.data.text import dealt, one_of_each
 from minisweet.evaluation.calibration import fit_rule
 from minisweet.evaluation.metrics import classification_report, score
 from minisweet.outputs import Outputs
-from minisweet.runs.deployed import CHOOSING, ROUNDING, OperatingPoint, how_sure
+from minisweet.runs.operating_point import CHOOSING, ROUNDING, OperatingPoint, how_sure
 
 ENOUGH = 30  # labelled answers that differ, to say how often full depth is right there; with fewer, half count as right
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval

@@ -39,7 +39,7 @@ from minisweet.runs.resume import SavedTraining
 from minisweet.runs.run import Run, load_trunk
 from minisweet.training import fine_tune, process_rank, used_rows
 
-# Where more texts have no label, a plain model also learns its own answers: to at most so many, for so many epochs.
+# Where more texts have no label, a plain model learns its own answers too: to at most so many, for so many epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 TIMED = 64  # unlabelled texts, to tell how long all of them will take
 
@@ -249,7 +249,7 @@ def new_record(start: Start, data: Data) -> Record:
     if data.text_columns and options.epochs and options.epochs < rule:
         LOG.warning("epochs: %d, and %d are the rule here; with few the model may learn nothing", options.epochs, rule)
     record = Record(
-        arguments=replace(options, epochs=options.epochs or rule),
+        arguments=options,
         **{name: getattr(data, name) for name in ("task", "labels", "label_type", "metric", "subset", "set_aside")},
         **{name: getattr(data, name) for name in ("text_columns", "label_column", "group_column")},
         exit_layers=options.exit_layers,
@@ -263,7 +263,7 @@ def new_record(start: Start, data: Data) -> Record:
         versions=versions(),
     )
     is_trained = start.trunk is None or sum(n > 0 for n in options.exit_layers) > 1
-    trained = f"lr {options.lr:g}, epochs {record.arguments.epochs}"
+    trained = f"lr {options.lr:g}, epochs {options.epochs or rule}"
     trained = trained if is_trained else "no layer is trained: the trunk stays as it is"
     exits = f"exits after layers {','.join(map(str, options.exit_layers))} of {record.depth}"
     LOG.info("method %s, %s", options.method, trained)

@@ -20,7 +20,7 @@ class Record:
     """A training, as run.json has it."""
 
     id: str | None = None  # the SHA-256 of the weights; None for a training that diverged
-    arguments: TrainingOptions  # with nothing left open
+    arguments: TrainingOptions  # with nothing left open but own text's epochs, which follow from each stage's rows
     task: str  # or the name of own text's file without its suffix
     labels: list[str]  # (C,)
     label_type: Literal["str", "int", "float", "bool"] = "str"  # of the labels that were handed to Python's `fit`
@@ -51,7 +51,7 @@ class Record:
 
     @property
     def combines(self) -> bool:
-        """Whether exit 0 has a say at later exits: own text's, where the trunk is not a finished classifier's."""
+        """Whether exit 0 has a say at later exits: of own text, where no --trunk was given."""
         its = self.arguments
         return (
             bool(self.text_columns) and self.exit_layers[0] == 0 and METHODS[its.method].keeps_trunk and not its.trunk

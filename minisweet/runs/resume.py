@@ -3,8 +3,8 @@
 Until the run NAME is saved, .NAME.checkpoint/ lies beside it. Its checkpoint.pt holds what came of each stage that is
 over (a trunk, branches, MM's models, answers to texts), and of the running one losses, parameters, optimizer and scaler
 as they were at most ten minutes ago. Seed and step alone set the order of the examples and dropout. So the weights are
-those of a training that never stopped, to the bit. A lock in the folder says that the training lives. It ends with its
-process.
+those of a training that never stopped, to the bit. A lock in the folder says that the training lives. It is released
+when the process ends.
 """
 
 import os

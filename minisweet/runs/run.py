@@ -23,7 +23,7 @@ from minisweet.data.text import Examples, Texts, load_tokenizer
 from minisweet.exits import ExitModel, MultiExitModel
 from minisweet.methods import METHODS
 from minisweet.outputs import Outputs, ask_all
-from minisweet.runs.deployed import OperatingPoint
+from minisweet.runs.operating_point import OperatingPoint
 from minisweet.runs.record import Evaluation, Record
 
 TOKENIZER, VALIDATION, LOGITS = "tokenizer.json", "validation.jsonl", "logits.safetensors"

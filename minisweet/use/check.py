@@ -19,7 +19,7 @@ from minisweet.data.text import Texts, one_of_each
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS
 from minisweet.outputs import Outputs, ask_all
-from minisweet.runs.deployed import texts_needed
+from minisweet.runs.operating_point import texts_needed
 from minisweet.use.classifier import Deployed, add_classifier_options, classifier_of, classify_tokens, tokenize
 
 CLASSES, TIMED = 20, 64  # classes that are told, at most; texts that are timed

@@ -6,7 +6,8 @@
     minisweet choose runs/tickets --labels ask.csv    # with labels that `minisweet label` asked for
 
 A text is lost where the whole model, full depth, is right and the early exit is wrong. Each goal is reached as surely
-as it says; the fastest of several goals is not. Writes operating.json, which test, predict, explain and export take.
+as it says; of several that were tried, the fastest is not. Writes operating.json, which test, predict, explain and
+export take.
 """
 
 from argparse import Namespace
@@ -23,9 +24,9 @@ from minisweet.data.rows import Rows, find_columns, read_texts, text_columns
 from minisweet.data.text import Texts
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS, score
-from minisweet.runs.deployed import Goal
+from minisweet.runs.operating_point import Goal
 from minisweet.runs.options import TrainingOptions
-from minisweet.runs.run import LOGITS, Run
+from minisweet.runs.run import LOGITS, OPERATING, Run
 
 
 def main() -> None:
@@ -38,6 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     run, goal = Run.read(args.run), goal_of(args)
     if args.labels:
+        if args.max_lost is args.sure is args.max_share is None and (args.run / OPERATING).is_file():
+            goal = Goal(**run.point.goal)  # that of the run
         run.labels = run.labels | labels_of(run, read_answers(run, args.labels))
         run.write_labels(args.run)
     choose_for(run, goal, args.device, args.amp)

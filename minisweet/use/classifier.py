@@ -21,7 +21,7 @@ from minisweet.data.rows import labelled_texts, texts_of, with_groups
 from minisweet.data.text import Texts
 from minisweet.exits import ExitModel
 from minisweet.live import Decisions, early_exit
-from minisweet.runs.deployed import Goal, OperatingPoint
+from minisweet.runs.operating_point import Goal, OperatingPoint
 from minisweet.runs.options import OWN_TEXT, TrainingOptions
 from minisweet.runs.recipe import train_own
 from minisweet.runs.record import Record

@@ -4,7 +4,7 @@
     minisweet export RUN --out folder --exit-layer 6
     python -c 'from transformers import pipeline; print(pipeline("text-classification", "folder")("no invoice"))'
 
-The folder holds a plain classifier, such as BertForSequenceClassification: nothing leaves early there.
+The folder holds a plain classifier, such as BertForSequenceClassification: nothing leaves early, without exit 0.
 """
 
 from dataclasses import asdict

@@ -72,6 +72,7 @@ def read_data(args: Namespace, first: Path) -> tuple[Rows, Rows | None, Examples
             raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
         rows = read(first, label)
     if args.dev_data:
+        (label,) = find_columns("--label-column", args.dev_data, [label or args.label_column or "label"])
         dev = read(args.dev_data, label)
     more = [read(file, None).examples for file in args.unlabelled]
     return rows, dev, more[0].joined(*more[1:]) if more else None

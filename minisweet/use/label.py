@@ -38,9 +38,8 @@ def main() -> None:
     with row_writer(args.out, [*columns, label]) as write:
         for text in run.examples.take(rows).texts():
             write(dict(zip(columns, [text] if isinstance(text, str) else text, strict=True)) | {label: ""})
-    goal = [part for name, value in run.point.goal.items() for part in (f"--{name.replace('_', '-')}", f"{value:g}")]
-    words = shlex.join(["minisweet", "choose", str(args.run), "--labels", str(args.out), *goal])
-    print(f"{args.out}: {len(rows)} texts; fill in {label!r}, then: {words}")
+    words = shlex.join(["minisweet", "choose", str(args.run), "--labels", str(args.out)])
+    print(f"{args.out}: texts to label: {len(rows)}; fill in {label!r}, then: {words}")
 
 
 def to_ask(run: Run, most: int) -> tuple[list[int], str]:
@@ -69,5 +68,6 @@ def to_ask(run: Run, most: int) -> tuple[list[int], str]:
     m = operating.way_down(np.ceil((is_lost * weights).sum(1) - 1e-9).astype(int), len(keys), goal)
     before, after = 100 * run.point.share, min(100 * run.point.share, 100 * costs[m].mean())
     rows = {key: row for row, key in reversed([*enumerate(outputs.keys.tolist())])}
-    said = f"Some {len(chosen)} labels may bring the layers run from {before:.0f} to about {after:.0f} of 100"
+    labels = f"{len(chosen)} label" + "s" * (len(chosen) > 1)
+    said = f"Some {labels} may bring the layers run from {before:.0f} to about {after:.0f} of 100"
     return [rows[key] for key in keys[chosen].tolist()], said

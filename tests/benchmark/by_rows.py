@@ -41,8 +41,9 @@ def ask(classify: EarlyExitClassifier, run: Path, rows: Examples) -> dict[str, n
     """What exit 0, full depth and what is deployed say of rows, as numbers of labels, and the layers run: (N,) each."""
     its = classify.deployed
     texts = tokenize(its, rows.texts())
-    logits, deployed = ask_all(Run.read(run).model, texts).logits, classify_tokens(its, texts)
-    said = {"exit 0": logits[0].argmax(-1).numpy(), FULL: logits[-1].argmax(-1).numpy()}
+    outputs, deployed = ask_all(Run.read(run).model, texts), classify_tokens(its, texts)
+    full = its.rule.all_calibrated(outputs.logits[[outputs.exits.layers.index(n) for n in its.point.exits]])[-1]
+    said = {"exit 0": outputs.logits[0].argmax(-1).numpy(), FULL: full.argmax(-1).numpy()}
     said[DEPLOYED] = np.array([answer.label for answer in deployed])
     return said | {LAYERS: np.array([answer.exit_layer for answer in deployed]) / its.run.record.depth}
 

@@ -10,7 +10,7 @@ import torch
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Options, number, option
 from minisweet.base.files import InputError
-from minisweet.data.own import JUDGE_IN
+from minisweet.data.own import JUDGE_IN, MOST_JUDGES
 
 CHOOSING = 4  # of so many validation texts one chooses, and the others judge
 ROUNDING = 1e-9  # of shares
@@ -106,7 +106,8 @@ class OperatingPoint:
         if self.judging_texts >= needed[-1]:
             return f"{only}: too many of {self.judging_texts:,} texts are lost"
         kind, share, there = "labelled rows", set_aside, 0
-        if self.judging_texts > self.labelled_judges:  # more of those that are cheap
+        few_enough = needed[-1] <= MOST_JUDGES * (CHOOSING - 1) // CHOOSING
+        if self.judging_texts > self.labelled_judges and few_enough:  # more of those that are cheap
             kind, share, there = "more rows without a label", 1 / JUDGE_IN, self.judging_texts
         rows = [math.ceil(math.ceil(max(1, n - there) * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
         would = f"{rows[0]:,} {kind} would do where none is lost, {rows[1]:,} and {rows[2]:,} where one or two are"
