@@ -25,7 +25,7 @@ PAGES = {page.name: page.read_text(encoding="utf-8") for page in RESULTS.glob("*
 COMMANDS = re.findall(r"python -m tests\.benchmark\.(\w+) (.*)", "\n".join(PAGES.values()))
 PAGES |= {"the first page": (CHECKOUT / "README.md").read_text(encoding="utf-8")}
 BLOCKS = {name: block for text in PAGES.values() for _, name, block, _ in re.findall(BLOCK.format("(.*?)"), text, re.S)}
-MEASURED = {"measured on", "a training step", "texts in batches", "one file", "promises", "labels"}  # on one machine, or drawn
+MEASURED = {"measured on", "a training step", "texts in batches", "one file", "promises", "labels"}  # or drawn
 DRAWN = re.compile(r"^\| (.+?) \| [\d,]+ \| ([\d.]+) \|", re.M)  # a line of promises, and how often it is broken
 FEWER = {"study": "--seeds 0 --tasks sst2", "by_rows": "--rows 40 --seeds 0", "speed": "--turns 1 --texts 32"}
 
