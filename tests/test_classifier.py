@@ -1,6 +1,7 @@
 """EarlyExitClassifier in Python: what scikit-learn expects of it, what it trains, and what it answers."""
 
 import copy
+import importlib.util
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from minisweet import EarlyExitClassifier, InputError
+from minisweet.base.files import LOG
 from minisweet.use.classifier import PARAMETERS
 from tests.conftest import opinions
 
@@ -110,7 +112,11 @@ BAD = [
     (GOOD[0], ["x", ["y"]] * 20, {}, r"item 1: \['y'\] is no label, should be text or a number"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
     (*GOOD, {"method": "swete"}, "method: 'swete', should be one of sweet, ee"),
-    (*GOOD, {"class_weights": {"up": 2}}, "class_weights: {'up': 2}, should be one of balanced"),
+    (*GOOD, {"class_weights": {"up": 0}}, "class_weights: {'up': 0}, should be balanced, or from Python a dictionary"),
+    (*GOOD, {"class_weights": {"left": 2}}, "class_weights: 'left' is no label, should be some of down, up"),
+    (GOOD[0], np.eye(40), {}, "item 0: .* is no label, should be text or a number"),
+    (np.array("a text"), GOOD[1], {}, "texts: 'a text', should be a list"),
+    (*GOOD, {"verbose": -1}, "verbose: -1, should be a whole number from 0"),
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
     (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is no folder"),
@@ -206,6 +212,82 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
 def test_what_cannot_be_answered_is_named(run_of, texts, options, message):
     with pytest.raises(InputError, match=message):
         EarlyExitClassifier.load(run_of("sweet"), **options).predict(texts)
+
+
+class Frame:
+    """What a DataFrame of pandas is to us: its items are names of columns, and `to_numpy` gives the cells."""
+
+    def __init__(self, *columns: list) -> None:
+        self.cells = np.array(columns, dtype=object).T
+
+    def __iter__(self):
+        return iter(["text", "label"])
+
+    def to_numpy(self) -> np.ndarray:
+        return self.cells
+
+
+NA = type("NAType", (), {"__eq__": lambda *_: NA, "__ne__": lambda *_: NA, "__bool__": lambda _: 1 / 0})()  # pandas'
+
+
+def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, run_of, caplog):
+    texts, labels = opinions_of(slice(60))
+    classify = new(exit_layers=[0, 1]).fit(Frame([*texts, " "]), Frame([*labels[:-1], NA, "up"]))
+    assert "empty texts, skipped: 1" in caplog.text
+    assert classify.predict(Frame(texts)).tolist() == classify.predict(texts).tolist()
+    expected = classify.score(texts, labels)
+    for y in (Frame(labels), np.array(labels)[:, None], iter(labels)):
+        assert classify.score(Frame(texts), y) == expected > 0.6
+    for y, message in (
+        (labels[:1], "labels: 1, should be as many as the texts, 60"),
+        ([NA] * 60, "item 0: has no label"),
+    ):
+        with pytest.raises(InputError, match=message):
+            classify.score(texts, y)
+    pairs = EarlyExitClassifier.load(run_of("pairs"))
+    assert pairs.predict(Frame(texts, texts)).tolist() == pairs.predict([(text, text) for text in texts]).tolist()
+
+
+def test_weights_of_classes_count_as_so_many_rows(new):
+    texts, labels = opinions_of(slice(60))
+    said = [
+        new(exit_layers=[0, 1], class_weights=weights).fit(texts, np.array(labels) == "up").predict_proba(TEXTS)
+        for weights in (None, {True: 1, False: np.float64(1)}, {True: 30})
+    ]
+    np.testing.assert_array_equal(said[0], said[1])
+    assert said[2][:, 1].mean() > said[0][:, 1].mean()
+    np.testing.assert_allclose(said[0].sum(1), 1, rtol=0, atol=1e-15)
+
+
+def test_verbose_tells_and_else_it_is_silent(new, capsys, monkeypatch):
+    monkeypatch.setattr(LOG, "handlers", [])  # of commands that were tested before
+    texts, labels = opinions_of(slice(60))
+    for verbose in (0, 1):
+        classify = new(exit_layers=[0, 1], verbose=verbose).fit(texts, labels)
+        told = capsys.readouterr().err
+        assert ("rows to train on" in told, "trunk" in told) == (bool(verbose),) * 2
+    assert classify.get_params()["verbose"] == 1
+
+
+def test_what_the_commands_do_is_done_from_python(new, tmp_path):
+    texts, labels = opinions_of(slice(100))
+    classify = new(exit_layers=[0, 2]).fit(texts, labels)
+    lines = classify.summary().splitlines()
+    assert [line[:12].strip() for line in lines[1:4]] == ["a bag of wor", "deployed", "full depth"]
+    assert lines[-1] == classify.promise
+    alone, full = (float(lines[n][42:54]) for n in (1, 3))
+    assert ("the bag of words alone is as good: nothing need be sent to the model" in lines) == (alone >= full)
+    found, others = classify.test(*opinions_of(slice(300, 400))), opinions_of(slice(300, 400))
+    assert found["score"] == pytest.approx(100 * classify.score(*others), abs=3)  # texts that it has seen do not count
+    assert found.keys() < vars(classify.operating_point).keys()
+    with pytest.raises(InputError, match="no row is left to test on"):
+        classify.test(texts, labels)
+    first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
+    assert [first.exit_layer, last.exit_layer] == [2, 2]
+    assert classify.export(tmp_path / "folder")[0].endswith("the first 2 layers and their exit")
+    assert (tmp_path / "folder" / "config.json").is_file()
+    if importlib.util.find_spec("onnxscript"):
+        assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
 
 
 def test_before_it_is_trained_it_says_so(new, tmp_path):

@@ -42,8 +42,8 @@ def test_what_spoke_is_all_where_words_are_few(run_of, name, text):
     answer, other = (logits + exit_0.bias).argsort(descending=True)
     expected = {"superb", "film", "superb film"} if name == "trunk0" else {"good", "film", "good film", *MET}
     assert for_answer.keys() | for_other.keys() == expected
-    assert min(for_answer.values(), default=1) > 0 > max(for_other.values(), default=-1)
-    total = sum(for_answer.values()) + sum(for_other.values())
+    assert min([*for_answer.values(), *for_other.values()]) > 0
+    total = sum(for_answer.values()) - sum(for_other.values())
     assert total == pytest.approx(float(logits[answer] - logits[other]), abs=1e-5)
 
 

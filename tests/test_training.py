@@ -65,7 +65,7 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
 def test_balanced_classes_weigh_the_same_and_all_rows_together_as_much_as_before(labels, are_probabilities):
     N, classes, rows = len(labels), len({*labels}), np.eye(4)[labels]
     rows = rows * 0.6 + 0.1 if are_probabilities else rows  # of a trunk, whose answers are the classes
-    weighted = recipe.balanced(rows if are_probabilities else np.array(labels), 4)
+    weighted = recipe.weighted(np.full(4, np.nan), rows if are_probabilities else np.array(labels))
     weights = weighted.sum(1)
     np.testing.assert_allclose(weighted, rows * weights[:, None], rtol=1e-5)
     for label in {*labels}:
@@ -265,7 +265,7 @@ def test_branches_and_exit_0_learn_the_same_balanced_labels_or_what_the_trunk_sa
     with torch.no_grad():
         said = torch.cat([Run.read(Path("one")).model(*batch)[0].softmax(-1) for batch in inputs])
     if file == "--unlabelled":
-        expected = torch.from_numpy(recipe.balanced(said.numpy(), 2))
+        expected = torch.from_numpy(recipe.weighted(np.full(2, np.nan), said.numpy()))
         torch.testing.assert_close(exit_0, expected, atol=1e-5, rtol=1e-5)
     else:
         torch.testing.assert_close(exit_0.sum(0), torch.full((2,), len(exit_0) / 2))

@@ -12,10 +12,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -24,8 +24,37 @@ from tqdm import tqdm
 
 from minisweet.base.files import LOG, InputError, one_line
 
-progress = partial(tqdm, disable=None)  # a bar where standard error is a terminal, and nothing elsewhere
 Made = TypeVar("Made", bound="Options")
+_BARS: ContextVar[dict | None] = ContextVar("bars", default=None)
+
+
+def progress(*args, **options) -> tqdm:
+    """A progress bar on standard error, where it is a terminal or `telling` is on."""
+    return tqdm(*args, **(_BARS.get() or {"disable": None}), **options)
+
+
+@contextmanager
+def telling(verbose: int) -> Iterator[None]:
+    """Within it all notices and progress bars are written to standard error, unless `verbose` is 0."""
+    if not verbose:
+        yield
+        return
+    its, level, bars = notices(), LOG.level, _BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10})  # seconds
+    LOG.addHandler(its)
+    LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(its)
+        LOG.setLevel(level)
+        _BARS.reset(bars)
+
+
+def notices() -> logging.Handler:
+    """What writes each notice in a line, above a progress bar."""
+    its = logging.Handler()
+    its.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)
+    return its
 
 
 class Kind(NamedTuple):
@@ -143,9 +172,7 @@ def run_command(main: Callable[[], None]) -> None:
     is printed any more, as after `| head`, the command ends in silence, with 141.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    notices = logging.Handler()
-    notices.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)  # above a progress bar
-    LOG.handlers = [notices]  # only commands do this: whoever imports minisweet configures logging as they like
+    LOG.handlers = [notices()]  # only commands do this: whoever imports minisweet configures logging as they like
     LOG.setLevel(logging.INFO)
     try:
         main()

@@ -89,7 +89,7 @@ def own_data(
         validation=validation,
         subset=subset.tolist(),
         rows=len(labelled),
-        empty=rows.examples.empty,
+        empty=rows.examples.empty + (unlabelled.empty if unlabelled else 0),
         unlabelled=others if len(others) and may_learn else None,
         text_columns=rows.columns,
         label_column=rows.label_column,

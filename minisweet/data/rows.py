@@ -154,12 +154,14 @@ def cell(path: Path, line: int, row: dict, column: str) -> str:
 
 def label_name(value: object) -> str | None:
     """What a label is called: 1 and 1.0 are "1"; None for an empty cell. Raises ValueError for what is no label."""
-    if value is None or (isinstance(value, str) and not value.strip()) or value != value:  # NaN is as empty
+    if value is None or type(value).__name__ == "NAType":  # pandas' NA, which is neither equal to itself nor not
+        return None
+    if not isinstance(value, str | int | float | bool):
+        raise ValueError(f"{value!r:.60} is no label, should be text or a number")
+    if value != value or not str(value).strip():  # NaN is as empty
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, str | int | float | bool):
-        raise ValueError(f"{value!r:.60} is no label, should be text or a number")
     if HALF.search(str(value)):
         raise ValueError(f"{value!r:.60} holds half of a character, should be valid Unicode")
     return str(value).strip()
@@ -189,13 +191,22 @@ def read_texts(
     return Rows(examples, names, list(columns), label_column, group_column)
 
 
+def as_list(values: object) -> object:
+    """Values of numpy, and of pandas' frames and series, as a list of items, or of rows of more than one column."""
+    values = values.to_numpy() if hasattr(values, "to_numpy") else values
+    if not isinstance(values, np.ndarray):
+        return values
+    return (values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values).tolist()
+
+
 def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> Examples:
     """A list of texts, or of pairs, as rows without labels; `sides` is 1 or 2, None for those of the first item."""
+    texts = as_list(texts)
     if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
         raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: [text]")
     rows = []
     for i, text in enumerate(texts):
-        row = list(text) if isinstance(text, tuple | list | np.ndarray) else [text]
+        row = list(as_list(text)) if isinstance(text, tuple | list | np.ndarray) else [text]
         sides = sides or (2 if len(row) == 2 else 1)
         if len(row) != sides or not all(isinstance(part, str) for part in row):
             wanted = "a pair of texts" if sides == 2 else "one text"
@@ -213,6 +224,14 @@ def with_groups(examples: Examples, groups: Iterable | None, name: str) -> Examp
     return examples._replace(groups=names_of(groups, len(examples.first), name)[0])
 
 
+def with_text(rows: Rows) -> Rows:
+    """Those rows from Python that have text, as of a file; the others are counted."""
+    sides = zip(*(part for part in rows.examples[:2] if part is not None), strict=True)
+    kept = [row for row, parts in enumerate(sides) if any(part.strip() for part in parts)]
+    examples = rows.examples.take(kept)._replace(empty=len(rows.names) - len(kept))
+    return rows._replace(examples=examples, names=[rows.names[row] for row in kept])
+
+
 def labelled_texts(X, y, sides: int | None = None) -> Rows:
     """Texts and labels as a file's rows would be. Raises InputError, with the item."""
     examples = texts_of(X, sides)
@@ -225,6 +244,7 @@ def labelled_texts(X, y, sides: int | None = None) -> Rows:
 
 def names_of(values: Iterable, count: int, what: str) -> tuple[list[str | None], set[str]]:
     """What some labels or groups from Python are called, None where one is empty; and the types of the others."""
+    values = as_list(values)
     values = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else []
     if len(values) != count:
         raise InputError(f"{what}: {len(values):,}, should be as many as the texts, {count:,}")

@@ -43,28 +43,44 @@ class Goal(Options):
 class OperatingPoint:
     """What is deployed, and what may be expected of it on new text, as operating.json has it.
 
-    Scores are in percent, shares of the layers from 0 to 1. Each interval is a 95% interval, its two ends.
+    Each `..._interval` is a 95% interval, its two ends, or None.
+
+    Attributes:
+        id: of the run.
+        threshold: a text leaves at the first exit whose confidence, from 0 to 1, reaches it.
+        exits: the layers of those that are asked, counted from 1; 0 is exit 0, a bag of words.
+        goal: {"max_lost": P, "sure": S}, in percent, or {"max_share": s}, from 0 to 1.
+        choosing_texts, judging_texts: how many texts, which the model had not learnt, chose it and judged it.
+        labelled_judges: how many judges were set aside with a label.
+        score, full_depth: what early exit and the whole model have right of the labelled judges, in percent (for
+            tasks of GLUE, their metric); without any, in how many they agree.
+        lost: of 100 judging texts, those where early exit changed the whole model's answer, and no label says that
+            this was wrong.
+        share: of the layers that run, from 0 to 1; with exits 0 and last, the share of the texts sent to the model.
+        temperatures, weights: of `exits`; a weight is how much exit 0's answer counts there.
+        per_class: precision, recall and f1 in percent, and support, the rows of a class: (C,) each.
+        precision: in which the logits were computed.
     """
 
-    id: str | None = None  # of the run
+    id: str | None = None
     threshold: float
-    exits: list[int]  # the layers of those that are asked, the last exit's among them
-    goal: dict[str, float]  # {"max_lost": P, "sure": S} or {"max_share": s}
+    exits: list[int]
+    goal: dict[str, float]
     choosing_texts: int
     judging_texts: int
-    labelled_judges: int  # of them, texts that were set aside with a label
-    score: float  # this and `full_depth` are of the labelled judges; where there are none, agreement with full depth
+    labelled_judges: int
+    score: float
     score_interval: list[float] | None
     full_depth: float
     full_depth_interval: list[float] | None
-    lost: float  # of 100 judging texts: early exit changed full depth's answer, and no label says that this was wrong
+    lost: float
     lost_interval: list[float] | None
-    share: float  # of the layers
+    share: float
     share_interval: list[float] | None
-    temperatures: list[float]  # of `exits`
-    weights: list[float]  # of `exits`: how much exit 0's answer counts at each
-    per_class: dict  # precision, recall, f1, support: (C,) each
-    precision: str  # in which its logits were computed
+    temperatures: list[float]
+    weights: list[float]
+    per_class: dict
+    precision: str
 
     @property
     def rule(self) -> ExitRule:

@@ -3,7 +3,17 @@
 from dataclasses import dataclass, replace
 from math import ceil
 
-from minisweet.base.commands import Options, list_of, name_of, number, one_of, option, positive_number, whole_number
+from minisweet.base.commands import (
+    Kind,
+    Options,
+    list_of,
+    name_of,
+    number,
+    one_of,
+    option,
+    positive_number,
+    whole_number,
+)
 from minisweet.base.devices import AMP_CHOICES
 from minisweet.base.files import InputError
 from minisweet.config import Config
@@ -19,6 +29,15 @@ MAX_LENGTH = 256  # tokens
 METHOD = one_of(*METHODS)._replace(is_right=lambda name: isinstance(name, str) and name in METHODS)  # new rows too
 
 
+def _are_weights(value: object) -> bool:
+    return value == "balanced" or (
+        isinstance(value, dict) and value != {} and all(map(positive_number.is_right, value.values()))
+    )
+
+
+WEIGHTS = Kind("balanced, or from Python a dictionary of labels and positive numbers", str, _are_weights)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
     """The options of a training. Raises InputError, which names the option, for a value that cannot be."""
@@ -30,8 +49,8 @@ class TrainingOptions(Options):
     )
     exit_strategy: str = option("confidence", one_of(*EXIT_STRATEGIES), "or learning-to-exit, lte")
     trunk: str | None = option(None, name_of, "run or classifier to start from, which plain and branch keep")
-    class_weights: str | None = option(
-        None, one_of("balanced"), "balanced: each row weighs N / (classes x rows of its class)"
+    class_weights: str | dict[str, float] | None = option(
+        None, WEIGHTS, "balanced: each row weighs N / (classes x rows of its class)"
     )
     dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled rows that is set aside")
     train_size: int | None = option(None, whole_number(1), "examples, drawn by the seed")

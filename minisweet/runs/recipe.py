@@ -10,8 +10,9 @@ Dimension letters: N texts, K exits, C classes, V words, D hidden size.
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 
 from minisweet.base import devices
 from minisweet.base.commands import progress
-from minisweet.base.files import LOG, InputError
+from minisweet.base.files import LOG, InputError, preview
 from minisweet.beyond.ngrams import NgramExit, check_size, fit_ngrams
 from minisweet.checkpoint import WEIGHTS, read_config
 from minisweet.config import Config
@@ -56,6 +57,7 @@ class Start(NamedTuple):
     trunk: MultiExitModel | None  # a finished one
     trunk_classes: tuple[str, list[str], str] | None  # its name, classes and their type
     known_keys: Sequence[int]  # of texts that it has learnt from
+    weigh: Callable[[np.ndarray], np.ndarray] | None = None  # what weights of classes make of targets
 
 
 def begin(options: TrainingOptions, task: str | None = None) -> Start:
@@ -101,7 +103,10 @@ def train_own(
     exits, keeps_trunk = start.options.exit_layers, METHODS[options.method].keeps_trunk
     may_learn = exits[0] == 0 or (keeps_trunk and len(exits) > 1)
     more = start.tokenizer, options.dev_size, may_learn, start.trunk_classes
-    return train(start, own_data(name, rows, dev, unlabelled, *more), saved)
+    data = own_data(name, rows, dev, unlabelled, *more)
+    if options.class_weights:
+        start = start._replace(weigh=partial(weighted, weights_of(options.class_weights, data.labels)))
+    return train(start, data, saved)
 
 
 def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
@@ -151,7 +156,7 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
     if ngrams:
         if others:
             learn = with_answers(start, saved, learn, "unlabelled", model, others)
-        saved.once("exit 0", lambda: fit_exit_0(ngrams, learn, embeddings, bool(options.class_weights)))
+        saved.once("exit 0", lambda: fit_exit_0(ngrams, learn, embeddings, start.weigh))
         model.add_ngrams(ngrams)
 
     # 4. The run.
@@ -171,8 +176,8 @@ def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, 
     options, model = start.options, stage.model.to(start.device)
     are_single = learn.targets.ndim == 1 and learn.examples.second is None
     epochs = options.epochs or epochs or epochs_of(len(learn), options.batch_size, are_single)
-    if options.class_weights:
-        learn = learn.with_targets(balanced(learn.targets, model.num_labels))
+    if start.weigh:
+        learn = learn.with_targets(start.weigh(learn.targets))
     with used_rows(model, learn) as row_of:
         batches = (
             batch for epoch in range(epochs) for batch in learn.shuffled(options.batch_size, options.seed, epoch)
@@ -215,9 +220,9 @@ def new_exit_0(start: Start, data: Data) -> NgramExit:
     return NgramExit(V, C, special_ids(start.tokenizer), pairs)
 
 
-def fit_exit_0(ngrams: NgramExit, learn: Texts, embeddings: torch.Tensor, balance: bool) -> None:
+def fit_exit_0(ngrams: NgramExit, learn: Texts, embeddings: torch.Tensor, weigh: Callable | None) -> None:
     """Fit exit 0 to what texts have to learn, with the embeddings (V, D) before training."""
-    targets = balanced(learn.targets, len(ngrams.bias)) if balance else learn.targets
+    targets = weigh(learn.targets) if weigh else learn.targets
     chunks = np.array_split(np.arange(len(learn)), -(-len(learn) // 256))
     batches = [learn.batch(rows).inputs for rows in chunks]
     with progress(desc="exit 0", unit="fit") as bar:
@@ -229,12 +234,24 @@ def fit_exit_0(ngrams: NgramExit, learn: Texts, embeddings: torch.Tensor, balanc
         fit_ngrams(ngrams, batches, torch.from_numpy(targets), embeddings, report)
 
 
-def balanced(targets: np.ndarray, num_labels: int) -> np.ndarray:
-    """Labels (N,) or probabilities (N, C) to (N, C), each row times N / (classes that occur x rows of its class)."""
-    targets = np.eye(num_labels, dtype=np.float32)[targets] if targets.ndim == 1 else targets
-    _, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
-    weights = len(targets) / (len(counts) * counts[of_row])  # (N,)
-    return targets * weights[:, None].astype(np.float32)
+def weights_of(class_weights: str | dict[str, float], labels: Sequence[str]) -> np.ndarray:
+    """The weight of each class (C,), 1 where none is named; NaN for what balances it."""
+    if class_weights == "balanced":
+        return np.full(len(labels), np.nan)
+    if unknown := sorted(class_weights.keys() - {*labels}):
+        raise InputError(f"{unknown[0]!r:.60} is no label, should be some of {preview(labels)}", "class_weights")
+    return np.array([class_weights.get(label, 1.0) for label in labels])
+
+
+def weighted(weights: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Labels (N,) or probabilities (N, C) to (N, C), each row times the weight of its class (C,).
+
+    Where that is NaN it is N / (classes that occur x rows of the class).
+    """
+    targets = np.eye(len(weights), dtype=np.float32)[targets] if targets.ndim == 1 else targets
+    classes, of_row, counts = np.unique(targets.argmax(1), return_inverse=True, return_counts=True)
+    weights = np.where(np.isnan(weights[classes]), len(targets) / (len(counts) * counts), weights[classes])
+    return targets * weights[of_row, None].astype(np.float32)
 
 
 def new_record(start: Start, data: Data) -> Record:
@@ -274,6 +291,7 @@ def new_record(start: Start, data: Data) -> Record:
         "%s of %s rows to train on, %s to validate",
         *(f"{n:,}" for n in (len(data.train), data.rows, len(data.validation))),
     )
-    cut = f"{data.train.is_cut.sum():,}"
-    LOG.info("empty texts, skipped: %s; cut to %d tokens: %s", f"{data.empty:,}", options.max_length, cut)
+    if data.empty:
+        LOG.warning("empty texts, skipped: %s", f"{data.empty:,}")
+    LOG.info("texts cut to %d tokens: %s", options.max_length, f"{data.train.is_cut.sum():,}")
     return record

@@ -7,6 +7,7 @@ that early exit changes full depth's answer.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
-from minisweet.data.rows import all_columns, read_texts, text_columns
+from minisweet.data.rows import Rows, all_columns, read_texts, text_columns
 from minisweet.data.text import Texts, one_of_each
 from minisweet.evaluation import operating
 from minisweet.evaluation.metrics import METRICS
@@ -32,46 +33,61 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     args = parser.parse_args()
     its = classifier_of(args).deployed
-    print_test(its, read_outputs(its, args.file), max(its.run.examples.labels) >= 0)
+    print_test(its, outputs_of(its, read_rows_of(its, args.file), args.file, print), max(its.run.examples.labels) >= 0)
     print_milliseconds(its)
 
 
-def read_outputs(its: Deployed, file: Path) -> Outputs:
-    """What the exits that are asked say of a file's rows, but those that were trained on or set the threshold."""
+def read_rows_of(its: Deployed, file: Path) -> Rows:
+    """The rows of a file, by the columns that the run was trained on."""
     record = its.run.record
     columns, found = text_columns(file, None, record.columns, option=""), all_columns(file)
     column = next((name for name in (record.label_column, "label") if name in found), None)
     if column == "label" and "exit_layer" in found:
         raise InputError(f"{file}: its label is what predict answered, should be what is right")
     group = record.group_column if record.group_column in found else None
-    rows = read_texts(file, columns, column, group)
+    return read_texts(file, columns, column, group)
+
+
+def outputs_of(its: Deployed, rows: Rows, source: object, tell: Callable[[str], None]) -> Outputs:
+    """What the exits that are asked say of rows, but of those that were trained on or set the threshold.
+
+    What is left out is told. Raises InputError, which names their source, where no row is left.
+    """
+    record = its.run.record
     numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
     if unknown := [name for name in rows.names if name not in numbers]:
-        print(f"rows with another label than the model's, left out: {len(unknown):,} ({preview(sorted(set(unknown)))})")
+        others = preview(sorted(set(unknown)))
+        tell(f"rows with another label than the model's, left out: {len(unknown):,} ({others})")
     kept = [row for row, name in enumerate(rows.names) if name in numbers]
     labels = [numbers[rows.names[row]] for row in kept]
     if not kept:
-        raise InputError(f"{file}: no row has a label of the model's: {preview(record.labels)}")
+        raise InputError(f"{source}: no row has a label of the model's: {preview(record.labels)}")
     texts = Texts(its.run.tokenizer, rows.examples.take(kept)._replace(labels=labels))
     learnt, aside = record.trained_keys, its.run.texts.keys
     for keys, what in ((learnt, "were trained on"), (aside, "are validation rows, which set the threshold")):
         if count := int(np.isin(texts.keys, keys).sum()):
-            print(f"{count:,} of these rows {what}, and do not count")
+            tell(f"{count:,} of these rows {what}, and do not count")
     texts = texts.take(np.flatnonzero(~np.isin(texts.keys, np.concatenate([learnt, aside]))))
     texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # of a group one text
     if not len(texts):
-        raise InputError(f"{file}: no row is left to test on; name other rows")
+        raise InputError(f"{source}: no row is left to test on; name other rows")
     return ask_all(its.model, texts, its.precision, record.metric).by(its.rule)
+
+
+def found_on(its: Deployed, outputs: Outputs) -> dict:
+    """What comes out of what exits say of rows, under the names of an OperatingPoint."""
+    judges = outputs.filled()
+    scored = outputs.labelled() if (outputs.labels >= 0).any() else judges
+    return operating.stated(range(len(its.point.exits)), its.threshold, judges, scored)
 
 
 def print_test(its: Deployed, outputs: Outputs, stated_right: bool) -> None:
     """Print what comes out, what was stated (a score of labels if `stated_right`), and if the promise held here."""
-    point, has_labels, judges = its.point, bool((outputs.labels >= 0).any()), outputs.filled()
-    scored, exits = outputs.labelled() if has_labels else judges, range(len(point.exits))
-    found = operating.stated(exits, its.threshold, judges, scored)
+    point, has_labels, found = its.point, bool((outputs.labels >= 0).any()), found_on(its, outputs)
+    metric = outputs.metric if has_labels else "agreement"
     print(f"\n{len(outputs.labels):,} rows, threshold {its.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
-    titles = {"score": METRICS[scored.metric], "full_depth": "full depth"} if has_labels else {}
+    titles = {"score": METRICS[metric], "full_depth": "full depth"} if has_labels else {}
     for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
         ends = found[f"{key}_interval"]
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16

@@ -104,29 +104,36 @@ def labels_of(run: Run, rows: Rows) -> dict[int, int]:
 
 
 def print_choice(run: Run) -> None:
-    """Print what the bag of words, early exit and the whole model give, and what is promised of new text."""
+    """Print what was chosen, and what to do next."""
+    print(f"\n{run.folder}:\n{summary(run)}")
+    print(f"next: minisweet predict {quote(str(run.folder))} FILE.csv --out predicted.csv")
+
+
+def summary(run: Run) -> str:
+    """What the bag of words, early exit and the whole model give, and what is promised of new text, a line each."""
     record, outputs, point = run.record, run.outputs, run.point
     _, judging, trained = operating.split(outputs, record.trained_keys)
     rows = outputs.take(judging) if len(judging) else outputs
     rows = rows.labelled() if (rows.labels >= 0).any() else rows.filled()
     costs = outputs.exits.take([outputs.exits.layers.index(n) for n in point.exits]).costs(point.threshold)
-    lines = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
-    if outputs.exits.layers[0] == 0:
+    gives = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
+    has_exit_0 = outputs.exits.layers[0] == 0
+    if has_exit_0:
         alone = float(score(rows.logits[0].argmax(-1).numpy(), rows.labels.numpy(), rows.metric))
-        lines.insert(0, ("a bag of words alone (exit 0)", alone, 0.0))
-    print(f"\n{f'{run.folder}: on new texts':<42}{METRICS[rows.metric]:>12}   share of the layers")
-    for name, value, share in lines:
-        print(f"{name:<42}{value:12.1f}   {share:12.2f}")
+        gives.insert(0, ("a bag of words alone (exit 0)", alone, 0.0))
+    lines = [f"{'on new texts':<42}{METRICS[rows.metric]:>12}   share of the layers"]
+    lines += [f"{name:<42}{value:12.1f}   {share:12.2f}" for name, value, share in gives]
+    if has_exit_0 and alone >= point.full_depth and rows.metric != "agreement":
+        lines.append("the bag of words alone is as good: nothing need be sent to the model")
     gain = point.score - point.full_depth
     than = (
         f"{gain:+.1f} points" if gain > 0 else f"{-gain:.1f} points less than full depth" if gain else "as full depth"
     )
-    print(f"early exit: {than}, at threshold {point.threshold:.6g}, exits {', '.join(map(str, point.exits))}")
+    lines.append(f"early exit: {than}, at threshold {point.threshold:.6g}, exits {', '.join(map(str, point.exits))}")
     if point.threshold == 1:
-        print("no text leaves early: all run to the last exit")
+        lines.append("no text leaves early: all run to the last exit")
     elif point.share == costs[0]:
-        print("all texts leave at " + ("exit 0: the layers add nothing" if point.exits[0] == 0 else "the first exit"))
+        lines.append(f"all texts leave at {'exit 0' if point.exits[0] == 0 else 'the first exit'}")
     if trained:
-        print(f"{trained:,} of the validation rows were trained on, and do not count")
-    print(point.in_words(len(record.exit_layers), record.set_aside))
-    print(f"next: minisweet predict {quote(str(run.folder))} FILE.csv --out predicted.csv")
+        lines.append(f"{trained:,} of the validation rows were trained on, and do not count")
+    return "\n".join([*lines, point.in_words(len(record.exit_layers), record.set_aside)])

@@ -8,16 +8,17 @@ import copy
 from collections.abc import Iterable, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule, in_float32
-from minisweet.base.commands import Parser, number, whole_number
+from minisweet.base.commands import Parser, number, telling, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
-from minisweet.data.rows import labelled_texts, texts_of, with_groups
+from minisweet.data.rows import Rows, label_name, labelled_texts, names_of, texts_of, with_groups, with_text
 from minisweet.data.text import Texts
 from minisweet.exits import ExitModel
 from minisweet.live import Decisions, early_exit
@@ -27,13 +28,13 @@ from minisweet.runs.recipe import train_own
 from minisweet.runs.record import Record
 from minisweet.runs.resume import SavedTraining
 from minisweet.runs.run import Run
-from minisweet.use.choose import choose_for, labels_of
+from minisweet.use.choose import choose_for, labels_of, summary
 from minisweet.use.label import to_ask
 
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # labels' names back to labels
-PARAMETERS = {name: getattr(TrainingOptions, name) for name in OWN_TEXT} | vars(Goal())
-THRESHOLD, BATCH_SIZE, MOST_TO_LABEL = number(0, 1), whole_number(1), whole_number(1)
+PARAMETERS = {name: getattr(TrainingOptions, name) for name in OWN_TEXT} | vars(Goal()) | {"verbose": 0}
+THRESHOLD, BATCH_SIZE, MOST_TO_LABEL, VERBOSE = number(0, 1), whole_number(1), whole_number(1), whole_number(0)
 
 
 class Answer(NamedTuple):
@@ -76,24 +77,27 @@ class EarlyExitClassifier:
         classify.save("runs/tickets")                         # a run folder, as that of `minisweet fit`
         classify = EarlyExitClassifier.load("runs/tickets")   # threshold=, device=, amp=, batch_size=
         classify.classify(texts)                              # per text: label, confidence, exit layer, probabilities
+        print(classify.summary(), classify.test(texts, labels), classify.explain(texts))
+        classify.export("tickets.onnx", int8=True)
         classify.choose(max_lost=2)                           # another goal, or max_share=0.3
         texts = classify.to_label(most=50)                    # whose labels let more texts leave early
         classify.choose(labels=(texts, labels_of_texts))
 
-    Texts are a list of strings, or of pairs of strings. Labels are strings or numbers; None is a row without a label.
-    Several threads may share one classifier. On a CPU `minisweet.tune_cpu()`, before a process's first model, makes it
-    faster.
+    Texts are a list of strings, or of pairs of strings; a series or a frame of pandas with one or two columns will do.
+    Labels are strings or numbers; None is a row without a label. Empty texts are skipped by `fit`, and counted. Several
+    threads may share one classifier. On a CPU `minisweet.tune_cpu()`, before a process's first model, makes it faster.
 
     Args:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
         method: "plain", or "branch", "sweet", "ee", "mm". exit_layers: counted from 1; 0 is exit 0, a bag of words.
         trunk: the folder of a run or a finished classifier to start from; "plain" and "branch" keep its answers.
-        class_weights: "balanced" counts rare classes as much as frequent ones.
+        class_weights: "balanced" counts rare classes as much as frequent ones; or {label: weight}, else 1.
         dev_size: the share of the rows that is set aside to choose and to judge.
         seed, lr, epochs, batch_size, max_length: of the training; None for what the size of model and data suggests.
         device, amp: as the commands' --device and --amp.
         max_lost, sure: deploy the fastest that loses at most so many of 100 texts, so sure in percent.
         max_share: in their place, the slowest that runs at most this share of the layers.
+        verbose: 1 writes notices and progress to standard error; at 0 `fit` is silent but for warnings.
     """
 
     __signature__ = Signature(
@@ -143,11 +147,17 @@ class EarlyExitClassifier:
         model that was fitted before answers until the new one is there. Raises InputError, with the item, for what
         cannot be trained on.
         """
-        options = TrainingOptions(**{name: getattr(self, name) for name in OWN_TEXT})
-        more = None if unlabelled is None else with_groups(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
-        sides, dev = more and 1 + (more.second is not None), None
+        given, verbose = {name: getattr(self, name) for name in OWN_TEXT}, VERBOSE.check("verbose", self.verbose)
+        if isinstance(weights := self.class_weights, dict):
+            names, _ = names_of(weights, len(weights), "class_weights")
+            given["class_weights"] = dict(zip(names, np.array([*weights.values()]).tolist(), strict=True))
+        options, more, dev = TrainingOptions(**given), None, None
+        if unlabelled is not None:
+            more = with_groups(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
+            more = with_text(Rows(more, [None] * len(more.first), [])).examples
+        sides = more and 1 + (more.second is not None)
         rows = labelled_texts([], [], sides) if X is None and options.trunk else labelled_texts(X, y, sides)
-        rows = rows._replace(examples=with_groups(rows.examples, groups, "groups"))
+        rows = with_text(rows._replace(examples=with_groups(rows.examples, groups, "groups")))
         if validation is not None:
             if not isinstance(validation, tuple | list) or len(validation) != 2:
                 raise InputError("should be (texts, labels)", "validation")
@@ -156,8 +166,9 @@ class EarlyExitClassifier:
                 raise InputError("has no rows", "validation")
             rows = rows._replace(label_type=rows.label_type if rows.label_type == dev.label_type else "str")
         goal = self._goal()
-        run = train_own(options, "texts", rows, dev, more, SavedTraining())
-        choose_for(run, goal, options.device, options.amp)
+        with telling(verbose):
+            run = train_own(options, "texts", rows, dev, more, SavedTraining())
+            choose_for(run, goal, options.device, options.amp)
         return self._deploy(run, None, options.device, options.amp)
 
     def _goal(self) -> Goal:
@@ -201,6 +212,45 @@ class EarlyExitClassifier:
         if its.threshold != in_float32(its.point.threshold):
             return f"threshold {its.threshold:g} is not the one that was chosen, and nothing is promised of it"
         return its.point.in_words(len(record.exit_layers), record.set_aside)
+
+    def summary(self) -> str:
+        """What the bag of words, early exit and the whole model give on new texts, and what is promised: some lines."""
+        run = copy.copy(self.deployed.run)
+        run.point = self.deployed.point
+        return summary(run)
+
+    def test(self, X, y) -> dict:
+        """What comes out on texts X (N) with labels y (N), None where one is missing; see `minisweet test`.
+
+        Texts that were trained on or set the threshold do not count. The names are those of `operating_point`, to
+        compare: score, full_depth, lost, share, their intervals, judging_texts and per_class.
+        """
+        from minisweet.use.check import found_on, outputs_of
+
+        its = self.deployed
+        rows = labelled_texts(X, y, max(1, len(its.run.record.columns)))
+        return found_on(its, outputs_of(its, rows, "X", LOG.warning))
+
+    def explain(self, texts: Iterable[str | Sequence[str]]) -> list[list[tuple[Answer, bool]]]:
+        """Of each text what each exit says, with the words that spoke at exit 0, and whether it is enough to leave."""
+        from minisweet.use.explain import explain
+
+        its = self.deployed
+        return [explain(its, text) for text in texts_of(texts, max(1, len(its.run.record.columns))).texts()]
+
+    def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
+        """Write one ONNX file, which leaves early, where the name ends in .onnx; else a folder for transformers.
+
+        What was chosen is written, whole or not at all. Returns what came out, in lines; see `minisweet export`. Raises
+        InputError for a path that exists, or where the packages for ONNX are missing.
+        """
+        from minisweet.use.export import export, export_file
+
+        with TemporaryDirectory() as place:
+            self.save(run := Path(place, "run"))
+            if Path(path).suffix.lower() == ".onnx":
+                return export_file(run, Path(path), int8)
+            return [f"{path}: the first {export(run, Path(path))} layers and their exit"]
 
     # --- runs
 
@@ -279,12 +329,19 @@ class EarlyExitClassifier:
 
     def predict_proba(self, X) -> np.ndarray:
         """The probabilities (N, C) of `classes_`, as the exit that is taken gives them."""
-        rows = [[*answer.probabilities.values()] for answer in self.classify(X)]
-        return np.array(rows).reshape(-1, len(self.classes_))
+        rows = np.array([[*answer.probabilities.values()] for answer in self.classify(X)])
+        rows = rows.reshape(-1, len(self.classes_))
+        return rows / rows.sum(1, keepdims=True)  # what adds up to 1 in float32 does so in float64, too
 
     def score(self, X, y) -> float:
-        """The accuracy, from 0 to 1."""
-        return float(np.mean(self.predict(X) == np.asarray(y)))
+        """The accuracy on texts X (N) with labels y (N), from 0 to 1. Raises InputError, with the item."""
+        its = self.deployed
+        texts = tokenize(its, X)
+        names, _ = names_of(y, len(texts), "labels")
+        if None in names:
+            raise InputError(f"item {names.index(None)}: has no label")
+        said = [label_name(answer.label) for answer in classify_tokens(its, texts)]
+        return float(np.mean([one == right for one, right in zip(said, names, strict=True)]))
 
     def classify(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
         """Classify texts, or pairs of them where the run was trained on pairs, in their order.

@@ -70,8 +70,8 @@ def explain(its: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool
 def word_scores(its: Deployed, texts: Texts) -> Iterator[tuple[dict[str, float], ...]]:
     """What spoke most at exit 0 for each text's answer, and what for the runner-up: five n-grams each, largest first.
 
-    A number is what a word, or a pair of neighbours "a b", adds to the answer's logit less the runner-up's, wherever it
-    stands in the text. Of pairs of texts it may be how well one is met in the other. Without exit 0 nothing comes.
+    A number is what a word, or a pair of neighbours "a b", adds to the one's logit more than to the other's, wherever
+    it stands in the text. Of pairs of texts it may be how well one is met in the other. Without exit 0 nothing comes.
     """
     for row in range(len(texts)) if its.model.ngrams is not None else ():
         inputs = texts.batch(np.array([row])).to(its.device).inputs
@@ -85,7 +85,7 @@ def word_scores(its: Deployed, texts: Texts) -> Iterator[tuple[dict[str, float],
         ranked = total.most_common()
         yield (
             {name: number for name, number in ranked[:WORDS] if number > 0},
-            {name: number for name, number in ranked[: -WORDS - 1 : -1] if number < 0},
+            {name: -number for name, number in ranked[: -WORDS - 1 : -1] if number < 0},
         )
 
 

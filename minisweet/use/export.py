@@ -39,12 +39,17 @@ def main() -> None:
         layer = export(args.run, args.out, args.exit_layer)
         print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
         return
-    Run.read(args.run)  # a wrong folder is told before a missing package
+    print(*export_file(args.run, args.onnx, args.int8), sep="\n")
+
+
+def export_file(run: Path, out: Path, int8: bool) -> list[str]:
+    """Write a run as one ONNX file; see `export_onnx`. Raises InputError where a package is missing."""
+    Run.read(run)  # a wrong folder is told before a missing package
     try:
         from minisweet.use.onnx import export_onnx
     except ImportError as error:
         raise InputError(f"--onnx: needs the package {error.name} (pip install '.[onnx]')") from None
-    print(*export_onnx(args.run, args.onnx, args.int8), sep="\n")
+    return export_onnx(run, out, int8)
 
 
 def export(folder: Path, out: Path, exit_layer: int | None = None) -> int:

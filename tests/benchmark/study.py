@@ -47,7 +47,7 @@ def options_of(parser: Parser, tasks: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=home() / "data")
     parser.add_argument("--own", type=Path, nargs=2, metavar=("TRAIN", "TEST"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", type=list_of(one_of(*TASKS)), default=list(tasks))
+    parser.add_argument("--tasks", type=list_of(one_of(*dict.fromkeys((*TASKS, *tasks)))), default=list(tasks))
     parser.add_argument("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2])
     args = parser.parse_args()
     if "own" in args.tasks and not args.own:
