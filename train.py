@@ -2,7 +2,6 @@
 
     python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
     python train.py --model bert-base --method sweet --task rte
-    torchrun --nproc-per-node 4 train.py --model bert-base --task mnli
 
 Writes a run folder, which evaluate.py reads. The loop stands in minisweet/training.py, a method's stages in
 minisweet/methods.py, and all of a training in minisweet/runs/recipe.py. For your own text: minisweet fit FILE.
@@ -12,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 from minisweet.base.commands import Parser, run_command
-from minisweet.base.devices import distributed, tune_cpu
+from minisweet.base.devices import tune_cpu
 from minisweet.data.tasks import TASKS
 from minisweet.runs.hub import home
 from minisweet.runs.options import OF_TASKS, TrainingOptions
@@ -40,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(distributed(main))
+    run_command(main)

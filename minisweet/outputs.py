@@ -50,10 +50,12 @@ class Outputs(NamedTuple):
         So a text without a label is lost where early exit changes full depth's answer. Where no row has a label, the
         metric is agreement with full depth.
         """
-        full = self.logits[-1].argmax(-1)
-        given = [(labels or {}).get(key, answer) for key, answer in zip(self.keys.tolist(), full.tolist(), strict=True)]
+        given = self.logits[-1].argmax(-1)
+        if labels:
+            both = zip(self.keys.tolist(), given.tolist(), strict=True)
+            given = torch.tensor([labels.get(key, answer) for key, answer in both])
         metric = self.metric if (self.labels >= 0).any() else "agreement"
-        return self._replace(labels=self.labels.where(self.labels >= 0, torch.tensor(given)), metric=metric)
+        return self._replace(labels=self.labels.where(self.labels >= 0, given), metric=metric)
 
     def labelled(self, there: bool = True) -> "Outputs":
         """The rows that have a label, or those that have none."""
@@ -77,19 +79,22 @@ class Outputs(NamedTuple):
 
         Only the exits `asked` are asked. Exits go by their numbers among all K, from 0. Calibrated logits need no rule.
         """
-        rule = rule or ExitRule(self.logits.shape[-1])
-        confidence = rule.confidences(self.logits, self.certainty)[list(asked)]  # the same at all thresholds
+        its = (self.by(rule) if rule else self).logits
+        rule = rule or ExitRule(its.shape[-1])
+        certainty = [None if self.certainty is None else self.certainty[k] for k in asked]
+        of_exit = [rule.confidence(k, its[k], sure) for k, sure in zip(asked, certainty, strict=True)]
+        confidence = torch.stack(of_exit)  # the same at all thresholds
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
         costs = np.array([self.exits.take(asked).costs(threshold) for threshold in thresholds])  # (P, exits asked)
-        answers = np.take_along_axis(self.by(rule).logits[list(asked)].argmax(-1).numpy(), taken, axis=0)
+        answers = np.take_along_axis(its[list(asked)].argmax(-1).numpy(), taken, axis=0)
         return np.array(asked)[taken], answers, np.take_along_axis(costs, taken, axis=1)
 
     def folds(self, count: int) -> np.ndarray:
-        """Which of `count` folds each row is in: (N,). Texts are dealt out at random, class by class.
+        """Which of `count` folds each row is in: (N,). Units, texts or groups, are dealt at random, class by class.
 
-        Equal texts are in one fold. The order of the rows makes no difference.
+        The order of the rows makes no difference.
         """
-        keys, text = np.unique(self.keys.numpy(), return_inverse=True)
+        keys, text = np.unique((self.keys if self.units is None else self.units).numpy(), return_inverse=True)
         labels = np.full(len(keys), np.iinfo(np.int64).max)  # of each text the lowest
         np.minimum.at(labels, text, self.labels.numpy())
         place = np.lexsort((keys, labels)).argsort()  # by label, and of one label by key, which is as good as at random

@@ -4,9 +4,7 @@
         forward exit by exit, backward: one loss per exit, or EE's one sum
         clip the gradient, step, decay the learning rate
 
-With CUDA, or with bfloat16 instructions, products run in half precision (AMP). With torchrun each process holds the
-whole model and takes a share of every batch's rows: their gradients, each weighted by its share, are added up before
-they are clipped, so that all processes have the same one.
+With CUDA, or with bfloat16 instructions, products run in half precision (AMP).
 
 Dimension letters: B batch, K exits, V words, D hidden size, L layers.
 """
@@ -17,10 +15,9 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 
 from minisweet.data.text import Batch, Texts
 from minisweet.exits import MultiExitModel, exit_loss
@@ -52,11 +49,9 @@ def fine_tune(
         if step <= len(losses):  # the step was done before the training was stopped
             continue
         # Seeds dropout by step, so that no random state has to be saved.
-        torch.manual_seed(1_000_003 * seed + 1_009 * step + process_rank())
+        torch.manual_seed(1_000_003 * seed + 1_009 * step)
         optimizer.zero_grad()
-        rows, weight = own_rows(batch)
-        of_step = compute_gradients(model, rows.to(device), scaler, precision)
-        losses.append(add_up_gradients(parameters, of_step, weight).tolist())
+        losses.append(compute_gradients(model, batch.to(device), scaler, precision).tolist())
         if not np.isfinite(losses[-1]).all():
             raise FloatingPointError(step)
         scaler.unscale_(optimizer)
@@ -97,32 +92,3 @@ def used_rows(model: MultiExitModel, examples: Texts) -> Iterator[Tensor]:
         with torch.no_grad():
             whole[used] = embedding.weight
         embedding.weight = whole
-
-
-def process_rank() -> int:
-    """The number of this process among torchrun's, from 0; without torchrun 0. The first process prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def num_processes() -> int:
-    """How many processes torchrun has started; without torchrun 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def own_rows(batch: Batch) -> tuple[Batch, float]:
-    """This process's rows of a batch, and their share of it. A process without a row takes the first, of weight 0."""
-    rank, B = process_rank(), len(batch.rows)
-    rows = slice(rank, None, num_processes()) if rank < B else slice(1)
-    mine = Batch(*(tensor[rows] for tensor in batch if tensor is not None))
-    return mine, len(mine.rows) / B if rank < B else 0.0
-
-
-def add_up_gradients(parameters: list[nn.Parameter], losses: Tensor, weight: float) -> Tensor:
-    """Make the gradients and the losses (K,), in place, those of the whole batch; returns the losses."""
-    if num_processes() > 1:
-        tensors = [p.grad for p in parameters if p.grad is not None] + [losses]  # the same ones in all processes
-        flat = parameters_to_vector(tensors)
-        flat = flat * weight if weight else torch.zeros_like(flat)  # 0 times NaN would be NaN
-        dist.all_reduce(flat)
-        vector_to_parameters(flat, tensors)
-    return losses

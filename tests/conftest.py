@@ -28,6 +28,7 @@ from minisweet.methods import add_exits, new_trunk
 from minisweet.training import fine_tune, used_rows
 
 CHECKOUT = Path(__file__).parent.parent
+LARGEST: dict[str, float] = {}  # differences to references, by what was compared
 SIZES = {
     "vocab_size": 60,
     "hidden_size": 16,
@@ -182,6 +183,20 @@ def compare_hidden_states(folder: Path, reference, batch: tuple, atol: float) ->
         theirs = reference.eval()(**read, output_hidden_states=True).hidden_states
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a[mask == 1], b[mask == 1], atol=atol, rtol=0)
+        note_difference(
+            f"hidden states of {reference.config.model_type}, beside transformers", a[mask == 1], b[mask == 1]
+        )
+
+
+def note_difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Keep the largest difference to a reference, for the end of pytest's output."""
+    LARGEST[what] = max(LARGEST.get(what, 0.0), (ours - theirs).abs().max().item())
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Tell how far we are from the references that were compared."""
+    for what, difference in sorted(LARGEST.items()):
+        terminalreporter.write_line(f"largest difference, {what}: {difference:.1e}")
 
 
 def without_1(input_ids: torch.Tensor) -> torch.Tensor:

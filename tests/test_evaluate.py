@@ -45,7 +45,7 @@ def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
 
 @pytest.mark.parametrize("name", ["branch", "lte", "pairs", "trunk0", *slow("mm")])
 def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(copied, command, tmp_path, name):
-    """Its logits are compared with what rows get alone in test_use.py and test_distributed.py."""
+    """Its logits are compared with what rows get alone in test_use.py."""
     folder = copied(name)
     before = read_json(folder / "evaluation.json")
     (folder / "evaluation.json").write_text("{broken")

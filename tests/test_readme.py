@@ -19,8 +19,8 @@ from tests.conftest import CHECKOUT, opinions, run, write_table
 README, USE, PAPER = "README.md", "minisweet/use/README.md", "minisweet/paper/README.md"
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
-OTHERS = "pip torchrun srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
-STUDIES = [f"tests.benchmark.{name}" for name in "by_rows labels promises speed study zero_tables".split()]
+OTHERS = "pip srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
+STUDIES = [f"tests.benchmark.{name}" for name in "by_rows one_list promises speed study zero_tables".split()]
 
 
 def text_of(guide: str) -> str:

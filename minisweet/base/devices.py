@@ -1,17 +1,13 @@
-"""Where to compute: on which device, in which precision, and as one of how many processes (`torchrun train.py ...`)."""
+"""Where to compute: on which device, and in which precision."""
 
 import ctypes
-import importlib
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from minisweet.base.files import LOG, InputError
 
@@ -19,10 +15,10 @@ AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of auto, cpu, cuda or cuda:N; torchrun's processes take one GPU each. Raises InputError for others."""
+    """The device of auto, cpu, cuda or cuda:N. Raises InputError for others."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     if name == "cuda" or (name == "auto" and gpus):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cuda:0"
     if name not in ("auto", "cpu", *gpus):
         raise InputError(f"{name!r:.80} is not here; should be {', '.join(['auto', 'cpu', *gpus])}", "device")
     return torch.device("cpu" if name == "auto" else name)
@@ -47,7 +43,7 @@ def choose_precision(amp: str, device: torch.device, training: bool = False) -> 
 
 
 def processor() -> tuple[str, bool]:
-    """The CPU's name, and whether it has instructions for bfloat16; both are known on Linux alone."""
+    """The CPU's name, and whether it has instructions for bfloat16; both are known on Linux with x86."""
     path = Path("/proc/cpuinfo")
     cpu = path.read_text() if path.exists() else ""
     name = re.search(r"^model name\s*: (.*)", cpu, re.MULTILINE)
@@ -57,9 +53,7 @@ def processor() -> tuple[str, bool]:
 def device_name(device: torch.device) -> str:
     """What a reader of the results should know of the device."""
     cpu = f"{processor()[0]}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    return name + (f", {processes} processes" if processes > 1 else "")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def tune_cpu() -> None:
@@ -74,21 +68,3 @@ def tune_cpu() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def distributed(main: Callable[[], None]) -> Callable[[], None]:
-    """`main` as one of torchrun's processes, of which the first alone prints; without torchrun `main` itself."""
-
-    def run() -> None:
-        # Imported later, its functions keep the group as a default, and gloo's threads may abort a process that ends.
-        importlib.import_module("torch.distributed.nn.functional")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        try:
-            with open(os.devnull, "w") as nowhere:
-                out, err = (nowhere, nowhere) if dist.get_rank() else (sys.stdout, sys.stderr)
-                with redirect_stdout(out), redirect_stderr(err):
-                    main()
-        finally:
-            dist.destroy_process_group()
-
-    return main if os.environ.get("WORLD_SIZE", "1") == "1" else run

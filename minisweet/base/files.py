@@ -78,6 +78,8 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         new.replace(target)
         shutil.rmtree(new.with_suffix(".old"), ignore_errors=True)
     except OSError as error:
+        with suppress(OSError):  # where the second rename failed
+            new.with_suffix(".old").rename(target)
         raise InputError(f"{target}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -153,7 +153,7 @@ def cell(path: Path, line: int, row: dict, column: str) -> str:
 
 
 def label_name(value: object) -> str | None:
-    """What a label is called: 1 and 1.0 are "1"; None for an empty cell. Raises ValueError for what is no label."""
+    """What a label is called: the numbers 1 and 1.0 are "1"; None for an empty cell. Raises ValueError for no label."""
     if value is None or type(value).__name__ == "NAType":  # pandas' NA, which is neither equal to itself nor not
         return None
     if not isinstance(value, str | int | float | bool):

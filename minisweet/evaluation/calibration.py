@@ -1,8 +1,8 @@
 """Temperature scaling, which makes confidences more truthful.
 
 It (Guo et al. 2017, https://arxiv.org/abs/1706.04599; App. A of the paper) divides an exit's logits by one number,
-which changes no prediction. The authors fit the temperatures on the very set that they then score. Here no row is
-scored by a temperature that it fitted: the curve is cross-fitted (sweep.py), and other rows judge (operating.py).
+which changes no exit's own answer. The authors fit the temperatures on the very set that they then score. Here no row
+is scored by a temperature that it fitted: the curve is cross-fitted (sweep.py), and other rows judge (operating.py).
 
 Dimension letters: K exits, N instances, C classes.
 """
@@ -22,9 +22,9 @@ PULL = 3.0  # of a weight towards 0, so that a few rows choose little
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T that fits best: logits (N, C) and labels (N,) to a number above 0; without rows 1.
 
-    What is to be small is the negative log-likelihood plus log(T)^2 / N, a weak prior that keeps T near 1. Without it
-    an exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T) from
-    -7 to 7 finds a place where the slope of the sum is zero. The prior is not convex in 1/T, so there might be others.
+    What is to be small is the mean negative log-likelihood plus log(T)^2 / N, a weak prior that keeps T near 1. Without
+    it an exit that is right on every row would get a temperature near 0, and always be certain. Bisection of log(T)
+    from -7 to 7 finds where the slope of the sum is zero. The prior is not convex in 1/T, so there might be others.
     """
     logits, low, high = logits.double().T.contiguous(), -7.0, 7.0  # (C, N): few classes are added up faster so
     gold = float(logits.gather(0, labels[None]).sum())
@@ -39,8 +39,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def fit_answer(logits: Tensor, first: Tensor, labels: Tensor) -> tuple[float, float]:
     """The temperature T and the weight w with which logits / T + w first fit best: (N, C) twice, (N,) to two numbers.
 
-    What is to be small is the negative log-likelihood plus ((1/T - 1)^2 + PULL w^2) / N, which is convex in 1/T and w.
-    So a few rows leave w near 0.
+    What is to be small is the mean negative log-likelihood plus ((1/T - 1)^2 + PULL w^2) / N, which is convex in 1/T
+    and w. So a few rows leave w near 0.
     """
     found = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)  # 1/T, w
     optimizer = torch.optim.LBFGS([found], max_iter=50, line_search_fn="strong_wolfe")

@@ -24,11 +24,14 @@ def spaced_thresholds(count: int, lowest: float) -> list[float]:
     return np.linspace(lowest, 1, count).tolist()
 
 
-def crossfit(outputs: Outputs) -> Folds:
-    """The rules of the curve: each fold's rows are decided by the rule of the others. A single text decides itself."""
+def crossfit(outputs: Outputs, combine: bool = False) -> Folds:
+    """The rules of the curve: each fold's rows are decided by the rule of the others. A single text decides itself.
+
+    With `combine` exit 0 has a say at later exits.
+    """
     fold = outputs.folds(FOLDS)
     folds = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in np.unique(fold)]
-    return [(fit_rule(outputs.take(others if len(others) else rows)), rows) for others, rows in folds]
+    return [(fit_rule(outputs.take(others if len(others) else rows), combine), rows) for others, rows in folds]
 
 
 def sweep(

@@ -38,7 +38,7 @@ from minisweet.runs.options import MAX_LENGTH, TrainingOptions, epochs_of, resol
 from minisweet.runs.record import Record, versions
 from minisweet.runs.resume import SavedTraining
 from minisweet.runs.run import Run, load_trunk
-from minisweet.training import fine_tune, process_rank, used_rows
+from minisweet.training import fine_tune, used_rows
 
 # Where more texts have no label, a plain model learns its own answers too: to at most so many, for so many epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
@@ -110,7 +110,7 @@ def train_own(
 
 
 def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
-    """Train a model, and write its run where `saved` says. None where it is there, or another process writes it.
+    """Train a model, and write its run where `saved` says. None where it is there.
 
     Raises InputError where model and data do not fit, or the loss is not finite.
     """
@@ -145,12 +145,9 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
             train_stage(start, saved, stage, learn)
     except FloatingPointError as error:
         step = error.args[0]
-        if process_rank() == 0:
-            saved.finish(Run(replace(record, diverged=step)))
+        saved.finish(Run(replace(record, diverged=step)))
         where = f"at {options.lr:g} the loss became infinite or NaN at step {step}"
         raise InputError(f"{where}; try a lower one", "lr") from None
-    if process_rank():  # the first process alone fits exit 0 and writes
-        return None
 
     # 3. Exit 0, which learns the last exit's answers too.
     if ngrams:

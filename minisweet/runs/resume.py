@@ -21,7 +21,6 @@ from minisweet.base.commands import Parser
 from minisweet.base.files import LOG, InputError, written_beside
 from minisweet.checkpoint import WEIGHTS
 from minisweet.runs.run import FILES, Run, is_run
-from minisweet.training import process_rank
 
 try:
     import fcntl
@@ -78,9 +77,6 @@ def claim_output(out: Path, resume: bool = False, overwrite: bool = False) -> It
         raise InputError(f"--out: {out} holds {others[0]!r:.100}, which no run made; name another folder")
     if names and not (resume or overwrite):
         raise InputError(f"--out: {out} holds a run already; name another folder, or pass --overwrite")
-    if process_rank():
-        yield saved
-        return
     folder = saved.path.parent
     try:
         folder.mkdir(parents=True, exist_ok=resume or overwrite)
@@ -168,9 +164,9 @@ class SavedTraining:
         return self.stages[name]["made"]
 
     def save(self, name: str, state: dict) -> None:
-        """Write what a stage has come to. All processes have the same, and the first one writes."""
+        """Write what a stage has come to."""
         self.stages[name] = state | {"seconds": time.perf_counter() - self.started}
-        if self.path and process_rank() == 0:
+        if self.path:
             with written_beside(self.path) as new, new.open("wb") as file:
                 try:
                     torch.save({"training": self.training, "stages": self.stages}, file)

@@ -92,8 +92,8 @@ class EarlyExitClassifier:
         method: "plain", or "branch", "sweet", "ee", "mm". exit_layers: counted from 1; 0 is exit 0, a bag of words.
         trunk: the folder of a run or a finished classifier to start from; "plain" and "branch" keep its answers.
         class_weights: "balanced" counts rare classes as much as frequent ones; or {label: weight}, else 1.
-        dev_size: the share of the rows that is set aside to choose and to judge.
-        seed, lr, epochs, batch_size, max_length: of the training; None for what the size of model and data suggests.
+        dev_size: the share of the distinct labelled texts that is set aside to choose and to judge.
+        seed: of new weights, order and dropout. lr, epochs, batch_size, max_length: None for what suits model and data.
         device, amp: as the commands' --device and --amp.
         max_lost, sure: deploy the fastest that loses at most so many of 100 texts, so sure in percent.
         max_share: in their place, the slowest that runs at most this share of the layers.

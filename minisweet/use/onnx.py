@@ -34,7 +34,7 @@ def export_onnx(run: Path, out: Path, int8: bool = False) -> list[str]:
     """Write one file of a run, whole or not at all. Returns what came out, a line each.
 
     Raises InputError for an `out` that exists, a run for which nothing was chosen, one of Multi-Model, and where more
-    than one in a thousand of the float32 answers is not the model's.
+    than one, and more than one in a thousand, of the float32 answers are not the model's.
     """
     its = EarlyExitClassifier.load(run, device="cpu", amp="off").deployed
     if its.model.exits.asks_at_1:

@@ -1,4 +1,4 @@
-"""All tables and figures that are made of records: of exit0.md, twelve.md and paper.md, and README's SWEET less EE.
+"""All tables and figures that are made of records: those of exit0.md, twelve.md, paper.md and choose.md, and README's.
 
     python -m tests.benchmark.zero_tables FOLDER [--write]
 
@@ -30,6 +30,7 @@ PAIRS = {  # of curves, and at which shares, by depth
 BY_EXIT = [("SWEET", "EE"), ("MM", "EE"), ("SWEET", "MM")]
 BERT_BASE = ["the paper's BERT-base, mean of 7 tasks", "+3.6", "+1.3", "-0.4", "-1.3"]
 GRADIENTS = ("mnli", "sst2")
+CURVE_AT = (12, 6, 4, 3, 2)  # one in so many layers is run
 
 
 def text(values: np.ndarray) -> list[str]:
@@ -50,10 +51,16 @@ def exits_table(title: str, grid: dict[str, Records]) -> str:
 
 
 def less(ours: list[tuple], theirs: list[tuple]) -> list[str]:
-    """The scores of exits less those of others, by seeds of what `exits_of` gives, or that both know but one class."""
-    known = np.max([np.count_nonzero(counts, axis=-1) for _, counts in (*ours, *theirs)], axis=0)  # (E,)
+    """The scores of exits less those of others, by seeds of what `exits_of` gives, or that both know but one class.
+
+    A dagger is where the others give all texts one answer in every run.
+    """
+    known, known_to_others = (
+        np.max([np.count_nonzero(counts, axis=-1) for _, counts in its], axis=0) for its in ((*ours, *theirs), theirs)
+    )  # (E,) each
     values = np.array([one for one, _ in ours]) - [one for one, _ in theirs]
-    return [cell if n > 1 else "both give one answer" for n, cell in zip(known, cells(values, sign="+"), strict=True)]
+    made = [cell + (" †" if n < 2 else "") for n, cell in zip(known_to_others, cells(values, sign="+"), strict=True)]
+    return [cell if n > 1 else "both give one answer" for n, cell in zip(known, made, strict=True)]
 
 
 def by_exit(study: Study, pair: tuple[str, str]) -> list[list[str]]:
@@ -96,6 +103,13 @@ def tables(study: Study) -> dict[str, str]:
         rows.append(row)
     title = "Points at a share of the layers, less each other, ± over seeds"
     made["less each other"] = table(title, ["difference", "at", *(TITLES[task] for task in tasks)], rows)
+
+    rows, head = [], ["difference", "on", *(f"1/{n}" for n in CURVE_AT)]
+    places = [np.flatnonzero(np.isclose(GRID, 1 / n))[0] for n in CURVE_AT]
+    for other, task in product(("EE", "MM"), study.learnt):
+        ours, theirs = (study.values("drawn", name, task)[:, places] for name in ("SWEET", other))
+        rows.append([f"SWEET less {other}", TITLES[task], *cells(ours - theirs, sign="+")])
+    made["curves"] = table("The curve at shares of the layers, less each other, ± over seeds", head, rows)
 
     rows, every = [], [run["alone"].keys() for its in study.runs.values() for run in its.values()]
     for name in (name for name in every[0] if all(name in alone for alone in every)):
