@@ -18,14 +18,14 @@ from minisweet import __main__ as package
 from minisweet.base.devices import processor
 from minisweet.runs import options
 from tests import benchmark
-from tests.benchmark import BLOCK, RESULTS, by_rows, own_text, promises, run_study, speed, study, zero_tables
+from tests.benchmark import BLOCK, RESULTS, by_rows, one_list, own_text, promises, run_study, speed, study, zero_tables
 from tests.conftest import CHECKOUT, CONFIGS, WORDS, run
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in RESULTS.glob("*.md")}
 COMMANDS = re.findall(r"python -m tests\.benchmark\.(\w+) (.*)", "\n".join(PAGES.values()))
 PAGES |= {"the first page": (CHECKOUT / "README.md").read_text(encoding="utf-8")}
 BLOCKS = {name: block for text in PAGES.values() for _, name, block, _ in re.findall(BLOCK.format("(.*?)"), text, re.S)}
-MEASURED = {"measured on", "a training step", "texts in batches", "one file", "promises", "labels"}  # or drawn
+MEASURED = {"measured on", "a training step", "texts in batches", "one file", "promises"}  # or drawn
 DRAWN = re.compile(r"^\| (.+?) \| [\d,]+ \| ([\d.]+) \|", re.M)  # a line of promises, and how often it is broken
 FEWER = {"study": "--seeds 0 --tasks sst2", "by_rows": "--rows 40 --seeds 0", "speed": "--turns 1 --texts 32"}
 
@@ -35,7 +35,7 @@ def studies(place, run_of, monkeypatch):
     """Commands run here, and write to copies of the pages. A function that runs one, by its module and its options."""
     shutil.copytree(RESULTS, results := place / ".github" / "results")
     shutil.copy(CHECKOUT / "README.md", place)
-    for module in (benchmark, zero_tables):
+    for module in (benchmark, zero_tables, one_list):
         monkeypatch.setattr(module, "RESULTS", results)
     monkeypatch.setattr(benchmark, "CHECKOUT", place)
     trained = []
@@ -55,6 +55,7 @@ def studies(place, run_of, monkeypatch):
     monkeypatch.setattr(study, "ROWS", 32)
     monkeypatch.setattr(options, "STEPS", 1)
     monkeypatch.setattr(own_text, "TRAIN", 60)
+    monkeypatch.setattr(by_rows, "LIST_TEST_ROWS", 40)
     draw, sections = Random(0), own_text.SECTIONS[:3]
     fields = "Package: p{0}\nSection: {1}\nDescription: {1} {2}\n Longer: text\n"
     packages = [fields.format(n, draw.choice(sections), " ".join(draw.choices(WORDS, k=5))) for n in range(200)]
@@ -80,7 +81,11 @@ def test_the_studies_run_as_they_stand_on_the_pages(studies, capsys):
     assert [bool(studies(*line)) for line in lines] == [line[0] != "own_text" for line in lines]
     assert not any(studies(*line) for line in lines)  # what is there is not made again
     assert {path.name for path in Path("FOLDER/records").iterdir()} >= {"sst2-0-mm", "sst2-0-branch"}
-    assert not [*Path("FOLDER/runs").iterdir()]
+    assert [path.name for path in Path("FOLDER/runs").iterdir()] == ["list-40-0-0", "list-40-30000-0"]
+    for path in [*Path("FOLDER").glob("r*/list-40-*")]:
+        path.rename(path.with_name(path.name.replace("-40-", "-4000-")))
+    studies("one_list", "FOLDER --write")
+    assert "| **deployed** |" in Path("README.md").read_text()
     studies("zero_tables", "FOLDER --write")
     pages = {path.name: path.read_text() for path in Path(".github/results").glob("*.md")}
     assert "| own text, 40 rows |" in pages["choose.md"]

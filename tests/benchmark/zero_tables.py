@@ -3,8 +3,9 @@
     python -m tests.benchmark.zero_tables FOLDER [--write]
 
 FOLDER is an unpacked zero.tar.xz. Or it holds `records` of the small model and `base/records` of a larger one, which
-study.py keeps, `rows` of by_rows.py, and in `paper` what `minisweet reproduce` and `gradients` make. Intervals are 95%
-(Student's t), over the seeds of a task. A difference in bold is told apart from zero: its interval does not hold it.
+study.py keeps, `rows` of by_rows.py, times.json of one_list.py, and in `paper` what `minisweet reproduce` and
+`gradients` make. Intervals are 95% (Student's t), over the seeds of a task. A difference in bold is told apart from
+zero: its interval does not hold it.
 """
 
 from itertools import combinations, product
@@ -17,7 +18,7 @@ from minisweet.base.files import InputError, read_json
 from minisweet.evaluation.plots import draw_line, label_axes, new_figure, save_figure
 from minisweet.paper import report
 from minisweet.paper.report import Records, cells, table
-from tests.benchmark import RESULTS, TASKS, USUAL, by_rows, run_study, show
+from tests.benchmark import RESULTS, TASKS, USUAL, by_rows, one_list, run_study, show
 from tests.benchmark.archive import GRID, METHODS, ONE_BRANCH, OURS, SHARES, Study, curves_of, read_grid, read_study
 
 SIZES = (".", "base")  # where a study's records are, in FOLDER
@@ -157,7 +158,7 @@ def paper_tables(folder: Path) -> dict[str, str]:
 def make_tables(folder: Path) -> tuple[dict[str, str], list[Study]]:
     """All tables of a folder by their names, and its studies. Raises InputError for a folder without records."""
     studies = [study for size in SIZES if (study := read_study(folder / size))]
-    made = paper_tables(folder / "paper") | by_rows.tables(folder / "rows")
+    made = paper_tables(folder / "paper") | by_rows.tables(folder / "rows") | one_list.tables(folder)
     made |= by_rows.tables(folder / "base" / "rows", "mpnet-base")
     for study in studies:
         made |= {f"{name}: {study.depth} layers": block for name, block in tables(study).items()}
