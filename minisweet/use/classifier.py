@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import ExitRule, in_float32
-from minisweet.base.commands import Parser, number, telling, whole_number
+from minisweet.base.commands import Kind, Parser, number, telling, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
 from minisweet.data.rows import Rows, label_name, labelled_texts, names_of, texts_of, with_groups, with_text
@@ -34,7 +34,8 @@ from minisweet.use.label import to_ask
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # labels' names back to labels
 PARAMETERS = {name: getattr(TrainingOptions, name) for name in OWN_TEXT} | vars(Goal()) | {"verbose": 0}
-THRESHOLD, BATCH_SIZE, MOST_TO_LABEL, VERBOSE = number(0, 1), whole_number(1), whole_number(1), whole_number(0)
+THRESHOLD, BATCH_SIZE, MOST_TO_LABEL = number(0, 1), whole_number(1), whole_number(1)
+VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int) and value >= 0)  # True is 1
 
 
 class Answer(NamedTuple):
@@ -141,7 +142,7 @@ class EarlyExitClassifier:
         """Train on texts X (N) and labels y (N), choose what to deploy, and return itself.
 
         `unlabelled` are more texts: exit 0 and branches learn what the trained model says of them; so does a new plain
-        model itself where few texts are labelled. `validation` is (texts, labels) to choose and judge on, in place of
+        model itself where more texts have no label. `validation` is (texts, labels) to choose and judge on, in place of
         rows of X. `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together;
         None is a row by itself. `unlabelled_groups` does so of `unlabelled`. With a `trunk`, X and y may be None. A
         model that was fitted before answers until the new one is there. Raises InputError, with the item, for what
@@ -161,7 +162,7 @@ class EarlyExitClassifier:
         if validation is not None:
             if not isinstance(validation, tuple | list) or len(validation) != 2:
                 raise InputError("should be (texts, labels)", "validation")
-            dev = labelled_texts(*validation, 1 + (rows.examples.second is not None))
+            dev = with_text(labelled_texts(*validation, 1 + (rows.examples.second is not None)))
             if not dev.examples.first:
                 raise InputError("has no rows", "validation")
             rows = rows._replace(label_type=rows.label_type if rows.label_type == dev.label_type else "str")
