@@ -110,3 +110,12 @@ def test_messages_are_one_line():
     error = InputError("'a', should be 1", "max_lost")
     assert (str(error), error.as_typed()) == ("max_lost: 'a', should be 1", "--max-lost: 'a', should be 1")
     assert (files.preview(["a", 1]), files.preview(list(range(9)), 2)) == ("a, 1", "0, 1 and 7 more")
+
+
+def test_a_folder_whose_second_rename_fails_is_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError("no")))
+    with pytest.raises(InputError, match="run: cannot be written"), written_beside(tmp_path / "run") as new:
+        new.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "old"]

@@ -23,19 +23,15 @@ from minisweet.paper.report import table
 from minisweet.runs.run import Run
 from minisweet.use.export import export_file
 from tests.benchmark import RESULTS, run_study, show
-from tests.benchmark.by_rows import DEPLOYED, FULL, LAYERS, draws
+from tests.benchmark.by_rows import DEPLOYED, FULL, LAYERS, STRICT, draws
 from tests.benchmark.linear import LINEAR, fit_linear
 from tests.benchmark.speed import take_turns
 
 MOST, TURNS, ALONE, TOGETHER = "50", 5, 64, 640  # labels; turns; texts of each
-LABELLED = f"deployed, {MOST} labels"
+LABELLED, CAREFUL = f"deployed, {MOST} labels", f"deployed, at most {STRICT} lost"
 WAYS = {name: name for name in LINEAR.values() if name != "model2vec"}
-WAYS |= {
-    "exit 0": "exit 0, a bag of words, alone",
-    FULL: "full depth",
-    DEPLOYED: "**deployed**",
-    LABELLED: "deployed, with labels",
-}
+WAYS |= {"exit 0": "exit 0, a bag of words, alone", FULL: "full depth", DEPLOYED: "**deployed**"}
+WAYS |= {CAREFUL: f"deployed, at most {STRICT} lost", LABELLED: "deployed, with labels"}
 MODELS = {".": "", "base": ", `mpnet-base`"}  # by the folder of their numbers
 COLUMNS = (
     ("accuracy, 400 labelled", 400, "accuracy"),
@@ -55,6 +51,8 @@ def look(draw: dict, kind: str, way: str) -> float:
         return draw[kind].get(way, np.nan)
     if way == LABELLED and draw["labels"]:
         return draw["labels"][MOST][OF_LABELS[kind]]
+    if way == CAREFUL and "strict" in draw:
+        return draw["strict"][LAYERS if kind == "sent" else kind]
     return draw[LAYERS if kind == "sent" else kind] if way == DEPLOYED else np.nan
 
 
@@ -73,7 +71,9 @@ def lines(folder: Path) -> list[tuple[str, list[str], list[float]]]:
         times = read_json(path) if path.exists() else {}
         for way, title in WAYS.items():
             numbers = [
-                np.mean([look(draw, kind, way) for draw in its]) if (its := draws_of(folder / place, count)) else np.nan
+                np.nanmean([look(draw, kind, way) for draw in its])
+                if (its := draws_of(folder / place, count))
+                else np.nan
                 for _, count, kind in COLUMNS
             ]
             taken = times.get(DEPLOYED if way == LABELLED else way, [np.nan, np.nan])
