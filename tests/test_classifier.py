@@ -121,7 +121,11 @@ BAD = [
     (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
     (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is no folder"),
     (*GOOD, {"groups": ["a"]}, "^groups: 1, should be as many as the texts, 40"),
-    (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "^unlabelled_groups: 0, should be as many as"),
+    (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "^unlabelled_groups: 'a', should be a list"),
+    (*GOOD, {"unlabelled_groups": ["a"]}, "^unlabelled_groups: needs unlabelled"),
+    (GOOD[0], None, {}, "^labels: None, should be a list"),
+    ([" "] * 40, GOOD[1], {}, "^texts: all of them are empty"),
+    (list(zip(*GOOD, strict=True)), GOOD[1], {}, "^texts: the second of each pair is its label"),
     (*PAIRS, {"validation": (["a"], ["up"])}, "^item 0: 'a', should be a pair of texts"),
     (*PAIRS, {"validation": (*PAIRS, 1)}, r"^validation: should be \(texts, labels\)"),
     (*PAIRS, {"validation": ([], [])}, "^validation: has no rows"),
@@ -238,6 +242,8 @@ def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, run_
     expected = classify.score(texts, labels)
     for y in (Frame(labels), np.array(labels)[:, None], iter(labels)):
         assert classify.score(Frame(texts), y) == expected > 0.6
+    with pytest.raises(InputError, match="texts: there are none"):
+        classify.score([], [])
     for y, message in (
         (labels[:1], "labels: 1, should be as many as the texts, 60"),
         ([NA] * 60, "item 0: has no label"),
@@ -282,9 +288,14 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     assert found.keys() < vars(classify.operating_point).keys()
     with pytest.raises(InputError, match="no row is left to test on"):
         classify.test(texts, labels)
+    assert classify.test([f"{text} ." for text in others[0]], [None] * 100)["score"] is None
     first, last = (explained[-1][0] for explained in classify.explain(texts[:2]))
     assert [first.exit_layer, last.exit_layer] == [2, 2]
-    assert classify.export(tmp_path / "folder")[0].endswith("the first 2 layers and their exit")
+    (told,) = classify.export(tmp_path / "folder")
+    assert "the first 2 layers" in told
+    assert "without exit 0, which has a say" in told
+    with pytest.raises(InputError, match="^int8: is for one file"):
+        classify.export(tmp_path / "other", int8=True)
     assert (tmp_path / "folder" / "config.json").is_file()
     if importlib.util.find_spec("onnxscript"):
         assert classify.export(tmp_path / "a.onnx", int8=True)[0].startswith(f"{tmp_path}/a.onnx: int8")
@@ -294,8 +305,9 @@ def test_before_it_is_trained_it_says_so(new, tmp_path):
     for call in (lambda: new().predict(["a"]), new().choose, lambda: new().save(tmp_path / "a")):
         with pytest.raises(InputError, match="not trained yet; call fit, or EarlyExitClassifier.load"):
             call()
-    with pytest.raises(InputError, match="no_such: no parameter, should be one of model, method"):
-        new().set_params(no_such=1)
+    for name, right in (("no_such", "model, method"), ("max_loss", "max_lost$")):
+        with pytest.raises(InputError, match=f"^{name}: no parameter, should be one of {right}"):
+            new().set_params(**{name: 1})
 
 
 def test_any_number_of_texts_in_order(run_of):
@@ -326,6 +338,9 @@ def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(r
     """Another threshold, and another precision than that in which it was judged."""
     classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.5, amp="off")
     assert classify.promise == "threshold 0.5 is not the one that was chosen, and nothing is promised of it"
+    lines = classify.summary().splitlines()
+    assert lines[-1] == classify.promise
+    assert any(line.startswith("deployed") and line.endswith("0.25") for line in lines)  # all leave at the first exit
     assert classify.set_params(max_share=0.3).choose().operating_point.goal == {"max_share": 0.3}
     assert classify.promise.startswith(f"On {classify.operating_point.judging_texts} of your texts")
     for goal in ({"max_lost": 20.0}, {"sure": 80.0}):
@@ -333,6 +348,7 @@ def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(r
         assert classify.choose(**goal).operating_point.goal == expected
     with pytest.raises(InputError, match="^max_share: 0.5, and max_lost is given too; should be one of both"):
         classify.choose(max_lost=2, max_share=0.5)
+    assert classify.choose(max_lost=9).choose(labels=([], [])).operating_point.goal == {"max_lost": 9.0, "sure": 90.0}
     classify.choose(max_share=0.3, sure=80).save(tmp_path / "fast")
     before = (tmp_path / "fast" / "logits.safetensors").read_bytes()
     for options in ({"threshold": 0.9, "amp": "bf16"}, {"amp": "off"}, {"amp": "bf16"}):

@@ -228,6 +228,8 @@ def with_text(rows: Rows) -> Rows:
     """Those rows from Python that have text, as of a file; the others are counted."""
     sides = zip(*(part for part in rows.examples[:2] if part is not None), strict=True)
     kept = [row for row, parts in enumerate(sides) if any(part.strip() for part in parts)]
+    if rows.names and not kept:
+        raise InputError("texts: all of them are empty")
     examples = rows.examples.take(kept)._replace(empty=len(rows.names) - len(kept))
     return rows._replace(examples=examples, names=[rows.names[row] for row in kept])
 
@@ -236,6 +238,8 @@ def labelled_texts(X, y, sides: int | None = None) -> Rows:
     """Texts and labels as a file's rows would be. Raises InputError, with the item."""
     examples = texts_of(X, sides)
     names, kinds = names_of(y, len(examples.first), "labels")
+    if examples.second and examples.second == names:
+        raise InputError("texts: the second of each pair is its label; name the columns of texts alone")
     if len(kinds) > 1 and kinds != {"int", "float"}:
         raise InputError(f"labels: {' and '.join(sorted(kinds))} are mixed, should be of one type")
     columns = ["text"] if examples.second is None else ["sentence1", "sentence2"]
@@ -245,8 +249,9 @@ def labelled_texts(X, y, sides: int | None = None) -> Rows:
 def names_of(values: Iterable, count: int, what: str) -> tuple[list[str | None], set[str]]:
     """What some labels or groups from Python are called, None where one is empty; and the types of the others."""
     values = as_list(values)
-    values = list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else []
-    if len(values) != count:
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise InputError(f"{what}: {values!r:.60}, should be a list")
+    if len(values := list(values)) != count:
         raise InputError(f"{what}: {len(values):,}, should be as many as the texts, {count:,}")
     values = [value.item() if isinstance(value, np.generic) else value for value in values]
     names = []

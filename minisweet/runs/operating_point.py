@@ -131,7 +131,9 @@ class OperatingPoint:
 
     def in_words(self, exits: int, set_aside: float = 1.0) -> str:
         """What is promised of new text by a model of so many exits; or why nothing faster than full depth can be."""
-        return "the model has one exit alone" if exits == 1 else self.promise or self.shortfall(set_aside)
+        if exits == 1:
+            return "the model has one exit alone"
+        return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
 def how_sure(texts: int, lost: np.ndarray, share: float) -> np.ndarray:

@@ -109,13 +109,22 @@ def print_choice(run: Run) -> None:
     print(f"next: minisweet predict {quote(str(run.folder))} FILE.csv --out predicted.csv")
 
 
-def summary(run: Run) -> str:
-    """What the bag of words, early exit and the whole model give, and what is promised of new text, a line each."""
+def summary(run: Run, threshold: float | None = None, promise: str | None = None) -> str:
+    """What the bag of words, early exit and the whole model give, and what is promised of new text, a line each.
+
+    At another threshold than the one that was chosen the judges are asked again, and `promise` is said of it.
+    """
     record, outputs, point = run.record, run.outputs, run.point
     _, judging, trained = operating.split(outputs, record.trained_keys)
     rows = outputs.take(judging) if len(judging) else outputs
+    asked = [outputs.exits.layers.index(n) for n in point.exits]
+    if threshold is not None:
+        its = rows._replace(logits=rows.logits[asked], exits=rows.exits.take(asked)).by(point.rule)
+        scored = its.labelled() if (its.labels >= 0).any() else its.filled()
+        found = operating.stated(range(len(asked)), threshold, its.filled(run.labels), scored)
+        point = replace(point, threshold=threshold, **found)
     rows = rows.labelled() if (rows.labels >= 0).any() else rows.filled()
-    costs = outputs.exits.take([outputs.exits.layers.index(n) for n in point.exits]).costs(point.threshold)
+    costs = outputs.exits.take(asked).costs(point.threshold)
     gives = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     has_exit_0 = outputs.exits.layers[0] == 0
     if has_exit_0:
@@ -136,4 +145,4 @@ def summary(run: Run) -> str:
         lines.append(f"all texts leave at {'exit 0' if point.exits[0] == 0 else 'the first exit'}")
     if trained:
         lines.append(f"{trained:,} of the validation rows were trained on, and do not count")
-    return "\n".join([*lines, point.in_words(len(record.exit_layers), record.set_aside)])
+    return "\n".join([*lines, promise or point.in_words(len(record.exit_layers), record.set_aside)])

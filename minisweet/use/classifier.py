@@ -5,7 +5,9 @@ Dimension letters: N texts, K exits, C classes.
 
 import argparse
 import copy
+import logging
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from inspect import Parameter, Signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +37,7 @@ AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill ba
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # labels' names back to labels
 PARAMETERS = {name: getattr(TrainingOptions, name) for name in OWN_TEXT} | vars(Goal()) | {"verbose": 0}
 THRESHOLD, BATCH_SIZE, MOST_TO_LABEL = number(0, 1), whole_number(1), whole_number(1)
+OF_LABELS = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")  # of an operating point
 VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int) and value >= 0)  # True is 1
 
 
@@ -117,7 +120,8 @@ class EarlyExitClassifier:
     def set_params(self, **params) -> "EarlyExitClassifier":
         """Change arguments of the constructor, by name. Returns itself."""
         if unknown := sorted(params.keys() - PARAMETERS.keys()):
-            raise InputError(f"no parameter, should be one of {', '.join(PARAMETERS)}", unknown[0])
+            names = get_close_matches(unknown[0], PARAMETERS, 1) or PARAMETERS
+            raise InputError(f"no parameter, should be one of {', '.join(names)}", unknown[0])
         vars(self).update(params)
         return self
 
@@ -153,6 +157,8 @@ class EarlyExitClassifier:
             names, _ = names_of(weights, len(weights), "class_weights")
             given["class_weights"] = dict(zip(names, np.array([*weights.values()]).tolist(), strict=True))
         options, more, dev = TrainingOptions(**given), None, None
+        if unlabelled is None and unlabelled_groups is not None:
+            raise InputError("needs unlabelled", "unlabelled_groups")
         if unlabelled is not None:
             more = with_groups(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
             more = with_text(Rows(more, [None] * len(more.first), [])).examples
@@ -184,15 +190,18 @@ class EarlyExitClassifier:
     ) -> "EarlyExitClassifier":
         """Choose what to deploy by another goal, from the answers that are saved. Returns itself.
 
-        What is not given is the constructor's. `labels` is (texts, labels) of texts that `to_label` gave. Raises
-        InputError where max_lost and max_share are given together.
+        What is not given is the constructor's. `labels` is (texts, labels) of texts that `to_label` gave; alone they
+        leave the goal as it is. Raises InputError where max_lost and max_share are given together.
         """
         its, run = self.deployed, copy.copy(self.deployed.run)
         run.folder = None  # in memory alone: the folder that it was loaded from stays as it is
+        goal = self._goal()
         if labels is not None:
+            if max_lost is sure is max_share is None:
+                goal = Goal(**its.point.goal)
             rows = labelled_texts(*labels, max(1, len(run.record.columns)))
             run.labels = run.labels | labels_of(run, rows)
-        choose_for(run, self._goal().changed(max_lost, sure, max_share), str(its.device), its.amp)
+        choose_for(run, goal.changed(max_lost, sure, max_share), str(its.device), its.amp)
         return self._deploy(run, None, str(its.device), its.amp, its.batch_size)
 
     def to_label(self, most: int = 50) -> list:
@@ -201,7 +210,7 @@ class EarlyExitClassifier:
         run = copy.copy(its.run)
         run.point = its.point
         rows, said = to_ask(run, MOST_TO_LABEL.check("most", most))
-        LOG.info("%s", said)
+        LOG.log(logging.INFO if rows else logging.WARNING, "%s", said)
         return run.examples.take(rows).texts()
 
     @property
@@ -216,21 +225,26 @@ class EarlyExitClassifier:
 
     def summary(self) -> str:
         """What the bag of words, early exit and the whole model give on new texts, and what is promised: some lines."""
-        run = copy.copy(self.deployed.run)
-        run.point = self.deployed.point
-        return summary(run)
+        its, run = self.deployed, copy.copy(self.deployed.run)
+        run.point = its.point
+        is_other = its.threshold != in_float32(its.point.threshold)
+        return summary(run, its.threshold if is_other else None, self.promise)
 
     def test(self, X, y) -> dict:
         """What comes out on texts X (N) with labels y (N), None where one is missing; see `minisweet test`.
 
         Texts that were trained on or set the threshold do not count. The names are those of `operating_point`, to
-        compare: score, full_depth, lost, share, their intervals, judging_texts and per_class.
+        compare: score, full_depth and per_class, of the labelled texts; lost and share of all `judging_texts`; their
+        intervals. Without any label there is no score.
         """
         from minisweet.use.check import found_on, outputs_of
 
         its = self.deployed
         rows = labelled_texts(X, y, max(1, len(its.run.record.columns)))
-        return found_on(its, outputs_of(its, rows, "X", LOG.warning))
+        outputs = outputs_of(its, rows, "X", LOG.warning)
+        found = found_on(its, outputs)
+        of_labels = {} if (outputs.labels >= 0).any() else dict.fromkeys(OF_LABELS)
+        return found | of_labels
 
     def explain(self, texts: Iterable[str | Sequence[str]]) -> list[list[tuple[Answer, bool]]]:
         """Of each text what each exit says, with the words that spoke at exit 0, and whether it is enough to leave."""
@@ -240,18 +254,21 @@ class EarlyExitClassifier:
         return [explain(its, text) for text in texts_of(texts, max(1, len(its.run.record.columns))).texts()]
 
     def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
-        """Write one ONNX file, which leaves early, where the name ends in .onnx; else a folder for transformers.
+        """Write one ONNX file, which leaves early as was chosen, where the name ends in .onnx.
 
-        What was chosen is written, whole or not at all. Returns what came out, in lines; see `minisweet export`. Raises
-        InputError for a path that exists, or where the packages for ONNX are missing.
+        Else it is a folder for transformers, of the last exit alone: without exit 0, its say and the threshold. It is
+        written whole or not at all. Returns what came out, in lines; see `minisweet export`. Raises InputError for a
+        path that exists, int8 for a folder, or where the packages for ONNX are missing.
         """
-        from minisweet.use.export import export, export_file
+        from minisweet.use.export import export_file, export_folder
 
+        if int8 and Path(path).suffix.lower() != ".onnx":
+            raise InputError(f"is for one file, and {path} should end in .onnx", "int8")
         with TemporaryDirectory() as place:
             self.save(run := Path(place, "run"))
             if Path(path).suffix.lower() == ".onnx":
                 return export_file(run, Path(path), int8)
-            return [f"{path}: the first {export(run, Path(path))} layers and their exit"]
+            return [export_folder(run, Path(path))]
 
     # --- runs
 
@@ -339,8 +356,8 @@ class EarlyExitClassifier:
         its = self.deployed
         texts = tokenize(its, X)
         names, _ = names_of(y, len(texts), "labels")
-        if None in names:
-            raise InputError(f"item {names.index(None)}: has no label")
+        if None in names or not names:
+            raise InputError(f"item {names.index(None)}: has no label" if names else "texts: there are none")
         said = [label_name(answer.label) for answer in classify_tokens(its, texts)]
         return float(np.mean([one == right for one, right in zip(said, names, strict=True)]))
 

@@ -36,8 +36,7 @@ def main() -> None:
     parser.need(args, args.onnx, "--onnx", "int8")
     parser.need(args, args.out, "--out", "exit_layer")
     if args.out:
-        layer = export(args.run, args.out, args.exit_layer)
-        print(f"{args.out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification")
+        print(export_folder(args.run, args.out, args.exit_layer))
         return
     print(*export_file(args.run, args.onnx, args.int8), sep="\n")
 
@@ -48,8 +47,17 @@ def export_file(run: Path, out: Path, int8: bool) -> list[str]:
     try:
         from minisweet.use.onnx import export_onnx
     except ImportError as error:
-        raise InputError(f"--onnx: needs the package {error.name} (pip install '.[onnx]')") from None
+        raise InputError(f"needs the package {error.name} (pip install '.[onnx]')", "onnx") from None
     return export_onnx(run, out, int8)
+
+
+def export_folder(run: Path, out: Path, exit_layer: int | None = None) -> str:
+    """Write a run as a folder; see `export`. Returns what came out, and what the folder lacks."""
+    what = (
+        f"{out}: the first {export(run, out, exit_layer)} layers and their exit, for AutoModelForSequenceClassification"
+    )
+    lacks = "; without exit 0, which has a say in the run's answers, and with no promise"
+    return what + lacks * Run.read(run).record.combines
 
 
 def export(folder: Path, out: Path, exit_layer: int | None = None) -> int:
