@@ -56,6 +56,12 @@ def look(draw: dict, kind: str, way: str) -> float:
     return draw[LAYERS if kind == "sent" else kind] if way == DEPLOYED else np.nan
 
 
+def mean(values: list[float]) -> float:
+    """The mean of those that are numbers; NaN where none is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
+
+
 def draws_of(folder: Path, count: int) -> list[dict]:
     """The draws of so many labelled rows, with as many unlabelled as there are."""
     paths = [*folder.glob(f"rows/list-{count}-*.json")]
@@ -70,12 +76,7 @@ def lines(folder: Path) -> list[tuple[str, list[str], list[float]]]:
         path = folder / place / "times.json"
         times = read_json(path) if path.exists() else {}
         for way, title in WAYS.items():
-            numbers = [
-                np.nanmean([look(draw, kind, way) for draw in its])
-                if (its := draws_of(folder / place, count))
-                else np.nan
-                for _, count, kind in COLUMNS
-            ]
+            numbers = [mean([look(one, kind, way) for one in draws_of(folder / place, n)]) for _, n, kind in COLUMNS]
             taken = times.get(DEPLOYED if way == LABELLED else way, [np.nan, np.nan])
             if place == "." or way in (FULL, DEPLOYED):
                 shown = ["" if np.isnan(number) else f"{number:.1f}" for number in numbers]
