@@ -107,9 +107,9 @@ def tables(study: Study) -> dict[str, str]:
 
     rows, head = [], ["difference", "on", *(f"1/{n}" for n in CURVE_AT)]
     places = [np.flatnonzero(np.isclose(GRID, 1 / n))[0] for n in CURVE_AT]
-    for other, task in product(("EE", "MM"), study.learnt):
-        ours, theirs = (study.values("drawn", name, task)[:, places] for name in ("SWEET", other))
-        rows.append([f"SWEET less {other}", TITLES[task], *cells(ours - theirs, sign="+")])
+    for pair, task in product((("SWEET", "EE"), ("SWEET", "MM"), ("MM", "EE")), study.learnt):
+        ours, theirs = (study.values("drawn", name, task)[:, places] for name in pair)
+        rows.append([" less ".join(pair), TITLES[task], *cells(ours - theirs, sign="+")])
     made["curves"] = table("The curve at shares of the layers, less each other, ± over seeds", head, rows)
 
     rows, every = [], [run["alone"].keys() for its in study.runs.values() for run in its.values()]
