@@ -38,6 +38,7 @@ FULL, DEPLOYED, LAYERS = "full depth", "deployed", "layers run, %"
 OF_EXITS = ("exit 0 agrees", "lost", LAYERS)
 LABELS, AT_ONCE = (0, 20, 50), 10
 STRICT = 1  # of 100 texts may be lost by another goal than the default
+OF_STRICT = (f"deployed with --max-lost {STRICT}", "its layers run, %")
 MOST_TO_SETFIT = 400  # labelled rows; it takes long
 
 
@@ -127,9 +128,12 @@ def tables(folder: Path, model: str = study.SMALL) -> dict[str, str]:
         some = np.mean([one["unlabelled"] for one in its])
         name = f"{[*NAMES.values()][place]}, {count:,} rows" + f" and {some:,.0f} unlabelled" * (more > 0)
         for kind in ("accuracy", "F1"):
-            of_exits = OF_EXITS if kind == "accuracy" else ()
-            values = [[one[kind].get(key, np.nan) for key in head] + [one[key] for key in of_exits] for one in its]
-            lines[kind].append([name, len(its), *cells(np.array(values), deviation=True)])
+            columns = [[one[kind][key] for one in its if key in one[kind]] for key in head]
+            if kind == "accuracy":
+                columns += [[one[key] for one in its] for key in OF_EXITS]
+                columns += [[one["strict"][key] for one in its if "strict" in one] for key in (DEPLOYED, LAYERS)]
+            known = [cells(np.array(values)[:, None], deviation=True)[0] if values else "" for values in columns]
+            lines[kind].append([name, len(its), *known])
         for most in its[0]["labels"] if more else ():
             values = cells(np.array([one["labels"][most] for one in its]), deviation=True)
             lines["labels"].append([name if most == "0" else "", most, *values])
@@ -137,7 +141,7 @@ def tables(folder: Path, model: str = study.SMALL) -> dict[str, str]:
     titles = {"accuracy": "Accuracy on new texts, mean ± deviation over draws", "F1": "Macro F1 of the same"}
     made = {
         f"by number of rows{', F1' * (kind == 'F1')}{suffix}": table(
-            title, ["texts", "draws", *head, *(OF_EXITS if kind == "accuracy" else ())], lines[kind]
+            title, ["texts", "draws", *head, *(OF_EXITS + OF_STRICT if kind == "accuracy" else ())], lines[kind]
         )
         for kind, title in titles.items()
     }

@@ -23,15 +23,15 @@ from minisweet.paper.report import table
 from minisweet.runs.run import Run
 from minisweet.use.export import export_file
 from tests.benchmark import RESULTS, run_study, show
-from tests.benchmark.by_rows import DEPLOYED, FULL, LAYERS, STRICT, draws
+from tests.benchmark.by_rows import DEPLOYED, FULL, LAYERS, draws
 from tests.benchmark.linear import LINEAR, fit_linear
 from tests.benchmark.speed import take_turns
 
 MOST, TURNS, ALONE, TOGETHER = "50", 5, 64, 640  # labels; turns; texts of each
-LABELLED, CAREFUL = f"deployed, {MOST} labels", f"deployed, at most {STRICT} lost"
+LABELLED = f"deployed, {MOST} labels"
 WAYS = {name: name for name in LINEAR.values() if name != "model2vec"}
 WAYS |= {"exit 0": "exit 0, a bag of words, alone", FULL: "full depth", DEPLOYED: "**deployed**"}
-WAYS |= {CAREFUL: f"deployed, at most {STRICT} lost", LABELLED: "deployed, with labels"}
+WAYS |= {LABELLED: "deployed, with labels"}
 MODELS = {".": "", "base": ", `mpnet-base`"}  # by the folder of their numbers
 COLUMNS = (
     ("accuracy, 400 labelled", 400, "accuracy"),
@@ -51,8 +51,6 @@ def look(draw: dict, kind: str, way: str) -> float:
         return draw[kind].get(way, np.nan)
     if way == LABELLED and draw["labels"]:
         return draw["labels"][MOST][OF_LABELS[kind]]
-    if way == CAREFUL and "strict" in draw:
-        return draw["strict"][LAYERS if kind == "sent" else kind]
     return draw[LAYERS if kind == "sent" else kind] if way == DEPLOYED else np.nan
 
 
@@ -77,7 +75,7 @@ def lines(folder: Path) -> list[tuple[str, list[str], list[float]]]:
         times = read_json(path) if path.exists() else {}
         for way, title in WAYS.items():
             numbers = [mean([look(one, kind, way) for one in draws_of(folder / place, n)]) for _, n, kind in COLUMNS]
-            taken = times.get(DEPLOYED if way == LABELLED else way, [np.nan, np.nan])
+            taken = times.get(way, [np.nan, np.nan])
             if place == "." or way in (FULL, DEPLOYED):
                 shown = ["" if np.isnan(number) else f"{number:.1f}" for number in numbers]
                 shown += ["" if np.isnan(number) else f"{number:.2f}" for number in taken]
