@@ -7,7 +7,7 @@ distilled from the same MiniLM: a vector for each token, and no layer. A pair of
 fine-tunes the same MiniLM on 20 pairs for each row on either side, with its library's defaults else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -31,11 +31,16 @@ def is_there(name: str) -> bool:
     return name not in PACKAGES or find_spec(PACKAGES[name]) is not None
 
 
+@cache
+def minilm() -> tuple:
+    """MiniLM's encoder, and its tokenizer."""
+    encoder = load_encoder(folder := model_folder("minilm-l6")).eval()
+    return encoder, load_tokenizer(folder, encoder.config.vocab_size, 256)
+
+
 def embed(texts: list[str]) -> np.ndarray:
     """Texts (N,) to normalised means of MiniLM's last hidden states: (N, D)."""
-    folder = model_folder("minilm-l6")
-    encoder = load_encoder(folder).eval()
-    tokenizer = load_tokenizer(folder, encoder.config.vocab_size, 256)
+    encoder, tokenizer = minilm()
     examples, vectors = Texts(tokenizer, Examples(texts, None, None)), {}
     with torch.inference_mode():
         for batch in examples.by_length(64, 1024):
@@ -53,7 +58,7 @@ def static_model():
     return distill(model_name=str(model_folder("minilm-l6")))
 
 
-def fit_linear(name: str, train: Examples) -> Callable[[Examples], np.ndarray]:
+def fit_linear(name: str, train: Examples, strengths: Sequence[float] = STRENGTHS) -> Callable[[Examples], np.ndarray]:
     """Fit one of LINEAR. Returns what answers other rows: (N,)."""
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -76,7 +81,7 @@ def fit_linear(name: str, train: Examples) -> Callable[[Examples], np.ndarray]:
             return sparse.hstack([union.transform(texts), embed(texts)]).tocsr()
 
     vectors = features(train, to_vectors)
-    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=3).fit(vectors, train.labels)
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": strengths}, cv=3).fit(vectors, train.labels)
     return lambda rows: search.predict(features(rows, to_vectors))
 
 
