@@ -97,3 +97,12 @@ def test_without_a_run_it_takes_the_newest_and_passes_no_unfinished_training_ove
     assert (status, err.count("\n"), "runs/new: its training is not finished" in err) == (2, 1, True)
     os.utime(tmp_path / "runs" / ".new.checkpoint", (0, 0))  # older than the run
     assert command(evaluate)[1].startswith(f"{run.relative_to(tmp_path)}: ")
+
+
+def test_exit_0_has_its_say_in_the_curve_of_own_text(own_run, command, tmp_path):
+    folder = shutil.copytree(own_run, tmp_path / "run")
+    assert command(evaluate, folder)[0] == 0
+    outputs, found = Run.read(folder).outputs.labelled(), read_json(folder / "evaluation.json")
+    folds = crossfit(outputs, combine=True)
+    assert any(rule.needs_exit_0 for rule, _ in folds)
+    assert found["scores"] == sweep(folds, outputs, found["thresholds"])[0]["scores"]
