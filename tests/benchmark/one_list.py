@@ -18,7 +18,7 @@ from minisweet.base.commands import Parser
 from minisweet.base.devices import processor
 from minisweet.base.files import read_json, write_json
 from minisweet.data.text import Examples
-from minisweet.evaluation.plots import label_axes, new_figure, save_figure
+from minisweet.evaluation.plots import COLOURS, label_axes, new_figure, save_figure
 from minisweet.paper.report import table
 from minisweet.runs.run import Run
 from minisweet.use.export import export_file
@@ -42,6 +42,7 @@ COLUMNS = (
     ("lost of 100, 4,000", 4000, "lost"),
     ("minutes to fit", 4000, "minutes"),
 )
+BELOW = ("exit 0, a bag of words, alone", "full depth")  # their names stand below their points
 OF_LABELS = {"lost": 1, "sent": 2}  # places in what by_rows.py keeps
 
 
@@ -49,7 +50,7 @@ def look(draw: dict, kind: str, way: str) -> float:
     """A number of a draw, NaN where there is none."""
     if kind not in OF_LABELS:
         return draw[kind].get(way, np.nan)
-    if way == LABELLED and draw["labels"]:
+    if way == LABELLED and MOST in draw["labels"]:
         return draw["labels"][MOST][OF_LABELS[kind]]
     return draw[LAYERS if kind == "sent" else kind] if way == DEPLOYED else np.nan
 
@@ -97,11 +98,13 @@ def draw(folder: Path, path: Path) -> None:
     axis = figure.subplots()
     for title, _, (accuracy, taken) in lines(folder):
         name = title.replace("*", "").replace("`", "")
-        axis.plot(taken, accuracy, "o")
-        axis.annotate(name, (taken, accuracy), xytext=(5, 4), textcoords="offset points", fontsize=9)
+        axis.plot(taken, accuracy, "o", color=COLOURS["plain"])
+        look = {"xytext": (0, -14 if name in BELOW else 7), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(name, (taken, accuracy), fontsize=9, **look)
     label_axes(axis, "Debian packages in 20 sections, 4,000 labelled", "accuracy, in percent")
-    axis.set(xscale="log", xlabel="milliseconds of a text by itself")
-    axis.margins(x=0.25, y=0.15)
+    axis.set(xscale="log", xlabel="milliseconds of a text by itself", xlim=(0.08, 60))
+    axis.set_xticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
+    axis.margins(y=0.15)
     save_figure(figure, path)
 
 
