@@ -61,6 +61,11 @@ class Outputs(NamedTuple):
         """The rows that have a label, or those that have none."""
         return self.take(np.flatnonzero((self.labels >= 0).numpy() == there))
 
+    def scored(self) -> "Outputs":
+        """The rows that a score is of: those with a label, or where none has one all, against full depth's answers."""
+        labelled = self.labelled()
+        return labelled if len(labelled.labels) else self.filled()
+
     @property
     def texts(self) -> int:
         """How many distinct texts there are."""

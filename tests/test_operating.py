@@ -181,6 +181,16 @@ def test_labels_that_are_given_excuse_texts_and_enter_nothing_else():
         assert [getattr(point, name) for name in chosen] == [getattr(points[0], name) for name in chosen]
 
 
+def test_without_a_label_set_aside_those_that_are_given_enter_no_score_either():
+    rows, to_give = without_labels(draw(7, 2000), np.zeros(2000, bool))
+    before, after = (choose(rows, GOAL, labels=labels) for labels in ({}, to_give))
+    assert after.share < before.share  # and fewer agree, of the very rows that judged
+    assert (before.full_depth, after.full_depth, after.labelled_judges) == (100.0, 100.0, 0)
+    judges = rows.take(split(rows)[1]).by(after.rule)
+    agree = stated([0, 1], after.threshold, judges.filled(), judges.filled())
+    assert (after.score, after.per_class) == (agree["score"], agree["per_class"])
+
+
 @pytest.mark.parametrize(("N", "goal"), [(800, GOAL), (800, SHARE), (800, {"max_share": 1.0}), (160, GOAL)])
 def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules_and_it_is_always_asked(N, goal):
     """By what 160 texts promise, exit 3 would cost more in vain than it saves, and so all run to the end."""

@@ -27,7 +27,7 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     run.outputs = outputs = run.ask(run.texts, device, amp)
     seconds = round(time.perf_counter() - start, 2)
     run.write_outputs(folder)
-    outputs = outputs.filled() if outputs.metric == "agreement" else outputs.labelled()
+    outputs = outputs.scored()
     folds = crossfit(outputs, record.combines)
     points = spaced_thresholds(thresholds, folds[0][0].lowest)
     curve, taken = sweep(folds, outputs, points)

@@ -103,15 +103,15 @@ def choose(
     Where nobody judges, the threshold is 1, and all rows choose and state, without intervals.
     """
     rule, asked, thresholds, choosers, judges, somebody_judges = prepare(outputs, goal, known, exits, combine)
-    layers, scored, judged = list(outputs.exits.layers), judges.labelled(), judges.filled(labels)
+    layers, judged = list(outputs.exits.layers), judges.filled(labels)
     threshold = 1.0
     if somebody_judges:
         threshold, share, _ = fixed_sequence(judged, goal, asked, thresholds)
         if exits is None and "max_lost" in goal and share > layers[-1] / outputs.exits.depth + ROUNDING:
             threshold = 1.0  # what is asked in vain costs more than leaving early saves
             asked = [0, len(layers) - 1] if rule.needs_exit_0 else [len(layers) - 1]
-    found = stated(asked, threshold, judged, scored if scored.texts else judged)
-    found |= {"choosing_texts": choosers.texts, "labelled_judges": scored.texts}
+    found = stated(asked, threshold, judged, judges.scored())
+    found |= {"choosing_texts": choosers.texts, "labelled_judges": judges.labelled().texts}
     is_open = (judges.labels < 0).numpy() & ~np.isin(judges.keys.numpy(), [*(labels or {})])
     if (lost_rows(judged, judged.decide_at(asked, [threshold])[1]) & is_open).any():
         found["lost_interval"][0] = 0.0  # full depth may be wrong there

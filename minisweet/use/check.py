@@ -76,9 +76,7 @@ def outputs_of(its: Deployed, rows: Rows, source: object, tell: Callable[[str], 
 
 def found_on(its: Deployed, outputs: Outputs) -> dict:
     """What comes out of what exits say of rows, under the names of an OperatingPoint."""
-    judges = outputs.filled()
-    scored = outputs.labelled() if (outputs.labels >= 0).any() else judges
-    return operating.stated(range(len(its.point.exits)), its.threshold, judges, scored)
+    return operating.stated(range(len(its.point.exits)), its.threshold, outputs.filled(), outputs.scored())
 
 
 def print_test(its: Deployed, outputs: Outputs, stated_right: bool) -> None:

@@ -117,14 +117,12 @@ def summary(run: Run, threshold: float | None = None, promise: str | None = None
     record, outputs, point = run.record, run.outputs, run.point
     _, judging, trained = operating.split(outputs, record.trained_keys)
     rows = outputs.take(judging) if len(judging) else outputs
-    asked = [outputs.exits.layers.index(n) for n in point.exits]
+    rows = rows.scored()
     if threshold is not None:
-        its = rows._replace(logits=rows.logits[asked], exits=rows.exits.take(asked)).by(point.rule)
-        scored = its.labelled() if (its.labels >= 0).any() else its.filled()
-        found = operating.stated(range(len(asked)), threshold, its.filled(run.labels), scored)
+        its = operating.prepare(outputs, point.goal, record.trained_keys, point.exits, record.combines)
+        found = operating.stated(its.asked, threshold, its.judges.filled(run.labels), its.judges.scored())
         point = replace(point, threshold=threshold, **found)
-    rows = rows.labelled() if (rows.labels >= 0).any() else rows.filled()
-    costs = outputs.exits.take(asked).costs(point.threshold)
+    costs = outputs.exits.take([outputs.exits.layers.index(n) for n in point.exits]).costs(point.threshold)
     gives = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     has_exit_0 = outputs.exits.layers[0] == 0
     if has_exit_0:
