@@ -24,9 +24,9 @@ from minisweet.base.files import InputError, read_json, write_json
 from minisweet.data.tasks import load_examples
 from minisweet.data.text import Examples
 from minisweet.evaluation.metrics import classification_report
-from minisweet.outputs import ask_all
+from minisweet.outputs import Outputs, ask_all
 from minisweet.paper.report import cells, table
-from minisweet.use.classifier import classify_tokens, tokenize
+from minisweet.use.classifier import tokenize
 from tests.benchmark import run_study, show, study
 from tests.benchmark.linear import LINEAR, fit_linear, is_there
 
@@ -42,15 +42,14 @@ OF_STRICT = (f"deployed with --max-lost {STRICT}", "its layers run, %")
 MOST_TO_SETFIT = 400  # labelled rows; it takes long
 
 
-def ask(classify: EarlyExitClassifier, rows: Examples) -> dict[str, np.ndarray]:
+def decide(classify: EarlyExitClassifier, outputs: Outputs) -> dict[str, np.ndarray]:
     """What exit 0, full depth and what is deployed say of rows, as numbers of labels, and the layers run: (N,) each."""
     its = classify.deployed
-    texts = tokenize(its, rows.texts())
-    outputs, deployed = ask_all(its.run.model, texts), classify_tokens(its, texts)
-    full = its.rule.all_calibrated(outputs.logits[[outputs.exits.layers.index(n) for n in its.point.exits]])[-1]
-    said = {"exit 0": outputs.logits[0].argmax(-1).numpy(), FULL: full.argmax(-1).numpy()}
-    said[DEPLOYED] = np.array([its.labels.index(answer.label) for answer in deployed])
-    return said | {LAYERS: np.array([answer.exit_layer for answer in deployed]) / classify.record.depth}
+    asked = [outputs.exits.layers.index(n) for n in its.point.exits]
+    answers = outputs._replace(logits=outputs.logits[asked], exits=outputs.exits.take(asked)).by(its.rule)
+    _, (deployed,), (costs,) = answers.decide_at(range(len(asked)), [its.threshold])
+    said = {"exit 0": outputs.logits[0].argmax(-1).numpy(), FULL: answers.logits[-1].argmax(-1).numpy()}
+    return said | {DEPLOYED: deployed, LAYERS: costs}
 
 
 def losses(said: dict[str, np.ndarray], right: np.ndarray) -> dict[str, float]:
@@ -65,7 +64,8 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
     started = time.perf_counter()
     classify.fit(labelled.texts(), labelled.labels, unlabelled=more.texts() or None)
     minutes = {FULL: (time.perf_counter() - started) / 60}
-    said, right, by_labels, given = ask(classify, test), np.array(test.labels), {}, 0
+    outputs = ask_all(classify.deployed.run.model, tokenize(classify.deployed, test.texts()))
+    said, right, by_labels, given = decide(classify, outputs), np.array(test.labels), {}, 0
     found = losses(said, right) | {"exit 0 agrees": 100 * float((said["exit 0"] == said[FULL]).mean())}
     for name in LINEAR.values() if beside else ():
         if is_there(name) and (name != LINEAR["setfit"] or len(labelled.first) <= MOST_TO_SETFIT):
@@ -73,7 +73,7 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
             answer = fit_linear(name, labelled)
             minutes[name] = (time.perf_counter() - started) / 60
             said[name] = answer(test)
-    its = ask(classify.choose(max_lost=STRICT), test)
+    its = decide(classify.choose(max_lost=STRICT), outputs)
     classify.choose()
     said[f"deployed, at most {STRICT} lost"], strict = its[DEPLOYED], losses(its, right)
     hidden = dict(zip(more.texts(), more.labels, strict=True))
@@ -81,7 +81,7 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
         while given < most and (texts := classify.to_label(min(AT_ONCE, most - given))):
             classify.choose(labels=(texts, [hidden[text] for text in texts]))
             given += len(texts)
-        its = ask(classify, test)
+        its = decide(classify, outputs)
         by_labels[str(most)] = [given, *losses(its, right).values()]
         said[f"deployed, {most} labels"] = its[DEPLOYED]
     del said[LAYERS]
@@ -115,7 +115,7 @@ def draws(task: str, args, seed: int) -> tuple[Examples, Examples]:
 
 
 def tables(folder: Path, model: str = study.SMALL) -> dict[str, str]:
-    """The tables of a folder of numbers: of all of them, and of the small model what a few labels buy."""
+    """The tables of a folder of numbers: accuracies, macro F1, and what a few labels buy."""
     groups, lines = defaultdict(list), defaultdict(list)
     for path in folder.glob("*.json"):
         task, count, more, _ = path.stem.split("-")

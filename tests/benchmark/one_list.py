@@ -74,8 +74,9 @@ def lines(folder: Path) -> list[tuple[str, list[str], list[float]]]:
     for place, suffix in MODELS.items():
         path = folder / place / "times.json"
         times = read_json(path) if path.exists() else {}
+        there = {count: draws_of(folder / place, count) for count in {count for _, count, _ in COLUMNS}}
         for way, title in WAYS.items():
-            numbers = [mean([look(one, kind, way) for one in draws_of(folder / place, n)]) for _, n, kind in COLUMNS]
+            numbers = [mean([look(one, kind, way) for one in there[count]]) for _, count, kind in COLUMNS]
             taken = times.get(way, [np.nan, np.nan])
             if place == "." or way in (FULL, DEPLOYED):
                 shown = ["" if np.isnan(number) else f"{number:.1f}" for number in numbers]
