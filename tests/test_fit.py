@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from minisweet import EarlyExitClassifier
+from minisweet import EarlyExitClassifier, load_encoder
+from minisweet.beyond.teacher import embed, taught
+from minisweet.runs import recipe
 from minisweet.runs.operating_point import CHOOSING
 from minisweet.runs.options import epochs_of
 from minisweet.runs.run import Run, load_trunk
@@ -84,8 +86,16 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
     assert "\n200 rows, threshold " in out
 
 
-def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command):
-    """The plain model its own answers, if these are more than the labels, and branches always."""
+def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command, monkeypatch):
+    """The plain model where these are more than the labels, from itself and its embeddings; and branches always."""
+    embedded, heard = [], []
+
+    def spied(encoder, *more) -> torch.Tensor:
+        embedded.append(encoder.layers[-1].output.weight.clone())
+        return embed(encoder, *more)
+
+    monkeypatch.setattr(recipe, "embed", spied)
+    monkeypatch.setattr(recipe, "taught", lambda *both: heard.append([its.shape for its in both]) or taught(*both))
     write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
     folder = own_run.parent
@@ -104,6 +114,9 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         assert f"epochs: 2, and {epochs_of(240, 16)} are the rule here; with few the model may learn nothing" in err
         steps = {stage: len(losses) for stage, losses in read(Path("run"), "run")["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
+    assert heard == [[(401, 2), (401, 2)]]
+    (before,) = embedded  # by public weights
+    assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)
 
 
 @pytest.mark.parametrize("method", ["plain", "branch"])

@@ -3,7 +3,7 @@
     with claim_output(out) as saved:       # no other training writes there
         train_task(options, "rte", data_dir, saved)
 
-Read `train`: the trunk, its own answers, the exits, exit 0, the run.
+Read `train`: the trunk, what it learns of texts without labels, the exits, exit 0, the run.
 
 Dimension letters: N texts, K exits, C classes, V words, D hidden size.
 """
@@ -24,6 +24,7 @@ from minisweet.base import devices
 from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError, preview
 from minisweet.beyond.ngrams import NgramExit, check_size, fit_ngrams
+from minisweet.beyond.teacher import embed, regress, taught
 from minisweet.checkpoint import WEIGHTS, read_config
 from minisweet.config import Config
 from minisweet.data.own import own_data
@@ -40,7 +41,7 @@ from minisweet.runs.resume import SavedTraining
 from minisweet.runs.run import Run, load_trunk
 from minisweet.training import fine_tune, used_rows
 
-# Where more texts have no label, a plain model learns its own answers too: to at most so many, for so many epochs.
+# Where more texts have no label, a plain model learns answers to them too: to at most so many, for so many epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 TIMED = 64  # unlabelled texts, to tell how long all of them will take
 
@@ -126,12 +127,14 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
     try:
         # 1. The trunk, a model with one exit: where branches or exit 0 alone are put on it, it is trained before.
         if is_new and method.keeps_trunk:
-            train_stage(start, saved, Stage("trunk", trunk), learn)
+            some = second = None
             if others and len(learn) < len(others):
-                # It learns the labels again, and its own answers to the others (self-training). Full depth mostly
-                # gains, and exit 0 then foretells it better (choose.md).
                 some = others.take(np.sort(np.random.default_rng(0).permutation(len(others))[:MOST_AGAIN]))
-                answered = with_answers(start, saved, learn, "first answers", trunk, some)
+                second = saved.once("embeddings", lambda: second_answers(start, trunk, learn, some))
+            train_stage(start, saved, Stage("trunk", trunk), learn)
+            if some:
+                # It learns the labels again, and what it and its embeddings say of the others (beyond/teacher.py).
+                answered = with_answers(start, saved, learn, "first answers", trunk, some, second)
                 train_stage(start, saved, Stage("trunk again", trunk), answered, EPOCHS_AGAIN)
         elif others and not len(learn):  # no row is labelled: all exits learn what the trunk says
             learn, others = with_answers(start, saved, learn, "unlabelled", trunk, others), None
@@ -187,10 +190,29 @@ def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, 
     model.cpu()  # frees the device for the next stage
 
 
+def second_answers(start: Start, trunk: MultiExitModel, labelled: Texts, others: Texts) -> torch.Tensor:
+    """The logits (N, C) of others, by a regression on the embeddings of a trunk that is not trained yet."""
+    encoder, both = trunk.encoder.eval().to(start.device), labelled.joined(others)
+    vectors = embed(encoder, start.tokenizer, both.examples)
+    targets = torch.eye(trunk.num_labels)[torch.from_numpy(labelled.targets)]
+    targets = torch.from_numpy(start.weigh(labelled.targets)) if start.weigh else targets
+    encoder.cpu()
+    return regress(vectors, targets)[len(labelled) :]
+
+
 def with_answers(
-    start: Start, saved: SavedTraining, labelled: Texts, name: str, model: ExitModel, others: Texts
+    start: Start,
+    saved: SavedTraining,
+    labelled: Texts,
+    name: str,
+    model: ExitModel,
+    others: Texts,
+    second: torch.Tensor | None = None,
 ) -> Texts:
-    """Labelled texts and others, with probabilities to learn: those of labels, and what a model's last exit says."""
+    """Labelled texts and others, with probabilities to learn: those of labels, and what a model's last exit says.
+
+    `second` are the logits (N, C) of others by another teacher, who is heard beside it.
+    """
 
     def ask() -> torch.Tensor:
         alone = model.models_alone[-1]
@@ -200,9 +222,9 @@ def with_answers(
         ask_all(alone, some, precision)
         minutes = (time.perf_counter() - started) / len(some) * len(others) / 60
         LOG.info("the model answers %s unlabelled texts: some %.1f minutes", f"{len(others):,}", minutes)
-        answers = ask_all(alone, others, precision, title=name).logits[-1].softmax(-1)
+        logits = ask_all(alone, others, precision, title=name).logits[-1]
         alone.cpu()
-        return answers
+        return logits.softmax(-1) if second is None else taught(logits, second)
 
     answers = saved.once(name, ask).numpy()  # (N, C)
     labels = np.eye(answers.shape[1], dtype=np.float32)[labelled.targets]

@@ -1,0 +1,55 @@
+"""The teacher of texts without labels: embeddings one by one, an optimum, and a model that is too sure of itself."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisweet import load_encoder
+from minisweet.beyond.teacher import embed, regress, taught
+from minisweet.data.text import Examples, load_tokenizer
+from tests.conftest import WORDS, write_model
+
+
+def test_embeddings_are_means_of_the_last_layer_and_pairs_compare_two(tmp_path):
+    folder = write_model(tmp_path / "tiny", "mpnet")
+    encoder, tokenizer = load_encoder(folder).eval(), load_tokenizer(folder, 60, 16)
+    texts = [" ".join(WORDS[n : 3 * n]) for n in range(1, 8)]
+    found = embed(encoder, tokenizer, Examples(texts, None, None))
+    for text, vector in zip(texts, found, strict=True):  # one by one, without padding
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        alone = encoder(ids, torch.ones_like(ids), torch.zeros_like(ids))[-1][0].mean(0)
+        torch.testing.assert_close(vector, alone / alone.norm(), atol=1e-6, rtol=0)
+    u, v = found[:3], found[[4, 2, 6]]
+    pairs = embed(encoder, tokenizer, Examples(texts[:3], [texts[4], texts[2], texts[6]], None))
+    torch.testing.assert_close(pairs, torch.cat([u, v, abs(u - v), u * v], 1), atol=1e-6, rtol=0)
+
+
+def test_the_regression_is_that_of_scikit_learn():
+    linear = pytest.importorskip("sklearn.linear_model")
+    torch.manual_seed(0)
+    vectors, labels = F.normalize(torch.randn(90, 8)), torch.arange(60) % 3
+    vectors[:60] += F.one_hot(labels, 8) * 0.3
+    features = F.pad(vectors / vectors[:60].square().sum(1).mean().sqrt(), (0, 1), value=1.0).double().numpy()
+    reference = linear.LogisticRegression(C=5.0, fit_intercept=False, tol=1e-8, max_iter=1000)
+    expected = reference.fit(features[:60], labels).predict_proba(features)
+    found = regress(vectors, F.one_hot(labels, 3).float()).softmax(-1)
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), atol=2e-3, rtol=0)
+
+
+def test_a_model_is_heard_as_sure_as_the_regression_finds_it_right():
+    """However sure it says it is; one that agrees by chance is not heard at all."""
+    generator = np.random.default_rng(0)
+    labels = torch.from_numpy(generator.integers(3, size=2000))
+
+    def said(right: float, scale: float) -> torch.Tensor:
+        answers = np.where(generator.random(2000) < right, labels, generator.integers(3, size=2000))
+        return F.one_hot(torch.from_numpy(answers), 3) * scale
+
+    model, second, chance = said(0.7, 3.0), said(0.7, 2.0), said(0.0, 3.0)
+    torch.testing.assert_close(taught(2 * model, second), taught(model, second), atol=0.02, rtol=0)
+    both = taught(4 * model, second)
+    assert torch.equal(both.sum(-1).round(decimals=5), torch.ones(2000))
+    agree = model.argmax(-1) == second.argmax(-1)
+    assert both[agree].amax(-1).min() > second.softmax(-1).max() > both[~agree].amax(-1).max()
+    assert torch.equal(taught(chance, second).argmax(-1), second.argmax(-1))
