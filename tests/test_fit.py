@@ -111,7 +111,7 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         more = [word for file in files for word in ("--unlabelled", file)]
         status, _, err = command(fit, *options, *more, "--overwrite")
         assert (status, f"unlabelled texts: {counts}" in err) == (0, True), err
-        assert f"epochs: 2, and {epochs_of(240, 16)} are the rule here; with few the model may learn nothing" in err
+        assert f"epochs: 2, and {epochs_of(240, 16, 2)} are the rule here; with few the model may learn nothing" in err
         steps = {stage: len(losses) for stage, losses in read(Path("run"), "run")["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
     assert heard == [[(401, 2), (401, 2)]]

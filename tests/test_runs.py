@@ -79,10 +79,12 @@ def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():
         assert {*rates("bert", size, depth, task, METHODS)} == {5e-5 if size == 768 else 2e-4 if task else 1e-4}
 
 
-@pytest.mark.parametrize(("are_single", "least"), [(True, EPOCHS), (False, EPOCHS_OF_OTHERS)])
-def test_epochs_make_so_many_steps_and_are_so_many_at_least(are_single, least):
+@pytest.mark.parametrize(
+    ("classes", "are_single", "least"), [(3, True, EPOCHS), (2, True, EPOCHS_OF_OTHERS), (3, False, EPOCHS_OF_OTHERS)]
+)
+def test_epochs_make_so_many_steps_and_are_so_many_at_least(classes, are_single, least):
     for rows in (1, 16 * STEPS // least, 16 * STEPS // least + 1, 10**6):
-        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16, are_single)
+        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16, classes, are_single)
         assert epochs == least or (epochs - 1) * steps < STEPS
         assert epochs >= max(least, STEPS / steps)
 

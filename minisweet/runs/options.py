@@ -22,8 +22,8 @@ from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS, exit_layers_for
 from minisweet.runs.hub import REPOSITORIES
 
-# Own text is trained on for at least so many steps and epochs: single texts gain by more, pairs do not, and texts that
-# the model has answered itself are many.
+# Own text is trained on for at least so many steps and epochs: labelled texts of many classes gain by more. With two
+# classes and with pairs more harm, and texts that the model has answered itself are many.
 STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
 MAX_LENGTH = 256  # tokens
 METHOD = one_of(*METHODS)._replace(is_right=lambda name: isinstance(name, str) and name in METHODS)  # new rows too
@@ -101,6 +101,7 @@ def resolve(
     )
 
 
-def epochs_of(rows: int, batch_size: int, are_single: bool = True) -> int:
+def epochs_of(rows: int, batch_size: int, classes: int, are_single: bool = True) -> int:
     """How many epochs a stage on own text takes (.github/results/tried.md); `are_single`: labelled texts, no pairs."""
-    return max(EPOCHS if are_single else EPOCHS_OF_OTHERS, ceil(STEPS / ceil(max(1, rows) / batch_size)))
+    least = EPOCHS if are_single and classes > 2 else EPOCHS_OF_OTHERS
+    return max(least, ceil(STEPS / ceil(max(1, rows) / batch_size)))

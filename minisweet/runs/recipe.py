@@ -175,7 +175,7 @@ def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, 
     """Fine-tune a model, or a part of one. Own text's epochs are `epochs`, or follow from the number of texts."""
     options, model = start.options, stage.model.to(start.device)
     are_single = learn.targets.ndim == 1 and learn.examples.second is None
-    epochs = options.epochs or epochs or epochs_of(len(learn), options.batch_size, are_single)
+    epochs = options.epochs or epochs or epochs_of(len(learn), options.batch_size, model.num_labels, are_single)
     if start.weigh:
         learn = learn.with_targets(start.weigh(learn.targets))
     with used_rows(model, learn) as row_of:
@@ -281,7 +281,7 @@ def new_record(start: Start, data: Data) -> Record:
     learnt = {*start.known_keys, *(key for part in parts for key in part.keys.tolist())}
     digests = "".join(part.examples.digest() for part in (data.validation, *parts))
     are_single = bool(len(data.train)) and data.train.examples.second is None
-    rule = epochs_of(len(data.train) or len(parts[-1]), options.batch_size, are_single)
+    rule = epochs_of(len(data.train) or len(parts[-1]), options.batch_size, len(data.labels), are_single)
     if data.text_columns and options.epochs and options.epochs < rule:
         LOG.warning("epochs: %d, and %d are the rule here; with few the model may learn nothing", options.epochs, rule)
     record = Record(
