@@ -127,14 +127,12 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
     try:
         # 1. The trunk, a model with one exit: where branches or exit 0 alone are put on it, it is trained before.
         if is_new and method.keeps_trunk:
-            some = second = None
-            if others and len(learn) < len(others):
-                some = others.take(np.sort(np.random.default_rng(0).permutation(len(others))[:MOST_AGAIN]))
-                second = saved.once("embeddings", lambda: second_answers(start, trunk, learn, some))
+            more = others.take(some_of(len(others))) if others and len(learn) < len(others) else None
+            second = more and saved.once("embeddings", lambda: second_answers(start, trunk, learn, more))
             train_stage(start, saved, Stage("trunk", trunk), learn)
-            if some:
+            if more:
                 # It learns the labels again, and what it and its embeddings say of the others (beyond/teacher.py).
-                answered = with_answers(start, saved, learn, "first answers", trunk, some, second)
+                answered = with_answers(start, saved, learn, "first answers", trunk, more, second)
                 train_stage(start, saved, Stage("trunk again", trunk), answered, EPOCHS_AGAIN)
         elif others and not len(learn):  # no row is labelled: all exits learn what the trunk says
             learn, others = with_answers(start, saved, learn, "unlabelled", trunk, others), None
@@ -188,6 +186,11 @@ def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, 
             checkpoint = saved.stage(stage.name, bar)
             fine_tune(model, bar, steps, rate, options.seed, start.precision, stage.groups, checkpoint)
     model.cpu()  # frees the device for the next stage
+
+
+def some_of(texts: int) -> np.ndarray:
+    """Which of so many texts a model learns again with: at most MOST_AGAIN rows, in order."""
+    return np.sort(np.random.default_rng(0).permutation(texts)[:MOST_AGAIN])
 
 
 def second_answers(start: Start, trunk: MultiExitModel, labelled: Texts, others: Texts) -> torch.Tensor:

@@ -13,11 +13,10 @@ from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from minisweet import load_encoder
-from minisweet.data.text import Examples, Texts, load_tokenizer
+from minisweet.beyond import teacher
+from minisweet.data.text import Examples, load_tokenizer
 from minisweet.runs.hub import model_folder
 
 LINEAR = {"tfidf": "TF-IDF", "static": "model2vec", "embeddings": "embeddings"}  # by the names of the archive's records
@@ -40,14 +39,7 @@ def minilm() -> tuple:
 
 def embed(texts: list[str]) -> np.ndarray:
     """Texts (N,) to normalised means of MiniLM's last hidden states: (N, D)."""
-    encoder, tokenizer = minilm()
-    examples, vectors = Texts(tokenizer, Examples(texts, None, None)), {}
-    with torch.inference_mode():
-        for batch in examples.by_length(64, 1024):
-            mask = batch.attention_mask[..., None]  # (B, T, 1)
-            means = (encoder(*batch.inputs)[-1] * mask).sum(1) / mask.sum(1)
-            vectors |= dict(zip(batch.rows.tolist(), F.normalize(means).numpy(), strict=True))
-    return np.stack([vectors[n] for n in range(len(texts))])
+    return teacher.embed(*minilm(), Examples(texts, None, None)).numpy()
 
 
 @cache
