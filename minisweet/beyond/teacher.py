@@ -2,8 +2,8 @@
 
 A model that learns its own answers (self-training) hears its errors again. A logistic regression on sentence embeddings
 errs elsewhere: they are the means of the last layer by the public weights, which fine-tuning on few rows forgets. The
-sum of both logits is mostly right more often than either (.github/results/tried.md). So an ensemble is distilled (Hinton
-et al. 2015, https://arxiv.org/abs/1503.02531). It costs one pass of the texts and a second for the fit, and at
+sum of both logits is mostly right more often than either (.github/results/tried.md), and is distilled as an ensemble is
+(Hinton et al. 2015, https://arxiv.org/abs/1503.02531). It costs one pass of the texts and a second for the fit, and at
 inference nothing.
 
 Letters: B batch, T tokens, D hidden size, N texts, n of them labelled, C classes.
