@@ -96,7 +96,9 @@ def test_pairs_and_rows_to_validate_on(new):
     (first, labels), (second, _) = opinions_of(slice(90)), opinions_of(slice(100, 190))
     pairs = list(zip(first, second, strict=True))
     classify = new(exit_layers=[0, 1], class_weights="balanced")
-    classify.fit(np.array(pairs[:50]), labels[:50], unlabelled=pairs[70:], validation=(pairs[50:70], labels[50:70]))
+    more = pairs[15:50] + pairs[70:]  # the more, so that the model learns of them
+    classify.fit(np.array(pairs[:15]), labels[:15], unlabelled=more, validation=(pairs[50:70], labels[50:70]))
+    assert {"second answers", "trunk again"} <= {*classify.record.stages}
     assert classify.record.columns == ["sentence1", "sentence2"]
     assert len(classify.predict(pairs)) == 90
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier, load_encoder
-from minisweet.beyond.teacher import embed, taught
+from minisweet.beyond.teacher import embed, regress, taught
 from minisweet.runs import recipe
 from minisweet.runs.operating_point import CHOOSING
 from minisweet.runs.options import epochs_of
@@ -91,11 +91,12 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
     embedded, heard = [], []
 
     def spied(encoder, *more) -> torch.Tensor:
-        embedded.append(encoder.layers[-1].output.weight.clone())
-        return embed(encoder, *more)
+        assert not encoder.training
+        embedded.append((encoder.layers[-1].output.weight.clone(), embed(encoder, *more), more[1]))
+        return embedded[-1][1]
 
     monkeypatch.setattr(recipe, "embed", spied)
-    monkeypatch.setattr(recipe, "taught", lambda *both: heard.append([its.shape for its in both]) or taught(*both))
+    monkeypatch.setattr(recipe, "taught", lambda *both: heard.append(both) or taught(*both))
     write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
     Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
     folder = own_run.parent
@@ -114,9 +115,11 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         assert f"epochs: 2, and {epochs_of(240, 16, 2)} are the rule here; with few the model may learn nothing" in err
         steps = {stage: len(losses) for stage, losses in read(Path("run"), "run")["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
-    assert heard == [[(401, 2), (401, 2)]]
-    (before,) = embedded  # by public weights
-    assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)
+    (before, vectors, examples), (first, second) = *embedded, *heard  # once each
+    assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)  # by public weights
+    labels = torch.tensor(examples.labels)
+    assert ((labels[:240] >= 0).all(), (labels[240:] < 0).all(), first.shape) == (True, True, (401, 2))
+    torch.testing.assert_close(second, regress(vectors, torch.eye(2)[labels[:240]])[240:])
 
 
 @pytest.mark.parametrize("method", ["plain", "branch"])

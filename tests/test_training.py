@@ -272,15 +272,16 @@ def test_branches_and_exit_0_learn_the_same_balanced_labels_or_what_the_trunk_sa
 
 
 def test_own_texts_epochs_follow_from_what_a_stage_learns(trained, tmp_path, monkeypatch):
-    """Labelled texts, pairs, and a model's own answers to other texts, which are more than the labels."""
+    """Labelled texts, pairs, and teachers' answers to other texts, which are more than the labels."""
     write_model(tmp_path / "tiny", "bert")
     for name, *columns in (("own", "text"), ("more", "text"), ("most", "text"), ("pairs", "sentence1", "sentence2")):
         conftest.write_table(Path(f"{name}.csv"), [*columns, "label"], {"label": ["a", "b", "c"]})
+    monkeypatch.setattr(recipe, "MOST_AGAIN", 400)
     steps, options = [], "--model tiny --max-length 32 --batch-size 4 --overwrite --out run".split()
     monkeypatch.setattr(recipe, "fine_tune", lambda model, bar, count, *_: steps.append(count))
     for words in ("own.csv --unlabelled more.csv --unlabelled most.csv --method branch", "pairs.csv"):
         trained(*words.split(), *options, module=fit)
     rows, all_rows = 240, 240 + 480  # of 300, and of 600 others
-    expected = [(rows, epochs_of(rows, 4, 3)), (all_rows, recipe.EPOCHS_AGAIN)]
+    expected = [(rows, epochs_of(rows, 4, 3)), (rows + 400, recipe.EPOCHS_AGAIN)]
     expected += [(all_rows, epochs_of(all_rows, 4, 3, False)), (rows, epochs_of(rows, 4, 3, False))]
     assert steps == [epochs * some // 4 for some, epochs in expected]

@@ -289,7 +289,7 @@ class Data(NamedTuple):
     subset: list[int]  # which of the labelled rows `train` holds
     rows: int  # how many of them there are
     empty: int  # rows without text, which were skipped
-    unlabelled: Texts | None = None  # texts that may learn the trained model's answers
+    unlabelled: Texts | None = None  # texts without labels, to learn from
     metric: str = "accuracy"
     text_columns: list[str] | None = None  # all from here on are own text's
     label_column: str | None = None

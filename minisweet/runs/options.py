@@ -22,8 +22,8 @@ from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS, exit_layers_for
 from minisweet.runs.hub import REPOSITORIES
 
-# Own text is trained on for at least so many steps and epochs: labelled texts of many classes gain by more. With two
-# classes and with pairs more harm, and texts that the model has answered itself are many.
+# Own text is trained on for at least so many steps and epochs. Labelled single texts of three classes or more gain by
+# eight epochs. Two classes gain nothing, pairs lose, and texts that the model has answered itself are many.
 STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
 MAX_LENGTH = 256  # tokens
 METHOD = one_of(*METHODS)._replace(is_right=lambda name: isinstance(name, str) and name in METHODS)  # new rows too
@@ -58,7 +58,7 @@ class TrainingOptions(Options):
     lr: float | None = option(
         None, positive_number, "first learning rate (default: the paper's, or by the model's size)"
     )
-    epochs: int | None = option(None, whole_number(1), "(default: 2; toy 3; own text: by the number of rows)")
+    epochs: int | None = option(None, whole_number(1), "(default: 2; toy 3; own text: by its rows and classes)")
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
@@ -102,6 +102,9 @@ def resolve(
 
 
 def epochs_of(rows: int, batch_size: int, classes: int, are_single: bool = True) -> int:
-    """How many epochs a stage on own text takes (.github/results/tried.md); `are_single`: labelled texts, no pairs."""
+    """How many epochs a stage on own text takes, by its number of texts and classes (.github/results/tried.md).
+
+    `are_single`: labelled texts, no pairs.
+    """
     least = EPOCHS if are_single and classes > 2 else EPOCHS_OF_OTHERS
     return max(least, ceil(STEPS / ceil(max(1, rows) / batch_size)))

@@ -128,7 +128,7 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
         # 1. The trunk, a model with one exit: where branches or exit 0 alone are put on it, it is trained before.
         if is_new and method.keeps_trunk:
             more = others.take(some_of(len(others))) if others and len(learn) < len(others) else None
-            second = more and saved.once("embeddings", lambda: second_answers(start, trunk, learn, more))
+            second = more and saved.once("second answers", lambda: second_answers(start, trunk, learn, more))
             train_stage(start, saved, Stage("trunk", trunk), learn)
             if more:
                 # It learns the labels again, and what it and its embeddings say of the others (beyond/teacher.py).
@@ -170,7 +170,7 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
 
 
 def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, epochs: int | None = None) -> None:
-    """Fine-tune a model, or a part of one. Own text's epochs are `epochs`, or follow from the number of texts."""
+    """Fine-tune a model, or a part of one. Own text's epochs are `epochs`, or follow from the texts (`epochs_of`)."""
     options, model = start.options, stage.model.to(start.device)
     are_single = learn.targets.ndim == 1 and learn.examples.second is None
     epochs = options.epochs or epochs or epochs_of(len(learn), options.batch_size, model.num_labels, are_single)
@@ -189,18 +189,18 @@ def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, 
 
 
 def some_of(texts: int) -> np.ndarray:
-    """Which of so many texts a model learns again with: at most MOST_AGAIN rows, in order."""
+    """Which of so many texts the model learns again with: at most MOST_AGAIN rows, in order."""
     return np.sort(np.random.default_rng(0).permutation(texts)[:MOST_AGAIN])
 
 
 def second_answers(start: Start, trunk: MultiExitModel, labelled: Texts, others: Texts) -> torch.Tensor:
     """The logits (N, C) of others, by a regression on the embeddings of a trunk that is not trained yet."""
-    encoder, both = trunk.encoder.eval().to(start.device), labelled.joined(others)
-    vectors = embed(encoder, start.tokenizer, both.examples)
-    targets = torch.eye(trunk.num_labels)[torch.from_numpy(labelled.targets)]
-    targets = torch.from_numpy(start.weigh(labelled.targets)) if start.weigh else targets
+    encoder = trunk.encoder.eval().to(start.device)
+    vectors = embed(encoder, start.tokenizer, labelled.examples.joined(others.examples))
     encoder.cpu()
-    return regress(vectors, targets)[len(labelled) :]
+    targets = np.eye(trunk.num_labels, dtype=np.float32)[labelled.targets]
+    targets = start.weigh(targets) if start.weigh else targets
+    return regress(vectors, torch.from_numpy(targets))[len(labelled) :].clone()  # to be saved without the labelled
 
 
 def with_answers(
@@ -214,7 +214,7 @@ def with_answers(
 ) -> Texts:
     """Labelled texts and others, with probabilities to learn: those of labels, and what a model's last exit says.
 
-    `second` are the logits (N, C) of others by another teacher, who is heard beside it.
+    `second` are another teacher's logits (N, C) of the others, to be added to the model's.
     """
 
     def ask() -> torch.Tensor:

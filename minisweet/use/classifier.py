@@ -145,12 +145,12 @@ class EarlyExitClassifier:
     ) -> "EarlyExitClassifier":
         """Train on texts X (N) and labels y (N), choose what to deploy, and return itself.
 
-        `unlabelled` are more texts: exit 0 and branches learn what the trained model says of them; so does a new plain
-        model itself where more texts have no label. `validation` is (texts, labels) to choose and judge on, in place of
-        rows of X. `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together;
-        None is a row by itself. `unlabelled_groups` does so of `unlabelled`. With a `trunk`, X and y may be None. A
-        model that was fitted before answers until the new one is there. Raises InputError, with the item, for what
-        cannot be trained on.
+        `unlabelled` are more texts: exit 0 and branches learn what the trained model says of them. A new plain model
+        learns what it and its first embeddings say, where more texts have no label. `validation` is (texts, labels) to
+        choose and judge on, in place of rows of X. `groups` (N) says what a row belongs to, such as a thread or a
+        document, whose rows stay together; None is a row by itself. `unlabelled_groups` does so of `unlabelled`. With a
+        `trunk`, X and y may be None. A model that was fitted before answers until the new one is there. Raises
+        InputError, with the item, for what cannot be trained on.
         """
         given, verbose = {name: getattr(self, name) for name in OWN_TEXT}, VERBOSE.check("verbose", self.verbose)
         if isinstance(weights := self.class_weights, dict):
