@@ -42,7 +42,7 @@ COLUMNS = (
     ("lost of 100, 4,000", 4000, "lost"),
     ("minutes to fit", 4000, "minutes"),
 )
-BELOW = ("exit 0, a bag of words, alone", "full depth")  # their names stand below their points
+BELOW = ("exit 0, a bag of words, alone", "deployed, mpnet-base")  # their names stand below their points
 OF_LABELS = {"lost": 1, "sent": 2}  # places in what by_rows.py keeps
 
 
