@@ -12,11 +12,11 @@ from torch import Tensor
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.base.commands import progress
+from minisweet.base.devices import tokens_at_once
 from minisweet.data.text import Texts
 from minisweet.exits import ExitModel
 
 BATCH_SIZE = 64
-CPU_TOKENS = 1024  # per batch on a CPU; much larger batches leave the cache and take up to 1.5 times as long
 
 
 class Outputs(NamedTuple):
@@ -115,11 +115,10 @@ def ask_all(
     Where no text has a label the metric is "agreement", else the one that is given.
     """
     device = next(model.parameters()).device
-    max_tokens = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512
     rows, logits, certainties = [], [], []
     options = {"total": len(texts), "unit": "text", "desc": title}
     with progress(**options) as bar, torch.autocast(device.type, precision, enabled=precision is not None):
-        for batch in texts.by_length(BATCH_SIZE, max_tokens):
+        for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
             exit_logits, certainty = zip(*model.exit_by_exit(*batch.to(device).inputs), strict=True)
             rows.append(batch.rows)
             logits.append(torch.stack([values.float().cpu() for values in exit_logits]))

@@ -12,6 +12,7 @@ import torch
 from minisweet.base.files import LOG, InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
+CPU_TOKENS, GPU_TOKENS = 1024, 2**15  # on a CPU much larger batches leave the cache and take up to 1.5 times as long
 
 
 def choose_device(name: str) -> torch.device:
@@ -22,6 +23,11 @@ def choose_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", *gpus):
         raise InputError(f"{name!r:.80} is not here; should be {', '.join(['auto', 'cpu', *gpus])}", "device")
     return torch.device("cpu" if name == "auto" else name)
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens a batch has at most where a model is asked."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
 
 
 def choose_precision(amp: str, device: torch.device, training: bool = False) -> torch.dtype | None:

@@ -9,8 +9,6 @@ some seconds for the fit, and at inference nothing.
 Letters: B batch, T tokens, D hidden size, N texts, n of them labelled, C classes.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,9 +16,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minisweet.base.commands import progress
+from minisweet.base.devices import tokens_at_once
 from minisweet.data.text import Examples, Texts
 from minisweet.layers import TransformerEncoder
-from minisweet.outputs import BATCH_SIZE, CPU_TOKENS
+from minisweet.outputs import BATCH_SIZE
 
 STRENGTH, STEPS = 5.0, 60  # prior variance of each weight (the L2 penalty); steps of L-BFGS
 TEMPERATURES = np.geomspace(0.5, 16, 41).tolist()  # to choose from
@@ -36,12 +35,12 @@ def embed(encoder: TransformerEncoder, tokenizer: Tokenizer, examples: Examples)
 
 
 @torch.inference_mode()
-def means(encoder: TransformerEncoder, tokenizer: Tokenizer, strings: Sequence[str]) -> Tensor:
+def means(encoder: TransformerEncoder, tokenizer: Tokenizer, strings: list[str]) -> Tensor:
     """The means (N, D) of N strings' last hidden states, of length 1."""
-    texts, device = Texts(tokenizer, Examples(list(strings), None, None)), encoder.word_embeddings.weight.device
-    most, rows, vectors = CPU_TOKENS if device.type == "cpu" else BATCH_SIZE * 512, [], []
+    texts, device = Texts(tokenizer, Examples(strings, None, None)), encoder.word_embeddings.weight.device
+    rows, vectors = [], []
     with progress(total=len(texts), unit="text", desc="embeddings") as bar:
-        for batch in texts.by_length(BATCH_SIZE, most):
+        for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
             ids, mask, types = batch.to(device).inputs
             sums = (encoder(ids, mask, types)[-1] * mask[..., None]).sum(1)  # (B, D); means are as long, normalised
             vectors.append(F.normalize(sums).cpu())

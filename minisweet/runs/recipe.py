@@ -58,7 +58,7 @@ class Start(NamedTuple):
     trunk: MultiExitModel | None  # a finished one
     trunk_classes: tuple[str, list[str], str] | None  # its name, classes and their type
     known_keys: Sequence[int]  # of texts that it has learnt from
-    weigh: Callable[[np.ndarray], np.ndarray] | None = None  # what weights of classes make of targets
+    weigh: Callable[[np.ndarray], np.ndarray] = np.asarray  # what weights of classes make of targets; here nothing
 
 
 def begin(options: TrainingOptions, task: str | None = None) -> Start:
@@ -174,8 +174,7 @@ def train_stage(start: Start, saved: SavedTraining, stage: Stage, learn: Texts, 
     options, model = start.options, stage.model.to(start.device)
     are_single = learn.targets.ndim == 1 and learn.examples.second is None
     epochs = options.epochs or epochs or epochs_of(len(learn), options.batch_size, model.num_labels, are_single)
-    if start.weigh:
-        learn = learn.with_targets(start.weigh(learn.targets))
+    learn = learn.with_targets(start.weigh(learn.targets))
     with used_rows(model, learn) as row_of:
         batches = (
             batch for epoch in range(epochs) for batch in learn.shuffled(options.batch_size, options.seed, epoch)
@@ -198,8 +197,7 @@ def second_answers(start: Start, trunk: MultiExitModel, labelled: Texts, others:
     encoder = trunk.encoder.eval().to(start.device)
     vectors = embed(encoder, start.tokenizer, labelled.examples.joined(others.examples))
     encoder.cpu()
-    targets = np.eye(trunk.num_labels, dtype=np.float32)[labelled.targets]
-    targets = start.weigh(targets) if start.weigh else targets
+    targets = start.weigh(np.eye(trunk.num_labels, dtype=np.float32)[labelled.targets])
     return regress(vectors, torch.from_numpy(targets))[len(labelled) :].clone()  # to be saved without the labelled
 
 
@@ -242,9 +240,8 @@ def new_exit_0(start: Start, data: Data) -> NgramExit:
     return NgramExit(V, C, special_ids(start.tokenizer), pairs)
 
 
-def fit_exit_0(ngrams: NgramExit, learn: Texts, embeddings: torch.Tensor, weigh: Callable | None) -> None:
+def fit_exit_0(ngrams: NgramExit, learn: Texts, embeddings: torch.Tensor, weigh: Callable) -> None:
     """Fit exit 0 to what texts have to learn, with the embeddings (V, D) before training."""
-    targets = weigh(learn.targets) if weigh else learn.targets
     chunks = np.array_split(np.arange(len(learn)), -(-len(learn) // 256))
     batches = [learn.batch(rows).inputs for rows in chunks]
     with progress(desc="exit 0", unit="fit") as bar:
@@ -253,7 +250,7 @@ def fit_exit_0(ngrams: NgramExit, learn: Texts, embeddings: torch.Tensor, weigh:
             bar.total = total
             bar.update(done - bar.n)
 
-        fit_ngrams(ngrams, batches, torch.from_numpy(targets), embeddings, report)
+        fit_ngrams(ngrams, batches, torch.from_numpy(weigh(learn.targets)), embeddings, report)
 
 
 def weights_of(class_weights: str | dict[str, float], labels: Sequence[str]) -> np.ndarray:

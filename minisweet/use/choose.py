@@ -116,8 +116,7 @@ def summary(run: Run, threshold: float | None = None, promise: str | None = None
     """
     record, outputs, point = run.record, run.outputs, run.point
     _, judging, trained = operating.split(outputs, record.trained_keys)
-    rows = outputs.take(judging) if len(judging) else outputs
-    rows = rows.scored()
+    rows = (outputs.take(judging) if len(judging) else outputs).scored()
     if threshold is not None:
         its = operating.prepare(outputs, point.goal, record.trained_keys, point.exits, record.combines)
         found = operating.stated(its.asked, threshold, its.judges.filled(run.labels), its.judges.scored())
