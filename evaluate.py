@@ -14,10 +14,10 @@ from pathlib import Path
 from minisweet.base.commands import Parser, path_to, run_command, whole_number
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
-from minisweet.evaluation.curve import evaluate
-from minisweet.evaluation.plots import draw_curves
-from minisweet.runs.options import TrainingOptions
-from minisweet.runs.run import Run, newest_run
+from minisweet.curve import evaluate
+from minisweet.plots import draw_curves
+from minisweet.options import TrainingOptions
+from minisweet.run import Run, newest_run
 
 
 def main() -> None:

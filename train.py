@@ -4,7 +4,7 @@
     python train.py --model bert-base --method sweet --task rte
 
 Writes a run folder, which evaluate.py reads. The loop stands in minisweet/training.py, a method's stages in
-minisweet/methods.py, and all of a training in minisweet/runs/recipe.py. For your own text: minisweet fit FILE.
+minisweet/methods.py, and all of a training in minisweet/recipe.py. For your own text: minisweet fit FILE.
 """
 
 from pathlib import Path
@@ -12,12 +12,12 @@ from shlex import quote
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import tune_cpu
-from minisweet.data.tasks import TASKS
-from minisweet.runs.hub import home
-from minisweet.runs.options import OF_TASKS, TrainingOptions
-from minisweet.runs.recipe import train_task
-from minisweet.runs.record import run_name
-from minisweet.runs.resume import add_output_options, claim_output
+from minisweet.tasks import TASKS
+from minisweet.hub import home
+from minisweet.options import OF_TASKS, TrainingOptions
+from minisweet.recipe import train_task
+from minisweet.record import run_name
+from minisweet.resume import add_output_options, claim_output
 
 
 def main() -> None:

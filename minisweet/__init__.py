@@ -20,12 +20,12 @@ __version__ = "0.1.0"
 
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
-from minisweet.beyond.branches import BranchModel
-from minisweet.beyond.ngrams import NgramExit
+from minisweet.branches import BranchModel
+from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.checkpoint import load_encoder
 from minisweet.exits import MultiExitModel
 from minisweet.methods import build_multi_model
-from minisweet.use.classifier import EarlyExitClassifier
+from minisweet.classifier.estimator import EarlyExitClassifier
 
 __all__ = ["BranchModel", "EarlyExitClassifier", "InputError", "MultiExitModel", "NgramExit", "build_multi_model"]
 __all__ += ["load_encoder", "tune_cpu"]

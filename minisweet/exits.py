@@ -24,7 +24,7 @@ share a pooler, and all their gradients reach DeBERTa's relative table. Here eac
 exit alone updates the table. As there, the gradients of all exits are clipped together: a large gradient elsewhere
 shrinks this one, but does not turn it.
 
-Two kinds of exits go beyond the paper, and stand in beyond/: branches, and exit 0, any module that makes logits of
+Two kinds of exits go beyond the paper, and stand in : branches, and exit 0, any module that makes logits of
 tokens and stands before the embeddings. Training does not touch exit 0.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.

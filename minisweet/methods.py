@@ -2,7 +2,7 @@
 
 Here stands how a method's model is built and what is trained of it, in turn. Two lines more tell methods apart: where
 SWEET's gradient stops (exits.py), and EE's one backward pass (training.py). The paper's learning rates stand in
-data/tasks.py. To add a method, add a row. A model of another kind is a subclass of those in exits.py, made with the
+tasks.py. To add a method, add a row. A model of another kind is a subclass of those in exits.py, made with the
 `method` that it trains as: "sweet", "ee" or "plain".
 
 Every model is built from a trunk, a model with one exit at its end: public weights with a new head, or a finished
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch.nn import Parameter
 
-from minisweet.beyond.branches import BranchModel
+from minisweet.branches import BranchModel
 from minisweet.checkpoint import load_encoder
 from minisweet.exits import ExitModel, MultiExitModel, MultiModel
 from minisweet.layers import TransformerEncoder

@@ -13,7 +13,7 @@ from torch import Tensor
 from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.base.commands import progress
 from minisweet.base.devices import tokens_at_once
-from minisweet.data.text import Texts
+from minisweet.texts import Texts
 from minisweet.exits import ExitModel
 
 BATCH_SIZE = 64

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
-from minisweet.data.text import Batch, Texts
+from minisweet.texts import Batch, Texts
 from minisweet.exits import MultiExitModel, exit_loss
 
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from minisweet import NgramExit, load_encoder
 from minisweet.base.commands import run_command
 from minisweet.checkpoint import ARCHITECTURES, public_name
-from minisweet.data import toy
-from minisweet.data.tasks import TASKS, load_examples
-from minisweet.data.text import Texts, load_tokenizer
+from minisweet import toy
+from minisweet.tasks import TASKS, load_examples
+from minisweet.texts import Texts, load_tokenizer
 from minisweet.exits import ExitModel, MultiExitModel, exit_loss
 from minisweet.layers import TransformerEncoder
 from minisweet.methods import add_exits, new_trunk
@@ -391,7 +391,7 @@ def run_of(tmp_path_factory):
     """
     import evaluate
     import train
-    from minisweet.use import choose, fit
+    from minisweet.classifier import choose, fit
 
     folder = tmp_path_factory.mktemp("runs")
     model = write_model_of_words(folder / "tiny")
@@ -435,7 +435,7 @@ def write_rows(path: Path, rows: list[tuple], *columns: str) -> Path:
 @pytest.fixture(scope="session")
 def own_run(tmp_path_factory) -> Path:
     """What `minisweet fit` makes of own.csv and more.csv, which lie beside it, with the model `tiny`, and new.csv."""
-    from minisweet.use import fit
+    from minisweet.classifier import fit
 
     folder = tmp_path_factory.mktemp("own")
     write_model_of_words(folder / "tiny")

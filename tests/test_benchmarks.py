@@ -16,7 +16,7 @@ import evaluate
 import train
 from minisweet import __main__ as package
 from minisweet.base.devices import processor
-from minisweet.runs import options
+from minisweet import options
 from tests import benchmark
 from tests.benchmark import BLOCK, RESULTS, by_rows, one_list, own_text, promises, run_study, speed, study, zero_tables
 from tests.conftest import CHECKOUT, CONFIGS, WORDS, run

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minisweet import load_encoder
 from minisweet.base.files import InputError
-from minisweet.runs.run import load_trunk
+from minisweet.run import load_trunk
 from tests.conftest import CONFIGS, random_batch, reconfigure, rewrite, without_1, write_classifier, write_model
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from minisweet import EarlyExitClassifier, InputError
 from minisweet.base.files import LOG
-from minisweet.use.classifier import PARAMETERS
+from minisweet.classifier.estimator import PARAMETERS
 from tests.conftest import opinions
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
@@ -136,7 +136,7 @@ BAD = [
 
 @pytest.mark.parametrize(("texts", "labels", "options", "message"), BAD, ids=[row[3] for row in BAD])
 def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, options, message):
-    monkeypatch.setattr("minisweet.runs.recipe.train", None)  # nothing is trained before
+    monkeypatch.setattr("minisweet.recipe.train", None)  # nothing is trained before
     of_fit = {name: options[name] for name in options.keys() - PARAMETERS.keys()}
     classify = new(**{name: options[name] for name in options.keys() & PARAMETERS.keys()})
     with pytest.raises(InputError, match=message):
@@ -158,7 +158,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_options_are_checked_before_anything_is_fetched_or_trained(new, monkeypatch, name):
-    monkeypatch.setattr("minisweet.runs.recipe.begin", None)  # which fetches the model
+    monkeypatch.setattr("minisweet.recipe.begin", None)  # which fetches the model
     for value in WRONG[name]:
         with pytest.raises(InputError, match=f"^{name}: {value!r}, should be "):
             new(**{name: value}).fit(*GOOD)
@@ -179,7 +179,7 @@ def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, mon
     with pytest.raises(InputError, match=r"^lr: at 1e\+30 the loss became infinite or NaN"):
         classify.set_params(lr=1e30).fit(texts, ["x", "y"] * 20)
     with monkeypatch.context() as patch:
-        patch.setattr("minisweet.evaluation.operating.choose", Mock(side_effect=MemoryError))
+        patch.setattr("minisweet.classifier.promise.choose", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             classify.set_params(lr=3e-3).fit(texts, ["x", "y"] * 20)
     assert classify.classify(texts) == before

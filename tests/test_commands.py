@@ -25,7 +25,7 @@ def fail_with(error: BaseException):
         print("result")
         raise error
 
-    return SimpleNamespace(__name__="minisweet.use.predict", main=main)
+    return SimpleNamespace(__name__="minisweet.classifier.predict", main=main)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minisweet import MultiExitModel
 from minisweet.layers import Dropout
-from minisweet.runs.hub import home
+from minisweet.hub import home
 from tests.conftest import CONFIGS, NO_DROPOUT, compare_hidden_states, random_batch, tiny_encoder
 
 

@@ -11,12 +11,13 @@ import torch
 import evaluate
 from minisweet.adaptive import exits_taken
 from minisweet.base.files import InputError, read_json
-from minisweet.data.text import Texts
-from minisweet.data.toy import LEVELS
-from minisweet.evaluation.calibration import fit_rule
-from minisweet.evaluation.sweep import crossfit, spaced_thresholds, sweep
-from minisweet.runs.run import Run
-from minisweet.use import check, choose, predict
+from minisweet.texts import Texts
+from minisweet.toy import LEVELS
+from minisweet.calibration import fit_rule
+from minisweet.sweep import crossfit, spaced_thresholds, sweep
+from minisweet.run import Run
+from minisweet.classifier import choose, predict
+from minisweet.classifier import test as check
 from tests.conftest import slow
 from tests.test_operating import random_validation
 

@@ -16,7 +16,7 @@ from minisweet.checkpoint import public_name
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.live import early_exit
 from minisweet.methods import METHODS, add_exits, new_trunk
-from minisweet.runs.hub import home
+from minisweet.hub import home
 from tests.conftest import (
     CONFIGS,
     exit_losses,

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 from minisweet.base.files import write_json
-from minisweet.data.rows import texts_of
-from minisweet.data.text import Texts
-from minisweet.runs.run import Run, load_trunk
-from minisweet.use import export
+from minisweet.classifier.rows import texts_of
+from minisweet.texts import Texts
+from minisweet.run import Run, load_trunk
+from minisweet.classifier import export
 from tests.conftest import random_batch, undecided_model, with_exit_0, without_1
 
 transformers = pytest.importorskip("transformers", reason="transformers, which loads the folder, is missing")

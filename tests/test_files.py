@@ -11,7 +11,7 @@ import pytest
 
 from minisweet.base import files
 from minisweet.base.files import InputError, read_json, write_json, written_beside
-from minisweet.runs import hub
+from minisweet import hub
 
 
 def content(path: Path) -> dict[str, bytes] | bytes:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier, load_encoder
-from minisweet.beyond.teacher import embed, regress, taught
-from minisweet.runs import recipe
-from minisweet.runs.operating_point import CHOOSING
-from minisweet.runs.options import epochs_of
-from minisweet.runs.run import Run, load_trunk
-from minisweet.use import check, choose, fit, predict
-from minisweet.use.classifier import tokenize
+from minisweet.classifier.teacher import embed, regress, taught
+from minisweet import recipe
+from minisweet.classifier.operating_point import CHOOSING
+from minisweet.options import epochs_of
+from minisweet.run import Run, load_trunk
+from minisweet.classifier import choose, fit, predict
+from minisweet.classifier import test as check
+from minisweet.classifier.estimator import tokenize
 from tests.conftest import OWN, opinions, random_batch, write_classifier, write_rows
 
 KEYS = "threshold exits goal choosing_texts judging_texts labelled_judges score full_depth lost share temperatures"

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 import train
 from minisweet import MultiExitModel
-from minisweet.data.text import Batch
+from minisweet.texts import Batch
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
-from minisweet.runs.run import Run
+from minisweet.run import Run
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
 
 

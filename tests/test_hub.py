@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from minisweet.runs import hub
+from minisweet import hub
 from tests.conftest import CONFIGS
 from tests.hub_server import HubServer
 from tests.test_rows import refused

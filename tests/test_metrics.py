@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisweet.evaluation.calibration import PULL, fit_answer, fit_rule, fit_temperature
-from minisweet.evaluation.metrics import area_under_curve, classification_report, score
+from minisweet.calibration import PULL, fit_answer, fit_rule, fit_temperature
+from minisweet.metrics import area_under_curve, classification_report, score
 from minisweet.outputs import Outputs
 
 POINTS = st.lists(st.tuples(st.integers(0, 48), st.floats(0, 100)), min_size=1, max_size=9, unique_by=lambda p: p[0])

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.files import InputError
-from minisweet.beyond import ngrams
-from minisweet.beyond.ngrams import NgramExit, check_size, fit_ngrams
+from minisweet.classifier import bag_of_words as ngrams
+from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
 
 V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
 SPECIAL = [PAD, CLS, SEP, UNKNOWN]

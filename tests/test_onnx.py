@@ -16,12 +16,12 @@ import torch
 
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import ExitRule, exits_taken
-from minisweet.beyond.ngrams import BUCKETS
-from minisweet.evaluation import operating
-from minisweet.evaluation.sweep import spaced_thresholds
-from minisweet.runs.run import Run
-from minisweet.use import choose, export
-from minisweet.use.classifier import classify_tokens
+from minisweet.classifier.bag_of_words import BUCKETS
+from minisweet.classifier import promise as operating
+from minisweet.sweep import spaced_thresholds
+from minisweet.run import Run
+from minisweet.classifier import choose, export
+from minisweet.classifier.estimator import classify_tokens
 from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, with_exit_0, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -30,7 +30,7 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 import onnxruntime  # noqa: E402
 from onnx.numpy_helper import to_array  # noqa: E402
 
-from minisweet.use import onnx, onnx_graph  # noqa: E402
+from minisweet.classifier import onnx, onnx_graph  # noqa: E402
 
 CASES = [  # the last is how much exit 0's answer counts
     ("bert", "branch", (0, 1, 4), None),
@@ -168,7 +168,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, n
     expected |= {"threshold": point.threshold, "pairs": name == "pairs"}
     assert {key: json.loads(value) for key, value in told.items() if key != "tokenizer"} == expected
 
-    guide = (CHECKOUT / "minisweet/use/README.md").read_text(encoding="utf-8")
+    guide = (CHECKOUT / "minisweet/classifier/README.md").read_text(encoding="utf-8")
     (code,) = [block for block in re.findall("```python\n(.*?)```", guide, re.DOTALL) if "onnxruntime" in block]
     code = f"import sys; sys.modules.update(torch=None, minisweet=None)\n{code}print(json.dumps(texts))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -234,6 +234,6 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
     assert out.endswith("is of torch.bfloat16, and nothing of this file: choose again with --amp off\n")
     new.unlink()
     for name in ("onnx", "onnx_graph"):
-        monkeypatch.delitem(sys.modules, f"minisweet.use.{name}")
+        monkeypatch.delitem(sys.modules, f"minisweet.classifier.{name}")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "onnxscript (pip install '.[onnx]')" in refused(run)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.evaluation.operating import choose, fixed_sequence, share_right, split, stated, way_down, wilson
-from minisweet.evaluation.sweep import sweep
+from minisweet.classifier.promise import choose, fixed_sequence, share_right, split, stated, way_down, wilson
+from minisweet.sweep import sweep
 from minisweet.outputs import Outputs
-from minisweet.runs.operating_point import how_sure
+from minisweet.classifier.operating_point import how_sure
 
 GOAL, SHARE = {"max_lost": 3.0, "sure": 90.0}, {"max_share": 0.5}
 

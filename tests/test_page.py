@@ -14,13 +14,13 @@ from tokenizers.models import WordPiece
 
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import Exits, exits_taken
-from minisweet.data.text import BERTS, Examples, Texts
-from minisweet.data.toy import LEVELS
+from minisweet.texts import BERTS, Examples, Texts
+from minisweet.toy import LEVELS
 from minisweet.outputs import Outputs
-from minisweet.runs.operating_point import OperatingPoint
-from minisweet.use import explain
-from minisweet.use.classifier import tokenize
-from minisweet.use.explain import MET, TEMPLATE, word_scores, write_page
+from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.classifier import explain
+from minisweet.classifier.estimator import tokenize
+from minisweet.classifier.explain import MET, TEMPLATE, word_scores, write_page
 from tests.conftest import with_exit_0
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

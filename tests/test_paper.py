@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.evaluation.sweep import spaced_thresholds
+from minisweet.sweep import spaced_thresholds
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
 from minisweet.methods import METHODS, add_exits

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from minisweet.evaluation import plots
+from minisweet import plots
 
 
 def evaluation(method: str) -> SimpleNamespace:

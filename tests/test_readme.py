@@ -13,10 +13,10 @@ import pytest
 import evaluate
 import train
 from minisweet import __main__ as package
-from minisweet.runs.run import newest_run
+from minisweet.run import newest_run
 from tests.conftest import CHECKOUT, opinions, run, write_table
 
-README, USE, PAPER = "README.md", "minisweet/use/README.md", "minisweet/paper/README.md"
+README, USE, PAPER = "README.md", "minisweet/classifier/README.md", "minisweet/paper/README.md"
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
 OTHERS = "pip srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours

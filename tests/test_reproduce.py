@@ -11,7 +11,7 @@ import pytest
 
 from minisweet.paper import reproduce
 from minisweet.paper.report import tables
-from minisweet.runs.resume import checkpoint_folder, claimed
+from minisweet.resume import checkpoint_folder, claimed
 from tests.conftest import write_model
 
 TINY = ["--train-size", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import train
-from minisweet.runs import resume
-from minisweet.use import fit
+from minisweet import resume
+from minisweet.classifier import fit
 from tests.conftest import CHECKOUT, OWN, opinions, rewrite, slow, write_model, write_rows
 
 STEPS = 6  # of each stage: two epochs of 20 examples in batches of 8
@@ -87,7 +87,7 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(command, options, st
 
 def test_fit_goes_on_too_and_takes_another_goal(command, own_run):
     """Stopped in the training, while the model answers the unlabelled texts, and while it learns its answers."""
-    folder, answers = own_run.parent, "minisweet.runs.recipe.ask_all"
+    folder, answers = own_run.parent, "minisweet.recipe.ask_all"
     words = [folder / "own.csv", "--unlabelled", folder / "more.csv", *OWN[2:], "--out", "a"]
     words += ["--model", folder / "tiny"]
     assert command(stop=3, words=words, module=fit)[0] == 130
@@ -175,11 +175,11 @@ def test_on_a_full_disk_the_last_checkpoint_stays(command, monkeypatch):
     assert command("--out", "a", stop=3)[0] == 130
     with monkeypatch.context() as disk:
         full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-        disk.setattr("minisweet.runs.resume.torch.save", full)
+        disk.setattr("minisweet.resume.torch.save", full)
         status, _, err = command("--out", "a", "--resume")
         assert (status, "checkpoint.pt: cannot be written ([Errno 28] No space left on device" in err) == (2, True)
     with monkeypatch.context() as disk:
-        disk.setattr("minisweet.runs.run.write_json", full)
+        disk.setattr("minisweet.run.write_json", full)
         status, _, err = command("--out", "a", "--resume")
         assert (status, command.steps, "a: cannot be written ([Errno 28]" in err) == (2, STEPS - 3, True)
     assert (command("--out", "a", "--resume")[0], command.steps) == (0, 0)  # what was trained is not lost
@@ -191,7 +191,7 @@ HERE = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
 @contextmanager
 def fitting(*options):
     """Within, another process trains, with a checkpoint of each step. Then it is killed."""
-    code = "from minisweet.runs import resume; from minisweet.use.fit import *; resume.MINUTES = 0; main()"
+    code = "from minisweet import resume; from minisweet.classifier.fit import *; resume.MINUTES = 0; main()"
     process = subprocess.Popen([sys.executable, "-c", code, *options], env=os.environ | HERE)
     try:
         yield process

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
-from minisweet.data.own import class_numbers, classes_of
-from minisweet.data.rows import find_columns, read_rows, read_texts, row_writer, text_columns
-from minisweet.data.text import Examples
+from minisweet.classifier.split import class_numbers, classes_of
+from minisweet.classifier.rows import find_columns, read_rows, read_texts, row_writer, text_columns
+from minisweet.texts import Examples
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c\rd", "caf\u00e9 \u2028 \\", " "]
 BETWEEN = {".csv": ",", ".tsv": "\t", ".jsonl": None}

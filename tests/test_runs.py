@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from minisweet.base.files import read_json, write_json
-from minisweet.data.tasks import default_learning_rate
-from minisweet.data.text import Examples, Texts, load_tokenizer
+from minisweet.tasks import default_learning_rate
+from minisweet.texts import Examples, Texts, load_tokenizer
 from minisweet.methods import METHODS, exit_layers_for
-from minisweet.runs.options import EPOCHS, EPOCHS_OF_OTHERS, STEPS, epochs_of
-from minisweet.runs.run import Run, load_trunk
+from minisweet.options import EPOCHS, EPOCHS_OF_OTHERS, STEPS, epochs_of
+from minisweet.run import Run, load_trunk
 from tests.conftest import random_batch, undecided_model, with_exit_0, write_model
 from tests.test_rows import refused
 

@@ -10,11 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
-from minisweet.data.own import JUDGE_IN, MOST_JUDGES, classes_of, own_data
-from minisweet.data.rows import Rows
-from minisweet.data.tasks import TASKS, load_examples
-from minisweet.data.text import Data, Examples, Texts, load_tokenizer
-from minisweet.runs import hub
+from minisweet.classifier.split import JUDGE_IN, MOST_JUDGES, classes_of, own_data
+from minisweet.classifier.rows import Rows
+from minisweet.tasks import TASKS, load_examples
+from minisweet.texts import Data, Examples, Texts, load_tokenizer
+from minisweet import hub
 from tests.conftest import SIZES, write_model
 from tests.hub_server import HubServer
 
@@ -108,7 +108,7 @@ def test_unlabelled_texts_count_once_and_a_fifth_of_them_validates(own, monkeypa
         assert (len(data.train), (data.validation.labels >= 0).sum(), len(data.validation)) == (6, 2, 2 + judges)
         assert {*data.validation.examples.first[2:]} | {*data.unlabelled.examples.first} == {*ORDERS[8:]}
         assert len(data.unlabelled) == 22 - judges
-        monkeypatch.setattr("minisweet.data.own.MOST_JUDGES", 3)
+        monkeypatch.setattr("minisweet.classifier.split.MOST_JUDGES", 3)
     assert own(texts, names, may_learn=False).unlabelled is None  # they judge alone
     assert own(texts[:8] * 2, names[:8] + [None] * 8).unlabelled is None  # each is labelled elsewhere in the file
     with pytest.raises(InputError, match="^unlabelled: no text is left"):

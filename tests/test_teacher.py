@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from minisweet import load_encoder
-from minisweet.beyond.teacher import embed, regress, taught
-from minisweet.data.text import Examples, load_tokenizer
+from minisweet.classifier.teacher import embed, regress, taught
+from minisweet.texts import Examples, load_tokenizer
 from tests.conftest import WORDS, write_model
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from minisweet.base.files import InputError
 from minisweet.checkpoint import read_config
-from minisweet.data.text import CHARACTERS, POOL, Examples, Texts, load_tokenizer, special_ids
+from minisweet.texts import CHARACTERS, POOL, Examples, Texts, load_tokenizer, special_ids
 from tests.conftest import WORDS, write_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

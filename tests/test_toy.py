@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from minisweet.data.toy import FACT, GOODS, LEVELS, NAMES, NEGATIVE, POSITIVE, SAYS, SHARES, SIZES, make_toy
+from minisweet.toy import FACT, GOODS, LEVELS, NAMES, NEGATIVE, POSITIVE, SAYS, SHARES, SIZES, make_toy
 
 SIGN = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(NEGATIVE, 0)
 TURNS = SAYS[1] + FACT[1]

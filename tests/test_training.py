@@ -16,11 +16,11 @@ from minisweet import BranchModel, MultiExitModel, training
 from minisweet.base.files import read_json
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS
-from minisweet.runs import recipe
-from minisweet.runs.options import epochs_of
-from minisweet.runs.run import Run
+from minisweet import recipe
+from minisweet.options import epochs_of
+from minisweet.run import Run
 from minisweet.training import fine_tune, used_rows
-from minisweet.use import fit
+from minisweet.classifier import fit
 from tests import conftest
 from tests.conftest import (
     NO_DROPOUT,

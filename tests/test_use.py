@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier
-from minisweet.data.rows import SUFFIXES, read_rows, row_writer
-from minisweet.data.text import Examples, Texts
-from minisweet.evaluation import operating
-from minisweet.runs.operating_point import OperatingPoint
-from minisweet.runs.run import Run
-from minisweet.use import choose, label, predict
+from minisweet.classifier.rows import SUFFIXES, read_rows, row_writer
+from minisweet.texts import Examples, Texts
+from minisweet.classifier import promise as operating
+from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.run import Run
+from minisweet.classifier import choose, label, predict
 from tests.conftest import CHECKOUT, WORDS, run, undecided_model, with_exit_0, write_rows
 
 

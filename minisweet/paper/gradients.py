@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import choose_device
 from minisweet.base.files import InputError, write_json
-from minisweet.data.tasks import TASKS, load_examples
-from minisweet.data.text import Batch, Texts
+from minisweet.tasks import TASKS, load_examples
+from minisweet.texts import Batch, Texts
 from minisweet.exits import MultiExitModel, exit_loss
-from minisweet.runs.hub import fetch_task, home
-from minisweet.runs.run import Run
+from minisweet.hub import fetch_task, home
+from minisweet.run import Run
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minisweet.evaluation import plots
+from minisweet import plots
 from minisweet.paper.statistics import mean_and_spread
 
 RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the ratios of the first exits

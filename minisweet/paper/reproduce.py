@@ -18,16 +18,16 @@ from pathlib import Path
 from minisweet.base.commands import Parser, list_of, one_of, positive_number, what_to_tell, whole_number
 from minisweet.base.files import LOG, InputError, written_beside
 from minisweet.checkpoint import read_config
-from minisweet.data.tasks import TASKS, search_rates
-from minisweet.evaluation.curve import evaluate
+from minisweet.tasks import TASKS, search_rates
+from minisweet.curve import evaluate
 from minisweet.methods import METHODS
 from minisweet.paper import report
-from minisweet.runs.hub import home, model_folder
-from minisweet.runs.options import TrainingOptions, resolve
-from minisweet.runs.recipe import train_task
-from minisweet.runs.record import run_name
-from minisweet.runs.resume import claim_output, is_claimed
-from minisweet.runs.run import EVALUATION, Run, is_run
+from minisweet.hub import home, model_folder
+from minisweet.options import TrainingOptions, resolve
+from minisweet.recipe import train_task
+from minisweet.record import run_name
+from minisweet.resume import claim_output, is_claimed
+from minisweet.run import EVALUATION, Run, is_run
 
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training: what tells runs apart
 WAIT = 20  # seconds, until a run of another process is looked at again

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from minisweet.adaptive import Exits
 from minisweet.base.files import LOG, read_json
-from minisweet.evaluation.calibration import fit_rule
-from minisweet.evaluation.metrics import score
-from minisweet.evaluation.sweep import crossfit, sweep
+from minisweet.calibration import fit_rule
+from minisweet.metrics import score
+from minisweet.sweep import crossfit, sweep
 from minisweet.outputs import Outputs
 from minisweet.paper.report import Records, curve_of
 from tests.benchmark import TASKS, USUAL

@@ -21,12 +21,12 @@ import numpy as np
 from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, list_of, positive_number, whole_number
 from minisweet.base.files import InputError, read_json, write_json
-from minisweet.data.tasks import load_examples
-from minisweet.data.text import Examples
-from minisweet.evaluation.metrics import classification_report
+from minisweet.tasks import load_examples
+from minisweet.texts import Examples
+from minisweet.metrics import classification_report
 from minisweet.outputs import Outputs, ask_all
 from minisweet.paper.report import cells, table
-from minisweet.use.classifier import tokenize
+from minisweet.classifier.estimator import tokenize
 from tests.benchmark import run_study, show, study
 from tests.benchmark.linear import LINEAR, fit_linear, is_there
 

@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from minisweet import load_encoder
-from minisweet.beyond import teacher
-from minisweet.data.text import Examples, load_tokenizer
-from minisweet.runs.hub import model_folder
+from minisweet.classifier import teacher
+from minisweet.texts import Examples, load_tokenizer
+from minisweet.hub import model_folder
 
 LINEAR = {"tfidf": "TF-IDF", "static": "model2vec", "embeddings": "embeddings"}  # by the names of the archive's records
 LINEAR |= {"both": "TF-IDF and embeddings", "setfit": "SetFit"}

@@ -17,11 +17,11 @@ import numpy as np
 from minisweet.base.commands import Parser
 from minisweet.base.devices import processor
 from minisweet.base.files import read_json, write_json
-from minisweet.data.text import Examples
-from minisweet.evaluation.plots import COLOURS, label_axes, new_figure, save_figure
+from minisweet.texts import Examples
+from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from minisweet.paper.report import table
-from minisweet.runs.run import Run
-from minisweet.use.export import export_file
+from minisweet.run import Run
+from minisweet.classifier.export import export_file
 from tests.benchmark import RESULTS, run_study, show
 from tests.benchmark.by_rows import DEPLOYED, FULL, LAYERS, draws
 from tests.benchmark.linear import LINEAR, fit_linear

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 
 from minisweet.adaptive import Exits
 from minisweet.base.commands import Parser, whole_number
-from minisweet.data.own import JUDGE_IN
-from minisweet.data.text import dealt
-from minisweet.evaluation.operating import choose, lost_texts
+from minisweet.classifier.split import JUDGE_IN
+from minisweet.texts import dealt
+from minisweet.classifier.promise import choose, lost_texts
 from minisweet.outputs import Outputs
 from minisweet.paper.report import table
-from minisweet.use.label import to_ask
+from minisweet.classifier.label import to_ask
 from tests.benchmark import run_study, show
 from tests.benchmark.archive import read_outputs
 

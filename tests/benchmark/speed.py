@@ -29,10 +29,10 @@ from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import device_name, processor, tune_cpu
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig
-from minisweet.data.text import special_tokens
+from minisweet.texts import special_tokens
 from minisweet.paper.report import table
-from minisweet.runs.run import Run
-from minisweet.use.export import export
+from minisweet.run import Run
+from minisweet.classifier.export import export
 from tests.benchmark import CHECKOUT, run_study, show
 
 HERE = "tests.benchmark.speed"
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--texts", type=whole_number(32), default=640)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    from minisweet.use.onnx import export_onnx
+    from minisweet.classifier.onnx import export_onnx
 
     run = Run.read(args.run.resolve())
     record, rows, tokenizer = run.record, run.examples, run.tokenizer

@@ -24,7 +24,7 @@ from minisweet.base.commands import Parser, list_of, one_of, positive_number, wh
 from minisweet.base.files import InputError, read_json, write_json, written_beside
 from minisweet.checkpoint import read_config
 from minisweet.methods import exit_layers_for
-from minisweet.runs.hub import home, model_folder
+from minisweet.hub import home, model_folder
 from tests.benchmark import CHECKOUT, TASKS, USUAL, run_study
 from tests.benchmark.archive import LOGITS, METHODS
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, read_json
-from minisweet.evaluation.plots import draw_line, label_axes, new_figure, save_figure
+from minisweet.plots import draw_line, label_axes, new_figure, save_figure
 from minisweet.paper import report
 from minisweet.paper.report import Records, cells, table
 from tests.benchmark import RESULTS, TASKS, USUAL, by_rows, one_list, run_study, show

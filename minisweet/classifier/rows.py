@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minisweet.base.files import InputError, preview, regular_file, written_beside
-from minisweet.data.text import Examples
+from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # the usual ones

@@ -20,10 +20,10 @@ from urllib.request import urlopen
 from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError, one_line, preview, written_beside
 from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
-from minisweet.data.tasks import TASKS, Task
-from minisweet.data.text import TOKENIZER_FILES, load_tokenizer
+from minisweet.tasks import TASKS, Task
+from minisweet.texts import TOKENIZER_FILES, load_tokenizer
 
-CLONE = Path(__file__).parents[2]  # which has train.py, unless the package is installed
+CLONE = Path(__file__).parents[1]  # which has train.py, unless the package is installed
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
 REPOSITORIES = {
     "bert-base": "google-bert/bert-base-uncased",

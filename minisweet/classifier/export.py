@@ -18,9 +18,9 @@ from minisweet.base.commands import Parser, path_to, whole_number
 from minisweet.base.files import InputError, preview, write_json, written_beside
 from minisweet.checkpoint import CLASSIFIERS, public_name
 from minisweet.config import Config
-from minisweet.data.text import special_tokens
+from minisweet.texts import special_tokens
 from minisweet.exits import MultiExitModel
-from minisweet.runs.run import Run
+from minisweet.run import Run
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def export_file(run: Path, out: Path, int8: bool) -> list[str]:
     """Write a run as one ONNX file; see `export_onnx`. Raises InputError where a package is missing."""
     Run.read(run)  # a wrong folder is told before a missing package
     try:
-        from minisweet.use.onnx import export_onnx
+        from minisweet.classifier.onnx import export_onnx
     except ImportError as error:
         raise InputError(f"needs the package {error.name} (pip install '.[onnx]')", "onnx") from None
     return export_onnx(run, out, int8)

@@ -12,12 +12,12 @@ import numpy as np
 
 from minisweet.base.devices import choose_device, device_name
 from minisweet.base.files import write_json
-from minisweet.data.toy import LEVELS
-from minisweet.evaluation.metrics import METRICS
-from minisweet.evaluation.plots import draw_curves
-from minisweet.evaluation.sweep import crossfit, spaced_thresholds, sweep
-from minisweet.runs.record import Evaluation, versions
-from minisweet.runs.run import CURVE, EVALUATION, Run
+from minisweet.toy import LEVELS
+from minisweet.metrics import METRICS
+from minisweet.plots import draw_curves
+from minisweet.sweep import crossfit, spaced_thresholds, sweep
+from minisweet.record import Evaluation, versions
+from minisweet.run import CURVE, EVALUATION, Run
 
 
 def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> None:

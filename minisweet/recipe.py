@@ -23,22 +23,22 @@ from tokenizers import Tokenizer
 from minisweet.base import devices
 from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError, preview
-from minisweet.beyond.ngrams import NgramExit, check_size, fit_ngrams
-from minisweet.beyond.teacher import embed, regress, taught
+from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
+from minisweet.classifier.teacher import embed, regress, taught
 from minisweet.checkpoint import WEIGHTS, read_config
 from minisweet.config import Config
-from minisweet.data.own import own_data
-from minisweet.data.rows import Rows
-from minisweet.data.tasks import task_data
-from minisweet.data.text import Data, Examples, Texts, load_tokenizer, special_ids
+from minisweet.classifier.split import own_data
+from minisweet.classifier.rows import Rows
+from minisweet.tasks import task_data
+from minisweet.texts import Data, Examples, Texts, load_tokenizer, special_ids
 from minisweet.exits import ExitModel, MultiExitModel
 from minisweet.methods import METHODS, Stage, add_exits, new_trunk
 from minisweet.outputs import ask_all
-from minisweet.runs.hub import REPOSITORIES, fetch_task, model_folder
-from minisweet.runs.options import MAX_LENGTH, TrainingOptions, epochs_of, resolve
-from minisweet.runs.record import Record, versions
-from minisweet.runs.resume import SavedTraining
-from minisweet.runs.run import Run, load_trunk
+from minisweet.hub import REPOSITORIES, fetch_task, model_folder
+from minisweet.options import MAX_LENGTH, TrainingOptions, epochs_of, resolve
+from minisweet.record import Record, versions
+from minisweet.resume import SavedTraining
+from minisweet.run import Run, load_trunk
 from minisweet.training import fine_tune, used_rows
 
 # Where more texts have no label, a plain model learns answers to them too: to at most so many, for so many epochs.
@@ -131,7 +131,7 @@ def train(start: Start, data: Data, saved: SavedTraining) -> Run | None:
             second = more and saved.once("second answers", lambda: second_answers(start, trunk, learn, more))
             train_stage(start, saved, Stage("trunk", trunk), learn)
             if more:
-                # It learns the labels again, and what it and its embeddings say of the others (beyond/teacher.py).
+                # It learns the labels again, and what it and its embeddings say of the others (teacher.py).
                 answered = with_answers(start, saved, learn, "first answers", trunk, more, second)
                 train_stage(start, saved, Stage("trunk again", trunk), answered, EPOCHS_AGAIN)
         elif others and not len(learn):  # no row is labelled: all exits learn what the trunk says

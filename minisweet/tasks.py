@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 
 from minisweet.base.files import InputError
 from minisweet.config import Config
-from minisweet.data.text import Data, Examples, Texts
-from minisweet.data.toy import make_toy
+from minisweet.texts import Data, Examples, Texts
+from minisweet.toy import make_toy
 
 
 class Task(NamedTuple):

@@ -29,11 +29,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minisweet.adaptive import ExitRule, in_float32
-from minisweet.data.text import dealt, one_of_each
-from minisweet.evaluation.calibration import fit_rule
-from minisweet.evaluation.metrics import classification_report, score
+from minisweet.texts import dealt, one_of_each
+from minisweet.calibration import fit_rule
+from minisweet.metrics import classification_report, score
 from minisweet.outputs import Outputs
-from minisweet.runs.operating_point import CHOOSING, ROUNDING, OperatingPoint, how_sure
+from minisweet.classifier.operating_point import CHOOSING, ROUNDING, OperatingPoint, how_sure
 
 ENOUGH = 30  # labelled answers that differ, to say how often full depth is right there; with fewer, half count as right
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval

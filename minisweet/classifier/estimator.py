@@ -20,18 +20,18 @@ from minisweet.adaptive import ExitRule, in_float32
 from minisweet.base.commands import Kind, Parser, number, telling, whole_number
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError
-from minisweet.data.rows import Rows, label_name, labelled_texts, names_of, texts_of, with_groups, with_text
-from minisweet.data.text import Texts
+from minisweet.classifier.rows import Rows, label_name, labelled_texts, names_of, texts_of, with_groups, with_text
+from minisweet.texts import Texts
 from minisweet.exits import ExitModel
 from minisweet.live import Decisions, early_exit
-from minisweet.runs.operating_point import Goal, OperatingPoint
-from minisweet.runs.options import OWN_TEXT, TrainingOptions
-from minisweet.runs.recipe import train_own
-from minisweet.runs.record import Record
-from minisweet.runs.resume import SavedTraining
-from minisweet.runs.run import Run
-from minisweet.use.choose import choose_for, labels_of, summary
-from minisweet.use.label import to_ask
+from minisweet.classifier.operating_point import Goal, OperatingPoint
+from minisweet.options import OWN_TEXT, TrainingOptions
+from minisweet.recipe import train_own
+from minisweet.record import Record
+from minisweet.resume import SavedTraining
+from minisweet.run import Run
+from minisweet.classifier.choose import choose_for, labels_of, summary
+from minisweet.classifier.label import to_ask
 
 AT_ONCE = 1024  # texts of which exit 0 is asked, so that those who stay fill batches
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # labels' names back to labels
@@ -237,7 +237,7 @@ class EarlyExitClassifier:
         compare: score, full_depth and per_class, of the labelled texts; lost and share of all `judging_texts`; their
         intervals. Without any label there is no score.
         """
-        from minisweet.use.check import found_on, outputs_of
+        from minisweet.classifier.test import found_on, outputs_of
 
         its = self.deployed
         rows = labelled_texts(X, y, max(1, len(its.run.record.columns)))
@@ -248,7 +248,7 @@ class EarlyExitClassifier:
 
     def explain(self, texts: Iterable[str | Sequence[str]]) -> list[list[tuple[Answer, bool]]]:
         """Of each text what each exit says, with the words that spoke at exit 0, and whether it is enough to leave."""
-        from minisweet.use.explain import explain
+        from minisweet.classifier.explain import explain
 
         its = self.deployed
         return [explain(its, text) for text in texts_of(texts, max(1, len(its.run.record.columns))).texts()]
@@ -260,7 +260,7 @@ class EarlyExitClassifier:
         written whole or not at all. Returns what came out, in lines; see `minisweet export`. Raises InputError for a
         path that exists, int8 for a folder, or where the packages for ONNX are missing.
         """
-        from minisweet.use.export import export_file, export_folder
+        from minisweet.classifier.export import export_file, export_folder
 
         if int8 and Path(path).suffix.lower() != ".onnx":
             raise InputError(f"is for one file, and {path} should end in .onnx", "int8")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, name_of, progress
 from minisweet.base.files import InputError
-from minisweet.data.rows import all_columns, cell, read_rows, row_writer, text_columns
-from minisweet.use.classifier import add_classifier_options, classifier_of, classify_tokens, tokenize
+from minisweet.classifier.rows import all_columns, cell, read_rows, row_writer, text_columns
+from minisweet.classifier.estimator import add_classifier_options, classifier_of, classify_tokens, tokenize
 
 WINDOW = 1024  # rows that are read, and sorted by length, at once
 

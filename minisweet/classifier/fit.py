@@ -15,13 +15,13 @@ from pathlib import Path
 from minisweet.base.commands import Parser, list_of, name_of
 from minisweet.base.devices import tune_cpu
 from minisweet.base.files import InputError
-from minisweet.data.rows import Rows, find_columns, read_texts, text_columns
-from minisweet.data.text import Examples
-from minisweet.runs.options import OWN_TEXT, TrainingOptions
-from minisweet.runs.recipe import train_own
-from minisweet.runs.resume import add_output_options, claim_output
-from minisweet.runs.run import Run
-from minisweet.use.choose import add_goal_options, choose_for, goal_of, print_choice
+from minisweet.classifier.rows import Rows, find_columns, read_texts, text_columns
+from minisweet.texts import Examples
+from minisweet.options import OWN_TEXT, TrainingOptions
+from minisweet.recipe import train_own
+from minisweet.resume import add_output_options, claim_output
+from minisweet.run import Run
+from minisweet.classifier.choose import add_goal_options, choose_for, goal_of, print_choice
 
 
 def main() -> None:

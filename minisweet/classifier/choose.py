@@ -20,13 +20,13 @@ import torch
 from minisweet.base.commands import Parser
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, preview
-from minisweet.data.rows import Rows, find_columns, read_texts, text_columns
-from minisweet.data.text import Texts
-from minisweet.evaluation import operating
-from minisweet.evaluation.metrics import METRICS, score
-from minisweet.runs.operating_point import Goal
-from minisweet.runs.options import TrainingOptions
-from minisweet.runs.run import LOGITS, OPERATING, Run
+from minisweet.classifier.rows import Rows, find_columns, read_texts, text_columns
+from minisweet.texts import Texts
+from minisweet.classifier import promise as operating
+from minisweet.metrics import METRICS, score
+from minisweet.classifier.operating_point import Goal
+from minisweet.options import TrainingOptions
+from minisweet.run import LOGITS, OPERATING, Run
 
 
 def main() -> None:

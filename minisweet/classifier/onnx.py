@@ -23,11 +23,11 @@ from torch import Tensor
 from minisweet.adaptive import ExitRule, in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
-from minisweet.data.text import Texts, special_tokens
-from minisweet.evaluation import operating
-from minisweet.evaluation.metrics import METRICS
-from minisweet.use.classifier import Deployed, EarlyExitClassifier, classify_tokens
-from minisweet.use.onnx_graph import INPUTS, export_graph, set_rule
+from minisweet.texts import Texts, special_tokens
+from minisweet.classifier import promise as operating
+from minisweet.metrics import METRICS
+from minisweet.classifier.estimator import Deployed, EarlyExitClassifier, classify_tokens
+from minisweet.classifier.onnx_graph import INPUTS, export_graph, set_rule
 
 
 def export_onnx(run: Path, out: Path, int8: bool = False) -> list[str]:

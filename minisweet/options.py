@@ -17,10 +17,10 @@ from minisweet.base.commands import (
 from minisweet.base.devices import AMP_CHOICES
 from minisweet.base.files import InputError
 from minisweet.config import Config
-from minisweet.data.tasks import TASKS, default_learning_rate
+from minisweet.tasks import TASKS, default_learning_rate
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS, exit_layers_for
-from minisweet.runs.hub import REPOSITORIES
+from minisweet.hub import REPOSITORIES
 
 # Own text is trained on for at least so many steps and epochs. Labelled single texts of three classes or more gain by
 # eight epochs. Two classes gain nothing, pairs lose, and texts that the model has answered itself are many.

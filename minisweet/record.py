@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from minisweet.data.tasks import TASKS
+from minisweet.tasks import TASKS
 from minisweet.methods import METHODS
-from minisweet.runs.options import TrainingOptions
+from minisweet.options import TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisweet.base.commands import progress
 from minisweet.base.devices import tokens_at_once
-from minisweet.data.text import Examples, Texts
+from minisweet.texts import Examples, Texts
 from minisweet.layers import TransformerEncoder
 from minisweet.outputs import BATCH_SIZE
 

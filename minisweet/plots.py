@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from minisweet.base.files import InputError, one_line, written_beside
-from minisweet.evaluation.metrics import METRICS
+from minisweet.metrics import METRICS
 from minisweet.methods import METHODS
-from minisweet.runs.record import Evaluation
+from minisweet.record import Evaluation
 
 # One colour per method in all pictures: Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73", "branch": "#CC79A7", "plain": "#000000"}

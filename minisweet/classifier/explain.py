@@ -22,12 +22,12 @@ import torch
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.commands import Parser, path_to, progress
 from minisweet.base.files import InputError, one_line, written_beside
-from minisweet.data.text import Texts
-from minisweet.evaluation.metrics import METRICS
-from minisweet.evaluation.sweep import sweep
+from minisweet.texts import Texts
+from minisweet.metrics import METRICS
+from minisweet.sweep import sweep
 from minisweet.live import Decisions
 from minisweet.outputs import ask_all
-from minisweet.use.classifier import Answer, Deployed, add_classifier_options, answers_of, classifier_of, tokenize
+from minisweet.classifier.estimator import Answer, Deployed, add_classifier_options, answers_of, classifier_of, tokenize
 
 TEMPLATE = Path(__file__).with_name("page.html")
 WORDS, MOST = 5, 10_000  # n-grams on each side; rows of the page that have them, so that it stays small

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisweet.adaptive import ExitRule
-from minisweet.evaluation.calibration import fit_rule
-from minisweet.evaluation.metrics import area_under_curve, score
+from minisweet.calibration import fit_rule
+from minisweet.metrics import area_under_curve, score
 from minisweet.outputs import Outputs
 
 FOLDS = 5

@@ -10,7 +10,7 @@ import torch
 from minisweet.adaptive import ExitRule
 from minisweet.base.commands import Options, number, option
 from minisweet.base.files import InputError
-from minisweet.data.own import JUDGE_IN, MOST_JUDGES
+from minisweet.classifier.split import JUDGE_IN, MOST_JUDGES
 
 CHOOSING = 4  # of so many validation texts one chooses, and the others judge
 ROUNDING = 1e-9  # of shares

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minisweet.base.commands import Parser
 from minisweet.base.files import LOG, InputError, written_beside
 from minisweet.checkpoint import WEIGHTS
-from minisweet.runs.run import FILES, Run, is_run
+from minisweet.run import FILES, Run, is_run
 
 try:
     import fcntl

@@ -12,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minisweet.base.files import LOG, InputError, preview
-from minisweet.data.rows import Rows
-from minisweet.data.text import Data, Examples, Texts, dealt, unite
+from minisweet.classifier.rows import Rows
+from minisweet.texts import Data, Examples, Texts, dealt, unite
 
 MAY_BE_TYPO = 5  # rows: a class with fewer is named
 JUDGE_IN, MOST_JUDGES = 5, 2000  # of so many unlabelled units one validates, and at most so many

@@ -15,13 +15,13 @@ import numpy as np
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
-from minisweet.data.rows import Rows, all_columns, read_texts, text_columns
-from minisweet.data.text import Texts, one_of_each
-from minisweet.evaluation import operating
-from minisweet.evaluation.metrics import METRICS
+from minisweet.classifier.rows import Rows, all_columns, read_texts, text_columns
+from minisweet.texts import Texts, one_of_each
+from minisweet.classifier import promise as operating
+from minisweet.metrics import METRICS
 from minisweet.outputs import Outputs, ask_all
-from minisweet.runs.operating_point import texts_needed
-from minisweet.use.classifier import Deployed, add_classifier_options, classifier_of, classify_tokens, tokenize
+from minisweet.classifier.operating_point import texts_needed
+from minisweet.classifier.estimator import Deployed, add_classifier_options, classifier_of, classify_tokens, tokenize
 
 CLASSES, TIMED = 20, 64  # classes that are told, at most; texts that are timed
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from minisweet.adaptive import Exits
 from minisweet.base.devices import choose_device, choose_precision
 from minisweet.base.files import LOG, InputError, read_dataclass, write_json, written_beside
-from minisweet.beyond.ngrams import NgramExit
+from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.checkpoint import OURS, WEIGHTS, load_classifier, load_strict, new_encoder, read_config
-from minisweet.data.text import Examples, Texts, load_tokenizer
+from minisweet.texts import Examples, Texts, load_tokenizer
 from minisweet.exits import ExitModel, MultiExitModel
 from minisweet.methods import METHODS
 from minisweet.outputs import Outputs, ask_all
-from minisweet.runs.operating_point import OperatingPoint
-from minisweet.runs.record import Evaluation, Record
+from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.record import Evaluation, Record
 
 TOKENIZER, VALIDATION, LOGITS = "tokenizer.json", "validation.jsonl", "logits.safetensors"
 EVALUATION, CURVE, OPERATING, LABELS = "evaluation.json", "curve.png", "operating.json", "labels.jsonl"

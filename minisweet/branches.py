@@ -4,7 +4,7 @@ The trunk is fine-tuned for the last exit alone, then frozen. Each earlier exit 
 layer, which runs for [CLS] in that layer's place.
 
 The exit's loss trains the copy and the exit's head alone. So each parameter is updated by exactly one classifier, and
-the trunk's own answers stay as they are. Texts without labels serve too (runs/recipe.py). EE-Tuning (Pan et
+the trunk's own answers stay as they are. Texts without labels serve too (recipe.py). EE-Tuning (Pan et
 al. 2024, https://arxiv.org/abs/2402.00518) does the like for language models that generate.
 """
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from minisweet.base.commands import Parser, whole_number
-from minisweet.data.rows import row_writer
-from minisweet.evaluation import operating
-from minisweet.runs.run import Run
+from minisweet.classifier.rows import row_writer
+from minisweet.classifier import promise as operating
+from minisweet.run import Run
 
 
 def main() -> None:
