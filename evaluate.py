@@ -1,31 +1,50 @@
-"""Score a run's exits, and sweep thresholds for its speed-accuracy curve (Sec. 3.3).
+"""Score the exits of a run, and sweep thresholds for its speed-accuracy curve (Sec. 3.3).
 
     python evaluate.py                          # the newest run under runs/
     python evaluate.py runs/NAME --thresholds 11
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 
-One forward pass over the run's validation rows gives every exit's logits, and with them all thresholds' decisions
-exactly. Prints the scores and the curve, and writes logits.safetensors, evaluation.json and curve.png. What to deploy
-is another question: minisweet choose RUN.
+One forward pass over the validation rows gives the logits of every exit, and with them the decisions at all thresholds,
+exactly. Prints the scores and the curve, and writes logits.safetensors, evaluation.json and curve.png.
 """
 
+import time
+from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
+
+import numpy as np
 
 from minisweet.base.commands import Parser, path_to, run_command, whole_number
-from minisweet.base.devices import tune_cpu
-from minisweet.base.files import InputError
-from minisweet.curve import evaluate
-from minisweet.plots import draw_curves
+from minisweet.base.devices import choose_device, choose_precision, device_name, tune_cpu
+from minisweet.base.files import InputError, read_dataclass, write_json
+from minisweet.metrics import METRICS
 from minisweet.options import TrainingOptions
-from minisweet.run import Run, newest_run
+from minisweet.outputs import ask_all, check_finite, write_outputs
+from minisweet.plots import draw_curves
+from minisweet.run import (
+    CURVE,
+    EVALUATION,
+    LOGITS,
+    RECORD,
+    Record,
+    load_model,
+    load_run_tokenizer,
+    read_record,
+    read_validation,
+    versions,
+)
+from minisweet.sweep import Evaluation, crossfit, spaced_thresholds, sweep
+from minisweet.texts import Texts
+from minisweet.toy import LEVELS
 
 
 def main() -> None:
-    """Draw the evaluations of several runs, or evaluate one."""
+    """Evaluate one run, or draw the evaluations of several."""
     parser = Parser(__doc__)
     option = parser.add_argument
-    option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: under runs/, the last written)")
-    option("--plot", type=path_to(".png"), metavar="PNG", help="evaluate nothing: draw these runs' curves together")
+    option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)")
+    option("--plot", type=path_to(".png"), metavar="PNG", help="draw the curves of evaluated runs in one picture")
     option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
@@ -34,10 +53,105 @@ def main() -> None:
     runs = args.runs or [newest_run()]
     tune_cpu()
     if args.plot:
-        draw_curves(args.plot, {str(run): Run.read(run).evaluation for run in runs})
+        draw_curves(args.plot, {str(folder): read_evaluation(folder) for folder in runs})
         print(f"written to {args.plot}")
     else:
         evaluate(runs[0], args.thresholds, args.device, args.amp)
+
+
+def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> Evaluation:
+    """Run all exits on the validation rows of a run. Writes, prints and returns the scores and the curve."""
+    start, record, place = time.perf_counter(), record_of(folder), choose_device(device)
+    options = record.arguments
+
+    # 1. The outputs of all exits for all rows.
+    texts = Texts(load_run_tokenizer(folder, record), read_validation(folder, record))
+    model = load_model(folder, record).to(place)
+    outputs = ask_all(model, texts, choose_precision(amp, place), record.metric)
+    check_finite(outputs, folder)
+    write_outputs(folder / LOGITS, outputs, record.id)
+    seconds = round(time.perf_counter() - start, 2)
+
+    # 2. The decisions at all thresholds.
+    folds = crossfit(outputs)
+    points = spaced_thresholds(thresholds, folds[0][0].lowest)
+    curve, taken = sweep(folds, outputs, points)
+    evaluation = Evaluation(
+        id=record.id,
+        task=record.task,
+        method=options.method,
+        exit_strategy=options.exit_strategy,
+        metric=outputs.metric,
+        exit_layers=record.exit_layers,
+        thresholds=points,
+        **curve,
+        examples=len(texts),
+        dev_digest=texts.examples.digest(),
+        seconds=seconds,
+        device=device_name(place),
+        precision=outputs.precision,
+        versions=versions(),
+    )
+    write_json(folder / EVALUATION, asdict(evaluation))
+    draw_curves(folder / CURVE, {str(folder): evaluation})
+
+    # 3. What a person reads.
+    print(f"{folder}: {options.model}, {options.method}, {record.task}, {len(texts):,} validation rows")
+    print_curve(evaluation)
+    if texts.examples.difficulties:  # of the toy task
+        print_difficulties(texts.examples.difficulties, np.array(record.exit_layers)[taken], points)
+    next_step = f"; to choose a threshold: minisweet choose {quote(str(folder))}"
+    print(f"\nwritten to {folder / EVALUATION}" + next_step * (options.exit_strategy != "lte"), flush=True)
+    return evaluation
+
+
+def record_of(folder: Path) -> Record:
+    """The record of a run of train.py. Raises InputError if there is none, or it is of `minisweet fit`."""
+    record = read_record(folder)
+    if record.fit is not None:
+        raise InputError(f"{folder}: a run of minisweet fit, which is evaluated by: minisweet choose {folder}")
+    return record
+
+
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The run under `runs` that was written last. Raises InputError if there is none."""
+    records = list(runs.glob(f"[!.]*/{RECORD}"))  # a dot: a run that is being written
+    if not records:
+        raise InputError(f"{runs}/: no run here; train one with train.py, or name a run folder")
+    return max(records, key=lambda path: path.stat().st_mtime).parent
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read the evaluation of a run. Raises InputError if it is missing, broken or of other weights."""
+    record = record_of(folder)
+    if not (folder / EVALUATION).is_file():
+        raise InputError(f"{folder}: has no {EVALUATION}; first: python evaluate.py {folder}")
+    evaluation = read_dataclass(Evaluation, folder / EVALUATION)
+    if evaluation.id != record.id:
+        raise InputError(f"{folder / EVALUATION}: is of other weights than the model beside it; make it anew")
+    return evaluation
+
+
+def print_curve(evaluation: Evaluation) -> None:
+    """Print the score of each exit alone, and of all exits together at each threshold."""
+    layers, answers = evaluation.exit_layers, evaluation.exit_answers
+    print(f"\n{'exit after layer':<25}" + "".join(f"{n:8}" for n in layers))
+    print(f"{METRICS[evaluation.metric]:<25}" + "".join(f"{value:8.1f}" for value in evaluation.exit_scores))
+    if constant := [str(n) for n, count in zip(layers, answers, strict=True) if count < 2]:
+        print(f"predicts one class for all rows: the exit after layer {', '.join(constant)}")
+    print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   rows that take each exit")
+    points = evaluation.thresholds, evaluation.scores, evaluation.speedup_ratios, evaluation.exit_counts
+    for threshold, value, ratio, counts in zip(*points, strict=True):
+        print(f"{threshold:9.3f}{value:8.1f}{ratio:15.3f}   " + "".join(f"{count:7,}" for count in counts))
+    print(f"area under the curve {evaluation.area:.2f}; all exits of all rows took {evaluation.seconds:.1f} s")
+
+
+def print_difficulties(difficulties: list[str], layers: np.ndarray, thresholds: list[float]) -> None:
+    """Print the mean exit layer of each difficulty at a threshold of about 0.9, from exit layers (P, N)."""
+    p = int(np.abs(np.array(thresholds) - 0.9).argmin())
+    print(f"\n{'difficulty':<25}mean exit layer at threshold {thresholds[p]:.3f}")
+    for level in filter(difficulties.count, LEVELS):
+        print(f"{level:<25}{layers[p, np.array(difficulties) == level].mean():8.2f}")
 
 
 if __name__ == "__main__":

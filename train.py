@@ -1,41 +1,142 @@
-"""Fine-tune BERT, DeBERTa or MPNet with early exits: the paper's SWEET, Early-Exit (ee) and Multi-Model (mm), and ours.
+"""Fine-tune BERT, DeBERTa or MPNet with early exits: SWEET, Early-Exit (ee), Multi-Model (mm), or branches or no exits.
 
     python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
     python train.py --model bert-base --method sweet --task rte
 
-Writes a run folder, which evaluate.py reads. The loop stands in minisweet/training.py, a method's stages in
-minisweet/methods.py, and all of a training in minisweet/recipe.py. For your own text: minisweet fit FILE.
+Writes a run folder, which evaluate.py reads. The training loop is in minisweet/training.py, and what each method trains
+is in minisweet/methods.py. For your own text: minisweet fit FILE.
 """
 
+import hashlib
+import time
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
-from minisweet.base.commands import Parser, run_command
-from minisweet.base.devices import tune_cpu
-from minisweet.tasks import TASKS
-from minisweet.hub import home
-from minisweet.options import OF_TASKS, TrainingOptions
-from minisweet.recipe import train_task
-from minisweet.record import run_name
-from minisweet.resume import add_output_options, claim_output
+import numpy as np
+import torch
+
+from minisweet.base.commands import Parser, name_of, run_command
+from minisweet.base.devices import choose_device, choose_precision, device_name, tune_cpu
+from minisweet.base.files import LOG, InputError
+from minisweet.checkpoint import WEIGHTS, read_config
+from minisweet.defaults import resolve
+from minisweet.hub import fetch_task, home, model_folder
+from minisweet.methods import METHODS, Stage, add_exits, new_trunk
+from minisweet.options import TrainingOptions
+from minisweet.run import Record, check_output, run_name, save_run, versions
+from minisweet.tasks import TASKS, find_task, load_examples
+from minisweet.texts import Texts, load_tokenizer
+from minisweet.training import train_stage
 
 
 def main() -> None:
-    """Train one run, or with --resume say that it is there."""
+    """Read the options, train one run, and say what to do next."""
     parser = Parser(__doc__)
-    option = parser.add_argument
-    option("--task", choices=list(TASKS), default="toy", help="of GLUE, or toy (default: toy)")
-    option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
-    option("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
-    parser.add_options(TrainingOptions, *OF_TASKS, method="sweet", train_size=6000)
-    add_output_options(parser)
+    parser.add_options(TrainingOptions, "model", title="model")
+    parser.add_options(TrainingOptions, "method", "exit_layers", "exit_strategy", title="method")
+    data = parser.add_argument_group("data").add_argument
+    data("--task", type=name_of, default="toy", help=f"{', '.join(TASKS)}, or a folder in --data-dir (default: toy)")
+    data("--data-dir", type=Path, default=home() / "data", help="the folder of the tasks (default: %(default)s)")
+    parser.add_options(TrainingOptions, "train_size", "max_length", title="data")
+    parser.add_options(TrainingOptions, "lr", "epochs", "batch_size", "seed", "device", "amp", title="training")
+    output = parser.add_argument_group("output").add_argument
+    output("--out", type=Path, help="run folder (default: runs/<model>-<method>-<task>-seed<k>)")
+    output("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     args = parser.parse_args()
     options = parser.make(TrainingOptions, args)
     out = args.out or Path("runs") / run_name(options, args.task)
     tune_cpu()
-    with claim_output(out, args.resume, args.overwrite) as saved:
-        run = train_task(options, args.task, args.data_dir, saved)
-    print(f"{out}: {'trained' if run else 'finished already'}; next: python evaluate.py {quote(str(out))}")
+    train(options, args.task, args.data_dir, out, args.overwrite)
+    print(f"{out}: trained; next: python evaluate.py {quote(str(out))}")
+
+
+def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwrite: bool = False) -> Record:
+    """Train a model on a task and write the run to a folder.
+
+    Returns the run's record. Raises InputError if `out` exists (before anything is trained), if model and data do not
+    fit, and if the training diverges.
+    """
+    # 1. Options: those that are left open depend on the model and the task.
+    check_output(out, overwrite)
+    fetch_task(task, data_dir)
+    spec = find_task(task, data_dir)
+    folder = model_folder(options.model)
+    config = read_config(folder)
+    options = resolve(options, config, task, spec)
+    device = choose_device(options.device)
+    precision = choose_precision(options.amp, device, training=True)
+
+    # 2. Data: at most `train_size` rows to train on, drawn by the seed and shared by all methods, and all dev rows.
+    tokenizer = load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens)
+    rows, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
+    if rows.second is not None and config.type_vocab_size == 1:
+        raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {task}, need 2")
+    order = np.random.default_rng(options.seed).permutation(len(rows.first))
+    subset = np.sort(order[: options.train_size]).tolist()  # with one seed, 500 rows are among the 6,000
+    texts = Texts(tokenizer, rows.take(subset))
+
+    # 3. Model: the first layers of the checkpoint with one exit at their end, to which the method adds its exits.
+    torch.manual_seed(options.seed)
+    trunk = new_trunk(folder, options.exit_layers[-1], len(spec.labels), options.exit_strategy)
+    record = Record(
+        arguments=options,
+        task=task,
+        labels=list(spec.labels),
+        metric=spec.metric,
+        text_columns=list(spec.columns[:-1]),
+        exit_layers=options.exit_layers,
+        depth=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        subset=subset,
+        digest=hashlib.sha256((dev.digest() + texts.examples.digest()).encode()).hexdigest(),
+        weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        trained_keys=sorted({*texts.keys.tolist()}),
+        device=device_name(device),
+        precision=str(precision or torch.float32),
+        versions=versions(),
+        fit=None,
+    )
+    exits = ",".join(map(str, options.exit_layers))
+    LOG.info("%s, exits after layers %s of %d, method %s", options.model, exits, record.depth, options.method)
+    LOG.info("%s: %d of %d rows to train on, %d to validate", task, len(texts), len(rows.first), len(dev.first))
+    if rows.empty:
+        LOG.warning("empty texts, skipped: %d", rows.empty)
+    LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
+    LOG.info("lr %g, epochs %d, seed %d, %s, %s", options.lr, options.epochs, options.seed, record.device, precision)
+
+    # 4. Loop: SWEET and EE have one stage, MM one per model. The trunk of branches is trained before they are added.
+    method = METHODS[options.method]
+    losses, seconds = {}, {}
+
+    def run(stage: Stage) -> None:
+        start = time.perf_counter()
+        losses[stage.name] = train_stage(
+            stage, texts, options.epochs, options.batch_size, options.lr, options.seed, device, precision
+        )
+        seconds[stage.name] = time.perf_counter() - start
+
+    try:
+        if method.trains_trunk_first:
+            run(Stage("trunk", trunk))
+        torch.manual_seed(options.seed)
+        model = add_exits(options.method, trunk, options.exit_layers, options.exit_strategy)
+        for stage in method.stages(model):
+            run(stage)
+    except FloatingPointError as error:
+        step = error.args[0]
+        save_run(out, replace(record, diverged=step))
+        message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
+        raise InputError(message, "lr") from None
+
+    # 5. Save.
+    record = replace(
+        record,
+        losses={name: np.round(values, 5).tolist() for name, values in losses.items()},
+        stages={name: round(value, 1) for name, value in seconds.items()},
+        seconds=round(sum(seconds.values()), 1),
+    )
+    return save_run(out, record, model.eval(), tokenizer, dev)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""minisweet: early-exit fine-tuning of BERT, DeBERTa and MPNet, after "Finding the SWEET Spot" (Rotem et al. 2023).
-
-For your own text (see `help(EarlyExitClassifier)`):
-
-    classify = EarlyExitClassifier(max_lost=3, sure=90).fit(texts, labels)
-    classify.predict(["The printer is on fire"])
+"""minisweet: early exits for BERT, DeBERTa and MPNet, after "Finding the SWEET Spot" (Rotem et al. 2023).
 
 To read and to study (B batch, T tokens, D hidden size, L layers, K exits, C classes):
 
@@ -12,20 +7,37 @@ To read and to study (B batch, T tokens, D hidden size, L layers, K exits, C cla
     model = MultiExitModel(encoder, exit_layers=(1, 2, 3, 6), num_labels=2, method="sweet")  # or "ee"; BranchModel
     logits = model(input_ids, attention_mask, token_type_ids)    # (K, B, C); call model.eval() first to predict
     model.heads[k].pooler, model.heads[k].classifier             # nn.Linear each, k from 0
-    models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM: answers likewise
-    model.add_ngrams(NgramExit(...))                             # exit 0, a bag of words: then (K+1, B, C)
+    models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM, called likewise
+
+For your own text (see `help(EarlyExitClassifier)`):
+
+    classify = EarlyExitClassifier(max_lost=3, sure=90).fit(texts, labels)
+    classify.predict(["The printer is on fire"])
 """
+
+import importlib
 
 __version__ = "0.1.0"
 
-from minisweet.base.devices import tune_cpu
-from minisweet.base.files import InputError
-from minisweet.branches import BranchModel
-from minisweet.classifier.bag_of_words import NgramExit
-from minisweet.checkpoint import load_encoder
-from minisweet.exits import MultiExitModel
-from minisweet.methods import build_multi_model
-from minisweet.classifier.estimator import EarlyExitClassifier
+# The public names, each imported from its module when it is first used, so that a training loads no classifier.
+_MODULES = {
+    "BranchModel": "branches",
+    "EarlyExitClassifier": "classifier.estimator",
+    "InputError": "base.files",
+    "MultiExitModel": "exits",
+    "NgramExit": "classifier.bag_of_words",
+    "build_multi_model": "methods",
+    "load_encoder": "checkpoint",
+    "tune_cpu": "base.devices",
+}
+__all__ = list(_MODULES)
 
-__all__ = ["BranchModel", "EarlyExitClassifier", "InputError", "MultiExitModel", "NgramExit", "build_multi_model"]
-__all__ += ["load_encoder", "tune_cpu"]
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'minisweet' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minisweet.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -19,8 +19,8 @@ import sys
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import tune_cpu
 
-COMMANDS = {name: f"minisweet.classifier.{name}" for name in ("fit", "choose", "label", "predict", "explain", "export")}
-COMMANDS["test"] = "minisweet.classifier.test"
+OWN_TEXT = ("fit", "choose", "label", "test", "predict", "explain", "export")
+COMMANDS = {name: f"minisweet.classifier.{name}" for name in OWN_TEXT}
 COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 
 

@@ -1,7 +1,7 @@
 """BERT's encoder (Devlin et al. 2019, https://arxiv.org/abs/1810.04805), by hand.
 
-Embeddings and L post-norm Transformer layers. There is no pooler here: each exit has its own, see exits.py. What all
-encoders share is in layers.py, where the dimension letters are explained too.
+Embeddings and L post-norm Transformer layers. There is no pooler, because each exit has its own (exits.py). layers.py
+has what all encoders share, and explains the dimension letters.
 """
 
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from minisweet.layers import TransformerEncoder, TransformerLayer, draw_weights,
 
 
 class BertLayer(TransformerLayer):
-    """Self-attention and a feed-forward block; MPNet's layers are the same.
+    """Self-attention and a feed-forward block, as in MPNet too.
 
-    The key has no bias. A checkpoint's would add the same number to all scores of a query, which the softmax ignores.
+    The key has no bias. A checkpoint's key bias adds the same number to all scores of a query, which softmax ignores.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -23,16 +23,16 @@ class BertLayer(TransformerLayer):
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
 
     def attend(self, hidden: Tensor, context: tuple[Tensor], tokens: int | None) -> Tensor:
-        """Scaled dot-product attention: (B, T, D) to (B, H, R, d).
+        """Scaled dot-product attention: hidden states (B, T, D) to context vectors (B, H, R, d).
 
-        The context is what padding adds to the scores, (B, 1, 1, T), or padding and distance, (B, H, T, T).
+        The context is the bias of the scores: (B, 1, 1, T) for padding, or (B, H, T, T) for padding and distance.
         """
-        # Without contiguous(), frozen weights would go through another kernel, and the last bits would differ.
+        # Without contiguous(), frozen weights would use another kernel, and the last bits would differ.
         asking = hidden[:, :tokens].contiguous()
         projected = self.query(asking), self.key(hidden), self.value(hidden)
         query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
         bias = context[0][:, :, :tokens]  # (B, 1, 1, T) or (B, H, R, T)
-        # A CPU trains by plain products, for the sake of our dropout, which is fast there (layers.py).
+        # Training on a CPU uses plain products, so that our fast dropout applies (layers.py).
         if self.training and hidden.device.type == "cpu":
             scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
             return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
@@ -41,7 +41,7 @@ class BertLayer(TransformerLayer):
 
 
 class BertEncoder(TransformerEncoder):
-    """Embeddings and layers of BERT, randomly initialised. `load_encoder` puts a checkpoint's weights there."""
+    """Embeddings and layers of BERT, randomly initialised. `load_encoder` loads a checkpoint."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -51,11 +51,11 @@ class BertEncoder(TransformerEncoder):
         draw_weights(self, config.initializer_range)
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """The hidden states (B, T, D) that enter layer 1, of ids and types (B, T), int64."""
+        """The input of layer 1 (B, T, D), from ids and types (B, T), int64."""
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
         hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]  # (T, D) is broadcast over the batch
         return self.dropout(self.embedding_norm(hidden))
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor]:
-        """What padding adds to the scores, (B, 1, 1, T), of a mask (B, T): 1 for tokens, 0 for padding."""
+        """The bias of the scores (B, 1, 1, T), from a mask (B, T): 1 for tokens, 0 for padding."""
         return (padding_bias(attention_mask, self.embedding_norm.weight.dtype),)

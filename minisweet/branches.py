@@ -1,11 +1,10 @@
-"""Branches on a frozen trunk: early exits for a finished model, which stays as it is. They go beyond the paper.
+"""Branches: early exits for a finished model, which stays as it is. They go beyond the paper.
 
-The trunk is fine-tuned for the last exit alone, then frozen. Each earlier exit has a branch: a private copy of its
-layer, which runs for [CLS] in that layer's place.
-
-The exit's loss trains the copy and the exit's head alone. So each parameter is updated by exactly one classifier, and
-the trunk's own answers stay as they are. Texts without labels serve too (recipe.py). EE-Tuning (Pan et
-al. 2024, https://arxiv.org/abs/2402.00518) does the like for language models that generate.
+The trunk, a model with one exit at its end, is fine-tuned first and then frozen. Each earlier exit gets a branch: its
+own copy of the layer it stands after, which runs for [CLS] in place of that layer. The exit's loss only trains this
+copy and the exit's head. So, as in SWEET, each parameter is updated by exactly one classifier, and the trunk's own
+answers do not change. EE-Tuning (Pan et al. 2024, https://arxiv.org/abs/2402.00518) does the same for generative
+language models.
 """
 
 import copy
@@ -18,7 +17,7 @@ from minisweet.layers import TransformerEncoder
 
 
 class BranchModel(MultiExitModel):
-    """A frozen trunk, encoder and last head, with a branch for each exit before the last; see `MultiExitModel`."""
+    """A frozen encoder and last head, with a branch for each earlier exit. For the arguments see `MultiExitModel`."""
 
     def __init__(
         self,
@@ -35,23 +34,23 @@ class BranchModel(MultiExitModel):
         self.train()
 
     def cost_in_vain(self, n: int) -> float:
-        """The branch's keys and values of all tokens: two of the twelve products of a layer."""
+        """The branch computes keys and values of all tokens: two of the twelve products of a layer."""
         return 1 / 6
 
     def layer_of_exit(self, n: int) -> nn.Module:
-        """The exit's branch; at the last exit, which has none, the trunk's own layer."""
-        if n == self.head_layers[-1]:
+        """The exit's branch, or the trunk's own layer at the last exit, which has no branch."""
+        if n == self.exit_layers[-1]:
             return super().layer_of_exit(n)
-        return self.branches[self.head_layers.index(n)]
+        return self.branches[self.exit_layers.index(n)]
 
     def train(self, mode: bool = True) -> "BranchModel":
-        """As any module's `train`, but the trunk stays in evaluation mode."""
+        """Like `nn.Module.train`, but the trunk stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         self.heads[-1].eval()
         return self
 
     def branch_parameters(self) -> list[list[nn.Parameter]]:
-        """A group for each branch and its head, in the order of the exits."""
+        """One group of parameters per branch and its head, in the order of the exits."""
         pairs = zip(self.branches, self.heads[:-1], strict=True)
         return [[*branch.parameters(), *head.parameters()] for branch, head in pairs]

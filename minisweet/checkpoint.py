@@ -1,7 +1,7 @@
-"""Public weights into our encoders: strictly, through an explicit map of names.
+"""Loads public weights into our encoders, strictly and through an explicit map of names.
 
-Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. Keys of config.json that we have no
-field for are ignored: they describe the file, not the model.
+Every tensor of a checkpoint is either loaded, or dropped on purpose and by name. Keys of config.json without a field in
+our configs are ignored, because they describe the file rather than the model.
 """
 
 import re
@@ -22,14 +22,23 @@ from minisweet.deberta import DebertaEncoder
 from minisweet.layers import TransformerEncoder
 from minisweet.mpnet import MPNetEncoder
 
+# The presets, by their repositories on the Hugging Face hub.
+REPOSITORIES = {
+    "bert-base": "google-bert/bert-base-uncased",
+    "bert-large": "google-bert/bert-large-uncased",
+    "deberta-base": "microsoft/deberta-base",
+    "deberta-large": "microsoft/deberta-large",
+    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+    "mpnet-base": "sentence-transformers/all-mpnet-base-v2",
+}
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
-OURS = "minisweet"  # the model_type of a run, so that no other library takes it for a plain BERT
+OURS = "minisweet"  # the model_type of a run, so that other libraries do not mistake it for a plain BERT
 ARCHITECTURES = {
     "bert": (BertConfig, BertEncoder),
     "deberta": (DebertaConfig, DebertaEncoder),
     "mpnet": (MPNetConfig, MPNetEncoder),
 }
-# The modules of a layer, ours to theirs. What is not here is called as in `attention.self`, like DeBERTa's biases.
+# The modules of a layer, from our names to the public ones. All others are in `attention.self`, like DeBERTa's biases.
 MODULES = {
     "attention_output": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
@@ -41,14 +50,14 @@ OF_MPNET = {"query": "attention.attn.q", "key": "attention.attn.k", "value": "at
 OF_MPNET |= {"attention_output": "attention.attn.o", "attention_norm": "attention.LayerNorm"}
 TABLES = {"relative_table": "encoder.rel_embeddings", "relative_bias": "encoder.relative_attention_bias"}
 TABLES |= {"embedding_norm": "embeddings.LayerNorm"}
-# A finished classifier's class in transformers, and there the names of an exit head's pooler and classifier.
+# The classifiers of transformers: the class, and its names for the pooler and the classifier of an exit head.
 CLASSIFIERS = {
     "bert": ("BertForSequenceClassification", "bert.pooler.dense", "classifier"),
     "deberta": ("DebertaForSequenceClassification", "pooler.dense", "classifier"),
     "mpnet": ("MPNetForSequenceClassification", "classifier.dense", "classifier.out_proj"),
 }
-# Tensors whose names start like this are dropped if the model has no such parameter: heads of pre-training and of
-# tasks, a buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only its pre-training read.
+# Tensors with these prefixes are dropped if the model has no such parameter: heads of pre-training and of tasks, a
+# buffer that counts 0, 1, 2, ..., and DeBERTa's absolute positions, which only pre-training used.
 DROPPED = ("cls.", "lm_head.", "lm_predictions.", "mask_predictions.", "classifier.", "qa_outputs.")
 DROPPED += ("embeddings.position_ids", "embeddings.position_embeddings.")
 
@@ -78,52 +87,32 @@ def read_config(folder: str | Path) -> Config:
 
 
 def new_encoder(config: Config) -> TransformerEncoder:
-    """Make an encoder with random weights."""
+    """A new encoder with random weights."""
     return ARCHITECTURES[config.model_type][1](config)
 
 
 def load_encoder(folder: str | Path, num_layers: int | None = None) -> TransformerEncoder:
-    """Load the encoder of a folder in the Hugging Face layout: BERT, DeBERTa or MPNet, as its model_type says.
+    """Load the encoder (BERT, DeBERTa or MPNet) of a folder in the Hugging Face layout.
 
-    It has the first `num_layers` layers, by default all, and is in float32 and in evaluation mode. Its `pooler_start`
-    is the checkpoint's pooler, a state dict with which exit heads begin, or None. Raises InputError where there are not
-    so many layers, and where a file is missing or unreadable, asks for what is not implemented, or does not fit the
-    others.
+    It has the first `num_layers` layers (default: all), and is in float32 and in evaluation mode. Its `pooler_start` is
+    the state dict of the checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are
+    fewer layers, or if a file is missing, unreadable, not implemented, or does not fit the others.
     """
-    return _load(Path(folder), num_layers)["encoder"].eval()
+    return load_parts(Path(folder), num_layers)["encoder"].eval()
 
 
-def load_classifier(folder: Path) -> tuple[TransformerEncoder, nn.Linear, list[str]]:
-    """Load a finished classifier, saved by a class of transformers that is in `CLASSIFIERS`.
-
-    Returns the encoder, the classifier, and the labels in the order of the classes: id2label's, or LABEL_0 and LABEL_1.
-    Raises InputError as `load_encoder` does, and for models of other tasks.
-    """
-    path = folder / "config.json"
-    content = read_json(path)
-    labels = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    names = [labels.get(str(n)) for n in range(len(labels))] if isinstance(labels, dict) else [None]
-    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise InputError(f"{path}: id2label is {labels!r:.120}, should give the classes 0, 1, ... a text each")
-    wanted, found = "single_label_classification", content.get("problem_type")
-    if found not in (wanted, None) or len(names) < 2:
-        raise InputError(f"{path}: {found} with {len(names)} outputs, should be {wanted} with two or more")
-    parts = _load(folder, num_labels=len(names))
-    return parts["encoder"], parts["classifier"], names
-
-
-def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> nn.ModuleDict:
-    """The encoder, with the checkpoint's pooler if there is one; where `num_labels` are asked for, the classifier."""
-    config, there = read_config(folder), open_weights(folder)
+def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> nn.ModuleDict:
+    """Load the encoder, the checkpoint's pooler if there is one, and the classifier if `num_labels` is not 0."""
+    config, slices = read_config(folder), open_weights(folder)
     model_type, D, depth = config.model_type, config.hidden_size, config.num_hidden_layers
     L = depth if num_layers is None else num_layers
     if not 1 <= L <= depth:
         raise InputError(f"num_layers: {L}, should be from 1 to {depth}, the layers of {folder}")
     _, pooler, classifier = CLASSIFIERS[model_type]
-    heads = {"pooler": pooler.removeprefix("bert."), "classifier": classifier}  # ours to theirs
-    if not num_labels:  # an encoder alone, whose pooler is a finished classifier's, that of pre-training, or missing
-        found = [name for name in (heads["pooler"], "pooler.dense") if f"{name}.weight" in there]
-        heads = {"pooler": found[0]} if found else {}
+    heads = {"pooler": pooler.removeprefix("bert."), "classifier": classifier}  # from our names to the public ones
+    if not num_labels:  # an encoder alone: the pooler is that of a classifier or of pre-training, or there is none
+        poolers = [name for name in (heads["pooler"], "pooler.dense") if f"{name}.weight" in slices]
+        heads = {"pooler": poolers[0]} if poolers else {}
 
     def make() -> nn.ModuleDict:
         sizes = {"pooler": D, "classifier": num_labels}
@@ -134,7 +123,7 @@ def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> n
         part, _, rest = name.partition(".")
         return public_name(rest, model_type) if part == "encoder" else f"{heads[part]}.{rest}"
 
-    # Our key has no bias. BERT's adds the same number to all scores of a query, which the softmax ignores.
+    # Our key has no bias. BERT's adds the same number to all scores of a query, which softmax ignores.
     dropped = [*DROPPED, *(public_name(f"layers.{n}.key.bias", model_type) for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
@@ -145,17 +134,17 @@ def _load(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> n
 
 
 def open_weights(folder: Path) -> dict:
-    """Open a folder's model.safetensors: each tensor's name to its slice, which is read when it is asked for.
+    """Open model.safetensors of a folder. Returns slices by the tensors' names; a slice is read when it is indexed.
 
-    Names come without "bert.", "deberta." or "mpnet.", and with today's names of LayerNorm's parameters. A
-    pytorch_model.bin that stands there alone is converted first. Raises InputError for a file that is missing, broken
-    or ambiguous.
+    The names have no prefix "bert.", "deberta." or "mpnet.", and LayerNorm's parameters have today's names. A
+    pytorch_model.bin without a model.safetensors is converted first. Raises InputError for a file that is missing,
+    broken or ambiguous.
     """
     path, pickled, slices = folder / WEIGHTS, folder / PICKLED, {}
     try:
         if not path.exists() and pickled.exists():
             tensors = torch.load(regular_file(pickled), weights_only=True, map_location="cpu")
-            # safetensors refuses tied tensors and strided views: every tensor gets memory of its own.
+            # safetensors refuses tied tensors and strided views, so every tensor gets its own memory.
             tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
             with written_beside(path) as new:
                 new.write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -174,24 +163,29 @@ def open_weights(folder: Path) -> dict:
 def load_strict(
     path: Path, make: Callable[[], nn.Module], to_public: Callable[[str], str] = str, dropped: Sequence[str] = ()
 ) -> nn.Module:
-    """Make a module in float32, and fill it with the tensors of a file, each of which must be used or dropped.
+    """Make a module in float32 and load the tensors of a file, each of which must be used or dropped.
 
-    `make` is called on the meta device, so that no weights are drawn only to be thrown away: all buffers must be in the
-    module's state dict. `to_public` gives the file's name of ours, by default the same. `dropped` are prefixes of names
-    to ignore. Raises InputError for tensors that do not fit, naming the first five with both shapes.
+    Args:
+        path: of the file.
+        make: makes the module. It is called on the meta device, so that no random weights are drawn in vain; so all
+            buffers must be in the module's state dict.
+        to_public: maps our names to the names in the file.
+        dropped: prefixes of names to ignore.
+
+    Raises InputError if tensors do not fit. It names the first five, with both shapes.
     """
     slices, problems, tensors = open_weights(path.parent), [], {}
     with torch.device("meta"), _NoInit():
         module = make()
     for name, value in module.state_dict().items():
         source, shape = to_public(name), list(value.shape)
-        found = slices.pop(source, None)
-        there = "missing" if found is None else found.get_shape()
-        if there != shape:
-            problems.append(f"{source} is {there} and should be {shape}")
+        tensor_slice = slices.pop(source, None)
+        stored = "missing" if tensor_slice is None else tensor_slice.get_shape()
+        if stored != shape:
+            problems.append(f"{source} is {stored} and should be {shape}")
             continue
         with torch.device("cpu"):  # whatever the user's default is
-            tensor = found[...]
+            tensor = tensor_slice[...]
         tensors[name] = tensor.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
         if tensor.is_floating_point() != value.is_floating_point():
             problems.append(f"{source} is {tensor.dtype} and should be {value.dtype}")
@@ -206,7 +200,7 @@ def load_strict(
 
 
 class _NoInit(TorchFunctionMode):
-    """Within it, torch.nn.init does nothing: on the meta device it would import torch's compiler, a second's work."""
+    """A mode in which torch.nn.init does nothing. On the meta device it would import torch's compiler, for a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
-"""The encoders' configs: the keys of config.json that shape an encoder, with the published format's defaults.
+"""The configs of the encoders: the keys of config.json that define an encoder, with the defaults of the public format.
 
-A `Literal` lists all values that are implemented: any other is refused, since to ignore it would build another model.
+A `Literal` lists the values that are implemented. Any other value is refused, because ignoring it would silently build
+another model.
 """
 
 from dataclasses import dataclass, field, fields
@@ -13,13 +14,13 @@ def size(low: int = 1, high: int = 10**6) -> Any:
 
 
 def share(default: float | None) -> Any:
-    """A field from 0 to 1, or None where that is its default."""
+    """A field from 0 to 1. None is allowed if it is the default."""
     return field(default=default, metadata={"range": (0, 1)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What all of them share. Raises ValueError for sizes and shares that cannot be."""
+    """The keys that all encoders share. Raises ValueError for a value out of range."""
 
     vocab_size: int = size()
     hidden_size: int = size()
@@ -37,10 +38,10 @@ class Config:
     model_type: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for its in fields(self):
-            value, (low, high) = getattr(self, its.name), its.metadata.get("range", (None, None))
+        for item in fields(self):
+            value, (low, high) = getattr(self, item.name), item.metadata.get("range", (None, None))
             if None not in (value, low) and not low <= value <= high:
-                raise ValueError(f"{its.name} is {value}, should be from {low} to {high}")
+                raise ValueError(f"{item.name} is {value}, should be from {low} to {high}")
         D, H = self.hidden_size, self.num_attention_heads
         if D % H:
             raise ValueError(f"hidden_size is {D}, should be a multiple of num_attention_heads, {H}")
@@ -53,13 +54,13 @@ class Config:
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens a text may have."""
+        """The largest number of tokens of a text."""
         return self.max_position_embeddings - self.first_position
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(Config):
-    """The keys of config.json that shape a BERT encoder."""
+    """The config of a BERT encoder."""
 
     type_vocab_size: int = size()
     classifier_dropout: float | None = share(None)
@@ -71,7 +72,7 @@ class BertConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DebertaConfig(Config):
-    """The keys of config.json that shape a DeBERTa encoder, of its first version."""
+    """The config of a DeBERTa encoder, version 1."""
 
     pos_att_type: Literal["c2p|p2c"]
     relative_attention: Literal[True]
@@ -86,17 +87,17 @@ class DebertaConfig(Config):
 
     @property
     def relative_span(self) -> int:
-        """The largest relative distance that attention tells from others, k."""
+        """k: relative distances are clamped to -k and k - 1."""
         return self.max_relative_positions if self.max_relative_positions > 0 else self.max_position_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
 class MPNetConfig(Config):
-    """The keys of config.json that shape an MPNet encoder."""
+    """The config of an MPNet encoder."""
 
     relative_attention_num_buckets: int = field(default=32, metadata={"range": (32, 10**6)})  # above 32: see mpnet.py
     type_vocab_size: Literal[0] = 0
-    first_position: ClassVar[int] = 2  # 0 and 1 are padding's
+    first_position: ClassVar[int] = 2  # 0 and 1 are for padding
     model_type: ClassVar[str] = "mpnet"
     pooler_hidden_act: ClassVar[str] = "tanh"
 

@@ -1,14 +1,14 @@
-"""DeBERTa's encoder (He et al. 2020, https://arxiv.org/abs/2006.03654), by hand: the first version, of 2020.
+"""DeBERTa's encoder (He et al. 2020, https://arxiv.org/abs/2006.03654), by hand. This is version 1.
 
-Disentangled attention (their Eq. 4): a token's content attends to content and to relative position (c2p), and relative
-position attends to content (p2c). With delta(i, j) = clamp(i - j + k, 0, 2k - 1), the score of query i on key j is
+Disentangled attention (their Eq. 4): the content of a token attends to content and to relative position (c2p), and
+relative position attends to content (p2c). With delta(i, j) = clamp(i - j + k, 0, 2k - 1), the score of query i on key
+j is
     (q_i . k_j  +  q_i . K_delta(i,j)  +  k_j . Q_delta(i,j)) / sqrt(3 d)
-where K and Q are projections of one table of 2k relative positions, which all layers share. (The paper's Eq. 4 has
-Q_delta(j,i). The public weights were trained with delta(i,j) in both terms, so that is what is right here.) There are
-no absolute positions and no token types at the input.
+where K and Q are projections of one table of 2k relative positions that all layers share. (Eq. 4 has Q_delta(j,i), but
+the public weights were trained with delta(i,j) in both terms.) There are no absolute positions and no token types.
 
-What all encoders share is in layers.py. The relative table is part of DeBERTa's context, so that where the gradient
-of the context stops, it stops for the table too.
+layers.py has what all encoders share. The relative table is part of the context: where the gradient of the context
+stops, it stops for the table too.
 
 Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, k relative span.
 """
@@ -23,9 +23,9 @@ from minisweet.layers import TransformerEncoder, TransformerLayer, draw_weights,
 def skew(scores: Tensor, column: int) -> Tensor:
     """Turn scores per distance into scores per token: (..., T, 2T) to (..., T, T).
 
-    Element [i, j] is scores[i, column + j - i], where `column` is T - 1 or T. For T = 3 and column 2 the answer is the
-    marked numbers. In memory their rows start 2T - 1 = 5 apart, so that the answer is a view of the scores; a gather
-    would take longer than the products do:
+    Element [i, j] of the result is scores[i, column + j - i], where `column` is T - 1 or T. For T = 3 and column 2
+    these are the marked elements. Their rows start 2T - 1 = 5 elements apart in memory, so the result is a view of the
+    scores. (A gather would take longer than the matrix products.)
         . . x x x .
         . x x x . .
         x x x . . .
@@ -50,12 +50,12 @@ class DebertaLayer(TransformerLayer):
     def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor], tokens: int | None) -> Tensor:
         """Disentangled attention: hidden states (B, T, D) to context vectors (B, H, R, d).
 
-        The context holds what padding adds to the scores, (B, 1, 1, T), and the rows of the relative table for the
-        distances i - j from T-1 down to -T: (2T, D).
+        The context is the bias of the scores for padding, (B, 1, 1, T), and the rows of the relative table for the
+        distances i - j from T-1 down to -T, (2T, D).
         """
         bias, positions = context
         T, positions = hidden.shape[1], self.dropout(positions)
-        if tokens == 1:  # [CLS] meets one distance for each token, 0, -1, ..., -(T-1)
+        if tokens == 1:  # the distances from [CLS] to all tokens: 0, -1, ..., -(T-1)
             positions = positions[T - 1 : 2 * T - 1]
         query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
         query = (query[:, :, :tokens] + self.q_bias.view(self.num_heads, 1, -1)) * self.scale  # (B, H, R, d)
@@ -63,19 +63,19 @@ class DebertaLayer(TransformerLayer):
         pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), or (H, T, d) for [CLS]
         pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # likewise
         c2p = query @ pos_key.mT  # (B, H, T, 2T), or (B, H, 1, T) for [CLS]
-        if tokens == 1:  # there is nothing to skew: key j meets its one distance, -j
+        if tokens == 1:  # nothing to skew: key j has one distance, -j
             p2c = (key * pos_query).sum(-1)[:, :, None]  # (B, H, 1, T)
         else:
             c2p = skew(c2p, T - 1)  # (B, H, T, T)
-            # Rows are keys here. flip() makes distances go up along a row, so that column T + i - j of row j is i - j,
-            # and .mT puts this score at [i, j].
+            # Rows are keys here. flip() makes distances increase along a row, so that column T + i - j of row j has
+            # distance i - j, and .mT puts this score at [i, j].
             p2c = skew(key @ pos_query.flip(1).mT, T).mT  # (B, H, T, T)
         scores = query @ key.mT + bias + c2p + p2c  # (B, H, R, T)
         return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
 
 
 class DebertaEncoder(TransformerEncoder):
-    """Embeddings, relative table and layers of DeBERTa, randomly initialised, as `BertEncoder` is."""
+    """Embeddings, relative table and layers of DeBERTa, randomly initialised."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__(config)
@@ -84,13 +84,13 @@ class DebertaEncoder(TransformerEncoder):
         draw_weights(self, config.initializer_range)
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """The hidden states (B, T, D) that enter layer 1, of ids (B, T). DeBERTa has no token types and reads none."""
+        """The input of layer 1 (B, T, D), from ids (B, T). DeBERTa has no token types and ignores them."""
         return self.dropout(self.embedding_norm(self.word_embeddings(input_ids)))
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What padding adds to the scores, (B, 1, 1, T), and the positions (2T, D), of a mask (B, T)."""
+        """The bias of the scores (B, 1, 1, T) and the relative positions (2T, D), from a mask (B, T)."""
         T, k = attention_mask.shape[1], self.config.relative_span
-        # T tokens have 2T - 1 distances. One more, which is never read, makes skew()'s rows 2T long.
+        # T tokens have 2T - 1 distances. One more, which is never read, makes the rows of skew() 2T long.
         distance = T - 1 - torch.arange(2 * T, device=attention_mask.device)
         table = self.relative_table.weight
         return padding_bias(attention_mask, table.dtype), table[(distance + k).clamp(0, 2 * k - 1)]

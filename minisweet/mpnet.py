@@ -1,9 +1,9 @@
 """MPNet's encoder (Song et al. 2020, https://arxiv.org/abs/2004.09297), by hand.
 
-It is BERT with three differences: positions count from 2, there are no token types at the input, and attention scores
-get a bias per head that depends on the distance of two tokens alone (as in T5, https://arxiv.org/abs/1910.10683). All
-layers share the biases' table. It is read for the context, so that where the context's gradient stops, the table's
-does. Its layers are BERT's. What all encoders share is in layers.py, where the dimension letters are explained too.
+MPNet is BERT with three differences: positions count from 2, there are no token types, and each head adds a bias to
+the attention scores that only depends on the distance of two tokens (as in T5, https://arxiv.org/abs/1910.10683). All
+layers share the table of biases. The table is part of the context: where the gradient of the context stops, it stops
+for the table too. layers.py has what all encoders share, and explains the dimension letters.
 """
 
 import math
@@ -15,14 +15,14 @@ from minisweet.bert import BertLayer
 from minisweet.config import MPNetConfig
 from minisweet.layers import TransformerEncoder, draw_weights, padding_bias
 
-# The distances, in tokens, at which the second to the last of a direction's 16 buckets begin: 1 to 8 one by one, then
-# in equal ratios. The last begins at 91, and the next would at 128. As in transformers, a config may ask for more
-# buckets, and they stay unused.
+# The distances, in tokens, at which the second to the last of the 16 buckets of each direction begin: 1 to 7 one by
+# one, then from 8 in equal ratios. The last one begins at 91. As in transformers, a config may ask for more buckets,
+# which stay unused.
 STARTS = [*range(1, 8), *(math.ceil(8 * 16 ** (n / 8)) for n in range(8))]
 
 
 class MPNetEncoder(TransformerEncoder):
-    """Embeddings, table of biases and layers of MPNet, randomly initialised, as `BertEncoder` is."""
+    """Embeddings, table of biases and layers of MPNet, randomly initialised."""
 
     def __init__(self, config: MPNetConfig) -> None:
         super().__init__(config)
@@ -32,13 +32,13 @@ class MPNetEncoder(TransformerEncoder):
         draw_weights(self, config.initializer_range)
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """The hidden states (B, T, D) that enter layer 1, of ids (B, T). MPNet has no token types and reads none."""
+        """The input of layer 1 (B, T, D), from ids (B, T). MPNet has no token types and ignores them."""
         first = self.config.first_position
         positions = self.position_embeddings.weight[first : first + input_ids.shape[1]]  # (T, D)
         return self.dropout(self.embedding_norm(self.word_embeddings(input_ids) + positions))
 
     def context(self, attention_mask: Tensor) -> tuple[Tensor]:
-        """What padding and distance add to the scores, (B, H, T, T), of a mask (B, T): 1 for tokens, 0 for padding."""
+        """The bias of the scores (B, H, T, T), from a mask (B, T): 1 for tokens, 0 for padding."""
         place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         distance = place[:, None] - place  # (T, T), of query i and key j: i - j
         starts = torch.tensor(STARTS, device=attention_mask.device)

@@ -1,12 +1,12 @@
-"""The speed-accuracy curve: what every threshold makes of all exits' answers (Sec. 3.3).
+"""The speed-accuracy curve: the scores and costs of all thresholds (Sec. 3.3).
 
-In an evaluation's curve no rule decides rows that it was fitted on: five folds take turns, each decided by the rule of
-the other four.
+The curve is cross-fitted: the rows of each of five folds are decided by a rule that was fitted on the other four.
 
 Dimension letters: K exits, N instances, n some of them, C classes, P thresholds.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,42 +16,74 @@ from minisweet.metrics import area_under_curve, score
 from minisweet.outputs import Outputs
 
 FOLDS = 5
-Folds = list[tuple[ExitRule, np.ndarray]]  # rules, and which rows (n,) each decides
+Folds = list[tuple[ExitRule, np.ndarray]]  # rules, and the rows (n,) that each decides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A cross-fitted curve with all that made it, as in evaluation.json."""
+
+    id: str  # of the run
+    task: str
+    method: str
+    exit_strategy: str
+    metric: str  # a key of METRICS
+    exit_layers: list[int]  # (K,)
+    thresholds: list[float]  # (P,)
+    exit_scores: list[float]  # (K,), each exit alone, in percent
+    exit_answers: list[int]  # (K,), how many classes each exit predicts
+    scores: list[float]  # (P,), in percent
+    speedup_ratios: list[float]  # (P,)
+    exit_counts: list[list[int]]  # (P, K)
+    area: float
+    examples: int
+    dev_digest: str
+    seconds: float
+    device: str
+    precision: str
+    versions: dict
 
 
 def spaced_thresholds(count: int, lowest: float) -> list[float]:
-    """`count` thresholds, evenly spaced from `lowest` (1/C, or 0; all leave at the first exit) to 1."""
+    """`count` thresholds, evenly spaced from `lowest` (1/C, or 0; all take the first exit) to 1."""
     return np.linspace(lowest, 1, count).tolist()
 
 
-def crossfit(outputs: Outputs, combine: bool = False) -> Folds:
-    """The rules of the curve: each fold's rows are decided by the rule of the others. A single text decides itself.
-
-    With `combine` exit 0 has a say at later exits.
-    """
+def crossfit(outputs: Outputs) -> Folds:
+    """Fit the rules of the curve, one for each fold, on the rows of the other folds. A single text decides itself."""
     fold = outputs.folds(FOLDS)
-    folds = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in np.unique(fold)]
-    return [(fit_rule(outputs.take(others if len(others) else rows), combine), rows) for others, rows in folds]
+    splits = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in np.unique(fold)]
+    return [(fit_rule(outputs.take(fitted if len(fitted) else decided)), decided) for fitted, decided in splits]
 
 
 def sweep(
-    folds: Folds, outputs: Outputs, thresholds: list[float], asked: Sequence[int] | None = None
+    folds: Folds, outputs: Outputs, thresholds: list[float], places: Sequence[int] | None = None
 ) -> tuple[dict, np.ndarray]:
-    """Score all exits, and at each threshold those that rows take, where only the exits `asked` are (default: all).
+    """Score each exit alone, and all exits together at each threshold.
 
-    Returns exit_scores (K), in percent; exit_answers (K), in how many classes each exit answers; scores, speedup_ratios
-    (P), exit_counts (P, K) and area; then the exits taken (P, N). Exits go by their numbers among all K, from 0.
+    Args:
+        folds: of `crossfit`.
+        outputs: of the same rows.
+        thresholds: P thresholds.
+        places: the exits to use in the curve, counted from 0; None for all.
+
+    Returns the fields of `Evaluation` that follow, and the exit that each row takes, (P, N).
     """
     (K, N, _), labels, metric = outputs.logits.shape, outputs.labels.numpy(), outputs.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     predictions = np.empty((K, N), dtype=np.int64)
     for rule, rows in folds:
-        some = outputs.take(rows)
-        taken[:, rows], _, costs[:, rows] = some.decide_at(range(K) if asked is None else asked, thresholds, rule)
-        predictions[:, rows] = some.by(rule).logits.argmax(-1).numpy()
+        decided = outputs.take(rows)
+        taken[:, rows], _, costs[:, rows] = decided.decide_at(range(K) if places is None else places, thresholds, rule)
+        predictions[:, rows] = decided.logits.argmax(-1).numpy()
     ratios = costs.mean(1).tolist()  # Eq. 1
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
-    curve = {"exit_scores": score(predictions, labels, metric).tolist(), "scores": scores, "speedup_ratios": ratios}
-    curve["exit_answers"] = [len(np.unique(answers)) for answers in predictions]
-    curve["exit_counts"] = [np.bincount(row, minlength=K).tolist() for row in taken]
-    return curve | {"area": area_under_curve(ratios, scores, 1 / outputs.exits.depth)}, taken
+    curve = {
+        "exit_scores": score(predictions, labels, metric).tolist(),
+        "exit_answers": [len(np.unique(answers)) for answers in predictions],
+        "scores": scores,
+        "speedup_ratios": ratios,
+        "exit_counts": [np.bincount(row, minlength=K).tolist() for row in taken],
+        "area": area_under_curve(ratios, scores, 1 / outputs.exits.depth),
+    }
+    return curve, taken

@@ -1,23 +1,23 @@
-"""The tasks: seven of GLUE (Wang et al., 2019), of which the files are read here, and the toy task."""
+"""The tasks: seven of GLUE (Wang et al., 2019), the toy task, and any data set of your own in GLUE's layout.
+
+Your own is a folder NAME with train.tsv and dev.tsv, tab-separated without quotes. Their header names `label` and
+`sentence`, or `label`, `sentence1` and `sentence2`. The classes are the labels of train.tsv. The metric is accuracy.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from tokenizers import Tokenizer
-
-from minisweet.base.files import InputError
-from minisweet.config import Config
-from minisweet.texts import Data, Examples, Texts
+from minisweet.base.files import InputError, preview
+from minisweet.texts import Examples
 from minisweet.toy import make_toy
 
 
 class Task(NamedTuple):
-    """The labels of a task, how its files are read, and how it is scored."""
+    """The classes of a task, the layout of its files, and its metric."""
 
     labels: tuple[str, ...]  # index = class
     folder: str = ""
-    source: str = ""  # where GLUE's files are fetched: a zip with the folder, or a text (runs/hub.py)
+    source: str = ""  # where GLUE's files are fetched: a zip with the folder, or a text (hub.py)
     columns: tuple[str, ...] = ()  # of the sentence or the two sentences, then of the label
     numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] | None = None  # the names of all columns, where the files have no header line
@@ -26,10 +26,10 @@ class Task(NamedTuple):
     epochs: int = 2  # by default, as in the paper
 
 
-# Rows with this label are skipped: MNLI's annotators did not agree. So are rows that are too short to have one: in
-# QQP's files a few questions hold a line break, which cuts their row into two.
+# Rows with this label are skipped: MNLI's annotators did not agree. So are rows that are too short to have a label: a
+# few questions of QQP contain a line break, which cuts their row in two.
 NO_LABEL = "-"
-# The one place that says which class is which. Toolkits disagree about MNLI's order, so a classifier that was trained
+# The one place that defines the order of classes. Toolkits disagree about MNLI's, so a classifier that was trained
 # elsewhere may need its classes swapped.
 # fmt: off
 TASKS = {
@@ -49,42 +49,62 @@ TASKS = {
     "toy": Task(("negative", "positive"), epochs=3),
 }
 # fmt: on
-# Table 2, in 1e-5: what gave the largest area under the speed-accuracy curve, by model type, hidden size and depth.
-TABLE_2_TASKS = ("sst2", "mrpc", "cola", "mnli", "qqp", "qnli", "rte")
-TABLE_2 = {
-    ("bert", 768, 12): {"ee": (5, 5, 4, 5, 5, 5, 5), "mm": (5, 3, 4, 5, 5, 4, 5), "sweet": (5, 4, 5, 5, 5, 5, 4)},
-    ("bert", 1024, 24): {"ee": (4, 4, 4, 4, 5, 4, 3), "mm": (2, 5, 3, 3, 3, 4, 3), "sweet": (2, 4, 4, 4, 4, 3, 3)},
-    ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
-    ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
-}
-SMALL = 512  # up to this hidden size a model needs larger rates, as MiniLM with its 384 does
 
 
-def load_examples(task: str, split: str, data_dir: Path) -> Examples:
-    """Read one split, "train" or "dev", of a task. Raises InputError, with the line, for what cannot be read."""
-    own = TASKS[task]
-    if task == "toy":
-        first, *rest = make_toy(split)
-        return Examples(first, None, *rest)
-    path = Path(data_dir) / own.folder / own.files[("train", "dev").index(split)]
+def find_task(name: str, data_dir: Path) -> Task:
+    """The task of a name: one of TASKS, or a data set of your own in `data_dir`/`name`.
+
+    Raises InputError if there is no such folder, or its files are not in GLUE's layout.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    path = Path(data_dir) / name / "train.tsv"
+    if Path(name).name != name or not path.is_file():
+        raise InputError(f"{name!r:.80}, should be one of {', '.join(TASKS)}, or a folder with {path}", "task")
+    header, *lines = _lines_of(path)
+    columns = header.split("\t")
+    texts = ("sentence1", "sentence2") if "sentence1" in columns else ("sentence",)
+    if lacking := [column for column in (*texts, "label") if column not in columns]:
+        wanted = "label and sentence, or label, sentence1 and sentence2"
+        raise InputError(f"{path}: no column {', '.join(lacking)}; its header should name {wanted}")
+    cells = [line.split("\t") for line in lines]
+    labels = {row[columns.index("label")] for row in cells if len(row) == len(columns)}
+    if len(labels) < 2:
+        raise InputError(f"{path}: its labels are {preview(sorted(labels))}, should be two or more classes")
+    return Task(tuple(sorted(labels)), name, columns=(*texts, "label"), numbered=False)
+
+
+def _lines_of(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # GLUE's cells have no quotes around them
+        return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")  # cells have no quotes
     except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    header = own.header or lines[0].split("\t")
-    if lacking := set(own.columns) - set(header):
-        raise InputError(f"{path}: no column {', '.join(sorted(lacking))}; is it a file of GLUE's {own.folder}?")
-    codes = [str(index) for index in range(len(own.labels))] if own.numbered else own.labels
-    *texts, label = map(header.index, own.columns)
+
+
+def load_examples(name: str, split: str, data_dir: Path) -> Examples:
+    """Read the split "train" or "dev" of a task. Raises InputError, with the line, for what cannot be read."""
+    task = find_task(name, data_dir)
+    if name == "toy":
+        first, labels, difficulties = make_toy(split)
+        return Examples(first, None, labels, difficulties)
+    path = Path(data_dir) / task.folder / task.files[("train", "dev").index(split)]
+    lines = _lines_of(path)
+    header = task.header or lines[0].split("\t")
+    if lacking := set(task.columns) - set(header):
+        raise InputError(f"{path}: no column {', '.join(sorted(lacking))}; is it a file of {task.folder}?")
+    codes = [str(index) for index in range(len(task.labels))] if task.numbered else task.labels
+    *texts, label = map(header.index, task.columns)
     rows, labels, empty = [], [], 0
     for number, line in enumerate(lines, 1):
-        cells = line.rstrip("\r").split("\t")
+        cells = line.split("\t")
         if len(cells) > len(header):
             raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}, as its header has")
-        if (number == 1 and not own.header) or len(cells) <= max(*texts, label) or cells[label] == NO_LABEL:
+        is_header, is_short = number == 1 and not task.header, len(cells) <= max(*texts, label)
+        if is_header or is_short or (cells[label] == NO_LABEL and NO_LABEL not in codes):
             continue
         if cells[label] not in codes:
-            raise InputError(f"{path}, line {number}: label {cells[label]!r:.60}, should be one of {', '.join(codes)}")
+            right = preview(codes, 24)
+            raise InputError(f"{path}, line {number}: label {cells[label]!r:.60}, should be one of {right}")
         row = [cells[place] for place in texts]
         if any(part.strip() for part in row):
             rows.append(row)
@@ -95,30 +115,3 @@ def load_examples(task: str, split: str, data_dir: Path) -> Examples:
         raise InputError(f"{path}: it has no rows")
     first, second = [list(side) for side in zip(*rows, strict=True)] + [None] * (2 - len(texts))
     return Examples(first, second, labels, empty=empty)
-
-
-def task_data(task: str, data_dir: Path, tokenizer: Tokenizer, size: int | None, seed: int) -> Data:
-    """A task's rows: to train on at most `size`, drawn by the seed, and all dev rows."""
-    rows, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
-    order = np.random.default_rng(seed).permutation(len(rows.first))
-    subset = np.sort(order[:size]).tolist()  # with one seed, 500 rows are among the 6,000
-    train, validation = Texts(tokenizer, rows.take(subset)), Texts(tokenizer, dev)
-    labels, metric = list(TASKS[task].labels), TASKS[task].metric
-    return Data(task, labels, train, validation, subset, len(rows.first), rows.empty, metric=metric)
-
-
-def default_learning_rate(config: Config, task: str | None, method: str) -> float:
-    """The paper's rate where it has one (Table 2), else 5e-5. Where the hidden size is at most 512 it is 2e-4, and 1e-4
-    where the task is None: own text, and a finished trunk (.github/results/tried.md).
-    """
-    rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers), {})
-    if not rates or task not in TABLE_2_TASKS:
-        small = 1e-4 if task is None else 2e-4
-        return small if config.hidden_size <= SMALL else 5e-5
-    of_method = rates.get(method, rates["mm"])  # the trunk of branches is MM's last model
-    return of_method[TABLE_2_TASKS.index(task)] / 1e5
-
-
-def search_rates(config: Config) -> list[float]:
-    """The learning rates to choose from: the paper's five (App. A), and larger ones for small models."""
-    return [5e-5, 1e-4, 2e-4, 4e-4] if config.hidden_size <= SMALL else [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]

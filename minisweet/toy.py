@@ -1,12 +1,12 @@
-"""The embedded task: messages to a shop, from content customers or not. Each level asks for more.
+"""The toy task: generated messages to a shop, from customers who are content or not. It has four levels of difficulty.
 
-- a word: "The lamp was superb." is positive. Any word list solves it.
-- a turn: "Anna denies that the lamp was superb." A word far away turns the other one round. One layer is enough.
-- a match: "They promised Anna a lamp and sent a radio." Are the two the same? Words must be compared with words.
-- neighbours: "The lamp was quite new and never quite superb." What the negation stands before decides.
+- a word: "The lamp was superb." is positive. Any word list solves this.
+- a turn: "Anna denies that the lamp was superb." A distant word reverses the meaning. One layer is enough.
+- a match: "They promised Anna a lamp and sent a radio." The model must compare two words.
+- neighbours: "The lamp was quite new and never quite superb." It matters which word the negation precedes.
 
-On the three harder levels each word, and each pair of neighbours, is in as many positive sentences as negative ones. So
-a bag of words and word pairs, such as exit 0, is right on half of them. Dev has none of train's goods and names.
+On the three harder levels, each word and each pair of neighbouring words occurs in as many positive as negative
+sentences, so a bag of words and word pairs is right on half of them. Dev shares no goods and no names with train.
 """
 
 import random
@@ -49,7 +49,7 @@ NEIGHBOURS = (("{opening} {item} was {degree} {stated} and {no} {degree} {denied
 
 
 def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
-    """The sentences, labels (0 negative, 1 positive) and difficulties (of `LEVELS`) of a split, always the same."""
+    """The sentences, labels (0 negative, 1 positive) and difficulties (of `LEVELS`) of a split. They never change."""
     rng, rows = random.Random(SEEDS[split]), []
     for level, share in zip(LEVELS, SHARES[split], strict=True):
         sentences, size = {}, SIZES[split] * share // 20
@@ -63,7 +63,7 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
 
 
 def _make_group(level: str, goods: list[str], names: list[str], rng: random.Random) -> dict[str, int]:
-    """Draw words, and fill them into templates in all the ways that balance them: sentences and labels, 0 and 1."""
+    """Draw words and fill them into templates in all combinations, which balances the labels: sentences to labels."""
     polar, (item, other) = (rng.choice(NEGATIVE), rng.choice(POSITIVE)), rng.sample(goods, 2)
     words = {"item": item, "name": rng.choice(names), "degree": rng.choice(DEGREES)}
     words |= {"opening": rng.choice(OPENINGS).strip(), "no": rng.choice(("not", "never"))}

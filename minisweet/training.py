@@ -1,10 +1,10 @@
-"""The training loop: AdamW, a linear decay, and the gradients of each method (App. A of the paper).
+"""The training loop: AdamW with linear decay, and the backward passes of each method (App. A of the paper).
 
     for step, batch in enumerate(batches):
-        forward exit by exit, backward: one loss per exit, or EE's one sum
+        run the model exit by exit and go backward: one loss per exit, or the one sum of EE
         clip the gradient, step, decay the learning rate
 
-With CUDA, or with bfloat16 instructions, products run in half precision (AMP).
+On CUDA, and on CPUs with bfloat16 instructions, matrix products run in half precision (AMP).
 
 Dimension letters: B batch, K exits, V words, D hidden size, L layers.
 """
@@ -19,8 +19,35 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
-from minisweet.texts import Batch, Texts
+from minisweet.base.commands import progress
 from minisweet.exits import MultiExitModel, exit_loss
+from minisweet.methods import Stage
+from minisweet.texts import Batch, Texts
+
+
+def train_stage(
+    stage: Stage,
+    texts: Texts,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype | None = None,
+) -> list[list[float]]:
+    """Train a stage for some epochs on a device. Afterwards its model is on the CPU.
+
+    `texts` have the targets. Returns the losses (steps, K) and raises FloatingPointError as `fine_tune` does.
+    """
+    model = stage.model.to(device)
+    with used_rows(model, texts) as row_of:
+        batches = (batch for epoch in range(epochs) for batch in texts.shuffled(batch_size, seed, epoch))
+        batches = (batch._replace(input_ids=row_of[batch.input_ids]) for batch in batches)
+        steps = epochs * -(-len(texts) // batch_size)
+        rate = stage.times_rate * learning_rate
+        losses = fine_tune(model, batches, steps, rate, seed, precision, stage.groups, title=stage.name)
+    model.cpu()  # frees the device for the next stage
+    return losses
 
 
 def fine_tune(
@@ -31,46 +58,52 @@ def fine_tune(
     seed: int = 0,
     precision: torch.dtype | None = None,
     groups: Sequence[list[nn.Parameter]] | None = None,
-    checkpoint=None,
+    title: str = "training",
 ) -> list[list[float]]:
-    """Train a model's parameters. Returns each step's losses, (steps, K), of branches (steps, K-1).
+    """Train the parameters of a model. Returns the losses of each step, (steps, K), or (steps, K-1) for branches.
 
-    The learning rate decays linearly towards zero. The gradient is clipped to norm 1, or that of each of some `groups`
-    of parameters, which then are all that is trained. `seed` is that of dropout. A `checkpoint` restores what an
-    earlier process had done, and is told of each step (`SavedTraining` of runs/resume.py). Raises FloatingPointError,
-    with the step, where a loss, or a parameter at the end, is not finite.
+    Args:
+        model: on the device to train on.
+        batches: one per step, with targets.
+        steps: over which the learning rate decays linearly to zero.
+        learning_rate: of the first step.
+        seed: of dropout.
+        precision: to autocast to, None for float32.
+        groups: lists of parameters to train, each clipped to norm 1 by itself. None trains all parameters and clips
+            them together.
+        title: of the progress bar.
+
+    Raises FloatingPointError, with the step, if a loss or, at the end, a parameter is not finite.
     """
     groups, device = groups or [list(model.parameters())], next(model.train().parameters()).device
     parameters = list(chain.from_iterable(groups))
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     scaler = GradScaler(device.type, enabled=precision is torch.float16)
-    losses = checkpoint.restore(parameters, optimizer, scaler) if checkpoint else []
-    for step, batch in enumerate(batches, start=1):
-        if step <= len(losses):  # the step was done before the training was stopped
-            continue
-        # Seeds dropout by step, so that no random state has to be saved.
-        torch.manual_seed(1_000_003 * seed + 1_009 * step)
-        optimizer.zero_grad()
-        losses.append(compute_gradients(model, batch.to(device), scaler, precision).tolist())
-        if not np.isfinite(losses[-1]).all():
-            raise FloatingPointError(step)
-        scaler.unscale_(optimizer)
-        for group in groups:
-            clip_grad_norm_(group, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
-        scaler.step(optimizer)
-        scaler.update()
-        if checkpoint:
-            checkpoint.keep(losses, steps, parameters, optimizer, scaler)
+    losses = []
+    with progress(batches, total=steps, unit="step", desc=title) as bar:
+        for step, batch in enumerate(bar, start=1):
+            torch.manual_seed(1_000_003 * seed + 1_009 * step)  # dropout, the same whatever ran before
+            optimizer.zero_grad()
+            losses.append(compute_gradients(model, batch.to(device), scaler, precision).tolist())
+            if not np.isfinite(losses[-1]).all():
+                raise FloatingPointError(step)
+            scaler.unscale_(optimizer)
+            for group in groups:
+                clip_grad_norm_(group, 1.0)
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
+            scaler.step(optimizer)
+            scaler.update()
+            bar.set_postfix_str("loss " + ", ".join(f"{loss:.2f}" for loss in losses[-1]), refresh=False)
     if not all(parameter.isfinite().all() for parameter in parameters):  # by the last step, after its loss
         raise FloatingPointError(steps)
     return losses
 
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
-    """Add up the gradients of the trained exits' losses. Returns these losses: (K,), of branches (K-1,)."""
+    """Accumulate the gradients of the losses of all exits that are trained. Returns these losses (K,)."""
     losses, exits, is_ee = [], model.exit_by_exit(*batch.inputs), model.method == "ee"
-    for _ in (head for head in model.heads if head.classifier.weight.requires_grad):  # a trunk's is frozen
+    frozen = [not head.classifier.weight.requires_grad for head in model.heads]  # with branches, the last one
+    for _ in range(frozen.count(False)):
         with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):
             losses.append(exit_loss(*next(exits), batch.targets))
         if not is_ee:  # no later loss sends a gradient to this segment, so its activations are freed
@@ -81,10 +114,13 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
 
 
 @contextmanager
-def used_rows(model: MultiExitModel, examples: Texts) -> Iterator[Tensor]:
-    """Within, the word embeddings are cut to the rows in use: a step takes 10 to 12% less. Gives each id's row (V,)."""
+def used_rows(model: MultiExitModel, texts: Texts) -> Iterator[Tensor]:
+    """Within this context, the word embeddings only hold the rows in use, which makes a step 10 to 12% faster.
+
+    Yields the row of each token id, (V,).
+    """
     embedding, whole = model.encoder.word_embeddings, model.encoder.word_embeddings.weight
-    used = torch.from_numpy(np.unique(np.concatenate([*examples.ids, [examples.pad_id]]))).to(whole.device)
+    used = torch.from_numpy(np.unique(np.concatenate([*texts.ids, [texts.pad_id]]))).to(whole.device)
     embedding.weight = nn.Parameter(whole.detach()[used], whole.requires_grad)
     try:
         yield torch.zeros(len(whole), dtype=torch.int64).index_copy(0, used.cpu(), torch.arange(len(used)))

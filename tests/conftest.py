@@ -16,15 +16,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minisweet import NgramExit, load_encoder
+from minisweet import NgramExit, load_encoder, toy
 from minisweet.base.commands import run_command
 from minisweet.checkpoint import ARCHITECTURES, public_name
-from minisweet import toy
-from minisweet.tasks import TASKS, load_examples
-from minisweet.texts import Texts, load_tokenizer
 from minisweet.exits import ExitModel, MultiExitModel, exit_loss
 from minisweet.layers import TransformerEncoder
 from minisweet.methods import add_exits, new_trunk
+from minisweet.tasks import TASKS, load_examples
+from minisweet.texts import Texts, load_tokenizer
 from minisweet.training import fine_tune, used_rows
 
 CHECKOUT = Path(__file__).parent.parent
@@ -213,13 +212,13 @@ def model_of(
     return add_exits(method, new_trunk(folder, layers[-1], num_labels, strategy), layers, strategy)
 
 
-def with_exit_0(model: ExitModel) -> ExitModel:
-    """The model with exit 0 in front, whose table says something."""
-    ngrams, generator = NgramExit(60, model.num_labels, [0, 1, 2, 3], pairs=True), torch.Generator().manual_seed(1)
-    for tensor in ngrams.state_dict().values():
+def random_bag(num_labels: int, pairs: bool = True) -> NgramExit:
+    """A bag of words whose tables hold random numbers."""
+    bag, generator = NgramExit(60, num_labels, [0, 1, 2, 3], pairs=pairs), torch.Generator().manual_seed(1)
+    for tensor in bag.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return model.add_ngrams(ngrams)
+    return bag
 
 
 def train_on(
@@ -360,7 +359,8 @@ RUNS = {
     "branch": ["--method", "branch", "--train-size", 200],
     "lte": ["--method", "sweet", "--train-size", 200, "--exit-strategy", "lte"],
     "pairs": "pairs.csv --method branch --text-columns first,second --label-column verdict".split(),
-    "trunk0": ["--method", "plain", "--train-size", 200, "--exit-layers", "0,4"],
+    "plain": ["--method", "plain", "--train-size", 200, "--exit-layers", 4],
+    "bag": ["words.csv", "--exit-layers", "0,4"],
 }
 
 
@@ -402,14 +402,18 @@ def run_of(tmp_path_factory):
         is_yes = (one in good) + (two in good) + draw.random() > 1.5  # by chance where the two texts do not agree
         lines.append(f"the {one} we {other},was {two},{'yes' if is_yes else 'no'}")
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    texts, labels, _ = toy.make_toy("train")
+    rows = [(text.replace(",", ""), TASKS["toy"].labels[label]) for text, label in zip(texts, labels, strict=True)]
+    write_rows(folder / "words.csv", rows[:250], "text", "label")
 
     @functools.cache
     def finished(name: str) -> Path:
         options = ["--model", model, "--out", name, *SHORT, "--epochs", 4, "--lr", "3e-3", *RUNS[name]]
         with in_folder(folder):
-            assert run(fit if name == "pairs" else train, *options) == 0
-            assert run(evaluate, name) == 0
-            assert name == "lte" or run(choose, name) == 0
+            is_own = name in ("pairs", "bag")
+            assert run(fit if is_own else train, *options) == 0
+            assert is_own or run(evaluate, name) == 0
+            assert is_own or name == "lte" or run(choose, name) == 0
         return folder / name
 
     return finished

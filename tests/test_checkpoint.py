@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minisweet import load_encoder
 from minisweet.base.files import InputError
-from minisweet.run import load_trunk
+from minisweet.classifier.fit import load_trunk
 from tests.conftest import CONFIGS, random_batch, reconfigure, rewrite, without_1, write_classifier, write_model
 
 
@@ -120,12 +120,12 @@ def test_a_finished_classifiers_logits_are_those_of_transformers(tmp_path, model
     config = transformers.AutoConfig.for_model(**CONFIGS[model_type], id2label={0: "no", 1: "yes"})
     theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     theirs.save_pretrained(tmp_path)
-    trunk, labels, _ = load_trunk(tmp_path)
+    trunk = load_trunk(tmp_path)
     ids, mask, types = random_batch()
     read = {"input_ids": without_1(ids), "attention_mask": mask}
     read |= {} if model_type == "mpnet" else {"token_type_ids": types}
-    assert labels == ["no", "yes"]
-    torch.testing.assert_close(trunk(without_1(ids), mask, types)[0], theirs(**read).logits, atol=1e-5, rtol=0)
+    assert trunk.labels == ["no", "yes"]
+    torch.testing.assert_close(trunk.model(without_1(ids), mask, types)[0], theirs(**read).logits, atol=1e-5, rtol=0)
 
 
 def test_a_model_has_at_least_one_layer_and_no_more_than_there_are(model_dir):

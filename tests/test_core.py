@@ -1,25 +1,101 @@
-"""What carries the paper stands by itself: which file may import what."""
+"""The paper's half stands by itself: which file may import which, and what one reads to follow `python train.py`."""
 
 import ast
+import os
+import re
+import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT
+import minisweet
+from tests.conftest import CHECKOUT, write_model
 
 PACKAGE = CHECKOUT / "minisweet"
-CORE = "config layers bert deberta mpnet checkpoint exits methods adaptive live training".split()
-CORE = [*CORE, "beyond.branches", "beyond.ngrams", "data.text", "data.tasks", "data.toy"]
+FILES = [CHECKOUT / "train.py", CHECKOUT / "evaluate.py", *PACKAGE.rglob("*.py")]
+CLASSIFIER = [path for path in FILES if path.parent.name == "classifier"]
+CORE = (
+    "config layers bert deberta mpnet checkpoint exits branches methods adaptive live training texts tasks toy".split()
+)
 LIBRARIES = {"torch", "numpy", "tokenizers", "safetensors"}
+
+
+def names_imported(path: Path) -> set[str]:
+    """The dotted names that a file imports, such as minisweet.texts.Texts, but for those of a type checker alone."""
+    text = re.sub(r"^if TYPE_CHECKING:\n(?: .*\n)+", "", path.read_text(), flags=re.MULTILINE)
+    nodes = list(ast.walk(ast.parse(text)))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = [(node.module, node.names) for node in nodes if isinstance(node, ast.ImportFrom)]
+    return modules | {f"{module}.{alias.name}" for module, names in parts for alias in names}
+
+
+def file_of(name: str) -> Path | None:
+    """The file of the package that holds a dotted name. None for a library's name."""
+    if name.startswith("minisweet."):
+        name = f"minisweet.{minisweet._MODULES.get(name[10:], name[10:])}"  # one of the lazy names
+    paths = (CHECKOUT / f"{part.replace('.', '/')}.py" for part in (name, name.rpartition(".")[0]))
+    return next(filter(Path.is_file, paths), None)
+
+
+def imported(path: Path) -> set[Path]:
+    """The files of the package that a file imports."""
+    return {*map(file_of, names_imported(path))} - {None}
+
+
+def reach(path: Path) -> set[Path]:
+    """A file, the files that it imports, those that they import, and so on."""
+    seen, left = set(), [path]
+    while left:
+        seen.add(path := left.pop())
+        left += imported(path) - seen
+    return seen
+
+
+def count_lines(paths: set[Path]) -> int:
+    return sum(path.read_text().count("\n") for path in paths)
 
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_itself_four_libraries_and_the_error_for_bad_input(name):
-    tree, allowed = ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text()), {*CORE, "base.files"}
-    for node in ast.walk(tree):
-        found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found += [node.module] if isinstance(node, ast.ImportFrom) else []
-        for module in found:
-            root, _, rest = module.partition(".")
-            is_ours = root == "minisweet" and rest in allowed
-            assert is_ours or root in LIBRARIES | sys.stdlib_module_names, f"{name}, line {node.lineno}: {module}"
+    allowed = {*CORE, "base.files"} | ({"base.commands"} if name == "training" else set())  # its progress bar
+    allowed = {PACKAGE / f"{module.replace('.', '/')}.py" for module in allowed}
+    for module in names_imported(PACKAGE / f"{name}.py"):
+        assert file_of(module) in allowed or module.partition(".")[0] in LIBRARIES | sys.stdlib_module_names, module
+
+
+def test_nothing_outside_the_classifier_imports_it_and_no_imports_form_a_circle():
+    """But __main__.py and the lazy names of __init__.py, which import it by name."""
+    assert len(CLASSIFIER) > 9
+    for path in {*FILES} - {*CLASSIFIER, PACKAGE / "__main__.py"}:
+        assert not imported(path) & {*CLASSIFIER}, path
+        assert path == PACKAGE / "__init__.py" or "import_module" not in path.read_text(), path
+    TopologicalSorter({path: imported(path) for path in FILES}).prepare()  # raises CycleError
+
+
+def test_a_training_executes_no_file_of_the_classifier_and_its_files_are_a_short_read(tmp_path):
+    write_model(tmp_path / "tiny", "bert")
+    words = "--model tiny --train-size 16 --epochs 1 --max-length 32 --device cpu --out run".split()
+    code = "import sys, train; train.main(); print(*sys.modules)"
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(CHECKOUT)}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code, *words], **options)
+    assert done.returncode == 0, done.stderr
+    assert "minisweet.classifier" not in done.stdout
+    executed, reached = {*map(file_of, done.stdout.split("\n")[-2].split())} - {None}, reach(CHECKOUT / "train.py")
+    assert CHECKOUT / "train.py" in executed <= reached
+    assert count_lines(reached | {PACKAGE / "__init__.py"}) <= 2700
+    assert count_lines(reach(CHECKOUT / "evaluate.py")) <= 2850
+
+
+def test_each_module_has_a_name_of_its_own():
+    names = Counter(path.stem for path in FILES if not path.stem.startswith("__"))
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def test_the_papers_half_does_not_know_exit_0():
+    lazy = '    "NgramExit": "classifier.bag_of_words",'
+    for path in (*PACKAGE.glob("*.py"), CHECKOUT / "train.py", CHECKOUT / "evaluate.py"):
+        lines = [line for line in path.read_text().splitlines() if re.search("exit 0|exit_0|ngram", line, re.I)]
+        assert lines == [lazy] * (path == PACKAGE / "__init__.py"), path

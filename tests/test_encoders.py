@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet import MultiExitModel
-from minisweet.layers import Dropout
 from minisweet.hub import home
+from minisweet.layers import Dropout
 from tests.conftest import CONFIGS, NO_DROPOUT, compare_hidden_states, random_batch, tiny_encoder
 
 

@@ -1,4 +1,4 @@
-"""Exits on a trunk, fewer exits, exit 0 in front, and parity with the authors' code."""
+"""Exits on a trunk, fewer exits, and parity with the authors' code."""
 
 import copy
 from functools import partial
@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minisweet import MultiExitModel
+from minisweet.adaptive import exits_of
 from minisweet.checkpoint import public_name
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
+from minisweet.hub import home
 from minisweet.live import early_exit
 from minisweet.methods import METHODS, add_exits, new_trunk
-from minisweet.hub import home
 from tests.conftest import (
     CONFIGS,
     exit_losses,
@@ -24,7 +25,6 @@ from tests.conftest import (
     note_difference,
     random_batch,
     tiny_encoder,
-    with_exit_0,
     write_model,
 )
 
@@ -39,7 +39,7 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
             parameter.add_(0.1 * torch.randn_like(parameter))
         hidden, answers = trunk.encoder(*batch), trunk(*batch)[0]
     pooler = copy.deepcopy(trunk.heads[0].pooler.state_dict())
-    frozen = add_exits("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits((4,))
+    frozen = add_exits("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits([1])
     with pytest.raises(ValueError, match="the trunk has exits after"):
         add_exits(method, trunk, (1, 3), strategy)
     for finished in (frozen, trunk):
@@ -47,8 +47,8 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
         assert (model.method, model.exit_layers, model.training) == (method, layers, False)
         assert method == "branch" or all(parameter.requires_grad for parameter in model.parameters())
         heads = [head for alone in model.models_alone for head in alone.heads]
-        for n, head, said in zip(layers, heads, model.exit_by_exit(*batch), strict=True):
-            torch.testing.assert_close(said, head(hidden[n][:, :1]), atol=1e-5, rtol=1e-5)
+        for n, head, output in zip(layers, heads, model.exit_by_exit(*batch), strict=True):
+            torch.testing.assert_close(output, head(hidden[n][:, :1]), atol=1e-5, rtol=1e-5)
             assert (head.lte is not None) is (strategy == "lte")
             torch.testing.assert_close(head.pooler.state_dict(), pooler, atol=0, rtol=0)
             assert torch.equal(head.classifier.weight, heads[-1].classifier.weight) is (n == 4)
@@ -64,13 +64,16 @@ def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method,
 def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
     tmp_path_factory, model_type, method, seed
 ):
-    model = with_exit_0(model_of(write_model(tmp_path_factory.mktemp("left"), model_type), method).eval())
+    model = model_of(write_model(tmp_path_factory.mktemp("left"), model_type), method).eval()
     input_ids, mask, types = random_batch(seed, batch=8)
     ones, zeros = torch.ones_like(mask), torch.zeros_like(types)
     assert torch.equal(model(input_ids), model(input_ids, ones, zeros))
     assert torch.equal(model(input_ids, mask), model(input_ids, attention_mask=mask, token_type_ids=zeros))
     encoder = model.models[-1].encoder if method == "mm" else model.encoder
     assert torch.equal(encoder(input_ids)[-1], encoder(input_ids, ones, zeros)[-1])
+    live, filled = (early_exit(model, input_ids, *more, 0.8) for more in ((None, None), (ones, zeros)))
+    assert torch.equal(live.logits, filled.logits)
+    assert len(early_exit(model, input_ids[:0], mask[:0], types[:0], 0.8).exits) == 0
     assume(not mask.all())
     for answer in (model, partial(early_exit, model, threshold=0.8)):
         with pytest.raises(ValueError, match="padding stands before a token"):
@@ -82,43 +85,27 @@ def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
     model_type=st.sampled_from([*CONFIGS]),
     method=st.sampled_from([*METHODS]),
     strategy=st.sampled_from(EXIT_STRATEGIES),
-    kept=st.sets(st.sampled_from([0, 1, 2])),
+    kept=st.sets(st.sampled_from([0, 1])),
 )
 def test_kept_exits_answer_as_before_from_the_same_weights(tmp_path_factory, model_type, method, strategy, kept):
     folder, batch = write_model(tmp_path_factory.mktemp("kept"), model_type), random_batch()
     model = model_of(folder, method, strategy=strategy).eval()
-    if strategy == "confidence":  # exit 0 stands in front, changes no other exit, and has nothing to train
-        others = model(*batch)
-        model = with_exit_0(model)
-        assert torch.equal(model(*batch), torch.cat([model.ngrams(*batch)[None], others]))
-        assert list(model.ngrams.parameters()) == []
-    there, everything = model.exit_layers, list(model.exit_by_exit(*batch))
-    kept = tuple(n for n in there if n in kept or n == 4)
+    layers, everything = model.exit_layers, list(model.exit_by_exit(*batch))
+    last = len(layers) - 1
+    places = [k for k in range(last + 1) if k in kept or k == last]
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    fewer = model.keep_exits(kept)
-    assert (fewer.exit_layers, fewer.method, fewer.num_labels, fewer.training) == (kept, method, 2, False)
-    for n, said in zip(kept, fewer.exit_by_exit(*batch), strict=True):
-        torch.testing.assert_close(said, everything[there.index(n)], atol=1e-5, rtol=1e-5)
+    fewer = model.keep_exits(places)
+    kept_layers = tuple(layers[k] for k in places)
+    assert (fewer.exit_layers, fewer.method, fewer.num_labels, fewer.training) == (kept_layers, method, 2, False)
+    for k, output in zip(places, fewer.exit_by_exit(*batch), strict=True):
+        torch.testing.assert_close(output, everything[k], atol=1e-5, rtol=1e-5)
     assert {parameter.data_ptr() for parameter in fewer.parameters()} <= own
-    assert model.exit_layers == there
+    assert exits_of(fewer) == exits_of(model).keep_exits(places)
+    assert model.exit_layers == layers
     torch.testing.assert_close(list(model.exit_by_exit(*batch)), everything, atol=0, rtol=0)
-    for wrong in (there[:-1], (3, 4), (4, *there[:1])):
-        with pytest.raises(ValueError, match="in order, and the last one among them"):
+    for wrong in (range(last), [last, last + 1], [-1, last], [last, 0]):
+        with pytest.raises(ValueError, match="must increase, from 0 or more to the last one"):
             model.keep_exits(wrong)
-
-
-def test_who_leaves_at_exit_0_is_never_embedded_and_the_others_fill_batches(tmp_path, model_type):
-    model, batch = with_exit_0(model_of(write_model(tmp_path, model_type), "branch").eval()), random_batch(3, batch=16)
-    embedded = []
-    model.encoder.word_embeddings.register_forward_pre_hook(lambda _, ids: embedded.append(len(ids[0])))
-    for threshold in (0.5, 0.9, 1.0):
-        embedded.clear()
-        exits = early_exit(model, *batch, threshold, batch_size=5).exits
-        stay = 16 if threshold == 1 else int((exits > 0).sum())
-        assert embedded == [*[5] * (stay // 5), *[stay % 5] * (stay % 5 > 0)]
-    assert len(early_exit(model, *(x[:0] for x in batch), 0.9).exits) == 0
-    ids, filled = batch[0], (torch.ones_like(batch[0]), torch.zeros_like(batch[0]))
-    assert torch.equal(early_exit(model, ids, None, None, 0.9).logits, early_exit(model, ids, *filled, 0.9).logits)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +113,7 @@ def test_who_leaves_at_exit_0_is_never_embedded_and_the_others_fill_batches(tmp_
     [(layers, [], "exit_layers is") for layers in [(), (0, 2), (2, 2), (3, 1), (1, 5)]]
     + [((1,), ["branch"], "none of sweet, ee, plain"), ((1,), ["ee", "sure"], "'sure' is none of")],
 )
-def test_models_that_cannot_be_are_refused(exit_layers, more, reason):
+def test_impossible_exits_and_unknown_methods_are_refused(exit_layers, more, reason):
     with pytest.raises(ValueError, match=reason):
         MultiExitModel(tiny_encoder("bert"), exit_layers, 2, *more)
 

@@ -6,23 +6,24 @@ import torch
 from safetensors.torch import save_file
 
 from minisweet.base.files import write_json
+from minisweet.classifier import export
+from minisweet.classifier.deployed import load_run
+from minisweet.classifier.fit import load_trunk
 from minisweet.classifier.rows import texts_of
 from minisweet.texts import Texts
-from minisweet.run import Run, load_trunk
-from minisweet.classifier import export
-from tests.conftest import random_batch, undecided_model, with_exit_0, without_1
+from tests.conftest import random_batch, undecided_model, without_1
 
 transformers = pytest.importorskip("transformers", reason="transformers, which loads the folder, is missing")
 
 
 @pytest.mark.parametrize("method", ["sweet", "branch"])
 def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
-    model, batch = with_exit_0(undecided_model(model_dir, method, num_labels=3)), random_batch()
+    model, batch = undecided_model(model_dir, method, num_labels=3), random_batch()
     inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), batch, strict=True))
     if model.encoder.config.model_type == "mpnet":
         del inputs["token_type_ids"]  # which it does not read
         inputs["input_ids"] = without_1(batch[0])
-    for k, layer in enumerate((1, 2, 4), start=1):
+    for k, layer in enumerate((1, 2, 4)):
         folder = tmp_path / f"exit{layer}"
         folder.mkdir()
         save_file(export.plain_tensors(model, layer), folder / "model.safetensors", metadata={"format": "pt"})
@@ -35,22 +36,22 @@ def test_transformers_finds_each_exits_logits(model_dir, tmp_path, method):
             torch.testing.assert_close(theirs(**inputs).logits, ours, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("trunk0", [4]), ("mm", [1, 4]), ("pairs", [2]), ("lte", [1])])
+@pytest.mark.parametrize(("name", "layers"), [("bag", [4]), ("mm", [1, 4]), ("pairs", [2]), ("lte", [1])])
 def test_command(run_of, tmp_path, command, name, layers):
     """Tokens are ours too, and the folder may be a --trunk."""
-    run = Run.read(run_of(name))
+    run = load_run(run_of(name), "model", "tokenizer")
     texts = ["the film was superb [SEP]", "", "bad " * 90]
     texts = [(text, "you and i") for text in texts] if name == "pairs" else texts
     for layer in layers:
         out = tmp_path / f"exit{layer}"
         words = ["--exit-layer", layer] if layer < 4 else []
-        status, said, err = command(export, run.folder, "--out", out, *words)
+        status, said, err = command(export, run_of(name), "--out", out, *words)
         assert (status, f"the first {layer} layers" in said) == (0, True), err
         assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
         tokenizer = transformers.AutoTokenizer.from_pretrained(out)
         theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-        trunk, labels, _ = load_trunk(out)
-        assert list(theirs.config.id2label.values()) == labels == run.record.labels
+        trunk = load_trunk(out)
+        assert list(theirs.config.id2label.values()) == trunk.labels == run.record.labels
         for text in texts:
             ours = Texts(run.tokenizer, texts_of([text])).batch(np.array([0])).inputs
             encoded = tokenizer(*([text] if isinstance(text, str) else text), truncation=True, return_tensors="pt")
@@ -59,7 +60,7 @@ def test_command(run_of, tmp_path, command, name, layers):
             with torch.no_grad():
                 logits = run.model(*ours)[run.record.exit_layers.index(layer)]
                 torch.testing.assert_close(theirs(**encoded).logits, logits, atol=1e-5, rtol=0)
-                torch.testing.assert_close(trunk(*ours)[-1], logits, atol=1e-5, rtol=0)
+                torch.testing.assert_close(trunk.model(*ours)[-1], logits, atol=1e-5, rtol=0)
         pairs = [("the film", "a")] * 2 if name == "pairs" else ["the film", "a"]
         padded = tokenizer(pairs, padding=True, return_tensors="pt")
         assert padded["attention_mask"].sum(1).tolist() == ([6, 6] if name == "pairs" else [4, 3])

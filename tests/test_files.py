@@ -9,9 +9,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from minisweet import hub
 from minisweet.base import files
 from minisweet.base.files import InputError, read_json, write_json, written_beside
-from minisweet import hub
 
 
 def content(path: Path) -> dict[str, bytes] | bytes:

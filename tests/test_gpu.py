@@ -23,7 +23,7 @@ def test_training_falls_in_loss_and_its_gradients_are_finite(tmp_path, monkeypat
     conftest.reconfigure(folder, "bert")  # with dropout again
     monkeypatch.setattr(training, "clip_grad_norm_", lambda group, limit: norms.append(clip(group, limit)))
     examples, model = toy_examples(folder, range(200)), conftest.model_of(folder, method).to(DEVICE)
-    for stage in METHODS[method].stages(model, is_new=True):
+    for stage in METHODS[method].stages(model):
         norms.clear()
         losses = conftest.train_on(examples, stage.model, 3e-3, 16, epochs=8, precision=precision)
         losses = torch.tensor(losses)  # (steps, K)

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier
-from minisweet.adaptive import ExitRule, exits_taken
+from minisweet.adaptive import exits_taken
+from minisweet.classifier import choose, export, selection
 from minisweet.classifier.bag_of_words import BUCKETS
-from minisweet.classifier import promise as operating
+from minisweet.classifier.combined_rule import CombinedRule
+from minisweet.classifier.deployed import ANSWERING, classify, load_run, write_chosen
+from minisweet.outputs import write_outputs
 from minisweet.sweep import spaced_thresholds
-from minisweet.run import Run
-from minisweet.classifier import choose, export
-from minisweet.classifier.estimator import classify_tokens
-from tests.conftest import CHECKOUT, random_batch, slow, undecided_model, with_exit_0, write_model
+from tests.conftest import CHECKOUT, random_bag, random_batch, slow, undecided_model, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
@@ -33,9 +33,9 @@ from onnx.numpy_helper import to_array  # noqa: E402
 from minisweet.classifier import onnx, onnx_graph  # noqa: E402
 
 CASES = [  # the last is how much exit 0's answer counts
-    ("bert", "branch", (0, 1, 4), None),
-    ("bert", "ee", (1, 4), None),
-    ("bert", "sweet", (4,), None),
+    ("bert", "branch", (0, 1, 4), (0.0, 0.0, 0.0)),
+    ("bert", "ee", (1, 4), (0.0, 0.0)),
+    ("bert", "sweet", (4,), (0.0,)),
     ("deberta", "branch", (0, 1, 4), (0.0, 0.0, 0.7)),
     ("mpnet", "branch", (0, 1, 4), (0.0, 0.9, -0.4)),
 ]
@@ -62,9 +62,10 @@ def exported(tmp_path_factory):
     def made(model_type: str, method: str, exit_layers: tuple[int, ...], weights, int8: bool = False):
         sizes = {"max_position_embeddings": 514}  # 512 tokens, of MPNet too
         folder = write_model(tmp_path_factory.mktemp("model"), model_type, **sizes)
-        model = with_exit_0(undecided_model(folder, method, 3)).keep_exits(exit_layers)
-        rule = ExitRule(3, torch.tensor([0.8, 1.0, 1.5])[: len(exit_layers)], weights and torch.tensor(weights))
-        return model, rule, onnx_graph.export_graph(model, 0.7, rule, int8)
+        model, bag = undecided_model(folder, method, 3), random_bag(3) if exit_layers[0] == 0 else None
+        model = model.keep_exits([model.exit_layers.index(n) for n in exit_layers if n > 0])
+        rule = CombinedRule(3, torch.tensor([0.8, 1.0, 1.5])[: len(exit_layers)], torch.tensor(weights))
+        return model, bag, rule, onnx_graph.export_graph(model, bag, 0.7, rule, int8)
 
     return made
 
@@ -82,10 +83,11 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_the_models(exported, case):
     """At eleven thresholds and beyond, and at the file's own."""
-    (model, rule, file), ways = exported(*case), set()
+    (model, bag, rule, file), ways, exit_layers = exported(*case), set(), case[2]
     session = session_of(file.SerializeToString())
     for batch in batches():
-        logits = model(*batch).detach()
+        of_bag = [bag(*batch)[None]] if bag else []
+        logits = torch.cat([*of_bag, model(*batch).detach()])
         each = rule.all_calibrated(logits).softmax(-1)  # (K, B, C)
         for threshold in (*spaced_thresholds(11, rule.lowest), 0.0, 0.7, 1.5):
             taken = exits_taken(rule.confidences(logits), threshold, rule.lowest)
@@ -93,9 +95,9 @@ def test_answers_are_the_models(exported, case):
             probabilities, confidence, layer = ask(session, batch, None if threshold == 0.7 else threshold)
             np.testing.assert_allclose(probabilities, expected, atol=1e-5)
             np.testing.assert_allclose(confidence, expected.amax(-1), atol=1e-5)
-            assert (layer.dtype, layer.tolist()) == (np.int64, [model.exit_layers[k] for k in taken])
+            assert (layer.dtype, layer.tolist()) == (np.int64, [exit_layers[k] for k in taken])
             ways.add(tuple(sorted(set(layer.tolist()))))
-    assert {model.exit_layers[:1], model.exit_layers, model.exit_layers[-1:]} <= ways
+    assert {exit_layers[:1], exit_layers, exit_layers[-1:]} <= ways
 
 
 @pytest.mark.slow
@@ -153,18 +155,18 @@ def chosen(run_of, tmp_path, command):
     return copied
 
 
-@pytest.mark.parametrize("name", ["trunk0", *slow("pairs")])
+@pytest.mark.parametrize("name", ["bag", *slow("pairs")])
 def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, name):
     """For single texts and for pairs, where neither torch nor minisweet can be imported."""
     run, file = chosen(name), tmp_path / "tickets.onnx"
-    first, rows, _, promised = onnx.export_onnx(run, file)
-    its = Run.read(run)
-    point, record = its.point, its.record
+    loaded = load_run(run, *ANSWERING, "texts", "outputs", "given")
+    first, rows, _, promised = onnx.export_onnx(file, loaded)
+    point, record = loaded.point, loaded.record
     assert first.endswith(f"by default at threshold {point.threshold:.6g}")
     assert rows.endswith(": 0 answers or exits are not the model's")
     assert promised == point.promise != ""
     told = session_of(file).get_modelmeta().custom_metadata_map
-    expected = {"labels": record.labels, "exit_layers": point.exits, "max_length": 32, "goal": point.goal}
+    expected = {"labels": record.labels, "exit_layers": point.exits, "max_length": 32, "goal": point.goal.as_json()}
     expected |= {"threshold": point.threshold, "pairs": name == "pairs"}
     assert {key: json.loads(value) for key, value in told.items() if key != "tokenizer"} == expected
 
@@ -183,24 +185,24 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, n
 def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path, command, labelled):
     """Of own text, where exit 0 has a say; and where the file's answers at full depth stand in for labels."""
     goal, file = ("--max-lost", "30", "--sure", "60"), tmp_path / "int8.onnx"
-    run = shutil.copytree(own_run if labelled else run_of("trunk0"), tmp_path / "run")
+    run = shutil.copytree(own_run if labelled else run_of("bag"), tmp_path / "run")
     if not labelled:
-        its = Run.read(run)
-        its.outputs = its.outputs._replace(labels=its.outputs.labels * 0 - 1, metric="agreement")
-        its.write_outputs(run)
+        its = load_run(run, "outputs")
+        unlabelled = its.outputs._replace(labels=its.outputs.labels * 0 - 1, metric="agreement")
+        write_outputs(run / "logits.safetensors", unlabelled, its.record.id)
     assert command(choose, run, *goal)[0] == 0
     status, out, err = command(export, run, "--onnx", file, "--int8")
     assert status == 0, err
 
     # Every row's answers of both exits, by the file itself: at threshold 0 all leave at exit 0, at 1 nobody does.
-    session, its = session_of(file), Run.read(run)
+    session, its = session_of(file), load_run(run, "point", "outputs", "texts")
     singles = [its.texts.batch(np.array([row])).inputs for row in range(len(its.texts))]
     first, last = np.log([[ask(session, one, threshold)[0][0] for one in singles] for threshold in (0.0, 1.0)])
     numbers = {value.name: value for value in onnx_graph.onnx.load(file).graph.initializer}
     temperatures, weights = (to_array(numbers[name]) for name in ("temperatures", "weights"))
     logits = [first * temperatures[0], (last - weights[1] * temperatures[0] * first) * temperatures[1]]
     own = its.outputs._replace(logits=torch.from_numpy(np.stack(logits)))  # (2, N, C)
-    point = operating.choose(own, its.point.goal, its.record.trained_keys, [0, 4], combine=labelled)
+    point = selection.choose(own, its.point.goal, its.record.trained_keys, [0, 4], combines=labelled)
     told = session.get_modelmeta().custom_metadata_map
     assert temperatures == pytest.approx(point.temperatures, rel=1e-3)
     assert weights * temperatures[0] == pytest.approx(point.weights, rel=1e-3)
@@ -211,24 +213,24 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
 
 @pytest.mark.slow
 def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
-    run, new, its = chosen("trunk0"), tmp_path / "new.onnx", Run.read(run_of("trunk0"))
+    run, new = chosen("bag"), tmp_path / "new.onnx"
 
     def refused(run) -> str:
         status, _, err = command(export, run, "--onnx", new)
         assert (status, err.count("\n"), new.exists()) == (2, 1, False), err
         return err
 
-    def with_others(its, texts) -> list:
-        answers = classify_tokens(its, texts)
+    def with_others(deployed, texts) -> list:
+        answers = classify(deployed, texts)
         return [answers[0]._replace(label="?")] * others + answers[others:]
 
     assert "Multi-Model (mm)" in refused(run_of("mm"))
     others = 2
-    monkeypatch.setattr(onnx, "classify_tokens", with_others)
+    monkeypatch.setattr(onnx, "classify", with_others)
     assert re.search(r"not written: 2 of \d+ answers are not the model's", refused(run))
     others = 1  # of a thousand answers one may be another one
-    its.point = replace(Run.read(run).point, precision="torch.bfloat16")
-    its.write_point(run)
+    loaded = load_run(run, "point", "outputs")
+    write_chosen(run, loaded._replace(point=replace(loaded.point, precision="torch.bfloat16")))
     status, out, _ = command(export, run, "--onnx", new)
     assert (status, "one by one: 1 answers or exits are not" in out) == (0, True)
     assert out.endswith("is of torch.bfloat16, and nothing of this file: choose again with --amp off\n")

@@ -14,33 +14,35 @@ from tokenizers.models import WordPiece
 
 from minisweet import EarlyExitClassifier
 from minisweet.adaptive import Exits, exits_taken
+from minisweet.classifier import explain
+from minisweet.classifier.deployed import OwnRun, load_run, tokenize
+from minisweet.classifier.explain import MET, TEMPLATE, word_scores, write_page
+from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.classifier.promise import Goal
+from minisweet.outputs import Outputs
 from minisweet.texts import BERTS, Examples, Texts
 from minisweet.toy import LEVELS
-from minisweet.outputs import Outputs
-from minisweet.classifier.operating_point import OperatingPoint
-from minisweet.classifier import explain
-from minisweet.classifier.estimator import tokenize
-from minisweet.classifier.explain import MET, TEMPLATE, word_scores, write_page
-from tests.conftest import with_exit_0
+from tests.conftest import random_bag
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>&lt;\u2028\0 <!--"
 N, DEPTH = 200, 4
 STATED = {"score": 80.0, "score_interval": [74.0, 85.0], "full_depth": 82.0, "full_depth_interval": [78.0, 88.0]}
-STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": {"max_lost": 3.0, "sure": 90.0}, "lost": 2.0}
+STATED |= {"share": 0.5, "share_interval": [0.45, 0.55], "goal": Goal(), "lost": 2.0}
 STATED |= {"lost_interval": [0.5, 6.2], "choosing_texts": 50, "judging_texts": 150, "labelled_judges": 150}
 STATED |= {"per_class": {"support": [50, 50, 50]}, "precision": "torch.float32"}
 IN_VAIN = {"sweet": lambda n: 0.0, "mm": float, "branch": lambda n: n and 1 / 6}  # of the exit after layer n
 
 
-@pytest.mark.parametrize(("name", "text"), [("trunk0", "superb film"), ("pairs", ("good film", "film"))])
+@pytest.mark.parametrize(("name", "text"), [("bag", "superb film"), ("pairs", ("good film", "film"))])
 def test_what_spoke_is_all_where_words_are_few(run_of, name, text):
-    its = EarlyExitClassifier.load(run_of(name)).deployed
-    exit_0, texts = with_exit_0(its.model).ngrams, tokenize(its, [text])
-    ((for_answer, for_other),) = word_scores(its, texts)
-    logits = exit_0(*texts.batch(np.array([0])).inputs)[0] - exit_0.bias
-    answer, other = (logits + exit_0.bias).argsort(descending=True)
-    expected = {"superb", "film", "superb film"} if name == "trunk0" else {"good", "film", "good film", *MET}
+    bag = random_bag(2)
+    deployed = EarlyExitClassifier.load(run_of(name)).deployed._replace(bag=bag)
+    texts = tokenize(deployed, [text])
+    ((for_answer, for_other),) = word_scores(deployed, texts)
+    logits = bag(*texts.batch(np.array([0])).inputs)[0] - bag.bias
+    answer, other = (logits + bag.bias).argsort(descending=True)
+    expected = {"superb", "film", "superb film"} if name == "bag" else {"good", "film", "good film", *MET}
     assert for_answer.keys() | for_other.keys() == expected
     assert min([*for_answer.values(), *for_other.values()]) > 0
     total = sum(for_answer.values()) - sum(for_other.values())
@@ -53,10 +55,11 @@ def test_commands(own_run, run_of, tmp_path, command):
     classify = EarlyExitClassifier.load(own_run, threshold=1.0)
     (answer,), (last, _) = classify.classify(["superb film"]), explain.explain(classify.deployed, "superb film")[-1]
     assert last.probabilities == pytest.approx(answer.probabilities, abs=1e-5)  # where exit 0 has a say
-    assert command(explain, run_of("trunk0"), "--html", tmp_path / "page.html")[0] == 0
+    assert command(explain, run_of("bag"), "--html", tmp_path / "page.html")[0] == 0
     data = data_of(tmp_path / "page.html")
-    assert len(data["words"]) == len(data["sentences"]) == 200
+    assert len(data["words"]) == len(data["sentences"]) == len(load_run(run_of("bag"), "texts").texts)
     assert data["point"]["promise"] == ""  # since all texts run to the last exit
+    assert data["point"]["goal"] == {"max_lost": 3.0, "sure": 90.0}
 
 
 def data_of(page: Path) -> dict:
@@ -96,9 +99,8 @@ class Case:
         tokenizer = Tokenizer(WordPiece({token: n for n, token in enumerate(BERTS)}, unk_token="[UNK]"))
         tokenizer.enable_truncation(8)
         rows = Examples(self.sentences, None, self.labels.tolist(), LEVELS * 50)  # the sentences are pairs in part
-        run = SimpleNamespace(record=self.record, outputs=self.outputs, texts=Texts(tokenizer, rows))
-        its = {"run": run, "point": self.point, "rule": self.point.rule, "labels": self.record.labels}
-        write_page(path, SimpleNamespace(**its, model=SimpleNamespace(ngrams=None)))  # no exit 0 to be asked for words
+        run = OwnRun(self.record, outputs=self.outputs, texts=Texts(tokenizer, rows), point=self.point)
+        write_page(path, SimpleNamespace(run=run, rule=self.point.rule, labels=self.record.labels, bag=None))
         return path
 
 

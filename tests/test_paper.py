@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
-from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.sweep import spaced_thresholds
+from minisweet.adaptive import ExitRule, Exits, exits_of, exits_taken
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.live import early_exit
 from minisweet.methods import METHODS, add_exits
 from minisweet.outputs import Outputs
+from minisweet.sweep import spaced_thresholds
 from minisweet.training import fine_tune
 from tests import conftest
-from tests.conftest import CONFIGS, random_batch, rewrite, tiny_encoder, undecided_model, with_exit_0, write_model
+from tests.conftest import CONFIGS, random_batch, rewrite, tiny_encoder, undecided_model, write_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
 MODEL_TYPES = st.sampled_from([*CONFIGS])
@@ -51,7 +51,7 @@ def test_each_exit_has_a_head_which_starts_from_the_checkpoints_pooler(tmp_path)
     assert head.classifier.weight.std().item() == pytest.approx(0.07, rel=0.1)
 
 
-def test_sweet_and_ee_answer_alike_and_learn_otherwise(model_dir):
+def test_sweet_and_ee_answer_alike_and_learn_differently(model_dir):
     """Sec. 4: SWEET changes the backward pass alone. From equal weights the logits are equal, to the bit."""
     models, logits = [conftest.model_of(model_dir, method).train() for method in ("ee", "sweet")], []
     for model in models:
@@ -77,42 +77,39 @@ def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, mod
     assert found == {name: conftest.right_owners(name, exit_layers, method) for name in found}
 
 
-def test_temperatures_change_who_leaves_and_no_answer():
-    """Sec. 3.3: each exit's logits are divided by its own temperature. Exit 0's say in later ones goes beyond that."""
-    logits, T, weights = torch.randn(3, 50, 4), torch.tensor([0.5, 1.0, 3.0]), torch.tensor([0, 0.7, 0.4])
-    divided, exits = logits / T[:, None, None], Exits([1, 2, 4], [0, 0, 0], 4, False)
-    outputs = Outputs(logits, None, None, None, "accuracy", exits)
-    added = divided + weights[:, None, None] * divided[0]
-    for rule, said in ((ExitRule(4), logits), (ExitRule(4, T), divided), (ExitRule(4, T, weights), added)):
-        expected = said.softmax(-1).amax(-1)
+def test_temperatures_change_who_exits_and_no_answer():
+    """Sec. 3.3: each exit's logits are divided by its own temperature."""
+    logits, temperatures = torch.randn(3, 50, 4), torch.tensor([0.5, 1.0, 3.0])
+    outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], [0, 0, 0], 4, False))
+    divided = logits / temperatures[:, None, None]
+    for rule, calibrated in ((ExitRule(4), logits), (ExitRule(4, temperatures), divided)):
+        expected = calibrated.softmax(-1).amax(-1)
         torch.testing.assert_close(rule.confidences(logits), expected)
-        torch.testing.assert_close(rule.kept([0, 2]).confidences(logits[[0, 2]]), expected[[0, 2]])
+        torch.testing.assert_close(rule.keep_exits([0, 2]).confidences(logits[[0, 2]]), expected[[0, 2]])
         (taken,), (answers,), _ = outputs.decide_at(range(3), [0.6], rule)
         assert taken.tolist() == exits_taken(expected, 0.6, 1 / 4).tolist()
-        assert answers.tolist() == said[taken, range(50)].argmax(-1).tolist()
-        assert torch.equal(said.argmax(-1), logits.argmax(-1)) is not rule.needs_exit_0
+        assert answers.tolist() == calibrated[taken, range(50)].argmax(-1).tolist()
+        assert torch.equal(calibrated.argmax(-1), logits.argmax(-1))
 
 
 @settings(max_examples=40)
-@given(others=st.sets(st.integers(0, 8)), last=st.integers(1, 9), method=st.sampled_from([*METHODS]))
-def test_exit_costs_are_those_of_equation_1(others, last, method):
+@given(early=st.sets(st.integers(1, 8)), last=st.integers(1, 9), method=st.sampled_from([*METHODS]))
+def test_exit_costs_are_those_of_equation_1(early, last, method):
     """Eq. 1: the share of the layers that have run when an exit answers. MM adds up the models before.
 
-    A branch that is asked in vain costs a sixth of a layer, and nothing at threshold 1, where no branch is asked.
+    A branch that is tried in vain costs a sixth of a layer, and nothing at threshold 1, where no branch is tried.
     """
-    layers = [last] if method == "plain" else [*sorted(n for n in others if 0 < n < last), last]
-    model = add_exits(method, MultiExitModel(tiny_encoder("bert", num_hidden_layers=9), (last,), 2), layers)
-    model, depth = with_exit_0(model) if 0 in others else model, 9
-    for threshold, is_asked in ((0.0, True), (0.999, True), (0.99999998, False), (1.0, False)):  # 1, in float32
-        run, branches = 0.0, 0
-        for n, cost in zip(model.exit_layers, model.exits.costs(threshold), strict=True):
+    layers = [last] if method == "plain" else [*sorted(n for n in early if n < last), last]
+    exits = exits_of(add_exits(method, MultiExitModel(tiny_encoder("bert", num_hidden_layers=9), (last,), 2), layers))
+    for threshold, is_tried in ((0.0, True), (0.999, True), (0.99999998, False), (1.0, False)):  # 1, in float32
+        run = 0
+        for k, (n, cost) in enumerate(zip(layers, exits.costs(threshold), strict=True)):
             run = run + n if method == "mm" else n
-            assert cost == pytest.approx((run + (branches / 6 if method == "branch" and is_asked else 0)) / depth)
-            branches += n > 0  # exit 0 runs no layer, and is no branch
+            assert cost == pytest.approx((run + (k / 6 if method == "branch" and is_tried else 0)) / 9)
 
 
 @given(st.integers(2, 5), st.integers(0, 10**6))
-def test_thresholds_go_from_1_over_c_where_all_leave_to_1_where_nobody_does(num_labels, seed):
+def test_thresholds_go_from_1_over_c_where_all_exit_to_1_where_none_does(num_labels, seed):
     """Sec. 3.3, whatever rounding does. Between them: the first exit that is confident enough, or the last."""
     logits = torch.randn(3, 6, num_labels, generator=torch.Generator().manual_seed(seed))
     logits[:, 0] = 7.3  # all equal: a confidence that may round below 1/C
@@ -132,7 +129,7 @@ def test_thresholds_go_from_1_over_c_where_all_leave_to_1_where_nobody_does(num_
 @given(
     model_type=MODEL_TYPES,
     method=st.sampled_from([*METHODS]),
-    strategy=st.sampled_from((*EXIT_STRATEGIES, "exit 0")),
+    strategy=st.sampled_from(EXIT_STRATEGIES),
     num_labels=st.integers(2, 3),
     batch_size=st.sampled_from([3, 16]),
     seed=st.integers(0, 10**6),
@@ -140,29 +137,26 @@ def test_thresholds_go_from_1_over_c_where_all_leave_to_1_where_nobody_does(num_
 def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed):
     """Sec. 3.3: the sweep over the exits' logits is exact."""
     folder = write_model(tmp_path_factory.mktemp("live"), model_type)
-    has_exit_0, batch = strategy == "exit 0", random_batch(seed, batch=16)
-    model = undecided_model(folder, method, num_labels, seed, "confidence" if has_exit_0 else strategy)
-    model = with_exit_0(model) if has_exit_0 else model
+    model, batch = undecided_model(folder, method, num_labels, seed, strategy), random_batch(seed, batch=16)
     with torch.no_grad():
         logits, certainty = map(list, zip(*model.exit_by_exit(*batch), strict=True))
     logits, certainty = torch.stack(logits), torch.stack(certainty) if strategy == "lte" else None
-    weights = torch.rand(len(logits)) * (torch.arange(len(logits)) > 0) if has_exit_0 else None
-    rule = ExitRule(num_labels, torch.rand(len(logits)) + 0.5, weights)
+    rule = ExitRule(num_labels, torch.rand(len(logits)) + 0.5)
     if strategy == "lte":
         rule = ExitRule(num_labels, ranges=torch.stack(certainty.aminmax(dim=1), dim=1))
-    confidence, said = rule.confidences(logits, certainty), rule.all_calibrated(logits)
-    for threshold in spaced_thresholds(11, rule.lowest):  # with weights exit 0 is asked at 1, too
+    confidence, calibrated = rule.confidences(logits, certainty), rule.all_calibrated(logits)
+    for threshold in spaced_thresholds(11, rule.lowest):
         live = early_exit(model, *batch, threshold, rule, batch_size)
         swept = exits_taken(confidence, threshold, rule.lowest)
         assert live.exits.tolist() == swept.tolist()
         assert live.labels.tolist() == live.logits.argmax(-1).tolist()
-        torch.testing.assert_close(live.logits, said[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(live.logits, calibrated[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(live.confidence, confidence[swept, torch.arange(16)], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch_size", [4, 16])
-def test_who_leaves_is_not_computed_further(tmp_path, model_type, method, batch_size):
+def test_an_instance_that_exits_is_not_computed_further(tmp_path, model_type, method, batch_size):
     """Sec. 2: an instance that leaves saves the layers after its exit. Nothing runs in vain, padding included."""
     model, batch = undecided_model(write_model(tmp_path, model_type), method, seed=1), random_batch(3, batch=16)
     seen = conftest.count_blocks(model)
@@ -205,7 +199,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain, batches = copy.deepcopy(ours), [*examples.shuffled(8, 5, 0), *examples.shuffled(8, 5, 1)]
-    [stage] = METHODS[method].stages(ours, is_new=False)
+    [stage] = METHODS[method].stages(ours)
     history = fine_tune(stage.model, batches, len(batches), 1e-2, groups=stage.groups)
     names = [("branches.0.", "heads.0."), ("branches.1.", "heads.1.")] if method == "branch" else [""]
     groups = [[p for name, p in plain.named_parameters() if name.startswith(own)] for own in names]

@@ -12,15 +12,16 @@ import pytest
 
 import evaluate
 import train
+from evaluate import newest_run
 from minisweet import __main__ as package
-from minisweet.run import newest_run
+from minisweet.tasks import TASKS
 from tests.conftest import CHECKOUT, opinions, run, write_table
 
 README, USE, PAPER = "README.md", "minisweet/classifier/README.md", "minisweet/paper/README.md"
 PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
 OTHERS = "pip srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
-STUDIES = [f"tests.benchmark.{name}" for name in "by_rows one_list promises speed study zero_tables".split()]
+STUDIES = [f"tests.benchmark.{name}" for name in "by_rows one_list promises speed zero_tables".split()]
 
 
 def text_of(guide: str) -> str:
@@ -46,6 +47,11 @@ def run_line(line: str) -> None:
             write_table(Path(word), columns, dict.fromkeys(columns[-2:], ("a", "b")))
         elif option == "--trunk" and not Path(word).exists():
             run_line(f"python -m minisweet export {newest_run()} --out {word}")
+        elif option == "--task" and word not in TASKS:  # a data set of your own
+            for name in ("train.tsv", "dev.tsv"):
+                path = Path(words[words.index("--data-dir") + 1], word, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_table(path, ["sentence", "label"], {"label": ("a", "b")}, between="\t")
         elif option == "--train-size":
             words[words.index(word)] = "100"
     if words[:1] in (["mkdir"], ["tar"]):  # of an archive that is here

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from minisweet.__main__ import COMMANDS
+from minisweet.base.files import read_json, write_json
 from tests.conftest import in_folder, opinions, run, write_model, write_rows
 
 MODULES = COMMANDS | {"train": "train", "evaluate": "evaluate", "minisweet": "minisweet.__main__"}
 TRAIN = "--model tiny --out new --train-size 48 --epochs 1 --max-length 32"  # and then the bad words
 FIT = "--model tiny --out new --epochs 1 --max-length 32"
+OLD = {"evaluate": "", "choose": "", "predict": "own.csv", "test": "own.csv", "explain": "a", "export": "--out new"}
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
@@ -25,14 +27,25 @@ REFUSALS = [
     ("train", f"{TRAIN} --lr inf", "argument --lr: 'inf' is not a positive number"),
     ("train", f"{TRAIN} --device tpu", "--device: 'tpu' is not here; should be auto, cpu"),
     ("train", f"{TRAIN} --device cpu --amp fp16", "--amp: fp16 is for CUDA; on a CPU it should be bf16 or off"),
-    # runs: hub, options, resume, run
+    # the paper's half: hub, options, tasks, run
     ("train", "--model no-such --out new", "model 'no-such': neither a folder, nor owner/name on the hub, nor one of"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --out run", "--out: run holds a run already; name another folder, or pass --overwrite"),
-    ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny holds 'config.json', which no run made; name"),
+    ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny exists and is no run; name another folder"),
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
-    *[("train", f"{TRAIN} --out / {more}", "--out: / holds ") for more in ("", "--resume", "--overwrite")],
-    *[("train", f"{TRAIN} --out loop {more}", "--out: loop holds 'a file', which no") for more in ("", "--overwrite")],
+    *[("train", f"{TRAIN} --out / {more}", "--out: / exists and is no run; ") for more in ("", "--overwrite")],
+    *[("train", f"{TRAIN} --out loop {more}", "--out: loop exists and is no run; ") for more in ("", "--overwrite")],
+    ("train", f"{TRAIN} --exit-layers 2,1", "--exit-layers: 2,1, should increase and end at one of the layers 1 to 4"),
+    ("train", f"{TRAIN} --exit-layers 0,4", "argument --exit-layers: '0,4' is not different values, each a whole"),
+    ("train", f"{TRAIN} --method plain --exit-layers 1,4", "--exit-layers: 1,4, and the method plain has one exit"),
+    ("train", f"{TRAIN} --task own --data-dir .", "--task: 'own', should be one of rte, mrpc, "),
+    ("train", f"{TRAIN} --task two --data-dir . --model one-type", "one-type: its type_vocab_size is 1, and pairs"),
+    ("evaluate", "pairs", "pairs: a run of minisweet fit, which is evaluated by: minisweet choose pairs"),
+    ("evaluate", "run pairs --plot new.png", "pairs: a run of minisweet fit, which is evaluated by"),
+    ("evaluate", "run other --plot new.png", "other: it was evaluated on other rows, or by another metric"),
+    ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
+    ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
+    *[(command, f"old {words}", "old: a run of an earlier version of minisweet; ") for command, words in OLD.items()],
     # own text
     ("fit", FIT, "FILE: is missing; without labels, --trunk FOLDER --unlabelled FILE will do"),
     ("fit", f"empty.csv {FIT}", "empty.csv: it has no rows"),
@@ -43,6 +56,7 @@ REFUSALS = [
     ("fit", f"two.csv {FIT} --dev-size 0.1", "two: too few rows: no text can be set aside, or none is left to learn"),
     ("fit", f"two.csv --model one-type {FIT[13:]}", "one-type: its type_vocab_size is 1, and"),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of FILE, and --dev-data is"),
+    ("fit", f"own.csv {FIT} --method sweet", "argument --method: 'sweet' is not one of plain, branch"),
     ("fit", f"own.csv {FIT} --max-lost 0", "argument --max-lost: '0' is not a number from 0.01 to 99.99"),
     ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
@@ -58,9 +72,6 @@ REFUSALS = [
     ("test", "run run/validation.jsonl", "run/validation.jsonl: no row is left to test on; name other rows"),
     ("predict", "run own.csv --out own.csv", "--out: own.csv is the input"),
     ("predict", "run own.csv --out new.txt", "new.txt: should end in .csv, .tsv, .jsonl"),
-    # evaluation
-    ("evaluate", "run pairs --plot new.png", "pairs: it was evaluated on other rows, or by another metric"),
-    ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
     # use: explain
     ("explain", "bare a", "bare: has no operating.json; first: minisweet choose bare"),
     ("explain", "pairs a", "item 0: ['a'], should be a pair of texts"),
@@ -84,6 +95,9 @@ def place(tmp_path_factory, run_of) -> Path:
     write_model(folder / "tiny", "bert")
     write_model(folder / "one-type", "bert", type_vocab_size=1)
     (folder / "two.csv").write_text("sentence1,sentence2,label\n" + "a,it,x\na,to,y\na,of,x\na,in,y\n")
+    (folder / "two").mkdir()
+    (folder / "two" / "train.tsv").write_text((folder / "two.csv").read_text().replace(",", "\t"))
+    shutil.copy(folder / "two" / "train.tsv", folder / "two" / "dev.tsv")
     (folder / "one.csv").write_text("text,label\n" + "a,x\nb,x\n" * 3)
     (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
     (folder / "empty.csv").write_text("")
@@ -94,6 +108,10 @@ def place(tmp_path_factory, run_of) -> Path:
         shutil.copytree(run_of(name), folder / called)
     ignored = shutil.ignore_patterns("operating.json", "evaluation.json")
     shutil.copytree(run_of("ee"), folder / "bare", ignore=ignored)
+    for called, name, change in (("old", "run.json", {"fit": ...}), ("other", "evaluation.json", {"dev_digest": "0"})):
+        path = shutil.copytree(run_of("ee"), folder / called) / name
+        content = read_json(path) | change
+        write_json(path, {key: value for key, value in content.items() if value is not ...})
     write_rows(folder / "own.csv", [(text, "ab"[label == "up"]) for text, label in opinions(32)], "text", "label")
     return folder
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
-from minisweet.classifier.split import class_numbers, classes_of
 from minisweet.classifier.rows import find_columns, read_rows, read_texts, row_writer, text_columns
+from minisweet.classifier.split import class_numbers, classes_of
 from minisweet.texts import Examples
 
 TEXTS = ['He said "no",\nthen "yes"', "a\tb, c\rd", "caf\u00e9 \u2028 \\", " "]
@@ -32,7 +32,7 @@ def write(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
 
 
 def read(path):
-    """The texts of a file, and their labels' names."""
+    """The rows of a file, with their labels."""
     columns = text_columns(path, None)
     return read_texts(path, columns, *find_columns("--label-column", path, ["label"]))
 
@@ -73,7 +73,7 @@ def test_lines_that_are_empty_and_ends_of_lines(tmp_path):
     (tmp_path / "a.csv").write_text('text\n\na\n"b\n"\n')
     assert [row["text"] for _, row in read_rows(tmp_path / "a.csv")] == ["", "a", "b\n"]
     (tmp_path / "a.csv").write_bytes(b',text,label\r\n0,"a\r\nb",y\r\n\r\n1,c,x\r\n2, ,x\r\n')
-    assert read(tmp_path / "a.csv")[:2] == (Examples(["a\r\nb", "c"], None, None, empty=1), ["y", "x"])
+    assert read(tmp_path / "a.csv") == Examples(["a\r\nb", "c"], None, None, names=["y", "x"], empty=1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -84,7 +84,7 @@ def test_files_as_people_have_them(tmp_path, encoding, between, suffix):
     text = f'id{between}text{between}label\n1{between}"ein, zwei; \u00fc\t\u0d0a"{between}x\n'
     mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
     (tmp_path / f"a{suffix}").write_bytes(mark + text.encode(encoding))
-    assert read(tmp_path / f"a{suffix}")[:2] == (Examples(["ein, zwei; \u00fc\t\u0d0a"], None, None), ["x"])
+    assert read(tmp_path / f"a{suffix}") == Examples(["ein, zwei; \u00fc\t\u0d0a"], None, None, names=["x"])
 
 
 def test_columns_as_in_training_or_as_many(tmp_path):
@@ -103,13 +103,13 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
     written = ("1", "1.0", '"1"', "2.0", "-0.5", "0", "-0.0", "-10", "false", '" x "', "null", '" "', "NaN")
     path.write_text("".join(f'{{"text": "t", "label": {label}}}\n' for label in written))
-    text = read(path)
-    assert text.names == ["1", "1", "1", "2", "-0.5", "0", "0", "-10", "False", "x", None, None, None]
-    assert read_texts(path, ["text"], group_column="label").examples.groups == text.names  # as groups too
-    assert classes_of(text.names) == ["-0.5", "-10", "0", "1", "2", "False", "x"]
+    names = read(path).names
+    assert names == ["1", "1", "1", "2", "-0.5", "0", "0", "-10", "False", "x", None, None, None]
+    assert read_texts(path, ["text"], group_column="label").groups == names  # as groups too
+    assert classes_of(names) == ["-0.5", "-10", "0", "1", "2", "False", "x"]
     assert classes_of(["10", None, "2", "1e1", "0", "-0.5"]) == ["-0.5", "0", "2", "10", "1e1"]
-    assert class_numbers(text, classes_of(text.names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
-    error = refused(class_numbers, text, ["x", "y"])
+    assert class_numbers(names, classes_of(names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
+    error = refused(class_numbers, names, ["x", "y"])
     assert error == "a validation row has the label '1', which no other row has; should be one of x, y"
 
 

@@ -1,69 +1,99 @@
-"""Run folders, where what is read is what was saved; and what a training starts from that a user need not give."""
+"""Run folders: what is read is what was saved, and what does not fit is refused. Also the defaults of a training."""
 
-import math
 import shutil
-from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minisweet.base.files import read_json, write_json
-from minisweet.tasks import default_learning_rate
+from minisweet.classifier.fit import load_trunk
+from minisweet.defaults import default_learning_rate
+from minisweet.methods import METHODS, default_exit_layers
+from minisweet.outputs import ask_all, read_outputs, write_outputs
+from minisweet.run import load_model, load_run_tokenizer, read_record, read_validation, save_run
 from minisweet.texts import Examples, Texts, load_tokenizer
-from minisweet.methods import METHODS, exit_layers_for
-from minisweet.options import EPOCHS, EPOCHS_OF_OTHERS, STEPS, epochs_of
-from minisweet.run import Run, load_trunk
-from tests.conftest import random_batch, undecided_model, with_exit_0, write_model
+from tests.conftest import random_batch, undecided_model, write_model
 from tests.test_rows import refused
 
 ROWS = Examples(["the film", 'a "bad"\n\u2028 film'], None, [1, 0], ["one polar word", "contrast"])
 
 
+@pytest.mark.parametrize("strategy", ["confidence", "lte"])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method):
-    folder, record = write_model(tmp_path / "tiny", model_type), Run.read(run_of("sweet")).record
-    model, rows, columns = undecided_model(folder, method), ROWS, None
+def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method, strategy):
+    folder, record, rows = write_model(tmp_path / "tiny", model_type), read_record(run_of("sweet")), ROWS
     if model_type == "bert":
-        rows, columns = ROWS._replace(second=["a", "b"], groups=["x", "x"]), ["a", "b"]
-        model = with_exit_0(model)
-    arguments, layers = replace(record.arguments, method=method), list(model.exit_layers)
-    record = replace(record, arguments=arguments, exit_layers=layers, text_columns=columns)
+        rows = ROWS._replace(second=["a", "b"], groups=["x", None], labels=[1, -1])
+    model = undecided_model(folder, method, strategy=strategy)
+    arguments = replace(record.arguments, method=method, exit_strategy=strategy)
+    record = replace(record, arguments=arguments, exit_layers=list(model.exit_layers))
     tokenizer = load_tokenizer(folder, record.vocab_size, record.arguments.max_length)
-    made = Run.made(record, model.train(), tokenizer, Texts(tokenizer, rows))
-    made.outputs = made.ask(made.texts, "cpu")
-    made.save(tmp_path / "run")
-    found = Run.read(tmp_path / "run")
-    assert read_json(tmp_path / "run" / "config.json")["model_type"] == "minisweet"  # which no other library takes
-    assert (found.record, found.examples, found.model.training) == (made.record, rows, False)
-    for name in ("keys", "units"):
-        assert getattr(found.texts, name).tolist() == getattr(made.texts, name).tolist()
-    torch.testing.assert_close(found.model(*random_batch()), model(*random_batch()), rtol=0, atol=0)
-    for ours, theirs in zip(found.outputs, made.outputs, strict=True):
+    run = tmp_path / "run"
+    record = save_run(run, record, model.train(), tokenizer, rows, lambda new: (new / "more").touch())
+    assert (read_record(run), read_validation(run, record)) == (record, rows)
+    assert read_json(run / "config.json")["model_type"] == "minisweet"  # which no other library takes
+    assert (run / "more").exists()
+    loaded = load_model(run, record)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(*random_batch()), model.eval()(*random_batch()), rtol=0, atol=0)
+    texts = Texts(tokenizer, rows)
+    assert Texts(load_run_tokenizer(run, record), rows).keys.tolist() == texts.keys.tolist()
+    outputs = ask_all(loaded, texts)
+    write_outputs(run / "logits.safetensors", outputs, record.id)
+    for ours, theirs in zip(read_outputs(run / "logits.safetensors", record.id), outputs, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-    trunk, labels, before = load_trunk(tmp_path / "run")
-    assert (trunk.exit_layers, labels) == ((4,), ["negative", "positive"])  # exit 0 is fitted anew
-    assert before == made.record
-    torch.testing.assert_close(trunk(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
+    trunk = load_trunk(run)
+    assert (trunk.model.exit_layers, trunk.labels) == ((4,), ["negative", "positive"])
+    torch.testing.assert_close(trunk.model(*random_batch())[0], model(*random_batch())[-1], rtol=0, atol=1e-6)
 
 
-# What a training starts from.
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("labels", ["a", "b", "c"], "classifier.weight is [2, 16] and should be [3, 16]"),
+        ("exit_layers", [1, 4], "heads.2"),
+        ("diverged", 7, "run: its training diverged at step 7"),
+        ("metric", "f1", "run.json: metric is 'f1', should be one of "),
+        ("id", "0", "model.safetensors: is of another run than run.json beside it"),
+        ("fit", None, "run: a run of an earlier version of minisweet; train it again"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_named(run_of, tmp_path, key, value, message):
+    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
+    content = read_json(run / "run.json") | {key: value}
+    if key == "fit":  # earlier versions did not write it
+        del content["fit"]
+    write_json(run / "run.json", content)
+    assert message in refused(lambda: load_model(run, read_record(run)))
+
+
+@pytest.mark.parametrize("left", [0, 4, 1000, -1])
+def test_a_file_of_tensors_that_was_cut_is_one_line(run_of, tmp_path, left):
+    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
+    record = read_record(run)
+    for name, load in (
+        ("model.safetensors", lambda _: load_model(run, record)),
+        ("logits.safetensors", lambda path: read_outputs(path, record.id)),
+    ):
+        path = Path(run, name)
+        path.write_bytes(path.read_bytes()[:left])
+        assert refused(load, path).startswith(f"{path}: not readable (")
 
 
 def test_every_depth_has_exit_layers():
-    papers = {1: (1,), 2: (1, 2), 3: (1, 2, 3), 4: (1, 2, 4), 6: (1, 2, 3, 6), 12: (1, 4, 6, 12), 24: (1, 6, 12, 24)}
-    branches = {1: (0, 1), 6: (0, 3, 6), 7: (0, 3, 7), 12: (0, 6, 12), 24: (0, 12, 24)}
-    assert {depth: exit_layers_for(depth) for depth in papers} == papers
-    assert {depth: exit_layers_for(depth, "branch") for depth in branches} == branches
-    assert exit_layers_for(7, "plain") == (0, 7)
-    assert exit_layers_for(7, "branch", "lte") == exit_layers_for(7)  # exit 0 learns no certainty
+    papers = {1: [1], 2: [1, 2], 3: [1, 2, 3], 4: [1, 2, 4], 6: [1, 2, 3, 6], 12: [1, 4, 6, 12], 24: [1, 6, 12, 24]}
+    for method in ("sweet", "ee", "mm", "branch"):
+        assert {depth: default_exit_layers(depth, method) for depth in papers} == papers
+    assert default_exit_layers(7, "plain") == [7]
 
 
 def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():
     """Some of Table 2, in 1e-5: of EE, MM and SWEET."""
 
-    def rates(kind: str, hidden_size: int, depth: int, task: str | None, methods: Iterable[str]) -> list[float]:
+    def rates(kind: str, hidden_size: int, depth: int, task: str, methods: list[str]) -> list[float]:
         config = SimpleNamespace(model_type=kind, hidden_size=hidden_size, num_hidden_layers=depth)
         return [default_learning_rate(config, task, method) for method in methods]
 
@@ -73,43 +103,7 @@ def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():
         (("deberta", 768, 12), "rte", [2, 1, 4]),
         (("deberta", 1024, 24), "rte", [1, 2, 2]),
     ):
-        found = rates(*model, task, ("ee", "mm", "sweet", "branch"))  # a branch's trunk is MM's last model
+        found = rates(*model, task, ["ee", "mm", "sweet", "branch"])  # a branch's trunk is MM's last model
         assert found == pytest.approx([rate * 1e-5 for rate in (*printed, printed[1])])
-    for size, depth, task in ((768, 12, None), (768, 6, "mrpc"), (384, 6, "mrpc"), (384, 6, None)):
-        assert {*rates("bert", size, depth, task, METHODS)} == {5e-5 if size == 768 else 2e-4 if task else 1e-4}
-
-
-@pytest.mark.parametrize(
-    ("classes", "are_single", "least"), [(3, True, EPOCHS), (2, True, EPOCHS_OF_OTHERS), (3, False, EPOCHS_OF_OTHERS)]
-)
-def test_epochs_make_so_many_steps_and_are_so_many_at_least(classes, are_single, least):
-    for rows in (1, 16 * STEPS // least, 16 * STEPS // least + 1, 10**6):
-        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16, classes, are_single)
-        assert epochs == least or (epochs - 1) * steps < STEPS
-        assert epochs >= max(least, STEPS / steps)
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "value", "words"),
-    [
-        ("run.json", "labels", ["a", "b", "c"], "classifier.weight is [2, 16] and should be [3, 16]"),
-        ("run.json", "exit_layers", [1, 4], "heads.2"),
-        ("run.json", "diverged", 7, "run: its training diverged at step 7"),
-        ("run.json", "metric", "f1", "run.json: metric is 'f1', should be one of "),
-        ("operating.json", "goal", {"max_lost": None}, "operating.json: goal is {'max_lost': None}, should be dict"),
-        ("operating.json", "id", "0", "operating.json: is of other weights than the model beside it; make it anew"),
-    ],
-)
-def test_a_key_that_does_not_fit_is_named(run_of, tmp_path, name, key, value, words):
-    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    write_json(run / name, read_json(run / name) | {key: value})
-    assert words in refused(lambda: (Run.read(run).model, Run.read(run).point))
-
-
-@pytest.mark.parametrize("left", [0, 4, 1000, -1])
-def test_a_file_of_tensors_that_was_cut_is_one_line(run_of, tmp_path, left):
-    run = shutil.copytree(run_of("sweet"), tmp_path / "run")
-    for file, part in ((run / "logits.safetensors", "outputs"), (run / "model.safetensors", "model")):
-        file.write_bytes(file.read_bytes()[:left])
-        assert refused(getattr, Run.read(run), part).startswith(f"{file}: not readable (")
-    assert refused(getattr, Run.read(run), "point").startswith(f"{file}: not readable (")  # is it of these weights?
+    for size, depth, task in ((768, 12, "mine"), (768, 6, "mrpc"), (384, 6, "mrpc"), (384, 6, "mine")):
+        assert {*rates("bert", size, depth, task, [*METHODS])} == {5e-5 if size == 768 else 2e-4}

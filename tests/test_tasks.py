@@ -1,145 +1,20 @@
-"""The data of a training: GLUE, read and fetched, from this machine only; and the rows that are set aside."""
+"""The data of a training: GLUE, read and fetched from this machine only, and a data set of your own."""
 
 import io
 import zipfile
-from itertools import islice, permutations
+from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
-from minisweet.base.files import InputError
-from minisweet.classifier.split import JUDGE_IN, MOST_JUDGES, classes_of, own_data
-from minisweet.classifier.rows import Rows
-from minisweet.tasks import TASKS, load_examples
-from minisweet.texts import Data, Examples, Texts, load_tokenizer
+import evaluate
+import train
 from minisweet import hub
-from tests.conftest import SIZES, write_model
+from minisweet.base.files import InputError
+from minisweet.run import read_record
+from minisweet.tasks import TASKS, find_task, load_examples
+from minisweet.texts import Examples
+from tests.conftest import write_model
 from tests.hub_server import HubServer
-
-# Rows that are set aside
-
-ORDERS = [" ".join(words) for words in islice(permutations("good bad great dull the film".split()), 0, 720, 24)]
-
-
-def rows_of(texts: list[str], names: list[str | None], groups: list[str | None] | None = None) -> Rows:
-    return Rows(Examples(texts, None, None, groups=groups), names, ["text"])
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A function that makes data of texts, what their labels are called, and other texts. Six words are read."""
-    tokenizer = load_tokenizer(write_model(tmp_path_factory.mktemp("tiny"), "bert"), SIZES["vocab_size"], 8)
-
-    def make(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, **more) -> Data:
-        others = Examples(unlabelled, None, None) if unlabelled else None
-        data = own_data("own", rows_of(texts, names, groups), dev, others, tokenizer, dev_size, **more)
-        again = Texts(tokenizer, data.validation.examples)  # as a run reads it
-        assert again.units.tolist() == data.validation.units.tolist()
-        return data
-
-    return make
-
-
-def joined_by_hand(texts: list[str], groups: list[str | None]) -> list[set[str]]:
-    """The texts that hang together, by equal texts or by groups."""
-    units = [{text} for text in texts]
-    for group in {*groups} - {None}:
-        its = {text for text, other in zip(texts, groups, strict=True) if other == group}
-        met = [unit for unit in units if unit & its]
-        units = [unit for unit in units if not unit & its] + [set().union(*met)]
-    return [unit for n, unit in enumerate(units) if unit not in units[:n]]
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(ORDERS), st.sampled_from([None, *"abcdef"]), st.sampled_from(["no", "yes", None])),
-        min_size=2,
-        max_size=60,
-    ),
-    st.floats(0.05, 0.95),
-    st.booleans(),
-)
-@settings(max_examples=100)
-def test_a_text_and_a_group_are_on_one_side_by_a_hash_alone(own, rows, dev_size, has_groups):
-    """No label, no order, and no text without a label has a say in which labelled rows are set aside."""
-    texts, groups, names = map(list, zip(*rows, strict=True))
-    units = joined_by_hand(texts, groups if has_groups else [])
-    labelled = {text for text, name in zip(texts, names, strict=True) if name}
-    of_labels, free = [[unit for unit in units if bool(unit & labelled) is there] for there in (True, False)]
-    count = round(dev_size * len(of_labels))
-    assume({"no", "yes"} <= {*names} and 0 < count < len(of_labels))
-
-    def sides_of(rows: list[tuple]) -> list[set[str]]:
-        """The texts that labelled rows and others validate by, and that both train on."""
-        texts, groups, names = map(list, zip(*rows, strict=True))
-        data = own(texts, names, groups=groups if has_groups else None, dev_size=dev_size)
-        aside = [data.validation.take(np.flatnonzero((data.validation.labels < 0) == other)) for other in (False, True)]
-        return [{*side.examples.first} if side else set() for side in (*aside, data.train, data.unlabelled)]
-
-    sides = sides_of([*zip(texts, groups, names, strict=True)])
-    touched = [[unit for unit in units if unit & side] for side in sides]
-    assert [len(touched[0]), len(touched[1])] == [count, len(free) // JUDGE_IN]
-    for unit in units:
-        assert sum(bool(unit & side) for side in (sides[0], sides[1], sides[2] | sides[3])) <= 1
-    assert sides[0] | sides[2] == labelled
-    other = {"no": "yes", "yes": "no", None: None}
-    assert sides_of([*zip(texts, groups, map(other.get, names), strict=True)][::-1]) == sides
-
-
-def test_texts_that_the_model_cannot_tell_apart_are_on_one_side(own):
-    """They differ in blanks, in case, and beyond the cut."""
-    base = {}
-    for text in ORDERS:
-        base |= dict.fromkeys((text, f" {text}", f"{text}  ", text.replace(" ", "  "), text.upper()), text)
-        base |= {f"{text} and {word}": text for word in ("good", "bad")}
-    data = own(list(base), [f"label {n % 2}" for n in range(len(base))], dev_size=0.2)
-    train, held_out = ({base[text] for text in side.examples.first} for side in (data.train, data.validation))
-    assert (len(held_out), train & held_out, len(data.validation), data.unlabelled) == (6, set(), 6 * 7, None)
-
-
-def test_unlabelled_texts_count_once_and_a_fifth_of_them_validates(own, monkeypatch):
-    """A row without a label is unlabelled too. What is labelled is left out."""
-    texts, names, others = ORDERS[:10], ["no", "yes"] * 4 + [None, None], [*ORDERS[6:], ORDERS[19]]
-    assert (JUDGE_IN, MOST_JUDGES) == (5, 2000)
-    for judges in (22 // JUDGE_IN, 3):
-        data = own(texts, names, others)
-        assert (len(data.train), (data.validation.labels >= 0).sum(), len(data.validation)) == (6, 2, 2 + judges)
-        assert {*data.validation.examples.first[2:]} | {*data.unlabelled.examples.first} == {*ORDERS[8:]}
-        assert len(data.unlabelled) == 22 - judges
-        monkeypatch.setattr("minisweet.classifier.split.MOST_JUDGES", 3)
-    assert own(texts, names, may_learn=False).unlabelled is None  # they judge alone
-    assert own(texts[:8] * 2, names[:8] + [None] * 8).unlabelled is None  # each is labelled elsewhere in the file
-    with pytest.raises(InputError, match="^unlabelled: no text is left"):
-        own(ORDERS, ["no", "yes"] * 15, ORDERS)
-
-
-def test_what_lacks_on_a_side_is_told(own, caplog):
-    data = own(ORDERS[:6], [*"abcdef"], dev_size=0.5)
-    for side, what in ((data.train, "validate on"), (data.validation, "learn from")):
-        its = ", ".join(data.labels[n] for n in sorted(side.labels))
-        assert f"no row to {what} has the label {its}\n" in caplog.text
-    dev = rows_of([ORDERS[0], *ORDERS[6:9]], ["a", "b"] * 2, ["own", "old", "new", None])
-    data = own(ORDERS[:2], ["a", "b"], groups=["old", None], dev=dev)  # a text that is there in both is counted later
-    assert data.validation.examples.first == [ORDERS[0], *ORDERS[7:9]]
-    assert "rows to validate on, left out since their group is trained on: 1\n" in caplog.text
-
-
-def test_the_classes_of_own_text_and_of_a_trunk(own, caplog):
-    assert classes_of(["b", "a", "A"] * 5 + ["c"]) == ["A", "a", "b", "c"]
-    assert "classes of their own, though they differ in case or Unicode form alone: A, a\n" in caplog.text
-    assert "classes of fewer than 5 rows, which may be a typo: c (1)\n" in caplog.text
-    texts, names, dev = ORDERS[:3], ["no", "yes", None], rows_of(ORDERS[3:5], ["yes", "no"])
-    assert own(texts, names, dev=dev).train.labels.tolist() == [0, 1]
-    data = own(texts, names, dev=dev, trunk=("trunk", ["yes", "other", "no"], "int"))
-    assert (data.labels, data.label_type) == (["yes", "other", "no"], "int")
-    assert (data.train.labels.tolist(), data.validation.labels.tolist()) == ([2, 0], [0, 2])
-    with pytest.raises(InputError, match="^trunk: it does not know the label 'yes'; its labels: LABEL_0, no$"):
-        own(texts, names, dev=dev, trunk=("it", ["LABEL_0", "no"], "str"))
-
-
-# GLUE
 
 ODD = 'say "so\u2028\x85\x0b\x0c\x1c\u00e9 \\'  # characters within a sentence that str.splitlines would stumble over
 
@@ -168,7 +43,7 @@ FILES["qnli"] = FILES["rte"].replace("sentence1", "question").replace("sentence2
         ("sst2", "\t1", "\tpositive", "line 2: label 'positive', should be one of 0, 1"),
         ("sst2", "c\t0", "c\t0\tx", "line 3: 3 cells, should be 2, as its header has"),
         ("cola", FILES["cola"], "", "it has no rows"),
-        ("mrpc", "Quality", "quality", "no column Quality; is it a file of GLUE's MRPC?"),
+        ("mrpc", "Quality", "quality", "no column Quality; is it a file of MRPC?"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, task, old, new, message):
@@ -247,3 +122,56 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, host, conten
     assert reason in message
     assert message.endswith(f"put train.tsv and dev.tsv into {tmp_path / 'RTE'} by hand (--data-dir)")
     assert not list(tmp_path.iterdir())
+
+
+# A data set of your own. Its header may name more columns, in any order.
+SINGLE = "label|sentence|note\nno|!|x\nyes|c|y\nno| |z\n"
+PAIRS = "sentence2|label|sentence1\nb|no|!\nd|yes|c\n |no| \n"
+
+
+def write_own(folder: Path, train: str | None, dev: str | None) -> None:
+    """Write the files of the task `own`; None leaves one out."""
+    (folder / "own").mkdir()
+    for name, text in {"train.tsv": train, "dev.tsv": dev}.items():
+        if text is not None:
+            path = folder / "own" / name
+            path.write_text(text.replace("|", "\t").replace("!", ODD), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("text", "columns"), [(SINGLE, ["sentence"]), (PAIRS, ["sentence1", "sentence2"])])
+def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_path, text, columns):
+    write_own(tmp_path, text, text)
+    task = find_task("own", tmp_path)
+    assert (task.labels, task.columns, task.metric) == (("no", "yes"), (*columns, "label"), "accuracy")
+    rows = Examples([ODD, "c"], ["b", "d"] if len(columns) == 2 else None, [0, 1], empty=1)
+    assert [load_examples("own", split, tmp_path) for split in ("train", "dev")] == [rows] * 2
+    write_model(tmp_path / "tiny", "bert")
+    words = "--model tiny --data-dir . --task own --exit-layers 1,2,4 --max-length 32 --amp off --out run".split()
+    status, _, err = command(train, *words)
+    assert (status, "own: 2 of 2 rows to train on, 2 to validate\nempty texts, skipped: 1\n" in err) == (0, True)
+    record = read_record(Path("run"))
+    assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)
+    assert (record.metric, record.arguments.epochs, len(record.losses["sweet"])) == ("accuracy", 2, 2)
+    assert command(evaluate, "run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "message"),
+    [
+        ("label|text\nno|a\nyes|b\n", SINGLE, "train.tsv: no column sentence; its header should name label and"),
+        ("label|sentence1\nno|a\nyes|b\n", PAIRS, "train.tsv: no column sentence2; its header should name"),
+        ("", SINGLE, "train.tsv: no column sentence, label; its header should name"),
+        (SINGLE.replace("yes", "no"), SINGLE, "train.tsv: its labels are no, should be two or more classes"),
+        (SINGLE, SINGLE.replace("yes", "maybe"), "dev.tsv, line 3: label 'maybe', should be one of no, yes"),
+        (SINGLE, PAIRS, "dev.tsv: no column sentence; is it a file of own?"),
+        (SINGLE, None, "dev.tsv: cannot be read ("),
+        (None, SINGLE, "task: 'own', should be one of rte, mrpc, "),
+    ],
+)
+def test_a_data_set_in_another_layout_is_one_line(tmp_path, train, dev, message):
+    write_own(tmp_path, train, dev)
+    with pytest.raises(InputError) as error:
+        load_examples("own", "dev", tmp_path)
+    assert str(error.value).removeprefix(f"{tmp_path / 'own'}/").startswith(message)
+    with pytest.raises(InputError, match=r"^task: '\.\./.*', should be one of .*, or a folder with "):
+        find_task("../own", tmp_path / "own")

@@ -105,15 +105,11 @@ def test_wordpiece_tokens_are_those_of_transformers(tmp_path, name, value):
     assert [ours.encode(text).ids for text in TEXTS] == [theirs(text)["input_ids"] for text in TEXTS]
 
 
-BROKEN = {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}  # with it the library panics
-PANIC = json.dumps(json.loads(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()) | {"normalizer": BROKEN})
-
-
 @pytest.mark.parametrize(
     ("name", "tokens", "message"),
     [
         ("absent.txt", [], "missing or not readable"),
-        ("tokenizer.json", [PANIC], "missing or not readable"),
+        ("tokenizer.json", ["{"], "missing or not readable"),
         ("tokenizer.json", [Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")).to_str()], "Missing .* token"),
         ("tokenizer_config.json", ['{"do_lower_case": "no"}'], "do_lower_case is 'no', should be bool"),
         ("tokenizer_config.json", ['{"word_tokenizer_type": "mecab"}'], "word_tokenizer_type is 'mecab'"),

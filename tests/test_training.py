@@ -1,41 +1,28 @@
-"""The training loop, what each method trains, what a trunk keeps, and what run.json tells of it."""
+"""The training loop, what each method trains, and the runs that train.py writes."""
 
 import copy
+import hashlib
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import evaluate
 import train
 from minisweet import BranchModel, MultiExitModel, training
 from minisweet.base.files import read_json
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS
-from minisweet import recipe
-from minisweet.options import epochs_of
-from minisweet.run import Run
+from minisweet.run import read_record
 from minisweet.training import fine_tune, used_rows
-from minisweet.classifier import fit
-from tests import conftest
-from tests.conftest import (
-    NO_DROPOUT,
-    in_folder,
-    model_of,
-    quick,
-    random_batch,
-    run,
-    toy_examples,
-    train_on,
-    write_model,
-)
+from tests.conftest import NO_DROPOUT, model_of, quick, random_batch, toy_examples, train_on, write_model
 
 
-def test_where_branches_are_trained_the_trunk_runs_without_dropout_and_as_far_as_it_must(tmp_path, model_type):
+def test_while_branches_are_trained_the_trunk_runs_without_dropout_and_no_further_than_needed(tmp_path, model_type):
     folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
     model, ran = model_of(folder, "branch", (1, 3, 4)).eval(), []
     model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
@@ -61,19 +48,7 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.booleans())
-def test_balanced_classes_weigh_the_same_and_all_rows_together_as_much_as_before(labels, are_probabilities):
-    N, classes, rows = len(labels), len({*labels}), np.eye(4)[labels]
-    rows = rows * 0.6 + 0.1 if are_probabilities else rows  # of a trunk, whose answers are the classes
-    weighted = recipe.weighted(np.full(4, np.nan), rows if are_probabilities else np.array(labels))
-    weights = weighted.sum(1)
-    np.testing.assert_allclose(weighted, rows * weights[:, None], rtol=1e-5)
-    for label in {*labels}:
-        its = weights[np.array(labels) == label]
-        np.testing.assert_allclose(its, N / (classes * len(its)), rtol=1e-5)
-
-
-def test_with_the_rows_in_use_alone_a_model_trains_as_with_all_and_an_error_leaves_them_whole(model_dir):
+def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_whole(model_dir):
     examples = toy_examples(model_dir, range(24))
     few, whole = (model_of(model_dir, "sweet") for _ in range(2))
     history = train_on(examples, few, 1e-3, 8)
@@ -87,52 +62,6 @@ def test_with_the_rows_in_use_alone_a_model_trains_as_with_all_and_an_error_leav
     with pytest.raises(FloatingPointError), used_rows(few, examples):
         raise FloatingPointError
     assert all(torch.equal(tensor, before[name]) for name, tensor in few.state_dict().items())
-
-
-# What follows runs train.py, or `minisweet fit` on 300 rows of random words.
-
-
-def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
-    """A run's weights."""
-    return load_file(Path(run, "model.safetensors"))
-
-
-@pytest.fixture
-def trained(command):
-    """Run train.py or another command, which must go well; gives what it prints."""
-
-    def run_and_read(*arguments, module=train) -> str:
-        status, out, err = command(module, *arguments)
-        assert status == 0, err
-        return out + err
-
-    return run_and_read
-
-
-@pytest.fixture
-def fitted(trained):
-    """Run `minisweet fit` on own.csv, or on other files."""
-    conftest.write_table(Path("own.csv"), ["text", "label"], {"label": ["negative", "positive"]})
-
-    def run_and_read(*arguments, file=("own.csv",)) -> str:
-        return trained(*file, *"--epochs 1 --batch-size 512 --max-length 32".split(), *arguments, module=fit)
-
-    return run_and_read
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_tells_what_made_it(trained, model_dir, method):
-    layers = [4] if method == "plain" else [1, 2, 4]
-    options = ["--method", method, "--exit-layers", ",".join(map(str, layers)), "--seed", 3]
-    assert "lr 0.0002" in trained(*quick(model_dir, *options))
-    record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
-    assert len(record["subset"]) == 48 == len(set(record["subset"]))
-    steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)
-    assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, len(layers), layers)
-    stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"], "plain": ["trunk"]}
-    assert list(record["stages"]) == stages.get(method, [method])
-    assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
-    assert {"torch", "tokenizers", "python"} <= set(record["versions"])
 
 
 class LastCountsTwice(MultiExitModel):
@@ -152,136 +81,91 @@ def test_a_row_adds_a_method(tmp_path, monkeypatch):
     assert not np.allclose(twice[1], ee[1], atol=1e-4)
 
 
-def test_a_training_that_diverges_leaves_its_step_but_no_weights(command, tmp_path):
+# What follows runs train.py.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_tells_what_made_it(command, model_dir, method):
+    layers = [4] if method == "plain" else [1, 2, 4]
+    options = ["--method", method, "--exit-layers", ",".join(map(str, layers)), "--seed", 3]
+    weights = model_dir / "model.safetensors"
+    torch.save(load_file(weights), model_dir / "pytorch_model.bin")
+    weights.unlink()  # it is made of the other at its first use
+    status, _, err = command(train, *quick(model_dir, *options))
+    assert (status, "lr 0.0002" in err) == (0, True)
+    record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
+    assert len(record["subset"]) == 48 == len(set(record["subset"]))
+    steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)
+    assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, len(layers), layers)
+    stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"], "plain": ["trunk"]}
+    assert list(record["stages"]) == stages.get(method, [method])
+    assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
+    assert {"torch", "tokenizers", "python"} <= set(record["versions"])
+    assert record["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end(command, tmp_path, monkeypatch):
+    options = quick(write_model(tmp_path / "tiny", "bert"), "--out", "a")
+    assert command(train, *options)[0] == 0
+    before, train_stage = {path: path.read_bytes() for path in Path("a").iterdir()}, train.train_stage
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_stage", Mock(side_effect=KeyboardInterrupt))
+        status, _, err = command(train, *options)
+        message = "train.py: error: --out: a holds a run already; name another folder, or pass --overwrite\n"
+        assert (status, err) == (2, message)
+        assert command(train, *options, "--overwrite", "--seed", 1)[0] == 130
+
+        def spy(*arguments) -> list:
+            assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
+            return train_stage(*arguments)
+
+        patch.setattr(train, "train_stage", spy)
+        assert command(train, *options, "--overwrite", "--seed", 1)[0] == 0
+    assert read_record(Path("a")).arguments.seed == 1
+    assert {*Path("a").iterdir()} == {*before}
+    assert not list(Path().glob(".*"))
+
+
+def test_a_training_that_diverges_is_written_without_weights_and_replaces_none(command, tmp_path):
     model = write_model(tmp_path / "tiny", "bert")
     options = quick(model, "--lr", "1e30", "--out", "a")
     status, _, err = command(train, *options)
     message = "train.py: error: --lr: at 1e+30 the loss became infinite or NaN at step 2; try a lower one\n"
     assert (status, err.splitlines(True)[-1]) == (2, message)
-    assert [path.name for path in Path().glob("*a*/*")] == ["run.json"]  # no weights, and no checkpoint
-    record = Run.read(Path("a")).record
-    assert (record.diverged, record.arguments.lr) == (2, 1e30)
+    assert [path.name for path in Path().glob("*a*/*")] == ["run.json"]
+    record = read_record(Path("a"))
+    assert (record.diverged, record.arguments.lr, record.id) == (2, 1e30, None)
+    assert "--out: a holds a run already" in command(train, *options)[2]
+    assert "a: its training diverged at step 2" in command(evaluate, "a")[2]
     at_the_end = command(train, *options, "--train-size", 1, "--epochs", 1, "--lr", "1e39", "--overwrite")
     assert (at_the_end[0], "NaN at step 1; try a lower one" in at_the_end[2]) == (2, True)
     assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
     assert command(train, *options, "--overwrite")[0] == 2
-    assert Run.read(Path("a")).record.diverged is None  # a run with weights stays
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A run with exits 0 and 4, of the model in the folder `tiny` beside it."""
-    folder = tmp_path_factory.mktemp("plain")
-    model = write_model(folder / "tiny", "bert")
-    with in_folder(folder):
-        assert run(train, *quick(model, "--exit-layers", "0,4", "--method", "sweet", "--out", "plain")) == 0
-    return folder / "plain"
-
-
-@pytest.mark.parametrize("method", ["sweet", "mm", "branch"])
-def test_exit_0_beside_others_changes_none_of_them(trained, plain, method):
-    """It is the same bag of words with the other exits and without, and they are the same with it and without."""
-    for layers in ("0,2,4", "2,4"):
-        trained(*quick(plain.with_name("tiny"), "--exit-layers", layers, "--method", method, "--out", f"run-{layers}"))
-    both, without, alone = map(weights_of, ("run-0,2,4", "run-2,4", plain))
-    ngrams = {name for name in both if name.startswith("ngrams.")}
-    assert ngrams
-    assert both.keys() - ngrams == without.keys()
-    assert all(torch.equal(both[name], without[name]) for name in without)
-    assert all(torch.equal(both[name], alone[name]) for name in ngrams)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_trunk_gets_exit_0_and_stays_as_it_is(fitted, plain, method):
-    """The trunk has exit 0 itself; another one is fitted."""
-    said = fitted("--trunk", plain, "--method", method, "--exit-layers", "0,4", "--out", "run")
-    assert "no layer is trained: the trunk stays as it is" in said
-    before, after = map(weights_of, (plain, "run"))
-    after = {name.removeprefix("models.0."): tensor for name, tensor in after.items()}
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert before.keys() == after.keys()
-    assert moved
-    assert all(name.startswith("ngrams.") for name in moved)
-    record = read_json(Path("run/run.json"))
-    assert (record["losses"], list(record["stages"]), record["exit_layers"]) == ({}, ["exit 0"], [0, 4])
-    assert set(read_json(plain / "run.json")["trained_keys"]) < set(record["trained_keys"])
+    assert read_record(Path("a")).diverged is None  # a run with weights stays
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
-def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(trained, fitted, tmp_path, strategy):
-    write_model(tmp_path / "tiny", "bert")
-    new, exits = ["--model", "tiny"], ["--exit-layers", "1,2,4"]
-    runs = {
-        "mm": [*new, *exits, "--method", "mm"],
-        "one": [*new, "--method", "sweet", "--exit-layers", 4],
-        "branch": [*new, *exits, "--method", "branch"],
-    }
-    if is_own_text := strategy == "confidence":
-        runs |= {
-            "on-mm": ["--trunk", "mm", *exits, "--method", "branch"],
-            "on-one": ["--trunk", "one", *exits, "--method", "branch"],
-            "on-branch": ["--trunk", "branch", *exits, "--method", "branch"],
-            "mm-on": ["--trunk", "one", *exits, "--method", "mm"],
-            "ee-on": ["--trunk", "one", *exits, "--method", "ee"],
-        }
-    for out, arguments in runs.items():
-        options = [*arguments, "--lr", "1e-3", "--seed", 3, "--out", out]
-        fitted(*options) if is_own_text else trained(*quick("tiny", *options, "--exit-strategy", strategy))
-    weights = {path.parent.name: load_file(path) for path in tmp_path.glob("*/model.safetensors")}
-    ours, mm = weights["branch"], weights["mm"]
-    trunk = {name for name in ours if name.startswith(("encoder.", "heads.2."))}
+def test_the_trunk_of_branches_is_a_plain_model_and_the_last_model_of_mm_to_the_bit(command, tmp_path, strategy):
+    model, weights = write_model(tmp_path / "tiny", "bert"), {}
+    for method, layers in (("mm", "1,2,4"), ("branch", "1,2,4"), ("plain", 4), ("sweet", 4)):
+        options = [
+            "--method",
+            method,
+            "--exit-layers",
+            layers,
+            "--exit-strategy",
+            strategy,
+            "--lr",
+            "1e-3",
+            "--seed",
+            3,
+        ]
+        assert command(train, *quick(model, *options, "--out", method))[0] == 0
+        weights[method] = load_file(Path(method, "model.safetensors"))
+    trunk = [name for name in weights["branch"] if name.startswith(("encoder.", "heads.2."))]
     for name in trunk:
-        assert torch.equal(ours[name], mm[f"models.2.{name.replace('heads.2.', 'heads.0.')}"]), name
-        assert torch.equal(ours[name], weights["one"][name.replace("heads.2.", "heads.0.")]), name
-    assert len(trunk) == len([name for name in mm if name.startswith("models.2.")])
-    assert ("heads.0.lte.weight" in ours) is (strategy == "lte")
-    if is_own_text:
-        for name in ("on-mm", "on-one", "on-branch"):
-            assert weights[name].keys() == ours.keys()
-            assert all(torch.equal(weights[name][key], ours[key]) for key in ours), name
-        assert all(torch.equal(weights["mm-on"][key], mm[key]) for key in mm if key.startswith("models.2."))
-        last = "encoder.layers.3.output.weight"  # EE goes on training the trunk
-        assert not torch.equal(weights["ee-on"][last], ours[last])
-
-
-@pytest.mark.parametrize("file", ["own.csv", "--unlabelled"])
-def test_branches_and_exit_0_learn_the_same_balanced_labels_or_what_the_trunk_says(fitted, tmp_path, monkeypatch, file):
-    """The trunk answers without dropout. In balance each class weighs the same."""
-    write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.3)
-    fitted("--model", "tiny", "--method", "plain", "--exit-layers", 4, "--lr", "1e-3", "--out", "one")
-    seen = {}
-
-    def spy_on(module, name: str) -> None:
-        call = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, **more: seen.update({name: given}) or call(*given, **more))
-
-    spy_on(training, "exit_loss")
-    spy_on(recipe, "fit_ngrams")
-    options = ["--trunk", "one", "--method", "branch", "--exit-layers", "0,2,4", "--class-weights", "balanced"]
-    fitted(*options, "--out", "a", file=[file] if file == "own.csv" else [file, "own.csv"])
-    (_, inputs, exit_0, *_), (*_, branches) = seen["fit_ngrams"], seen["exit_loss"]
-    torch.testing.assert_close(branches.sort(0).values, exit_0.sort(0).values, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(exit_0.sum(), torch.tensor(float(len(exit_0))))
-    with torch.no_grad():
-        said = torch.cat([Run.read(Path("one")).model(*batch)[0].softmax(-1) for batch in inputs])
-    if file == "--unlabelled":
-        expected = torch.from_numpy(recipe.weighted(np.full(2, np.nan), said.numpy()))
-        torch.testing.assert_close(exit_0, expected, atol=1e-5, rtol=1e-5)
-    else:
-        torch.testing.assert_close(exit_0.sum(0), torch.full((2,), len(exit_0) / 2))
-
-
-def test_own_texts_epochs_follow_from_what_a_stage_learns(trained, tmp_path, monkeypatch):
-    """Labelled texts, pairs, and teachers' answers to other texts, which are more than the labels."""
-    write_model(tmp_path / "tiny", "bert")
-    for name, *columns in (("own", "text"), ("more", "text"), ("most", "text"), ("pairs", "sentence1", "sentence2")):
-        conftest.write_table(Path(f"{name}.csv"), [*columns, "label"], {"label": ["a", "b", "c"]})
-    monkeypatch.setattr(recipe, "MOST_AGAIN", 400)
-    steps, options = [], "--model tiny --max-length 32 --batch-size 4 --overwrite --out run".split()
-    monkeypatch.setattr(recipe, "fine_tune", lambda model, bar, count, *_: steps.append(count))
-    for words in ("own.csv --unlabelled more.csv --unlabelled most.csv --method branch", "pairs.csv"):
-        trained(*words.split(), *options, module=fit)
-    rows, all_rows = 240, 240 + 480  # of 300, and of 600 others
-    expected = [(rows, epochs_of(rows, 4, 3)), (rows + 400, recipe.EPOCHS_AGAIN)]
-    expected += [(all_rows, epochs_of(all_rows, 4, 3, False)), (rows, epochs_of(rows, 4, 3, False))]
-    assert steps == [epochs * some // 4 for some, epochs in expected]
+        alone = name.replace("heads.2.", "heads.0.")
+        for tensor in (weights["mm"][f"models.2.{alone}"], weights["plain"][alone], weights["sweet"][alone]):
+            assert torch.equal(weights["branch"][name], tensor), name
+    assert len(trunk) == len([name for name in weights["mm"] if name.startswith("models.2.")])
+    assert ("heads.0.lte.weight" in weights["branch"]) is (strategy == "lte")

@@ -13,40 +13,45 @@ import pytest
 import torch
 
 from minisweet import EarlyExitClassifier
-from minisweet.classifier.rows import SUFFIXES, read_rows, row_writer
-from minisweet.texts import Examples, Texts
-from minisweet.classifier import promise as operating
+from minisweet.classifier import choose, label, predict, selection
+from minisweet.classifier.deployed import OwnRun, choose_for, load_run, save, write_chosen
 from minisweet.classifier.operating_point import OperatingPoint
-from minisweet.run import Run
-from minisweet.classifier import choose, label, predict
-from tests.conftest import CHECKOUT, WORDS, run, undecided_model, with_exit_0, write_rows
+from minisweet.classifier.promise import Goal
+from minisweet.classifier.rows import SUFFIXES, read_rows, row_writer
+from minisweet.run import weights_id
+from minisweet.texts import Examples, Texts
+from tests.conftest import CHECKOUT, WORDS, random_bag, run, undecided_model, write_rows
 
 
 def cells_of(path: Path) -> list[dict]:
     return [row for _, row in read_rows(path)]
 
 
-@pytest.mark.parametrize("method", ["sweet", "mm", "branch", "pairs", "trunk0", "own"])
+@pytest.mark.parametrize("method", ["sweet", "mm", "branch", "pairs", "bag", "own"])
 def test_predictions_are_those_of_the_sweep(run_of, own_run, command, tmp_path, monkeypatch, method):
-    """Labels, exits and confidences of the validation rows, through the command, in the input's order."""
+    """Labels, exits and confidences of the validation rows, through the command, in the input's order.
+
+    All exits are asked, and the bag of words has a say in one of the two cases.
+    """
     monkeypatch.setattr(predict, "WINDOW", 60)
-    run = Run.read(shutil.copytree(own_run if method == "own" else run_of(method), tmp_path / method))
-    record, outputs, texts = run.record, run.outputs, run.examples.first
-    point = operating.choose(outputs, {"max_share": 1.0}, (), record.exit_layers, combine=record.combines)  # all asked
-    run.point = replace(point, id=run.id)
-    run.write_point(run.folder)
-    assert run.point.rule.needs_exit_0 == (method == "own")
-    confidence = run.point.rule.confidences(outputs.logits)  # (K, N)
+    folder = shutil.copytree(own_run if method == "own" else run_of(method), tmp_path / method)
+    loaded = load_run(folder, "outputs", "texts")
+    record, outputs, texts = loaded.record, loaded.outputs, loaded.texts.examples.first
+    layers = outputs.exits.layers
+    point = selection.choose(outputs, Goal(max_share=1.0), (), layers, combines=method == "own")
+    write_chosen(folder, loaded._replace(point=replace(point, id=record.id)))
+    assert point.rule.needs_bag == (method == "own")
+    confidence = point.rule.confidences(outputs.logits)  # (K, N)
     sure = confidence[0].unique()
     threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
-    (taken,), (labels,), _ = outputs.decide_at(range(len(confidence)), [threshold], run.point.rule)
+    (taken,), (labels,), _ = outputs.decide_at(range(len(confidence)), [threshold], point.rule)
     assert len(set(taken)) > 1
-    words = [run.folder / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
-    status, out, _ = command(predict, run.folder, *words)
+    words = [folder / "validation.jsonl", "--out", tmp_path / "out.csv", "--threshold", threshold]
+    status, out, _ = command(predict, folder, *words)
     found = cells_of(tmp_path / "out.csv")
     assert (status, f"{len(texts):,} rows" in out) == (0, True)
     assert [next(iter(row.values())) for row in found] == texts
-    assert [int(row["exit_layer"]) for row in found] == np.array(record.exit_layers)[taken].tolist()
+    assert [int(row["exit_layer"]) for row in found] == np.array(layers)[taken].tolist()
     assert [row["predicted_label"] for row in found] == [record.labels[label] for label in labels]
     expected = confidence.numpy()[taken, np.arange(len(taken))]
     np.testing.assert_allclose([float(row["confidence"]) for row in found], expected, atol=2e-5)
@@ -57,34 +62,37 @@ def test_predictions_are_those_of_the_sweep(run_of, own_run, command, tmp_path, 
 
 
 @pytest.fixture
-def disputed(run_of, command, tmp_path) -> Run:
+def disputed(run_of, command, tmp_path) -> OwnRun:
     """A run of 480 pairs, 200 of them labelled, for which a goal is chosen.
 
     The surer exit 0 is, in twenty steps, the more seldom its answer is not full depth's, which is often wrong there.
     """
-    its, rng, N = Run.read(run_of("trunk0")), np.random.default_rng(0), 480
+    its, rng, N = load_run(run_of("bag"), "tokenizer"), np.random.default_rng(0), 480
     words = [*permutations(WORDS, 3)][::16][:N]
     step, full = rng.integers(0, 20, N), rng.integers(0, 2, N)
     early = np.where(rng.random(N) < 0.6 * (1 - step / 20) ** 2, 1 - full, full)
     labels = np.where(rng.random(N) < np.where(early == full, 0.85, 0.6), full, 1 - full)
     labels[200:] = -1
     texts = Examples([f"{a} {b}" for a, b, _ in words], [c for *_, c in words], labels.tolist())
-    record = replace(its.record, text_columns=["subject", "body"], label_column="team", labels=["no", "yes"])
-    model = with_exit_0(undecided_model(run_of("trunk0").with_name("tiny"), "plain"))
-    made = Run.made(record, model, its.tokenizer, Texts(its.tokenizer, texts))
+    model = undecided_model(run_of("bag").with_name("tiny"), "plain")
+    fit = its.record.fit | {"label_column": "team"}
+    record = replace(its.record, text_columns=["subject", "body"], labels=["no", "yes"], fit=fit, id=weights_id(model))
+    made = its._replace(record=record, model=model, bag=random_bag(2), texts=Texts(its.tokenizer, texts))
+    made = choose_for(made, Goal(), "cpu", "off")
     logits = np.stack([(0.2 + step / 8)[:, None] * np.eye(2)[early], 6 * np.eye(2)[full]])
-    made.outputs = made.ask(made.texts, "cpu", "off")._replace(logits=torch.from_numpy(logits).float())
-    made.save(tmp_path / "run")
+    save(tmp_path / "run", made._replace(outputs=made.outputs._replace(logits=torch.from_numpy(logits).float())))
     assert command(choose, "run", "--amp", "off")[0] == 0
-    return Run.read(Path("run"))
+    return load_run(Path("run"), "point", "outputs", "texts")
 
 
 def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(disputed, command, run_of):
     point, outputs, ask = disputed.point, disputed.outputs, Path("ask.csv")
     (early, full), (sure, _) = outputs.by(point.rule).logits.argmax(-1).numpy(), point.rule.confidences(outputs.logits)
-    changed = [row for row in operating.split(outputs)[1] if outputs.labels[row] < 0 and early[row] != full[row]]
+    changed = [
+        row for row in selection.choosers_and_judges(outputs)[1] if outputs.labels[row] < 0 and early[row] != full[row]
+    ]
     changed.sort(key=lambda row: (-sure[row], outputs.keys[row]))
-    texts = [disputed.examples.texts()[row] for row in changed]
+    texts = [disputed.texts.examples.texts()[row] for row in changed]
     wrong = {text: ["yes", "no"][full[row]] for text, row in zip(texts, changed, strict=True)}  # so full depth was
 
     def said_and_asked(*options) -> tuple[str, list[tuple[str, str]]]:
@@ -97,7 +105,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     def with_labels(labels: dict[tuple[str, str], str]) -> OperatingPoint:
         row_of = dict(zip(texts, changed, strict=True))
         by_key = {int(outputs.keys[row_of[text]]): ["no", "yes"].index(name) for text, name in labels.items()}
-        return replace(operating.choose(outputs, point.goal, (), None, by_key, combine=True), id=disputed.id)
+        return replace(selection.choose(outputs, point.goal, given=by_key, combines=True), id=disputed.record.id)
 
     # What stops the way down first is asked first, and nothing that would not help.
     (out, asked), (_, first) = said_and_asked(), said_and_asked("--most", 5)
@@ -115,7 +123,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     classify.choose(labels=(asked[:9], [wrong[text] for text in asked[:9]])).save("saved")
     again = EarlyExitClassifier.load("saved", amp="off")
     assert again.operating_point == with_labels({text: wrong[text] for text in asked[:9]})
-    assert again.operating_point == again.choose().operating_point != point == Run.read(Path("run")).point
+    assert again.operating_point == again.choose().operating_point != point == load_run(Path("run"), "point").point
     assert not {*again.to_label()} & {*asked[:9]}
 
     # Somebody fills in that full depth was right in one of four, and wrong in the others; not all of it is right.
@@ -123,7 +131,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
         text: name if n % 4 else {"no": "yes", "yes": "no"}[name]
         for n, (text, name) in enumerate([*wrong.items()][3 : len(asked)])
     }
-    other = next(text for text, n in zip(disputed.examples.texts(), outputs.labels, strict=True) if n >= 0)
+    other = next(text for text, n in zip(disputed.texts.examples.texts(), outputs.labels, strict=True) if n >= 0)
     rows = [(*text, name) for text, name in given.items()] + [(*asked[0], ""), (*asked[1], "maybe")]
     write_rows(ask, [*rows, (asked[2][0], "edited", "yes"), (*other, "yes")], "subject", "body", "team")
     status, _, err = command(choose, "run", "--labels", ask, "--amp", "off")
@@ -132,7 +140,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     )
     assert (status, err) == (0, f"{told}labels that the run does not know, left out: maybe\n")
     assert command(choose, "run", "--amp", "off")[0] == 0  # they are kept
-    now = Run.read(Path("run")).point
+    now = load_run(Path("run"), "point").point
     assert (now, now.share < point.share) == (with_labels(given), True)
     _, asked_again = said_and_asked()
     assert (asked_again[:3], {*asked_again} & {*given}) == (asked[:3], set())
@@ -140,7 +148,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     # The goal stays the run's, unless another one is given.
     for words, goal in ((["--max-lost", 7, "--sure", 80], (7, 80)), ([], (7, 80)), (["--max-lost", 3], (3, 90))):
         assert command(choose, "run", "--labels", ask, *words, "--amp", "off")[0] == 0
-        assert Run.read(Path("run")).point.goal == dict(zip(("max_lost", "sure"), goal, strict=True))
+        assert load_run(Path("run"), "point").point.goal == Goal(max_lost=goal[0], sure=goal[1])
 
     # Where labels would change nothing it says why: first, since those of both times count.
     write_rows(ask, [(*text, wrong[text]) for text in asked_again], "subject", "body", "team")
@@ -150,7 +158,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     ):
         assert command(choose, *words, "--amp", "off")[0] == 0
         assert said_and_asked() == (f"labels would change nothing: {why}\n", [])
-    assert command(label, run_of("trunk0"), "--out", ask)[1].endswith("nothing: no text without a label judges\n")
+    assert command(label, run_of("bag"), "--out", ask)[1].endswith("nothing: no text without a label judges\n")
 
 
 @pytest.mark.parametrize("suffixes", [*product(SUFFIXES, repeat=2)])

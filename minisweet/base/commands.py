@@ -1,8 +1,8 @@
 """What every command shares: options that are checked, and errors and notices of one line.
 
-A set of options is a frozen dataclass, whose fields are made by `option`: each has its default, the values that it
-takes, and its help. `Parser.add_options` and `Parser.make` read one from the command line. Wherever one is made, in
-Python too, its values are checked, and made plain: numpy's integer 3 is 3.
+A set of options is a frozen dataclass whose fields are made by `option`: each has a default, the values that it takes,
+and a help text. `Parser.add_options` and `Parser.make` read them from the command line. They are checked wherever they
+are made, in Python too, and converted to plain types: numpy's integer 3 becomes 3.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,43 +25,26 @@ from tqdm import tqdm
 from minisweet.base.files import LOG, InputError, one_line
 
 Made = TypeVar("Made", bound="Options")
-_BARS: ContextVar[dict | None] = ContextVar("bars", default=None)
+BARS: ContextVar[dict | None] = ContextVar("bars", default=None)  # settings of progress bars
 
 
 def progress(*args, **options) -> tqdm:
-    """A progress bar on standard error, where it is a terminal or `telling` is on."""
-    return tqdm(*args, **(_BARS.get() or {"disable": None}), **options)
-
-
-@contextmanager
-def telling(verbose: int) -> Iterator[None]:
-    """Within it all notices and progress bars are written to standard error, unless `verbose` is 0."""
-    if not verbose:
-        yield
-        return
-    its, level, bars = notices(), LOG.level, _BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10})  # seconds
-    LOG.addHandler(its)
-    LOG.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        LOG.removeHandler(its)
-        LOG.setLevel(level)
-        _BARS.reset(bars)
+    """A progress bar on standard error, if that is a terminal, or as BARS says."""
+    return tqdm(*args, **(BARS.get() or {"disable": None}), **options)
 
 
 def notices() -> logging.Handler:
-    """What writes each notice in a line, above a progress bar."""
-    its = logging.Handler()
-    its.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)
-    return its
+    """A handler that writes each notice as one line, above a progress bar."""
+    handler = logging.Handler()
+    handler.emit = lambda record: tqdm.write(one_line(record.getMessage()), file=sys.stderr)
+    return handler
 
 
 class Kind(NamedTuple):
-    """The values that an option takes. Called with what was typed, it is an argparse type."""
+    """The values that an option takes. It serves as the type of an argparse argument."""
 
-    words: str  # which they are
-    read: Callable[[str], object]  # from what was typed
+    words: str  # for messages: "should be ..."
+    read: Callable[[str], object]  # of the text that was typed
     is_right: Callable[[object], bool]
 
     def __call__(self, text: str) -> object:
@@ -71,7 +54,7 @@ class Kind(NamedTuple):
         raise argparse.ArgumentTypeError(f"{text!r:.80} is not {self.words}")
 
     def check(self, name: str, value: object) -> object:
-        """A value from Python, made plain. Raises InputError, naming the option, where it is none of these."""
+        """Convert a value to a plain type. Raises InputError, which names the option, if it is not allowed."""
         if isinstance(value, np.generic | np.ndarray):
             value = value.tolist()
         value = list(value) if isinstance(value, tuple | range) else value
@@ -102,12 +85,12 @@ def one_of(*values: str) -> Kind:
 
 
 def path_to(suffix: str) -> Kind:
-    """A file to write, which ends in `suffix`, so that no other file is replaced by mistake."""
+    """A file to write, whose name must end in `suffix`, so that no other file is replaced by mistake."""
     return Kind(f"a name that ends in {suffix}", Path, lambda path: path.suffix.lower() == suffix)
 
 
 def list_of(kind: Kind) -> Kind:
-    """Different values of a kind; as they are typed with commas between them."""
+    """Different values of a kind, typed with commas between them."""
     words = f"different values, each {kind.words}"
 
     def is_right(values: object) -> bool:
@@ -121,58 +104,65 @@ def _differ(values: list) -> bool:
 
 
 def option(default: object, kind: Kind, help: str) -> Any:
-    """A field of `Options`: its default, the values it takes, and what --help says. None is one where it is default."""
+    """A field of `Options`: its default, the values it takes, and its help. None is allowed if it is the default."""
     return field(default=default, metadata={"kind": kind, "help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options, checked where they are made; see the head of this file. Raises InputError, which names the option."""
+    """Base class of options. Raises InputError, which names the option, for a value that is not allowed."""
 
     def __post_init__(self) -> None:
-        for its in fields(self):
-            value = getattr(self, its.name)
-            if value is not None or its.default is not None:
-                object.__setattr__(self, its.name, its.metadata["kind"].check(its.name, value))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None or item.default is not None:
+                object.__setattr__(self, item.name, item.metadata["kind"].check(item.name, value))
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations and shows `doc`, the command's docstring, with --help. An error is a line and status 2."""
+    """A parser without abbreviations. --help shows `doc`, the command's docstring. Errors are one line, status 2."""
 
     def __init__(self, doc: str = "") -> None:
         prog, style = Path(sys.argv[0]).name, argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=doc, allow_abbrev=False, formatter_class=style)
 
-    def add_options(self, kind: type[Options], *names: str, **defaults: object) -> None:
-        """Add options by their names, by default all of a kind; `defaults` are of this command alone."""
-        for its in fields(kind):
-            if not names or its.name in names:
-                typed, default = f"--{its.name.replace('_', '-')}", defaults.get(its.name, its.default)
-                about = its.metadata["help"] + ("" if default is None else f" (default: {default})")
-                self.add_argument(typed, type=its.metadata["kind"], default=default, help=about)
+    def add_options(self, kind: type[Options], *names: str, title: str = "", **defaults: object) -> None:
+        """Add the options with these names, by default all of a kind, to the group of this title.
 
-    def make(self, kind: type[Made], args: argparse.Namespace, **others: object) -> Made:
-        """The options of a kind as they were typed; `others` are not typed here, or resolved."""
-        return kind(**{its.name: getattr(args, its.name) for its in fields(kind) if hasattr(args, its.name)} | others)
+        `defaults` replace those of the kind in this command.
+        """
+        group = next((group for group in self._action_groups if group.title == title), None)
+        group = group or (self.add_argument_group(title) if title else self)
+        for item in fields(kind):
+            if not names or item.name in names:
+                default = defaults.get(item.name, item.default)
+                about = item.metadata["help"] + ("" if default is None else f" (default: {default})")
+                typed = f"--{item.name.replace('_', '-')}"
+                group.add_argument(typed, type=item.metadata["kind"], default=default, help=about)
 
-    def need(self, args: argparse.Namespace, is_met: object, what: str, *names: str) -> None:
-        """Raise InputError where one of the options `names` is given without `what` they need: `is_met` is false."""
+    def make(self, kind: type[Made], args: argparse.Namespace, **values: object) -> Made:
+        """The options of a kind, as typed or as given in `values`."""
+        typed = {item.name: getattr(args, item.name) for item in fields(kind) if hasattr(args, item.name)}
+        return kind(**typed | values)
+
+    def need(self, args: argparse.Namespace, is_met: object, requirement: str, *names: str) -> None:
+        """Raise InputError if one of the options `names` is given although the `requirement` for them is not met."""
         for name in () if is_met else names:
             if getattr(args, name) != self.get_default(name):
-                raise InputError(f"needs {what}", name)
+                raise InputError(f"needs {requirement}", name)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`. Bad input, too little memory or a full disk prints one line and exits with status 2.
+    """Call `main`. For bad input, too little memory or a full disk, print one line and exit with status 2.
 
-    Ctrl-C exits with 130. SIGTERM raises SystemExit, so that what is half-written is removed. Where nobody reads what
-    is printed any more, as after `| head`, the command ends in silence, with 141.
+    Ctrl-C exits with 130. SIGTERM raises SystemExit, so that half-written files are removed. If standard output is
+    closed, as after `| head`, the command ends silently with 141.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    LOG.handlers = [notices()]  # only commands do this: whoever imports minisweet configures logging as they like
+    LOG.handlers = [notices()]  # only commands do this: a program that imports minisweet configures logging itself
     LOG.setLevel(logging.INFO)
     try:
         main()
@@ -181,15 +171,15 @@ def run_command(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it at exit
         sys.exit(141)
     except Exception as error:
-        print(one_line(f"{Path(sys.argv[0]).name}: error: {what_to_tell(error)}"), file=sys.stderr)
+        print(one_line(f"{Path(sys.argv[0]).name}: error: {message_of(error)}"), file=sys.stderr)
         sys.exit(2)
 
 
-def what_to_tell(error: Exception) -> str:
-    """What a user is told of bad input, of too little memory, or of a full disk. Raises any other error."""
+def message_of(error: Exception) -> str:
+    """The message for bad input, too little memory or a full disk. Raises any other error."""
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
         return f"too little memory ({str(error):.100}); try a smaller --batch-size, --max-length or model"
     if not isinstance(error, InputError | OSError | UnicodeError):

@@ -1,4 +1,4 @@
-"""Where to compute: on which device, and in which precision."""
+"""The device and the precision to compute in."""
 
 import ctypes
 import os
@@ -12,11 +12,11 @@ import torch
 from minisweet.base.files import LOG, InputError
 
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
-CPU_TOKENS, GPU_TOKENS = 1024, 2**15  # on a CPU much larger batches leave the cache and take up to 1.5 times as long
+CPU_TOKENS, GPU_TOKENS = 1024, 2**15  # on a CPU, much larger batches leave the cache and take up to 1.5 times as long
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of auto, cpu, cuda or cuda:N. Raises InputError for others."""
+    """The device that auto, cpu, cuda or cuda:N names. Raises InputError for anything else."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     if name == "cuda" or (name == "auto" and gpus):
         name = "cuda:0"
@@ -26,16 +26,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def tokens_at_once(device: torch.device) -> int:
-    """How many tokens a batch has at most where a model is asked."""
+    """The largest number of tokens in a batch for inference."""
     return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
 
 
 def choose_precision(amp: str, device: torch.device, training: bool = False) -> torch.dtype | None:
-    """The type to autocast to, None for float32 alone.
+    """The type to autocast to, or None for float32.
 
-    auto: bfloat16 where the device has instructions for it, else float16 on CUDA and float32 on a CPU. On a CPU
-    evaluation and prediction stay in float32, so that answers are the same on every machine. Raises InputError for
-    float16 on a CPU.
+    "auto" means bfloat16 if the device has instructions for it, and otherwise float16 on CUDA and float32 on a CPU. On
+    a CPU, evaluation and prediction stay in float32, so that predictions are the same on every machine. Raises
+    InputError for float16 on a CPU.
     """
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -49,7 +49,7 @@ def choose_precision(amp: str, device: torch.device, training: bool = False) -> 
 
 
 def processor() -> tuple[str, bool]:
-    """The CPU's name, and whether it has instructions for bfloat16; both are known on Linux with x86."""
+    """The name of the CPU, and whether it has instructions for bfloat16 (known on Linux with x86 only)."""
     path = Path("/proc/cpuinfo")
     cpu = path.read_text() if path.exists() else ""
     name = re.search(r"^model name\s*: (.*)", cpu, re.MULTILINE)
@@ -57,17 +57,17 @@ def processor() -> tuple[str, bool]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader of the results should know of the device."""
+    """The name of the device, for records of results."""
     cpu = f"{processor()[0]}, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def tune_cpu() -> None:
-    """Make this process faster on a CPU, with the same results. Commands call it before their first model.
+    """Make this process faster on a CPU, with the same results. Call it before the first model.
 
-    oneDNN keeps 1,024 compiled matrix products, one per shape, and texts of all lengths need more: with 8,192 early
-    exit in batches takes 20% less time. On Linux the process keeps the memory that it frees, which else the kernel
-    zeroes again: that takes 10 to 20% of a training step.
+    oneDNN caches 1,024 compiled matrix products, one per shape, and texts of all lengths need more: with 8,192, early
+    exit in batches takes 20% less time. On Linux the process also keeps the memory that it frees. Otherwise the kernel
+    zeroes it again, which takes 10 to 20% of a training step.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""The error that names bad input, files that are never half-written, and JSON that is read into dataclasses."""
+"""The error for bad input, files that are never half-written, and JSON that is read into dataclasses."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ LOG = logging.getLogger("minisweet")  # for notices; results are printed
 class InputError(ValueError):
     """Bad input. The message is one line: the file or option, the value, and what would be right.
 
-    `option` names an option as Python does, such as max_lost; a command writes it as it is typed, --max-lost.
+    `option` is the Python name of an option, such as max_lost. A command writes it as it is typed, --max-lost.
     """
 
     def __init__(self, message: object, option: str = "") -> None:
@@ -32,26 +32,26 @@ class InputError(ValueError):
         return one_line(super().__str__())
 
     def as_typed(self) -> str:
-        """The message, with the option as it is typed in a shell."""
+        """The message with the option as it is typed in a shell."""
         typed = f"--{self.option.replace('_', '-')}" if self.option else ""
         return typed + str(self).removeprefix(self.option)
 
 
 def one_line(text: object, limit: int = 400) -> str:
-    """`text` as one line of at most `limit` characters. Characters that cannot be printed are escaped."""
+    """`text` as one line of at most `limit` characters. Unprintable characters are escaped."""
     text = str(text)[: limit + 1]  # a user's label may be a megabyte long
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def preview(names: Sequence[object], most: int = 5) -> str:
-    """The first `most` names and how many more there are: "a, b and 3 more". Each name is cut to 120 characters."""
+    """The first `most` names and the number of the rest: "a, b and 3 more". Each name is cut to 120 characters."""
     shown = ", ".join(one_line(name, 120) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def regular_file(path: Path) -> Path:
-    """`path` itself. Raises OSError where it is something else than a file: to open a pipe would wait for a writer."""
+    """`path` itself. Raises OSError if it is not a regular file, because opening a pipe would wait for a writer."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return path
@@ -59,12 +59,11 @@ def regular_file(path: Path) -> Path:
 
 @contextmanager
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
-    """Give a free path beside `target` to write a file or a folder to, and rename it to `target` at the end.
+    """Yield a temporary path next to `target`, for a file or a folder; on success, rename it to `target`.
 
-    After an error `target` is as it was, and nothing else is left. Where it is a link, the file that it points to is
-    replaced. A process that is killed may leave what it was writing as `.NAME.<random>.partial`, or the folder that it
-    was replacing as `.NAME.<random>.old`. Raises InputError where `target` cannot be written, or exists and
-    `overwrite` is false.
+    After an error, `target` is as it was, and nothing else is left. If it is a link, the file that it points to is
+    replaced. A process that is killed can leave a `.NAME.<random>.partial`, or the folder that it was replacing as
+    `.NAME.<random>.old`. Raises InputError if `target` cannot be written, or exists and `overwrite` is false.
     """
     target = Path(os.path.realpath(target))
     if os.path.exists(target) and not (overwrite and (target.is_file() or target.is_dir())):  # /dev/null is neither
@@ -78,7 +77,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         new.replace(target)
         shutil.rmtree(new.with_suffix(".old"), ignore_errors=True)
     except OSError as error:
-        with suppress(OSError):  # where the second rename failed
+        with suppress(OSError):  # if the second rename failed
             new.with_suffix(".old").rename(target)
         raise InputError(f"{target}: cannot be written ({error})") from None
     finally:
@@ -88,14 +87,14 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content` with one line per key, so that a list of 6,000 numbers stays one line."""
+    """Write `content` with one line per key, so that a list of 6,000 numbers stays on one line."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
     with written_beside(path) as new:
         new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises InputError where there is none."""
+    """Read a JSON object. Raises InputError if there is none."""
     try:
         content = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -106,9 +105,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_dataclass(kind: type, path: Path | str, content: dict | None = None) -> Any:
-    """Make a dataclass of a JSON object: of `content`, or by default of the file at `path`, which errors name.
+    """Make a dataclass from a JSON object: `content`, or by default the file at `path`, which error messages name.
 
-    Keys that are no fields are ignored. Raises InputError for keys that are missing, and for values that do not fit.
+    Keys that are not fields are ignored. Raises InputError for missing keys and for values of a wrong type.
     """
     content = read_json(path) if content is None else content
     types, values = get_type_hints(kind), {}
@@ -131,7 +130,7 @@ def read_dataclass(kind: type, path: Path | str, content: dict | None = None) ->
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a JSON value is of a field's type, and with it all that a list or a dictionary holds. NaN is no float."""
+    """Whether a JSON value, and everything that it contains, has the type of a field. NaN is not a float."""
     if isinstance(kind, UnionType):  # X | None
         return any(_fits(value, part) for part in get_args(kind))
     if get_origin(kind) is Literal:

@@ -1,12 +1,14 @@
-"""What each exit says of a text, and where the text leaves; or a page that shows it for all validation rows.
+"""Show what each exit says of a text, and where the text leaves; or write a page that shows it for all validation rows.
 
     minisweet explain RUN "The film was not superb."
     minisweet explain RUN "How old are you?" "What is your age?"
     minisweet explain RUN --html page.html
 
-Exit 0 is a sum over words and pairs of neighbours, and so what spoke for its answer is exact. The page is page.html
-with the saved answers. It decides as new text is decided: by the exits that are asked, in float32, as
-`minisweet.adaptive.leaves` does.
+Exit 0 is a sum over words and pairs of neighbours, so that what speaks for its answer is known exactly. The page is
+page.html with the saved logits. It decides like the program does for new texts: by the exits that are asked, in
+float32, as in `minisweet.adaptive.leaves`.
+
+Dimension letters: K exits, N texts, T tokens, C classes.
 """
 
 import json
@@ -22,22 +24,21 @@ import torch
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.commands import Parser, path_to, progress
 from minisweet.base.files import InputError, one_line, written_beside
-from minisweet.texts import Texts
-from minisweet.metrics import METRICS
-from minisweet.sweep import sweep
+from minisweet.classifier.deployed import Answer, Deployed, add_options, answers_of, ask_exits, deployed_of, tokenize
+from minisweet.classifier.promise import METRIC_NAMES, filled
 from minisweet.live import Decisions
-from minisweet.outputs import ask_all
-from minisweet.classifier.estimator import Answer, Deployed, add_classifier_options, answers_of, classifier_of, tokenize
+from minisweet.sweep import sweep
+from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")
-WORDS, MOST = 5, 10_000  # n-grams on each side; rows of the page that have them, so that it stays small
+MOST_NGRAMS, MOST_ROWS = 5, 10_000  # n-grams on each side; rows of the page that have them, so that it stays small
 MET = ("(first text met in the second)", "(second text met in the first)")  # of `NgramExit.find_met`
 
 
 def main() -> None:
     """Explain one text, or write the page."""
     parser = Parser(__doc__)
-    add_classifier_options(parser)
+    add_options(parser)
     option = parser.add_argument
     option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")
     option("--html", type=path_to(".html"), metavar="FILE", help="write a page of all validation rows")
@@ -45,65 +46,66 @@ def main() -> None:
     if bool(args.text) == bool(args.html):
         raise InputError("TEXT: should be a text, or the two of a pair; or --html FILE and no text")
     parser.need(args, args.text, "TEXT; the page shows saved answers", "threshold", "batch_size", "device", "amp")
-    its = classifier_of(args).deployed
     if args.text:
-        print_exits(its, explain(its, args.text))
-        return
-    write_page(args.html, its)
-    print(f"written to {args.html}")
+        deployed = deployed_of(args)
+        print_exits(deployed, explain(deployed, args.text))
+    else:
+        write_page(args.html, deployed_of(args, "texts", "outputs"))
+        print(f"written to {args.html}")
 
 
-def explain(its: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
-    """What each exit says of a text or a pair, and whether that is enough to leave, as it always is at the last."""
-    texts = tokenize(its, [text])
-    logits = ask_all(its.model, texts, its.precision).by(its.rule).logits[:, 0]  # (K, C)
-    confidence = ExitRule(len(its.labels)).confidences(logits[:, None])[:, 0]  # (K,)
-    enough = leaves(confidence, its.threshold, its.rule.lowest)  # (K,)
-    enough[-1] = True
+def explain(deployed: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
+    """Each exit's answer to a text or a pair, and whether the text may leave there, as always at the last exit."""
+    texts = tokenize(deployed, [text])
+    outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(deployed.rule)
+    logits = outputs.logits[:, 0]  # (K, C)
+    confidence = ExitRule(len(deployed.labels)).confidences(outputs.logits)[:, 0]  # (K,)
+    may_leave = leaves(confidence, deployed.threshold, deployed.rule.lowest)  # (K,)
+    may_leave[-1] = True
     exits = torch.arange(len(logits), device="cpu")  # whatever the user's default device is
-    answers = answers_of(its, Decisions(logits.argmax(-1), exits, logits, confidence))
-    for words in word_scores(its, texts):
+    answers = answers_of(deployed, Decisions(logits.argmax(-1), exits, logits, confidence))
+    for words in word_scores(deployed, texts):
         answers[0] = answers[0]._replace(words=words)
-    return list(zip(answers, enough.tolist(), strict=True))
+    return list(zip(answers, may_leave.tolist(), strict=True))
 
 
-def word_scores(its: Deployed, texts: Texts) -> Iterator[tuple[dict[str, float], ...]]:
-    """What spoke most at exit 0 for each text's answer, and what for the runner-up: five n-grams each, largest first.
+def word_scores(deployed: Deployed, texts: Texts) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+    """For each text, what speaks most for exit 0's answer and for its runner-up: five n-grams each, largest first.
 
-    A number is what a word, or a pair of neighbours "a b", adds to the one's logit more than to the other's, wherever
-    it stands in the text. Of pairs of texts it may be how well one is met in the other. Without exit 0 nothing comes.
+    A number is what a word, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it stands
+    in the text. In pairs of texts it may be how well one is met in the other. Without exit 0 nothing is yielded.
     """
-    for row in range(len(texts)) if its.model.ngrams is not None else ():
-        inputs = texts.batch(np.array([row])).to(its.device).inputs
-        answer, other = its.model.ngrams(*inputs)[0].argsort(descending=True, stable=True)[:2]
-        added = its.model.ngrams.contributions(*inputs)[0]  # (2T or 2T+2, C)
-        tokens = list(map(its.run.tokenizer.id_to_token, inputs[0][0].tolist()))
+    bag = deployed.bag
+    for row in range(len(texts)) if bag is not None else ():
+        inputs = texts.batch(np.array([row])).to(deployed.device).inputs
+        answer, runner_up = bag(*inputs)[0].argsort(descending=True, stable=True)[:2]
+        added = bag.contributions(*inputs)[0]  # (2T or 2T+2, C)
+        tokens = list(map(deployed.run.tokenizer.id_to_token, inputs[0][0].tolist()))
         names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *MET]
         total = Counter()
-        for name, number in zip(names, (added[:, answer] - added[:, other]).tolist(), strict=False):
+        for name, number in zip(names, (added[:, answer] - added[:, runner_up]).tolist(), strict=False):
             total[name] += number
         ranked = total.most_common()
-        yield (
-            {name: number for name, number in ranked[:WORDS] if number > 0},
-            {name: -number for name, number in ranked[: -WORDS - 1 : -1] if number < 0},
-        )
+        for_answer = {name: number for name, number in ranked[:MOST_NGRAMS] if number > 0}
+        for_runner_up = {name: -number for name, number in ranked[: -MOST_NGRAMS - 1 : -1] if number < 0}
+        yield for_answer, for_runner_up
 
 
-def print_exits(its: Deployed, exits: list[tuple[Answer, bool]]) -> None:
-    """Print a row per exit, each with its five likeliest labels, and the words that spoke at exit 0."""
-    taken = next(answer for answer, is_enough in exits if is_enough)
-    print(f"threshold {its.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")
-    for answer, is_enough in exits:
+def print_exits(deployed: Deployed, exits: list[tuple[Answer, bool]]) -> None:
+    """Print a row per exit, each with its five likeliest labels, and the words that speak at exit 0."""
+    taken = next(answer for answer, may_leave in exits if may_leave)
+    print(f"threshold {deployed.threshold:.6g}\n\n   layer  confidence  leaves  label and probabilities")
+    for answer, may_leave in exits:
         likeliest = Counter(answer.probabilities).most_common(5)
         probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
         row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {answer.confidence:>10.3f}"
-        print(f"{row}  {'yes' if is_enough else 'no':<6}  {probabilities}")
+        print(f"{row}  {'yes' if may_leave else 'no':<6}  {probabilities}")
     if words := exits[0][0].words:
-        (one, _), (other, _) = Counter(exits[0][0].probabilities).most_common(2)
-        print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(one, 30)}: {in_words(words[0])}")
-        print(f"For {one_line(other, 30)}, the runner-up: {in_words(words[1])}")
-    where = f"after layer {taken.exit_layer}" if taken.exit_layer else "at exit 0, a bag of words"
-    print(f"\n-> leaves {where} as {one_line(taken.label, 200)}")
+        (label, _), (runner_up, _) = Counter(exits[0][0].probabilities).most_common(2)
+        print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(label, 30)}: {in_words(words[0])}")
+        print(f"For {one_line(runner_up, 30)}, the runner-up: {in_words(words[1])}")
+    place = f"after layer {taken.exit_layer}" if taken.exit_layer else "at exit 0, a bag of words"
+    print(f"\n-> leaves {place} as {one_line(taken.label, 200)}")
 
 
 def in_words(numbers: dict[str, float]) -> str:
@@ -111,24 +113,25 @@ def in_words(numbers: dict[str, float]) -> str:
     return ", ".join(f'"{one_line(name, 60)}" {number:+.2f}' for name, number in numbers.items()) or "nothing"
 
 
-def write_page(path: Path, its: Deployed) -> None:
-    """Write the page of a run's saved answers, or replace it, whole or not at all.
+def write_page(path: Path, deployed: Deployed) -> None:
+    """Write the page of a run's validation texts, whole or not at all. An old page is replaced.
 
-    Rows without a label are on it only where no row has one.
+    Rows without a label are shown only if no row has one.
     """
-    record, point, rule, outputs, rows = its.run.record, its.point, its.rule, its.run.outputs, its.run.texts
-    asked = [outputs.exits.layers.index(n) for n in point.exits]
-    outputs = outputs._replace(logits=outputs.logits[asked], exits=outputs.exits.take(asked)).by(rule)
-    kept = np.flatnonzero(outputs.labels.numpy() >= 0)
-    has_labels = len(kept) > 0
-    outputs, rows = (outputs.take(kept), rows.take(kept)) if has_labels else (outputs.filled(), rows)
+    record, point, rule = deployed.run.record, deployed.run.point, deployed.rule
+    texts, outputs = deployed.run.texts, deployed.run.outputs
+    places = [outputs.exits.layers.index(n) for n in point.exits]
+    outputs = outputs._replace(logits=outputs.logits[places], exits=outputs.exits.keep_exits(places)).by(rule)
+    shown = np.flatnonzero(outputs.labels.numpy() >= 0)
+    has_labels = len(shown) > 0
+    outputs, texts = (outputs.take(shown), texts.take(shown)) if has_labels else (filled(outputs), texts)
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
-    plain = ExitRule(len(its.labels))  # of calibrated logits
-    swept, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)
+    plain = ExitRule(len(deployed.labels))  # of calibrated logits
+    curve, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)
     confidences = plain.confidences(outputs.logits).tolist()  # (K, N)
-    words = word_scores(its, rows.take(np.arange(min(MOST, len(rows)))))
+    words = word_scores(deployed, texts.take(np.arange(min(MOST_ROWS, len(texts)))))
     data = {
-        **{key: swept[key] for key in ("scores", "speedup_ratios", "exit_scores")},
+        **{key: curve[key] for key in ("scores", "speedup_ratios", "exit_scores")},
         "task": record.task,
         "method": record.arguments.method,
         "labels": record.labels,
@@ -136,16 +139,16 @@ def write_page(path: Path, its: Deployed) -> None:
         "model": Path(record.arguments.model).name,
         "thresholds": thresholds,
         "lowest": rule.lowest,
-        "point": asdict(point) | {"promise": point.promise},
-        "metric": METRICS[outputs.metric],
-        "sentences": rows.examples.texts(),
+        "point": asdict(point) | {"goal": point.goal.as_json(), "promise": point.promise},
+        "metric": METRIC_NAMES[outputs.metric],
+        "sentences": texts.examples.texts(),
         "predictions": outputs.logits.argmax(-1).tolist(),
-        "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidences],  # as float32 tells them
+        "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidences],  # enough for float32
         "words": [list(map(in_words, both)) for both in progress(words, desc="exit 0", unit="text")],
         "right": outputs.labels.tolist() if has_labels else None,
-        "difficulties": rows.examples.difficulties,  # of the toy task
+        "difficulties": texts.examples.difficulties,  # of the toy task
     }
-    # What "<" could begin, a tag or a comment, must not end the script element; json escapes all beyond ASCII.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    # "<" could begin a tag or a comment that ends the script element. json escapes everything beyond ASCII.
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     with written_beside(path) as partial:
-        partial.write_text(TEMPLATE.read_text("utf-8").replace("{{data}}", text), encoding="utf-8")
+        partial.write_text(TEMPLATE.read_text("utf-8").replace("{{data}}", content), encoding="utf-8")

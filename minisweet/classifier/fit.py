@@ -1,4 +1,4 @@
-"""Train on your own text, choose what to deploy, and say what to expect of it.
+"""Train a classifier on your own text, choose what to deploy, and say what to expect of it.
 
     minisweet fit tickets.csv --out runs/tickets
     minisweet fit tickets.csv --text-columns subject,body --label-column team --max-lost 2
@@ -9,19 +9,318 @@ Files are .csv, .tsv or .jsonl. By default a plain model is fine-tuned for its l
 words, stands in front of it. Then as `minisweet choose`.
 """
 
+import hashlib
+import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 
-from minisweet.base.commands import Parser, list_of, name_of
-from minisweet.base.devices import tune_cpu
-from minisweet.base.files import InputError
-from minisweet.classifier.rows import Rows, find_columns, read_texts, text_columns
-from minisweet.texts import Examples
-from minisweet.options import OWN_TEXT, TrainingOptions
-from minisweet.recipe import train_own
-from minisweet.resume import add_output_options, claim_output
-from minisweet.run import Run
-from minisweet.classifier.choose import add_goal_options, choose_for, goal_of, print_choice
+import numpy as np
+import torch
+
+from minisweet.base.commands import (
+    Options,
+    Parser,
+    list_of,
+    name_of,
+    number,
+    one_of,
+    option,
+    positive_number,
+    whole_number,
+)
+from minisweet.base.devices import AMP_CHOICES, choose_device, choose_precision, device_name
+from minisweet.base.files import LOG, InputError
+from minisweet.checkpoint import REPOSITORIES, WEIGHTS, read_config
+from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
+from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, save
+from minisweet.classifier.promise import Goal, goal_of
+from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_columns
+from minisweet.classifier.split import class_numbers, classes_of, split_rows
+from minisweet.classifier.summary import print_choice
+from minisweet.classifier.teacher import embed, ensemble, regress
+from minisweet.classifier.trunk import Trunk, load_trunk
+from minisweet.config import Config
+from minisweet.defaults import SMALL, default_batch_size
+from minisweet.exits import ExitModel
+from minisweet.hub import model_folder
+from minisweet.methods import METHODS, Stage, add_exits, new_trunk
+from minisweet.options import TrainingOptions
+from minisweet.outputs import ask_all
+from minisweet.run import Record, check_output, save_run, versions, weights_id
+from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
+from minisweet.training import train_stage
+
+# A stage takes at least so many steps and epochs. Labelled single texts of three classes or more gain by eight epochs.
+# Two classes gain nothing, pairs lose, and texts with a model's answers are many (.github/results/tried.md).
+STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
+# If more texts are unlabelled than labelled, the trunk also learns answers to them: to at most so many, for so long.
+MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
+MAX_LENGTH = 256  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(Options):
+    """The options of a training on your own text. Raises InputError, which names the option, for a wrong value."""
+
+    model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
+    method: str = option("plain", one_of("plain", "branch"), "plain, or branch for exits between 0 and the last")
+    exit_layers: list[int] | None = option(
+        None, list_of(whole_number(0)), "counted from 1, as 3,6; 0 is exit 0, a bag of words (default: by depth)"
+    )
+    trunk: str | None = option(None, name_of, "run or classifier to start from, whose answers stay as they are")
+    dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled rows that is set aside")
+    seed: int = option(0, whole_number(0), "of new weights, order and dropout")
+    lr: float | None = option(None, positive_number, "initial learning rate (default: by the model's size)")
+    epochs: int | None = option(None, whole_number(1), "(default: by the number of rows and classes)")
+    batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
+    max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
+    device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
+    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: where it pays")
+
+
+def fit_texts(
+    options: FitOptions,
+    name: str,
+    rows: Examples,
+    validation: Examples | None,
+    unlabelled: Examples | None,
+    columns: Columns,
+    label_type: str = "str",
+    out: Path | None = None,
+) -> OwnRun:
+    """Train on your own text: a trunk, branches on it, and a bag of words in front of it, as the options say.
+
+    Args:
+        options: what is left open follows from the model and the data.
+        name: of the data, for the record.
+        rows: to learn from, with or without labels. Some are set aside to validate on.
+        validation: rows to validate on in their place, or None.
+        unlabelled: more rows without labels, or None.
+        columns: of the file of `rows`, for the record.
+        label_type: of the labels in Python: "str", "int", "float" or "bool".
+        out: where to write the record of a training that diverges, or None.
+
+    Raises InputError if model, data and options do not fit, or the training diverges.
+    """
+    # 1. The model to start from: public weights, or a finished trunk.
+    trunk = load_trunk(Path(options.trunk)) if options.trunk else None
+    folder = Path(options.trunk) if options.trunk else model_folder(options.model)
+    config = read_config(folder)
+    options = resolve(options, config, trunk)
+    has_bag, exit_layers = options.exit_layers[0] == 0, [n for n in options.exit_layers if n > 0]
+    tokenizer = load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens)
+    device = choose_device(options.device)
+    precision = choose_precision(options.amp, device, training=True)
+
+    # 2. The data: who learns, and who validates. Without any label, all exits learn what the trunk answers.
+    learns_unlabelled = has_bag or len(exit_layers) > 1 or not any(rows.names)
+    if unlabelled and not learns_unlabelled:
+        raise InputError("exit 0 and branches alone learn from it; add 0 to the exit layers", "unlabelled")
+    labels = trunk.labels if trunk else classes_of(rows.names)
+    examples = joined(rows, *(part for part in (unlabelled, validation) if part))
+    texts = Texts(tokenizer, examples._replace(labels=class_numbers(examples.names, labels, options.trunk).tolist()))
+    given = len(validation.first) if validation else 0
+    split = split_rows(name, texts, labels, given, options.dev_size, learns_unlabelled)
+    if unlabelled and unlabelled.first and not len(split.unlabelled):
+        raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
+    labelled, answered = texts.take(split.labelled), texts.take(split.unlabelled)
+    are_pairs = examples.second is not None
+    if are_pairs and config.type_vocab_size == 1:
+        raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {name}, need 2")
+    if has_bag:
+        check_size(config.vocab_size, len(labels), are_pairs, len(labelled) + len(answered))
+
+    # 3. The record, as far as it is known before the training.
+    arguments = {key: value for key, value in vars(options).items() if key not in ("trunk", "dev_size")}
+    arguments |= {"model": options.trunk or options.model, "exit_layers": exit_layers}
+    known_keys = trunk.trained_keys if trunk else ()
+    digests = "".join(part.examples.digest() for part in (split.validation, labelled, answered) if len(part))
+    record = Record(
+        arguments=TrainingOptions(**arguments),
+        task=name,
+        labels=labels,
+        metric="accuracy",
+        text_columns=columns.texts,
+        exit_layers=exit_layers,
+        depth=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        subset=split.labelled.tolist(),
+        digest=hashlib.sha256(digests.encode()).hexdigest(),
+        weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        trained_keys=sorted({*known_keys, *labelled.keys.tolist(), *answered.keys.tolist()}),
+        device=device_name(device),
+        precision=str(precision or torch.float32),
+        versions=versions(),
+        fit=asdict(
+            Fitted(
+                label_type=trunk.label_type if trunk else label_type,
+                label_column=columns.label,
+                group_column=columns.group,
+                set_aside=1.0 if validation else options.dev_size,
+                trunk=options.trunk,
+                dev_size=options.dev_size,
+                exit_layers=options.exit_layers,
+                combines=has_bag and not trunk,
+            )
+        ),
+    )
+    exits = ",".join(map(str, options.exit_layers))
+    LOG.info("%s, exits after layers %s of %d, method %s", folder, exits, record.depth, options.method)
+    LOG.info("%s: %d rows to train on, %d to validate", name, len(labelled), len(split.validation))
+    if examples.empty:
+        LOG.warning("empty texts, skipped: %d", examples.empty)
+    LOG.info("texts cut to %d tokens: %d", options.max_length, labelled.is_cut.sum())
+    rule = epochs_of(len(labelled) or len(answered), options.batch_size, len(labels), len(labelled) and not are_pairs)
+    if options.epochs and options.epochs < rule:
+        LOG.warning("epochs: %d, and %d are the rule here; with few the model may learn nothing", options.epochs, rule)
+    if trunk and len(exit_layers) == 1:
+        LOG.info("no layer is trained: the trunk stays as it is")
+    else:
+        about = options.lr, options.epochs or rule, options.seed, record.device, record.precision
+        LOG.info("lr %g, epochs %d, seed %d, %s, %s", *about)
+
+    # 4. The trunk, a model with one exit at its end, learns the labels. If more texts are unlabelled than labelled, it
+    # then learns the labels again, together with what two teachers answer to these texts (teacher.py).
+    training = Training(record, device, precision, out)
+    torch.manual_seed(options.seed)
+    base = trunk.model if trunk else new_trunk(folder, exit_layers[-1], len(labels))
+    embeddings = base.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
+    if not trunk:
+        again = some_of(split.unlabelled) if len(labelled) < len(answered) else split.unlabelled[:0]
+        if len(again):
+            with training.timed("second answers"):
+                known = texts.take(np.concatenate([split.labelled, again]))
+                vectors = embed(base.encoder.eval().to(device), tokenizer, known.examples)
+                second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
+                base.cpu()
+        training.train(Stage("trunk", base), labelled)
+        if len(again):
+            answers = ensemble(training.ask("first answers", base, texts.take(again)), second)
+            both = with_answers(texts, split.labelled, again, answers)
+            training.train(Stage("trunk again", base), both, EPOCHS_AGAIN)
+
+    # 5. The exits before the last are branches on the trunk, which stays as it is. They also learn its answers.
+    torch.manual_seed(options.seed)  # so that new weights do not depend on where the trunk is from
+    model = add_exits(options.method, base, exit_layers)
+    learned = labelled
+    if len(answered):
+        answers = training.ask("unlabelled", model, answered).softmax(-1)
+        learned = with_answers(texts, split.labelled, split.unlabelled, answers)
+    for stage in METHODS[options.method].stages(model):
+        training.train(stage, learned)
+
+    # 6. The bag of words in front of the model learns the same as the branches.
+    bag = None
+    if has_bag:
+        bag = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), are_pairs)
+        with training.timed("exit 0"):
+            chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
+            batches = [learned.batch(rows).inputs for rows in chunks]
+            fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
+
+    # 7. The record of what was trained.
+    seconds = sum(training.seconds.values())
+    LOG.info("trained in %.0f s", seconds)
+    record = replace(
+        record,
+        id=weights_id(model),
+        losses=training.losses,
+        stages={stage: round(value, 1) for stage, value in training.seconds.items()},
+        seconds=round(seconds, 1),
+    )
+    return OwnRun(record, model.eval(), bag, tokenizer, split.validation)
+
+
+def resolve(options: FitOptions, config: Config, trunk: Trunk | None) -> FitOptions:
+    """Fill in the defaults that depend on the model. The epochs stay open, as each stage has its own rows.
+
+    Raises InputError if model or trunk cannot have these exits, or texts of this length.
+    """
+    end, length = (trunk.model.exit_layers[-1], trunk.max_length) if trunk else (None, None)
+    if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
+        raise InputError(f"{options.max_length}, should be {length}, as of the trunk {options.trunk}", "max_length")
+    depth = end or config.num_hidden_layers
+    layers = options.exit_layers or sorted({0, depth // 2, depth} if options.method == "branch" else {0, depth})
+    typed = ",".join(map(str, layers))
+    if layers != sorted(layers) or not (end or 1) <= layers[-1] <= depth:
+        where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
+        raise InputError(f"{typed}, should increase and end {where}", "exit_layers")
+    if options.method == "plain" and any(layers[:-1]):
+        message = f"{typed}, and the method plain has exits 0 and {depth} alone; take the method branch"
+        raise InputError(message, "exit_layers")
+    return replace(
+        options,
+        exit_layers=layers,
+        lr=options.lr or (1e-4 if config.hidden_size <= SMALL else 5e-5),  # .github/results/tried.md
+        batch_size=options.batch_size or default_batch_size(config),
+        max_length=options.max_length or length or MAX_LENGTH,
+    )
+
+
+def epochs_of(rows: int, batch_size: int, classes: int, are_single: bool = True) -> int:
+    """How many epochs a stage takes, by its number of rows and classes.
+
+    `are_single`: whether the rows are single texts with labels, neither pairs nor texts with a model's answers.
+    """
+    least = EPOCHS if are_single and classes > 2 else EPOCHS_OF_OTHERS
+    return max(least, ceil(STEPS / ceil(max(1, rows) / batch_size)))
+
+
+def some_of(unlabelled: np.ndarray) -> np.ndarray:
+    """The rows that the trunk learns again with: at most MOST_AGAIN of them, in order."""
+    chosen = np.random.default_rng(0).permutation(len(unlabelled))[:MOST_AGAIN]
+    return unlabelled[np.sort(chosen)]
+
+
+def with_answers(texts: Texts, labelled: np.ndarray, unlabelled: np.ndarray, answers: torch.Tensor) -> Texts:
+    """Labelled and unlabelled rows of some texts. Their targets are the labels, and the `answers` (n, C) of a model."""
+    labels = np.eye(answers.shape[1], dtype=np.float32)[texts.labels[labelled]]
+    rows = np.concatenate([labelled, unlabelled])
+    return texts.take(rows).with_targets(np.concatenate([labels, answers.numpy()]))
+
+
+class Training:
+    """Runs the stages of a training one by one, and keeps their losses and seconds."""
+
+    def __init__(self, record: Record, device: torch.device, precision: torch.dtype | None, out: Path | None) -> None:
+        self.record, self.device, self.precision, self.out = record, device, precision, out
+        self.losses, self.seconds = {}, {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measure the seconds that the stage `name` takes."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def train(self, stage: Stage, texts: Texts, epochs: int | None = None) -> None:
+        """Train a stage: for as many epochs as the options say, or else `epochs`, or `epochs_of` the texts."""
+        options, are_single = self.record.arguments, texts.targets.ndim == 1 and texts.examples.second is None
+        rule = epochs_of(len(texts), options.batch_size, len(self.record.labels), are_single)
+        settings = options.batch_size, options.lr, options.seed, self.device, self.precision
+        try:
+            with self.timed(stage.name):
+                losses = train_stage(stage, texts, options.epochs or epochs or rule, *settings)
+        except FloatingPointError as error:
+            step = error.args[0]
+            if self.out:
+                save_run(self.out, replace(self.record, diverged=step))
+            message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
+            raise InputError(message, "lr") from None
+        self.losses[stage.name] = np.round(losses, 5).tolist()
+
+    def ask(self, name: str, model: ExitModel, texts: Texts) -> torch.Tensor:
+        """The logits (N, C) that the last exit of a model gives for N texts."""
+        model = model.keep_exits([len(model.exit_layers) - 1]).eval().to(self.device)
+        precision = choose_precision(self.record.arguments.amp, self.device)  # as in evaluation: float32 on a CPU
+        with self.timed(name):
+            logits = ask_all(model, texts, precision, title=name).logits[-1]
+        model.cpu()
+        return logits
 
 
 def main() -> None:
@@ -36,43 +335,41 @@ def main() -> None:
     option("--group-column", metavar="NAME", help="what a row belongs to, such as a thread; all its rows stay together")
     option("--dev-data", type=Path, metavar="FILE", help="to choose and judge on (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
-    parser.add_options(TrainingOptions, *OWN_TEXT)
-    add_goal_options(parser)
-    add_output_options(parser)
+    option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
+    parser.add_options(FitOptions, title="training")
+    parser.add_options(Goal, max_lost=None, sure=None)
     args = parser.parse_args()
-    options, goal = parser.make(TrainingOptions, args), goal_of(args)
+    options, goal = parser.make(FitOptions, args), goal_of(args)
     parser.need(args, args.dev_data is None, "rows of FILE, and --dev-data is given", "dev_size")
     if not args.file and not (args.trunk and args.unlabelled):
         raise InputError("FILE: is missing; without labels, --trunk FOLDER --unlabelled FILE will do")
-    first = args.file or args.unlabelled[0]
-    out, name = args.out or Path("runs") / first.name.split(".")[0], first.name.split(".")[0] or "texts"
-    tune_cpu()
-    with claim_output(out, args.resume, args.overwrite) as saved:
-        run = train_own(options, name, *read_data(args, first), saved)
-    if not run:
-        run = Run.read(out)
-        print(f"{out}: finished already")
-    choose_for(run, goal, options.device, options.amp)
-    run.write_point(out)
-    print_choice(run)
+    name = (args.file or args.unlabelled[0]).name.split(".")[0]
+    out = args.out or Path("runs") / name
+    check_output(out, args.overwrite)
+    run = fit_texts(options, name or "texts", *read_files(args), out=out)
+    run = choose_for(run, goal, options.device, options.amp)
+    save(out, run)
+    print_choice(out, run)
 
 
-def read_data(args: Namespace, first: Path) -> tuple[Rows, Rows | None, Examples | None]:
-    """The labelled rows, those to validate on, and texts without labels, of the files that the options name."""
-    columns, label, group = text_columns(first, args.text_columns), None, args.group_column
+def read_files(args: Namespace) -> tuple[Examples, Examples | None, Examples | None, Columns]:
+    """Read the files that a command names: the rows, those to validate on, the unlabelled ones; and FILE's columns."""
+    first, label = args.file or args.unlabelled[0], None
+    columns = text_columns(first, args.text_columns)
 
-    def read(file: Path, label: str | None) -> Rows:
-        its = columns if file is first else text_columns(file, args.text_columns, columns)
-        return read_texts(file, its, label, *find_columns("--group-column", file, [group]) if group else ())
+    def read(file: Path, label_column: str | None) -> Examples:
+        own = columns if file is first else text_columns(file, args.text_columns, columns)
+        group = find_columns("--group-column", file, [args.group_column]) if args.group_column else []
+        return read_texts(file, own, label_column, *group)
 
-    rows, dev = Rows(Examples([], None if len(columns) == 1 else [], None), [], columns, None, group), None
+    rows, validation = Examples([], None if len(columns) == 1 else [], None, names=[]), None
     if args.file:
         (label,) = find_columns("--label-column", first, [args.label_column or "label"])
         if label in columns:
             raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
         rows = read(first, label)
     if args.dev_data:
-        (label,) = find_columns("--label-column", args.dev_data, [label or args.label_column or "label"])
-        dev = read(args.dev_data, label)
-    more = [read(file, None).examples for file in args.unlabelled]
-    return rows, dev, more[0].joined(*more[1:]) if more else None
+        (label_there,) = find_columns("--label-column", args.dev_data, [label or args.label_column or "label"])
+        validation = read(args.dev_data, label_there)
+    unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
+    return rows, validation, unlabelled, Columns(columns, label, args.group_column)

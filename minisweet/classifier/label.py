@@ -3,10 +3,12 @@
     minisweet label runs/tickets --out ask.csv --most 50
     minisweet choose runs/tickets --labels ask.csv        # once somebody has filled in the column of labels
 
-A text can only be lost where early exit and full depth answer differently. So these are asked about, of the judging
-texts without a label, in the order in which they stop the way down. Nothing of what the model says is shown: it would
-lead whoever labels. Any number may be filled in. These labels are no sample of texts, so that they serve the promise
-alone, and no score. After another `fit` give them to `choose` again; they are no rows to train on.
+A text can only be lost if early exit and full depth answer differently. So these are asked about: of the judging texts
+without a label, in the order in which they stop the search for a threshold. The file shows none of the model's answers,
+which would influence whoever labels. Any number of rows may be filled in. These labels are no sample of the texts, so
+they serve the promise alone and enter no score. After another `fit` give them to `choose` again; do not train on them.
+
+Dimension letters: M thresholds, T distinct texts.
 """
 
 import shlex
@@ -15,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from minisweet.base.commands import Parser, whole_number
+from minisweet.classifier.deployed import OwnRun, fitted_of, load_run
+from minisweet.classifier.promise import filled, last_passed, lost_rows
 from minisweet.classifier.rows import row_writer
-from minisweet.classifier import promise as operating
-from minisweet.run import Run
+from minisweet.classifier.selection import prepare, share_right
+from minisweet.run import read_validation
 
 
 def main() -> None:
@@ -28,46 +32,53 @@ def main() -> None:
     option("--out", type=Path, required=True, metavar="FILE", help="to be filled in; replaced if it exists")
     option("--most", type=whole_number(1), default=50, help="texts (default: 50)")
     args = parser.parse_args()
-    run = Run.read(args.run)
-    rows, said = to_ask(run, args.most)
-    print(said)
+    run = load_run(args.run, "point", "outputs", "given")
+    rows, message = rows_to_label(run, args.most)
+    print(message)
     if not rows:
         return
-    label = run.record.label_column or "label"
-    columns = run.record.columns or ["text"]
+    label, columns = fitted_of(run.record).label_column or "label", run.record.text_columns or ["text"]
     with row_writer(args.out, [*columns, label]) as write:
-        for text in run.examples.take(rows).texts():
-            write(dict(zip(columns, [text] if isinstance(text, str) else text, strict=True)) | {label: ""})
-    words = shlex.join(["minisweet", "choose", str(args.run), "--labels", str(args.out)])
-    print(f"{args.out}: texts to label: {len(rows)}; fill in {label!r}, then: {words}")
+        for text in read_validation(args.run, run.record).take(rows).texts():
+            sides = [text] if isinstance(text, str) else text
+            write(dict(zip(columns, sides, strict=True)) | {label: ""})
+    next_step = shlex.join(["minisweet", "choose", str(args.run), "--labels", str(args.out)])
+    print(f"{args.out}: texts to label: {len(rows)}; fill in {label!r}, then: {next_step}")
 
 
-def to_ask(run: Run, most: int) -> tuple[list[int], str]:
-    """The validation rows to ask about, the most useful first; and what their labels may bring, in words."""
-    goal, outputs, nothing = run.point.goal, run.outputs, "labels would change nothing: "
-    if "max_share" in goal:
+def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
+    """The validation rows to ask about, the most useful first, and in words what their labels may bring."""
+    outputs, point, nothing = run.outputs, run.point, "labels would change nothing: "
+    if point.goal.max_share is not None:
         return [], f"{nothing}what is deployed was chosen by its share of the layers"
-    trial = operating.prepare(outputs, goal, run.record.trained_keys, combine=run.record.combines)
-    if not trial.somebody_judges or not (trial.judges.labels < 0).any():
+    trial = prepare(outputs, point.goal, run.record.trained_keys, combines=fitted_of(run.record).combines)
+    if not trial.has_judges or not (trial.judges.labels < 0).any():
         return [], f"{nothing}no text without a label judges"
-    texts = trial.judges.take(np.unique(trial.judges.keys.numpy(), return_index=True)[1])
-    judged, keys = texts.filled(run.labels), texts.keys.numpy()
-    is_open = (texts.labels < 0).numpy() & ~np.isin(keys, [*run.labels])  # (T,)
-    _, answers, costs = judged.decide_at(trial.asked, trial.thresholds)  # (M, T)
-    is_lost = operating.lost_rows(judged, answers)
-    # What is reached if full depth is wrong in all open ones: to ask about texts that are lost later is of no use.
-    best = operating.way_down((is_lost & ~is_open).sum(1), len(keys), goal)
-    stops = np.where(is_lost.any(0), len(is_lost) - 1 - is_lost[::-1].argmax(0), -1)  # (T,), the first on the way down
-    order = np.lexsort((keys, -stops))
-    chosen = order[(is_open & (stops >= best))[order]][:most]
-    if not len(chosen):
+
+    # 1. At which thresholds is each judging text lost?
+    _, first_rows = np.unique(trial.judges.keys.numpy(), return_index=True)
+    texts = trial.judges.take(first_rows)
+    keys, judged = texts.keys.numpy(), filled(texts, run.given)
+    is_open = (texts.labels < 0).numpy() & ~np.isin(keys, [*run.given])  # (T,), without a label so far
+    _, answers, costs = judged.decide_at(trial.places, trial.thresholds)  # (M, T)
+    is_lost = lost_rows(judged, answers)  # (M, T)
+    highest = len(is_lost) - 1 - is_lost[::-1].argmax(0)  # (T,), the highest threshold at which a text is lost, if any
+    highest[~is_lost.any(0)] = -1
+
+    # 2. Ask about open texts, from the highest threshold downwards. Those that are lost only below the threshold which
+    # is reached if full depth is wrong in every open text make no difference.
+    reachable = last_passed((is_lost & ~is_open).sum(1), len(keys), point.goal)
+    order = np.lexsort((keys, -highest))
+    asked = order[(is_open & (highest >= reachable))[order]][:most]
+    if not len(asked):
         return [], f"{nothing}none that is missing stands in the way"
-    # Of the answers that differ full depth is right in a share, by the choosing texts: so many stay lost.
-    weights = np.ones(len(keys))
-    weights[chosen] = operating.share_right(trial.choosers)
-    m = operating.way_down(np.ceil((is_lost * weights).sum(1) - 1e-9).astype(int), len(keys), goal)
-    before, after = 100 * run.point.share, min(100 * run.point.share, 100 * costs[m].mean())
-    rows = {key: row for row, key in reversed([*enumerate(outputs.keys.tolist())])}
-    labels = f"{len(chosen)} label" + "s" * (len(chosen) > 1)
-    said = f"Some {labels} may bring the layers run from {before:.0f} to about {after:.0f} of 100"
-    return [rows[key] for key in keys[chosen].tolist()], said
+
+    # 3. Expect that full depth is right, and so the text lost, in as many of them as among the choosing texts.
+    expected = np.ones(len(keys))  # (T,), how much of each text stays lost
+    expected[asked] = share_right(trial.choosers)
+    m = last_passed(np.ceil((is_lost * expected).sum(1) - 1e-9).astype(int), len(keys), point.goal)
+    before, after = 100 * point.share, min(100 * point.share, 100 * costs[m].mean())
+    labels = f"{len(asked)} label" + "s" * (len(asked) > 1)
+    row_of = {key: row for row, key in reversed([*enumerate(outputs.keys.tolist())])}  # the first row of each text
+    message = f"Some {labels} may bring the layers run from {before:.0f} to about {after:.0f} of 100"
+    return [row_of[key] for key in keys[asked].tolist()], message

@@ -1,8 +1,8 @@
-"""A run as one ONNX file that leaves early by itself: `minisweet export RUN --onnx FILE.onnx [--int8]`.
+"""A run as one ONNX file with early exit inside: `minisweet export RUN --onnx FILE.onnx [--int8]`.
 
-How its graph is made stands in onnx_graph.py. Here it is tried on validation rows, one by one, before the file is
-written. A float32 file takes the run's threshold and promise, since its answers are the model's. Eight bits change some
-answers, and so an int8 file gets a threshold and a promise of its own, against its own full depth.
+onnx_graph.py makes the graph. This file tries it on validation rows, one by one, before it is written. A float32 file
+has the run's threshold and promise, because its answers are the model's. Eight bits change some answers, and so an int8
+file gets a threshold and a promise of its own, relative to its own full depth.
 
 Dimension letters: K exits, N texts, C classes.
 """
@@ -20,96 +20,108 @@ from onnx import ModelProto
 from onnx.helper import set_model_props
 from torch import Tensor
 
-from minisweet.adaptive import ExitRule, in_float32
+from minisweet.adaptive import in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
-from minisweet.texts import Texts, special_tokens
-from minisweet.classifier import promise as operating
-from minisweet.metrics import METRICS
-from minisweet.classifier.estimator import Deployed, EarlyExitClassifier, classify_tokens
+from minisweet.classifier.combined_rule import CombinedRule
+from minisweet.classifier.deployed import Deployed, OwnRun, classify, deploy, fitted_of
 from minisweet.classifier.onnx_graph import INPUTS, export_graph, set_rule
+from minisweet.classifier.promise import METRIC_NAMES
+from minisweet.classifier.selection import choose, choosers_and_judges
+from minisweet.texts import Texts, special_tokens
 
 
-def export_onnx(run: Path, out: Path, int8: bool = False) -> list[str]:
-    """Write one file of a run, whole or not at all. Returns what came out, a line each.
+def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
+    """Write one file of a run, with weights of eight bits if `int8`, whole or not at all.
 
-    Raises InputError for an `out` that exists, a run for which nothing was chosen, one of Multi-Model, and where more
-    than one, and more than one in a thousand, of the float32 answers are not the model's.
+    Returns what came out, in lines. Raises InputError if `out` exists, the run is one of Multi-Model, or more than one,
+    and more than one in a thousand, of the float32 answers are not the model's.
     """
-    its = EarlyExitClassifier.load(run, device="cpu", amp="off").deployed
-    if its.model.exits.asks_at_1:
-        raise InputError(f"--onnx: {run} is a run of Multi-Model (mm); the file is for one model")
+    if run.model.asks_at_1:
+        raise InputError("--onnx: the run is of Multi-Model (mm); the file is for one model")
     with written_beside(out, overwrite=False) as new:
-        file, its, lines = make_file(its, int8)
-        new.write_bytes(content := file.SerializeToString())
-    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, its.model.exit_layers))
-    what = f"{kind}, {len(content) / 1e6:.1f} MB, exits {exits}, by default at threshold {its.threshold:.6g}"
-    return [f"{out}: {what}", *lines]
+        file, deployed, lines = make_file(deploy(run, device="cpu", amp="off"), int8)
+        content = file.SerializeToString()
+        new.write_bytes(content)
+    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, deployed.run.point.exits))
+    size = f"{len(content) / 1e6:.1f} MB"
+    return [f"{out}: {kind}, {size}, exits {exits}, by default at threshold {deployed.threshold:.6g}", *lines]
 
 
-def make_file(its: Deployed, int8: bool) -> tuple[ModelProto, Deployed, list[str]]:
-    """The file, with its metadata and tokenizer; what it deploys; and what came out when it was tried, a line each.
+def make_file(deployed: Deployed, int8: bool) -> tuple[ModelProto, Deployed, list[str]]:
+    """Make the file, with its metadata and tokenizer, and try it.
 
-    In int8 temperatures and threshold are the file's own.
+    Also returns what the file deploys, which in int8 has temperatures and a threshold of its own, and lines for a user.
     """
-    record, texts, outputs, layers = its.run.record, its.run.texts, its.run.outputs, list(its.model.exit_layers)
-    rows = operating.split(outputs, record.trained_keys)[1]  # those that judge, or all rows where none does
-    rows = rows if len(rows) else np.arange(len(texts))
-    file = export_graph(its.model, its.threshold, its.rule, int8)
-    lines = []
+    record, texts = deployed.run.record, deployed.run.texts
+    _, judging, _ = choosers_and_judges(deployed.run.outputs, record.trained_keys)
+    rows = judging if len(judging) else np.arange(len(texts))  # to try it on
+    file, lines = export_graph(deployed.model, deployed.bag, deployed.threshold, deployed.rule, int8), []
     if int8:
-        logits = answers_of_exits(file, texts, len(layers))
-        exits = outputs.exits.take([outputs.exits.layers.index(n) for n in layers])
-        full_depth, stated = outputs.logits[-1].argmax(-1), its.point.full_depth  # of the last exit by itself
-        outputs = outputs._replace(logits=logits, exits=exits, precision="int8")
-        goal, combine = its.point.goal, its.rule.needs_exit_0
-        point = operating.choose(outputs, goal, record.trained_keys, layers, its.run.labels, combine)
-        its = its._replace(point=point, rule=point.rule, threshold=in_float32(point.threshold))
-        set_rule(file, its.threshold, its.rule)
-        changes = int((logits[-1].argmax(-1) != full_depth)[rows].sum())
-        what = f"{changes:,} of {len(rows):,} answers at full depth are not the model's"
-        if outputs.metric != "agreement":
-            gap = point.full_depth - stated
-            what += f"; {METRICS[outputs.metric]} there {point.full_depth:.1f}, {gap:+.1f} points beside the model's"
-        lines += [f"int8: {what}"]
+        deployed, line = choose_for_int8(file, deployed, rows)
+        set_rule(file, deployed.threshold, deployed.rule)
+        lines.append(line)
 
-    texts = texts.take(rows)
-    (probabilities, _, taken), milliseconds = one_by_one(file, texts)
-    _, full_milliseconds = one_by_one(file, texts, threshold=np.ones((), np.float32))
-    of_file = [(its.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), taken, strict=True)]
-    of_model = [(answer.label, answer.exit_layer) for answer in classify_tokens(its, texts)]
-    differ = sum(one != other for one, other in zip(of_file, of_model, strict=True))
+    tried = texts.take(rows)
+    (probabilities, _, layers), milliseconds = one_by_one(file, tried)
+    _, full_milliseconds = one_by_one(file, tried, threshold=np.ones((), np.float32))
+    of_file = [(deployed.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), layers, strict=True)]
+    of_model = [(answer.label, answer.exit_layer) for answer in classify(deployed, tried)]
+    differ = sum(ours != theirs for ours, theirs in zip(of_file, of_model, strict=True))
     if 1000 * differ > max(1000, len(rows)) and not int8:
         raise InputError(f"--onnx: not written: {differ} of {len(rows)} answers are not the model's")
+    lines.append(f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's")
+    lines.append(f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth")
 
-    metadata = {"labels": record.labels, "exit_layers": layers, "max_length": record.arguments.max_length}
-    metadata |= {"pairs": len(record.columns) == 2, "threshold": its.threshold, "goal": its.point.goal}
-    tokenizer = copy.deepcopy(its.run.tokenizer)
+    point, tokenizer = deployed.run.point, copy.deepcopy(deployed.run.tokenizer)
     pad = special_tokens(tokenizer)[2]
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    metadata = {
+        "labels": record.labels,
+        "exit_layers": point.exits,
+        "max_length": record.arguments.max_length,
+        "pairs": len(record.text_columns) == 2,
+        "threshold": deployed.threshold,
+        "goal": point.goal.as_json(),
+    }
     as_json = {key: json.dumps(value) for key, value in metadata.items()}
     set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
-    lines += [f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's"]
-    lines += [f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth"]
-    promised = its.point.promise or its.point.shortfall(record.set_aside)
-    if its.point.precision not in ("int8", "torch.float32"):
-        promised = (
-            f"what was promised is of {its.point.precision}, and nothing of this file: choose again with --amp off"
-        )
-    return file, its, [*lines, *([promised] if promised else [])]
+    promise = point.promise or point.shortfall(fitted_of(record).set_aside)
+    if point.precision not in ("int8", "torch.float32"):
+        promise = f"what was promised is of {point.precision}, and nothing of this file: choose again with --amp off"
+    return file, deployed, [*lines, *([promise] if promise else [])]
+
+
+def choose_for_int8(file: ModelProto, deployed: Deployed, rows: np.ndarray) -> tuple[Deployed, str]:
+    """Choose for an int8 file from its own answers. Also returns a line: what eight bits change in some rows."""
+    run, layers = deployed.run, deployed.run.point.exits
+    exits = run.outputs.exits.keep_exits([run.outputs.exits.layers.index(n) for n in layers])
+    logits = answers_of_exits(file, run.texts, len(layers))
+    outputs = run.outputs._replace(logits=logits, exits=exits, precision="int8")
+    known, combines = run.record.trained_keys, deployed.rule.needs_bag
+    point = choose(outputs, run.point.goal, known, layers, run.given, combines)
+    changes = int((logits[-1].argmax(-1) != run.outputs.logits[-1].argmax(-1))[rows].sum())  # of the last exit alone
+    line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
+    if outputs.metric != "agreement":
+        gap, metric = point.full_depth - run.point.full_depth, METRIC_NAMES[outputs.metric]
+        line += f"; {metric} there {point.full_depth:.1f}, {gap:+.1f} points beside the model's"
+    run = run._replace(point=point)
+    return deployed._replace(run=run, rule=point.rule, threshold=in_float32(point.threshold)), line
 
 
 def answers_of_exits(file: ModelProto, texts: Texts, exits: int) -> Tensor:
-    """What each exit of a file says of all texts: log-probabilities (K, N, C), at a temperature of 1."""
-    said = []
-    for k in range(exits):  # nobody leaves at exits before, which get no confidence, and all leave at exit k
-        set_rule(file, 0.0, ExitRule(1, torch.tensor([math.nan] * k + [1.0] * (exits - k))))
-        said.append(one_by_one(file, texts)[0][0])
-    return torch.from_numpy(np.stack(said)).clamp(min=1e-37).log()
+    """The log-probabilities (K, N, C) of each exit of a file for all texts, at a temperature of 1."""
+    logits = []
+    for k in range(exits):  # with a temperature of NaN no text leaves, so that all leave at exit k
+        temperatures = torch.tensor([math.nan] * k + [1.0] * (exits - k))
+        set_rule(file, 0.0, CombinedRule(1, temperatures, torch.zeros(exits)))
+        (probabilities, _, _), _ = one_by_one(file, texts)
+        logits.append(probabilities)
+    return torch.from_numpy(np.stack(logits)).clamp(min=1e-37).log()
 
 
 def one_by_one(file: ModelProto, texts: Texts, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:
-    """Run texts through a file one by one: its outputs, (N, ...) each, and the mean milliseconds of a text.
+    """Run texts through a file one by one. Returns its outputs, (N, ...) each, and the mean milliseconds per text.
 
     The first tenth of the texts is not timed.
     """

@@ -1,8 +1,8 @@
-"""How a model becomes one ONNX graph that leaves early by itself.
+"""How a model becomes one ONNX graph with early exit inside.
 
-torch exports each kind of step once, as a function with weights as inputs: the embeddings, a layer, an exit, exit 0.
-`Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one of two
-inner graphs, and so the file is a graph in a graph in a graph. For exits 0, 2 and 6:
+torch exports each kind of step once, as a function with weights as inputs: the embeddings, a layer, an exit, the bag of
+words. `Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one
+of two inner graphs, and so the file is a graph in a graph in a graph. For exits 0 (the bag of words), 2 and 6:
 
     exit 0 answers all rows
     If rows stay, which are those whose confidence is too low:
@@ -13,9 +13,9 @@ inner graphs, and so the file is a graph in a graph in a graph. For exits 0, 2 a
             exit 6 answers them, and its answers replace those of exit 2 in these rows
         the answers of exits 2 and 6 replace those of exit 0 in these rows
 
-At threshold 1 no exit but the last is asked, by another `If`, and all rows stay.
+At threshold 1 another `If` skips all exits but the last, and all rows stay.
 
-Dimension letters: B rows of a batch, M of them that come so far, T tokens, D hidden size, K exits, C classes.
+Dimension letters: B rows of a batch, M of them that come to an exit, T tokens, D hidden size, K exits, C classes.
 """
 
 import copy
@@ -37,18 +37,19 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from minisweet.adaptive import ExitRule
+from minisweet.classifier.bag_of_words import NgramExit
+from minisweet.classifier.combined_rule import CombinedRule
 from minisweet.exits import MultiExitModel
 from minisweet.layers import Dropout
 
 OPSET, IR_VERSION = 20, 10  # ONNX Runtime reads both from 1.18 on
 INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("probabilities", "confidence", "exit_layer")
-RULE = ("temperatures", "weights")  # (K,): what logits are divided by; how much exit 0's count
+RULE = ("temperatures", "weights")  # (K,): what logits are divided by, and how much the bag's logits count
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 
 class Step(nn.ModuleList):
-    """Some modules, and what is done with them and with tensors."""
+    """Some modules, and a function of them and of tensors."""
 
     def __init__(self, run: Callable, *modules: nn.Module) -> None:
         super().__init__(modules)
@@ -59,7 +60,7 @@ class Step(nn.ModuleList):
 
 
 def function_of(name: str, step: Step, inputs: Sequence[Tensor]) -> FunctionProto:
-    """A step as a function of ONNX. Its inputs are the step's, and then the weights that it reads, by their names."""
+    """A step as a function of ONNX. Its inputs are the step's, then the weights that it reads, by their names."""
     inputs = tuple(x.clone() for x in inputs)  # since torch.export would merge equal tensors into one input
     sizes = (tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in inputs),)
     program = torch.export.export(step, inputs, dynamic_shapes=sizes, strict=False)
@@ -77,22 +78,27 @@ def function_of(name: str, step: Step, inputs: Sequence[Tensor]) -> FunctionProt
 
 
 class Writer:
-    """Writes a model's graph, node by node. A value goes by its name."""
+    """Writes the graph of a model, and of a bag of words in front of it, node by node. Values go by their names.
 
-    def __init__(self, model: MultiExitModel, combines: bool = False) -> None:
-        self.combines = combines  # whether exit 0 has a say at later exits
-        self.model = model = copy.deepcopy(model).requires_grad_(False).train()
-        for module in model.modules():
+    The `state` of rows is what the next exit starts from: tokens, or hidden states and context. An exit's answers
+    (M, C+2) are probabilities, confidence and layer.
+    """
+
+    def __init__(self, model: MultiExitModel, bag: NgramExit | None, combines: bool) -> None:
+        self.combines = combines  # whether the bag of words has a say at later exits
+        self.bag, self.model = bag, copy.deepcopy(model).requires_grad_(False).train()
+        self.exit_layers = model.exit_layers if bag is None else (0, *model.exit_layers)
+        for module in self.model.modules():
             if isinstance(module, Dropout):  # attention as in training is fewer nodes than torch's own
                 module.p = 0.0
-        encoder, layer, head, ngrams = model.encoder, model.encoder.layers[0], model.heads[0], model.ngrams
+        encoder, layer, head = self.model.encoder, self.model.encoder.layers[0], self.model.heads[0]
         start = Step(lambda encoder, ids, mask, types: (encoder.embed(ids, types), *encoder.context(mask)), encoder)
         go = Step(lambda layer, hidden, *context: layer(hidden, context), layer)
         ask = Step(lambda layer, head, hidden, *context: head(layer(hidden, context, tokens=1))[0], layer, head)
         tokens = [torch.ones(3, 7).long() for _ in INPUTS]
         steps = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, start(*tokens))}
-        if ngrams is not None:
-            steps["ask_ngrams"] = Step(lambda ngrams, *tokens: ngrams(*tokens), ngrams), tokens
+        if bag is not None:
+            steps["ask_bag"] = Step(lambda bag, *tokens: bag(*tokens), bag), tokens
         self.functions = {name: function_of(name, *step) for name, step in steps.items()}
         self.nodes, self.weights, self.count = [], [], 0
 
@@ -103,7 +109,7 @@ class Writer:
         return self.nodes[-1].output[0]
 
     def call(self, name: str, place: str, modules: Sequence[nn.Module], *inputs: str) -> list[str]:
-        """Write a call with the weights of these modules. Returns its outputs."""
+        """Write a call of a function with the weights of these modules. Returns its outputs."""
         function, weights = self.functions[name], nn.ModuleList(modules).state_dict()
         read = {f"{place}.{key}": weights[key] for key in function.input[len(inputs) :]}
         self.weights += [from_array(weight.numpy(), key) for key, weight in read.items()]
@@ -111,22 +117,22 @@ class Writer:
         self.add(name, *inputs, *read, outputs=outputs, domain="steps")
         return outputs
 
-    def either(self, condition: str, *ways: Callable[[], str]) -> str:
-        """Write an `If`. Two functions write its graphs, and return the output there. Returns its output.
+    def either(self, condition: str, *branches: Callable[[], str]) -> str:
+        """Write an `If` with two inner graphs, which two functions write. They return its output there.
 
         Weights stand in the graph that reads them: only there ONNX Runtime packs them.
         """
         outside, graphs = (self.nodes, self.weights), []
-        for way in ways:
+        for write_branch in branches:
             self.nodes, self.weights = [], []
-            output = make_tensor_value_info(self.add("Identity", way()), FLOAT, None)
+            output = make_tensor_value_info(self.add("Identity", write_branch()), FLOAT, None)
             graphs.append(make_graph(self.nodes, f"{output.name}.graph", [], [output], self.weights))
         self.nodes, self.weights = outside
         return self.add("If", condition, then_branch=graphs[0], else_branch=graphs[1])
 
     def go(self, k: int, state: Sequence[str]) -> list[str]:
-        """The state before exit k's layer, from that at the exit before: tokens, or hidden states and context."""
-        n, done = self.model.exit_layers[k], self.model.exit_layers[k - 1] - 1 if k else -1
+        """The state before exit k's layer, from the state at the exit before."""
+        n, done = self.exit_layers[k], self.exit_layers[k - 1] - 1 if k else -1
         if n == 0:
             return list(state)
         if done < 0:
@@ -136,56 +142,61 @@ class Writer:
             (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)
         return [hidden, *context]
 
-    def ask_ngrams(self, state: list[str]) -> str:
-        """Exit 0's logits (M, C)."""
-        return self.call("ask_ngrams", "ngrams", [self.model.ngrams], *state)[0]
+    def ask_bag(self, state: list[str]) -> str:
+        """The logits (M, C) of the bag of words."""
+        return self.call("ask_bag", "bag_of_words", [self.bag], *state)[0]
 
-    def ask(self, k: int, state: list[str], first: str | None) -> str:
-        """What exit k says, (M, C+2): probabilities, confidence, layer. `first` are exit 0's logits, if needed."""
-        add, model, n, place = self.add, self.model, self.model.exit_layers[k], self.add("Constant", value_int=k)
+    def ask(self, k: int, state: list[str], bag_logits: str | None) -> str:
+        """Exit k's answers (M, C+2). `bag_logits` are None if they are not needed."""
+        add, model, n = self.add, self.model, self.exit_layers[k]
+        place = add("Constant", value_int=k)
         if n == 0:
-            logits = first or self.ask_ngrams(state)
+            logits = bag_logits or self.ask_bag(state)
         else:
-            modules = model.layer_of_exit(n), model.heads[model.head_layers.index(n)]
+            modules = model.layer_of_exit(n), model.heads[model.exit_layers.index(n)]
             (logits,) = self.call("ask", f"exits.{n}", modules, *state)
-        said = add("Div", logits, add("Gather", "temperatures", place))
-        if first and k:
-            said = add("Add", said, add("Mul", first, add("Gather", "weights", place)))
-        said = add("Softmax", said)
-        said = add("Concat", said, add("ReduceMax", said, add("Constant", value_ints=[-1])), axis=1)
-        return add("Pad", said, add("Constant", value_ints=[0, 0, 0, 1]), add("Constant", value_float=float(n)))
+        calibrated = add("Div", logits, add("Gather", "temperatures", place))
+        if bag_logits and k:
+            calibrated = add("Add", calibrated, add("Mul", bag_logits, add("Gather", "weights", place)))
+        probabilities = add("Softmax", calibrated)
+        confidence = add("ReduceMax", probabilities, add("Constant", value_ints=[-1]))
+        answers = add("Concat", probabilities, confidence, axis=1)  # (M, C+1)
+        layer = add("Constant", value_float=float(n))
+        return add("Pad", answers, add("Constant", value_ints=[0, 0, 0, 1]), layer)
 
     def skip(self, state: list[str]) -> str:
-        """Zeros (M, C+2)."""
-        size = self.add("Shape", state[0], end=1), self.add("Constant", value_ints=[self.model.num_labels + 2])
-        return self.add("ConstantOfShape", self.add("Concat", *size, axis=0))
+        """Zeros in place of answers, (M, C+2)."""
+        rows = self.add("Shape", state[0], end=1)
+        columns = self.add("Constant", value_ints=[self.model.num_labels + 2])
+        return self.add("ConstantOfShape", self.add("Concat", rows, columns, axis=0))
 
-    def from_exit(self, k: int, state: list[str], first: str | None = None) -> str:
-        """What exit k and later ones say of the rows that come so far, (M, C+2), as in `ask`."""
+    def from_exit(self, k: int, state: list[str], bag_logits: str | None = None) -> str:
+        """The answers (M, C+2) of exit k and of later exits to the rows that come to exit k."""
         add = self.add
-        if k == len(self.model.exit_layers) - 1:
-            return self.ask(k, state, first)
+        if k == len(self.exit_layers) - 1:
+            return self.ask(k, state, bag_logits)
         if k == 0 and self.combines:
-            first = self.ask_ngrams(state)
-        said = self.either("asks", partial(self.ask, k, state, first), partial(self.skip, state))
-        confidence = add("Gather", said, add("Constant", value_int=self.model.num_labels), axis=1)  # (M,)
+            bag_logits = self.ask_bag(state)
+        answers = self.either("asks", partial(self.ask, k, state, bag_logits), partial(self.skip, state))
+        confidence = add("Gather", answers, add("Constant", value_int=self.model.num_labels), axis=1)  # (M,)
         stays = add("NonZero", add("Not", add("GreaterOrEqual", confidence, "limit")))
         rows = add("Squeeze", stays, add("Constant", value_ints=[0]))
 
         def later() -> str:
-            of_rows = 3 if self.model.exit_layers[k] == 0 else 2  # all tokens; hidden states and the context's first
+            of_rows = 3 if self.exit_layers[k] == 0 else 2  # all tokens; or hidden states and the context's first
             kept = [add("Gather", x, rows) for x in state[:of_rows]] + state[of_rows:]
-            answers = self.from_exit(k + 1, self.go(k + 1, kept), first and add("Gather", first, rows))
-            return add("ScatterND", said, add("Unsqueeze", rows, add("Constant", value_ints=[1])), answers)
+            of_bag = bag_logits and add("Gather", bag_logits, rows)
+            replaced = self.from_exit(k + 1, self.go(k + 1, kept), of_bag)
+            return add("ScatterND", answers, add("Unsqueeze", rows, add("Constant", value_ints=[1])), replaced)
 
-        return self.either(add("Cast", add("Size", rows), to=BOOL), later, lambda: said)
+        return self.either(add("Cast", add("Size", rows), to=BOOL), later, lambda: answers)
 
     def write(self) -> ModelProto:
-        """The whole graph. Beside the file's inputs it has temperatures and weights, (K,) each."""
+        """Write the whole graph. Besides the inputs of the file it has temperatures and weights, (K,) each."""
         add, C = self.add, self.model.num_labels
         zero, one, lowest = (add("Constant", value_float=value) for value in (0.0, 1.0, 1 / C))
         start, axis, end = (add("Constant", value_ints=[value]) for value in (0, -1, C))
-        # As `leaves` of adaptive.py. At threshold 1 all stay, since 0 was said.
+        # As `leaves` of adaptive.py. At threshold 1 all stay, since the confidence of what is skipped is 0.
         add("Where", add("LessOrEqual", "threshold", lowest), zero, "threshold", outputs=["limit"])
         add("Less", "threshold", one, outputs=["asks"])
         answers = self.from_exit(0, self.go(0, INPUTS))  # (B, C+2)
@@ -202,26 +213,28 @@ class Writer:
         return make_model(graph, functions=self.functions.values(), opset_imports=versions, ir_version=IR_VERSION)
 
 
-def export_graph(model: MultiExitModel, threshold: float, rule: ExitRule, int8: bool = False) -> ModelProto:
-    """The graph of a model with a rule for its exits. `threshold` is an input, with this default.
+def export_graph(
+    model: MultiExitModel, bag: NgramExit | None, threshold: float, rule: CombinedRule, int8: bool = False
+) -> ModelProto:
+    """The graph of a bag of words and a model, with a rule for their exits. `threshold` is the default of an input.
 
     With `int8` weights have eight bits, with a scale per column, and ONNX Runtime quantises activations as they come.
-    Seven of the eight bits are used: with all of them, products overflow on processors without VNNI. Exit 0 stays as it
-    is: one scale for its whole table would change its answers. Activations have one scale for all that runs at once, so
-    that such a file takes one text at a time: other texts and padding would change its answers.
+    Seven of the eight bits are used: with all of them, products overflow on processors without VNNI. The bag of words
+    stays as it is: one scale for its whole table would change its answers. Activations have one scale for all that runs
+    at once, so that such a file takes one text at a time: other texts and padding would change its answers.
     """
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as after:
         after.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)  # the exporters say much about themselves
         warnings.simplefilter("ignore")
-        file = inline_local_functions(Writer(model, rule.needs_exit_0).write())
+        file = inline_local_functions(Writer(model, bag, rule.needs_bag).write())
         optimizer.fold_constants(file)
         optimizer.remove_unused_nodes(file)
         if int8:
             nodes = [node for graph in graphs_in(file.graph) for node in graph.node]
             for i, node in enumerate(nodes):
                 node.name = f"{node.op_type}.{i}"
-            kept = [node.name for node in nodes if any(value.startswith("ngrams.") for value in node.input)]
+            kept = [node.name for node in nodes if any(value.startswith("bag_of_words.") for value in node.input)]
             options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
             options |= {"nodes_to_exclude": kept, "extra_options": {"EnableSubgraph": True}}
             quantize_dynamic(file, f"{folder}/int8.onnx", **options)
@@ -235,10 +248,10 @@ def export_graph(model: MultiExitModel, threshold: float, rule: ExitRule, int8: 
     return file
 
 
-def set_rule(file: ModelProto, threshold: float, rule: ExitRule) -> None:
-    """Give a file this default threshold and this rule, in place."""
-    of_exit_0 = torch.zeros_like(rule.temperatures) if rule.weights is None else rule.weights / rule.temperatures[0]
-    new = {"threshold": np.array(threshold), "temperatures": rule.temperatures.numpy(), "weights": of_exit_0.numpy()}
+def set_rule(file: ModelProto, threshold: float, rule: CombinedRule) -> None:
+    """Give a file, in place, a default threshold and a rule."""
+    weights = rule.weights / rule.temperatures[0] if rule.needs_bag else torch.zeros_like(rule.weights)
+    new = {"threshold": np.array(threshold), "temperatures": rule.temperatures.numpy(), "weights": weights.numpy()}
     kept = [value for value in file.graph.initializer if value.name not in new]
     del file.graph.initializer[:]
     file.graph.initializer.extend(kept + [from_array(value.astype(np.float32), name) for name, value in new.items()])

@@ -1,71 +1,53 @@
-"""What is deployed of a run: which exits are asked, when a text leaves, and what is promised of new text, in words."""
+"""The operating point: what is deployed, what to expect of it on new text, and the promise in words.
+
+Dimension letters: K exits, N rows, T distinct texts, C classes.
+"""
 
 import math
-from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
 
-from minisweet.adaptive import ExitRule
-from minisweet.base.commands import Options, number, option
-from minisweet.base.files import InputError
-from minisweet.classifier.split import JUDGE_IN, MOST_JUDGES
+from minisweet.classifier.combined_rule import CombinedRule
+from minisweet.classifier.promise import ROUNDING, Goal, by_text, lost_texts, texts_needed
+from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE
+from minisweet.metrics import score
+from minisweet.outputs import Outputs
 
-CHOOSING = 4  # of so many validation texts one chooses, and the others judge
-ROUNDING = 1e-9  # of shares
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goal(Options):
-    """What is wanted of what is deployed: that little is lost, or else that little is run."""
-
-    max_lost: float = option(3.0, number(0.01, 99.99), "at most so many of 100 texts are lost (default: 3)")
-    sure: float = option(90.0, number(50, 99.9), "how sure of that, in percent (default: 90)")
-    max_share: float | None = option(None, number(0, 1), "in its place: at most this share of the layers, from 0 to 1")
-
-    def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
-        """The goal by what is given anew; None leaves it as it is. Raises InputError where both kinds are given."""
-        if max_lost is not None and max_share is not None:
-            raise InputError(f"{max_share!r:.60}, and max_lost is given too; should be one of both", "max_share")
-        if max_share is None and max_lost is sure is None:
-            return self
-        of_lost = self.max_lost if max_lost is None else max_lost
-        return Goal(max_lost=of_lost, sure=self.sure if sure is None else sure, max_share=max_share)
-
-    def as_json(self) -> dict[str, float]:
-        """The goal as operating.json has it: {"max_lost": P, "sure": S}, or {"max_share": s}."""
-        names = ("max_lost", "sure") if self.max_share is None else ("max_share",)
-        return {name: float(getattr(self, name)) for name in names}
+CHOOSING = 4  # one of so many validation texts chooses, and the rest judge
+Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """What is deployed, and what may be expected of it on new text, as operating.json has it.
+    """What is deployed, and what to expect of it on new text. operating.json holds these keys.
 
-    Each `..._interval` is a 95% interval, its two ends, or None.
+    Each `..._interval` is a 95% interval, given as its two ends, or None.
 
     Attributes:
         id: of the run.
         threshold: a text leaves at the first exit whose confidence, from 0 to 1, reaches it.
-        exits: the layers of those that are asked, counted from 1; 0 is exit 0, a bag of words.
-        goal: {"max_lost": P, "sure": S}, in percent, or {"max_share": s}, from 0 to 1.
-        choosing_texts, judging_texts: how many texts, which the model had not learnt, chose it and judged it.
-        labelled_judges: how many judges were set aside with a label.
-        score, full_depth: what early exit and the whole model have right of the labelled judges, in percent (for
-            tasks of GLUE, their metric); without any, in how many they agree.
-        lost: of 100 judging texts, those where early exit changed the whole model's answer, and no label says that
-            this was wrong.
+        exits: the layers of the exits that are asked, counted from 1; 0 is exit 0, the bag of words.
+        goal: in operating.json {"max_lost": P, "sure": S}, in percent, or {"max_share": s}, from 0 to 1.
+        choosing_texts, judging_texts: how many texts, none of them trained on, chose this point and judged it.
+        labelled_judges: how many judging texts were set aside with a label.
+        score, full_depth: accuracy of early exit and of full depth on the labelled judges, in percent (for tasks of
+            GLUE, their metric); without any, how often the two agree.
+        lost: percent of the judging texts whose answer early exit changed, unless a label says that full depth was
+            wrong there.
         share: of the layers that run, from 0 to 1; with exits 0 and last, the share of the texts sent to the model.
-        temperatures, weights: of `exits`; a weight is how much exit 0's answer counts there.
-        per_class: precision, recall and f1 in percent, and support, the rows of a class: (C,) each.
-        precision: in which the logits were computed.
+        temperatures, weights: (K,), of `exits`; a weight is how much exit 0's answer counts there.
+        per_class: precision, recall and f1 in percent, and support, the number of rows: (C,) each.
+        precision: of the logits.
     """
 
     id: str | None = None
     threshold: float
     exits: list[int]
-    goal: dict[str, float]
+    goal: Goal
     choosing_texts: int
     judging_texts: int
     labelled_judges: int
@@ -83,71 +65,108 @@ class OperatingPoint:
     precision: str
 
     @property
-    def rule(self) -> ExitRule:
-        """When a text leaves at which of the exits."""
-        its = (torch.tensor(part, dtype=torch.float32, device="cpu") for part in (self.temperatures, self.weights))
-        return ExitRule(len(self.per_class["support"]), *its)
+    def rule(self) -> CombinedRule:
+        """The rule of `exits`."""
+        temperatures = torch.tensor(self.temperatures, dtype=torch.float32, device="cpu")
+        weights = torch.tensor(self.weights, dtype=torch.float32, device="cpu")
+        return CombinedRule(len(self.per_class["support"]), temperatures, weights)
 
     @property
     def promise(self) -> str:
-        """What the judges saw and what is promised, in words; "" where all texts run to the last exit."""
+        """What the judges saw and what is promised, in words; "" if all texts run to the last exit."""
         if self.threshold == 1:
             return ""
-        lost = f"{(n := round(self.lost * self.judging_texts / 100)):,} answer{'s' * (n != 1)}"
-        said = (
-            f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost at most {lost} that "
+        count = round(self.lost * self.judging_texts / 100)
+        words = (
+            f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost at most {count:,} "
         )
-        said += "the full model had right."
-        if "max_lost" in self.goal:
-            said += f" In the long run at most {self.goal['max_lost']:g} in 100 new texts like these are lost, "
-            said += f"{self.goal['sure']:g}% sure."
+        words += f"answer{'s' * (count != 1)} that the full model had right."
+        if self.goal.max_share is None:
+            words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost, "
+            words += f"{self.goal.sure:g}% sure."
         if self.labelled_judges and self.score_interval:  # of accuracy alone
-            said += (
-                f" Of labelled ones the full model had {self.full_depth:.1f} of 100 right, early exit {self.score:.1f}."
-            )
-        return said
+            words += f" Of labelled ones the full model had {self.full_depth:.1f} of 100 right, "
+            words += f"early exit {self.score:.1f}."
+        return words
 
     def shortfall(self, set_aside: float = 1.0) -> str:
-        """A line where a goal is out of reach, or only full depth can be promised; else "".
+        """A line if the goal is out of reach, or only full depth can be promised, with the rows that it takes; or "".
 
-        It says how many rows would do. Of labelled rows a share is set aside: 1 where they have a file of their own.
+        `set_aside` is the share of labelled rows that validates.
         """
-        if "max_share" in self.goal:
-            wanted = f"at most {self.goal['max_share']:g} of the layers is out of reach"
-            is_reached = self.share <= self.goal["max_share"] + ROUNDING
-            return "" if is_reached else f"{wanted}: the fastest takes {self.share:.3g}"
+        if self.goal.max_share is not None:
+            if self.share <= self.goal.max_share + ROUNDING:
+                return ""
+            return f"at most {self.goal.max_share:g} of the layers is out of reach: the fastest takes {self.share:.3g}"
         if self.threshold < 1:
             return ""
-        needed, only = texts_needed(self.goal), "nothing faster than full depth can be promised"
+        problem, needed = "nothing faster than full depth can be promised", texts_needed(self.goal)
         if self.judging_texts >= needed[-1]:
-            return f"{only}: too many of {self.judging_texts:,} texts are lost"
-        kind, share, there = "labelled rows", set_aside, 0
-        few_enough = needed[-1] <= MOST_JUDGES * (CHOOSING - 1) // CHOOSING
-        if self.judging_texts > self.labelled_judges and few_enough:  # more of those that are cheap
-            kind, share, there = "more rows without a label", 1 / JUDGE_IN, self.judging_texts
-        rows = [math.ceil(math.ceil(max(1, n - there) * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
-        would = f"{rows[0]:,} {kind} would do where none is lost, {rows[1]:,} and {rows[2]:,} where one or two are"
-        return f"{only}: {self.judging_texts:,} texts judged. Some {would}"
+            return f"{problem}: too many of {self.judging_texts:,} texts are lost"
+        kind, share, judges = "labelled rows", set_aside, 0
+        unlabelled_would_do = needed[-1] <= MOST_JUDGES * (CHOOSING - 1) // CHOOSING
+        if self.judging_texts > self.labelled_judges and unlabelled_would_do:  # more of those that are cheap
+            kind, share, judges = "more rows without a label", 1 / UNLABELLED_PER_JUDGE, self.judging_texts
+        rows = [math.ceil(math.ceil(max(1, n - judges) * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
+        enough = f"{rows[0]:,} {kind} would do where none is lost, {rows[1]:,} and {rows[2]:,} where one or two are"
+        return f"{problem}: {self.judging_texts:,} texts judged. Some {enough}"
 
-    def in_words(self, exits: int, set_aside: float = 1.0) -> str:
-        """What is promised of new text by a model of so many exits; or why nothing faster than full depth can be."""
-        if exits == 1:
+    def in_words(self, num_exits: int, set_aside: float = 1.0) -> str:
+        """The promise of a model with `num_exits` exits, or why nothing faster than full depth can be promised."""
+        if num_exits == 1:
             return "the model has one exit alone"
         return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
-def how_sure(texts: int, lost: np.ndarray, share: float) -> np.ndarray:
-    """How sure it is, from 0 to 1, that in the long run at most a share of texts is lost, where `lost` of them were.
+def stated(places: Sequence[int], threshold: float, judges: Outputs, with_score: Outputs) -> dict:
+    """Measure early exit with the exits at some places, counted from 0. Returns values of an `OperatingPoint`.
 
-    This is the exact binomial test, 1 - P(Binomial(texts, share) <= lost): (M,) to (M,).
+    `lost` and `share` are those of the `judges`, which have all labels (`filled`). `score`, `full_depth` and
+    `per_class` are those of the rows `with_score`. Both have calibrated logits.
     """
-    k = torch.arange(max(lost) + 1, dtype=torch.float64)
-    ways = math.lgamma(texts + 1) - torch.lgamma(k + 1) - torch.lgamma(texts - k + 1)  # logarithms
-    chances = (ways + torch.xlogy(k, share) + torch.special.xlog1py(texts - k, -share)).exp()
-    return (1 - chances.cumsum(0)).numpy()[lost]
+    _, (answers,), (costs,) = judges.decide_at(places, [threshold])
+    lost, costs = lost_texts(judges, answers), by_text(judges, costs)  # (T,) each
+    ends = judges.exits.keep_exits(places).costs(threshold)
+    point = {
+        "judging_texts": len(lost),
+        "lost": 100 * float(lost.mean()),
+        "lost_interval": wilson(lost),
+        "share": float(costs.mean()),
+        "share_interval": around_mean(costs, ends[0], ends[-1]),
+    }
+    if threshold == 1:  # all answers are full depth's, at one cost
+        point |= {"lost_interval": [0.0, 0.0], "share_interval": [ends[-1], ends[-1]]}
+    _, (answers,), _ = with_score.decide_at(places, [threshold])
+    labels, full_depth = with_score.labels.numpy(), with_score.logits[-1].argmax(-1).numpy()
+    for name, predictions in (("score", answers), ("full_depth", full_depth)):
+        if with_score.metric == "accuracy":
+            right = by_text(with_score, predictions == labels)  # half, if one of a text's two labels is right
+            point |= {name: 100 * float(right.mean()), f"{name}_interval": wilson(right)}
+        else:
+            point |= {name: float(score(predictions, labels, with_score.metric)), f"{name}_interval": None}
+    return point | {"per_class": classification_report(answers, labels, with_score.logits.shape[-1])}
 
 
-def texts_needed(goal: dict[str, float]) -> list[int]:
-    """How many texts must judge to promise something where none, one or two of them are lost."""
-    tests = [lambda n, lost=lost: how_sure(n, [lost], goal["max_lost"] / 100)[0] for lost in range(3)]
-    return [bisect_left(range(10**9), goal["sure"] / 100, lost + 1, key=test) for lost, test in enumerate(tests)]
+def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, list]:
+    """`precision`, `recall` and `f1` of each class in percent, 0 where undefined, and `support`: lists (C,)."""
+    right, support, predicted = (
+        np.bincount(values, minlength=num_labels) for values in (labels[predictions == labels], labels, predictions)
+    )  # (C,) each
+    precision, recall = 100 * right / np.maximum(predicted, 1), 100 * right / np.maximum(support, 1)
+    per_class = {"precision": precision, "recall": recall, "f1": 200 * right / np.maximum(support + predicted, 1)}
+    return {name: values.tolist() for name, values in (per_class | {"support": support}).items()}
+
+
+def wilson(values: np.ndarray) -> list[float]:
+    """The 95% interval of a proportion, in percent: Wilson's with continuity correction, of values (T,) from 0 to 1."""
+    count, n = values.sum(), len(values)
+    k = np.array([count - 0.5, count + 0.5])
+    low, high = (k + Z**2 / 2 + np.array([-Z, Z]) * np.sqrt(k * (n - k) / n + Z**2 / 4)) / (n + Z**2)
+    return [100 * float(min(low, count / n)), 100 * float(max(high, count / n))]
+
+
+def around_mean(values: np.ndarray, least: float, most: float) -> list[float]:
+    """The 95% interval of a mean: the normal one, of values (T,) and of one made-up value at either end."""
+    widened, mean = np.append(values, [least, most]), values.mean()
+    half = Z * widened.std() / math.sqrt(len(widened))
+    return [float(min(mean, max(least, widened.mean() - half))), float(max(mean, min(most, widened.mean() + half)))]

@@ -1,265 +1,162 @@
-"""What to deploy: the exits to ask, the confidence at which a text leaves, and what is promised of new text.
+"""The promise about new text: the goal, the exact test, and where the judging texts stop.
 
-A text is *lost* where full depth is right and early exit is wrong. Only texts whose two answers differ need a label.
-Counted as lost is each text whose answer early exit changes, unless a label says that full depth was wrong there: never
-fewer than are lost. The goal is that at most P of 100 texts are lost, S% sure, or else that at most a share of the
-layers runs. The units of the validation rows, which are texts or groups of texts, are dealt out by a hash. A quarter
-*chooses*: it fits the temperatures, picks the exits that are worth asking, names the thresholds to try, and says
-whether texts without labels judge, too. Three quarters *judge* these thresholds, from 1, which is full depth,
-downwards: the lower, the faster. Of a group one text judges.
+A text is *lost* if full depth (the last exit) is right and early exit is wrong. The goal is to lose at most P of 100
+texts, and to be S% sure of that; or else to run at most a given share of the layers.
 
-Theorem. Model, goal and precision are fixed before a judge is looked at. If judging and new texts are independent draws
-of different texts from one source, none trained on, then at most 100 - S of 100 validation samples give a promise that
-is broken: a threshold at which more than P of 100 new texts are lost in the long run. (Why: on the way down there is a
-first threshold that is too low. The exact binomial test passes it in at most 100 - S of 100 samples. In all others the
-judges stop before it, and so take none that is too low. A label that is missing only adds to the count: whoever chose
-which texts got one, in whatever order, and whenever they stopped, the judges stop no later.)
+*Judging* texts try thresholds from 1, which is full depth, downwards: the lower, the faster. The exact binomial test
+decides at each one whether the goal still holds, and the first failure ends the search. Only texts whose answer early
+exit changes need a label. Without one such a text counts as lost, so that the count is never too low.
+
+Theorem. Model, goal and precision are fixed before anyone looks at a judging text. If judging and new texts are
+independent draws of distinct texts from one source, and none of them was trained on, then at most 100 - S of 100
+validation samples lead to a broken promise: a threshold at which more than P of 100 new texts are lost in the long run.
+
+Proof. On the way down there is a first threshold that is too low. The exact test passes it in at most 100 - S of 100
+samples. In all others the search ends before it, and so takes no threshold that is too low. A missing label only adds
+to the count: whoever chose which texts got one, in whatever order, and whenever they stopped, the search ends no later.
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
-MAPIE calls `control_fwer` by "fixed_sequence". For early exits: Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
+MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
 
-Dimension letters: N rows, T distinct texts, M thresholds.
+Dimension letters: K exits, N rows, T distinct texts, M thresholds.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from statistics import NormalDist
-from typing import NamedTuple
+from argparse import Namespace
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from minisweet.adaptive import ExitRule, in_float32
-from minisweet.texts import dealt, one_of_each
-from minisweet.calibration import fit_rule
-from minisweet.metrics import classification_report, score
+from minisweet.base.commands import Options, number, option
+from minisweet.base.files import InputError
+from minisweet.metrics import METRICS, score
 from minisweet.outputs import Outputs
-from minisweet.classifier.operating_point import CHOOSING, ROUNDING, OperatingPoint, how_sure
 
-ENOUGH = 30  # labelled answers that differ, to say how often full depth is right there; with fewer, half count as right
-Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
+ROUNDING = 1e-9  # of shares
+METRIC_NAMES = METRICS | {"agreement": "agreement with full depth"}  # the metric where no row has a label
 
 
-def split(outputs: Outputs, known: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray, int]:
-    """The rows that choose, those that judge, and how many do neither, since a text of their unit is `known`.
+@dataclass(frozen=True, kw_only=True)
+class Goal(Options):
+    """The goal of early exit: to lose few texts, or else to run few layers."""
 
-    Units with a label and those without are dealt out by themselves.
+    max_lost: float = option(3.0, number(0.01, 99.99), "at most so many of 100 texts are lost (default: 3)")
+    sure: float = option(90.0, number(50, 99.9), "how sure of that, in percent (default: 90)")
+    max_share: float | None = option(None, number(0, 1), "in its place: at most this share of the layers, from 0 to 1")
+
+    def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
+        """The goal with some parts replaced; None keeps a part. Raises InputError if both kinds of goal are given."""
+        if max_lost is not None and max_share is not None:
+            raise InputError(f"{max_share!r:.60}, and max_lost is given too; should be one of both", "max_share")
+        if max_share is None and max_lost is sure is None:
+            return self
+        of_lost = self.max_lost if max_lost is None else max_lost
+        return Goal(max_lost=of_lost, sure=self.sure if sure is None else sure, max_share=max_share)
+
+    def as_json(self) -> dict[str, float]:
+        """The goal as in operating.json: {"max_lost": P, "sure": S}, or {"max_share": s}."""
+        names = ("max_lost", "sure") if self.max_share is None else ("max_share",)
+        return {name: float(getattr(self, name)) for name in names}
+
+
+def goal_of(args: Namespace) -> Goal:
+    """The goal that was typed, where `Parser.add_options(Goal, max_lost=None, sure=None)` added its options."""
+    if args.sure is not None and args.max_share is not None:
+        raise InputError("needs --max-lost", "sure")
+    return Goal().changed(args.max_lost, args.sure, args.max_share)
+
+
+def how_sure(texts: int, lost: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
+    """How sure it is, from 0 to 1, that at most a `share` of texts is lost in the long run: (M,).
+
+    The exact binomial test, 1 - P(Binomial(texts, share) <= lost), where `lost` (M,) of so many `texts` were lost.
     """
-    keys, labels = outputs.keys.numpy(), outputs.labels.numpy()
-    units = keys if outputs.units is None else outputs.units.numpy()
-    is_known = np.isin(units, units[np.isin(keys, np.array([*known], dtype=np.int64))])
-    has_label, chooses = np.isin(units, units[labels >= 0]), np.zeros(len(units), dtype=bool)
-    for kind in (has_label & ~is_known, ~has_label & ~is_known):
-        chooses[kind] = dealt(units[kind], math.ceil(len(np.unique(units[kind])) / CHOOSING), "choose")
-    judging = np.flatnonzero(~chooses & ~is_known)
-    return (np.flatnonzero(chooses), judging[one_of_each(units[judging], keys[judging])], int(is_known.sum()))
+    k = torch.arange(max(lost) + 1, dtype=torch.float64)
+    log_ways = math.lgamma(texts + 1) - torch.lgamma(k + 1) - torch.lgamma(texts - k + 1)
+    chances = (log_ways + torch.xlogy(k, share) + torch.special.xlog1py(texts - k, -share)).exp()
+    return (1 - chances.cumsum(0)).numpy()[lost]
 
 
-class Trial(NamedTuple):
-    """What the choosing texts have chosen, before a judge is looked at."""
-
-    rule: ExitRule  # of all exits; it has calibrated all logits
-    asked: list[int]  # the exits to ask, from 0
-    thresholds: np.ndarray  # (M,), to be tried
-    choosers: Outputs
-    judges: Outputs  # without a label where they had none
-    somebody_judges: bool
+def texts_needed(goal: Goal) -> list[int]:
+    """How many texts must judge before anything can be promised, if none, one or two of them are lost."""
+    tests = [lambda texts, lost=lost: how_sure(texts, [lost], goal.max_lost / 100)[0] for lost in range(3)]
+    return [bisect_left(range(10**9), goal.sure / 100, lost + 1, key=test) for lost, test in enumerate(tests)]
 
 
-def prepare(
-    outputs: Outputs, goal: dict, known: Collection[int], exits: Sequence[int] | None = None, combine: bool = False
-) -> Trial:
-    """Choose all that the judges try; for the arguments see `choose`."""
-    choosing, judging, _ = split(outputs, known)
-    somebody_judges = min(len(choosing), len(judging)) > 0
-    rule, layers = fit_rule(outputs.take(choosing) if somebody_judges else outputs, combine), list(outputs.exits.layers)
-    choosers = judges = outputs.by(rule)
-    if somebody_judges:
-        choosers, judges = choosers.take(choosing), judges.take(judging)
-    if not all_judge(choosers, judges, goal):
-        choosers, judges = choosers.labelled(), judges.labelled()
-    always = [0, len(layers) - 1] if rule.needs_exit_0 else [len(layers) - 1]
-    asked = choose_exits(choosers.filled(), goal, always) if exits is None else [layers.index(n) for n in exits]
-    return Trial(rule, asked, thresholds_of(choosers, asked), choosers, judges, somebody_judges)
+def most_lost(texts: int, goal: Goal) -> int:
+    """How many of so many judging texts may be lost; -1 if the test fails even where none is."""
+    return int((how_sure(texts, np.arange(texts + 1), goal.max_lost / 100) >= goal.sure / 100).sum()) - 1
 
 
-def choose(
-    outputs: Outputs,
-    goal: dict,
-    known: Collection[int] = (),
-    exits: Sequence[int] | None = None,
-    labels: Mapping[int, int] | None = None,
-    combine: bool = False,
-) -> OperatingPoint:
-    """What to deploy.
+def last_passed(lost: np.ndarray, texts: int, goal: Goal, exact: bool = True) -> int:
+    """The index of the threshold that is reached from the last one, which is 1, downwards, before the first failure.
 
-    Args:
-        outputs: of the validation rows.
-        goal: {"max_lost": P, "sure": S}, both in percent, or {"max_share": share of the layers}.
-        known: keys of texts that were trained on.
-        exits: layers of the exits to ask, the last one's among them; None to choose those that reach the goal best.
-        labels: classes of judging texts that had none, by their keys.
-        combine: whether exit 0 has a say at later exits.
-
-    Where nobody judges, the threshold is 1, and all rows choose and state, without intervals.
+    `lost` (M,) of so many `texts` are lost at each threshold. If not `exact`, one fails if more than P of 100 are.
     """
-    rule, asked, thresholds, choosers, judges, somebody_judges = prepare(outputs, goal, known, exits, combine)
-    layers, judged = list(outputs.exits.layers), judges.filled(labels)
-    threshold = 1.0
-    if somebody_judges:
-        threshold, share, _ = fixed_sequence(judged, goal, asked, thresholds)
-        if exits is None and "max_lost" in goal and share > layers[-1] / outputs.exits.depth + ROUNDING:
-            threshold = 1.0  # what is asked in vain costs more than leaving early saves
-            asked = [0, len(layers) - 1] if rule.needs_exit_0 else [len(layers) - 1]
-    found = stated(asked, threshold, judged, judges.scored())
-    found |= {"choosing_texts": choosers.texts, "labelled_judges": judges.labelled().texts}
-    is_open = (judges.labels < 0).numpy() & ~np.isin(judges.keys.numpy(), [*(labels or {})])
-    if (lost_rows(judged, judged.decide_at(asked, [threshold])[1]) & is_open).any():
-        found["lost_interval"][0] = 0.0  # full depth may be wrong there
-    if not somebody_judges:
-        none = dict.fromkeys(("choosing_texts", "judging_texts", "labelled_judges"), 0)
-        found |= none | {key: None for key in found if "_interval" in key}
-    its = rule.kept(asked)
-    return OperatingPoint(
-        threshold=threshold,
-        exits=[layers[k] for k in asked],
-        goal=goal,
-        temperatures=its.temperatures.tolist(),
-        weights=[0.0] * len(asked) if its.weights is None else its.weights.tolist(),
-        precision=outputs.precision,
-        **found,
-    )
+    limit = goal.max_lost / 100
+    passes = how_sure(texts, lost, limit) >= goal.sure / 100 if exact else lost <= texts * (limit + ROUNDING)  # (M,)
+    return max(np.flatnonzero(~passes[:-1]), default=-1) + 1
 
 
-def all_judge(choosers: Outputs, judges: Outputs, goal: dict) -> bool:
-    """Whether texts without labels judge, too: where that lets more texts leave, by what the choosing texts say.
+def fixed_sequence(
+    outputs: Outputs, goal: Goal, places: Sequence[int], thresholds: np.ndarray, exact: bool = True
+) -> tuple[float, float, float]:
+    """Go down the thresholds (M,) with the exits at some places, counted from 0. For `exact` see `last_passed`.
 
-    Let full depth be right in a share r of the answers that early exit changes. Then early exit may change k / (r a) of
-    all answers where a labelled texts judge, of which k may be lost; and k' / (r a + b) where b others judge, too. The
-    choosers and the two numbers alone decide it, so that labels which come later never change it.
+    Returns the threshold that is reached, and there the share of the layers that run, and the score in percent.
+    `outputs` have calibrated logits and all labels (`filled`).
     """
-    a, b = judges.labelled().texts, judges.labelled(False).texts
-    if "max_share" in goal or not a:
-        return True
-    k, more = (most_lost(texts, goal) for texts in (a, a + b))
-    right = share_right(choosers) * a
-    return more * right > k * (right + b)
-
-
-def share_right(choosers: Outputs) -> float:
-    """How often full depth is right where an earlier exit's answer is another one."""
-    rows = choosers.labelled()
-    answers = rows.logits.argmax(-1)  # (K, N)
-    differ = answers[:-1] != answers[-1]
-    count = int(differ.sum())
-    return 0.5 if count < ENOUGH else float((differ & (answers[-1] == rows.labels)).sum()) / count
-
-
-def most_lost(texts: int, goal: dict) -> int:
-    """How many of so many judging texts may be lost; -1 where even none is too many."""
-    return int((how_sure(texts, np.arange(texts + 1), goal["max_lost"] / 100) >= goal["sure"] / 100).sum()) - 1
+    _, answers, costs = outputs.decide_at(places, thresholds)  # (M, N) each
+    shares = by_text(outputs, costs).mean(1)  # (M,)
+    scores = score(answers, outputs.labels.numpy(), outputs.metric)  # (M,)
+    if goal.max_share is not None:  # the slowest that is fast enough, or else the fastest that there is
+        m = max(np.flatnonzero(shares <= goal.max_share + ROUNDING), default=0)
+    else:
+        lost = lost_texts(outputs, answers)  # (M, T)
+        m = last_passed(lost.sum(1), lost.shape[1], goal, exact)
+    return float(thresholds[m]), float(shares[m]), float(scores[m])
 
 
 def lost_rows(outputs: Outputs, answers: np.ndarray) -> np.ndarray:
-    """Whether a row is lost by early exit's answers: (..., N) to (..., N)."""
+    """Whether each row is lost by early exit's answers: (..., N) to (..., N)."""
     labels, full_depth = outputs.labels.numpy(), outputs.logits[-1].argmax(-1).numpy()
     return (full_depth == labels) & (answers != labels)
 
 
 def lost_texts(outputs: Outputs, answers: np.ndarray) -> np.ndarray:
-    """Whether a text is lost, that is any of its rows: (..., N) to (..., T)."""
-    return outputs.of_texts(lost_rows(outputs, answers)) > 0
+    """Whether each text is lost, that is any of its rows: (..., N) to (..., T)."""
+    return by_text(outputs, lost_rows(outputs, answers)) > 0
 
 
-def thresholds_of(choosers: Outputs, asked: Sequence[int]) -> np.ndarray:
-    """The thresholds that are tried, some hundred, in increasing order: (M,). The last is 1.
+def by_text(outputs: Outputs, values: np.ndarray) -> np.ndarray:
+    """The mean over the rows of each distinct text: (..., N) to (..., T)."""
+    keys, order = outputs.keys.sort()
+    _, first, rows = np.unique(keys.numpy(), return_index=True, return_counts=True)  # (T,) each
+    return np.add.reduceat(values[..., order.numpy()].astype(np.float64), first, axis=-1) / rows
 
-    They lie halfway between confidences of the choosing rows, so that rounding seldom flips a row. The first is
-    just above the lowest confidence: all leave at the first exit, but texts without a word that exit 0 knows.
+
+def labelled(outputs: Outputs) -> Outputs:
+    """The rows that have a label."""
+    return outputs.take(np.flatnonzero(outputs.labels.numpy() >= 0))
+
+
+def filled(outputs: Outputs, given: Mapping[int, int] | None = None) -> Outputs:
+    """All rows, with a label for those that have none: the one `given` for their key, or else full depth's answer.
+
+    So a text without a label counts as lost if early exit changes its answer. The metric is agreement if none has one.
     """
-    if len(asked) == 1:  # nobody can leave early
-        return np.ones(1)
-    rule = ExitRule(choosers.logits.shape[-1])
-    occur = np.unique(rule.confidences(choosers.logits)[list(asked[:-1])].double().numpy())
-    least = in_float32(rule.lowest + 1e-6)
-    between = np.float32((occur[1:] + occur[:-1]) / 2)
-    between = between[(between > least) & (between < 1)]
-    return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
+    answers = outputs.logits[-1].argmax(-1)
+    if given:
+        pairs = zip(outputs.keys.tolist(), answers.tolist(), strict=True)
+        answers = torch.tensor([given.get(key, answer) for key, answer in pairs])
+    metric = outputs.metric if (outputs.labels >= 0).any() else "agreement"
+    return outputs._replace(labels=outputs.labels.where(outputs.labels >= 0, answers), metric=metric)
 
 
-def choose_exits(choosers: Outputs, goal: dict[str, float], asked: list[int]) -> list[int]:
-    """The exits, from 0, with which the choosing rows reach a goal best, without asking how sure they are.
-
-    To those that are `asked` in any case it adds the one that helps most, as long as one helps: an exit may cost more
-    than it gives.
-    """
-
-    def rank(asked: list[int]) -> tuple[float, float]:  # the smaller the better
-        _, share, value = fixed_sequence(choosers, goal | {"sure": 0}, asked, thresholds_of(choosers, asked))
-        return max(0.0, share - goal.get("max_share", 0.0)), -value
-
-    while larger := [sorted([*asked, k]) for k in range(len(choosers.logits)) if k not in asked]:
-        better = min(larger, key=rank)
-        if rank(better) >= rank(asked):
-            break
-        asked = better
-    return asked
-
-
-def fixed_sequence(rows: Outputs, goal: dict, asked: Sequence[int], thresholds: np.ndarray) -> tuple[float, ...]:
-    """Where rows stop on their way down the thresholds (M,): the threshold, the share of the layers, and the score.
-
-    Where they must be 0% sure, it is enough that no more than P of 100 of these very texts are lost.
-    """
-    _, answers, costs = rows.decide_at(asked, thresholds)
-    shares, scores = rows.of_texts(costs).mean(1), score(answers, rows.labels.numpy(), rows.metric)  # (M,) each
-    if "max_share" in goal:
-        # the slowest that is fast enough, or the fastest that there is
-        m = max(np.flatnonzero(shares <= goal["max_share"] + ROUNDING), default=0)
-    else:
-        lost = lost_texts(rows, answers)  # (M, T)
-        m = way_down(lost.sum(1), lost.shape[1], goal)
-    return float(thresholds[m]), float(shares[m]), float(scores[m])
-
-
-def way_down(lost: np.ndarray, texts: int, goal: dict) -> int:
-    """The last threshold, from 1 downwards, before the first that fails, where `lost` (M,) are lost: from 0 to M-1."""
-    limit = goal["max_lost"] / 100
-    passes = how_sure(texts, lost, limit) >= goal["sure"] / 100 if goal["sure"] else lost <= texts * (limit + ROUNDING)
-    return max(np.flatnonzero(~passes[:-1]), default=-1) + 1
-
-
-def stated(asked: Sequence[int], threshold: float, judges: Outputs, scored: Outputs) -> dict:
-    """What early exit gives on some rows of calibrated logits, each number with its 95% interval for new text.
-
-    `lost` (percent of texts) and `share` (of the layers) are those of the judges, which all have a label, or full
-    depth's answer in its place. `score`, `full_depth` (percent) and `per_class` are those of the `scored` rows.
-    """
-    _, (answers,), (costs,) = judges.decide_at(asked, [threshold])
-    lost, costs, ends = lost_texts(judges, answers), judges.of_texts(costs), judges.exits.take(asked).costs(threshold)
-    point = {"judging_texts": len(lost), "lost": 100 * float(lost.mean()), "share": float(costs.mean())}
-    point |= {"lost_interval": wilson(lost), "share_interval": around_mean(costs, ends[0], ends[-1])}
-    if threshold == 1:  # all answers are full depth's, at one cost
-        point |= {"lost_interval": [0.0, 0.0], "share_interval": [ends[-1], ends[-1]]}
-    _, (answers,), _ = scored.decide_at(asked, [threshold])
-    labels, full_depth = scored.labels.numpy(), scored.logits[-1].argmax(-1).numpy()
-    for name, given in (("score", answers), ("full_depth", full_depth)):
-        point |= {name: float(score(given, labels, scored.metric)), f"{name}_interval": None}
-        if scored.metric == "accuracy":
-            right = scored.of_texts(given == labels)  # of a text with two labels, half
-            point |= {name: 100 * float(right.mean()), f"{name}_interval": wilson(right)}
-    return point | {"per_class": classification_report(answers, labels, scored.logits.shape[-1])}
-
-
-def wilson(values: np.ndarray) -> list[float]:
-    """The 95% interval of a proportion, in percent: Wilson's with continuity correction, of values (T,) from 0 to 1."""
-    count, n = values.sum(), len(values)
-    k = np.array([count - 0.5, count + 0.5])
-    low, high = (k + Z**2 / 2 + np.array([-Z, Z]) * np.sqrt(k * (n - k) / n + Z**2 / 4)) / (n + Z**2)
-    return [100 * float(min(low, count / n)), 100 * float(max(high, count / n))]
-
-
-def around_mean(values: np.ndarray, least: float, most: float) -> list[float]:
-    """The 95% interval of a mean: the normal one, of values (T,) and of two made-up texts at either end."""
-    some, mean = np.append(values, [least, most]), values.mean()
-    half = Z * some.std() / math.sqrt(len(some))
-    return [float(min(mean, max(least, some.mean() - half))), float(max(mean, min(most, some.mean() + half)))]
+def scored(outputs: Outputs) -> Outputs:
+    """The rows that are scored: those with a label, or, if none has one, all rows against full depth's answers."""
+    rows = labelled(outputs)
+    return rows if len(rows.labels) else filled(outputs)

@@ -1,5 +1,6 @@
-"""Own text as users have it: files, in and out, and Python lists. Files are CSV, TSV and JSON lines, in UTF-8, or in
-UTF-16 with a mark.
+"""Your own text, in and out: files, and lists in Python. Both become `Examples` with labels and groups as written.
+
+Files are CSV, TSV and JSON lines, in UTF-8, or in UTF-16 with a byte-order mark.
 """
 
 import csv
@@ -20,82 +21,83 @@ from minisweet.base.files import InputError, preview, regular_file, written_besi
 from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # the usual ones
-HALF = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot hold
+TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # by default, in this order
+HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
 to_json = partial(json.dumps, ensure_ascii=False)
 
 
-class Rows(NamedTuple):
-    """Texts as users have them, and what each row's label is called."""
+class Columns(NamedTuple):
+    """The columns of a file."""
 
-    examples: Examples  # N, without labels
-    names: list[str | None]  # (N,), None where a row has no label
-    columns: list[str]  # of the texts, in their file
-    label_column: str | None = None
-    group_column: str | None = None
-    label_type: str = "str"  # of labels that came from Python
+    texts: list[str]  # one or two
+    label: str | None = None
+    group: str | None = None
+
+
+# --- Files
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Stream a file's rows: the line where each ends, and its cells by column.
+    """Stream a file's rows: the line on which each ends, and its cells by column.
 
-    Cells are strings, or None at the end of a short row; in JSON lines, whatever stands there. The header shows what
-    separates cells: commas, semicolons or tabs. An empty line is a row where there is one column. Raises InputError,
-    with the line, for a broken row.
+    Cells are strings, or None at the end of a short row; in JSON lines they are any JSON value. The header shows what
+    separates cells: commas, semicolons or tabs. Raises InputError, with the line, if a row cannot be read.
     """
-    is_json, number = _suffix(path) == ".jsonl", 0
+    suffix, number = _suffix(path), 0
 
     def lines() -> Iterator[str]:
         nonlocal number
         with regular_file(path).open("rb") as file:
             is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
-        # Only "\n" ends a line: what else may end one can stand in a text. What is no UTF-8 is refused below.
-        form = {"encoding": "utf-16" if is_utf16 else "utf-8-sig", "errors": "surrogateescape"}
-        with path.open(newline="\n", **form) as file:
+        # Only "\n" ends a line: Unicode's other line breaks may occur in a text. Bytes that are not UTF-8 are refused
+        # below, with their line.
+        encoding = {"encoding": "utf-16" if is_utf16 else "utf-8-sig", "errors": "surrogateescape"}
+        with path.open(newline="\n", **encoding) as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (it is read outside)
                 yield line
 
     try:
-        if is_json:
-            rows = (json.loads(line) for line in lines() if line.strip())
-        else:
-            csv.field_size_limit(2**31 - 1)  # characters of a cell; by default 131,072
-            text = lines()
-            first = next(text, "")
-            others = ",;\t" if path.suffix.lower() == ".csv" else "\t,;"
-            delimiter = max(others, key=lambda sign: len(next(csv.reader([first], delimiter=sign), [])))
-            table = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
-            header = next(table, [])
-            if len(set(header)) < len(header):
-                raise ValueError("two columns have the same name")
-            empty = [""] if len(header) == 1 else []
-            rows = (dict(zip_longest(header, cells or empty)) for cells in table if cells or empty)
+        rows = map(json.loads, filter(str.strip, lines())) if suffix == ".jsonl" else _table(lines(), suffix)
         for row in rows:
             if not isinstance(row, dict):
                 raise ValueError("it is something else")
-            to_json(row).encode()  # raises for half of an emoji, which JSON can hold, and for bytes that are no UTF-8
+            to_json(row).encode()  # raises for half of an emoji, which JSON can hold, and for bytes that are not UTF-8
             if None in row:
                 raise ValueError("it has more cells than the header")
             yield number, row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (csv.Error, ValueError, TypeError, RecursionError) as error:  # of UTF-8 and of JSON too
-        kind = "a JSON object in UTF-8" if is_json else "cells in UTF-8"
+        kind = "a JSON object in UTF-8" if suffix == ".jsonl" else "cells in UTF-8"
         raise InputError(f"{path}, line {number}: not readable as {kind} ({error})") from None
 
 
+def _table(lines: Iterator[str], suffix: str) -> Iterator[dict]:
+    """Rows of a table, with cells beyond the header under None. In a table of one column an empty line is a row."""
+    csv.field_size_limit(2**31 - 1)  # characters of a cell; by default 131,072
+    first = next(lines, "")
+    delimiters = ",;\t" if suffix == ".csv" else "\t,;"
+    delimiter = max(delimiters, key=lambda sign: len(next(csv.reader([first], delimiter=sign), [])))
+    table = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    header = next(table, [])
+    if len(set(header)) < len(header):
+        raise ValueError("two columns have the same name")
+    empty = [""] if len(header) == 1 else []
+    yield from (dict(zip_longest(header, cells or empty)) for cells in table if cells or empty)
+
+
 def all_columns(path: Path) -> list[str]:
-    """A file's columns: those of the header; in JSON lines those of any row, for which all of them are read."""
+    """A file's columns: those of its header; of JSON lines the keys of all rows, so that the whole file is read."""
     rows = read_rows(path) if _suffix(path) == ".jsonl" else islice(read_rows(path), 1)
     return list(dict.fromkeys(chain.from_iterable(row for _, row in rows)))
 
 
 @contextmanager
 def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[dict], None]]:
-    """Give a function that writes a row to a file, by its suffix; without a path to standard output, as CSV.
+    """Yield a function that writes a row to a file, in the format of its suffix; without a path to stdout, as CSV.
 
-    It is in UTF-8 wherever it goes, and the file appears at the end, whole. CSV and TSV have these `columns`, and an
-    empty cell where a row has none. Raises InputError for another suffix.
+    The output is UTF-8, and the file appears at the end, whole. CSV and TSV have these `columns`, and an empty cell
+    where a row lacks one. Raises InputError for another suffix.
     """
     suffix, file = _suffix(path) if path else ".csv", sys.stdout
     with ExitStack() as stack:
@@ -120,23 +122,23 @@ def _suffix(path: Path) -> str:
 
 
 def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
-    """The first of the `choices` whose columns the file all has. Raises InputError, which names the option, if any."""
-    first = next(read_rows(path), (0, {}))[1]
-    there = list(first) if first.keys() >= set(choices[0]) else all_columns(path)  # not all rows need all columns
-    for columns in choices:
-        if set(columns) <= set(there):
-            return list(columns)
-    if not there:
+    """The first of the `choices` whose columns are all in the file. Raises InputError, with the option, if none is."""
+    first_row = next(read_rows(path), (0, {}))[1]
+    columns = list(first_row) if first_row.keys() >= set(choices[0]) else all_columns(path)  # a JSON row may lack some
+    for choice in choices:
+        if set(choice) <= set(columns):
+            return list(choice)
+    if not columns:
         raise InputError(f"{path}: it has no rows")
     lacking = " or ".join(dict.fromkeys(map(",".join, choices)))
     advice = f"name it with {option}" if option else "name it so in the file"
-    raise InputError(f"{path}: no column {lacking}; it has {preview(there)}; {advice}")
+    raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 
 def text_columns(
     path: Path, named: Sequence[str] | None, trained: Sequence[str] | None = None, option: str = "--text-columns"
 ) -> list[str]:
-    """The columns of a file's texts: those `named`, or else those `trained` on, or else the usual ones, as many."""
+    """The columns of a file's texts: those `named`, else as many as were `trained` on, by these or the usual names."""
     counts = (1, 2) if trained is None else (max(1, len(trained)),)  # the toy task has no columns
     if named and len(named) not in counts:
         right = "one or two" if trained is None else f"{counts[0]}, as in training"
@@ -146,38 +148,27 @@ def text_columns(
 
 
 def cell(path: Path, line: int, row: dict, column: str) -> str:
-    """The text in a column. Raises InputError where there is none."""
+    """The text in a column. Raises InputError if it is not text."""
     if not isinstance(value := row.get(column), str):
         raise InputError(f"{path}, line {line}: {column!r:.60} is {value!r:.60}, should be text")
     return value
 
 
-def label_name(value: object) -> str | None:
-    """What a label is called: the numbers 1 and 1.0 are "1"; None for an empty cell. Raises ValueError for no label."""
-    if value is None or type(value).__name__ == "NAType":  # pandas' NA, which is neither equal to itself nor not
-        return None
-    if not isinstance(value, str | int | float | bool):
-        raise ValueError(f"{value!r:.60} is no label, should be text or a number")
-    if value != value or not str(value).strip():  # NaN is as empty
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if HALF.search(str(value)):
-        raise ValueError(f"{value!r:.60} holds half of a character, should be valid Unicode")
-    return str(value).strip()
-
-
 def read_texts(
     path: Path, columns: Sequence[str], label_column: str | None = None, group_column: str | None = None
-) -> Rows:
-    """Read a file's texts, labels and groups; rows without text are skipped and counted. InputError has the line."""
+) -> Examples:
+    """Read a file's texts, labels and groups. Rows without text are skipped and counted. InputError has the line."""
     texts, names, groups, empty = [], [], [], 0
+
+    def name_in(column: str | None) -> str | None:
+        try:
+            return label_name(row.get(column)) if column else None
+        except ValueError as error:
+            raise InputError(f"{path}, line {line}: {column!r:.60}: {error}") from None
+
     for line, row in read_rows(path):
         text = [cell(path, line, row, column) for column in columns]
-        try:
-            name, group = (label_name(row.get(named := its)) if its else None for its in (label_column, group_column))
-        except ValueError as error:
-            raise InputError(f"{path}, line {line}: {named!r:.60}: {error}") from None
+        name, group = name_in(label_column), name_in(group_column)
         if any(part.strip() for part in text):
             texts.append(text)
             names.append(name)
@@ -186,13 +177,42 @@ def read_texts(
             empty += 1
     if not texts:
         raise InputError(f"{path}: no rows with text in {', '.join(columns)}")
-    first, second = [list(part) for part in zip(*texts, strict=True)] + [None] * (2 - len(columns))
-    examples = Examples(first, second, None, groups=groups if group_column else None, empty=empty)
-    return Rows(examples, names, list(columns), label_column, group_column)
+    first, second = [list(side) for side in zip(*texts, strict=True)] + [None] * (2 - len(columns))
+    return Examples(first, second, None, groups=groups if group_column else None, names=names, empty=empty)
+
+
+def joined(*parts: Examples) -> Examples:
+    """The rows of several files or lists, one after the other, without class indices."""
+
+    def values(field: str) -> list:
+        return sum((getattr(part, field) or [None] * len(part.first) for part in parts), [])
+
+    second = None if parts[0].second is None else values("second")
+    groups = values("groups") if any(part.groups for part in parts) else None
+    empty = sum(part.empty for part in parts)
+    return Examples(values("first"), second, None, names=values("names"), groups=groups, empty=empty)
+
+
+# --- Lists in Python
+
+
+def label_name(value: object) -> str | None:
+    """A label or a group as text: 1 and 1.0 are both "1", and an empty cell is None. Raises ValueError for others."""
+    if value is None or type(value).__name__ == "NAType":  # pandas' NA, which has no truth value
+        return None
+    if not isinstance(value, str | int | float | bool):
+        raise ValueError(f"{value!r:.60} is no label, should be text or a number")
+    if value != value or not str(value).strip():  # NaN is empty too
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if HALF.search(str(value)):
+        raise ValueError(f"{value!r:.60} holds half of a character, should be valid Unicode")
+    return str(value).strip()
 
 
 def as_list(values: object) -> object:
-    """Values of numpy, and of pandas' frames and series, as a list of items, or of rows of more than one column."""
+    """Values of numpy or pandas as a list: of items, or of rows if there is more than one column."""
     values = values.to_numpy() if hasattr(values, "to_numpy") else values
     if not isinstance(values, np.ndarray):
         return values
@@ -200,7 +220,10 @@ def as_list(values: object) -> object:
 
 
 def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> Examples:
-    """A list of texts, or of pairs, as rows without labels; `sides` is 1 or 2, None for those of the first item."""
+    """A list of texts, or of pairs, as unlabelled rows; `sides` is 1 or 2, None for those of the first item.
+
+    Raises InputError, with the item.
+    """
     texts = as_list(texts)
     if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
         raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: [text]")
@@ -217,42 +240,35 @@ def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> 
     return Examples([row[0] for row in rows], [row[1] for row in rows] if sides == 2 else None, None)
 
 
-def with_groups(examples: Examples, groups: Iterable | None, name: str) -> Examples:
-    """Texts from Python with the groups that belong to them. Raises InputError, with the item."""
-    if groups is None:
-        return examples
-    return examples._replace(groups=names_of(groups, len(examples.first), name)[0])
-
-
-def with_text(rows: Rows) -> Rows:
-    """Those rows from Python that have text, as of a file; the others are counted."""
-    sides = zip(*(part for part in rows.examples[:2] if part is not None), strict=True)
+def with_text(examples: Examples, groups: Iterable | None = None, option: str = "groups") -> Examples:
+    """The rows that have text, with their groups; the others are counted. Raises InputError, with the item."""
+    if groups is not None:
+        examples = examples._replace(groups=names_of(groups, len(examples.first), option)[0])
+    sides = zip(*(side for side in examples[:2] if side is not None), strict=True)
     kept = [row for row, parts in enumerate(sides) if any(part.strip() for part in parts)]
-    if rows.names and not kept:
+    if examples.first and not kept:
         raise InputError("texts: all of them are empty")
-    examples = rows.examples.take(kept)._replace(empty=len(rows.names) - len(kept))
-    return rows._replace(examples=examples, names=[rows.names[row] for row in kept])
+    return examples.take(kept)._replace(empty=len(examples.first) - len(kept))
 
 
-def labelled_texts(X, y, sides: int | None = None) -> Rows:
-    """Texts and labels as a file's rows would be. Raises InputError, with the item."""
+def labelled_texts(X, y, sides: int | None = None) -> tuple[Examples, str]:
+    """Texts and labels as rows, and the type of the labels. Raises InputError, with the item."""
     examples = texts_of(X, sides)
-    names, kinds = names_of(y, len(examples.first), "labels")
+    names, types = names_of(y, len(examples.first), "labels")
     if examples.second and examples.second == names:
         raise InputError("texts: the second of each pair is its label; name the columns of texts alone")
-    if len(kinds) > 1 and kinds != {"int", "float"}:
-        raise InputError(f"labels: {' and '.join(sorted(kinds))} are mixed, should be of one type")
-    columns = ["text"] if examples.second is None else ["sentence1", "sentence2"]
-    return Rows(examples, names, columns, label_type="float" if "float" in kinds else next(iter(kinds), "str"))
+    if len(types) > 1 and types != {"int", "float"}:
+        raise InputError(f"labels: {' and '.join(sorted(types))} are mixed, should be of one type")
+    return examples._replace(names=names), "float" if "float" in types else next(iter(types), "str")
 
 
-def names_of(values: Iterable, count: int, what: str) -> tuple[list[str | None], set[str]]:
-    """What some labels or groups from Python are called, None where one is empty; and the types of the others."""
+def names_of(values: Iterable, count: int, title: str) -> tuple[list[str | None], set[str]]:
+    """So many labels or groups as text, None for an empty one; and the types of the others. InputError has the item."""
     values = as_list(values)
     if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-        raise InputError(f"{what}: {values!r:.60}, should be a list")
+        raise InputError(f"{title}: {values!r:.60}, should be a list")
     if len(values := list(values)) != count:
-        raise InputError(f"{what}: {len(values):,}, should be as many as the texts, {count:,}")
+        raise InputError(f"{title}: {len(values):,}, should be as many as the texts, {count:,}")
     values = [value.item() if isinstance(value, np.generic) else value for value in values]
     names = []
     for i, value in enumerate(values):

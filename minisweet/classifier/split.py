@@ -1,143 +1,190 @@
-"""Own text: which classes there are, which rows are set aside to validate on, and which texts have no label.
+"""Your own rows: their classes, the units that must stay together, and who learns and who validates.
 
-Letters: N rows, C classes.
+All rows are one `Texts`, and a side of the split is an array of its row numbers. Who is on which side depends on a hash
+of the text, or of its group, alone: not on labels, the order of rows or the seed.
+
+Dimension letters: N rows, n some of them.
 """
 
+import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from minisweet.base.files import LOG, InputError, preview
-from minisweet.classifier.rows import Rows
-from minisweet.texts import Data, Examples, Texts, dealt, unite
+from minisweet.texts import Texts
 
-MAY_BE_TYPO = 5  # rows: a class with fewer is named
-JUDGE_IN, MOST_JUDGES = 5, 2000  # of so many unlabelled units one validates, and at most so many
-
-
-def own_data(
-    name: str,
-    rows: Rows,
-    dev: Rows | None,
-    unlabelled: Examples | None,
-    tokenizer: Tokenizer,
-    dev_size: float,
-    may_learn: bool = True,
-    trunk: tuple[str, list[str], str] | None = None,
-) -> Data:
-    """Own text as a training takes it. Rows of one unit, a text or a group of texts, stay on one side (`Texts`).
-
-    `dev` are rows to validate on. Where it is None, a share `dev_size` of the units of `rows` is set aside: those whose
-    hash is smallest, so that no label has a say. Rows that have no label go to the `unlabelled` texts. Of these a fifth
-    validates, too; the others are learnt from where an exit `may_learn`. A `trunk` has a name, classes and their type,
-    which are then those of the data. Raises InputError for rows that do not fit, and where none is left on a side.
-    """
-    labels = trunk[1] if trunk else classes_of(rows.names)
-    numbers = class_numbers(rows, labels, trunk and trunk[0])
-    is_labelled = numbers >= 0
-    learn, others = (rows.examples.take(np.flatnonzero(there)) for there in (is_labelled, ~is_labelled))
-    others = others.joined(unlabelled) if unlabelled else others
-    if not learn.first and not (trunk and others.first):
-        raise InputError(f"{name}: no row has a label")
-    may_learn = may_learn or not learn.first  # without labels all exits learn what the trunk says
-    if unlabelled and not may_learn:
-        raise InputError("exit 0 and branches alone learn from it; add 0 to the exit layers", "unlabelled")
-    train, others = Texts(tokenizer, learn._replace(labels=numbers[is_labelled].tolist())), Texts(tokenizer, others)
-    labelled, validation, subset = train, train, np.arange(len(train))
-    if dev:
-        validation = Texts(tokenizer, dev.examples._replace(labels=class_numbers(dev, labels).tolist()))
-    unite(labelled, others, *([validation] if dev else []))
-    if dev:
-        is_known = np.isin(validation.units, labelled.units) & ~np.isin(validation.keys, labelled.keys)
-        if is_known.any():
-            LOG.warning("rows to validate on, left out since their group is trained on: %d", is_known.sum())
-            validation = validation.take(np.flatnonzero(~is_known))
-    elif len(labelled):
-        if len({*labelled.labels}) < 2:
-            raise InputError(f"{name}: all rows have the label {labels[labelled.labels[0]]!r:.60}, needs two or more")
-        aside = dealt(labelled.units, round(dev_size * len(np.unique(labelled.units))), "set aside")
-        if aside.all() or not aside.any():
-            raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
-        subset = np.flatnonzero(~aside)
-        train, validation = labelled.take(subset), labelled.take(np.flatnonzero(aside))
-    for side, what in ((train, "learn from"), (validation, "validate on")):
-        if lacking := [labels[n] for n in sorted({*labelled.labels} - {*side.labels})]:
-            LOG.warning("no row to %s has the label %s", what, preview(lacking))
-    if len(others):
-        judges, rest, known = judges_and_others(others, train, validation)
-        if unlabelled and known == len(others):
-            raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
-        validation = validation.joined(others.take(judges))
-        if not len(validation):
-            count = len(others) - known
-            raise InputError(f"{name}: too few texts to choose and to judge on: one in {JUDGE_IN} of {count}")
-        counts = [f"{n:,}" for n in (len(rest) * may_learn, len(judges), known)]
-        LOG.info("unlabelled texts: %s to learn from, %s to judge; left out, labelled too or there twice: %s", *counts)
-        others = others.take(rest)
-    if validation.examples.groups:  # under names that hold when the rows are read again, without the others
-        groups = [str(unit) for unit in validation.units]
-        validation.examples = validation.examples._replace(groups=groups)
-        unite(validation)
-    return Data(
-        task=name,
-        labels=labels,
-        train=train,
-        validation=validation,
-        subset=subset.tolist(),
-        rows=len(labelled),
-        empty=rows.examples.empty + (unlabelled.empty if unlabelled else 0),
-        unlabelled=others if len(others) and may_learn else None,
-        text_columns=rows.columns,
-        label_column=rows.label_column,
-        group_column=rows.group_column,
-        label_type=trunk[2] if trunk else rows.label_type,
-        set_aside=1.0 if dev else dev_size,
-    )
+MAY_BE_TYPO = 5  # rows: a class with fewer is reported
+UNLABELLED_PER_JUDGE = 5  # one in so many unlabelled units validates,
+MOST_JUDGES = 2000  # but at most so many
 
 
 def classes_of(names: Sequence[str | None]) -> list[str]:
-    """The labels that occur, sorted, by number where all are numbers. Classes that may be a typo are told."""
+    """The distinct labels, sorted, by number if all are numbers. Logs those that may be typos."""
     labels = sorted({name for name in names if name is not None})
     with suppress(ValueError):
         labels = sorted(labels, key=float)
-    often, form_of = Counter(names), {name: unicodedata.normalize("NFKC", name).casefold() for name in labels}
-    forms = Counter(form_of.values())
-    if alike := [name for name in labels if forms[form_of[name]] > 1]:
+    counts, folded = Counter(names), {name: unicodedata.normalize("NFKC", name).casefold() for name in labels}
+    spellings = Counter(folded.values())
+    if alike := [name for name in labels if spellings[folded[name]] > 1]:
         LOG.warning("classes of their own, though they differ in case or Unicode form alone: %s", preview(alike))
-    if few := [f"{name} ({often[name]:,})" for name in labels if often[name] < MAY_BE_TYPO]:
-        LOG.warning("classes of fewer than %d rows, which may be a typo: %s", MAY_BE_TYPO, preview(few))
+    if rare := [f"{name} ({counts[name]:,})" for name in labels if counts[name] < MAY_BE_TYPO]:
+        LOG.warning("classes of fewer than %d rows, which may be a typo: %s", MAY_BE_TYPO, preview(rare))
     return labels
 
 
-def class_numbers(rows: Rows, labels: Sequence[str], trunk: str | None = None) -> np.ndarray:
-    """Each row's class (N,), -1 where it has no label. Raises InputError for a label that is none of `labels`."""
-    numbers = {name: number for number, name in enumerate(labels)} | {None: -1}
-    if others := [name for name in rows.names if name not in numbers]:
-        if trunk:
-            raise InputError(
-                f"{trunk} does not know the label {others[0]!r:.60}; its labels: {preview(labels)}", "trunk"
-            )
-        what = f"a validation row has the label {others[0]!r:.60}, which no other row has"
-        raise InputError(f"{what}; should be one of {preview(labels)}")
-    return np.array([numbers[name] for name in rows.names], dtype=np.int64)
+def class_numbers(names: Sequence[str | None], labels: Sequence[str], trunk: str | None = None) -> np.ndarray:
+    """The class of each row (N,), -1 for a row without a label.
 
-
-def judges_and_others(others: Texts, train: Texts, validation: Texts) -> tuple[np.ndarray, np.ndarray, int]:
-    """Which of N unlabelled texts validate, which are learnt from, and how many do neither, since they are known.
-
-    A text counts once. One of a group that is trained on is learnt from, and one of a group that validates is left out.
+    Raises InputError for a label that is not in `labels`, which are those of the `trunk` or of the rows to learn from.
     """
-    _, first = np.unique(others.keys, return_index=True)
-    is_new = np.zeros(len(others), dtype=bool)
-    is_new[first] = True
-    is_new &= ~np.isin(others.keys, np.concatenate([train.keys, validation.keys]))
-    is_new &= ~np.isin(others.units, validation.units)
-    is_free = is_new & ~np.isin(others.units, train.units)
-    free = others.units[is_free]
-    is_judge = np.zeros(len(others), dtype=bool)
-    is_judge[is_free] = dealt(free, min(MOST_JUDGES, len(np.unique(free)) // JUDGE_IN), "unlabelled")
-    return (np.flatnonzero(is_judge), np.flatnonzero(is_new & ~is_judge), int((~is_new).sum()))
+    numbers = {name: number for number, name in enumerate(labels)} | {None: -1}
+    if unknown := [name for name in names if name not in numbers]:
+        if trunk:
+            message = f"{trunk} does not know the label {unknown[0]!r:.60}; its labels: {preview(labels)}"
+            raise InputError(message, "trunk")
+        message = f"a validation row has the label {unknown[0]!r:.60}, which no other row has"
+        raise InputError(f"{message}; should be one of {preview(labels)}")
+    return np.array([numbers[name] for name in names], dtype=np.int64)
+
+
+def units_of(texts: Texts) -> np.ndarray:
+    """The unit of each row (N,): the lowest key among all rows that are connected with it.
+
+    Rows with equal keys are connected, and so are rows of one group.
+    """
+    groups = np.array(texts.examples.groups or [None] * len(texts), dtype=object)
+    grouped = np.flatnonzero([group is not None for group in groups])
+    links = [
+        (np.arange(len(texts)), np.unique(texts.keys, return_inverse=True)[1]),
+        (grouped, np.unique(groups[grouped].astype(str), return_inverse=True)[1]),
+    ]
+    units, before = texts.keys.copy(), None
+    while not np.array_equal(units, before):  # a chain of links takes several rounds
+        before = units.copy()
+        for rows, places in links:
+            lowest = np.full(1 + places.max(initial=-1), np.iinfo(np.int64).max)
+            np.minimum.at(lowest, places, units[rows])
+            units[rows] = lowest[places]
+    return units
+
+
+def hashes(units: np.ndarray, purpose: str) -> np.ndarray:
+    """A hash of each unit (N,) to deal it by. Different purposes give independent hashes."""
+    distinct, places = np.unique(units, return_inverse=True)
+    digests = [hashlib.sha256(purpose.encode() + unit.tobytes()).digest()[:8] for unit in distinct]
+    return np.frombuffer(bytearray().join(digests), dtype=np.uint64)[places]
+
+
+def dealt(units: np.ndarray, count: int, purpose: str) -> np.ndarray:
+    """Whether each row (N,) belongs to one of the `count` units with the smallest hashes."""
+    hashed = hashes(units, purpose)
+    return np.isin(hashed, np.unique(hashed)[:count])
+
+
+def one_of_each(units: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Whether each row (N,) is the text that represents its unit: the one with the smallest hash."""
+    _, places = np.unique(units, return_inverse=True)
+    hashed = hashes(keys, "one of each")
+    smallest = np.full(1 + places.max(initial=-1), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(smallest, places, hashed)
+    return hashed == smallest[places]
+
+
+class Split(NamedTuple):
+    """Who learns and who validates, of some `Texts`."""
+
+    labelled: np.ndarray  # (n,), the rows to learn from with their labels
+    unlabelled: np.ndarray  # (n,), the rows to learn from with a model's answers
+    validation: Texts  # with and without labels; `units` are set if there are groups
+
+
+def split_rows(
+    name: str, texts: Texts, labels: Sequence[str], given: int, dev_size: float, learns_unlabelled: bool = True
+) -> Split:
+    """Split rows so that those of one unit are on one side.
+
+    Args:
+        name: of the data, for errors.
+        texts: all rows, with the class of each, -1 for none.
+        labels: the names of the classes.
+        given: how many rows at the end are there to validate on. If 0, some labelled rows are set aside instead.
+        dev_size: the share of the labelled units to set aside.
+        learns_unlabelled: whether unlabelled rows are learned from. Some of them validate in any case.
+
+    Raises InputError if the rows have fewer than two classes, or none is left on a side.
+    """
+    texts.units = units_of(texts)
+    end = len(texts) - given
+    if not labels or not end:
+        raise InputError(f"{name}: no row has a label")
+    labelled, unlabelled = np.flatnonzero(texts.labels[:end] >= 0), np.flatnonzero(texts.labels[:end] < 0)
+    if given:
+        learning, validating = labelled, without_learned_groups(texts, np.arange(end, len(texts)), labelled)
+    else:
+        learning, validating = set_aside(name, texts, labels, labelled, dev_size)
+    for rows, purpose in ((learning, "learn from"), (validating, "validate on")):
+        if lacking := [labels[n] for n in np.setdiff1d(texts.labels[labelled], texts.labels[rows])]:
+            LOG.warning("no row to %s has the label %s", purpose, preview(lacking))
+    answered, judging = deal_unlabelled(texts, unlabelled, learning, validating)
+    if not len(validating) + len(judging):
+        shortage = f"one in {UNLABELLED_PER_JUDGE} of {len(answered)}"
+        raise InputError(f"{name}: too few texts to choose and to judge on: {shortage}")
+    if len(unlabelled):
+        counts = len(answered) * learns_unlabelled, len(judging), len(unlabelled) - len(answered) - len(judging)
+        message = "unlabelled texts: %s to learn from, %s to judge; left out, labelled too or there twice: %s"
+        LOG.info(message, *(f"{count:,}" for count in counts))
+    validation = texts.take(np.concatenate([validating, judging]))
+    units, validation.units = validation.units, None
+    if validation.examples.groups:  # named after their units, which so hold when the validation rows are read alone
+        validation.examples = validation.examples._replace(groups=[str(unit) for unit in units])
+        validation.units = units_of(validation)
+    return Split(learning, answered if learns_unlabelled else answered[:0], validation)
+
+
+def set_aside(
+    name: str, texts: Texts, labels: Sequence[str], labelled: np.ndarray, dev_size: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deal labelled rows (n,) to two sides: those that learn, and a share `dev_size` of the units to validate on."""
+    if not len(labelled):
+        return labelled, labelled
+    if len(classes := np.unique(texts.labels[labelled])) < 2:
+        raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
+    units = texts.units[labelled]
+    is_aside = dealt(units, round(dev_size * len(np.unique(units))), "set aside")
+    if is_aside.all() or not is_aside.any():
+        raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
+    return labelled[~is_aside], labelled[is_aside]
+
+
+def without_learned_groups(texts: Texts, given: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """The rows to validate on (n,) whose group is not learned from.
+
+    A text that is also learned from stays. It does not count when thresholds are chosen, and is reported there.
+    """
+    is_learned = np.isin(texts.units[given], texts.units[labelled]) & ~np.isin(texts.keys[given], texts.keys[labelled])
+    if is_learned.any():
+        LOG.warning("rows to validate on, left out since their group is trained on: %d", is_learned.sum())
+    return given[~is_learned]
+
+
+def deal_unlabelled(
+    texts: Texts, unlabelled: np.ndarray, learning: np.ndarray, validating: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deal unlabelled rows (n,) to two sides: those that learn, and one unit in UNLABELLED_PER_JUDGE to validate on.
+
+    A text counts once, and not at all if it is labelled too. Units that learn with a label also learn without one, and
+    units that validate with a label are left out.
+    """
+    keys, units = texts.keys, texts.units
+    new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]
+    new = new[~np.isin(keys[new], keys[np.concatenate([learning, validating])])]
+    new = new[~np.isin(units[new], units[validating])]
+    free = new[~np.isin(units[new], units[learning])]
+    count = min(MOST_JUDGES, len(np.unique(units[free])) // UNLABELLED_PER_JUDGE)
+    judging = free[dealt(units[free], count, "unlabelled")]
+    return np.setdiff1d(new, judging), judging

@@ -1,9 +1,9 @@
-"""Try what is deployed on a file of labelled texts: what comes out, beside what was stated.
+"""Try what is deployed on a file of labelled texts, next to what was stated.
 
     minisweet test runs/tickets labelled.csv
 
-Then each class's precision, recall and F1, and the milliseconds of a text. Of a text without a label it counts as lost
-that early exit changes full depth's answer.
+Also prints the precision, recall and F1 of each class, and the milliseconds per text. A text without a label counts as
+lost if early exit changes full depth's answer.
 """
 
 import time
@@ -15,105 +15,112 @@ import numpy as np
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
-from minisweet.classifier.rows import Rows, all_columns, read_texts, text_columns
-from minisweet.texts import Texts, one_of_each
-from minisweet.classifier import promise as operating
-from minisweet.metrics import METRICS
-from minisweet.outputs import Outputs, ask_all
-from minisweet.classifier.operating_point import texts_needed
-from minisweet.classifier.estimator import Deployed, add_classifier_options, classifier_of, classify_tokens, tokenize
+from minisweet.classifier.deployed import Deployed, add_options, ask_exits, classify, deployed_of, fitted_of, tokenize
+from minisweet.classifier.operating_point import stated
+from minisweet.classifier.promise import METRIC_NAMES, filled, scored, texts_needed
+from minisweet.classifier.rows import all_columns, read_texts, text_columns
+from minisweet.classifier.split import one_of_each, units_of
+from minisweet.outputs import Outputs
+from minisweet.run import Record
+from minisweet.texts import Examples, Texts
 
-CLASSES, TIMED = 20, 64  # classes that are told, at most; texts that are timed
+MOST_CLASSES, TIMED = 20, 64  # with more classes they are not listed; texts that are timed
 
 
 def main() -> None:
     """Test one run."""
     parser = Parser(__doc__)
-    add_classifier_options(parser)
+    add_options(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     args = parser.parse_args()
-    its = classifier_of(args).deployed
-    print_test(its, outputs_of(its, read_rows_of(its, args.file), args.file, print), max(its.run.examples.labels) >= 0)
-    print_milliseconds(its)
+    deployed = deployed_of(args, "texts")
+    print_test(deployed, new_outputs(deployed, read_labelled(deployed.run.record, args.file), args.file, print))
+    print_milliseconds(deployed)
 
 
-def read_rows_of(its: Deployed, file: Path) -> Rows:
-    """The rows of a file, by the columns that the run was trained on."""
-    record = its.run.record
-    columns, found = text_columns(file, None, record.columns, option=""), all_columns(file)
-    column = next((name for name in (record.label_column, "label") if name in found), None)
-    if column == "label" and "exit_layer" in found:
+def read_labelled(record: Record, file: Path) -> Examples:
+    """Read the rows of a file, in the columns that a run was trained on."""
+    columns, there = text_columns(file, None, record.text_columns, option=""), all_columns(file)
+    fitted = fitted_of(record)
+    column = next((name for name in (fitted.label_column, "label") if name in there), None)
+    if column == "label" and "exit_layer" in there:
         raise InputError(f"{file}: its label is what predict answered, should be what is right")
-    group = record.group_column if record.group_column in found else None
-    return read_texts(file, columns, column, group)
+    return read_texts(file, columns, column, fitted.group_column if fitted.group_column in there else None)
 
 
-def outputs_of(its: Deployed, rows: Rows, source: object, tell: Callable[[str], None]) -> Outputs:
-    """What the exits that are asked say of rows, but of those that were trained on or set the threshold.
+def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Callable[[str], None]) -> Outputs:
+    """Run the exits that are asked on rows, with calibrated logits.
 
-    What is left out is told. Raises InputError, which names their source, where no row is left.
+    Rows that were trained on, validation rows and rows with unknown labels are left out, and `report` is called with a
+    line for each kind. Raises InputError, with the `source` of the rows, if no row is left.
     """
-    record = its.run.record
+    record, validating = deployed.run.record, deployed.run.texts.keys
     numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
     if unknown := [name for name in rows.names if name not in numbers]:
-        others = preview(sorted(set(unknown)))
-        tell(f"rows with another label than the model's, left out: {len(unknown):,} ({others})")
+        labels = preview(sorted(set(unknown)))
+        report(f"rows with another label than the model's, left out: {len(unknown):,} ({labels})")
     kept = [row for row, name in enumerate(rows.names) if name in numbers]
-    labels = [numbers[rows.names[row]] for row in kept]
     if not kept:
         raise InputError(f"{source}: no row has a label of the model's: {preview(record.labels)}")
-    texts = Texts(its.run.tokenizer, rows.examples.take(kept)._replace(labels=labels))
-    learnt, aside = record.trained_keys, its.run.texts.keys
-    for keys, what in ((learnt, "were trained on"), (aside, "are validation rows, which set the threshold")):
-        if count := int(np.isin(texts.keys, keys).sum()):
-            tell(f"{count:,} of these rows {what}, and do not count")
-    texts = texts.take(np.flatnonzero(~np.isin(texts.keys, np.concatenate([learnt, aside]))))
-    texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # of a group one text
+    labels = [numbers[rows.names[row]] for row in kept]
+    texts = Texts(deployed.run.tokenizer, rows.take(kept)._replace(labels=labels))
+    texts.units = units_of(texts)
+    is_learned, is_validating = np.isin(texts.keys, record.trained_keys), np.isin(texts.keys, validating)
+    for is_known, role in (
+        (is_learned, "were trained on"),
+        (is_validating, "are validation rows, which set the threshold"),
+    ):
+        if is_known.any():
+            report(f"{is_known.sum():,} of these rows {role}, and do not count")
+    texts = texts.take(np.flatnonzero(~is_learned & ~is_validating))
+    texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # one text of each group
     if not len(texts):
         raise InputError(f"{source}: no row is left to test on; name other rows")
-    return ask_all(its.model, texts, its.precision, record.metric).by(its.rule)
+    return ask_exits(deployed.model, deployed.bag, texts, deployed.precision, record.metric).by(deployed.rule)
 
 
-def found_on(its: Deployed, outputs: Outputs) -> dict:
-    """What comes out of what exits say of rows, under the names of an OperatingPoint."""
-    return operating.stated(range(len(its.point.exits)), its.threshold, outputs.filled(), outputs.scored())
+def measure(deployed: Deployed, outputs: Outputs) -> dict:
+    """Early exit's score, costs and losses on rows, by the names of an OperatingPoint."""
+    return stated(range(len(deployed.run.point.exits)), deployed.threshold, filled(outputs), scored(outputs))
 
 
-def print_test(its: Deployed, outputs: Outputs, stated_right: bool) -> None:
-    """Print what comes out, what was stated (a score of labels if `stated_right`), and if the promise held here."""
-    point, has_labels, found = its.point, bool((outputs.labels >= 0).any()), found_on(its, outputs)
-    metric = outputs.metric if has_labels else "agreement"
-    print(f"\n{len(outputs.labels):,} rows, threshold {its.threshold:.6g}")
+def print_test(deployed: Deployed, outputs: Outputs) -> None:
+    """Print the measured values next to those stated, and whether the promise held."""
+    point, measured, has_labels = deployed.run.point, measure(deployed, outputs), bool((outputs.labels >= 0).any())
+    scores_are_of_labels = bool((deployed.run.texts.labels >= 0).any())
+    print(f"\n{len(outputs.labels):,} rows, threshold {deployed.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
-    titles = {"score": METRICS[metric], "full_depth": "full depth"} if has_labels else {}
+    titles = {"score": METRIC_NAMES[outputs.metric], "full_depth": "full depth"} if has_labels else {}
     for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
-        ends = found[f"{key}_interval"]
+        ends = measured[f"{key}_interval"]
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
-        is_stated = key in ("lost", "share") or stated_right
-        print(f"{title:<26}{found[key]:8.2f}   {interval}" + f"{getattr(point, key):12.2f}" * is_stated)
-    if (promised := point.goal.get("max_lost")) and its.threshold == in_float32(point.threshold) < 1:
-        what, needed = f"at most {promised:g} of 100 lost, {point.goal['sure']:g}% sure", texts_needed(point.goal)[0]
-        held = (
-            "held here" if found["lost"] <= promised else "not held here: by chance, or these texts are drawn otherwise"
-        )
-        few = f"too few texts to tell whether it holds; some {needed:,} would do where none is lost"
-        print(f"promised: {what}; {held if found['judging_texts'] >= needed else few}")
-    if has_labels and len(its.labels) <= CLASSES:
+        is_stated = key in ("lost", "share") or scores_are_of_labels
+        print(f"{title:<26}{measured[key]:8.2f}   {interval}" + f"{getattr(point, key):12.2f}" * is_stated)
+    if point.goal.max_share is None and deployed.threshold == in_float32(point.threshold) < 1:
+        print(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; ", end="")
+        needed = texts_needed(point.goal)[0]
+        if measured["judging_texts"] < needed:
+            print(f"too few texts to tell whether it holds; some {needed:,} would do where none is lost")
+        elif measured["lost"] <= point.goal.max_lost:
+            print("held here")
+        else:
+            print("not held here: by chance, or these texts are drawn otherwise")
+    if has_labels and len(deployed.labels) <= MOST_CLASSES:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
-        for name, *scores, rows in zip(its.labels, *found["per_class"].values(), strict=True):
+        for name, *scores, rows in zip(deployed.labels, *measured["per_class"].values(), strict=True):
             print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
 
 
-def print_milliseconds(its: Deployed) -> None:
-    """Print what a text takes, from text to label, as deployed and at full depth: one by one and in batches."""
-    texts = its.run.examples.texts()[:TIMED]
+def print_milliseconds(deployed: Deployed) -> None:
+    """Print the time from text to label, as deployed and at full depth: one by one and in batches."""
+    texts = deployed.run.texts.examples.texts()[:TIMED]
     print(f"\n{f'milliseconds, {len(texts)} texts':<26}one by one  in batches")
-    for title, at in (("as deployed", its), ("with all layers", its._replace(threshold=1.0))):
-        taken = []
+    for title, timed in (("as deployed", deployed), ("with all layers", deployed._replace(threshold=1.0))):
+        milliseconds = []
         for batches in ([[text] for text in texts], [texts]):
             for _ in range(2):  # the first time is slower, and not kept
                 started = time.perf_counter()
                 for batch in batches:
-                    classify_tokens(at, tokenize(at, batch))
-            taken.append(1000 * (time.perf_counter() - started) / len(texts))
-        print(f"{title:<26}{taken[0]:10.2f}{taken[1]:12.2f}")
+                    classify(timed, tokenize(timed, batch))
+            milliseconds.append(1000 * (time.perf_counter() - started) / len(texts))
+        print(f"{title:<26}{milliseconds[0]:10.2f}{milliseconds[1]:12.2f}")

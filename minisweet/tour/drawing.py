@@ -1,6 +1,6 @@
-"""The pictures of the tour, minisweet/tour/tour.ipynb. Letter: K exits.
+"""The pictures of the tour, minisweet/tour/tour.ipynb. Each exit has one colour, the later the darker.
 
-In all of them the first layer or exit is at the left or on top. An exit has one colour, and nothing else has it.
+Letters: K exits, N texts.
 """
 
 from collections.abc import Sequence
@@ -9,74 +9,54 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 
-EXITS = {0: "#E69F00", 1: "#FDE725", 2: "#5EC962", 3: "#21918C", 6: "#3B528B"}  # with layers: the later, the darker
-ALL_TOKENS, CLS_ALONE = "0.72", "0.25"  # greys, since they are no exits
+COLOURS = ("#FDE725", "#5EC962", "#21918C", "#3B528B")  # of the first exit, the second, ...
 
 
-def who_leaves(shares: dict[str, dict[str, Sequence[float]]], exits: Sequence[int]) -> None:
-    """For each title a panel, with a bar for each level: the percent (K,) of its sentences that leave at each exit."""
-    figure, axes = plt.subplots(1, len(shares), figsize=(10, 2.4), sharey=True)
-    for axis, (title, levels) in zip(axes, shares.items(), strict=True):
+def where_texts_leave(taken: dict[float, np.ndarray], levels: dict[str, np.ndarray], exits: Sequence[int]) -> None:
+    """One panel per threshold, with a bar per level: the percentage of its texts that leave at each exit.
+
+    `taken` holds the exit (N,) that each text takes at a threshold, counted from 0; `levels` says which texts (N,) are
+    on a level; `exits` are the exit layers (K,).
+    """
+    figure, axes = plt.subplots(1, len(taken), figsize=(10, 2.4), sharey=True)
+    for axis, (threshold, exit_of_text) in zip(axes, taken.items(), strict=True):
         start = np.zeros(len(levels))
-        for layer, share in zip(exits, np.array(list(levels.values())).T, strict=True):
-            axis.barh(list(levels), share, left=start, color=EXITS[layer], label=f"exit {layer}")
+        for k, layer in enumerate(exits):
+            share = np.array([100 * (exit_of_text[rows] == k).mean() for rows in levels.values()])
+            axis.barh(list(levels), share, left=start, color=COLOURS[k], label=f"exit {layer}")
             start += share
-        axis.set(title=title, xlabel="percent of its kind")
+        axis.set(title=f"threshold {threshold:g}", xlabel="percent of the texts")
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(exits), frameon=False)
     plt.show()
 
 
 def part_of(name: str, exits: Sequence[int]) -> tuple[str, int]:
-    """Where a parameter stands, by its name: "layers", "branches" or "heads", and the layer; the embeddings are 0."""
+    """The part of a model that a parameter is in: "layers", "branches" or "heads"; and the layer, 0 for embeddings."""
     words = name.split(".")
     if words[0] == "encoder":
         return "layers", int(words[2]) + 1 if words[1] == "layers" else 0
     return words[0], exits[int(words[1])]
 
 
-def owners(norms: dict[str, dict[tuple[str, int], np.ndarray]], exits: Sequence[int]) -> None:
-    """Each model as it stands, each part in the colours of the exits whose losses reach it.
+def owners(models: dict[str, dict[tuple[str, int], list[int]]], exits: Sequence[int]) -> None:
+    """One panel per method: each part of its model, in the colours of the exits whose losses update it.
 
-    For each method and `part_of` a model: the norms (K,) of the gradients.
+    For each method, `models` holds these exits by `part_of` the model.
     """
-    rows = [sorted({row for row, _ in parts}, key=["heads", "branches", "layers"].index) for parts in norms.values()]
-    figure, axes = plt.subplots(len(norms), 1, figsize=(9, 5.2), height_ratios=list(map(len, rows)), sharex=True)
-    for axis, (method, parts), lanes in zip(axes, norms.items(), rows, strict=True):
-        for (row, n), values in parts.items():
-            y, reached = lanes.index(row), [k for k in exits if values[exits.index(k)] > 0]
-            for i, k in enumerate(reached):
-                axis.barh(y, 0.8 / len(reached), 0.7, n - 0.4 + 0.8 * i / len(reached), color=EXITS[k])
-            axis.barh(y, 0.8, 0.7, n - 0.4, color="none" if reached else "0.9", edgecolor="0.3")
+    rows = [sorted({row for row, _ in parts}, key=["heads", "branches", "layers"].index) for parts in models.values()]
+    figure, axes = plt.subplots(len(models), 1, figsize=(9, 5.2), height_ratios=list(map(len, rows)), sharex=True)
+    for axis, (method, parts), lanes in zip(axes, models.items(), rows, strict=True):
+        for (row, n), updated_by in parts.items():
+            y = lanes.index(row)
+            for i, layer in enumerate(updated_by):
+                width = 0.8 / len(updated_by)
+                axis.barh(y, width, 0.7, n - 0.4 + i * width, color=COLOURS[exits.index(layer)])
+            axis.barh(y, 0.8, 0.7, n - 0.4, color="none" if updated_by else "0.9", edgecolor="0.3")
         axis.set(title=method, ylim=(len(lanes) - 0.4, -0.6), yticks=range(len(lanes)), yticklabels=lanes)
     layers = range(1, 1 + exits[-1])
-    axes[-1].set(xticks=[0, *layers], xticklabels=["words", *layers], xlabel="layer", xlim=(-0.6, layers[-1] + 0.6))
-    patches = [Patch(color=EXITS[layer], label=f"loss of exit {layer}") for layer in exits]
-    patches.append(Patch(facecolor="0.9", edgecolor="0.3", label="no loss: frozen"))
+    axes[-1].set(xticks=[0, *layers], xticklabels=["embeddings", *layers], xlabel="layer", xlim=(-0.6, 0.6 + exits[-1]))
+    patches = [Patch(color=colour, label=f"loss of exit {n}") for n, colour in zip(exits, COLOURS, strict=False)]
+    patches.append(Patch(facecolor="0.9", edgecolor="0.3", label="frozen"))
     figure.legend(handles=patches, loc="outside lower center", ncols=1 + len(exits), frameon=False)
-    plt.show()
-
-
-def way(ways: dict[str, list[tuple[str, int]]], exits: Sequence[int]) -> None:
-    """One text on its way: for each title the layers that ran until an exit answered, and for how many tokens.
-
-    A layer is called as in the model, "encoder.layers.0", "branches.1" or "models.2.encoder.layers.0". What stands
-    before its number is its lane.
-    """
-    steps = {title: [(*name.rsplit(".", 1), tokens) for name, tokens in ran] for title, ran in ways.items()}
-    heights = [len({lane for lane, *_ in ran}) for ran in steps.values()]
-    figure, axes = plt.subplots(len(ways), 1, figsize=(9, 4.6), height_ratios=heights, sharex=True)
-    for axis, (title, ran) in zip(axes, steps.items(), strict=True):
-        # Branches are below, and [CLS] alone is drawn over all tokens.
-        for lane, number, tokens in sorted(ran, key=lambda step: (step[0] == "branches", step[0], -step[2])):
-            n = exits[int(number)] if lane == "branches" else int(number) + 1
-            width, colour = (0.2, CLS_ALONE) if tokens == 1 else (0.8, ALL_TOKENS)
-            axis.barh(lane, width, 0.6, n - 0.4, color=colour)
-            axis.barh(lane, 0.8, 0.6, n - 0.4, color="none", edgecolor="0.7")
-        axis.set(title=title, xlim=(0.4, exits[-1] + 0.6), xticks=range(1, 1 + exits[-1]))
-        axis.invert_yaxis()
-    axes[-1].set(xlabel="layer")
-    told = {"the layer ran for all tokens": ALL_TOKENS, "for [CLS] alone": CLS_ALONE}
-    patches = [Patch(color=colour, label=label) for label, colour in told.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
     plt.show()

@@ -1,4 +1,4 @@
-"""Exit 0 sums the right rows of its table, and its fit goes to the optimum that an independent implementation finds."""
+"""The bag of words sums the right rows of its table, and is fitted to the optimum of an independent implementation."""
 
 from collections import Counter
 from itertools import chain
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.files import InputError
-from minisweet.classifier import bag_of_words as ngrams
+from minisweet.classifier import bag_of_words
 from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
 
 V, CLS, SEP, PAD, UNKNOWN = 40, 1, 2, 0, 3
@@ -57,8 +57,12 @@ def rows_by_hand(exit: NgramExit, text: tuple[list[int], ...]) -> list[int]:
         for n in range(len(words) - 1):
             a, b = words[n : n + 2]
             if known[n] and known[n + 1]:
-                code = a * ngrams.FIRST + b * ngrams.SECOND + ngrams.SHARED * (a in others and b in others)
-                rows.append((1 + exit.pairs) * V + code % ngrams.PRIME % exit.buckets)
+                code = (
+                    a * bag_of_words.FIRST
+                    + b * bag_of_words.SECOND
+                    + bag_of_words.SHARED * (a in others and b in others)
+                )
+                rows.append((1 + exit.pairs) * V + code % bag_of_words.PRIME % exit.buckets)
     return rows
 
 
@@ -108,13 +112,13 @@ def test_a_text_without_a_known_word_leaves_only_where_all_do(pairs):
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_fitting_goes_to_the_optimum(pairs, monkeypatch):
-    """Against features by hand and their weights in float64. The targets are probabilities, and weighted."""
-    monkeypatch.setattr(ngrams, "SCALES", (0.8,))
-    monkeypatch.setattr(ngrams, "FEW_BUCKETS", 64)
-    monkeypatch.setattr(ngrams, "COMPONENTS", 3)
+    """Against features by hand and their weights in float64. The targets are probabilities."""
+    monkeypatch.setattr(bag_of_words, "SCALES", (0.8,))
+    monkeypatch.setattr(bag_of_words, "FEW_BUCKETS", 64)
+    monkeypatch.setattr(bag_of_words, "COMPONENTS", 3)
     texts, C, D = random_texts(30, pairs), 3, 5
     torch.manual_seed(1)
-    targets, embeddings = torch.rand(30, C).softmax(-1) * (torch.rand(30, 1) + 0.5), torch.randn(V, D)
+    targets, embeddings = torch.rand(30, C).softmax(-1), torch.randn(V, D)
     exit, batches = NgramExit(V, C, SPECIAL, pairs), [encode(*texts[:11]), encode(*texts[11:])]
     assert fit_ngrams(exit, batches, targets, embeddings) == 0.8
 
@@ -145,7 +149,7 @@ def test_fitting_goes_to_the_optimum(pairs, monkeypatch):
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         error = F.cross_entropy(logits(), targets.double(), reduction="sum")
-        total = error + sum(part.square().sum() for part in weights[:3]) / (2 * ngrams.STRENGTH)
+        total = error + sum(part.square().sum() for part in weights[:3]) / (2 * bag_of_words.PRIOR_VARIANCE)
         total.backward()
         return total
 
@@ -163,30 +167,28 @@ def test_embeddings_count_where_they_know():
     exit, chosen = NgramExit(V, 2, SPECIAL, pairs=False), []
     for embeddings in (telling, torch.randn(V, 4, generator=generator)):
         chosen.append(fit_ngrams(exit, [encode(*texts)], label[:24], embeddings))
-    assert chosen == [max(ngrams.SCALES), min(ngrams.SCALES)]
+    assert chosen == [max(bag_of_words.SCALES), min(bag_of_words.SCALES)]
 
 
 def test_the_most_frequent_n_grams_alone_are_fitted(monkeypatch):
     """Whatever the others do, they have the row of tokens unseen; and what is fitted does not grow with the texts."""
-    monkeypatch.setattr(ngrams, "LARGE", 60)
+    monkeypatch.setattr(bag_of_words, "LARGE", 60)
     texts, exit = random_texts(60, True), NgramExit(V, 6, SPECIAL, pairs=True)
     fit_ngrams(exit, [encode(*texts)], torch.arange(60) % 6, torch.randn(V, 4))
     counts = Counter(chain.from_iterable(rows_by_hand(exit, text) for text in texts))
     fitted = [row for row in counts if row >= exit.token_rows and (exit.table[row] != 0).any()]
-    used = ngrams.Features(exit, [encode(*texts)], torch.randn(V, 4)).used.tolist()
+    used = bag_of_words.Features(exit, [encode(*texts)], torch.randn(V, 4)).used.tolist()
     assert len(used) == 60 // 6
     assert set(fitted) <= set(used)
     assert min(counts[row] for row in used) >= max(count for row, count in counts.items() if row not in used)
 
 
 def test_the_same_texts_give_the_same_bits_whatever_was_there():
-    exits, reports = (NgramExit(V, 3, SPECIAL, True), filled(True)), []
-    texts, embeddings = random_texts(60, True), torch.randn(V, 4)
+    exits, texts, embeddings = (NgramExit(V, 3, SPECIAL, True), filled(True)), random_texts(60, True), torch.randn(V, 4)
     for exit in exits:
-        fit_ngrams(exit, [encode(*texts)], torch.arange(60) % 3, embeddings, lambda *report: reports.append(report))
+        fit_ngrams(exit, [encode(*texts)], torch.arange(60) % 3, embeddings)
     first, second = (exit.state_dict() for exit in exits)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert reports == [(done, 4) for done in (1, 2, 3, 4)] * 2
 
 
 def test_more_classes_than_can_be_fitted_are_one_line():

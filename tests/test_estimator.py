@@ -13,6 +13,7 @@ import pytest
 from minisweet import EarlyExitClassifier, InputError
 from minisweet.base.files import LOG
 from minisweet.classifier.estimator import PARAMETERS
+from minisweet.classifier.promise import Goal
 from tests.conftest import opinions
 
 TEXTS = ["the film was superb", "a dull film", "", "not bad , it is great", "the film"]
@@ -37,7 +38,7 @@ def test_the_example_of_its_docstring(new, tmp_path):
     assert classify.classes_.tolist() == ["down", "up"]
     np.testing.assert_allclose(classify.predict_proba(texts).sum(1), 1, atol=1e-6)
     assert classify.score(texts, labels) == np.mean(classify.predict(texts) == np.array(labels)) > 0.8
-    assert classify.choose(max_lost=20, sure=55).operating_point.goal == {"max_lost": 20, "sure": 55}
+    assert classify.choose(max_lost=20, sure=55).operating_point.goal == Goal(max_lost=20, sure=55)
     classify.save(tmp_path / "run")
     again = EarlyExitClassifier.load(tmp_path / "run", batch_size=7)
     assert (again.operating_point, again.max_lost, again.epochs) == (classify.operating_point, 20, 1)
@@ -83,10 +84,10 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
     new(exit_layers=[0, 1]).fit(texts, [n % 3 for n in range(80)]).save(trunk)
     classify = new(trunk=trunk).fit(None, None, unlabelled=opinions_of(slice(100, 200))[0])
     assert (classify.classes_.tolist(), classify.operating_point.labelled_judges) == ([0, 1, 2], 0)
-    some = new(trunk=trunk, class_weights="balanced")
+    some = new(trunk=trunk)
     some.fit(texts[:40], ["02"[n % 2] if n % 3 else None for n in range(40)]).save(tmp_path / "some")
     again = EarlyExitClassifier.load(tmp_path / "some")
-    assert (again.classes_.tolist(), again.trunk, again.class_weights) == ([0, 1, 2], trunk, "balanced")
+    assert (again.classes_.tolist(), again.trunk) == ([0, 1, 2], trunk)
     for few, message in (([], "no row has a label"), (["a film"], "too few texts to choose and to judge on")):
         with pytest.raises(InputError, match=message):
             new(trunk=trunk).fit(None, None, unlabelled=few)
@@ -95,11 +96,11 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
 def test_pairs_and_rows_to_validate_on(new):
     (first, labels), (second, _) = opinions_of(slice(90)), opinions_of(slice(100, 190))
     pairs = list(zip(first, second, strict=True))
-    classify = new(exit_layers=[0, 1], class_weights="balanced")
+    classify = new(exit_layers=[0, 1])
     more = pairs[15:50] + pairs[70:]  # the more, so that the model learns of them
     classify.fit(np.array(pairs[:15]), labels[:15], unlabelled=more, validation=(pairs[50:70], labels[50:70]))
     assert {"second answers", "trunk again"} <= {*classify.record.stages}
-    assert classify.record.columns == ["sentence1", "sentence2"]
+    assert classify.record.text_columns == ["sentence1", "sentence2"]
     assert len(classify.predict(pairs)) == 90
 
 
@@ -113,9 +114,7 @@ BAD = [
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", ["y"]] * 20, {}, r"item 1: \['y'\] is no label, should be text or a number"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
-    (*GOOD, {"method": "swete"}, "method: 'swete', should be one of sweet, ee"),
-    (*GOOD, {"class_weights": {"up": 0}}, "class_weights: {'up': 0}, should be balanced, or from Python a dictionary"),
-    (*GOOD, {"class_weights": {"left": 2}}, "class_weights: 'left' is no label, should be some of down, up"),
+    (*GOOD, {"method": "sweet"}, "method: 'sweet', should be one of plain, branch"),
     (GOOD[0], np.eye(40), {}, "item 0: .* is no label, should be text or a number"),
     (np.array("a text"), GOOD[1], {}, "texts: 'a text', should be a list"),
     (*GOOD, {"verbose": -1}, "verbose: -1, should be a whole number from 0"),
@@ -136,7 +135,7 @@ BAD = [
 
 @pytest.mark.parametrize(("texts", "labels", "options", "message"), BAD, ids=[row[3] for row in BAD])
 def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, options, message):
-    monkeypatch.setattr("minisweet.recipe.train", None)  # nothing is trained before
+    monkeypatch.setattr("minisweet.classifier.fit.train_stage", None)  # nothing is trained before
     of_fit = {name: options[name] for name in options.keys() - PARAMETERS.keys()}
     classify = new(**{name: options[name] for name in options.keys() & PARAMETERS.keys()})
     with pytest.raises(InputError, match=message):
@@ -158,7 +157,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_options_are_checked_before_anything_is_fetched_or_trained(new, monkeypatch, name):
-    monkeypatch.setattr("minisweet.recipe.begin", None)  # which fetches the model
+    monkeypatch.setattr("minisweet.classifier.fit.model_folder", None)  # which fetches the model
     for value in WRONG[name]:
         with pytest.raises(InputError, match=f"^{name}: {value!r}, should be "):
             new(**{name: value}).fit(*GOOD)
@@ -169,7 +168,7 @@ def test_numbers_of_numpy_are_taken_and_no_seed_sets_other_rows_aside(new, tmp_p
     again = EarlyExitClassifier.load(tmp_path / "run")
     assert (again.exit_layers, again.epochs, again.dev_size) == ([0, 1], 2, 0.25)
     other = new(exit_layers=[0, 1], dev_size=0.25, seed=1).fit(*GOOD)
-    assert other.deployed.run.examples == again.deployed.run.examples
+    assert other.deployed.run.texts.examples._replace(names=None) == again.deployed.run.texts.examples
 
 
 def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, monkeypatch):
@@ -179,7 +178,7 @@ def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, mon
     with pytest.raises(InputError, match=r"^lr: at 1e\+30 the loss became infinite or NaN"):
         classify.set_params(lr=1e30).fit(texts, ["x", "y"] * 20)
     with monkeypatch.context() as patch:
-        patch.setattr("minisweet.classifier.promise.choose", Mock(side_effect=MemoryError))
+        patch.setattr("minisweet.classifier.deployed.choose", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             classify.set_params(lr=3e-3).fit(texts, ["x", "y"] * 20)
     assert classify.classify(texts) == before
@@ -254,17 +253,6 @@ def test_frames_series_and_columns_are_taken_and_another_length_is_not(new, run_
             classify.score(texts, y)
     pairs = EarlyExitClassifier.load(run_of("pairs"))
     assert pairs.predict(Frame(texts, texts)).tolist() == pairs.predict([(text, text) for text in texts]).tolist()
-
-
-def test_weights_of_classes_count_as_so_many_rows(new):
-    texts, labels = opinions_of(slice(60))
-    said = [
-        new(exit_layers=[0, 1], class_weights=weights).fit(texts, np.array(labels) == "up").predict_proba(TEXTS)
-        for weights in (None, {True: 1, False: np.float64(1)}, {True: 30})
-    ]
-    np.testing.assert_array_equal(said[0], said[1])
-    assert said[2][:, 1].mean() > said[0][:, 1].mean()
-    np.testing.assert_allclose(said[0].sum(1), 1, rtol=0, atol=1e-15)
 
 
 def test_verbose_tells_and_else_it_is_silent(new, capsys, monkeypatch):
@@ -343,14 +331,13 @@ def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(r
     lines = classify.summary().splitlines()
     assert lines[-1] == classify.promise
     assert any(line.startswith("deployed") and line.endswith("0.25") for line in lines)  # all leave at the first exit
-    assert classify.set_params(max_share=0.3).choose().operating_point.goal == {"max_share": 0.3}
+    assert classify.set_params(max_share=0.3).choose().operating_point.goal == Goal(max_share=0.3)
     assert classify.promise.startswith(f"On {classify.operating_point.judging_texts} of your texts")
     for goal in ({"max_lost": 20.0}, {"sure": 80.0}):
-        expected = {"max_lost": 3.0, "sure": 90.0} | goal
-        assert classify.choose(**goal).operating_point.goal == expected
+        assert classify.choose(**goal).operating_point.goal == Goal(**goal)
     with pytest.raises(InputError, match="^max_share: 0.5, and max_lost is given too; should be one of both"):
         classify.choose(max_lost=2, max_share=0.5)
-    assert classify.choose(max_lost=9).choose(labels=([], [])).operating_point.goal == {"max_lost": 9.0, "sure": 90.0}
+    assert classify.choose(max_lost=9).choose(labels=([], [])).operating_point.goal == Goal(max_lost=9.0)
     classify.choose(max_share=0.3, sure=80).save(tmp_path / "fast")
     before = (tmp_path / "fast" / "logits.safetensors").read_bytes()
     for options in ({"threshold": 0.9, "amp": "bf16"}, {"amp": "off"}, {"amp": "bf16"}):

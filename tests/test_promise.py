@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken
-from minisweet.classifier.promise import choose, fixed_sequence, share_right, split, stated, way_down, wilson
-from minisweet.sweep import sweep
+from minisweet.classifier.operating_point import classification_report, stated, wilson
+from minisweet.classifier.promise import Goal, filled, fixed_sequence, how_sure, labelled, last_passed
+from minisweet.classifier.selection import choose, choosers_and_judges, share_right
 from minisweet.outputs import Outputs
-from minisweet.classifier.operating_point import how_sure
+from minisweet.sweep import sweep
 
-GOAL, SHARE = {"max_lost": 3.0, "sure": 90.0}, {"max_share": 0.5}
+GOAL, SHARE = Goal(), Goal(max_share=0.5)
 
 
 def random_validation(seed: int, layers: tuple, N: int, C: int = 2, method="sweet", metric="accuracy") -> Outputs:
@@ -76,16 +77,16 @@ def test_judges_stop_before_the_first_threshold_that_fails_and_never_earlier_wit
             if how_sure(N, [(is_lost & (confidence >= np.float32(threshold))).sum()], limit / 100) < sure / 100:
                 break
             expected = threshold
-        judged, goal = aside.filled(some), {"max_lost": limit, "sure": sure}
+        judged, goal = filled(aside, some), Goal(max_lost=limit, sure=sure)
         assert fixed_sequence(judged, goal, [0, 1], thresholds)[0] == expected
         counted, lost = (stated([0, 1], 0.5, some, some)["lost"] for some in (judged, rows))
         assert lost <= counted == pytest.approx(100 * is_lost.mean())
         stops.append(expected)
     assert stops == sorted(stops, reverse=True)
-    assert way_down(np.array([0, 9, 0, 0]), 200, GOAL) == 2  # though the lowest threshold would pass again
+    assert last_passed(np.array([0, 9, 0, 0]), 200, GOAL) == 2  # though the lowest threshold would pass again
     shares = [1 - np.mean((confidence >= np.float32(threshold)) & (threshold < 1)) for threshold in thresholds]
     fast = [threshold for threshold, share in zip(thresholds, shares, strict=True) if share < 0.4 + 1e-9]
-    assert fixed_sequence(judged, {"max_share": 0.4}, [0, 1], thresholds)[0] == max(fast, default=thresholds[0])
+    assert fixed_sequence(judged, Goal(max_share=0.4), [0, 1], thresholds)[0] == max(fast, default=thresholds[0])
 
 
 def test_promises_are_broken_in_at_most_one_of_ten_draws():
@@ -93,7 +94,7 @@ def test_promises_are_broken_in_at_most_one_of_ten_draws():
     broken = 0
     for seed in range(200):
         rows, to_give = without_labels(draw(seed, 400), np.arange(400) < 100)
-        point = choose(rows, GOAL, exits=[0, 6], labels=to_give)
+        point = choose(rows, GOAL, exits=[0, 6], given=to_give)
         odds = (point.threshold / max(1 - point.threshold, 1e-9)) ** point.temperatures[0]
         broken += 0.86 * 0.8 / (1 + odds) ** 2 > 0.03  # how many are lost in the long run, see `draw`
     assert 0 < broken <= 20 + 2 * (200 * 0.1 * 0.9) ** 0.5
@@ -120,7 +121,7 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
     rows.labels[groups % 2 == 0] = -1
 
     def sides(rows: Outputs) -> list[set[int]]:
-        return [{*rows.keys[side].tolist()} for side in split(rows)[:2]]
+        return [{*rows.keys[side].tolist()} for side in choosers_and_judges(rows)[:2]]
 
     choosing, judging = sides(rows)
     others = rows._replace(labels=torch.where(rows.labels < 0, -1, 1 - rows.labels))
@@ -133,8 +134,10 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
     for rest in (0, 1):
         there = {n for n in groups.tolist() if n % 2 == rest}
         assert len(choosing & there) == math.ceil(len(there) / 4)
-    known = rows.keys[split(rows)[1][:9]].tolist()  # that were trained on: neither they nor others of their groups
-    is_left_out, (*kept, left_out) = np.isin(groups, [group_of[key] for key in known]), split(rows, known)
+    known = rows.keys[
+        choosers_and_judges(rows)[1][:9]
+    ].tolist()  # that were trained on: neither they nor others of their groups
+    is_left_out, (*kept, left_out) = np.isin(groups, [group_of[key] for key in known]), choosers_and_judges(rows, known)
     assert (left_out, is_left_out[np.concatenate(kept)].any()) == (is_left_out.sum(), False)
     for goal in (GOAL, SHARE):  # nobody is left
         point = choose(rows, goal, rows.keys.tolist())
@@ -145,7 +148,7 @@ def test_choosers_and_judges_are_dealt_by_a_hash_and_a_group_judges_by_one_text(
 def test_who_judges_follows_from_the_choosers_and_two_counts_alone(labelled, all_judge):
     """Of 2,000 texts. With few labels all judge. With 300 half of what differs counts as lost, with more 86 of 100."""
     rows, _ = without_labels(draw(7, 2000), np.arange(2000) < labelled)
-    choosing, judging, _ = split(rows)
+    choosing, judging, _ = choosers_and_judges(rows)
     strange = random_validation(0, (0, 6), 2000)._replace(keys=rows.keys, exits=rows.exits, metric=rows.metric)
     strange.logits[:, choosing], strange.labels[choosing] = rows.logits[:, choosing], rows.labels[choosing]
     strange.labels[labelled:] = -1
@@ -165,12 +168,12 @@ def test_with_less_than_30_labelled_answers_that_differ_half_count_as_right():
 
 def test_labels_that_are_given_excuse_texts_and_enter_nothing_else():
     rows, to_give = without_labels(draw(7, 2000), np.arange(2000) < 200)
-    judges, differ = rows.take(split(rows)[1]), rows.logits[0].argmax(-1) != rows.logits[1].argmax(-1)
-    scored, disputed = judges.labelled(), [key for key in rows.keys[differ].tolist() if key in to_give]
-    points = [choose(rows, GOAL, labels={key: to_give[key] for key in disputed[:n]}) for n in (0, 150, None)]
+    judges, differ = rows.take(choosers_and_judges(rows)[1]), rows.logits[0].argmax(-1) != rows.logits[1].argmax(-1)
+    scored, disputed = labelled(judges), [key for key in rows.keys[differ].tolist() if key in to_give]
+    points = [choose(rows, GOAL, given={key: to_give[key] for key in disputed[:n]}) for n in (0, 150, None)]
     assert points[0].share > points[1].share > points[2].share
     assert [point.lost_interval[0] > 0 for point in points] == [False, False, True]  # full depth may be wrong there
-    assert points[2] == choose(rows, GOAL, labels=to_give)  # choosing texts and answers that do not differ count not
+    assert points[2] == choose(rows, GOAL, given=to_give)  # choosing texts and answers that do not differ count not
     for point in points:
         assert point.lost_interval[1] > point.lost
         assert point.labelled_judges == len(scored.labels) == 150
@@ -183,21 +186,21 @@ def test_labels_that_are_given_excuse_texts_and_enter_nothing_else():
 
 def test_without_a_label_set_aside_those_that_are_given_enter_no_score_either():
     rows, to_give = without_labels(draw(7, 2000), np.zeros(2000, bool))
-    before, after = (choose(rows, GOAL, labels=labels) for labels in ({}, to_give))
+    before, after = (choose(rows, GOAL, given=given) for given in ({}, to_give))
     assert after.share < before.share  # and fewer agree, of the very rows that judged
     assert (before.full_depth, after.full_depth, after.labelled_judges) == (100.0, 100.0, 0)
-    judges = rows.take(split(rows)[1]).by(after.rule)
-    agree = stated([0, 1], after.threshold, judges.filled(), judges.filled())
+    judges = rows.take(choosers_and_judges(rows)[1]).by(after.rule)
+    agree = stated([0, 1], after.threshold, filled(judges), filled(judges))
     assert (after.score, after.per_class) == (agree["score"], agree["per_class"])
 
 
-@pytest.mark.parametrize(("N", "goal"), [(800, GOAL), (800, SHARE), (800, {"max_share": 1.0}), (160, GOAL)])
+@pytest.mark.parametrize(("N", "goal"), [(800, GOAL), (800, SHARE), (800, Goal(max_share=1.0)), (160, GOAL)])
 def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules_and_it_is_always_asked(N, goal):
     """By what 160 texts promise, exit 3 would cost more in vain than it saves, and so all run to the end."""
     rng, labels, exits = np.random.default_rng(13), torch.arange(N) % 3, Exits([0, 3, 6], [0, 2, 0], 6, False)
     logits = torch.from_numpy(rng.normal(size=(3, N, 3)) + 1.5 * np.eye(3)[labels]).float()
     rows = Outputs(logits, None, labels, torch.from_numpy(rng.permutation(N)), "accuracy", exits)
-    point, judges = choose(rows, goal, combine=True), rows.take(split(rows)[1])
+    point, judges = choose(rows, goal, combines=True), rows.take(choosers_and_judges(rows)[1])
     asked = [[0, 3, 6].index(n) for n in point.exits]
     parts = zip(judges.logits[asked], point.temperatures, point.weights, strict=True)
     said = torch.stack([its / T + w * judges.logits[0] / point.temperatures[0] for its, T, w in parts])
@@ -210,8 +213,8 @@ def test_where_exit_0_has_a_say_full_depth_is_everywhere_the_rules_and_it_is_alw
     assert point.full_depth > 100 * (judges.logits[-1].argmax(-1) == judges.labels).double().mean()
     assert point.score == pytest.approx(100 * (early == judges.labels).double().mean())
     assert point.lost == pytest.approx(100 * ((full == judges.labels) & (early != full)).double().mean())
-    some = judges._replace(logits=judges.logits[asked], exits=judges.exits.take(asked))
-    curve, _ = sweep([(point.rule, np.arange(len(taken)))], some, [point.threshold])
+    some = judges._replace(logits=judges.logits[asked], exits=judges.exits.keep_exits(asked))
+    curve, _ = sweep([(ExitRule(3), np.arange(len(taken)))], some.by(point.rule), [point.threshold])
     found = (curve["scores"][0], curve["exit_scores"][-1], curve["speedup_ratios"][0])
     assert found == pytest.approx((point.score, point.full_depth, point.share))
 
@@ -220,7 +223,7 @@ def test_exits_that_cost_more_than_they_give_are_not_asked():
     rows, guess = draw(0, 1000), torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
     layers, logits = [1, 2, 3, 6], torch.stack([guess, rows.logits[0], guess, rows.logits[1]])  # two exits guess
     validation = rows._replace(logits=logits, exits=Exits(layers, [1 / 6] * 4, 6, False))
-    for goal in (GOAL, {"max_share": 0.6}):
+    for goal in (GOAL, Goal(max_share=0.6)):
         point = choose(validation, goal)
         assert (point.exits, len(point.temperatures), point.share < 0.95) == ([2, 6], 2, True)
         assert choose(validation, goal, exits=layers).exits == layers
@@ -228,12 +231,12 @@ def test_exits_that_cost_more_than_they_give_are_not_asked():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("metric", ["accuracy", "matthews", "agreement"])
-@pytest.mark.parametrize("goal", [GOAL, SHARE, {"max_lost": 40.0, "sure": 50.0}])
+@pytest.mark.parametrize("goal", [GOAL, SHARE, Goal(max_lost=40.0, sure=50.0)])
 def test_intervals_hold_what_is_stated(goal, metric):
     cases = [("sweet", (1, 2, 4), 120), ("branch", (1, 2, 4), 120), ("mm", (1, 2, 4), 120), ("sweet", (4,), 40)]
     for method, layers, N in [*cases, ("branch", (2, 4), 2), ("sweet", (4,), 1)]:
         point = choose(random_validation(3, layers, N, 2, method, metric), goal)
-        assert "max_share" in goal or point.share <= 1  # not slower than full depth
+        assert goal.max_share is not None or point.share <= 1  # not slower than full depth
         assert len(point.temperatures) == len(point.exits)
         for name in ("score", "full_depth", "lost", "share"):
             ends = getattr(point, f"{name}_interval")
@@ -273,3 +276,16 @@ def test_words():
     assert replace(few, labelled_judges=20).shortfall(0.2) == words + would
     assert "too many of 744 texts are lost" in replace(point, threshold=1.0).shortfall()
     assert replace(few, goal=SHARE).shortfall() == "at most 0.5 of the layers is out of reach: the fastest takes 1"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_the_report_of_each_class_is_that_of_plain_loops(pairs):
+    predictions, labels = np.array(pairs).T
+    report = classification_report(predictions, labels, 5)
+    for c in range(5):
+        right = sum(p == t == c for p, t in pairs)
+        predicted, support = int((predictions == c).sum()), int((labels == c).sum())
+        assert report["support"][c] == support
+        assert report["precision"][c] == pytest.approx(100 * right / predicted if predicted else 0)
+        assert report["recall"][c] == pytest.approx(100 * right / support if support else 0)
+        assert report["f1"][c] == pytest.approx(200 * right / (predicted + support) if predicted + support else 0)

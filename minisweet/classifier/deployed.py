@@ -1,0 +1,296 @@
+"""A run of your own text: loaded from its folder, chosen for, and answering.
+
+The bag of words is asked about all texts, and `early_exit` about those that stay. RUNS.md lists the files of a run. A
+run of train.py, which has no bag of words, is read as well.
+
+Dimension letters: B texts that are answered at once, R of them that stay, K exits, N texts, C classes.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from minisweet import run as run_folder
+from minisweet.adaptive import in_float32, leaves
+from minisweet.base.commands import Parser, number, whole_number
+from minisweet.base.devices import choose_device, choose_precision, tokens_at_once
+from minisweet.base.files import LOG, InputError, read_dataclass, write_json, written_beside
+from minisweet.classifier.bag_of_words import NgramExit
+from minisweet.classifier.combined_rule import CombinedRule
+from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.classifier.promise import Goal
+from minisweet.classifier.rows import texts_of
+from minisweet.classifier.selection import choose
+from minisweet.classifier.split import units_of
+from minisweet.exits import ExitModel
+from minisweet.live import Decisions, early_exit
+from minisweet.options import TrainingOptions
+from minisweet.outputs import BATCH_SIZE, Outputs, ask_all, check_finite, read_outputs, write_outputs
+from minisweet.run import LOGITS, Record
+from minisweet.texts import Texts
+
+BAG, OPERATING, LABELS = "bag_of_words.safetensors", "operating.json", "labels.jsonl"
+ANSWERING = ("point", "model", "bag", "tokenizer")  # the parts of a run that answer
+AT_ONCE = 1024  # texts that the bag of words is asked about, so that those that stay fill batches
+TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # names of labels back to labels
+THRESHOLD, AT_MOST = number(0, 1), whole_number(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What only `minisweet fit` knows of a training: `fit` in run.json."""
+
+    label_type: Literal["str", "int", "float", "bool"] = "str"  # of the labels that Python's `fit` got
+    label_column: str | None = None
+    group_column: str | None = None
+    set_aside: float = 1.0  # the share of the labelled rows that validates; 1 if they come from a file of their own
+    trunk: str | None = None  # the run or classifier that the training started from
+    dev_size: float = 0.2
+    exit_layers: list[int]  # (K,), 0 first if the bag of words stands in front
+    combines: bool = False  # whether the bag of words has a say at later exits
+
+
+class OwnRun(NamedTuple):
+    """A run. Parts that were not loaded, or not made so far, are None."""
+
+    record: Record
+    model: ExitModel | None = None  # in evaluation mode, on the CPU
+    bag: NgramExit | None = None  # exit 0; None too if the run has none
+    tokenizer: Tokenizer | None = None
+    texts: Texts | None = None  # the validation rows
+    outputs: Outputs | None = None  # of all exits for the validation rows, those of the bag of words first
+    given: Mapping[int, int] = {}  # classes, by key, of validation texts that had no label; see `minisweet label`
+    point: OperatingPoint | None = None
+
+
+class Answer(NamedTuple):
+    """The answer to one text, by the exit that was taken."""
+
+    label: object  # of the type that was trained on
+    confidence: float  # that the exit is right, or, if a run was made without labels, agrees with full depth
+    exit_layer: int  # counted from 1; 0 for exit 0, the bag of words
+    probabilities: dict  # of all labels, after temperature scaling
+    words: tuple[dict[str, float], dict[str, float]] | None = None  # at exit 0, set by `explain` alone
+
+
+class Deployed(NamedTuple):
+    """A run that is ready to answer. It is replaced as a whole, so that several threads may share a classifier."""
+
+    run: OwnRun
+    threshold: float  # that of the operating point, or another one
+    rule: CombinedRule  # of the operating point's exits
+    bag: NgramExit | None  # the first of these exits; None if it is not asked
+    model: ExitModel  # with the rest of these exits
+    device: torch.device  # of bag and model
+    amp: str  # as in the options
+    precision: torch.dtype | None  # to autocast to
+    batch_size: int  # texts that run at once
+    labels: list  # (C,), of the type that was trained on
+
+
+def fitted_of(record: Record) -> Fitted:
+    """What `fit` added to a record, or its defaults for a run of train.py."""
+    return Fitted(**record.fit or {"exit_layers": record.exit_layers})
+
+
+def sides_of(record: Record) -> int:
+    """How many texts a row has: 1, or 2 for pairs."""
+    return max(1, len(record.text_columns))  # the toy task has no columns
+
+
+def deploy(
+    run: OwnRun, threshold: float | None = None, device: str = "auto", amp: str = "auto", batch_size: int = 32
+) -> Deployed:
+    """Prepare a run to answer. `threshold` is None for the one that was chosen."""
+    point, place = run.point, choose_device(device)
+    precision = choose_precision(amp, place)
+    if threshold is None and point.precision != str(precision or torch.float32) and point.threshold < 1:
+        message = "what was promised is of %s, and this is %s: choose again with the same --amp"
+        LOG.warning(message, point.precision, precision or torch.float32)
+    threshold = in_float32(point.threshold if threshold is None else threshold)
+    bag = run.bag.to(place) if point.exits[0] == 0 else None
+    model = run.model.keep_exits([run.model.exit_layers.index(n) for n in point.exits if n > 0]).to(place)
+    labels = [TYPES[fitted_of(run.record).label_type](name) for name in run.record.labels]
+    return Deployed(run, threshold, point.rule, bag, model, place, amp, precision, batch_size, labels)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options that `deployed_of` reads."""
+    option = parser.add_argument
+    option("run", type=Path, metavar="RUN", help="run folder")
+    about = "leave at this confidence; at 1 all run to the last exit (default: the one that was chosen)"
+    option("--threshold", type=THRESHOLD, help=about)
+    option("--batch-size", type=AT_MOST, default=32, help="texts that run at once (default: 32)")
+    parser.add_options(TrainingOptions, "device", "amp")
+
+
+def deployed_of(args: Namespace, *parts: str) -> Deployed:
+    """Load the run that a command's options name, with more parts than those that answer if they are named."""
+    return deploy(load_run(args.run, *ANSWERING, *parts), args.threshold, args.device, args.amp, args.batch_size)
+
+
+def tokenize(deployed: Deployed, texts: Iterable[str | Sequence[str]]) -> Texts:
+    """Tokenise texts, or pairs of texts. Raises InputError, with the item, for anything else."""
+    return Texts(deployed.run.tokenizer, texts_of(texts, sides_of(deployed.run.record)))
+
+
+def classify(deployed: Deployed, texts: Texts) -> list[Answer]:
+    """Answer texts, in their order."""
+    answers: dict[int, Answer] = {}
+    for pool in texts.by_length(max(AT_ONCE, deployed.batch_size)):
+        decisions = decide(deployed, pool.to(deployed.device).inputs)
+        answers.update(zip(pool.rows.tolist(), answers_of(deployed, decisions), strict=True))
+    return [answers[row] for row in range(len(texts))]
+
+
+@torch.no_grad()
+def decide(deployed: Deployed, inputs: tuple[Tensor, Tensor, Tensor]) -> Decisions:
+    """Ask the bag of words about B texts, and the model about those that stay. Exits are counted with the bag as 0."""
+    _, threshold, rule, bag, model, device, _, precision, batch_size, labels = deployed
+    autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+    if bag is None:
+        with autocast:
+            return early_exit(model, *inputs, threshold, rule, batch_size)
+    lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
+    confidence = torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
+    logits = confidence.new_zeros(len(lengths), len(labels))  # (B, C)
+    for rows in lengths.argsort(descending=True, stable=True).split(batch_size):  # similar lengths together
+        logits[rows] = rule.calibrated(0, bag(*(x[rows, : lengths[rows[0]]] for x in inputs)))
+        confidence[rows] = rule.confidence(0, logits[rows], None)
+    stay = (~leaves(confidence, threshold, rule.lowest)).nonzero().squeeze(1)  # (R,)
+    with autocast:
+        later = early_exit(model, *(x[stay] for x in inputs), threshold, rule.after_bag(logits[stay]), batch_size)
+    exits = torch.zeros_like(lengths)
+    exits[stay], logits[stay], confidence[stay] = 1 + later.exits, later.logits, later.confidence
+    return Decisions(logits.argmax(-1), exits, logits, confidence)
+
+
+def answers_of(deployed: Deployed, decisions: Decisions) -> list[Answer]:
+    """Decisions about N texts as answers."""
+    names, layers = deployed.labels, deployed.run.point.exits
+    labels, exits, logits, confidence = (tensor.cpu() for tensor in decisions)
+    columns = map(Tensor.tolist, (labels, confidence, exits, logits.softmax(-1)))
+    return [
+        Answer(names[label], sure, layers[k], dict(zip(names, probabilities, strict=True)))
+        for label, sure, k, probabilities in zip(*columns, strict=True)
+    ]
+
+
+@torch.no_grad()
+def ask_exits(
+    model: ExitModel, bag: NgramExit | None, texts: Texts, precision: torch.dtype | None, metric: str = "accuracy"
+) -> Outputs:
+    """Run all exits on all texts: those of a model, and before them a bag of words, which is not autocast.
+
+    See `ask_all`. If no text has a label, the metric is "agreement".
+    """
+    outputs = ask_all(model, texts, precision, metric)
+    if bag is not None:
+        device, rows, logits = next(model.parameters()).device, [], []
+        for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
+            rows.append(batch.rows)
+            logits.append(bag(*batch.to(device).inputs).cpu())
+        of_bag = torch.cat(logits)[torch.cat(rows).argsort()]  # (N, C)
+        exits = outputs.exits._replace(layers=[0, *outputs.exits.layers], in_vain=[0.0, *outputs.exits.in_vain])
+        outputs = outputs._replace(logits=torch.cat([of_bag[None], outputs.logits]), exits=exits)
+    return outputs if (outputs.labels >= 0).any() else outputs._replace(metric="agreement")
+
+
+def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | None = None) -> OwnRun:
+    """Choose what to deploy of a run. All exits are run first, unless their outputs are there in this precision.
+
+    If the run has no model, the one in `folder` is run. Raises InputError if logits are infinite or NaN.
+    """
+    record, outputs, place = run.record, run.outputs, choose_device(device)
+    precision = choose_precision(amp, place)
+    if outputs is None or outputs.precision != str(precision or torch.float32):
+        asked = run if run.model else load_run(folder, "model", "bag", "texts")
+        bag = asked.bag and asked.bag.to(place)
+        outputs = ask_exits(asked.model.to(place), bag, asked.texts, precision, record.metric)
+        asked.model.cpu()
+        check_finite(outputs, folder or "the run")
+    point = choose(outputs, goal, record.trained_keys, given=run.given, combines=fitted_of(record).combines)
+    return run._replace(outputs=outputs, point=replace(point, id=record.id))
+
+
+def load_run(folder: Path, *parts: str) -> OwnRun:
+    """Load the record of a run and the named parts. Raises InputError if one is missing, broken or of another run."""
+    record = run_folder.read_record(folder)
+    readers = {"model": run_folder.load_model, "bag": load_bag, "tokenizer": run_folder.load_run_tokenizer}
+    readers |= {"texts": load_texts, "given": read_given, "point": read_point}
+    readers["outputs"] = lambda folder, record: read_outputs(folder / LOGITS, record.id)
+    return OwnRun(record, **{part: readers[part](folder, record) for part in parts})
+
+
+def load_bag(folder: Path, record: Record) -> NgramExit | None:
+    """Load the bag of words of a run; None if it has none."""
+    if fitted_of(record).exit_layers[0] != 0:
+        return None
+    path, bag = folder / BAG, NgramExit(record.vocab_size, len(record.labels), [], pairs=sides_of(record) == 2)
+    try:
+        with safe_open(path, "pt") as file:
+            run_id = file.metadata()["id"]
+            bag.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no dict)
+    except Exception as error:  # of the disk, safetensors or torch, according to what is wrong with the file
+        raise InputError(f"{path}: not readable ({error})") from None
+    if run_id != record.id:
+        raise InputError(f"{path}: is of another run than run.json beside it")
+    return bag
+
+
+def load_texts(folder: Path, record: Record) -> Texts:
+    """Load the validation rows of a run, tokenised."""
+    texts = Texts(run_folder.load_run_tokenizer(folder, record), run_folder.read_validation(folder, record))
+    texts.units = units_of(texts) if texts.examples.groups else None
+    return texts
+
+
+def read_point(folder: Path, record: Record) -> OperatingPoint:
+    """Read the operating point of a run."""
+    path = folder / OPERATING
+    if not path.is_file():
+        raise InputError(f"{folder}: has no {OPERATING}; first: minisweet choose {folder}")
+    point = read_dataclass(OperatingPoint, path)
+    if point.id != record.id:
+        raise InputError(f"{path}: is of other weights than the model beside it; make it anew")
+    return point
+
+
+def read_given(folder: Path, record: Record) -> dict[int, int]:
+    """Read the labels that were given on request: classes by key."""
+    if not (folder / LABELS).exists():
+        return {}
+    lines = (folder / LABELS).read_text(encoding="utf-8").split("\n")[:-1]  # texts may hold other ends of lines
+    return {row["key"]: record.labels.index(row["label"]) for row in map(json.loads, lines)}
+
+
+def write_chosen(folder: Path, run: OwnRun) -> None:
+    """Write what `choose` may change: the outputs, the operating point, and labels that were given on request."""
+    write_outputs(folder / LOGITS, run.outputs, run.record.id)
+    write_json(folder / OPERATING, asdict(run.point) | {"goal": run.point.goal.as_json()})
+    if run.given and run.texts:
+        names = run.record.labels
+        rows = dict(zip(run.texts.keys.tolist(), run_folder.rows_of(run.texts.examples, names), strict=True))
+        with written_beside(folder / LABELS) as new, new.open("w", encoding="utf-8") as file:
+            for key, label in run.given.items():
+                file.write(json.dumps(rows[key] | {"label": names[label], "key": key}, ensure_ascii=False) + "\n")
+
+
+def save(out: Path, run: OwnRun) -> None:
+    """Write a whole run to a folder, whole or not at all. A run that is there is replaced."""
+
+    def add_files(folder: Path) -> None:
+        write_chosen(folder, run)
+        if run.bag is not None:
+            (folder / BAG).write_bytes(to_bytes(run.bag.state_dict(), {"id": run.record.id}))
+
+    run_folder.save_run(out, run.record, run.model, run.tokenizer, run.texts.examples, add_files)

@@ -1,0 +1,179 @@
+"""Choosing what to deploy: the exits to ask, and the threshold at which a text leaves.
+
+The units of the validation rows, which are texts or groups of texts, are split by a hash. A quarter *chooses*: it fits
+the rule of the exits, picks the exits that are worth asking and the thresholds to try, and decides whether unlabelled
+texts join the judges. Three quarters *judge* the thresholds (promise.py). One text of each group judges.
+
+Dimension letters: K exits, N rows, M thresholds.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minisweet.adaptive import ExitRule, in_float32
+from minisweet.classifier.combined_rule import CombinedRule, fit_combined_rule
+from minisweet.classifier.operating_point import CHOOSING, OperatingPoint, stated
+from minisweet.classifier.promise import ROUNDING, Goal, filled, fixed_sequence, labelled, lost_rows, most_lost, scored
+from minisweet.classifier.split import dealt, one_of_each
+from minisweet.outputs import Outputs
+
+ENOUGH = 30  # labelled answers that early exit changes; with fewer, full depth counts as right in half of them
+
+
+def choosers_and_judges(outputs: Outputs, known: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray, int]:
+    """The rows that choose, the rows that judge, and how many do neither, since a text of their unit is `known`.
+
+    `known` are keys of texts that were trained on. Units with a label and units without are split separately.
+    """
+    keys, labels = outputs.keys.numpy(), outputs.labels.numpy()
+    units = keys if outputs.units is None else outputs.units.numpy()
+    is_known = np.isin(units, units[np.isin(keys, np.array([*known], dtype=np.int64))])
+    has_label, chooses = np.isin(units, units[labels >= 0]), np.zeros(len(units), dtype=bool)
+    for kind in (has_label & ~is_known, ~has_label & ~is_known):
+        chooses[kind] = dealt(units[kind], math.ceil(len(np.unique(units[kind])) / CHOOSING), "choose")
+    judging = np.flatnonzero(~chooses & ~is_known)
+    return np.flatnonzero(chooses), judging[one_of_each(units[judging], keys[judging])], int(is_known.sum())
+
+
+class Trial(NamedTuple):
+    """What the choosing texts decide before anyone looks at a judging text."""
+
+    rule: CombinedRule  # of all K exits; it has calibrated the logits of choosers and judges
+    places: list[int]  # of the exits to ask, counted from 0
+    thresholds: np.ndarray  # (M,), to be tried
+    choosers: Outputs
+    judges: Outputs  # with -1 for missing labels
+    has_judges: bool  # if not, all rows choose and judge
+
+
+def prepare(
+    outputs: Outputs, goal: Goal, known: Collection[int], exits: Sequence[int] | None = None, combines: bool = False
+) -> Trial:
+    """Choose everything that the judges try. For the arguments see `choose`."""
+    choosing, judging, _ = choosers_and_judges(outputs, known)
+    has_judges = min(len(choosing), len(judging)) > 0
+    rule = fit_combined_rule(outputs.take(choosing) if has_judges else outputs, combines)
+    choosers = judges = outputs.by(rule)
+    if has_judges:
+        choosers, judges = choosers.take(choosing), judges.take(judging)
+    if not unlabelled_judge(choosers, judges, goal):
+        choosers, judges = labelled(choosers), labelled(judges)
+    places = [outputs.exits.layers.index(n) for n in exits or ()] or choose_exits(filled(choosers), goal, rule)
+    return Trial(rule, places, thresholds_to_try(choosers, places), choosers, judges, has_judges)
+
+
+def choose(
+    outputs: Outputs,
+    goal: Goal,
+    known: Collection[int] = (),
+    exits: Sequence[int] | None = None,
+    given: Mapping[int, int] | None = None,
+    combines: bool = False,
+) -> OperatingPoint:
+    """Choose what to deploy.
+
+    Args:
+        outputs: of the validation rows.
+        goal: to reach.
+        known: keys of texts that were trained on.
+        exits: layers of the exits to ask, including the last one. None chooses those that reach the goal best.
+        given: classes, by key, of judging texts that had no label.
+        combines: whether the bag of words, which is the first exit, has a say at later exits.
+
+    If no text judges, the threshold is 1, and what is stated is that of all rows, without intervals.
+    """
+    rule, places, thresholds, choosers, judges, has_judges = prepare(outputs, goal, known, exits, combines)
+    layers, judged = outputs.exits.layers, filled(judges, given)
+    threshold = 1.0
+    if has_judges:
+        threshold, share, _ = fixed_sequence(judged, goal, places, thresholds)
+        if exits is None and goal.max_share is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
+            threshold, places = 1.0, needed_exits(rule)  # trying exits in vain costs more than leaving early saves
+    point = stated(places, threshold, judged, scored(judges))
+    point["choosing_texts"] = len(choosers.keys.unique())
+    point["labelled_judges"] = len(judges.keys[judges.labels >= 0].unique())
+    is_open = (judges.labels < 0).numpy() & ~np.isin(judges.keys.numpy(), [*(given or {})])  # (N,)
+    _, answers, _ = judged.decide_at(places, [threshold])  # (1, N)
+    if (lost_rows(judged, answers) & is_open).any():
+        point["lost_interval"][0] = 0.0  # full depth may be wrong there
+    if not has_judges:
+        point |= dict.fromkeys(("choosing_texts", "judging_texts", "labelled_judges"), 0)
+        point |= {name: None for name in point if name.endswith("_interval")}
+    kept = rule.keep_exits(places)
+    return OperatingPoint(
+        threshold=threshold,
+        exits=[layers[k] for k in places],
+        goal=goal,
+        temperatures=kept.temperatures.tolist(),
+        weights=kept.weights.tolist(),
+        precision=outputs.precision,
+        **point,
+    )
+
+
+def needed_exits(rule: CombinedRule) -> list[int]:
+    """The exits that are asked in any case, counted from 0: the last, and the bag of words if it has a say there."""
+    last = len(rule.temperatures) - 1
+    return [0, last] if rule.needs_bag else [last]
+
+
+def choose_exits(choosers: Outputs, goal: Goal, rule: CombinedRule) -> list[int]:
+    """The exits, counted from 0, with which the choosing rows reach a goal best, by their counts alone.
+
+    The exit that helps most is added to the needed ones, as long as one helps: an exit can cost more than it saves.
+    """
+    places = needed_exits(rule)
+
+    def rank(places: list[int]) -> tuple[float, float]:  # the smaller the better
+        thresholds = thresholds_to_try(choosers, places)
+        _, share, value = fixed_sequence(choosers, goal, places, thresholds, exact=False)
+        return max(0.0, share - (goal.max_share or 0.0)), -value
+
+    while larger := [sorted([*places, k]) for k in range(len(choosers.logits)) if k not in places]:
+        best = min(larger, key=rank)
+        if rank(best) >= rank(places):
+            break
+        places = best
+    return places
+
+
+def thresholds_to_try(choosers: Outputs, places: Sequence[int]) -> np.ndarray:
+    """About a hundred thresholds in increasing order, (M,). The last one is 1.
+
+    They lie halfway between confidences of the choosing rows, so that rounding seldom changes an answer. At the first,
+    just above the lowest confidence, all texts leave at the first exit, except those without a word that the bag knows.
+    """
+    if len(places) == 1:  # no text can leave early
+        return np.ones(1)
+    rule = ExitRule(choosers.logits.shape[-1])  # of calibrated logits
+    confidences = np.unique(rule.confidences(choosers.logits)[list(places[:-1])].double().numpy())
+    least = in_float32(rule.lowest + 1e-6)
+    between = np.float32((confidences[1:] + confidences[:-1]) / 2)
+    between = between[(between > least) & (between < 1)]
+    return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])
+
+
+def unlabelled_judge(choosers: Outputs, judges: Outputs, goal: Goal) -> bool:
+    """Whether unlabelled texts judge too, because more texts can leave early then.
+
+    Let full depth be right in a share r of the answers that early exit changes. It may change k / (r a) of all answers
+    if a labelled texts judge, of which k may be lost; and k' / (r a + b) if b unlabelled ones judge too. The choosing
+    texts, a and b decide it, so that labels which are given later never change it.
+    """
+    a, b = (len(judges.keys[there].unique()) for there in (judges.labels >= 0, judges.labels < 0))
+    if goal.max_share is not None or not a:
+        return True
+    right = share_right(choosers) * a
+    return most_lost(a + b, goal) * right > most_lost(a, goal) * (right + b)
+
+
+def share_right(choosers: Outputs) -> float:
+    """How often full depth is right where an earlier exit's answer differs from it."""
+    rows = labelled(choosers)
+    answers = rows.logits.argmax(-1)  # (K, N)
+    differ = answers[:-1] != answers[-1]
+    count = int(differ.sum())
+    return 0.5 if count < ENOUGH else float((differ & (answers[-1] == rows.labels)).sum()) / count

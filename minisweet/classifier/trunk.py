@@ -1,0 +1,56 @@
+"""A finished classifier to start from: the last exit of a run, or a classifier in the Hugging Face layout.
+
+Dimension letter: C classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from minisweet.base.files import LOG, InputError, read_json
+from minisweet.checkpoint import load_parts
+from minisweet.classifier.deployed import fitted_of
+from minisweet.exits import MultiExitModel
+from minisweet.run import is_run, load_model, read_record
+
+
+class Trunk(NamedTuple):
+    """A finished classifier."""
+
+    model: MultiExitModel  # with its last exit alone
+    labels: list[str]  # (C,)
+    label_type: str = "str"  # this and the next two are those of a run
+    trained_keys: Sequence[int] = ()
+    max_length: int | None = None
+
+
+def load_trunk(folder: Path) -> Trunk:
+    """Load a finished classifier. Raises InputError if it cannot be read, or is a model for another task.
+
+    The labels of a classifier that is not a run are those of id2label, or LABEL_0 and LABEL_1.
+    """
+    if is_run(folder):
+        record = read_record(folder)
+        model = load_model(folder, record).models_alone[-1]
+        model = model.keep_exits([len(model.exit_layers) - 1])
+        label_type, length = fitted_of(record).label_type, record.arguments.max_length
+        return Trunk(model, record.labels, label_type, record.trained_keys, length)
+    if not folder.is_dir():
+        message = f"{folder} is no folder; should be a run, or a classifier in the Hugging Face layout"
+        raise InputError(message, "trunk")
+    path = folder / "config.json"
+    content = read_json(path)
+    names = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    labels = [names.get(str(n)) for n in range(len(names))] if isinstance(names, dict) else [None]
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        raise InputError(f"{path}: id2label is {names!r:.120}, should give the classes 0, 1, ... a text each")
+    wanted, problem_type = "single_label_classification", content.get("problem_type")
+    if problem_type not in (wanted, None) or len(labels) < 2:
+        raise InputError(f"{path}: {problem_type} with {len(labels)} outputs, should be {wanted} with two or more")
+    if labels == [f"LABEL_{number}" for number in range(len(labels))]:
+        LOG.warning("%s: its labels have no names; write them into id2label of its config.json", folder)
+    parts = load_parts(folder, num_labels=len(labels))
+    encoder = parts["encoder"]
+    model = MultiExitModel(encoder, (len(encoder.layers),), len(labels), "plain")  # its pooler is the checkpoint's
+    model.heads[0].classifier.load_state_dict(parts["classifier"].state_dict())
+    return Trunk(model.eval(), labels)

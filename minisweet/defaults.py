@@ -1,0 +1,60 @@
+"""The defaults that depend on the model and the task: exits, batch size, learning rate and epochs."""
+
+from dataclasses import replace
+
+from minisweet.base.files import InputError
+from minisweet.config import Config
+from minisweet.methods import METHODS, default_exit_layers
+from minisweet.options import TrainingOptions
+from minisweet.tasks import Task
+
+# Table 2 of the paper, in 1e-5: the rates with the largest area under the curve, by model type, hidden size and depth.
+TABLE_2_TASKS = ("sst2", "mrpc", "cola", "mnli", "qqp", "qnli", "rte")
+TABLE_2 = {
+    ("bert", 768, 12): {"ee": (5, 5, 4, 5, 5, 5, 5), "mm": (5, 3, 4, 5, 5, 4, 5), "sweet": (5, 4, 5, 5, 5, 5, 4)},
+    ("bert", 1024, 24): {"ee": (4, 4, 4, 4, 5, 4, 3), "mm": (2, 5, 3, 3, 3, 4, 3), "sweet": (2, 4, 4, 4, 4, 3, 3)},
+    ("deberta", 768, 12): {"ee": (3, 4, 4, 2, 4, 3, 2), "mm": (3, 5, 5, 4, 5, 4, 1), "sweet": (3, 5, 4, 3, 5, 3, 4)},
+    ("deberta", 1024, 24): {"ee": (2, 3, 3, 2, 2, 3, 1), "mm": (4, 2, 3, 2, 2, 2, 2), "sweet": (3, 1, 2, 2, 3, 1, 2)},
+}
+SMALL = 512  # models up to this hidden size need larger rates, such as MiniLM with 384
+
+
+def resolve(options: TrainingOptions, config: Config, name: str, task: Task) -> TrainingOptions:
+    """Fill in the defaults that depend on the model and on the task and its name.
+
+    Raises InputError if the model cannot have these exits.
+    """
+    depth = config.num_hidden_layers
+    layers = options.exit_layers or default_exit_layers(depth, options.method)
+    typed = ",".join(map(str, layers))
+    if layers != sorted(layers) or layers[-1] > depth:
+        raise InputError(f"{typed}, should increase and end at one of the layers 1 to {depth}", "exit_layers")
+    if len(layers) > 1 and not METHODS[options.method].has_early_exits:
+        raise InputError(f"{typed}, and the method {options.method} has one exit; take another method", "exit_layers")
+    rates_of = options.method if len(layers) > 1 else "mm"  # with one exit all methods train like a model of MM
+    return replace(
+        options,
+        exit_layers=layers,
+        batch_size=options.batch_size or default_batch_size(config),
+        lr=options.lr or default_learning_rate(config, name, rates_of),
+        epochs=options.epochs or task.epochs,
+    )
+
+
+def default_batch_size(config: Config) -> int:
+    """The paper's batch size: 16, and 8 for a large DeBERTa (App. A)."""
+    return 8 if config.model_type == "deberta" and config.hidden_size >= 1024 else 16
+
+
+def default_learning_rate(config: Config, task: str, method: str) -> float:
+    """The paper's learning rate if it has one (Table 2), or else 5e-5, and 2e-4 up to a hidden size of 512."""
+    rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers))
+    if rates is None or task not in TABLE_2_TASKS:
+        return 2e-4 if config.hidden_size <= SMALL else 5e-5
+    of_method = rates.get(method, rates["mm"])  # the trunk of branches is the last model of MM
+    return of_method[TABLE_2_TASKS.index(task)] / 1e5
+
+
+def search_rates(config: Config) -> list[float]:
+    """The learning rates to choose from: the paper's five (App. A), and larger ones for small models."""
+    return [5e-5, 1e-4, 2e-4, 4e-4] if config.hidden_size <= SMALL else [1e-5, 2e-5, 3e-5, 4e-5, 5e-5]

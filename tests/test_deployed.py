@@ -1,0 +1,102 @@
+"""Runs of own text: what is loaded is what was saved, and nothing else is; what does not fit is refused in one line."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisweet.base.files import read_json, write_json
+from minisweet.classifier import choose, deployed
+from minisweet.classifier.deployed import ANSWERING, OwnRun, choose_for, fitted_of, load_run, save
+from minisweet.classifier.promise import Goal
+from minisweet.classifier.split import units_of
+from minisweet.texts import Examples, Texts
+from tests.conftest import WORDS, random_bag, random_batch
+from tests.test_rows import refused
+
+PARTS = (*ANSWERING, "texts", "outputs", "given")
+
+
+def test_what_is_loaded_is_what_was_saved(own_run, tmp_path):
+    loaded = load_run(own_run, "model", "tokenizer")
+    pairs = [("the film", 'a "bad"\n\u2028 film'), *((word, "good film") for word in WORDS[:12])]
+    groups, labels = [f"group {n % 5}" for n in range(12)], [n % 3 - 1 for n in range(13)]
+    texts = Texts(loaded.tokenizer, Examples(*map(list, zip(*pairs, strict=True)), labels, groups=[None, *groups]))
+    texts.units = units_of(texts)
+    record = replace(loaded.record, text_columns=["subject", "body"])
+    made = OwnRun(record, loaded.model, random_bag(2), loaded.tokenizer, texts)
+    given = dict.fromkeys(texts.keys[texts.labels < 0].tolist()[:2], 1)
+    made = choose_for(made._replace(given=given), Goal(max_share=0.5), "cpu", "off")
+    save(tmp_path / "run", made)
+    again = load_run(tmp_path / "run", *PARTS)
+    assert (again.record, again.point, again.given) == (made.record, made.point, made.given)
+    assert again.texts.examples == texts.examples
+    for name in ("keys", "units"):
+        assert getattr(again.texts, name).tolist() == getattr(texts, name).tolist()
+    for module, as_made in ((again.model, made.model), (again.bag, made.bag)):
+        torch.testing.assert_close(module(*random_batch()), as_made(*random_batch()), rtol=0, atol=0)
+    for ours, theirs in zip(again.outputs, made.outputs, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert read_json(tmp_path / "run" / "operating.json")["goal"] == {"max_share": 0.5}
+
+
+@pytest.mark.parametrize("name", ["sweet", "mm", "plain"])
+def test_a_run_of_train_py_has_no_bag_of_words(run_of, name):
+    loaded = load_run(run_of(name), *PARTS)
+    assert (loaded.bag, fitted_of(loaded.record).combines, loaded.given) == (None, False, {})
+    assert loaded.outputs.exits.layers == loaded.record.exit_layers == fitted_of(loaded.record).exit_layers
+
+
+def test_only_what_is_needed_is_read(own_run, command, monkeypatch, tmp_path):
+    """To predict neither the validation rows nor their logits, and to choose no model."""
+    run = Path(shutil.copytree(own_run, tmp_path / "run"))
+    (run / "model.safetensors").unlink()
+    (run / "bag_of_words.safetensors").unlink()
+    assert command(choose, run)[0] == 0
+    run = Path(shutil.copytree(own_run, tmp_path / "other"))
+    for name in ("validation.jsonl", "logits.safetensors"):
+        (run / name).unlink()
+    assert len(deployed.classify(deployed.deploy(load_run(run, *ANSWERING)), load_run(own_run, "texts").texts)) == 160
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("operating.json", "goal", {"max_lost": None}, "operating.json: goal: max_lost is None, should be float"),
+        ("operating.json", "goal", {"max_lost": 200}, "operating.json: goal: max_lost: 200, should be a number from"),
+        ("operating.json", "id", "0", "operating.json: is of other weights than the model beside it; make it anew"),
+        ("run.json", "id", "0", "model.safetensors: is of another run than run.json beside it"),
+        ("operating.json", None, None, "has no operating.json; first: minisweet choose "),
+        ("bag_of_words.safetensors", None, None, "bag_of_words.safetensors: not readable (No such file"),
+        ("logits.safetensors", None, None, "logits.safetensors: not readable (No such file"),
+    ],
+)
+def test_what_does_not_fit_is_named(own_run, tmp_path, name, key, value, message):
+    run = Path(shutil.copytree(own_run, tmp_path / "run"))
+    if key:
+        write_json(run / name, read_json(run / name) | {key: value})
+    else:
+        (run / name).unlink()
+    assert message in refused(load_run, run, "model", *PARTS)
+
+
+@pytest.mark.parametrize("left", [0, 4, 1000, -1])
+def test_a_file_of_tensors_that_was_cut_is_one_line(own_run, tmp_path, left):
+    run = Path(shutil.copytree(own_run, tmp_path / "run"))
+    for name, part in (("logits", "outputs"), ("model", "model"), ("bag_of_words", "bag")):
+        file = run / f"{name}.safetensors"
+        file.write_bytes(file.read_bytes()[:left])
+        assert refused(load_run, run, part).startswith(f"{file}: not readable (")
+
+
+def test_a_bag_of_words_of_another_run_is_refused(own_run, run_of, tmp_path):
+    run = Path(shutil.copytree(own_run, tmp_path / "run"))
+    shutil.copy(run_of("bag") / "bag_of_words.safetensors", run)
+    assert "bag_of_words.safetensors: is of another run than run.json beside it" in refused(load_run, run, "bag")
+
+
+def test_learning_to_exit_is_refused(run_of, command):
+    _, out, err = command(choose, run_of("lte"))
+    assert (out, err.count("\n"), "its exits learned when to be taken (lte)" in err) == ("", 1, True)

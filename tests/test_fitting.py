@@ -1,0 +1,294 @@
+"""How `minisweet fit` trains: what a trunk keeps, what branches and bag learn, and for how long."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minisweet import EarlyExitClassifier, load_encoder, training
+from minisweet.base.files import InputError, read_json
+from minisweet.classifier import choose, fit
+from minisweet.classifier import test as test_command
+from minisweet.classifier.deployed import load_run, tokenize
+from minisweet.classifier.fit import (
+    EPOCHS,
+    EPOCHS_AGAIN,
+    EPOCHS_OF_OTHERS,
+    STEPS,
+    FitOptions,
+    epochs_of,
+    fit_texts,
+)
+from minisweet.classifier.operating_point import CHOOSING
+from minisweet.classifier.rows import Columns
+from minisweet.classifier.teacher import embed, ensemble, regress
+from minisweet.classifier.trunk import load_trunk
+from minisweet.run import load_model, read_record
+from minisweet.texts import Examples
+from tests import conftest
+from tests.conftest import OWN, opinions, random_batch, write_classifier, write_model, write_rows
+
+QUICK = "--epochs 1 --batch-size 512 --max-length 32".split()
+
+
+def weights_of(run: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's model."""
+    return load_file(Path(run, "model.safetensors"))
+
+
+def bag_of(run: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's bag of words."""
+    return load_file(Path(run, "bag_of_words.safetensors"))
+
+
+def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two files have the same tensors, to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def fitted(command):
+    """Run `minisweet fit` on 300 rows of random words in own.csv, or on other files, with a tiny model."""
+    write_model(Path("tiny"), "bert", hidden_dropout_prob=0.3)
+    for name in ("own", "other"):
+        conftest.write_table(Path(f"{name}.csv"), ["text", "label"], {"label": ["negative", "positive"]})
+
+    def run_and_read(*arguments, file=("own.csv",)) -> str:
+        model = [] if "--trunk" in arguments else ["--model", "tiny"]
+        status, out, err = command(fit, *file, *model, *QUICK, "--lr", "1e-3", *arguments)
+        assert status == 0, err
+        return out + err
+
+    return run_and_read
+
+
+def test_the_bag_of_words_changes_no_other_exit_and_they_do_not_change_it(fitted):
+    for layers, method in (("0,2,4", "branch"), ("2,4", "branch"), ("0,4", "plain"), ("4", "plain")):
+        fitted("--exit-layers", layers, "--method", method, "--out", layers)
+    assert are_equal(weights_of("0,2,4"), weights_of("2,4"))
+    assert are_equal(weights_of("0,4"), weights_of("4"))
+    assert are_equal(bag_of("0,2,4"), bag_of("0,4"))
+    assert not Path("4/bag_of_words.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["plain", "branch"])
+def test_a_trunk_gets_a_bag_of_words_and_stays_as_it_is(fitted, method):
+    """The trunk has a bag of words itself; another one is fitted."""
+    fitted("--out", "trunk", file=["other.csv"])
+    printed = fitted("--trunk", "trunk", "--method", method, "--exit-layers", "0,4", "--out", "run")
+    assert "no layer is trained: the trunk stays as it is" in printed
+    assert are_equal(weights_of("trunk"), weights_of("run"))
+    assert not are_equal(bag_of("trunk"), bag_of("run"))
+    before, record = (read_json(Path(f"{name}/run.json")) for name in ("trunk", "run"))
+    assert (record["losses"], list(record["stages"]), record["fit"]["exit_layers"]) == ({}, ["exit 0"], [0, 4])
+    assert (before["fit"]["combines"], record["fit"]["combines"]) == (True, False)
+    assert set(before["trained_keys"]) < set(record["trained_keys"])
+
+
+def test_a_trunk_is_a_plain_model_to_the_bit_wherever_it_comes_from(fitted):
+    branches = ["--method", "branch", "--exit-layers", "1,2,4"]
+    fitted("--exit-layers", 4, "--out", "plain")
+    fitted(*branches, "--out", "branch")
+    for trunk in ("plain", "branch"):
+        fitted("--trunk", trunk, *branches, "--out", f"on-{trunk}")
+    ours, plain = weights_of("branch"), weights_of("plain")
+    of_trunk = {
+        name.replace("heads.2.", "heads.0."): ours[name] for name in ours if name.startswith(("enc", "heads.2"))
+    }
+    assert are_equal(of_trunk, plain)
+    assert are_equal(weights_of("on-plain"), ours)
+    assert are_equal(weights_of("on-branch"), ours)
+
+
+@pytest.mark.parametrize("file", ["own.csv", "--unlabelled"])
+def test_branches_and_bag_learn_the_same_labels_or_what_the_trunk_answers(fitted, monkeypatch, file):
+    """The trunk answers without dropout."""
+    fitted("--method", "plain", "--exit-layers", 4, "--out", "one")
+    seen = {}
+
+    def spy_on(module, name: str) -> None:
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, **named: seen.update({name: given}) or call(*given, **named))
+
+    spy_on(training, "exit_loss")
+    spy_on(fit, "fit_ngrams")
+    options = ["--trunk", "one", "--method", "branch", "--exit-layers", "0,2,4", "--out", "a"]
+    fitted(*options, file=[file] if file == "own.csv" else [file, "own.csv"])
+    (_, inputs, of_bag, _), (*_, of_branches) = seen["fit_ngrams"], seen["exit_loss"]
+    assert torch.equal(of_branches.sort(0).values, of_bag.sort(0).values)
+    if file == "own.csv":
+        labels = read_json(Path("a/run.json"))["labels"]
+        assert (len(of_bag), of_bag.unique().tolist(), labels) == (240, [0, 1], ["negative", "positive"])
+        return
+    model = load_model(Path("one"), read_record(Path("one")))
+    with torch.no_grad():
+        answers = torch.cat([model(*batch)[0].softmax(-1) for batch in inputs])
+    torch.testing.assert_close(of_bag, answers, atol=1e-5, rtol=1e-5)
+
+
+def test_epochs_follow_from_what_a_stage_learns(command, monkeypatch):
+    """Labelled texts, pairs, and teachers' answers to other texts, which are more than the labels."""
+    write_model(Path("tiny"), "bert")
+    for name, *columns in (("own", "text"), ("more", "text"), ("most", "text"), ("pairs", "sentence1", "sentence2")):
+        conftest.write_table(Path(f"{name}.csv"), [*columns, "label"], {"label": ["a", "b", "c"]})
+    monkeypatch.setattr(fit, "MOST_AGAIN", 400)
+    steps, options = [], "--model tiny --max-length 32 --batch-size 4 --overwrite --out run".split()
+    monkeypatch.setattr(training, "fine_tune", lambda model, bar, count, *_, **named: steps.append(count) or [])
+    for words in ("own.csv --unlabelled more.csv --unlabelled most.csv --method branch", "pairs.csv"):
+        status, _, err = command(fit, *words.split(), *options)
+        assert status == 0, err
+    rows, all_rows = 240, 240 + 480  # of 300, and of 600 others
+    expected = [(rows, epochs_of(rows, 4, 3)), (rows + 400, EPOCHS_AGAIN)]
+    expected += [(all_rows, epochs_of(all_rows, 4, 3, False)), (rows, epochs_of(rows, 4, 3, False))]
+    assert steps == [epochs * some // 4 for some, epochs in expected]
+
+
+@pytest.mark.parametrize(
+    ("classes", "are_single", "least"), [(3, True, EPOCHS), (2, True, EPOCHS_OF_OTHERS), (3, False, EPOCHS_OF_OTHERS)]
+)
+def test_epochs_make_so_many_steps_and_are_so_many_at_least(classes, are_single, least):
+    for rows in (1, 16 * STEPS // least, 16 * STEPS // least + 1, 10**6):
+        steps, epochs = math.ceil(rows / 16), epochs_of(rows, 16, classes, are_single)
+        assert epochs == least or (epochs - 1) * steps < STEPS
+        assert epochs >= max(least, STEPS / steps)
+
+
+def test_a_training_that_diverges_leaves_its_step_and_no_weights(fitted, command):
+    """A run that is there is refused before anything is trained, and one that diverges replaces no weights."""
+    options = ["own.csv", "--model", "tiny", *QUICK, "--out", "a"]
+    for _ in range(2):
+        status, _, err = command(fit, *options, "--lr", "1e39", "--overwrite")
+        message = "minisweet fit: error: --lr: at 1e+39 the loss became infinite or NaN at step 1; try a lower one\n"
+        assert (status, err.splitlines(True)[-1]) == (2, message)
+        assert ([path.name for path in Path("a").iterdir()], read_record(Path("a")).diverged) == (["run.json"], 1)
+    fitted("--out", "a", "--overwrite")
+    assert "a holds a run already; name another folder, or pass --overwrite" in command(fit, *options)[2]
+    assert command(fit, *options, "--lr", "1e39", "--overwrite")[0] == 2
+    assert read_record(Path("a")).diverged is None
+
+
+@pytest.mark.parametrize(
+    ("options", "unlabelled", "message"),
+    [
+        ({"exit_layers": [4]}, ["a film"], "^unlabelled: exit 0 and branches alone learn from it; add 0 to the exit"),
+        ({}, ["the film", "THE film", "a film"], "^unlabelled: no text is left: all of them are also labelled, or set"),
+        ({"exit_layers": [0, 2, 4]}, [], "^exit_layers: 0,2,4, and the method plain has exits 0 and 4 alone; take the"),
+        ({"exit_layers": [0, 5]}, [], "^exit_layers: 0,5, should increase and end at one of the layers 1 to 4$"),
+        ({"names": [None, None]}, ["the"], "^own: no row has a label$"),
+        ({"names": ["x", None]}, [], "^own: all rows have the label 'x', needs two or more$"),
+        ({"dev_size": 0.1}, [], "^own: too few rows: no text can be set aside, or none is left to learn from$"),
+        ({"exit_layers": [0]}, [], "^exit_layers: 0, should increase and end at one of the layers 1 to 4$"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, options, unlabelled, message):
+    names = options.pop("names", ["x", "y"])
+    rows = Examples(["the film", "a film"] * 9, None, None, names=names * 9)
+    options = FitOptions(
+        model=str(write_model(tmp_path / "tiny", "bert")), max_length=16, **{"dev_size": 0.5} | options
+    )
+    with pytest.raises(InputError, match=message):
+        fit_texts(
+            options, "own", rows, None, Examples(unlabelled, None, None) if unlabelled else None, Columns(["text"])
+        )
+
+
+# On a model of words, with what it makes of opinions.
+
+
+def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, command, monkeypatch):
+    """The plain model where these are more than the labels, from itself and its embeddings; and branches always."""
+    embedded, heard = [], []
+
+    def spied(encoder, *more) -> torch.Tensor:
+        assert not encoder.training
+        embedded.append((encoder.layers[-1].output.weight.clone(), embed(encoder, *more), more[1]))
+        return embedded[-1][1]
+
+    monkeypatch.setattr(fit, "embed", spied)
+    monkeypatch.setattr(fit, "ensemble", lambda *both: heard.append(both) or ensemble(*both))
+    write_rows(Path("few.csv"), [[text] for text, _ in opinions(400)[300:]], "text")
+    Path("half.jsonl").write_text('{"text": "the film is you", "label": [1]}\n' * 2)  # labels are not read
+    folder = own_run.parent
+    options = [folder / "own.csv", *OWN[2:], "--model", folder / "tiny", "--out", "run", "--method", "branch"]
+    for files, counts, stages in (
+        (
+            [folder / "more.csv", "half.jsonl"],
+            "401 to learn from, 100 to judge; left out, labelled too or there twice: 28",
+            {"trunk": 240, "trunk again": 240 + 401, "branches": 240 + 401},
+        ),
+        (["few.csv"], "80 to learn from, 20 to judge", {"trunk": 240, "branches": 240 + 80}),
+    ):
+        more = [word for file in files for word in ("--unlabelled", file)]
+        status, _, err = command(fit, *options, *more, "--overwrite")
+        assert (status, f"unlabelled texts: {counts}" in err) == (0, True), err
+        assert f"epochs: 2, and {epochs_of(240, 16, 2)} are the rule here; with few the model may learn nothing" in err
+        steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
+        assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
+    (before, vectors, examples), (first, second) = *embedded, *heard  # once each
+    assert torch.equal(before, load_encoder(folder / "tiny").layers[-1].output.weight)  # by public weights
+    labels = torch.tensor(examples.labels)
+    assert ((labels[:240] >= 0).all(), (labels[240:] < 0).all(), first.shape) == (True, True, (401, 2))
+    torch.testing.assert_close(second, regress(vectors, torch.eye(2)[labels[:240]])[240:])
+
+
+@pytest.mark.parametrize("method", ["plain", "branch"])
+def test_a_finished_classifier_gets_exits_without_any_label(own_run, run_of, command, method):
+    """A run of fit or train.py, with texts as long, or a classifier that was trained elsewhere. It stays as it is."""
+    options = ["--unlabelled", own_run.parent / "more.csv", "--out", "run", "--method", method, *OWN[4:]]
+    theirs = write_classifier(Path("theirs"))
+    of_toy = ["negative", "positive"]
+    for trunk, labels, length in (
+        (own_run, ["down", "up"], []),
+        (run_of("mm"), of_toy, []),
+        (theirs, ["LABEL_0", "LABEL_1"], OWN[2:4]),
+    ):
+        status, out, err = command(fit, "--trunk", trunk, *options, *length, "--overwrite")
+        assert (status, "agreement with full depth" in out) == (0, True), err
+        assert ("its labels have no names" in err) is (trunk is theirs)
+        run = load_run(Path("run"), "model", "point")
+        assert (run.record.labels, run.record.arguments.max_length) == (labels, 32)
+        assert (run.point.labelled_judges, run.point.full_depth, run.record.fit["combines"]) == (0, 100.0, False)
+        logits = run.model(*random_batch())[-1], load_trunk(trunk).model(*random_batch())[0]
+        torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
+def test_without_labels_all_exits_learn_what_the_trunk_says(own_run, command):
+    options = ["--unlabelled", own_run.parent / "more.csv", *OWN[2:], "--exit-layers", "2,4", "--method", "branch"]
+    _, _, err = command(fit, "--trunk", own_run, *options, "--out", "run")
+    assert "unlabelled texts: 416 to learn from, 104 to judge" in err
+    assert len(read_json(Path("run/run.json"))["losses"]["branches"]) == 2 * 416 // 16
+
+
+def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, command):
+    """Of 200 threads 100 have labelled texts, and all have others."""
+    folder, thread_of = own_run.parent, {text: f"thread {n % 200}" for n, (text, _) in enumerate(opinions(1000))}
+    rows = [(*row, thread_of[row[0]]) for n, row in enumerate(opinions(500)) if n % 200 < 100]
+    more = [(text, thread_of[text]) for text, _ in opinions(1000)[500:]]
+    write_rows(Path("own.csv"), rows, "text", "label", "thread")
+    write_rows(Path("more.csv"), more, "text", "thread")
+    options = ["own.csv", *OWN[2:], "--model", folder / "tiny", "--out", "run", "--dev-size", 0.3, "--unlabelled"]
+    assert "no column thread; it has" in command(fit, *options, folder / "more.csv", "--group-column", "thread")[2]
+    status, _, err = command(fit, *options, "more.csv", "--group-column", "thread")
+    assert status == 0, err
+    run = load_run(Path("run"), "texts", "outputs", "point")
+    is_labelled = run.texts.labels >= 0
+    threads = np.array([thread_of[text] for text in run.texts.examples.first])
+    aside = {*threads[is_labelled]}, {*threads[~is_labelled]}
+    assert (len(aside[0]), len(aside[1])) == (30, 20)
+    learnt = [text for text, *_, thread in rows + more if thread not in aside[0] | aside[1]]
+    assert set(run.record.trained_keys) == {*tokenize(EarlyExitClassifier.load("run").deployed, learnt).keys.tolist()}
+    assert run.point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING
+    # So it is in Python, and of a run that is read again, for whose choice the texts are asked anew.
+    options = {name: getattr(run.record.arguments, name) for name in "model max_length amp epochs lr".split()}
+    (texts, labels, groups), (others, of_others) = zip(*rows, strict=True), zip(*more, strict=True)
+    ours = EarlyExitClassifier(**options, dev_size=0.3)
+    ours.fit(texts, labels, groups=groups, unlabelled=others, unlabelled_groups=of_others)
+    assert ours.operating_point == run.point  # the weights too, of which its id is a hash
+    assert command(choose, "run", "--amp", "bf16")[0] == 0
+    assert load_run(Path("run"), "outputs").outputs.units.equal(run.outputs.units)
+    new = [(text, label, f"new {n % 10}") for n, (text, label) in enumerate(opinions(1030)[1000:])]
+    write_rows(Path("new.csv"), new, "text", "label", "thread")
+    assert "\n10 rows, threshold" in command(test_command, "run", "new.csv")[1]

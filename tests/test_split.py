@@ -1,0 +1,155 @@
+"""Your own rows: who learns and who validates, by hashes and units alone."""
+
+from itertools import islice, permutations
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from minisweet.base.files import InputError
+from minisweet.classifier.rows import joined
+from minisweet.classifier.split import (
+    MOST_JUDGES,
+    UNLABELLED_PER_JUDGE,
+    class_numbers,
+    classes_of,
+    split_rows,
+    units_of,
+)
+from minisweet.texts import Examples, Texts, load_tokenizer
+from tests.conftest import SIZES, write_model
+
+ORDERS = [" ".join(words) for words in islice(permutations("good bad great dull the film".split()), 0, 720, 24)]
+
+
+class Sides(NamedTuple):
+    """A split, with the texts of each side."""
+
+    labels: list[str]
+    train: Texts
+    unlabelled: Texts
+    validation: Texts
+
+
+def rows_of(texts: list[str], names: list[str | None], groups: list[str | None] | None = None) -> Examples:
+    return Examples(texts, None, None, names=names, groups=groups)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A function that splits texts, with the names of their labels, and other texts. Six words are read."""
+    tokenizer = load_tokenizer(write_model(tmp_path_factory.mktemp("tiny"), "bert"), SIZES["vocab_size"], 8)
+
+    def split(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None, learns=True) -> Sides:
+        labels = labels or classes_of(names)
+        parts = [rows_of(texts, names, groups), Examples(list(unlabelled), None, None)]
+        rows = joined(*parts, *([dev] if dev else []))
+        rows = rows._replace(labels=class_numbers(rows.names, labels).tolist())
+        all_texts = Texts(tokenizer, rows)
+        split = split_rows("own", all_texts, labels, len(dev.first) if dev else 0, dev_size, learns)
+        again = Texts(tokenizer, split.validation.examples)  # as a run reads it
+        assert (split.validation.units is None) == (not any(groups or []))
+        units = split.validation.keys if split.validation.units is None else split.validation.units
+        assert units_of(again).tolist() == units.tolist()
+        return Sides(labels, all_texts.take(split.labelled), all_texts.take(split.unlabelled), split.validation)
+
+    return split
+
+
+def joined_by_hand(texts: list[str], groups: list[str | None]) -> list[set[str]]:
+    """The texts that hang together, by equal texts or by groups."""
+    units = [{text} for text in texts]
+    for group in {*groups} - {None}:
+        members = {text for text, other in zip(texts, groups, strict=True) if other == group}
+        met = [unit for unit in units if unit & members]
+        units = [unit for unit in units if not unit & members] + [set().union(*met)]
+    return [unit for n, unit in enumerate(units) if unit not in units[:n]]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(ORDERS), st.sampled_from([None, *"abcdef"]), st.sampled_from(["no", "yes", None])),
+        min_size=2,
+        max_size=60,
+    ),
+    st.floats(0.05, 0.95),
+    st.booleans(),
+)
+@settings(max_examples=100)
+def test_a_text_and_a_group_are_on_one_side_by_a_hash_alone(own, rows, dev_size, has_groups):
+    """No label, no order, and no text without a label has a say in which labelled rows are set aside."""
+    texts, groups, names = map(list, zip(*rows, strict=True))
+    units = joined_by_hand(texts, groups if has_groups else [])
+    labelled = {text for text, name in zip(texts, names, strict=True) if name}
+    of_labels, free = [[unit for unit in units if bool(unit & labelled) is there] for there in (True, False)]
+    count = round(dev_size * len(of_labels))
+    assume({"no", "yes"} <= {*names} and 0 < count < len(of_labels))
+
+    def sides_of(rows: list[tuple]) -> list[set[str]]:
+        """The texts that labelled rows and others validate by, and that both train on."""
+        texts, groups, names = map(list, zip(*rows, strict=True))
+        split = own(texts, names, groups=groups if has_groups else None, dev_size=dev_size)
+        is_unlabelled = split.validation.labels < 0
+        aside = [split.validation.take(np.flatnonzero(is_unlabelled == other)) for other in (False, True)]
+        return [{*side.examples.first} for side in (*aside, split.train, split.unlabelled)]
+
+    sides = sides_of([*zip(texts, groups, names, strict=True)])
+    touched = [[unit for unit in units if unit & side] for side in sides]
+    assert [len(touched[0]), len(touched[1])] == [count, len(free) // UNLABELLED_PER_JUDGE]
+    for unit in units:
+        assert sum(bool(unit & side) for side in (sides[0], sides[1], sides[2] | sides[3])) <= 1
+    assert sides[0] | sides[2] == labelled
+    other = {"no": "yes", "yes": "no", None: None}
+    assert sides_of([*zip(texts, groups, map(other.get, names), strict=True)][::-1]) == sides
+
+
+def test_texts_that_the_model_cannot_tell_apart_are_on_one_side(own):
+    """They differ in blanks, in case, and beyond the cut."""
+    base = {}
+    for text in ORDERS:
+        base |= dict.fromkeys((text, f" {text}", f"{text}  ", text.replace(" ", "  "), text.upper()), text)
+        base |= {f"{text} and {word}": text for word in ("good", "bad")}
+    sides = own(list(base), [f"label {n % 2}" for n in range(len(base))], dev_size=0.2)
+    train, held_out = ({base[text] for text in side.examples.first} for side in (sides.train, sides.validation))
+    assert (len(held_out), train & held_out, len(sides.validation), len(sides.unlabelled)) == (6, set(), 6 * 7, 0)
+
+
+def test_unlabelled_texts_count_once_and_a_fifth_of_them_validates(own, monkeypatch):
+    """A row without a label is unlabelled too. What is labelled is left out."""
+    texts, names, others = ORDERS[:10], ["no", "yes"] * 4 + [None, None], [*ORDERS[6:], ORDERS[19]]
+    assert (UNLABELLED_PER_JUDGE, MOST_JUDGES) == (5, 2000)
+    for judges in (22 // UNLABELLED_PER_JUDGE, 3):
+        sides = own(texts, names, others)
+        assert (len(sides.train), (sides.validation.labels >= 0).sum(), len(sides.validation)) == (6, 2, 2 + judges)
+        assert {*sides.validation.examples.first[2:]} | {*sides.unlabelled.examples.first} == {*ORDERS[8:]}
+        assert len(sides.unlabelled) == 22 - judges
+        monkeypatch.setattr("minisweet.classifier.split.MOST_JUDGES", 3)
+    alone = own(ORDERS, names + [None] * 20, learns=False)
+    assert (len(alone.unlabelled), (alone.validation.labels < 0).sum()) == (0, 3)  # they judge alone
+    again = own(texts[:8] * 2, names[:8] + [None] * 8)  # each is labelled elsewhere in the file
+    assert (len(again.unlabelled), (again.validation.labels < 0).sum()) == (0, 0)
+
+
+def test_what_lacks_on_a_side_is_told(own, caplog):
+    sides = own(ORDERS[:6], [*"abcdef"], dev_size=0.5)
+    for side, purpose in ((sides.train, "validate on"), (sides.validation, "learn from")):
+        lacking = ", ".join(sides.labels[n] for n in sorted(side.labels))
+        assert f"no row to {purpose} has the label {lacking}\n" in caplog.text
+    dev = rows_of([ORDERS[0], *ORDERS[6:9]], ["a", "b"] * 2, ["own", "old", "new", None])
+    sides = own(ORDERS[:2], ["a", "b"], groups=["old", None], dev=dev)  # a text that is there in both is counted later
+    assert sides.validation.examples.first == [ORDERS[0], *ORDERS[7:9]]
+    assert "rows to validate on, left out since their group is trained on: 1\n" in caplog.text
+
+
+def test_the_classes_of_own_text_and_of_a_trunk(own, caplog):
+    assert classes_of(["b", "a", "A"] * 5 + ["c"]) == ["A", "a", "b", "c"]
+    assert "classes of their own, though they differ in case or Unicode form alone: A, a\n" in caplog.text
+    assert "classes of fewer than 5 rows, which may be a typo: c (1)\n" in caplog.text
+    texts, names, dev = ORDERS[:3], ["no", "yes", None], rows_of(ORDERS[3:5], ["yes", "no"])
+    assert own(texts, names, dev=dev).train.labels.tolist() == [0, 1]
+    sides = own(texts, names, dev=dev, labels=["yes", "other", "no"])
+    assert (sides.train.labels.tolist(), sides.validation.labels.tolist()) == ([2, 0], [0, 2])
+    with pytest.raises(InputError, match="^trunk: it does not know the label 'yes'; its labels: LABEL_0, no$"):
+        class_numbers(names, ["LABEL_0", "no"], "it")
