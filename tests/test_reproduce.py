@@ -163,7 +163,7 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer():
         "| SST-2 | 5e-5: 60.0 ±0.0 | 5e-5: 60.0 ±0.0 |",
         "| mean of 2, EE | 50.0 ±0.0 [5] | 70.0 ±0.0 |",
         "| SST-2, SWEET − EE | +21.0 ±2.5* † | -1.0 ±0.0* |",
-        "| RTE, SWEET − EE | both give one answer | +0.0 |",  # of seed 1 alone
+        "| RTE, SWEET − EE | both predict one class | +0.0 |",  # of seed 1 alone
         "| RTE, SWEET − EE |  |  |  |  | -10.0 |",
     ):
         assert line in text, text

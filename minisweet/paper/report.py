@@ -33,8 +33,8 @@ STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 CAPTION = """
 Scores are percent: Matthews correlation of CoLA, accuracy elsewhere. ± is a 95% interval over seeds (Student's t), of
-which it needs three; of single exits it is the deviation. [n]: in n runs the exit gives all rows one answer.
-Differences are paired over seeds. *: the interval leaves out 0. †: the other's exit gives one answer in all runs.
+which it needs three; of single exits it is the deviation. [n]: in n runs the exit predicts one class.
+Differences are paired over seeds. *: the interval leaves out 0. †: the other's exit predicts one class in all runs.
 """
 
 
@@ -187,7 +187,7 @@ def row_of(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequ
         if not is_pair:
             texts[place] += f" [{constant[0]}]" * (constant[0] > 0)
         elif constant[1] == len(runs[1]):
-            texts[place] = "both give one answer" if constant[0] == len(runs[0]) else texts[place] + " †"
+            texts[place] = "both predict one class" if constant[0] == len(runs[0]) else texts[place] + " †"
     return texts
 
 

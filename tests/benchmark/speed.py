@@ -4,8 +4,8 @@
 
 RUN is a run of `minisweet fit` on single texts, with exits 0 and last. Its validation texts are answered, one by one
 and in batches of 32 of similar length (but for our file, which takes one at a time). Each side has a process of its
-own, and the sides take turns, so that a machine whose speed drifts is fair to all. Numbers are medians. With --write
-the rows of the model in speed.csv are replaced.
+own, and the sides take turns, so that a machine whose speed drifts is fair to all. Rivals, of linear.py, learn these
+very texts, and are only timed. Numbers are medians. With --write the rows of the model in speed.csv are replaced.
 """
 
 import json
@@ -24,8 +24,9 @@ from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.devices import device_name, processor, tune_cpu
 from minisweet.base.files import read_json
-from minisweet.texts import special_tokens
+from minisweet.texts import Examples, special_tokens
 from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, run_study, write_rows
+from tests.benchmark.linear import RIVALS, SETFIT, fit_rival
 
 HERE = "tests.benchmark.speed"
 SIDE = """
@@ -72,6 +73,12 @@ def theirs(texts: str, batch: int, folder: str, bf16: bool) -> Callable[[], list
     return in_batches(texts, batch, answer)
 
 
+def rival(texts: str, batch: int, name: str, rows: str) -> Callable[[], list]:
+    """One of RIVALS, which learns some rows: texts, and numbers of labels."""
+    answer = fit_rival(name, Examples(*json.loads(Path(rows).read_text())))
+    return in_batches(texts, batch, lambda part: [(n, None) for n in answer(Examples(part, None, None)).tolist()])
+
+
 def export_theirs(plain: str, file: str, int8: str) -> None:
     """Write the model of `transformers` as ONNX files, in the exporter's and the quantizer's usual way."""
     import transformers
@@ -112,7 +119,7 @@ def sides_of(run: Path, place: Path) -> dict[tuple[str, str], tuple]:
     tokenizer.save(f"{place}/words")
     classify.export(f"{place}/plain")
     export_theirs(f"{place}/plain", f"{place}/theirs-float32.onnx", f"{place}/theirs-int8.onnx")
-    sides = {}
+    sides = {("float32", name): (HERE, "rival", (name, f"{place}/rows")) for name in RIVALS if name != SETFIT}
     for kind, amp in list({"float32": "off", "bfloat16": "bf16"}.items())[: 1 + processor()[1]]:
         sides[kind, "transformers"] = HERE, "theirs", (f"{place}/plain", kind == "bfloat16")
         for point in ("full depth", "deployed"):
@@ -143,6 +150,8 @@ def main() -> None:
     rows.sort(key=lambda row: len(row["text"]))
     with TemporaryDirectory() as name:
         (texts := Path(name, "texts")).write_text(json.dumps([row["text"] for row in rows]))
+        learnt = [row["text"] for row in rows], None, [record["labels"].index(row["label"]) for row in rows]
+        Path(name, "rows").write_text(json.dumps(learnt))
         sides = sides_of(args.run.resolve(), Path(name))
         for setting, batch in (("one_by_one", 1), ("in_batches", 32)):
             calls = {key: (module, make, (str(texts), batch, *rest)) for key, (module, make, rest) in sides.items()}
@@ -151,8 +160,13 @@ def main() -> None:
                 right = [record["labels"][n] == row["label"] for (n, _), row in zip(answers, rows, strict=True)]
                 share = statistics.mean(record["depth"] if n is None else n for _, n in answers) / record["depth"]
                 row = {"model": model, "texts": record["task"], "precision": key[0], "side": key[1]}
-                row |= {"one_by_one": "", "in_batches": "", "score": f"{100 * statistics.mean(right):.1f}"}
-                row = found.setdefault(key, row | {"share": f"{share:.2f}"} | about)
+                is_rival = key[1] in RIVALS  # which has learnt these very texts
+                row |= {
+                    "one_by_one": "",
+                    "in_batches": "",
+                    "score": "" if is_rival else f"{100 * statistics.mean(right):.1f}",
+                }
+                row = found.setdefault(key, row | {"share": "" if is_rival else f"{share:.2f}"} | about)
                 row[setting] = f"{1000 * seconds / len(rows):.2f}"
     new = list(found.values())
     print("\n".join(", ".join(map(str, row.values())) for row in new))

@@ -31,12 +31,13 @@ CURVES = [(PAIRS[0], "1/4", 1), (PAIRS[0], "3/4", -1), (PAIRS[1], "1/4", 1), (PA
 CURVES += [(PAIRS[2], "1/12", 1), (PAIRS[2], "3/4", -1)]
 # Of the classifier's page: lists of texts, and what to take, a judgement, by list, labelled and unlabelled rows.
 LISTS = {"list": "Debian", "own": "own text", "sst2": "SST-2", "qqp": "question pairs", "cola": "CoLA"}
-EARLY = "early exit"
+EARLY, FAIL = "early exit", "runs that do not converge"
 TAKE = {("list", 400, 30000): EARLY, ("own", 300, 4700): EARLY, ("qqp", 300, 5000): "embeddings"}
 TAKE |= {("list", 1200, 0): f"{BOTH}, or {EARLY} for speed", ("own", 1200, 3800): EARLY}
 TAKE |= {("list", 4000, 0): f"{BOTH}, or {EARLY} for speed", ("list", 4000, 30000): f"{EARLY}: the bag of words alone"}
 TAKE |= {("own", 5000, 0): BOTH}
 ALONE = {"most frequent class": "0", "exit 0": "0", "TF-IDF": "0", "embeddings": "1", "full depth": "1"}  # layers
+OURS = [("full depth", "full model", "our classifier, full depth"), ("deployed", EARLY, "our classifier, deployed")]
 BEHIND = ("exit 0 and the model", "exit 0, a branch and the model")
 
 
@@ -114,8 +115,8 @@ def claims(runs: list[Run]) -> Iterator[list[str]]:
         last.append(counts(f"{m} {sum(not run.converged for run in some)} of {len(some)}" for m, some in of.items()))
         first.append(counts(f"{m} {sum(run.exits[1][1] < 2 for run in some)} of {len(some)}" for m, some in of.items()))
     holds = "holds" if "SWEET 0" in last[0] and "SWEET 0" in last[1] else "does not hold"
-    yield ["runs that do not converge", "some of EE and MM, none of SWEET", "", *last, holds]
-    yield ["runs whose first exit gives one answer", "not said", "", *first, ""]
+    yield [FAIL, "some of EE and MM, none of SWEET", "", *last, holds]
+    yield ["runs whose first exit predicts one class", "not said", "", *first, ""]
     yield ["scores of BERT and DeBERTa", "Tables 1, 3", "", "", "", "not testable here"]
 
 
@@ -149,8 +150,12 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         gradients[row["layer"]].setdefault(kind, []).append(f"{float(row['cosine']):.2f}".replace("-0.00", "0.00"))
     kinds = list(gradients["1"])
     of_layers = [[n, *(", ".join(of_kind.get(kind, [])) for kind in kinds)] for n, of_kind in gradients.items()]
-    readme = [["the paper's BERT-base, mean of 7 tasks", *(f"{figure:+.1f}" for figure in FIGURES[PAIRS[0]])]]
-    readme += differences(deep, PAIRS[0], LAYERS[DEEP])
+    told, replicates = {row[0]: row for row in claims(runs)}, []
+    for pair, point in ((PAIRS[0], 1), (PAIRS[0], 12), (PAIRS[2], 1), (PAIRS[0], Fraction("1/4"))):
+        of_claim = told[f"{named(*pair)}, {f'exit {point}' if isinstance(point, int) else f'curve at {point}'}"]
+        texts = "<br>".join(f"{name} {text}" for name, text in differences(deep, pair, [point]))
+        replicates.append([*of_claim[:2], texts, of_claim[-1]])
+    replicates.append([told[FAIL][n] for n in (0, 1, 3, 5)])
     head = ["claim", "paper", "each at its own rate", "all at 5e-5", "six layers, own rates", "verdict"]
     return {
         "claims": table("", head, list(claims(runs))),
@@ -161,7 +166,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         "exits, six layers": exits(select(runs, SMALL), SMALL),
         "curves": table("", ["difference, task", *SHOWN], curves),
         "gradients": table("", ["layer", *kinds], of_layers),
-        "sweet less ee": table("", ["SWEET − EE", *(f"exit {n}" for n in LAYERS[DEEP])], readme),
+        "replicates": table("", ["claim", "paper", "here, twelve layers", "verdict"], replicates),
     }
 
 
@@ -186,24 +191,26 @@ def by_rows() -> dict[str, str]:
         ways = [("lost", "deployed"), ("share", "deployed"), ("score", "deployed"), ("score", "full depth")]
         return [show(name, key, way, labels if way == "deployed" else "", model, spread=True) for name, way in ways]
 
-    main, labels, readme, ours = [], [], [], ("list", 4000, 30000)
+    main, labels, readme = [], [], []
     for key, take in TAKE.items():
         best = max(RIVALS, key=lambda way, key=key: float(show("score", key, way) or 0))
         name, texts = keys[SMALL, key], [f"{best} {both(key, best)}", both(key, "full depth"), both(key, "deployed")]
         main.append([name, *texts, show("share", key, "deployed"), take])
-        if found[SMALL, key, "deployed", "3", "50"] and key != ours:
+        if found[SMALL, key, "deployed", "3", "50"] and key[1] < 4000:
             labels += [[name, "0", *outcome(key)], ["", "50", *outcome(key, "50")]]
     shown = [(model, key) for model, key in sorted(keys) if model == DEEP or not key[2]]
     lost = [[f"{keys[model, key]}, {model}", *outcome(key, model=model)] for model, key in shown]
-    for way in (*RIVALS, "exit 0", "full depth", "deployed"):
-        numbers = [show("score", key, way) for key in (("list", 400, 30000), ("list", 4000, 0), ours)]
-        readme.append([way, *numbers, show("share", ours, way)])
+    timed = [row for row in read_rows(CLASSIFIER / "speed.csv") if row["model"] == SMALL]
+    speeds = {row["side"]: row["one_by_one"] for row in timed if row["precision"] == "float32"}
+    for way, title, side in [(way, way, way) for way in RIVALS[:3]] + OURS:
+        key = ("list", 4000, 0)
+        readme.append([title, show("score", key, way), show("share", key, way), speeds.get(side, "")])
     first, last = "texts, labelled rows", ["lost of 100", "layers run, %", "early exit", "full model"]
     return {
         "which way": table("", [first, "best rival", "full model", "early exit", "layers run, %", "take"], main),
         "labels": table("", [first, "labels", *last], labels),
         "lost": table("", [first, *last], [row for row in lost if row[2][:5] != "100.0"]),
-        "one list": table("", ["", "400 and 30,000", "4,000", "4,000 and 30,000", "layers run, %"], readme),
+        "own text": table("", ["way", "accuracy", "sent to the model, %", "ms per text"], readme),
     }
 
 
@@ -235,6 +242,11 @@ def speed() -> dict[str, str]:
         found[f"speed: {row['model']}"].append([row[name] for name in columns])
     head = ["precision", "side", "ms, one by one", "ms, in batches", "right, %", "layers run"]
     return {name: table("", head, rows) for name, rows in found.items()}
+
+
+def count_lines(row: re.Match) -> str:
+    """A row of README's table of files, with the file's lines."""
+    return f"| {len((CHECKOUT / row[2]).read_text(encoding='utf-8').splitlines())} | {row[1]}"
 
 
 def draw_promises(path: Path) -> None:
@@ -269,8 +281,9 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         for name, block in blocks.items():
             text = re.sub(BLOCK.format(name), lambda found, block=block: found[1] + block + found[3], text, flags=re.S)
+        text = re.sub(r"(?<=\n)\| *\d* *\| (\[[^]]*\]\(([^)]*\.py)\))", count_lines, text)
         page.write_text(text, encoding="utf-8")
-    for model, name in ((DEEP, "twelve-layers.png"), (SMALL, "six-layers.png")):
+    for model, name in ((DEEP, "curves-12.png"), (SMALL, "curves-6.png")):
         chosen = best_known(runs) if model == DEEP else select(runs, model)
         tasks = [task for task in (*TASKS[model], "own") if (task, "mm") in chosen]
         report.draw_curves(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
