@@ -1,4 +1,4 @@
-"""Studies: the commands of the pages as they stand there, on tiny models and few rows; and the numbers of the pages."""
+"""Studies: their commands as they stand on the pages, on tiny models and few rows; and the numbers of the pages."""
 
 import importlib
 import re
@@ -6,154 +6,141 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from random import Random
 
 import pytest
 
-import evaluate
-import train
-from minisweet import __main__ as package
 from minisweet.base.devices import processor
-from minisweet import options
+from minisweet.classifier import fit
+from minisweet.paper import report
 from tests import benchmark
-from tests.benchmark import BLOCK, RESULTS, by_rows, one_list, own_text, promises, run_study, speed, study, zero_tables
-from tests.conftest import CHECKOUT, CONFIGS, WORDS, run
+from tests.benchmark import CHECKOUT, CLASSIFIER, by_rows, own_text, promises, read_rows, run_study, speed, tables
+from tests.conftest import WORDS, run
 
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in RESULTS.glob("*.md")}
-COMMANDS = re.findall(r"python -m tests\.benchmark\.(\w+) (.*)", "\n".join(PAGES.values()))
-PAGES |= {"the first page": (CHECKOUT / "README.md").read_text(encoding="utf-8")}
-BLOCKS = {name: block for text in PAGES.values() for _, name, block, _ in re.findall(BLOCK.format("(.*?)"), text, re.S)}
-MEASURED = {"measured on", "a training step", "texts in batches", "one file", "promises"}  # or drawn
-DRAWN = re.compile(r"^\| (.+?) \| [\d,]+ \| ([\d.]+) \|", re.M)  # a line of promises, and how often it is broken
-FEWER = {"study": "--seeds 0 --tasks sst2", "by_rows": "--rows 40 --seeds 0", "speed": "--turns 1 --texts 32"}
+PAGES = {page.relative_to(CHECKOUT).as_posix(): page.read_text(encoding="utf-8") for page in tables.PAGES}
+PAGES |= {"minisweet/tried.md": (CHECKOUT / "minisweet" / "tried.md").read_text(encoding="utf-8")}
+BLOCKS = {
+    name: block for text in PAGES.values() for _, name, block, _ in re.findall(tables.BLOCK.format("(.*?)"), text, re.S)
+}
+MOST_LINES = {"minisweet/paper/results.md": 170, "minisweet/classifier/results.md": 170, "minisweet/tried.md": 60}
 
 
 @pytest.fixture
-def studies(place, run_of, monkeypatch):
-    """Commands run here, and write to copies of the pages. A function that runs one, by its module and its options."""
-    shutil.copytree(RESULTS, results := place / ".github" / "results")
-    shutil.copy(CHECKOUT / "README.md", place)
-    for module in (benchmark, zero_tables, one_list):
-        monkeypatch.setattr(module, "RESULTS", results)
-    monkeypatch.setattr(benchmark, "CHECKOUT", place)
-    trained = []
+def copies(tmp_path, monkeypatch):
+    """Pages and CSV files to write to, in place of the repository's."""
+    for name in ("PAPER", "CLASSIFIER"):
+        folder = shutil.copytree(getattr(benchmark, name), tmp_path / name, ignore=shutil.ignore_patterns("*.py"))
+        for module in (benchmark, tables, by_rows, promises, speed):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, folder)
+    shutil.copy(CHECKOUT / "README.md", tmp_path)
+    pages = [tmp_path / "PAPER" / "results.md", tmp_path / "CLASSIFIER" / "results.md", tmp_path / "README.md"]
+    monkeypatch.setattr(tables, "PAGES", pages)
+    return tmp_path
 
-    def in_process(words: list[str]) -> int:
-        trained.append(words)
-        script, *rest = words if words[0] != "-m" else words[1:]
-        return run({"train.py": train, "evaluate.py": evaluate, "minisweet": package}[script], *rest)
 
-    def measured(*args, **options) -> dict:
-        trained.append(args)
-        return measure(*args, **options)
+def test_the_pages_hold_what_the_csv_files_make(copies):
+    """All of it, in seconds; and blocks are not left behind when a table goes."""
+    assert run(tables, "--write") == 0
+    assert [page.read_text() for page in tables.PAGES] == [
+        PAGES[name] for name in PAGES if name != "minisweet/tried.md"
+    ]
+    empty = [name for name, block in BLOCKS.items() if block.count("\n") < 3]
+    assert empty == []
 
-    measure = by_rows.measure
-    monkeypatch.setattr(by_rows, "measure", measured)
-    monkeypatch.setattr(study, "run_in_clone", in_process)
-    monkeypatch.setattr(study, "ROWS", 32)
-    monkeypatch.setattr(options, "STEPS", 1)
+
+@pytest.mark.parametrize("page", MOST_LINES)
+def test_a_page_is_short_and_its_tables_are_narrow(page):
+    lines = PAGES[page].splitlines()
+    assert len(lines) <= MOST_LINES[page]
+    assert max([line.count(" | ") + 1 for line in lines if line.startswith("|")], default=0) <= 6
+    prose = [line for line in lines if not line.startswith("[^")]
+    assert not re.search(r"\b[0-9a-f]{7}\b(?<!\d{7})", "\n".join(prose))  # a commit is named in a footnote alone
+
+
+@pytest.mark.parametrize("page", [page for page in MOST_LINES if page.endswith("results.md")])
+def test_a_number_of_a_page_stands_in_a_table(page):
+    prose = re.sub(tables.BLOCK.format(".*?") + r"|```.*?```|`.*?`|\]\(.*?\)", "", PAGES[page], flags=re.S)
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+(?: ±\d+\.\d)?", prose)
+    text = "".join(BLOCKS.values())
+    assert [number for number in numbers if not re.search(rf"(?<![\d.]){number}(?![\d.]*\d)", text)] == []
+
+
+def test_no_promise_is_broken_too_often():
+    broken = {row["texts"]: float(row["broken"]) for row in read_rows(CLASSIFIER / "promises.csv")}
+    beyond = [name for name, percent in broken.items() if percent > 10 + 1.9]  # two standard errors of 1,000 draws
+    assert [name for name in beyond if not re.search("without the option|repeats 50 texts", name)] == []
+    assert [line.name for line in promises.lines()] == [*broken]
+
+
+def test_draws_write_a_row_for_each_kind(copies, monkeypatch, capsys):
+    lines = promises.lines()[:4]
+    monkeypatch.setattr(promises, "lines", lambda: lines)
+    assert run(promises, "--draws", 2, "--write") == 0
+    rows = read_rows(copies / "CLASSIFIER" / "promises.csv")
+    assert [(row["texts"], row["draws"]) for row in rows] == [(line.name, "2") for line in lines]
+    assert {float(row["full_depth"]) for row in rows} == {86.4}
+
+
+def test_runs_are_added_once(copies, run_of):
+    folder = run_of("ee")
+    for _ in range(2):
+        assert run(tables, "--add", folder, "--commit", "c0ffee") == 0
+    runs = report.read_runs(copies / "PAPER" / "results.csv")
+    assert [run.exits.keys() for run in runs if run.commit == "c0ffee"] == [{1, 2, 4}]
+
+
+@pytest.mark.slow
+def test_the_studies_run_as_they_stand_on_the_page(place, copies, monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn, which TF-IDF needs, is missing")
+    monkeypatch.setattr(fit, "STEPS", 1)
     monkeypatch.setattr(own_text, "TRAIN", 60)
     monkeypatch.setattr(by_rows, "LIST_TEST_ROWS", 40)
     draw, sections = Random(0), own_text.SECTIONS[:3]
     fields = "Package: p{0}\nSection: {1}\nDescription: {1} {2}\n Longer: text\n"
     packages = [fields.format(n, draw.choice(sections), " ".join(draw.choices(WORDS, k=5))) for n in range(200)]
     Path("packages.txt").write_text("\n".join(packages))
-    files = {"DIR": place / "home" / "data", "runs/speed": run_of("trunk0")}
-
-    def call(name: str, line: str) -> int:
-        """Run it. Returns how many scripts it has called."""
-        trained.clear()
-        few = FEWER.get(name, "") + ",own" * (name == "study" and "--own" in line)
-        words = [str(files.get(word, word)) for word in shlex.split(f"{line} {few}")]
-        assert run(importlib.import_module(f"tests.benchmark.{name}"), *words) == 0, words
-        return len(trained)
-
-    return call
-
-
-@pytest.mark.slow
-def test_the_studies_run_as_they_stand_on_the_pages(studies, capsys):
-    pytest.importorskip("sklearn", reason="scikit-learn, which TF-IDF needs, is missing")
-    order = ["own_text", "study", "by_rows"]
-    lines = sorted({command for command in COMMANDS if command[0] in order}, key=lambda one: order.index(one[0]))
-    assert [bool(studies(*line)) for line in lines] == [line[0] != "own_text" for line in lines]
-    assert not any(studies(*line) for line in lines)  # what is there is not made again
-    assert {path.name for path in Path("FOLDER/records").iterdir()} >= {"sst2-0-mm", "sst2-0-branch"}
-    assert sorted(path.name for path in Path("FOLDER/runs").iterdir()) == ["list-40-0-0", "list-40-30000-0"]
-    for path in [*Path("FOLDER").glob("r*/list-40-*")]:
-        path.rename(path.with_name(path.name.replace("-40-", "-4000-")))
-    studies("one_list", "FOLDER --write")
-    assert "| **deployed** |" in Path("README.md").read_text()
-    studies("zero_tables", "FOLDER --write")
-    pages = {path.name: path.read_text() for path in Path(".github/results").glob("*.md")}
-    assert "| own text, 40 rows |" in pages["choose.md"]
-    assert "| SST-2 | 2e-5 | 1 |" in pages["twelve.md"]
-    for lost in ("own-0-mm", "sst2-0-ee"):
-        assert f"| {zero_tables.TITLES[lost.partition('-')[0]]} |" in pages["twelve.md"]
-        shutil.rmtree(f"FOLDER/base/records/{lost}")
-    capsys.readouterr()
-    studies("zero_tables", "FOLDER")
-    out, err = capsys.readouterr()
-    assert "leaves out the seed of the task: sst2-0-ee, own-0-mm" in err
-    assert "12 layers" not in out
+    commands = re.findall(
+        r"python -m tests\.benchmark\.(own_text|by_rows) (.*)", PAGES["minisweet/classifier/results.md"]
+    )
+    assert [name for name, _ in commands] == ["own_text", "by_rows"]
+    for name, line in commands:
+        module = importlib.import_module(f"tests.benchmark.{name}")
+        words = [*shlex.split(line), *(["--rows", "40", "--seeds", "0", "--runs", "kept"] if name == "by_rows" else [])]
+        assert run(module, *words) == 0
+        before = len(read_rows(copies / "CLASSIFIER" / "results.csv"))
+        assert run(module, *words) == 0
+    rows = read_rows(copies / "CLASSIFIER" / "results.csv")
+    new = [row for row in rows if row["labelled"] == "40"]
+    assert len(rows) == before  # what is there is not made again
+    assert {row["way"] for row in new} >= {"exit 0", "full depth", "deployed", "TF-IDF", "embeddings"}
+    assert new[0].keys() == rows[0].keys()
+    assert [path.name for path in Path("kept").iterdir()] == [f"list-40-{new[0]['unlabelled']}"]
 
 
 @pytest.mark.slow
-def test_the_archive_makes_the_tables_of_the_pages(tmp_path, capsys):
-    with tarfile.open(RESULTS / "zero.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    made, found = zero_tables.make_tables(tmp_path)
-    assert [one.missing for one in found] == [[], []]
-    blocks = {name: block for name, block in BLOCKS.items() if not name.startswith("typed: ")}
-    assert {name: block for name, block in blocks.items() if made.get(name, block) != block} == {}
-    assert {name.partition(": mpnet")[0] for name in blocks.keys() - made.keys()} <= MEASURED
-    assert {*made} <= {*blocks}
-    assert run(promises, tmp_path, "--draws", "1") == 0
-    drawn, kept = (dict(DRAWN.findall(text)) for text in (capsys.readouterr().out, blocks["promises"]))
-    assert [*drawn] == [*kept]
-
-
-def test_no_promise_of_the_page_is_broken_too_often():
-    broken = {name: float(percent) for name, percent in DRAWN.findall(BLOCKS["promises"])}
-    beyond = [name for name, percent in broken.items() if percent > 10 + 1.9]  # two standard errors of 1,000 draws
-    assert len(broken) > 30
-    assert [name for name in beyond if not re.search("without the option|repeats 50 texts", name)] == []
-
-
-@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"tried.md"}))
-def test_a_number_of_a_page_stands_in_a_table(page):
-    prose = re.sub(BLOCK.format(".*?") + r"|```.*?```|`.*?`|\]\(.*?\)", "", PAGES[page], flags=re.S)
-    numbers = re.findall(r"(?<![\w.])\d+\.\d+(?: ±\d+\.\d)?", prose)
-    tables = "".join(BLOCKS.values())
-    assert [number for number in numbers if not re.search(rf"(?<![\d.]){number}(?![\d.]*\d)", tables)] == []
-
-
-@pytest.mark.slow
-def test_speed_is_measured_as_it_stands_on_the_page(studies, monkeypatch):
+def test_speed_is_measured_like_for_like(copies, run_of, monkeypatch):
     for extra in ("onnx", "onnxscript", "onnxruntime", "transformers"):
         pytest.importorskip(extra, reason=f"{extra}, which the timings need, is missing")
-    tiny = {**CONFIGS["bert"], "vocab_size": 30522, "max_position_embeddings": 128}
-    tiny = {key: tiny[key] for key in tiny if key != "model_type"}
-    monkeypatch.setattr(speed, "MODELS", {"MiniLM": tiny})
     in_turns, calls = speed.take_turns, []
 
     def take_turns(sides: dict, turns: int) -> dict:
         """The first two sides in processes of their own, all others here."""
         calls.append(sides)
-        if len(calls) == 1:
-            return in_turns(sides, turns)
-        return {
-            side: (1.0, getattr(sys.modules[module], name)(*rest)()) for side, (module, name, rest) in sides.items()
-        }
+        found = in_turns(dict(list(sides.items())[:2]), turns) if len(calls) == 1 else {}
+        for side, (module, name, rest) in sides.items():
+            found.setdefault(side, (1.0, getattr(sys.modules[module], name)(*rest)()))
+        return found
 
     monkeypatch.setitem(sys.modules, "onnx_side", importlib.import_module("tests.benchmark.onnx_side"))
     monkeypatch.setattr(speed, "take_turns", take_turns)
-    studies("speed", next(line for name, line in COMMANDS if name == "speed" and "runs/speed" in line))
-    assert "toy, 32 texts, one by one" in Path(".github/results/speed.md").read_text()
-    has_bf16 = processor()[1]
-    assert [len(sides) for sides in calls] == [*[2] * (2 + 2 * has_bf16), 5 + 3 * has_bf16, 16]
+    assert run(speed, run_of("bag"), "--turns", 1, "--texts", 32, "--write") == 0
+    rows = [row for row in read_rows(copies / "CLASSIFIER" / "speed.csv") if row["model"] == "tiny"]
+    kinds = [("float32", 10)] + [("bfloat16", 3)] * processor()[1] + [("int8", 4)]
+    assert [(kind, [row["precision"] for row in rows].count(kind)) for kind, _ in kinds] == kinds
+    full = {row["score"] for row in rows if row["precision"] == "float32" and row["share"] == "1.00"}
+    assert len(full) <= 2  # one model; the bag of words has a say in ours
 
 
 def test_the_process_of_onnx_runtime_holds_neither_torch_nor_minisweet():

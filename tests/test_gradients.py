@@ -1,6 +1,6 @@
 """The comparison of the exits' gradients."""
 
-import json
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,9 @@ import torch.nn.functional as F
 
 import train
 from minisweet import MultiExitModel
-from minisweet.texts import Batch
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
-from minisweet.run import Run
+from minisweet.texts import Batch
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
 
 
@@ -35,16 +34,24 @@ def test_similarities_are_those_of_separate_backward_passes(model_type):
             assert similarity[m, i, j] == pytest.approx(1) if i == j else similarity[m, i, j] < 0.999
 
 
-def test_the_command_writes_the_mean_of_the_runs_and_passes_exit_0_over(command, tmp_path):
+def test_the_command_writes_the_mean_of_the_runs(command, tmp_path):
     model, runs = write_model(tmp_path / "tiny", "bert"), (Path("run0"), Path("run1"))
     for seed, run in enumerate(runs):
-        words = ["--method", "ee", "--exit-layers", "0,1,2,4", "--lr", "1e-3", "--seed", seed, "--out", run]
-        assert command(train, *quick(model, *words))[0] == 0
-    found = np.stack([gradients.measure(Run.read(run), 2, tmp_path) for run in runs])
+        assert command(train, *quick(model, "--method", "ee", "--lr", "1e-3", "--seed", seed, "--out", run))[0] == 0
+    found = np.stack([gradients.measure(run, 2, tmp_path) for run in runs])
     one = found[0]  # of one run the deviation is that of its batches
     for named, mean, parts in ((runs, found.mean((0, 1)), found.mean(1)), (runs[:1], one.mean(0), one)):
         assert command(gradients, *named, "--batches", 2)[0] == 0
-        report = json.loads(Path("gradients.json").read_text())
-        assert (report["layers"], report["exits"]) == ([1, 2], [1, 2, 4])
-        np.testing.assert_allclose(np.array(report["cosine"], float), mean, atol=1e-4)
-        np.testing.assert_allclose(np.array(report["deviation"], float), parts.std(0, ddof=1), atol=1e-4)
+        rows = list(csv.DictReader(Path("gradients.csv").read_text().splitlines()))
+        places = [(row["layer"], row["exit"], row["other"]) for row in rows]
+        assert places == [("1", "1", "2"), ("1", "1", "4"), ("1", "2", "4"), ("2", "2", "4")]
+        for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):
+            expected = [values[0, 0, 1], values[0, 0, 2], values[0, 1, 2], values[1, 1, 2]]
+            np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
+
+
+def test_runs_that_do_not_fit_are_refused(command, tmp_path):
+    model = write_model(tmp_path / "tiny", "bert")
+    assert command(train, *quick(model, "--method", "sweet", "--out", "sweet"))[0] == 0
+    status, _, err = command(gradients, "sweet")
+    assert (status, "should be of ee on a task" in err) == (2, True)

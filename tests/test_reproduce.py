@@ -1,137 +1,177 @@
-"""The grid: what is run, in which order, what is skipped, and what it becomes: tables and figures."""
+"""The grid: what is run, in which order, what is skipped, and what it becomes: a CSV, tables and a figure."""
 
 import json
-import shutil
-from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minisweet.paper import reproduce
-from minisweet.paper.report import tables
-from minisweet.resume import checkpoint_folder, claimed
+from minisweet.paper import report, reproduce
+from minisweet.paper.report import Fraction, Run, counted, read_runs, run_of, tables, write_runs
 from tests.conftest import write_model
 
-TINY = ["--train-size", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy"]
-ONE = ["--seeds", "0", "--lrs", "1e-3"]
-RESULTS = Path("reproduced/results.md")
+TINY = ["--train-size", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy", "--exit-layers", "1,4"]
+OUT = Path("reproduced")
 
 
 @pytest.fixture
 def grid(command, monkeypatch, tmp_path):
-    """Run reproduce in an empty folder: its status, output, errors, and the names of runs that it worked on."""
+    """Run reproduce in an empty folder: its status, output, errors, and the scripts that it started."""
     write_model(tmp_path / "tiny", "bert")
-    complete, started = reproduce.Grid.complete, []
+    start, started = reproduce.start, []
 
-    def noted(self, run) -> None:
-        started.append(self.folder(run).name)
-        complete(self, run)
+    def noted(script: str, *words: object, **options: object) -> None:
+        started.append((script, options.get("method"), options.get("lr"), options.get("seed")))
+        start(script, *words, **options)
 
-    monkeypatch.setattr(reproduce.Grid, "complete", noted)
+    monkeypatch.setattr(reproduce, "start", noted)
 
-    def reproduced(*arguments) -> tuple[int, str, str, list[str]]:
+    def reproduced(*arguments) -> tuple[int, str, str, list[tuple]]:
         started.clear()
-        return *command(reproduce, "--model", "tiny", "--exit-layers", "1,4", *TINY, *arguments), list(started)
+        return *command(reproduce, "--model", "tiny", *TINY, *arguments), list(started)
 
     return reproduced
 
 
-def record(scores=(60.0, 70.0, 80.0), ratios=(0.25, 0.5, 1.0), **changes) -> dict:
-    """A run's record with two exits, after layers 1 and 4, of which the first answers with one class."""
-    exits = {"exit_layers": [1, 4], "exit_scores": [scores[0], scores[-1]], "exit_answers": [1, 2]}
-    curve = {"speedup_ratios": list(ratios), "scores": list(scores), "area": float(np.mean(scores))}
-    return {"method": "ee", "metric": "accuracy"} | exits | curve | changes
+def fake_run(folder: Path, options: dict, area: float | None, first: int = 1, last: int = 2) -> None:
+    """Write the files of a run of the toy task that reports read. Exits have `area` as their score; None diverged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {"model": "tiny", "exit_strategy": "confidence", "train_size": 32} | options
+    record = {"arguments": arguments, "task": "toy", "metric": "accuracy", "precision": "torch.float32"}
+    (folder / "run.json").write_text(json.dumps(record | {"diverged": 3 if area is None else None}))
+    curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area] * 3, "area": area}
+    exits = {"exit_layers": [1, 4], "exit_scores": [area] * 2, "exit_answers": [first, last]}
+    if area is not None:
+        (folder / "evaluation.json").write_text(json.dumps(curve | exits))
+        (folder / "validation.jsonl").write_text('{"label": "a"}\n{"label": "b"}\n')
 
 
-def fake_run(method: str, lr=1e-3, seed=0, area=60.0, **changes) -> Path:
-    """Write the records of a run of the toy task, without its weights; all its scores are `area`."""
-    folder = Path(f"reproduced/runs/tiny-{method}-toy-lr{lr:g}-n32-seed{seed}")
-    folder.mkdir(parents=True)
-    options = {"model": "tiny", "method": method, "lr": lr, "train_size": 32, "seed": seed, "max_length": 32}
-    content = record([area] * 3, method=method, task="toy", arguments=options, depth=4, exit_strategy="confidence")
-    content |= {"device": "none", "precision": "torch.float32", "vocab_size": 60, "examples": 100, "dev_digest": ""}
-    content |= {"thresholds": [0.5, 0.75, 1.0], "exit_counts": [], "seconds": 0.0, "versions": {}}
-    for name in ("run.json", "evaluation.json"):
-        (folder / name).write_text(json.dumps(content | {"labels": ["negative", "positive"]} | changes))
-    return folder
+@pytest.mark.slow
+def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_again(grid, monkeypatch):
+    """Of the clone, in processes of their own."""
+    monkeypatch.setattr(reproduce, "FURTHER", 0)  # 32 rows teach nothing
+    words = ["--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3", "--exit-strategy", "lte", "--amp", "off"]
+    status, out, err, started = grid(*words)
+    assert (status, "of 2 runs; 0 missing" in out) == (0, True), err
+    assert [script for script, *_ in started] == ["train.py", "evaluate.py"] * 2
+    folder = OUT / "runs" / "tiny-sweet-toy-lr0.001-n32-seed0-lte"
+    arguments = json.loads((folder / "run.json").read_text())["arguments"]
+    wanted = {"exit_strategy": "lte", "exit_layers": [1, 4], "amp": "off", "lr": 1e-3, "seed": 0, "train_size": 32}
+    assert arguments | wanted == arguments
+    runs = read_runs(OUT / "results.csv")
+    assert [(run.method, run.rate, run.seed, sorted(run.exits)) for run in runs] == [
+        ("ee", 1e-3, 0, [1, 4]),
+        ("sweet", 1e-3, 0, [1, 4]),
+    ]
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert runs[1].exits[4] == (pytest.approx(found["exit_scores"][1], abs=1e-4), found["exit_answers"][1])
+    assert runs[1].area == pytest.approx(found["area"], abs=1e-4)
+    assert {path.name for path in OUT.iterdir()} == {"runs", "results.csv", "results.md", "curves.png"}
+    (folder / "evaluation.json").unlink()
+    assert [script for script, *_ in grid(*words)[3]] == ["evaluate.py"]
+    assert grid(*words)[3] == []
 
 
-def test_a_run_that_another_process_trains_is_passed_over_and_then_waited_for(grid, monkeypatch):
-    folder, others = fake_run("ee"), ExitStack()
-    shutil.move(folder, "made")
-    checkpoint_folder(folder).mkdir()
-    others.enter_context(claimed(checkpoint_folder(folder)))
-
-    def end_of_the_other(_) -> None:
-        others.close()
-        shutil.rmtree(checkpoint_folder(folder))
-        shutil.move("made", folder)
-
-    monkeypatch.setattr("time.sleep", end_of_the_other)
-    status, out, err, started = grid("--methods", "ee,sweet", *ONE)
-    assert (status, "of 2 runs; 0 missing" in out) == (0, True)
-    assert "waiting for tiny-ee-toy-lr0.001-n32-seed0, which another process makes" in err
-    assert started == ["tiny-sweet-toy-lr0.001-n32-seed0"]
-
-
-def test_the_search_comes_first_and_the_rate_with_the_largest_area_makes_the_rest(grid, monkeypatch):
-    """On three methods at two rates. An area that is None is of a run that diverges."""
-    areas = {"ee": {1e-3: 60, 1e-2: 70}, "sweet": {1e-3: None, 1e-2: 50}, "mm": {1e-3: None, 1e-2: None}}
-    words = ["--methods", "ee,sweet,mm", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
+def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid, monkeypatch):
+    """On four methods at two rates. An area that is None is of a run that diverges; 50 is that of the most frequent."""
+    areas = {"ee": {1e-3: 60, 1e-2: 70}, "mm": {1e-3: None, 1e-2: None}}
+    areas |= {"sweet": {1e-3: None, 1e-2: 55}, "branch": {1e-3: 51, 1e-2: 52}}
+    words = ["--methods", "ee,sweet,mm,branch", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
     made = []
 
-    def pretend(_, run) -> None:
-        made.append((run.method, run.lr, run.seed))
-        area = areas[run.method][run.lr]
-        fake_run(run.method, run.lr, run.seed, area or 0, diverged=3 if area is None else None)
+    def pretend(script: str, *_, out: Path = Path(), **options) -> None:
+        if script == "train.py":
+            made.append((options["method"], options["lr"], options["seed"]))
+            fails = (options["method"], options["seed"]) in (("ee", 1), ("ee", 3), ("branch", 2))
+            area = (
+                50
+                if fails or (options["method"] == "branch" and options["seed"] > 2)
+                else areas[options["method"]][options["lr"]]
+            )
+            fake_run(out, {name: options[name] for name in ("method", "lr", "seed")}, area)
 
-    monkeypatch.setattr(reproduce.Grid, "complete", pretend)
+    monkeypatch.setattr(reproduce, "start", pretend)
     assert grid(*words)[0] == 0
-    search, rest = [(method, lr, 0) for method, rates in areas.items() for lr in rates], [*made]
-    assert made[:6] == search
-    assert sorted(made) == sorted({*search, *product(("ee", "sweet"), [1e-2], (0, 1, 2))})
-    assert (grid(*words)[0], made) == (0, rest)  # nothing is made again
-    for line in ("| ee | 0.01 |", "| sweet | 0.01 |", "| toy | mm | 0 |", "infinite or NaN: 3\n"):
-        assert line in RESULTS.read_text()
-    figures = {path.name for path in Path("reproduced").glob("*.png")}
-    assert figures == {"curves.png"}
+    assert made[:8] == list(product(("ee", "sweet", "mm", "branch"), (1e-3, 1e-2), (0,)))
+    seeds = {"ee": (1, 2, 3, 4), "sweet": (1, 2), "branch": (1, 2, 3, 4, 5)}  # further ones one at a time; in vain
+    assert made[8:] == [(method, 1e-2, seed) for method, of_method in seeds.items() for seed in of_method]
+    before = [*made]
+    assert (grid(*words)[0], made) == (0, before)  # nothing is made again
+    text = (OUT / "results.md").read_text()
+    assert "| toy | 1e-2: 70.0 ±0.0 | 1e-2: 55.0 ±0.0 |  | 1e-2: 51.3 ±2.9 |" in text
+    assert "toy ee 0.01 seed 1" in text
+    assert "toy mm 0.001 seed 0" in text
 
 
-def test_options_reach_the_runs_and_what_is_there_is_not_made_again(grid):
-    words = ["--methods", "sweet", *ONE, "--exit-strategy", "lte", "--amp", "bf16"]
-    status, out, _, (name,) = grid(*words)
-    assert (status, "results.md, curves.png, of 1 runs; 0 missing" in out) == (0, True)
-    folder, evaluation = Path("reproduced/runs", name), Path("reproduced/runs", name, "evaluation.json")
-    arguments = json.loads((folder / "run.json").read_text())["arguments"]
-    wanted = {"exit_strategy": "lte", "batch_size": 16, "exit_layers": [1, 4], "amp": "bf16"}
-    assert arguments | wanted == arguments
-    assert json.loads(evaluation.read_text())["precision"] == "torch.bfloat16"
-    assert "exit strategy lte" in RESULTS.read_text()
-    evaluation.unlink()
-    weights = (folder / "model.safetensors").stat().st_mtime_ns
-    assert (grid(*words)[3], grid(*words)[3]) == ([name], [])
-    assert (folder / "model.safetensors").stat().st_mtime_ns == weights
+def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
+    def pretend(script: str, *_, out: Path = Path(), **options) -> None:
+        if script == "train.py" and options["method"] == "sweet":
+            fake_run(out, {name: options[name] for name in ("method", "lr", "seed")}, 60.0)
 
-
-def test_a_run_that_fails_is_named_and_the_others_go_on(grid):
-    (fake_run("ee") / "evaluation.json").unlink()  # and it has no weights
-    status, out, err, _ = grid("--methods", "ee,sweet", *ONE)
+    monkeypatch.setattr(reproduce, "start", pretend)
+    status, out, err, _ = grid("--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3")
     assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
     assert (status, "of 1 runs; 1 missing" in out) == (2, True)
 
 
-def test_tables_leave_blank_what_a_run_lacks_and_mark_exits_of_one_class():
-    other = record((50.0, 50.0, 80.0), metric="matthews")
-    far = record(ratios=(0.0, 0.5, 1.25), metric="matthews", exit_layers=[0, 6], exit_answers=[1, 3])
-    grid = {
-        "ee": {"sst2": {0: other, 1: other}, "rte": {0: record(), 1: record()}},
-        "mm": {"sst2": {0: far}, "rte": {1: record((0, 0, 0))}},
-    }
-    text = tables(grid)
-    assert "| task | method | seeds | layer 0 | layer 1 | layer 4 | layer 6 |" in text
-    assert "| mean of all 2 | ee | 2 |  | 55.0 ±0.0 [4] | 80.0 ±0.0 |  |" in text
-    assert "| task | method | seeds | 0 | 0.25 | 0.5 | 0.75 | 1 | 1.25 | 1.5 | 1.75 | area |" in text
-    assert "| sst2 | ee | 2 |  | 50.0 | 50.0 | 65.0 | 80.0 |  |  |  | 60.0 |" in text  # two seeds have no interval
-    assert "| mean of all 2 | mm | 0 |  |  |" in text  # no seed has both tasks
+def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "CLONE", tmp_path)
+    status, _, err, started = grid()
+    assert (status, err.count("\n"), "no clone of the repository" in err, started) == (2, 1, True, [])
+
+
+def made(task: str, method: str, seed: int, *exits: tuple[float, int], shares=(), **changes) -> Run:
+    """A run with exits after layers 1, 4, ... and a curve."""
+    key = {"model": "m", "task": task, "method": method, "strategy": "confidence", "train_size": 6000, "rate": 5e-5}
+    of_exits = dict(zip((1, 4, 6), exits, strict=False))
+    curve = {Fraction(share): score for share, score in shares}
+    rest = {"area": 60.0, "constant": 50.0, "precision": "float32", "commit": "c0ffee"}
+    return Run(**key | {"seed": seed, "exits": of_exits, "shares": curve} | rest | changes)
+
+
+def test_rows_of_a_csv_are_runs_again(tmp_path):
+    runs = [made("sst2", "ee", 0, (50.0, 1), (80.1234, 2), shares=[("1/4", 50.0), ("1", 80.1234)])]
+    runs.append(made("sst2", "ee", 1, area=np.nan))
+    write_runs(tmp_path / "runs.csv", runs)
+    first, second = read_runs(tmp_path / "runs.csv")
+    assert first == runs[0]
+    assert (second.exits, second.shares, second.converged, np.isnan(second.area)) == ({}, {}, False, True)
+
+
+def test_a_curve_is_interpolated_at_the_shares_that_it_reaches(tmp_path):
+    fake_run(tmp_path / "run", {"method": "ee", "lr": 1e-3, "seed": 0}, 70.0)
+    run = run_of(tmp_path / "run")
+    assert (min(run.shares), max(run.shares), set(run.shares.values())) == (Fraction(1, 4), 1, {70.0})
+    assert (run.constant, run.converged, run.exits) == (50.0, True, {1: (70.0, 1), 4: (70.0, 2)})
+
+
+def test_a_run_that_did_not_converge_gives_its_place_to_the_next_that_did():
+    good, bad = (80.0, 2), (50.0, 1)
+    runs = [made("sst2", "ee", seed, good, last) for seed, last in enumerate((good, bad, good, bad, good, good))]
+    assert [run.seed for run in counted(runs, [0, 1, 2]).values()] == [0, 4, 2]
+    assert [run.seed for run in counted(runs[:4], [0, 1, 2]).values()] == [0, 1, 2]  # none converged instead
+
+
+def test_tables_pair_seeds_and_mark_exits_of_one_answer():
+    runs = {("sst2", "ee"): {n: made("sst2", "ee", n, (50.0, 1), (80.0, 2)) for n in range(3)}}
+    runs["sst2", "sweet"] = {n: made("sst2", "sweet", n, (70.0 + n, 2), (79.0, 2)) for n in range(3)}
+    runs["rte", "ee"] = {n: made("rte", "ee", n, (50.0, 1), (60.0, 2), shares=[("1", 60.0)]) for n in (0, 1)}
+    runs["rte", "sweet"] = {1: made("rte", "sweet", 1, (50.0, 1), (60.0, 2), shares=[("1", 50.0)])}
+    text = tables(runs, ["sst2", "rte"], ["ee", "sweet"])
+    for line in (
+        "| SST-2 | 5e-5: 60.0 ±0.0 | 5e-5: 60.0 ±0.0 |",
+        "| mean of 2, EE | 50.0 ±0.0 [5] | 70.0 ±0.0 |",
+        "| SST-2, SWEET − EE | +21.0 ±2.5* † | -1.0 ±0.0* |",
+        "| RTE, SWEET − EE | both predict one class | +0.0 |",  # of seed 1 alone
+        "| RTE, SWEET − EE |  |  |  |  | -10.0 |",
+    ):
+        assert line in text, text
+
+
+def test_the_mean_over_tasks_is_of_the_seeds_that_have_all(tmp_path):
+    runs = {("sst2", "ee"): {0: made("sst2", "ee", 0, (50.0, 2)), 1: made("sst2", "ee", 1, (60.0, 2))}}
+    runs["rte", "ee"] = {1: made("rte", "ee", 1, (70.0, 2))}
+    assert report.seed_means(runs, ["sst2", "rte"], ("ee",), [1]).tolist() == [[65.0]]
+    report.draw_curves(tmp_path / "curves.png", {"mean": (runs, ["sst2", "rte"])}, ["ee", "mm"])
+    assert (tmp_path / "curves.png").exists()

@@ -5,26 +5,28 @@
 
 On training rows that the run did not see, each exit's loss is back-propagated alone, and the gradients that two exits
 send to the same matrix are compared: the cosine similarity of their rows, averaged over the rows. The matrices are the
-last feed-forward matrix of each layer that precedes an exit. The last exit's is left out, since no other exit updates
-it. A similarity near 1 is agreement, below 0 conflict. Of several runs, such as three seeds, the mean is shown.
+last feed-forward matrix of each layer that precedes an exit, but for the last exit's, which no other exit updates. A
+similarity near 1 is agreement, below 0 conflict. Of several runs, such as three seeds, the mean is shown.
 
 Dimension letters: K exits, M = K-1 matrices.
 """
 
+import csv
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisweet.base.commands import Parser, whole_number
+from minisweet.base.commands import Parser, path_to, whole_number
 from minisweet.base.devices import choose_device
-from minisweet.base.files import InputError, write_json
-from minisweet.tasks import TASKS, load_examples
-from minisweet.texts import Batch, Texts
+from minisweet.base.files import InputError, written_beside
 from minisweet.exits import MultiExitModel, exit_loss
 from minisweet.hub import fetch_task, home
-from minisweet.run import Run
+from minisweet.run import load_model, load_run_tokenizer, read_record
+from minisweet.tasks import TASKS, load_examples
+from minisweet.texts import Batch, Texts
 
 
 def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
@@ -40,50 +42,49 @@ def exit_similarities(model: MultiExitModel, batch: Batch) -> np.ndarray:
     return similarity
 
 
-def measure(run: Run, batches: int, data_dir: Path) -> np.ndarray:
+def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
     """Compare the exits' gradients on some batches of rows that a run has not seen: (batches, M, K, K)."""
-    record, options = run.record, run.record.arguments
-    exits, size = [n for n in record.exit_layers if n > 0], options.batch_size
-    if options.method != "ee" or len(exits) < 2 or record.task not in TASKS or record.text_columns:
-        own = " (own text)" if record.text_columns else ""
-        what = f"a run of {options.method} on {record.task}{own}, exits after layers {','.join(map(str, exits))}"
-        raise InputError(f"{run.folder}: {what}; should be of ee on a task, with two exits or more")
+    record = read_record(folder)
+    options, size = record.arguments, record.arguments.batch_size
+    if options.method != "ee" or len(record.exit_layers) < 2 or record.task not in TASKS or record.fit:
+        found = f"a run of {options.method} on {record.task}, exits after layers {record.exit_layers}"
+        raise InputError(f"{folder}: {found}; should be of ee on a task, with two exits or more")
     fetch_task(record.task, data_dir)
     rows, device = load_examples(record.task, "train", data_dir), choose_device("auto")
     order = np.random.default_rng(options.seed).permutation(len(rows.labels))
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:
         raise InputError(f"--batches: {batches} of {size} rows, and {record.task} has {len(unseen)} other rows")
-    texts = Texts(run.tokenizer, rows.take(unseen[: batches * size]))
-    model = run.model.keep_exits(exits).to(device)  # exit 0 sends no gradient to a layer; no dropout
+    texts = Texts(load_run_tokenizer(folder, record), rows.take(unseen[: batches * size].tolist()))
+    model = load_model(folder, record).to(device)  # in evaluation mode: no dropout
     parts = np.arange(len(texts)).reshape(-1, size)
     return np.stack([exit_similarities(model, texts.batch(rows).to(device)) for rows in parts])
 
 
 def main() -> None:
-    """Measure, print a table for each matrix, and write gradients.json."""
+    """Measure, and print and write the cosine of each pair of exits at each layer."""
     parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="+", type=Path, metavar="RUN", help="run of EE on one of the tasks; or several seeds of it")
     option("--batches", type=whole_number(2), default=10, help="new training batches to measure on (default: 10)")
-    option("--out", type=Path, default=Path("gradients.json"), help="(default: gradients.json)")
+    option("--out", type=path_to(".csv"), default=Path("gradients.csv"), help="(default: gradients.csv)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     args = parser.parse_args()
-    runs = [Run.read(folder) for folder in args.runs]
-    its = runs[0].record
-    if len({(run.record.task, *run.record.exit_layers) for run in runs}) > 1:
+    records = [read_record(folder) for folder in args.runs]
+    if len({(record.task, *record.exit_layers) for record in records}) > 1:
         raise InputError(f"RUN: {args.runs[-1]} is of another task or other exits, should be as {args.runs[0]}")
-    found = np.stack([measure(run, args.batches, args.data_dir) for run in runs])  # (runs, batches, M, K, K)
-    exits, mean = [n for n in its.exit_layers if n > 0], found.mean((0, 1))
-    deviation = (found.mean(1) if len(runs) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
-    seeds = [run.record.arguments.seed for run in runs]
-    given = {"model": its.arguments.model, "task": its.task, "seeds": seeds, "learning_rate": its.arguments.lr}
-    given |= {"batches": args.batches, "layers": exits[:-1], "exits": exits}
-    for name, values in (("cosine", mean), ("deviation", deviation)):
-        given[name] = np.where(np.isnan(values), None, values.round(4)).tolist()  # JSON has no NaN
-    write_json(args.out, given)
-    for layer, cosines in zip(exits, mean, strict=False):
-        print(f"\nlayer {layer}: cosines of the gradients of two exits\n{'exit':>6}" + "".join(f"{n:8}" for n in exits))
-        for n, row in zip(exits, cosines, strict=True):
-            print(f"{n:6}" + "".join(" " * 8 if np.isnan(value) else f"{value:8.2f}" for value in row))
+    found = np.stack([measure(folder, args.batches, args.data_dir) for folder in args.runs])  # (runs, batches, M, K, K)
+    mean, exits, options = found.mean((0, 1)), records[0].exit_layers, records[0].arguments
+    deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
+    seeds, rows = " ".join(str(record.arguments.seed) for record in records), []
+    for m, layer in enumerate(exits[:-1]):
+        for i, j in combinations(range(m, len(exits)), 2):
+            values = f"{mean[m, i, j]:.4f}", f"{deviation[m, i, j]:.4f}"
+            rows.append(
+                [Path(options.model).name, records[0].task, options.lr, seeds, layer, exits[i], exits[j], *values]
+            )
+            print(f"layer {layer}, exits {exits[i]} and {exits[j]}: cosine {values[0]} ±{values[1]}")
+    with written_beside(args.out) as new, new.open("w", encoding="utf-8", newline="") as file:
+        head = "model task rate seeds layer exit other cosine deviation".split()
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
     print(f"written to {args.out}")

@@ -1,66 +1,199 @@
-"""From runs to the paper's tables and figures: the individual classifiers (Tables 1, 3, 4), the scores at set speedup
-ratios and the areas under the curve (App. A), and the speed-accuracy curves (Figs. 4 to 8, 10).
+"""From runs to the paper's tables and figures, by way of one file, results.csv.
 
-The mean over tasks is taken for each seed, so that its deviation is the one over seeds, as in the paper. A seed that
-lacks the run of a task has no mean.
+It has a row for each run and exit (the score of that exit alone, and in how many classes it answers), and for each run
+and share of the layers (the curve's score there, interpolated as in App. A). A run that diverged has a row without a
+score. A mean over tasks is taken seed by seed, so that its deviation is the one over seeds, as in the paper.
 
-Dimension letters: S seeds, P points (exits, or speedup ratios).
+Dimension letters: S seeds, P points (exits, by their layers, or shares of the layers).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from minisweet import plots
-from minisweet.paper.statistics import mean_and_spread
+from minisweet.base.files import read_json, written_beside
 
-RATIOS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # besides the ratios of the first exits
-MULTI_MODEL_RATIOS = (5 / 4, 3 / 2, 7 / 4)  # MM runs one model after the other; the paper's text for these is garbled
-# The records of one method, by task and seed; runs that diverged are left out.
-Records = dict[str, dict[int, dict]]
-Points = Callable[[dict], ArrayLike]  # makes the points (P,) of a record, or one number
-
-
-def curve_of(record: dict, ratios: Sequence[float]) -> np.ndarray:
-    """Interpolate the curve's scores at speedup ratios (P,). A ratio that the curve does not reach gets NaN."""
-    curve = plots.sorted_curve(record["speedup_ratios"], record["scores"])
-    return np.interp(np.round(ratios, 9), *curve, left=np.nan, right=np.nan)
-
-
-def numbers_of(record: dict, layers: Sequence[int], ratios: Sequence[float]) -> np.ndarray:
-    """The scores of the exits after these layers and at the speedup ratios, and the area; NaN where there is none."""
-    found = dict(zip(record["exit_layers"], record["exit_scores"], strict=True))
-    return np.array([*(found.get(n, np.nan) for n in layers), *curve_of(record, ratios), record["area"]])
+SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
+SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]  # the paper's (App. A)
+PAIRS = [("sweet", "ee"), ("sweet", "mm"), ("mm", "ee")]
+NAMES = {"ee": "EE", "mm": "MM", "sweet": "SWEET", "sst2": "SST-2", "cola": "CoLA", "own": "own text"}
+NAMES |= {task: task.upper() for task in ("mrpc", "rte", "mnli", "qqp", "qnli")}
+# The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
+STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+CAPTION = """
+Scores are percent: Matthews correlation of CoLA, accuracy elsewhere. ± is a 95% interval over seeds (Student's t), of
+which it needs three; of single exits it is the deviation. [n]: in n runs the exit predicts one class.
+Differences are paired over seeds. *: the interval leaves out 0. †: the other's exit predicts one class in all runs.
+"""
 
 
-def with_one_class(record: dict, layers: Sequence[int]) -> list[bool]:
-    """Whether each of the exits after these layers gives all validation rows the same answer."""
-    found = dict(zip(record["exit_layers"], record["exit_answers"], strict=True))
-    return [found.get(n, 2) < 2 for n in layers]
+class Run(NamedTuple):
+    """A training and its evaluation. One that diverged has no exits and no curve."""
+
+    model: str
+    task: str
+    method: str
+    strategy: str
+    train_size: int
+    rate: float
+    seed: int
+    exits: dict[int, tuple[float, int]]  # by layer: the score, and in how many classes the exit answers
+    shares: dict[Fraction, float]  # the curve's scores
+    area: float  # under the curve; NaN where the training diverged
+    constant: float  # what the most frequent class scores
+    precision: str
+    commit: str
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last exit answers in several classes, and beats the most frequent one."""
+        score, classes = self.exits[max(self.exits)] if self.exits else (0.0, 0)
+        return classes > 1 and score > self.constant
+
+    def score(self, point: int | Fraction) -> float:
+        """The score of an exit alone, or of the curve at a share of the layers; NaN where there is none."""
+        return self.exits.get(point, (np.nan, 0))[0] if isinstance(point, int) else self.shares.get(point, np.nan)
 
 
-def seed_means(records: Records, points: Points) -> np.ndarray:
-    """Average the points over the tasks, for each seed that has a run of all tasks: (S, P)."""
-    seeds = set.intersection(*map(set, records.values()))
-    return np.array([np.mean([points(runs[seed]) for runs in records.values()], axis=0) for seed in sorted(seeds)])
+KEY, LAST = Run._fields[:7], Run._fields[9:]  # what tells runs apart; what follows the scores in the file
+Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by task and method, and by seed
+
+
+def run_of(folder: Path, commit: str = "") -> Run:
+    """What train.py and evaluate.py wrote of a run."""
+    record = read_json(folder / "run.json")
+    options, exits, shares, area, constant = record["arguments"], {}, {}, np.nan, 0.0
+    if record["diverged"] is None:
+        found = read_json(folder / "evaluation.json")
+        of_exits = zip(found["exit_scores"], found["exit_answers"], strict=True)
+        exits = dict(zip(found["exit_layers"], of_exits, strict=True))
+        curve, area = plots.sorted_curve(found["speedup_ratios"], found["scores"]), found["area"]
+        scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
+        shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
+        if record["metric"] != "matthews":
+            rows = map(json.loads, (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines())
+            answers = Counter(row["label"] for row in rows)
+            constant = 100 * max(answers.values()) / answers.total()
+    key = [options[name] for name in ("method", "exit_strategy", "train_size", "lr", "seed")]
+    key = [Path(os.path.realpath(options["model"])).name, record["task"], *key]
+    return Run(*key, exits, shares, area, constant, record["precision"].removeprefix("torch."), commit)
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a CSV."""
+    runs: dict[tuple, Run] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            *texts, size, rate, seed = key = tuple(row[name] for name in KEY)
+            area, constant, *others = (row[name] for name in LAST)
+            new = Run(*texts, int(size), float(rate), int(seed), {}, {}, float(area), float(constant), *others)
+            run = runs.setdefault(key, new)
+            if row["exit"]:
+                run.exits[int(row["exit"])] = float(row["score"]), int(row["classes"])
+            elif row["share"]:
+                run.shares[Fraction(row["share"])] = float(row["score"])
+    return list(runs.values())
+
+
+def write_runs(path: Path, runs: Sequence[Run]) -> None:
+    """Write the CSV of some runs. Scores have four decimals."""
+    with written_beside(path) as new, new.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*KEY, "exit", "share", "score", "classes", *LAST])
+        for run in sorted(runs, key=lambda run: run[: len(KEY)]):
+            last = [f"{run.area:.4f}", f"{run.constant:.4f}", run.precision, run.commit]
+            rows = [[layer, "", f"{score:.4f}", classes] for layer, (score, classes) in run.exits.items()]
+            rows += [["", share, f"{score:.4f}", ""] for share, score in run.shares.items()]
+            writer.writerows([*run[:5], rate_text(run.rate), run.seed, *row, *last] for row in rows or [[""] * 4])
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as it is typed, such as 5e-5."""
+    mantissa, exponent = f"{rate:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
+    """The runs of a task, method and rate by the seed that they count for.
+
+    One that did not converge gives its place to the next run with a further seed that did, as in the paper (Sec. 4.2).
+    Where there is none it keeps its place, if it has any score.
+    """
+    found = {run.seed: run for run in runs}
+    spare = iter(sorted(seed for seed, run in found.items() if seed > max(seeds) and run.converged))
+    kept = {n: found[n] if found[n].converged else found[next(spare, n)] for n in seeds if n in found}
+    return {seed: run for seed, run in kept.items() if run.exits}
+
+
+def best_rate(runs: Sequence[Run], seed: int) -> float | None:
+    """The rate with the largest area on a seed, of the runs of a task and method (App. A); None where none has one."""
+    areas = {run.rate: run.area for run in runs if run.seed == seed and not np.isnan(run.area)}
+    return max(areas, key=areas.get, default=None)
+
+
+def seed_means(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> np.ndarray:
+    """The scores of a method, or of one less those of another: means over tasks, of the seeds that have all: (S, P)."""
+    runs = [[chosen.get((task, method), {}) for task in tasks] for method in of]
+    seeds = sorted(set.intersection(*(set(by_seed) for some in runs for by_seed in some)))
+    shape = len(of), len(tasks), len(seeds), len(points)
+    scores = [by_seed[seed].score(point) for some in runs for by_seed in some for seed in seeds for point in points]
+    return np.subtract.reduce(np.reshape(scores, shape).mean(1))
+
+
+def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
+
+    They are NaN where one of the S values is. Of two values there is no interval: its half would be nine deviations. Of
+    one there is no deviation, and of none all three are empty.
+    """
+    if (S := len(values)) == 0:
+        return (np.array([]),) * 3
+    unknown = np.full(values.shape[1:], np.nan)
+    deviation = values.std(0, ddof=1) if S > 1 else unknown
+    return values.mean(0), deviation, deviation * STUDENT_T[min(S, 31) - 2] / np.sqrt(S) if S > 2 else unknown
 
 
 def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[str]:
     """Write the means of values (S, P) or (S,), each with its 95% interval or deviation. What has no mean is blank.
 
-    With a sign they are differences, in bold where the interval leaves out 0.
+    With a sign they are differences, with a star where the interval leaves out 0.
     """
-    mean, std, half = (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
-    texts = []
+    texts, (mean, std, half) = [], (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
     for value, spread in zip(mean, std if deviation else half, strict=True):
         text = f"{value:{sign}.1f}" + ("" if np.isnan(spread) else f" ±{spread:.1f}")
-        text = f"**{text}**" if sign and abs(value) > spread else text
+        text += "*" if sign and abs(value) > spread else ""
         texts.append("" if np.isnan(value) else text)
     return texts
+
+
+def row_of(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
+    """The cells of a method, or of one less another, at some points; see CAPTION."""
+    are_exits, is_pair = isinstance(points[0], int), len(of) == 2
+    texts = cells(seed_means(chosen, tasks, of, points), are_exits and not is_pair, "+" * is_pair)
+    runs = [[run for task in tasks for run in chosen.get((task, method), {}).values()] for method in of]
+    for place, n in enumerate(points[: len(texts)] if are_exits else ()):
+        constant = [sum(run.exits.get(n, (0, 2))[1] < 2 for run in some) for some in runs]
+        if not is_pair:
+            texts[place] += f" [{constant[0]}]" * (constant[0] > 0)
+        elif constant[1] == len(runs[1]):
+            texts[place] = "both predict one class" if constant[0] == len(runs[0]) else texts[place] + " †"
+    return texts
+
+
+def named(*of: str) -> str:
+    """The name of a task or a method, or of one method less another."""
+    return " − ".join(NAMES.get(name, name) for name in of)
 
 
 def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
@@ -71,60 +204,38 @@ def table(title: str, head: Sequence, rows: Sequence[Sequence]) -> str:
     return f"{heading}{first}{'|---' * len(head)}|\n{''.join(others)}"
 
 
-def tables(grid: dict[str, Records]) -> str:
-    """Write the tables of a grid, which maps method to task to seed to record, in Markdown.
-
-    A table has a row for the mean over all tasks and for each task. The speedup ratios are the paper's.
-    """
-    tasks, runs = list(next(iter(grid.values()))), [run for records in grid.values() for run in _runs(records)]
-    shown = ({f"mean of all {len(tasks)}": tasks} if len(tasks) > 1 else {}) | {task: [task] for task in tasks}
-    ratios = [*RATIOS, *(min(run["speedup_ratios"]) for run in runs), *(MULTI_MODEL_RATIOS if "mm" in grid else ())]
-    ratios = sorted({round(float(ratio), 9) for ratio in ratios})
-    layers = sorted({n for run in runs for n in run["exit_layers"]})
-    individual, curves = [], []
-    for (name, its), (method, records) in product(shown.items(), grid.items()):
-        records = {task: records[task] for task in its}
-        means = seed_means(records, partial(numbers_of, layers=layers, ratios=ratios))
-        constant = np.atleast_1d(np.sum([with_one_class(run, layers) for run in _runs(records)], axis=0))  # (exits,)
-        marked = zip(cells(means, deviation=True), constant, strict=False)
-        individual.append([name, method, len(means), *(f"{text} [{n}]" if n else text for text, n in marked)])
-        curves.append([name, method, len(means), *cells(means)[len(layers) :]])
-    head = ["task", "method", "seeds"]
-    title = "Individual classifiers: mean score ± deviation over seeds; [n]: in n runs it answers with one class"
-    text = "\nScores in percent: Matthews correlation of CoLA, accuracy elsewhere. An interval needs three seeds.\n"
-    text += table(title, [*head, *(f"layer {n}" for n in layers)], individual)
-    title = "Scores at speedup ratios, and the area under the curve: mean ± 95% interval over seeds"
-    return text + table(title, [*head, *map("{:.3g}".format, ratios), "area"], curves)
+def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
+    """All tables of some runs: rates and areas; scores and differences, of the mean over all tasks and of each task."""
+    some = {f"mean of {len(tasks)}": tasks} if len(tasks) > 1 else {}
+    some |= {named(task): [task] for task in tasks}
+    layers, rows = sorted({n for runs in chosen.values() for run in runs.values() for n in run.exits}), []
+    for task in tasks:
+        found = [[(rate_text(run.rate), run.area) for run in chosen[task, method].values()] for method in methods]
+        areas = [f"{runs[0][0]}: {cells([area for _, area in runs])[0]}" if runs else "" for runs in found]
+        rows.append([named(task), *areas])
+    text = table("The rate of each method, and the area under its curve", ["task", *map(named, methods)], rows)
+    singles, pairs = [(method,) for method in methods], [pair for pair in PAIRS if {*pair} <= {*methods}]
+    for what, them in (("Scores", singles), ("Differences", pairs)):
+        for where, points in (("exit", layers), ("share of the layers", SHOWN)):
+            head = [f"exit {n}" if where == "exit" else n for n in points]
+            ways = product(some.items(), them)
+            rows = [[f"{name}, {named(*of)}", *row_of(chosen, its, of, points)] for (name, its), of in ways]
+            text += table(f"{what} by {where}", ["", *head], rows)
+    return text + CAPTION
 
 
-def _runs(records: Records) -> list[dict]:
-    """The records of all tasks and seeds."""
-    return [run for runs in records.values() for run in runs.values()]
-
-
-def draw_curves(path: Path, grid: dict[str, Records], panels: dict[str, list[str]]) -> None:
-    """Draw the speed-accuracy curves of a grid's methods to a PNG: means over seeds and their 95% intervals.
-
-    Each panel has a title, and the tasks to average over.
-    """
+def draw_curves(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], methods: Sequence[str]) -> None:
+    """Draw the methods' curves to a PNG: means over seeds, and 95% intervals. A panel is of runs and tasks."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows)
-    for place, (title, tasks) in enumerate(panels.items(), start=1):
+    figure, ratios = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows), np.array(SHARES, float)
+    for place, (title, (chosen, tasks)) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, place)
-        for method in grid:
-            records = {task: grid[method][task] for task in tasks}
-            reached = [ratio for run in _runs(records) for ratio in run["speedup_ratios"]] or [0]
-            ratios = np.linspace(min(reached), max(reached), 400)
-            values = seed_means(records, partial(curve_of, ratios=ratios))  # (S, P)
-            if len(values):
-                draw_mean(axis, method, ratios, values, plots.WORDS.get(method, method))
+        for method in methods:
+            if len(values := seed_means(chosen, tasks, (method,), SHARES)):
+                values[:, np.isnan(values).any(0)] = np.nan  # where not all reach
+                mean, _, half = mean_and_spread(values)
+                colour = plots.draw_line(axis, method, ratios, mean, plots.TITLES.get(method, method), marker="")
+                axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         plots.label_axes(axis, title, "score, in percent")
     plots.save_figure(figure, path)
-
-
-def draw_mean(axis, method: str, ratios: np.ndarray, values: np.ndarray, label: str) -> None:
-    """Draw the mean of S curves at the same ratios (P,), scores (S, P), and the band of its interval if S > 2."""
-    mean, _, half = mean_and_spread(values)
-    colour = plots.draw_line(axis, method, ratios, mean, label, marker="")
-    axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)

@@ -1,33 +1,35 @@
-"""Studies and timings. With --write their tables and figures go to the pages, between marks that name each table.
+"""Studies and timings. They write rows of CSV files, of which tables.py makes the pages' tables and pictures."""
 
-What one of them needs and is not installed is said in one line.
-"""
-
-import re
+import csv
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from minisweet.base.commands import run_command
-from minisweet.base.files import InputError
+from minisweet.base.files import InputError, written_beside
 
 CHECKOUT = Path(__file__).parents[2]
-RESULTS = CHECKOUT / ".github" / "results"
-BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
-TASKS = ("sst2", "mrpc", "qqp", "qnli", "cola", "rte", "own")  # own: the texts of own_text.py
-USUAL = "5e-5"  # the learning rate of all models but the small one
+PAPER, CLASSIFIER = CHECKOUT / "minisweet" / "paper", CHECKOUT / "minisweet" / "classifier"
 
 
-def show(blocks: dict[str, str], write: bool) -> None:
-    """Print tables, by their names, or write each to those pages that have a place for it."""
-    if not write:
-        print("\n".join(f"<!-- {name} -->\n{table}" for name, table in blocks.items()), flush=True)
-        return
-    for page in (CHECKOUT / "README.md", *RESULTS.glob("*.md")):
-        text = old = page.read_text(encoding="utf-8")
-        for name, table in blocks.items():
-            text = re.sub(BLOCK.format(name), lambda found, table=table: found[1] + table + found[3], text, flags=re.S)
-        if text != old:
-            page.write_text(text, encoding="utf-8")
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, none where there is no file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Write a CSV. Its columns are those of the first row; numbers have four decimals at most."""
+    with written_beside(path) as new, new.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+
+
+def commit() -> str:
+    """The commit of the clone, which rows name."""
+    words = ["git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
 def run_study(main: Callable[[], None]) -> None:

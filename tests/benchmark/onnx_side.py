@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
-def step_of(file: str, tokenizer: str, texts: str, batch: int, threshold: float | None = None) -> Callable[[], list]:
+def step_of(texts: str, batch: int, file: str, tokenizer: str, threshold: float | None) -> Callable[[], list]:
     """What answers all texts in batches, by class and layer (None where the file has one exit)."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     fields = {value.name: FIELDS[value.name] for value in session.get_inputs() if value.name in FIELDS}
@@ -23,8 +23,8 @@ def step_of(file: str, tokenizer: str, texts: str, batch: int, threshold: float 
         for start in range(0, len(rows), batch):
             encoded = encode(rows[start : start + batch])
             inputs = {name: np.array([getattr(text, field) for text in encoded]) for name, field in fields.items()}
-            scores, *told = session.run(None, inputs | setting)
-            layers = told[1].tolist() if told else [None] * len(scores)
+            scores, *more = session.run(None, inputs | setting)
+            layers = more[1].tolist() if more else [None] * len(scores)
             answers += zip(scores.argmax(-1).tolist(), layers, strict=True)
         return answers
 

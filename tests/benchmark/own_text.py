@@ -3,9 +3,8 @@
     apt-cache dumpavail > packages.txt
     python -m tests.benchmark.own_text packages.txt TRAIN.csv TEST.csv LIST.csv
 
-TRAIN and TEST have twelve sections. Of the packages made from one source the first is taken, so that no two rows tell
-of the same program. 5,000 rows to train on are drawn, and of the others at most 2,500 are to test on. LIST has all
-distinct lines of the 20 largest sections, but for a quarter, by their hash, on which the recipe was chosen.
+TRAIN and TEST have twelve sections, and one package of each source, so that no two rows tell of the same program. LIST
+has all distinct lines of the 20 largest sections, but for a quarter, by their hash, on which the recipe was chosen.
 """
 
 import csv
