@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisweet.adaptive import Exits
 from minisweet.base.files import read_json, write_json
 from minisweet.classifier import choose, deployed
 from minisweet.classifier.deployed import ANSWERING, OwnRun, choose_for, fitted_of, load_run, save
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.split import units_of
+from minisweet.classifier.summary import summary
 from minisweet.texts import Examples, Texts
 from tests.conftest import WORDS, random_bag, random_batch
 from tests.test_rows import refused
@@ -70,12 +72,15 @@ def test_only_what_is_needed_is_read(own_run, command, monkeypatch, tmp_path):
         ("run.json", "id", "0", "model.safetensors: is of another run than run.json beside it"),
         ("operating.json", None, None, "has no operating.json; first: minisweet choose "),
         ("bag_of_words.safetensors", None, None, "bag_of_words.safetensors: not readable (No such file"),
+        ("labels.jsonl", "", "", "labels.jsonl: not readable (KeyError('key')"),
         ("logits.safetensors", None, None, "logits.safetensors: not readable (No such file"),
     ],
 )
 def test_what_does_not_fit_is_named(own_run, tmp_path, name, key, value, message):
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
-    if key:
+    if key == "":
+        (run / name).write_text("{}\n")
+    elif key:
         write_json(run / name, read_json(run / name) | {key: value})
     else:
         (run / name).unlink()
@@ -95,6 +100,26 @@ def test_a_bag_of_words_of_another_run_is_refused(own_run, run_of, tmp_path):
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
     shutil.copy(run_of("bag") / "bag_of_words.safetensors", run)
     assert "bag_of_words.safetensors: is of another run than run.json beside it" in refused(load_run, run, "bag")
+
+
+def test_to_ask_moves_no_weights_that_others_share(own_run, monkeypatch):
+    """To another device: other threads go on answering with them."""
+    run = load_run(own_run, "model", "bag", "texts")
+    monkeypatch.setattr(deployed, "choose_device", lambda name: torch.device("meta"))
+    with pytest.raises(NotImplementedError):  # there are no numbers on this device
+        choose_for(run, Goal(), "meta", "off")
+    assert {part.device.type for part in (*run.model.parameters(), *run.bag.buffers())} == {"cpu"}
+
+
+def test_the_summary_tells_who_judges_and_how_many_texts_are_sent(own_run):
+    """Where the model's last exit is halfway, half of the layers run for a text that is sent."""
+    run = load_run(own_run, "outputs")
+    outputs = run.outputs._replace(units=run.outputs.keys, exits=Exits([0, 2], [0.0, 0.0], 4, False))
+    run = choose_for(run._replace(outputs=outputs), Goal(), "cpu", "off")
+    lines = summary(run).splitlines()
+    assert f"of 100 texts {200 * run.point.share:.0f} are sent to the model" in lines
+    reasons = "a quarter of them chooses, one text of each group judges"
+    assert f"{run.point.judging_texts} of 160 validation rows judge: {reasons}" in lines
 
 
 def test_learning_to_exit_is_refused(run_of, command):

@@ -271,8 +271,9 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     lines = classify.summary().splitlines()
     assert [line[:12].strip() for line in lines[1:4]] == ["a bag of wor", "deployed", "full depth"]
     assert lines[-1] == classify.promise
-    alone, full = (float(lines[n][42:54]) for n in (1, 3))
-    assert ("the bag of words alone is as good: nothing need be sent to the model" in lines) == (alone >= full)
+    all_leave = float(lines[2][54:]) == 0
+    assert ("all texts leave at exit 0: nothing need be sent to the model" in lines) == all_leave
+    assert lines[-2].startswith(f"{classify.operating_point.judging_texts} of 20 validation rows judge: a quarter")
     found, others = classify.test(*opinions_of(slice(300, 400))), opinions_of(slice(300, 400))
     assert found["score"] == pytest.approx(100 * classify.score(*others), abs=3)  # texts that it has seen do not count
     assert found.keys() < vars(classify.operating_point).keys()

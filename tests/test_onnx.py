@@ -167,7 +167,7 @@ def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, n
     assert promised == point.promise != ""
     told = session_of(file).get_modelmeta().custom_metadata_map
     expected = {"labels": record.labels, "exit_layers": point.exits, "max_length": 32, "goal": point.goal.as_json()}
-    expected |= {"threshold": point.threshold, "pairs": name == "pairs"}
+    expected |= {"threshold": point.threshold, "pairs": name == "pairs", "texts_at_once": None}
     assert {key: json.loads(value) for key, value in told.items() if key != "tokenizer"} == expected
 
     guide = (CHECKOUT / "minisweet/classifier/README.md").read_text(encoding="utf-8")
@@ -209,6 +209,7 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
     assert (weights[1] != 0) == ("points beside the model's" in out) == labelled
     assert json.loads(told["threshold"]) == pytest.approx(point.threshold, abs=1e-4) != 1
     assert point.promise in out
+    assert told["texts_at_once"] == "1"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken
+from minisweet.base.files import InputError
 from minisweet.classifier.operating_point import classification_report, stated, wilson
 from minisweet.classifier.promise import Goal, filled, fixed_sequence, how_sure, labelled, last_passed
 from minisweet.classifier.selection import choose, choosers_and_judges, share_right
@@ -255,18 +256,25 @@ def test_intervals_are_as_wide_as_theory_says(n, p):
     assert high - low == pytest.approx(2 * 1.96 * 0.4**0.5 * 0.6**0.5 / 4000**0.5, rel=0.05)  # 6 of 10 leave
 
 
+def test_a_goal_is_of_one_kind():
+    with pytest.raises(InputError, match="^max_share: 0.5, and max_lost is given too; should be one of both"):
+        Goal(max_lost=2.0, max_share=0.5)
+    assert Goal(max_lost=2.0).changed(None, None, 0.5) == Goal(max_share=0.5)
+
+
 def test_words():
     point = replace(choose(draw(0, 1000), GOAL), threshold=0.8, share=1.0, full_depth=73.7, score=75.2)
     point = replace(point, judging_texts=744, labelled_judges=100, lost=1400 / 744)
     seen = "On 744 of your texts that the model had not seen, early exit lost at most 14 answers that the full model "
     seen += "had right."
     promised = " In the long run at most 3 in 100 new texts like these are lost, 90% sure."
-    scores = " Of labelled ones the full model had 73.7 of 100 right, early exit 75.2."
+    scores = " Of 100 labelled ones the full model had 73.7 of 100 right, early exit 75.2."
     assert point.promise == seen + promised + scores
     assert replace(point, goal=SHARE).promise == seen + scores
     for less in ({"labelled_judges": 0}, {"score_interval": None}):
         assert replace(point, **less).promise == seen + promised
     assert "lost at most 1 answer that the" in replace(point, lost=100 / 744).promise
+    assert "early exit lost 14 answers that the" in replace(point, labelled_judges=744).promise  # all have a label
     assert not replace(point, threshold=1.0).promise + point.shortfall()
     few = replace(point, threshold=1.0, judging_texts=60, labelled_judges=60)
     words = "nothing faster than full depth can be promised: 60 texts judged. Some "

@@ -113,9 +113,14 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     assert len(asked) < len(texts)
     assert with_labels({text: wrong[text] for text in asked}).threshold == with_labels(wrong).threshold
     half = with_labels({text: wrong[text] for text in asked[1::2]})  # as is expected of them
-    found = re.match(rf"Some {len(asked)} labels may bring the layers run from (\d+) to about (\d+) of 100\n", out)
+    told = rf"Some {len(asked)} labels may bring the layers run from (\d+) to about (\d+) of 100; no other label"
+    found = re.match(f"{told} that is missing stands in the way\n", out)
     assert [*map(int, found.groups())] == pytest.approx([100 * point.share, 100 * half.share], abs=0.51)
     assert out.endswith("; fill in 'team', then: minisweet choose run --labels ask.csv\n")
+
+    ask.write_text("filled in")  # which is not replaced
+    status, _, err = command(label, "run", "--out", ask)
+    assert (status, "--out: ask.csv is there already" in err, ask.read_text()) == (2, True, "filled in")
 
     # Python's are the same, and are kept. The folder that they came from stays as it is.
     classify = EarlyExitClassifier.load("run", amp="off")
@@ -139,6 +144,13 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
         f"texts that this run does not ask about, or that were edited, left out: {(asked[2][0], 'edited')}, {other}\n"
     )
     assert (status, err) == (0, f"{told}labels that the run does not know, left out: maybe\n")
+    emptied, twice = next(iter(given)), [(*asked[0], "yes"), (*asked[0], "no")]
+    write_rows(ask, [(*emptied, "")], "subject", "body", "team")
+    _, _, err = command(choose, "run", "--labels", ask, "--amp", "off")
+    assert f"cells that are empty now, whose labels of before stay: {emptied}\n" in err
+    write_rows(ask, twice, "subject", "body", "team")
+    status, _, err = command(choose, "run", "--labels", ask, "--amp", "off")
+    assert (status, err) == (2, f"minisweet choose: error: --labels: {asked[0]} has two labels, should have one\n")
     assert command(choose, "run", "--amp", "off")[0] == 0  # they are kept
     now = load_run(Path("run"), "point").point
     assert (now, now.share < point.share) == (with_labels(given), True)

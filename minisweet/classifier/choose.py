@@ -60,7 +60,13 @@ def given_labels(run: OwnRun, rows: Examples) -> dict[int, int]:
     """The classes, by key, that rows give to validation texts without a label. Logs the rows that are left out."""
     classes, texts = {name: number for number, name in enumerate(run.record.labels)}, run.texts
     keys, open_keys = Texts(run.tokenizer, rows).keys.tolist(), {*texts.keys[texts.labels < 0].tolist()}
-    named = [row for row in zip(keys, rows.names, rows.texts(), strict=True) if row[1] is not None]
+    all_rows = list(zip(keys, rows.names, rows.texts(), strict=True))
+    named = [row for row in all_rows if row[1] is not None]
+    if emptied := [text for key, name, text in all_rows if name is None and key in run.given]:
+        LOG.warning("cells that are empty now, whose labels of before stay: %s", preview(emptied))
+    names = {key: name for key, name, _ in named}
+    if twice := [text for key, name, text in named if names[key] != name]:
+        raise InputError(f"{twice[0]!r:.120} has two labels, should have one", "labels")
     if strange := [text for key, _, text in named if key not in open_keys]:
         LOG.warning("texts that this run does not ask about, or that were edited, left out: %s", preview(strange))
     if unknown := sorted({name for _, name, _ in named if name not in classes}):

@@ -6,6 +6,7 @@ run of train.py, which has no bag of words, is read as well.
 Dimension letters: B texts that are answered at once, R of them that stay, K exits, N texts, C classes.
 """
 
+import copy
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -214,9 +215,10 @@ def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | No
     precision = choose_precision(amp, place)
     if outputs is None or outputs.precision != str(precision or torch.float32):
         asked = run if run.model else load_run(folder, "model", "bag", "texts")
-        bag = asked.bag and asked.bag.to(place)
-        outputs = ask_exits(asked.model.to(place), bag, asked.texts, precision, record.metric)
-        asked.model.cpu()
+        model, bag = asked.model, asked.bag
+        if next(model.parameters()).device != place:
+            model, bag = copy.deepcopy((model, bag))  # other threads may answer with these weights
+        outputs = ask_exits(model.to(place), bag and bag.to(place), asked.texts, precision, record.metric)
         check_finite(outputs, folder or "the run")
     point = choose(outputs, goal, record.trained_keys, given=run.given, combines=fitted_of(record).combines)
     return run._replace(outputs=outputs, point=replace(point, id=record.id))
@@ -267,10 +269,12 @@ def read_point(folder: Path, record: Record) -> OperatingPoint:
 
 def read_given(folder: Path, record: Record) -> dict[int, int]:
     """Read the labels that were given on request: classes by key."""
-    if not (folder / LABELS).exists():
-        return {}
-    lines = (folder / LABELS).read_text(encoding="utf-8").split("\n")[:-1]  # texts may hold other ends of lines
-    return {row["key"]: record.labels.index(row["label"]) for row in map(json.loads, lines)}
+    path = folder / LABELS
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # texts hold other line ends
+        return {row["key"]: record.labels.index(row["label"]) for row in map(json.loads, lines)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not readable ({error!r:.200})") from None
 
 
 def write_chosen(folder: Path, run: OwnRun) -> None:

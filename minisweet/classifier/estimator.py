@@ -187,7 +187,7 @@ class EarlyExitClassifier:
         """Texts whose labels let more texts leave early, the most useful first; see `minisweet label`."""
         run = self.deployed.run
         rows, message = rows_to_label(run, whole_number(1).check("most", most))
-        LOG.log(logging.INFO if rows else logging.WARNING, "%s", message)
+        LOG.log(logging.WARNING if len(rows) < most else logging.INFO, "%s", message)
         return run.texts.examples.take(rows).texts()
 
     @property

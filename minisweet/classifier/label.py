@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from minisweet.base.commands import Parser, whole_number
+from minisweet.base.files import InputError
 from minisweet.classifier.deployed import OwnRun, fitted_of, load_run
 from minisweet.classifier.promise import filled, last_passed, lost_rows
 from minisweet.classifier.rows import row_writer
@@ -29,9 +30,11 @@ def main() -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
-    option("--out", type=Path, required=True, metavar="FILE", help="to be filled in; replaced if it exists")
+    option("--out", type=Path, required=True, metavar="FILE", help="to be filled in; must not exist")
     option("--most", type=whole_number(1), default=50, help="texts (default: 50)")
     args = parser.parse_args()
+    if args.out.exists():
+        raise InputError(f"{args.out} is there already, and may be filled in; name another file", "out")
     run = load_run(args.run, "point", "outputs", "given")
     rows, message = rows_to_label(run, args.most)
     print(message)
@@ -81,4 +84,5 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     labels = f"{len(asked)} label" + "s" * (len(asked) > 1)
     row_of = {key: row for row, key in reversed([*enumerate(outputs.keys.tolist())])}  # the first row of each text
     message = f"Some {labels} may bring the layers run from {before:.0f} to about {after:.0f} of 100"
+    message += "; no other label that is missing stands in the way" * (len(asked) < most)
     return [row_of[key] for key in keys[asked].tolist()], message

@@ -81,6 +81,7 @@ def make_file(deployed: Deployed, int8: bool) -> tuple[ModelProto, Deployed, lis
         "exit_layers": point.exits,
         "max_length": record.arguments.max_length,
         "pairs": len(record.text_columns) == 2,
+        "texts_at_once": 1 if int8 else None,  # None for any number
         "threshold": deployed.threshold,
         "goal": point.goal.as_json(),
     }

@@ -76,17 +76,19 @@ class OperatingPoint:
         """What the judges saw and what is promised, in words; "" if all texts run to the last exit."""
         if self.threshold == 1:
             return ""
-        count = round(self.lost * self.judging_texts / 100)
-        words = (
-            f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost at most {count:,} "
-        )
-        words += f"answer{'s' * (count != 1)} that the full model had right."
-        if self.goal.max_share is None:
-            words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost, "
-            words += f"{self.goal.sure:g}% sure."
+        goal, count = self.goal, round(self.lost * self.judging_texts / 100)
+        at_most = "at most " * (self.judging_texts > self.labelled_judges)  # a missing label only adds to the count
+        answers = f"{at_most}{count:,} answer{'s' * (count != 1)}"
+        words = f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost {answers} that "
+        words += "the full model had right."
+        if goal.max_share is None:
+            words += f" In the long run at most {goal.max_lost:g} in 100 new texts like these are lost, {goal.sure:g}%"
+            words += " sure."
         if self.labelled_judges and self.score_interval:  # of accuracy alone
-            words += f" Of labelled ones the full model had {self.full_depth:.1f} of 100 right, "
-            words += f"early exit {self.score:.1f}."
+            words += (
+                f" Of {self.labelled_judges:,} labelled ones the full model had {self.full_depth:.1f} of 100 right,"
+            )
+            words += f" early exit {self.score:.1f}."
         return words
 
     def shortfall(self, set_aside: float = 1.0) -> str:

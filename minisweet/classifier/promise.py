@@ -47,14 +47,20 @@ class Goal(Options):
     sure: float = option(90.0, number(50, 99.9), "how sure of that, in percent (default: 90)")
     max_share: float | None = option(None, number(0, 1), "in its place: at most this share of the layers, from 0 to 1")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_share is not None and self.max_lost != 3:
+            raise InputError(f"{self.max_share:g}, and max_lost is given too; should be one of both", "max_share")
+
     def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
         """The goal with some parts replaced; None keeps a part. Raises InputError if both kinds of goal are given."""
         if max_lost is not None and max_share is not None:
             raise InputError(f"{max_share!r:.60}, and max_lost is given too; should be one of both", "max_share")
-        if max_share is None and max_lost is sure is None:
+        if max_lost is sure is max_share is None:
             return self
-        of_lost = self.max_lost if max_lost is None else max_lost
-        return Goal(max_lost=of_lost, sure=self.sure if sure is None else sure, max_share=max_share)
+        if max_share is not None:
+            return Goal(max_share=max_share)
+        return Goal(max_lost=self.max_lost if max_lost is None else max_lost, sure=self.sure if sure is None else sure)
 
     def as_json(self) -> dict[str, float]:
         """The goal as in operating.json: {"max_lost": P, "sure": S}, or {"max_share": s}."""

@@ -188,7 +188,8 @@ def joined(*parts: Examples) -> Examples:
         return sum((getattr(part, field) or [None] * len(part.first) for part in parts), [])
 
     second = None if parts[0].second is None else values("second")
-    groups = values("groups") if any(part.groups for part in parts) else None
+    groups = values("groups")
+    groups = groups if any(groups) else None
     empty = sum(part.empty for part in parts)
     return Examples(values("first"), second, None, names=values("names"), groups=groups, empty=empty)
 

@@ -6,7 +6,7 @@ from shlex import quote
 
 from minisweet.classifier.deployed import OwnRun, fitted_of
 from minisweet.classifier.operating_point import stated
-from minisweet.classifier.promise import METRIC_NAMES, filled, scored
+from minisweet.classifier.promise import METRIC_NAMES, by_text, filled, scored
 from minisweet.classifier.selection import choosers_and_judges, prepare
 from minisweet.metrics import score
 
@@ -19,21 +19,18 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     record, outputs, point, fitted = run.record, run.outputs, run.point, fitted_of(run.record)
     _, judging, known = choosers_and_judges(outputs, record.trained_keys)
     rows = scored(outputs.take(judging) if len(judging) else outputs)
+    trial = prepare(outputs, point.goal, record.trained_keys, point.exits, fitted.combines)
     if threshold is not None:
-        trial = prepare(outputs, point.goal, record.trained_keys, point.exits, fitted.combines)
         measured = stated(trial.places, threshold, filled(trial.judges, run.given), scored(trial.judges))
         point = replace(point, threshold=threshold, **measured)
     layers = outputs.exits.layers
     costs = outputs.exits.keep_exits([layers.index(n) for n in point.exits]).costs(point.threshold)
-    table, is_as_good = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])], False
+    table = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     if layers[0] == 0:
         of_bag = float(score(rows.logits[0].argmax(-1).numpy(), rows.labels.numpy(), rows.metric))
         table.insert(0, ("a bag of words alone (exit 0)", of_bag, 0.0))
-        is_as_good = of_bag >= point.full_depth and rows.metric != "agreement"
     lines = [f"{'on new texts':<42}{METRIC_NAMES[rows.metric]:>12}   share of the layers"]
     lines += [f"{name:<42}{value:12.1f}   {share:12.2f}" for name, value, share in table]
-    if is_as_good:
-        lines.append("the bag of words alone is as good: nothing need be sent to the model")
     gain, difference = point.score - point.full_depth, "as full depth"
     if gain:
         difference = f"{gain:+.1f} points" if gain > 0 else f"{-gain:.1f} points less than full depth"
@@ -42,9 +39,23 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     if point.threshold == 1:
         lines.append("no text leaves early: all run to the last exit")
     elif point.share == costs[0]:
-        lines.append(f"all texts leave at {'exit 0' if point.exits[0] == 0 else 'the first exit'}")
-    if known:
-        lines.append(f"{known:,} of the validation rows were trained on, and do not count")
+        is_promised = point.exits[0] == 0 and point.goal.max_share is None
+        at_first = "exit 0" if point.exits[0] == 0 else "the first exit"
+        lines.append(f"all texts leave at {at_first}" + ": nothing need be sent to the model" * is_promised)
+    elif point.exits[0] == 0:
+        (taken,), _, _ = trial.judges.decide_at(trial.places, [point.threshold])
+        sent = by_text(trial.judges, taken > 0).mean()
+        if abs(sent - point.share) > 0.005:
+            lines.append(f"of 100 texts {100 * sent:.0f} are sent to the model")
+    reasons = {
+        "a quarter of them chooses": trial.has_judges,
+        "one text of each group judges": outputs.units is not None,
+        "none without a label judges": bool((outputs.labels < 0).any())
+        and point.labelled_judges == point.judging_texts,
+        f"{known:,} were trained on": known,
+    }
+    why = ", ".join(reason for reason, holds in reasons.items() if holds)
+    lines.append(f"{point.judging_texts:,} of {len(outputs.labels):,} validation rows judge: {why}")
     return "\n".join([*lines, promise or point.in_words(len(fitted.exit_layers), fitted.set_aside)])
 
 
