@@ -18,10 +18,10 @@ from minisweet.tasks import TASKS
 from tests.conftest import CHECKOUT, opinions, run, write_table
 
 README, USE, PAPER = "README.md", "minisweet/classifier/README.md", "minisweet/paper/README.md"
-PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md", ".github/**/*.md")
+PLACES = ("*.md", "weights/*.md", "minisweet/**/*.md")
 PAGES = [path.relative_to(CHECKOUT).as_posix() for place in PLACES for path in CHECKOUT.glob(place)]
 OTHERS = "pip srun sbatch curl git apt-cache uvicorn tar mkdir".split()  # programs that are not ours
-STUDIES = [f"tests.benchmark.{name}" for name in "by_rows one_list promises speed zero_tables".split()]
+STUDIES = [f"tests.benchmark.{name}" for name in "by_rows promises speed tables".split()]
 
 
 def text_of(guide: str) -> str:

@@ -47,7 +47,8 @@ def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
     record = read_record(folder)
     options, size = record.arguments, record.arguments.batch_size
     if options.method != "ee" or len(record.exit_layers) < 2 or record.task not in TASKS or record.fit:
-        found = f"a run of {options.method} on {record.task}, exits after layers {record.exit_layers}"
+        layers = ",".join(map(str, record.exit_layers))
+        found = f"a run of {options.method} on {record.task}, exits after layers {layers}"
         raise InputError(f"{folder}: {found}; should be of ee on a task, with two exits or more")
     fetch_task(record.task, data_dir)
     rows, device = load_examples(record.task, "train", data_dir), choose_device("auto")

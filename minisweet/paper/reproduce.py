@@ -20,7 +20,7 @@ from pathlib import Path
 from minisweet.base.commands import Parser, list_of, one_of, positive_number, whole_number
 from minisweet.base.files import LOG, InputError, read_json, written_beside
 from minisweet.checkpoint import read_config
-from minisweet.defaults import search_rates
+from minisweet.defaults import resolve, search_rates
 from minisweet.hub import home, model_folder
 from minisweet.methods import METHODS
 from minisweet.options import TrainingOptions
@@ -139,7 +139,9 @@ def main() -> None:
     if not (CLONE / "train.py").exists():
         raise InputError(f"{CLONE}: no clone of the repository, whose train.py and evaluate.py make the runs")
     args.runs = args.runs or args.out / "runs"
-    args.lrs = args.lrs or search_rates(read_config(model_folder(args.model)))
+    config = read_config(model_folder(args.model))
+    resolve(parser.make(TrainingOptions, args, method="sweet"), config, args.tasks[0], TASKS[args.tasks[0]])
+    args.lrs = args.lrs or search_rates(config)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
     grid, failed = Grid(args), []
