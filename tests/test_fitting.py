@@ -292,3 +292,7 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     new = [(text, label, f"new {n % 10}") for n, (text, label) in enumerate(opinions(1030)[1000:])]
     write_rows(Path("new.csv"), new, "text", "label", "thread")
     assert "\n10 rows, threshold" in command(test_command, "run", "new.csv")[1]
+    learned = next(thread for *_, thread in rows if thread not in aside[0])
+    write_rows(Path("new.csv"), [*new, ("awful film you saw", "down", learned)], "text", "label", "thread")
+    _, out, _ = command(test_command, "run", "new.csv")
+    assert "1 of these rows belong to groups that were trained on, and do not count\n\n10 rows, threshold" in out

@@ -7,10 +7,11 @@ Dimension letters: B texts that are answered at once, R of them that stay, K exi
 """
 
 import copy
+import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -58,6 +59,7 @@ class Fitted:
     dev_size: float = 0.2
     exit_layers: list[int]  # (K,), 0 first if the bag of words stands in front
     combines: bool = False  # whether the bag of words has a say at later exits
+    trained_groups: list[str] = field(default_factory=list)  # hashes of the groups that were learned from
 
 
 class OwnRun(NamedTuple):
@@ -101,6 +103,11 @@ class Deployed(NamedTuple):
 def fitted_of(record: Record) -> Fitted:
     """What `fit` added to a record, or its defaults for a run of train.py."""
     return Fitted(**record.fit or {"exit_layers": record.exit_layers})
+
+
+def group_hash(group: str) -> str:
+    """What a run keeps of a group's name."""
+    return hashlib.sha256(group.encode()).hexdigest()[:16]
 
 
 def sides_of(record: Record) -> int:

@@ -36,7 +36,7 @@ from minisweet.base.devices import AMP_CHOICES, choose_device, choose_precision,
 from minisweet.base.files import LOG, InputError
 from minisweet.checkpoint import REPOSITORIES, WEIGHTS, read_config
 from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
-from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, save
+from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, group_hash, save
 from minisweet.classifier.promise import Goal, goal_of
 from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_columns
 from minisweet.classifier.split import class_numbers, classes_of, split_rows
@@ -139,6 +139,7 @@ def fit_texts(
     arguments |= {"model": options.trunk or options.model, "exit_layers": exit_layers}
     known_keys = trunk.trained_keys if trunk else ()
     digests = "".join(part.examples.digest() for part in (split.validation, labelled, answered) if len(part))
+    learned_groups = (labelled.examples.groups or []) + (answered.examples.groups or [])
     record = Record(
         arguments=TrainingOptions(**arguments),
         task=name,
@@ -165,6 +166,7 @@ def fit_texts(
                 dev_size=options.dev_size,
                 exit_layers=options.exit_layers,
                 combines=has_bag and not trunk,
+                trained_groups=sorted({group_hash(group) for group in learned_groups if group is not None}),
             )
         ),
     )

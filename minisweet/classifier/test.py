@@ -15,7 +15,16 @@ import numpy as np
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
-from minisweet.classifier.deployed import Deployed, add_options, ask_exits, classify, deployed_of, fitted_of, tokenize
+from minisweet.classifier.deployed import (
+    Deployed,
+    add_options,
+    ask_exits,
+    classify,
+    deployed_of,
+    fitted_of,
+    group_hash,
+    tokenize,
+)
 from minisweet.classifier.operating_point import stated
 from minisweet.classifier.promise import METRIC_NAMES, filled, scored, texts_needed
 from minisweet.classifier.rows import all_columns, read_texts, text_columns
@@ -65,14 +74,18 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     labels = [numbers[rows.names[row]] for row in kept]
     texts = Texts(deployed.run.tokenizer, rows.take(kept)._replace(labels=labels))
     texts.units = units_of(texts)
-    is_learned, is_validating = np.isin(texts.keys, record.trained_keys), np.isin(texts.keys, validating)
+    learned, groups = {*fitted_of(record).trained_groups}, texts.examples.groups or [None] * len(texts)
+    is_learned = np.array([group_hash(group) in learned if group else False for group in groups])
+    is_new = np.ones(len(texts), dtype=bool)
     for is_known, role in (
-        (is_learned, "were trained on"),
-        (is_validating, "are validation rows, which set the threshold"),
+        (np.isin(texts.keys, record.trained_keys), "were trained on"),
+        (np.isin(texts.keys, validating), "are validation rows, which set the threshold"),
+        (is_learned, "belong to groups that were trained on"),
     ):
-        if is_known.any():
-            report(f"{is_known.sum():,} of these rows {role}, and do not count")
-    texts = texts.take(np.flatnonzero(~is_learned & ~is_validating))
+        if count := int((is_known & is_new).sum()):
+            report(f"{count:,} of these rows {role}, and do not count")
+        is_new &= ~is_known
+    texts = texts.take(np.flatnonzero(is_new))
     texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # one text of each group
     if not len(texts):
         raise InputError(f"{source}: no row is left to test on; name other rows")
