@@ -135,7 +135,7 @@ class Texts:
         examples: the strings and labels.
         ids: a list of N arrays of token ids, each with [CLS] and [SEP].
         lengths: (N,), how many tokens each has.
-        is_cut: (N,), whether a text had more tokens than the tokenizer's limit.
+        is_cut: (N,), whether a text had more tokens than the tokenizer's limit, or more than 32 characters per token.
         keys: (N,), 64-bit hashes of the ids. Two texts have equal keys if they only differ in what the tokenizer drops,
             such as upper case, or the end of a long text. Their order is as good as random.
         targets: what is learned: labels (N,), probabilities (N, C), or None.
@@ -149,11 +149,13 @@ class Texts:
         most = CHARACTERS * tokenizer.truncation["max_length"]
         sides = [side for side in (examples.first, examples.second) if side is not None]
         for start in range(0, len(examples.first), CHUNK):
-            chunk = [[text[:most] for text in side[start : start + CHUNK]] for side in sides]
-            for encoding in tokenizer.encode_batch_fast(list(zip(*chunk, strict=True)) if len(chunk) > 1 else chunk[0]):
+            rows = list(zip(*(side[start : start + CHUNK] for side in sides), strict=True))
+            read = [tuple(text[:most] for text in row) for row in rows]
+            encodings = tokenizer.encode_batch_fast(read if len(sides) > 1 else [text for (text,) in read])
+            for row, encoding in zip(rows, encodings, strict=True):
                 self.ids.append(np.array(encoding.ids))  # [CLS] A [SEP] B [SEP]
                 first_lengths.append(encoding.type_ids.count(0))
-                is_cut.append(len(encoding.overflowing) > 0)
+                is_cut.append(len(encoding.overflowing) > 0 or max(map(len, row)) > most)
                 digests.append(hashlib.sha256(self.ids[-1].astype("<i8")).digest()[:8])
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=int)
         self.first_lengths = np.array(first_lengths, dtype=int)

@@ -192,12 +192,12 @@ class EarlyExitClassifier:
 
     @property
     def promise(self) -> str:
-        """What is promised of new text, in words; or why nothing is."""
+        """The promise about new text, in words, or why there is none."""
         deployed, point, fitted = self.deployed, self.operating_point, fitted_of(self.record)
         if point.precision != str(deployed.precision or torch.float32):
             return f"what was promised is of {point.precision}: choose again in this precision"
         if deployed.threshold != in_float32(point.threshold):
-            return f"threshold {deployed.threshold:g} is not the one that was chosen, and nothing is promised of it"
+            return f"threshold {deployed.threshold:g} is not the one that was chosen, so nothing is promised"
         return point.in_words(len(fitted.exit_layers), fitted.set_aside)
 
     def summary(self) -> str:

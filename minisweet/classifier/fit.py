@@ -55,7 +55,7 @@ from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import train_stage
 
 # A stage takes at least so many steps and epochs. Labelled single texts of three classes or more gain by eight epochs.
-# Two classes gain nothing, pairs lose, and texts with a model's answers are many (.github/results/tried.md).
+# Two classes gain nothing, pairs lose, and texts with a model's answers are many (tried.md).
 STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
 # If more texts are unlabelled than labelled, the trunk also learns answers to them: to at most so many, for so long.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
@@ -79,7 +79,7 @@ class FitOptions(Options):
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: where it pays")
+    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: where it is faster")
 
 
 def fit_texts(
@@ -257,7 +257,7 @@ def resolve(options: FitOptions, config: Config, trunk: Trunk | None) -> FitOpti
     return replace(
         options,
         exit_layers=layers,
-        lr=options.lr or (1e-4 if config.hidden_size <= SMALL else 5e-5),  # .github/results/tried.md
+        lr=options.lr or (1e-4 if config.hidden_size <= SMALL else 5e-5),  # minisweet/tried.md
         batch_size=options.batch_size or default_batch_size(config),
         max_length=options.max_length or length or MAX_LENGTH,
     )

@@ -12,7 +12,7 @@ from minisweet.metrics import score
 
 
 def summary(run: OwnRun, threshold: float | None = None, promise: str | None = None) -> str:
-    """The scores of the bag of words, early exit and full depth, and what is promised of new text: a line each.
+    """The scores of the bag of words, early exit and full depth, and the promise about new text: a line each.
 
     For another threshold than the one that was chosen, early exit is measured again, and `promise` is the last line.
     """

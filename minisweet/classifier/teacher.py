@@ -2,7 +2,7 @@
 
 A model that learns its own answers (self-training) also learns its own errors. The regression makes other errors: it
 reads the mean of the last hidden states by the public weights, and fine-tuning on few rows forgets part of what these
-know. On most data the sum of both logits is right more often than either (.github/results/tried.md). The model learns
+know. On most data the sum of both logits is right more often than either (tried.md). The model learns
 from it, as in the distillation of an ensemble (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). This takes one
 pass over the texts and some seconds for the regression, and nothing at inference.
 
