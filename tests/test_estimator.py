@@ -328,7 +328,7 @@ def test_threads_share_a_classifier_while_one_chooses(run_of):
 def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(run_of, caplog, tmp_path):
     """Another threshold, and another precision than that in which it was judged."""
     classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.5, amp="off")
-    assert classify.promise == "threshold 0.5 is not the one that was chosen, and nothing is promised of it"
+    assert classify.promise == "threshold 0.5 is not the one that was chosen, so nothing is promised"
     lines = classify.summary().splitlines()
     assert lines[-1] == classify.promise
     assert any(line.startswith("deployed") and line.endswith("0.25") for line in lines)  # all leave at the first exit

@@ -48,10 +48,3 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path):
         for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):
             expected = [values[0, 0, 1], values[0, 0, 2], values[0, 1, 2], values[1, 1, 2]]
             np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
-
-
-def test_runs_that_do_not_fit_are_refused(command, tmp_path):
-    model = write_model(tmp_path / "tiny", "bert")
-    assert command(train, *quick(model, "--method", "sweet", "--out", "sweet"))[0] == 0
-    status, _, err = command(gradients, "sweet")
-    assert (status, "should be of ee on a task" in err) == (2, True)

@@ -2,11 +2,9 @@
 
 import csv
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-from minisweet.base.commands import run_command
-from minisweet.base.files import InputError, written_beside
+from minisweet.base.files import written_beside
 
 CHECKOUT = Path(__file__).parents[2]
 PAPER, CLASSIFIER = CHECKOUT / "minisweet" / "paper", CHECKOUT / "minisweet" / "classifier"
@@ -30,15 +28,3 @@ def commit() -> str:
     """The commit of the clone, which rows name."""
     words = ["git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
-
-
-def run_study(main: Callable[[], None]) -> None:
-    """Call `main` as a command. A library that is not installed is named in one line."""
-
-    def checked() -> None:
-        try:
-            main()
-        except ModuleNotFoundError as error:
-            raise InputError(f"{error.name} is missing: pip install '.[onnx]' scikit-learn transformers") from None
-
-    run_command(checked)

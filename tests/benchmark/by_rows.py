@@ -1,11 +1,11 @@
 """What to use, by how many labelled rows there are: how right it is on other rows, of three draws of the rows.
 
     python -m tests.benchmark.by_rows --tasks list,own,sst2,qqp,cola [--rows 300,1200,6000] [--unlabelled 0,5000]
-        [--list LIST.csv] [--own TRAIN.csv TEST.csv] [--data-dir DIR] [--out FILE.csv] [--runs FOLDER]
+        [--list LIST.csv] [--own TRAIN.csv TEST.csv]
 
 Ours is what `EarlyExitClassifier().fit` makes of the rows. With --unlabelled so many further rows of the draw go
-without their labels; then these are given, ten at a time, as `to_label` asks for them. Each draw adds rows to FILE.csv
-(default: that of the page), and is not made again where it has them. FOLDER keeps the run of draw 0.
+without their labels; then these are given, ten at a time, as `to_label` asks for them. Each draw adds rows to the
+page's results.csv, and is not made again where it has them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.commands import Parser, list_of, one_of, whole_number
+from minisweet.base.commands import Parser, list_of, one_of, run_command, whole_number
 from minisweet.base.files import InputError
 from minisweet.classifier.deployed import ask_exits, tokenize
 from minisweet.classifier.operating_point import classification_report
@@ -27,7 +27,7 @@ from minisweet.hub import home
 from minisweet.outputs import Outputs
 from minisweet.tasks import load_examples
 from minisweet.texts import Examples
-from tests.benchmark import CLASSIFIER, commit, read_rows, run_study, write_rows
+from tests.benchmark import CLASSIFIER, commit, read_rows, write_rows
 from tests.benchmark.linear import RIVALS, SETFIT, TFIDF, fit_rival
 
 SMALL = "minilm-l6"
@@ -89,7 +89,7 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
 def draw(task: str, args: argparse.Namespace, seed: int) -> tuple[Examples, Examples]:
     """The rows of a draw in their order, and those to test on."""
     if task not in ("own", "list"):
-        rows, test = (load_examples(task, split, args.data_dir) for split in ("train", "dev"))
+        rows, test = (load_examples(task, split, home() / "data") for split in ("train", "dev"))
     elif not (paths := args.own if task == "own" else args.list and [args.list]):
         raise InputError(f"--tasks: {task} needs --{task}")
     else:
@@ -110,28 +110,23 @@ def main() -> None:
     option("--tasks", type=list_of(one_of("list", "own", "sst2", "qqp", "cola")), required=True)
     option("--list", type=Path)
     option("--own", type=Path, nargs=2, metavar=("TRAIN", "TEST"))
-    option("--data-dir", type=Path, default=home() / "data")
     option("--model", default=SMALL)
     option("--rows", type=list_of(whole_number(10)), default=[300, 1200, 6000])
     option("--unlabelled", type=list_of(whole_number(0)), default=[0])
     option("--seeds", type=list_of(whole_number(0)), default=[0, 1, 2])
-    option("--out", type=Path, default=CLASSIFIER / "results.csv")
-    option("--runs", type=Path)
-    args = parser.parse_args()
+    args, results = parser.parse_args(), CLASSIFIER / "results.csv"
     for task, seed in product(args.tasks, args.seeds):
         rows, test = draw(task, args, seed)
         for count, more in product((min(count, len(rows.first)) for count in args.rows), args.unlabelled):
             labelled, some = rows.take(range(count)), rows.take(range(len(rows.first))[count : count + more])
             key = {"texts": task, "labelled": count, "unlabelled": len(some.first), "draw": seed, "model": args.model}
-            there = read_rows(args.out)
+            there = read_rows(results)
             if any({name: str(value) for name, value in key.items()}.items() <= row.items() for row in there):
                 continue
             classify = EarlyExitClassifier(model=args.model, seed=seed)
             found = [key | row for row in measure(classify, labelled, some, test)]
-            write_rows(args.out, [*there, *found])
-            if args.runs and seed == 0:
-                classify.save(args.runs / f"{task}-{count}-{len(some.first)}")
+            write_rows(results, [*there, *found])
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_command(main)

@@ -13,8 +13,7 @@ from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
-from minisweet.base.commands import Parser
-from tests.benchmark import run_study
+from minisweet.base.commands import Parser, run_command
 
 TRAIN, TEST, LARGEST, HELD_APART = 5000, 2500, 20, 4  # rows, rows, sections, one in so many lines
 SECTIONS = "admin devel fonts games graphics math net science sound text web x11".split()
@@ -51,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_command(main)

@@ -18,14 +18,14 @@ import torch
 from safetensors import safe_open
 
 from minisweet.adaptive import Exits
-from minisweet.base.commands import Parser, whole_number
+from minisweet.base.commands import Parser, run_command, whole_number
 from minisweet.classifier.deployed import Fitted
 from minisweet.classifier.label import rows_to_label
 from minisweet.classifier.promise import Goal, by_text, lost_texts
 from minisweet.classifier.selection import choose
 from minisweet.classifier.split import UNLABELLED_PER_JUDGE, dealt
 from minisweet.outputs import Outputs
-from tests.benchmark import CLASSIFIER, commit, run_study, write_rows
+from tests.benchmark import CLASSIFIER, commit, write_rows
 
 GOAL = Goal()
 STATED = ("lost", "share", "score", "full_depth")
@@ -152,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_command(main)

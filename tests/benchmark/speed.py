@@ -21,11 +21,11 @@ import torch
 from tokenizers import Tokenizer
 
 from minisweet import EarlyExitClassifier
-from minisweet.base.commands import Parser, whole_number
+from minisweet.base.commands import Parser, run_command, whole_number
 from minisweet.base.devices import device_name, processor, tune_cpu
 from minisweet.base.files import read_json
 from minisweet.texts import Examples, special_tokens
-from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, run_study, write_rows
+from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, write_rows
 from tests.benchmark.linear import RIVALS, SETFIT, fit_rival
 
 HERE = "tests.benchmark.speed"
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_command(main)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minisweet.base.commands import Parser
+from minisweet.base.commands import Parser, run_command
 from minisweet.paper import report
 from minisweet.paper.report import PAIRS, SHOWN, Chosen, Fraction, Run, cells, named, rate_text, row_of, table
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
-from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows, run_study
+from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
 from tests.benchmark.linear import BOTH, RIVALS
 
 PAGES = [PAPER / "results.md", CLASSIFIER / "results.md", CHECKOUT / "README.md"]
@@ -291,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_command(main)
