@@ -76,7 +76,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     subset = np.sort(order[: options.train_size]).tolist()  # with one seed, 500 rows are among the 6,000
     texts = Texts(tokenizer, rows.take(subset))
 
-    # 3. Model: the first layers of the checkpoint with one exit at their end, to which the method adds its exits.
+    # 3. Model: every method starts from a trunk, the first layers of the checkpoint with one exit at their end.
     torch.manual_seed(options.seed)
     trunk = new_trunk(folder, options.exit_layers[-1], len(spec.labels), options.exit_strategy)
     record = Record(
@@ -105,7 +105,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
     LOG.info("lr %g, epochs %d, seed %d, %s, %s", options.lr, options.epochs, options.seed, record.device, precision)
 
-    # 4. Loop: SWEET and EE have one stage, MM one per model. The trunk of branches is trained before they are added.
+    # 4. Loop: SWEET and EE are trained in one stage, and MM in one per model. Branches are added to a trained trunk.
     method = METHODS[options.method]
     losses, seconds = {}, {}
 

@@ -1,7 +1,7 @@
 """When an instance exits, and what that costs: exit decisions and Eq. 1 of the paper (Sec. 3.3).
 
-An instance takes the first exit whose confidence reaches the threshold, or else the last exit. Logits of all exits are
-computed once and then decided at any number of thresholds. The result is exact, because an exit's logits do not depend
+An instance takes the first exit whose confidence reaches the threshold, or else the last exit. The logits of all exits
+are computed once; decisions can then be made for any threshold. They are exact, because an exit's logits do not depend
 on which other instances have exited.
 
 Dimension letters: K exits, N instances, n some of them, C classes, L layers.
@@ -63,7 +63,7 @@ class ExitRule:
 
 
 def in_float32(threshold: float) -> float:
-    """A threshold rounded as confidences are, so that 0.99999998 is 1 everywhere."""
+    """Round a threshold to float32, the type of confidences, so that 0.99999998 is 1 everywhere."""
     return float(np.float32(threshold))
 
 
@@ -71,7 +71,7 @@ def leaves(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
     """Whether an instance exits, at any exit but the last: confidence (...) to bool (...).
 
     At threshold 1 no instance exits, not even with a confidence of 1.0; at `lowest` (1/C, or 0) every instance does, as
-    in the paper. A probability can round to 1, or to just below 1/C, in float32.
+    in the paper. Both cases are explicit, because in float32 a probability can round to 1, or to just below 1/C.
     """
     threshold, lowest = in_float32(threshold), in_float32(lowest)
     if threshold <= lowest:
@@ -95,10 +95,10 @@ class Exits(NamedTuple):
     |---|---|---|
     | EE, SWEET, plain | n | 0 |
     | MM, whose models each start from the words | n | n |
-    | branch, whose own layer runs for [CLS] alone, for two of twelve products per token | n | 1/6 |
+    | branch: its layer runs for [CLS] alone, but with keys and values of all tokens (2 of 12 products) | n | 1/6 |
 
-    (In DeBERTa a branch costs a quarter of a layer; a sixth is charged there too.) Eq. 1 ignores the exits' heads, and
-    that in EE and SWEET the exit's layer runs once for [CLS] and then again for all tokens.
+    (In DeBERTa a branch costs a quarter of a layer; a sixth is charged there too.) Eq. 1 counts neither the heads nor,
+    in EE and SWEET, the extra run of the exit's layer for [CLS].
     """
 
     layers: list[int]  # (K,), counted from 1: the cost of an exit's own answer

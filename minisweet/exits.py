@@ -2,8 +2,8 @@
 
 - Early-Exit (EE): one model. The loss of each exit updates all layers below that exit.
 - SWEET: one model. The gradient stops at each exit, so a loss only updates the layers after the previous exit.
-- Multi-Model (MM): one model per exit, each trained by itself. An instance that does not exit starts from the words
-  again.
+- Multi-Model (MM): one model per exit, each trained by itself. An instance that does not exit is processed from
+  the embeddings again by the next model.
 
 The exits whose losses update each part, for exits after layers 1, 2 and 4. (MM is not in the table, because each of its
 models has its own parameters. The encoder of branches is trained first, for the last exit alone, and then frozen.)
@@ -23,7 +23,8 @@ models has its own parameters. The encoder of branches is trained first, for the
 In SWEET each parameter is updated by exactly one classifier, as the paper says. The authors' code differs: all exits
 share a pooler, and the gradients of all exits reach DeBERTa's table of relative positions. Here each exit has its own
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
-together: a large gradient in one place shrinks the others but does not turn them.
+together: a large gradient in one place shrinks the others but does not turn them. Unlike there, an exit's layer first
+runs for [CLS] alone, which is all that the exit reads; in training this run has its own dropout mask.
 
 Branches go beyond the paper and are in branches.py.
 
@@ -117,7 +118,7 @@ class ExitModel(nn.Module):
         return [self]
 
     def cost_in_vain(self, n: int) -> float:
-        """What the exit after layer n adds to the cost of later exits if it was tried and not taken, in layers."""
+        """The extra cost of later exits, in layers, if the exit after layer n runs and is not taken."""
         return 0.0
 
     def forward(
@@ -134,7 +135,7 @@ class ExitModel(nn.Module):
     def keep_exits(self, places: Sequence[int]) -> "ExitModel":
         """The same model with only some of its exits, counted from 0. All weights are shared.
 
-        Raises ValueError unless they increase and end with the last exit.
+        Raises ValueError unless `places` increase and include the last exit.
         """
         last = len(self.exit_layers) - 1
         if list(places) != sorted({*places}) or not places or places[0] < 0 or places[-1] != last:
@@ -183,8 +184,8 @@ class MultiExitModel(ExitModel):
     ) -> ExitOutputs:
         """Yield the output of each exit, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        `send(stay)` instead of `next` goes on with some rows only, see `rows_that_stay`. Except in EE, training may
-        call backward() on each loss before the next exit runs, which frees the activations up to there.
+        Call `send(stay)` with a mask (B,) instead of `next` to continue with some of the rows. In SWEET, backward() may
+        be called on each loss before the next exit runs, which frees the activations up to there.
         """
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)

@@ -1,7 +1,7 @@
 """The methods: the paper's SWEET, Early-Exit and Multi-Model, and two of ours, branches and the plain model.
 
 For each method, this file says how its model is built and which parts of it are trained, in order. Two more lines tell
-the methods apart: the one where SWEET's gradient stops (exits.py), and EE's single backward pass (training.py). The
+the methods apart: where SWEET's gradient stops (exits.py), and when backward() is called (training.py). The
 paper's learning rates are in defaults.py. To add a method, add a row to METHODS; a new kind of model is a subclass of
 those in exits.py.
 
@@ -99,10 +99,10 @@ def default_exit_layers(depth: int, method: str) -> list[int]:
 def add_exits(
     method: str, trunk: MultiExitModel, exit_layers: Sequence[int], exit_strategy: str = "confidence"
 ) -> ExitModel:
-    """Build a method's model from a trunk, which it takes over.
+    """Build a method's model from a trunk. The model reuses the trunk's modules, so do not use the trunk afterwards.
 
-    The last exit is the trunk's: before training the two give equal logits, to the bit. The heads of the other exits
-    start from the trunk's pooler. Raises ValueError unless the exits end where the trunk does.
+    The last exit is initialised from the trunk's head: before training, both give identical logits. The heads of the
+    other exits start from the trunk's pooler. Raises ValueError unless the exits end where the trunk does.
     """
     if trunk.exit_layers != tuple(exit_layers[-1:]):
         raise ValueError(f"exit_layers is {tuple(exit_layers)}, and the trunk has exits after {trunk.exit_layers}")
@@ -124,7 +124,7 @@ def new_trunk(folder: str | Path, n: int, num_labels: int, exit_strategy: str = 
 def build_multi_model(
     folder: str | Path, exit_layers: Sequence[int], num_labels: int, exit_strategy: str = "confidence"
 ) -> MultiModel:
-    """Slice one checkpoint into K independent models, of the first n layers for each n of `exit_layers`.
+    """Build K independent models from one checkpoint. The model for n in `exit_layers` has its first n layers.
 
     For the arguments and errors see `MultiExitModel` and `load_encoder`.
     """

@@ -28,4 +28,4 @@ class TrainingOptions(Options):
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int = option(256, whole_number(8), "tokens; longer texts are cut")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: where it is faster")
+    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: if faster")

@@ -48,7 +48,7 @@ class Outputs(NamedTuple):
         )
 
     def by(self, rule: ExitRule) -> "Outputs":
-        """The same outputs with the logits that a rule has calibrated."""
+        """The same outputs with logits that are calibrated by a rule."""
         return self._replace(logits=rule.all_calibrated(self.logits))
 
     def decide_at(
@@ -56,8 +56,8 @@ class Outputs(NamedTuple):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Decide all texts at some thresholds, with only some of the exits, which are counted from 0 among all K.
 
-        Returns the exits taken, their predictions and their costs, (P, N) each. `rule` calibrates the logits; None
-        means that they are calibrated.
+        Returns the exits taken, their predictions and their costs, (P, N) each. `rule` is None if the logits
+        are calibrated already.
         """
         outputs = self.by(rule) if rule else self
         rule, places = rule or ExitRule(self.logits.shape[-1]), list(places)
@@ -72,7 +72,7 @@ class Outputs(NamedTuple):
     def folds(self, count: int) -> np.ndarray:
         """The fold of each text, (N,), from 0 to `count` - 1.
 
-        Distinct texts are dealt at random, class by class. The order of the texts makes no difference.
+        Folds are stratified by class, identical texts share a fold, and the order of the texts makes no difference.
         """
         keys, text = np.unique(self.keys.numpy(), return_inverse=True)
         labels = np.full(len(keys), np.iinfo(np.int64).max)  # of each distinct text, the lowest
@@ -94,9 +94,9 @@ def ask_all(
     Args:
         model: in evaluation mode.
         texts: N texts.
-        precision: to autocast to, None for float32.
-        metric: that predictions are scored by.
-        title: of the progress bar.
+        precision: the type to autocast to; None means float32.
+        metric: the metric of predictions.
+        title: the title of the progress bar.
 
     Returns the outputs in the order of the texts, in float32 and on the CPU.
     """
@@ -139,7 +139,17 @@ def write_outputs(path: Path, outputs: Outputs, run_id: str) -> None:
 
 
 def read_outputs(path: Path, run_id: str) -> Outputs:
-    """Read the outputs in a file. Raises InputError if it is missing, broken, or of another run than `run_id`."""
+    """Read outputs from a file. Raises InputError as `read_tensors` does."""
+    tensors, facts = read_tensors(path, run_id)
+    exits = Exits(*json.loads(facts["exits"]))
+    return Outputs(**{"certainty": None} | tensors, metric=facts["metric"], exits=exits, precision=facts["precision"])
+
+
+def read_tensors(path: Path, run_id: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a file.
+
+    Raises InputError if it is missing, broken, or of another run than `run_id`.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -148,5 +158,4 @@ def read_outputs(path: Path, run_id: str) -> Outputs:
         raise InputError(f"{path}: not readable ({error})") from None
     if facts["id"] != run_id:
         raise InputError(f"{path}: is of other weights than the model beside it")
-    exits = Exits(*json.loads(facts["exits"]))
-    return Outputs(**{"certainty": None} | tensors, metric=facts["metric"], exits=exits, precision=facts["precision"])
+    return tensors, facts

@@ -40,14 +40,14 @@ class Record:
     metric: Literal["accuracy", "matthews"]
     text_columns: list[str]  # of the task's files; empty for the toy task
     exit_layers: list[int]  # (K,)
-    depth: int  # the layers of the encoder, of which the model keeps those up to the last exit
+    depth: int  # the number of layers of the original encoder
     vocab_size: int
     losses: dict = field(default_factory=dict)  # by stage: the losses of each step
     stages: dict = field(default_factory=dict)  # by stage: seconds
     seconds: float = 0.0
     diverged: int | None = None  # the step at which a loss or a weight became infinite or NaN; there are no weights
     subset: list[int]  # the rows that were trained on
-    digest: str  # of all texts and labels
+    digest: str  # the SHA-256 of the training and validation data
     weights: str  # the SHA-256 of the file that the training started from
     trained_keys: list[int]  # the keys of the texts that were trained on
     device: str
@@ -74,7 +74,8 @@ def weights_id(model: ExitModel) -> str:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise InputError if a run cannot be written to `out`: it exists, and is no run or may not be overwritten."""
+    """Raise InputError if a run cannot be written to `out`: it exists and is not a run, or is a run and
+    `overwrite` is false."""
     if is_run(out):
         if not overwrite:
             raise InputError(f"{out} holds a run already; name another folder, or pass --overwrite", "out")

@@ -1,6 +1,6 @@
 """The speed-accuracy curve: the scores and costs of all thresholds (Sec. 3.3).
 
-The curve is cross-fitted: the rows of each of five folds are decided by a rule that was fitted on the other four.
+The curve is cross-fitted: the decisions in each of five folds use temperatures that were fitted on the other four.
 
 Dimension letters: K exits, N instances, n some of them, C classes, P thresholds.
 """
@@ -50,7 +50,10 @@ def spaced_thresholds(count: int, lowest: float) -> list[float]:
 
 
 def crossfit(outputs: Outputs) -> Folds:
-    """Fit the rules of the curve, one for each fold, on the rows of the other folds. A single text decides itself."""
+    """Fit the rules of the curve, one for each fold, on the rows of the other folds.
+
+    With a single text, the rule is fitted on that text.
+    """
     fold = outputs.folds(FOLDS)
     splits = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in np.unique(fold)]
     return [(fit_rule(outputs.take(fitted if len(fitted) else decided)), decided) for fitted, decided in splits]
@@ -62,12 +65,12 @@ def sweep(
     """Score each exit alone, and all exits together at each threshold.
 
     Args:
-        folds: of `crossfit`.
-        outputs: of the same rows.
+        folds: the rules of `crossfit`.
+        outputs: the outputs for the same rows.
         thresholds: P thresholds.
         places: the exits to use in the curve, counted from 0; None for all.
 
-    Returns the fields of `Evaluation` that follow, and the exit that each row takes, (P, N).
+    Returns a dictionary of fields of `Evaluation` (exit_scores to area), and the exits taken, (P, N).
     """
     (K, N, _), labels, metric = outputs.logits.shape, outputs.labels.numpy(), outputs.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))

@@ -19,9 +19,9 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "t
 # The special tokens: start, end, padding and unknown word. MPNet separates two texts by two ends, <s> A </s></s> B
 # </s>. Its vocabulary holds BERT's special tokens too.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
-CHARACTERS = 32  # per token: how much of a text is read, several times what its tokens need
-CHUNK = 256  # texts that are tokenised at once, since the library also keeps what it cuts off
-POOL = 50  # batches: examples are sorted by length within so many, for little padding, then the batches are shuffled
+CHARACTERS = 32  # per token: the rest of a text is not read; several times what its tokens need
+CHUNK = 256  # texts per call of the tokenizer; few, because the library keeps what it truncates in memory
+POOL = 50  # batches per pool: to pad little, examples are sorted by length within a pool; then batches are shuffled
 
 
 class Examples(NamedTuple):

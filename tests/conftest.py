@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minisweet import NgramExit, load_encoder, toy
+from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
 from minisweet.checkpoint import ARCHITECTURES, public_name
 from minisweet.exits import ExitModel, MultiExitModel, exit_loss
@@ -169,22 +169,6 @@ def any_padding(draw) -> tuple[torch.Tensor, ...]:
     mask = torch.randint(0, 2, shape, generator=generator)
     mask[torch.arange(shape[0]), torch.randint(0, shape[1], (shape[0],), generator=generator)] = 1
     return input_ids, mask, torch.randint(0, 2, shape, generator=generator)
-
-
-def compare_hidden_states(folder: Path, reference, batch: tuple, atol: float) -> None:
-    """Those that we make of a folder, and those of a model of transformers, of all tokens but padding."""
-    ids, mask, types = batch
-    read = {"input_ids": ids, "attention_mask": mask}
-    if reference.config.model_type != "mpnet":  # which reads no token types
-        read["token_type_ids"] = types
-    with torch.no_grad():
-        ours = load_encoder(folder)(ids, mask, types)
-        theirs = reference.eval()(**read, output_hidden_states=True).hidden_states
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a[mask == 1], b[mask == 1], atol=atol, rtol=0)
-        note_difference(
-            f"hidden states of {reference.config.model_type}, beside transformers", a[mask == 1], b[mask == 1]
-        )
 
 
 def note_difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -46,20 +46,11 @@ def test_an_answer_with_the_bag_is_fitted_to_the_minimum(N, C, scale, weight, se
     assert values[0] <= values.min() + 1e-7 or T > 999  # which is as far as it goes
 
 
-def test_few_texts_choose_little_of_the_weight():
-    logits, bag = random_logits(2, 4000, 3) * torch.tensor([1, 1 / 3])[:, None, None]
-    labels, means = drawn_labels(logits / 2 + bag, 1), []
-    assert fit_answer(logits, bag, labels) == pytest.approx((2, 1), rel=0.1)
-    for N in (2, 10, 50, 200):
-        parts = (slice(n, n + N) for n in range(0, 20 * N, N))
-        means.append(np.mean([fit_answer(logits[rows], bag[rows], labels[rows])[1] for rows in parts]))
-    assert 0 < means[0] < 0.15 < means[1] < 0.5 < means[2] < 0.85 < means[3] < 1
-
-
 def test_the_last_exit_is_fitted_to_labels_first_and_earlier_ones_then_to_its_answers():
     logits, has_label = random_logits(3, 600, 3), torch.arange(600) < 300
     labels = drawn_labels(logits[2] / 2 + logits[0] / 2, 2).where(has_label, -1)
-    rule = fit_combined_rule(Outputs(logits, None, labels, torch.arange(600), "accuracy", None), combines=True)
+    outputs = Outputs(logits, None, labels, torch.arange(600), "accuracy", None)
+    rule = fit_combined_rule(outputs, combines=True)
     bag = logits[0] / fit_temperature(logits[0, has_label], labels[has_label])
     T, w = fit_answer(logits[2, has_label], bag[has_label], labels[has_label])
     full = logits[2] / T + w * bag
@@ -70,8 +61,9 @@ def test_the_last_exit_is_fitted_to_labels_first_and_earlier_ones_then_to_its_an
     T, w = fit_answer(logits[1], first, targets)
     torch.testing.assert_close(middle, logits[1] / T + w * first)
     rows = torch.arange(600)[::7]  # as live early exit asks it: some rows, with the bag's logits of all
-    later = rule.after_bag(first)
+    later = rule.keep_exits([1, 2])
+    later.bag_logits = first
     for k, expected in enumerate((middle, last)):
         torch.testing.assert_close(later.calibrated(k, logits[1 + k, rows], rows), expected[rows], rtol=0, atol=0)
-    rule = fit_combined_rule(Outputs(logits, None, labels * 0 - 1, torch.arange(600), "agreement", None), combines=True)
+    rule = fit_combined_rule(outputs._replace(labels=labels * 0 - 1, metric="agreement"), combines=True)
     assert (rule.temperatures[2], rule.weights[2], rule.weights[1] != 0) == (1, 0, True)  # no label, no say there

@@ -73,7 +73,7 @@ def test_only_what_is_needed_is_read(own_run, command, monkeypatch, tmp_path):
         ("operating.json", None, None, "has no operating.json; first: minisweet choose "),
         ("bag_of_words.safetensors", None, None, "bag_of_words.safetensors: not readable (No such file"),
         ("labels.jsonl", "", "", "labels.jsonl: not readable (KeyError('key')"),
-        ("logits.safetensors", None, None, "logits.safetensors: not readable (No such file"),
+        ("logits.safetensors", None, None, "logits.safetensors); make it anew: minisweet choose "),
     ],
 )
 def test_what_does_not_fit_is_named(own_run, tmp_path, name, key, value, message):
@@ -96,10 +96,23 @@ def test_a_file_of_tensors_that_was_cut_is_one_line(own_run, tmp_path, left):
         assert refused(load_run, run, part).startswith(f"{file}: not readable (")
 
 
-def test_a_bag_of_words_of_another_run_is_refused(own_run, run_of, tmp_path):
+def test_files_of_another_run_are_refused(own_run, run_of, tmp_path):
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
-    shutil.copy(run_of("bag") / "bag_of_words.safetensors", run)
-    assert "bag_of_words.safetensors: is of another run than run.json beside it" in refused(load_run, run, "bag")
+    for name, part in (("bag_of_words", "bag"), ("logits", "outputs")):
+        shutil.copy(run_of("bag") / f"{name}.safetensors", run)
+        assert f"{name}.safetensors: is of other weights than the model beside it" in refused(load_run, run, part)
+
+
+def test_choose_makes_logits_anew_that_are_broken_and_cut_texts_are_counted(own_run, tmp_path, command, caplog):
+    run = Path(shutil.copytree(own_run, tmp_path / "run"))
+    (run / "logits.safetensors").write_bytes(b"")
+    status, _, err = command(choose, run, "--amp", "off")
+    assert (status, f"{run / 'logits.safetensors'}: not readable" in err, "; make it anew" in err) == (0, True, True)
+    assert read_json(run / "operating.json") == read_json(own_run / "operating.json")
+    loaded = load_run(run, "model", "bag", "tokenizer")
+    texts = Texts(loaded.tokenizer, Examples(["bad " * 90, "a film"], None, None))
+    deployed.ask_exits(loaded.model, loaded.bag, texts, None)
+    assert [record.getMessage() for record in caplog.records][-1] == "cut to 32 tokens: 1 texts"
 
 
 def test_to_ask_moves_no_weights_that_others_share(own_run, monkeypatch):

@@ -107,9 +107,6 @@ def test_what_is_no_json_object_is_refused(tmp_path, text):
 def test_messages_are_one_line():
     assert files.one_line("a\nb\0\ud800\u2028é") == "a\\nb\\x00\\ud800\\u2028é"
     assert len(str(InputError("\n" * 1000))) == len(files.one_line("x" * 10**6)) == 400
-    error = InputError("'a', should be 1", "max_lost")
-    assert (str(error), error.as_typed()) == ("max_lost: 'a', should be 1", "--max-lost: 'a', should be 1")
-    assert (files.preview(["a", 1]), files.preview(list(range(9)), 2)) == ("a, 1", "0, 1 and 7 more")
 
 
 def test_a_folder_whose_second_rename_fails_is_as_it_was(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_unlabelled_texts_teach_exit_0_and_judge(own_run, command, copied):
     judges = [row["text"] for row in rows if row["label"] is None]
     assert (len(rows), len(judges), record["labels"]) == (160, 100, ["down", "up"])
     assert {*judges} < {text for text, _ in unlabelled}
-    learnt = {text for text, _ in labelled + unlabelled} - {row["text"] for row in rows}
+    learnt = [*{text for text, _ in labelled + unlabelled} - {row["text"] for row in rows}]
     assert set(record["trained_keys"]) == {*tokenize(EarlyExitClassifier.load(own_run).deployed, learnt).keys.tolist()}
     assert [point[f"{name}_texts"] for name in ("choosing", "judging")] == [15 + 25, 45 + 75]
     assert sum(point["per_class"]["support"]) == 45  # the score is of the labelled ones

@@ -129,17 +129,32 @@ def test_branches_and_bag_learn_the_same_labels_or_what_the_trunk_answers(fitted
     torch.testing.assert_close(of_bag, answers, atol=1e-5, rtol=1e-5)
 
 
+def test_pickled_weights_are_enough_and_the_record_counts_the_rows(fitted):
+    torch.save(weights_of("tiny"), "tiny/pytorch_model.bin")
+    Path("tiny/model.safetensors").unlink()
+    fitted("--out", "a")
+    assert read_record(Path("a")).arguments.train_size == 240
+
+
 def test_epochs_follow_from_what_a_stage_learns(command, monkeypatch):
     """Labelled texts, pairs, and teachers' answers to other texts, which are more than the labels."""
     write_model(Path("tiny"), "bert")
     for name, *columns in (("own", "text"), ("more", "text"), ("most", "text"), ("pairs", "sentence1", "sentence2")):
         conftest.write_table(Path(f"{name}.csv"), [*columns, "label"], {"label": ["a", "b", "c"]})
     monkeypatch.setattr(fit, "MOST_AGAIN", 400)
-    steps, options = [], "--model tiny --max-length 32 --batch-size 4 --overwrite --out run".split()
-    monkeypatch.setattr(training, "fine_tune", lambda model, bar, count, *_, **named: steps.append(count) or [])
+    steps, titles, options = [], [], "--model tiny --max-length 32 --batch-size 4 --overwrite --out run".split()
+
+    def record(model, batches, count: int, *_, title: str) -> list:
+        steps.append(count)
+        titles.append(title)
+        return []
+
+    monkeypatch.setattr(training, "fine_tune", record)
     for words in ("own.csv --unlabelled more.csv --unlabelled most.csv --method branch", "pairs.csv"):
+        before = sum(steps)
         status, _, err = command(fit, *words.split(), *options)
-        assert status == 0, err
+        assert (status, f" stage{'s' * ('own' in words)}, {sum(steps) - before:,} steps, lr" in err) == (0, True), err
+    assert titles == ["fine-tuning", "learning from its own answers", "branches", "fine-tuning"]
     rows, all_rows = 240, 240 + 480  # of 300, and of 600 others
     expected = [(rows, epochs_of(rows, 4, 3)), (rows + 400, EPOCHS_AGAIN)]
     expected += [(all_rows, epochs_of(all_rows, 4, 3, False)), (rows, epochs_of(rows, 4, 3, False))]
@@ -216,7 +231,7 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
     for files, counts, stages in (
         (
             [folder / "more.csv", "half.jsonl"],
-            "401 to learn from, 100 to judge; left out, labelled too or there twice: 28",
+            "401 to learn from, 100 to judge; left out: 28 labelled too or there twice\n",
             {"trunk": 240, "trunk again": 240 + 401, "branches": 240 + 401},
         ),
         (["few.csv"], "80 to learn from, 20 to judge", {"trunk": 240, "branches": 240 + 80}),
@@ -278,6 +293,8 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     threads = np.array([thread_of[text] for text in run.texts.examples.first])
     aside = {*threads[is_labelled]}, {*threads[~is_labelled]}
     assert (len(aside[0]), len(aside[1])) == (30, 20)
+    apart = sum(thread in aside[0] for _, thread in more)
+    assert f"left out: 0 labelled too or there twice, {apart} whose group is validated\n" in err
     learnt = [text for text, *_, thread in rows + more if thread not in aside[0] | aside[1]]
     assert set(run.record.trained_keys) == {*tokenize(EarlyExitClassifier.load("run").deployed, learnt).keys.tolist()}
     assert run.point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING

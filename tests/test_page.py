@@ -39,7 +39,7 @@ def test_what_spoke_is_all_where_words_are_few(run_of, name, text):
     bag = random_bag(2)
     deployed = EarlyExitClassifier.load(run_of(name)).deployed._replace(bag=bag)
     texts = tokenize(deployed, [text])
-    ((for_answer, for_other),) = word_scores(deployed, texts)
+    for_answer, for_other = word_scores(deployed, texts, 0)
     logits = bag(*texts.batch(np.array([0])).inputs)[0] - bag.bias
     answer, other = (logits + bag.bias).argsort(descending=True)
     expected = {"superb", "film", "superb film"} if name == "bag" else {"good", "film", "good film", *MET}

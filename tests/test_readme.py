@@ -2,17 +2,21 @@
 
 import functools
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import evaluate
 import train
 from evaluate import newest_run
+from minisweet import MultiExitModel
 from minisweet import __main__ as package
 from minisweet.tasks import TASKS
 from tests.conftest import CHECKOUT, opinions, run, write_table
@@ -59,6 +63,28 @@ def run_line(line: str) -> None:
     for name, module in {"train.py": train, "evaluate.py": evaluate, "minisweet": package}.items():
         if name in words:
             assert run(module, *words[words.index(name) + 1 :]) == 0, line
+
+
+def test_readme_is_short_and_quotes_the_code():
+    """Its loop without comments and early stopping, its output in the format of evaluate.py."""
+    lines = text_of(README).splitlines()
+    assert len(lines) <= 140
+    assert max(line.count("|") - 1 for line in lines if line.startswith("|")) <= 5
+    (loop,) = [block for kind, block in blocks_of(README) if kind == "python" and "for n, layer" in block]
+    source = inspect.getsource(MultiExitModel.exit_by_exit).splitlines()
+    left = iter([line.partition("  # ")[0].strip() for line in source])
+    assert [line for line in loop.splitlines() if line.strip() not in left] == []  # all of them, in this order
+
+
+def test_readmes_output_is_in_the_format_of_evaluate(capsys):
+    (block,) = [block for kind, block in blocks_of(README) if kind == "text"]
+    shown = [line for line in block[block.index("exit after layer") :].splitlines() if line != "..."]
+    numbers = [[float(word.replace(",", "")) for word in re.findall(r"[\d.,]+", line)] for line in shown]
+    curve = np.array(numbers[4:])
+    values = [np.int64(numbers[0]), numbers[1], [2] * 4, *curve.T[:3], curve[:, 3:].astype(int), "accuracy", 0.0, 0.0]
+    names = "exit_layers exit_scores exit_answers thresholds scores speedup_ratios exit_counts metric area seconds"
+    evaluate.print_curve(SimpleNamespace(**dict(zip(names.split(), values, strict=True))))
+    assert capsys.readouterr().out.split("\n")[1 : 1 + len(shown)] == shown
 
 
 @pytest.mark.slow

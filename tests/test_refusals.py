@@ -29,7 +29,6 @@ REFUSALS = [
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny exists and is no run; name another folder"),
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
-    *[("train", f"{TRAIN} --out / {more}", "--out: / exists and is no run; ") for more in ("", "--overwrite")],
     ("train", f"{TRAIN} --exit-layers 2,1", "--exit-layers: 2,1, should increase and end at one of the layers 1 to 4"),
     ("train", f"{TRAIN} --method plain --exit-layers 1,4", "--exit-layers: 1,4, and the method plain has one exit"),
     ("train", f"{TRAIN} --task two --data-dir . --model one-type", "one-type: its type_vocab_size is 1, and pairs"),

@@ -4,13 +4,22 @@ import csv
 import json
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minisweet.base.files import InputError
-from minisweet.classifier.rows import find_columns, read_rows, read_texts, row_writer, text_columns
+from minisweet.classifier.rows import (
+    find_columns,
+    names_of,
+    read_rows,
+    read_texts,
+    row_writer,
+    text_columns,
+    texts_of,
+)
 from minisweet.classifier.split import class_numbers, classes_of
 from minisweet.texts import Examples
 
@@ -111,6 +120,17 @@ def test_labels_are_names_sorted_by_number_where_all_are_numbers(tmp_path):
     assert class_numbers(names, classes_of(names)).tolist() == [3, 3, 3, 4, 0, 2, 2, 1, 5, 6, -1, -1, -1]
     error = refused(class_numbers, names, ["x", "y"])
     assert error == "a validation row has the label '1', which no other row has; should be one of x, y"
+
+
+def test_frames_of_other_columns_and_sets_are_refused():
+    for sides, columns, advice in (
+        (None, ["file", "text", "label"], "file, text, label; pass df['text']"),
+        (1, ["body", "label"], "body, label; pass df['body']"),
+        (2, ["sentence1", "sentence2", "text"], "sentence1, sentence2, text; pass df[['sentence1', 'sentence2']]"),
+    ):
+        assert refused(texts_of, SimpleNamespace(columns=columns), sides) == f"texts: the frame has columns {advice}"
+    assert refused(texts_of, {"a"}) == "texts: {'a'}, should be a list; for one text: [text]"
+    assert refused(names_of, {"a"}, 1, "labels") == "labels: {'a'}, should be a list"
 
 
 REFUSED = [

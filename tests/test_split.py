@@ -1,6 +1,7 @@
 """Your own rows: who learns and who validates, by hashes and units alone."""
 
 from itertools import islice, permutations
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from minisweet.classifier.split import (
     classes_of,
     split_rows,
     units_of,
+    warn_of_near_duplicates,
 )
 from minisweet.texts import Examples, Texts, load_tokenizer
-from tests.conftest import SIZES, write_model
+from tests.conftest import SIZES, WORDS, write_model
 
 ORDERS = [" ".join(words) for words in islice(permutations("good bad great dull the film".split()), 0, 720, 24)]
 
@@ -42,19 +44,22 @@ def own(tmp_path_factory):
     """A function that splits texts, with the names of their labels, and other texts. Six words are read."""
     tokenizer = load_tokenizer(write_model(tmp_path_factory.mktemp("tiny"), "bert"), SIZES["vocab_size"], 8)
 
-    def split(texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None, learns=True) -> Sides:
+    def split(
+        texts, names, unlabelled=(), dev=None, dev_size=0.25, groups=None, labels=None, learns=True, threads=None
+    ) -> Sides:
         labels = labels or classes_of(names)
-        parts = [rows_of(texts, names, groups), Examples(list(unlabelled), None, None)]
+        parts = [rows_of(texts, names, groups), Examples(list(unlabelled), None, None, groups=threads)]
         rows = joined(*parts, *([dev] if dev else []))
         rows = rows._replace(labels=class_numbers(rows.names, labels).tolist())
         all_texts = Texts(tokenizer, rows)
         split = split_rows("own", all_texts, labels, len(dev.first) if dev else 0, dev_size, learns)
         again = Texts(tokenizer, split.validation.examples)  # as a run reads it
-        assert (split.validation.units is None) == (not any(groups or []))
+        assert (split.validation.units is None) == (not any(rows.groups or []))
         units = split.validation.keys if split.validation.units is None else split.validation.units
         assert units_of(again).tolist() == units.tolist()
         return Sides(labels, all_texts.take(split.labelled), all_texts.take(split.unlabelled), split.validation)
 
+    split.tokenizer = tokenizer
     return split
 
 
@@ -130,6 +135,27 @@ def test_unlabelled_texts_count_once_and_a_fifth_of_them_validates(own, monkeypa
     assert (len(alone.unlabelled), (alone.validation.labels < 0).sum()) == (0, 3)  # they judge alone
     again = own(texts[:8] * 2, names[:8] + [None] * 8)  # each is labelled elsewhere in the file
     assert (len(again.unlabelled), (again.validation.labels < 0).sum()) == (0, 0)
+
+
+def test_groups_that_unlabelled_rows_alone_name_hold_for_labelled_ones(own):
+    """Each text is also there without a label, and two of these are a thread."""
+    threads = [f"thread {n // 2}" for n in range(20)]
+    validation = own(ORDERS[:20], ["no", "yes"] * 10, ORDERS[:20], threads=threads).validation
+    assert (len(validation), len({*validation.units})) == (4, 2)
+
+
+def test_near_duplicates_of_texts_to_learn_from_are_counted(own, caplog):
+    draw = Random(0)
+    learned = [" ".join(draw.sample(WORDS[:12], 6)) for _ in range(50)]
+    for count in (1, 2):
+        texts = [" ".join([*text.split()[:5], "awful"]) for text in learned[:count]]
+        texts += [" ".join(draw.sample(WORDS[12:], 6)) for _ in range(50 - count)]
+        warn_of_near_duplicates(*(Texts(own.tokenizer, Examples(rows, None, None)) for rows in (texts, learned)))
+        assert len(caplog.messages) == count - 1  # one in fifty is no reason to warn
+    assert caplog.messages[0].startswith(
+        "near-duplicates: of 50 validation texts, 2 share four fifths of their words with"
+    )
+    assert f"such as {texts[0]!r} with {learned[0]!r}; " in caplog.messages[0]
 
 
 def test_what_lacks_on_a_side_is_told(own, caplog):

@@ -39,7 +39,6 @@ FILES["qnli"] = FILES["rte"].replace("sentence1", "question").replace("sentence2
 @pytest.mark.parametrize(
     ("task", "old", "new", "message"),
     [
-        ("rte", "\tentail", "\tEntail", "line 3: label 'Entailment', should be one of entailment"),
         ("sst2", "\t1", "\tpositive", "line 2: label 'positive', should be one of 0, 1"),
         ("sst2", "c\t0", "c\t0\tx", "line 3: 3 cells, should be 2, as its header has"),
         ("cola", FILES["cola"], "", "it has no rows"),
@@ -109,7 +108,6 @@ def test_fetches_mrpc_and_splits_it_by_the_listed_ids(tmp_path, host):
     [
         (None, False, "HTTP Error 404"),
         (zipped({"RTE/train.tsv": FILES["rte"]}), True, "IncompleteRead("),
-        (b"<html>log in</html>", False, "not a zip file"),
         (zipped({"RTE/train.tsv": FILES["rte"]}), False, "no item named 'RTE/dev.tsv'"),
     ],
 )
@@ -160,10 +158,7 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
     [
         ("label|text\nno|a\nyes|b\n", SINGLE, "train.tsv: no column sentence; its header should name label and"),
         ("label|sentence1\nno|a\nyes|b\n", PAIRS, "train.tsv: no column sentence2; its header should name"),
-        ("", SINGLE, "train.tsv: no column sentence, label; its header should name"),
         (SINGLE.replace("yes", "no"), SINGLE, "train.tsv: its labels are no, should be two or more classes"),
-        (SINGLE, SINGLE.replace("yes", "maybe"), "dev.tsv, line 3: label 'maybe', should be one of no, yes"),
-        (SINGLE, PAIRS, "dev.tsv: no column sentence; is it a file of own?"),
         (SINGLE, None, "dev.tsv: cannot be read ("),
         (None, SINGLE, "task: 'own', should be one of rte, mrpc, "),
     ],

@@ -1,4 +1,4 @@
-"""The toy task: as large, balanced and hard as it says, and its labels follow from the sentences."""
+"""The toy task: as hard as it says, and its labels follow from the sentences."""
 
 import hashlib
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from minisweet.toy import FACT, GOODS, LEVELS, NAMES, NEGATIVE, POSITIVE, SAYS, SHARES, SIZES, make_toy
+from minisweet.toy import FACT, GOODS, LEVELS, NAMES, NEGATIVE, POSITIVE, SAYS, make_toy
 
 SIGN = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(NEGATIVE, 0)
 TURNS = SAYS[1] + FACT[1]
@@ -20,17 +20,7 @@ def rows_of(split: str, level: str) -> list[tuple[str, int]]:
     return [(sentence, label) for sentence, label, own in zip(*make_toy(split), strict=True) if own == level]
 
 
-@pytest.mark.parametrize("split", ["train", "dev"])
-def test_sizes_and_balance(split):
-    sentences, labels, levels = make_toy(split)
-    assert len(set(sentences)) == len(sentences) == SIZES[split]
-    shares = dict(zip(LEVELS, SHARES[split], strict=True))
-    counts = {(level, label): SIZES[split] * share // 40 for level, share in shares.items() for label in (0, 1)}
-    assert Counter(zip(levels, labels, strict=True)) == counts
-    assert len(set(levels[:100])) == 4, "not shuffled"
-
-
-def test_the_same_on_every_machine():
+def test_the_same_on_every_machine():  # and so balanced, and as large as it is
     both = repr([make_toy(split) for split in ("train", "dev")])
     assert hashlib.sha256(both.encode()).hexdigest().startswith("a5d109e18e76a2bc")
 

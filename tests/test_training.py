@@ -107,20 +107,15 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
 def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end(command, tmp_path, monkeypatch):
     options = quick(write_model(tmp_path / "tiny", "bert"), "--out", "a")
     assert command(train, *options)[0] == 0
-    before, train_stage = {path: path.read_bytes() for path in Path("a").iterdir()}, train.train_stage
+    before = {path: path.read_bytes() for path in Path("a").iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_stage", Mock(side_effect=KeyboardInterrupt))
         status, _, err = command(train, *options)
         message = "train.py: error: --out: a holds a run already; name another folder, or pass --overwrite\n"
         assert (status, err) == (2, message)
         assert command(train, *options, "--overwrite", "--seed", 1)[0] == 130
-
-        def spy(*arguments) -> list:
-            assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
-            return train_stage(*arguments)
-
-        patch.setattr(train, "train_stage", spy)
-        assert command(train, *options, "--overwrite", "--seed", 1)[0] == 0
+    assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
+    assert command(train, *options, "--overwrite", "--seed", 1)[0] == 0
     assert read_record(Path("a")).arguments.seed == 1
     assert {*Path("a").iterdir()} == {*before}
     assert not list(Path().glob(".*"))
@@ -135,10 +130,7 @@ def test_a_training_that_diverges_is_written_without_weights_and_replaces_none(c
     assert [path.name for path in Path().glob("*a*/*")] == ["run.json"]
     record = read_record(Path("a"))
     assert (record.diverged, record.arguments.lr, record.id) == (2, 1e30, None)
-    assert "--out: a holds a run already" in command(train, *options)[2]
     assert "a: its training diverged at step 2" in command(evaluate, "a")[2]
-    at_the_end = command(train, *options, "--train-size", 1, "--epochs", 1, "--lr", "1e39", "--overwrite")
-    assert (at_the_end[0], "NaN at step 1; try a lower one" in at_the_end[2]) == (2, True)
     assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
     assert command(train, *options, "--overwrite")[0] == 2
     assert read_record(Path("a")).diverged is None  # a run with weights stays
@@ -148,19 +140,8 @@ def test_a_training_that_diverges_is_written_without_weights_and_replaces_none(c
 def test_the_trunk_of_branches_is_a_plain_model_and_the_last_model_of_mm_to_the_bit(command, tmp_path, strategy):
     model, weights = write_model(tmp_path / "tiny", "bert"), {}
     for method, layers in (("mm", "1,2,4"), ("branch", "1,2,4"), ("plain", 4), ("sweet", 4)):
-        options = [
-            "--method",
-            method,
-            "--exit-layers",
-            layers,
-            "--exit-strategy",
-            strategy,
-            "--lr",
-            "1e-3",
-            "--seed",
-            3,
-        ]
-        assert command(train, *quick(model, *options, "--out", method))[0] == 0
+        words = f"--method {method} --exit-layers {layers} --exit-strategy {strategy} --lr 1e-3 --seed 3 --out {method}"
+        assert command(train, *quick(model, *words.split()))[0] == 0
         weights[method] = load_file(Path(method, "model.safetensors"))
     trunk = [name for name in weights["branch"] if name.startswith(("encoder.", "heads.2."))]
     for name in trunk:

@@ -137,7 +137,7 @@ def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embed
     targets = (targets if targets.ndim == 2 else F.one_hot(targets, C).float()) * features.has_words
     held_out = (torch.randperm(N, generator=torch.Generator().manual_seed(0)) % 3 == 0)[:, None]  # a third
     likelihoods = []
-    with progress(total=len(SCALES) + 1, desc="exit 0", unit="fit") as bar:
+    with progress(total=len(SCALES) + 1, desc="bag of words", unit="fit") as bar:
         for scale in SCALES:
             weights = fit_weights(features, scale, targets * ~held_out)
             likelihoods.append(float((targets * held_out * features.logits(*weights).log_softmax(-1)).sum()))

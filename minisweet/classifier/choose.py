@@ -31,29 +31,25 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, metavar="FILE", help="filled in, as `minisweet label` wrote it")
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
-    run, goal = load_run(args.run, "given"), goal_of(args)
+    folder, goal = args.run, goal_of(args)
+    run = load_run(folder, "given", *(("tokenizer", "texts") if args.labels else ()))
     if run.record.arguments.exit_strategy == "lte":
         message = "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"
-        raise InputError(f"{args.run}: {message}")
+        raise InputError(f"{folder}: {message}")
     if args.labels:
-        if args.max_lost is args.sure is args.max_share is None and (args.run / OPERATING).is_file():
-            goal = read_point(args.run, run.record).goal  # that of the run
-        run = load_run(args.run, "given", "tokenizer", "texts")
-        run = run._replace(given=run.given | given_labels(run, read_filled_in(run, args.labels)))
-    if (args.run / LOGITS).is_file():
+        columns = text_columns(args.labels, None, run.record.text_columns, option="")
+        label = find_columns("", args.labels, [fitted_of(run.record).label_column or "label"])
+        run = run._replace(given=run.given | given_labels(run, read_texts(args.labels, columns, *label)))
+        if args.max_lost is args.sure is args.max_share is None and (folder / OPERATING).is_file():
+            goal = read_point(folder, run.record).goal  # labels alone keep the goal
+    if (folder / LOGITS).is_file():
         try:
-            run = run._replace(outputs=read_outputs(args.run / LOGITS, run.record.id))
+            run = run._replace(outputs=read_outputs(folder / LOGITS, run.record.id))
         except InputError as error:
             LOG.warning("%s; make it anew", error)
-    run = choose_for(run, goal, args.device, args.amp, args.run)
-    write_chosen(args.run, run)
-    print_choice(args.run, run)
-
-
-def read_filled_in(run: OwnRun, file: Path) -> Examples:
-    """Read the rows of a file that `minisweet label` wrote, and somebody filled in."""
-    columns, label = text_columns(file, None, run.record.text_columns, option=""), fitted_of(run.record).label_column
-    return read_texts(file, columns, *find_columns("", file, [label or "label"]))
+    run = choose_for(run, goal, args.device, args.amp, folder)
+    write_chosen(folder, run)
+    print_choice(folder, run)
 
 
 def given_labels(run: OwnRun, rows: Examples) -> dict[int, int]:

@@ -2,10 +2,9 @@
 
 A bag of words is wrong on other texts than the model, and it has been asked anyway. So a later exit can answer together
 with the bag: their calibrated logits are added up with a weight. Full depth is then the last exit and the bag.
-
-Dimension letters: K exits, of which the bag of words is the first, N instances, n some of them, C classes.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -23,14 +22,12 @@ PRIOR_OF_WEIGHT = 3.0  # pulls a weight towards 0, so that a few rows decide lit
 class CombinedRule(ExitRule):
     """Exit k's calibrated logits are logits_k / T_k + w_k logits_0 / T_0, with temperatures T and weights w (K,) each.
 
-    The weight of the bag itself is 0. `bag_logits` (N, C) are logits_0 / T_0 of all instances, for `calibrated`.
+    The weight of the bag itself is 0. `bag_logits` (N, C) are logits_0 / T_0 of all instances; `calibrated` needs them.
     """
 
-    def __init__(
-        self, num_labels: int, temperatures: Tensor, weights: Tensor, bag_logits: Tensor | None = None
-    ) -> None:
+    def __init__(self, num_labels: int, temperatures: Tensor, weights: Tensor) -> None:
         super().__init__(num_labels, temperatures)
-        self.weights, self.bag_logits = weights, bag_logits
+        self.weights, self.bag_logits = weights, None
 
     @property
     def needs_bag(self) -> bool:
@@ -38,37 +35,30 @@ class CombinedRule(ExitRule):
         return bool(self.weights.any())
 
     def calibrated(self, k: int, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-        """As in `ExitRule`: logits (n, C) to (n, C), for the instances `rows` (n,), None for all N."""
         calibrated = super().calibrated(k, logits)
         if not self.weights[k]:
             return calibrated
         return calibrated + self.weights[k] * (self.bag_logits if rows is None else self.bag_logits[rows])
 
     def all_calibrated(self, logits: Tensor) -> Tensor:
-        """The calibrated logits (K, N, C) of all exits, from their logits (K, N, C)."""
-        with_bag = CombinedRule(self.num_labels, self.temperatures, self.weights, self.calibrated(0, logits[0]))
-        return torch.stack([with_bag.calibrated(k, of_exit) for k, of_exit in enumerate(logits)])
+        rule = copy.copy(self)
+        rule.bag_logits = self.calibrated(0, logits[0])
+        return torch.stack([rule.calibrated(k, of_exit) for k, of_exit in enumerate(logits)])
 
     def keep_exits(self, places: Sequence[int]) -> "CombinedRule":
-        """The rule of some of the exits, which are counted from 0."""
-        temperatures, weights = self.temperatures[list(places)], self.weights[list(places)]
-        return CombinedRule(self.num_labels, temperatures, weights, self.bag_logits)
-
-    def after_bag(self, bag_logits: Tensor) -> "CombinedRule":
-        """The rule of the exits behind the bag, for instances with these calibrated logits (N, C) of the bag."""
-        return CombinedRule(self.num_labels, self.temperatures[1:], self.weights[1:], bag_logits)
+        rule = copy.copy(self)
+        rule.temperatures, rule.weights = self.temperatures[list(places)], self.weights[list(places)]
+        return rule
 
 
 def fit_combined_rule(outputs: Outputs, combines: bool = False) -> CombinedRule:
-    """Fit the temperatures of all exits and, if it `combines`, the weights of the bag of words.
-
-    Without any label the last exit's temperature stays 1. Then its answers replace missing labels.
-    """
+    """Fit the temperatures of all exits and, if it `combines`, the weights of the bag of words."""
     K, _, C = outputs.logits.shape
     bag, last, with_label = outputs.logits[0], outputs.logits[-1], labelled(outputs)
     temperatures, weights = torch.ones(K), torch.zeros(K)
 
-    # 1. The last exit is fitted to labels. The bag's temperature on the labelled rows is for this fit alone.
+    # 1. The last exit is fitted to labels; without any its temperature stays 1. The bag's temperature on the labelled
+    # rows is for this fit alone.
     bag_temperature = 1.0
     if len(with_label.labels) and combines:
         bag_temperature = fit_temperature(with_label.logits[0], with_label.labels)
@@ -78,7 +68,7 @@ def fit_combined_rule(outputs: Outputs, combines: bool = False) -> CombinedRule:
     elif len(with_label.labels):
         temperatures[-1] = fit_temperature(with_label.logits[-1], with_label.labels)
 
-    # 2. The other exits are fitted to all rows.
+    # 2. The other exits are fitted to all rows. The last exit's answers replace missing labels.
     targets = outputs.labels.where(outputs.labels >= 0, last.argmax(-1))
     for k in range(K - 1):
         if combines and k > 0:
@@ -87,8 +77,7 @@ def fit_combined_rule(outputs: Outputs, combines: bool = False) -> CombinedRule:
             temperatures[k] = fit_temperature(outputs.logits[k], targets)
 
     # 3. The rule divides the bag's logits by temperatures[0]; the last weight was fitted with another temperature.
-    if weights[-1]:
-        weights[-1] = weights[-1] * (temperatures[0] / bag_temperature)
+    weights[-1] *= temperatures[0] / bag_temperature
     return CombinedRule(C, temperatures, weights)
 
 

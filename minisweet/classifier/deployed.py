@@ -2,8 +2,6 @@
 
 The bag of words is asked about all texts, and `early_exit` about those that stay. RUNS.md lists the files of a run. A
 run of train.py, which has no bag of words, is read as well.
-
-Dimension letters: B texts that are answered at once, R of them that stay, K exits, N texts, C classes.
 """
 
 import copy
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -27,7 +24,6 @@ from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import choose_device, choose_precision, tokens_at_once
 from minisweet.base.files import LOG, InputError, read_dataclass, write_json, written_beside
 from minisweet.classifier.bag_of_words import NgramExit
-from minisweet.classifier.combined_rule import CombinedRule
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import texts_of
@@ -36,7 +32,7 @@ from minisweet.classifier.split import units_of
 from minisweet.exits import ExitModel
 from minisweet.live import Decisions, early_exit
 from minisweet.options import TrainingOptions
-from minisweet.outputs import BATCH_SIZE, Outputs, ask_all, check_finite, read_outputs, write_outputs
+from minisweet.outputs import BATCH_SIZE, Outputs, ask_all, check_finite, read_outputs, read_tensors, write_outputs
 from minisweet.run import LOGITS, Record
 from minisweet.texts import Texts
 
@@ -75,6 +71,20 @@ class OwnRun(NamedTuple):
     point: OperatingPoint | None = None
 
 
+class Deployed(NamedTuple):
+    """A run that is ready to answer. It is replaced as a whole, so that several threads may share a classifier."""
+
+    run: OwnRun
+    threshold: float  # that of the operating point, or another one
+    bag: NgramExit | None  # the first of the operating point's exits; None if it is not asked
+    model: ExitModel  # with the rest of these exits
+    device: torch.device  # of bag and model
+    amp: str  # as in the options
+    precision: torch.dtype | None  # to autocast to
+    batch_size: int  # texts that run at once
+    labels: list  # (C,), of the type that was trained on
+
+
 class Answer(NamedTuple):
     """The answer to one text, by the exit that was taken."""
 
@@ -83,21 +93,6 @@ class Answer(NamedTuple):
     exit_layer: int  # counted from 1; 0 for exit 0, the bag of words
     probabilities: dict  # of all labels, after temperature scaling
     words: tuple[dict[str, float], dict[str, float]] | None = None  # at exit 0, set by `explain` alone
-
-
-class Deployed(NamedTuple):
-    """A run that is ready to answer. It is replaced as a whole, so that several threads may share a classifier."""
-
-    run: OwnRun
-    threshold: float  # that of the operating point, or another one
-    rule: CombinedRule  # of the operating point's exits
-    bag: NgramExit | None  # the first of these exits; None if it is not asked
-    model: ExitModel  # with the rest of these exits
-    device: torch.device  # of bag and model
-    amp: str  # as in the options
-    precision: torch.dtype | None  # to autocast to
-    batch_size: int  # texts that run at once
-    labels: list  # (C,), of the type that was trained on
 
 
 def fitted_of(record: Record) -> Fitted:
@@ -128,7 +123,7 @@ def deploy(
     bag = run.bag.to(place) if point.exits[0] == 0 else None
     model = run.model.keep_exits([run.model.exit_layers.index(n) for n in point.exits if n > 0]).to(place)
     labels = [TYPES[fitted_of(run.record).label_type](name) for name in run.record.labels]
-    return Deployed(run, threshold, point.rule, bag, model, place, amp, precision, batch_size, labels)
+    return Deployed(run, threshold, bag, model, place, amp, precision, batch_size, labels)
 
 
 def add_options(parser: Parser) -> None:
@@ -155,28 +150,31 @@ def classify(deployed: Deployed, texts: Texts) -> list[Answer]:
     """Answer texts, in their order."""
     answers: dict[int, Answer] = {}
     for pool in texts.by_length(max(AT_ONCE, deployed.batch_size)):
-        decisions = decide(deployed, pool.to(deployed.device).inputs)
+        decisions = decide(deployed, *pool.to(deployed.device).inputs)
         answers.update(zip(pool.rows.tolist(), answers_of(deployed, decisions), strict=True))
     return [answers[row] for row in range(len(texts))]
 
 
 @torch.no_grad()
-def decide(deployed: Deployed, inputs: tuple[Tensor, Tensor, Tensor]) -> Decisions:
+def decide(deployed: Deployed, ids: Tensor, mask: Tensor, types: Tensor) -> Decisions:
     """Ask the bag of words about B texts, and the model about those that stay. Exits are counted with the bag as 0."""
-    _, threshold, rule, bag, model, device, _, precision, batch_size, labels = deployed
-    autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+    inputs, threshold, batch_size = (ids, mask, types), deployed.threshold, deployed.batch_size
+    rule, bag, precision = deployed.run.point.rule, deployed.bag, deployed.precision
+    autocast = torch.autocast(deployed.device.type, precision, enabled=precision is not None)
     if bag is None:
         with autocast:
-            return early_exit(model, *inputs, threshold, rule, batch_size)
-    lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
+            return early_exit(deployed.model, *inputs, threshold, rule, batch_size)
+    lengths = mask.sum(1).clamp(min=1)  # (B,)
     confidence = torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
-    logits = confidence.new_zeros(len(lengths), len(labels))  # (B, C)
+    logits = confidence.new_zeros(len(lengths), rule.num_labels)  # (B, C)
     for rows in lengths.argsort(descending=True, stable=True).split(batch_size):  # similar lengths together
         logits[rows] = rule.calibrated(0, bag(*(x[rows, : lengths[rows[0]]] for x in inputs)))
         confidence[rows] = rule.confidence(0, logits[rows], None)
-    stay = (~leaves(confidence, threshold, rule.lowest)).nonzero().squeeze(1)  # (R,)
+    stay = (~leaves(confidence, threshold, rule.lowest)).nonzero().squeeze(1)  # (R,), texts that go on to the model
+    rest = rule.keep_exits(range(1, len(rule.weights)))
+    rest.bag_logits = logits[stay]
     with autocast:
-        later = early_exit(model, *(x[stay] for x in inputs), threshold, rule.after_bag(logits[stay]), batch_size)
+        later = early_exit(deployed.model, *(x[stay] for x in inputs), threshold, rest, batch_size)
     exits = torch.zeros_like(lengths)
     exits[stay], logits[stay], confidence[stay] = 1 + later.exits, later.logits, later.confidence
     return Decisions(logits.argmax(-1), exits, logits, confidence)
@@ -197,10 +195,7 @@ def answers_of(deployed: Deployed, decisions: Decisions) -> list[Answer]:
 def ask_exits(
     model: ExitModel, bag: NgramExit | None, texts: Texts, precision: torch.dtype | None, metric: str = "accuracy"
 ) -> Outputs:
-    """Run all exits on all texts: those of a model, and before them a bag of words, which is not autocast.
-
-    See `ask_all`. If no text has a label, the metric is "agreement".
-    """
+    """Run all exits on all texts: those of a model (see `ask_all`), and before them a bag of words in float32."""
     outputs = ask_all(model, texts, precision, metric)
     if bag is not None:
         device, rows, logits = next(model.parameters()).device, [], []
@@ -210,13 +205,15 @@ def ask_exits(
         of_bag = torch.cat(logits)[torch.cat(rows).argsort()]  # (N, C)
         exits = outputs.exits._replace(layers=[0, *outputs.exits.layers], in_vain=[0.0, *outputs.exits.in_vain])
         outputs = outputs._replace(logits=torch.cat([of_bag[None], outputs.logits]), exits=exits)
+    if cut := int(texts.is_cut.sum()):
+        LOG.info("cut to %d tokens: %s texts", texts.lengths.max(), f"{cut:,}")
     return outputs if (outputs.labels >= 0).any() else outputs._replace(metric="agreement")
 
 
 def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | None = None) -> OwnRun:
     """Choose what to deploy of a run. All exits are run first, unless their outputs are there in this precision.
 
-    If the run has no model, the one in `folder` is run. Raises InputError if logits are infinite or NaN.
+    A run that was loaded without its model is read from `folder`. Raises InputError if logits are infinite or NaN.
     """
     record, outputs, place = run.record, run.outputs, choose_device(device)
     precision = choose_precision(amp, place)
@@ -235,8 +232,7 @@ def load_run(folder: Path, *parts: str) -> OwnRun:
     """Load the record of a run and the named parts. Raises InputError if one is missing, broken or of another run."""
     record = run_folder.read_record(folder)
     readers = {"model": run_folder.load_model, "bag": load_bag, "tokenizer": run_folder.load_run_tokenizer}
-    readers |= {"texts": load_texts, "given": read_given, "point": read_point}
-    readers["outputs"] = lambda folder, record: read_outputs(folder / LOGITS, record.id)
+    readers |= {"texts": load_texts, "outputs": load_outputs, "given": read_given, "point": read_point}
     return OwnRun(record, **{part: readers[part](folder, record) for part in parts})
 
 
@@ -244,15 +240,8 @@ def load_bag(folder: Path, record: Record) -> NgramExit | None:
     """Load the bag of words of a run; None if it has none."""
     if fitted_of(record).exit_layers[0] != 0:
         return None
-    path, bag = folder / BAG, NgramExit(record.vocab_size, len(record.labels), [], pairs=sides_of(record) == 2)
-    try:
-        with safe_open(path, "pt") as file:
-            run_id = file.metadata()["id"]
-            bag.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no dict)
-    except Exception as error:  # of the disk, safetensors or torch, according to what is wrong with the file
-        raise InputError(f"{path}: not readable ({error})") from None
-    if run_id != record.id:
-        raise InputError(f"{path}: is of another run than run.json beside it")
+    bag = NgramExit(record.vocab_size, len(record.labels), [], pairs=sides_of(record) == 2)
+    bag.load_state_dict(read_tensors(folder / BAG, record.id)[0])
     return bag
 
 
@@ -261,6 +250,14 @@ def load_texts(folder: Path, record: Record) -> Texts:
     texts = Texts(run_folder.load_run_tokenizer(folder, record), run_folder.read_validation(folder, record))
     texts.units = units_of(texts) if texts.examples.groups else None
     return texts
+
+
+def load_outputs(folder: Path, record: Record) -> Outputs:
+    """Load the outputs of all exits for the validation rows."""
+    try:
+        return read_outputs(folder / LOGITS, record.id)
+    except InputError as error:
+        raise InputError(f"{error}; make it anew: minisweet choose {folder}") from None
 
 
 def read_point(folder: Path, record: Record) -> OperatingPoint:

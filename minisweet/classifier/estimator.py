@@ -1,13 +1,10 @@
-"""Early exit by scikit-learn's conventions: texts in, labels out.
-
-Dimension letters: N texts, C classes.
-"""
+"""Early exit by scikit-learn's conventions: texts in, labels out."""
 
 import copy
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -25,24 +22,20 @@ from minisweet.classifier.explain import explain
 from minisweet.classifier.export import export_file, export_folder
 from minisweet.classifier.fit import FitOptions, fit_texts
 from minisweet.classifier.label import rows_to_label
-from minisweet.classifier.operating_point import OperatingPoint
+from minisweet.classifier.operating_point import OperatingPoint, stated
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import Columns, label_name, labelled_texts, names_of, texts_of, with_text
 from minisweet.classifier.summary import summary
-from minisweet.classifier.test import measure, new_outputs
+from minisweet.classifier.test import new_outputs
 from minisweet.run import Record
 
 PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
-OF_LABELS = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")  # of an operating point
 VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int) and value >= 0)  # True is 1
 
 
 @contextmanager
-def telling(verbose: int) -> Iterator[None]:
-    """Within this context, notices and progress bars are written to standard error, unless `verbose` is 0."""
-    if not verbose:
-        yield
-        return
+def telling() -> Iterator[None]:
+    """Within this context, notices and progress bars are written to standard error."""
     handler, level = notices(), LOG.level
     bars = BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10})  # seconds
     LOG.addHandler(handler)
@@ -58,19 +51,12 @@ def telling(verbose: int) -> Iterator[None]:
 class EarlyExitClassifier:
     """A text classifier whose easy texts leave after a few layers, or before the first one.
 
-        from minisweet import EarlyExitClassifier
-
         classify = EarlyExitClassifier(model="minilm-l6", max_lost=3, sure=90).fit(texts, labels)
         classify.predict(["The printer is on fire"])          # array of labels; predict_proba (N, C), classes_, score
-        print(classify.promise, classify.operating_point)     # what to expect on new text
-        classify.save("runs/tickets")                         # a run folder, as that of `minisweet fit`
-        classify = EarlyExitClassifier.load("runs/tickets")   # threshold=, device=, amp=, batch_size=
         classify.classify(texts)                              # per text: label, confidence, exit layer, probabilities
-        print(classify.summary(), classify.test(texts, labels), classify.explain(texts))
-        classify.export("tickets.onnx", int8=True)
+        print(classify.promise, classify.operating_point)     # what to expect on new text
         classify.choose(max_lost=2)                           # another goal, or max_share=0.3
-        texts = classify.to_label(most=50)                    # whose labels let more texts leave early
-        classify.choose(labels=(texts, labels_of_texts))
+        classify.save("runs/tickets")                         # a run folder; EarlyExitClassifier.load reads it
 
     Texts are a list of strings, or of pairs of strings; pandas' series and frames of one or two columns work too.
     Labels are strings or numbers; None is a row without a label. `fit` skips and counts empty texts. Several threads
@@ -120,20 +106,17 @@ class EarlyExitClassifier:
     def __sklearn_is_fitted__(self) -> bool:
         return "_deployed" in vars(self)
 
-    def fit(
-        self, X, y, *, unlabelled=None, validation=None, groups=None, unlabelled_groups=None
-    ) -> "EarlyExitClassifier":
+    def fit(self, X, y, *, unlabelled=None, validation=None, groups=None, unlabelled_groups=None):
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
-        `unlabelled` are more texts: exit 0 and branches learn the trained model's answers to them. If they are more
-        than the labelled ones, a new model also learns what it and its first embeddings answer. `validation` is (texts,
-        labels) to choose and judge on, in place of rows of X. `groups` (N) says what a row belongs to, such as a thread
-        or a document, whose rows stay together; None is a row by itself. `unlabelled_groups` does so for `unlabelled`.
-        With a `trunk`, X and y may be None. Until the new model is there, the one that was fitted before answers.
-        Raises InputError, with the item, for what cannot be trained on.
+        `unlabelled` are more texts, of which exit 0, branches and, if they are many, the model learn too. `validation`
+        is (texts, labels) to choose and judge on, in place of rows of X. `groups` (N) says what a row belongs to, such
+        as a thread or a document, whose rows stay together; None is a row by itself. `unlabelled_groups` does so for
+        `unlabelled`. With a `trunk`, X and y may be None. Until the new model is there, the one that was fitted before
+        answers. Raises InputError, with the item, for what cannot be trained on.
         """
-        verbose, goal, sides = VERBOSE.check("verbose", self.verbose), self._goal(), None
-        options = FitOptions(**{name: getattr(self, name) for name in vars(FitOptions())})
+        verbose, goal, sides = VERBOSE.check("verbose", self.verbose), self._options(Goal), None
+        options = self._options(FitOptions)
         if unlabelled is None and unlabelled_groups is not None:
             raise InputError("needs unlabelled", "unlabelled_groups")
         if unlabelled is not None:
@@ -151,14 +134,14 @@ class EarlyExitClassifier:
             if not validation.first:
                 raise InputError("has no rows", "validation")
             label_type = label_type if label_type == type_there else "str"
-        with telling(verbose):
+        with telling() if verbose else nullcontext():
             run = fit_texts(options, "texts", rows, validation, unlabelled, Columns(columns), label_type)
             run = runs.choose_for(run, goal, options.device, options.amp)
         self._deployed = deploy(run, None, options.device, options.amp)
         return self
 
-    def _goal(self) -> Goal:
-        return Goal(max_lost=self.max_lost, sure=self.sure, max_share=self.max_share)
+    def _options(self, kind: type):
+        return kind(**{name: getattr(self, name) for name in vars(kind())})
 
     def choose(
         self,
@@ -172,7 +155,7 @@ class EarlyExitClassifier:
         What is not given is the constructor's. `labels` is (texts, labels) of texts that `to_label` gave; alone they
         keep the goal of before. Raises InputError if max_lost and max_share are given together.
         """
-        deployed, run, goal = self.deployed, self.deployed.run, self._goal()
+        deployed, run, goal = self.deployed, self.deployed.run, self._options(Goal)
         if labels is not None:
             if max_lost is sure is max_share is None:
                 goal = run.point.goal
@@ -202,9 +185,7 @@ class EarlyExitClassifier:
 
     def summary(self) -> str:
         """The scores of the bag of words, early exit and full depth on new texts, and what is promised: some lines."""
-        threshold = self.deployed.threshold
-        is_changed = threshold != in_float32(self.operating_point.threshold)
-        return summary(self.deployed.run, threshold if is_changed else None, self.promise)
+        return summary(self.deployed.run, self.deployed.threshold, self.promise)
 
     def test(self, X, y) -> dict:
         """Measure early exit on texts X (N) with labels y (N), None where one is missing; see `minisweet test`.
@@ -214,20 +195,22 @@ class EarlyExitClassifier:
         """
         rows, _ = labelled_texts(X, y, sides_of(self.record))
         outputs = new_outputs(self.deployed, rows, "X", LOG.warning)
-        missing = {} if (outputs.labels >= 0).any() else dict.fromkeys(OF_LABELS)
-        return measure(self.deployed, outputs) | missing
+        of_labels = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")
+        has_labels = (outputs.labels >= 0).any()
+        measured = stated(range(len(outputs.logits)), self.deployed.threshold, outputs)
+        return measured | ({} if has_labels else dict.fromkeys(of_labels))
 
     def explain(self, texts: Iterable[str | Sequence[str]]) -> list[list[tuple[Answer, bool]]]:
         """Each exit's answer to each text, with the words that speak at exit 0, and whether the text may leave."""
-        deployed = self.deployed
-        return [explain(deployed, text) for text in texts_of(texts, sides_of(deployed.run.record)).texts()]
+        rows = texts_of(texts, sides_of(self.record))
+        return [explain(self.deployed, text) for text in rows.texts()]
 
     def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
         """Write one ONNX file with early exit as it was chosen, if the name ends in .onnx.
 
-        Any other name is a folder for transformers, with the last exit alone: without exit 0 and the threshold. Either
-        is written whole or not at all. Returns what came out, in lines; see `minisweet export`. Raises InputError for a
-        path that exists, for int8 with a folder, or if the packages for ONNX are missing.
+        Any other name is a folder for transformers, with the last exit alone: without exit 0 and the threshold. Returns
+        what came out, in lines; see `minisweet export`. Raises InputError for a path that exists, for int8 with a
+        folder, or if the packages for ONNX are missing.
         """
         is_file, run = Path(path).suffix.lower() == ".onnx", self.deployed.run
         if int8 and not is_file:
@@ -248,8 +231,7 @@ class EarlyExitClassifier:
     ) -> "EarlyExitClassifier":
         """Load a run folder for which something was chosen. Raises InputError if there is none.
 
-        `threshold` is from 0 to 1, where all texts run to the last exit; None for the one that was chosen. `batch_size`
-        is how many texts run at once.
+        `threshold` is from 0 to 1, None for the one that was chosen. `batch_size` is how many texts run at once.
         """
         options = FitOptions(device=device, amp=amp)
         batch_size = runs.AT_MOST.check("batch_size", batch_size)
@@ -257,16 +239,16 @@ class EarlyExitClassifier:
         loaded = runs.load_run(Path(run), *runs.ANSWERING, "texts", "outputs", "given")
         classifier = cls()
         classifier._deployed = deploy(loaded, threshold, options.device, options.amp, batch_size)
-        params = vars(loaded.record.arguments) | vars(fitted_of(loaded.record)) | loaded.point.goal.as_json()
+        params = vars(loaded.record.arguments) | vars(fitted_of(loaded.record)) | vars(loaded.point.goal)
         params |= {"device": options.device, "amp": options.amp}
         return classifier.set_params(**{name: params[name] for name in PARAMETERS if name in params})
 
     def save(self, run: str | Path) -> None:
         """Write a run folder, which must not exist."""
-        deployed = self.deployed
+        fitted = self.deployed.run
         if Path(run).exists():
             raise InputError(f"{run}: is there already, and is not overwritten; name another")
-        runs.save(Path(run), deployed.run)
+        runs.save(Path(run), fitted)
 
     @property
     def deployed(self) -> Deployed:
@@ -311,9 +293,6 @@ class EarlyExitClassifier:
         return float(np.mean([label_name(answer.label) == name for answer, name in zip(answers, names, strict=True)]))
 
     def classify(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
-        """Classify texts, or pairs of texts if the run was trained on pairs, in their order.
-
-        Raises InputError, with the item's index from 0, for anything else.
-        """
-        deployed = self.deployed
+        """Classify N texts in their order. Raises InputError, with the item's index from 0, for what is no text."""
+        deployed = self.deployed  # once, since another thread may replace it
         return runs.classify(deployed, runs.tokenize(deployed, texts))

@@ -7,13 +7,11 @@
 Exit 0 is a sum over words and pairs of neighbours, so that what speaks for its answer is known exactly. The page is
 page.html with the saved logits. It decides like the program does for new texts: by the exits that are asked, in
 float32, as in `minisweet.adaptive.leaves`.
-
-Dimension letters: K exits, N texts, T tokens, C classes.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -56,39 +54,37 @@ def main() -> None:
 
 def explain(deployed: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
     """Each exit's answer to a text or a pair, and whether the text may leave there, as always at the last exit."""
-    texts = tokenize(deployed, [text])
-    outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(deployed.rule)
+    texts, rule = tokenize(deployed, [text]), deployed.run.point.rule
+    outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(rule)
     logits = outputs.logits[:, 0]  # (K, C)
-    confidence = ExitRule(len(deployed.labels)).confidences(outputs.logits)[:, 0]  # (K,)
-    may_leave = leaves(confidence, deployed.threshold, deployed.rule.lowest)  # (K,)
+    confidence = logits.softmax(-1).amax(-1)  # (K,)
+    may_leave = leaves(confidence, deployed.threshold, rule.lowest)  # (K,)
     may_leave[-1] = True
     exits = torch.arange(len(logits), device="cpu")  # whatever the user's default device is
     answers = answers_of(deployed, Decisions(logits.argmax(-1), exits, logits, confidence))
-    for words in word_scores(deployed, texts):
-        answers[0] = answers[0]._replace(words=words)
+    if deployed.bag is not None:
+        answers[0] = answers[0]._replace(words=word_scores(deployed, texts, 0))
     return list(zip(answers, may_leave.tolist(), strict=True))
 
 
-def word_scores(deployed: Deployed, texts: Texts) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
-    """For each text, what speaks most for exit 0's answer and for its runner-up: five n-grams each, largest first.
+def word_scores(deployed: Deployed, texts: Texts, row: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What speaks most for exit 0's answer to a text, and for its runner-up: five n-grams each, largest first.
 
     A number is what a word, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it stands
-    in the text. In pairs of texts it may be how well one is met in the other. Without exit 0 nothing is yielded.
+    in the text. In pairs of texts it may be how well one is met in the other.
     """
-    bag = deployed.bag
-    for row in range(len(texts)) if bag is not None else ():
-        inputs = texts.batch(np.array([row])).to(deployed.device).inputs
-        answer, runner_up = bag(*inputs)[0].argsort(descending=True, stable=True)[:2]
-        added = bag.contributions(*inputs)[0]  # (2T or 2T+2, C)
-        tokens = list(map(deployed.run.tokenizer.id_to_token, inputs[0][0].tolist()))
-        names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *MET]
-        total = Counter()
-        for name, number in zip(names, (added[:, answer] - added[:, runner_up]).tolist(), strict=False):
-            total[name] += number
-        ranked = total.most_common()
-        for_answer = {name: number for name, number in ranked[:MOST_NGRAMS] if number > 0}
-        for_runner_up = {name: -number for name, number in ranked[: -MOST_NGRAMS - 1 : -1] if number < 0}
-        yield for_answer, for_runner_up
+    inputs = texts.batch(np.array([row])).to(deployed.device).inputs
+    answer, runner_up = deployed.bag(*inputs)[0].argsort(descending=True, stable=True)[:2]
+    added = deployed.bag.contributions(*inputs)[0]  # (2T or 2T+2, C)
+    tokens = list(map(deployed.run.tokenizer.id_to_token, inputs[0][0].tolist()))
+    names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *MET]
+    total = Counter()
+    for name, number in zip(names, (added[:, answer] - added[:, runner_up]).tolist(), strict=False):
+        total[name] += number
+    ranked = total.most_common()
+    for_answer = {name: number for name, number in ranked[:MOST_NGRAMS] if number > 0}
+    for_runner_up = {name: -number for name, number in ranked[: -MOST_NGRAMS - 1 : -1] if number < 0}
+    return for_answer, for_runner_up
 
 
 def print_exits(deployed: Deployed, exits: list[tuple[Answer, bool]]) -> None:
@@ -118,18 +114,18 @@ def write_page(path: Path, deployed: Deployed) -> None:
 
     Rows without a label are shown only if no row has one.
     """
-    record, point, rule = deployed.run.record, deployed.run.point, deployed.rule
-    texts, outputs = deployed.run.texts, deployed.run.outputs
-    places = [outputs.exits.layers.index(n) for n in point.exits]
+    record, point, texts, outputs = deployed.run.record, deployed.run.point, deployed.run.texts, deployed.run.outputs
+    places, rule = [outputs.exits.layers.index(n) for n in point.exits], point.rule
     outputs = outputs._replace(logits=outputs.logits[places], exits=outputs.exits.keep_exits(places)).by(rule)
     shown = np.flatnonzero(outputs.labels.numpy() >= 0)
     has_labels = len(shown) > 0
     outputs, texts = (outputs.take(shown), texts.take(shown)) if has_labels else (filled(outputs), texts)
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
-    plain = ExitRule(len(deployed.labels))  # of calibrated logits
+    plain = ExitRule(len(record.labels))  # of calibrated logits
     curve, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)
     confidences = plain.confidences(outputs.logits).tolist()  # (K, N)
-    words = word_scores(deployed, texts.take(np.arange(min(MOST_ROWS, len(texts)))))
+    rows = range(min(MOST_ROWS, len(texts))) if deployed.bag is not None else ()
+    words = (word_scores(deployed, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
     data = {
         **{key: curve[key] for key in ("scores", "speedup_ratios", "exit_scores")},
         "task": record.task,
@@ -144,7 +140,7 @@ def write_page(path: Path, deployed: Deployed) -> None:
         "sentences": texts.examples.texts(),
         "predictions": outputs.logits.argmax(-1).tolist(),
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidences],  # enough for float32
-        "words": [list(map(in_words, both)) for both in progress(words, desc="exit 0", unit="text")],
+        "words": [list(map(in_words, both)) for both in words],
         "right": outputs.labels.tolist() if has_labels else None,
         "difficulties": texts.examples.difficulties,  # of the toy task
     }

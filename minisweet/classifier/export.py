@@ -7,13 +7,14 @@
 The folder holds a plain classifier, such as BertForSequenceClassification: nothing leaves early, and exit 0 is missing.
 """
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisweet.base.commands import Parser, path_to, whole_number
 from minisweet.base.files import InputError, preview, write_json, written_beside
@@ -55,8 +56,7 @@ def export_file(out: Path, run: OwnRun, int8: bool) -> list[str]:
 def export_folder(out: Path, run: OwnRun, exit_layer: int | None = None) -> str:
     """Write the model of a run up to one exit, by default the last one, as a folder, whole or not at all.
 
-    Returns what was written, and what it lacks. Raises InputError if there is no exit after this layer, or if `out`
-    exists.
+    Returns a line about it. Raises InputError if there is no exit after this layer, or if `out` exists.
     """
     record, model, tokenizer = run.record, run.model, run.tokenizer
     layer = model.exit_layers[-1] if exit_layer is None else exit_layer
@@ -66,21 +66,20 @@ def export_folder(out: Path, run: OwnRun, exit_layer: int | None = None) -> str:
     special, is_mpnet = special_tokens(tokenizer), model.encoder.config.model_type == "mpnet"
     if is_mpnet and tokenizer.token_to_id(special[2]) != 1:
         raise InputError(f"{special[2]} is not token 1 of the tokenizer, and transformers' MPNet needs it there")
+    types = [] if is_mpnet else ["token_type_ids"]  # which MPNet would refuse
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": record.arguments.max_length,
+        "model_input_names": ["input_ids", *types, "attention_mask"],
+        **dict(zip(("cls_token", "sep_token", "pad_token", "unk_token"), special, strict=True)),
+    }
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    whole.no_truncation()  # model_max_length says it
     with written_beside(out, overwrite=False) as new:
         new.mkdir()
         (new / "model.safetensors").write_bytes(save(plain_tensors(model, layer), metadata={"format": "pt"}))
         write_json(new / "config.json", model_config(model.encoder.config, layer, record.labels))
-        types = [] if is_mpnet else ["token_type_ids"]  # which MPNet would refuse
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": record.arguments.max_length,
-            "model_input_names": ["input_ids", *types, "attention_mask"],
-        }
-        for name, token in zip(("cls", "sep", "pad", "unk"), special, strict=True):
-            settings[f"{name}_token"] = token
         write_json(new / "tokenizer_config.json", settings)
-        whole = Tokenizer.from_str(tokenizer.to_str())
-        whole.no_truncation()  # model_max_length says it
         (new / "tokenizer.json").write_text(whole.to_str(pretty=True), encoding="utf-8")
     lacks = "; without exit 0, which has a say in the run's answers, and with no promise"
     written = f"{out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification"
@@ -89,18 +88,13 @@ def export_folder(out: Path, run: OwnRun, exit_layer: int | None = None) -> str:
 
 def plain_tensors(model: MultiExitModel, layer: int) -> dict[str, Tensor]:
     """The weights up to one exit by their names in transformers. A branch takes the place of the trunk's layer."""
-    model_type, head = model.encoder.config.model_type, model.heads[model.exit_layers.index(layer)]
-    last_layer = model.layer_of_exit(layer).state_dict()
-    weights = model.encoder.state_dict() | {f"layers.{layer - 1}.{name}": value for name, value in last_layer.items()}
+    encoder, head = copy.deepcopy(model.encoder), model.heads[model.exit_layers.index(layer)]
+    encoder.layers = nn.ModuleList([*encoder.layers[: layer - 1], model.layer_of_exit(layer)])
+    model_type, weights = encoder.config.model_type, encoder.state_dict()
     # Our keys have no bias, since the softmax ignores it, and those of transformers have one.
     biases = {name: tensor for name, tensor in weights.items() if name.endswith("query.bias")}
     weights |= {name.replace("query", "key"): torch.zeros_like(tensor) for name, tensor in biases.items()}
-    above = tuple(f"layers.{n}." for n in range(layer, len(model.encoder.layers)))
-    tensors = {
-        f"{model_type}.{public_name(name, model_type)}": tensor.clone()
-        for name, tensor in weights.items()
-        if not name.startswith(above)
-    }
+    tensors = {f"{model_type}.{public_name(name, model_type)}": tensor for name, tensor in weights.items()}
     for name, linear in zip(CLASSIFIERS[model_type][1:], (head.pooler, head.classifier), strict=True):
         tensors |= {f"{name}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
     return tensors
@@ -108,7 +102,7 @@ def plain_tensors(model: MultiExitModel, layer: int) -> dict[str, Tensor]:
 
 def model_config(config: Config, depth: int, labels: list[str]) -> dict:
     """The config.json of transformers. Keys that are left out have the same default there."""
-    settings = {"architectures": [CLASSIFIERS[config.model_type][0]], "model_type": config.model_type}
-    settings |= {name: value for name, value in asdict(config).items() if value is not None}
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    settings |= {"architectures": [CLASSIFIERS[config.model_type][0]], "model_type": config.model_type}
     settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: c for c, label in enumerate(labels)}}
     return settings | {"num_hidden_layers": depth}

@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from math import ceil
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
 from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, group_hash, save
 from minisweet.classifier.promise import Goal, goal_of
 from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_columns
-from minisweet.classifier.split import class_numbers, classes_of, split_rows
+from minisweet.classifier.split import class_numbers, classes_of, split_rows, warn_of_near_duplicates
 from minisweet.classifier.summary import print_choice
 from minisweet.classifier.teacher import embed, ensemble, regress
 from minisweet.classifier.trunk import Trunk, load_trunk
@@ -60,6 +61,7 @@ STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
 # If more texts are unlabelled than labelled, the trunk also learns answers to them: to at most so many, for so long.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 MAX_LENGTH = 256  # tokens
+TITLES = {"trunk": "fine-tuning", "trunk again": "learning from its own answers"}  # of progress bars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class FitOptions(Options):
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: where it is faster")
+    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: if faster")
 
 
 def fit_texts(
@@ -128,18 +130,22 @@ def fit_texts(
     if unlabelled and unlabelled.first and not len(split.unlabelled):
         raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     labelled, answered = texts.take(split.labelled), texts.take(split.unlabelled)
+    learned = texts.take(np.concatenate([split.labelled, split.unlabelled]))
     are_pairs = examples.second is not None
     if are_pairs and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {name}, need 2")
     if has_bag:
-        check_size(config.vocab_size, len(labels), are_pairs, len(labelled) + len(answered))
+        check_size(config.vocab_size, len(labels), are_pairs, len(learned))
+    warn_of_near_duplicates(split.validation, learned)
 
-    # 3. The record, as far as it is known before the training.
+    # 3. The trunk, a model with one exit at its end, and the record, as far as it is known before the training.
+    torch.manual_seed(options.seed)
+    base = trunk.model if trunk else new_trunk(folder, exit_layers[-1], len(labels))
+    embeddings = base.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
     arguments = {key: value for key, value in vars(options).items() if key not in ("trunk", "dev_size")}
     arguments |= {"model": options.trunk or options.model, "exit_layers": exit_layers}
-    known_keys = trunk.trained_keys if trunk else ()
+    arguments["train_size"] = len(labelled) or len(answered)
     digests = "".join(part.examples.digest() for part in (split.validation, labelled, answered) if len(part))
-    learned_groups = (labelled.examples.groups or []) + (answered.examples.groups or [])
     record = Record(
         arguments=TrainingOptions(**arguments),
         task=name,
@@ -152,7 +158,7 @@ def fit_texts(
         subset=split.labelled.tolist(),
         digest=hashlib.sha256(digests.encode()).hexdigest(),
         weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-        trained_keys=sorted({*known_keys, *labelled.keys.tolist(), *answered.keys.tolist()}),
+        trained_keys=sorted({*(trunk.trained_keys if trunk else ()), *learned.keys.tolist()}),
         device=device_name(device),
         precision=str(precision or torch.float32),
         versions=versions(),
@@ -166,7 +172,7 @@ def fit_texts(
                 dev_size=options.dev_size,
                 exit_layers=options.exit_layers,
                 combines=has_bag and not trunk,
-                trained_groups=sorted({group_hash(group) for group in learned_groups if group is not None}),
+                trained_groups=sorted({group_hash(group) for group in learned.examples.groups or () if group}),
             )
         ),
     )
@@ -176,46 +182,53 @@ def fit_texts(
     if examples.empty:
         LOG.warning("empty texts, skipped: %d", examples.empty)
     LOG.info("texts cut to %d tokens: %d", options.max_length, labelled.is_cut.sum())
-    rule = epochs_of(len(labelled) or len(answered), options.batch_size, len(labels), len(labelled) and not are_pairs)
-    if options.epochs and options.epochs < rule:
-        LOG.warning("epochs: %d, and %d are the rule here; with few the model may learn nothing", options.epochs, rule)
-    if trunk and len(exit_layers) == 1:
-        LOG.info("no layer is trained: the trunk stays as it is")
+
+    # 4. The stages: how many rows each learns from, and for how many epochs by rule.
+    again = split.unlabelled[:0]  # the rows that the trunk learns again with
+    if not trunk and len(labelled) < len(answered):
+        again = split.unlabelled[np.sort(np.random.default_rng(0).permutation(len(answered))[:MOST_AGAIN])]
+    known = texts.take(np.concatenate([split.labelled, again]))
+    size, is_single = options.batch_size, not are_pairs
+    stages = [
+        ("trunk", len(labelled), epochs_of(len(labelled), size, len(labels), is_single)),
+        ("trunk again", len(known), EPOCHS_AGAIN),
+        ("branches", len(learned), epochs_of(len(learned), size, len(labels), is_single and not len(answered))),
+    ]
+    stages = list(compress(stages, (not trunk, len(again), len(exit_layers) > 1)))
+    epochs = {stage: options.epochs or rule for stage, _, rule in stages}
+    if stages:
+        steps = sum(epochs[stage] * ceil(rows / size) for stage, rows, _ in stages)
+        work = f"{len(stages)} stage{'s' * (len(stages) > 1)}, {steps:,} steps"
+        LOG.info("%s, lr %g, seed %d, %s, %s", work, options.lr, options.seed, record.device, record.precision)
+        if (rule := stages[0][2]) > (options.epochs or rule):
+            message = "epochs: %d, and %d are the rule here; with few the model may learn nothing"
+            LOG.warning(message, options.epochs, rule)
     else:
-        about = options.lr, options.epochs or rule, options.seed, record.device, record.precision
-        LOG.info("lr %g, epochs %d, seed %d, %s, %s", *about)
+        LOG.info("no layer is trained: the trunk stays as it is")
 
-    # 4. The trunk, a model with one exit at its end, learns the labels. If more texts are unlabelled than labelled, it
-    # then learns the labels again, together with what two teachers answer to these texts (teacher.py).
+    # 5. The trunk learns the labels. If more texts are unlabelled than labelled, it then learns the labels again,
+    # together with what two teachers answer to these texts (teacher.py).
     training = Training(record, device, precision, out)
-    torch.manual_seed(options.seed)
-    base = trunk.model if trunk else new_trunk(folder, exit_layers[-1], len(labels))
-    embeddings = base.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
+    if len(again):
+        with training.timed("second answers"):
+            vectors = embed(base.encoder.eval().to(device), tokenizer, known.examples)
+            second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
+            base.cpu()
     if not trunk:
-        again = some_of(split.unlabelled) if len(labelled) < len(answered) else split.unlabelled[:0]
-        if len(again):
-            with training.timed("second answers"):
-                known = texts.take(np.concatenate([split.labelled, again]))
-                vectors = embed(base.encoder.eval().to(device), tokenizer, known.examples)
-                second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
-                base.cpu()
-        training.train(Stage("trunk", base), labelled)
-        if len(again):
-            answers = ensemble(training.ask("first answers", base, texts.take(again)), second)
-            both = with_answers(texts, split.labelled, again, answers)
-            training.train(Stage("trunk again", base), both, EPOCHS_AGAIN)
+        training.train(Stage("trunk", base), labelled, epochs["trunk"])
+    if len(again):
+        answers = ensemble(training.ask("first answers", base, texts.take(again)), second)
+        training.train(Stage("trunk again", base), with_answers(known, answers), epochs["trunk again"])
 
-    # 5. The exits before the last are branches on the trunk, which stays as it is. They also learn its answers.
+    # 6. The exits before the last are branches on the trunk, which stays as it is. They also learn its answers.
     torch.manual_seed(options.seed)  # so that new weights do not depend on where the trunk is from
     model = add_exits(options.method, base, exit_layers)
-    learned = labelled
     if len(answered):
-        answers = training.ask("unlabelled", model, answered).softmax(-1)
-        learned = with_answers(texts, split.labelled, split.unlabelled, answers)
+        learned = with_answers(learned, training.ask("unlabelled", model, answered).softmax(-1))
     for stage in METHODS[options.method].stages(model):
-        training.train(stage, learned)
+        training.train(stage, learned, epochs[stage.name])
 
-    # 6. The bag of words in front of the model learns the same as the branches.
+    # 7. The bag of words in front of the model learns the same as the branches.
     bag = None
     if has_bag:
         bag = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), are_pairs)
@@ -224,7 +237,7 @@ def fit_texts(
             batches = [learned.batch(rows).inputs for rows in chunks]
             fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
 
-    # 7. The record of what was trained.
+    # 8. The record of what was trained.
     seconds = sum(training.seconds.values())
     LOG.info("trained in %.0f s", seconds)
     record = replace(
@@ -272,17 +285,10 @@ def epochs_of(rows: int, batch_size: int, classes: int, are_single: bool = True)
     return max(least, ceil(STEPS / ceil(max(1, rows) / batch_size)))
 
 
-def some_of(unlabelled: np.ndarray) -> np.ndarray:
-    """The rows that the trunk learns again with: at most MOST_AGAIN of them, in order."""
-    chosen = np.random.default_rng(0).permutation(len(unlabelled))[:MOST_AGAIN]
-    return unlabelled[np.sort(chosen)]
-
-
-def with_answers(texts: Texts, labelled: np.ndarray, unlabelled: np.ndarray, answers: torch.Tensor) -> Texts:
-    """Labelled and unlabelled rows of some texts. Their targets are the labels, and the `answers` (n, C) of a model."""
-    labels = np.eye(answers.shape[1], dtype=np.float32)[texts.labels[labelled]]
-    rows = np.concatenate([labelled, unlabelled])
-    return texts.take(rows).with_targets(np.concatenate([labels, answers.numpy()]))
+def with_answers(texts: Texts, answers: torch.Tensor) -> Texts:
+    """Labelled texts, then unlabelled ones. Their targets are the labels, and the `answers` (n, C) of a model."""
+    labels = np.eye(answers.shape[1], dtype=np.float32)[texts.labels[: len(texts) - len(answers)]]
+    return texts.with_targets(np.concatenate([labels, answers.numpy()]))
 
 
 class Training:
@@ -299,28 +305,28 @@ class Training:
         yield
         self.seconds[name] = time.perf_counter() - started
 
-    def train(self, stage: Stage, texts: Texts, epochs: int | None = None) -> None:
-        """Train a stage: for as many epochs as the options say, or else `epochs`, or `epochs_of` the texts."""
-        options, are_single = self.record.arguments, texts.targets.ndim == 1 and texts.examples.second is None
-        rule = epochs_of(len(texts), options.batch_size, len(self.record.labels), are_single)
+    def train(self, stage: Stage, texts: Texts, epochs: int) -> None:
+        """Train a stage. The progress bar says what it does."""
+        name, options = stage.name, self.record.arguments
+        stage = stage._replace(name=TITLES.get(name, name))
         settings = options.batch_size, options.lr, options.seed, self.device, self.precision
         try:
-            with self.timed(stage.name):
-                losses = train_stage(stage, texts, options.epochs or epochs or rule, *settings)
+            with self.timed(name):
+                losses = train_stage(stage, texts, epochs, *settings)
         except FloatingPointError as error:
             step = error.args[0]
             if self.out:
                 save_run(self.out, replace(self.record, diverged=step))
             message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
             raise InputError(message, "lr") from None
-        self.losses[stage.name] = np.round(losses, 5).tolist()
+        self.losses[name] = np.round(losses, 5).tolist()
 
     def ask(self, name: str, model: ExitModel, texts: Texts) -> torch.Tensor:
         """The logits (N, C) that the last exit of a model gives for N texts."""
         model = model.keep_exits([len(model.exit_layers) - 1]).eval().to(self.device)
         precision = choose_precision(self.record.arguments.amp, self.device)  # as in evaluation: float32 on a CPU
         with self.timed(name):
-            logits = ask_all(model, texts, precision, title=name).logits[-1]
+            logits = ask_all(model, texts, precision, title="answering unlabelled texts").logits[-1]
         model.cpu()
         return logits
 
@@ -356,22 +362,19 @@ def main() -> None:
 
 def read_files(args: Namespace) -> tuple[Examples, Examples | None, Examples | None, Columns]:
     """Read the files that a command names: the rows, those to validate on, the unlabelled ones; and FILE's columns."""
-    first, label = args.file or args.unlabelled[0], None
+    first, label = args.file or args.unlabelled[0], args.label_column or "label"
     columns = text_columns(first, args.text_columns)
+    if args.file and label in columns:
+        raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
 
-    def read(file: Path, label_column: str | None) -> Examples:
+    def read(file: Path, label: str | None) -> Examples:
         own = columns if file is first else text_columns(file, args.text_columns, columns)
-        group = find_columns("--group-column", file, [args.group_column]) if args.group_column else []
-        return read_texts(file, own, label_column, *group)
+        for typed, column in (("--label-column", label), ("--group-column", args.group_column)):
+            if column:
+                find_columns(typed, file, [column])
+        return read_texts(file, own, label, args.group_column)
 
-    rows, validation = Examples([], None if len(columns) == 1 else [], None, names=[]), None
-    if args.file:
-        (label,) = find_columns("--label-column", first, [args.label_column or "label"])
-        if label in columns:
-            raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
-        rows = read(first, label)
-    if args.dev_data:
-        (label_there,) = find_columns("--label-column", args.dev_data, [label or args.label_column or "label"])
-        validation = read(args.dev_data, label_there)
+    rows = read(first, label) if args.file else Examples([], None if len(columns) == 1 else [], None, names=[])
+    validation = read(args.dev_data, label) if args.dev_data else None
     unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
-    return rows, validation, unlabelled, Columns(columns, label, args.group_column)
+    return rows, validation, unlabelled, Columns(columns, label if args.file else None, args.group_column)

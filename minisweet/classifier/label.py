@@ -7,8 +7,6 @@ A text can only be lost if early exit and full depth answer differently. So thes
 without a label, in the order in which they stop the search for a threshold. The file shows none of the model's answers,
 which would influence whoever labels. Any number of rows may be filled in. These labels are no sample of the texts, so
 they serve the promise alone and enter no score. After another `fit` give them to `choose` again; do not train on them.
-
-Dimension letters: M thresholds, T distinct texts.
 """
 
 import shlex
@@ -22,7 +20,6 @@ from minisweet.classifier.deployed import OwnRun, fitted_of, load_run
 from minisweet.classifier.promise import filled, last_passed, lost_rows
 from minisweet.classifier.rows import row_writer
 from minisweet.classifier.selection import prepare, share_right
-from minisweet.run import read_validation
 
 
 def main() -> None:
@@ -35,26 +32,26 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"{args.out} is there already, and may be filled in; name another file", "out")
-    run = load_run(args.run, "point", "outputs", "given")
+    run = load_run(args.run, "point", "outputs", "given", "texts")
     rows, message = rows_to_label(run, args.most)
     print(message)
     if not rows:
         return
     label, columns = fitted_of(run.record).label_column or "label", run.record.text_columns or ["text"]
     with row_writer(args.out, [*columns, label]) as write:
-        for text in read_validation(args.run, run.record).take(rows).texts():
+        for text in run.texts.examples.take(rows).texts():
             sides = [text] if isinstance(text, str) else text
-            write(dict(zip(columns, sides, strict=True)) | {label: ""})
+            write(dict(zip([*columns, label], [*sides, ""], strict=True)))
     next_step = shlex.join(["minisweet", "choose", str(args.run), "--labels", str(args.out)])
     print(f"{args.out}: texts to label: {len(rows)}; fill in {label!r}, then: {next_step}")
 
 
 def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     """The validation rows to ask about, the most useful first, and in words what their labels may bring."""
-    outputs, point, nothing = run.outputs, run.point, "labels would change nothing: "
+    point, nothing = run.point, "labels would change nothing: "
     if point.goal.max_share is not None:
         return [], f"{nothing}what is deployed was chosen by its share of the layers"
-    trial = prepare(outputs, point.goal, run.record.trained_keys, combines=fitted_of(run.record).combines)
+    trial = prepare(run.outputs, point.goal, run.record.trained_keys, combines=fitted_of(run.record).combines)
     if not trial.has_judges or not (trial.judges.labels < 0).any():
         return [], f"{nothing}no text without a label judges"
 
@@ -82,7 +79,7 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     m = last_passed(np.ceil((is_lost * expected).sum(1) - 1e-9).astype(int), len(keys), point.goal)
     before, after = 100 * point.share, min(100 * point.share, 100 * costs[m].mean())
     labels = f"{len(asked)} label" + "s" * (len(asked) > 1)
-    row_of = {key: row for row, key in reversed([*enumerate(outputs.keys.tolist())])}  # the first row of each text
     message = f"Some {labels} may bring the layers run from {before:.0f} to about {after:.0f} of 100"
     message += "; no other label that is missing stands in the way" * (len(asked) < most)
-    return [row_of[key] for key in keys[asked].tolist()], message
+    all_keys = run.outputs.keys.tolist()
+    return [all_keys.index(key) for key in keys[asked].tolist()], message

@@ -3,8 +3,6 @@
 onnx_graph.py makes the graph. This file tries it on validation rows, one by one, before it is written. A float32 file
 has the run's threshold and promise, because its answers are the model's. Eight bits change some answers, and so an int8
 file gets a threshold and a promise of its own, relative to its own full depth.
-
-Dimension letters: K exits, N texts, C classes.
 """
 
 import copy
@@ -24,8 +22,9 @@ from minisweet.adaptive import in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.deployed import Deployed, OwnRun, classify, deploy, fitted_of
+from minisweet.classifier.deployed import OwnRun, classify, deploy, fitted_of
 from minisweet.classifier.onnx_graph import INPUTS, export_graph, set_rule
+from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import METRIC_NAMES
 from minisweet.classifier.selection import choose, choosers_and_judges
 from minisweet.texts import Texts, special_tokens
@@ -39,86 +38,70 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
     """
     if run.model.asks_at_1:
         raise InputError("--onnx: the run is of Multi-Model (mm); the file is for one model")
+    record, deployed, lines = run.record, deploy(run, device="cpu", amp="off"), []
+    _, judging, _ = choosers_and_judges(run.outputs, record.trained_keys)
+    rows = judging if len(judging) else np.arange(len(run.texts))  # to try the file on
+    tried, fitted = run.texts.take(rows), fitted_of(record)
     with written_beside(out, overwrite=False) as new:
-        file, deployed, lines = make_file(deploy(run, device="cpu", amp="off"), int8)
-        content = file.SerializeToString()
-        new.write_bytes(content)
-    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, deployed.run.point.exits))
-    size = f"{len(content) / 1e6:.1f} MB"
-    return [f"{out}: {kind}, {size}, exits {exits}, by default at threshold {deployed.threshold:.6g}", *lines]
-
-
-def make_file(deployed: Deployed, int8: bool) -> tuple[ModelProto, Deployed, list[str]]:
-    """Make the file, with its metadata and tokenizer, and try it.
-
-    Also returns what the file deploys, which in int8 has temperatures and a threshold of its own, and lines for a user.
-    """
-    record, texts = deployed.run.record, deployed.run.texts
-    _, judging, _ = choosers_and_judges(deployed.run.outputs, record.trained_keys)
-    rows = judging if len(judging) else np.arange(len(texts))  # to try it on
-    file, lines = export_graph(deployed.model, deployed.bag, deployed.threshold, deployed.rule, int8), []
-    if int8:
-        deployed, line = choose_for_int8(file, deployed, rows)
-        set_rule(file, deployed.threshold, deployed.rule)
-        lines.append(line)
-
-    tried = texts.take(rows)
-    (probabilities, _, layers), milliseconds = one_by_one(file, tried)
-    _, full_milliseconds = one_by_one(file, tried, threshold=np.ones((), np.float32))
-    of_file = [(deployed.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), layers, strict=True)]
-    of_model = [(answer.label, answer.exit_layer) for answer in classify(deployed, tried)]
-    differ = sum(ours != theirs for ours, theirs in zip(of_file, of_model, strict=True))
-    if 1000 * differ > max(1000, len(rows)) and not int8:
-        raise InputError(f"--onnx: not written: {differ} of {len(rows)} answers are not the model's")
-    lines.append(f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's")
-    lines.append(f"milliseconds per text: {milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth")
-
-    point, tokenizer = deployed.run.point, copy.deepcopy(deployed.run.tokenizer)
-    pad = special_tokens(tokenizer)[2]
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
-    metadata = {
-        "labels": record.labels,
-        "exit_layers": point.exits,
-        "max_length": record.arguments.max_length,
-        "pairs": len(record.text_columns) == 2,
-        "texts_at_once": 1 if int8 else None,  # None for any number
-        "threshold": deployed.threshold,
-        "goal": point.goal.as_json(),
-    }
-    as_json = {key: json.dumps(value) for key, value in metadata.items()}
-    set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
-    promise = point.promise or point.shortfall(fitted_of(record).set_aside)
+        file = export_graph(deployed.model, deployed.bag, run.point.threshold, run.point.rule, int8)
+        if int8:
+            point, line = choose_for_int8(file, run, rows)
+            lines.append(line)
+            set_rule(file, point.threshold, point.rule)
+            deployed = deployed._replace(run=run._replace(point=point), threshold=in_float32(point.threshold))
+        point = deployed.run.point
+        (probabilities, _, layers), milliseconds = one_by_one(file, tried)
+        _, full_milliseconds = one_by_one(file, tried, threshold=np.ones((), np.float32))
+        of_file = [(deployed.labels[k], layer) for k, layer in zip(probabilities.argmax(-1), layers, strict=True)]
+        of_model = [(answer.label, answer.exit_layer) for answer in classify(deployed, tried)]
+        differ = sum(ours != theirs for ours, theirs in zip(of_file, of_model, strict=True))
+        if 1000 * differ > max(1000, len(rows)) and not int8:
+            raise InputError(f"--onnx: not written: {differ} of {len(rows)} answers are not the model's")
+        lines.append(f"{len(rows):,} validation rows, one by one: {differ:,} answers or exits are not the model's")
+        at_both = f"{milliseconds:.2f} at the threshold, {full_milliseconds:.2f} at full depth"
+        lines.append(f"milliseconds per text: {at_both}")
+        metadata = {
+            "labels": record.labels,
+            "exit_layers": point.exits,
+            "max_length": record.arguments.max_length,
+            "pairs": len(record.text_columns) == 2,
+            "texts_at_once": 1 if int8 else None,  # None for any number
+            "threshold": deployed.threshold,
+            "goal": point.goal.as_json(),
+        }
+        tokenizer, pad = copy.deepcopy(run.tokenizer), special_tokens(run.tokenizer)[2]
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+        as_json = {key: json.dumps(value) for key, value in metadata.items()}
+        set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
+        new.write_bytes(file.SerializeToString())
+        size = new.stat().st_size / 1e6
+    promise = point.in_words(len(fitted.exit_layers), fitted.set_aside)
     if point.precision not in ("int8", "torch.float32"):
         promise = f"what was promised is of {point.precision}, and nothing of this file: choose again with --amp off"
-    return file, deployed, [*lines, *([promise] if promise else [])]
+    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, point.exits))
+    first = f"{out}: {kind}, {size:.1f} MB, exits {exits}, by default at threshold {deployed.threshold:.6g}"
+    return [first, *lines, promise]
 
 
-def choose_for_int8(file: ModelProto, deployed: Deployed, rows: np.ndarray) -> tuple[Deployed, str]:
+def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[OperatingPoint, str]:
     """Choose for an int8 file from its own answers. Also returns a line: what eight bits change in some rows."""
-    run, layers = deployed.run, deployed.run.point.exits
+    layers, answers = run.point.exits, []
+    for k in range(len(layers)):  # with a temperature of NaN no text leaves, so that all leave at exit k
+        temperatures = torch.tensor([math.nan] * k + [1.0] * (len(layers) - k))
+        set_rule(file, 0.0, CombinedRule(1, temperatures, torch.zeros(len(layers))))
+        (probabilities, _, _), _ = one_by_one(file, run.texts)
+        answers.append(probabilities)
+    logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
     exits = run.outputs.exits.keep_exits([run.outputs.exits.layers.index(n) for n in layers])
-    logits = answers_of_exits(file, run.texts, len(layers))
     outputs = run.outputs._replace(logits=logits, exits=exits, precision="int8")
-    known, combines = run.record.trained_keys, deployed.rule.needs_bag
+    known, combines = run.record.trained_keys, run.point.rule.needs_bag
     point = choose(outputs, run.point.goal, known, layers, run.given, combines)
     changes = int((logits[-1].argmax(-1) != run.outputs.logits[-1].argmax(-1))[rows].sum())  # of the last exit alone
     line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
     if outputs.metric != "agreement":
         gap, metric = point.full_depth - run.point.full_depth, METRIC_NAMES[outputs.metric]
         line += f"; {metric} there {point.full_depth:.1f}, {gap:+.1f} points beside the model's"
-    run = run._replace(point=point)
-    return deployed._replace(run=run, rule=point.rule, threshold=in_float32(point.threshold)), line
-
-
-def answers_of_exits(file: ModelProto, texts: Texts, exits: int) -> Tensor:
-    """The log-probabilities (K, N, C) of each exit of a file for all texts, at a temperature of 1."""
-    logits = []
-    for k in range(exits):  # with a temperature of NaN no text leaves, so that all leave at exit k
-        temperatures = torch.tensor([math.nan] * k + [1.0] * (exits - k))
-        set_rule(file, 0.0, CombinedRule(1, temperatures, torch.zeros(exits)))
-        (probabilities, _, _), _ = one_by_one(file, texts)
-        logits.append(probabilities)
-    return torch.from_numpy(np.stack(logits)).clamp(min=1e-37).log()
+    return point, line
 
 
 def one_by_one(file: ModelProto, texts: Texts, **setting: np.ndarray) -> tuple[list[np.ndarray], float]:

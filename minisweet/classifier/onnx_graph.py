@@ -1,8 +1,8 @@
 """How a model becomes one ONNX graph with early exit inside.
 
 torch exports each kind of step once, as a function with weights as inputs: the embeddings, a layer, an exit, the bag of
-words. `Writer` writes the graph that calls them, each time with the weights of another place. ONNX's node `If` runs one
-of two inner graphs, and so the file is a graph in a graph in a graph. For exits 0 (the bag of words), 2 and 6:
+words. `Writer` writes the graph that calls them. ONNX's node `If` runs one of two inner graphs, and so the file is a
+graph in a graph in a graph. For exits 0 (the bag of words), 2 and 6:
 
     exit 0 answers all rows
     If rows stay, which are those whose confidence is too low:
@@ -13,9 +13,7 @@ of two inner graphs, and so the file is a graph in a graph in a graph. For exits
             exit 6 answers them, and its answers replace those of exit 2 in these rows
         the answers of exits 2 and 6 replace those of exit 0 in these rows
 
-At threshold 1 another `If` skips all exits but the last, and all rows stay.
-
-Dimension letters: B rows of a batch, M of them that come to an exit, T tokens, D hidden size, K exits, C classes.
+At threshold 1 another `If` skips all exits but the last, and all rows stay. Of B rows of a batch, M come to an exit.
 """
 
 import copy
@@ -164,12 +162,6 @@ class Writer:
         layer = add("Constant", value_float=float(n))
         return add("Pad", answers, add("Constant", value_ints=[0, 0, 0, 1]), layer)
 
-    def skip(self, state: list[str]) -> str:
-        """Zeros in place of answers, (M, C+2)."""
-        rows = self.add("Shape", state[0], end=1)
-        columns = self.add("Constant", value_ints=[self.model.num_labels + 2])
-        return self.add("ConstantOfShape", self.add("Concat", rows, columns, axis=0))
-
     def from_exit(self, k: int, state: list[str], bag_logits: str | None = None) -> str:
         """The answers (M, C+2) of exit k and of later exits to the rows that come to exit k."""
         add = self.add
@@ -177,7 +169,13 @@ class Writer:
             return self.ask(k, state, bag_logits)
         if k == 0 and self.combines:
             bag_logits = self.ask_bag(state)
-        answers = self.either("asks", partial(self.ask, k, state, bag_logits), partial(self.skip, state))
+
+        def skip() -> str:  # zeros in place of answers
+            rows = add("Shape", state[0], end=1)
+            columns = add("Constant", value_ints=[self.model.num_labels + 2])
+            return add("ConstantOfShape", add("Concat", rows, columns, axis=0))
+
+        answers = self.either("asks", partial(self.ask, k, state, bag_logits), skip)
         confidence = add("Gather", answers, add("Constant", value_int=self.model.num_labels), axis=1)  # (M,)
         stays = add("NonZero", add("Not", add("GreaterOrEqual", confidence, "limit")))
         rows = add("Squeeze", stays, add("Constant", value_ints=[0]))
@@ -218,10 +216,9 @@ def export_graph(
 ) -> ModelProto:
     """The graph of a bag of words and a model, with a rule for their exits. `threshold` is the default of an input.
 
-    With `int8` weights have eight bits, with a scale per column, and ONNX Runtime quantises activations as they come.
-    Seven of the eight bits are used: with all of them, products overflow on processors without VNNI. The bag of words
-    stays as it is: one scale for its whole table would change its answers. Activations have one scale for all that runs
-    at once, so that such a file takes one text at a time: other texts and padding would change its answers.
+    With `int8` weights have eight bits, with a scale per column. Seven of them are used: with all, products overflow on
+    processors without VNNI. The bag of words stays as it is: one scale for its whole table would change its answers.
+    Activations have one scale for all that runs at once, so that such a file takes one text at a time.
     """
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as after:
         after.callback(logging.disable, logging.root.manager.disable)

@@ -1,10 +1,7 @@
-"""The operating point: what is deployed, what to expect of it on new text, and the promise in words.
-
-Dimension letters: K exits, N rows, T distinct texts, C classes.
-"""
+"""The operating point: what is deployed, what to expect of it on new text, and the promise in words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -12,7 +9,7 @@ import numpy as np
 import torch
 
 from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.promise import ROUNDING, Goal, by_text, lost_texts, texts_needed
+from minisweet.classifier.promise import ROUNDING, Goal, by_text, filled, lost_texts, scored, texts_needed
 from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE
 from minisweet.metrics import score
 from minisweet.outputs import Outputs
@@ -23,72 +20,52 @@ Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """What is deployed, and what to expect of it on new text. operating.json holds these keys.
+    """What is deployed, and what to expect of it on new text: the keys of operating.json (RUNS.md).
 
-    Each `..._interval` is a 95% interval, given as its two ends, or None.
-
-    Attributes:
-        id: of the run.
-        threshold: a text leaves at the first exit whose confidence, from 0 to 1, reaches it.
-        exits: the layers of the exits that are asked, counted from 1; 0 is exit 0, the bag of words.
-        goal: in operating.json {"max_lost": P, "sure": S}, in percent, or {"max_share": s}, from 0 to 1.
-        choosing_texts, judging_texts: how many texts, none of them trained on, chose this point and judged it.
-        labelled_judges: how many judging texts were set aside with a label.
-        score, full_depth: accuracy of early exit and of full depth on the labelled judges, in percent (for tasks of
-            GLUE, their metric); without any, how often the two agree.
-        lost: percent of the judging texts whose answer early exit changed, unless a label says that full depth was
-            wrong there.
-        share: of the layers that run, from 0 to 1; with exits 0 and last, the share of the texts sent to the model.
-        temperatures, weights: (K,), of `exits`; a weight is how much exit 0's answer counts there.
-        per_class: precision, recall and f1 in percent, and support, the number of rows: (C,) each.
-        precision: of the logits.
+    Scores and `lost` are in percent, `share` is from 0 to 1. Intervals are 95% intervals, given as their two ends.
     """
 
-    id: str | None = None
-    threshold: float
-    exits: list[int]
+    id: str | None = None  # of the run
+    threshold: float  # a text leaves at the first exit whose confidence, from 0 to 1, reaches it
+    exits: list[int]  # (K,), the layers of the exits that are asked, counted from 1; 0 is the bag of words
     goal: Goal
     choosing_texts: int
     judging_texts: int
-    labelled_judges: int
-    score: float
+    labelled_judges: int  # of the judging texts, how many were set aside with a label
+    score: float  # of early exit on the labelled judges; without any, how often it agrees with full depth
     score_interval: list[float] | None
     full_depth: float
     full_depth_interval: list[float] | None
-    lost: float
+    lost: float  # of the judging texts: early exit changed the answer, and no label says that full depth was wrong
     lost_interval: list[float] | None
-    share: float
+    share: float  # of the layers that run
     share_interval: list[float] | None
-    temperatures: list[float]
-    weights: list[float]
-    per_class: dict
-    precision: str
+    temperatures: list[float]  # (K,)
+    weights: list[float]  # (K,), how much the bag's answer counts at each exit
+    per_class: dict  # of the labelled judges: lists (C,), see `classification_report`
+    precision: str  # of the logits
 
     @property
     def rule(self) -> CombinedRule:
         """The rule of `exits`."""
-        temperatures = torch.tensor(self.temperatures, dtype=torch.float32, device="cpu")
-        weights = torch.tensor(self.weights, dtype=torch.float32, device="cpu")
-        return CombinedRule(len(self.per_class["support"]), temperatures, weights)
+        numbers = torch.tensor([self.temperatures, self.weights], dtype=torch.float32, device="cpu")
+        return CombinedRule(len(self.per_class["support"]), *numbers)
 
     @property
     def promise(self) -> str:
         """What the judges saw and what is promised, in words; "" if all texts run to the last exit."""
         if self.threshold == 1:
             return ""
-        goal, count = self.goal, round(self.lost * self.judging_texts / 100)
+        count = round(self.lost * self.judging_texts / 100)
         at_most = "at most " * (self.judging_texts > self.labelled_judges)  # a missing label only adds to the count
-        answers = f"{at_most}{count:,} answer{'s' * (count != 1)}"
-        words = f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost {answers} that "
-        words += "the full model had right."
-        if goal.max_share is None:
-            words += f" In the long run at most {goal.max_lost:g} in 100 new texts like these are lost, {goal.sure:g}%"
-            words += " sure."
-        if self.labelled_judges and self.score_interval:  # of accuracy alone
-            words += (
-                f" Of {self.labelled_judges:,} labelled ones the full model had {self.full_depth:.1f} of 100 right,"
-            )
-            words += f" early exit {self.score:.1f}."
+        words = f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost {at_most}"
+        words += f"{count:,} answer{'s' * (count != 1)} that the full model had right."
+        if self.goal.max_share is None:
+            words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost,"
+            words += f" {self.goal.sure:g}% sure."
+        if self.labelled_judges and self.score_interval:  # the score is accuracy
+            words += f" Of {self.labelled_judges:,} labelled ones the full model had {self.full_depth:.1f} of 100"
+            words += f" right, early exit {self.score:.1f}."
         return words
 
     def shortfall(self, set_aside: float = 1.0) -> str:
@@ -113,22 +90,22 @@ class OperatingPoint:
         enough = f"{rows[0]:,} {kind} would do where none is lost, {rows[1]:,} and {rows[2]:,} where one or two are"
         return f"{problem}: {self.judging_texts:,} texts judged. Some {enough}"
 
-    def in_words(self, num_exits: int, set_aside: float = 1.0) -> str:
+    def in_words(self, num_exits: int, set_aside: float) -> str:
         """The promise of a model with `num_exits` exits, or why nothing faster than full depth can be promised."""
         if num_exits == 1:
             return "the model has one exit alone"
         return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
-def stated(places: Sequence[int], threshold: float, judges: Outputs, with_score: Outputs) -> dict:
+def stated(places: Sequence[int], threshold: float, judges: Outputs, given: Mapping[int, int] | None = None) -> dict:
     """Measure early exit with the exits at some places, counted from 0. Returns values of an `OperatingPoint`.
 
-    `lost` and `share` are those of the `judges`, which have all labels (`filled`). `score`, `full_depth` and
-    `per_class` are those of the rows `with_score`. Both have calibrated logits.
+    The `judges` have calibrated logits. Labels that are `given`, by key, enter `lost` alone.
     """
-    _, (answers,), (costs,) = judges.decide_at(places, [threshold])
-    lost, costs = lost_texts(judges, answers), by_text(judges, costs)  # (T,) each
-    ends = judges.exits.keep_exits(places).costs(threshold)
+    judged, labelled = filled(judges, given), scored(judges)
+    _, (answers,), (costs,) = judged.decide_at(places, [threshold])
+    lost, costs = lost_texts(judged, answers), by_text(judged, costs)  # (T,) each
+    ends = judged.exits.keep_exits(places).costs(threshold)
     point = {
         "judging_texts": len(lost),
         "lost": 100 * float(lost.mean()),
@@ -138,15 +115,15 @@ def stated(places: Sequence[int], threshold: float, judges: Outputs, with_score:
     }
     if threshold == 1:  # all answers are full depth's, at one cost
         point |= {"lost_interval": [0.0, 0.0], "share_interval": [ends[-1], ends[-1]]}
-    _, (answers,), _ = with_score.decide_at(places, [threshold])
-    labels, full_depth = with_score.labels.numpy(), with_score.logits[-1].argmax(-1).numpy()
+    _, (answers,), _ = labelled.decide_at(places, [threshold])
+    labels, full_depth = labelled.labels.numpy(), labelled.logits[-1].argmax(-1).numpy()
     for name, predictions in (("score", answers), ("full_depth", full_depth)):
-        if with_score.metric == "accuracy":
-            right = by_text(with_score, predictions == labels)  # half, if one of a text's two labels is right
+        if labelled.metric == "accuracy":
+            right = by_text(labelled, predictions == labels)  # half, if one of a text's two labels is right
             point |= {name: 100 * float(right.mean()), f"{name}_interval": wilson(right)}
         else:
-            point |= {name: float(score(predictions, labels, with_score.metric)), f"{name}_interval": None}
-    return point | {"per_class": classification_report(answers, labels, with_score.logits.shape[-1])}
+            point |= {name: float(score(predictions, labels, labelled.metric)), f"{name}_interval": None}
+    return point | {"per_class": classification_report(answers, labels, labelled.logits.shape[-1])}
 
 
 def classification_report(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, list]:

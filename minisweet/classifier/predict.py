@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minisweet.base.commands import Parser, list_of, name_of, progress
 from minisweet.base.files import InputError
-from minisweet.classifier.deployed import Answer, add_options, classify, deployed_of, tokenize
+from minisweet.classifier.deployed import add_options, classify, deployed_of, tokenize
 from minisweet.classifier.rows import all_columns, cell, read_rows, row_writer, text_columns
 
 WINDOW = 1024  # rows that are read, and sorted by length, at once
@@ -26,9 +26,8 @@ def main() -> None:
     add_options(parser)
     option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     option("--out", type=Path, help="as FILE; replaced if it exists (default: standard output, as CSV)")
-    option(
-        "--text-columns", type=list_of(name_of), help="one or two (default: as in training, or text or sentence or ...)"
-    )
+    names = list_of(name_of)
+    option("--text-columns", type=names, help="one or two (default: as in training, or text or sentence or ...)")
     args = parser.parse_args()
     if args.out and args.out.resolve() == args.file.resolve():
         raise InputError(f"--out: {args.out} is the input; name another file")
@@ -46,7 +45,9 @@ def main() -> None:
             texts = [[cell(args.file, line, row, column) for column in columns] for line, row in chunk]
             tokens = tokenize(deployed, texts)
             for (_, row), answer in zip(chunk, classify(deployed, tokens), strict=True):
-                write(row | dict(zip(added, cells_of(answer), strict=True)))
+                numbers = [round(p, 9) for p in (answer.confidence, *answer.probabilities.values())]
+                cells = [answer.label, numbers[0], answer.exit_layer, *numbers[1:]]
+                write(row | dict(zip(added, cells, strict=True)))
                 left[answer.exit_layer] += 1
             empty += sum(not "".join(text).strip() for text in texts)
             cut += int(tokens.is_cut.sum())
@@ -55,9 +56,3 @@ def main() -> None:
         exits = ", ".join(f"{left[n]:,} after layer {n}" for n in deployed.run.point.exits)
         print(f"{args.out}: {left.total():,} rows at threshold {deployed.threshold:.6g}; left {exits}", end="; ")
         print(f"empty: {empty:,}; cut to {record.arguments.max_length} tokens: {cut:,}")
-
-
-def cells_of(answer: Answer) -> list:
-    """The cells that a row gets: label, confidence, exit layer and probabilities."""
-    confidence, *probabilities = (round(p, 9) for p in (answer.confidence, *answer.probabilities.values()))
-    return [answer.label, confidence, answer.exit_layer, *probabilities]

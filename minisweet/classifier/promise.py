@@ -3,8 +3,8 @@
 A text is *lost* if full depth (the last exit) is right and early exit is wrong. The goal is to lose at most P of 100
 texts, and to be S% sure of that; or else to run at most a given share of the layers.
 
-*Judging* texts try thresholds from 1, which is full depth, downwards: the lower, the faster. The exact binomial test
-decides at each one whether the goal still holds, and the first failure ends the search. Only texts whose answer early
+*Judging* texts try thresholds from 1, which is full depth, downwards: the lower, the faster. At each one the exact
+binomial test decides whether the goal still holds, and the first failure ends the search. Only texts whose answer early
 exit changes need a label. Without one such a text counts as lost, so that the count is never too low.
 
 Theorem. Model, goal and precision are fixed before anyone looks at a judging text. If judging and new texts are
@@ -17,8 +17,6 @@ to the count: whoever chose which texts got one, in whatever order, and whenever
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
 MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
-
-Dimension letters: K exits, N rows, T distinct texts, M thresholds.
 """
 
 import math
@@ -54,12 +52,12 @@ class Goal(Options):
 
     def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
         """The goal with some parts replaced; None keeps a part. Raises InputError if both kinds of goal are given."""
-        if max_lost is not None and max_share is not None:
-            raise InputError(f"{max_share!r:.60}, and max_lost is given too; should be one of both", "max_share")
-        if max_lost is sure is max_share is None:
-            return self
         if max_share is not None:
+            if max_lost is not None:
+                raise InputError(f"{max_share!r:.60}, and max_lost is given too; should be one of both", "max_share")
             return Goal(max_share=max_share)
+        if max_lost is sure is None:
+            return self
         return Goal(max_lost=self.max_lost if max_lost is None else max_lost, sure=self.sure if sure is None else sure)
 
     def as_json(self) -> dict[str, float]:
@@ -76,9 +74,9 @@ def goal_of(args: Namespace) -> Goal:
 
 
 def how_sure(texts: int, lost: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
-    """How sure it is, from 0 to 1, that at most a `share` of texts is lost in the long run: (M,).
+    """How sure it is that at most a `share` of all texts is lost, where `lost` (M,) of so many `texts` are: (M,).
 
-    The exact binomial test, 1 - P(Binomial(texts, share) <= lost), where `lost` (M,) of so many `texts` were lost.
+    The exact binomial test: 1 - P(Binomial(texts, share) <= lost).
     """
     k = torch.arange(max(lost) + 1, dtype=torch.float64)
     log_ways = math.lgamma(texts + 1) - torch.lgamma(k + 1) - torch.lgamma(texts - k + 1)
@@ -98,7 +96,7 @@ def most_lost(texts: int, goal: Goal) -> int:
 
 
 def last_passed(lost: np.ndarray, texts: int, goal: Goal, exact: bool = True) -> int:
-    """The index of the threshold that is reached from the last one, which is 1, downwards, before the first failure.
+    """The index of the lowest threshold before the first that fails, on the way down from the last one, which is 1.
 
     `lost` (M,) of so many `texts` are lost at each threshold. If not `exact`, one fails if more than P of 100 are.
     """
@@ -112,8 +110,8 @@ def fixed_sequence(
 ) -> tuple[float, float, float]:
     """Go down the thresholds (M,) with the exits at some places, counted from 0. For `exact` see `last_passed`.
 
-    Returns the threshold that is reached, and there the share of the layers that run, and the score in percent.
-    `outputs` have calibrated logits and all labels (`filled`).
+    `outputs` have calibrated logits and all labels. Returns the threshold that is reached, and there the share of the
+    layers that run, and the score in percent.
     """
     _, answers, costs = outputs.decide_at(places, thresholds)  # (M, N) each
     shares = by_text(outputs, costs).mean(1)  # (M,)
@@ -150,10 +148,7 @@ def labelled(outputs: Outputs) -> Outputs:
 
 
 def filled(outputs: Outputs, given: Mapping[int, int] | None = None) -> Outputs:
-    """All rows, with a label for those that have none: the one `given` for their key, or else full depth's answer.
-
-    So a text without a label counts as lost if early exit changes its answer. The metric is agreement if none has one.
-    """
+    """All rows, a missing label replaced by the one `given` for the row's key, or else by full depth's answer."""
     answers = outputs.logits[-1].argmax(-1)
     if given:
         pairs = zip(outputs.keys.tolist(), answers.tolist(), strict=True)

@@ -23,6 +23,7 @@ from minisweet.texts import Examples
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # by default, in this order
 HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
+NO_LISTS = (str, bytes, Mapping, set, frozenset)  # what is no list of texts, though it can be iterated over
 to_json = partial(json.dumps, ensure_ascii=False)
 
 
@@ -225,8 +226,14 @@ def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> 
 
     Raises InputError, with the item.
     """
+    columns = list(getattr(texts, "columns", []))  # of a frame of pandas
+    if len(columns) > (sides or 2):
+        usual = [names for names in TEXT_COLUMNS if len(names) == (sides or len(names)) and {*names} <= {*columns}]
+        named = [*usual, columns[: sides or 1]][0]
+        advice = f"pass df[{named if len(named) > 1 else named[0]!r}]"
+        raise InputError(f"texts: the frame has columns {preview(columns)}; {advice}")
     texts = as_list(texts)
-    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, NO_LISTS) or not isinstance(texts, Iterable):
         raise InputError(f"texts: {texts!r:.80}, should be a list; for one text: [text]")
     rows = []
     for i, text in enumerate(texts):
@@ -266,7 +273,7 @@ def labelled_texts(X, y, sides: int | None = None) -> tuple[Examples, str]:
 def names_of(values: Iterable, count: int, title: str) -> tuple[list[str | None], set[str]]:
     """So many labels or groups as text, None for an empty one; and the types of the others. InputError has the item."""
     values = as_list(values)
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+    if not isinstance(values, Iterable) or isinstance(values, NO_LISTS):
         raise InputError(f"{title}: {values!r:.60}, should be a list")
     if len(values := list(values)) != count:
         raise InputError(f"{title}: {len(values):,}, should be as many as the texts, {count:,}")

@@ -3,8 +3,6 @@
 The units of the validation rows, which are texts or groups of texts, are split by a hash. A quarter *chooses*: it fits
 the rule of the exits, picks the exits that are worth asking and the thresholds to try, and decides whether unlabelled
 texts join the judges. Three quarters *judge* the thresholds (promise.py). One text of each group judges.
-
-Dimension letters: K exits, N rows, M thresholds.
 """
 
 import math
@@ -16,7 +14,7 @@ import numpy as np
 from minisweet.adaptive import ExitRule, in_float32
 from minisweet.classifier.combined_rule import CombinedRule, fit_combined_rule
 from minisweet.classifier.operating_point import CHOOSING, OperatingPoint, stated
-from minisweet.classifier.promise import ROUNDING, Goal, filled, fixed_sequence, labelled, lost_rows, most_lost, scored
+from minisweet.classifier.promise import ROUNDING, Goal, filled, fixed_sequence, labelled, lost_rows, most_lost
 from minisweet.classifier.split import dealt, one_of_each
 from minisweet.outputs import Outputs
 
@@ -26,7 +24,7 @@ ENOUGH = 30  # labelled answers that early exit changes; with fewer, full depth 
 def choosers_and_judges(outputs: Outputs, known: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray, int]:
     """The rows that choose, the rows that judge, and how many do neither, since a text of their unit is `known`.
 
-    `known` are keys of texts that were trained on. Units with a label and units without are split separately.
+    Units with a label and units without are split separately.
     """
     keys, labels = outputs.keys.numpy(), outputs.labels.numpy()
     units = keys if outputs.units is None else outputs.units.numpy()
@@ -47,22 +45,24 @@ class Trial(NamedTuple):
     choosers: Outputs
     judges: Outputs  # with -1 for missing labels
     has_judges: bool  # if not, all rows choose and judge
+    left_out: int  # rows that do neither, see `choosers_and_judges`
 
 
 def prepare(
     outputs: Outputs, goal: Goal, known: Collection[int], exits: Sequence[int] | None = None, combines: bool = False
 ) -> Trial:
     """Choose everything that the judges try. For the arguments see `choose`."""
-    choosing, judging, _ = choosers_and_judges(outputs, known)
+    choosing, judging, left_out = choosers_and_judges(outputs, known)
     has_judges = min(len(choosing), len(judging)) > 0
-    rule = fit_combined_rule(outputs.take(choosing) if has_judges else outputs, combines)
-    choosers = judges = outputs.by(rule)
-    if has_judges:
-        choosers, judges = choosers.take(choosing), judges.take(judging)
+    if not has_judges:
+        choosing = judging = np.arange(len(outputs.labels))
+    rule = fit_combined_rule(outputs.take(choosing), combines)
+    calibrated = outputs.by(rule)
+    choosers, judges = calibrated.take(choosing), calibrated.take(judging)
     if not unlabelled_judge(choosers, judges, goal):
         choosers, judges = labelled(choosers), labelled(judges)
     places = [outputs.exits.layers.index(n) for n in exits or ()] or choose_exits(filled(choosers), goal, rule)
-    return Trial(rule, places, thresholds_to_try(choosers, places), choosers, judges, has_judges)
+    return Trial(rule, places, thresholds_to_try(choosers, places), choosers, judges, has_judges, left_out)
 
 
 def choose(
@@ -73,29 +73,24 @@ def choose(
     given: Mapping[int, int] | None = None,
     combines: bool = False,
 ) -> OperatingPoint:
-    """Choose what to deploy.
+    """Choose what to deploy, from the outputs of the validation rows.
 
-    Args:
-        outputs: of the validation rows.
-        goal: to reach.
-        known: keys of texts that were trained on.
-        exits: layers of the exits to ask, including the last one. None chooses those that reach the goal best.
-        given: classes, by key, of judging texts that had no label.
-        combines: whether the bag of words, which is the first exit, has a say at later exits.
-
-    If no text judges, the threshold is 1, and what is stated is that of all rows, without intervals.
+    `known` are keys of texts that were trained on. `exits` are the layers of the exits to ask, including the last one;
+    None chooses those that reach the goal best. `given` are classes, by key, of judging texts that had no label.
+    `combines` says whether the bag of words has a say at later exits. If no text judges, the threshold is 1, and what
+    is stated is that of all rows, without intervals.
     """
-    rule, places, thresholds, choosers, judges, has_judges = prepare(outputs, goal, known, exits, combines)
-    layers, judged = outputs.exits.layers, filled(judges, given)
+    rule, places, thresholds, choosers, judges, has_judges, _ = prepare(outputs, goal, known, exits, combines)
+    layers, judged, given = outputs.exits.layers, filled(judges, given), given or {}
     threshold = 1.0
     if has_judges:
         threshold, share, _ = fixed_sequence(judged, goal, places, thresholds)
         if exits is None and goal.max_share is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
             threshold, places = 1.0, needed_exits(rule)  # trying exits in vain costs more than leaving early saves
-    point = stated(places, threshold, judged, scored(judges))
+    point = stated(places, threshold, judges, given)
     point["choosing_texts"] = len(choosers.keys.unique())
     point["labelled_judges"] = len(judges.keys[judges.labels >= 0].unique())
-    is_open = (judges.labels < 0).numpy() & ~np.isin(judges.keys.numpy(), [*(given or {})])  # (N,)
+    is_open = (judges.labels < 0).numpy() & ~np.isin(judges.keys.numpy(), [*given])  # (N,)
     _, answers, _ = judged.decide_at(places, [threshold])  # (1, N)
     if (lost_rows(judged, answers) & is_open).any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
@@ -103,15 +98,9 @@ def choose(
         point |= dict.fromkeys(("choosing_texts", "judging_texts", "labelled_judges"), 0)
         point |= {name: None for name in point if name.endswith("_interval")}
     kept = rule.keep_exits(places)
-    return OperatingPoint(
-        threshold=threshold,
-        exits=[layers[k] for k in places],
-        goal=goal,
-        temperatures=kept.temperatures.tolist(),
-        weights=kept.weights.tolist(),
-        precision=outputs.precision,
-        **point,
-    )
+    point |= {"temperatures": kept.temperatures.tolist(), "weights": kept.weights.tolist()}
+    asked = [layers[k] for k in places]
+    return OperatingPoint(threshold=threshold, exits=asked, goal=goal, precision=outputs.precision, **point)
 
 
 def needed_exits(rule: CombinedRule) -> list[int]:

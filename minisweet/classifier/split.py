@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from minisweet.texts import Texts
 MAY_BE_TYPO = 5  # rows: a class with fewer is reported
 UNLABELLED_PER_JUDGE = 5  # one in so many unlabelled units validates,
 MOST_JUDGES = 2000  # but at most so many
+# Near-duplicates are reported if more than MANY of at most LOOKED_AT validation texts share so many of their words.
+LOOKED_AT, MANY, IN_COMMON = 1000, 1 / 50, 4 / 5
 
 
 def classes_of(names: Sequence[str | None]) -> list[str]:
@@ -88,11 +91,9 @@ def dealt(units: np.ndarray, count: int, purpose: str) -> np.ndarray:
 
 def one_of_each(units: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Whether each row (N,) is the text that represents its unit: the one with the smallest hash."""
-    _, places = np.unique(units, return_inverse=True)
     hashed = hashes(keys, "one of each")
-    smallest = np.full(1 + places.max(initial=-1), np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(smallest, places, hashed)
-    return hashed == smallest[places]
+    order = hashed.argsort()
+    return np.isin(hashed, hashed[order][np.unique(units[order], return_index=True)[1]])
 
 
 class Split(NamedTuple):
@@ -124,20 +125,33 @@ def split_rows(
         raise InputError(f"{name}: no row has a label")
     labelled, unlabelled = np.flatnonzero(texts.labels[:end] >= 0), np.flatnonzero(texts.labels[:end] < 0)
     if given:
-        learning, validating = labelled, without_learned_groups(texts, np.arange(end, len(texts)), labelled)
+        learning, validating = labelled, np.arange(end, len(texts))
+        is_apart = ~np.isin(texts.units[validating], texts.units[labelled])
+        # A text that is also learned from stays. It does not count when thresholds are chosen, and is reported there.
+        is_apart |= np.isin(texts.keys[validating], texts.keys[labelled])
+        if not is_apart.all():
+            LOG.warning("rows to validate on, left out since their group is trained on: %d", (~is_apart).sum())
+        validating = validating[is_apart]
     else:
-        learning, validating = set_aside(name, texts, labels, labelled, dev_size)
+        if len(classes := np.unique(texts.labels[labelled])) == 1:
+            raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
+        units = texts.units[labelled]
+        is_aside = dealt(units, round(dev_size * len(np.unique(units))), "set aside")
+        learning, validating = labelled[~is_aside], labelled[is_aside]
+        if len(labelled) and not (len(learning) and len(validating)):
+            raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
     for rows, purpose in ((learning, "learn from"), (validating, "validate on")):
         if lacking := [labels[n] for n in np.setdiff1d(texts.labels[labelled], texts.labels[rows])]:
             LOG.warning("no row to %s has the label %s", purpose, preview(lacking))
-    answered, judging = deal_unlabelled(texts, unlabelled, learning, validating)
+    answered, judging, apart = deal_unlabelled(texts, unlabelled, learning, validating)
     if not len(validating) + len(judging):
         shortage = f"one in {UNLABELLED_PER_JUDGE} of {len(answered)}"
         raise InputError(f"{name}: too few texts to choose and to judge on: {shortage}")
     if len(unlabelled):
-        counts = len(answered) * learns_unlabelled, len(judging), len(unlabelled) - len(answered) - len(judging)
-        message = "unlabelled texts: %s to learn from, %s to judge; left out, labelled too or there twice: %s"
-        LOG.info(message, *(f"{count:,}" for count in counts))
+        counts = f"{len(answered) * learns_unlabelled:,} to learn from, {len(judging):,} to judge"
+        known = len(unlabelled) - len(answered) - len(judging) - apart
+        left_out = f"{known:,} labelled too or there twice" + f", {apart:,} whose group is validated" * (apart > 0)
+        LOG.info("unlabelled texts: %s; left out: %s", counts, left_out)
     validation = texts.take(np.concatenate([validating, judging]))
     units, validation.units = validation.units, None
     if validation.examples.groups:  # named after their units, which so hold when the validation rows are read alone
@@ -146,45 +160,46 @@ def split_rows(
     return Split(learning, answered if learns_unlabelled else answered[:0], validation)
 
 
-def set_aside(
-    name: str, texts: Texts, labels: Sequence[str], labelled: np.ndarray, dev_size: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Deal labelled rows (n,) to two sides: those that learn, and a share `dev_size` of the units to validate on."""
-    if not len(labelled):
-        return labelled, labelled
-    if len(classes := np.unique(texts.labels[labelled])) < 2:
-        raise InputError(f"{name}: all rows have the label {labels[classes[0]]!r:.60}, needs two or more")
-    units = texts.units[labelled]
-    is_aside = dealt(units, round(dev_size * len(np.unique(units))), "set aside")
-    if is_aside.all() or not is_aside.any():
-        raise InputError(f"{name}: too few rows: no text can be set aside, or none is left to learn from")
-    return labelled[~is_aside], labelled[is_aside]
-
-
-def without_learned_groups(texts: Texts, given: np.ndarray, labelled: np.ndarray) -> np.ndarray:
-    """The rows to validate on (n,) whose group is not learned from.
-
-    A text that is also learned from stays. It does not count when thresholds are chosen, and is reported there.
-    """
-    is_learned = np.isin(texts.units[given], texts.units[labelled]) & ~np.isin(texts.keys[given], texts.keys[labelled])
-    if is_learned.any():
-        LOG.warning("rows to validate on, left out since their group is trained on: %d", is_learned.sum())
-    return given[~is_learned]
-
-
 def deal_unlabelled(
     texts: Texts, unlabelled: np.ndarray, learning: np.ndarray, validating: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Deal unlabelled rows (n,) to two sides: those that learn, and one unit in UNLABELLED_PER_JUDGE to validate on.
 
     A text counts once, and not at all if it is labelled too. Units that learn with a label also learn without one, and
-    units that validate with a label are left out.
+    units that validate with a label are left out; the third value is how many texts these have.
     """
     keys, units = texts.keys, texts.units
     new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]
     new = new[~np.isin(keys[new], keys[np.concatenate([learning, validating])])]
-    new = new[~np.isin(units[new], units[validating])]
+    apart = np.isin(units[new], units[validating])
+    new = new[~apart]
     free = new[~np.isin(units[new], units[learning])]
     count = min(MOST_JUDGES, len(np.unique(units[free])) // UNLABELLED_PER_JUDGE)
     judging = free[dealt(units[free], count, "unlabelled")]
-    return np.setdiff1d(new, judging), judging
+    return np.setdiff1d(new, judging), judging, int(apart.sum())
+
+
+def warn_of_near_duplicates(validation: Texts, learned: Texts) -> None:
+    """Warn if many validation texts share most of their words with a training text, as two revisions of a document do.
+
+    Such texts make the scores too good. At most LOOKED_AT validation texts are compared.
+    """
+    rows = np.flatnonzero(~np.isin(validation.keys, learned.keys))
+    looked_at = validation.take(rows[:: max(1, ceil(len(rows) / LOOKED_AT))])
+    words, learned_words = ([np.unique(ids[1:-1]) for ids in texts.ids] for texts in (looked_at, learned))
+    sizes, flat = np.array(list(map(len, learned_words))), np.concatenate(learned_words)
+    order = flat.argsort(kind="stable")
+    ends = flat[order].searchsorted(np.arange(max(map(np.max, learned.ids + looked_at.ids))), "right")
+    texts_with = np.split(np.arange(len(sizes)).repeat(sizes)[order], ends)  # by word
+    alike = []
+    for row, own in enumerate(words):
+        counts = np.bincount(np.concatenate([order[:0], *(texts_with[word] for word in own)]), minlength=len(sizes))
+        shares = counts / np.maximum(sizes, max(1, len(own)))  # of the words of the longer text
+        if shares.max() >= IN_COMMON:
+            alike.append((row, int(shares.argmax())))
+    if len(alike) > MANY * len(looked_at):
+        pair = (side.take([row]).examples.texts()[0] for side, row in zip((looked_at, learned), alike[0], strict=True))
+        message = "near-duplicates: of %d validation texts, %d share four fifths of their words with a training text, "
+        message += "such as %.70r with %.70r; the scores are too good, unless related texts are kept together by "
+        message += "--group-column (groups= in Python)"
+        LOG.warning(message, len(looked_at), len(alike), *pair)

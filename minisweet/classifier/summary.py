@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
+from minisweet.adaptive import in_float32
 from minisweet.classifier.deployed import OwnRun, fitted_of
 from minisweet.classifier.operating_point import stated
-from minisweet.classifier.promise import METRIC_NAMES, by_text, filled, scored
-from minisweet.classifier.selection import choosers_and_judges, prepare
+from minisweet.classifier.promise import METRIC_NAMES, by_text, scored
+from minisweet.classifier.selection import prepare
 from minisweet.metrics import score
 
 
@@ -16,15 +17,13 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
 
     For another threshold than the one that was chosen, early exit is measured again, and `promise` is the last line.
     """
-    record, outputs, point, fitted = run.record, run.outputs, run.point, fitted_of(run.record)
-    _, judging, known = choosers_and_judges(outputs, record.trained_keys)
-    rows = scored(outputs.take(judging) if len(judging) else outputs)
-    trial = prepare(outputs, point.goal, record.trained_keys, point.exits, fitted.combines)
-    if threshold is not None:
-        measured = stated(trial.places, threshold, filled(trial.judges, run.given), scored(trial.judges))
-        point = replace(point, threshold=threshold, **measured)
+    outputs, point, fitted = run.outputs, run.point, fitted_of(run.record)
+    trial = prepare(outputs, point.goal, run.record.trained_keys, point.exits, fitted.combines)
+    rows = scored(trial.judges)
+    if threshold not in (None, in_float32(point.threshold)):
+        point = replace(point, threshold=threshold, **stated(trial.places, threshold, trial.judges, run.given))
     layers = outputs.exits.layers
-    costs = outputs.exits.keep_exits([layers.index(n) for n in point.exits]).costs(point.threshold)
+    costs = outputs.exits.keep_exits(trial.places).costs(point.threshold)
     table = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     if layers[0] == 0:
         of_bag = float(score(rows.logits[0].argmax(-1).numpy(), rows.labels.numpy(), rows.metric))
@@ -50,9 +49,8 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     reasons = {
         "a quarter of them chooses": trial.has_judges,
         "one text of each group judges": outputs.units is not None,
-        "none without a label judges": bool((outputs.labels < 0).any())
-        and point.labelled_judges == point.judging_texts,
-        f"{known:,} were trained on": known,
+        "none without a label judges": (outputs.labels < 0).any() and point.labelled_judges == point.judging_texts,
+        f"{trial.left_out:,} were trained on": trial.left_out,
     }
     why = ", ".join(reason for reason, holds in reasons.items() if holds)
     lines.append(f"{point.judging_texts:,} of {len(outputs.labels):,} validation rows judge: {why}")

@@ -15,22 +15,13 @@ import numpy as np
 from minisweet.adaptive import in_float32
 from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
-from minisweet.classifier.deployed import (
-    Deployed,
-    add_options,
-    ask_exits,
-    classify,
-    deployed_of,
-    fitted_of,
-    group_hash,
-    tokenize,
-)
+from minisweet.classifier import deployed as runs
+from minisweet.classifier.deployed import Deployed, fitted_of
 from minisweet.classifier.operating_point import stated
-from minisweet.classifier.promise import METRIC_NAMES, filled, scored, texts_needed
+from minisweet.classifier.promise import METRIC_NAMES, texts_needed
 from minisweet.classifier.rows import all_columns, read_texts, text_columns
 from minisweet.classifier.split import one_of_each, units_of
 from minisweet.outputs import Outputs
-from minisweet.run import Record
 from minisweet.texts import Examples, Texts
 
 MOST_CLASSES, TIMED = 20, 64  # with more classes they are not listed; texts that are timed
@@ -39,22 +30,18 @@ MOST_CLASSES, TIMED = 20, 64  # with more classes they are not listed; texts tha
 def main() -> None:
     """Test one run."""
     parser = Parser(__doc__)
-    add_options(parser)
+    runs.add_options(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     args = parser.parse_args()
-    deployed = deployed_of(args, "texts")
-    print_test(deployed, new_outputs(deployed, read_labelled(deployed.run.record, args.file), args.file, print))
+    deployed = runs.deployed_of(args, "texts")
+    fitted, there = fitted_of(deployed.run.record), all_columns(args.file)
+    columns = text_columns(args.file, None, deployed.run.record.text_columns, option="")
+    label = next((name for name in (fitted.label_column, "label") if name in there), None)
+    if label == "label" and "exit_layer" in there:
+        raise InputError(f"{args.file}: its label is what predict answered, should be what is right")
+    group = fitted.group_column if fitted.group_column in there else None
+    print_test(deployed, new_outputs(deployed, read_texts(args.file, columns, label, group), args.file, print))
     print_milliseconds(deployed)
-
-
-def read_labelled(record: Record, file: Path) -> Examples:
-    """Read the rows of a file, in the columns that a run was trained on."""
-    columns, there = text_columns(file, None, record.text_columns, option=""), all_columns(file)
-    fitted = fitted_of(record)
-    column = next((name for name in (fitted.label_column, "label") if name in there), None)
-    if column == "label" and "exit_layer" in there:
-        raise InputError(f"{file}: its label is what predict answered, should be what is right")
-    return read_texts(file, columns, column, fitted.group_column if fitted.group_column in there else None)
 
 
 def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Callable[[str], None]) -> Outputs:
@@ -63,24 +50,24 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     Rows that were trained on, validation rows and rows with unknown labels are left out, and `report` is called with a
     line for each kind. Raises InputError, with the `source` of the rows, if no row is left.
     """
-    record, validating = deployed.run.record, deployed.run.texts.keys
+    record = deployed.run.record
     numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
+    kept = [row for row, name in enumerate(rows.names) if name in numbers]
     if unknown := [name for name in rows.names if name not in numbers]:
         labels = preview(sorted(set(unknown)))
         report(f"rows with another label than the model's, left out: {len(unknown):,} ({labels})")
-    kept = [row for row, name in enumerate(rows.names) if name in numbers]
     if not kept:
         raise InputError(f"{source}: no row has a label of the model's: {preview(record.labels)}")
-    labels = [numbers[rows.names[row]] for row in kept]
-    texts = Texts(deployed.run.tokenizer, rows.take(kept)._replace(labels=labels))
+    rows = rows.take(kept)
+    texts = Texts(deployed.run.tokenizer, rows._replace(labels=[numbers[name] for name in rows.names]))
     texts.units = units_of(texts)
-    learned, groups = {*fitted_of(record).trained_groups}, texts.examples.groups or [None] * len(texts)
-    is_learned = np.array([group_hash(group) in learned if group else False for group in groups])
+    learned, groups = fitted_of(record).trained_groups, rows.groups or [None] * len(texts)
+    in_learned_group = np.isin([runs.group_hash(group or "") for group in groups], learned)
     is_new = np.ones(len(texts), dtype=bool)
     for is_known, role in (
         (np.isin(texts.keys, record.trained_keys), "were trained on"),
-        (np.isin(texts.keys, validating), "are validation rows, which set the threshold"),
-        (is_learned, "belong to groups that were trained on"),
+        (np.isin(texts.keys, deployed.run.texts.keys), "are validation rows, which set the threshold"),
+        (in_learned_group, "belong to groups that were trained on"),
     ):
         if count := int((is_known & is_new).sum()):
             report(f"{count:,} of these rows {role}, and do not count")
@@ -89,35 +76,29 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # one text of each group
     if not len(texts):
         raise InputError(f"{source}: no row is left to test on; name other rows")
-    return ask_exits(deployed.model, deployed.bag, texts, deployed.precision, record.metric).by(deployed.rule)
-
-
-def measure(deployed: Deployed, outputs: Outputs) -> dict:
-    """Early exit's score, costs and losses on rows, by the names of an OperatingPoint."""
-    return stated(range(len(deployed.run.point.exits)), deployed.threshold, filled(outputs), scored(outputs))
+    outputs = runs.ask_exits(deployed.model, deployed.bag, texts, deployed.precision, record.metric)
+    return outputs.by(deployed.run.point.rule)
 
 
 def print_test(deployed: Deployed, outputs: Outputs) -> None:
     """Print the measured values next to those stated, and whether the promise held."""
-    point, measured, has_labels = deployed.run.point, measure(deployed, outputs), bool((outputs.labels >= 0).any())
-    scores_are_of_labels = bool((deployed.run.texts.labels >= 0).any())
+    point, measured = deployed.run.point, stated(range(len(outputs.logits)), deployed.threshold, outputs)
+    has_labels, was_labelled = ((part.labels >= 0).any() for part in (outputs, deployed.run.texts))
     print(f"\n{len(outputs.labels):,} rows, threshold {deployed.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
     titles = {"score": METRIC_NAMES[outputs.metric], "full_depth": "full depth"} if has_labels else {}
     for key, title in (titles | {"lost": "lost, of 100 texts", "share": "share of the layers"}).items():
         ends = measured[f"{key}_interval"]
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
-        is_stated = key in ("lost", "share") or scores_are_of_labels
-        print(f"{title:<26}{measured[key]:8.2f}   {interval}" + f"{getattr(point, key):12.2f}" * is_stated)
+        before = f"{getattr(point, key):12.2f}" if key in ("lost", "share") or was_labelled else ""
+        print(f"{title:<26}{measured[key]:8.2f}   {interval}{before}")
     if point.goal.max_share is None and deployed.threshold == in_float32(point.threshold) < 1:
-        print(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; ", end="")
-        needed = texts_needed(point.goal)[0]
+        verdict, needed = "held here", texts_needed(point.goal)[0]
         if measured["judging_texts"] < needed:
-            print(f"too few texts to tell whether it holds; some {needed:,} would do where none is lost")
-        elif measured["lost"] <= point.goal.max_lost:
-            print("held here")
-        else:
-            print("not held here: by chance, or these texts are drawn otherwise")
+            verdict = f"too few texts to tell whether it holds; some {needed:,} would do where none is lost"
+        elif measured["lost"] > point.goal.max_lost:
+            verdict = "not held here: by chance, or these texts are drawn otherwise"
+        print(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; {verdict}")
     if has_labels and len(deployed.labels) <= MOST_CLASSES:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
         for name, *scores, rows in zip(deployed.labels, *measured["per_class"].values(), strict=True):
@@ -134,6 +115,6 @@ def print_milliseconds(deployed: Deployed) -> None:
             for _ in range(2):  # the first time is slower, and not kept
                 started = time.perf_counter()
                 for batch in batches:
-                    classify(timed, tokenize(timed, batch))
+                    runs.classify(timed, runs.tokenize(timed, batch))
             milliseconds.append(1000 * (time.perf_counter() - started) / len(texts))
         print(f"{title:<26}{milliseconds[0]:10.2f}{milliseconds[1]:12.2f}")

@@ -34,7 +34,7 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 CAPTION = """
 Scores are percent: Matthews correlation of CoLA, accuracy elsewhere. ± is a 95% interval over seeds (Student's t), of
 which it needs three; of single exits it is the deviation. [n]: in n runs the exit predicts one class.
-Differences are paired over seeds. *: the interval leaves out 0. †: the other's exit predicts one class in all runs.
+Differences are paired over seeds. *: the interval excludes 0. †: the other's exit predicts one class in all runs.
 """
 
 
@@ -167,7 +167,7 @@ def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[str]:
     """Write the means of values (S, P) or (S,), each with its 95% interval or deviation. What has no mean is blank.
 
-    With a sign they are differences, with a star where the interval leaves out 0.
+    With a sign they are differences, with a star where the interval excludes 0.
     """
     texts, (mean, std, half) = [], (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
     for value, spread in zip(mean, std if deviation else half, strict=True):

@@ -52,11 +52,8 @@ def measure(classify: EarlyExitClassifier, labelled: Examples, more: Examples, t
 
     def row(way: str, answers: np.ndarray, share: float, **about: object) -> dict:
         found = {"way": way, "goal": "", "labels": "", "given": "", "score": 100 * float((answers == right).mean())}
-        found |= {
-            "macro_f1": float(np.mean(classification_report(answers, right, C)["f1"])),
-            "share": share,
-            "lost": "",
-        }
+        found["macro_f1"] = float(np.mean(classification_report(answers, right, C)["f1"]))
+        found |= {"share": share, "lost": ""}
         precision = "float32" if way in RIVALS else classify.record.precision.removeprefix("torch.")
         return found | {"minutes": "", "precision": precision, "commit": commit()} | about
 

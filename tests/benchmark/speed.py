@@ -126,9 +126,8 @@ def sides_of(run: Path, place: Path) -> dict[tuple[str, str], tuple]:
             sides[kind, f"our classifier, {point}"] = HERE, "ours", (str(run), amp, POINTS[point])
     for kind in ("float32", "int8"):
         classify.export(place / f"ours-{kind}.onnx", int8=kind == "int8")
-        files = {"ONNX Runtime": ("theirs", None)} | {
-            f"our file, {point}": ("ours", at) for point, at in POINTS.items()
-        }
+        files = {f"our file, {point}": ("ours", at) for point, at in POINTS.items()}
+        files = {"ONNX Runtime": ("theirs", None)} | files
         for name, (file, threshold) in files.items():
             sides[kind, name] = "onnx_side", "step_of", (f"{place}/{file}-{kind}.onnx", f"{place}/words", threshold)
     return dict(sorted(sides.items(), key=lambda side: ("float32", "bfloat16", "int8").index(side[0][0])))
@@ -160,13 +159,11 @@ def main() -> None:
                 right = [record["labels"][n] == row["label"] for (n, _), row in zip(answers, rows, strict=True)]
                 share = statistics.mean(record["depth"] if n is None else n for _, n in answers) / record["depth"]
                 row = {"model": model, "texts": record["task"], "precision": key[0], "side": key[1]}
-                is_rival = key[1] in RIVALS  # which has learnt these very texts
-                row |= {
-                    "one_by_one": "",
-                    "in_batches": "",
-                    "score": "" if is_rival else f"{100 * statistics.mean(right):.1f}",
-                }
-                row = found.setdefault(key, row | {"share": "" if is_rival else f"{share:.2f}"} | about)
+                row |= {"one_by_one": "", "in_batches": "", "score": f"{100 * statistics.mean(right):.1f}"}
+                row |= {"share": f"{share:.2f}"} | about
+                if key[1] in RIVALS:  # which has learnt these very texts
+                    row |= {"score": "", "share": ""}
+                row = found.setdefault(key, row)
                 row[setting] = f"{1000 * seconds / len(rows):.2f}"
     new = list(found.values())
     print("\n".join(", ".join(map(str, row.values())) for row in new))
