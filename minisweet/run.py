@@ -74,8 +74,10 @@ def weights_id(model: ExitModel) -> str:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise InputError if a run cannot be written to `out`: it exists and is not a run, or is a run and
-    `overwrite` is false."""
+    """Raise InputError if a run cannot be written to `out`, or replaces something.
+
+    A run is only replaced if `overwrite`, and anything else never.
+    """
     if is_run(out):
         if not overwrite:
             raise InputError(f"{out} holds a run already; name another folder, or pass --overwrite", "out")

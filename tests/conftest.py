@@ -66,11 +66,6 @@ def pytest_configure(config) -> None:
         runpy.run_path(mine)
 
 
-def slow(*values) -> list:
-    """Parameters that the slow tests alone try."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
 @pytest.fixture(params=CONFIGS)
 def model_type(request) -> str:
     """Each encoder."""

@@ -46,6 +46,16 @@ def test_an_answer_with_the_bag_is_fitted_to_the_minimum(N, C, scale, weight, se
     assert values[0] <= values.min() + 1e-7 or T > 999  # which is as far as it goes
 
 
+def test_few_texts_choose_little_of_the_weight():
+    logits, bag = random_logits(2, 4000, 3) * torch.tensor([1, 1 / 3])[:, None, None]
+    labels, means = drawn_labels(logits / 2 + bag, 1), []
+    assert fit_answer(logits, bag, labels) == pytest.approx((2, 1), rel=0.1)
+    for N in (2, 10, 50, 200):
+        parts = (slice(n, n + N) for n in range(0, 20 * N, N))
+        means.append(np.mean([fit_answer(logits[rows], bag[rows], labels[rows])[1] for rows in parts]))
+    assert 0 < means[0] < 0.15 < means[1] < 0.5 < means[2] < 0.85 < means[3] < 1
+
+
 def test_the_last_exit_is_fitted_to_labels_first_and_earlier_ones_then_to_its_answers():
     logits, has_label = random_logits(3, 600, 3), torch.arange(600) < 300
     labels = drawn_labels(logits[2] / 2 + logits[0] / 2, 2).where(has_label, -1)

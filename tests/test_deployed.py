@@ -66,11 +66,8 @@ def test_only_what_is_needed_is_read(own_run, command, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
-        ("operating.json", "goal", {"max_lost": None}, "operating.json: goal: max_lost is None, should be float"),
         ("operating.json", "goal", {"max_lost": 200}, "operating.json: goal: max_lost: 200, should be a number from"),
         ("operating.json", "id", "0", "operating.json: is of other weights than the model beside it; make it anew"),
-        ("run.json", "id", "0", "model.safetensors: is of another run than run.json beside it"),
-        ("operating.json", None, None, "has no operating.json; first: minisweet choose "),
         ("bag_of_words.safetensors", None, None, "bag_of_words.safetensors: not readable (No such file"),
         ("labels.jsonl", "", "", "labels.jsonl: not readable (KeyError('key')"),
         ("logits.safetensors", None, None, "logits.safetensors); make it anew: minisweet choose "),
@@ -85,15 +82,6 @@ def test_what_does_not_fit_is_named(own_run, tmp_path, name, key, value, message
     else:
         (run / name).unlink()
     assert message in refused(load_run, run, "model", *PARTS)
-
-
-@pytest.mark.parametrize("left", [0, 4, 1000, -1])
-def test_a_file_of_tensors_that_was_cut_is_one_line(own_run, tmp_path, left):
-    run = Path(shutil.copytree(own_run, tmp_path / "run"))
-    for name, part in (("logits", "outputs"), ("model", "model"), ("bag_of_words", "bag")):
-        file = run / f"{name}.safetensors"
-        file.write_bytes(file.read_bytes()[:left])
-        assert refused(load_run, run, part).startswith(f"{file}: not readable (")
 
 
 def test_files_of_another_run_are_refused(own_run, run_of, tmp_path):
@@ -133,8 +121,3 @@ def test_the_summary_tells_who_judges_and_how_many_texts_are_sent(own_run):
     assert f"of 100 texts {200 * run.point.share:.0f} are sent to the model" in lines
     reasons = "a quarter of them chooses, one text of each group judges"
     assert f"{run.point.judging_texts} of 160 validation rows judge: {reasons}" in lines
-
-
-def test_learning_to_exit_is_refused(run_of, command):
-    _, out, err = command(choose, run_of("lte"))
-    assert (out, err.count("\n"), "its exits learned when to be taken (lte)" in err) == ("", 1, True)

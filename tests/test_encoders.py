@@ -7,9 +7,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisweet import MultiExitModel
+from minisweet import MultiExitModel, load_encoder
+from minisweet.hub import home
 from minisweet.layers import Dropout
-from tests.conftest import CONFIGS, NO_DROPOUT, random_batch, tiny_encoder
+from tests.conftest import CONFIGS, NO_DROPOUT, note_difference, random_batch, tiny_encoder
+
+
+def test_hidden_states_of_the_public_mpnet_are_those_of_transformers():
+    """Where its weights are at hand; with distances beyond the last bucket."""
+    folder, transformers = home() / "weights" / "mpnet-base", pytest.importorskip("transformers")
+    if not folder.exists():
+        pytest.skip("mpnet-base is not at hand")
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(5, 30000, (2, 203), generator=generator), torch.ones(2, 203, dtype=torch.int64)
+    ids[:, 0], mask[1, 150:] = 0, 0
+    reference = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        ours = load_encoder(folder)(ids, mask)
+        theirs = reference(ids, mask, output_hidden_states=True).hidden_states
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a[mask == 1], b[mask == 1], atol=5e-5, rtol=0)
+        note_difference("hidden states of the public MPNet, beside transformers", a[mask == 1], b[mask == 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -51,6 +69,16 @@ def test_dropout_is_where_the_models_have_it(model_type):
             if any(part in name for part in silent):
                 parameter.data.zero_()
         torch.testing.assert_close(in_training, list(model.eval().exit_by_exit(*random_batch())))
+
+
+def test_dropout_meets_debertas_positions_too():
+    """What it does there is hidden where dropout leaves nothing of what attention says."""
+    encoder = tiny_encoder("deberta", hidden_dropout_prob=1.0, attention_probs_dropout_prob=0.0)
+    layer, hidden = encoder.layers[0].train(), torch.randn(4, 11, 16)
+    bias, positions = encoder.context(torch.ones(4, 11))
+    attended = layer.attend(hidden, (bias, positions), None)
+    torch.testing.assert_close(attended, layer.attend(hidden, (bias, 0 * positions), None))
+    assert (attended - layer.eval().attend(hidden, (bias, positions), None)).abs().max() > 1e-3
 
 
 @settings(max_examples=30)

@@ -112,23 +112,19 @@ BAD = [
     ([("a", "b"), "c"], ["x", "y"], {}, "item 1: 'c', should be a pair of texts"),
     (None, None, {}, "texts: None, should be a list"),
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
-    (GOOD[0], ["x", ["y"]] * 20, {}, r"item 1: \['y'\] is no label, should be text or a number"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
     (*GOOD, {"method": "sweet"}, "method: 'sweet', should be one of plain, branch"),
     (GOOD[0], np.eye(40), {}, "item 0: .* is no label, should be text or a number"),
-    (np.array("a text"), GOOD[1], {}, "texts: 'a text', should be a list"),
-    (*GOOD, {"verbose": -1}, "verbose: -1, should be a whole number from 0"),
+    (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
+    (*GOOD, {"exit_layers": "x"}, "exit_layers: 'x', should be "),
     (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is no folder"),
     (*GOOD, {"groups": ["a"]}, "^groups: 1, should be as many as the texts, 40"),
     (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "^unlabelled_groups: 'a', should be a list"),
-    (*GOOD, {"unlabelled_groups": ["a"]}, "^unlabelled_groups: needs unlabelled"),
-    (GOOD[0], None, {}, "^labels: None, should be a list"),
     ([" "] * 40, GOOD[1], {}, "^texts: all of them are empty"),
     (list(zip(*GOOD, strict=True)), GOOD[1], {}, "^texts: the second of each pair is its label"),
     (*PAIRS, {"validation": (["a"], ["up"])}, "^item 0: 'a', should be a pair of texts"),
-    (*PAIRS, {"validation": (*PAIRS, 1)}, r"^validation: should be \(texts, labels\)"),
     (*PAIRS, {"validation": ([], [])}, "^validation: has no rows"),
 ]
 
@@ -140,26 +136,6 @@ def test_what_cannot_be_trained_on_is_named(new, monkeypatch, texts, labels, opt
     classify = new(**{name: options[name] for name in options.keys() & PARAMETERS.keys()})
     with pytest.raises(InputError, match=message):
         classify.fit(texts, labels, **of_fit)
-
-
-WRONG = {"model": [None], "trunk": [""], "exit_layers": ["x"], "seed": [None], "max_length": [1], "batch_size": [-1, 0]}
-WRONG |= {"dev_size": [200, 0, 1, -0.1, "0.2", None], "lr": [0, -1, "1e-3", float("nan")], "epochs": [0, -1, 2.5]}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_options_are_checked_before_anything_is_fetched_or_trained(new, monkeypatch, name):
-    monkeypatch.setattr("minisweet.classifier.fit.model_folder", None)  # which fetches the model
-    for value in WRONG[name]:
-        with pytest.raises(InputError, match=f"^{name}: {value!r}, should be "):
-            new(**{name: value}).fit(*GOOD)
-
-
-def test_numbers_of_numpy_are_taken_and_no_seed_sets_other_rows_aside(new, tmp_path):
-    new(exit_layers=np.array([0, 1]), epochs=np.int64(2), dev_size=np.float32(0.25)).fit(*GOOD).save(tmp_path / "run")
-    again = EarlyExitClassifier.load(tmp_path / "run")
-    assert (again.exit_layers, again.epochs, again.dev_size) == ([0, 1], 2, 0.25)
-    other = new(exit_layers=[0, 1], dev_size=0.25, seed=1).fit(*GOOD)
-    assert other.deployed.run.texts.examples._replace(names=None) == again.deployed.run.texts.examples
 
 
 def test_a_second_fit_that_fails_leaves_the_first_model_whole(new, tmp_path, monkeypatch):
@@ -195,11 +171,9 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
     [
         (["a", None], {}, "item 1: None, should be one text, as the others"),
         (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
-        ([["a", "b"]], {}, r"item 0: \['a', 'b'\], should be one text"),
         ("a text", {}, r"^texts: 'a text', should be a list; for one text: \[text\]"),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),
         ([], {"threshold": 1.5}, "^threshold: 1.5, should be a number from 0 to 1"),
-        ([], {"batch_size": 0}, "^batch_size: 0, should be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_answered_is_named(run_of, texts, options, message):
@@ -307,15 +281,10 @@ def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(r
     """Another threshold, and another precision than that in which it was judged."""
     classify = EarlyExitClassifier.load(run_of("sweet"), threshold=0.5, amp="off")
     assert classify.promise == "threshold 0.5 is not the one that was chosen, so nothing is promised"
-    lines = classify.summary().splitlines()
-    assert lines[-1] == classify.promise
-    assert any(line.startswith("deployed") and line.endswith("0.25") for line in lines)  # all leave at the first exit
     assert classify.set_params(max_share=0.3).choose().operating_point.goal == Goal(max_share=0.3)
     assert classify.promise.startswith(f"On {classify.operating_point.judging_texts} of your texts")
     for goal in ({"max_lost": 20.0}, {"sure": 80.0}):
         assert classify.choose(**goal).operating_point.goal == Goal(**goal)
-    with pytest.raises(InputError, match="^max_share: 0.5, and max_lost is given too; should be one of both"):
-        classify.choose(max_lost=2, max_share=0.5)
     assert classify.choose(max_lost=9).choose(labels=([], [])).operating_point.goal == Goal(max_lost=9.0)
     classify.choose(max_share=0.3, sure=80).save(tmp_path / "fast")
     before = (tmp_path / "fast" / "logits.safetensors").read_bytes()

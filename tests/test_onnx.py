@@ -22,7 +22,7 @@ from minisweet.classifier.combined_rule import CombinedRule
 from minisweet.classifier.deployed import ANSWERING, classify, load_run, write_chosen
 from minisweet.outputs import write_outputs
 from minisweet.sweep import spaced_thresholds
-from tests.conftest import CHECKOUT, random_bag, random_batch, slow, undecided_model, write_model
+from tests.conftest import CHECKOUT, random_bag, random_batch, undecided_model, write_model
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package}, which the file needs, is missing")
@@ -155,7 +155,7 @@ def chosen(run_of, tmp_path, command):
     return copied
 
 
-@pytest.mark.parametrize("name", ["bag", *slow("pairs")])
+@pytest.mark.parametrize("name", ["bag", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_file_tells_what_it_is_and_the_guides_python_runs_it(chosen, tmp_path, name):
     """For single texts and for pairs, where neither torch nor minisweet can be imported."""
     run, file = chosen(name), tmp_path / "tickets.onnx"

@@ -20,7 +20,8 @@ def rows_of(split: str, level: str) -> list[tuple[str, int]]:
     return [(sentence, label) for sentence, label, own in zip(*make_toy(split), strict=True) if own == level]
 
 
-def test_the_same_on_every_machine():  # and so balanced, and as large as it is
+def test_the_same_on_every_machine():
+    """And so of the same size, balance and order."""
     both = repr([make_toy(split) for split in ("train", "dev")])
     assert hashlib.sha256(both.encode()).hexdigest().startswith("a5d109e18e76a2bc")
 
