@@ -93,8 +93,7 @@ def test_commands_and_code_run(guide, place, capsys):
     for extra in ("onnx", "onnxscript", "onnxruntime") if guide != PAPER else ():
         pytest.importorskip(extra, reason=f"{extra}, which the export needs, is missing")
     for kind, block in blocks_of(guide):
-        is_quote = block.strip() in (CHECKOUT / "minisweet" / "exits.py").read_text()
-        if is_quote or "FastAPI" in block:
+        if block.startswith("for n, layer in") or "FastAPI" in block:  # these have tests of their own
             continue
         if kind == "python":
             names = dict(zip(("texts", "labels"), zip(*opinions(60), strict=True), strict=True))
