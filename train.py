@@ -24,7 +24,7 @@ from minisweet.defaults import resolve
 from minisweet.hub import fetch_task, home, model_folder
 from minisweet.methods import METHODS, Stage, add_exits, new_trunk
 from minisweet.options import TrainingOptions
-from minisweet.run import Record, check_output, run_name, save_run, versions
+from minisweet.run import Record, check_output, run_name, save_run, versions, weights_id
 from minisweet.tasks import TASKS, find_task, load_examples
 from minisweet.texts import Texts, load_tokenizer
 from minisweet.training import train_stage
@@ -103,7 +103,9 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     if rows.empty:
         LOG.warning("empty texts, skipped: %d", rows.empty)
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
-    LOG.info("lr %g, epochs %d, seed %d, %s, %s", options.lr, options.epochs, options.seed, record.device, precision)
+    LOG.info(
+        "lr %g, epochs %d, seed %d, %s, %s", options.lr, options.epochs, options.seed, record.device, record.precision
+    )
 
     # 4. Loop: SWEET and EE are trained in one stage, and MM in one per model. Branches are added to a trained trunk.
     method = METHODS[options.method]
@@ -132,11 +134,13 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     # 5. Save.
     record = replace(
         record,
+        id=weights_id(model),
         losses={name: np.round(values, 5).tolist() for name, values in losses.items()},
         stages={name: round(value, 1) for name, value in seconds.items()},
         seconds=round(sum(seconds.values()), 1),
     )
-    return save_run(out, record, model.eval(), tokenizer, dev)
+    save_run(out, record, model.eval(), tokenizer, dev)
+    return record
 
 
 if __name__ == "__main__":

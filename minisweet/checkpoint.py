@@ -86,9 +86,11 @@ def read_config(folder: str | Path) -> Config:
     return read_dataclass(ARCHITECTURES[model_type][0], path, content)
 
 
-def new_encoder(config: Config) -> TransformerEncoder:
-    """A new encoder with random weights."""
-    return ARCHITECTURES[config.model_type][1](config)
+def new_encoder(config: Config, num_layers: int) -> TransformerEncoder:
+    """The first `num_layers` layers of a new encoder with random weights."""
+    encoder = ARCHITECTURES[config.model_type][1](replace(config, num_hidden_layers=num_layers))
+    encoder.depth = config.num_hidden_layers
+    return encoder
 
 
 def load_encoder(folder: str | Path, num_layers: int | None = None) -> TransformerEncoder:
@@ -116,8 +118,7 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
 
     def make() -> nn.ModuleDict:
         sizes = {"pooler": D, "classifier": num_labels}
-        encoder = new_encoder(replace(config, num_hidden_layers=L))
-        return nn.ModuleDict({"encoder": encoder} | {part: nn.Linear(D, sizes[part]) for part in heads})
+        return nn.ModuleDict({"encoder": new_encoder(config, L)} | {part: nn.Linear(D, sizes[part]) for part in heads})
 
     def to_public(name: str) -> str:
         part, _, rest = name.partition(".")
@@ -127,7 +128,6 @@ def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0)
     dropped = [*DROPPED, *(public_name(f"layers.{n}.key.bias", model_type) for n in range(L))]
     dropped += [f"encoder.layer.{n}." for n in range(L, depth)]
     parts = load_strict(folder / WEIGHTS, make, to_public, dropped)
-    parts["encoder"].depth = depth
     if heads:
         parts["encoder"].pooler_start = parts["pooler"].state_dict()
     return parts

@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -97,19 +97,18 @@ def save_run(
     tokenizer: Tokenizer | None = None,
     validation: Examples | None = None,
     add_files: Callable[[Path], None] | None = None,
-) -> Record:
+) -> None:
     """Write a run to a folder, whole or not at all. A run that is there is replaced.
 
     A training that diverged has no model, and its record alone is written, unless there are weights already.
-    `add_files(folder)` writes more files into the folder. Returns the record with its id.
+    `add_files(folder)` writes more files into the folder.
     """
     if model is None:
         if not (out / WEIGHTS).exists():
             with written_beside(out) as folder:
                 folder.mkdir()
                 write_json(folder / RECORD, asdict(record))
-        return record
-    record = replace(record, id=weights_id(model))
+        return
     with written_beside(out) as folder:
         folder.mkdir()
         write_json(folder / RECORD, asdict(record))
@@ -122,7 +121,6 @@ def save_run(
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(validation, record.labels))
         if add_files:
             add_files(folder)
-    return record
 
 
 def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
@@ -176,8 +174,7 @@ def load_model(folder: Path, record: Record) -> ExitModel:
     config, options = read_config(folder), record.arguments
 
     def make() -> ExitModel:
-        encoder = new_encoder(replace(config, num_hidden_layers=record.exit_layers[-1]))
-        encoder.depth = record.depth
+        encoder = new_encoder(config, record.exit_layers[-1])
         build = METHODS[options.method].build
         return build(encoder, record.exit_layers, len(record.labels), exit_strategy=options.exit_strategy)
 

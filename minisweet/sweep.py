@@ -5,7 +5,6 @@ The curve is cross-fitted: the decisions in each of five folds use temperatures 
 Dimension letters: K exits, N instances, n some of them, C classes, P thresholds.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,26 +58,21 @@ def crossfit(outputs: Outputs) -> Folds:
     return [(fit_rule(outputs.take(fitted if len(fitted) else decided)), decided) for fitted, decided in splits]
 
 
-def sweep(
-    folds: Folds, outputs: Outputs, thresholds: list[float], places: Sequence[int] | None = None
-) -> tuple[dict, np.ndarray]:
+def sweep(folds: Folds, outputs: Outputs, thresholds: list[float]) -> tuple[dict, np.ndarray]:
     """Score each exit alone, and all exits together at each threshold.
 
     Args:
         folds: the rules of `crossfit`.
         outputs: the outputs for the same rows.
         thresholds: P thresholds.
-        places: the exits to use in the curve, counted from 0; None for all.
 
     Returns a dictionary of fields of `Evaluation` (exit_scores to area), and the exits taken, (P, N).
     """
     (K, N, _), labels, metric = outputs.logits.shape, outputs.labels.numpy(), outputs.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
-    predictions = np.empty((K, N), dtype=np.int64)
+    predictions = outputs.logits.argmax(-1).numpy()  # (K, N)
     for rule, rows in folds:
-        decided = outputs.take(rows)
-        taken[:, rows], _, costs[:, rows] = decided.decide_at(range(K) if places is None else places, thresholds, rule)
-        predictions[:, rows] = decided.logits.argmax(-1).numpy()
+        taken[:, rows], _, costs[:, rows] = outputs.take(rows).decide_at(range(K), thresholds, rule)
     ratios = costs.mean(1).tolist()  # Eq. 1
     scores = score(predictions[taken, np.arange(N)], labels, metric).tolist()
     curve = {

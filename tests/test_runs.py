@@ -13,7 +13,7 @@ from minisweet.classifier.fit import load_trunk
 from minisweet.defaults import default_learning_rate
 from minisweet.methods import METHODS, default_exit_layers
 from minisweet.outputs import ask_all, read_outputs, write_outputs
-from minisweet.run import load_model, load_run_tokenizer, read_record, read_validation, save_run
+from minisweet.run import load_model, load_run_tokenizer, read_record, read_validation, save_run, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer
 from tests.conftest import random_batch, undecided_model, write_model
 from tests.test_rows import refused
@@ -29,10 +29,10 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, run_of, model_type, method, 
         rows = ROWS._replace(second=["a", "b"], groups=["x", None], labels=[1, -1])
     model = undecided_model(folder, method, strategy=strategy)
     arguments = replace(record.arguments, method=method, exit_strategy=strategy)
-    record = replace(record, arguments=arguments, exit_layers=list(model.exit_layers))
+    record = replace(record, arguments=arguments, exit_layers=list(model.exit_layers), id=weights_id(model))
     tokenizer = load_tokenizer(folder, record.vocab_size, record.arguments.max_length)
     run = tmp_path / "run"
-    record = save_run(run, record, model.train(), tokenizer, rows, lambda new: (new / "more").touch())
+    save_run(run, record, model.train(), tokenizer, rows, lambda new: (new / "more").touch())
     assert (read_record(run), read_validation(run, record)) == (record, rows)
     assert read_json(run / "config.json")["model_type"] == "minisweet"  # which no other library takes
     assert (run / "more").exists()

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 
 from minisweet import plots
 from minisweet.base.files import read_json, written_beside
+from minisweet.run import EVALUATION, RECORD, VALIDATION
 
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
 SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]  # the paper's (App. A)
@@ -72,17 +73,17 @@ Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by ta
 
 def run_of(folder: Path, commit: str = "") -> Run:
     """What train.py and evaluate.py wrote of a run."""
-    record = read_json(folder / "run.json")
+    record = read_json(folder / RECORD)
     options, exits, shares, area, constant = record["arguments"], {}, {}, np.nan, 0.0
     if record["diverged"] is None:
-        found = read_json(folder / "evaluation.json")
+        found = read_json(folder / EVALUATION)
         of_exits = zip(found["exit_scores"], found["exit_answers"], strict=True)
         exits = dict(zip(found["exit_layers"], of_exits, strict=True))
         curve, area = plots.sorted_curve(found["speedup_ratios"], found["scores"]), found["area"]
         scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
         shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
         if record["metric"] != "matthews":
-            rows = map(json.loads, (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines())
+            rows = map(json.loads, (folder / VALIDATION).read_text(encoding="utf-8").splitlines())
             answers = Counter(row["label"] for row in rows)
             constant = 100 * max(answers.values()) / answers.total()
     key = [options[name] for name in ("method", "exit_strategy", "train_size", "lr", "seed")]

@@ -21,13 +21,13 @@ from minisweet.base.commands import Parser, list_of, one_of, positive_number, wh
 from minisweet.base.files import LOG, InputError, read_json, written_beside
 from minisweet.checkpoint import read_config
 from minisweet.defaults import resolve, search_rates
-from minisweet.hub import home, model_folder
+from minisweet.hub import CLONE, home, model_folder
 from minisweet.methods import METHODS
 from minisweet.options import TrainingOptions
 from minisweet.paper import report
+from minisweet.run import EVALUATION, RECORD, is_run
 from minisweet.tasks import TASKS
 
-CLONE = Path(__file__).parents[2]
 FURTHER = 3  # seeds that are tried in place of those that did not converge
 TYPED = "exit_strategy train_size epochs max_length batch_size exit_layers device amp".split()  # the same for all runs
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
@@ -62,9 +62,9 @@ class Grid:
     def run(self, slot: Slot) -> report.Run | None:
         """A run that is evaluated, or diverged; None where there is none."""
         folder = self.folder(slot)
-        if slot not in self.complete and (folder / "run.json").exists():
-            diverged = read_json(folder / "run.json")["diverged"] is not None
-            if diverged or (folder / "evaluation.json").exists():
+        if slot not in self.complete and is_run(folder):
+            diverged = read_json(folder / RECORD)["diverged"] is not None
+            if diverged or (folder / EVALUATION).exists():
                 self.complete[slot] = report.run_of(folder)
         return self.complete.get(slot)
 
@@ -93,9 +93,9 @@ class Grid:
         """Train and evaluate a run, as far as that is not done."""
         args, folder = self.args, self.folder(slot)
         typed = {name: getattr(args, name) for name in TYPED}
-        if not (folder / "run.json").exists():
+        if not is_run(folder):
             start("train.py", **slot._asdict(), model=args.model, **typed, data_dir=args.data_dir, out=folder)
-        if (folder / "run.json").exists() and not self.run(slot):
+        if is_run(folder) and not self.run(slot):
             start("evaluate.py", folder, device=args.device, amp=args.amp)
 
     def write(self) -> None:
