@@ -264,7 +264,7 @@ def test_words():
     scores = " Of 100 labelled ones the full model had 73.7 of 100 right, early exit 75.2."
     assert point.promise == seen + promised + scores
     assert replace(point, goal=SHARE).promise == seen + scores
-    assert not replace(point, threshold=1.0).promise + point.shortfall()
+    assert not replace(point, threshold=1.0).promise + point.shortfall(1.0)
     few = replace(point, threshold=1.0, judging_texts=60, labelled_judges=60)
     words = "nothing faster than full depth can be promised: 60 texts judged. Some "
     would = "510 labelled rows would do where none is lost, 860 and 1,175 where one or two are"

@@ -23,7 +23,7 @@ from minisweet.adaptive import ExitRule, leaves
 from minisweet.base.commands import Parser, path_to, progress
 from minisweet.base.files import InputError, one_line, written_beside
 from minisweet.classifier.deployed import Answer, Deployed, add_options, answers_of, ask_exits, deployed_of, tokenize
-from minisweet.classifier.promise import METRIC_NAMES, filled
+from minisweet.classifier.promise import METRIC_NAMES, scored
 from minisweet.live import Decisions
 from minisweet.sweep import sweep
 from minisweet.texts import Texts
@@ -119,7 +119,7 @@ def write_page(path: Path, deployed: Deployed) -> None:
     outputs = outputs._replace(logits=outputs.logits[places], exits=outputs.exits.keep_exits(places)).by(rule)
     shown = np.flatnonzero(outputs.labels.numpy() >= 0)
     has_labels = len(shown) > 0
-    outputs, texts = (outputs.take(shown), texts.take(shown)) if has_labels else (filled(outputs), texts)
+    outputs, texts = scored(outputs), texts.take(shown) if has_labels else texts
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
     plain = ExitRule(len(record.labels))  # of calibrated logits
     curve, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)

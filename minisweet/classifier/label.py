@@ -17,7 +17,7 @@ import numpy as np
 from minisweet.base.commands import Parser, whole_number
 from minisweet.base.files import InputError
 from minisweet.classifier.deployed import OwnRun, fitted_of, load_run
-from minisweet.classifier.promise import filled, last_passed, lost_rows
+from minisweet.classifier.promise import filled, last_passed, lost_rows, still_open
 from minisweet.classifier.rows import row_writer
 from minisweet.classifier.selection import prepare, share_right
 
@@ -59,7 +59,7 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     _, first_rows = np.unique(trial.judges.keys.numpy(), return_index=True)
     texts = trial.judges.take(first_rows)
     keys, judged = texts.keys.numpy(), filled(texts, run.given)
-    is_open = (texts.labels < 0).numpy() & ~np.isin(keys, [*run.given])  # (T,), without a label so far
+    is_open = still_open(texts, run.given)  # (T,)
     _, answers, costs = judged.decide_at(trial.places, trial.thresholds)  # (M, T)
     is_lost = lost_rows(judged, answers)  # (M, T)
     highest = len(is_lost) - 1 - is_lost[::-1].argmax(0)  # (T,), the highest threshold at which a text is lost, if any

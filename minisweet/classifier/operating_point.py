@@ -68,7 +68,7 @@ class OperatingPoint:
             words += f" right, early exit {self.score:.1f}."
         return words
 
-    def shortfall(self, set_aside: float = 1.0) -> str:
+    def shortfall(self, set_aside: float) -> str:
         """A line if the goal is out of reach, or only full depth can be promised, with the rows that it takes; or "".
 
         `set_aside` is the share of labelled rows that validates.

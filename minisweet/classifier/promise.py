@@ -157,6 +157,11 @@ def filled(outputs: Outputs, given: Mapping[int, int] | None = None) -> Outputs:
     return outputs._replace(labels=outputs.labels.where(outputs.labels >= 0, answers), metric=metric)
 
 
+def still_open(outputs: Outputs, given: Mapping[int, int]) -> np.ndarray:
+    """Whether each row has no label, and none was `given` for its key, (N,)."""
+    return (outputs.labels < 0).numpy() & ~np.isin(outputs.keys.numpy(), [*given])
+
+
 def scored(outputs: Outputs) -> Outputs:
     """The rows that are scored: those with a label, or, if none has one, all rows against full depth's answers."""
     rows = labelled(outputs)

@@ -14,7 +14,16 @@ import numpy as np
 from minisweet.adaptive import ExitRule, in_float32
 from minisweet.classifier.combined_rule import CombinedRule, fit_combined_rule
 from minisweet.classifier.operating_point import CHOOSING, OperatingPoint, stated
-from minisweet.classifier.promise import ROUNDING, Goal, filled, fixed_sequence, labelled, lost_rows, most_lost
+from minisweet.classifier.promise import (
+    ROUNDING,
+    Goal,
+    filled,
+    fixed_sequence,
+    labelled,
+    lost_rows,
+    most_lost,
+    still_open,
+)
 from minisweet.classifier.split import dealt, one_of_each
 from minisweet.outputs import Outputs
 
@@ -90,9 +99,8 @@ def choose(
     point = stated(places, threshold, judges, given)
     point["choosing_texts"] = len(choosers.keys.unique())
     point["labelled_judges"] = len(judges.keys[judges.labels >= 0].unique())
-    is_open = (judges.labels < 0).numpy() & ~np.isin(judges.keys.numpy(), [*given])  # (N,)
     _, answers, _ = judged.decide_at(places, [threshold])  # (1, N)
-    if (lost_rows(judged, answers) & is_open).any():
+    if (lost_rows(judged, answers) & still_open(judges, given)).any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
     if not has_judges:
         point |= dict.fromkeys(("choosing_texts", "judging_texts", "labelled_judges"), 0)
