@@ -69,7 +69,7 @@ def test_no_promise_is_broken_too_often():
     assert [line.name for line in promises.lines()] == [*broken]
 
 
-def test_draws_write_a_row_for_each_kind(copies, monkeypatch, capsys):
+def test_draws_write_a_row_for_each_kind(copies, monkeypatch):
     lines = promises.lines()[:4]
     monkeypatch.setattr(promises, "lines", lambda: lines)
     assert run(promises, "--draws", 2, "--write") == 0

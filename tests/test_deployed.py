@@ -51,7 +51,7 @@ def test_a_run_of_train_py_has_no_bag_of_words(run_of, name):
     assert loaded.outputs.exits.layers == loaded.record.exit_layers == fitted_of(loaded.record).exit_layers
 
 
-def test_only_what_is_needed_is_read(own_run, command, monkeypatch, tmp_path):
+def test_only_what_is_needed_is_read(own_run, command, tmp_path):
     """To predict neither the validation rows nor their logits, and to choose no model."""
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
     (run / "model.safetensors").unlink()

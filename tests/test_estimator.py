@@ -226,7 +226,8 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     all_leave = float(lines[2][54:]) == 0
     assert ("all texts leave at exit 0: nothing need be sent to the model" in lines) == all_leave
     assert lines[-2].startswith(f"{classify.operating_point.judging_texts} of 20 validation rows judge: a quarter")
-    found, others = classify.test(*opinions_of(slice(300, 400))), opinions_of(slice(300, 400))
+    others = opinions_of(slice(300, 400))
+    found = classify.test(*others)
     assert found["score"] == pytest.approx(100 * classify.score(*others), abs=3)  # texts that it has seen do not count
     assert found.keys() < vars(classify.operating_point).keys()
     with pytest.raises(InputError, match="no row is left to test on"):

@@ -1,6 +1,5 @@
 """The comparison of the exits' gradients."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from minisweet import MultiExitModel
 from minisweet.paper import gradients
 from minisweet.paper.gradients import exit_similarities
 from minisweet.texts import Batch
+from tests.benchmark import read_rows
 from tests.conftest import quick, random_batch, tiny_encoder, write_model
 
 
@@ -42,7 +42,7 @@ def test_the_command_writes_the_mean_of_the_runs(command, tmp_path):
     one = found[0]  # of one run the deviation is that of its batches
     for named, mean, parts in ((runs, found.mean((0, 1)), found.mean(1)), (runs[:1], one.mean(0), one)):
         assert command(gradients, *named, "--batches", 2)[0] == 0
-        rows = list(csv.DictReader(Path("gradients.csv").read_text().splitlines()))
+        rows = read_rows(Path("gradients.csv"))
         places = [(row["layer"], row["exit"], row["other"]) for row in rows]
         assert places == [("1", "1", "2"), ("1", "1", "4"), ("1", "2", "4"), ("2", "2", "4")]
         for name, values in (("cosine", mean), ("deviation", parts.std(0, ddof=1))):

@@ -27,7 +27,7 @@ LABELS = torch.tensor([0, 1, 1, 0])
 MODEL_TYPES = st.sampled_from([*CONFIGS])
 
 
-def test_multi_model_is_models_of_the_first_layers_which_read_no_others(model_dir, model_type):
+def test_multi_model_is_models_of_the_first_layers_which_read_no_others(model_dir):
     """Sec. 2 and 3.2: MM's models are the first layers of one checkpoint, and share nothing."""
     whole, batch = load_encoder(model_dir).eval(), random_batch()
     rewrite(model_dir, lambda there: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in there.items()})

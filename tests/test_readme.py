@@ -3,10 +3,12 @@
 import functools
 import importlib
 import inspect
+import io
 import re
 import shlex
 import subprocess
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,10 +127,11 @@ def test_the_service_answers(run_of, place):
 
 
 @functools.cache
-def options_of(module: str, capsys) -> set[str]:
+def options_of(module: str) -> set[str]:
     """The options of the command that a module is, by its help."""
-    run(importlib.import_module(module), "--help")
-    return set(re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    with redirect_stdout(io.StringIO()) as told:
+        run(importlib.import_module(module), "--help")
+    return set(re.findall(r"^  (?:-h, )?(--[\w-]+)", told.getvalue(), re.MULTILINE))
 
 
 def split_command(words: list[str]) -> tuple[str | None, list[str]]:
@@ -144,7 +147,7 @@ def split_command(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 @pytest.mark.parametrize("guide", PAGES)
-def test_links_lead_somewhere_and_options_are_there(guide, capsys):
+def test_links_lead_somewhere_and_options_are_there(guide):
     text, folder = text_of(guide), (CHECKOUT / guide).parent
     for path, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
         target = folder / path if path else CHECKOUT / guide
@@ -159,4 +162,4 @@ def test_links_lead_somewhere_and_options_are_there(guide, capsys):
             named = {word.strip("[],.()").partition("=")[0] for word in words if re.match(r"[\[(]*--[a-z]", word)}
             if named and (module or is_prose):
                 modules = [module] if module else [*package.COMMANDS.values(), "train", "evaluate", *STUDIES]
-                assert named <= set().union(*(options_of(module, capsys) for module in modules)), part
+                assert named <= set().union(*(options_of(module) for module in modules)), part
