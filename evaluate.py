@@ -128,7 +128,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise InputError(f"{folder}: has no {EVALUATION}; first: python evaluate.py {folder}")
     evaluation = read_dataclass(Evaluation, folder / EVALUATION)
     if evaluation.id != record.id:
-        raise InputError(f"{folder / EVALUATION}: is of other weights than the model beside it; make it anew")
+        raise InputError(f"{folder / EVALUATION}: belongs to other weights than the model beside it; make it again")
     return evaluation
 
 

@@ -1,11 +1,11 @@
-"""Early exits for your own text: `minisweet COMMAND ...`. `minisweet COMMAND --help` tells a command's options.
+"""Early exits for your own text: `minisweet COMMAND ...`. `minisweet COMMAND --help` lists its options.
 
 fit         train on a file of texts, choose what to deploy, say what to expect
-choose      choose again, by another goal, or with more labels
+choose      choose again, for another goal, or with more labels
 label       ask for the few labels that let more texts leave early
-test        try what is deployed on other labelled texts
+test        measure the deployed classifier on other labelled texts
 predict     predict the texts of a file
-explain     show how a text is answered, exit by exit, or a page of all validation texts
+explain     show each exit's answer to a text, or write a page of the validation texts
 export      write a run as a classifier for transformers, or as an ONNX file
 
 Of the paper:

@@ -157,5 +157,5 @@ def read_tensors(path: Path, run_id: str) -> tuple[dict[str, Tensor], dict[str, 
     except Exception as error:  # of the disk or of safetensors, according to what is wrong with the file
         raise InputError(f"{path}: not readable ({error})") from None
     if facts["id"] != run_id:
-        raise InputError(f"{path}: is of other weights than the model beside it")
+        raise InputError(f"{path}: belongs to other weights than the model beside it")
     return tensors, facts

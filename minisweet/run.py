@@ -162,7 +162,7 @@ def check_weights(folder: Path, record: Record) -> None:
     except Exception as error:  # of safetensors, according to what is wrong with the file
         raise InputError(f"{folder / WEIGHTS}: not readable ({error})") from None
     if id_of_file != record.id:
-        raise InputError(f"{folder / WEIGHTS}: is of another run than {RECORD} beside it ({id_of_file})")
+        raise InputError(f"{folder / WEIGHTS}: belongs to another run than {RECORD} beside it ({id_of_file})")
 
 
 def load_model(folder: Path, record: Record) -> ExitModel:

@@ -67,10 +67,10 @@ def test_only_what_is_needed_is_read(own_run, command, tmp_path):
     ("name", "key", "value", "message"),
     [
         ("operating.json", "goal", {"max_lost": 200}, "operating.json: goal: max_lost: 200, should be a number from"),
-        ("operating.json", "id", "0", "operating.json: is of other weights than the model beside it; make it anew"),
+        ("operating.json", "id", "0", "operating.json: belongs to other weights than the model beside it; make"),
         ("bag_of_words.safetensors", None, None, "bag_of_words.safetensors: not readable (No such file"),
         ("labels.jsonl", "", "", "labels.jsonl: not readable (KeyError('key')"),
-        ("logits.safetensors", None, None, "logits.safetensors); make it anew: minisweet choose "),
+        ("logits.safetensors", None, None, "logits.safetensors); make it again: minisweet choose "),
     ],
 )
 def test_what_does_not_fit_is_named(own_run, tmp_path, name, key, value, message):
@@ -88,14 +88,14 @@ def test_files_of_another_run_are_refused(own_run, run_of, tmp_path):
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
     for name, part in (("bag_of_words", "bag"), ("logits", "outputs")):
         shutil.copy(run_of("bag") / f"{name}.safetensors", run)
-        assert f"{name}.safetensors: is of other weights than the model beside it" in refused(load_run, run, part)
+        assert f"{name}.safetensors: belongs to other weights than the model beside it" in refused(load_run, run, part)
 
 
 def test_choose_makes_logits_anew_that_are_broken_and_cut_texts_are_counted(own_run, tmp_path, command, caplog):
     run = Path(shutil.copytree(own_run, tmp_path / "run"))
     (run / "logits.safetensors").write_bytes(b"")
     status, _, err = command(choose, run, "--amp", "off")
-    assert (status, f"{run / 'logits.safetensors'}: not readable" in err, "; make it anew" in err) == (0, True, True)
+    assert (status, f"{run / 'logits.safetensors'}: not readable" in err, "it is made again" in err) == (0, True, True)
     assert read_json(run / "operating.json") == read_json(own_run / "operating.json")
     loaded = load_run(run, "model", "bag", "tokenizer")
     texts = Texts(loaded.tokenizer, Examples(["bad " * 90, "a film"], None, None))
@@ -119,5 +119,5 @@ def test_the_summary_tells_who_judges_and_how_many_texts_are_sent(own_run):
     run = choose_for(run._replace(outputs=outputs), Goal(), "cpu", "off")
     lines = summary(run).splitlines()
     assert f"of 100 texts {200 * run.point.share:.0f} are sent to the model" in lines
-    reasons = "a quarter of them chooses, one text of each group judges"
+    reasons = "a quarter chooses the threshold, one text of each group judges"
     assert f"{run.point.judging_texts} of 160 validation rows judge: {reasons}" in lines

@@ -89,7 +89,7 @@ def test_without_labels_a_trunk_is_enough_and_its_labels_keep_their_type(new, tm
     some.fit(texts[:40], ["02"[n % 2] if n % 3 else None for n in range(40)]).save(tmp_path / "some")
     again = EarlyExitClassifier.load(tmp_path / "some")
     assert (again.classes_.tolist(), again.trunk) == ([0, 1, 2], trunk)
-    for few, message in (([], "no row has a label"), (["a film"], "too few texts to choose and to judge on")):
+    for few, message in (([], "no row has a label"), (["a film"], "too few validation texts")):
         with pytest.raises(InputError, match=message):
             new(trunk=trunk).fit(None, None, unlabelled=few)
 
@@ -237,7 +237,7 @@ def test_what_the_commands_do_is_done_from_python(new, tmp_path):
     assert [first.exit_layer, last.exit_layer] == [2, 2]
     (told,) = classify.export(tmp_path / "folder")
     assert "the first 2 layers" in told
-    assert "without exit 0, which has a say" in told
+    assert "without exit 0, which contributes" in told
     with pytest.raises(InputError, match="^int8: is for one file"):
         classify.export(tmp_path / "other", int8=True)
     assert (tmp_path / "folder" / "config.json").is_file()
@@ -291,11 +291,9 @@ def test_the_goal_is_the_constructors_and_what_was_not_chosen_promises_nothing(r
     before = (tmp_path / "fast" / "logits.safetensors").read_bytes()
     for options in ({"threshold": 0.9, "amp": "bf16"}, {"amp": "off"}, {"amp": "bf16"}):
         other = EarlyExitClassifier.load(tmp_path / "fast", **options)
-    told = [record.getMessage() for record in caplog.records if "promised" in record.getMessage()]
-    assert told == [
-        "what was promised is of torch.float32, and this is torch.bfloat16: choose again with the same --amp"
-    ]
-    assert other.promise == "what was promised is of torch.float32: choose again in this precision"
+    told = [record.getMessage() for record in caplog.records if "promise" in record.getMessage()]
+    assert told == ["the promise was made in torch.float32, and this is torch.bfloat16: choose again with this --amp"]
+    assert other.promise == "the promise was made in torch.float32: choose again in this precision"
     assert other.choose().operating_point.precision == "torch.bfloat16"
     assert other.promise.startswith("On ")
     assert (tmp_path / "fast" / "logits.safetensors").read_bytes() == before  # a folder that is loaded stays as it is

@@ -70,17 +70,17 @@ def test_files_of_another_run_are_refused(copied, run_of, command):
     rows, other = run / "validation.jsonl", run_of("ee")
     shutil.copy(other / "model.safetensors", run / "model.safetensors")
     for module, *words in [(predict, rows), (evaluate,)]:
-        assert "model.safetensors: is of another run than run.json beside it" in command(module, run, *words)[2]
+        assert "model.safetensors: belongs to another run than run.json beside it" in command(module, run, *words)[2]
     shutil.copy(run_of("sweet") / "model.safetensors", run / "model.safetensors")
     shutil.copy(other / "logits.safetensors", run / "logits.safetensors")
-    for told in ("is of other weights than the model beside it; make it anew\n", ""):  # which it does
+    for told in ("belongs to other weights than the model beside it; it is made again\n", ""):
         status, _, err = command(choose, run)
         assert (status, err[-len(told) :] if told else err) == (0, told)
     (run / "model.safetensors").unlink()  # as in an archive of results
     assert command(evaluate, run, "--plot", "a.png")[0] == command(choose, run)[0] == 0
     shutil.copy(other / "evaluation.json", run / "evaluation.json")
     _, _, err = command(evaluate, run, "--plot", "a.png")
-    assert "evaluation.json: is of other weights than the model beside it" in err
+    assert "evaluation.json: belongs to other weights than the model beside it" in err
 
 
 def test_without_a_run_it_takes_the_newest_that_is_whole(copied, command, tmp_path):

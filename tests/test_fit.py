@@ -86,7 +86,7 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
     texts, labels = map(list, zip(*new, strict=True))
     write_rows(Path("new.csv"), [*new, ("the film", "left"), ("a film", "right"), ("is it", "")], "text", "label")
     _, out, _ = command(check, copied, "new.csv")
-    assert out.startswith("rows with another label than the model's, left out: 2 (left, right)\n")
+    assert out.startswith("rows whose label the model does not know, left out: 2 (left, right)\n")
     assert "\n201 rows, threshold " in out
     found = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
     for title, key in (("accuracy", "score"), ("full depth", "full_depth"), ("lost, of 100 texts", "lost")):
@@ -96,7 +96,7 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
     assert "promised: at most 20 of 100 lost, 60% sure; held here" in out
     # Where nothing could be told it says so: 0.8**4 is more than 0.4.
     for rows, said in (
-        (4, "too few texts to tell whether it holds; some 5 would do where none is lost"),
+        (4, "too few texts to tell whether it holds; about 5 suffice if none is lost"),
         (5, "held here"),
     ):
         write_rows(Path("few.csv"), new[:rows], "text", "label")
@@ -110,4 +110,4 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
         (line,) = re.findall("^lost, of 100 texts(.*)$", out, re.MULTILINE)
         assert line.split()[0] == f"{100 * np.mean(early != full):.2f}"
     assert command(predict, copied, "texts.csv", "--out", "p.csv")[0] == 0
-    assert "p.csv: its label is what predict answered" in command(check, copied, "p.csv")[2]
+    assert "p.csv: its labels are those that predict wrote" in command(check, copied, "p.csv")[2]

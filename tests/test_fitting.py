@@ -188,9 +188,9 @@ def test_a_training_that_diverges_leaves_its_step_and_no_weights(fitted, command
 @pytest.mark.parametrize(
     ("options", "unlabelled", "message"),
     [
-        ({"exit_layers": [4]}, ["a film"], "^unlabelled: exit 0 and branches alone learn from it; add 0 to the exit"),
+        ({"exit_layers": [4]}, ["a film"], "^unlabelled: only exit 0 and branches learn from it; add 0 to the exit"),
         ({}, ["the film", "THE film", "a film"], "^unlabelled: no text is left: all of them are also labelled, or set"),
-        ({"exit_layers": [0, 2, 4]}, [], "^exit_layers: 0,2,4, and the method plain has exits 0 and 4 alone; take the"),
+        ({"exit_layers": [0, 2, 4]}, [], "^exit_layers: 0,2,4, and the method plain has exits 0 and 4 only; use the"),
         ({"exit_layers": [0, 5]}, [], "^exit_layers: 0,5, should increase and end at one of the layers 1 to 4$"),
         ({"names": [None, None]}, ["the"], "^own: no row has a label$"),
         ({"names": ["x", None]}, [], "^own: all rows have the label 'x', needs two or more$"),
@@ -231,7 +231,7 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
     for files, counts, stages in (
         (
             [folder / "more.csv", "half.jsonl"],
-            "401 to learn from, 100 to judge; left out: 28 labelled too or there twice\n",
+            "401 to learn from, 100 to judge; left out: 28 also labelled, or duplicates\n",
             {"trunk": 240, "trunk again": 240 + 401, "branches": 240 + 401},
         ),
         (["few.csv"], "80 to learn from, 20 to judge", {"trunk": 240, "branches": 240 + 80}),
@@ -239,7 +239,7 @@ def test_layers_learn_from_unlabelled_texts_where_few_are_labelled(own_run, comm
         more = [word for file in files for word in ("--unlabelled", file)]
         status, _, err = command(fit, *options, *more, "--overwrite")
         assert (status, f"unlabelled texts: {counts}" in err) == (0, True), err
-        assert f"epochs: 2, and {epochs_of(240, 16, 2)} are the rule here; with few the model may learn nothing" in err
+        assert f"epochs: 2, fewer than the default of {epochs_of(240, 16, 2)}; the model may learn nothing" in err
         steps = {stage: len(losses) for stage, losses in read_json(Path("run/run.json"))["losses"].items()}
         assert steps == {stage: 2 * -(-rows // 16) for stage, rows in stages.items()}
     (before, vectors, examples), (first, second) = *embedded, *heard  # once each
@@ -294,7 +294,7 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     aside = {*threads[is_labelled]}, {*threads[~is_labelled]}
     assert (len(aside[0]), len(aside[1])) == (30, 20)
     apart = sum(thread in aside[0] for _, thread in more)
-    assert f"left out: 0 labelled too or there twice, {apart} whose group is validated\n" in err
+    assert f"left out: 0 also labelled, or duplicates, {apart} in groups of validation rows\n" in err
     learnt = [text for text, *_, thread in rows + more if thread not in aside[0] | aside[1]]
     assert set(run.record.trained_keys) == {*tokenize(EarlyExitClassifier.load("run").deployed, learnt).keys.tolist()}
     assert run.point.judging_texts == 30 + 20 - math.ceil(30 / CHOOSING) - 20 // CHOOSING

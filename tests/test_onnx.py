@@ -206,7 +206,7 @@ def test_int8_promises_anew_against_its_own_full_depth(own_run, run_of, tmp_path
     told = session.get_modelmeta().custom_metadata_map
     assert temperatures == pytest.approx(point.temperatures, rel=1e-3)
     assert weights * temperatures[0] == pytest.approx(point.weights, rel=1e-3)
-    assert (weights[1] != 0) == ("points beside the model's" in out) == labelled
+    assert (weights[1] != 0) == ("points compared with the model" in out) == labelled
     assert json.loads(told["threshold"]) == pytest.approx(point.threshold, abs=1e-4) != 1
     assert point.promise in out
     assert told["texts_at_once"] == "1"

@@ -266,8 +266,8 @@ def test_words():
     assert replace(point, goal=SHARE).promise == seen + scores
     assert not replace(point, threshold=1.0).promise + point.shortfall(1.0)
     few = replace(point, threshold=1.0, judging_texts=60, labelled_judges=60)
-    words = "nothing faster than full depth can be promised: 60 texts judged. Some "
-    would = "510 labelled rows would do where none is lost, 860 and 1,175 where one or two are"
+    words = "nothing faster than full depth can be promised: only 60 texts judged. It takes about "
+    would = "510 labelled rows if none is lost, 860 if one is, and 1,175 if two are"
     assert few.in_words(2, 0.2) == words + would
 
 

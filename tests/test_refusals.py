@@ -48,7 +48,7 @@ REFUSALS = [
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of FILE, and --dev-data is"),
     ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
-    ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: exit 0 and branches alone learn"),
+    ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: only exit 0 and branches learn"),
     ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is no folder; should be a run, or a classifier in"),
     ("fit", "own.csv --trunk run --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk run"),
     ("fit", "none.csv --trunk run --out new --exit-layers 0,2", "--exit-layers: 0,2, should increase and"),

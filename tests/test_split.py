@@ -166,13 +166,13 @@ def test_what_lacks_on_a_side_is_told(own, caplog):
     dev = rows_of([ORDERS[0], *ORDERS[6:9]], ["a", "b"] * 2, ["own", "old", "new", None])
     sides = own(ORDERS[:2], ["a", "b"], groups=["old", None], dev=dev)  # a text that is there in both is counted later
     assert sides.validation.examples.first == [ORDERS[0], *ORDERS[7:9]]
-    assert "rows to validate on, left out since their group is trained on: 1\n" in caplog.text
+    assert "validation rows left out because their group is trained on: 1\n" in caplog.text
 
 
 def test_the_classes_of_own_text_and_of_a_trunk(own, caplog):
     assert classes_of(["b", "a", "A"] * 5 + ["c"]) == ["A", "a", "b", "c"]
-    assert "classes of their own, though they differ in case or Unicode form alone: A, a\n" in caplog.text
-    assert "classes of fewer than 5 rows, which may be a typo: c (1)\n" in caplog.text
+    assert "separate classes that differ only in case or Unicode form: A, a\n" in caplog.text
+    assert "classes with fewer than 5 rows, which may be typos: c (1)\n" in caplog.text
     texts, names, dev = ORDERS[:3], ["no", "yes", None], rows_of(ORDERS[3:5], ["yes", "no"])
     assert own(texts, names, dev=dev).train.labels.tolist() == [0, 1]
     sides = own(texts, names, dev=dev, labels=["yes", "other", "no"])

@@ -113,8 +113,8 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     assert len(asked) < len(texts)
     assert with_labels({text: wrong[text] for text in asked}).threshold == with_labels(wrong).threshold
     half = with_labels({text: wrong[text] for text in asked[1::2]})  # as is expected of them
-    told = rf"Some {len(asked)} labels may bring the layers run from (\d+) to about (\d+) of 100; no other label"
-    found = re.match(f"{told} that is missing stands in the way\n", out)
+    told = rf"About {len(asked)} labels may cut the layers run from (\d+) to (\d+) of 100; no other missing"
+    found = re.match(f"{told} label keeps the threshold up\n", out)
     assert [*map(int, found.groups())] == pytest.approx([100 * point.share, 100 * half.share], abs=0.51)
     assert out.endswith("; fill in 'team', then: minisweet choose run --labels ask.csv\n")
 
@@ -140,14 +140,12 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     rows = [(*text, name) for text, name in given.items()] + [(*asked[0], ""), (*asked[1], "maybe")]
     write_rows(ask, [*rows, (asked[2][0], "edited", "yes"), (*other, "yes")], "subject", "body", "team")
     status, _, err = command(choose, "run", "--labels", ask, "--amp", "off")
-    told = (
-        f"texts that this run does not ask about, or that were edited, left out: {(asked[2][0], 'edited')}, {other}\n"
-    )
+    told = f"left out, as this run does not ask about them, or they were edited: {(asked[2][0], 'edited')}, {other}\n"
     assert (status, err) == (0, f"{told}labels that the run does not know, left out: maybe\n")
     emptied, twice = next(iter(given)), [(*asked[0], "yes"), (*asked[0], "no")]
     write_rows(ask, [(*emptied, "")], "subject", "body", "team")
     _, _, err = command(choose, "run", "--labels", ask, "--amp", "off")
-    assert f"cells that are empty now, whose labels of before stay: {emptied}\n" in err
+    assert f"cells that are empty now; their earlier labels are kept: {emptied}\n" in err
     write_rows(ask, twice, "subject", "body", "team")
     status, _, err = command(choose, "run", "--labels", ask, "--amp", "off")
     assert (status, err) == (2, f"minisweet choose: error: --labels: {asked[0]} has two labels, should have one\n")
@@ -160,7 +158,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     # Where labels would change nothing it says why: since those of both times count.
     write_rows(ask, [(*text, wrong[text]) for text in asked_again], "subject", "body", "team")
     assert command(choose, "run", "--labels", ask, "--amp", "off")[0] == 0
-    assert said_and_asked() == ("labels would change nothing: none that is missing stands in the way\n", [])
+    assert said_and_asked() == ("labels would change nothing: no missing label keeps the threshold up\n", [])
 
 
 @pytest.mark.parametrize("suffixes", [*product(SUFFIXES, repeat=2)])

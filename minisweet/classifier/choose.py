@@ -1,12 +1,12 @@
-"""Choose what to deploy of a run: by what may be lost, or by what it may cost. From saved logits, in a second.
+"""Choose the exits and the threshold of a run, by the loss or the cost that you allow, from saved logits.
 
     minisweet choose runs/tickets                     # at most 3 in 100 texts are lost, 90% sure
     minisweet choose runs/tickets --max-lost 1 --sure 95
     minisweet choose runs/tickets --max-share 0.3     # at most 30% of the layers run
     minisweet choose runs/tickets --labels ask.csv    # with labels that `minisweet label` asked for
 
-A text is lost where full depth, the whole model, is right and early exit is wrong. Each goal is reached as surely as it
-says; the fastest of several goals is not. Writes operating.json, which test, predict, explain and export read.
+A text is lost if full depth, the whole model, is right and early exit is wrong. The promise holds for one goal that is
+fixed in advance, not for the best of several. Writes operating.json, which test, predict, explain and export read.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ def main() -> None:
         try:
             run = run._replace(outputs=read_outputs(folder / LOGITS, run.record.id))
         except InputError as error:
-            LOG.warning("%s; make it anew", error)
+            LOG.warning("%s; it is made again", error)
     run = choose_for(run, goal, args.device, args.amp, folder)
     write_chosen(folder, run)
     print_choice(folder, run)
@@ -59,12 +59,12 @@ def given_labels(run: OwnRun, rows: Examples) -> dict[int, int]:
     all_rows = list(zip(keys, rows.names, rows.texts(), strict=True))
     named = [row for row in all_rows if row[1] is not None]
     if emptied := [text for key, name, text in all_rows if name is None and key in run.given]:
-        LOG.warning("cells that are empty now, whose labels of before stay: %s", preview(emptied))
+        LOG.warning("cells that are empty now; their earlier labels are kept: %s", preview(emptied))
     names = {key: name for key, name, _ in named}
     if twice := [text for key, name, text in named if names[key] != name]:
         raise InputError(f"{twice[0]!r:.120} has two labels, should have one", "labels")
     if strange := [text for key, _, text in named if key not in open_keys]:
-        LOG.warning("texts that this run does not ask about, or that were edited, left out: %s", preview(strange))
+        LOG.warning("left out, as this run does not ask about them, or they were edited: %s", preview(strange))
     if unknown := sorted({name for _, name, _ in named if name not in classes}):
         LOG.warning("labels that the run does not know, left out: %s", preview(unknown))
     return {key: classes[name] for key, name, _ in named if key in open_keys and name in classes}

@@ -1,4 +1,4 @@
-"""A run of your own text: loaded from its folder, chosen for, and answering.
+"""A run on your own text: load it, choose what to deploy, and classify texts.
 
 The bag of words is asked about all texts, and `early_exit` about those that stay. RUNS.md lists the files of a run. A
 run of train.py, which has no bag of words, is read as well.
@@ -117,7 +117,7 @@ def deploy(
     point, place = run.point, choose_device(device)
     precision = choose_precision(amp, place)
     if threshold is None and point.precision != str(precision or torch.float32) and point.threshold < 1:
-        message = "what was promised is of %s, and this is %s: choose again with the same --amp"
+        message = "the promise was made in %s, and this is %s: choose again with this --amp"
         LOG.warning(message, point.precision, precision or torch.float32)
     threshold = in_float32(point.threshold if threshold is None else threshold)
     bag = run.bag.to(place) if point.exits[0] == 0 else None
@@ -130,7 +130,7 @@ def add_options(parser: Parser) -> None:
     """Add the options that `deployed_of` reads."""
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
-    about = "leave at this confidence; at 1 all run to the last exit (default: the one that was chosen)"
+    about = "exit at this confidence; at 1 all texts run to the last exit (default: the one that was chosen)"
     option("--threshold", type=THRESHOLD, help=about)
     option("--batch-size", type=AT_MOST, default=32, help="texts that run at once (default: 32)")
     parser.add_options(TrainingOptions, "device", "amp")
@@ -211,7 +211,7 @@ def ask_exits(
 
 
 def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | None = None) -> OwnRun:
-    """Choose what to deploy of a run. All exits are run first, unless their outputs are there in this precision.
+    """Choose what to deploy of a run. All exits are run first, unless there are outputs in this precision.
 
     A run that was loaded without its model is read from `folder`. Raises InputError if logits are infinite or NaN.
     """
@@ -257,7 +257,7 @@ def load_outputs(folder: Path, record: Record) -> Outputs:
     try:
         return read_outputs(folder / LOGITS, record.id)
     except InputError as error:
-        raise InputError(f"{error}; make it anew: minisweet choose {folder}") from None
+        raise InputError(f"{error}; make it again: minisweet choose {folder}") from None
 
 
 def read_point(folder: Path, record: Record) -> OperatingPoint:
@@ -267,7 +267,7 @@ def read_point(folder: Path, record: Record) -> OperatingPoint:
         raise InputError(f"{folder}: has no {OPERATING}; first: minisweet choose {folder}")
     point = read_dataclass(OperatingPoint, path)
     if point.id != record.id:
-        raise InputError(f"{path}: is of other weights than the model beside it; make it anew")
+        raise InputError(f"{path}: belongs to other weights than the model beside it; make it again")
     return point
 
 
@@ -294,7 +294,7 @@ def write_chosen(folder: Path, run: OwnRun) -> None:
 
 
 def save(out: Path, run: OwnRun) -> None:
-    """Write a whole run to a folder, whole or not at all. A run that is there is replaced."""
+    """Write a whole run to a folder, whole or not at all. An existing run is replaced."""
 
     def add_files(folder: Path) -> None:
         write_chosen(folder, run)

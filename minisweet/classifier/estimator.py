@@ -58,7 +58,7 @@ class EarlyExitClassifier:
         classify.choose(max_lost=2)                           # another goal, or max_share=0.3
         classify.save("runs/tickets")                         # a run folder; EarlyExitClassifier.load reads it
 
-    Texts are a list of strings, or of pairs of strings; pandas' series and frames of one or two columns work too.
+    Texts are a list of strings, or of pairs of strings, or a pandas Series or a DataFrame with one or two columns.
     Labels are strings or numbers; None is a row without a label. `fit` skips and counts empty texts. Several threads
     may share one classifier. On a CPU `minisweet.tune_cpu()`, before a process's first model, makes it faster.
 
@@ -66,11 +66,12 @@ class EarlyExitClassifier:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
         method: "plain" or "branch". exit_layers: counted from 1; 0 is exit 0, a bag of words.
         trunk: the folder of a run or a finished classifier to start from, whose answers stay as they are.
-        dev_size: the share of the distinct labelled texts that is set aside to choose and to judge.
+        dev_size: the share of the distinct labelled texts that is set aside for validation.
         seed: of new weights, order and dropout. lr, epochs, batch_size, max_length: None for what suits model and data.
         device, amp: as the commands' --device and --amp.
-        max_lost, sure: deploy the fastest that loses at most so many of 100 texts, so sure in percent.
-        max_share: in their place, the slowest that runs at most this share of the layers.
+        max_lost, sure: deploy the fastest threshold that loses at most `max_lost` of 100 texts, with `sure` percent
+            confidence.
+        max_share: instead, the slowest threshold that runs at most this share of the layers.
         verbose: 1 writes notices and progress to standard error; at 0 `fit` is silent except for warnings.
     """
 
@@ -110,9 +111,9 @@ class EarlyExitClassifier:
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
         `unlabelled` are more texts, of which exit 0, branches and, if they are many, the model learn too. `validation`
-        is (texts, labels) to choose and judge on, in place of rows of X. `groups` (N) says what a row belongs to, such
+        is (texts, labels) to validate on, instead of rows of X. `groups` (N) says what a row belongs to, such
         as a thread or a document, whose rows stay together; None is a row by itself. `unlabelled_groups` does so for
-        `unlabelled`. With a `trunk`, X and y may be None. Until the new model is there, the one that was fitted before
+        `unlabelled`. With a `trunk`, X and y may be None. Until the new model is ready, the previous one
         answers. Raises InputError, with the item, for what cannot be trained on.
         """
         verbose, goal, sides = VERBOSE.check("verbose", self.verbose), self._options(Goal), None
@@ -150,10 +151,10 @@ class EarlyExitClassifier:
         max_share: float | None = None,
         labels: tuple[Sequence, Sequence] | None = None,
     ) -> "EarlyExitClassifier":
-        """Choose what to deploy by another goal, from the logits that are saved. Returns the classifier itself.
+        """Choose what to deploy for another goal, from the saved logits. Returns the classifier itself.
 
-        What is not given is the constructor's. `labels` is (texts, labels) of texts that `to_label` gave; alone they
-        keep the goal of before. Raises InputError if max_lost and max_share are given together.
+        Omitted arguments are the constructor's. `labels` is (texts, labels) of texts that `to_label` gave; alone they
+        keep the current goal. Raises InputError if max_lost and max_share are given together.
         """
         deployed, run, goal = self.deployed, self.deployed.run, self._options(Goal)
         if labels is not None:
@@ -167,7 +168,7 @@ class EarlyExitClassifier:
         return self
 
     def to_label(self, most: int = 50) -> list:
-        """Texts whose labels let more texts leave early, the most useful first; see `minisweet label`."""
+        """Texts whose labels would let more texts leave early, the most useful first; see `minisweet label`."""
         run = self.deployed.run
         rows, message = rows_to_label(run, whole_number(1).check("most", most))
         LOG.log(logging.WARNING if len(rows) < most else logging.INFO, "%s", message)
@@ -178,7 +179,7 @@ class EarlyExitClassifier:
         """The promise about new text, in words, or why there is none."""
         deployed, point, fitted = self.deployed, self.operating_point, fitted_of(self.record)
         if point.precision != str(deployed.precision or torch.float32):
-            return f"what was promised is of {point.precision}: choose again in this precision"
+            return f"the promise was made in {point.precision}: choose again in this precision"
         if deployed.threshold != in_float32(point.threshold):
             return f"threshold {deployed.threshold:g} is not the one that was chosen, so nothing is promised"
         return point.in_words(len(fitted.exit_layers), fitted.set_aside)
@@ -201,7 +202,7 @@ class EarlyExitClassifier:
         return measured | ({} if has_labels else dict.fromkeys(of_labels))
 
     def explain(self, texts: Iterable[str | Sequence[str]]) -> list[list[tuple[Answer, bool]]]:
-        """Each exit's answer to each text, with the words that speak at exit 0, and whether the text may leave."""
+        """Each exit's answer to each text, with exit 0's main words, and whether the text may leave."""
         rows = texts_of(texts, sides_of(self.record))
         return [explain(self.deployed, text) for text in rows.texts()]
 
@@ -209,7 +210,7 @@ class EarlyExitClassifier:
         """Write one ONNX file with early exit as it was chosen, if the name ends in .onnx.
 
         Any other name is a folder for transformers, with the last exit alone: without exit 0 and the threshold. Returns
-        what came out, in lines; see `minisweet export`. Raises InputError for a path that exists, for int8 with a
+        what it prints, in lines; see `minisweet export`. Raises InputError for a path that exists, for int8 with a
         folder, or if the packages for ONNX are missing.
         """
         is_file, run = Path(path).suffix.lower() == ".onnx", self.deployed.run

@@ -1,12 +1,11 @@
-"""Show what each exit says of a text, and where the text leaves; or write a page that shows it for all validation rows.
+"""Show each exit's answer to a text, and where the text exits; or write a page that shows it for validation rows.
 
     minisweet explain RUN "The film was not superb."
     minisweet explain RUN "How old are you?" "What is your age?"
     minisweet explain RUN --html page.html
 
-Exit 0 is a sum over words and pairs of neighbours, so that what speaks for its answer is known exactly. The page is
-page.html with the saved logits. It decides like the program does for new texts: by the exits that are asked, in
-float32, as in `minisweet.adaptive.leaves`.
+Exit 0 is a sum over words and pairs of neighbours, so that the contribution of each is known exactly. The page shows
+the labelled validation rows, or all if none is labelled, and applies the same exit rule as `predict`.
 """
 
 import json
@@ -30,7 +29,7 @@ from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_NGRAMS, MOST_ROWS = 5, 10_000  # n-grams on each side; rows of the page that have them, so that it stays small
-MET = ("(first text met in the second)", "(second text met in the first)")  # of `NgramExit.find_met`
+MET = ("(similarity of first text to second)", "(similarity of second text to first)")  # of `NgramExit.find_met`
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
     add_options(parser)
     option = parser.add_argument
     option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")
-    option("--html", type=path_to(".html"), metavar="FILE", help="write a page of all validation rows")
+    option("--html", type=path_to(".html"), metavar="FILE", help="write a page of the validation rows")
     args = parser.parse_args()
     if bool(args.text) == bool(args.html):
         raise InputError("TEXT: should be a text, or the two of a pair; or --html FILE and no text")
@@ -71,7 +70,7 @@ def word_scores(deployed: Deployed, texts: Texts, row: int) -> tuple[dict[str, f
     """What speaks most for exit 0's answer to a text, and for its runner-up: five n-grams each, largest first.
 
     A number is what a word, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it stands
-    in the text. In pairs of texts it may be how well one is met in the other.
+    in the text. In pairs of texts it may also be how similar one is to the other.
     """
     inputs = texts.batch(np.array([row])).to(deployed.device).inputs
     answer, runner_up = deployed.bag(*inputs)[0].argsort(descending=True, stable=True)[:2]

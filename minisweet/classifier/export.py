@@ -32,7 +32,7 @@ def main() -> None:
     option("run", type=Path, metavar="RUN", help="run folder")
     either("--onnx", type=path_to(".onnx"), metavar="FILE.onnx", help="the file to write, which must not exist")
     either("--out", type=Path, metavar="FOLDER", help="the folder to write, which must not exist")
-    option("--int8", action="store_true", help="--onnx: weights in eight bits, and a promise of their own")
+    option("--int8", action="store_true", help="--onnx: eight-bit weights, and a promise of its own")
     option("--exit-layer", type=whole_number(0), metavar="N", help="--out: the exit to end at (default: the last)")
     args = parser.parse_args()
     parser.need(args, args.onnx, "--onnx", "int8")
@@ -81,7 +81,7 @@ def export_folder(out: Path, run: OwnRun, exit_layer: int | None = None) -> str:
         write_json(new / "config.json", model_config(model.encoder.config, layer, record.labels))
         write_json(new / "tokenizer_config.json", settings)
         (new / "tokenizer.json").write_text(whole.to_str(pretty=True), encoding="utf-8")
-    lacks = "; without exit 0, which has a say in the run's answers, and with no promise"
+    lacks = "; without exit 0, which contributes to the run's answers, and without a promise"
     written = f"{out}: the first {layer} layers and their exit, for AutoModelForSequenceClassification"
     return written + lacks * fitted_of(record).combines
 

@@ -6,7 +6,7 @@
     minisweet fit --trunk my-classifier --unlabelled texts.csv        # exits for a classifier, without labels
 
 Files are .csv, .tsv or .jsonl. By default a plain model is fine-tuned for its last exit alone, and exit 0, a bag of
-words, stands in front of it. Then as `minisweet choose`.
+words, stands in front of it. Then `fit` does what `minisweet choose` does.
 """
 
 import hashlib
@@ -71,11 +71,11 @@ class FitOptions(Options):
     model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
     method: str = option("plain", one_of("plain", "branch"), "plain, or branch for exits between 0 and the last")
     exit_layers: list[int] | None = option(
-        None, list_of(whole_number(0)), "counted from 1, as 3,6; 0 is exit 0, a bag of words (default: by depth)"
+        None, list_of(whole_number(0)), "as 0,6, or with branch 0,3,6; 0 is a bag of words (default: by depth)"
     )
     trunk: str | None = option(None, name_of, "run or classifier to start from, whose answers stay as they are")
     dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled rows that is set aside")
-    seed: int = option(0, whole_number(0), "of new weights, order and dropout")
+    seed: int = option(0, whole_number(0), "random seed of new weights, order and dropout")
     lr: float | None = option(None, positive_number, "initial learning rate (default: by the model's size)")
     epochs: int | None = option(None, whole_number(1), "(default: by the number of rows and classes)")
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
@@ -121,7 +121,7 @@ def fit_texts(
     # 2. The data: who learns, and who validates. Without any label, all exits learn what the trunk answers.
     learns_unlabelled = has_bag or len(exit_layers) > 1 or not any(rows.names)
     if unlabelled and not learns_unlabelled:
-        raise InputError("exit 0 and branches alone learn from it; add 0 to the exit layers", "unlabelled")
+        raise InputError("only exit 0 and branches learn from it; add 0 to the exit layers", "unlabelled")
     labels = trunk.labels if trunk else classes_of(rows.names)
     examples = joined(rows, *(part for part in (unlabelled, validation) if part))
     texts = Texts(tokenizer, examples._replace(labels=class_numbers(examples.names, labels, options.trunk).tolist()))
@@ -201,7 +201,7 @@ def fit_texts(
         work = f"{len(stages)} stage{'s' * (len(stages) > 1)}, {steps:,} steps"
         LOG.info("%s, lr %g, seed %d, %s, %s", work, options.lr, options.seed, record.device, record.precision)
         if (rule := stages[0][2]) > (options.epochs or rule):
-            message = "epochs: %d, and %d are the rule here; with few the model may learn nothing"
+            message = "epochs: %d, fewer than the default of %d; the model may learn nothing"
             LOG.warning(message, options.epochs, rule)
     else:
         LOG.info("no layer is trained: the trunk stays as it is")
@@ -265,7 +265,7 @@ def resolve(options: FitOptions, config: Config, trunk: Trunk | None) -> FitOpti
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
         raise InputError(f"{typed}, should increase and end {where}", "exit_layers")
     if options.method == "plain" and any(layers[:-1]):
-        message = f"{typed}, and the method plain has exits 0 and {depth} alone; take the method branch"
+        message = f"{typed}, and the method plain has exits 0 and {depth} only; use the method branch"
         raise InputError(message, "exit_layers")
     return replace(
         options,
@@ -338,10 +338,10 @@ def main() -> None:
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; may be repeated")
     names = list_of(name_of)
-    option("--text-columns", type=names, help="one or two (default: text, sentence or sentence1,sentence2)")
+    option("--text-columns", type=names, help="one or two columns (default: text, sentence or sentence1,sentence2)")
     option("--label-column", metavar="NAME", help="(default: label)")
     option("--group-column", metavar="NAME", help="what a row belongs to, such as a thread; all its rows stay together")
-    option("--dev-data", type=Path, metavar="FILE", help="to choose and judge on (default: rows of FILE set aside)")
+    option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     parser.add_options(FitOptions, title="training")

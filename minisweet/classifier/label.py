@@ -3,10 +3,10 @@
     minisweet label runs/tickets --out ask.csv --most 50
     minisweet choose runs/tickets --labels ask.csv        # once somebody has filled in the column of labels
 
-A text can only be lost if early exit and full depth answer differently. So these are asked about: of the judging texts
+A text can only be lost if early exit and full depth answer differently. So `label` asks about such validation texts
 without a label, in the order in which they stop the search for a threshold. The file shows none of the model's answers,
-which would influence whoever labels. Any number of rows may be filled in. These labels are no sample of the texts, so
-they serve the promise alone and enter no score. After another `fit` give them to `choose` again; do not train on them.
+which would influence whoever labels. Any number of rows may be filled in. These labels are not a random sample, so no
+score uses them. After another `fit` give them to `choose` again; do not train on them.
 """
 
 import shlex
@@ -28,7 +28,7 @@ def main() -> None:
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("--out", type=Path, required=True, metavar="FILE", help="to be filled in; must not exist")
-    option("--most", type=whole_number(1), default=50, help="texts (default: 50)")
+    option("--most", type=whole_number(1), default=50, help="at most so many texts (default: 50)")
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"{args.out} is there already, and may be filled in; name another file", "out")
@@ -71,7 +71,7 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     order = np.lexsort((keys, -highest))
     asked = order[(is_open & (highest >= reachable))[order]][:most]
     if not len(asked):
-        return [], f"{nothing}none that is missing stands in the way"
+        return [], f"{nothing}no missing label keeps the threshold up"
 
     # 3. Expect that full depth is right, and so the text lost, in as many of them as among the choosing texts.
     expected = np.ones(len(keys))  # (T,), how much of each text stays lost
@@ -79,7 +79,7 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     m = last_passed(np.ceil((is_lost * expected).sum(1) - 1e-9).astype(int), len(keys), point.goal)
     before, after = 100 * point.share, min(100 * point.share, 100 * costs[m].mean())
     labels = f"{len(asked)} label" + "s" * (len(asked) > 1)
-    message = f"Some {labels} may bring the layers run from {before:.0f} to about {after:.0f} of 100"
-    message += "; no other label that is missing stands in the way" * (len(asked) < most)
+    message = f"About {labels} may cut the layers run from {before:.0f} to {after:.0f} of 100"
+    message += "; no other missing label keeps the threshold up" * (len(asked) < most)
     all_keys = run.outputs.keys.tolist()
     return [all_keys.index(key) for key in keys[asked].tolist()], message

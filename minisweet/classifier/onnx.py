@@ -33,8 +33,8 @@ from minisweet.texts import Texts, special_tokens
 def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
     """Write one file of a run, with weights of eight bits if `int8`, whole or not at all.
 
-    Returns what came out, in lines. Raises InputError if `out` exists, the run is one of Multi-Model, or more than one,
-    and more than one in a thousand, of the float32 answers are not the model's.
+    Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, the run is a Multi-Model, or
+    more than one float32 answer, and more than 0.1% of them, differ from the model's.
     """
     if run.model.asks_at_1:
         raise InputError("--onnx: the run is of Multi-Model (mm); the file is for one model")
@@ -77,7 +77,7 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
         size = new.stat().st_size / 1e6
     promise = point.in_words(len(fitted.exit_layers), fitted.set_aside)
     if point.precision not in ("int8", "torch.float32"):
-        promise = f"what was promised is of {point.precision}, and nothing of this file: choose again with --amp off"
+        promise = f"the promise was made in {point.precision}, not for this file: choose again with --amp off"
     kind, exits = "int8" if int8 else "float32", ", ".join(map(str, point.exits))
     first = f"{out}: {kind}, {size:.1f} MB, exits {exits}, by default at threshold {deployed.threshold:.6g}"
     return [first, *lines, promise]
@@ -100,7 +100,7 @@ def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[Op
     line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
     if outputs.metric != "agreement":
         gap, metric = point.full_depth - run.point.full_depth, METRIC_NAMES[outputs.metric]
-        line += f"; {metric} there {point.full_depth:.1f}, {gap:+.1f} points beside the model's"
+        line += f"; {metric} {point.full_depth:.1f}, {gap:+.1f} points compared with the model"
     return point, line
 
 

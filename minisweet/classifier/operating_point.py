@@ -87,13 +87,13 @@ class OperatingPoint:
         if self.judging_texts > self.labelled_judges and unlabelled_would_do:  # more of those that are cheap
             kind, share, judges = "more rows without a label", 1 / UNLABELLED_PER_JUDGE, self.judging_texts
         rows = [math.ceil(math.ceil(max(1, n - judges) * CHOOSING / (CHOOSING - 1)) / share) for n in needed]
-        enough = f"{rows[0]:,} {kind} would do where none is lost, {rows[1]:,} and {rows[2]:,} where one or two are"
-        return f"{problem}: {self.judging_texts:,} texts judged. Some {enough}"
+        enough = f"{rows[0]:,} {kind} if none is lost, {rows[1]:,} if one is, and {rows[2]:,} if two are"
+        return f"{problem}: only {self.judging_texts:,} texts judged. It takes about {enough}"
 
     def in_words(self, num_exits: int, set_aside: float) -> str:
         """The promise of a model with `num_exits` exits, or why nothing faster than full depth can be promised."""
         if num_exits == 1:
-            return "the model has one exit alone"
+            return "the model has only one exit"
         return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 

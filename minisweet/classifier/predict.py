@@ -1,10 +1,10 @@
-"""Predict a file of any size, in bounded memory and in its order.
+"""Predict a file of any size, in order and with bounded memory.
 
     minisweet predict RUN new.csv --out predicted.csv
     minisweet predict RUN new.jsonl --out predicted.tsv --text-columns subject,body --threshold 0.9
 
 Each row keeps its columns and gets `label`, `confidence`, `exit_layer` (0 is before the first layer) and each label's
-probability, `p_<label>`. If the file has such a column, ours is `predicted_<name>` in all rows.
+probability, `p_<label>`. If the file has a column of that name, the new one is `predicted_<name>`.
 """
 
 from collections import Counter
@@ -53,6 +53,6 @@ def main() -> None:
             cut += int(tokens.is_cut.sum())
             bar.update(len(chunk))
     if args.out:
-        exits = ", ".join(f"{left[n]:,} after layer {n}" for n in deployed.run.point.exits)
-        print(f"{args.out}: {left.total():,} rows at threshold {deployed.threshold:.6g}; left {exits}", end="; ")
+        exits = ", ".join(f"{left[n]:,} at exit {n}" for n in deployed.run.point.exits)
+        print(f"{args.out}: {left.total():,} rows at threshold {deployed.threshold:.6g}; {exits}", end="; ")
         print(f"empty: {empty:,}; cut to {record.arguments.max_length} tokens: {cut:,}")

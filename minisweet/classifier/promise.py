@@ -43,7 +43,7 @@ class Goal(Options):
 
     max_lost: float = option(3.0, number(0.01, 99.99), "at most so many of 100 texts are lost (default: 3)")
     sure: float = option(90.0, number(50, 99.9), "how sure of that, in percent (default: 90)")
-    max_share: float | None = option(None, number(0, 1), "in its place: at most this share of the layers, from 0 to 1")
+    max_share: float | None = option(None, number(0, 1), "instead of max-lost: at most this share of layers, 0 to 1")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +74,7 @@ def goal_of(args: Namespace) -> Goal:
 
 
 def how_sure(texts: int, lost: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
-    """How sure it is that at most a `share` of all texts is lost, where `lost` (M,) of so many `texts` are: (M,).
+    """The confidence (M,) that at most a `share` of all texts is lost, if `lost` (M,) of `texts` are.
 
     The exact binomial test: 1 - P(Binomial(texts, share) <= lost).
     """
@@ -96,7 +96,7 @@ def most_lost(texts: int, goal: Goal) -> int:
 
 
 def last_passed(lost: np.ndarray, texts: int, goal: Goal, exact: bool = True) -> int:
-    """The index of the lowest threshold before the first that fails, on the way down from the last one, which is 1.
+    """The index of the last threshold that passes before the first failure, going down from the last one, which is 1.
 
     `lost` (M,) of so many `texts` are lost at each threshold. If not `exact`, one fails if more than P of 100 are.
     """

@@ -34,9 +34,9 @@ def classes_of(names: Sequence[str | None]) -> list[str]:
     counts, folded = Counter(names), {name: unicodedata.normalize("NFKC", name).casefold() for name in labels}
     spellings = Counter(folded.values())
     if alike := [name for name in labels if spellings[folded[name]] > 1]:
-        LOG.warning("classes of their own, though they differ in case or Unicode form alone: %s", preview(alike))
+        LOG.warning("separate classes that differ only in case or Unicode form: %s", preview(alike))
     if rare := [f"{name} ({counts[name]:,})" for name in labels if counts[name] < MAY_BE_TYPO]:
-        LOG.warning("classes of fewer than %d rows, which may be a typo: %s", MAY_BE_TYPO, preview(rare))
+        LOG.warning("classes with fewer than %d rows, which may be typos: %s", MAY_BE_TYPO, preview(rare))
     return labels
 
 
@@ -130,7 +130,7 @@ def split_rows(
         # A text that is also learned from stays. It does not count when thresholds are chosen, and is reported there.
         is_apart |= np.isin(texts.keys[validating], texts.keys[labelled])
         if not is_apart.all():
-            LOG.warning("rows to validate on, left out since their group is trained on: %d", (~is_apart).sum())
+            LOG.warning("validation rows left out because their group is trained on: %d", (~is_apart).sum())
         validating = validating[is_apart]
     else:
         if len(classes := np.unique(texts.labels[labelled])) == 1:
@@ -146,11 +146,11 @@ def split_rows(
     answered, judging, apart = deal_unlabelled(texts, unlabelled, learning, validating)
     if not len(validating) + len(judging):
         shortage = f"one in {UNLABELLED_PER_JUDGE} of {len(answered)}"
-        raise InputError(f"{name}: too few texts to choose and to judge on: {shortage}")
+        raise InputError(f"{name}: too few validation texts: {shortage}")
     if len(unlabelled):
         counts = f"{len(answered) * learns_unlabelled:,} to learn from, {len(judging):,} to judge"
         known = len(unlabelled) - len(answered) - len(judging) - apart
-        left_out = f"{known:,} labelled too or there twice" + f", {apart:,} whose group is validated" * (apart > 0)
+        left_out = f"{known:,} also labelled, or duplicates" + f", {apart:,} in groups of validation rows" * (apart > 0)
         LOG.info("unlabelled texts: %s; left out: %s", counts, left_out)
     validation = texts.take(np.concatenate([validating, judging]))
     units, validation.units = validation.units, None
@@ -165,8 +165,8 @@ def deal_unlabelled(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Deal unlabelled rows (n,) to two sides: those that learn, and one unit in UNLABELLED_PER_JUDGE to validate on.
 
-    A text counts once, and not at all if it is labelled too. Units that learn with a label also learn without one, and
-    units that validate with a label are left out; the third value is how many texts these have.
+    A text counts once, and not at all if it is labelled too. Unlabelled rows of units that train with labels train too;
+    those of units that validate with labels are left out, and the third value counts them.
     """
     keys, units = texts.keys, texts.units
     new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]

@@ -1,4 +1,4 @@
-"""Two teachers for unlabelled texts: the fine-tuned model, and a logistic regression on its embeddings before that.
+"""Two teachers for unlabelled texts: the fine-tuned model, and a logistic regression on the pre-trained embeddings.
 
 A model that learns its own answers (self-training) also learns its own errors. The regression makes other errors: it
 reads the mean of the last hidden states by the public weights, and fine-tuning on few rows forgets part of what these
@@ -52,7 +52,7 @@ def embed_sentences(encoder: TransformerEncoder, tokenizer: Tokenizer, sentences
 def regress(vectors: Tensor, targets: Tensor) -> Tensor:
     """Fit a logistic regression to the first n of N vectors (N, D), and return the logits of all of them, (N, C).
 
-    `targets` are the probabilities of these n, (n, C); of a label, a row of zeros with a one.
+    `targets` are the probabilities of these n, (n, C): one-hot for a label.
     """
     n, C = targets.shape
     features = F.pad(vectors / vectors[:n].square().sum(1).mean().sqrt(), (0, 1), value=1.0)  # (N, D+1)
@@ -73,9 +73,8 @@ def regress(vectors: Tensor, targets: Tensor) -> Tensor:
 def ensemble(logits: Tensor, second: Tensor) -> Tensor:
     """The probabilities (N, C) that the logits of the model and those of the regression, (N, C) each, give together.
 
-    A model that was fine-tuned on few rows is overconfident. Labelled rows that it has not learned would show by how
-    much, but these are kept to judge. So its temperature is the one at which its probabilities are closest to those of
-    the regression.
+    A model that was fine-tuned on few rows is overconfident. Held-out labelled rows would show by how much, but they
+    validate. So its temperature is the one at which its probabilities are closest to those of the regression.
     """
     targets = second.softmax(-1)
     best = min(TEMPERATURES, key=lambda temperature: float(F.cross_entropy(logits / temperature, targets)))

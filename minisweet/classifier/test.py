@@ -1,4 +1,4 @@
-"""Try what is deployed on a file of labelled texts, next to what was stated.
+"""Measure the deployed classifier on labelled texts, and compare with what was stated.
 
     minisweet test runs/tickets labelled.csv
 
@@ -38,14 +38,14 @@ def main() -> None:
     columns = text_columns(args.file, None, deployed.run.record.text_columns, option="")
     label = next((name for name in (fitted.label_column, "label") if name in there), None)
     if label == "label" and "exit_layer" in there:
-        raise InputError(f"{args.file}: its label is what predict answered, should be what is right")
+        raise InputError(f"{args.file}: its labels are those that predict wrote, should be the true ones")
     group = fitted.group_column if fitted.group_column in there else None
     print_test(deployed, new_outputs(deployed, read_texts(args.file, columns, label, group), args.file, print))
     print_milliseconds(deployed)
 
 
 def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Callable[[str], None]) -> Outputs:
-    """Run the exits that are asked on rows, with calibrated logits.
+    """Run the deployed exits on rows, with calibrated logits.
 
     Rows that were trained on, validation rows and rows with unknown labels are left out, and `report` is called with a
     line for each kind. Raises InputError, with the `source` of the rows, if no row is left.
@@ -55,7 +55,7 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     kept = [row for row, name in enumerate(rows.names) if name in numbers]
     if unknown := [name for name in rows.names if name not in numbers]:
         labels = preview(sorted(set(unknown)))
-        report(f"rows with another label than the model's, left out: {len(unknown):,} ({labels})")
+        report(f"rows whose label the model does not know, left out: {len(unknown):,} ({labels})")
     if not kept:
         raise InputError(f"{source}: no row has a label of the model's: {preview(record.labels)}")
     rows = rows.take(kept)
@@ -95,9 +95,9 @@ def print_test(deployed: Deployed, outputs: Outputs) -> None:
     if point.goal.max_share is None and deployed.threshold == in_float32(point.threshold) < 1:
         verdict, needed = "held here", texts_needed(point.goal)[0]
         if measured["judging_texts"] < needed:
-            verdict = f"too few texts to tell whether it holds; some {needed:,} would do where none is lost"
+            verdict = f"too few texts to tell whether it holds; about {needed:,} suffice if none is lost"
         elif measured["lost"] > point.goal.max_lost:
-            verdict = "not held here: by chance, or these texts are drawn otherwise"
+            verdict = "not held here: by chance, or these texts come from another source"
         print(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; {verdict}")
     if has_labels and len(deployed.labels) <= MOST_CLASSES:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")

@@ -109,7 +109,7 @@ def lines() -> list[Line]:
     """All kinds of draws."""
     two, more, some, found = {}, {}, (300, 4700), []
     with safe_open(CLASSIFIER / "pools.safetensors", "pt") as file:
-        for key, name in (("sst2", "SST-2"), ("qqp", "QQP"), ("own", "own text")):
+        for key, name in (("sst2", "SST-2"), ("qqp", "QQP"), ("own", "Debian-12")):
             layers, depth = json.loads(file.metadata()[key]).values()
             logits, labels = file.get_tensor(f"{key}.logits"), file.get_tensor(f"{key}.labels").long()
             exits, texts = Exits(layers, [1 / 6 if n else 0.0 for n in layers], depth, False), torch.arange(len(labels))
@@ -118,14 +118,14 @@ def lines() -> list[Line]:
     for name, pool in two.items():
         found += [Line(f"{name}, {n:,}", pool, n) for n in (1600, 6000)]
         found += [Line(f"{name}, 300 and 4,700 unlabelled{given}", pool, *some, given=given) for given in GIVEN]
-    own, rng = two["own text"], np.random.default_rng(0)
+    own, rng = two["Debian-12"], np.random.default_rng(0)
     rows, own_groups = (repeated_rows(own, rng, are_groups) for are_groups in (False, True))
-    found.append(Line("own text, 1,200 and 3,800 unlabelled", own, 1200, 3800))
+    found.append(Line("Debian-12, 1,200 and 3,800 unlabelled", own, 1200, 3800))
     found += [Line(f"{name}, three early exits, 1,600", pool, 1600) for name, pool in more.items()]
-    say, groups = "own text, exit 0 has a say, ", "own text, groups, "
+    say, groups = "Debian-12, exit 0 has a say, ", "Debian-12, groups, "
     found.append(Line(f"{say}1,600", own, 1600, combines=True))
     found.append(Line(f"{say}300 and 4,700 unlabelled{ALL}", own, *some, given=ALL, combines=True))
-    found.append(Line("own text, several rows of a text, 1,600 texts", rows, 1600))
+    found.append(Line("Debian-12, several rows of a text, 1,600 texts", rows, 1600))
     found.append(Line(f"{groups}`--group-column`, 1,600 groups", own_groups, 1600))
     found.append(Line(f"{groups}`--group-column`, 300 and 4,700 unlabelled{ALL}", own_groups, *some, given=ALL))
     found.append(Line(f"{groups}without the option, 1,600 groups", own_groups, 1600, by_group=False))

@@ -30,7 +30,7 @@ FIGURES = {PAIRS[0]: (3.6, 1.3, -0.4, -1.3), PAIRS[1]: (0.0, 0.2, -0.7, -2.5), P
 CURVES = [(PAIRS[0], "1/4", 1), (PAIRS[0], "3/4", -1), (PAIRS[1], "1/4", 1), (PAIRS[1], "3/4", 1)]
 CURVES += [(PAIRS[2], "1/12", 1), (PAIRS[2], "3/4", -1)]
 # Of the classifier's page: lists of texts; the rows of its first table, by list, labelled and unlabelled rows.
-LISTS = {"list": "Debian", "own": "own text", "sst2": "SST-2", "qqp": "question pairs", "cola": "CoLA"}
+LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "qqp": "question pairs", "cola": "CoLA"}
 ROWS = [("list", 400, 30000), ("own", 300, 4700), ("qqp", 300, 5000), ("list", 1200, 0), ("own", 1200, 3800)]
 ROWS += [("list", 4000, 0), ("list", 4000, 30000), ("own", 5000, 0)]
 ALONE = {"most frequent class": "0", "exit 0": "0", "TF-IDF": "0", "embeddings": "1", "full depth": "1"}  # layers
