@@ -68,6 +68,7 @@ class Run(NamedTuple):
 
 
 KEY, LAST = Run._fields[:7], Run._fields[9:]  # what tells runs apart; what follows the scores in the file
+BOTH = "both predict one class"  # a cell of a difference
 Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by task and method, and by seed
 
 
@@ -188,7 +189,7 @@ def row_of(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequ
         if not is_pair:
             texts[place] += f" [{constant[0]}]" * (constant[0] > 0)
         elif constant[1] == len(runs[1]):
-            texts[place] = "both predict one class" if constant[0] == len(runs[0]) else texts[place] + " †"
+            texts[place] = BOTH if constant[0] == len(runs[0]) else texts[place] + " †"
     return texts
 
 

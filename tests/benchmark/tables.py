@@ -14,7 +14,7 @@ import numpy as np
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.paper import report
-from minisweet.paper.report import PAIRS, SHOWN, Chosen, Fraction, Run, cells, named, rate_text, row_of
+from minisweet.paper.report import BOTH, PAIRS, SHOWN, Chosen, Fraction, Run, cells, named, rate_text, row_of
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
 from tests.benchmark.linear import RIVALS
@@ -61,8 +61,9 @@ def select(runs: list[Run], model: str, rate=None, strategy="confidence", sizes=
 
 
 def best_known(runs: list[Run]) -> Chosen:
-    """Twelve layers: each task's runs at tuned rates, where there are three seeds of all methods, else at one rate."""
+    """Twelve layers: the tasks with all methods, at tuned rates if each method has three seeds, else at one rate."""
     tuned, chosen = select(runs, DEEP), select(runs, DEEP, ONE_RATE)
+    chosen = {pair: of_pair for pair, of_pair in chosen.items() if (pair[0], "mm") in chosen}
     for task in TASKS[DEEP]:
         if all(len(tuned.get((task, method), {})) == 3 for method in METHODS):
             chosen |= {(task, method): tuned[task, method] for method in METHODS}
@@ -127,7 +128,7 @@ def claims(runs: list[Run]) -> Iterator[list[str]]:
             last.append(f"{named(method)} {failed[model, method]} of {len(of)}")
             first.append(f"{named(method)} {sum(run.exits[1][1] < 2 for run in of)} of {len(of)}")
     told = "does not hold" if failed[DEEP, "sweet"] or failed[SMALL, "sweet"] else "SWEET's part holds"
-    told += "" if failed[DEEP, "ee"] + failed[DEEP, "mm"] else "; not tested for EE and MM: none failed"
+    told += "" if failed[DEEP, "ee"] + failed[DEEP, "mm"] else "; on twelve layers no run of EE or MM failed either"
     paper = "some of EE and MM, none of SWEET"
     yield ["runs that do not converge", paper, "", "<br>".join(last[:3]), "<br>".join(last[3:]), told]
     counts = "<br>".join(first[:3]), "<br>".join(first[3:])
@@ -154,16 +155,17 @@ def differences(chosen: Chosen, pair: tuple[str, str], points: list) -> list[lis
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
     deep, gradients, at_rates = best_known(runs), defaultdict(dict), []
-    of_rates = [(rate, select(runs, DEEP, rate, seeds=(0,))) for rate in sorted(SEARCHED)]
-    for task in TASKS[DEEP]:
-        of_task = [(rate, row_of(chosen, [task], PAIRS[0], LAYERS[DEEP])) for rate, chosen in of_rates]
-        rows = [[f"{named(task)}, {rate_text(rate)}", *texts] for rate, texts in of_task if texts]
-        at_rates += rows if len(rows) > 1 else []
+    of_rates = [select(runs, DEEP, rate, seeds=(0,)) for rate in sorted(SEARCHED)]
+    for task in TASKS[DEEP][:4]:  # in a cell: the exits, and the methods
+        of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in of_rates]
+        pairs = [[run for key in product([task], PAIRS[0]) for run in some.get(key, {}).values()] for some in of_rates]
+        at_rates.append([f"{named(task)}, SWEET − EE", *(", ".join(row).replace(BOTH, "–") for row in of_exits)])
+        at_rates.append([f"{named(task)}, areas", *(", ".join(f"{run.area:.1f}" for run in pair) for pair in pairs)])
     curves = [
         [f"{named(*pair)}, {name}", *texts] for pair in PAIRS[:2] for name, *texts in differences(deep, pair, SHOWN)
     ]
     for row in read_rows(PAPER / "gradients.csv"):
-        kind = f"{named(row['task'])}: {'this exit and later ones' if row['layer'] == row['exit'] else 'later ones'}"
+        kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         gradients[row["layer"]].setdefault(kind, []).append(f"{float(row['cosine']):.2f}".replace("-0.00", "0.00"))
     kinds = list(gradients["1"])
     of_layers = [[n, *(", ".join(of_kind.get(kind, [])) for kind in kinds)] for n, of_kind in gradients.items()]
@@ -175,15 +177,14 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         replicates.append([f"{named(*pair)}, exit {layer}", paper, text, verdict_of])
     name, paper, *_, verdict_of = told["SWEET − EE, curve at 1/4"]
     replicates.append([name, paper, by_task(deep, TASKS[DEEP], PAIRS[0], Fraction("1/4")), verdict_of])
-    exits_of = [f"exit {n}" for n in LAYERS[DEEP]]
     models = ["twelve layers, tuned rates", "twelve layers, 5e-5", "six layers, tuned rates"]
     return {
         "claims": table(["claim", "paper", *models, "verdict"], rows),
-        "other rates": table(["task, rate", *exits_of], at_rates),
+        "other rates": table(["task", *map(rate_text, sorted(SEARCHED))], at_rates),
         "exits, twelve layers": exits(deep, DEEP),
         "exits, six layers": exits(select(runs, SMALL), SMALL),
         "curves": table(["difference, task", *SHOWN], curves),
-        "gradients": table(["layer", *kinds], of_layers),
+        "gradients": table(["layer n", *kinds], of_layers),
         "replicates": table(["claim", "paper", "here, twelve layers", "verdict"], replicates),
     }
 
