@@ -50,6 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
+    parser.need(args, not args.plot, "no --plot, which draws what was evaluated", "thresholds", "device", "amp")
     runs = args.runs or [newest_run()]
     tune_cpu()
     if args.plot:

@@ -101,7 +101,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     LOG.info("%s, exits after layers %s of %d, method %s", options.model, exits, record.depth, options.method)
     LOG.info("%s: %d of %d rows to train on, %d to validate", task, len(texts), len(rows.first), len(dev.first))
     if rows.empty:
-        LOG.warning("empty texts, skipped: %d", rows.empty)
+        LOG.warning("rows without text or label, skipped: %d", rows.empty)
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
     LOG.info(
         "lr %g, epochs %d, seed %d, %s, %s", options.lr, options.epochs, options.seed, record.device, record.precision

@@ -42,11 +42,6 @@ class Method(NamedTuple):
     has_early_exits: bool = True
 
 
-def exits_of_the_paper(depth: int) -> list[int]:
-    """The exits before the last, for 12 and for 24 layers (Sec. 3.2). Other depths get the same shares as 12 layers."""
-    return [1, 6, 12] if depth == 24 else [max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2)]
-
-
 def slices(encoder: TransformerEncoder, exit_layers: Sequence[int], num_labels: int, **options) -> MultiModel:
     """MM's models: for each exit, a copy of the encoder's first layers."""
     models = []
@@ -91,9 +86,12 @@ METHODS = {
 
 
 def default_exit_layers(depth: int, method: str) -> list[int]:
-    """A method's default exit layers for an encoder of `depth` layers, counted from 1."""
-    early = exits_of_the_paper(depth) if METHODS[method].has_early_exits else []
-    return sorted({*early, depth})
+    """A method's default exit layers for an encoder of `depth` layers, counted from 1.
+
+    They are those of the paper for 12 and for 24 layers (Sec. 3.2). Other depths get the same shares as 12 layers.
+    """
+    early = [1, 6, 12] if depth == 24 else [max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2)]
+    return sorted({*early, depth} if METHODS[method].has_early_exits else {depth})
 
 
 def add_exits(

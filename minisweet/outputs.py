@@ -153,9 +153,9 @@ def read_tensors(path: Path, run_id: str) -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            facts = file.metadata()
+            facts = file.metadata() or {}
     except Exception as error:  # of the disk or of safetensors, according to what is wrong with the file
         raise InputError(f"{path}: not readable ({error})") from None
-    if facts["id"] != run_id:
+    if facts.get("id") != run_id:
         raise InputError(f"{path}: belongs to other weights than the model beside it")
     return tensors, facts

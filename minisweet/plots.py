@@ -62,7 +62,7 @@ def draw_line(axis, method: str, ratios: ArrayLike, scores: ArrayLike, label: st
 def label_axes(axis, title: str, score: str) -> None:
     """The title, the labels and the grid of speed-accuracy curves."""
     ratio = "speedup ratio: share of the layers run (lower is faster)"
-    axis.set(title=one_line(title, 100), xlabel=ratio, ylabel=score)
+    axis.set(title=one_line(title, 100).replace("$", r"\$"), xlabel=ratio, ylabel=score)
     axis.grid(alpha=0.3)
 
 
@@ -79,7 +79,7 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     for name, evaluation in evaluations.items():
         if (evaluation.metric, evaluation.dev_digest) != (of_first.metric, of_first.dev_digest):
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
-        label = f"{TITLES.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}"
+        label = f"{TITLES.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}".replace("$", r"\$")
         draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")

@@ -68,7 +68,7 @@ def find_task(name: str, data_dir: Path) -> Task:
         wanted = "label and sentence, or label, sentence1 and sentence2"
         raise InputError(f"{path}: no column {', '.join(lacking)}; its header should name {wanted}")
     cells = [line.split("\t") for line in lines]
-    labels = {row[columns.index("label")] for row in cells if len(row) == len(columns)}
+    labels = {row[columns.index("label")] for row in cells if len(row) == len(columns)} - {""}
     if len(labels) < 2:
         raise InputError(f"{path}: its labels are {preview(sorted(labels))}, should be two or more classes")
     return Task(tuple(sorted(labels)), name, columns=(*texts, "label"), numbered=False)
@@ -100,6 +100,7 @@ def load_examples(name: str, split: str, data_dir: Path) -> Examples:
         if len(cells) > len(header):
             raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}, as its header has")
         is_header, is_short = number == 1 and not task.header, len(cells) <= max(*texts, label)
+        empty += is_short and line != ""  # an own row whose label is blank is an error below
         if is_header or is_short or (cells[label] == NO_LABEL and NO_LABEL not in codes):
             continue
         if cells[label] not in codes:

@@ -75,8 +75,9 @@ def fine_tune(
 
     Raises FloatingPointError(step) if a loss is not finite, or if a parameter is not finite after training.
     """
-    groups, device = groups or [list(model.parameters())], next(model.train().parameters()).device
-    parameters = list(chain.from_iterable(groups))
+    model.train()
+    groups = groups or [list(model.parameters())]
+    parameters, device = list(chain.from_iterable(groups)), next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     scaler = GradScaler(device.type, enabled=precision is torch.float16)
     losses = []

@@ -10,9 +10,10 @@ import torch
 
 import evaluate
 from minisweet.adaptive import Exits, exits_taken
-from minisweet.base.files import read_json
+from minisweet.base.files import read_json, write_json
 from minisweet.calibration import fit_rule
 from minisweet.classifier import choose, predict
+from minisweet.metrics import score
 from minisweet.outputs import Outputs, read_outputs
 from minisweet.run import load_run_tokenizer, read_record, read_validation
 from minisweet.sweep import crossfit, spaced_thresholds, sweep
@@ -63,6 +64,25 @@ def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(cop
     assert (f"to choose a threshold: minisweet choose '{folder}'" in out) == (name != "lte")
     assert len(re.findall(f"^({'|'.join(LEVELS)}) +[0-9.]+$", out, re.MULTILINE)) == 4
     assert ("predicts one class for all rows" in out) == (1 in after["exit_answers"])
+
+
+def test_metric_and_precision_are_those_that_are_asked_for(copied, command, monkeypatch):
+    folder = copied("sweet")
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"metric": "matthews"})
+    before = read_outputs(folder / "logits.safetensors", read_record(folder).id)
+    assert command(evaluate, folder, "--amp", "bf16")[0] == 0
+    outputs, after = (
+        read_outputs(folder / "logits.safetensors", read_record(folder).id),
+        evaluate.read_evaluation(folder),
+    )
+    assert (after.metric, after.precision, outputs.precision) == ("matthews", *["torch.bfloat16"] * 2)
+    assert not torch.equal(before.logits, outputs.logits)
+    matthews = score(outputs.logits.argmax(-1).numpy(), outputs.labels.numpy(), "matthews")
+    assert after.exit_scores == pytest.approx(matthews.tolist())
+    monkeypatch.setattr(evaluate, "ask_all", lambda *_: outputs._replace(logits=outputs.logits * np.nan))
+    assert (command(evaluate, folder)[0], evaluate.read_evaluation(folder)) == (2, after)
+    refused = "error: --thresholds: needs no --plot"
+    assert refused in command(evaluate, folder, "--plot", "a.png", "--thresholds", 5)[2]
 
 
 def test_files_of_another_run_are_refused(copied, run_of, command):

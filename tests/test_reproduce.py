@@ -37,7 +37,7 @@ def fake_run(folder: Path, options: dict, area: float | None) -> None:
     """Write the files of a run of the toy task that reports read. Exits have `area` as their score; None diverged."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {name: options[name] for name in ("method", "lr", "seed")}
-    arguments |= {"model": "tiny", "exit_strategy": "confidence", "train_size": 32}
+    arguments |= {"model": "tiny", "exit_strategy": "confidence", "train_size": 32, "epochs": options.get("epochs")}
     record = {"arguments": arguments, "task": "toy", "metric": "accuracy", "precision": "torch.float32"}
     (folder / "run.json").write_text(json.dumps(record | {"diverged": 3 if area is None else None}))
     curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area] * 3, "area": area}
@@ -105,6 +105,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
     status, out, err, _ = grid("--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3")
     assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
     assert (status, "of 1 runs; 1 missing" in out) == (2, True)
+    status, out, err, _ = grid("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")  # none has a score
+    assert (status, "runs failed" in err, "of 0 runs; 1 missing" in out) == (2, True, True)
+    status, _, err, _ = grid("--methods", "sweet", "--seeds", "0", "--lrs", "1e-3", "--epochs", "7")
+    assert (status, ", not 7; name another --out" in err) == (2, True)
 
 
 def test_without_a_clone_it_is_one_line(grid, monkeypatch, tmp_path):
@@ -144,7 +148,7 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer():
     text = tables(runs, ["sst2", "rte"], ["ee", "sweet"])
     for line in (
         "| SST-2 | 5e-5: 60.0 ±0.0 | 5e-5: 60.0 ±0.0 |",
-        "| mean of 2, EE | 50.0 ±0.0 [5] | 70.0 ±0.0 |",
+        "| mean of 2, EE | 50.0 ±0.0 [4] | 70.0 ±0.0 |",
         "| SST-2, SWEET − EE | +21.0 ±2.5* † | -1.0 ±0.0* |",
         "| RTE, SWEET − EE | both predict one class | +0.0 |",  # of seed 1 alone
         "| RTE, SWEET − EE |  |  |  |  | -10.0 |",

@@ -35,6 +35,14 @@ def test_while_branches_are_trained_the_trunk_runs_without_dropout_and_no_furthe
     assert (one[:-1] != other[:-1]).flatten(1).any(1).all()
 
 
+def test_each_step_draws_dropout_anew(tmp_path):
+    model = model_of(write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.5), "ee", (1, 4))
+    batch = next(iter(toy_examples(tmp_path / "tiny", range(8)).shuffled(8, 0, 0)))
+    first, second = fine_tune(model, [batch] * 2, 2, 1e-12)
+    assert first != second
+    assert fine_tune(model, [batch] * 2, 2, 1e-12) == pytest.approx(np.array([first, second]))
+
+
 @pytest.mark.parametrize("method", ["sweet", "ee"])
 def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, method):
     """float16 gradients are unscaled before they are clipped."""

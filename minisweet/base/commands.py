@@ -94,13 +94,9 @@ def list_of(kind: Kind) -> Kind:
     words = f"different values, each {kind.words}"
 
     def is_right(values: object) -> bool:
-        return isinstance(values, list) and 0 < len(values) and all(map(kind.is_right, values)) and _differ(values)
+        return isinstance(values, list) and all(map(kind.is_right, values)) and 0 < len(values) == len({*values})
 
     return Kind(words, lambda text: [kind.read(part) for part in text.split(",")], is_right)
-
-
-def _differ(values: list) -> bool:
-    return len(set(values)) == len(values)
 
 
 def option(default: object, kind: Kind, help: str) -> Any:

@@ -5,13 +5,14 @@
 
 On training rows that the run did not see, each exit's loss is back-propagated alone, and the gradients that two exits
 send to the same matrix are compared: the cosine similarity of their rows, averaged over the rows. The matrices are the
-last feed-forward matrix of each layer that precedes an exit, but for the last exit's, which no other exit updates. A
+last feed-forward matrix of each layer that precedes an exit, except the last, which only its own loss updates. A
 similarity near 1 is agreement, below 0 conflict. Of several runs, such as three seeds, the mean is shown.
 
 Dimension letters: K exits, M = K-1 matrices.
 """
 
 import csv
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -72,8 +73,10 @@ def main() -> None:
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
     args = parser.parse_args()
     records = [read_record(folder) for folder in args.runs]
-    if len({(record.task, *record.exit_layers) for record in records}) > 1:
-        raise InputError(f"RUN: {args.runs[-1]} is of another task or other exits, should be as {args.runs[0]}")
+    alike = [replace(record.arguments, seed=0, exit_layers=record.exit_layers) for record in records]
+    for folder, record, own in zip(args.runs, records, alike, strict=True):
+        if (record.task, own) != (records[0].task, alike[0]):
+            raise InputError(f"RUN: {folder} is of another task or has other options than {args.runs[0]}")
     found = np.stack([measure(folder, args.batches, args.data_dir) for folder in args.runs])  # (runs, batches, M, K, K)
     mean, exits, options = found.mean((0, 1)), records[0].exit_layers, records[0].arguments
     deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run

@@ -49,7 +49,7 @@ class Run(NamedTuple):
     train_size: int
     rate: float
     seed: int
-    exits: dict[int, tuple[float, int]]  # by layer: the score, and in how many classes the exit answers
+    exits: dict[int, tuple[float, int]]  # by layer: the score, and how many classes the exit predicts
     shares: dict[Fraction, float]  # the curve's scores
     area: float  # under the curve; NaN where the training diverged
     constant: float  # what the most frequent class scores
@@ -58,9 +58,9 @@ class Run(NamedTuple):
 
     @property
     def converged(self) -> bool:
-        """Whether the last exit answers in several classes, and beats the most frequent one."""
+        """Whether the last exit predicts several classes, and beats the most frequent one."""
         score, classes = self.exits[max(self.exits)] if self.exits else (0.0, 0)
-        return classes > 1 and score > self.constant
+        return classes > 1 and round(score, 4) > round(self.constant, 4)  # as the CSV has them
 
     def score(self, point: int | Fraction) -> float:
         """The score of an exit alone, or of the curve at a share of the layers; NaN where there is none."""
@@ -144,10 +144,15 @@ def best_rate(runs: Sequence[Run], seed: int) -> float | None:
     return max(areas, key=areas.get, default=None)
 
 
+def common_seeds(chosen: Chosen, tasks: Sequence[str], of: Sequence[str]) -> list[int]:
+    """The seeds that some methods have on all of some tasks."""
+    return sorted(set.intersection(*(set(chosen.get((task, method), {})) for method in of for task in tasks)))
+
+
 def seed_means(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> np.ndarray:
-    """The scores of a method, or of one less those of another: means over tasks, of the seeds that have all: (S, P)."""
+    """The scores of a method (S, P), means over the tasks, of the seeds that ran on all; of two, their difference."""
     runs = [[chosen.get((task, method), {}) for task in tasks] for method in of]
-    seeds = sorted(set.intersection(*(set(by_seed) for some in runs for by_seed in some)))
+    seeds = common_seeds(chosen, tasks, of)
     shape = len(of), len(tasks), len(seeds), len(points)
     scores = [by_seed[seed].score(point) for some in runs for by_seed in some for seed in seeds for point in points]
     return np.subtract.reduce(np.reshape(scores, shape).mean(1))
@@ -156,8 +161,8 @@ def seed_means(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: 
 def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, sample deviation and half of the 95% confidence interval (Student's t): (S, ...) to (...) each.
 
-    They are NaN where one of the S values is. Of two values there is no interval: its half would be nine deviations. Of
-    one there is no deviation, and of none all three are empty.
+    They are NaN where one of the S values is. Two values have no interval (its half would be nine deviations), one has
+    no deviation either, and with none all three are empty.
     """
     if (S := len(values)) == 0:
         return (np.array([]),) * 3
@@ -181,9 +186,9 @@ def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[st
 
 def row_of(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
     """The cells of a method, or of one less another, at some points; see CAPTION."""
-    are_exits, is_pair = isinstance(points[0], int), len(of) == 2
+    are_exits, is_pair, seeds = all(isinstance(n, int) for n in points), len(of) == 2, common_seeds(chosen, tasks, of)
     texts = cells(seed_means(chosen, tasks, of, points), are_exits and not is_pair, "+" * is_pair)
-    runs = [[run for task in tasks for run in chosen.get((task, method), {}).values()] for method in of]
+    runs = [[chosen[task, method][seed] for task in tasks for seed in seeds] for method in of]
     for place, n in enumerate(points[: len(texts)] if are_exits else ()):
         constant = [sum(run.exits.get(n, (0, 2))[1] < 2 for run in some) for some in runs]
         if not is_pair:
@@ -235,7 +240,6 @@ def draw_curves(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], met
         axis = figure.add_subplot(rows, columns, place)
         for method in methods:
             if len(values := seed_means(chosen, tasks, (method,), SHARES)):
-                values[:, np.isnan(values).any(0)] = np.nan  # where not all reach
                 mean, _, half = mean_and_spread(values)
                 colour = plots.draw_line(axis, method, ratios, mean, plots.TITLES.get(method, method), marker="")
                 axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)

@@ -54,17 +54,20 @@ class Grid:
         self.complete: dict[Slot, report.Run] = {}
 
     def folder(self, slot: Slot) -> Path:
-        """The run's folder, whose name holds all that tells the runs of a grid apart."""
+        """The run's folder, whose name tells the runs of a grid apart."""
         name = f"{Path(self.args.model).resolve().name}-{slot.method}-{slot.task}-lr{slot.lr:g}"
         name += f"-n{self.args.train_size}-seed{slot.seed}" + "-lte" * (self.args.exit_strategy == "lte")
         return self.args.runs / name
 
     def run(self, slot: Slot) -> report.Run | None:
-        """A run that is evaluated, or diverged; None where there is none."""
+        """A run that is evaluated, or diverged; None if there is none. Raises InputError if it has other options."""
         folder = self.folder(slot)
         if slot not in self.complete and is_run(folder):
-            diverged = read_json(folder / RECORD)["diverged"] is not None
-            if diverged or (folder / EVALUATION).exists():
+            record = read_json(folder / RECORD)
+            for name in TYPED[:-2]:  # not device and amp
+                if (typed := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, typed)):
+                    raise InputError(f"{folder} was trained with {trained}, not {typed}; name another --out", name)
+            if record["diverged"] is not None or (folder / EVALUATION).exists():
                 self.complete[slot] = report.run_of(folder)
         return self.complete.get(slot)
 
@@ -73,7 +76,10 @@ class Grid:
         return [Slot(*pair, lr, self.args.seeds[0]) for lr in self.args.lrs]
 
     def averaged(self, pair: tuple[str, str]) -> list[Slot]:
-        """Their runs at the best rate, then those with further seeds, one at a time; none until the rate is known."""
+        """The runs at the best rate, and further seeds, one at a time, for those that did not converge.
+
+        Empty until the search is complete.
+        """
         searched, seeds = [self.run(slot) for slot in self.search(pair)], self.args.seeds
         if None in searched or (rate := report.best_rate(searched, seeds[0])) is None:
             return []
@@ -90,7 +96,7 @@ class Grid:
         return [slot for slot in dict.fromkeys(slots) if self.run(slot) is None]
 
     def make(self, slot: Slot) -> None:
-        """Train and evaluate a run, as far as that is not done."""
+        """Train and evaluate a run; skip what exists."""
         args, folder = self.args, self.folder(slot)
         typed = {name: getattr(args, name) for name in TYPED}
         if not is_run(folder):
