@@ -139,6 +139,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         stages={name: round(value, 1) for name, value in seconds.items()},
         seconds=round(sum(seconds.values()), 1),
     )
+    check_output(out, overwrite)  # once more, since training takes a while
     save_run(out, record, model.eval(), tokenizer, dev)
     return record
 

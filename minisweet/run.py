@@ -81,6 +81,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     if is_run(out):
         if not overwrite:
             raise InputError(f"{out} holds a run already; name another folder, or pass --overwrite", "out")
+        if "arguments" not in read_json(out / RECORD):
+            raise InputError(f"{out / RECORD} is not that of a run; name another folder", "out")
     elif os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
         raise InputError(f"{out} exists and is no run; name another folder", "out")
     folder = next(path for path in out.absolute().parents if path.exists())

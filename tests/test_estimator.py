@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import pickle
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -64,6 +65,15 @@ def test_scikit_learn_takes_it(new):
     pipeline = Pipeline([("strip", strip), ("classify", clone)]).fit([f"> {text}" for text in texts], labels)
     assert pipeline.predict(texts).tolist() == clone.predict(texts).tolist()
     assert pipeline.predict_proba(texts).shape == (60, 2)
+
+
+def test_columns_are_in_the_order_of_numpy_and_a_terminal_stays_silent(new, monkeypatch, capsys):
+    texts, labels = opinions_of(slice(60))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    classify = new(exit_layers=[0, 1]).fit(texts, ["2" if label == "up" else "10" for label in labels])
+    assert "%" not in capsys.readouterr().err
+    assert (classify.deployed.labels, classify.classes_.tolist()) == (["2", "10"], ["10", "2"])
+    assert classify.classes_[classify.predict_proba(texts).argmax(1)].tolist() == classify.predict(texts).tolist()
 
 
 @pytest.mark.parametrize(

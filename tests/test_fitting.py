@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from minisweet import EarlyExitClassifier, load_encoder, training
-from minisweet.base.files import InputError, read_json
+from minisweet.base.files import InputError, read_json, write_json
 from minisweet.classifier import choose, fit
 from minisweet.classifier import test as test_command
 from minisweet.classifier.deployed import load_run, tokenize
@@ -181,6 +181,10 @@ def test_a_training_that_diverges_leaves_its_step_and_no_weights(fitted, command
         assert ([path.name for path in Path("a").iterdir()], read_record(Path("a")).diverged) == (["run.json"], 1)
     fitted("--out", "a", "--overwrite")
     assert "a holds a run already; name another folder, or pass --overwrite" in command(fit, *options)[2]
+    Path("mine").mkdir()
+    write_json(Path("mine/run.json"), {"my": "settings"})
+    refused = command(fit, *options, "--out", "mine", "--overwrite")[2]
+    assert refused.endswith("mine/run.json is not that of a run; name another folder\n")
     assert command(fit, *options, "--lr", "1e39", "--overwrite")[0] == 2
     assert read_record(Path("a")).diverged is None
 

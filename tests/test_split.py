@@ -133,6 +133,8 @@ def test_unlabelled_texts_count_once_and_a_fifth_of_them_validates(own, monkeypa
         monkeypatch.setattr("minisweet.classifier.split.MOST_JUDGES", 3)
     alone = own(ORDERS, names + [None] * 20, learns=False)
     assert (len(alone.unlabelled), (alone.validation.labels < 0).sum()) == (0, 3)  # they judge alone
+    given = own(texts[:6], names[:6], others, dev=rows_of(ORDERS[22:26], ["no", "yes", None, "no"]))
+    assert (len(given.validation), len(given.unlabelled)) == (4, 20)  # which may come from another source than others
     again = own(texts[:8] * 2, names[:8] + [None] * 8)  # each is labelled elsewhere in the file
     assert (len(again.unlabelled), (again.validation.labels < 0).sum()) == (0, 0)
 

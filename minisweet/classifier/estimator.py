@@ -4,7 +4,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from difflib import get_close_matches
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -34,12 +34,13 @@ VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int
 
 
 @contextmanager
-def telling() -> Iterator[None]:
-    """Within this context, notices and progress bars are written to standard error."""
+def telling(verbose: int) -> Iterator[None]:
+    """Write notices and progress bars to standard error if `verbose`, and otherwise no progress bar."""
     handler, level = notices(), LOG.level
-    bars = BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10})  # seconds
-    LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO)
+    bars = BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10} if verbose else {"disable": True})  # seconds
+    if verbose:
+        LOG.addHandler(handler)
+        LOG.setLevel(logging.INFO)
     try:
         yield
     finally:
@@ -95,7 +96,9 @@ class EarlyExitClassifier:
         return self
 
     def __repr__(self) -> str:
-        changed = [f"{name}={value!r}" for name, value in self.get_params().items() if value != PARAMETERS[name]]
+        changed = [
+            f"{name}={value!r}" for name, value in self.get_params().items() if repr(value) != repr(PARAMETERS[name])
+        ]
         return f"EarlyExitClassifier({', '.join(changed)})"
 
     def __sklearn_tags__(self):
@@ -122,7 +125,7 @@ class EarlyExitClassifier:
             raise InputError("needs unlabelled", "unlabelled_groups")
         if unlabelled is not None:
             unlabelled = with_text(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
-            sides = 1 if unlabelled.second is None else 2
+            sides = (1 if unlabelled.second is None else 2) if unlabelled.first else None
         X, y = ([], []) if X is None and options.trunk else (X, y)
         rows, label_type = labelled_texts(X, y, sides)
         rows = with_text(rows, groups)
@@ -134,8 +137,8 @@ class EarlyExitClassifier:
             validation = with_text(validation)
             if not validation.first:
                 raise InputError("has no rows", "validation")
-            label_type = label_type if label_type == type_there else "str"
-        with telling() if verbose else nullcontext():
+            label_type = label_type if type_there == label_type or not any(validation.names) else "str"
+        with telling(verbose):
             run = fit_texts(options, "texts", rows, validation, unlabelled, Columns(columns), label_type)
             run = runs.choose_for(run, goal, options.device, options.amp)
         self._deployed = deploy(run, None, options.device, options.amp)
@@ -158,6 +161,8 @@ class EarlyExitClassifier:
         """
         deployed, run, goal = self.deployed, self.deployed.run, self._options(Goal)
         if labels is not None:
+            if not isinstance(labels, tuple | list) or len(labels) != 2:
+                raise InputError("should be (texts, labels)", "labels")
             if max_lost is sure is max_share is None:
                 goal = run.point.goal
             rows, _ = labelled_texts(*labels, sides_of(run.record))
@@ -270,10 +275,10 @@ class EarlyExitClassifier:
 
     @property
     def classes_(self) -> np.ndarray:
-        """The labels (C,), in the order of the probabilities."""
+        """The labels (C,), sorted, in the order of `predict_proba`'s columns."""
         if not self.__sklearn_is_fitted__():
             raise AttributeError("classes_: not trained yet")
-        return np.array(self.deployed.labels)
+        return np.unique(self.deployed.labels)
 
     def predict(self, X) -> np.ndarray:
         """The labels (N,) of texts."""
@@ -282,7 +287,7 @@ class EarlyExitClassifier:
     def predict_proba(self, X) -> np.ndarray:
         """The probabilities (N, C) of `classes_`, from the exit that is taken."""
         rows = np.array([[*answer.probabilities.values()] for answer in self.classify(X)])
-        rows = rows.reshape(-1, len(self.classes_))
+        rows = rows.reshape(-1, len(self.classes_))[:, np.argsort(self.deployed.labels)]  # as sorted by NumPy
         return rows / rows.sum(1, keepdims=True)  # sums of float32 that are 1 there become exactly 1 in float64
 
     def score(self, X, y) -> float:

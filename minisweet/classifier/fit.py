@@ -145,6 +145,7 @@ def fit_texts(
     arguments = {key: value for key, value in vars(options).items() if key not in ("trunk", "dev_size")}
     arguments |= {"model": options.trunk or options.model, "exit_layers": exit_layers}
     arguments["train_size"] = len(labelled) or len(answered)
+    groups = {group for group in learned.examples.groups or () if group}
     digests = "".join(part.examples.digest() for part in (split.validation, labelled, answered) if len(part))
     record = Record(
         arguments=TrainingOptions(**arguments),
@@ -172,7 +173,7 @@ def fit_texts(
                 dev_size=options.dev_size,
                 exit_layers=options.exit_layers,
                 combines=has_bag and not trunk,
-                trained_groups=sorted({group_hash(group) for group in learned.examples.groups or () if group}),
+                trained_groups=sorted({*(trunk.trained_groups if trunk else ()), *map(group_hash, groups)}),
             )
         ),
     )
@@ -356,6 +357,7 @@ def main() -> None:
     check_output(out, args.overwrite)
     run = fit_texts(options, name or "texts", *read_files(args), out=out)
     run = choose_for(run, goal, options.device, options.amp)
+    check_output(out, args.overwrite)  # once more, since training takes a while
     save(out, run)
     print_choice(out, run)
 

@@ -115,7 +115,7 @@ def split_rows(
         labels: the names of the classes.
         given: how many rows at the end are there to validate on. If 0, some labelled rows are set aside instead.
         dev_size: the share of the labelled units to set aside.
-        learns_unlabelled: whether unlabelled rows are learned from. Some of them validate in any case.
+        learns_unlabelled: whether unlabelled rows are learned from. Some validate in any case, unless rows are `given`.
 
     Raises InputError if the rows have fewer than two classes, or none is left on a side.
     """
@@ -143,7 +143,8 @@ def split_rows(
     for rows, purpose in ((learning, "learn from"), (validating, "validate on")):
         if lacking := [labels[n] for n in np.setdiff1d(texts.labels[labelled], texts.labels[rows])]:
             LOG.warning("no row to %s has the label %s", purpose, preview(lacking))
-    answered, judging, apart = deal_unlabelled(texts, unlabelled, learning, validating)
+    judges = 0 if given else MOST_JUDGES  # rows that are given may come from another source than the others
+    answered, judging, apart = deal_unlabelled(texts, unlabelled, learning, validating, judges)
     if not len(validating) + len(judging):
         shortage = f"one in {UNLABELLED_PER_JUDGE} of {len(answered)}"
         raise InputError(f"{name}: too few validation texts: {shortage}")
@@ -161,12 +162,13 @@ def split_rows(
 
 
 def deal_unlabelled(
-    texts: Texts, unlabelled: np.ndarray, learning: np.ndarray, validating: np.ndarray
+    texts: Texts, unlabelled: np.ndarray, learning: np.ndarray, validating: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Deal unlabelled rows (n,) to two sides: those that learn, and one unit in UNLABELLED_PER_JUDGE to validate on.
+    """Deal unlabelled rows (n,) to two sides: those that learn, and one unit in UNLABELLED_PER_JUDGE that validates.
 
-    A text counts once, and not at all if it is labelled too. Unlabelled rows of units that train with labels train too;
-    those of units that validate with labels are left out, and the third value counts them.
+    At `most` so many units validate. A text counts once, and not at all if it is labelled too. Unlabelled rows of units
+    that train with labels train too; those of units that validate with labels are left out, and the third value counts
+    them.
     """
     keys, units = texts.keys, texts.units
     new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]
@@ -174,7 +176,7 @@ def deal_unlabelled(
     apart = np.isin(units[new], units[validating])
     new = new[~apart]
     free = new[~np.isin(units[new], units[learning])]
-    count = min(MOST_JUDGES, len(np.unique(units[free])) // UNLABELLED_PER_JUDGE)
+    count = min(most, len(np.unique(units[free])) // UNLABELLED_PER_JUDGE)
     judging = free[dealt(units[free], count, "unlabelled")]
     return np.setdiff1d(new, judging), judging, int(apart.sum())
 

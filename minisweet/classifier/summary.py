@@ -9,7 +9,6 @@ from minisweet.classifier.deployed import OwnRun, fitted_of
 from minisweet.classifier.operating_point import stated
 from minisweet.classifier.promise import METRIC_NAMES, by_text, scored
 from minisweet.classifier.selection import prepare
-from minisweet.metrics import score
 
 
 def summary(run: OwnRun, threshold: float | None = None, promise: str | None = None) -> str:
@@ -19,16 +18,15 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     """
     outputs, point, fitted = run.outputs, run.point, fitted_of(run.record)
     trial = prepare(outputs, point.goal, run.record.trained_keys, point.exits, fitted.combines)
-    rows = scored(trial.judges)
     if threshold not in (None, in_float32(point.threshold)):
         point = replace(point, threshold=threshold, **stated(trial.places, threshold, trial.judges, run.given))
     layers = outputs.exits.layers
     costs = outputs.exits.keep_exits(trial.places).costs(point.threshold)
     table = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     if layers[0] == 0:
-        of_bag = float(score(rows.logits[0].argmax(-1).numpy(), rows.labels.numpy(), rows.metric))
-        table.insert(0, ("a bag of words alone (exit 0)", of_bag, 0.0))
-    lines = [f"{'on new texts':<42}{METRIC_NAMES[rows.metric]:>12}   share of the layers"]
+        table.insert(0, ("a bag of words alone (exit 0)", stated([0], 0.0, trial.judges)["score"], 0.0))
+    title = "on new texts" if trial.has_judges else "on all validation rows, even if trained on"
+    lines = [f"{title:<42}{METRIC_NAMES[scored(trial.judges).metric]:>12}   share of the layers"]
     lines += [f"{name:<42}{value:12.1f}   {share:12.2f}" for name, value, share in table]
     gain, difference = point.score - point.full_depth, "as full depth"
     if gain:

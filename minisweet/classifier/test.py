@@ -37,7 +37,7 @@ def main() -> None:
     fitted, there = fitted_of(deployed.run.record), all_columns(args.file)
     columns = text_columns(args.file, None, deployed.run.record.text_columns, option="")
     label = next((name for name in (fitted.label_column, "label") if name in there), None)
-    if label == "label" and "exit_layer" in there:
+    if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its labels are those that predict wrote, should be the true ones")
     group = fitted.group_column if fitted.group_column in there else None
     print_test(deployed, new_outputs(deployed, read_texts(args.file, columns, label, group), args.file, print))

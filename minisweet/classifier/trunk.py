@@ -19,8 +19,9 @@ class Trunk(NamedTuple):
 
     model: MultiExitModel  # with its last exit alone
     labels: list[str]  # (C,)
-    label_type: str = "str"  # this and the next two are those of a run
+    label_type: str = "str"  # this and the next three are those of a run
     trained_keys: Sequence[int] = ()
+    trained_groups: Sequence[str] = ()
     max_length: int | None = None
 
 
@@ -33,8 +34,8 @@ def load_trunk(folder: Path) -> Trunk:
         record = read_record(folder)
         model = load_model(folder, record).models_alone[-1]
         model = model.keep_exits([len(model.exit_layers) - 1])
-        label_type, length = fitted_of(record).label_type, record.arguments.max_length
-        return Trunk(model, record.labels, label_type, record.trained_keys, length)
+        fitted, length = fitted_of(record), record.arguments.max_length
+        return Trunk(model, record.labels, fitted.label_type, record.trained_keys, fitted.trained_groups, length)
     if not folder.is_dir():
         message = f"{folder} is no folder; should be a run, or a classifier in the Hugging Face layout"
         raise InputError(message, "trunk")
