@@ -127,7 +127,7 @@ def save_run(
 
 def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
     """The rows of validation.jsonl. The label of a row without one is null."""
-    names = [*labels, None]  # the last is that of -1
+    names = [*labels, None]  # index -1 is None: no label
     rows = []
     for n, text in enumerate(examples.texts()):
         row = {"text": text} if examples.second is None else {"sentence1": text[0], "sentence2": text[1]}

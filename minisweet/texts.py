@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "t
 # The special tokens: start, end, padding and unknown word. MPNet separates two texts by two ends, <s> A </s></s> B
 # </s>. Its vocabulary holds BERT's special tokens too.
 BERTS, MPNETS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]"), ("<s>", "</s>", "<pad>", "[UNK]")
-CHARACTERS = 32  # per token: the rest of a text is not read; several times what its tokens need
+CHARACTERS = 32  # read per token, several times what is needed; the rest of a text is ignored
 CHUNK = 256  # texts per call of the tokenizer; few, because the library keeps what it truncates in memory
 POOL = 50  # batches per pool: to pad little, examples are sorted by length within a pool; then batches are shuffled
 

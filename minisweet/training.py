@@ -95,7 +95,7 @@ def fine_tune(
             scaler.step(optimizer)
             scaler.update()
             bar.set_postfix_str("loss " + ", ".join(f"{loss:.2f}" for loss in losses[-1]), refresh=False)
-    if not all(parameter.isfinite().all() for parameter in parameters):  # by the last step, after its loss
+    if not all(parameter.isfinite().all() for parameter in parameters):  # the last update, which no loss has seen
         raise FloatingPointError(steps)
     return losses
 

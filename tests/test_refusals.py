@@ -23,7 +23,7 @@ OLD = {"evaluate": "", "choose": "", "predict": "own.csv", "test": "own.csv", "e
 
 REFUSALS = [
     # base: what argparse and the types of options refuse
-    ("train", f"{TRAIN} --lr inf", "argument --lr: 'inf' is not a positive number"),
+    ("train", f"{TRAIN} --lr inf", "argument --lr: 'inf', should be a positive number"),
     # the paper's half: hub, options, tasks, run
     ("train", "--model no-such --out new", "model 'no-such': neither a folder, nor owner/name on the hub, nor one of"),
     ("train", f"{TRAIN} --max-length 41", "--max-length: 41, should be at most 40, the positions of tiny"),

@@ -51,7 +51,7 @@ class Kind(NamedTuple):
         with suppress(ValueError):
             if self.is_right(value := self.read(text)):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not {self.words}")
+        raise argparse.ArgumentTypeError(f"{text!r:.80}, should be {self.words}")
 
     def check(self, name: str, value: object) -> object:
         """Convert a value to a plain type. Raises InputError, which names the option, if it is not allowed."""

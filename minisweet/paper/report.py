@@ -33,8 +33,8 @@ NAMES |= {task: task.upper() for task in ("mrpc", "rte", "mnli", "qqp", "qnli")}
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 CAPTION = """
-Scores are percent: Matthews correlation of CoLA, accuracy elsewhere. ± is a 95% interval over seeds (Student's t), of
-which it needs three; of single exits it is the deviation. [n]: in n runs the exit predicts one class.
+Scores are in percent: Matthews correlation for CoLA, accuracy elsewhere. ± is a 95% interval over at least three seeds
+(Student's t); for single exits, the standard deviation. [n]: in n runs the exit predicts one class.
 Differences are paired over seeds. *: the interval excludes 0. †: the other's exit predicts one class in all runs.
 """
 

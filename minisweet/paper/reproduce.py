@@ -32,9 +32,9 @@ FURTHER = 3  # seeds that are tried in place of those that did not converge
 TYPED = "exit_strategy train_size epochs max_length batch_size exit_layers device amp".split()  # the same for all runs
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
-The rate is that of the largest area on the first seed, on the rows that are scored. A run that did not converge (it
+Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (it
 diverged, or its last exit is no better than the most frequent class) stays in results.csv; in the tables the first run
-with a further seed that converged takes its place.
+with a further seed that converged takes its place, and is paired like it.
 """
 
 
