@@ -234,7 +234,7 @@ def test_refusals(run_of, chosen, tmp_path, command, monkeypatch):
     write_chosen(run, loaded._replace(point=replace(loaded.point, precision="torch.bfloat16")))
     status, out, _ = command(export, run, "--onnx", new)
     assert (status, "one by one: 1 answers or exits are not" in out) == (0, True)
-    assert out.endswith("is of torch.bfloat16, and nothing of this file: choose again with --amp off\n")
+    assert out.endswith("made in torch.bfloat16, not for this file: choose again with --amp off\n")
     new.unlink()
     for name in ("onnx", "onnx_graph"):
         monkeypatch.delitem(sys.modules, f"minisweet.classifier.{name}")
