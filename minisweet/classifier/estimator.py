@@ -33,6 +33,13 @@ PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
 VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int) and value >= 0)  # True is 1
 
 
+def two_of(value: object, name: str) -> Sequence:
+    """The texts and labels of the argument `name`. Raises InputError for anything else."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InputError("should be (texts, labels)", name)
+    return value
+
+
 @contextmanager
 def telling(verbose: int) -> Iterator[None]:
     """Write notices and progress bars to standard error if `verbose`, and otherwise no progress bar."""
@@ -96,9 +103,8 @@ class EarlyExitClassifier:
         return self
 
     def __repr__(self) -> str:
-        changed = [
-            f"{name}={value!r}" for name, value in self.get_params().items() if repr(value) != repr(PARAMETERS[name])
-        ]
+        shown = {name: repr(value) for name, value in self.get_params().items()}  # arrays have no single truth value
+        changed = [f"{name}={text}" for name, text in shown.items() if text != repr(PARAMETERS[name])]
         return f"EarlyExitClassifier({', '.join(changed)})"
 
     def __sklearn_tags__(self):
@@ -114,10 +120,10 @@ class EarlyExitClassifier:
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
         `unlabelled` are more texts, of which exit 0, branches and, if they are many, the model learn too. `validation`
-        is (texts, labels) to validate on, instead of rows of X. `groups` (N) says what a row belongs to, such
-        as a thread or a document, whose rows stay together; None is a row by itself. `unlabelled_groups` does so for
-        `unlabelled`. With a `trunk`, X and y may be None. Until the new model is ready, the previous one
-        answers. Raises InputError, with the item, for what cannot be trained on.
+        is (texts, labels) to validate on, instead of rows of X. `groups` (N) says what a row belongs to, such as a
+        thread or a document, whose rows stay together; None is a row by itself. `unlabelled_groups` does so for
+        `unlabelled`. With a `trunk`, X and y may be None. Until the new model is ready, the previous one answers.
+        Raises InputError, with the item, for what cannot be trained on.
         """
         verbose, goal, sides = VERBOSE.check("verbose", self.verbose), self._options(Goal), None
         options = self._options(FitOptions)
@@ -131,9 +137,7 @@ class EarlyExitClassifier:
         rows = with_text(rows, groups)
         columns = ["text"] if rows.second is None else ["sentence1", "sentence2"]
         if validation is not None:
-            if not isinstance(validation, tuple | list) or len(validation) != 2:
-                raise InputError("should be (texts, labels)", "validation")
-            validation, type_there = labelled_texts(*validation, len(columns))
+            validation, type_there = labelled_texts(*two_of(validation, "validation"), len(columns))
             validation = with_text(validation)
             if not validation.first:
                 raise InputError("has no rows", "validation")
@@ -161,8 +165,7 @@ class EarlyExitClassifier:
         """
         deployed, run, goal = self.deployed, self.deployed.run, self._options(Goal)
         if labels is not None:
-            if not isinstance(labels, tuple | list) or len(labels) != 2:
-                raise InputError("should be (texts, labels)", "labels")
+            labels = two_of(labels, "labels")
             if max_lost is sure is max_share is None:
                 goal = run.point.goal
             rows, _ = labelled_texts(*labels, sides_of(run.record))
