@@ -1,6 +1,7 @@
 """How `minisweet fit` trains: what a trunk keeps, what branches and bag learn, and for how long."""
 
 import math
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +318,13 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     write_rows(Path("new.csv"), [*new, ("awful film you saw", "down", learned)], "text", "label", "thread")
     _, out, _ = command(test_command, "run", "new.csv")
     assert "1 of these rows belong to groups that were trained on, and do not count\n\n10 rows, threshold" in out
+    # What the trunk has learned from does not judge either, whoever learns from it now.
+    threads = sorted({thread for *_, thread in rows} - aside[0]) + [f"new {n}" for n in range(70)]
+    thread_of = dict(zip(map(itemgetter(0), opinions(1140)[1000:]), threads, strict=True))
+    write_rows(Path("new.csv"), [*thread_of.items()], "text", "thread")
+    options = ["--trunk", "run", "--unlabelled", "new.csv", "--group-column", "thread", "--out", "again"]
+    assert command(fit, *options)[0] == 0
+    again = load_run(Path("again"), "texts", "point")
+    new = sum(thread_of[text].startswith("new") for text in again.texts.examples.first)
+    assert 0 < new < len(again.texts) == 28
+    assert again.point.judging_texts == new - math.ceil(new / CHOOSING)

@@ -8,11 +8,12 @@ import copy
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save as to_bytes
 from tokenizers import Tokenizer
@@ -34,7 +35,7 @@ from minisweet.live import Decisions, early_exit
 from minisweet.options import TrainingOptions
 from minisweet.outputs import BATCH_SIZE, Outputs, ask_all, check_finite, read_outputs, read_tensors, write_outputs
 from minisweet.run import LOGITS, Record
-from minisweet.texts import Texts
+from minisweet.texts import Examples, Texts
 
 BAG, OPERATING, LABELS = "bag_of_words.safetensors", "operating.json", "labels.jsonl"
 ANSWERING = ("point", "model", "bag", "tokenizer")  # the parts of a run that answer
@@ -103,6 +104,11 @@ def fitted_of(record: Record) -> Fitted:
 def group_hash(group: str) -> str:
     """What a run keeps of a group's name."""
     return hashlib.sha256(group.encode()).hexdigest()[:16]
+
+
+def in_groups(rows: Examples, known: Collection[str]) -> np.ndarray:
+    """Whether each row (N,) belongs to one of some groups, of which the hashes are known."""
+    return np.array([bool(group) and group_hash(group) in known for group in rows.groups or [None] * len(rows.first)])
 
 
 def sides_of(record: Record) -> int:

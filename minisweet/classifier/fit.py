@@ -37,7 +37,7 @@ from minisweet.base.devices import AMP_CHOICES, choose_device, choose_precision,
 from minisweet.base.files import LOG, InputError
 from minisweet.checkpoint import REPOSITORIES, WEIGHTS, read_config
 from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
-from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, group_hash, save
+from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, group_hash, in_groups, save
 from minisweet.classifier.promise import Goal, goal_of
 from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_columns
 from minisweet.classifier.split import class_numbers, classes_of, split_rows, warn_of_near_duplicates
@@ -146,6 +146,8 @@ def fit_texts(
     arguments |= {"model": options.trunk or options.model, "exit_layers": exit_layers}
     arguments["train_size"] = len(labelled) or len(answered)
     groups = {group for group in learned.examples.groups or () if group}
+    trained_keys, trained_groups = (trunk.trained_keys, trunk.trained_groups) if trunk else ((), ())
+    in_trained_group = texts.keys[in_groups(examples, trained_groups)]  # these do not judge, whoever learns from them
     digests = "".join(part.examples.digest() for part in (split.validation, labelled, answered) if len(part))
     record = Record(
         arguments=TrainingOptions(**arguments),
@@ -159,7 +161,7 @@ def fit_texts(
         subset=split.labelled.tolist(),
         digest=hashlib.sha256(digests.encode()).hexdigest(),
         weights=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-        trained_keys=sorted({*(trunk.trained_keys if trunk else ()), *learned.keys.tolist()}),
+        trained_keys=sorted({*trained_keys, *in_trained_group.tolist(), *learned.keys.tolist()}),
         device=device_name(device),
         precision=str(precision or torch.float32),
         versions=versions(),
@@ -173,7 +175,7 @@ def fit_texts(
                 dev_size=options.dev_size,
                 exit_layers=options.exit_layers,
                 combines=has_bag and not trunk,
-                trained_groups=sorted({*(trunk.trained_groups if trunk else ()), *map(group_hash, groups)}),
+                trained_groups=sorted({*trained_groups, *map(group_hash, groups)}),
             )
         ),
     )

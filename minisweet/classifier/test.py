@@ -61,13 +61,11 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     rows = rows.take(kept)
     texts = Texts(deployed.run.tokenizer, rows._replace(labels=[numbers[name] for name in rows.names]))
     texts.units = units_of(texts)
-    learned, groups = fitted_of(record).trained_groups, rows.groups or [None] * len(texts)
-    in_learned_group = np.isin([runs.group_hash(group or "") for group in groups], learned)
     is_new = np.ones(len(texts), dtype=bool)
     for is_known, role in (
         (np.isin(texts.keys, record.trained_keys), "were trained on"),
         (np.isin(texts.keys, deployed.run.texts.keys), "are validation rows, which set the threshold"),
-        (in_learned_group, "belong to groups that were trained on"),
+        (runs.in_groups(rows, fitted_of(record).trained_groups), "belong to groups that were trained on"),
     ):
         if count := int((is_known & is_new).sum()):
             report(f"{count:,} of these rows {role}, and do not count")
