@@ -60,13 +60,13 @@ def select(runs: list[Run], model: str, rate=None, strategy="confidence", sizes=
     return chosen
 
 
-def best_known(runs: list[Run]) -> Chosen:
-    """Twelve layers: the tasks with all methods, at tuned rates if each method has three seeds, else at one rate."""
+def best_known(runs: list[Run], *together: tuple[str, ...]) -> Chosen:
+    """Twelve layers: each task's methods at tuned rates if all those `together` have three seeds there, else at one."""
     tuned, chosen = select(runs, DEEP), select(runs, DEEP, ONE_RATE)
-    chosen = {pair: of_pair for pair, of_pair in chosen.items() if (pair[0], "mm") in chosen}
-    for task in TASKS[DEEP]:
-        if all(len(tuned.get((task, method), {})) == 3 for method in METHODS):
-            chosen |= {(task, method): tuned[task, method] for method in METHODS}
+    for task, methods in product(TASKS[DEEP], together):
+        some = {(task, method): tuned.get((task, method), {}) for method in methods}
+        if all(len(of_seeds) == 3 for of_seeds in some.values()):
+            chosen |= some
     return chosen
 
 
@@ -154,16 +154,15 @@ def differences(chosen: Chosen, pair: tuple[str, str], points: list) -> list[lis
 
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
-    deep, gradients, at_rates = best_known(runs), defaultdict(dict), []
+    deep, gradients, at_rates = {pair: best_known(runs, pair) for pair in PAIRS}, defaultdict(dict), []
     of_rates = [select(runs, DEEP, rate, seeds=(0,)) for rate in sorted(SEARCHED)]
     for task in TASKS[DEEP][:4]:  # in a cell: the exits, and the methods
         of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in of_rates]
         pairs = [[run for key in product([task], PAIRS[0]) for run in some.get(key, {}).values()] for some in of_rates]
         at_rates.append([f"{named(task)}, SWEET − EE", *(", ".join(row).replace(BOTH, "–") for row in of_exits)])
         at_rates.append([f"{named(task)}, areas", *(", ".join(f"{run.area:.1f}" for run in pair) for pair in pairs)])
-    curves = [
-        [f"{named(*pair)}, {name}", *texts] for pair in PAIRS[:2] for name, *texts in differences(deep, pair, SHOWN)
-    ]
+    of_pairs = [(pair, row) for pair in PAIRS[:2] for row in differences(deep[pair], pair, SHOWN)]
+    curves = [[f"{named(*pair)}, {name}", *texts] for pair, (name, *texts) in of_pairs]
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         gradients[row["layer"]].setdefault(kind, []).append(f"{float(row['cosine']):.2f}".replace("-0.00", "0.00"))
@@ -173,15 +172,15 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     told = {row[0]: row for row in rows}
     for pair, place in ((PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[2], 0)):
         _, paper, *_, verdict_of = told[f"{named(*pair)}, {PLACES[place]} exit"]
-        text = by_task(deep, TASKS[DEEP], pair, layer := LAYERS[DEEP][place])
+        text = by_task(deep[pair], TASKS[DEEP], pair, layer := LAYERS[DEEP][place])
         replicates.append([f"{named(*pair)}, exit {layer}", paper, text, verdict_of])
     name, paper, *_, verdict_of = told["SWEET − EE, curve at 1/4"]
-    replicates.append([name, paper, by_task(deep, TASKS[DEEP], PAIRS[0], Fraction("1/4")), verdict_of])
+    replicates.append([name, paper, by_task(deep[PAIRS[0]], TASKS[DEEP], PAIRS[0], Fraction("1/4")), verdict_of])
     models = ["twelve layers, tuned rates", "twelve layers, 5e-5", "six layers, tuned rates"]
     return {
         "claims": table(["claim", "paper", *models, "verdict"], rows),
         "other rates": table(["task", *map(rate_text, sorted(SEARCHED))], at_rates),
-        "exits, twelve layers": exits(deep, DEEP),
+        "exits, twelve layers": exits(best_known(runs, PAIRS[0], ("mm",)), DEEP),
         "exits, six layers": exits(select(runs, SMALL), SMALL),
         "curves": table(["difference, task", *SHOWN], curves),
         "gradients": table(["layer n", *kinds], of_layers),
@@ -307,8 +306,8 @@ def main() -> None:
         text = re.sub(r"(?<=\n)\| *\d* *\| (\[[^]]*\]\(([^)]*\.py)\))", count_lines, text)
         page.write_text(text, encoding="utf-8")
     for model, name in ((DEEP, "curves-12.png"), (SMALL, "curves-6.png")):
-        chosen = best_known(runs) if model == DEEP else select(runs, model)
-        tasks = [task for task in TASKS[model] if (task, "mm") in chosen]
+        chosen = best_known(runs, PAIRS[0], ("mm",)) if model == DEEP else select(runs, model)
+        tasks = [task for task in TASKS[model] if len(chosen.get((task, "ee"), {})) == 3]
         report.draw_curves(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
     draw_promises(CLASSIFIER / "promises.png")
 
