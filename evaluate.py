@@ -45,7 +45,8 @@ def main() -> None:
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)")
     option("--plot", type=path_to(".png"), metavar="PNG", help="draw the curves of evaluated runs in one picture")
-    option("--thresholds", type=whole_number(2, 10001), default=11, help="from 1/classes (lte: 0) to 1 (default: 11)")
+    about = "how many, from 1/classes (lte: 0) to 1 (default: 11)"
+    option("--thresholds", type=whole_number(2, 10001), default=11, help=about)
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:

@@ -1,4 +1,4 @@
-"""Fine-tune BERT, DeBERTa or MPNet with early exits: SWEET, Early-Exit (ee), Multi-Model (mm), or branches or no exits.
+"""Fine-tune BERT, DeBERTa or MPNet with early exits (sweet, ee, mm or branch), or with one exit (plain).
 
     python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
     python train.py --model bert-base --method sweet --task rte

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minisweet.base.commands import Options, list_of, name_of, one_of, option, positive_number, whole_number
-from minisweet.base.devices import AMP_CHOICES
+from minisweet.base.devices import AMP_CHOICES, AMP_HELP
 from minisweet.checkpoint import REPOSITORIES
 from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS
@@ -24,8 +24,8 @@ class TrainingOptions(Options):
     lr: float | None = option(
         None, positive_number, "initial learning rate (default: the paper's, or by the model's size)"
     )
-    epochs: int | None = option(None, whole_number(1), "(default: 2; toy 3)")
+    epochs: int | None = option(None, whole_number(1), "passes over the data (default: 2; toy 3)")
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int = option(256, whole_number(8), "tokens; longer texts are cut")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: if faster")
+    amp: str = option("auto", one_of(*AMP_CHOICES), AMP_HELP)

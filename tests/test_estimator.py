@@ -179,7 +179,7 @@ def test_a_copy_needs_neither_the_original_nor_its_folder(own_run, tmp_path, cop
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        (["a", None], {}, "item 1: None, should be one text, as the others"),
+        (["a", None], {}, "item 1: None, should be one text"),
         (["\ud800"], {}, r"^item 0: it holds '.ud800', half of a character"),  # of an emoji
         ("a text", {}, r"^texts: 'a text', should be a list; for one text: \[text\]"),
         ([], {"amp": "bfloat16"}, "^amp: 'bfloat16', should be one of auto, off"),

@@ -193,9 +193,13 @@ def test_a_training_that_diverges_leaves_its_step_and_no_weights(fitted, command
 @pytest.mark.parametrize(
     ("options", "unlabelled", "message"),
     [
-        ({"exit_layers": [4]}, ["a film"], "^unlabelled: only exit 0 and branches learn from it; add 0 to the exit"),
+        ({"exit_layers": [4]}, ["a film"], "^unlabelled: without exit 0 or branches nothing learns from it; add 0 to"),
         ({}, ["the film", "THE film", "a film"], "^unlabelled: no text is left: all of them are also labelled, or set"),
-        ({"exit_layers": [0, 2, 4]}, [], "^exit_layers: 0,2,4, and the method plain has exits 0 and 4 only; use the"),
+        (
+            {"exit_layers": [0, 2, 4]},
+            [],
+            "^exit_layers: 0,2,4, and exits between 0 and the last need the method",
+        ),
         ({"exit_layers": [0, 5]}, [], "^exit_layers: 0,5, should increase and end at one of the layers 1 to 4$"),
         ({"names": [None, None]}, ["the"], "^own: no row has a label$"),
         ({"names": ["x", None]}, [], "^own: all rows have the label 'x', needs two or more$"),

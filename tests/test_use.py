@@ -113,8 +113,8 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     assert len(asked) < len(texts)
     assert with_labels({text: wrong[text] for text in asked}).threshold == with_labels(wrong).threshold
     half = with_labels({text: wrong[text] for text in asked[1::2]})  # as is expected of them
-    told = rf"About {len(asked)} labels may cut the layers run from (\d+) to (\d+) of 100; no other missing"
-    found = re.match(f"{told} label keeps the threshold up\n", out)
+    told = rf"About {len(asked)} labels may cut the layers run from (\d+) to (\d+) of 100; no other"
+    found = re.match(f"{told} unlabelled text limits the threshold\n", out)
     assert [*map(int, found.groups())] == pytest.approx([100 * point.share, 100 * half.share], abs=0.51)
     assert out.endswith("; fill in 'team', then: minisweet choose run --labels ask.csv\n")
 
@@ -158,7 +158,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
     # Where labels would change nothing it says why: since those of both times count.
     write_rows(ask, [(*text, wrong[text]) for text in asked_again], "subject", "body", "team")
     assert command(choose, "run", "--labels", ask, "--amp", "off")[0] == 0
-    assert said_and_asked() == ("labels would change nothing: no missing label keeps the threshold up\n", [])
+    assert said_and_asked() == ("labels would change nothing: no unlabelled text limits the threshold\n", [])
 
 
 @pytest.mark.parametrize("suffixes", [*product(SUFFIXES, repeat=2)])

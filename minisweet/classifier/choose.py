@@ -5,8 +5,9 @@
     minisweet choose runs/tickets --max-share 0.3     # at most 30% of the layers run
     minisweet choose runs/tickets --labels ask.csv    # with labels that `minisweet label` asked for
 
-A text is lost if full depth, the whole model, is right and early exit is wrong. The promise holds for one goal that is
-fixed in advance, not for the best of several. Writes operating.json, which test, predict, explain and export read.
+A text is lost if full depth, which runs all layers, is right and early exit is wrong. The promise holds for one goal
+that is fixed in advance, not for the best of several. Writes operating.json, which test, predict, explain and export
+read.
 """
 
 from pathlib import Path

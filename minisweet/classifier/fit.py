@@ -33,7 +33,7 @@ from minisweet.base.commands import (
     positive_number,
     whole_number,
 )
-from minisweet.base.devices import AMP_CHOICES, choose_device, choose_precision, device_name
+from minisweet.base.devices import AMP_CHOICES, AMP_HELP, choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
 from minisweet.checkpoint import REPOSITORIES, WEIGHTS, read_config
 from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
@@ -73,15 +73,15 @@ class FitOptions(Options):
     exit_layers: list[int] | None = option(
         None, list_of(whole_number(0)), "as 0,6, or with branch 0,3,6; 0 is a bag of words (default: by depth)"
     )
-    trunk: str | None = option(None, name_of, "run or classifier to start from, whose answers stay as they are")
+    trunk: str | None = option(None, name_of, "run or classifier to start from; its last exit is not trained")
     dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled rows that is set aside")
     seed: int = option(0, whole_number(0), "random seed of new weights, order and dropout")
     lr: float | None = option(None, positive_number, "initial learning rate (default: by the model's size)")
-    epochs: int | None = option(None, whole_number(1), "(default: by the number of rows and classes)")
+    epochs: int | None = option(None, whole_number(1), "passes over the data (default: by rows and classes)")
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int | None = option(None, whole_number(8), "tokens; longer texts are cut (default: 256, or a trunk's)")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")
-    amp: str = option("auto", one_of(*AMP_CHOICES), f"mixed precision: {', '.join(AMP_CHOICES)}; auto: if faster")
+    amp: str = option("auto", one_of(*AMP_CHOICES), AMP_HELP)
 
 
 def fit_texts(
@@ -121,7 +121,7 @@ def fit_texts(
     # 2. The data: who learns, and who validates. Without any label, all exits learn what the trunk answers.
     learns_unlabelled = has_bag or len(exit_layers) > 1 or not any(rows.names)
     if unlabelled and not learns_unlabelled:
-        raise InputError("only exit 0 and branches learn from it; add 0 to the exit layers", "unlabelled")
+        raise InputError("without exit 0 or branches nothing learns from it; add 0 to the exit layers", "unlabelled")
     labels = trunk.labels if trunk else classes_of(rows.names)
     examples = joined(rows, *(part for part in (unlabelled, validation) if part))
     texts = Texts(tokenizer, examples._replace(labels=class_numbers(examples.names, labels, options.trunk).tolist()))
@@ -133,7 +133,7 @@ def fit_texts(
     learned = texts.take(np.concatenate([split.labelled, split.unlabelled]))
     are_pairs = examples.second is not None
     if are_pairs and config.type_vocab_size == 1:
-        raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {name}, need 2")
+        raise InputError(f"{folder}: takes single texts (type_vocab_size 1), and {name} has pairs; use another model")
     if has_bag:
         check_size(config.vocab_size, len(labels), are_pairs, len(learned))
     warn_of_near_duplicates(split.validation, learned)
@@ -268,8 +268,7 @@ def resolve(options: FitOptions, config: Config, trunk: Trunk | None) -> FitOpti
         where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
         raise InputError(f"{typed}, should increase and end {where}", "exit_layers")
     if options.method == "plain" and any(layers[:-1]):
-        message = f"{typed}, and the method plain has exits 0 and {depth} only; use the method branch"
-        raise InputError(message, "exit_layers")
+        raise InputError(f"{typed}, and exits between 0 and the last need the method branch", "exit_layers")
     return replace(
         options,
         exit_layers=layers,
@@ -369,7 +368,7 @@ def read_files(args: Namespace) -> tuple[Examples, Examples | None, Examples | N
     first, label = args.file or args.unlabelled[0], args.label_column or "label"
     columns = text_columns(first, args.text_columns)
     if args.file and label in columns:
-        raise InputError(f"--text-columns: {','.join(columns)}, should be one or two, and not the label column")
+        raise InputError(f"--text-columns: {','.join(columns)}, should be one or two without the label column")
 
     def read(file: Path, label: str | None) -> Examples:
         own = columns if file is first else text_columns(file, args.text_columns, columns)

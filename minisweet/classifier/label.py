@@ -4,9 +4,9 @@
     minisweet choose runs/tickets --labels ask.csv        # once somebody has filled in the column of labels
 
 A text can only be lost if early exit and full depth answer differently. So `label` asks about such validation texts
-without a label, in the order in which they stop the search for a threshold. The file shows none of the model's answers,
-which would influence whoever labels. Any number of rows may be filled in. These labels are not a random sample, so no
-score uses them. After another `fit` give them to `choose` again; do not train on them.
+without a label, in the order in which they would end the search for a threshold. The file shows none of the model's
+answers, which would influence whoever labels. Any number of rows may be filled in. These labels are not a random
+sample, so no score uses them. After another `fit` give them to `choose` again; do not train on them.
 """
 
 import shlex
@@ -50,10 +50,10 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     """The validation rows to ask about, the most useful first, and in words what their labels may bring."""
     point, nothing = run.point, "labels would change nothing: "
     if point.goal.max_share is not None:
-        return [], f"{nothing}what is deployed was chosen by its share of the layers"
+        return [], f"{nothing}the goal is a share of the layers, which needs none"
     trial = prepare(run.outputs, point.goal, run.record.trained_keys, combines=fitted_of(run.record).combines)
     if not trial.has_judges or not (trial.judges.labels < 0).any():
-        return [], f"{nothing}no text without a label judges"
+        return [], f"{nothing}no unlabelled text judges"
 
     # 1. At which thresholds is each judging text lost?
     _, first_rows = np.unique(trial.judges.keys.numpy(), return_index=True)
@@ -71,7 +71,7 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     order = np.lexsort((keys, -highest))
     asked = order[(is_open & (highest >= reachable))[order]][:most]
     if not len(asked):
-        return [], f"{nothing}no missing label keeps the threshold up"
+        return [], f"{nothing}no unlabelled text limits the threshold"
 
     # 3. Expect that full depth is right, and so the text lost, in as many of them as among the choosing texts.
     expected = np.ones(len(keys))  # (T,), how much of each text stays lost
@@ -80,6 +80,6 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     before, after = 100 * point.share, min(100 * point.share, 100 * costs[m].mean())
     labels = f"{len(asked)} label" + "s" * (len(asked) > 1)
     message = f"About {labels} may cut the layers run from {before:.0f} to {after:.0f} of 100"
-    message += "; no other missing label keeps the threshold up" * (len(asked) < most)
+    message += "; no other unlabelled text limits the threshold" * (len(asked) < most)
     all_keys = run.outputs.keys.tolist()
     return [all_keys.index(key) for key in keys[asked].tolist()], message

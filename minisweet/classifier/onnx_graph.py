@@ -13,7 +13,7 @@ graph in a graph in a graph. For exits 0 (the bag of words), 2 and 6:
             exit 6 answers them, and its answers replace those of exit 2 in these rows
         the answers of exits 2 and 6 replace those of exit 0 in these rows
 
-At threshold 1 another `If` skips all exits but the last, and all rows stay. Of B rows of a batch, M come to an exit.
+At threshold 1 another `If` skips all exits but the last, and all rows stay. Of a batch's B rows, M reach an exit.
 """
 
 import copy

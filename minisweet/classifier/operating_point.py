@@ -81,7 +81,7 @@ class OperatingPoint:
             return ""
         problem, needed = "nothing faster than full depth can be promised", texts_needed(self.goal)
         if self.judging_texts >= needed[-1]:
-            return f"{problem}: too many of {self.judging_texts:,} texts are lost"
+            return f"{problem}: too many of {self.judging_texts:,} texts are lost; allow more"
         kind, share, judges = "labelled rows", set_aside, 0
         unlabelled_would_do = needed[-1] <= MOST_JUDGES * (CHOOSING - 1) // CHOOSING
         if self.judging_texts > self.labelled_judges and unlabelled_would_do:  # more of those that are cheap

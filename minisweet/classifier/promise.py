@@ -1,7 +1,7 @@
 """The promise about new text: the goal, the exact test, and where the judging texts stop.
 
-A text is *lost* if full depth (the last exit) is right and early exit is wrong. The goal is to lose at most P of 100
-texts, and to be S% sure of that; or else to run at most a given share of the layers.
+A text is *lost* if full depth, which runs all layers, is right and early exit is wrong. The goal is to lose at most P
+of 100 texts, and to be S% sure of that; or else to run at most a given share of the layers.
 
 *Judging* texts try thresholds from 1, which is full depth, downwards: the lower, the faster. At each one the exact
 binomial test decides whether the goal still holds, and the first failure ends the search. Only texts whose answer early
@@ -13,7 +13,7 @@ validation samples lead to a broken promise: a threshold at which more than P of
 
 Proof. On the way down there is a first threshold that is too low. The exact test passes it in at most 100 - S of 100
 samples. In all others the search ends before it, and so takes no threshold that is too low. A missing label only adds
-to the count: whoever chose which texts got one, in whatever order, and whenever they stopped, the search ends no later.
+to the count, so whichever texts are labelled, in whatever order, the search goes no lower than with all labels.
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
 MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.

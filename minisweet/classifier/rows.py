@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         rows = map(json.loads, filter(str.strip, lines())) if suffix == ".jsonl" else _table(lines(), suffix)
         for row in rows:
             if not isinstance(row, dict):
-                raise ValueError("it is something else")
+                raise ValueError("it is no object")
             to_json(row).encode()  # raises for half of an emoji, which JSON can hold, and for bytes that are not UTF-8
             if None in row:
                 raise ValueError("it has more cells than the header")
@@ -241,7 +241,7 @@ def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> 
         sides = sides or (2 if len(row) == 2 else 1)
         if len(row) != sides or not all(isinstance(part, str) for part in row):
             wanted = "a pair of texts" if sides == 2 else "one text"
-            raise InputError(f"item {i}: {text!r:.80}, should be {wanted}, as the others")
+            raise InputError(f"item {i}: {text!r:.80}, should be {wanted}")
         if half := HALF.search("".join(row)):
             raise InputError(f"item {i}: it holds {half[0]!r}, half of a character; should be valid Unicode")
         rows.append(row)

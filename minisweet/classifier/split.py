@@ -1,7 +1,7 @@
 """Your own rows: their classes, the units that must stay together, and who learns and who validates.
 
-All rows are one `Texts`, and a side of the split is an array of its row numbers. Who is on which side depends on a hash
-of the text, or of its group, alone: not on labels, the order of rows or the seed.
+All rows are one `Texts`, and a side of the split is an array of its row numbers. A hash of the text, or of its group,
+decides the side. Labels, the order of rows and the seed do not.
 
 Dimension letters: N rows, n some of them.
 """
@@ -146,7 +146,8 @@ def split_rows(
     judges = 0 if given else MOST_JUDGES  # rows that are given may come from another source than the others
     answered, judging, apart = deal_unlabelled(texts, unlabelled, learning, validating, judges)
     if not len(validating) + len(judging):
-        shortage = f"one in {UNLABELLED_PER_JUDGE} of {len(answered)}"
+        shortage = f"{len(answered)} unlabelled ones, needs at least {UNLABELLED_PER_JUDGE}"
+        shortage = "the groups of all that were given are trained on" if given else shortage
         raise InputError(f"{name}: too few validation texts: {shortage}")
     if len(unlabelled):
         counts = f"{len(answered) * learns_unlabelled:,} to learn from, {len(judging):,} to judge"
@@ -202,6 +203,6 @@ def warn_of_near_duplicates(validation: Texts, learned: Texts) -> None:
     if len(alike) > MANY * len(looked_at):
         pair = (side.take([row]).examples.texts()[0] for side, row in zip((looked_at, learned), alike[0], strict=True))
         message = "near-duplicates: of %d validation texts, %d share four fifths of their words with a training text, "
-        message += "such as %.70r with %.70r; the scores are too good, unless related texts are kept together by "
+        message += "such as %.70r with %.70r; the scores are optimistic; keep related texts together with "
         message += "--group-column (groups= in Python)"
         LOG.warning(message, len(looked_at), len(alike), *pair)

@@ -28,9 +28,8 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     title = "on new texts" if trial.has_judges else "on all validation rows, even if trained on"
     lines = [f"{title:<42}{METRIC_NAMES[scored(trial.judges).metric]:>12}   share of the layers"]
     lines += [f"{name:<42}{value:12.1f}   {share:12.2f}" for name, value, share in table]
-    gain, difference = point.score - point.full_depth, "as full depth"
-    if gain:
-        difference = f"{gain:+.1f} points" if gain > 0 else f"{-gain:.1f} points less than full depth"
+    gain = point.score - point.full_depth
+    difference = f"{gain:+.1f} points compared with full depth" if gain else "the same score as full depth"
     exits = ", ".join(map(str, point.exits))
     lines.append(f"early exit: {difference}, at threshold {point.threshold:.6g}, exits {exits}")
     if point.threshold == 1:
@@ -51,7 +50,7 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
         f"{trial.left_out:,} were trained on": trial.left_out,
     }
     why = ", ".join(reason for reason, holds in reasons.items() if holds)
-    lines.append(f"{point.judging_texts:,} of {len(outputs.labels):,} validation rows judge: {why}")
+    lines.append(f"{point.judging_texts:,} of {len(outputs.labels):,} validation rows judge" + f": {why}" * (why != ""))
     return "\n".join([*lines, promise or point.in_words(len(fitted.exit_layers), fitted.set_aside)])
 
 

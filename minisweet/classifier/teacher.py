@@ -1,10 +1,10 @@
 """Two teachers for unlabelled texts: the fine-tuned model, and a logistic regression on the pre-trained embeddings.
 
 A model that learns its own answers (self-training) also learns its own errors. The regression makes other errors: it
-reads the mean of the last hidden states by the public weights, and fine-tuning on few rows forgets part of what these
-know. On most data the sum of both logits is right more often than either (tried.md). The model learns
-from it, as in the distillation of an ensemble (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). This takes one
-pass over the texts and some seconds for the regression, and nothing at inference.
+reads the mean last hidden state of the public weights, and fine-tuning on few rows forgets part of what they know. On
+most data the sum of both logits is right more often than either (tried.md). The model learns from it, as in the
+distillation of an ensemble (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). This takes one pass over the texts
+and some seconds for the regression, and nothing at inference.
 
 Dimension letters: B batch, T tokens, D hidden size, N texts, n of them labelled, C classes.
 """

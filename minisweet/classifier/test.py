@@ -40,6 +40,10 @@ def main() -> None:
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its labels are those that predict wrote, should be the true ones")
     group = fitted.group_column if fitted.group_column in there else None
+    if not label:
+        print(f"{args.file}: no column {fitted.label_column or 'label'}, so all rows count as unlabelled")
+    if fitted.group_column and not group:
+        print(f"{args.file}: no column {fitted.group_column}, so each row counts by itself")
     print_test(deployed, new_outputs(deployed, read_texts(args.file, columns, label, group), args.file, print))
     print_milliseconds(deployed)
 
