@@ -154,14 +154,14 @@ def differences(chosen: Chosen, pair: tuple[str, str], points: list) -> list[lis
 
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
-    deep, gradients, at_rates = {pair: best_known(runs, pair) for pair in PAIRS}, defaultdict(dict), []
+    gradients, at_rates = defaultdict(dict), []
     of_rates = [select(runs, DEEP, rate, seeds=(0,)) for rate in sorted(SEARCHED)]
     for task in TASKS[DEEP][:4]:  # in a cell: the exits, and the methods
         of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in of_rates]
         pairs = [[run for key in product([task], PAIRS[0]) for run in some.get(key, {}).values()] for some in of_rates]
         at_rates.append([f"{named(task)}, SWEET − EE", *(", ".join(row).replace(BOTH, "–") for row in of_exits)])
         at_rates.append([f"{named(task)}, areas", *(", ".join(f"{run.area:.1f}" for run in pair) for pair in pairs)])
-    of_pairs = [(pair, row) for pair in PAIRS[:2] for row in differences(deep[pair], pair, SHOWN)]
+    of_pairs = [(pair, row) for pair in PAIRS[:2] for row in differences(best_known(runs, pair), pair, SHOWN)]
     curves = [[f"{named(*pair)}, {name}", *texts] for pair, (name, *texts) in of_pairs]
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
@@ -171,11 +171,8 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     rows, replicates = list(claims(runs)), []
     told = {row[0]: row for row in rows}
     for pair, place in ((PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[2], 0)):
-        _, paper, *_, verdict_of = told[f"{named(*pair)}, {PLACES[place]} exit"]
-        text = by_task(deep[pair], TASKS[DEEP], pair, layer := LAYERS[DEEP][place])
-        replicates.append([f"{named(*pair)}, exit {layer}", paper, text, verdict_of])
-    name, paper, *_, verdict_of = told["SWEET − EE, curve at 1/4"]
-    replicates.append([name, paper, by_task(deep[PAIRS[0]], TASKS[DEEP], PAIRS[0], Fraction("1/4")), verdict_of])
+        _, paper, tuned, at_one, _, verdict_of = told[f"{named(*pair)}, {PLACES[place]} exit"]
+        replicates.append([f"{named(*pair)}, exit {LAYERS[DEEP][place]}", paper, tuned, at_one, verdict_of])
     models = ["twelve layers, tuned rates", "twelve layers, 5e-5", "six layers, tuned rates"]
     return {
         "claims": table(["claim", "paper", *models, "verdict"], rows),
@@ -184,7 +181,7 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
         "exits, six layers": exits(select(runs, SMALL), SMALL),
         "curves": table(["difference, task", *SHOWN], curves),
         "gradients": table(["layer n", *kinds], of_layers),
-        "replicates": table(["claim", "paper", "here, twelve layers", "verdict"], replicates),
+        "replicates": table(["claim", "paper", "here, tuned rates", "here, 5e-5", "verdict"], replicates),
     }
 
 
