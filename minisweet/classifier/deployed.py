@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -106,9 +106,9 @@ def group_hash(group: str) -> str:
     return hashlib.sha256(group.encode()).hexdigest()[:16]
 
 
-def in_groups(rows: Examples, known: Collection[str]) -> np.ndarray:
+def in_groups(rows: Examples, known: Sequence[str]) -> np.ndarray:
     """Whether each row (N,) belongs to one of some groups, of which the hashes are known."""
-    return np.array([bool(group) and group_hash(group) in known for group in rows.groups or [None] * len(rows.first)])
+    return np.isin([group_hash(group or "") for group in rows.groups or [None] * len(rows.first)], known)
 
 
 def sides_of(record: Record) -> int:
