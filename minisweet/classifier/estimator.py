@@ -196,13 +196,14 @@ class EarlyExitClassifier:
         """The scores of the bag of words, early exit and full depth on new texts, and what is promised: some lines."""
         return summary(self.deployed.run, self.deployed.threshold, self.promise)
 
-    def test(self, X, y) -> dict:
+    def test(self, X, y, *, groups=None) -> dict:
         """Measure early exit on texts X (N) with labels y (N), None where one is missing; see `minisweet test`.
 
-        Texts that were trained on or set the threshold do not count. The keys are those of `operating_point`: score,
-        full_depth and per_class of the labelled texts (None without any), lost and share of all `judging_texts`.
+        Texts that were trained on or set the threshold do not count. With `groups` (N), as in `fit`, one text of each
+        new group counts. The keys are those of `operating_point`: score, full_depth and per_class of the labelled texts
+        (None without any), lost and share of all `judging_texts`.
         """
-        rows, _ = labelled_texts(X, y, sides_of(self.record))
+        rows = with_text(labelled_texts(X, y, sides_of(self.record))[0], groups)
         outputs = new_outputs(self.deployed, rows, "X", LOG.warning)
         of_labels = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")
         has_labels = (outputs.labels >= 0).any()
