@@ -63,7 +63,9 @@ def main() -> None:
 
 def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str = "auto") -> Evaluation:
     """Run all exits on the validation rows of a run. Writes, prints and returns the scores and the curve."""
-    start, record, place = time.perf_counter(), record_of(folder), choose_device(device)
+    start = time.perf_counter()
+    record = record_of(folder)
+    place = choose_device(device)
     options = record.arguments
 
     # 1. The outputs of all exits for all rows.

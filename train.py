@@ -103,9 +103,8 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     if rows.empty:
         LOG.warning("rows without text or label, skipped: %d", rows.empty)
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
-    LOG.info(
-        "lr %g, epochs %d, seed %d, %s, %s", options.lr, options.epochs, options.seed, record.device, record.precision
-    )
+    where = f"{record.device}, {record.precision}"
+    LOG.info("lr %g, epochs %d, seed %d, %s", options.lr, options.epochs, options.seed, where)
 
     # 4. Loop: SWEET and EE are trained in one stage, and MM in one per model. Branches are added to a trained trunk.
     method = METHODS[options.method]

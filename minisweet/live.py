@@ -45,8 +45,10 @@ def early_exit(
         rule: of the model's K exits. None means uncalibrated confidences.
         batch_size: how many of the B instances run at once.
     """
-    rule, inputs = rule or ExitRule(model.num_labels), checked_inputs(input_ids, attention_mask, token_type_ids)
-    threshold, places = in_float32(threshold), list(range(len(model.exit_layers)))
+    rule = rule or ExitRule(model.num_labels)
+    inputs = checked_inputs(input_ids, attention_mask, token_type_ids)
+    threshold = in_float32(threshold)
+    places = list(range(len(model.exit_layers)))
     if threshold >= 1 and not model.asks_at_1:
         places = places[-1:]
     rule, model = rule.keep_exits(places), model.keep_exits(places)
@@ -55,7 +57,8 @@ def early_exit(
     logits = confidence.new_zeros(len(lengths), model.num_labels)  # (B, C)
     by_length = lengths.argsort(descending=True, stable=True)  # similar lengths run together
     for rows in by_length.split(batch_size) if len(by_length) else ():
-        answers, stay = model.exit_by_exit(*(x[rows, : lengths[rows[0]]] for x in inputs)), None
+        answers = model.exit_by_exit(*(x[rows, : lengths[rows[0]]] for x in inputs))
+        stay = None
         for k, place in enumerate(places):
             of_exit, certainty = answers.send(stay)  # (R, C), (R,) or None
             logits[rows] = calibrated = rule.calibrated(k, of_exit, rows)

@@ -40,7 +40,8 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: fl
     order = np.argsort(ratios, kind="stable")
     x, y = np.array(ratios)[order], np.array(scores)[order]
     low, high = np.clip([start, 1.0], x[0], x[-1])
-    inside, ends = (low < x) & (x < high), np.interp([low, high], x, y)
+    inside = (low < x) & (x < high)
+    ends = np.interp([low, high], x, y)
     x, y = np.r_[low, x[inside], high], np.r_[ends[0], y[inside], ends[1]]
     mean = np.trapezoid(y, x) / (high - low) if high > low else ends[1]
     return float(np.clip(mean, y.min(), y.max()))  # rounding must not make 100.00000000000001 of 100

@@ -60,7 +60,8 @@ class Outputs(NamedTuple):
         are calibrated already.
         """
         outputs = self.by(rule) if rule else self
-        rule, places = rule or ExitRule(self.logits.shape[-1]), list(places)
+        rule = rule or ExitRule(self.logits.shape[-1])
+        places = list(places)
         certainties = [None if self.certainty is None else self.certainty[k] for k in places]
         pairs = zip(places, certainties, strict=True)
         confidence = torch.stack([rule.confidence(k, outputs.logits[k], certainty) for k, certainty in pairs])

@@ -105,15 +105,13 @@ def save_run(
     A training that diverged has no model, and its record alone is written, unless there are weights already.
     `add_files(folder)` writes more files into the folder.
     """
-    if model is None:
-        if not (out / WEIGHTS).exists():
-            with written_beside(out) as folder:
-                folder.mkdir()
-                write_json(folder / RECORD, asdict(record))
+    if model is None and (out / WEIGHTS).exists():
         return
     with written_beside(out) as folder:
         folder.mkdir()
         write_json(folder / RECORD, asdict(record))
+        if model is None:
+            return
         (folder / WEIGHTS).write_bytes(save(model.state_dict(), {"id": record.id}))
         config = model.models_alone[-1].encoder.config
         content = asdict(config) | {"num_hidden_layers": record.depth}

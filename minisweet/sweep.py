@@ -68,7 +68,9 @@ def sweep(folds: Folds, outputs: Outputs, thresholds: list[float]) -> tuple[dict
 
     Returns a dictionary of fields of `Evaluation` (exit_scores to area), and the exits taken, (P, N).
     """
-    (K, N, _), labels, metric = outputs.logits.shape, outputs.labels.numpy(), outputs.metric
+    K, N, _ = outputs.logits.shape
+    labels = outputs.labels.numpy()
+    metric = outputs.metric
     taken, costs = np.empty((len(thresholds), N), dtype=np.int64), np.empty((len(thresholds), N))
     predictions = outputs.logits.argmax(-1).numpy()  # (K, N)
     for rule, rows in folds:

@@ -99,7 +99,8 @@ def load_examples(name: str, split: str, data_dir: Path) -> Examples:
         cells = line.split("\t")
         if len(cells) > len(header):
             raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}, as its header has")
-        is_header, is_short = number == 1 and not task.header, len(cells) <= max(*texts, label)
+        is_header = number == 1 and not task.header
+        is_short = len(cells) <= max(*texts, label)
         empty += is_short and line != ""  # an own row whose label is blank is an error below
         if is_header or is_short or (cells[label] == NO_LABEL and NO_LABEL not in codes):
             continue

@@ -77,7 +77,8 @@ def fine_tune(
     """
     model.train()
     groups = groups or [list(model.parameters())]
-    parameters, device = list(chain.from_iterable(groups)), next(model.parameters()).device
+    parameters = list(chain.from_iterable(groups))
+    device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     scaler = GradScaler(device.type, enabled=precision is torch.float16)
     losses = []
@@ -102,7 +103,9 @@ def fine_tune(
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
     """Accumulate the gradients of the losses of all exits that are trained. Returns these losses (K,)."""
-    losses, exits, is_ee = [], model.exit_by_exit(*batch.inputs), model.method == "ee"
+    losses = []
+    exits = model.exit_by_exit(*batch.inputs)
+    is_ee = model.method == "ee"
     frozen = [not head.classifier.weight.requires_grad for head in model.heads]  # with branches, the last one
     for _ in range(frozen.count(False)):  # the model waits after each exit while its loss goes backward
         with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):

@@ -119,8 +119,8 @@ class Parser(argparse.ArgumentParser):
     """A parser without abbreviations. --help shows `doc`, the command's docstring. Errors are one line, status 2."""
 
     def __init__(self, doc: str = "") -> None:
-        prog, style = Path(sys.argv[0]).name, argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=doc, allow_abbrev=False, formatter_class=style)
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(Path(sys.argv[0]).name, description=doc, allow_abbrev=False, formatter_class=style)
 
     def add_options(self, kind: type[Options], *names: str, title: str = "", **defaults: object) -> None:
         """Add the options with these names, by default all of a kind, to the group of this title.

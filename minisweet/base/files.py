@@ -1,6 +1,5 @@
 """The error for bad input, files that are never half-written, and JSON that is read into dataclasses."""
 
-import errno
 import json
 import logging
 import os
@@ -50,13 +49,6 @@ def preview(names: Sequence[object], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def regular_file(path: Path) -> Path:
-    """`path` itself. Raises OSError if it is not a regular file, because opening a pipe would wait for a writer."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file", str(path))
-    return path
-
-
 @contextmanager
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `target`, for a file or a folder; on success, rename it to `target`.
@@ -96,7 +88,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError if there is none."""
     try:
-        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
@@ -110,7 +102,8 @@ def read_dataclass(kind: type, path: Path | str, content: dict | None = None) ->
     Keys that are not fields are ignored. Raises InputError for missing keys and for values of a wrong type.
     """
     content = read_json(path) if content is None else content
-    types, values = get_type_hints(kind), {}
+    types = get_type_hints(kind)
+    values = {}
     for field in fields(kind):
         name, wanted = field.name, types[field.name]
         if name not in content:

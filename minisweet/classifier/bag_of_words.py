@@ -46,7 +46,8 @@ class NgramExit(nn.Module):
 
     def __init__(self, vocab_size: int, num_labels: int, special_ids: Sequence[int], pairs: bool) -> None:
         super().__init__()
-        self.pairs, self.token_rows = pairs, (1 + pairs) * vocab_size
+        self.pairs = pairs
+        self.token_rows = (1 + pairs) * vocab_size
         self.buckets = FEW_BUCKETS if num_labels <= FEW else BUCKETS
         self.register_buffer("table", torch.zeros(self.token_rows + self.buckets, num_labels))
         self.register_buffer("bias", torch.zeros(num_labels))
@@ -157,7 +158,8 @@ def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embed
 
 def compare_words(bag: NgramExit, batches: Sequence[Inputs], embeddings: Tensor) -> None:
     """Set what `find_met` compares words by: vectors, which are principal components of the embeddings, and IDF."""
-    centred, V = embeddings - embeddings.mean(0), len(embeddings)
+    centred = embeddings - embeddings.mean(0)
+    V = len(embeddings)
     axes = torch.linalg.eigh(centred.T @ centred)[1][:, -bag.vectors.shape[1] :]  # their signs change no cosine
     bag.vectors.zero_()[:, : axes.shape[1]] = F.normalize(centred @ axes)
     texts_with = sum(torch.zeros(len(ids), V).scatter_(1, ids, mask.float()).sum(0) for ids, mask, _ in batches)  # (V,)
@@ -174,7 +176,8 @@ class Features:
     """
 
     def __init__(self, bag: NgramExit, batches: Sequence[Inputs], embeddings: Tensor) -> None:
-        (V, D), kinds = embeddings.shape, 1 + bag.pairs  # of tokens: in one text, and in both
+        V, D = embeddings.shape
+        kinds = 1 + bag.pairs  # of tokens: in one text, and in both
         known = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6) / D**0.5  # of length about 1
         self.known = torch.cat([known, torch.ones(V, 1)], 1)  # (V, D+1): the ones count tokens
         self.of_tokens = kinds * (D + 1)  # how many dense features are sums of these
@@ -193,13 +196,15 @@ class Features:
         # The weights of the last features are penalised as if these had a standard deviation of 1. The bias, a feature
         # of ones, is hardly penalised.
         self.variances = self.dense[:, self.of_tokens :].var(0, correction=0).clamp(min=1e-4)
-        self.has_words, self.root = (sizes > 0)[:, None], sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
+        self.has_words = (sizes > 0)[:, None]  # (N, 1)
+        self.root = sizes.clamp(min=1).rsqrt()[:, None]  # (N, 1)
 
         counts = rows.bincount(minlength=len(bag.table))
         R = min(LARGE // len(bag.bias), int(counts.count_nonzero()))
         self.used = counts.argsort(descending=True, stable=True)[:R].sort().values  # (R,) rows of the table
         gram = torch.full_like(counts, -1).index_copy(0, self.used, torch.arange(R))[rows]  # (G,) in 0 to R-1, or -1
-        self.grams, self.texts = gram[gram >= 0], torch.arange(len(sizes)).repeat_interleave(sizes)[gram >= 0]
+        self.grams = gram[gram >= 0]
+        self.texts = torch.arange(len(sizes)).repeat_interleave(sizes)[gram >= 0]
         sizes = self.texts.bincount(minlength=len(sizes))
         self.starts = sizes.cumsum(0) - sizes  # of each text, in `grams`
 
@@ -217,7 +222,8 @@ def fit_weights(features: Features, scale: float, targets: Tensor) -> tuple[Tens
     preconditioner), so that few steps suffice. For `free` that is a number for each n-gram. The dense features depend
     on each other, as all grow with a text's length, so that `dense` takes a matrix.
     """
-    (N, C), counted = targets.shape, targets.sum(1, keepdim=True)  # (N, 1): 1, or 0 for a text that does not count
+    N, C = targets.shape
+    counted = targets.sum(1, keepdim=True)  # (N, 1): 1, or 0 for a text that does not count
     penalties = torch.cat([torch.full((features.of_tokens,), scale**-2), features.variances])[:, None] / PRIOR_VARIANCE
     curvature = CURVATURE / C * counted
     of_texts = (curvature * features.root.square()).squeeze(1)[features.texts]  # (G,)
@@ -228,7 +234,8 @@ def fit_weights(features: Features, scale: float, targets: Tensor) -> tuple[Tens
     variables = [torch.zeros(len(part), C, requires_grad=True) for part in (unit, matrix)]  # the weights in these units
 
     def loss() -> Tensor:
-        free, dense = unit * variables[0], matrix @ variables[1]
+        free = unit * variables[0]
+        dense = matrix @ variables[1]
         error = -(targets * features.logits(free, dense).log_softmax(-1)).sum()
         total = (error + (free.square().sum() / PRIOR_VARIANCE + (penalties * dense.square()).sum()) / 2) / N
         for part, gradient in zip(variables, torch.autograd.grad(total, variables), strict=True):

@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, metavar="FILE", help="filled in, as `minisweet label` wrote it")
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
-    folder, goal = args.run, goal_of(args)
+    folder = args.run
+    goal = goal_of(args)
     run = load_run(folder, "given", *(("tokenizer", "texts") if args.labels else ()))
     if run.record.arguments.exit_strategy == "lte":
         message = "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"
@@ -55,8 +56,10 @@ def main() -> None:
 
 def given_labels(run: OwnRun, rows: Examples) -> dict[int, int]:
     """The classes, by key, that rows give to validation texts without a label. Logs the rows that are left out."""
-    classes, texts = {name: number for number, name in enumerate(run.record.labels)}, run.texts
-    keys, open_keys = Texts(run.tokenizer, rows).keys.tolist(), {*texts.keys[texts.labels < 0].tolist()}
+    classes = {name: number for number, name in enumerate(run.record.labels)}
+    texts = run.texts
+    keys = Texts(run.tokenizer, rows).keys.tolist()
+    open_keys = {*texts.keys[texts.labels < 0].tolist()}
     all_rows = list(zip(keys, rows.names, rows.texts(), strict=True))
     named = [row for row in all_rows if row[1] is not None]
     if emptied := [text for key, name, text in all_rows if name is None and key in run.given]:

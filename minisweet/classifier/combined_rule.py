@@ -27,7 +27,8 @@ class CombinedRule(ExitRule):
 
     def __init__(self, num_labels: int, temperatures: Tensor, weights: Tensor) -> None:
         super().__init__(num_labels, temperatures)
-        self.weights, self.bag_logits = weights, None
+        self.weights = weights
+        self.bag_logits = None
 
     @property
     def needs_bag(self) -> bool:

@@ -120,7 +120,8 @@ def deploy(
     run: OwnRun, threshold: float | None = None, device: str = "auto", amp: str = "auto", batch_size: int = 32
 ) -> Deployed:
     """Prepare a run to answer. `threshold` is None for the one that was chosen."""
-    point, place = run.point, choose_device(device)
+    point = run.point
+    place = choose_device(device)
     precision = choose_precision(amp, place)
     if threshold is None and point.precision != str(precision or torch.float32) and point.threshold < 1:
         message = "the promise was made in %s, and this is %s: choose again with this --amp"
@@ -164,8 +165,9 @@ def classify(deployed: Deployed, texts: Texts) -> list[Answer]:
 @torch.no_grad()
 def decide(deployed: Deployed, ids: Tensor, mask: Tensor, types: Tensor) -> Decisions:
     """Ask the bag of words about B texts, and the model about those that stay. Exits are counted with the bag as 0."""
-    inputs, threshold, batch_size = (ids, mask, types), deployed.threshold, deployed.batch_size
-    rule, bag, precision = deployed.run.point.rule, deployed.bag, deployed.precision
+    inputs = ids, mask, types
+    threshold, batch_size, precision = deployed.threshold, deployed.batch_size, deployed.precision
+    rule, bag = deployed.run.point.rule, deployed.bag
     autocast = torch.autocast(deployed.device.type, precision, enabled=precision is not None)
     if bag is None:
         with autocast:
@@ -204,7 +206,8 @@ def ask_exits(
     """Run all exits on all texts: those of a model (see `ask_all`), and before them a bag of words in float32."""
     outputs = ask_all(model, texts, precision, metric)
     if bag is not None:
-        device, rows, logits = next(model.parameters()).device, [], []
+        device = next(model.parameters()).device
+        rows, logits = [], []
         for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
             rows.append(batch.rows)
             logits.append(bag(*batch.to(device).inputs).cpu())
@@ -221,7 +224,8 @@ def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | No
 
     A run that was loaded without its model is read from `folder`. Raises InputError if logits are infinite or NaN.
     """
-    record, outputs, place = run.record, run.outputs, choose_device(device)
+    record, outputs = run.record, run.outputs
+    place = choose_device(device)
     precision = choose_precision(amp, place)
     if outputs is None or outputs.precision != str(precision or torch.float32):
         asked = run if run.model else load_run(folder, "model", "bag", "texts")

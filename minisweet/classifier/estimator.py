@@ -43,7 +43,8 @@ def two_of(value: object, name: str) -> Sequence:
 @contextmanager
 def telling(verbose: int) -> Iterator[None]:
     """Write notices and progress bars to standard error if `verbose`, and otherwise no progress bar."""
-    handler, level = notices(), LOG.level
+    handler = notices()
+    level = LOG.level
     bars = BARS.set({"mininterval": 0.1 if sys.stderr.isatty() else 10} if verbose else {"disable": True})  # seconds
     if verbose:
         LOG.addHandler(handler)
@@ -125,7 +126,9 @@ class EarlyExitClassifier:
         `unlabelled`. With a `trunk`, X and y may be None. Until the new model is ready, the previous one answers.
         Raises InputError, with the item, for what cannot be trained on.
         """
-        verbose, goal, sides = VERBOSE.check("verbose", self.verbose), self._options(Goal), None
+        verbose = VERBOSE.check("verbose", self.verbose)
+        goal = self._options(Goal)
+        sides = None
         options = self._options(FitOptions)
         if unlabelled is None and unlabelled_groups is not None:
             raise InputError("needs unlabelled", "unlabelled_groups")
@@ -163,7 +166,8 @@ class EarlyExitClassifier:
         Omitted arguments are the constructor's. `labels` is (texts, labels) of texts that `to_label` gave; alone they
         keep the current goal. Raises InputError if max_lost and max_share are given together.
         """
-        deployed, run, goal = self.deployed, self.deployed.run, self._options(Goal)
+        deployed, run = self.deployed, self.deployed.run
+        goal = self._options(Goal)
         if labels is not None:
             labels = two_of(labels, "labels")
             if max_lost is sure is max_share is None:
@@ -222,7 +226,8 @@ class EarlyExitClassifier:
         what it prints, in lines; see `minisweet export`. Raises InputError for a path that exists, for int8 with a
         folder, or if the packages for ONNX are missing.
         """
-        is_file, run = Path(path).suffix.lower() == ".onnx", self.deployed.run
+        is_file = Path(path).suffix.lower() == ".onnx"
+        run = self.deployed.run
         if int8 and not is_file:
             raise InputError(f"is for one file, and {path} should end in .onnx", "int8")
         model, bag = copy.deepcopy((run.model, run.bag))  # to export from the CPU, while they answer on their device

@@ -53,7 +53,8 @@ def main() -> None:
 
 def explain(deployed: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
     """Each exit's answer to a text or a pair, and whether the text may leave there, as always at the last exit."""
-    texts, rule = tokenize(deployed, [text]), deployed.run.point.rule
+    texts = tokenize(deployed, [text])
+    rule = deployed.run.point.rule
     outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(rule)
     logits = outputs.logits[:, 0]  # (K, C)
     confidence = logits.softmax(-1).amax(-1)  # (K,)
@@ -114,11 +115,13 @@ def write_page(path: Path, deployed: Deployed) -> None:
     Rows without a label are shown only if no row has one.
     """
     record, point, texts, outputs = deployed.run.record, deployed.run.point, deployed.run.texts, deployed.run.outputs
-    places, rule = [outputs.exits.layers.index(n) for n in point.exits], point.rule
+    places = [outputs.exits.layers.index(n) for n in point.exits]
+    rule = point.rule
     outputs = outputs._replace(logits=outputs.logits[places], exits=outputs.exits.keep_exits(places)).by(rule)
     shown = np.flatnonzero(outputs.labels.numpy() >= 0)
     has_labels = len(shown) > 0
-    outputs, texts = scored(outputs), texts.take(shown) if has_labels else texts
+    outputs = scored(outputs)
+    texts = texts.take(shown) if has_labels else texts
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
     plain = ExitRule(len(record.labels))  # of calibrated logits
     curve, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)

@@ -28,7 +28,8 @@ from minisweet.texts import special_tokens
 def main() -> None:
     """Export a run."""
     parser = Parser(__doc__)
-    option, either = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
+    option = parser.add_argument
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     either("--onnx", type=path_to(".onnx"), metavar="FILE.onnx", help="the file to write, which must not exist")
     either("--out", type=Path, metavar="FOLDER", help="the folder to write, which must not exist")
@@ -63,7 +64,8 @@ def export_folder(out: Path, run: OwnRun, exit_layer: int | None = None) -> str:
     if layer not in model.exit_layers:  # exit 0 has no layers that transformers could load
         raise InputError(f"--exit-layer: {layer}, should be the layer of an exit: {preview(model.exit_layers, 24)}")
     model = next(alone for alone in model.models_alone if layer in alone.exit_layers)
-    special, is_mpnet = special_tokens(tokenizer), model.encoder.config.model_type == "mpnet"
+    special = special_tokens(tokenizer)
+    is_mpnet = model.encoder.config.model_type == "mpnet"
     if is_mpnet and tokenizer.token_to_id(special[2]) != 1:
         raise InputError(f"{special[2]} is not token 1 of the tokenizer, and transformers' MPNet needs it there")
     types = [] if is_mpnet else ["token_type_ids"]  # which MPNet would refuse
@@ -88,9 +90,11 @@ def export_folder(out: Path, run: OwnRun, exit_layer: int | None = None) -> str:
 
 def plain_tensors(model: MultiExitModel, layer: int) -> dict[str, Tensor]:
     """The weights up to one exit by their names in transformers. A branch takes the place of the trunk's layer."""
-    encoder, head = copy.deepcopy(model.encoder), model.heads[model.exit_layers.index(layer)]
+    encoder = copy.deepcopy(model.encoder)
+    head = model.heads[model.exit_layers.index(layer)]
     encoder.layers = nn.ModuleList([*encoder.layers[: layer - 1], model.layer_of_exit(layer)])
-    model_type, weights = encoder.config.model_type, encoder.state_dict()
+    model_type = encoder.config.model_type
+    weights = encoder.state_dict()
     # Our keys have no bias, since the softmax ignores it, and those of transformers have one.
     biases = {name: tensor for name, tensor in weights.items() if name.endswith("query.bias")}
     weights |= {name.replace("query", "key"): torch.zeros_like(tensor) for name, tensor in biases.items()}

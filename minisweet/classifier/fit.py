@@ -9,6 +9,7 @@ Files are .csv, .tsv or .jsonl. By default a plain model is fine-tuned for its l
 words, stands in front of it. Then `fit` does what `minisweet choose` does.
 """
 
+import copy
 import hashlib
 import time
 from argparse import Namespace
@@ -113,7 +114,8 @@ def fit_texts(
     folder = Path(options.trunk) if options.trunk else model_folder(options.model)
     config = read_config(folder)
     options = resolve(options, config, trunk)
-    has_bag, exit_layers = options.exit_layers[0] == 0, [n for n in options.exit_layers if n > 0]
+    has_bag = options.exit_layers[0] == 0
+    exit_layers = [n for n in options.exit_layers if n > 0]
     tokenizer = load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens)
     device = choose_device(options.device)
     precision = choose_precision(options.amp, device, training=True)
@@ -191,7 +193,8 @@ def fit_texts(
     if not trunk and len(labelled) < len(answered):
         again = split.unlabelled[np.sort(np.random.default_rng(0).permutation(len(answered))[:MOST_AGAIN])]
     known = texts.take(np.concatenate([split.labelled, again]))
-    size, is_single = options.batch_size, not are_pairs
+    size = options.batch_size
+    is_single = not are_pairs
     stages = [
         ("trunk", len(labelled), epochs_of(len(labelled), size, len(labels), is_single)),
         ("trunk again", len(known), EPOCHS_AGAIN),
@@ -290,7 +293,9 @@ def epochs_of(rows: int, batch_size: int, classes: int, are_single: bool = True)
 def with_answers(texts: Texts, answers: torch.Tensor) -> Texts:
     """Labelled texts, then unlabelled ones. Their targets are the labels, and the `answers` (n, C) of a model."""
     labels = np.eye(answers.shape[1], dtype=np.float32)[texts.labels[: len(texts) - len(answers)]]
-    return texts.with_targets(np.concatenate([labels, answers.numpy()]))
+    same = copy.copy(texts)
+    same.targets = np.concatenate([labels, answers.numpy()])
+    return same
 
 
 class Training:
@@ -309,7 +314,8 @@ class Training:
 
     def train(self, stage: Stage, texts: Texts, epochs: int) -> None:
         """Train a stage. The progress bar says what it does."""
-        name, options = stage.name, self.record.arguments
+        name = stage.name
+        options = self.record.arguments
         stage = stage._replace(name=TITLES.get(name, name))
         settings = options.batch_size, options.lr, options.seed, self.device, self.precision
         try:
@@ -349,7 +355,8 @@ def main() -> None:
     parser.add_options(FitOptions, title="training")
     parser.add_options(Goal, max_lost=None, sure=None)
     args = parser.parse_args()
-    options, goal = parser.make(FitOptions, args), goal_of(args)
+    options = parser.make(FitOptions, args)
+    goal = goal_of(args)
     parser.need(args, args.dev_data is None, "rows of FILE, and --dev-data is given", "dev_size")
     if not args.file and not (args.trunk and args.unlabelled):
         raise InputError("FILE: is missing; without labels, --trunk FOLDER --unlabelled FILE will do")
@@ -365,7 +372,8 @@ def main() -> None:
 
 def read_files(args: Namespace) -> tuple[Examples, Examples | None, Examples | None, Columns]:
     """Read the files that a command names: the rows, those to validate on, the unlabelled ones; and FILE's columns."""
-    first, label = args.file or args.unlabelled[0], args.label_column or "label"
+    first = args.file or args.unlabelled[0]
+    label = args.label_column or "label"
     columns = text_columns(first, args.text_columns)
     if args.file and label in columns:
         raise InputError(f"--text-columns: {','.join(columns)}, should be one or two without the label column")

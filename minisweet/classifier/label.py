@@ -48,7 +48,8 @@ def main() -> None:
 
 def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     """The validation rows to ask about, the most useful first, and in words what their labels may bring."""
-    point, nothing = run.point, "labels would change nothing: "
+    point = run.point
+    nothing = "labels would change nothing: "
     if point.goal.max_share is not None:
         return [], f"{nothing}the goal is a share of the layers, which needs none"
     trial = prepare(run.outputs, point.goal, run.record.trained_keys, combines=fitted_of(run.record).combines)
@@ -58,7 +59,8 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     # 1. At which thresholds is each judging text lost?
     _, first_rows = np.unique(trial.judges.keys.numpy(), return_index=True)
     texts = trial.judges.take(first_rows)
-    keys, judged = texts.keys.numpy(), filled(texts, run.given)
+    keys = texts.keys.numpy()
+    judged = filled(texts, run.given)
     is_open = still_open(texts, run.given)  # (T,)
     _, answers, costs = judged.decide_at(trial.places, trial.thresholds)  # (M, T)
     is_lost = lost_rows(judged, answers)  # (M, T)

@@ -38,10 +38,13 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
     """
     if run.model.asks_at_1:
         raise InputError("--onnx: the run is of Multi-Model (mm); the file is for one model")
-    record, deployed, lines = run.record, deploy(run, device="cpu", amp="off"), []
+    record = run.record
+    deployed = deploy(run, device="cpu", amp="off")
+    lines = []
     _, judging, _ = choosers_and_judges(run.outputs, record.trained_keys)
     rows = judging if len(judging) else np.arange(len(run.texts))  # to try the file on
-    tried, fitted = run.texts.take(rows), fitted_of(record)
+    tried = run.texts.take(rows)
+    fitted = fitted_of(record)
     with written_beside(out, overwrite=False) as new:
         file = export_graph(deployed.model, deployed.bag, run.point.threshold, run.point.rule, int8)
         if int8:
@@ -69,7 +72,8 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
             "threshold": deployed.threshold,
             "goal": point.goal.as_json(),
         }
-        tokenizer, pad = copy.deepcopy(run.tokenizer), special_tokens(run.tokenizer)[2]
+        tokenizer = copy.deepcopy(run.tokenizer)
+        pad = special_tokens(run.tokenizer)[2]
         tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
         as_json = {key: json.dumps(value) for key, value in metadata.items()}
         set_model_props(file, as_json | {"tokenizer": tokenizer.to_str()})
@@ -78,14 +82,16 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
     promise = point.in_words(len(fitted.exit_layers), fitted.set_aside)
     if point.precision not in ("int8", "torch.float32"):
         promise = f"the promise was made in {point.precision}, not for this file: choose again with --amp off"
-    kind, exits = "int8" if int8 else "float32", ", ".join(map(str, point.exits))
+    kind = "int8" if int8 else "float32"
+    exits = ", ".join(map(str, point.exits))
     first = f"{out}: {kind}, {size:.1f} MB, exits {exits}, by default at threshold {deployed.threshold:.6g}"
     return [first, *lines, promise]
 
 
 def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[OperatingPoint, str]:
     """Choose for an int8 file from its own answers. Also returns a line: what eight bits change in some rows."""
-    layers, answers = run.point.exits, []
+    layers = run.point.exits
+    answers = []
     for k in range(len(layers)):  # with a temperature of NaN no text leaves, so that all leave at exit k
         temperatures = torch.tensor([math.nan] * k + [1.0] * (len(layers) - k))
         set_rule(file, 0.0, CombinedRule(1, temperatures, torch.zeros(len(layers))))
@@ -94,12 +100,14 @@ def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[Op
     logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (K, N, C)
     exits = run.outputs.exits.keep_exits([run.outputs.exits.layers.index(n) for n in layers])
     outputs = run.outputs._replace(logits=logits, exits=exits, precision="int8")
-    known, combines = run.record.trained_keys, run.point.rule.needs_bag
+    known = run.record.trained_keys
+    combines = run.point.rule.needs_bag
     point = choose(outputs, run.point.goal, known, layers, run.given, combines)
     changes = int((logits[-1].argmax(-1) != run.outputs.logits[-1].argmax(-1))[rows].sum())  # of the last exit alone
     line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
     if outputs.metric != "agreement":
-        gap, metric = point.full_depth - run.point.full_depth, METRIC_NAMES[outputs.metric]
+        gap = point.full_depth - run.point.full_depth
+        metric = METRIC_NAMES[outputs.metric]
         line += f"; {metric} {point.full_depth:.1f}, {gap:+.1f} points compared with the model"
     return point, line
 
@@ -109,7 +117,8 @@ def one_by_one(file: ModelProto, texts: Texts, **setting: np.ndarray) -> tuple[l
 
     The first tenth of the texts is not timed.
     """
-    options, outputs, seconds = onnxruntime.SessionOptions(), [], []
+    options = onnxruntime.SessionOptions()
+    outputs, seconds = [], []
     options.log_severity_level = 3  # else it warns that the threshold is no constant
     session = onnxruntime.InferenceSession(file.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for row in progress(range(len(texts)), desc="file", unit="text"):

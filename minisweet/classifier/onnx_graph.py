@@ -84,7 +84,8 @@ class Writer:
 
     def __init__(self, model: MultiExitModel, bag: NgramExit | None, combines: bool) -> None:
         self.combines = combines  # whether the bag of words has a say at later exits
-        self.bag, self.model = bag, copy.deepcopy(model).requires_grad_(False).train()
+        self.bag = bag
+        self.model = copy.deepcopy(model).requires_grad_(False).train()
         self.exit_layers = model.exit_layers if bag is None else (0, *model.exit_layers)
         for module in self.model.modules():
             if isinstance(module, Dropout):  # attention as in training is fewer nodes than torch's own
@@ -98,7 +99,8 @@ class Writer:
         if bag is not None:
             steps["ask_bag"] = Step(lambda bag, *tokens: bag(*tokens), bag), tokens
         self.functions = {name: function_of(name, *step) for name, step in steps.items()}
-        self.nodes, self.weights, self.count = [], [], 0
+        self.nodes, self.weights = [], []
+        self.count = 0
 
     def add(self, op: str, *inputs: str, outputs: Sequence[str] = (), **attributes) -> str:
         """Write a node. Returns its first output."""
@@ -108,7 +110,8 @@ class Writer:
 
     def call(self, name: str, place: str, modules: Sequence[nn.Module], *inputs: str) -> list[str]:
         """Write a call of a function with the weights of these modules. Returns its outputs."""
-        function, weights = self.functions[name], nn.ModuleList(modules).state_dict()
+        function = self.functions[name]
+        weights = nn.ModuleList(modules).state_dict()
         read = {f"{place}.{key}": weights[key] for key in function.input[len(inputs) :]}
         self.weights += [from_array(weight.numpy(), key) for key, weight in read.items()]
         outputs = [f"{place}.{value}" for value in function.output]
@@ -120,7 +123,8 @@ class Writer:
 
         Weights stand in the graph that reads them: only there ONNX Runtime packs them.
         """
-        outside, graphs = (self.nodes, self.weights), []
+        outside = (self.nodes, self.weights)
+        graphs = []
         for write_branch in branches:
             self.nodes, self.weights = [], []
             output = make_tensor_value_info(self.add("Identity", write_branch()), FLOAT, None)
@@ -134,7 +138,8 @@ class Writer:
         if n == 0:
             return list(state)
         if done < 0:
-            state, done = self.call("start", "start", [self.model.encoder], *state), 0
+            state = self.call("start", "start", [self.model.encoder], *state)
+            done = 0
         hidden, *context = state
         for i in range(done, n - 1):
             (hidden,) = self.call("go", f"layers.{i}", [self.model.encoder.layers[i]], hidden, *context)

@@ -79,7 +79,8 @@ class OperatingPoint:
             return f"at most {self.goal.max_share:g} of the layers is out of reach: the fastest takes {self.share:.3g}"
         if self.threshold < 1:
             return ""
-        problem, needed = "nothing faster than full depth can be promised", texts_needed(self.goal)
+        problem = "nothing faster than full depth can be promised"
+        needed = texts_needed(self.goal)
         if self.judging_texts >= needed[-1]:
             return f"{problem}: too many of {self.judging_texts:,} texts are lost; allow more"
         kind, share, judges = "labelled rows", set_aside, 0
@@ -102,7 +103,8 @@ def stated(places: Sequence[int], threshold: float, judges: Outputs, given: Mapp
 
     The `judges` have calibrated logits. Labels that are `given`, by key, enter `lost` alone.
     """
-    judged, labelled = filled(judges, given), scored(judges)
+    judged = filled(judges, given)
+    labelled = scored(judges)
     _, (answers,), (costs,) = judged.decide_at(places, [threshold])
     lost, costs = lost_texts(judged, answers), by_text(judged, costs)  # (T,) each
     ends = judged.exits.keep_exits(places).costs(threshold)
@@ -146,6 +148,7 @@ def wilson(values: np.ndarray) -> list[float]:
 
 def around_mean(values: np.ndarray, least: float, most: float) -> list[float]:
     """The 95% interval of a mean: the normal one, of values (T,) and of one made-up value at either end."""
-    widened, mean = np.append(values, [least, most]), values.mean()
+    widened = np.append(values, [least, most])
+    mean = values.mean()
     half = Z * widened.std() / math.sqrt(len(widened))
     return [float(min(mean, max(least, widened.mean() - half))), float(max(mean, min(most, widened.mean() + half)))]

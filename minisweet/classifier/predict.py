@@ -34,12 +34,14 @@ def main() -> None:
     deployed = deployed_of(args)
     record = deployed.run.record
     columns = text_columns(args.file, args.text_columns, record.text_columns)
-    rows, there = read_rows(args.file), all_columns(args.file)
+    rows = read_rows(args.file)
+    there = all_columns(args.file)
     added = ["label", "confidence", "exit_layer", *(f"p_{name}" for name in deployed.labels)]
     while clash := {*added} & {*there}:
         added = [f"predicted_{name}" if name in clash else name for name in added]
 
-    left, empty, cut = Counter(), 0, 0
+    left = Counter()
+    empty, cut = 0, 0
     with row_writer(args.out, there + added) as write, progress(unit="row", desc="predict") as bar:
         while chunk := list(islice(rows, WINDOW)):
             texts = [[cell(args.file, line, row, column) for column in columns] for line, row in chunk]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.base.files import InputError, preview, regular_file, written_beside
+from minisweet.base.files import InputError, preview, written_beside
 from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -44,11 +44,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     Cells are strings, or None at the end of a short row; in JSON lines they are any JSON value. The header shows what
     separates cells: commas, semicolons or tabs. Raises InputError, with the line, if a row cannot be read.
     """
-    suffix, number = _suffix(path), 0
+    suffix = _suffix(path)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise InputError(f"{path}: cannot be read (it is no file)")
+    number = 0
 
     def lines() -> Iterator[str]:
         nonlocal number
-        with regular_file(path).open("rb") as file:
+        with path.open("rb") as file:
             is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
         # Only "\n" ends a line: Unicode's other line breaks may occur in a text. Bytes that are not UTF-8 are refused
         # below, with their line.
@@ -100,7 +103,8 @@ def row_writer(path: Path | None, columns: Sequence[str]) -> Iterator[Callable[[
     The output is UTF-8, and the file appears at the end, whole. CSV and TSV have these `columns`, and an empty cell
     where a row lacks one. Raises InputError for another suffix.
     """
-    suffix, file = _suffix(path) if path else ".csv", sys.stdout
+    suffix = _suffix(path) if path else ".csv"
+    file = sys.stdout
     with ExitStack() as stack:
         if path:
             new = stack.enter_context(written_beside(path))

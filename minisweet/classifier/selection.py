@@ -38,7 +38,8 @@ def choosers_and_judges(outputs: Outputs, known: Collection[int] = ()) -> tuple[
     keys, labels = outputs.keys.numpy(), outputs.labels.numpy()
     units = keys if outputs.units is None else outputs.units.numpy()
     is_known = np.isin(units, units[np.isin(keys, np.array([*known], dtype=np.int64))])
-    has_label, chooses = np.isin(units, units[labels >= 0]), np.zeros(len(units), dtype=bool)
+    has_label = np.isin(units, units[labels >= 0])
+    chooses = np.zeros(len(units), dtype=bool)
     for kind in (has_label & ~is_known, ~has_label & ~is_known):
         chooses[kind] = dealt(units[kind], math.ceil(len(np.unique(units[kind])) / CHOOSING), "choose")
     judging = np.flatnonzero(~chooses & ~is_known)
@@ -90,12 +91,15 @@ def choose(
     is stated is that of all rows, without intervals.
     """
     rule, places, thresholds, choosers, judges, has_judges, _ = prepare(outputs, goal, known, exits, combines)
-    layers, judged, given = outputs.exits.layers, filled(judges, given), given or {}
+    layers = outputs.exits.layers
+    judged = filled(judges, given)
+    given = given or {}
     threshold = 1.0
     if has_judges:
         threshold, share, _ = fixed_sequence(judged, goal, places, thresholds)
         if exits is None and goal.max_share is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
-            threshold, places = 1.0, needed_exits(rule)  # trying exits in vain costs more than leaving early saves
+            threshold = 1.0  # trying exits in vain costs more than leaving early saves
+            places = needed_exits(rule)
     point = stated(places, threshold, judges, given)
     point["choosing_texts"] = len(choosers.keys.unique())
     point["labelled_judges"] = len(judges.keys[judges.labels >= 0].unique())

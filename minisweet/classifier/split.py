@@ -31,7 +31,8 @@ def classes_of(names: Sequence[str | None]) -> list[str]:
     labels = sorted({name for name in names if name is not None})
     with suppress(ValueError):
         labels = sorted(labels, key=float)
-    counts, folded = Counter(names), {name: unicodedata.normalize("NFKC", name).casefold() for name in labels}
+    counts = Counter(names)
+    folded = {name: unicodedata.normalize("NFKC", name).casefold() for name in labels}
     spellings = Counter(folded.values())
     if alike := [name for name in labels if spellings[folded[name]] > 1]:
         LOG.warning("separate classes that differ only in case or Unicode form: %s", preview(alike))
@@ -66,7 +67,8 @@ def units_of(texts: Texts) -> np.ndarray:
         (np.arange(len(texts)), np.unique(texts.keys, return_inverse=True)[1]),
         (grouped, np.unique(groups[grouped].astype(str), return_inverse=True)[1]),
     ]
-    units, before = texts.keys.copy(), None
+    units = texts.keys.copy()
+    before = None
     while not np.array_equal(units, before):  # a chain of links takes several rounds
         before = units.copy()
         for rows, places in links:
@@ -155,7 +157,8 @@ def split_rows(
         left_out = f"{known:,} also labelled, or duplicates" + f", {apart:,} in groups of validation rows" * (apart > 0)
         LOG.info("unlabelled texts: %s; left out: %s", counts, left_out)
     validation = texts.take(np.concatenate([validating, judging]))
-    units, validation.units = validation.units, None
+    units = validation.units
+    validation.units = None
     if validation.examples.groups:  # named after their units, which so hold when the validation rows are read alone
         validation.examples = validation.examples._replace(groups=[str(unit) for unit in units])
         validation.units = units_of(validation)
@@ -190,7 +193,8 @@ def warn_of_near_duplicates(validation: Texts, learned: Texts) -> None:
     rows = np.flatnonzero(~np.isin(validation.keys, learned.keys))
     looked_at = validation.take(rows[:: max(1, ceil(len(rows) / LOOKED_AT))])
     words, learned_words = ([np.unique(ids[1:-1]) for ids in texts.ids] for texts in (looked_at, learned))
-    sizes, flat = np.array(list(map(len, learned_words))), np.concatenate(learned_words)
+    sizes = np.array(list(map(len, learned_words)))
+    flat = np.concatenate(learned_words)
     order = flat.argsort(kind="stable")
     ends = flat[order].searchsorted(np.arange(max(map(np.max, learned.ids + looked_at.ids))), "right")
     texts_with = np.split(np.arange(len(sizes)).repeat(sizes)[order], ends)  # by word

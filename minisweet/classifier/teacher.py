@@ -37,7 +37,8 @@ def embed(encoder: TransformerEncoder, tokenizer: Tokenizer, examples: Examples)
 @torch.inference_mode()
 def embed_sentences(encoder: TransformerEncoder, tokenizer: Tokenizer, sentences: list[str]) -> Tensor:
     """The mean of each sentence's last hidden states, scaled to length 1: (N, D)."""
-    texts, device = Texts(tokenizer, Examples(sentences, None, None)), encoder.word_embeddings.weight.device
+    texts = Texts(tokenizer, Examples(sentences, None, None))
+    device = encoder.word_embeddings.weight.device
     rows, vectors = [], []
     with progress(total=len(texts), unit="text", desc="embeddings") as bar:
         for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):

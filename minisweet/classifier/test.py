@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     args = parser.parse_args()
     deployed = runs.deployed_of(args, "texts")
-    fitted, there = fitted_of(deployed.run.record), all_columns(args.file)
+    fitted = fitted_of(deployed.run.record)
+    there = all_columns(args.file)
     columns = text_columns(args.file, None, deployed.run.record.text_columns, option="")
     label = next((name for name in (fitted.label_column, "label") if name in there), None)
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
@@ -84,7 +85,8 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
 
 def print_test(deployed: Deployed, outputs: Outputs) -> None:
     """Print the measured values next to those stated, and whether the promise held."""
-    point, measured = deployed.run.point, stated(range(len(outputs.logits)), deployed.threshold, outputs)
+    point = deployed.run.point
+    measured = stated(range(len(outputs.logits)), deployed.threshold, outputs)
     has_labels, was_labelled = ((part.labels >= 0).any() for part in (outputs, deployed.run.texts))
     print(f"\n{len(outputs.labels):,} rows, threshold {deployed.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
@@ -95,7 +97,8 @@ def print_test(deployed: Deployed, outputs: Outputs) -> None:
         before = f"{getattr(point, key):12.2f}" if key in ("lost", "share") or was_labelled else ""
         print(f"{title:<26}{measured[key]:8.2f}   {interval}{before}")
     if point.goal.max_share is None and deployed.threshold == in_float32(point.threshold) < 1:
-        verdict, needed = "held here", texts_needed(point.goal)[0]
+        verdict = "held here"
+        needed = texts_needed(point.goal)[0]
         if measured["judging_texts"] < needed:
             verdict = f"too few texts to tell whether it holds; about {needed:,} suffice if none is lost"
         elif measured["lost"] > point.goal.max_lost:

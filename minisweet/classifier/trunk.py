@@ -34,7 +34,8 @@ def load_trunk(folder: Path) -> Trunk:
         record = read_record(folder)
         model = load_model(folder, record).models_alone[-1]
         model = model.keep_exits([len(model.exit_layers) - 1])
-        fitted, length = fitted_of(record), record.arguments.max_length
+        fitted = fitted_of(record)
+        length = record.arguments.max_length
         return Trunk(model, record.labels, fitted.label_type, record.trained_keys, fitted.trained_groups, length)
     if not folder.is_dir():
         message = f"{folder} is no folder; should be a run, or a classifier in the Hugging Face layout"
@@ -45,7 +46,8 @@ def load_trunk(folder: Path) -> Trunk:
     labels = [names.get(str(n)) for n in range(len(names))] if isinstance(names, dict) else [None]
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         raise InputError(f"{path}: id2label is {names!r:.120}, should give the classes 0, 1, ... a text each")
-    wanted, problem_type = "single_label_classification", content.get("problem_type")
+    wanted = "single_label_classification"
+    problem_type = content.get("problem_type")
     if problem_type not in (wanted, None) or len(labels) < 2:
         raise InputError(f"{path}: {problem_type} with {len(labels)} outputs, should be {wanted} with two or more")
     if labels == [f"LABEL_{number}" for number in range(len(labels))]:

@@ -52,7 +52,8 @@ def measure(folder: Path, batches: int, data_dir: Path) -> np.ndarray:
         found = f"a run of {options.method} on {record.task}, exits after layers {layers}"
         raise InputError(f"{folder}: {found}; should be of ee on a task, with two exits or more")
     fetch_task(record.task, data_dir)
-    rows, device = load_examples(record.task, "train", data_dir), choose_device("auto")
+    rows = load_examples(record.task, "train", data_dir)
+    device = choose_device("auto")
     order = np.random.default_rng(options.seed).permutation(len(rows.labels))
     unseen = order[~np.isin(order, record.subset)]
     if len(unseen) < batches * size:
@@ -78,9 +79,12 @@ def main() -> None:
         if (record.task, own) != (records[0].task, alike[0]):
             raise InputError(f"RUN: {folder} is of another task or has other options than {args.runs[0]}")
     found = np.stack([measure(folder, args.batches, args.data_dir) for folder in args.runs])  # (runs, batches, M, K, K)
-    mean, exits, options = found.mean((0, 1)), records[0].exit_layers, records[0].arguments
+    mean = found.mean((0, 1))
+    exits = records[0].exit_layers
+    options = records[0].arguments
     deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
-    seeds, rows = " ".join(str(record.arguments.seed) for record in records), []
+    seeds = " ".join(str(record.arguments.seed) for record in records)
+    rows = []
     for m, layer in enumerate(exits[:-1]):
         for i, j in combinations(range(m, len(exits)), 2):
             values = f"{mean[m, i, j]:.4f}", f"{deviation[m, i, j]:.4f}"

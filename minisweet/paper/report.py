@@ -75,12 +75,15 @@ Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by ta
 def run_of(folder: Path, commit: str = "") -> Run:
     """What train.py and evaluate.py wrote of a run."""
     record = read_json(folder / RECORD)
-    options, exits, shares, area, constant = record["arguments"], {}, {}, np.nan, 0.0
+    options = record["arguments"]
+    exits, shares = {}, {}
+    area, constant = np.nan, 0.0
     if record["diverged"] is None:
         found = read_json(folder / EVALUATION)
         of_exits = zip(found["exit_scores"], found["exit_answers"], strict=True)
         exits = dict(zip(found["exit_layers"], of_exits, strict=True))
-        curve, area = plots.sorted_curve(found["speedup_ratios"], found["scores"]), found["area"]
+        curve = plots.sorted_curve(found["speedup_ratios"], found["scores"])
+        area = found["area"]
         scores = np.interp(np.round(np.array(SHARES, float), 9), *curve, left=np.nan, right=np.nan).tolist()
         shares = {share: score for share, score in zip(SHARES, scores, strict=True) if not np.isnan(score)}
         if record["metric"] != "matthews":
@@ -176,7 +179,8 @@ def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[st
 
     With a sign they are differences, with a star where the interval excludes 0.
     """
-    texts, (mean, std, half) = [], (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
+    texts = []
+    mean, std, half = (np.atleast_1d(values).round(4) for values in mean_and_spread(np.array(values)))
     for value, spread in zip(mean, std if deviation else half, strict=True):
         text = f"{value:{sign}.1f}" + ("" if np.isnan(spread) else f" ±{spread:.1f}")
         text += "*" if sign and abs(value) > spread else ""
@@ -186,7 +190,9 @@ def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[st
 
 def row_of(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
     """The cells of a method, or of one less another, at some points; see CAPTION."""
-    are_exits, is_pair, seeds = all(isinstance(n, int) for n in points), len(of) == 2, common_seeds(chosen, tasks, of)
+    are_exits = all(isinstance(n, int) for n in points)
+    is_pair = len(of) == 2
+    seeds = common_seeds(chosen, tasks, of)
     texts = cells(seed_means(chosen, tasks, of, points), are_exits and not is_pair, "+" * is_pair)
     runs = [[chosen[task, method][seed] for task in tasks for seed in seeds] for method in of]
     for place, n in enumerate(points[: len(texts)] if are_exits else ()):
@@ -215,13 +221,15 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
     """All tables of some runs: rates and areas; scores and differences, of the mean over all tasks and of each task."""
     some = {f"mean of {len(tasks)}": tasks} if len(tasks) > 1 else {}
     some |= {named(task): [task] for task in tasks}
-    layers, rows = sorted({n for runs in chosen.values() for run in runs.values() for n in run.exits}), []
+    layers = sorted({n for runs in chosen.values() for run in runs.values() for n in run.exits})
+    rows = []
     for task in tasks:
         found = [[(rate_text(run.rate), run.area) for run in chosen[task, method].values()] for method in methods]
         areas = [f"{runs[0][0]}: {cells([area for _, area in runs])[0]}" if runs else "" for runs in found]
         rows.append([named(task), *areas])
     text = table("The rate of each method, and the area under its curve", ["task", *map(named, methods)], rows)
-    singles, pairs = [(method,) for method in methods], [pair for pair in PAIRS if {*pair} <= {*methods}]
+    singles = [(method,) for method in methods]
+    pairs = [pair for pair in PAIRS if {*pair} <= {*methods}]
     for what, them in (("Scores", singles), ("Differences", pairs)):
         for where, points in (("exit", layers), ("share of the layers", SHOWN)):
             head = [f"exit {n}" if where == "exit" else n for n in points]
@@ -235,7 +243,8 @@ def draw_curves(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], met
     """Draw the methods' curves to a PNG: means over seeds, and 95% intervals. A panel is of runs and tasks."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, ratios = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows), np.array(SHARES, float)
+    figure = plots.new_figure(1 + 4.2 * columns, 1 + 3.4 * rows)
+    ratios = np.array(SHARES, float)
     for place, (title, (chosen, tasks)) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, place)
         for method in methods:

@@ -50,7 +50,8 @@ class Grid:
     """The runs that the command line asks for."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.pairs = args, list(product(args.tasks, args.methods))
+        self.args = args
+        self.pairs = list(product(args.tasks, args.methods))
         self.complete: dict[Slot, report.Run] = {}
 
     def folder(self, slot: Slot) -> Path:
@@ -80,7 +81,8 @@ class Grid:
 
         Empty until the search is complete.
         """
-        searched, seeds = [self.run(slot) for slot in self.search(pair)], self.args.seeds
+        searched = [self.run(slot) for slot in self.search(pair)]
+        seeds = self.args.seeds
         if None in searched or (rate := report.best_rate(searched, seeds[0])) is None:
             return []
         slots = [Slot(*pair, rate, seed) for seed in [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + FURTHER)]]
@@ -97,7 +99,8 @@ class Grid:
 
     def make(self, slot: Slot) -> None:
         """Train and evaluate a run; skip what exists."""
-        args, folder = self.args, self.folder(slot)
+        args = self.args
+        folder = self.folder(slot)
         typed = {name: getattr(args, name) for name in TYPED}
         if not is_run(folder):
             start("train.py", **slot._asdict(), model=args.model, **typed, data_dir=args.data_dir, out=folder)
@@ -106,7 +109,9 @@ class Grid:
 
     def write(self) -> None:
         """Write results.csv, and what is made of it."""
-        args, runs, chosen = self.args, list(self.complete.values()), {}
+        args = self.args
+        runs = list(self.complete.values())
+        chosen = {}
         report.write_runs(args.out / "results.csv", runs)
         for pair in self.pairs:
             chosen[pair] = report.counted([run for slot in self.averaged(pair) if (run := self.run(slot))], args.seeds)
@@ -150,7 +155,8 @@ def main() -> None:
     args.lrs = args.lrs or search_rates(config)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
-    grid, failed = Grid(args), []
+    grid = Grid(args)
+    failed = []
     while todo := [slot for slot in grid.missing() if slot not in failed]:
         LOG.info("%s (%d to go)", grid.folder(todo[0]).name, len(todo))
         grid.make(todo[0])
