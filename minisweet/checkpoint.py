@@ -168,7 +168,7 @@ def load_strict(
 
     Args:
         path: of the file.
-        make: makes the module. It is called on the meta device, so that no random weights are drawn in vain; so all
+        make: makes the module. It is called on the meta device, which skips random initialisation; therefore all
             buffers must be in the module's state dict.
         to_public: maps our names to the names in the file.
         dropped: prefixes of names to ignore.

@@ -34,8 +34,8 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: fl
     Args:
         ratios, scores: (P,), one point per threshold. They are sorted here, because the ratios of branches fall at
             threshold 1.
-        start: where the area begins, or at the first exit's ratio if that is larger. A curve that ends before 1 is
-            taken as far as it goes. Scores are interpolated at both ends.
+        start: the lower limit, or the first exit's ratio if that is larger. A curve that ends before 1 is integrated to
+            its end. Scores are interpolated at both limits.
     """
     order = np.argsort(ratios, kind="stable")
     x, y = np.array(ratios)[order], np.array(scores)[order]

@@ -84,7 +84,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         if "arguments" not in read_json(out / RECORD):
             raise InputError(f"{out / RECORD} is not that of a run; name another folder", "out")
     elif os.path.lexists(out) and not (out.is_dir() and not os.listdir(out)):
-        raise InputError(f"{out} exists and is no run; name another folder", "out")
+        raise InputError(f"{out} exists and is not a run; name another folder", "out")
     folder = next(path for path in out.absolute().parents if path.exists())
     try:
         os.rmdir(tempfile.mkdtemp(".partial", f".{out.name}.", folder))  # as `written_beside` will do

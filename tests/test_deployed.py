@@ -119,5 +119,5 @@ def test_the_summary_tells_who_judges_and_how_many_texts_are_sent(own_run):
     run = choose_for(run._replace(outputs=outputs), Goal(), "cpu", "off")
     lines = summary(run).splitlines()
     assert f"of 100 texts {200 * run.point.share:.0f} are sent to the model" in lines
-    reasons = "a quarter chooses the threshold, one text of each group judges"
+    reasons = "a quarter chooses the thresholds to try, one text of each group judges"
     assert f"{run.point.judging_texts} of 160 validation rows judge: {reasons}" in lines

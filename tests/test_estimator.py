@@ -124,7 +124,7 @@ BAD = [
     (GOOD[0], [1, "x"] * 20, {}, "labels: int and str are mixed, should be of one type"),
     (GOOD[0], ["x", "\ud800"] * 20, {}, r"item 1: '.ud800' holds half of a character"),
     (*GOOD, {"method": "sweet"}, "method: 'sweet', should be one of plain, branch"),
-    (GOOD[0], np.eye(40), {}, "item 0: .* is no label, should be text or a number"),
+    (GOOD[0], np.eye(40), {}, "item 0: .* is not a label, should be text or a number"),
     (*GOOD, {"dev_size": 200}, "dev_size: 200, should be "),
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
@@ -260,7 +260,7 @@ def test_before_it_is_trained_it_says_so(new, tmp_path):
         with pytest.raises(InputError, match="not trained yet; call fit, or EarlyExitClassifier.load"):
             call()
     for name, right in (("no_such", "model, method"), ("max_loss", "max_lost$")):
-        with pytest.raises(InputError, match=f"^{name}: no parameter, should be one of {right}"):
+        with pytest.raises(InputError, match=f"^{name}: unknown parameter, should be one of {right}"):
             new().set_params(**{name: 1})
 
 

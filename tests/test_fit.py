@@ -110,4 +110,4 @@ def test_another_file_is_tested_beside_what_was_stated(copied, run_of, command):
         (line,) = re.findall("^lost, of 100 texts(.*)$", out, re.MULTILINE)
         assert line.split()[0] == f"{100 * np.mean(early != full):.2f}"
     assert command(predict, copied, "texts.csv", "--out", "p.csv")[0] == 0
-    assert "p.csv: its labels are those that predict wrote" in command(check, copied, "p.csv")[2]
+    assert "p.csv: its column label was written by predict" in command(check, copied, "p.csv")[2]

@@ -250,7 +250,7 @@ def test_intervals_are_as_wide_as_theory_says(n, p):
 
 
 def test_a_goal_is_of_one_kind():
-    with pytest.raises(InputError, match="^max_share: 0.5, and max_lost is given too; should be one of both"):
+    with pytest.raises(InputError, match="^max_share: 0.5, and max_lost is given too; give one of them"):
         Goal(max_lost=2.0, max_share=0.5)
     assert Goal(max_lost=2.0).changed(None, None, 0.5) == Goal(max_share=0.5)
 

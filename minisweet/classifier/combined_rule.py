@@ -32,7 +32,7 @@ class CombinedRule(ExitRule):
 
     @property
     def needs_bag(self) -> bool:
-        """Whether the bag of words has a say at later exits, and so is always asked."""
+        """Whether the bag of words contributes to later exits, and so is always asked."""
         return bool(self.weights.any())
 
     def calibrated(self, k: int, logits: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -55,7 +55,7 @@ class Fitted:
     trunk: str | None = None  # the run or classifier that the training started from
     dev_size: float = 0.2
     exit_layers: list[int]  # (K,), 0 first if the bag of words stands in front
-    combines: bool = False  # whether the bag of words has a say at later exits
+    combines: bool = False  # whether the bag of words contributes to later exits
     trained_groups: list[str] = field(default_factory=list)  # hashes of the groups that were learned from
 
 

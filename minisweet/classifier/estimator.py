@@ -78,9 +78,9 @@ class EarlyExitClassifier:
         dev_size: the share of the distinct labelled texts that is set aside for validation.
         seed: of new weights, order and dropout. lr, epochs, batch_size, max_length: None for what suits model and data.
         device, amp: as the commands' --device and --amp.
-        max_lost, sure: deploy the fastest threshold that loses at most `max_lost` of 100 texts, with `sure` percent
+        max_lost, sure: deploy the lowest threshold that loses at most `max_lost` of 100 texts, with `sure` percent
             confidence.
-        max_share: instead, the slowest threshold that runs at most this share of the layers.
+        max_share: instead, the highest threshold that runs at most this share of the layers.
         verbose: 1 writes notices and progress to standard error; at 0 `fit` is silent except for warnings.
     """
 
@@ -99,7 +99,7 @@ class EarlyExitClassifier:
         """Change arguments of the constructor, by name. Returns the classifier itself."""
         if unknown := sorted(params.keys() - PARAMETERS.keys()):
             names = get_close_matches(unknown[0], PARAMETERS, 1) or PARAMETERS
-            raise InputError(f"no parameter, should be one of {', '.join(names)}", unknown[0])
+            raise InputError(f"unknown parameter, should be one of {', '.join(names)}", unknown[0])
         vars(self).update(params)
         return self
 
@@ -120,11 +120,11 @@ class EarlyExitClassifier:
     def fit(self, X, y, *, unlabelled=None, validation=None, groups=None, unlabelled_groups=None):
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
-        `unlabelled` are more texts, of which exit 0, branches and, if they are many, the model learn too. `validation`
-        is (texts, labels) to validate on, instead of rows of X. `groups` (N) says what a row belongs to, such as a
-        thread or a document, whose rows stay together; None is a row by itself. `unlabelled_groups` does so for
-        `unlabelled`. With a `trunk`, X and y may be None. Until the new model is ready, the previous one answers.
-        Raises InputError, with the item, for what cannot be trained on.
+        `unlabelled` are more texts. Exit 0 and branches learn from them, and so does the model if they outnumber the
+        labelled ones. `validation` is (texts, labels) to validate on, instead of rows of X; each text counts by itself.
+        `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together; None is a row
+        by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
+        model is ready, the previous one answers. Raises InputError, with the item, for what cannot be trained on.
         """
         verbose = VERBOSE.check("verbose", self.verbose)
         goal = self._options(Goal)
@@ -308,6 +308,6 @@ class EarlyExitClassifier:
         return float(np.mean([label_name(answer.label) == name for answer, name in zip(answers, names, strict=True)]))
 
     def classify(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
-        """Classify N texts in their order. Raises InputError, with the item's index from 0, for what is no text."""
+        """Classify N texts in their order. Raises InputError, with the item's index from 0, for anything but text."""
         deployed = self.deployed  # once, since another thread may replace it
         return runs.classify(deployed, runs.tokenize(deployed, texts))

@@ -75,7 +75,7 @@ class FitOptions(Options):
         None, list_of(whole_number(0)), "as 0,6, or with branch 0,3,6; 0 is a bag of words (default: by depth)"
     )
     trunk: str | None = option(None, name_of, "run or classifier to start from; its last exit is not trained")
-    dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled rows that is set aside")
+    dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled texts, or groups, that is set aside")
     seed: int = option(0, whole_number(0), "random seed of new weights, order and dropout")
     lr: float | None = option(None, positive_number, "initial learning rate (default: by the model's size)")
     epochs: int | None = option(None, whole_number(1), "passes over the data (default: by rows and classes)")
@@ -344,7 +344,7 @@ def main() -> None:
     parser = Parser(__doc__)
     option = parser.add_argument
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
-    option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; may be repeated")
+    option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
     names = list_of(name_of)
     option("--text-columns", type=names, help="one or two columns (default: text, sentence or sentence1,sentence2)")
     option("--label-column", metavar="NAME", help="(default: label)")
@@ -359,7 +359,7 @@ def main() -> None:
     goal = goal_of(args)
     parser.need(args, args.dev_data is None, "rows of FILE, and --dev-data is given", "dev_size")
     if not args.file and not (args.trunk and args.unlabelled):
-        raise InputError("FILE: is missing; without labels, --trunk FOLDER --unlabelled FILE will do")
+        raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
     name = (args.file or args.unlabelled[0]).name.split(".")[0]
     out = args.out or Path("runs") / name
     check_output(out, args.overwrite)

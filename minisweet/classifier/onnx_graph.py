@@ -83,7 +83,7 @@ class Writer:
     """
 
     def __init__(self, model: MultiExitModel, bag: NgramExit | None, combines: bool) -> None:
-        self.combines = combines  # whether the bag of words has a say at later exits
+        self.combines = combines  # whether the bag of words contributes to later exits
         self.bag = bag
         self.model = copy.deepcopy(model).requires_grad_(False).train()
         self.exit_layers = model.exit_layers if bag is None else (0, *model.exit_layers)

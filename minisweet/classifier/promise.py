@@ -41,20 +41,20 @@ METRIC_NAMES = METRICS | {"agreement": "agreement with full depth"}  # the metri
 class Goal(Options):
     """The goal of early exit: to lose few texts, or else to run few layers."""
 
-    max_lost: float = option(3.0, number(0.01, 99.99), "at most so many of 100 texts are lost (default: 3)")
-    sure: float = option(90.0, number(50, 99.9), "how sure of that, in percent (default: 90)")
+    max_lost: float = option(3.0, number(0.01, 99.99), "lose at most this many of 100 texts (default: 3)")
+    sure: float = option(90.0, number(50, 99.9), "confidence in that, in percent (default: 90)")
     max_share: float | None = option(None, number(0, 1), "instead of max-lost: at most this share of layers, 0 to 1")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_share is not None and self.max_lost != 3:
-            raise InputError(f"{self.max_share:g}, and max_lost is given too; should be one of both", "max_share")
+            raise InputError(f"{self.max_share:g}, and max_lost is given too; give one of them", "max_share")
 
     def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
         """The goal with some parts replaced; None keeps a part. Raises InputError if both kinds of goal are given."""
         if max_share is not None:
             if max_lost is not None:
-                raise InputError(f"{max_share!r:.60}, and max_lost is given too; should be one of both", "max_share")
+                raise InputError(f"{max_share!r:.60}, and max_lost is given too; give one of them", "max_share")
             return Goal(max_share=max_share)
         if max_lost is sure is None:
             return self

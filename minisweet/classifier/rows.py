@@ -23,7 +23,7 @@ from minisweet.texts import Examples
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEXT_COLUMNS = (["text"], ["sentence"], ["sentence1", "sentence2"])  # by default, in this order
 HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
-NO_LISTS = (str, bytes, Mapping, set, frozenset)  # what is no list of texts, though it can be iterated over
+NO_LISTS = (str, bytes, Mapping, set, frozenset)  # iterables that are not lists of texts
 to_json = partial(json.dumps, ensure_ascii=False)
 
 
@@ -46,7 +46,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """
     suffix = _suffix(path)
     if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
-        raise InputError(f"{path}: cannot be read (it is no file)")
+        raise InputError(f"{path}: cannot be read (not a file)")
     number = 0
 
     def lines() -> Iterator[str]:
@@ -64,7 +64,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         rows = map(json.loads, filter(str.strip, lines())) if suffix == ".jsonl" else _table(lines(), suffix)
         for row in rows:
             if not isinstance(row, dict):
-                raise ValueError("it is no object")
+                raise ValueError("not an object")
             to_json(row).encode()  # raises for half of an emoji, which JSON can hold, and for bytes that are not UTF-8
             if None in row:
                 raise ValueError("it has more cells than the header")
@@ -207,7 +207,7 @@ def label_name(value: object) -> str | None:
     if value is None or type(value).__name__ == "NAType":  # pandas' NA, which has no truth value
         return None
     if not isinstance(value, str | int | float | bool):
-        raise ValueError(f"{value!r:.60} is no label, should be text or a number")
+        raise ValueError(f"{value!r:.60} is not a label, should be text or a number")
     if value != value or not str(value).strip():  # NaN is empty too
         return None
     if isinstance(value, float) and value.is_integer():

@@ -87,7 +87,7 @@ def choose(
 
     `known` are keys of texts that were trained on. `exits` are the layers of the exits to ask, including the last one;
     None chooses those that reach the goal best. `given` are classes, by key, of judging texts that had no label.
-    `combines` says whether the bag of words has a say at later exits. If no text judges, the threshold is 1, and what
+    `combines` says whether the bag of words contributes to later exits. If no text judges, the threshold is 1, and what
     is stated is that of all rows, without intervals.
     """
     rule, places, thresholds, choosers, judges, has_judges, _ = prepare(outputs, goal, known, exits, combines)
@@ -116,7 +116,7 @@ def choose(
 
 
 def needed_exits(rule: CombinedRule) -> list[int]:
-    """The exits that are asked in any case, counted from 0: the last, and the bag of words if it has a say there."""
+    """The exits that are asked in any case, counted from 0: the last, and the bag of words if it contributes there."""
     last = len(rule.temperatures) - 1
     return [0, last] if rule.needs_bag else [last]
 

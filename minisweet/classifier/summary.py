@@ -44,7 +44,7 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
         if abs(sent - point.share) > 0.005:
             lines.append(f"of 100 texts {100 * sent:.0f} are sent to the model")
     reasons = {
-        "a quarter chooses the threshold": trial.has_judges,
+        "a quarter chooses the thresholds to try": trial.has_judges,
         "one text of each group judges": outputs.units is not None,
         "none without a label judges": (outputs.labels < 0).any() and point.labelled_judges == point.judging_texts,
         f"{trial.left_out:,} were trained on": trial.left_out,

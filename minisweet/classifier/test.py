@@ -39,7 +39,7 @@ def main() -> None:
     columns = text_columns(args.file, None, deployed.run.record.text_columns, option="")
     label = next((name for name in (fitted.label_column, "label") if name in there), None)
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
-        raise InputError(f"{args.file}: its labels are those that predict wrote, should be the true ones")
+        raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
     group = fitted.group_column if fitted.group_column in there else None
     if not label:
         print(f"{args.file}: no column {fitted.label_column or 'label'}, so all rows count as unlabelled")
@@ -102,7 +102,8 @@ def print_test(deployed: Deployed, outputs: Outputs) -> None:
         if measured["judging_texts"] < needed:
             verdict = f"too few texts to tell whether it holds; about {needed:,} suffice if none is lost"
         elif measured["lost"] > point.goal.max_lost:
-            verdict = "not held here: by chance, or these texts come from another source"
+            missing = "because labels are missing, " if (outputs.labels < 0).any() else ""
+            verdict = f"not held here: by chance, {missing}or these texts come from another source"
         print(f"promised: at most {point.goal.max_lost:g} of 100 lost, {point.goal.sure:g}% sure; {verdict}")
     if has_labels and len(deployed.labels) <= MOST_CLASSES:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")

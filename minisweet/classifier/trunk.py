@@ -38,7 +38,7 @@ def load_trunk(folder: Path) -> Trunk:
         length = record.arguments.max_length
         return Trunk(model, record.labels, fitted.label_type, record.trained_keys, fitted.trained_groups, length)
     if not folder.is_dir():
-        message = f"{folder} is no folder; should be a run, or a classifier in the Hugging Face layout"
+        message = f"{folder} is not a folder; should be a run, or a classifier in the Hugging Face layout"
         raise InputError(message, "trunk")
     path = folder / "config.json"
     content = read_json(path)
