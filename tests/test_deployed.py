@@ -121,3 +121,7 @@ def test_the_summary_tells_who_judges_and_how_many_texts_are_sent(own_run):
     assert f"of 100 texts {200 * run.point.share:.0f} are sent to the model" in lines
     reasons = "a quarter chooses the thresholds to try, one text of each group judges"
     assert f"{run.point.judging_texts} of 160 validation rows judge: {reasons}" in lines
+    constant = torch.eye(outputs.logits.shape[-1])[0].expand_as(outputs.logits)
+    told = summary(choose_for(run._replace(outputs=outputs._replace(logits=constant)), Goal(), "cpu", "off"))
+    assert "full depth is no better than the most frequent class" in told
+    assert "most frequent class" not in "".join(lines)

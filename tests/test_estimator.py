@@ -129,7 +129,7 @@ BAD = [
     (*GOOD, {"sure": "90"}, "sure: '90', should be a number from 50 to 99.9"),
     (*GOOD, {"max_share": float("nan")}, "max_share: nan, should be a number from 0 to 1"),
     (*GOOD, {"exit_layers": "x"}, "exit_layers: 'x', should be "),
-    (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is no folder"),
+    (*GOOD, {"trunk": "no-such"}, "^trunk: no-such is not a folder"),
     (*GOOD, {"groups": ["a"]}, "^groups: 1, should be as many as the texts, 40"),
     (*GOOD, {"unlabelled": ["a"], "unlabelled_groups": "a"}, "^unlabelled_groups: 'a', should be a list"),
     ([" "] * 40, GOOD[1], {}, "^texts: all of them are empty"),

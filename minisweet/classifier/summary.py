@@ -32,6 +32,10 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     difference = f"{gain:+.1f} points compared with full depth" if gain else "the same score as full depth"
     exits = ", ".join(map(str, point.exits))
     lines.append(f"early exit: {difference}, at threshold {point.threshold:.6g}, exits {exits}")
+    support = point.per_class["support"]
+    most = 100 * max(support) / max(1, sum(support))
+    if scored(trial.judges).metric == "accuracy" and point.full_depth <= most:
+        lines.append(f"full depth is no better than the most frequent class ({most:.1f}): the promise is worth nothing")
     if point.threshold == 1:
         lines.append("no text leaves early: all run to the last exit")
     elif point.share == costs[0]:
