@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from minisweet.base.files import InputError, preview, read_dataclass, read_json, written_beside
+from minisweet.base.files import InputError, preview, read_dataclass, read_json, regular_file, written_beside
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, Config, DebertaConfig, MPNetConfig
 from minisweet.deberta import DebertaEncoder
@@ -144,12 +144,12 @@ def open_weights(folder: Path) -> dict:
     slices = {}
     try:
         if not path.exists() and pickled.exists():
-            tensors = torch.load(pickled, weights_only=True, map_location="cpu")
+            tensors = torch.load(regular_file(pickled), weights_only=True, map_location="cpu")
             # safetensors refuses tied tensors and strided views, so every tensor gets its own memory.
             tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
             with written_beside(path) as new:
                 new.write_bytes(save(tensors, metadata={"format": "pt"}))
-        file = safe_open(path, framework="pt")
+        file = safe_open(regular_file(path), framework="pt")
     except Exception as error:  # of pickle, zip, torch or safetensors, according to what is wrong with the file
         raise InputError(f"{folder}: no readable {WEIGHTS} or {PICKLED} ({error})") from None
     for name in file.keys():  # noqa: SIM118 (it is no dict)
@@ -180,8 +180,7 @@ def load_strict(
     with torch.device("meta"), _NoInit():
         module = make()
     for name, value in module.state_dict().items():
-        source = to_public(name)
-        shape = list(value.shape)
+        source, shape = to_public(name), list(value.shape)
         tensor_slice = slices.pop(source, None)
         stored = "missing" if tensor_slice is None else tensor_slice.get_shape()
         if stored != shape:

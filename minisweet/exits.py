@@ -216,8 +216,7 @@ class MultiExitModel(ExitModel):
 class MultiModel(ExitModel):
     """K independent models, smallest first: each of its `models` has one exit, at its end."""
 
-    method = "mm"
-    asks_at_1 = True
+    method, asks_at_1 = "mm", True
 
     def __init__(self, models: Sequence[MultiExitModel]) -> None:
         exit_layers = [model.exit_layers[-1] for model in models]

@@ -13,7 +13,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
-from minisweet.base.files import InputError, read_dataclass
+from minisweet.base.files import InputError, read_dataclass, regular_file
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 # The special tokens: start, end, padding and unknown word. MPNet separates two texts by two ends, <s> A </s></s> B
@@ -71,14 +71,14 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
     whole, words, pieces, merges, settings = (folder / name for name in TOKENIZER_FILES)
     try:
         if whole.exists():
-            tokenizer = Tokenizer.from_file(str(whole))
+            tokenizer = Tokenizer.from_file(str(regular_file(whole)))
         elif pieces.exists():
-            tokenizer = ByteLevelBPETokenizer.from_file(str(pieces), str(merges))
+            tokenizer = ByteLevelBPETokenizer.from_file(str(regular_file(pieces)), str(regular_file(merges)))
         else:
             own = read_dataclass(WordPiece, settings) if settings.exists() else WordPiece()
             options = {"strip_accents": own.strip_accents, "handle_chinese_chars": own.tokenize_chinese_chars}
             options["lowercase"] = own.do_lower_case
-            tokenizer = BertWordPieceTokenizer.from_file(str(words), **options)
+            tokenizer = BertWordPieceTokenizer.from_file(str(regular_file(words)), **options)
         tokenizer.encode("\U00013000")  # an unknown word: raises if its token is missing
     except Exception as error:  # the library raises nothing more specific
         raise InputError(f"{folder}: its tokenizer is missing or not readable ({error})") from None
@@ -91,8 +91,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
         raise InputError(f"{folder}: its tokenizer has {size} tokens, should have {right}")
     tokenizer.add_special_tokens(list(special))
     start, end, *_ = special
-    one = [f"{start}:0", "$A:0", f"{end}:0"]
-    between = [f"{end}:0"] if special == MPNETS else []
+    one, between = [f"{start}:0", "$A:0", f"{end}:0"], [f"{end}:0"] if special == MPNETS else []
     known = [(token, ids[token]) for token in (start, end)]
     tokenizer.post_processor = processors.TemplateProcessing(one, [*one, *between, "$B:1", f"{end}:1"], known)
     tokenizer.no_padding()

@@ -49,7 +49,11 @@ REFUSALS = [
     ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: without exit 0 or branches nothing"),
-    ("fit", "own.csv --trunk own.csv --out new", "--trunk: own.csv is not a folder; should be a run, or a classifier"),
+    (
+        "fit",
+        "own.csv --trunk own.csv --out new",
+        "--trunk: own.csv is not a folder; should be a run, or a classifier in",
+    ),
     ("fit", "own.csv --trunk run --out new --max-length 30", "--max-length: 30, should be 32, as of the trunk run"),
     ("fit", "none.csv --trunk run --out new --exit-layers 0,2", "--exit-layers: 0,2, should increase and"),
     ("choose", "lte", "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"),

@@ -49,6 +49,13 @@ def preview(names: Sequence[object], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def regular_file(path: Path) -> Path:
+    """`path` itself. Raises InputError if it is not a regular file, because opening a pipe would wait for a writer."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: cannot be read (not a file)")
+    return path
+
+
 @contextmanager
 def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `target`, for a file or a folder; on success, rename it to `target`.
@@ -88,7 +95,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.base.files import InputError, preview, written_beside
+from minisweet.base.files import InputError, preview, regular_file, written_beside
 from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -44,9 +44,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     Cells are strings, or None at the end of a short row; in JSON lines they are any JSON value. The header shows what
     separates cells: commas, semicolons or tabs. Raises InputError, with the line, if a row cannot be read.
     """
-    suffix = _suffix(path)
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
-        raise InputError(f"{path}: cannot be read (not a file)")
+    suffix = _suffix(regular_file(path))
     number = 0
 
     def lines() -> Iterator[str]:
