@@ -25,8 +25,9 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     table = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     if layers[0] == 0:
         table.insert(0, ("a bag of words alone (exit 0)", stated([0], 0.0, trial.judges)["score"], 0.0))
+    metric = scored(trial.judges).metric
     title = "on new texts" if trial.has_judges else "on all validation rows, even if trained on"
-    lines = [f"{title:<42}{METRIC_NAMES[scored(trial.judges).metric]:>12}   share of the layers"]
+    lines = [f"{title:<42}{METRIC_NAMES[metric]:>12}   share of the layers"]
     lines += [f"{name:<42}{value:12.1f}   {share:12.2f}" for name, value, share in table]
     gain = point.score - point.full_depth
     difference = f"{gain:+.1f} points compared with full depth" if gain else "the same score as full depth"
@@ -34,7 +35,7 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     lines.append(f"early exit: {difference}, at threshold {point.threshold:.6g}, exits {exits}")
     support = point.per_class["support"]
     most = 100 * max(support) / max(1, sum(support))
-    if scored(trial.judges).metric == "accuracy" and point.full_depth <= most:
+    if metric == "accuracy" and point.full_depth <= most:
         lines.append(f"full depth is no better than the most frequent class ({most:.1f}): the promise is worth nothing")
     if point.threshold == 1:
         lines.append("no text leaves early: all run to the last exit")
