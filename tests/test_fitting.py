@@ -319,12 +319,14 @@ def test_groups_stay_together_in_all_files_and_judge_by_one_text(own_run, comman
     write_rows(Path("new.csv"), new, "text", "label", "thread")
     assert "\n10 rows, threshold" in command(test_command, "run", "new.csv")[1]
     learned = next(thread for *_, thread in rows if thread not in aside[0])
-    new.append(("awful film you saw", "down", learned))
+    new += [("awful film you saw", "down", learned), ("fine film you saw", "up", min(aside[0]))]
+    new += [("bad film you saw", "down", min(aside[1]))]
     write_rows(Path("new.csv"), new, "text", "label", "thread")
     _, out, _ = command(test_command, "run", "new.csv")
-    assert "1 of these rows belong to groups that were trained on, and do not count\n\n10 rows, threshold" in out
+    assert "1 of these rows belong to groups that were trained on, and do not count\n" in out
+    assert "2 of these rows belong to groups of validation rows, and do not count\n\n10 rows, threshold" in out
     texts, labels, groups = zip(*new, strict=True)
-    assert [ours.test(texts, labels, groups=some)["judging_texts"] for some in (groups, None)] == [10, 31]
+    assert [ours.test(texts, labels, groups=some)["judging_texts"] for some in (groups, None)] == [10, 33]
     # What the trunk has learned from does not judge either, whoever learns from it now.
     threads = sorted({thread for *_, thread in rows} - aside[0]) + [f"new {n}" for n in range(70)]
     thread_of = dict(zip(map(itemgetter(0), opinions(1140)[1000:]), threads, strict=True))

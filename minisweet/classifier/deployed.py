@@ -57,6 +57,7 @@ class Fitted:
     exit_layers: list[int]  # (K,), 0 first if the bag of words stands in front
     combines: bool = False  # whether the bag of words contributes to later exits
     trained_groups: list[str] = field(default_factory=list)  # hashes of the groups that were learned from
+    validated_groups: list[str] = field(default_factory=list)  # the same, of the groups that validate
 
 
 class OwnRun(NamedTuple):

@@ -147,7 +147,8 @@ def fit_texts(
     arguments = {key: value for key, value in vars(options).items() if key not in ("trunk", "dev_size")}
     arguments |= {"model": options.trunk or options.model, "exit_layers": exit_layers}
     arguments["train_size"] = len(labelled) or len(answered)
-    groups = {group for group in learned.examples.groups or () if group}
+    validating = examples.take(np.flatnonzero(np.isin(texts.keys, split.validation.keys)))
+    groups, validated = ({*map(group_hash, filter(None, x.groups or ()))} for x in (learned.examples, validating))
     trained_keys, trained_groups = (trunk.trained_keys, trunk.trained_groups) if trunk else ((), ())
     in_trained_group = texts.keys[in_groups(examples, trained_groups)]  # these do not judge, whoever learns from them
     digests = "".join(part.examples.digest() for part in (split.validation, labelled, answered) if len(part))
@@ -177,7 +178,8 @@ def fit_texts(
                 dev_size=options.dev_size,
                 exit_layers=options.exit_layers,
                 combines=has_bag and not trunk,
-                trained_groups=sorted({*trained_groups, *map(group_hash, groups)}),
+                trained_groups=sorted({*trained_groups, *groups}),
+                validated_groups=sorted(validated - groups),
             )
         ),
     )

@@ -52,10 +52,11 @@ def main() -> None:
 def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Callable[[str], None]) -> Outputs:
     """Run the deployed exits on rows, with calibrated logits.
 
-    Rows that were trained on, validation rows and rows with unknown labels are left out, and `report` is called with a
-    line for each kind. Raises InputError, with the `source` of the rows, if no row is left.
+    Rows and groups of the training and validation rows, and rows with unknown labels, are left out, and `report` is
+    called with a line for each kind. Raises InputError, with the `source` of the rows, if no row is left.
     """
     record = deployed.run.record
+    fitted = fitted_of(record)
     numbers = {name: number for number, name in enumerate(record.labels)} | {None: -1}
     kept = [row for row, name in enumerate(rows.names) if name in numbers]
     if unknown := [name for name in rows.names if name not in numbers]:
@@ -70,7 +71,8 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     for is_known, role in (
         (np.isin(texts.keys, record.trained_keys), "were trained on"),
         (np.isin(texts.keys, deployed.run.texts.keys), "are validation rows, which set the threshold"),
-        (runs.in_groups(rows, fitted_of(record).trained_groups), "belong to groups that were trained on"),
+        (runs.in_groups(rows, fitted.trained_groups), "belong to groups that were trained on"),
+        (runs.in_groups(rows, fitted.validated_groups), "belong to groups of validation rows"),
     ):
         if count := int((is_known & is_new).sum()):
             report(f"{count:,} of these rows {role}, and do not count")
