@@ -14,8 +14,10 @@ import pytest
 from minisweet.base.devices import processor
 from minisweet.classifier import fit
 from minisweet.paper import report
+from minisweet.run import read_record, read_validation
+from minisweet.tasks import load_examples
 from tests import benchmark
-from tests.benchmark import CHECKOUT, CLASSIFIER, by_rows, own_text, promises, read_rows, speed, tables
+from tests.benchmark import CHECKOUT, CLASSIFIER, by_rows, own_text, promises, read_rows, speed, tables, unseen
 from tests.conftest import WORDS, run
 
 PAGES = {page.relative_to(CHECKOUT).as_posix(): page.read_text(encoding="utf-8") for page in tables.PAGES}
@@ -141,3 +143,14 @@ def test_the_process_of_onnx_runtime_holds_neither_torch_nor_minisweet():
     pytest.importorskip("onnxruntime", reason="onnxruntime, which the timings need, is missing")
     code = speed.SIDE.partition("module, name")[0] + "import onnx_side; print({'torch', 'minisweet'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True) == "set()\n"
+
+
+def test_runs_are_evaluated_on_rows_that_none_of_them_has_seen(run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(unseen, "ROWS", 50)
+    folder = shutil.copytree(run_of("ee"), tmp_path / "ee")
+    assert run(unseen, folder) == 0
+    new = folder.with_name(f"{folder.name}-unseen")
+    texts = load_examples("toy", "train", folder).first
+    trained, rows = read_record(folder).subset, read_validation(new, read_record(new)).first
+    assert (len(rows), {*rows} & {texts[row] for row in trained}) == (50, set())
+    assert (report.run_of(new).task, report.run_of(new).exits.keys()) == ("toy-unseen", {1, 2, 4})

@@ -35,12 +35,13 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 CAPTION = """
 Scores are in percent: Matthews correlation for CoLA, accuracy elsewhere. ± is a 95% interval over at least three seeds
 (Student's t); for single exits, the standard deviation. [n]: in n runs the exit predicts one class.
-Differences are paired over seeds. *: the interval excludes 0. †: the other's exit predicts one class in all runs.
+Differences are paired over seeds. *: the interval excludes 0. An exit that predicts one class in all runs: ‡ of the
+first method, † of the second.
 """
 
 
 class Run(NamedTuple):
-    """A training and its evaluation. One that diverged has no exits and no curve."""
+    """A run and its evaluation. One that diverged has no exits and no curve."""
 
     model: str
     task: str
@@ -199,8 +200,9 @@ def row_of(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequ
         constant = [sum(run.exits.get(n, (0, 2))[1] < 2 for run in some) for some in runs]
         if not is_pair:
             texts[place] += f" [{constant[0]}]" * (constant[0] > 0)
-        elif constant[1] == len(runs[1]):
-            texts[place] = BOTH if constant[0] == len(runs[0]) else texts[place] + " †"
+        else:
+            first, second = (count == len(some) for count, some in zip(constant, runs, strict=True))
+            texts[place] = BOTH if first and second else texts[place] + " ‡" * first + " †" * second
     return texts
 
 
