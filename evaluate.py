@@ -1,7 +1,7 @@
 """Score the exits of a run, and sweep thresholds for its speed-accuracy curve (Sec. 3.3).
 
     python evaluate.py                          # the newest run under runs/
-    python evaluate.py runs/NAME --thresholds 11
+    python evaluate.py runs/NAME --thresholds 101
     python evaluate.py runs/A runs/B runs/C --plot compare.png
 
 One forward pass over the validation rows gives the logits of every exit, and with them the decisions at all thresholds,
@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
-    parser.need(args, not args.plot, "no --plot, which draws what was evaluated", "thresholds", "device", "amp")
+    parser.need(args, not args.plot, "a run to evaluate, and --plot only draws", "thresholds", "device", "amp")
     runs = args.runs or [newest_run()]
     tune_cpu()
     if args.plot:
@@ -132,7 +132,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise InputError(f"{folder}: has no {EVALUATION}; first: python evaluate.py {folder}")
     evaluation = read_dataclass(Evaluation, folder / EVALUATION)
     if evaluation.id != record.id:
-        raise InputError(f"{folder / EVALUATION}: belongs to other weights than the model beside it; make it again")
+        raise InputError(f"{folder / EVALUATION}: belongs to other weights than the model beside it; evaluate again")
     return evaluation
 
 

@@ -54,8 +54,8 @@ def main() -> None:
 def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwrite: bool = False) -> Record:
     """Train a model on a task and write the run to a folder.
 
-    Returns the run's record. Raises InputError if `out` exists (before anything is trained), if model and data do not
-    fit, and if the training diverges.
+    Returns the run's record. Raises InputError if `out` cannot be written or replaced (before training), if model and
+    data do not match, and if training diverges.
     """
     # 1. Options: those that are left open depend on the model and the task.
     check_output(out, overwrite)
@@ -73,7 +73,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     if rows.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {task}, need 2")
     order = np.random.default_rng(options.seed).permutation(len(rows.first))
-    subset = np.sort(order[: options.train_size]).tolist()  # with one seed, 500 rows are among the 6,000
+    subset = np.sort(order[: options.train_size]).tolist()  # for one seed, a smaller subset is part of a larger one
     texts = Texts(tokenizer, rows.take(subset))
 
     # 3. Model: every method starts from a trunk, the first layers of the checkpoint with one exit at their end.
@@ -110,7 +110,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     method = METHODS[options.method]
     losses, seconds = {}, {}
 
-    def run(stage: Stage) -> None:
+    def train_one(stage: Stage) -> None:
         start = time.perf_counter()
         losses[stage.name] = train_stage(
             stage, texts, options.epochs, options.batch_size, options.lr, options.seed, device, precision
@@ -119,11 +119,11 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
 
     try:
         if method.trains_trunk_first:
-            run(Stage("trunk", trunk))
+            train_one(Stage("trunk", trunk))
         torch.manual_seed(options.seed)
         model = add_exits(options.method, trunk, options.exit_layers, options.exit_strategy)
         for stage in method.stages(model):
-            run(stage)
+            train_one(stage)
     except FloatingPointError as error:
         step = error.args[0]
         save_run(out, replace(record, diverged=step))

@@ -19,7 +19,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-# The public names, each imported from its module when it is first used, so that a training loads no classifier.
+# The public names, each imported from its module when it is first used, so that training loads no classifier.
 _MODULES = {
     "BranchModel": "branches",
     "EarlyExitClassifier": "classifier.estimator",

@@ -94,7 +94,7 @@ class Exits(NamedTuple):
     | exit after layer n of | cost of its answer | cost if tried and not taken |
     |---|---|---|
     | EE, SWEET, plain | n | 0 |
-    | MM, whose models each start from the words | n | n |
+    | MM, whose models each start from the embeddings | n | n |
     | branch: its layer runs for [CLS] alone, but with keys and values of all tokens (2 of 12 products) | n | 1/6 |
 
     (In DeBERTa a branch costs a quarter of a layer; a sixth is charged there too.) Eq. 1 counts neither the heads nor,
@@ -104,7 +104,7 @@ class Exits(NamedTuple):
     layers: list[int]  # (K,), counted from 1: the cost of an exit's own answer
     in_vain: list[float]  # (K,), what an exit adds to the cost of later ones if it was tried and not taken
     depth: int  # L, of the whole encoder
-    asks_at_1: bool  # whether earlier exits run at threshold 1 too, as in MM, whose curve ends at their sum
+    asks_at_1: bool  # whether earlier exits run at threshold 1 too, as in MM, whose curve ends at the sum of `layers`
 
     def costs(self, threshold: float = 0.0) -> list[float]:
         """The cost of taking each exit, as a share of the encoder's layers: (K,) (Eq. 1 for one instance)."""

@@ -23,7 +23,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     that is right on every row would get a temperature near 0 and always be certain. The zero of the slope is found by
     bisection of log(T) from -7 to 7. The prior is not convex in 1/T, so there might be other zeros.
     """
-    logits = logits.double().T.contiguous()  # (C, N): sums over few classes are faster so
+    logits = logits.double().T.contiguous()  # (C, N): sums over few classes are faster this way
     low, high = -7.0, 7.0
     gold = float(logits.gather(0, labels[None]).sum())
     for _ in range(40):

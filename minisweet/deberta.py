@@ -10,7 +10,7 @@ the public weights were trained with delta(i,j) in both terms.) There are no abs
 layers.py has what all encoders share. The relative table is part of the context: where the gradient of the context
 stops, it stops for the table too.
 
-Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, k relative span.
+Dimension letters: B batch, T tokens, R query tokens, D hidden size, H heads, d = D/H head size, k relative span.
 """
 
 import torch

@@ -23,7 +23,7 @@ models has its own parameters. The encoder of branches is trained first, for the
 In SWEET each parameter is updated by exactly one classifier, as the paper says. The authors' code differs: all exits
 share a pooler, and the gradients of all exits reach DeBERTa's table of relative positions. Here each exit has its own
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
-together: a large gradient in one place shrinks the others but does not turn them. Unlike there, an exit's layer first
+together: a large gradient scales down the others but keeps their direction. Unlike in that code, an exit's layer first
 runs for [CLS] alone, which is all that the exit reads; in training this run has its own dropout mask.
 
 Branches go beyond the paper and are in branches.py.
@@ -229,7 +229,7 @@ class MultiModel(ExitModel):
         return list(self.models)
 
     def cost_in_vain(self, n: int) -> float:
-        """All of its layers: the next model starts from the words again."""
+        """All of its layers: the next model starts from the embeddings."""
         return float(n)
 
     def exit_by_exit(

@@ -9,7 +9,7 @@ The first call costs about a sixth of the second: of the twelve D x D products p
 the value are computed for all tokens. In DeBERTa it costs a quarter, because one weight matrix holds query, key and
 value.
 
-Dimension letters of the models: B batch, T tokens, R of the T tokens, D hidden size, H heads, d = D/H head size,
+Dimension letters of the models: B batch, T tokens, R query tokens, D hidden size, H heads, d = D/H head size,
 L layers, K exits, C classes, N instances.
 """
 
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Added to the attention scores of padding. After exp() it is 0 next to any real score, and it fits into float16. With
-# -inf, a row that is all padding would have no softmax.
+# Added to the attention scores of padding. After softmax its weight is 0 beside any real score, and it fits into
+# float16. With -inf, a row of padding alone would give NaN.
 PADDING_SCORE = -3e4
 
 
@@ -124,7 +124,7 @@ class Dropout(nn.Module):
     """Dropout that is fast on a CPU.
 
     There, torch draws one random number per element on one core, which makes dropout 10 to 30% of a training step. This
-    module uses 16 bits of a 64-bit number per element, which takes a sixth of the time. It rounds the probability to a
+    module draws one 64-bit number per four elements, which takes a sixth of the time, and rounds the probability to a
     multiple of 1/65536. On other devices it is torch's own dropout.
     """
 

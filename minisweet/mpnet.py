@@ -15,9 +15,8 @@ from minisweet.bert import BertLayer
 from minisweet.config import MPNetConfig
 from minisweet.layers import TransformerEncoder, draw_weights, padding_bias
 
-# The distances, in tokens, at which the second to the last of the 16 buckets of each direction begin: 1 to 7 one by
-# one, then from 8 in equal ratios. The last one begins at 91. As in transformers, a config may ask for more buckets,
-# which stay unused.
+# The distances, in tokens, at which buckets 1 to 15 of each direction begin: 1 to 7 one by one, then from 8 in equal
+# ratios, up to 91. As in transformers, a config may ask for more buckets, which stay unused.
 STARTS = [*range(1, 8), *(math.ceil(8 * 16 ** (n / 8)) for n in range(8))]
 
 

@@ -1,4 +1,4 @@
-"""The options of a training. defaults.py fills in those that are left open."""
+"""The options for training. defaults.py fills in those that are left open."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from minisweet.methods import METHODS
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
-    """The options of a training. Raises InputError, which names the option, for a value that is not allowed."""
+    """The options for training. Raises InputError, which names the option, for a value that is not allowed."""
 
     model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
     method: str = option("sweet", one_of(*METHODS), ", ".join(METHODS))

@@ -54,7 +54,7 @@ class Outputs(NamedTuple):
     def decide_at(
         self, places: Sequence[int], thresholds: Sequence[float], rule: ExitRule | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Decide all texts at some thresholds, with only some of the exits, which are counted from 0 among all K.
+        """Find the exit that each text takes at some thresholds, among some of the K exits, which are counted from 0.
 
         Returns the exits taken, their predictions and their costs, (P, N) each. `rule` is None if the logits
         are calibrated already.

@@ -1,4 +1,4 @@
-"""A run: what a training made, in a folder. RUNS.md says what each file and key holds.
+"""A run: what training produced, in a folder. RUNS.md says what each file and key holds.
 
 Dimension letters: K exits, C classes.
 """
@@ -31,7 +31,7 @@ LOGITS, EVALUATION, CURVE = "logits.safetensors", "evaluation.json", "curve.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The record of a training, as in run.json."""
+    """The record of a run, as in run.json."""
 
     id: str | None = None  # the SHA-256 of the weights; None if the training diverged
     arguments: TrainingOptions  # with all defaults filled in
@@ -74,10 +74,7 @@ def weights_id(model: ExitModel) -> str:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise InputError if a run cannot be written to `out`, or replaces something.
-
-    A run is only replaced if `overwrite`, and anything else never.
-    """
+    """Raise InputError if `out` cannot be written, or holds anything but a run to `overwrite`."""
     if is_run(out):
         if not overwrite:
             raise InputError(f"{out} holds a run already; name another folder, or pass --overwrite", "out")
@@ -102,7 +99,7 @@ def save_run(
 ) -> None:
     """Write a run to a folder, whole or not at all. A run that is there is replaced.
 
-    A training that diverged has no model, and its record alone is written, unless there are weights already.
+    If training diverged there is no model, and the record alone is written, unless there are weights already.
     `add_files(folder)` writes more files into the folder.
     """
     if model is None and (out / WEIGHTS).exists():

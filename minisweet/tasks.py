@@ -82,7 +82,7 @@ def _lines_of(path: Path) -> list[str]:
 
 
 def load_examples(name: str, split: str, data_dir: Path) -> Examples:
-    """Read the split "train" or "dev" of a task. Raises InputError, with the line, for what cannot be read."""
+    """Read the split "train" or "dev" of a task. Raises InputError, naming the line, for what cannot be read."""
     task = find_task(name, data_dir)
     if name == "toy":
         first, labels, difficulties = make_toy(split)
@@ -101,7 +101,7 @@ def load_examples(name: str, split: str, data_dir: Path) -> Examples:
             raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}, as its header has")
         is_header = number == 1 and not task.header
         is_short = len(cells) <= max(*texts, label)
-        empty += is_short and line != ""  # an own row whose label is blank is an error below
+        empty += is_short and line != ""  # a blank label in your own data is an error below
         if is_header or is_short or (cells[label] == NO_LABEL and NO_LABEL not in codes):
             continue
         if cells[label] not in codes:

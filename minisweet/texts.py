@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
     size = 1 + max(ids.values(), default=0)
     special = special_tokens(tokenizer)
     if not ids.keys() >= set(special) or not 0.9 * vocab_size <= size <= vocab_size:  # a tenth less is usual
-        right = f"{vocab_size}, as the embedding has rows, and {', '.join(special)} among them"
+        right = f"at most {vocab_size}, the rows of the embedding, and hardly fewer, with {', '.join(special)}"
         raise InputError(f"{folder}: its tokenizer has {size} tokens, should have {right}")
     tokenizer.add_special_tokens(list(special))
     start, end, *_ = special
@@ -193,7 +193,7 @@ class Texts:
         return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """One training epoch: every example once, in random batches, each of similar length within POOL batches."""
+        """One training epoch: every example once, in shuffled batches of texts of similar length (of a pool)."""
         rng = np.random.default_rng((seed, epoch))
         order = rng.permutation(len(self))
         pools = np.split(order, range(POOL * batch_size, len(order), POOL * batch_size))

@@ -107,7 +107,7 @@ def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, p
     exits = model.exit_by_exit(*batch.inputs)
     is_ee = model.method == "ee"
     frozen = [not head.classifier.weight.requires_grad for head in model.heads]  # with branches, the last one
-    for _ in range(frozen.count(False)):  # the model waits after each exit while its loss goes backward
+    for _ in range(frozen.count(False)):  # the generator pauses after each exit for the backward pass
         with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):
             losses.append(exit_loss(*next(exits), batch.targets))
         if not is_ee:  # no later loss sends a gradient to this segment, so its activations are freed

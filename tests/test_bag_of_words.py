@@ -111,7 +111,7 @@ def test_a_text_without_a_known_word_leaves_only_where_all_do(pairs):
 def test_fitting_goes_to_the_optimum(pairs, monkeypatch):
     """Against features by hand and their weights in float64. The targets are probabilities."""
     monkeypatch.setattr(bag_of_words, "SCALES", (0.8,))
-    monkeypatch.setattr(bag_of_words, "FEW_BUCKETS", 64)
+    monkeypatch.setattr(bag_of_words, "BUCKETS_IF_FEW", 64)
     monkeypatch.setattr(bag_of_words, "COMPONENTS", 3)
     texts, C, D = random_texts(30, pairs), 3, 5
     torch.manual_seed(1)

@@ -71,7 +71,7 @@ def test_a_device_is_there_or_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     for name in ("cuda", "cuda:0", "cpu:1", ""):
-        with pytest.raises(InputError, match=f"^device: '{name}.*' is not here; should be auto, cpu$"):
+        with pytest.raises(InputError, match=f"^device: '{name}.*' is not available; should be auto, cpu$"):
             choose_device(name)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device("auto") == choose_device("cuda") == choose_device("cuda:0") == torch.device("cuda:0")

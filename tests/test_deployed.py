@@ -67,7 +67,7 @@ def test_only_what_is_needed_is_read(own_run, command, tmp_path):
     ("name", "key", "value", "message"),
     [
         ("operating.json", "goal", {"max_lost": 200}, "operating.json: goal: max_lost: 200, should be a number from"),
-        ("operating.json", "id", "0", "operating.json: belongs to other weights than the model beside it; make"),
+        ("operating.json", "id", "0", "operating.json: belongs to other weights than the model beside it; first: min"),
         ("bag_of_words.safetensors", None, None, "bag_of_words.safetensors: not readable (No such file"),
         ("labels.jsonl", "", "", "labels.jsonl: not readable (KeyError('key')"),
         ("logits.safetensors", None, None, "logits.safetensors); make it again: minisweet choose "),

@@ -81,7 +81,7 @@ def test_metric_and_precision_are_those_that_are_asked_for(copied, command, monk
     assert after.exit_scores == pytest.approx(matthews.tolist())
     monkeypatch.setattr(evaluate, "ask_all", lambda *_: outputs._replace(logits=outputs.logits * np.nan))
     assert (command(evaluate, folder)[0], evaluate.read_evaluation(folder)) == (2, after)
-    refused = "error: --thresholds: needs no --plot"
+    refused = "error: --thresholds: needs a run to evaluate, and --plot only draws"
     assert refused in command(evaluate, folder, "--plot", "a.png", "--thresholds", 5)[2]
 
 

@@ -79,7 +79,7 @@ def test_after_an_error_the_target_is_as_it_was_and_nothing_else_is_left(tmp_pat
     for target, reason, write in (
         ("b", "cannot be written", lambda target: write_json(target, {})),  # a file, where a folder is
         ("a", "cannot be written", lambda target: write_folder(target, "new")),  # a folder, where a file is
-        ("b", "is there already", lambda target: write_folder(target, "new", overwrite=False)),
+        ("b", "already exists", lambda target: write_folder(target, "new", overwrite=False)),
     ):
         with pytest.raises(InputError, match=f"/{target}: {reason}"):
             write(tmp_path / target)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.base.files import InputError
-from minisweet.classifier.operating_point import classification_report, stated, wilson
+from minisweet.classifier.operating_point import classification_report, measure, wilson
 from minisweet.classifier.promise import Goal, filled, fixed_sequence, how_sure, labelled, last_passed
 from minisweet.classifier.selection import choose, choosers_and_judges
 from minisweet.outputs import Outputs
@@ -80,7 +80,7 @@ def test_judges_stop_before_the_first_threshold_that_fails_and_never_earlier_wit
             expected = threshold
         judged, goal = filled(aside, some), Goal(max_lost=limit, sure=sure)
         assert fixed_sequence(judged, goal, [0, 1], thresholds)[0] == expected
-        counted, lost = (stated([0, 1], 0.5, some)["lost"] for some in (judged, rows))
+        counted, lost = (measure([0, 1], 0.5, some)["lost"] for some in (judged, rows))
         assert lost <= counted == pytest.approx(100 * is_lost.mean())
         stops.append(expected)
     assert stops == sorted(stops, reverse=True)
@@ -106,10 +106,10 @@ def test_a_text_counts_once_and_is_lost_if_any_of_its_rows_is():
     for goal in (GOAL, SHARE):
         assert choose(validation, goal) == choose(validation.take(rng.permutation(300)), goal)
     uneven = validation.take(np.arange(300).repeat(rng.integers(1, 9, 300)))
-    ours, theirs = (stated([0, 1], 0.7, rows) for rows in (validation, uneven))
+    ours, theirs = (measure([0, 1], 0.7, rows) for rows in (validation, uneven))
     assert all(theirs[key] == pytest.approx(ours[key]) for key in theirs if key != "per_class")
     both = two_exits(np.full(2, 0.9), np.array([0, 0]), np.array([1, 1]), [0, 1])._replace(keys=torch.zeros(2).long())
-    point = stated([0, 1], 0.7, both)  # a text under two labels, of which one is lost
+    point = measure([0, 1], 0.7, both)  # a text under two labels, of which one is lost
     assert (point["judging_texts"], point["lost"], point["score"]) == (1, 100, 50)
 
 
@@ -171,7 +171,7 @@ def test_labels_that_are_given_excuse_texts_and_enter_nothing_else():
     for point in points:
         assert point.lost_interval[1] > point.lost
         assert point.labelled_judges == len(scored.labels) == 150
-        alone = stated([0, 1], point.threshold, scored.by(point.rule))
+        alone = measure([0, 1], point.threshold, scored.by(point.rule))
         its = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")
         assert [getattr(point, name) for name in its] == [alone[name] for name in its]
         chosen = ("exits", "temperatures", "weights", "choosing_texts", "judging_texts")
@@ -184,7 +184,7 @@ def test_without_a_label_set_aside_those_that_are_given_enter_no_score_either():
     assert after.share < before.share  # and fewer agree, of the very rows that judged
     assert (before.full_depth, after.full_depth, after.labelled_judges) == (100.0, 100.0, 0)
     judges = rows.take(choosers_and_judges(rows)[1]).by(after.rule)
-    agree = stated([0, 1], after.threshold, judges)
+    agree = measure([0, 1], after.threshold, judges)
     assert (after.score, after.per_class) == (agree["score"], agree["per_class"])
 
 
@@ -245,7 +245,7 @@ def test_intervals_are_as_wide_as_theory_says(n, p):
     chances = -np.diff([1, *how_sure(n, np.arange(n + 1), p)])
     assert 0.94 < chances[(low <= 100 * p) & (100 * p <= high)].sum() < 0.995
     rows = draw(n, 4000)
-    low, high = stated([0, 1], 0.7, rows)["share_interval"]
+    low, high = measure([0, 1], 0.7, rows)["share_interval"]
     assert high - low == pytest.approx(2 * 1.96 * 0.4**0.5 * 0.6**0.5 / 4000**0.5, rel=0.05)  # 6 of 10 leave
 
 

@@ -45,7 +45,7 @@ REFUSALS = [
     ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
     ("fit", f"two.csv {FIT} --dev-size 0.1", "two: too few rows: no text can be set aside, or none is left to learn"),
-    ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs rows of FILE, and --dev-data is"),
+    ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
     ("fit", f"own.csv {FIT} --max-share 0.5 --sure 95", "--sure: needs --max-lost"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
     ("fit", f"own.csv {FIT} --unlabelled none.csv --exit-layers 4", "--unlabelled: without exit 0 or branches nothing"),
@@ -67,7 +67,7 @@ REFUSALS = [
     ("explain", "pairs a", "item 0: ['a'], should be a pair of texts"),
     # use: export and ONNX
     ("export", "run --onnx new.onnx --exit-layer 2", "--exit-layer: needs --out"),
-    ("export", "run --out tiny", "tiny: is there already"),
+    ("export", "run --out tiny", "tiny: already exists"),
     ("export", "run --out new --exit-layer 0", "--exit-layer: 0, should be the layer of an exit: 1, 2, 4"),
     # paper
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),

@@ -120,7 +120,7 @@ def test_labels_are_asked_for_where_they_help_and_those_that_are_given_count(dis
 
     ask.write_text("filled in")  # which is not replaced
     status, _, err = command(label, "run", "--out", ask)
-    assert (status, "--out: ask.csv is there already" in err, ask.read_text()) == (2, True, "filled in")
+    assert (status, "--out: ask.csv already exists" in err, ask.read_text()) == (2, True, "filled in")
 
     # Python's are the same, and are kept. The folder that they came from stays as it is.
     classify = EarlyExitClassifier.load("run", amp="off")

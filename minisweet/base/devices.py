@@ -22,7 +22,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" or (name == "auto" and gpus):
         name = "cuda:0"
     if name not in ("auto", "cpu", *gpus):
-        raise InputError(f"{name!r:.80} is not here; should be {', '.join(['auto', 'cpu', *gpus])}", "device")
+        raise InputError(f"{name!r:.80} is not available; should be {', '.join(['auto', 'cpu', *gpus])}", "device")
     return torch.device("cpu" if name == "auto" else name)
 
 
@@ -34,9 +34,9 @@ def tokens_at_once(device: torch.device) -> int:
 def choose_precision(amp: str, device: torch.device, training: bool = False) -> torch.dtype | None:
     """The type to autocast to, or None for float32.
 
-    "auto" means bfloat16 if the device has instructions for it, and otherwise float16 on CUDA and float32 on a CPU. On
-    a CPU, evaluation and prediction stay in float32, so that predictions are the same on every machine. Raises
-    InputError for float16 on a CPU.
+    "auto" means bfloat16 if the device has instructions for it, and otherwise float16 on CUDA and float32 on a CPU. But
+    evaluation and prediction on a CPU are then always in float32, so that predictions are the same on every machine.
+    Raises InputError for float16 on a CPU.
     """
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -66,7 +66,7 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))
     if os.path.exists(target) and not (overwrite and (target.is_file() or target.is_dir())):  # /dev/null is neither
-        raise InputError(f"{target}: is there already, and is not overwritten; name another")
+        raise InputError(f"{target}: already exists; name another")
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

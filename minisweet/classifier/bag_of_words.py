@@ -1,11 +1,11 @@
 """Exit 0: a bag of words, which answers before the embeddings and at the cost of no layer.
 
 The paper has no such exit. It is fastText (Joulin et al. 2017, https://arxiv.org/abs/1607.01759) without a hidden
-layer: a table has a row of C numbers for each token and for each pair of neighbouring tokens. The logits of a text are
+layer: a table has a row of C numbers for each token and each bigram (two neighbouring tokens). The logits of a text are
 the sum of its n-grams' rows, divided by the root of their number, plus a bias. In a pair of texts, a token that both
-texts contain uses a second row, since a pair is mostly about what its texts share. A pair also has two features with
-weights of their own: how similar the words of each text are to those of the other (Corley and Mihalcea 2005,
-https://aclanthology.org/W05-1203), see `NgramExit.find_met`.
+texts contain uses a second row, since a pair is mostly about what its texts share. Pairs of texts also have two
+features with weights of their own: how similar the words of each text are to those of the other (Corley and Mihalcea
+2005, https://aclanthology.org/W05-1203), see `NgramExit.word_similarity`.
 
 `fit_ngrams` fits it on the CPU, in seconds. The row of a token is a free part plus a linear function of its pre-trained
 embedding, so that tokens unseen in training count too. The logits are linear in the weights (`Features`), so the loss
@@ -25,14 +25,17 @@ from torch import Tensor, nn
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError
 
-BUCKETS = 2**16  # rows for all pairs of neighbours, which are hashed
-FEW, FEW_BUCKETS = 4, 2**18  # up to so many classes there is room for more rows, and fewer pairs share one
+BUCKETS = 2**16  # rows for all bigrams, which are hashed
+FEW_CLASSES = 4
+BUCKETS_IF_FEW = 2**18  # up to FEW_CLASSES a larger table fits, in which fewer bigrams share a row
 FIRST, SECOND, SHARED, PRIME = 1640531513, 1103515245, 1234567891, 2**31 - 1  # a linear hash (Carter and Wegman 1979)
 COMPONENTS = 32  # principal components of the embeddings, to compare the words of a pair by; 64 are no better
-PRIOR_VARIANCE, STEPS = 5.0, 25  # of each weight, which is the L2 penalty; of L-BFGS, 100 are no better
+PRIOR_VARIANCE = 5.0  # of each weight (L2 penalty)
+STEPS = 25  # of L-BFGS; 100 are no better
 CURVATURE = 0.25  # of the loss at zero weights, times 1 / C; it decreases towards the minimum
 SCALES = (0.35, 0.7, 1.4)  # of the embeddings, chosen on held-out texts: large for few texts, small for many
-LARGE, MOST = 2**21, 2**27  # numbers: in the rows to fit; in the whole table, or the logits of all texts
+LARGE = 2**21  # numbers in the rows to fit
+MOST = 2**27  # numbers in the whole table, or in the logits of all texts
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # input_ids, attention_mask, token_type_ids: (B, T) each, int64
 
@@ -48,7 +51,7 @@ class NgramExit(nn.Module):
         super().__init__()
         self.pairs = pairs
         self.token_rows = (1 + pairs) * vocab_size
-        self.buckets = FEW_BUCKETS if num_labels <= FEW else BUCKETS
+        self.buckets = BUCKETS_IF_FEW if num_labels <= FEW_CLASSES else BUCKETS
         self.register_buffer("table", torch.zeros(self.token_rows + self.buckets, num_labels))
         self.register_buffer("bias", torch.zeros(num_labels))
         self.register_buffer("is_word", torch.ones(vocab_size, dtype=torch.bool))
@@ -56,10 +59,10 @@ class NgramExit(nn.Module):
         if pairs:
             self.register_buffer("vectors", torch.zeros(vocab_size, COMPONENTS))  # each of length 1
             self.register_buffer("idf", torch.ones(vocab_size))  # inverse document frequencies, at least 1
-            self.register_buffer("met_weights", torch.zeros(2, num_labels))
+            self.register_buffer("met_weights", torch.zeros(2, num_labels))  # of the two values of `word_similarity`
 
     def find_rows(self, ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
-        """The table's rows (B, 2T) of all tokens of texts (B, T), then of all pairs of neighbours; and which count."""
+        """The table's rows (B, 2T) of all tokens of texts (B, T), then of all bigrams; and which count."""
         is_word = mask * self.is_word[ids]  # 1 or 0
         shared = torch.zeros_like(ids)  # 1 for a token that is also in the other text
         if self.pairs:
@@ -70,7 +73,7 @@ class NgramExit(nn.Module):
         rows = [shared * len(self.is_word) + ids, self.token_rows + code % PRIME % self.buckets]
         return torch.cat(rows, 1), torch.cat([is_word, is_word & next_is_word], 1)  # no neighbours across [SEP]
 
-    def find_met(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+    def word_similarity(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         """How similar the words of the first text are to those of the second, and vice versa: (B, T) to (B, 2).
 
         Each word counts with its largest cosine to any word of the other text, or 0 if that is negative. The result is
@@ -79,9 +82,9 @@ class NgramExit(nn.Module):
         is_word = (mask * self.is_word[ids])[..., None]  # (B, T, 1)
         vectors = self.vectors[ids] * is_word
         are_apart = types[:, :, None] != types[:, None, :]  # (B, T, T); the cosine of tokens of one text becomes 0
-        met = (vectors @ vectors.mT * are_apart).amax(2, keepdim=True)  # (B, T, 1)
+        similarity = (vectors @ vectors.mT * are_apart).amax(2, keepdim=True)  # (B, T, 1)
         weights = is_word * self.idf[ids, None] * torch.stack([1 - types, types], 2)  # (B, T, 2)
-        return (weights * met).sum(1) / weights.sum(1).clamp(min=1)
+        return (weights * similarity).sum(1) / weights.sum(1).clamp(min=1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """The logits (B, C) of texts. Each argument is (B, T), int64.
@@ -94,21 +97,21 @@ class NgramExit(nn.Module):
         number = counts.sum(1)  # (B, 1)
         logits = (self.table[rows] * counts).sum(1) / number.clamp(min=1).sqrt() + self.bias
         if self.pairs:
-            met = self.find_met(input_ids, attention_mask, token_type_ids)
-            logits = logits + (met[..., None] * self.met_weights).sum(1)
+            similarity = self.word_similarity(input_ids, attention_mask, token_type_ids)
+            logits = logits + (similarity[..., None] * self.met_weights).sum(1)
         return logits * number.clamp(max=1)
 
     def contributions(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """The summands of the logits of texts that have words, without the bias: (B, 2T, C), or (B, 2T+2, C) for pairs.
 
-        They are those of the tokens, of each token with its next neighbour, and of the two numbers of `find_met`.
+        They are those of the tokens, of the bigrams, and of the two similarities that `word_similarity` gives.
         """
         rows, counts = self.find_rows(input_ids, attention_mask, token_type_ids)
         root = counts.sum(1).clamp(min=1).sqrt()[:, None, None]
         summands = self.table[rows] * counts[..., None] / root
         if self.pairs:
-            met = self.find_met(input_ids, attention_mask, token_type_ids)
-            summands = torch.cat([summands, met[..., None] * self.met_weights], 1)
+            similarity = self.word_similarity(input_ids, attention_mask, token_type_ids)
+            summands = torch.cat([summands, similarity[..., None] * self.met_weights], 1)
         return summands
 
 
@@ -157,7 +160,7 @@ def fit_ngrams(bag: NgramExit, batches: Sequence[Inputs], targets: Tensor, embed
 
 
 def compare_words(bag: NgramExit, batches: Sequence[Inputs], embeddings: Tensor) -> None:
-    """Set what `find_met` compares words by: vectors, which are principal components of the embeddings, and IDF."""
+    """Set what `word_similarity` compares words by: vectors (principal components of the embeddings) and IDF."""
     centred = embeddings - embeddings.mean(0)
     V = len(embeddings)
     axes = torch.linalg.eigh(centred.T @ centred)[1][:, -bag.vectors.shape[1] :]  # their signs change no cosine
@@ -171,8 +174,7 @@ class Features:
 
     There are two kinds of weights. `free` (R, C) has a row for each n-gram, or only for the most frequent ones if that
     is more than LARGE numbers. `dense` (M, C) has the linear functions of the embeddings of a text's tokens (D+1 rows,
-    and for pairs D+1 more for tokens of both texts), the weights of the numbers of `find_met` (0 or 2 rows), and the
-    bias.
+    and for pairs D+1 more for tokens of both texts), the weights of `word_similarity` (0 or 2 rows), and the bias.
     """
 
     def __init__(self, bag: NgramExit, batches: Sequence[Inputs], embeddings: Tensor) -> None:
@@ -190,8 +192,8 @@ class Features:
             token_rows, is_word = all_rows[:, : ids.shape[1]], counts[:, : ids.shape[1], None]
             of_kind = (F.one_hot(token_rows // V, kinds) * is_word).float()  # (B, T, kinds)
             sums = (of_kind.mT @ self.known[ids]).flatten(1)  # (B, kinds * (D+1))
-            met = bag.find_met(ids, mask, types) if bag.pairs else root[:, :0]
-            dense.append(torch.cat([sums * root, met, torch.ones_like(root)], 1))
+            similarity = bag.word_similarity(ids, mask, types) if bag.pairs else root[:, :0]
+            dense.append(torch.cat([sums * root, similarity, torch.ones_like(root)], 1))
         self.dense, sizes, rows = torch.cat(dense), torch.cat(sizes), torch.cat(rows)  # (N, M), (N,), (G,) text by text
         # The weights of the last features are penalised as if these had a standard deviation of 1. The bias, a feature
         # of ones, is hardly penalised.

@@ -1,7 +1,7 @@
 """When to exit where a bag of words stands in front: temperatures, and the bag's part in the answers of later exits.
 
-A bag of words errs on other texts than the model, and its answer is there already. So a later exit can answer together
-with the bag: their calibrated logits are added up with a weight. Full depth is then the last exit and the bag.
+A bag of words and the model err on different texts, and the bag's logits are known by then. So a later exit can answer
+together with the bag: their calibrated logits are added up with a weight. Full depth is then the last exit and the bag.
 """
 
 import copy

@@ -46,7 +46,7 @@ THRESHOLD, AT_MOST = number(0, 1), whole_number(1)
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What only `minisweet fit` knows of a training: `fit` in run.json."""
+    """What `minisweet fit` adds to the record of a run: `fit` in run.json."""
 
     label_type: Literal["str", "int", "float", "bool"] = "str"  # of the labels that Python's `fit` got
     label_column: str | None = None
@@ -145,12 +145,12 @@ def add_options(parser: Parser) -> None:
 
 
 def deployed_of(args: Namespace, *parts: str) -> Deployed:
-    """Load the run that a command's options name, with more parts than those that answer if they are named."""
+    """Load and deploy the run that a command's options name. `parts` are loaded in addition."""
     return deploy(load_run(args.run, *ANSWERING, *parts), args.threshold, args.device, args.amp, args.batch_size)
 
 
 def tokenize(deployed: Deployed, texts: Iterable[str | Sequence[str]]) -> Texts:
-    """Tokenise texts, or pairs of texts. Raises InputError, with the item, for anything else."""
+    """Tokenise texts, or pairs of texts. Raises InputError, naming the item, for anything else."""
     return Texts(deployed.run.tokenizer, texts_of(texts, sides_of(deployed.run.record)))
 
 
@@ -278,7 +278,7 @@ def read_point(folder: Path, record: Record) -> OperatingPoint:
         raise InputError(f"{folder}: has no {OPERATING}; first: minisweet choose {folder}")
     point = read_dataclass(OperatingPoint, path)
     if point.id != record.id:
-        raise InputError(f"{path}: belongs to other weights than the model beside it; make it again")
+        raise InputError(f"{path}: belongs to other weights than the model beside it; first: minisweet choose {folder}")
     return point
 
 

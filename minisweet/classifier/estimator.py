@@ -22,7 +22,7 @@ from minisweet.classifier.explain import explain
 from minisweet.classifier.export import export_file, export_folder
 from minisweet.classifier.fit import FitOptions, fit_texts
 from minisweet.classifier.label import rows_to_label
-from minisweet.classifier.operating_point import OperatingPoint, stated
+from minisweet.classifier.operating_point import OperatingPoint, measure
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import Columns, label_name, labelled_texts, names_of, texts_of, with_text
 from minisweet.classifier.summary import summary
@@ -73,10 +73,12 @@ class EarlyExitClassifier:
 
     Args:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
-        method: "plain" or "branch". exit_layers: counted from 1; 0 is exit 0, a bag of words.
+        method: "plain" or "branch".
+        exit_layers: counted from 1; 0 is exit 0, a bag of words.
         trunk: the folder of a run or a finished classifier to start from, whose answers stay as they are.
         dev_size: the share of the distinct labelled texts that is set aside for validation.
-        seed: of new weights, order and dropout. lr, epochs, batch_size, max_length: None for what suits model and data.
+        seed: of new weights, order and dropout.
+        lr, epochs, batch_size, max_length: None for what suits model and data.
         device, amp: as the commands' --device and --amp.
         max_lost, sure: deploy the lowest threshold that loses at most `max_lost` of 100 texts, with `sure` percent
             confidence.
@@ -124,7 +126,7 @@ class EarlyExitClassifier:
         labelled ones. `validation` is (texts, labels) to validate on, instead of rows of X; each text counts by itself.
         `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together; None is a row
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
-        model is ready, the previous one answers. Raises InputError, with the item, for what cannot be trained on.
+        model is ready, the previous one answers. Raises InputError, naming the item, for what cannot be trained on.
         """
         verbose = VERBOSE.check("verbose", self.verbose)
         goal = self._options(Goal)
@@ -211,7 +213,7 @@ class EarlyExitClassifier:
         outputs = new_outputs(self.deployed, rows, "X", LOG.warning)
         of_labels = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")
         has_labels = (outputs.labels >= 0).any()
-        measured = stated(range(len(outputs.logits)), self.deployed.threshold, outputs)
+        measured = measure(range(len(outputs.logits)), self.deployed.threshold, outputs)
         return measured | ({} if has_labels else dict.fromkeys(of_labels))
 
     def explain(self, texts: Iterable[str | Sequence[str]]) -> list[list[tuple[Answer, bool]]]:
@@ -223,8 +225,8 @@ class EarlyExitClassifier:
         """Write one ONNX file with early exit as it was chosen, if the name ends in .onnx.
 
         Any other name is a folder for transformers, with the last exit alone: without exit 0 and the threshold. Returns
-        what it prints, in lines; see `minisweet export`. Raises InputError for a path that exists, for int8 with a
-        folder, or if the packages for ONNX are missing.
+        the lines that `minisweet export` prints. Raises InputError for a path that exists, for int8 with a folder, or
+        if the packages for ONNX are missing.
         """
         is_file = Path(path).suffix.lower() == ".onnx"
         run = self.deployed.run
@@ -262,7 +264,7 @@ class EarlyExitClassifier:
         """Write a run folder, which must not exist."""
         fitted = self.deployed.run
         if Path(run).exists():
-            raise InputError(f"{run}: is there already, and is not overwritten; name another")
+            raise InputError(f"{run}: already exists; name another")
         runs.save(Path(run), fitted)
 
     @property
@@ -300,7 +302,7 @@ class EarlyExitClassifier:
         return rows / rows.sum(1, keepdims=True)  # sums of float32 that are 1 there become exactly 1 in float64
 
     def score(self, X, y) -> float:
-        """The accuracy on texts X (N) with labels y (N), from 0 to 1. Raises InputError, with the item."""
+        """The accuracy on texts X (N) with labels y (N), from 0 to 1. Raises InputError, naming the item."""
         answers = self.classify(X)
         names, _ = names_of(y, len(answers), "labels")
         if None in names or not names:
@@ -308,6 +310,6 @@ class EarlyExitClassifier:
         return float(np.mean([label_name(answer.label) == name for answer, name in zip(answers, names, strict=True)]))
 
     def classify(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
-        """Classify N texts in their order. Raises InputError, with the item's index from 0, for anything but text."""
+        """Classify N texts in their order. Raises InputError, naming the item's index from 0, for anything but text."""
         deployed = self.deployed  # once, since another thread may replace it
         return runs.classify(deployed, runs.tokenize(deployed, texts))

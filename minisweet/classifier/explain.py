@@ -28,8 +28,9 @@ from minisweet.sweep import sweep
 from minisweet.texts import Texts
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MOST_NGRAMS, MOST_ROWS = 5, 10_000  # n-grams on each side; rows of the page that have them, so that it stays small
-MET = ("(similarity of first text to second)", "(similarity of second text to first)")  # of `NgramExit.find_met`
+MOST_NGRAMS = 5  # on each side
+MOST_ROWS = 10_000  # rows of the page that have n-grams, so that it stays small
+SIMILARITIES = ("(similarity of first text to second)", "(similarity of second text to first)")
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def word_scores(deployed: Deployed, texts: Texts, row: int) -> tuple[dict[str, f
     answer, runner_up = deployed.bag(*inputs)[0].argsort(descending=True, stable=True)[:2]
     added = deployed.bag.contributions(*inputs)[0]  # (2T or 2T+2, C)
     tokens = list(map(deployed.run.tokenizer.id_to_token, inputs[0][0].tolist()))
-    names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *MET]
+    names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *SIMILARITIES]
     total = Counter()
     for name, number in zip(names, (added[:, answer] - added[:, runner_up]).tolist(), strict=False):
         total[name] += number

@@ -56,10 +56,10 @@ from minisweet.run import Record, check_output, save_run, versions, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import train_stage
 
-# A stage takes at least so many steps and epochs. Labelled single texts of three classes or more gain by eight epochs.
-# Two classes gain nothing, pairs lose, and texts with a model's answers are many (tried.md).
+# The least steps and epochs of a stage. Labelled single texts of three or more classes gain from eight epochs. Two
+# classes do not, pairs lose, and texts with a model's answers are many anyway (tried.md).
 STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
-# If more texts are unlabelled than labelled, the trunk also learns answers to them: to at most so many, for so long.
+# If more texts are unlabelled than labelled, the trunk also learns answers to them: the most texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 MAX_LENGTH = 256  # tokens
 TITLES = {"trunk": "fine-tuning", "trunk again": "learning from its own answers"}  # of progress bars
@@ -67,7 +67,7 @@ TITLES = {"trunk": "fine-tuning", "trunk again": "learning from its own answers"
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(Options):
-    """The options of a training on your own text. Raises InputError, which names the option, for a wrong value."""
+    """The options for training on your own text. Raises InputError, which names the option, for a wrong value."""
 
     model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
     method: str = option("plain", one_of("plain", "branch"), "plain, or branch for exits between 0 and the last")
@@ -105,9 +105,9 @@ def fit_texts(
         unlabelled: more rows without labels, or None.
         columns: of the file of `rows`, for the record.
         label_type: of the labels in Python: "str", "int", "float" or "bool".
-        out: where to write the record of a training that diverges, or None.
+        out: where to write the record if training diverges, or None.
 
-    Raises InputError if model, data and options do not fit, or the training diverges.
+    Raises InputError if model, data and options do not fit, or training diverges.
     """
     # 1. The model to start from: public weights, or a finished trunk.
     trunk = load_trunk(Path(options.trunk)) if options.trunk else None
@@ -120,7 +120,7 @@ def fit_texts(
     device = choose_device(options.device)
     precision = choose_precision(options.amp, device, training=True)
 
-    # 2. The data: who learns, and who validates. Without any label, all exits learn what the trunk answers.
+    # 2. The data: training and validation rows. Without any label, all exits learn what the trunk answers.
     learns_unlabelled = has_bag or len(exit_layers) > 1 or not any(rows.names)
     if unlabelled and not learns_unlabelled:
         raise InputError("without exit 0 or branches nothing learns from it; add 0 to the exit layers", "unlabelled")
@@ -150,7 +150,7 @@ def fit_texts(
     validating = examples.take(np.flatnonzero(np.isin(texts.keys, split.validation.keys)))
     groups, validated = ({*map(group_hash, filter(None, x.groups or ()))} for x in (learned.examples, validating))
     trained_keys, trained_groups = (trunk.trained_keys, trunk.trained_groups) if trunk else ((), ())
-    in_trained_group = texts.keys[in_groups(examples, trained_groups)]  # these do not judge, whoever learns from them
+    in_trained_group = texts.keys[in_groups(examples, trained_groups)]  # of a trunk's groups: these never judge
     digests = "".join(part.examples.digest() for part in (split.validation, labelled, answered) if len(part))
     record = Record(
         arguments=TrainingOptions(**arguments),
@@ -218,14 +218,14 @@ def fit_texts(
     # together with what two teachers answer to these texts (teacher.py).
     training = Training(record, device, precision, out)
     if len(again):
-        with training.timed("second answers"):
+        with training.timed("regression"):
             vectors = embed(base.encoder.eval().to(device), tokenizer, known.examples)
             second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
             base.cpu()
     if not trunk:
         training.train(Stage("trunk", base), labelled, epochs["trunk"])
     if len(again):
-        answers = ensemble(training.ask("first answers", base, texts.take(again)), second)
+        answers = ensemble(training.ask("model answers", base, texts.take(again)), second)
         training.train(Stage("trunk again", base), with_answers(known, answers), epochs["trunk again"])
 
     # 6. The exits before the last are branches on the trunk, which stays as it is. They also learn its answers.
@@ -301,7 +301,7 @@ def with_answers(texts: Texts, answers: torch.Tensor) -> Texts:
 
 
 class Training:
-    """Runs the stages of a training one by one, and keeps their losses and seconds."""
+    """Runs the stages one by one, and keeps their losses and seconds."""
 
     def __init__(self, record: Record, device: torch.device, precision: torch.dtype | None, out: Path | None) -> None:
         self.record, self.device, self.precision, self.out = record, device, precision, out
@@ -359,7 +359,7 @@ def main() -> None:
     args = parser.parse_args()
     options = parser.make(FitOptions, args)
     goal = goal_of(args)
-    parser.need(args, args.dev_data is None, "rows of FILE, and --dev-data is given", "dev_size")
+    parser.need(args, args.dev_data is None, "a split of FILE, not --dev-data", "dev_size")
     if not args.file and not (args.trunk and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")
     name = (args.file or args.unlabelled[0]).name.split(".")[0]

@@ -28,10 +28,10 @@ def main() -> None:
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     option("--out", type=Path, required=True, metavar="FILE", help="to be filled in; must not exist")
-    option("--most", type=whole_number(1), default=50, help="at most so many texts (default: 50)")
+    option("--most", type=whole_number(1), default=50, help="the most texts to ask about (default: 50)")
     args = parser.parse_args()
     if args.out.exists():
-        raise InputError(f"{args.out} is there already, and may be filled in; name another file", "out")
+        raise InputError(f"{args.out} already exists, and may be filled in; name another file", "out")
     run = load_run(args.run, "point", "outputs", "given", "texts")
     rows, message = rows_to_label(run, args.most)
     print(message)
@@ -67,8 +67,8 @@ def rows_to_label(run: OwnRun, most: int) -> tuple[list[int], str]:
     highest = len(is_lost) - 1 - is_lost[::-1].argmax(0)  # (T,), the highest threshold at which a text is lost, if any
     highest[~is_lost.any(0)] = -1
 
-    # 2. Ask about open texts, from the highest threshold downwards. Those that are lost only below the threshold which
-    # is reached if full depth is wrong in every open text make no difference.
+    # 2. Ask about open texts (without a label so far), from the highest threshold downwards. The search gets to
+    # `reachable` if full depth is wrong in all of them. Texts that are lost only below it make no difference.
     reachable = last_passed((is_lost & ~is_open).sum(1), len(keys), point.goal)
     order = np.lexsort((keys, -highest))
     asked = order[(is_open & (highest >= reachable))[order]][:most]

@@ -121,7 +121,7 @@ class Writer:
     def either(self, condition: str, *branches: Callable[[], str]) -> str:
         """Write an `If` with two inner graphs, which two functions write. They return its output there.
 
-        Weights stand in the graph that reads them: only there ONNX Runtime packs them.
+        Weights stand in the graph that reads them: ONNX Runtime packs them only there.
         """
         outside = (self.nodes, self.weights)
         graphs = []

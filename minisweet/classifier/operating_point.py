@@ -14,7 +14,7 @@ from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE
 from minisweet.metrics import score
 from minisweet.outputs import Outputs
 
-CHOOSING = 4  # one of so many validation texts chooses, and the rest judge
+CHOOSING = 4  # one in four validation texts chooses, and the rest judge
 Z = NormalDist().inv_cdf(0.975)  # of a 95% interval
 
 
@@ -98,7 +98,7 @@ class OperatingPoint:
         return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
-def stated(places: Sequence[int], threshold: float, judges: Outputs, given: Mapping[int, int] | None = None) -> dict:
+def measure(places: Sequence[int], threshold: float, judges: Outputs, given: Mapping[int, int] | None = None) -> dict:
     """Measure early exit with the exits at some places, counted from 0. Returns values of an `OperatingPoint`.
 
     The `judges` have calibrated logits. Labels that are `given`, by key, enter `lost` alone.

@@ -1,4 +1,4 @@
-"""The promise about new text: the goal, the exact test, and where the judging texts stop.
+"""The promise about new text: the goal, the exact test, and where the search for a threshold ends.
 
 A text is *lost* if full depth, which runs all layers, is right and early exit is wrong. The goal is to lose at most P
 of 100 texts, and to be S% sure of that; or else to run at most a given share of the layers.
@@ -91,14 +91,14 @@ def texts_needed(goal: Goal) -> list[int]:
 
 
 def most_lost(texts: int, goal: Goal) -> int:
-    """How many of so many judging texts may be lost; -1 if the test fails even where none is."""
+    """How many of `texts` judging texts may be lost; -1 if the test fails even where none is."""
     return int((how_sure(texts, np.arange(texts + 1), goal.max_lost / 100) >= goal.sure / 100).sum()) - 1
 
 
 def last_passed(lost: np.ndarray, texts: int, goal: Goal, exact: bool = True) -> int:
-    """The index of the last threshold that passes before the first failure, going down from the last one, which is 1.
+    """The index of the lowest threshold that is reached, going down from 1 and stopping before the first failure.
 
-    `lost` (M,) of so many `texts` are lost at each threshold. If not `exact`, one fails if more than P of 100 are.
+    `lost` (M,) of the `texts` are lost at each threshold. If not `exact`, one fails if more than P of 100 are.
     """
     limit = goal.max_lost / 100
     passes = how_sure(texts, lost, limit) >= goal.sure / 100 if exact else lost <= texts * (limit + ROUNDING)  # (M,)

@@ -42,7 +42,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """Stream a file's rows: the line on which each ends, and its cells by column.
 
     Cells are strings, or None at the end of a short row; in JSON lines they are any JSON value. The header shows what
-    separates cells: commas, semicolons or tabs. Raises InputError, with the line, if a row cannot be read.
+    separates cells: commas, semicolons or tabs. Raises InputError, naming the line, if a row cannot be read.
     """
     suffix = _suffix(regular_file(path))
     number = 0
@@ -125,7 +125,7 @@ def _suffix(path: Path) -> str:
 
 
 def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
-    """The first of the `choices` whose columns are all in the file. Raises InputError, with the option, if none is."""
+    """The first of the `choices` whose columns are all in the file. Errors name the option."""
     first_row = next(read_rows(path), (0, {}))[1]
     columns = list(first_row) if first_row.keys() >= set(choices[0]) else all_columns(path)  # a JSON row may lack some
     for choice in choices:
@@ -141,7 +141,7 @@ def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
 def text_columns(
     path: Path, named: Sequence[str] | None, trained: Sequence[str] | None = None, option: str = "--text-columns"
 ) -> list[str]:
-    """The columns of a file's texts: those `named`, else as many as were `trained` on, by these or the usual names."""
+    """The columns of a file's texts: those `named`, else the `trained` ones, else the usual ones of the same number."""
     counts = (1, 2) if trained is None else (max(1, len(trained)),)  # the toy task has no columns
     if named and len(named) not in counts:
         right = "one or two" if trained is None else f"{counts[0]}, as in training"
@@ -160,7 +160,7 @@ def cell(path: Path, line: int, row: dict, column: str) -> str:
 def read_texts(
     path: Path, columns: Sequence[str], label_column: str | None = None, group_column: str | None = None
 ) -> Examples:
-    """Read a file's texts, labels and groups. Rows without text are skipped and counted. InputError has the line."""
+    """Read a file's texts, labels and groups. Rows without text are skipped and counted. Errors name the line."""
     texts, names, groups, empty = [], [], [], 0
 
     def name_in(column: str | None) -> str | None:
@@ -226,7 +226,7 @@ def as_list(values: object) -> object:
 def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> Examples:
     """A list of texts, or of pairs, as unlabelled rows; `sides` is 1 or 2, None for those of the first item.
 
-    Raises InputError, with the item.
+    Raises InputError, naming the item.
     """
     columns = list(getattr(texts, "columns", []))  # of a frame of pandas
     if len(columns) > (sides or 2):
@@ -251,7 +251,7 @@ def texts_of(texts: Iterable[str | Sequence[str]], sides: int | None = None) -> 
 
 
 def with_text(examples: Examples, groups: Iterable | None = None, option: str = "groups") -> Examples:
-    """The rows that have text, with their groups; the others are counted. Raises InputError, with the item."""
+    """The rows that have text, with their groups; the others are counted. Raises InputError, naming the item."""
     if groups is not None:
         examples = examples._replace(groups=names_of(groups, len(examples.first), option)[0])
     sides = zip(*(side for side in examples[:2] if side is not None), strict=True)
@@ -262,7 +262,7 @@ def with_text(examples: Examples, groups: Iterable | None = None, option: str = 
 
 
 def labelled_texts(X, y, sides: int | None = None) -> tuple[Examples, str]:
-    """Texts and labels as rows, and the type of the labels. Raises InputError, with the item."""
+    """Texts and labels as rows, and the type of the labels. Raises InputError, naming the item."""
     examples = texts_of(X, sides)
     names, types = names_of(y, len(examples.first), "labels")
     if examples.second and examples.second == names:
@@ -273,7 +273,7 @@ def labelled_texts(X, y, sides: int | None = None) -> tuple[Examples, str]:
 
 
 def names_of(values: Iterable, count: int, title: str) -> tuple[list[str | None], set[str]]:
-    """So many labels or groups as text, None for an empty one; and the types of the others. InputError has the item."""
+    """`count` labels or groups as text (None if empty), and the types of the others. Errors name the item."""
     values = as_list(values)
     if not isinstance(values, Iterable) or isinstance(values, NO_LISTS):
         raise InputError(f"{title}: {values!r:.60}, should be a list")

@@ -13,7 +13,7 @@ import numpy as np
 
 from minisweet.adaptive import ExitRule, in_float32
 from minisweet.classifier.combined_rule import CombinedRule, fit_combined_rule
-from minisweet.classifier.operating_point import CHOOSING, OperatingPoint, stated
+from minisweet.classifier.operating_point import CHOOSING, OperatingPoint, measure
 from minisweet.classifier.promise import (
     ROUNDING,
     Goal,
@@ -100,7 +100,7 @@ def choose(
         if exits is None and goal.max_share is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
             threshold = 1.0  # trying exits in vain costs more than leaving early saves
             places = needed_exits(rule)
-    point = stated(places, threshold, judges, given)
+    point = measure(places, threshold, judges, given)
     point["choosing_texts"] = len(choosers.keys.unique())
     point["labelled_judges"] = len(judges.keys[judges.labels >= 0].unique())
     _, answers, _ = judged.decide_at(places, [threshold])  # (1, N)
@@ -122,7 +122,7 @@ def needed_exits(rule: CombinedRule) -> list[int]:
 
 
 def choose_exits(choosers: Outputs, goal: Goal, rule: CombinedRule) -> list[int]:
-    """The exits, counted from 0, with which the choosing rows reach a goal best, by their counts alone.
+    """The exits, counted from 0, that reach a goal best on the choosing rows, without the exact test.
 
     The exit that helps most is added to the needed ones, as long as one helps: an exit can cost more than it saves.
     """
@@ -160,9 +160,9 @@ def thresholds_to_try(choosers: Outputs, places: Sequence[int]) -> np.ndarray:
 def unlabelled_judge(choosers: Outputs, judges: Outputs, goal: Goal) -> bool:
     """Whether unlabelled texts judge too, because more texts can leave early then.
 
-    Let full depth be right in a share r of the answers that early exit changes. It may change k / (r a) of all answers
-    if a labelled texts judge, of which k may be lost; and k' / (r a + b) if b unlabelled ones judge too. The choosing
-    texts, a and b decide it, so that labels which are given later never change it.
+    Let full depth be right in a share r of the answers that early exit changes. Early exit may change k / (r `a`) of
+    all answers if `a` labelled texts judge, of which k may be lost; and k' / (r `a` + `b`) if `b` unlabelled ones judge
+    too. Only the choosing texts, `a` and `b` decide, so that labels which are given later never change it.
     """
     a, b = (len(judges.keys[there].unique()) for there in (judges.labels >= 0, judges.labels < 0))
     if goal.max_share is not None or not a:

@@ -1,4 +1,4 @@
-"""Your own rows: their classes, the units that must stay together, and who learns and who validates.
+"""Your own rows: their classes, the units that must stay together, and which rows train and which validate.
 
 All rows are one `Texts`, and a side of the split is an array of its row numbers. A hash of the text, or of its group,
 decides the side. Labels, the order of rows and the seed do not.
@@ -20,9 +20,9 @@ from minisweet.base.files import LOG, InputError, preview
 from minisweet.texts import Texts
 
 MAY_BE_TYPO = 5  # rows: a class with fewer is reported
-UNLABELLED_PER_JUDGE = 5  # one in so many unlabelled units validates,
-MOST_JUDGES = 2000  # but at most so many
-# Near-duplicates are reported if more than MANY of at most LOOKED_AT validation texts share so many of their words.
+UNLABELLED_PER_JUDGE = 5  # one in five unlabelled units validates,
+MOST_JUDGES = 2000  # but at most 2,000
+# Near-duplicates are reported if MANY of at most LOOKED_AT validation texts share most words with a training text.
 LOOKED_AT, MANY, IN_COMMON = 1000, 1 / 50, 4 / 5
 
 
@@ -115,7 +115,7 @@ def split_rows(
         name: of the data, for errors.
         texts: all rows, with the class of each, -1 for none.
         labels: the names of the classes.
-        given: how many rows at the end are there to validate on. If 0, some labelled rows are set aside instead.
+        given: how many rows at the end are for validation. If 0, some labelled rows are set aside instead.
         dev_size: the share of the labelled units to set aside.
         learns_unlabelled: whether unlabelled rows are learned from. Some validate in any case, unless rows are `given`.
 
@@ -159,7 +159,7 @@ def split_rows(
     validation = texts.take(np.concatenate([validating, judging]))
     units = validation.units
     validation.units = None
-    if validation.examples.groups:  # named after their units, which so hold when the validation rows are read alone
+    if validation.examples.groups:  # renamed to their units, so that merged groups stay merged when a run is loaded
         validation.examples = validation.examples._replace(groups=[str(unit) for unit in units])
         validation.units = units_of(validation)
     return Split(learning, answered if learns_unlabelled else answered[:0], validation)
@@ -168,11 +168,10 @@ def split_rows(
 def deal_unlabelled(
     texts: Texts, unlabelled: np.ndarray, learning: np.ndarray, validating: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Deal unlabelled rows (n,) to two sides: those that learn, and one unit in UNLABELLED_PER_JUDGE that validates.
+    """Split unlabelled rows (n,): one unit in UNLABELLED_PER_JUDGE validates, but at most `most`, and the others train.
 
-    At `most` so many units validate. A text counts once, and not at all if it is labelled too. Unlabelled rows of units
-    that train with labels train too; those of units that validate with labels are left out, and the third value counts
-    them.
+    Duplicates, and texts that are labelled too, are dropped. Rows of a unit with labelled training rows train. Rows of
+    a unit with labelled validation rows are dropped, and the third value is their number.
     """
     keys, units = texts.keys, texts.units
     new = unlabelled[np.sort(np.unique(keys[unlabelled], return_index=True)[1])]

@@ -6,7 +6,7 @@ from shlex import quote
 
 from minisweet.adaptive import in_float32
 from minisweet.classifier.deployed import OwnRun, fitted_of
-from minisweet.classifier.operating_point import stated
+from minisweet.classifier.operating_point import measure
 from minisweet.classifier.promise import METRIC_NAMES, by_text, scored
 from minisweet.classifier.selection import prepare
 
@@ -19,12 +19,12 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     outputs, point, fitted = run.outputs, run.point, fitted_of(run.record)
     trial = prepare(outputs, point.goal, run.record.trained_keys, point.exits, fitted.combines)
     if threshold not in (None, in_float32(point.threshold)):
-        point = replace(point, threshold=threshold, **stated(trial.places, threshold, trial.judges, run.given))
+        point = replace(point, threshold=threshold, **measure(trial.places, threshold, trial.judges, run.given))
     layers = outputs.exits.layers
     costs = outputs.exits.keep_exits(trial.places).costs(point.threshold)
     table = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
     if layers[0] == 0:
-        table.insert(0, ("a bag of words alone (exit 0)", stated([0], 0.0, trial.judges)["score"], 0.0))
+        table.insert(0, ("a bag of words alone (exit 0)", measure([0], 0.0, trial.judges)["score"], 0.0))
     metric = scored(trial.judges).metric
     title = "on new texts" if trial.has_judges else "on all validation rows, even if trained on"
     lines = [f"{title:<42}{METRIC_NAMES[metric]:>12}   share of the layers"]
@@ -51,7 +51,7 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     reasons = {
         "a quarter chooses the thresholds to try": trial.has_judges,
         "one text of each group judges": outputs.units is not None,
-        "none without a label judges": (outputs.labels < 0).any() and point.labelled_judges == point.judging_texts,
+        "unlabelled texts do not": (outputs.labels < 0).any() and point.labelled_judges == point.judging_texts,
         f"{trial.left_out:,} were trained on": trial.left_out,
     }
     why = ", ".join(reason for reason, holds in reasons.items() if holds)

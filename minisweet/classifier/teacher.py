@@ -21,7 +21,8 @@ from minisweet.layers import TransformerEncoder
 from minisweet.outputs import BATCH_SIZE
 from minisweet.texts import Examples, Texts
 
-PRIOR_VARIANCE, STEPS = 5.0, 60  # of each weight, which is the L2 penalty; of L-BFGS
+PRIOR_VARIANCE = 5.0  # of each weight (L2 penalty)
+STEPS = 60  # of L-BFGS
 TEMPERATURES = np.geomspace(0.5, 16, 41).tolist()  # to choose from
 
 
@@ -75,7 +76,7 @@ def ensemble(logits: Tensor, second: Tensor) -> Tensor:
     """The probabilities (N, C) that the logits of the model and those of the regression, (N, C) each, give together.
 
     A model that was fine-tuned on few rows is overconfident. Held-out labelled rows would show by how much, but they
-    validate. So its temperature is the one at which its probabilities are closest to those of the regression.
+    are needed for validation. So its temperature is the one at which it agrees best with the regression.
     """
     targets = second.softmax(-1)
     best = min(TEMPERATURES, key=lambda temperature: float(F.cross_entropy(logits / temperature, targets)))

@@ -17,14 +17,15 @@ from minisweet.base.commands import Parser
 from minisweet.base.files import InputError, one_line, preview
 from minisweet.classifier import deployed as runs
 from minisweet.classifier.deployed import Deployed, fitted_of
-from minisweet.classifier.operating_point import stated
+from minisweet.classifier.operating_point import measure
 from minisweet.classifier.promise import METRIC_NAMES, texts_needed
 from minisweet.classifier.rows import all_columns, read_texts, text_columns
 from minisweet.classifier.split import one_of_each, units_of
 from minisweet.outputs import Outputs
 from minisweet.texts import Examples, Texts
 
-MOST_CLASSES, TIMED = 20, 64  # with more classes they are not listed; texts that are timed
+MOST_CLASSES = 20  # with more, classes are not listed
+TIMED = 64  # texts
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
 def print_test(deployed: Deployed, outputs: Outputs) -> None:
     """Print the measured values next to those stated, and whether the promise held."""
     point = deployed.run.point
-    measured = stated(range(len(outputs.logits)), deployed.threshold, outputs)
+    measured = measure(range(len(outputs.logits)), deployed.threshold, outputs)
     has_labels, was_labelled = ((part.labels >= 0).any() for part in (outputs, deployed.run.texts))
     print(f"\n{len(outputs.labels):,} rows, threshold {deployed.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
