@@ -1,4 +1,4 @@
-"""The training loop: AdamW with linear decay, and the backward passes of each method (App. A of the paper).
+"""The training loop: the backward passes of each method (Sec. 4.1), and AdamW with linear decay (App. A).
 
     for step, batch in enumerate(batches):
         forward and backward: one backward() per exit, or for EE one on the summed loss

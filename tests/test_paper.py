@@ -78,7 +78,7 @@ def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, mod
 
 
 def test_temperatures_change_who_exits_and_no_answer():
-    """Sec. 3.3: each exit's logits are divided by its own temperature."""
+    """App. A: the scaling is monotonic. As in the authors' code, each exit has its own temperature."""
     logits, temperatures = torch.randn(3, 50, 4), torch.tensor([0.5, 1.0, 3.0])
     outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], [0, 0, 0], 4, False))
     divided = logits / temperatures[:, None, None]
@@ -193,7 +193,7 @@ def test_learning_to_exit_is_a_sigmoid_of_the_pooled_cls_and_trains_its_layers(m
 
 @pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
 def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, model_type, method):
-    """App. A. Against a loop that holds the whole graph, clips by hand, and uses another implementation of AdamW."""
+    """App. A, and the authors' clipping. Against a loop that holds the whole graph and uses another AdamW."""
     folder = write_model(tmp_path / "tiny", model_type, **conftest.NO_DROPOUT)
     examples, ours = conftest.toy_examples(folder, range(24), 16), conftest.model_of(folder, method)
     for head in ours.heads:

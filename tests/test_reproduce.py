@@ -154,6 +154,10 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer():
         "| RTE, SWEET − EE |  |  |  |  | -10.0 |",
     ):
         assert line in text, text
+    assert "|  | 1/12 | 1/4 | 1/2 | 3/4 | 1 |" in text
+    large = {("sst2", "ee"): {0: made("sst2", "ee", 0, shares=[("1/24", 70.0)], exits={1: (70.0, 2), 24: (80.0, 2)})}}
+    text = tables(large, ["sst2"], ["ee"])
+    assert "|  | 1/24 | 1/4 | 1/2 | 3/4 | 1 |\n|---|---|---|---|---|---|\n| SST-2, EE | 70.0 |" in text
 
 
 def test_the_mean_over_tasks_is_of_the_seeds_that_have_all(tmp_path):

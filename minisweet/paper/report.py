@@ -25,7 +25,8 @@ from minisweet.base.files import read_json, written_beside
 from minisweet.run import EVALUATION, RECORD, VALIDATION
 
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
-SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]  # the paper's (App. A)
+# The paper's shares (App. A). For 24 layers the first is 1/24.
+SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]
 PAIRS = [("sweet", "ee"), ("sweet", "mm"), ("mm", "ee")]
 NAMES = {"ee": "EE", "mm": "MM", "sweet": "SWEET", "sst2": "SST-2", "cola": "CoLA", "own": "Debian-12"}
 NAMES |= {task: task.upper() for task in ("mrpc", "rte", "mnli", "qqp", "qnli")}
@@ -224,6 +225,7 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
     some = {f"mean of {len(tasks)}": tasks} if len(tasks) > 1 else {}
     some |= {named(task): [task] for task in tasks}
     layers = sorted({n for runs in chosen.values() for run in runs.values() for n in run.exits})
+    shares = [Fraction(1, 24), *SHOWN[1:]] if 24 in layers else SHOWN
     rows = []
     for task in tasks:
         found = [[(rate_text(run.rate), run.area) for run in chosen[task, method].values()] for method in methods]
@@ -233,7 +235,7 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
     singles = [(method,) for method in methods]
     pairs = [pair for pair in PAIRS if {*pair} <= {*methods}]
     for what, them in (("Scores", singles), ("Differences", pairs)):
-        for where, points in (("exit", layers), ("share of the layers", SHOWN)):
+        for where, points in (("exit", layers), ("share of the layers", shares)):
             head = [f"exit {n}" if where == "exit" else n for n in points]
             ways = product(some.items(), them)
             rows = [[f"{name}, {named(*of)}", *row_of(chosen, its, of, points)] for (name, its), of in ways]

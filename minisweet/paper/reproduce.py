@@ -3,8 +3,8 @@
     python -m minisweet reproduce --model minilm-l6 --tasks sst2,mrpc --seeds 0,1,2 --lrs 5e-5,1e-4,2e-4,4e-4
 
 The learning rate of each task and method is searched on the first seed: the rate with the largest area under the
-speed-accuracy curve wins (App. A). All seeds then run at that rate. A run that did not converge, whose last exit is no
-better than the most frequent class, is repeated with up to three further seeds, as in the paper (Sec. 4.2).
+speed-accuracy curve wins (App. A). All seeds then run at that rate. As in the paper (Sec. 4.2), a run that did not
+converge is repeated with other seeds: up to three, if its last exit is no better than the most frequent class.
 
 Each run is made by train.py and evaluate.py of the clone, with the options that you would type. What is there is not
 made again, so a stopped grid goes on at the next call. Writes results.csv, results.md and curves.png.
