@@ -77,16 +77,14 @@ def best_known(runs: list[Run], *together: tuple[str, ...]) -> Chosen:
 def verdict(sign: int, columns: list[Chosen], tasks: list[str], pair: tuple[str, str], point) -> str:
     """Whether a claim holds: on each task by the first of the columns that has an interval there.
 
-    Tasks on which all runs of both methods score the same, since both predict one class, do not count.
+    Tasks on which both methods' exits predict one class do not count.
     """
     signs = []
     for task in tasks:
-        for chosen in columns:
-            mean, _, half = report.mean_and_spread(report.seed_means(chosen, [task], pair, [point]))
-            if len(mean) and not np.isnan(half[0]):
-                if mean[0] or half[0]:
-                    signs.append(int(np.sign(mean[0]) * (abs(mean[0]) > half[0] + 1e-4)))
-                break
+        texts = ["".join(row_of(chosen, [task], pair, [point])) for chosen in columns]
+        text = next((text for text in texts if "±" in text or text == BOTH), BOTH)
+        if text not in (BOTH, "+0.0 ±0.0"):
+            signs.append(("*" in text) * (1 if text[0] == "+" else -1))
     supported, contradicted = signs.count(sign), signs.count(-sign)
     if not sign:
         return f"no significant difference on {supported} of {len(signs)}"
