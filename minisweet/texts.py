@@ -193,7 +193,7 @@ class Texts:
         return Batch(*map(torch.from_numpy, arrays))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """One training epoch: every example once, in shuffled batches of texts of similar length (of a pool)."""
+        """One training epoch: every example once, in shuffled batches of similar length (sorted in pools)."""
         rng = np.random.default_rng((seed, epoch))
         order = rng.permutation(len(self))
         pools = np.split(order, range(POOL * batch_size, len(order), POOL * batch_size))

@@ -22,7 +22,8 @@ from minisweet.texts import Texts
 MAY_BE_TYPO = 5  # rows: a class with fewer is reported
 UNLABELLED_PER_JUDGE = 5  # one in five unlabelled units validates,
 MOST_JUDGES = 2000  # but at most 2,000
-# Near-duplicates are reported if MANY of at most LOOKED_AT validation texts share most words with a training text.
+# Near-duplicates are reported if more than a share MANY of at most LOOKED_AT validation texts have a share IN_COMMON of
+# their words in common with a training text.
 LOOKED_AT, MANY, IN_COMMON = 1000, 1 / 50, 4 / 5
 
 
