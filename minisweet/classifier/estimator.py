@@ -147,7 +147,7 @@ class EarlyExitClassifier:
             if not validation.first:
                 raise InputError("has no rows", "validation")
             label_type = label_type if type_there == label_type or not any(validation.names) else "str"
-        with telling(verbose):
+        with telling(verbose), torch.random.fork_rng(range(torch.cuda.device_count())):  # the global random state stays
             run = fit_texts(options, "texts", rows, validation, unlabelled, Columns(columns), label_type)
             run = runs.choose_for(run, goal, options.device, options.amp)
         self._deployed = deploy(run, None, options.device, options.amp)
