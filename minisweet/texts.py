@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
     size = 1 + max(ids.values(), default=0)
     special = special_tokens(tokenizer)
     if not ids.keys() >= set(special) or not 0.9 * vocab_size <= size <= vocab_size:  # a tenth less is usual
-        right = f"at most {vocab_size}, the rows of the embedding, and hardly fewer, with {', '.join(special)}"
+        right = f"{vocab_size} (the rows of the embedding) or slightly fewer, with {', '.join(special)}"
         raise InputError(f"{folder}: its tokenizer has {size} tokens, should have {right}")
     tokenizer.add_special_tokens(list(special))
     start, end, *_ = special
