@@ -8,6 +8,7 @@ import pytest
 
 from minisweet.paper import report, reproduce
 from minisweet.paper.report import Fraction, Run, counted, read_runs, run_of, tables
+from tests.benchmark.tables import verdict
 from tests.conftest import write_model
 
 TINY = ["--train-size", "32", "--epochs", "1", "--max-length", "32", "--tasks", "toy", "--exit-layers", "1,4"]
@@ -158,6 +159,24 @@ def test_tables_pair_seeds_and_mark_exits_of_one_answer():
     large = {("sst2", "ee"): {0: made("sst2", "ee", 0, shares=[("1/24", 70.0)], exits={1: (70.0, 2), 24: (80.0, 2)})}}
     text = tables(large, ["sst2"], ["ee"])
     assert "|  | 1/24 | 1/4 | 1/2 | 3/4 | 1 |\n|---|---|---|---|---|---|\n| SST-2, EE | 70.0 |" in text
+
+
+def test_a_verdict_counts_the_tasks_on_which_an_exit_has_learned_something():
+    exits = {"sst2": ((50.0, 1), (70.0, 2)), "mrpc": ((60.0, 2), (60.5, 2)), "rte": ((52.7, 1), (47.3, 1))}
+    exits |= {"cola": ((0.0, 1), (0.0, 1)), "qqp": ((70.0, 2), (65.0, 2))}
+    chosen = {}
+    for (task, pair), n in product(exits.items(), range(3)):
+        for method, (score, classes) in zip(("ee", "sweet"), pair, strict=True):
+            score += n * (method == "sweet" and classes > 1)
+            chosen.setdefault((task, method), {})[n] = made(task, method, n, (score, classes))
+    for tasks, sign, expected in (
+        (4, 1, "holds in part (1 of 2)"),
+        (4, -1, "does not hold (0 of 2)"),
+        (4, 0, "no significant difference on 1 of 2"),
+        (5, 1, "holds in part (1 of 3)"),
+        (5, -1, "holds in part (1 of 3)"),
+    ):
+        assert verdict(sign, [{}, chosen], [*exits][:tasks], ("sweet", "ee"), 1) == expected
 
 
 def test_the_mean_over_tasks_is_of_the_seeds_that_have_all(tmp_path):
