@@ -120,5 +120,5 @@ class Exits(NamedTuple):
 
 def exits_of(model) -> Exits:
     """The exits of an `ExitModel`."""
-    in_vain = [model.cost_in_vain(n) for n in model.exit_layers]
-    return Exits(list(model.exit_layers), in_vain, model.models_alone[-1].encoder.depth, model.asks_at_1)
+    in_vain = [{"mm": float(n), "branch": 1 / 6}.get(model.method, 0.0) for n in model.exit_layers]
+    return Exits(list(model.exit_layers), in_vain, model.models_alone[-1].encoder.depth, model.method == "mm")

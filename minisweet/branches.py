@@ -33,10 +33,6 @@ class BranchModel(MultiExitModel):
         self.heads[-1].requires_grad_(False)
         self.train()
 
-    def cost_in_vain(self, n: int) -> float:
-        """The branch computes keys and values of all tokens: two of the twelve products of a layer."""
-        return 1 / 6
-
     def layer_of_exit(self, n: int) -> nn.Module:
         """The exit's branch, or the trunk's own layer at the last exit, which has no branch."""
         if n == self.exit_layers[-1]:
@@ -49,8 +45,3 @@ class BranchModel(MultiExitModel):
         self.encoder.eval()
         self.heads[-1].eval()
         return self
-
-    def branch_parameters(self) -> list[list[nn.Parameter]]:
-        """One group of parameters per branch and its head, in the order of the exits."""
-        pairs = zip(self.branches, self.heads[:-1], strict=True)
-        return [[*branch.parameters(), *head.parameters()] for branch, head in pairs]

@@ -101,9 +101,7 @@ def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor)
 
 
 class ExitModel(nn.Module):
-    """What all models with exits share: `forward`, `keep_exits` and costs. A subclass defines `exit_by_exit`."""
-
-    asks_at_1 = False  # whether earlier exits run at threshold 1 too
+    """What all models with exits share: `forward` and `keep_exits`. A subclass defines `exit_by_exit`."""
 
     def __init__(self, exit_layers: Sequence[int], num_labels: int, depth: int) -> None:
         super().__init__()
@@ -116,10 +114,6 @@ class ExitModel(nn.Module):
     def models_alone(self) -> "list[MultiExitModel]":
         """The models with an encoder of their own that this one consists of, the smallest first."""
         return [self]
-
-    def cost_in_vain(self, n: int) -> float:
-        """The extra cost of later exits, in layers, if the exit after layer n runs and is not taken."""
-        return 0.0
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -216,7 +210,7 @@ class MultiExitModel(ExitModel):
 class MultiModel(ExitModel):
     """K independent models, smallest first: each of its `models` has one exit, at its end."""
 
-    method, asks_at_1 = "mm", True
+    method = "mm"
 
     def __init__(self, models: Sequence[MultiExitModel]) -> None:
         exit_layers = [model.exit_layers[-1] for model in models]
@@ -227,10 +221,6 @@ class MultiModel(ExitModel):
     def models_alone(self) -> list[MultiExitModel]:
         """The models, the smallest first."""
         return list(self.models)
-
-    def cost_in_vain(self, n: int) -> float:
-        """All of its layers: the next model starts from the embeddings."""
-        return float(n)
 
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

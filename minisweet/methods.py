@@ -67,7 +67,8 @@ def train_one_by_one(model: MultiModel) -> Iterator[Stage]:
 def train_branches(model: BranchModel) -> Iterator[Stage]:
     """The branches and their heads, at twice the learning rate."""
     if model.branches:
-        yield Stage("branches", model, 2.0, model.branch_parameters())
+        pairs = zip(model.branches, model.heads[:-1], strict=True)
+        yield Stage("branches", model, 2.0, [[*branch.parameters(), *head.parameters()] for branch, head in pairs])
 
 
 def train_nothing(model: MultiExitModel) -> Iterator[Stage]:

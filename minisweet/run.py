@@ -122,16 +122,12 @@ def save_run(
 
 def rows_of(examples: Examples, labels: list[str]) -> list[dict]:
     """The rows of validation.jsonl. The label of a row without one is null."""
+    columns = {"text" if examples.second is None else "sentence1": examples.first, "sentence2": examples.second}
+    columns |= {"difficulty": examples.difficulties, "group": examples.groups}
     names = [*labels, None]  # index -1 is None: no label
-    rows = []
-    for n, text in enumerate(examples.texts()):
-        row = {"text": text} if examples.second is None else {"sentence1": text[0], "sentence2": text[1]}
-        if examples.difficulties:
-            row["difficulty"] = examples.difficulties[n]
-        if examples.groups:
-            row["group"] = examples.groups[n]
-        rows.append(row | {"label": names[examples.labels[n]]})
-    return rows
+    columns["label"] = [names[label] for label in examples.labels]
+    columns = {name: values for name, values in columns.items() if values}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def is_run(folder: Path) -> bool:

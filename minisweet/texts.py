@@ -138,13 +138,15 @@ class Texts:
         is_cut: (N,), whether a text had more tokens than the tokenizer's limit, or more than 32 characters per token.
         keys: (N,), 64-bit hashes of the ids. Two texts have equal keys if they only differ in what the tokenizer drops,
             such as upper case, or the end of a long text. Their order is as good as random.
+        labels: (N,), the classes, -1 for a row without a label.
         targets: what is learned: labels (N,), probabilities (N, C), or None.
         units: (N,), keys too; set and read by classifier/ alone, where several texts can form a unit.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: Examples) -> None:
         self.examples, self.pad_id = examples, special_ids(tokenizer)[2]
-        self.targets = None if examples.labels is None else np.array(examples.labels, dtype=np.int64)
+        self.labels = np.array(examples.labels or [-1] * len(examples.first), dtype=np.int64)
+        self.targets = None if examples.labels is None else self.labels
         self.ids, first_lengths, is_cut, digests = [], [], [], []
         most = CHARACTERS * tokenizer.truncation["max_length"]
         sides = [side for side in (examples.first, examples.second) if side is not None]
@@ -166,17 +168,12 @@ class Texts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def labels(self) -> np.ndarray:
-        """The classes (N,), -1 for a row without a label."""
-        return np.array(self.examples.labels or [-1] * len(self), dtype=np.int64)
-
     def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
         """Some of the rows."""
         taken = copy.copy(self)
         rows = np.asarray(rows, dtype=int)
         taken.examples, taken.ids = self.examples.take(rows), [self.ids[row] for row in rows]
-        for name in ("lengths", "first_lengths", "is_cut", "keys", "targets", "units"):
+        for name in ("lengths", "first_lengths", "is_cut", "keys", "labels", "targets", "units"):
             values = getattr(self, name)
             setattr(taken, name, None if values is None else values[rows])
         return taken

@@ -36,7 +36,7 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
     Returns the lines that `minisweet export` prints. Raises InputError if `out` exists, the run is a Multi-Model, or
     more than one float32 answer, and more than 0.1% of them, differ from the model's.
     """
-    if run.model.asks_at_1:
+    if run.model.method == "mm":
         raise InputError("--onnx: the run is of Multi-Model (mm); the file is for one model")
     record = run.record
     deployed = deploy(run, device="cpu", amp="off")
