@@ -13,7 +13,7 @@ from minisweet.adaptive import Exits, exits_taken
 from minisweet.base.files import read_json, write_json
 from minisweet.calibration import fit_rule
 from minisweet.classifier import choose, predict
-from minisweet.metrics import score
+from minisweet.metrics import area_under_curve, score
 from minisweet.outputs import Outputs, read_outputs
 from minisweet.run import load_run_tokenizer, read_record, read_validation
 from minisweet.sweep import crossfit, spaced_thresholds, sweep
@@ -29,11 +29,15 @@ def copied(run_of, tmp_path):
 
 def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
     logits = torch.randn(3, 103, 3, generator=torch.Generator().manual_seed(5)).mul(2).round()  # with many ties
+    logits[0, :, 0] = 7  # the first exit predicts one class
     labels, keys, exits = torch.arange(103) % 3, torch.arange(103) * 7 % 103, Exits([1, 2, 4], [0, 0, 0], 4, False)
     outputs = Outputs(logits, None, labels, keys, "accuracy", exits)
     thresholds, folds = spaced_thresholds(7, 1 / 3), crossfit(outputs)
     assert sorted(np.concatenate([rows for _, rows in folds])) == list(range(103))
-    _, taken = sweep(folds, outputs, thresholds)
+    curve, taken = sweep(folds, outputs, thresholds)
+    assert curve["exit_answers"] == [1, 3, 3]
+    assert curve["exit_counts"] == [[(row == k).sum() for k in range(3)] for row in taken]
+    assert curve["area"] == area_under_curve(curve["speedup_ratios"], curve["scores"], 1 / 4)
     for rule, rows in folds:
         of_others = fit_rule(outputs.take(np.setdiff1d(np.arange(103), rows)))
         assert torch.equal(rule.temperatures, of_others.temperatures)

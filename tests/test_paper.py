@@ -33,6 +33,7 @@ def test_multi_model_is_models_of_the_first_layers_which_read_no_others(model_di
     rewrite(model_dir, lambda there: {name: t * (torch.nan if "layer.3" in name else 1) for name, t in there.items()})
     models = build_multi_model(model_dir, (1, 3), 2)  # layer 4 is broken, and nobody reads it
     assert [len(model.encoder.layers) for model in models.models] == [1, 3]
+    assert [model.encoder.depth for model in models.models] == [4, 4]
     for model, n in zip(models.eval().models, (1, 3), strict=True):
         torch.testing.assert_close(model.encoder(*batch)[-1], whole(*batch)[n], atol=0, rtol=0)
     small, large = ({parameter.data_ptr() for parameter in model.parameters()} for model in models.models)
@@ -200,6 +201,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain, batches = copy.deepcopy(ours), [*examples.shuffled(8, 5, 0), *examples.shuffled(8, 5, 1)]
     [stage] = METHODS[method].stages(ours)
+    assert stage.times_rate == (2 if method == "branch" else 1)
     history = fine_tune(stage.model, batches, len(batches), 1e-2, groups=stage.groups)
     names = [("branches.0.", "heads.0."), ("branches.1.", "heads.1.")] if method == "branch" else [""]
     groups = [[p for name, p in plain.named_parameters() if name.startswith(own)] for own in names]

@@ -14,7 +14,7 @@ from minisweet.adaptive import ExitRule, Exits, exits_taken
 from minisweet.base.files import InputError
 from minisweet.classifier.operating_point import classification_report, measure, wilson
 from minisweet.classifier.promise import Goal, filled, fixed_sequence, how_sure, labelled, last_passed
-from minisweet.classifier.selection import choose, choosers_and_judges
+from minisweet.classifier.selection import choose, choosers_and_judges, thresholds_to_try
 from minisweet.outputs import Outputs
 from minisweet.sweep import sweep
 
@@ -221,6 +221,12 @@ def test_exits_that_cost_more_than_they_give_are_not_asked():
         point = choose(validation, goal)
         assert (point.exits, len(point.temperatures), point.share < 0.95) == ([2, 6], 2, True)
         assert choose(validation, goal, exits=layers).exits == layers
+    judges = choosers_and_judges(validation)[1]  # what they would choose makes no difference
+    validation.logits[1:3, judges] = validation.logits[1:3, judges].flip(0)
+    assert choose(validation, Goal(max_share=0.6)).exits == [2, 6]
+    assert choose(draw(0, 200), GOAL).exits == [0, 6]  # few texts choose, by their counts alone
+    assert thresholds_to_try(draw(0, 200), [0, 1])[0] > 0.5  # texts without a known word stay
+    assert fixed_sequence(draw(0, 100), Goal(max_share=0.0), [0, 1], np.array([0.9, 1.0]))[0] == 0.9
 
 
 @pytest.mark.filterwarnings("error")

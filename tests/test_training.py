@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,9 +17,10 @@ import train
 from minisweet import BranchModel, MultiExitModel, training
 from minisweet.base.files import read_json
 from minisweet.exits import EXIT_STRATEGIES
-from minisweet.methods import METHODS
-from minisweet.run import read_record
-from minisweet.training import fine_tune, used_rows
+from minisweet.methods import METHODS, Stage
+from minisweet.run import read_record, read_validation
+from minisweet.tasks import load_examples
+from minisweet.training import fine_tune, train_stage, used_rows
 from tests.conftest import NO_DROPOUT, model_of, quick, random_batch, toy_examples, train_on, write_model
 
 
@@ -52,6 +54,7 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
         monkeypatch.setattr(training, "clip_grad_norm_", lambda own, limit, seen=seen: seen.append(clip(own, limit)))
         model = model_of(folder, method, (1, 4)).eval()
         train_on(toy_examples(folder, range(16), 16), model, 1e-3, 16, precision=precision)
+    assert len({seen[0].item() for seen in norms.values()}) == 3
     assert norms[torch.float16][0].item() == pytest.approx(norms[None][0].item(), rel=0.05)
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
@@ -110,6 +113,24 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
     assert record["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    run = Path(f"runs/tiny-{method}-toy-seed3")
+    assert read_validation(run, read_record(run)).first == load_examples("toy", "dev", Path()).first
+
+
+def test_a_stage_has_new_batches_in_each_epoch_and_a_rate_and_a_seed_of_its_own(model_dir, monkeypatch):
+    seen = []
+
+    def made(model: object, batches: object, *others: object, **_: object) -> None:
+        seen.append(([batch.rows.tolist() for batch in batches], *others))
+
+    monkeypatch.setattr(training, "fine_tune", made)
+    for seed in (0, 1):
+        stage = Stage("a", model_of(model_dir, "ee"), 2.0)
+        train_stage(stage, toy_examples(model_dir, range(20)), 2, 8, 1e-3, seed)
+    (one, steps, rate, *first), (other, _, _, *second) = seen
+    assert (steps, rate, first[0], second[0]) == (len(one), 2e-3, 0, 1)
+    assert one[:3] != one[3:]
+    assert one != other
 
 
 def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end(command, tmp_path, monkeypatch):
@@ -124,7 +145,8 @@ def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end
         assert command(train, *options, "--overwrite", "--seed", 1)[0] == 130
     assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
     assert command(train, *options, "--overwrite", "--seed", 1)[0] == 0
-    assert read_record(Path("a")).arguments.seed == 1
+    after = read_record(Path("a"))
+    assert (after.arguments.seed, after.subset != json.loads(before[Path("a/run.json")])["subset"]) == (1, True)
     assert {*Path("a").iterdir()} == {*before}
     assert not list(Path().glob(".*"))
 
