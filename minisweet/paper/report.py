@@ -143,13 +143,9 @@ def counted(runs: Sequence[Run], seeds: Sequence[int]) -> dict[int, Run]:
     return {seed: run for seed, run in kept.items() if run.exits}
 
 
-def best_rate(runs: Sequence[Run], seeds: Sequence[int]) -> float | None:
-    """The rate with the largest area on the first seed, of the runs of a task and method (App. A).
-
-    A run that did not converge gives its place to another, as in `counted`. None if no rate has a score.
-    """
-    at_rates = {rate: counted([run for run in runs if run.rate == rate], seeds) for rate in {run.rate for run in runs}}
-    areas = {rate: kept[seeds[0]].area for rate, kept in sorted(at_rates.items()) if seeds[0] in kept}
+def best_rate(runs: Sequence[Run], seed: int) -> float | None:
+    """The rate with the largest area on a seed, of the runs of a task and method (App. A); None where none has one."""
+    areas = {run.rate: run.area for run in runs if run.seed == seed and not np.isnan(run.area)}
     return max(areas, key=areas.get, default=None)
 
 

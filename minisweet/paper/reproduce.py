@@ -4,8 +4,7 @@
 
 The learning rate of each task and method is searched on the first seed: the rate with the largest area under the
 speed-accuracy curve wins (App. A). All seeds then run at that rate. As in the paper (Sec. 4.2), a run that did not
-converge, of the search too, is repeated with further seeds: up to three, as long as the last exit is no better than the
-most frequent class.
+converge is repeated with other seeds: up to three, if its last exit is no better than the most frequent class.
 
 Each run is made by train.py and evaluate.py of the clone, with the options that you would type. What is there is not
 made again, so a stopped grid goes on at the next call. Writes results.csv, results.md and curves.png.
@@ -75,19 +74,18 @@ class Grid:
 
     def search(self, pair: tuple[str, str]) -> list[Slot]:
         """The runs of the search of a task and method."""
-        return [slot for lr in self.args.lrs for slot in self.repeated(pair, lr, self.args.seeds[:1])]
+        return [Slot(*pair, lr, self.args.seeds[0]) for lr in self.args.lrs]
 
     def averaged(self, pair: tuple[str, str]) -> list[Slot]:
-        """The runs at the best rate; none until the search is complete."""
-        searched = [self.run(slot) for slot in self.search(pair)]
-        if None in searched or (rate := report.best_rate(searched, self.args.seeds)) is None:
-            return []
-        return self.repeated(pair, rate, self.args.seeds)
+        """The runs at the best rate, and further seeds, one at a time, for those that did not converge.
 
-    def repeated(self, pair: tuple[str, str], rate: float, seeds: list[int]) -> list[Slot]:
-        """The runs of some seeds at a rate, and further seeds, one at a time, for those that did not converge."""
-        first = max(self.args.seeds) + 1
-        slots = [Slot(*pair, rate, seed) for seed in [*seeds, *range(first, first + FURTHER)]]
+        Empty until the search is complete.
+        """
+        searched = [self.run(slot) for slot in self.search(pair)]
+        seeds = self.args.seeds
+        if None in searched or (rate := report.best_rate(searched, seeds[0])) is None:
+            return []
+        slots = [Slot(*pair, rate, seed) for seed in [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + FURTHER)]]
         for count in range(len(seeds), len(slots)):
             runs = [self.run(slot) for slot in slots[:count]]
             if None in runs or sum(run.converged for run in runs) >= len(seeds):

@@ -59,7 +59,7 @@ def select(runs: list[Run], model: str, rate=None, strategy="confidence", seeds=
             of_pairs[run.task, run.method].append(run)
     for pair, some in of_pairs.items():
         is_searched = model == SMALL or {run.rate for run in some if run.seed == 0} >= SEARCHED
-        if best := rate or (report.best_rate(some, SEEDS) if is_searched else None):
+        if best := rate or (report.best_rate(some, 0) if is_searched else None):
             kept = report.counted([run for run in some if run.rate == best], SEEDS)
             chosen[pair] = {seed: run for seed, run in kept.items() if seed in seeds}
     return chosen
