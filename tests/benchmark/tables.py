@@ -51,7 +51,7 @@ def table(head: list, rows: list[list]) -> str:
     return report.table("", [head[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
-def select(runs: list[Run], model: str, rate=None, strategy="confidence", seeds=SEEDS) -> Chosen:
+def select(runs: list[Run], model: str, rate=None, strategy="confidence") -> Chosen:
     """A model's runs at one rate, or each task's and method's at the best of those that were searched."""
     of_pairs, chosen = defaultdict(list), {}
     for run in runs:
@@ -60,8 +60,7 @@ def select(runs: list[Run], model: str, rate=None, strategy="confidence", seeds=
     for pair, some in of_pairs.items():
         is_searched = model == SMALL or {run.rate for run in some if run.seed == 0} >= SEARCHED
         if best := rate or (report.best_rate(some, 0) if is_searched else None):
-            kept = report.counted([run for run in some if run.rate == best], SEEDS)
-            chosen[pair] = {seed: run for seed, run in kept.items() if seed in seeds}
+            chosen[pair] = report.counted([run for run in some if run.rate == best], SEEDS)
     return chosen
 
 
@@ -153,10 +152,13 @@ def differences(chosen: Chosen, pair: tuple[str, str], points: list) -> list[lis
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
     gradients, at_rates = defaultdict(dict), []
-    of_rates = [select(runs, DEEP, rate, seeds=(0,)) for rate in sorted(SEARCHED)]
+    searches = {rate: {} for rate in sorted(SEARCHED)}
+    for run in runs:
+        if (run.model, run.seed) == (DEEP, 0):
+            searches[run.rate][run.task, run.method] = {0: run}
     for task in (*TASKS[DEEP][:4], UNSEEN):  # in a cell: the exits, and the methods
-        of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in of_rates]
-        areas = [[run.area for way in BY_AREA for run in some.get((task, way), {}).values()] for some in of_rates]
+        of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in searches.values()]
+        areas = [[some[task, way][0].area for way in BY_AREA] for some in searches.values()]
         if task != UNSEEN:
             at_rates.append([f"{named(task)}, SWEET − EE", *(", ".join(row).replace(BOTH, "–") for row in of_exits)])
         at_rates.append([f"{named(task)}, areas", *(", ".join(f"{area:.1f}" for area in of_ways) for of_ways in areas)])
