@@ -180,7 +180,8 @@ def load_strict(
     with torch.device("meta"), _NoInit():
         module = make()
     for name, value in module.state_dict().items():
-        source, shape = to_public(name), list(value.shape)
+        source = to_public(name)
+        shape = list(value.shape)
         tensor_slice = slices.pop(source, None)
         stored = "missing" if tensor_slice is None else tensor_slice.get_shape()
         if stored != shape:

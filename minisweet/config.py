@@ -39,7 +39,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, (low, high) = getattr(self, item.name), item.metadata.get("range", (None, None))
+            value = getattr(self, item.name)
+            low, high = item.metadata.get("range", (None, None))
             if None not in (value, low) and not low <= value <= high:
                 raise ValueError(f"{item.name} is {value}, should be from {low} to {high}")
         D, H = self.hidden_size, self.num_attention_heads

@@ -91,7 +91,8 @@ def load_tokenizer(folder: Path, vocab_size: int, max_length: int, max_tokens: i
         raise InputError(f"{folder}: its tokenizer has {size} tokens, should have {right}")
     tokenizer.add_special_tokens(list(special))
     start, end, *_ = special
-    one, between = [f"{start}:0", "$A:0", f"{end}:0"], [f"{end}:0"] if special == MPNETS else []
+    one = [f"{start}:0", "$A:0", f"{end}:0"]
+    between = [f"{end}:0"] if special == MPNETS else []
     known = [(token, ids[token]) for token in (start, end)]
     tokenizer.post_processor = processors.TemplateProcessing(one, [*one, *between, "$B:1", f"{end}:1"], known)
     tokenizer.no_padding()

@@ -53,7 +53,8 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
     rng = random.Random(SEEDS[split])
     rows = []
     for level, share in zip(LEVELS, SHARES[split], strict=True):
-        sentences, size = {}, SIZES[split] * share // 20
+        sentences = {}
+        size = SIZES[split] * share // 20
         while len(sentences) < size:
             group = _make_group(level, GOODS[split], NAMES[split], rng)
             if not sentences.keys() & group.keys():
@@ -65,7 +66,8 @@ def make_toy(split: str) -> tuple[list[str], list[int], list[str]]:
 
 def _make_group(level: str, goods: list[str], names: list[str], rng: random.Random) -> dict[str, int]:
     """Draw words and fill them into templates in all combinations, which balances the labels: sentences to labels."""
-    polar, (item, other) = (rng.choice(NEGATIVE), rng.choice(POSITIVE)), rng.sample(goods, 2)
+    polar = (rng.choice(NEGATIVE), rng.choice(POSITIVE))
+    item, other = rng.sample(goods, 2)
     words = {"item": item, "name": rng.choice(names), "degree": rng.choice(DEGREES)}
     words |= {"opening": rng.choice(OPENINGS).strip(), "no": rng.choice(("not", "never"))}
     if level == "a word":
@@ -78,7 +80,8 @@ def _make_group(level: str, goods: list[str], names: list[str], rng: random.Rand
             for turn, label in product((0, 1), repeat=2)
         }
     if level == "a match":
-        template, pairs = rng.choice(MATCH), ((item, item), (item, other), (other, other), (other, item))
+        template = rng.choice(MATCH)
+        pairs = ((item, item), (item, other), (other, other), (other, item))
         return {template.format(**words | {"item": a, "other": b}): int(a == b) for a, b in pairs}
     side, plain = rng.choice((0, 1)), rng.choice(NEUTRAL)
     ways = ({"stated": polar[side], "denied": plain}, side), ({"stated": plain, "denied": polar[side]}, 1 - side)
