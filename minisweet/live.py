@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisweet.adaptive import ExitRule, in_float32, leaves
+from minisweet.adaptive import ExitRule, exits_of, in_float32, leaves
 from minisweet.exits import ExitModel
 from minisweet.layers import checked_inputs
 
@@ -49,7 +49,7 @@ def early_exit(
     inputs = checked_inputs(input_ids, attention_mask, token_type_ids)
     threshold = in_float32(threshold)
     places = list(range(len(model.exit_layers)))
-    if threshold >= 1 and model.method != "mm":
+    if threshold >= 1 and not exits_of(model).asks_at_1:
         places = places[-1:]
     rule, model = rule.keep_exits(places), model.keep_exits(places)
     lengths = inputs[1].sum(1).clamp(min=1)  # (B,)

@@ -59,12 +59,15 @@ class Outputs(NamedTuple):
         Returns the exits taken, their predictions and their costs, (P, N) each. `rule` is None if the logits
         are calibrated already.
         """
+        outputs = self.by(rule) if rule else self
         rule = rule or ExitRule(self.logits.shape[-1])
         places = list(places)
-        confidence = rule.confidences(self.logits, self.certainty)[places]
+        certainties = [None if self.certainty is None else self.certainty[k] for k in places]
+        pairs = zip(places, certainties, strict=True)
+        confidence = torch.stack([rule.confidence(k, outputs.logits[k], certainty) for k, certainty in pairs])
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
         costs = np.array([self.exits.keep_exits(places).costs(threshold) for threshold in thresholds])  # (P, exits)
-        predictions = np.take_along_axis(rule.all_calibrated(self.logits)[places].argmax(-1).numpy(), taken, axis=0)
+        predictions = np.take_along_axis(outputs.logits[places].argmax(-1).numpy(), taken, axis=0)
         return np.array(places)[taken], predictions, np.take_along_axis(costs, taken, axis=1)
 
     def folds(self, count: int) -> np.ndarray:

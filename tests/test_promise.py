@@ -224,7 +224,10 @@ def test_exits_that_cost_more_than_they_give_are_not_asked():
     judges = choosers_and_judges(validation)[1]  # what they would choose makes no difference
     validation.logits[1:3, judges] = validation.logits[1:3, judges].flip(0)
     assert choose(validation, Goal(max_share=0.6)).exits == [2, 6]
-    assert choose(draw(0, 200), GOAL).exits == [0, 6]  # few texts choose, by their counts alone
+
+
+def test_few_texts_choose_by_counts_and_thresholds_end_where_they_should():
+    assert choose(draw(0, 200), GOAL).exits == [0, 6]
     assert thresholds_to_try(draw(0, 200), [0, 1])[0] > 0.5  # texts without a known word stay
     assert fixed_sequence(draw(0, 100), Goal(max_share=0.0), [0, 1], np.array([0.9, 1.0]))[0] == 0.9
 

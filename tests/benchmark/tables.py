@@ -24,10 +24,11 @@ BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
 DEEP, SMALL = "mpnet-base", "minilm-l6"
 TASKS = {DEEP: ["sst2", "mrpc", "cola", "rte", "own"], SMALL: ["sst2", "mrpc", "qqp", "qnli"]}
 LAYERS, PLACES = {DEEP: [1, 4, 6, 12], SMALL: [1, 2, 3, 6]}, ("first", "second", "third", "last")
-PLACES_SHOWN = ("first exit", "second exit", "last exit")  # in README
 METHODS, BY_AREA = ["ee", "mm", "sweet"], ("sweet", "ee", "mm")  # the second: in the table of rates
 UNSEEN = "sst2-unseen"  # of unseen.py
-report.NAMES[UNSEEN] = "SST-2 (unseen rows)"
+# README's claims: of which methods, how they are named in the table of claims, and in README.
+CLAIMS = [(PAIRS[0], "first exit", "exit 1"), (PAIRS[0], "second exit", "exit 4"), (PAIRS[0], "last exit", "exit 12")]
+CLAIMS += [(PAIRS[0], "curve at 1/4", "curve at 1/4"), (PAIRS[2], "first exit", "exit 1")]
 SEEDS, ONE_RATE, SEARCHED = (0, 1, 2), 5e-5, {2e-5, 5e-5, 1e-4}
 # BERT-base in the paper: means of seven tasks after layers 1, 4, 6, 12 (Table 1), and which curve is above (Fig. 5).
 FIGURES = {PAIRS[0]: (3.6, 1.3, -0.4, -1.3), PAIRS[1]: (0.0, 0.2, -0.7, -2.5), PAIRS[2]: (3.6, 1.1, 0.3, 1.2)}
@@ -152,13 +153,11 @@ def differences(chosen: Chosen, pair: tuple[str, str], points: list) -> list[lis
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
     gradients, at_rates = defaultdict(dict), []
-    searches = {rate: {} for rate in sorted(SEARCHED)}
-    for run in runs:
-        if (run.model, run.seed) == (DEEP, 0):
-            searches[run.rate][run.task, run.method] = {0: run}
+    first = [run for run in runs if (run.model, run.strategy, run.seed) == (DEEP, "confidence", 0)]
+    searches = [{run[1:3]: {0: run} for run in first if run.rate == rate} for rate in sorted(SEARCHED)]
     for task in (*TASKS[DEEP][:4], UNSEEN):  # in a cell: the exits, and the methods
-        of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in searches.values()]
-        areas = [[some[task, way][0].area for way in BY_AREA] for some in searches.values()]
+        of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in searches]
+        areas = [[some[task, way][0].area for way in BY_AREA] for some in searches]
         if task != UNSEEN:
             at_rates.append([f"{named(task)}, SWEET − EE", *(", ".join(row).replace(BOTH, "–") for row in of_exits)])
         at_rates.append([f"{named(task)}, areas", *(", ".join(f"{area:.1f}" for area in of_ways) for of_ways in areas)])
@@ -171,10 +170,9 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
     of_layers = [[n, *(", ".join(of_kind.get(kind, [])) for kind in kinds)] for n, of_kind in gradients.items()]
     rows, replicates = list(claims(runs)), []
     told = {row[0]: row for row in rows}
-    exit_names = {f"{place} exit": f"exit {n}" for place, n in zip(PLACES, LAYERS[DEEP], strict=True)}
-    for pair, where in [*product(PAIRS[:1], (*PLACES_SHOWN, "curve at 1/4")), (PAIRS[2], PLACES_SHOWN[0])]:
-        _, paper, tuned, at_one, _, verdict_of = told[f"{named(*pair)}, {where}"]
-        replicates.append([f"{named(*pair)}, {exit_names.get(where, where)}", paper, tuned, at_one, verdict_of])
+    for pair, claim, title in CLAIMS:
+        _, paper, tuned, at_one, _, verdict_of = told[f"{named(*pair)}, {claim}"]
+        replicates.append([f"{named(*pair)}, {title}", paper, tuned, at_one, verdict_of])
     models = ["twelve layers, tuned rates", "twelve layers, 5e-5", "six layers, tuned rates"]
     return {
         "claims": table(["claim", "paper", *models, "verdict"], rows),
