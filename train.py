@@ -1,4 +1,4 @@
-"""Fine-tune BERT, DeBERTa or MPNet with early exits (sweet, ee, mm or branch), or with one exit (plain).
+"""Fine-tune BERT, DeBERTa or MPNet with early exits: SWEET, Early-Exit (ee) or Multi-Model (mm).
 
     python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
     python train.py --model bert-base --method sweet --task rte
@@ -106,7 +106,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     where = f"{record.device}, {record.precision}"
     LOG.info("lr %g, epochs %d, seed %d, %s", options.lr, options.epochs, options.seed, where)
 
-    # 4. Loop: SWEET and EE are trained in one stage, and MM in one per model. Branches are added to a trained trunk.
+    # 4. Loop: SWEET and EE are trained in one stage, and MM in one per model.
     method = METHODS[options.method]
     losses, seconds = {}, {}
 
@@ -118,8 +118,6 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         seconds[stage.name] = time.perf_counter() - start
 
     try:
-        if method.trains_trunk_first:
-            train_one(Stage("trunk", trunk))
         torch.manual_seed(options.seed)
         model = add_exits(options.method, trunk, options.exit_layers, options.exit_strategy)
         for stage in method.stages(model):

@@ -4,7 +4,7 @@ To read and to study (B batch, T tokens, D hidden size, L layers, K exits, C cla
 
     encoder = load_encoder("weights/minilm-l6")                  # any folder in Hugging Face's layout
     hidden = encoder(input_ids, attention_mask, token_type_ids)  # L+1 tensors (B, T, D): embeddings, each layer
-    model = MultiExitModel(encoder, exit_layers=(1, 2, 3, 6), num_labels=2, method="sweet")  # or "ee"; BranchModel
+    model = MultiExitModel(encoder, exit_layers=(1, 2, 3, 6), num_labels=2, method="sweet")  # or "ee"
     logits = model(input_ids, attention_mask, token_type_ids)    # (K, B, C); call model.eval() first to predict
     model.heads[k].pooler, model.heads[k].classifier             # nn.Linear each, k from 0
     models = build_multi_model("weights/minilm-l6", exit_layers=(1, 2, 3, 6), num_labels=2)  # MM, called likewise
@@ -21,7 +21,6 @@ __version__ = "0.1.0"
 
 # The public names, each imported from its module when it is first used, so that training loads no classifier.
 _MODULES = {
-    "BranchModel": "branches",
     "EarlyExitClassifier": "classifier.estimator",
     "InputError": "base.files",
     "MultiExitModel": "exits",

@@ -8,7 +8,7 @@ Dimension letters: K exits, N instances, n some of them, C classes, L layers.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, repeat
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -91,34 +91,23 @@ def exits_taken(confidence: Tensor, threshold: float, lowest: float) -> Tensor:
 class Exits(NamedTuple):
     """The exits of a model, and what each one costs, in layers.
 
-    | exit after layer n of | cost of its answer | cost if tried and not taken |
-    |---|---|---|
-    | EE, SWEET, plain | n | 0 |
-    | MM, whose models each start from the embeddings | n | n |
-    | branch: its layer runs for [CLS] alone, but with keys and values of all tokens (2 of 12 products) | n | 1/6 |
-
-    (In DeBERTa a branch costs a quarter of a layer; a sixth is charged there too.) Eq. 1 counts neither the heads nor,
-    in EE and SWEET, the extra run of the exit's layer for [CLS].
+    The exit after layer n costs n layers. In MM, whose models each start from the embeddings, it also costs the layers
+    of the models before. Eq. 1 does not count the heads.
     """
 
-    layers: list[int]  # (K,), counted from 1: the cost of an exit's own answer
-    in_vain: list[float]  # (K,), what an exit adds to the cost of later ones if it was tried and not taken
+    layers: list[int]  # (K,), counted from 1
     depth: int  # L, of the whole encoder
-    asks_at_1: bool  # whether earlier exits run at threshold 1 too, as in MM, whose curve ends at the sum of `layers`
+    add_up: bool = False  # whether each exit is a model of its own that starts from the embeddings, as in MM
 
-    def costs(self, threshold: float = 0.0) -> list[float]:
+    def costs(self) -> list[float]:
         """The cost of taking each exit, as a share of the encoder's layers: (K,) (Eq. 1 for one instance)."""
-        are_tried = self.asks_at_1 or in_float32(threshold) < 1
-        before = accumulate(self.in_vain, initial=0.0) if are_tried else repeat(0.0)
-        return [(own + earlier) / self.depth for own, earlier in zip(self.layers, before, strict=False)]
+        return [n / self.depth for n in (accumulate(self.layers) if self.add_up else self.layers)]
 
     def keep_exits(self, places: Sequence[int]) -> "Exits":
         """Some of the exits, which are counted from 0."""
-        layers, in_vain = ([values[k] for k in places] for values in (self.layers, self.in_vain))
-        return Exits(layers, in_vain, self.depth, self.asks_at_1)
+        return self._replace(layers=[self.layers[k] for k in places])
 
 
 def exits_of(model) -> Exits:
     """The exits of an `ExitModel`."""
-    in_vain = [{"mm": float(n), "branch": 1 / 6}.get(model.method, 0.0) for n in model.exit_layers]
-    return Exits(list(model.exit_layers), in_vain, model.models_alone[-1].encoder.depth, model.method == "mm")
+    return Exits(list(model.exit_layers), model.models_alone[-1].encoder.depth, add_up=model.method == "mm")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from minisweet.base.files import InputError
 from minisweet.config import Config
-from minisweet.methods import METHODS, default_exit_layers
+from minisweet.methods import default_exit_layers
 from minisweet.options import TrainingOptions
 from minisweet.tasks import Task
 
@@ -25,12 +25,10 @@ def resolve(options: TrainingOptions, config: Config, name: str, task: Task) -> 
     Raises InputError if the model cannot have these exits.
     """
     depth = config.num_hidden_layers
-    layers = options.exit_layers or default_exit_layers(depth, options.method)
+    layers = options.exit_layers or default_exit_layers(depth)
     typed = ",".join(map(str, layers))
     if layers != sorted(layers) or layers[-1] > depth:
         raise InputError(f"{typed}, should increase and end at one of the layers 1 to {depth}", "exit_layers")
-    if len(layers) > 1 and not METHODS[options.method].has_early_exits:
-        raise InputError(f"{typed}, and the method {options.method} has one exit; take another method", "exit_layers")
     rates_of = options.method if len(layers) > 1 else "mm"  # with one exit all methods train like a model of MM
     return replace(
         options,
@@ -51,8 +49,7 @@ def default_learning_rate(config: Config, task: str, method: str) -> float:
     rates = TABLE_2.get((config.model_type, config.hidden_size, config.num_hidden_layers))
     if rates is None or task not in TABLE_2_TASKS:
         return 2e-4 if config.hidden_size <= SMALL else 5e-5
-    of_method = rates.get(method, rates["mm"])  # the trunk of branches is the last model of MM
-    return of_method[TABLE_2_TASKS.index(task)] / 1e5
+    return rates[method][TABLE_2_TASKS.index(task)] / 1e5
 
 
 def search_rates(config: Config) -> list[float]:

@@ -5,28 +5,23 @@
 - Multi-Model (MM): one model per exit, each trained by itself. An instance that does not exit is processed from
   the embeddings again by the next model.
 
-The exits whose losses update each part, for exits after layers 1, 2 and 4. (MM is not in the table, because each of its
-models has its own parameters. The encoder of branches is trained first, for the last exit alone, and then frozen.)
+The exits whose losses update each part, for exits after layers 1, 2 and 4. (In MM each model has its own parameters.)
 
-                 ee      sweet   branch
-    embeddings   1 2 4   1       -
-    layer 1      1 2 4   1       -
-    layer 2      2 4     2       -
-    layer 3      4       4       -
-    layer 4      4       4       -
-    head 1       1       1       1
-    head 2       2       2       2
-    head 4       4       4       -
-    branch 1                     1
-    branch 2                     2
+                 ee      sweet
+    embeddings   1 2 4   1
+    layer 1      1 2 4   1
+    layer 2      2 4     2
+    layer 3      4       4
+    layer 4      4       4
+    head 1       1       1
+    head 2       2       2
+    head 4       4       4
 
 In SWEET each parameter is updated by exactly one classifier, as the paper says. The authors' code differs: all exits
 share a pooler, and the gradients of all exits reach DeBERTa's table of relative positions. Here each exit has its own
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
 together: a large gradient scales down the others but keeps their direction. Unlike in that code, an exit's layer first
 runs for [CLS] alone, which is all that the exit reads; in training this run has its own dropout mask.
-
-Branches go beyond the paper and are in branches.py.
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
@@ -138,8 +133,8 @@ class ExitModel(nn.Module):
         model._modules = self._modules.copy()
         model.exit_layers = tuple(self.exit_layers[k] for k in places)
         for name, modules in self.named_children():
-            if isinstance(modules, nn.ModuleList):  # one per exit, but the last exit has no branch
-                setattr(model, name, nn.ModuleList(modules[k] for k in places if k < len(modules)))
+            if isinstance(modules, nn.ModuleList):  # one per exit
+                setattr(model, name, nn.ModuleList(modules[k] for k in places))
         return model
 
 
@@ -150,8 +145,7 @@ class MultiExitModel(ExitModel):
         encoder: BERT, DeBERTa or MPNet. Layers after the last exit are never run.
         exit_layers: increasing, counted from 1 as in the paper.
         num_labels: C.
-        method: "sweet" or "ee", which give equal logits from equal weights but different gradients; or "plain", for a
-            single exit and for a `BranchModel`.
+        method: "sweet" or "ee", which give equal logits from equal weights but different gradients.
         exit_strategy: "confidence", or "lte" for exits that learn when to be taken.
 
     Raises ValueError for any other layers, method or strategy.
@@ -166,7 +160,7 @@ class MultiExitModel(ExitModel):
         exit_strategy: str = "confidence",
     ) -> None:
         super().__init__(exit_layers, num_labels, len(encoder.layers))
-        for value, known in ((method, ("sweet", "ee", "plain")), (exit_strategy, EXIT_STRATEGIES)):
+        for value, known in ((method, ("sweet", "ee")), (exit_strategy, EXIT_STRATEGIES)):
             if value not in known:
                 raise ValueError(f"{value!r} is none of {', '.join(known)}")
         self.encoder, self.method = encoder, method
@@ -187,8 +181,7 @@ class MultiExitModel(ExitModel):
             if n in self.exit_layers:
                 # An exit only reads [CLS], so its layer first runs for [CLS] alone. It runs for all tokens only if the
                 # caller asks for the next exit. In training the two runs draw different dropout masks.
-                head, layer_of_exit = self.heads[self.exit_layers.index(n)], self.layer_of_exit(n)
-                stay = yield head(layer_of_exit(hidden, context, tokens=1))
+                stay = yield self.heads[self.exit_layers.index(n)](layer(hidden, context, tokens=1))
                 if stay is not None:
                     mask, hidden = rows_that_stay(stay, mask, hidden)
                     context = self.encoder.context(mask)
@@ -197,10 +190,6 @@ class MultiExitModel(ExitModel):
             hidden = layer(hidden, context)  # with EE the losses of all later exits flow back through here
             if n in self.exit_layers and self.method == "sweet":
                 hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
-
-    def layer_of_exit(self, n: int) -> nn.Module:
-        """The layer that runs for [CLS] at the exit after layer n."""
-        return self.encoder.layers[n - 1]
 
     def sum_losses(self, losses: Sequence[Tensor]) -> Tensor:
         """EE's one loss: the sum of its exits' losses."""

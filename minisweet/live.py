@@ -49,7 +49,7 @@ def early_exit(
     inputs = checked_inputs(input_ids, attention_mask, token_type_ids)
     threshold = in_float32(threshold)
     places = list(range(len(model.exit_layers)))
-    if threshold >= 1 and not exits_of(model).asks_at_1:
+    if threshold >= 1 and not exits_of(model).add_up:
         places = places[-1:]
     rule, model = rule.keep_exits(places), model.keep_exits(places)
     lengths = inputs[1].sum(1).clamp(min=1)  # (B,)

@@ -1,4 +1,4 @@
-"""The methods: the paper's SWEET, Early-Exit and Multi-Model, and two of ours, branches and the plain model.
+"""The paper's methods: SWEET, Early-Exit and Multi-Model.
 
 For each method, this file says how its model is built and which parts of it are trained, in order. Two more lines tell
 the methods apart: where SWEET's gradient stops (exits.py), and when backward() is called (training.py). The
@@ -15,9 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.nn import Parameter
-
-from minisweet.branches import BranchModel
 from minisweet.checkpoint import load_encoder
 from minisweet.exits import ExitModel, MultiExitModel, MultiModel
 from minisweet.layers import TransformerEncoder
@@ -28,8 +25,6 @@ class Stage(NamedTuple):
 
     name: str
     model: MultiExitModel
-    times_rate: float = 1.0  # what the learning rate is multiplied by
-    groups: list[list[Parameter]] | None = None  # parameters to train, each group clipped by itself; None for all
 
 
 class Method(NamedTuple):
@@ -38,8 +33,6 @@ class Method(NamedTuple):
     title: str  # for figures and tables
     build: Callable[..., ExitModel]  # takes an encoder, exit layers, C and exit_strategy, like `MultiExitModel`
     stages: Callable[[ExitModel], Iterator[Stage]]  # what to train of the model, in order
-    trains_trunk_first: bool = False  # whether the trunk is trained by itself before the model is built
-    has_early_exits: bool = True
 
 
 def slices(encoder: TransformerEncoder, exit_layers: Sequence[int], num_labels: int, **options) -> MultiModel:
@@ -49,7 +42,7 @@ def slices(encoder: TransformerEncoder, exit_layers: Sequence[int], num_labels: 
         part = copy.deepcopy(encoder)
         part.layers = part.layers[:n]
         part.config = replace(encoder.config, num_hidden_layers=n)
-        models.append(MultiExitModel(part, (n,), num_labels, "plain", **options))
+        models.append(MultiExitModel(part, (n,), num_labels, **options))
     return MultiModel(models)
 
 
@@ -64,35 +57,21 @@ def train_one_by_one(model: MultiModel) -> Iterator[Stage]:
         yield Stage(f"layers {part.exit_layers[0]}", part)
 
 
-def train_branches(model: BranchModel) -> Iterator[Stage]:
-    """The branches and their heads, at twice the learning rate."""
-    if model.branches:
-        pairs = zip(model.branches, model.heads[:-1], strict=True)
-        yield Stage("branches", model, 2.0, [[*branch.parameters(), *head.parameters()] for branch, head in pairs])
-
-
-def train_nothing(model: MultiExitModel) -> Iterator[Stage]:
-    """Nothing, because the trained trunk is the whole model."""
-    yield from ()
-
-
-EE, SWEET, PLAIN = (partial(MultiExitModel, method=name) for name in ("ee", "sweet", "plain"))
+EE, SWEET = (partial(MultiExitModel, method=name) for name in ("ee", "sweet"))
 METHODS = {
     "sweet": Method("SWEET", SWEET, train_together),
     "ee": Method("Early-Exit", EE, train_together),
     "mm": Method("Multi-Model", slices, train_one_by_one),
-    "branch": Method("branches", BranchModel, train_branches, trains_trunk_first=True),
-    "plain": Method("plain model", PLAIN, train_nothing, trains_trunk_first=True, has_early_exits=False),
 }
 
 
-def default_exit_layers(depth: int, method: str) -> list[int]:
-    """A method's default exit layers for an encoder of `depth` layers, counted from 1.
+def default_exit_layers(depth: int) -> list[int]:
+    """The default exit layers for an encoder of `depth` layers, counted from 1.
 
     They are those of the paper for 12 and for 24 layers (Sec. 3.2). Other depths get the same shares as 12 layers.
     """
     early = [1, 6, 12] if depth == 24 else [max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2)]
-    return sorted({*early, depth} if METHODS[method].has_early_exits else {depth})
+    return sorted({*early, depth})
 
 
 def add_exits(
@@ -117,7 +96,7 @@ def add_exits(
 
 def new_trunk(folder: str | Path, n: int, num_labels: int, exit_strategy: str = "confidence") -> MultiExitModel:
     """The first n layers of a checkpoint, with one new exit at their end. Raises InputError like `load_encoder`."""
-    return MultiExitModel(load_encoder(folder, n), (n,), num_labels, "plain", exit_strategy)
+    return MultiExitModel(load_encoder(folder, n), (n,), num_labels, exit_strategy=exit_strategy)
 
 
 def build_multi_model(

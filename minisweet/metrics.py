@@ -32,13 +32,11 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float], start: fl
     """The mean score over speedup ratios from `start` to 1: the area under the curve, divided by its width.
 
     Args:
-        ratios, scores: (P,), one point per threshold. They are sorted here, because the ratios of branches fall at
-            threshold 1.
+        ratios, scores: (P,), one point per threshold, in increasing order of the ratios.
         start: the lower limit, or the first exit's ratio if that is larger. A curve that ends before 1 is integrated to
             its end. Scores are interpolated at both limits.
     """
-    order = np.argsort(ratios, kind="stable")
-    x, y = np.array(ratios)[order], np.array(scores)[order]
+    x, y = np.array(ratios), np.array(scores)
     low, high = np.clip([start, 1.0], x[0], x[-1])
     inside = (low < x) & (x < high)
     ends = np.interp([low, high], x, y)

@@ -66,9 +66,9 @@ class Outputs(NamedTuple):
         pairs = zip(places, certainties, strict=True)
         confidence = torch.stack([rule.confidence(k, outputs.logits[k], certainty) for k, certainty in pairs])
         taken = np.stack([exits_taken(confidence, threshold, rule.lowest).numpy() for threshold in thresholds])
-        costs = np.array([self.exits.keep_exits(places).costs(threshold) for threshold in thresholds])  # (P, exits)
+        costs = np.array(self.exits.keep_exits(places).costs())  # (exits,)
         predictions = np.take_along_axis(outputs.logits[places].argmax(-1).numpy(), taken, axis=0)
-        return np.array(places)[taken], predictions, np.take_along_axis(costs, taken, axis=1)
+        return np.array(places)[taken], predictions, costs[taken]
 
     def folds(self, count: int) -> np.ndarray:
         """The fold of each text, (N,), from 0 to `count` - 1.

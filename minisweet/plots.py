@@ -6,7 +6,6 @@ Dimension letter: P points of a curve.
 
 from pathlib import Path
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from minisweet.base.files import InputError, one_line, written_beside
@@ -15,8 +14,7 @@ from minisweet.metrics import METRICS
 from minisweet.sweep import Evaluation
 
 # One colour per method in all pictures: Okabe and Ito's, which the colour-blind can tell apart.
-COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73", "branch": "#CC79A7", "plain": "#000000"}
-COLOURS |= {"other": "#56B4E9"}
+COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73", "other": "#56B4E9"}
 TITLES = {name: method.title for name, method in METHODS.items()}
 LINES = ("-", "--", "-.", ":")  # of the curves that share a colour
 MOST = 5  # curves that can be told apart in one picture
@@ -40,22 +38,12 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=110)
 
 
-def sorted_curve(ratios: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The ratios (P,) in increasing order, and their scores (P,).
-
-    The order of thresholds can differ: at t = 1 a model with branches only runs the last exit, which is cheaper.
-    """
-    ratios = np.round(ratios, 9)
-    order = ratios.argsort(kind="stable")
-    return ratios[order], np.array(scores)[order]
-
-
 def draw_line(axis, method: str, ratios: ArrayLike, scores: ArrayLike, label: str, marker: str = ".") -> str:
     """Draw a curve in the colour of its method. Returns the colour."""
     colour = COLOURS.get(method, COLOURS["other"])
     before = sum(line.get_color() == colour and line.get_label()[0] != "_" for line in axis.lines)
     style = LINES[before % len(LINES)]
-    axis.plot(*sorted_curve(ratios, scores), style, color=colour, marker=marker, label=label)
+    axis.plot(ratios, scores, style, color=colour, marker=marker, label=label)
     return colour
 
 

@@ -9,9 +9,8 @@ On CUDA, and on CPUs with bfloat16 instructions, matrix products run in half pre
 Dimension letters: B batch, K exits, V words, D hidden size, L layers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 
 import numpy as np
 import torch
@@ -44,8 +43,7 @@ def train_stage(
         batches = (batch for epoch in range(epochs) for batch in texts.shuffled(batch_size, seed, epoch))
         batches = (batch._replace(input_ids=row_of[batch.input_ids]) for batch in batches)
         steps = epochs * -(-len(texts) // batch_size)
-        rate = stage.times_rate * learning_rate
-        losses = fine_tune(model, batches, steps, rate, seed, precision, stage.groups, title=stage.name)
+        losses = fine_tune(model, batches, steps, learning_rate, seed, precision, title=stage.name)
     model.cpu()  # frees the device for the next stage
     return losses
 
@@ -57,10 +55,9 @@ def fine_tune(
     learning_rate: float,
     seed: int = 0,
     precision: torch.dtype | None = None,
-    groups: Sequence[list[nn.Parameter]] | None = None,
     title: str = "training",
 ) -> list[list[float]]:
-    """Train the parameters of a model. Returns the losses of each step, (steps, K), or (steps, K-1) for branches.
+    """Train the parameters of a model. Returns the losses of each step, (steps, K).
 
     Args:
         model: on the device to train on.
@@ -69,15 +66,12 @@ def fine_tune(
         learning_rate: the initial rate.
         seed: the seed of dropout.
         precision: the type to autocast to; None means float32.
-        groups: lists of parameters to train, each clipped to norm 1 by itself. None trains all parameters and clips
-            them together.
         title: the title of the progress bar.
 
     Raises FloatingPointError(step) if a loss is not finite, or if a parameter is not finite after training.
     """
     model.train()
-    groups = groups or [list(model.parameters())]
-    parameters = list(chain.from_iterable(groups))
+    parameters = list(model.parameters())
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     scaler = GradScaler(device.type, enabled=precision is torch.float16)
@@ -90,8 +84,7 @@ def fine_tune(
             if not np.isfinite(losses[-1]).all():
                 raise FloatingPointError(step)
             scaler.unscale_(optimizer)
-            for group in groups:
-                clip_grad_norm_(group, 1.0)
+            clip_grad_norm_(parameters, 1.0)
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
             scaler.step(optimizer)
             scaler.update()
@@ -102,12 +95,11 @@ def fine_tune(
 
 
 def compute_gradients(model: MultiExitModel, batch: Batch, scaler: GradScaler, precision: torch.dtype | None) -> Tensor:
-    """Accumulate the gradients of the losses of all exits that are trained. Returns these losses (K,)."""
+    """Accumulate the gradients of the losses of all exits. Returns these losses (K,)."""
     losses = []
     exits = model.exit_by_exit(*batch.inputs)
     is_ee = model.method == "ee"
-    frozen = [not head.classifier.weight.requires_grad for head in model.heads]  # with branches, the last one
-    for _ in range(frozen.count(False)):  # the generator pauses after each exit for the backward pass
+    for _ in model.exit_layers:  # the generator pauses after each exit for the backward pass
         with torch.autocast(batch.input_ids.device.type, precision, enabled=precision is not None):
             losses.append(exit_loss(*next(exits), batch.targets))
         if not is_ee:  # no later loss sends a gradient to this segment, so its activations are freed

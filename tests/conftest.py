@@ -185,9 +185,8 @@ def without_1(input_ids: torch.Tensor) -> torch.Tensor:
 def model_of(
     folder: Path, method: str, layers=(1, 2, 4), num_labels: int = 2, strategy: str = "confidence", seed: int = 0
 ) -> ExitModel:
-    """A method's model of a folder's checkpoint, with exits after these layers; plain has the last of them alone."""
+    """A method's model of a folder's checkpoint, with exits after these layers."""
     torch.manual_seed(seed)
-    layers = layers[-1:] if method == "plain" else layers
     return add_exits(method, new_trunk(folder, layers[-1], num_labels, strategy), layers, strategy)
 
 
@@ -230,9 +229,7 @@ def owners(model: ExitModel, batch: tuple, labels: torch.Tensor) -> dict[str, se
 
 def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[int]:
     """Which exits' losses are to update a parameter: the table at the head of exits.py."""
-    K, (kind, k, *rest) = len(exit_layers), name.split(".")
-    if method == "branch":  # the exit its branch and its head, and nobody the trunk
-        return {int(k)} if kind in ("branches", "heads") and int(k) < K - 1 else set()
+    kind, k, *rest = name.split(".")
     if kind == "heads":
         return {int(k)}
     layer = int(rest[0]) + 1 if k == "layers" else 1  # the embeddings and the table of positions belong to layer 1
@@ -246,18 +243,15 @@ def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)
-        elif "branches" in name:  # no copies any more
-            parameter.data.mul_(1.2)
     return model.eval()
 
 
 def count_blocks(model: ExitModel) -> Counter:
-    """Counts from now on how often feed-forward blocks, of "trunk" or "branch", run for (B, T) tokens: (kind, B, T)."""
+    """Counts from now on how often feed-forward blocks run for (B, T) tokens."""
     seen = Counter()
     for name, module in model.named_modules():
         if name.endswith(".output"):
-            kind = "branch" if name.startswith("branches") else "trunk"
-            module.register_forward_pre_hook(lambda _, x, kind=kind: seen.update([(kind, *x[0].shape[:2])]))
+            module.register_forward_pre_hook(lambda _, x: seen.update([tuple(x[0].shape[:2])]))
     return seen
 
 
@@ -335,10 +329,8 @@ RUNS = {
     "sweet": ["--method", "sweet", "--train-size", 200],
     "ee": ["--method", "ee", "--train-size", 200],
     "mm": ["--method", "mm", "--train-size", 200],
-    "branch": ["--method", "branch", "--train-size", 200],
     "lte": ["--method", "sweet", "--train-size", 200, "--exit-strategy", "lte"],
     "pairs": "pairs.csv --method branch --text-columns first,second --label-column verdict".split(),
-    "plain": ["--method", "plain", "--train-size", 200, "--exit-layers", 4],
     "bag": ["words.csv", "--exit-layers", "0,4"],
 }
 

@@ -48,7 +48,7 @@ def test_folds_take_turns_and_each_is_decided_by_the_rule_of_the_others():
     assert [rows.tolist() for _, rows in crossfit(outputs.take([7, 7, 7]))] == [[0, 1, 2]]  # a single text
 
 
-@pytest.mark.parametrize("name", ["branch", "lte", "plain"])
+@pytest.mark.parametrize("name", ["sweet", "lte"])
 def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(copied, command, name):
     """Its logits are compared with those of single rows in test_use.py."""
     folder = copied(name)
@@ -109,7 +109,7 @@ def test_files_of_another_run_are_refused(copied, run_of, command):
 
 def test_without_a_run_it_takes_the_newest_that_is_whole(copied, command, tmp_path):
     assert "no run here" in command(evaluate)[2]
-    run = shutil.move(copied("plain"), tmp_path / "runs" / "newer")
+    run = shutil.move(copied("ee"), tmp_path / "runs" / "newer")
     for name, time in (("older", 1e9), (".written", 1e10)):  # the other is being written
         path = shutil.copytree(run, tmp_path / "runs" / name) / "run.json"
         os.utime(path, (time, time))

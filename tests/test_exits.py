@@ -24,30 +24,27 @@ from tests.conftest import CONFIGS, exit_losses, model_of, note_difference, rand
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method, strategy):
     trunk, batch = new_trunk(model_dir, 4, 3, strategy).eval(), random_batch()
-    layers = (4,) if method == "plain" else (1, 3, 4)
+    layers = (1, 3, 4)
     with torch.no_grad():  # as answers are given: DeBERTa's sums are ordered otherwise where autograd follows
         for parameter in trunk.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         hidden, answers = trunk.encoder(*batch), trunk(*batch)[0]
     pooler = copy.deepcopy(trunk.heads[0].pooler.state_dict())
-    frozen = add_exits("branch", copy.deepcopy(trunk), (1, 4), strategy).keep_exits([1])
     with pytest.raises(ValueError, match="the trunk has exits after"):
         add_exits(method, trunk, (1, 3), strategy)
-    for finished in (frozen, trunk):
-        model = add_exits(method, finished, layers, strategy)
-        assert (model.method, model.exit_layers, model.training) == (method, layers, False)
-        assert method == "branch" or all(parameter.requires_grad for parameter in model.parameters())
-        heads = [head for alone in model.models_alone for head in alone.heads]
-        for n, head, output in zip(layers, heads, model.exit_by_exit(*batch), strict=True):
-            torch.testing.assert_close(output, head(hidden[n][:, :1]), atol=1e-5, rtol=1e-5)
-            assert (head.lte is not None) is (strategy == "lte")
-            torch.testing.assert_close(head.pooler.state_dict(), pooler, atol=0, rtol=0)
-            assert torch.equal(head.classifier.weight, heads[-1].classifier.weight) is (n == 4)
-        with torch.no_grad():
+    model = add_exits(method, trunk, layers, strategy)
+    assert (model.method, model.exit_layers, model.training) == (method, layers, False)
+    heads = [head for alone in model.models_alone for head in alone.heads]
+    for n, head, output in zip(layers, heads, model.exit_by_exit(*batch), strict=True):
+        torch.testing.assert_close(output, head(hidden[n][:, :1]), atol=1e-5, rtol=1e-5)
+        assert (head.lte is not None) is (strategy == "lte")
+        torch.testing.assert_close(head.pooler.state_dict(), pooler, atol=0, rtol=0)
+        assert torch.equal(head.classifier.weight, heads[-1].classifier.weight) is (n == 4)
+    with torch.no_grad():
+        assert torch.equal(model(*batch)[-1], answers)
+        if method == "mm":  # copies have weights of their own
+            model.models[0].encoder.layers[0].output.weight.zero_()
             assert torch.equal(model(*batch)[-1], answers)
-            if method in ("mm", "branch"):  # copies have weights of their own
-                (model.models[0].encoder.layers[0] if method == "mm" else model.branches[0]).output.weight.zero_()
-                assert torch.equal(model(*batch)[-1], answers)
 
 
 @settings(max_examples=24)
@@ -102,7 +99,7 @@ def test_kept_exits_answer_as_before_from_the_same_weights(tmp_path_factory, mod
 @pytest.mark.parametrize(
     ("exit_layers", "more", "reason"),
     [(layers, [], "exit_layers is") for layers in [(), (0, 2), (2, 2), (3, 1), (1, 5)]]
-    + [((1,), ["branch"], "none of sweet, ee, plain"), ((1,), ["ee", "sure"], "'sure' is none of")],
+    + [((1,), ["mm"], "none of sweet, ee"), ((1,), ["ee", "sure"], "'sure' is none of")],
 )
 def test_impossible_exits_and_unknown_methods_are_refused(exit_layers, more, reason):
     with pytest.raises(ValueError, match=reason):

@@ -63,7 +63,7 @@ def test_sweet_and_ee_answer_alike_and_learn_differently(model_dir):
     assert not torch.allclose(*(model.encoder.layers[0].output.weight.grad for model in models))
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
+@pytest.mark.parametrize("method", ["sweet", "ee"])
 @settings(max_examples=16)
 @given(
     model_type=MODEL_TYPES,
@@ -81,7 +81,7 @@ def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, mod
 def test_temperatures_change_who_exits_and_no_answer():
     """App. A: the scaling is monotonic. As in the authors' code, each exit has its own temperature."""
     logits, temperatures = torch.randn(3, 50, 4), torch.tensor([0.5, 1.0, 3.0])
-    outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], [0, 0, 0], 4, False))
+    outputs = Outputs(logits, None, None, None, "accuracy", Exits([1, 2, 4], 4))
     divided = logits / temperatures[:, None, None]
     for rule, calibrated in ((ExitRule(4), logits), (ExitRule(4, temperatures), divided)):
         expected = calibrated.softmax(-1).amax(-1)
@@ -96,17 +96,13 @@ def test_temperatures_change_who_exits_and_no_answer():
 @settings(max_examples=40)
 @given(early=st.sets(st.integers(1, 8)), last=st.integers(1, 9), method=st.sampled_from([*METHODS]))
 def test_exit_costs_are_those_of_equation_1(early, last, method):
-    """Eq. 1: the share of the layers that have run when an exit answers. MM adds up the models before.
-
-    A branch that is tried in vain costs a sixth of a layer, and nothing at threshold 1, where no branch is tried.
-    """
-    layers = [last] if method == "plain" else [*sorted(n for n in early if n < last), last]
+    """Eq. 1: the share of the layers that have run when an exit answers. MM adds up the models before."""
+    layers = [*sorted(n for n in early if n < last), last]
     exits = exits_of(add_exits(method, MultiExitModel(tiny_encoder("bert", num_hidden_layers=9), (last,), 2), layers))
-    for threshold, is_tried in ((0.0, True), (0.999, True), (0.99999998, False), (1.0, False)):  # 1, in float32
-        run = 0
-        for k, (n, cost) in enumerate(zip(layers, exits.costs(threshold), strict=True)):
-            run = run + n if method == "mm" else n
-            assert cost == pytest.approx((run + (k / 6 if method == "branch" and is_tried else 0)) / 9)
+    run = 0
+    for n, cost in zip(layers, exits.costs(), strict=True):
+        run = run + n if method == "mm" else n
+        assert cost == pytest.approx(run / 9)
 
 
 @given(st.integers(2, 5), st.integers(0, 10**6))
@@ -162,21 +158,21 @@ def test_an_instance_that_exits_is_not_computed_further(tmp_path, model_type, me
     model, batch = undecided_model(write_model(tmp_path, model_type), method, seed=1), random_batch(3, batch=16)
     seen = conftest.count_blocks(model)
     exits, lengths, expected = early_exit(model, *batch, 0.75, batch_size=batch_size).exits, batch[1].sum(1), Counter()
-    steps = {"mm": (1, 2, 4), "plain": (4,)}.get(method, (1, 1, 2))  # layers that end at each exit
+    steps = (1, 2, 4) if method == "mm" else (1, 1, 2)  # layers that end at each exit
     for rows in lengths.argsort(descending=True, stable=True).split(batch_size):
         for k, layers in enumerate(steps):
             rows = rows[exits[rows] >= k]
             if len(rows):  # the exit's layer runs for [CLS], the others between two exits for all tokens
-                expected["trunk", len(rows), int(lengths[rows].max())] += layers - 1 + (method != "mm" and k > 0)
-                expected["branch" if method == "branch" and k < 2 else "trunk", len(rows), 1] += 1
-    assert len(exits.unique()) > 1 or method == "plain"
+                expected[len(rows), int(lengths[rows].max())] += layers - 1 + (method != "mm" and k > 0)
+                expected[len(rows), 1] += 1
+    assert len(exits.unique()) > 1
     assert seen == expected
     seen.clear()
     early_exit(model, *batch, 0.5, batch_size=16)  # all leave at the first exit
-    assert method == "plain" or [call[1:] for call in seen.elements()] == [(16, 1)]
+    assert [*seen.elements()] == [(16, 1)]
     seen.clear()
     early_exit(model, *batch, 1.0, batch_size=16)  # no exit but the last is asked, and MM's models
-    assert (seen.total(), seen["branch", 16, 1]) == (7 if method == "mm" else 4, 0)
+    assert seen.total() == (7 if method == "mm" else 4)
 
 
 def test_learning_to_exit_is_a_sigmoid_of_the_pooled_cls_and_trains_its_layers(model_dir):
@@ -192,7 +188,7 @@ def test_learning_to_exit_is_a_sigmoid_of_the_pooled_cls_and_trains_its_layers(m
     assert model.encoder.layers[0].output.weight.grad is None
 
 
-@pytest.mark.parametrize("method", ["sweet", "ee", "branch"])
+@pytest.mark.parametrize("method", ["sweet", "ee"])
 def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, model_type, method):
     """App. A, and the authors' clipping. Against a loop that holds the whole graph and uses another AdamW."""
     folder = write_model(tmp_path / "tiny", model_type, **conftest.NO_DROPOUT)
@@ -201,22 +197,17 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain, batches = copy.deepcopy(ours), [*examples.shuffled(8, 5, 0), *examples.shuffled(8, 5, 1)]
     [stage] = METHODS[method].stages(ours)
-    assert stage.times_rate == (2 if method == "branch" else 1)
-    history = fine_tune(stage.model, batches, len(batches), 1e-2, groups=stage.groups)
-    names = [("branches.0.", "heads.0."), ("branches.1.", "heads.1.")] if method == "branch" else [""]
-    groups = [[p for name, p in plain.named_parameters() if name.startswith(own)] for own in names]
-    optimizer, norms = torch.optim.AdamW(sum(groups, []), betas=(0.9, 0.999), weight_decay=0.0, foreach=False), []
+    history = fine_tune(stage.model, batches, len(batches), 1e-2)
+    parameters, norms = list(plain.parameters()), []
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), weight_decay=0.0, foreach=False)
     for step, batch in enumerate(batches):
-        trained = plain(*batch.inputs)[: 2 if method == "branch" else 3]
-        losses = [F.cross_entropy(logits, batch.targets) for logits in trained]
+        losses = [F.cross_entropy(logits, batch.targets) for logits in plain(*batch.inputs)]
         assert history[step] == pytest.approx([loss.item() for loss in losses], abs=1e-3)
         optimizer.zero_grad()
         sum(losses).backward()
-        for group in groups:
-            own = [parameter for parameter in group if parameter.grad is not None]
-            norms.append(torch.sqrt(sum(parameter.grad.square().sum() for parameter in own)))
-            for parameter in own:
-                parameter.grad /= max(1.0, norms[-1])
+        norms.append(torch.sqrt(sum(parameter.grad.square().sum() for parameter in parameters)))
+        for parameter in parameters:
+            parameter.grad /= max(1.0, norms[-1])
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)  # a linear decay
         optimizer.step()
     assert max(norms) > 1.2

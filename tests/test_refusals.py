@@ -30,7 +30,6 @@ REFUSALS = [
     ("train", f"{TRAIN} --out tiny --overwrite", "--out: tiny exists and is not a run; name another folder"),
     ("train", f"{TRAIN} --out {'x' * 250}", "x cannot be written (File name too long)"),
     ("train", f"{TRAIN} --exit-layers 2,1", "--exit-layers: 2,1, should increase and end at one of the layers 1 to 4"),
-    ("train", f"{TRAIN} --method plain --exit-layers 1,4", "--exit-layers: 1,4, and the method plain has one exit"),
     ("train", f"{TRAIN} --task two --data-dir . --model one-type", "one-type: its type_vocab_size is 1, and pairs"),
     ("evaluate", "pairs", "pairs: a run of minisweet fit, which is evaluated by: minisweet choose pairs"),
     ("evaluate", "run other --plot new.png", "other: it was evaluated on other rows, or by another metric"),
@@ -71,7 +70,7 @@ REFUSALS = [
     ("export", "run --out new --exit-layer 0", "--exit-layer: 0, should be the layer of an exit: 1, 2, 4"),
     # paper
     ("reproduce", "--model tiny --max-length 32 --lrs 1e-3 --exit-layers 1,9", "--exit-layers: 1,9, should increase"),
-    ("gradients", "run", "run: a run of branch on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
+    ("gradients", "run", "run: a run of sweet on toy, exits after layers 1,2,4; should be of ee on a task, with two"),
     ("gradients", "ee --batches 9999", "--batches: 9999 of 16 rows, and toy has 200 other rows"),
 ]
 
@@ -90,7 +89,7 @@ def place(tmp_path_factory, run_of) -> Path:
     (folder / "none.csv").write_text("text,label\nthe film,\nis it,\n")
     (folder / "empty.csv").write_text("")
     os.mkfifo(folder / "pipe.csv")
-    for name, called in {"branch": "run", "pairs": "pairs", "ee": "ee", "lte": "lte"}.items():
+    for name, called in {"sweet": "run", "pairs": "pairs", "ee": "ee", "lte": "lte"}.items():
         shutil.copytree(run_of(name), folder / called)
     ignored = shutil.ignore_patterns("operating.json", "evaluation.json")
     shutil.copytree(run_of("ee"), folder / "bare", ignore=ignored)

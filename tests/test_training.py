@@ -14,27 +14,13 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from minisweet import BranchModel, MultiExitModel, training
+from minisweet import MultiExitModel, training
 from minisweet.base.files import read_json
-from minisweet.exits import EXIT_STRATEGIES
 from minisweet.methods import METHODS, Stage
 from minisweet.run import read_record, read_validation
 from minisweet.tasks import load_examples
 from minisweet.training import fine_tune, train_stage, used_rows
-from tests.conftest import NO_DROPOUT, model_of, quick, random_batch, toy_examples, train_on, write_model
-
-
-def test_while_branches_are_trained_the_trunk_runs_without_dropout_and_no_further_than_needed(tmp_path, model_type):
-    folder = write_model(tmp_path / "tiny", model_type, hidden_dropout_prob=0.3)
-    model, ran = model_of(folder, "branch", (1, 3, 4)).eval(), []
-    model.encoder.layers[2].register_forward_hook(lambda *_: ran.append(1))
-    assert np.shape(train_on(toy_examples(folder, range(20)), model, 1e-2)) == (5, 2)
-    assert not ran  # the trunk's layer 3, which no branch reads
-    new = BranchModel(copy.deepcopy(model.encoder).train(), (1, 4), 2)
-    assert (new.encoder.training, new.branches[0].training) == (False, True)
-    one, other = model(*random_batch()), model(*random_batch())
-    assert torch.equal(one[-1], other[-1])
-    assert (one[:-1] != other[:-1]).flatten(1).any(1).all()
+from tests.conftest import NO_DROPOUT, model_of, quick, toy_examples, train_on, write_model
 
 
 def test_each_step_draws_dropout_anew(tmp_path):
@@ -97,8 +83,7 @@ def test_a_row_adds_a_method(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_tells_what_made_it(command, model_dir, method):
-    layers = [4] if method == "plain" else [1, 2, 4]
-    options = ["--method", method, "--exit-layers", ",".join(map(str, layers)), "--seed", 3]
+    options = ["--method", method, "--exit-layers", "1,2,4", "--seed", 3]
     weights = model_dir / "model.safetensors"
     torch.save(load_file(weights), model_dir / "pytorch_model.bin")
     weights.unlink()  # it is made of the other at its first use
@@ -107,9 +92,8 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     record = read_json(Path(f"runs/tiny-{method}-toy-seed3/run.json"))
     assert len(record["subset"]) == 48 == len(set(record["subset"]))
     steps, exits = zip(*map(np.shape, record["losses"].values()), strict=True)
-    assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, len(layers), layers)
-    stages = {"mm": ["layers 1", "layers 2", "layers 4"], "branch": ["trunk", "branches"], "plain": ["trunk"]}
-    assert list(record["stages"]) == stages.get(method, [method])
+    assert ({*steps}, sum(exits), record["exit_layers"]) == ({6}, 3, [1, 2, 4])
+    assert list(record["stages"]) == (["layers 1", "layers 2", "layers 4"] if method == "mm" else [method])
     assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
     assert record["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -125,10 +109,10 @@ def test_a_stage_has_new_batches_in_each_epoch_and_a_rate_and_a_seed_of_its_own(
 
     monkeypatch.setattr(training, "fine_tune", made)
     for seed in (0, 1):
-        stage = Stage("a", model_of(model_dir, "ee"), 2.0)
+        stage = Stage("a", model_of(model_dir, "ee"))
         train_stage(stage, toy_examples(model_dir, range(20)), 2, 8, 1e-3, seed)
     (one, steps, rate, *first), (other, _, _, *second) = seen
-    assert (steps, rate, first[0], second[0]) == (len(one), 2e-3, 0, 1)
+    assert (steps, rate, first[0], second[0]) == (len(one), 1e-3, 0, 1)
     assert one[:3] != one[3:]
     assert one != other
 
@@ -164,19 +148,3 @@ def test_a_training_that_diverges_is_written_without_weights_and_replaces_none(c
     assert command(train, *quick(model, "--out", "a", "--overwrite"))[0] == 0
     assert command(train, *options, "--overwrite")[0] == 2
     assert read_record(Path("a")).diverged is None  # a run with weights stays
-
-
-@pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
-def test_the_trunk_of_branches_is_a_plain_model_and_the_last_model_of_mm_to_the_bit(command, tmp_path, strategy):
-    model, weights = write_model(tmp_path / "tiny", "bert"), {}
-    for method, layers in (("mm", "1,2,4"), ("branch", "1,2,4"), ("plain", 4), ("sweet", 4)):
-        words = f"--method {method} --exit-layers {layers} --exit-strategy {strategy} --lr 1e-3 --seed 3 --out {method}"
-        assert command(train, *quick(model, *words.split()))[0] == 0
-        weights[method] = load_file(Path(method, "model.safetensors"))
-    trunk = [name for name in weights["branch"] if name.startswith(("encoder.", "heads.2."))]
-    for name in trunk:
-        alone = name.replace("heads.2.", "heads.0.")
-        for tensor in (weights["mm"][f"models.2.{alone}"], weights["plain"][alone], weights["sweet"][alone]):
-            assert torch.equal(weights["branch"][name], tensor), name
-    assert len(trunk) == len([name for name in weights["mm"] if name.startswith("models.2.")])
-    assert ("heads.0.lte.weight" in weights["branch"]) is (strategy == "lte")
