@@ -124,7 +124,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
             train_one(stage)
     except FloatingPointError as error:
         step = error.args[0]
-        save_run(out, replace(record, diverged=step))
+        save_run(out, replace(record, diverged=step), overwrite=overwrite)
         message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
         raise InputError(message, "lr") from None
 
@@ -137,7 +137,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         seconds=round(sum(seconds.values()), 1),
     )
     check_output(out, overwrite)  # once more, since training takes a while
-    save_run(out, record, model.eval(), tokenizer, dev)
+    save_run(out, record, model.eval(), tokenizer, dev, overwrite=overwrite)
     return record
 
 

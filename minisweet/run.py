@@ -96,15 +96,16 @@ def save_run(
     tokenizer: Tokenizer | None = None,
     validation: Examples | None = None,
     add_files: Callable[[Path], None] | None = None,
+    overwrite: bool = True,
 ) -> None:
-    """Write a run to a folder, whole or not at all. A run that is there is replaced.
+    """Write a run to a folder, whole or not at all. A run that is there is replaced, or refused without `overwrite`.
 
     If training diverged there is no model, and the record alone is written, unless there are weights already.
     `add_files(folder)` writes more files into the folder.
     """
     if model is None and (out / WEIGHTS).exists():
         return
-    with written_beside(out) as folder:
+    with written_beside(out, overwrite) as folder:
         folder.mkdir()
         write_json(folder / RECORD, asdict(record))
         if model is None:

@@ -83,10 +83,14 @@ def test_after_an_error_the_target_is_as_it_was_and_nothing_else_is_left(tmp_pat
     ):
         with pytest.raises(InputError, match=f"/{target}: {reason}"):
             write(tmp_path / target)
+    d = tmp_path / "d"
+    d.mkdir()  # an empty folder is as good as none
+    with pytest.raises(InputError, match="/d: already exists"):
+        write_folder(d, "mine", False, lambda: write_folder(d, "another's"))
     e = tmp_path / "e"  # of two first uses at once the slower takes what the faster made
     hub.fetch_once(e, lambda: write_folder(e, "mine", False, lambda: write_folder(e, "another's")))
-    assert content(tmp_path) == before | {f"e/{name}": b"another's" for name in "ab"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e", "new"]
+    assert content(tmp_path) == before | {f"{folder}/{name}": b"another's" for folder in "de" for name in "ab"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "d", "e", "new"]
 
 
 def test_a_link_stays_a_link(tmp_path):

@@ -20,7 +20,7 @@ from minisweet.methods import METHODS, Stage
 from minisweet.run import read_record, read_validation
 from minisweet.tasks import load_examples
 from minisweet.training import fine_tune, train_stage, used_rows
-from tests.conftest import NO_DROPOUT, model_of, quick, toy_examples, train_on, write_model
+from tests.conftest import NO_DROPOUT, model_of, quick, run, toy_examples, train_on, write_model
 
 
 def test_each_step_draws_dropout_anew(tmp_path):
@@ -97,8 +97,8 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     assert record["trained_keys"] == sorted({*toy_examples(model_dir, record["subset"]).keys.tolist()})
     assert {"torch", "tokenizers", "python"} <= set(record["versions"])
     assert record["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    run = Path(f"runs/tiny-{method}-toy-seed3")
-    assert read_validation(run, read_record(run)).first == load_examples("toy", "dev", Path()).first
+    folder = Path(f"runs/tiny-{method}-toy-seed3")
+    assert read_validation(folder, read_record(folder)).first == load_examples("toy", "dev", Path()).first
 
 
 def test_a_stage_has_new_batches_in_each_epoch_and_a_rate_and_a_seed_of_its_own(model_dir, monkeypatch):
@@ -133,6 +133,22 @@ def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end
     assert (after.arguments.seed, after.subset != json.loads(before[Path("a/run.json")])["subset"]) == (1, True)
     assert {*Path("a").iterdir()} == {*before}
     assert not list(Path().glob(".*"))
+
+
+def test_of_two_trainings_into_one_new_folder_the_slower_is_refused(command, tmp_path, monkeypatch):
+    options, check, checked = quick(write_model(tmp_path / "tiny", "bert"), "--out", "a"), train.check_output, []
+
+    def check_before_the_other_ends(out: Path, overwrite: bool) -> None:
+        check(out, overwrite)
+        checked.append(out)
+        assert len(checked) != 2 or run(train, *options, "--seed", 1) == 0
+
+    monkeypatch.setattr(train, "check_output", check_before_the_other_ends)
+    status, _, err = command(train, *options)
+    refused = f"train.py: error: {tmp_path / 'a'}: already exists; name another\n"
+    assert (status, len(checked), err.endswith(refused)) == (2, 4, True)
+    assert read_record(Path("a")).arguments.seed == 1
+    assert [path.name for path in Path().glob("*a*")] == ["a"]
 
 
 def test_a_training_that_diverges_is_written_without_weights_and_replaces_none(command, tmp_path):

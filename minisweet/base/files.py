@@ -1,5 +1,6 @@
 """The error for bad input, files that are never half-written, and JSON that is read into dataclasses."""
 
+import errno
 import json
 import logging
 import os
@@ -62,10 +63,14 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
 
     After an error, `target` is as it was, and nothing else is left. If it is a link, the file that it points to is
     replaced. A process that is killed can leave a `.NAME.<random>.partial`, or the folder that it was replacing as
-    `.NAME.<random>.old`. Raises InputError if `target` cannot be written, or exists and `overwrite` is false.
+    `.NAME.<random>.old`. Raises InputError if `target` cannot be written, or if `overwrite` is false and it exists
+    (unless it is an empty folder), even if another process has just made that folder.
     """
     target = Path(os.path.realpath(target))
-    if os.path.exists(target) and not (overwrite and (target.is_file() or target.is_dir())):  # /dev/null is neither
+    may_replace = target.is_file() or target.is_dir()  # /dev/null is neither
+    if not overwrite:
+        may_replace = target.is_dir() and not os.listdir(target)
+    if os.path.exists(target) and not may_replace:
         raise InputError(f"{target}: already exists; name another")
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -73,11 +78,13 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
         yield new
         if overwrite and target.is_dir() and new.is_dir():
             target.rename(new.with_suffix(".old"))
-        new.replace(target)
+        new.replace(target)  # which never replaces a folder that has files
         shutil.rmtree(new.with_suffix(".old"), ignore_errors=True)
     except OSError as error:
         with suppress(OSError):  # if the second rename failed
             new.with_suffix(".old").rename(target)
+        if error.errno == errno.ENOTEMPTY:
+            raise InputError(f"{target}: already exists; name another") from None  # made by another process
         raise InputError(f"{target}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)

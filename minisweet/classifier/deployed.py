@@ -304,12 +304,12 @@ def write_chosen(folder: Path, run: OwnRun) -> None:
                 file.write(json.dumps(rows[key] | {"label": names[label], "key": key}, ensure_ascii=False) + "\n")
 
 
-def save(out: Path, run: OwnRun) -> None:
-    """Write a whole run to a folder, whole or not at all. An existing run is replaced."""
+def save(out: Path, run: OwnRun, overwrite: bool = True) -> None:
+    """Write a whole run to a folder, whole or not at all. An existing run is replaced, or refused."""
 
     def add_files(folder: Path) -> None:
         write_chosen(folder, run)
         if run.bag is not None:
             (folder / BAG).write_bytes(to_bytes(run.bag.state_dict(), {"id": run.record.id}))
 
-    run_folder.save_run(out, run.record, run.model, run.tokenizer, run.texts.examples, add_files)
+    run_folder.save_run(out, run.record, run.model, run.tokenizer, run.texts.examples, add_files, overwrite)

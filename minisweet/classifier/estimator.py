@@ -262,10 +262,7 @@ class EarlyExitClassifier:
 
     def save(self, run: str | Path) -> None:
         """Write a run folder, which must not exist."""
-        fitted = self.deployed.run
-        if Path(run).exists():
-            raise InputError(f"{run}: already exists; name another")
-        runs.save(Path(run), fitted)
+        runs.save(Path(run), self.deployed.run, overwrite=False)
 
     @property
     def deployed(self) -> Deployed:

@@ -368,7 +368,7 @@ def main() -> None:
     run = fit_texts(options, name or "texts", *read_files(args), out=out)
     run = choose_for(run, goal, options.device, options.amp)
     check_output(out, args.overwrite)  # once more, since training takes a while
-    save(out, run)
+    save(out, run, args.overwrite)
     print_choice(out, run)
 
 
