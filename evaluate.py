@@ -142,7 +142,8 @@ def print_curve(evaluation: Evaluation) -> None:
     print(f"\n{'exit after layer':<25}" + "".join(f"{n:8}" for n in layers))
     print(f"{METRICS[evaluation.metric]:<25}" + "".join(f"{value:8.1f}" for value in evaluation.exit_scores))
     if constant := [str(n) for n, count in zip(layers, answers, strict=True) if count < 2]:
-        print(f"predicts one class for all rows: the exit after layer {', '.join(constant)}")
+        advice = "train with more --epochs, at another --lr or on more rows"
+        print(f"predicts one class for all rows: the exit after layer {', '.join(constant)}; {advice}")
     print(f"\n{'threshold':>9}{'score':>8}{'speedup ratio':>15}   rows that take each exit")
     points = evaluation.thresholds, evaluation.scores, evaluation.speedup_ratios, evaluation.exit_counts
     for threshold, value, ratio, counts in zip(*points, strict=True):

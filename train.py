@@ -57,19 +57,19 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     Returns the run's record. Raises InputError if `out` cannot be written or replaced (before training), if model and
     data do not match, and if training diverges.
     """
-    # 1. Options: those that are left open depend on the model and the task.
+    # 1. Options: those that are left open depend on the model, the task and its rows.
     check_output(out, overwrite)
     fetch_task(task, data_dir)
     spec = find_task(task, data_dir)
     folder = model_folder(options.model)
     config = read_config(folder)
-    options = resolve(options, config, task, spec)
+    rows, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
+    options = resolve(options, config, task, spec, min(len(rows.first), options.train_size))
     device = choose_device(options.device)
     precision = choose_precision(options.amp, device, training=True)
 
     # 2. Data: at most `train_size` rows to train on, drawn by the seed and shared by all methods, and all dev rows.
     tokenizer = load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens)
-    rows, dev = (load_examples(task, split, data_dir) for split in ("train", "dev"))
     if rows.second is not None and config.type_vocab_size == 1:
         raise InputError(f"{folder}: its type_vocab_size is 1, and pairs, as in {task}, need 2")
     order = np.random.default_rng(options.seed).permutation(len(rows.first))

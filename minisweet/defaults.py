@@ -1,6 +1,7 @@
 """The defaults that depend on the model and the task: exits, batch size, learning rate and epochs."""
 
 from dataclasses import replace
+from math import ceil
 
 from minisweet.base.files import InputError
 from minisweet.config import Config
@@ -19,8 +20,8 @@ TABLE_2 = {
 SMALL = 512  # models up to this hidden size need larger rates, such as MiniLM with 384
 
 
-def resolve(options: TrainingOptions, config: Config, name: str, task: Task) -> TrainingOptions:
-    """Fill in the defaults that depend on the model and on the task and its name.
+def resolve(options: TrainingOptions, config: Config, name: str, task: Task, rows: int) -> TrainingOptions:
+    """Fill in the defaults that depend on the model, and on the task, its name and its number of training rows.
 
     Raises InputError if the model cannot have these exits.
     """
@@ -30,12 +31,13 @@ def resolve(options: TrainingOptions, config: Config, name: str, task: Task) -> 
     if layers != sorted(layers) or layers[-1] > depth:
         raise InputError(f"{typed}, should increase and end at one of the layers 1 to {depth}", "exit_layers")
     rates_of = options.method if len(layers) > 1 else "mm"  # with one exit all methods train like a model of MM
+    batch_size = options.batch_size or default_batch_size(config)
     return replace(
         options,
         exit_layers=layers,
-        batch_size=options.batch_size or default_batch_size(config),
+        batch_size=batch_size,
         lr=options.lr or default_learning_rate(config, name, rates_of),
-        epochs=options.epochs or task.epochs,
+        epochs=options.epochs or max(task.epochs, ceil(task.steps / ceil(rows / batch_size))),
     )
 
 

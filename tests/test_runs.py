@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from minisweet.base.files import read_json, write_json
+from minisweet.checkpoint import read_config
 from minisweet.classifier.fit import load_trunk
-from minisweet.defaults import default_learning_rate
+from minisweet.defaults import default_learning_rate, resolve
 from minisweet.methods import METHODS, default_exit_layers
+from minisweet.options import TrainingOptions
 from minisweet.outputs import ask_all, read_outputs, write_outputs
 from minisweet.run import load_model, load_run_tokenizer, read_record, read_validation, save_run, weights_id
+from minisweet.tasks import PAPER_STEPS, TASKS, Task
 from minisweet.texts import Examples, Texts, load_tokenizer
 from tests.conftest import random_batch, undecided_model, write_model
 from tests.test_rows import refused
@@ -72,6 +75,18 @@ def test_a_file_of_tensors_that_was_cut_is_one_line(run_of, tmp_path, left):
 def test_every_depth_has_exit_layers():
     papers = {1: [1], 2: [1, 2], 3: [1, 2, 3], 4: [1, 2, 4], 6: [1, 2, 3, 6], 12: [1, 4, 6, 12], 24: [1, 6, 12, 24]}
     assert {depth: default_exit_layers(depth) for depth in papers} == papers
+
+
+def test_a_task_of_ones_own_gets_the_papers_750_steps_and_never_fewer_than_two_epochs(tmp_path):
+    config, own = read_config(write_model(tmp_path / "tiny", "bert")), Task(("a", "b"), steps=PAPER_STEPS)
+
+    def epochs(name: str, task: Task, rows: int, **options: int) -> int:
+        return resolve(TrainingOptions(**options), config, name, task, rows).epochs
+
+    for rows, wanted in ((788, 15), (6000, 2), (5999, 2), (5984, 3), (393_000, 2), (1, 750)):
+        assert epochs("own", own, rows) == wanted
+    assert (epochs("own", own, 788, batch_size=8), epochs("own", own, 788, epochs=1)) == (8, 1)
+    assert [epochs(name, TASKS[name], 788) for name in ("mrpc", "toy")] == [2, 3]
 
 
 def test_the_papers_rates_are_the_defaults_and_elsewhere_the_size_decides():

@@ -8,7 +8,7 @@ import pytest
 
 import evaluate
 import train
-from minisweet import hub
+from minisweet import hub, tasks
 from minisweet.base.files import InputError
 from minisweet.run import read_record
 from minisweet.tasks import TASKS, find_task, load_examples
@@ -138,7 +138,8 @@ def write_own(folder: Path, train: str | None, dev: str | None) -> None:
 
 
 @pytest.mark.parametrize(("text", "columns"), [(SINGLE, ["sentence"]), (PAIRS, ["sentence1", "sentence2"])])
-def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_path, text, columns):
+def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_path, monkeypatch, text, columns):
+    monkeypatch.setattr(tasks, "PAPER_STEPS", 5)
     write_own(tmp_path, text, text)
     task = find_task("own", tmp_path)
     assert (task.labels, task.columns, task.metric) == (("no", "yes"), (*columns, "label"), "accuracy")
@@ -147,10 +148,11 @@ def test_a_data_set_in_glues_layout_is_trained_on_and_evaluated(command, tmp_pat
     write_model(tmp_path / "tiny", "bert")
     words = "--model tiny --data-dir . --task own --exit-layers 1,2,4 --max-length 32 --amp off --out run".split()
     status, _, err = command(train, *words)
+    assert "lr 0.0002, epochs 5, seed 0, " in err
     assert (status, "own: 2 of 2 rows to train on, 2 to validate\nrows without text or label, sk" in err) == (0, True)
     record = read_record(Path("run"))
     assert (record.task, record.labels, record.text_columns) == ("own", ["no", "yes"], columns)
-    assert (record.metric, record.arguments.epochs, len(record.losses["sweet"])) == ("accuracy", 2, 2)
+    assert (record.metric, record.arguments.epochs, len(record.losses["sweet"])) == ("accuracy", 5, 5)
     assert command(evaluate, "run")[0] == 0
 
 

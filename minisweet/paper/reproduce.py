@@ -151,7 +151,8 @@ def main() -> None:
         raise InputError(f"{CLONE}: no clone of the repository, whose train.py and evaluate.py make the runs")
     args.runs = args.runs or args.out / "runs"
     config = read_config(model_folder(args.model))
-    resolve(parser.make(TrainingOptions, args, method="sweet"), config, args.tasks[0], TASKS[args.tasks[0]])
+    options, task = parser.make(TrainingOptions, args, method="sweet"), args.tasks[0]
+    resolve(options, config, task, TASKS[task], args.train_size)
     args.lrs = args.lrs or search_rates(config)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
