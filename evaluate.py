@@ -16,8 +16,9 @@ from shlex import quote
 import numpy as np
 
 from minisweet.base.commands import Parser, path_to, run_command, whole_number
-from minisweet.base.devices import choose_device, choose_precision, device_name, tune_cpu
+from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import InputError, read_dataclass, write_json
+from minisweet.fast import tune_cpu
 from minisweet.metrics import METRICS
 from minisweet.options import TrainingOptions
 from minisweet.outputs import ask_all, check_finite, write_outputs

@@ -3,13 +3,14 @@
     python train.py                                   # minilm-l6, sweet, toy: one to two minutes on a laptop
     python train.py --model bert-base --method sweet --task rte
 
-Writes a run folder, which evaluate.py reads. The training loop is in minisweet/training.py, and what each method trains
-is in minisweet/methods.py. For your own text: minisweet fit FILE.
+Writes a run folder, which evaluate.py reads. The training loop is in minisweet/training.py, and each method's model in
+minisweet/methods.py. For your own text: minisweet fit FILE.
 """
 
 import hashlib
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -17,23 +18,24 @@ import numpy as np
 import torch
 
 from minisweet.base.commands import Parser, name_of, run_command
-from minisweet.base.devices import choose_device, choose_precision, device_name, tune_cpu
+from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import LOG, InputError
-from minisweet.checkpoint import WEIGHTS, read_config
+from minisweet.checkpoint import WEIGHTS, load_encoder, read_config
 from minisweet.defaults import resolve
+from minisweet.fast import tune_cpu
 from minisweet.hub import fetch_task, home, model_folder
-from minisweet.methods import METHODS, Stage, add_exits, new_trunk
+from minisweet.methods import build_model
 from minisweet.options import TrainingOptions
 from minisweet.run import Record, check_output, run_name, save_run, versions, weights_id
 from minisweet.tasks import TASKS, find_task, load_examples
-from minisweet.texts import Texts, load_tokenizer
-from minisweet.training import train_stage
+from minisweet.texts import Examples, Texts, load_tokenizer
+from minisweet.training import fine_tune
 
 
 def main() -> None:
     """Read the options, train one run, and say what to do next."""
     parser = Parser(__doc__)
-    parser.add_options(TrainingOptions, "model", title="model")
+    parser.add_options(TrainingOptions, "model", "pooling", title="model")
     parser.add_options(TrainingOptions, "method", "exit_layers", "exit_strategy", title="method")
     data = parser.add_argument_group("data").add_argument
     data("--task", type=name_of, default="toy", help=f"{', '.join(TASKS)}, or a folder in --data-dir (default: toy)")
@@ -76,9 +78,10 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
     subset = np.sort(order[: options.train_size]).tolist()  # for one seed, a smaller subset is part of a larger one
     texts = Texts(tokenizer, rows.take(subset))
 
-    # 3. Model: every method starts from a trunk, the first layers of the checkpoint with one exit at their end.
+    # 3. Model: public weights, with new exits.
     torch.manual_seed(options.seed)
-    trunk = new_trunk(folder, options.exit_layers[-1], len(spec.labels), options.exit_strategy)
+    first_layers = partial(load_encoder, folder, pooling=options.pooling)
+    model = build_model(options.method, first_layers, options.exit_layers, len(spec.labels), options.exit_strategy)
     record = Record(
         arguments=options,
         task=task,
@@ -97,48 +100,41 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         versions=versions(),
         fit=None,
     )
-    exits = ",".join(map(str, options.exit_layers))
+    announce(record, texts, rows, len(dev.first))
+
+    # 4. Loop: EE and SWEET are one model, and MM is one per exit.
+    settings = options.epochs, options.batch_size, options.lr, options.seed, device, precision
+    for part in model.models_alone:
+        name = f"layers {part.exit_layers[-1]}" if options.method == "mm" else options.method
+        start = time.perf_counter()
+        try:
+            losses = fine_tune(part, texts, *settings, title=name)
+        except FloatingPointError as error:
+            step = error.args[0]
+            save_run(out, replace(record, diverged=step), overwrite=overwrite)
+            message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
+            raise InputError(message, "lr") from None
+        record.losses[name] = np.round(losses, 5).tolist()
+        record.stages[name] = round(time.perf_counter() - start, 1)
+
+    # 5. Save.
+    record = replace(record, id=weights_id(model), seconds=round(sum(record.stages.values()), 1))
+    check_output(out, overwrite)  # once more, since training takes a while
+    save_run(out, record, model.eval(), tokenizer, dev, overwrite=overwrite)
+    return record
+
+
+def announce(record: Record, texts: Texts, rows: Examples, dev_rows: int) -> None:
+    """Log what is about to be trained."""
+    options = record.arguments
+    exits = ",".join(map(str, record.exit_layers))
     LOG.info("%s, exits after layers %s of %d, method %s", options.model, exits, record.depth, options.method)
-    LOG.info("%s: %d of %d rows to train on, %d to validate", task, len(texts), len(rows.first), len(dev.first))
+    LOG.info("%s: %d of %d rows to train on, %d to validate", record.task, len(texts), len(rows.first), dev_rows)
     if rows.empty:
         LOG.warning("rows without text or label, skipped: %d", rows.empty)
     LOG.info("texts cut to %d tokens: %d", options.max_length, texts.is_cut.sum())
     where = f"{record.device}, {record.precision}"
     LOG.info("lr %g, epochs %d, seed %d, %s", options.lr, options.epochs, options.seed, where)
-
-    # 4. Loop: SWEET and EE are trained in one stage, and MM in one per model.
-    method = METHODS[options.method]
-    losses, seconds = {}, {}
-
-    def train_one(stage: Stage) -> None:
-        start = time.perf_counter()
-        losses[stage.name] = train_stage(
-            stage, texts, options.epochs, options.batch_size, options.lr, options.seed, device, precision
-        )
-        seconds[stage.name] = time.perf_counter() - start
-
-    try:
-        torch.manual_seed(options.seed)
-        model = add_exits(options.method, trunk, options.exit_layers, options.exit_strategy)
-        for stage in method.stages(model):
-            train_one(stage)
-    except FloatingPointError as error:
-        step = error.args[0]
-        save_run(out, replace(record, diverged=step), overwrite=overwrite)
-        message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
-        raise InputError(message, "lr") from None
-
-    # 5. Save.
-    record = replace(
-        record,
-        id=weights_id(model),
-        losses={name: np.round(values, 5).tolist() for name, values in losses.items()},
-        stages={name: round(value, 1) for name, value in seconds.items()},
-        seconds=round(sum(seconds.values()), 1),
-    )
-    check_output(out, overwrite)  # once more, since training takes a while
-    save_run(out, record, model.eval(), tokenizer, dev, overwrite=overwrite)
-    return record
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ _MODULES = {
     "NgramExit": "classifier.bag_of_words",
     "build_multi_model": "methods",
     "load_encoder": "checkpoint",
-    "tune_cpu": "base.devices",
+    "tune_cpu": "fast",
 }
 __all__ = list(_MODULES)
 

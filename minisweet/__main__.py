@@ -17,7 +17,7 @@ import importlib
 import sys
 
 from minisweet.base.commands import Parser, run_command
-from minisweet.base.devices import tune_cpu
+from minisweet.fast import tune_cpu
 
 OWN_TEXT = ("fit", "choose", "label", "test", "predict", "explain", "export")
 COMMANDS = {name: f"minisweet.classifier.{name}" for name in OWN_TEXT}

@@ -4,10 +4,10 @@ Embeddings and L post-norm Transformer layers. There is no pooler, because each 
 has what all encoders share, and explains the dimension letters.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.config import BertConfig
+from minisweet import fast
+from minisweet.config import BertConfig, Config
 from minisweet.layers import TransformerEncoder, TransformerLayer, draw_weights, padding_bias
 
 
@@ -17,27 +17,20 @@ class BertLayer(TransformerLayer):
     The key has no bias. A checkpoint's key bias adds the same number to all scores of a query, which softmax ignores.
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
         D = config.hidden_size
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
 
-    def attend(self, hidden: Tensor, context: tuple[Tensor], tokens: int | None) -> Tensor:
-        """Scaled dot-product attention: hidden states (B, T, D) to context vectors (B, H, R, d).
+    def attend(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """Scaled dot-product attention: hidden states (B, T, D) to context vectors (B, H, T, d).
 
         The context is the bias of the scores: (B, 1, 1, T) for padding, or (B, H, T, T) for padding and distance.
         """
-        # Without contiguous(), frozen weights would use another kernel, and the last bits would differ.
-        asking = hidden[:, :tokens].contiguous()
-        projected = self.query(asking), self.key(hidden), self.value(hidden)
-        query, key, value = map(self.split_heads, projected)  # (B, H, R, d), (B, H, T, d) twice
-        bias = context[0][:, :, :tokens]  # (B, 1, 1, T) or (B, H, R, T)
-        # Training on a CPU uses plain products, so that our fast dropout applies (layers.py).
-        if self.training and hidden.device.type == "cpu":
-            scores = (query * query.shape[-1] ** -0.5) @ key.mT + bias  # (B, H, R, T)
-            return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
-        dropout_p = self.attention_dropout.p if self.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout_p)
+        query = self.split_heads(self.query(hidden))  # (B, H, T, d)
+        key = self.split_heads(self.key(hidden))  # (B, H, T, d)
+        value = self.split_heads(self.value(hidden))  # (B, H, T, d)
+        return fast.attention(query, key, value, context[0], self.attention_dropout)
 
 
 class BertEncoder(TransformerEncoder):

@@ -6,15 +6,16 @@ our configs are ignored, because they describe the file rather than the model.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from minisweet import fast
 from minisweet.base.files import InputError, preview, read_dataclass, read_json, regular_file, written_beside
 from minisweet.bert import BertEncoder
 from minisweet.config import BertConfig, Config, DebertaConfig, MPNetConfig
@@ -31,6 +32,8 @@ REPOSITORIES = {
     "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
     "mpnet-base": "sentence-transformers/all-mpnet-base-v2",
 }
+SENTENCE_ENCODERS = ("minilm-l6", "mpnet-base")  # presets that were trained to give the mean of their tokens
+POOLING = "1_Pooling/config.json"  # where sentence-transformers keeps what it trained a model to give
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 OURS = "minisweet"  # the model_type of a run, so that other libraries do not mistake it for a plain BERT
 ARCHITECTURES = {
@@ -83,7 +86,24 @@ def read_config(folder: str | Path) -> Config:
         raise InputError(f"{path}: model_type is {model_type!r}, and only {', '.join(ARCHITECTURES)} are implemented")
     if isinstance(terms := content.get("pos_att_type"), list):
         content["pos_att_type"] = "|".join(map(str, terms))
+    if content.get("model_type") != OURS and "pooling" not in content:
+        content["pooling"] = read_pooling(Path(folder))
     return read_dataclass(ARCHITECTURES[model_type][0], path, content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """The key of sentence-transformers that says what a model was trained to give."""
+
+    pooling_mode_mean_tokens: bool = False
+
+
+def read_pooling(folder: Path) -> str:
+    """What the exits of a public checkpoint read: "mean" if it was trained to give the mean of its tokens, or "cls"."""
+    path = folder / POOLING
+    if path.exists():
+        return "mean" if read_dataclass(Pooling, path).pooling_mode_mean_tokens else "cls"
+    return "mean" if folder.name in SENTENCE_ENCODERS else "cls"
 
 
 def new_encoder(config: Config, num_layers: int) -> TransformerEncoder:
@@ -93,14 +113,19 @@ def new_encoder(config: Config, num_layers: int) -> TransformerEncoder:
     return encoder
 
 
-def load_encoder(folder: str | Path, num_layers: int | None = None) -> TransformerEncoder:
+def load_encoder(
+    folder: str | Path, num_layers: int | None = None, pooling: Literal["cls", "mean"] | None = None
+) -> TransformerEncoder:
     """Load the encoder (BERT, DeBERTa or MPNet) of a folder in the Hugging Face layout.
 
-    It has the first `num_layers` layers (default: all), and is in float32 and in evaluation mode. Its `pooler_start` is
-    the state dict of the checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are
-    fewer layers, or if a file is missing, unreadable, not implemented, or does not fit the others.
+    It has the first `num_layers` layers (default: all), and is in float32 and in evaluation mode. Its exits will read
+    what `pooling` says ("cls" or "mean"; default: what the checkpoint was trained to give). Its `pooler_start` is the
+    state dict of the checkpoint's pooler, from which exit heads start, or None. Raises InputError if there are fewer
+    layers, or if a file is missing, unreadable, not implemented, or does not fit the others.
     """
-    return load_parts(Path(folder), num_layers)["encoder"].eval()
+    encoder = load_parts(Path(folder), num_layers)["encoder"].eval()
+    encoder.config = replace(encoder.config, pooling=pooling or encoder.config.pooling)
+    return encoder
 
 
 def load_parts(folder: Path, num_layers: int | None = None, num_labels: int = 0) -> nn.ModuleDict:
@@ -168,8 +193,7 @@ def load_strict(
 
     Args:
         path: of the file.
-        make: makes the module. It is called on the meta device, which skips random initialisation; therefore all
-            buffers must be in the module's state dict.
+        make: makes the module, all of whose buffers must be in its state dict.
         to_public: maps our names to the names in the file.
         dropped: prefixes of names to ignore.
 
@@ -177,7 +201,7 @@ def load_strict(
     """
     slices = open_weights(path.parent)
     problems, tensors = [], {}
-    with torch.device("meta"), _NoInit():
+    with fast.no_initial_weights():
         module = make()
     for name, value in module.state_dict().items():
         source = to_public(name)
@@ -200,10 +224,3 @@ def load_strict(
         raise InputError(f"{path} does not fit its config.json: {preview(problems)}")
     module.load_state_dict(tensors, assign=True)
     return module
-
-
-class _NoInit(TorchFunctionMode):
-    """A mode in which torch.nn.init does nothing. On the meta device it would import torch's compiler, for a second."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))

@@ -34,6 +34,7 @@ class Config:
     initializer_range: float = share(0.02)
     hidden_act: Literal["gelu"] = "gelu"
     is_decoder: Literal[False] = False
+    pooling: Literal["cls", "mean"] = "cls"  # what exits read: see exits.py
     first_position: ClassVar[int] = 0
     model_type: ClassVar[str]
 

@@ -10,7 +10,7 @@ the public weights were trained with delta(i,j) in both terms.) There are no abs
 layers.py has what all encoders share. The relative table is part of the context: where the gradient of the context
 stops, it stops for the table too.
 
-Dimension letters: B batch, T tokens, R query tokens, D hidden size, H heads, d = D/H head size, k relative span.
+Dimension letters: B batch, T tokens, D hidden size, H heads, d = D/H head size, k relative span.
 """
 
 import torch
@@ -47,8 +47,8 @@ class DebertaLayer(TransformerLayer):
         self.pos_proj = nn.Linear(D, D, bias=False)
         self.pos_q_proj = nn.Linear(D, D)
 
-    def attend(self, hidden: Tensor, context: tuple[Tensor, Tensor], tokens: int | None) -> Tensor:
-        """Disentangled attention: hidden states (B, T, D) to context vectors (B, H, R, d).
+    def attend(self, hidden: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """Disentangled attention: hidden states (B, T, D) to context vectors (B, H, T, d).
 
         The context is the bias of the scores for padding, (B, 1, 1, T), and the rows of the relative table for the
         distances i - j from T-1 down to -T, (2T, D).
@@ -56,22 +56,16 @@ class DebertaLayer(TransformerLayer):
         bias, positions = context
         T = hidden.shape[1]
         positions = self.dropout(positions)
-        if tokens == 1:  # the distances from [CLS] to all tokens: 0, -1, ..., -(T-1)
-            positions = positions[T - 1 : 2 * T - 1]
         query, key, value = self.split_heads(self.in_proj(hidden)).chunk(3, dim=-1)  # (B, H, T, d) each
-        query = (query[:, :, :tokens] + self.q_bias.view(self.num_heads, 1, -1)) * self.scale  # (B, H, R, d)
+        query = (query + self.q_bias.view(self.num_heads, 1, -1)) * self.scale
         value = value + self.v_bias.view(self.num_heads, 1, -1)
-        pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d), or (H, T, d) for [CLS]
-        pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # likewise
-        c2p = query @ pos_key.mT  # (B, H, T, 2T), or (B, H, 1, T) for [CLS]
-        if tokens == 1:  # nothing to skew: key j has one distance, -j
-            p2c = (key * pos_query).sum(-1)[:, :, None]  # (B, H, 1, T)
-        else:
-            c2p = skew(c2p, T - 1)  # (B, H, T, T)
-            # Rows are keys here. flip() makes distances increase along a row, so that column T + i - j of row j has
-            # distance i - j, and .mT puts this score at [i, j].
-            p2c = skew(key @ pos_query.flip(1).mT, T).mT  # (B, H, T, T)
-        scores = query @ key.mT + bias + c2p + p2c  # (B, H, R, T)
+        pos_key = self.split_heads(self.pos_proj(positions))  # (H, 2T, d)
+        pos_query = self.split_heads(self.pos_q_proj(positions)) * self.scale  # (H, 2T, d)
+        c2p = skew(query @ pos_key.mT, T - 1)  # (B, H, T, T)
+        # Rows are keys here. flip() makes distances increase along a row, so that column T + i - j of row j has
+        # distance i - j, and .mT puts this score at [i, j].
+        p2c = skew(key @ pos_query.flip(1).mT, T).mT  # (B, H, T, T)
+        scores = query @ key.mT + bias + c2p + p2c  # (B, H, T, T)
         return self.attention_dropout(scores.softmax(-1)).to(value.dtype) @ value
 
 

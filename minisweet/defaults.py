@@ -1,11 +1,10 @@
-"""The defaults that depend on the model and the task: exits, batch size, learning rate and epochs."""
+"""The defaults that depend on the model and the task: exits, what they read, batch size, learning rate, epochs."""
 
 from dataclasses import replace
 from math import ceil
 
 from minisweet.base.files import InputError
 from minisweet.config import Config
-from minisweet.methods import default_exit_layers
 from minisweet.options import TrainingOptions
 from minisweet.tasks import Task
 
@@ -35,10 +34,20 @@ def resolve(options: TrainingOptions, config: Config, name: str, task: Task, row
     return replace(
         options,
         exit_layers=layers,
+        pooling=options.pooling or config.pooling,
         batch_size=batch_size,
         lr=options.lr or default_learning_rate(config, name, rates_of),
         epochs=options.epochs or max(task.epochs, ceil(task.steps / ceil(rows / batch_size))),
     )
+
+
+def default_exit_layers(depth: int) -> list[int]:
+    """The default exit layers for an encoder of `depth` layers, counted from 1.
+
+    They are those of the paper for 12 and for 24 layers (Sec. 3.2). Other depths get the same shares as 12 layers.
+    """
+    early = [1, 6, 12] if depth == 24 else [max(1, round(depth * share)) for share in (1 / 12, 1 / 3, 1 / 2)]
+    return sorted({*early, depth})
 
 
 def default_batch_size(config: Config) -> int:

@@ -20,20 +20,22 @@ The exits whose losses update each part, for exits after layers 1, 2 and 4. (In 
 In SWEET each parameter is updated by exactly one classifier, as the paper says. The authors' code differs: all exits
 share a pooler, and the gradients of all exits reach DeBERTa's table of relative positions. Here each exit has its own
 pooler, and the first exit alone updates the table. As in the authors' code, the gradients of all exits are clipped
-together: a large gradient scales down the others but keeps their direction. Unlike in that code, an exit's layer first
-runs for [CLS] alone, which is all that the exit reads; in training this run has its own dropout mask.
+together: a large gradient scales down the others but keeps their direction.
+
+An exit reads what its encoder has learned to give: the paper's BERT and DeBERTa [CLS], the sentence encoders MiniLM and
+MPNet the mean of their tokens (`Config.pooling`).
 
 Dimension letters: B batch, T tokens, D hidden size, L layers, K exits, C classes.
 """
 
-import copy
 from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisweet.layers import Dropout, TransformerEncoder, checked_inputs, draw_weights
+from minisweet.fast import Dropout
+from minisweet.layers import TransformerEncoder, checked_inputs, draw_weights
 
 EXIT_STRATEGIES = ("confidence", "lte")
 ExitOutput = tuple[Tensor, Tensor | None]  # logits (B, C); certainty (B,), or None without learning-to-exit
@@ -45,8 +47,19 @@ def stop_gradient(x: Tensor) -> Tensor:
     return x.detach()
 
 
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """What an exit reads of hidden states (B, T, D) with a mask (B, T): a vector (B, D).
+
+    "cls" is the state of the first token, [CLS]. "mean" is the mean over the tokens of the mask, computed in float32.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    mask = attention_mask[..., None].float()  # (B, T, 1)
+    return ((hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)).to(hidden.dtype)
+
+
 class ExitHead(nn.Module):
-    """A classifier on the first token ([CLS]): dropout, pooler and activation, dropout, classifier.
+    """A classifier on what an exit reads: dropout, pooler and activation, dropout, classifier.
 
     The pooler starts from the encoder's `pooler_start` if there is one. Otherwise it is initialised at random, like the
     classifier. For learning-to-exit ("lte"; Xin et al. 2021, https://aclanthology.org/2021.eacl-main.8) a linear layer
@@ -57,19 +70,19 @@ class ExitHead(nn.Module):
         super().__init__()
         config, D = encoder.config, encoder.config.hidden_size
         self.pooler_dropout = Dropout(config.pooler_dropout)
-        like = {"device": encoder.word_embeddings.weight.device, "dtype": encoder.word_embeddings.weight.dtype}
-        self.pooler = nn.Linear(D, D, **like)
+        self.pooler = nn.Linear(D, D)
         self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[config.pooler_hidden_act]
         self.dropout = Dropout(config.head_dropout)
-        self.classifier = nn.Linear(D, num_labels, **like)
+        self.classifier = nn.Linear(D, num_labels)
         draw_weights(self, config.initializer_range)
         if encoder.pooler_start is not None:
             self.pooler.load_state_dict(encoder.pooler_start)
-        self.lte = nn.Linear(D, 1, **like) if exit_strategy == "lte" else None
+        self.lte = nn.Linear(D, 1) if exit_strategy == "lte" else None
+        self.to(encoder.word_embeddings.weight)  # the encoder's device and type
 
-    def forward(self, hidden: Tensor) -> ExitOutput:
-        """Hidden states of [CLS], (B, 1, D), to logits (B, C) and certainty (B,) or None."""
-        pooled = self.activation(self.pooler(self.pooler_dropout(hidden[:, 0])))  # (B, D)
+    def forward(self, x: Tensor) -> ExitOutput:
+        """What `pool` gives, (B, D), to logits (B, C) and certainty (B,) or None."""
+        pooled = self.activation(self.pooler(self.pooler_dropout(x)))  # (B, D)
         certainty = None if self.lte is None else self.lte(pooled)[:, 0].float().sigmoid()
         return self.classifier(self.dropout(pooled)), certainty
 
@@ -96,7 +109,9 @@ def rows_that_stay(stay: Tensor | None, attention_mask: Tensor, *others: Tensor)
 
 
 class ExitModel(nn.Module):
-    """What all models with exits share: `forward` and `keep_exits`. A subclass defines `exit_by_exit`."""
+    """What all models with exits share. A subclass defines `exit_by_exit`."""
+
+    method: str
 
     def __init__(self, exit_layers: Sequence[int], num_labels: int, depth: int) -> None:
         super().__init__()
@@ -108,7 +123,7 @@ class ExitModel(nn.Module):
     @property
     def models_alone(self) -> "list[MultiExitModel]":
         """The models with an encoder of their own that this one consists of, the smallest first."""
-        return [self]
+        raise NotImplementedError
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -121,28 +136,21 @@ class ExitModel(nn.Module):
         """
         return torch.stack([logits for logits, _ in self.exit_by_exit(input_ids, attention_mask, token_type_ids)])
 
-    def keep_exits(self, places: Sequence[int]) -> "ExitModel":
-        """The same model with only some of its exits, counted from 0. All weights are shared.
+    def exit_by_exit(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> ExitOutputs:
+        """Yield the output of each exit, logits (B, C) and certainty (B,) or None, before any later layer runs.
 
-        Raises ValueError unless `places` increase and include the last exit.
+        Call `send(stay)` with a mask (B,) instead of `next` to continue with some of the rows.
         """
-        last = len(self.exit_layers) - 1
-        if list(places) != sorted({*places}) or not places or places[0] < 0 or places[-1] != last:
-            raise ValueError(f"exits {list(places)}: must increase, from 0 or more to the last one, {last}")
-        model = copy.copy(self)
-        model._modules = self._modules.copy()
-        model.exit_layers = tuple(self.exit_layers[k] for k in places)
-        for name, modules in self.named_children():
-            if isinstance(modules, nn.ModuleList):  # one per exit
-                setattr(model, name, nn.ModuleList(modules[k] for k in places))
-        return model
+        raise NotImplementedError
 
 
 class MultiExitModel(ExitModel):
     """An encoder with an exit head after each layer of `exit_layers`, trained as EE or as SWEET.
 
     Args:
-        encoder: BERT, DeBERTa or MPNet. Layers after the last exit are never run.
+        encoder: BERT, DeBERTa or MPNet. Layers after the last exit are never run. Its config says what exits read.
         exit_layers: increasing, counted from 1 as in the paper.
         num_labels: C.
         method: "sweet" or "ee", which give equal logits from equal weights but different gradients.
@@ -167,33 +175,29 @@ class MultiExitModel(ExitModel):
         self.heads = nn.ModuleList(ExitHead(encoder, num_labels, exit_strategy) for _ in exit_layers)
         self.train()  # as any new module, whatever the encoder's mode was
 
+    @property
+    def models_alone(self) -> "list[MultiExitModel]":
+        """This model."""
+        return [self]
+
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
-        """Yield the output of each exit, logits (B, C) and certainty (B,) or None, before any later layer runs.
-
-        Call `send(stay)` with a mask (B,) instead of `next` to continue with some of the rows. In SWEET, backward() may
-        be called on each loss before the next exit runs, which frees the activations up to there.
-        """
+        """As `ExitModel.exit_by_exit`. In SWEET, backward() may be called on each loss before the next exit runs."""
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
+        heads = dict(zip(self.exit_layers, self.heads, strict=True))
         hidden, context = self.encoder.embed(input_ids, token_type_ids), self.encoder.context(mask)  # hidden (B, T, D)
         for n, layer in enumerate(self.encoder.layers, start=1):
+            hidden = layer(hidden, context)  # in EE the losses of all later exits flow back through here
             if n in self.exit_layers:
-                # An exit only reads [CLS], so its layer first runs for [CLS] alone. It runs for all tokens only if the
-                # caller asks for the next exit. In training the two runs draw different dropout masks.
-                stay = yield self.heads[self.exit_layers.index(n)](layer(hidden, context, tokens=1))
-                if stay is not None:
+                stay = yield heads[n](pool(hidden, mask, self.encoder.config.pooling))
+                if n == self.exit_layers[-1]:
+                    return
+                if stay is not None:  # go on with some of the rows
                     mask, hidden = rows_that_stay(stay, mask, hidden)
                     context = self.encoder.context(mask)
-            if n == self.exit_layers[-1]:
-                return
-            hidden = layer(hidden, context)  # with EE the losses of all later exits flow back through here
-            if n in self.exit_layers and self.method == "sweet":
-                hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
-
-    def sum_losses(self, losses: Sequence[Tensor]) -> Tensor:
-        """EE's one loss: the sum of its exits' losses."""
-        return sum(losses)
+                if self.method == "sweet":
+                    hidden, context = stop_gradient(hidden), tuple(map(stop_gradient, context))
 
 
 class MultiModel(ExitModel):
@@ -214,7 +218,7 @@ class MultiModel(ExitModel):
     def exit_by_exit(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> ExitOutputs:
-        """As `MultiExitModel.exit_by_exit`: each model answers before the next one runs."""
+        """As `ExitModel.exit_by_exit`: each model answers before the next one runs."""
         input_ids, mask, token_type_ids = checked_inputs(input_ids, attention_mask, token_type_ids)
         for model in self.models:
             stay = yield next(model.exit_by_exit(input_ids, mask, token_type_ids))

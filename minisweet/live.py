@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisweet.adaptive import ExitRule, exits_of, in_float32, leaves
+from minisweet.adaptive import ExitRule, leaves
 from minisweet.exits import ExitModel
 from minisweet.layers import checked_inputs
 
@@ -40,18 +40,12 @@ def early_exit(
     Args:
         model: in evaluation mode.
         input_ids, attention_mask, token_type_ids: (B, T), as in `ExitModel.forward`.
-        threshold: at the rule's lowest confidence (1/C, or 0) all instances take the first exit. At 1 only the last
-            exit runs (in MM, all of them).
+        threshold: at the rule's lowest confidence (1/C, or 0) all instances take the first exit, and at 1 the last.
         rule: of the model's K exits. None means uncalibrated confidences.
         batch_size: how many of the B instances run at once.
     """
     rule = rule or ExitRule(model.num_labels)
     inputs = checked_inputs(input_ids, attention_mask, token_type_ids)
-    threshold = in_float32(threshold)
-    places = list(range(len(model.exit_layers)))
-    if threshold >= 1 and not exits_of(model).add_up:
-        places = places[-1:]
-    rule, model = rule.keep_exits(places), model.keep_exits(places)
     lengths = inputs[1].sum(1).clamp(min=1)  # (B,)
     exits, confidence = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
     logits = confidence.new_zeros(len(lengths), model.num_labels)  # (B, C)
@@ -59,11 +53,11 @@ def early_exit(
     for rows in by_length.split(batch_size) if len(by_length) else ():
         answers = model.exit_by_exit(*(x[rows, : lengths[rows[0]]] for x in inputs))
         stay = None
-        for k, place in enumerate(places):
+        for k in range(len(model.exit_layers)):
             of_exit, certainty = answers.send(stay)  # (R, C), (R,) or None
             logits[rows] = calibrated = rule.calibrated(k, of_exit, rows)
             confidence[rows] = sure = rule.confidence(k, calibrated, certainty)
-            exits[rows] = place
+            exits[rows] = k
             stay = ~leaves(sure, threshold, rule.lowest)  # (R,)
             rows = rows[stay]
             if not len(rows):

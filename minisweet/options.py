@@ -19,6 +19,11 @@ class TrainingOptions(Options):
         None, list_of(whole_number(1)), "counted from 1, as in 1,4,6,12 (default: the paper's, by the model's depth)"
     )
     exit_strategy: str = option("confidence", one_of(*EXIT_STRATEGIES), "confidence, or lte for learning-to-exit")
+    pooling: str | None = option(
+        None,
+        one_of("cls", "mean"),
+        "what exits read: cls, or the mean of the tokens (default: the checkpoint's)",
+    )
     train_size: int = option(6000, whole_number(1), "training examples, drawn by the seed")
     seed: int = option(0, whole_number(0), "seed of the subset, new weights, order and dropout")
     lr: float | None = option(

@@ -15,7 +15,6 @@ from minisweet.sweep import Evaluation
 
 # One colour per method in all pictures: Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = {"sweet": "#D55E00", "ee": "#0072B2", "mm": "#009E73", "other": "#56B4E9"}
-TITLES = {name: method.title for name, method in METHODS.items()}
 LINES = ("-", "--", "-.", ":")  # of the curves that share a colour
 MOST = 5  # curves that can be told apart in one picture
 
@@ -67,7 +66,7 @@ def draw_curves(path: Path, evaluations: dict[str, Evaluation]) -> None:
     for name, evaluation in evaluations.items():
         if (evaluation.metric, evaluation.dev_digest) != (of_first.metric, of_first.dev_digest):
             raise InputError(f"{name[:120]}: it was evaluated on other rows, or by another metric, than {first[:120]}")
-        label = f"{TITLES.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}".replace("$", r"\$")
+        label = f"{METHODS.get(evaluation.method, evaluation.method)}, {one_line(name, 60)}".replace("$", r"\$")
         draw_line(axis, evaluation.method, evaluation.speedup_ratios, evaluation.scores, label)
     title = f"{one_line(of_first.task, 30)}, {of_first.examples:,} rows"
     label_axes(axis, title, f"{METRICS[of_first.metric]}, in percent")

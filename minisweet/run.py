@@ -10,6 +10,7 @@ import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from minisweet.base.files import InputError, read_dataclass, read_json, write_json, written_beside
 from minisweet.checkpoint import OURS, WEIGHTS, load_strict, new_encoder, read_config
 from minisweet.exits import ExitModel
-from minisweet.methods import METHODS
+from minisweet.methods import build_model
 from minisweet.options import TrainingOptions
 from minisweet.texts import Examples, load_tokenizer
 
@@ -168,9 +169,8 @@ def load_model(folder: Path, record: Record) -> ExitModel:
     config, options = read_config(folder), record.arguments
 
     def make() -> ExitModel:
-        encoder = new_encoder(config, record.exit_layers[-1])
-        build = METHODS[options.method].build
-        return build(encoder, record.exit_layers, len(record.labels), exit_strategy=options.exit_strategy)
+        layers, labels = record.exit_layers, record.labels
+        return build_model(options.method, partial(new_encoder, config), layers, len(labels), options.exit_strategy)
 
     return load_strict(folder / WEIGHTS, make).eval()
 

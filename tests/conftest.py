@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from minisweet import NgramExit, toy
 from minisweet.base.commands import run_command
-from minisweet.checkpoint import ARCHITECTURES, public_name
+from minisweet.checkpoint import ARCHITECTURES, load_encoder, public_name
 from minisweet.exits import ExitModel, MultiExitModel, exit_loss
 from minisweet.layers import TransformerEncoder
-from minisweet.methods import add_exits, new_trunk
+from minisweet.methods import build_model
 from minisweet.tasks import TASKS, load_examples
 from minisweet.texts import Texts, load_tokenizer
-from minisweet.training import fine_tune, used_rows
+from minisweet.training import fine_tune
 
 CHECKOUT = Path(__file__).parent.parent
 LARGEST: dict[str, float] = {}  # differences to references, by what was compared
@@ -183,11 +183,12 @@ def without_1(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def model_of(
-    folder: Path, method: str, layers=(1, 2, 4), num_labels: int = 2, strategy: str = "confidence", seed: int = 0
+    folder: Path, method: str, layers=(1, 2, 4), num_labels=2, strategy="confidence", seed=0, pooling=None
 ) -> ExitModel:
     """A method's model of a folder's checkpoint, with exits after these layers."""
     torch.manual_seed(seed)
-    return add_exits(method, new_trunk(folder, layers[-1], num_labels, strategy), layers, strategy)
+    first_layers = functools.partial(load_encoder, folder, pooling=pooling)
+    return build_model(method, first_layers, layers, num_labels, strategy)
 
 
 def random_bag(num_labels: int, pairs: bool = True) -> NgramExit:
@@ -202,11 +203,8 @@ def random_bag(num_labels: int, pairs: bool = True) -> NgramExit:
 def train_on(
     examples: Texts, model: MultiExitModel, rate: float, size: int = 4, epochs: int = 1, seed=0, **more
 ) -> list[list[float]]:
-    """Train a model in place as a stage of a run does, with its table cut to the rows in use; each step's losses."""
-    with used_rows(model, examples) as row_of:
-        batches = [batch for epoch in range(epochs) for batch in examples.shuffled(size, seed, epoch)]
-        batches = [batch._replace(input_ids=row_of[batch.input_ids]) for batch in batches]
-        return fine_tune(model, batches, len(batches), rate, seed, **more)
+    """Train a model in place, as a run does; each step's losses."""
+    return fine_tune(model, examples, epochs, size, rate, seed, next(model.parameters()).device, **more)
 
 
 def exit_losses(model: ExitModel, batch: tuple, labels: torch.Tensor) -> list[torch.Tensor]:
@@ -237,9 +235,9 @@ def right_owners(name: str, exit_layers: tuple[int, ...], method: str) -> set[in
     return later if method == "ee" else set(sorted(later)[:1])  # with SWEET, the next exit alone
 
 
-def undecided_model(folder: Path, method: str, num_labels: int = 2, seed: int = 0, strategy: str = "confidence"):
+def undecided_model(folder: Path, method: str, num_labels=2, seed=0, strategy="confidence", pooling=None) -> ExitModel:
     """As `model_of`, in evaluation mode, and sure of some instances."""
-    model = model_of(folder, method, num_labels=num_labels, strategy=strategy, seed=seed)
+    model = model_of(folder, method, num_labels=num_labels, strategy=strategy, seed=seed, pooling=pooling)
     for name, parameter in model.named_parameters():
         if "classifier" in name or "lte" in name:
             torch.nn.init.normal_(parameter)

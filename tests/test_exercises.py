@@ -14,12 +14,12 @@ from minisweet.exits import ExitHead
 from tests.conftest import CHECKOUT, tiny_encoder
 
 
-def test_an_exit_is_a_pooler_and_a_classifier_on_cls(model_type):
+def test_an_exit_is_a_pooler_and_a_classifier(model_type):
     """Exercise 1."""
-    head, hidden = ExitHead(tiny_encoder(model_type, hidden_dropout_prob=0.5), 3), torch.randn(4, 7, 16)  # (B, T, D)
-    assert not torch.equal(head(hidden)[0], head(hidden)[0])  # dropout, in training
-    pooled = head.activation(hidden[:, 0] @ head.pooler.weight.T + head.pooler.bias)  # (B, D)
-    logits, certainty = head.eval()(hidden)
+    head, x = ExitHead(tiny_encoder(model_type, hidden_dropout_prob=0.5), 3), torch.randn(4, 16)  # (B, D)
+    assert not torch.equal(head(x)[0], head(x)[0])  # dropout, in training
+    pooled = head.activation(x @ head.pooler.weight.T + head.pooler.bias)  # (B, D)
+    logits, certainty = head.eval()(x)
     torch.testing.assert_close(logits, pooled @ head.classifier.weight.T + head.classifier.bias)
     assert certainty is None
 

@@ -1,6 +1,6 @@
-"""Exits on a trunk, fewer exits, and parity with the authors' code."""
+"""What exits read, and parity with the authors' code."""
 
-import copy
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,41 +10,46 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minisweet import MultiExitModel
-from minisweet.adaptive import exits_of
-from minisweet.checkpoint import public_name
+from minisweet import InputError, MultiExitModel, load_encoder
+from minisweet.base.files import read_json, write_json
+from minisweet.checkpoint import public_name, read_config
 from minisweet.exits import EXIT_STRATEGIES, exit_loss
 from minisweet.hub import home
 from minisweet.live import early_exit
-from minisweet.methods import METHODS, add_exits, new_trunk
+from minisweet.methods import METHODS
 from tests.conftest import CONFIGS, exit_losses, model_of, note_difference, random_batch, tiny_encoder, write_model
 
 
 @pytest.mark.parametrize("strategy", EXIT_STRATEGIES)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_grows_on_a_trunk_whose_answers_it_keeps(model_dir, method, strategy):
-    trunk, batch = new_trunk(model_dir, 4, 3, strategy).eval(), random_batch()
-    layers = (1, 3, 4)
-    with torch.no_grad():  # as answers are given: DeBERTa's sums are ordered otherwise where autograd follows
-        for parameter in trunk.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        hidden, answers = trunk.encoder(*batch), trunk(*batch)[0]
-    pooler = copy.deepcopy(trunk.heads[0].pooler.state_dict())
-    with pytest.raises(ValueError, match="the trunk has exits after"):
-        add_exits(method, trunk, (1, 3), strategy)
-    model = add_exits(method, trunk, layers, strategy)
-    assert (model.method, model.exit_layers, model.training) == (method, layers, False)
+def test_every_exit_reads_what_the_pooling_says_of_the_layer_below_it(model_dir, method, pooling, strategy):
+    model, batch = model_of(model_dir, method, (1, 3, 4), 3, strategy, pooling=pooling).eval(), random_batch()
+    hidden, mask = load_encoder(model_dir)(*batch), batch[1]
     heads = [head for alone in model.models_alone for head in alone.heads]
-    for n, head, output in zip(layers, heads, model.exit_by_exit(*batch), strict=True):
-        torch.testing.assert_close(output, head(hidden[n][:, :1]), atol=1e-5, rtol=1e-5)
+    assert (model.method, model.exit_layers) == (method, (1, 3, 4))
+    for n, head, output in zip((1, 3, 4), heads, model.exit_by_exit(*batch), strict=True):
+        means = torch.stack([states[: tokens.sum()].mean(0) for states, tokens in zip(hidden[n], mask, strict=True)])
+        torch.testing.assert_close(output, head(hidden[n][:, 0] if pooling == "cls" else means), atol=1e-5, rtol=1e-5)
         assert (head.lte is not None) is (strategy == "lte")
-        torch.testing.assert_close(head.pooler.state_dict(), pooler, atol=0, rtol=0)
-        assert torch.equal(head.classifier.weight, heads[-1].classifier.weight) is (n == 4)
-    with torch.no_grad():
-        assert torch.equal(model(*batch)[-1], answers)
-        if method == "mm":  # copies have weights of their own
-            model.models[0].encoder.layers[0].output.weight.zero_()
-            assert torch.equal(model(*batch)[-1], answers)
+
+
+def test_the_pooling_is_the_checkpoints_or_the_presets_or_that_which_is_asked_for(tmp_path):
+    folder = write_model(tmp_path / "tiny", "bert")
+    assert load_encoder(folder).config.pooling == "cls"
+    assert load_encoder(folder, pooling="mean").config.pooling == "mean"
+    shutil.copytree(folder, tmp_path / "minilm-l6")  # as fetched before pooling was known
+    assert read_config(tmp_path / "minilm-l6").pooling == "mean"
+    (folder / "1_Pooling").mkdir()
+    for content, expected in (({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode_cls_token": True}, "cls")):
+        write_json(folder / "1_Pooling" / "config.json", content)
+        assert read_config(folder).pooling == expected
+    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": "yes"})
+    with pytest.raises(InputError, match=r"1_Pooling/config.json: pooling_mode_mean_tokens is 'yes', should be bool"):
+        read_config(folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"pooling": "max"})
+    with pytest.raises(InputError, match="pooling is 'max', should be one of"):
+        read_config(folder)
 
 
 @settings(max_examples=24)
@@ -66,34 +71,6 @@ def test_a_mask_and_types_may_be_left_out_and_padding_on_the_left_is_refused(
     for answer in (model, partial(early_exit, model, threshold=0.8)):
         with pytest.raises(ValueError, match="padding stands before a token"):
             answer(input_ids, mask.flip(1), types)
-
-
-@settings(max_examples=24)
-@given(
-    model_type=st.sampled_from([*CONFIGS]),
-    method=st.sampled_from([*METHODS]),
-    strategy=st.sampled_from(EXIT_STRATEGIES),
-    kept=st.sets(st.sampled_from([0, 1])),
-)
-def test_kept_exits_answer_as_before_from_the_same_weights(tmp_path_factory, model_type, method, strategy, kept):
-    folder, batch = write_model(tmp_path_factory.mktemp("kept"), model_type), random_batch()
-    model = model_of(folder, method, strategy=strategy).eval()
-    layers, everything = model.exit_layers, list(model.exit_by_exit(*batch))
-    last = len(layers) - 1
-    places = [k for k in range(last + 1) if k in kept or k == last]
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    fewer = model.keep_exits(places)
-    kept_layers = tuple(layers[k] for k in places)
-    assert (fewer.exit_layers, fewer.method, fewer.num_labels, fewer.training) == (kept_layers, method, 2, False)
-    for k, output in zip(places, fewer.exit_by_exit(*batch), strict=True):
-        torch.testing.assert_close(output, everything[k], atol=1e-5, rtol=1e-5)
-    assert {parameter.data_ptr() for parameter in fewer.parameters()} <= own
-    assert exits_of(fewer) == exits_of(model).keep_exits(places)
-    assert model.exit_layers == layers
-    torch.testing.assert_close(list(model.exit_by_exit(*batch)), everything, atol=0, rtol=0)
-    for wrong in (range(last), [last, last + 1], [-1, last], [last, 0]):
-        with pytest.raises(ValueError, match="must increase, from 0 or more to the last one"):
-            model.keep_exits(wrong)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +102,7 @@ MINILM = home() / "weights" / "minilm-l6"
 @pytest.mark.parametrize("method", ["sweet", "ee"])
 def test_logits_losses_and_gradient_norms_are_those_of_the_authors_code(method):
     official = load_file(OFFICIAL)
-    model = model_of(MINILM, method, (1, 2, 3, 6)).eval()
+    model = model_of(MINILM, method, (1, 2, 3, 6), pooling="cls").eval()
     with torch.no_grad():
         for k, head in enumerate(model.heads):
             head.classifier.weight.copy_(official["classifier_weight"][k])

@@ -23,9 +23,9 @@ def test_training_falls_in_loss_and_its_gradients_are_finite(tmp_path, monkeypat
     conftest.reconfigure(folder, "bert")  # with dropout again
     monkeypatch.setattr(training, "clip_grad_norm_", lambda group, limit: norms.append(clip(group, limit)))
     examples, model = toy_examples(folder, range(200)), conftest.model_of(folder, method).to(DEVICE)
-    for stage in METHODS[method].stages(model):
+    for part in model.models_alone:
         norms.clear()
-        losses = conftest.train_on(examples, stage.model, 3e-3, 16, epochs=8, precision=precision)
+        losses = conftest.train_on(examples, part, 3e-3, 16, epochs=8, precision=precision)
         losses = torch.tensor(losses)  # (steps, K)
         assert (losses[-20:].mean(0) < losses[:10].mean(0) - 0.02).all()
         assert sum(not norm.isfinite() for norm in norms) <= (4 if precision is torch.float16 else 0)
@@ -53,14 +53,12 @@ def test_live_early_exit_decides_as_the_sweep(tmp_path, model_type, method, prec
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])
-@pytest.mark.parametrize("tokens", [None, 1])
-def test_torchs_attention_trains_as_the_plain_products_do(model_type, tokens):
+def test_torchs_attention_trains_as_the_plain_products_do(model_type):
     found = []
     for device in ("cpu", DEVICE):  # plain products are a CPU's
         encoder = tiny_encoder(model_type, **NO_DROPOUT).to(device).train()
         ids, mask, types = (x.to(device) for x in random_batch())
-        output = encoder.layers[0](encoder.embed(ids, types), encoder.context(mask), tokens)
-        output = output[mask[:, :tokens] == 1]
+        output = encoder.layers[0](encoder.embed(ids, types), encoder.context(mask))[mask == 1]
         output.square().sum().backward()
         gradients = {name: p.grad.cpu() for name, p in encoder.named_parameters() if p.grad is not None}
         found.append(gradients | {"output": output.detach().cpu()})
@@ -72,6 +70,6 @@ def test_torchs_attention_drops_weights_of_attention():
     hidden = torch.randn(1, 11, 16, device=DEVICE)
     context = (torch.zeros(1, 1, 1, 11, device=DEVICE),)
     with torch.no_grad():
-        many = layer.attend(hidden.expand(5000, -1, -1), context, None)
+        many = layer.attend(hidden.expand(5000, -1, -1), context)
         assert not torch.equal(many[0], many[1])
-        torch.testing.assert_close(many.mean(0), layer.eval().attend(hidden, context, None)[0], atol=0.05, rtol=0.05)
+        torch.testing.assert_close(many.mean(0), layer.eval().attend(hidden, context)[0], atol=0.05, rtol=0.05)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from minisweet import MultiExitModel, build_multi_model, load_encoder
 from minisweet.adaptive import ExitRule, Exits, exits_of, exits_taken
-from minisweet.exits import EXIT_STRATEGIES
+from minisweet.checkpoint import new_encoder
+from minisweet.exits import EXIT_STRATEGIES, pool
 from minisweet.live import early_exit
-from minisweet.methods import METHODS, add_exits
+from minisweet.methods import METHODS, build_model
 from minisweet.outputs import Outputs
 from minisweet.sweep import spaced_thresholds
 from minisweet.training import fine_tune
@@ -25,6 +26,7 @@ from tests.conftest import CONFIGS, random_batch, rewrite, tiny_encoder, undecid
 
 LABELS = torch.tensor([0, 1, 1, 0])
 MODEL_TYPES = st.sampled_from([*CONFIGS])
+POOLINGS = st.sampled_from(["cls", "mean"])
 
 
 def test_multi_model_is_models_of_the_first_layers_which_read_no_others(model_dir):
@@ -69,11 +71,13 @@ def test_sweet_and_ee_answer_alike_and_learn_differently(model_dir):
     model_type=MODEL_TYPES,
     exit_layers=st.sets(st.integers(1, 4), min_size=1).map(lambda layers: tuple(sorted(layers))),
     strategy=st.sampled_from(EXIT_STRATEGIES),
+    pooling=POOLINGS,
 )
-def test_each_parameter_is_updated_by_the_exits_that_the_method_says(method, model_type, exit_layers, strategy):
+def test_each_parameter_is_updated_by_the_exits_that_the_method_says(
+    method, model_type, exit_layers, strategy, pooling
+):
     """Sec. 3.1: with EE all later exits update a layer. Sec. 4: with SWEET exactly one classifier updates each."""
-    trunk = MultiExitModel(tiny_encoder(model_type), exit_layers[-1:], 2, exit_strategy=strategy)
-    model = add_exits(method, trunk, exit_layers, strategy).eval()
+    model = MultiExitModel(tiny_encoder(model_type, pooling=pooling), exit_layers, 2, method, strategy).eval()
     found = conftest.owners(model, random_batch(), LABELS)
     assert found == {name: conftest.right_owners(name, exit_layers, method) for name in found}
 
@@ -86,7 +90,6 @@ def test_temperatures_change_who_exits_and_no_answer():
     for rule, calibrated in ((ExitRule(4), logits), (ExitRule(4, temperatures), divided)):
         expected = calibrated.softmax(-1).amax(-1)
         torch.testing.assert_close(rule.confidences(logits), expected)
-        torch.testing.assert_close(rule.keep_exits([0, 2]).confidences(logits[[0, 2]]), expected[[0, 2]])
         (taken,), (answers,), _ = outputs.decide_at(range(3), [0.6], rule)
         assert taken.tolist() == exits_taken(expected, 0.6, 1 / 4).tolist()
         assert answers.tolist() == calibrated[taken, range(50)].argmax(-1).tolist()
@@ -98,7 +101,8 @@ def test_temperatures_change_who_exits_and_no_answer():
 def test_exit_costs_are_those_of_equation_1(early, last, method):
     """Eq. 1: the share of the layers that have run when an exit answers. MM adds up the models before."""
     layers = [*sorted(n for n in early if n < last), last]
-    exits = exits_of(add_exits(method, MultiExitModel(tiny_encoder("bert", num_hidden_layers=9), (last,), 2), layers))
+    config = tiny_encoder("bert", num_hidden_layers=9).config
+    exits = exits_of(build_model(method, lambda n: new_encoder(config, n), layers, 2))
     run = 0
     for n, cost in zip(layers, exits.costs(), strict=True):
         run = run + n if method == "mm" else n
@@ -130,11 +134,14 @@ def test_thresholds_go_from_1_over_c_where_all_exit_to_1_where_none_does(num_lab
     num_labels=st.integers(2, 3),
     batch_size=st.sampled_from([3, 16]),
     seed=st.integers(0, 10**6),
+    pooling=POOLINGS,
 )
-def test_live_decides_as_the_sweep(tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed):
+def test_live_decides_as_the_sweep(
+    tmp_path_factory, model_type, method, strategy, num_labels, batch_size, seed, pooling
+):
     """Sec. 3.3: the sweep over the exits' logits is exact."""
     folder = write_model(tmp_path_factory.mktemp("live"), model_type)
-    model, batch = undecided_model(folder, method, num_labels, seed, strategy), random_batch(seed, batch=16)
+    model, batch = undecided_model(folder, method, num_labels, seed, strategy, pooling), random_batch(seed, batch=16)
     with torch.no_grad():
         logits, certainty = map(list, zip(*model.exit_by_exit(*batch), strict=True))
     logits, certainty = torch.stack(logits), torch.stack(certainty) if strategy == "lte" else None
@@ -158,29 +165,25 @@ def test_an_instance_that_exits_is_not_computed_further(tmp_path, model_type, me
     model, batch = undecided_model(write_model(tmp_path, model_type), method, seed=1), random_batch(3, batch=16)
     seen = conftest.count_blocks(model)
     exits, lengths, expected = early_exit(model, *batch, 0.75, batch_size=batch_size).exits, batch[1].sum(1), Counter()
-    steps = (1, 2, 4) if method == "mm" else (1, 1, 2)  # layers that end at each exit
+    steps = (1, 2, 4) if method == "mm" else (1, 1, 2)  # layers that run for each exit
     for rows in lengths.argsort(descending=True, stable=True).split(batch_size):
         for k, layers in enumerate(steps):
             rows = rows[exits[rows] >= k]
-            if len(rows):  # the exit's layer runs for [CLS], the others between two exits for all tokens
-                expected[len(rows), int(lengths[rows].max())] += layers - 1 + (method != "mm" and k > 0)
-                expected[len(rows), 1] += 1
+            if len(rows):
+                expected[len(rows), int(lengths[rows].max())] += layers
     assert len(exits.unique()) > 1
     assert seen == expected
     seen.clear()
     early_exit(model, *batch, 0.5, batch_size=16)  # all leave at the first exit
-    assert [*seen.elements()] == [(16, 1)]
-    seen.clear()
-    early_exit(model, *batch, 1.0, batch_size=16)  # no exit but the last is asked, and MM's models
-    assert seen.total() == (7 if method == "mm" else 4)
+    assert [*seen.elements()] == [(16, int(lengths.max()))]
 
 
-def test_learning_to_exit_is_a_sigmoid_of_the_pooled_cls_and_trains_its_layers(model_dir):
+def test_learning_to_exit_is_a_sigmoid_of_what_the_head_pools_and_trains_its_layers(model_dir):
     """Sec. 5. That its target is 1 where the classifier is right, and 0 elsewhere, stands in test_exits.py."""
-    model = MultiExitModel(load_encoder(model_dir), (1, 4), 2, "sweet", "lte").eval()
+    model = MultiExitModel(load_encoder(model_dir, pooling="mean"), (1, 4), 2, "sweet", "lte").eval()
     head, batch = model.heads[1], random_batch()
     *_, (_, certainty) = model.exit_by_exit(*batch)
-    pooled = head.activation(head.pooler(model.encoder(*batch)[4][:, 0]))
+    pooled = head.activation(head.pooler(pool(model.encoder(*batch)[4], batch[1], "mean")))
     torch.testing.assert_close(certainty, torch.sigmoid(pooled @ head.lte.weight[0] + head.lte.bias))
     certainty.sum().backward()
     assert head.pooler.weight.grad.abs().max() > 0
@@ -196,8 +199,7 @@ def test_training_is_adamw_on_the_clipped_gradient_of_the_summed_loss(tmp_path, 
     for head in ours.heads:
         torch.nn.init.normal_(head.classifier.weight)  # so that clipping is needed
     plain, batches = copy.deepcopy(ours), [*examples.shuffled(8, 5, 0), *examples.shuffled(8, 5, 1)]
-    [stage] = METHODS[method].stages(ours)
-    history = fine_tune(stage.model, batches, len(batches), 1e-2)
+    history = fine_tune(ours, examples, 2, 8, 1e-2, seed=5)
     parameters, norms = list(plain.parameters()), []
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), weight_decay=0.0, foreach=False)
     for step, batch in enumerate(batches):

@@ -1,8 +1,10 @@
 """The grid: what is run, in which order, what is skipped, and what it becomes: a CSV, tables and a figure."""
 
 import json
+import subprocess
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,26 +21,39 @@ OUT = Path("reproduced")
 def grid(command, monkeypatch, tmp_path):
     """Run reproduce in an empty folder: its status, output, errors, and the scripts that it started."""
     write_model(tmp_path / "tiny", "bert")
-    start, started = reproduce.start, []
+    call, started = subprocess.run, []
 
-    def noted(script: str, *words: object, **options: object) -> None:
-        started.append((script, options.get("method"), options.get("lr"), options.get("seed")))
-        start(script, *words, **options)
+    def noted(command: list[str]) -> subprocess.CompletedProcess:
+        started.append(Path(command[1]).name)
+        return call(command)
 
-    monkeypatch.setattr(reproduce, "start", noted)
+    monkeypatch.setattr(reproduce.subprocess, "run", noted)
 
-    def reproduced(*arguments) -> tuple[int, str, str, list[tuple]]:
+    def reproduced(*arguments) -> tuple[int, str, str, list[str]]:
         started.clear()
         return *command(reproduce, "--model", "tiny", *TINY, *arguments), list(started)
 
     return reproduced
 
 
+def options_of(command: list[str]) -> dict:
+    """The options of a command of train.py; those of evaluate.py are not its method, rate and seed."""
+    typed = dict(zip(command[2::2], command[3::2], strict=False))
+    read = {"--method": str, "--lr": float, "--seed": int, "--out": Path, "--epochs": int}
+    return {name[2:]: kind(typed[name]) for name, kind in read.items() if name in typed}
+
+
 def fake_run(folder: Path, options: dict, area: float | None) -> None:
     """Write the files of a run of the toy task that reports read. Exits have `area` as their score; None diverged."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {name: options[name] for name in ("method", "lr", "seed")}
-    arguments |= {"model": "tiny", "exit_strategy": "confidence", "train_size": 32, "epochs": options.get("epochs")}
+    arguments |= {
+        "model": "tiny",
+        "pooling": "cls",
+        "exit_strategy": "confidence",
+        "train_size": 32,
+        "epochs": options.get("epochs"),
+    }
     record = {"arguments": arguments, "task": "toy", "metric": "accuracy", "precision": "torch.float32"}
     (folder / "run.json").write_text(json.dumps(record | {"diverged": 3 if area is None else None}))
     curve = {"speedup_ratios": [0.25, 0.5, 1.0], "scores": [area] * 3, "area": area}
@@ -55,8 +70,8 @@ def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_aga
     words = ["--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3", "--exit-strategy", "lte", "--amp", "off"]
     status, out, err, started = grid(*words)
     assert (status, "of 2 runs; 0 missing" in out) == (0, True), err
-    assert [script for script, *_ in started] == ["train.py", "evaluate.py"] * 2
-    folder = OUT / "runs" / "tiny-sweet-toy-lr0.001-n32-seed0-lte"
+    assert started == ["train.py", "evaluate.py"] * 2
+    folder = OUT / "runs" / "tiny-cls-sweet-toy-lr0.001-n32-seed0-lte"
     arguments = json.loads((folder / "run.json").read_text())["arguments"]
     wanted = {"exit_strategy": "lte", "exit_layers": [1, 4], "amp": "off", "lr": 1e-3, "seed": 0, "train_size": 32}
     assert arguments | wanted == arguments
@@ -67,7 +82,7 @@ def test_scripts_are_started_as_they_are_typed_and_what_is_there_is_not_made_aga
     assert runs[1].area == pytest.approx(found["area"], abs=1e-4)
     assert {path.name for path in OUT.iterdir()} == {"runs", "results.csv", "results.md", "curves.png"}
     (folder / "evaluation.json").unlink()
-    assert [script for script, *_ in grid(*words)[3]] == ["evaluate.py"]
+    assert grid(*words)[3] == ["evaluate.py"]
     assert grid(*words)[3] == []
 
 
@@ -77,13 +92,15 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
     words = ["--methods", "ee,sweet,mm", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
     made = []
 
-    def pretend(script: str, *_, out: Path = Path(), **options) -> None:
-        if script == "train.py":
+    def pretend(command: list[str]) -> SimpleNamespace:
+        if "train.py" in command[1]:
+            options = options_of(command)
             made.append((options["method"], options["lr"], options["seed"]))
             fails = options["seed"] in {"ee": (1, 3), "mm": (2, 3, 4, 5)}.get(options["method"], ())
-            fake_run(out, options, 50 if fails else areas[options["method"]][options["lr"]])
+            fake_run(options["out"], options, 50 if fails else areas[options["method"]][options["lr"]])
+        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(reproduce, "start", pretend)
+    monkeypatch.setattr(reproduce.subprocess, "run", pretend)
     assert grid(*words)[0] == 0
     assert made[:6] == list(product(("ee", "sweet", "mm"), (1e-3, 1e-2), (0,)))
     seeds = {"ee": (1, 2, 3, 4), "sweet": (1, 2), "mm": (1, 2, 3, 4, 5)}  # further ones one at a time; in vain
@@ -97,13 +114,15 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(grid, monkeypatch):
-    def pretend(script: str, *_, out: Path = Path(), **options) -> None:
-        if script == "train.py" and options["method"] == "sweet":
-            fake_run(out, options, 60.0)
+    def pretend(command: list[str]) -> SimpleNamespace:
+        options = options_of(command)
+        if options.get("method") == "sweet":
+            fake_run(options["out"], options, 60.0)
+        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(reproduce, "start", pretend)
+    monkeypatch.setattr(reproduce.subprocess, "run", pretend)
     status, out, err, _ = grid("--methods", "ee,sweet", "--seeds", "0", "--lrs", "1e-3")
-    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-ee-toy-lr0.001-n32-seed0")
+    assert err.splitlines()[-1].endswith("1 runs failed, see their messages above: tiny-cls-ee-toy-lr0.001-n32-seed0")
     assert (status, "of 1 runs; 1 missing" in out) == (2, True)
     status, out, err, _ = grid("--methods", "ee", "--seeds", "0", "--lrs", "1e-3")  # none has a score
     assert (status, "runs failed" in err, "of 0 runs; 1 missing" in out) == (2, True, True)

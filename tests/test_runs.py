@@ -11,8 +11,8 @@ import torch
 from minisweet.base.files import read_json, write_json
 from minisweet.checkpoint import read_config
 from minisweet.classifier.fit import load_trunk
-from minisweet.defaults import default_learning_rate, resolve
-from minisweet.methods import METHODS, default_exit_layers
+from minisweet.defaults import default_exit_layers, default_learning_rate, resolve
+from minisweet.methods import METHODS
 from minisweet.options import TrainingOptions
 from minisweet.outputs import ask_all, read_outputs, write_outputs
 from minisweet.run import load_model, load_run_tokenizer, read_record, read_validation, save_run, weights_id

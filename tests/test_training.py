@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,21 +14,23 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from minisweet import MultiExitModel, training
+from minisweet import fast, training
 from minisweet.base.files import read_json
-from minisweet.methods import METHODS, Stage
+from minisweet.fast import used_rows
+from minisweet.methods import METHODS
 from minisweet.run import read_record, read_validation
 from minisweet.tasks import load_examples
-from minisweet.training import fine_tune, train_stage, used_rows
+from minisweet.texts import Batch
+from minisweet.training import fine_tune
 from tests.conftest import NO_DROPOUT, model_of, quick, run, toy_examples, train_on, write_model
 
 
 def test_each_step_draws_dropout_anew(tmp_path):
     model = model_of(write_model(tmp_path / "tiny", "bert", hidden_dropout_prob=0.5), "ee", (1, 4))
-    batch = next(iter(toy_examples(tmp_path / "tiny", range(8)).shuffled(8, 0, 0)))
-    first, second = fine_tune(model, [batch] * 2, 2, 1e-12)
-    assert first != second
-    assert fine_tune(model, [batch] * 2, 2, 1e-12) == pytest.approx(np.array([first, second]))
+    examples = toy_examples(tmp_path / "tiny", range(8))  # a batch, in each epoch
+    first, second = fine_tune(model, examples, 2, 8, 1e-12)
+    assert first != pytest.approx(second)
+    assert fine_tune(model, examples, 2, 8, 1e-12) == pytest.approx(np.array([first, second]))
 
 
 @pytest.mark.parametrize("method", ["sweet", "ee"])
@@ -45,35 +47,29 @@ def test_mixed_precision_gradients_are_those_of_float32(tmp_path, monkeypatch, m
     assert norms[torch.bfloat16][0].item() == pytest.approx(norms[None][0].item(), rel=0.1)
 
 
-def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_whole(model_dir):
+def test_a_model_trains_alike_on_the_rows_in_use_and_an_error_leaves_all_rows_whole(model_dir, monkeypatch):
     examples = toy_examples(model_dir, range(24))
     few, whole = (model_of(model_dir, "sweet") for _ in range(2))
     history = train_on(examples, few, 1e-3, 8)
-    batches = list(examples.shuffled(8, 0, 0))
-    np.testing.assert_allclose(fine_tune(whole, batches, 3, 1e-3), history, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "used_rows", lambda table, _: nullcontext(torch.arange(len(table.weight))))
+        np.testing.assert_allclose(train_on(examples, whole, 1e-3, 8), history, atol=1e-5)
     torch.testing.assert_close(few.state_dict(), whole.state_dict(), atol=1e-5, rtol=1e-4)
     before = copy.deepcopy(few.state_dict())
-    with used_rows(few, examples) as row_of:
-        ids = torch.cat([batch.input_ids.flatten() for batch in batches])
-        assert row_of[ids].unique().tolist() == [*range(len(few.encoder.word_embeddings.weight))]
-    with pytest.raises(FloatingPointError), used_rows(few, examples):
+    table, ids = few.encoder.word_embeddings, np.concatenate(examples.ids)
+    with used_rows(table, ids) as row_of:
+        assert row_of[ids].unique().tolist() == [*range(len(table.weight))]
+    with pytest.raises(FloatingPointError), used_rows(table, ids):
         raise FloatingPointError
     assert all(torch.equal(tensor, before[name]) for name, tensor in few.state_dict().items())
 
 
-class LastCountsTwice(MultiExitModel):
-    """EE, but the last exit's loss counts twice."""
-
-    def sum_losses(self, losses):
-        return super().sum_losses(losses) + losses[-1]
-
-
-def test_a_row_adds_a_method(tmp_path, monkeypatch):
-    """The other exits get another share of the gradient."""
-    monkeypatch.setitem(METHODS, "twice", METHODS["ee"]._replace(build=partial(LastCountsTwice, method="ee")))
+def test_ee_trains_on_the_sum_of_its_losses(tmp_path, monkeypatch):
+    """If the last one counts twice, the other exits get another share of the gradient."""
     folder = write_model(tmp_path, "bert", **NO_DROPOUT)
-    models = [model_of(folder, method) for method in ("ee", "twice")]
-    ee, twice = (train_on(toy_examples(folder, range(8)), model, 1e-2) for model in models)
+    ee = train_on(toy_examples(folder, range(8)), model_of(folder, "ee"), 1e-2)
+    monkeypatch.setattr(training, "sum_losses", lambda losses: sum(losses) + losses[-1])
+    twice = train_on(toy_examples(folder, range(8)), model_of(folder, "ee"), 1e-2)
     assert twice[0] == ee[0]
     assert not np.allclose(twice[1], ee[1], atol=1e-4)
 
@@ -101,18 +97,18 @@ def test_a_run_tells_what_made_it(command, model_dir, method):
     assert read_validation(folder, read_record(folder)).first == load_examples("toy", "dev", Path()).first
 
 
-def test_a_stage_has_new_batches_in_each_epoch_and_a_rate_and_a_seed_of_its_own(model_dir, monkeypatch):
-    seen = []
+def test_batches_are_new_in_each_epoch_and_with_each_seed(model_dir, monkeypatch):
+    seen, compute = [], training.compute_gradients
 
-    def made(model: object, batches: object, *others: object, **_: object) -> None:
-        seen.append(([batch.rows.tolist() for batch in batches], *others))
+    def noted(model: object, batch: Batch, *more: object) -> torch.Tensor:
+        seen.append(batch.rows.tolist())
+        return compute(model, batch, *more)
 
-    monkeypatch.setattr(training, "fine_tune", made)
+    monkeypatch.setattr(training, "compute_gradients", noted)
     for seed in (0, 1):
-        stage = Stage("a", model_of(model_dir, "ee"))
-        train_stage(stage, toy_examples(model_dir, range(20)), 2, 8, 1e-3, seed)
-    (one, steps, rate, *first), (other, _, _, *second) = seen
-    assert (steps, rate, first[0], second[0]) == (len(one), 1e-3, 0, 1)
+        fine_tune(model_of(model_dir, "ee"), toy_examples(model_dir, range(20)), 2, 8, 1e-3, seed)
+    one, other = seen[:6], seen[6:]
+    assert len(one) == len(other) == 6
     assert one[:3] != one[3:]
     assert one != other
 
@@ -122,7 +118,7 @@ def test_an_existing_run_is_refused_before_training_and_replaced_only_at_the_end
     assert command(train, *options)[0] == 0
     before = {path: path.read_bytes() for path in Path("a").iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_stage", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(train, "fine_tune", Mock(side_effect=KeyboardInterrupt))
         status, _, err = command(train, *options)
         message = "train.py: error: --out: a holds a run already; name another folder, or pass --overwrite\n"
         assert (status, err) == (2, message)

@@ -1,10 +1,7 @@
 """The device and the precision to compute in."""
 
-import ctypes
-import os
 import platform
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -61,17 +58,3 @@ def device_name(device: torch.device) -> str:
     """The name of the device, for records of results."""
     cpu = f"{processor()[0]}, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-
-
-def tune_cpu() -> None:
-    """Make this process faster on a CPU, with the same results. Call it before the first model.
-
-    oneDNN caches 1,024 compiled matrix products, one per shape, and texts of all lengths need more: with 8,192, early
-    exit in batches takes 20% less time. On Linux the process also keeps the memory that it frees. Otherwise the kernel
-    zeroes it again, which takes 10 to 20% of a training step.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-    if sys.platform == "linux":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 
 from minisweet import plots
 from minisweet.base.files import read_json, written_beside
+from minisweet.methods import METHODS
 from minisweet.run import EVALUATION, RECORD, VALIDATION
 
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
@@ -255,7 +256,7 @@ def draw_curves(path: Path, panels: dict[str, tuple[Chosen, Sequence[str]]], met
         for method in methods:
             if len(values := seed_means(chosen, tasks, (method,), SHARES)):
                 mean, _, half = mean_and_spread(values)
-                colour = plots.draw_line(axis, method, ratios, mean, plots.TITLES.get(method, method), marker="")
+                colour = plots.draw_line(axis, method, ratios, mean, METHODS.get(method, method), marker="")
                 axis.fill_between(ratios, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         plots.label_axes(axis, title, "score, in percent")
     plots.save_figure(figure, path)

@@ -7,10 +7,12 @@ speed-accuracy curve wins (App. A). All seeds then run at that rate. As in the p
 converge is repeated with other seeds: up to three, if its last exit is no better than the most frequent class.
 
 Each run is made by train.py and evaluate.py of the clone, with the options that you would type. What is there is not
-made again, so a stopped grid goes on at the next call. Writes results.csv, results.md and curves.png.
+made again, so a stopped grid goes on at the next call. Writes results.csv after each run, and results.md and curves.png
+at the end. For a scheduler, --print prints the commands that are missing and can run now, one a line.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 from collections import namedtuple
@@ -29,7 +31,9 @@ from minisweet.run import EVALUATION, RECORD, is_run
 from minisweet.tasks import TASKS
 
 FURTHER = 3  # seeds that are tried in place of those that did not converge
-TYPED = "exit_strategy train_size epochs max_length batch_size exit_layers device amp".split()  # the same for all runs
+TYPED = (
+    "pooling exit_strategy train_size epochs max_length batch_size exit_layers device amp".split()
+)  # the same for all runs
 Slot = namedtuple("Slot", ("task", "method", "lr", "seed"))  # one training
 NOTES = """
 Each rate has the largest area on the first seed, measured on the rows that are scored. A run that did not converge (it
@@ -38,12 +42,12 @@ with a further seed that converged takes its place, and is paired like it.
 """
 
 
-def start(script: str, *words: object, **options: object) -> None:
-    """Run a script of the clone as a process of its own. Options that are None are left out."""
+def typed(script: str, *words: object, **options: object) -> list[str]:
+    """The command that runs a script of the clone. Options that are None are left out."""
     for name, value in options.items():
         if value is not None:
             words += f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else value
-    subprocess.run([sys.executable, CLONE / script, *map(str, words)])
+    return [str(word) for word in (sys.executable, CLONE / script, *words)]
 
 
 class Grid:
@@ -56,7 +60,7 @@ class Grid:
 
     def folder(self, slot: Slot) -> Path:
         """The run's folder, whose name tells the runs of a grid apart."""
-        name = f"{Path(self.args.model).resolve().name}-{slot.method}-{slot.task}-lr{slot.lr:g}"
+        name = f"{Path(self.args.model).resolve().name}-{self.args.pooling}-{slot.method}-{slot.task}-lr{slot.lr:g}"
         name += f"-n{self.args.train_size}-seed{slot.seed}" + "-lte" * (self.args.exit_strategy == "lte")
         return self.args.runs / name
 
@@ -66,8 +70,8 @@ class Grid:
         if slot not in self.complete and is_run(folder):
             record = read_json(folder / RECORD)
             for name in TYPED[:-2]:  # not device and amp
-                if (typed := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, typed)):
-                    raise InputError(f"{folder} was trained with {trained}, not {typed}; name another --out", name)
+                if (wanted := getattr(self.args, name)) not in (None, trained := record["arguments"].get(name, wanted)):
+                    raise InputError(f"{folder} was trained with {trained}, not {wanted}; name another --out", name)
             if record["diverged"] is not None or (folder / EVALUATION).exists():
                 self.complete[slot] = report.run_of(folder)
         return self.complete.get(slot)
@@ -97,22 +101,33 @@ class Grid:
         slots = [slot for of in (self.search, self.averaged) for pair in self.pairs for slot in of(pair)]
         return [slot for slot in dict.fromkeys(slots) if self.run(slot) is None]
 
-    def make(self, slot: Slot) -> None:
-        """Train and evaluate a run; skip what exists."""
+    def commands(self, slot: Slot) -> list[list[str]]:
+        """The commands that train and evaluate a run, without what is there."""
         args = self.args
         folder = self.folder(slot)
-        typed = {name: getattr(args, name) for name in TYPED}
-        if not is_run(folder):
-            start("train.py", **slot._asdict(), model=args.model, **typed, data_dir=args.data_dir, out=folder)
-        if is_run(folder) and not self.run(slot):
-            start("evaluate.py", folder, device=args.device, amp=args.amp)
+        options = {name: getattr(args, name) for name in TYPED}
+        options |= {"model": args.model, "data_dir": args.data_dir, "out": folder}
+        train = [] if is_run(folder) else [typed("train.py", **slot._asdict(), **options)]
+        return [*train, typed("evaluate.py", folder, device=args.device, amp=args.amp)]
+
+    def make(self, slot: Slot) -> None:
+        """Train and evaluate a run, and write results.csv."""
+        for command in self.commands(slot):
+            if not self.run(slot) and subprocess.run(command).returncode:
+                break
+        if self.run(slot):
+            self.write_runs()
+
+    def write_runs(self) -> None:
+        """Write results.csv."""
+        report.write_runs(self.args.out / "results.csv", list(self.complete.values()))
 
     def write(self) -> None:
         """Write results.csv, and what is made of it."""
         args = self.args
         runs = list(self.complete.values())
         chosen = {}
-        report.write_runs(args.out / "results.csv", runs)
+        self.write_runs()
         for pair in self.pairs:
             chosen[pair] = report.counted([run for slot in self.averaged(pair) if (run := self.run(slot))], args.seeds)
         missing = [self.folder(slot).name for slot in self.missing()]
@@ -145,6 +160,7 @@ def main() -> None:
     option("--out", type=Path, default=Path("reproduced"), help="for tables and figures (default: reproduced)")
     option("--runs", type=Path, help="for the run folders (default: OUT/runs)")
     option("--data-dir", type=Path, default=home() / "data", help="the GLUE tasks' folders (default: %(default)s)")
+    option("--print", action="store_true", help="print the commands that are missing and can run now; run nothing")
     parser.add_options(TrainingOptions, *TYPED, train_size=6000, epochs=2)
     args = parser.parse_args()
     if not (CLONE / "train.py").exists():
@@ -154,10 +170,15 @@ def main() -> None:
     options, task = parser.make(TrainingOptions, args, method="sweet"), args.tasks[0]
     resolve(options, config, task, TASKS[task], args.train_size)
     args.lrs = args.lrs or search_rates(config)
+    args.pooling = args.pooling or config.pooling
+    grid = Grid(args)
+    if args.print:
+        for slot in grid.missing():
+            print(" && ".join(map(shlex.join, grid.commands(slot))))
+        return
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)  # an error comes now, and not after hours of training
-    grid = Grid(args)
-    failed = []
+    failed: list[Slot] = []
     while todo := [slot for slot in grid.missing() if slot not in failed]:
         LOG.info("%s (%d to go)", grid.folder(todo[0]).name, len(todo))
         grid.make(todo[0])

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer
 
 from minisweet import EarlyExitClassifier
 from minisweet.base.commands import Parser, run_command, whole_number
-from minisweet.base.devices import device_name, processor, tune_cpu
+from minisweet.base.devices import device_name, processor
 from minisweet.base.files import read_json
+from minisweet.fast import tune_cpu
 from minisweet.texts import Examples, special_tokens
 from tests.benchmark import CHECKOUT, CLASSIFIER, commit, read_rows, write_rows
 from tests.benchmark.linear import RIVALS, SETFIT, fit_rival
