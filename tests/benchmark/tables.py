@@ -13,7 +13,7 @@ import numpy as np
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.paper import report
-from minisweet.paper.report import PAIRS, QUARTERS, SHOWN, Chosen, Run, cells, named, rate_text, row_of
+from minisweet.paper.report import PAIRS, QUARTERS, Chosen, Run, cells, named, rate_text, row_of
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
 from tests.benchmark.linear import RIVALS
@@ -91,14 +91,16 @@ def judge(chosen: Chosen, pair: tuple[str, str], points: list, paper: str) -> li
     return [paper, text, *names, verdict(paper, values)]
 
 
-def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], papers: str, tasks: list[str]) -> str:
-    """What one method has less another, by exits and shares of the layers: the mean, its verdict, and each task."""
+def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], tasks: list[str], papers="", of="") -> str:
+    """What one method has less another, by exits and shares: the mean, its verdict if the paper says one, each task."""
     points = [*LAYERS[model], *QUARTERS]
-    mean, *rows = report.differences(chosen, tasks, pair, points)
-    pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
-    told = ["verdict", *map(verdict, papers.split(), pooled)]
-    head = [named(*pair), *(f"exit {n}" for n in LAYERS[model]), *QUARTERS]
-    return report.table("", head, [["paper", *papers.split()], mean, told, *rows])
+    head = [*(f"exit {n}" for n in LAYERS[model]), *QUARTERS]
+    rows = report.differences(chosen, tasks, pair, points)
+    if papers:
+        head = [f"{name} ({paper})" for name, paper in zip(head, papers.split(), strict=True)]
+        pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
+        rows.insert(1, ["verdict", *map(verdict, papers.split(), pooled)])
+    return report.table("", [named(*pair) + of, *head], rows)
 
 
 def trainings(runs: list[Run]) -> list[list]:
@@ -129,63 +131,46 @@ def other_claims(runs: list[Run]) -> list[list[str]]:
     here = f"{len(above)} of {len(above + others)}"
     rows.append(["SWEET above EE and MM, at 1/4", "21 of 28", here, ", ".join(above), ", ".join(others), "a count"])
     paper = "some of EE and MM, none of SWEET"
-    rows.append(["runs that do not converge", paper, "[see below](#trainings)", "", "", "a count"])
+    rows.append(["runs that do not converge", paper, "[see below](#how)", "", "", "a count"])
     rows.append(["gradients of EE's exits", "orthogonal", "[see below](#gradients)", "", "", "a measure"])
     rows.append(["SWEET gains less with more training rows", "up to 400,000", "not run", "", "", "not run"])
     return rows
 
 
-def exits(chosen: Chosen, model: str) -> str:
-    """Each exit alone, by task and method, beside the majority class."""
-    rows = []
-    for task, method in product([*TASKS[model], "mnli"], METHODS):
-        for run in list(chosen.get((task, method), {}).values())[:1]:
-            name = f"{named(task)}, {named(method)}, {rate_text(run.rate)}"
-            rows.append([name, f"{run.constant:.1f}", *row_of(chosen, [task], method, LAYERS[model])])
-    return report.table("", ["task, method, rate", "majority", *(f"exit {n}" for n in LAYERS[model])], rows)
-
-
-def by_pooling(runs: list[Run]) -> list[list[str]]:
-    """The scores of exits that read [CLS] and of those that read the mean, on the seeds that have both."""
-    rows = []
-    for model in TASKS:
-        chosen, older = select(runs, model), of_pairs(runs, model, pooling="cls")
-        for pair in product(TASKS[model], ("ee", "sweet")):
-            rates = {run.rate for run in chosen.get(pair, {}).values()}
-            others = report.counted([run for run in older[pair] if run.rate in rates], SEEDS[model])
-            if seeds := others.keys() & chosen.get(pair, {}).keys():
-                both = [{pair: {n: some[n] for n in seeds}} for some in (others, chosen[pair])]
-                scores = [report.seed_means(some, pair[:1], pair[1:], LAYERS[model]).mean(0) for some in both]
-                texts = [f"{first:.1f}, {second:.1f}" for first, second in zip(*scores, strict=True)]
-                rows.append([f"{named(pair[0])}, {named(pair[1])}, {rate_text(*rates)}", *texts])
+def exits(runs: list[Run], model: str) -> list[list[str]]:
+    """Each exit alone, beside the majority class, and seed 0's area under the curve at each rate of the search."""
+    rows, found, rates = [], of_pairs(runs, model), sorted(RATES[model, "confidence"])
+    chosen = select(runs, model) | {("mnli", "ee"): report.counted(found["mnli", "ee"], SEEDS[model])}
+    for pair in product([*TASKS[model], "mnli"], METHODS):
+        areas = {run.rate: f"{run.area:.1f}" for run in found[pair] if run.seed == 0 and run.exits}
+        for run in list(chosen.get(pair, {}).values())[:1]:
+            name = f"{LAYERS[model][-1]}: {named(pair[0])}, {named(pair[1])}, {rate_text(run.rate)}"
+            scores = row_of(chosen, pair[:1], pair[1], LAYERS[model])
+            rows.append([name, f"{run.constant:.1f}", *scores, ", ".join(areas.get(rate, "–") for rate in rates)])
     return rows
 
 
-def at_rates(runs: list[Run]) -> list[list[str]]:
-    """The areas under the curves of seed 0 at the rates of the search, by task and method; the largest is bold."""
-    rows = []
-    for model in TASKS:
-        found, rates = of_pairs(runs, model), sorted(RATES[model, "confidence"])
-        for task in TASKS[model]:
-            rows.append([f"{named(task)}: {', '.join(map(rate_text, rates))}"])
-            for method in METHODS:
-                best = report.best_rate(found[task, method], 0)
-                areas = {run.rate: f"{run.area:.1f}" for run in found[task, method] if run.seed == 0}
-                texts = [f"**{areas[rate]}**" if rate == best else areas.get(rate, "–") for rate in rates]
-                rows[-1].append(", ".join(texts) if areas else "not run")
-    return rows
+def by_pooling(runs: list[Run], model: str, method: str) -> list[str]:
+    """The scores of exits that read [CLS] and of those that read the mean, on the tasks and seeds that have both."""
+    chosen, scores = select(runs, model), {}
+    for task in TASKS[model]:
+        rates = {run.rate for run in chosen.get((task, method), {}).values()}
+        of_cls = [run for run in of_pairs(runs, model, pooling="cls")[task, method] if run.rate in rates]
+        older, newer = report.counted(of_cls, SEEDS[model]), chosen.get((task, method), {})
+        if seeds := older.keys() & newer.keys():
+            both = [[[some[n].score(layer) for layer in LAYERS[model]] for n in seeds] for some in (older, newer)]
+            scores[named(task)] = np.mean(both, axis=1)
+    texts = [f"{first:.1f}, {second:.1f}" for first, second in np.mean([*scores.values()], axis=0).T] if scores else []
+    return [f"{model}, {named(method)}: {', '.join(scores) or 'not run'}", *texts]
 
 
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
-    blocks, curves, gradients = {}, [], defaultdict(dict)
-    for model, layers in ((DEEP, "twelve layers"), (SMALL, "six layers")):
-        chosen = select(runs, model)
-        for pair, papers in PAPERS.items():
-            blocks[f"{named(*pair)}, {layers}"] = pair_table(chosen, model, pair, papers, TASKS[model])
-        of_mnli = report.counted(of_pairs(runs, model)["mnli", "ee"], SEEDS[model])
-        blocks[f"exits, {layers}"] = exits(chosen | {("mnli", "ee"): of_mnli}, model)
-        curves += [[f"{layers}, {named(way)}", *row_of(chosen, TASKS[model], way, SHOWN)] for way in METHODS]
+    gradients = defaultdict(dict)
+    deep, small, lte = select(runs, DEEP), select(runs, SMALL), select(runs, SMALL, "lte")
+    tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
+    others = [pair_table(small, SMALL, pair, TASKS[SMALL]) for pair in PAPERS]
+    others.append(pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit"))
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
         if row["pooling"] == "mean":
@@ -193,21 +178,22 @@ def paper_blocks(runs: list[Run]) -> dict[str, str]:
             gradients[row["layer"]].setdefault(kind, []).append(text)
     kinds = list(gradients.get("1", ()))
     of_layers = [[n, *(", ".join(of_kind.get(kind, [])) for kind in kinds)] for n, of_kind in gradients.items()]
-    others, deep, lte = other_claims(runs), select(runs, DEEP), select(runs, SMALL, "lte")
+    read = [by_pooling(runs, model, method) for model in TASKS for method in ("ee", "sweet")]
     readme, points = [], [*LAYERS[DEEP], *QUARTERS]
     for pair, n in CLAIMS:
         title = f"exit {points[n]}" if n < 4 else f"curve at {points[n]}"
         readme.append([f"{named(*pair)}, {title}", *judge(deep, pair, [points[n]], PAPERS[pair].split()[n])])
     claim = ["claim", "paper", "here", "tasks for", "tasks against", "verdict"]
-    return blocks | {
-        "learning-to-exit": pair_table(lte, SMALL, PAIRS[0], OF_LTE, TASKS[SMALL][:2]),
-        "other claims": report.table("", claim, others),
-        "curves": report.table("", ["mean over tasks", *SHOWN], curves),
-        "rates": report.table("", ["task: rates", *map(named, METHODS)], at_rates(runs)),
-        "by what exits read": report.table("", ["task, method, rate", *PLACES], by_pooling(runs)),
+    further, head = other_claims(runs), ["layers: task, method, rate", "majority", *PLACES, "areas"]
+    return {
+        "twelve layers": "\n".join(tables),
+        "six layers": "\n".join(others),
+        "other claims": report.table("", claim, further),
+        "exits": report.table("", head, [row for model in TASKS for row in exits(runs, model)]),
+        "by what exits read": report.table("", ["model, method: tasks", *PLACES], read),
         "gradients": report.table("", ["layer n", *kinds], of_layers),
         "trainings": report.table("", ["trainings", "number", "hours", *map(named, METHODS)], trainings(runs)),
-        "replicates": report.table("", claim, [*readme, others[0], others[2]]),
+        "replicates": report.table("", claim, [*readme, further[0], further[2]]),
     }
 
 
