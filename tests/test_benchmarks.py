@@ -4,8 +4,10 @@ import importlib
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -14,10 +16,8 @@ import pytest
 from minisweet.base.devices import processor
 from minisweet.classifier import fit
 from minisweet.paper import report
-from minisweet.run import read_record, read_validation
-from minisweet.tasks import load_examples
 from tests import benchmark
-from tests.benchmark import CHECKOUT, CLASSIFIER, by_rows, own_text, promises, read_rows, speed, tables, unseen
+from tests.benchmark import CHECKOUT, CLASSIFIER, by_rows, own_text, promises, read_rows, speed, tables, write_rows
 from tests.conftest import WORDS, run
 
 PAGES = {page.relative_to(CHECKOUT).as_posix(): page.read_text(encoding="utf-8") for page in tables.PAGES}
@@ -25,7 +25,7 @@ PAGES |= {"minisweet/tried.md": (CHECKOUT / "minisweet" / "tried.md").read_text(
 BLOCKS = {
     name: block for text in PAGES.values() for _, name, block, _ in re.findall(tables.BLOCK.format("(.*?)"), text, re.S)
 }
-MOST_LINES = {"minisweet/paper/results.md": 170, "minisweet/classifier/results.md": 170, "minisweet/tried.md": 60}
+MOST_LINES = {"minisweet/paper/results.md": 190, "minisweet/classifier/results.md": 170, "minisweet/tried.md": 60}
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def test_the_pages_hold_what_the_csv_files_make(copies):
 def test_a_page_is_short_and_its_tables_are_narrow(page):
     lines = PAGES[page].splitlines()
     assert len(lines) <= MOST_LINES[page]
-    assert max([line.count(" | ") + 1 for line in lines if line.startswith("|")], default=0) <= 6
+    most = 7 if "paper" in page else 6
+    assert max([line.count(" | ") + 1 for line in lines if line.startswith("|")], default=0) <= most
+    assert "<br>" not in PAGES[page]
 
 
 @pytest.mark.parametrize("page", [page for page in MOST_LINES if page.endswith("results.md")])
@@ -63,6 +65,44 @@ def test_a_number_of_a_page_stands_in_a_table(page):
     numbers = re.findall(r"(?<![\w.])\d+\.\d+(?: ±\d+\.\d)?", prose)
     text = "".join(BLOCKS.values())
     assert [number for number in numbers if not re.search(rf"(?<![\d.]){number}(?![\d.]*\d)", text)] == []
+
+
+def cell_of(rows: list[dict], tasks: list[str], first: str, second: str, column: str, place: str) -> str:
+    """A cell of twelve layers by another way: a plain loop over the rows of the CSV."""
+    by_seed = {}
+    for task, (method, sign) in product(tasks, ((first, 1), (second, -1))):
+        some = [row for row in rows if (row["task"], row["method"], row["strategy"]) == (task, method, "confidence")]
+        rate = max((row for row in some if row["seed"] == "0"), key=lambda row: float(row["area"]))["rate"]
+        some = [row for row in some if row["rate"] == rate]
+        bad = {row["seed"] for row in some if row["exit"] == "12" and float(row["score"]) <= float(row["constant"])}
+        spare = sorted({row["seed"] for row in some} - bad - {*"01234"})
+        taken = {seed: spare.pop(0) if seed in bad and spare else seed for seed in "01234"}
+        for seed, row in product("01234", some):
+            if (row["seed"], row[column]) == (taken[seed], place):
+                by_seed.setdefault(seed, []).append(sign * float(row["score"]) / len(tasks))
+    values = [sum(some) for some in by_seed.values() if len(some) == 2 * len(tasks)]
+    half = {3: 4.303, 4: 3.182, 5: 2.776}[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):+.1f} ±{half:.1f}" + "*" * (abs(statistics.mean(values)) > half)
+
+
+def test_cells_of_the_tables_are_those_of_another_program(tmp_path):
+    """Until there are runs that read the mean, on the older ones."""
+    rows = [row for row in read_rows(benchmark.PAPER / "results.csv") if row["model"] == tables.DEEP]
+    rows = [row for row in rows if row["pooling"] == "mean"] or [row for row in rows if row["rate"] in ("5e-5", "1e-4")]
+    rows = [row | {"pooling": "mean"} for row in rows]
+    write_rows(tmp_path / "results.csv", rows)
+    lines = tables.paper_blocks(report.read_runs(tmp_path / "results.csv"))["twelve layers"].splitlines()
+    for task, pair, column, place, cell in (
+        ("SST-2", ("sweet", "ee"), "exit", "1", 1),
+        ("MRPC", ("sweet", "ee"), "exit", "12", 4),
+        ("MRPC", ("sweet", "mm"), "share", "1/4", 5),
+        ("SST-2", ("mm", "ee"), "share", "3/4", 6),
+        ("**mean**", ("sweet", "ee"), "share", "3/4", 6),
+    ):
+        start = next(n for n, line in enumerate(lines) if line.startswith(f"| {report.named(*pair)} "))
+        line = next(line for line in lines[start:] if line.startswith(f"| {task} "))
+        tasks = tables.TASKS[tables.DEEP] if task == "**mean**" else [task.replace("-", "").lower()]
+        assert line.split(" | ")[cell].strip(" |") == cell_of(rows, tasks, *pair, column, place)
 
 
 def test_no_promise_is_broken_too_often():
@@ -143,14 +183,3 @@ def test_the_process_of_onnx_runtime_holds_neither_torch_nor_minisweet():
     pytest.importorskip("onnxruntime", reason="onnxruntime, which the timings need, is missing")
     code = speed.SIDE.partition("module, name")[0] + "import onnx_side; print({'torch', 'minisweet'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True) == "set()\n"
-
-
-def test_runs_are_evaluated_on_rows_that_none_of_them_has_seen(run_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(unseen, "ROWS", 50)
-    folder = shutil.copytree(run_of("ee"), tmp_path / "ee")
-    assert run(unseen, folder) == 0
-    new = folder.with_name(f"{folder.name}-unseen")
-    texts = load_examples("toy", "train", folder).first
-    trained, rows = read_record(folder).subset, read_validation(new, read_record(new)).first
-    assert (len(rows), {*rows} & {texts[row] for row in trained}) == (50, set())
-    assert (report.run_of(new).task, report.run_of(new).exits.keys()) == ("toy-unseen", {1, 2, 4})

@@ -71,7 +71,7 @@ def test_readme_is_short_and_quotes_the_code():
     """Its loop without comments and early stopping, its output in the format of evaluate.py."""
     lines = text_of(README).splitlines()
     assert len(lines) <= 140
-    assert max(line.count("|") - 1 for line in lines if line.startswith("|")) <= 5
+    assert max(line.count("|") - 1 for line in lines if line.startswith("|")) <= 6
     (loop,) = [block for kind, block in blocks_of(README) if kind == "python" and "for n, layer" in block]
     source = inspect.getsource(MultiExitModel.exit_by_exit).splitlines()
     left = iter([line.partition("  # ")[0].strip() for line in source])

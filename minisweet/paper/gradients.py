@@ -84,15 +84,15 @@ def main() -> None:
     options = records[0].arguments
     deviation = (found.mean(1) if len(records) > 1 else found[0]).std(0, ddof=1)  # over runs, or batches of one run
     seeds = " ".join(str(record.arguments.seed) for record in records)
+    pooling = getattr(options, "pooling", None) or "cls"
     rows = []
     for m, layer in enumerate(exits[:-1]):
         for i, j in combinations(range(m, len(exits)), 2):
             values = f"{mean[m, i, j]:.4f}", f"{deviation[m, i, j]:.4f}"
-            rows.append(
-                [Path(options.model).name, records[0].task, options.lr, seeds, layer, exits[i], exits[j], *values]
-            )
+            run = Path(options.model).name, records[0].task, options.lr, pooling, seeds
+            rows.append([*run, layer, exits[i], exits[j], *values])
             print(f"layer {layer}, exits {exits[i]} and {exits[j]}: cosine {values[0]} ±{values[1]}")
     with written_beside(args.out) as new, new.open("w", encoding="utf-8", newline="") as file:
-        head = "model task rate seeds layer exit other cosine deviation".split()
+        head = "model task rate pooling seeds layer exit other cosine deviation".split()
         csv.writer(file, lineterminator="\n").writerows([head, *rows])
     print(f"written to {args.out}")

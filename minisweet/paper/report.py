@@ -28,9 +28,9 @@ from minisweet.run import EVALUATION, RECORD, VALIDATION
 SHARES = [Fraction(1, 24), *(Fraction(n, 12) for n in range(1, 13)), *(Fraction(n, 4) for n in (5, 6, 7))]
 # The paper's shares (App. A). For 24 layers the first is 1/24.
 SHOWN = [Fraction(share) for share in ("1/12", "1/4", "1/2", "3/4", "1")]
+QUARTERS = [SHOWN[1], SHOWN[3]]  # the shares of differences
 PAIRS = [("sweet", "ee"), ("sweet", "mm"), ("mm", "ee")]
 NAMES = {"ee": "EE", "mm": "MM", "sweet": "SWEET", "sst2": "SST-2", "cola": "CoLA", "own": "Debian-12"}
-NAMES |= {"sst2-unseen": "SST-2 (unseen rows)"}
 NAMES |= {task: task.upper() for task in ("mrpc", "rte", "mnli", "qqp", "qnli")}
 # The 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -38,8 +38,8 @@ STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.0
 CAPTION = """
 Scores are in percent: Matthews correlation for CoLA, accuracy elsewhere. ± is a 95% interval over at least three seeds
 (Student's t); for single exits, the standard deviation. [n]: in n runs the exit predicts one class.
-Differences are paired over seeds. *: the interval excludes 0. An exit that predicts one class in all runs: ‡ of the
-first method, † of the second.
+Differences, at each exit and at shares of the layers, are paired over seeds. *: the interval excludes 0. "chance":
+neither method beats the most frequent class; a mean does not count such a task, and is then of (n) tasks.
 """
 
 
@@ -53,11 +53,13 @@ class Run(NamedTuple):
     train_size: int
     rate: float
     seed: int
+    pooling: str  # what an exit reads: "cls" or "mean"
     exits: dict[int, tuple[float, int]]  # by layer: the score, and how many classes the exit predicts
     shares: dict[Fraction, float]  # the curve's scores
     area: float  # under the curve; NaN where the training diverged
     constant: float  # what the most frequent class scores
     precision: str
+    seconds: float  # of training; NaN where the file has none
     commit: str
 
     @property
@@ -71,8 +73,7 @@ class Run(NamedTuple):
         return self.exits.get(point, (np.nan, 0))[0] if isinstance(point, int) else self.shares.get(point, np.nan)
 
 
-KEY, LAST = Run._fields[:7], Run._fields[9:]  # what tells runs apart; what follows the scores in the file
-BOTH = "both predict one class"  # a cell of a difference
+KEY, LAST = Run._fields[:8], Run._fields[10:]  # what tells a commit's runs apart; what follows the scores in the file
 Chosen = dict[tuple[str, str], dict[int, Run]]  # the runs that are shown, by task and method, and by seed
 
 
@@ -95,8 +96,9 @@ def run_of(folder: Path, commit: str = "") -> Run:
             answers = Counter(row["label"] for row in rows)
             constant = 100 * max(answers.values()) / answers.total()
     key = [options[name] for name in ("method", "exit_strategy", "train_size", "lr", "seed")]
-    key = [Path(os.path.realpath(options["model"])).name, record["task"], *key]
-    return Run(*key, exits, shares, area, constant, record["precision"].removeprefix("torch."), commit)
+    key = [Path(os.path.realpath(options["model"])).name, record["task"], *key, options.get("pooling") or "cls"]
+    precision = record["precision"].removeprefix("torch.")
+    return Run(*key, exits, shares, area, constant, precision, record["seconds"], commit)
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -104,10 +106,11 @@ def read_runs(path: Path) -> list[Run]:
     runs: dict[tuple, Run] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            *texts, size, rate, seed = key = tuple(row[name] for name in KEY)
-            area, constant, *others = (row[name] for name in LAST)
-            new = Run(*texts, int(size), float(rate), int(seed), {}, {}, float(area), float(constant), *others)
-            run = runs.setdefault(key, new)
+            *texts, size, rate, seed, pooling = (row[name] for name in KEY)
+            area, constant, precision, seconds, commit = (row[name] for name in LAST)
+            key = *texts, int(size), float(rate), int(seed), pooling
+            last = float(area), float(constant), precision, float(seconds or "nan"), commit
+            run = runs.setdefault((key, commit), Run(*key, {}, {}, *last))
             if row["exit"]:
                 run.exits[int(row["exit"])] = float(row["score"]), int(row["classes"])
             elif row["share"]:
@@ -116,15 +119,16 @@ def read_runs(path: Path) -> list[Run]:
 
 
 def write_runs(path: Path, runs: Sequence[Run]) -> None:
-    """Write the CSV of some runs. Scores have four decimals."""
+    """Write the CSV of some runs. Scores have four decimals. Runs of other commits keep their order."""
     with written_beside(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*KEY, "exit", "share", "score", "classes", *LAST])
         for run in sorted(runs, key=lambda run: run[: len(KEY)]):
-            last = [f"{run.area:.4f}", f"{run.constant:.4f}", run.precision, run.commit]
+            seconds = "" if np.isnan(run.seconds) else run.seconds
+            last = [f"{run.area:.4f}", f"{run.constant:.4f}", run.precision, seconds, run.commit]
             rows = [[layer, "", f"{score:.4f}", classes] for layer, (score, classes) in run.exits.items()]
             rows += [["", share, f"{score:.4f}", ""] for share, score in run.shares.items()]
-            writer.writerows([*run[:5], rate_text(run.rate), run.seed, *row, *last] for row in rows or [[""] * 4])
+            writer.writerows([*run[:5], rate_text(run.rate), *run[6:8], *row, *last] for row in rows or [[""] * 4])
 
 
 def rate_text(rate: float) -> str:
@@ -192,21 +196,47 @@ def cells(values: ArrayLike, deviation: bool = False, sign: str = "") -> list[st
     return texts
 
 
-def row_of(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
-    """The cells of a method, or of one less another, at some points; see CAPTION."""
+def row_of(chosen: Chosen, tasks: Sequence[str], method: str, points: Sequence) -> list[str]:
+    """The cells of a method at some points; see CAPTION."""
     are_exits = all(isinstance(n, int) for n in points)
-    is_pair = len(of) == 2
-    seeds = common_seeds(chosen, tasks, of)
-    texts = cells(seed_means(chosen, tasks, of, points), are_exits and not is_pair, "+" * is_pair)
-    runs = [[chosen[task, method][seed] for task in tasks for seed in seeds] for method in of]
+    texts = cells(seed_means(chosen, tasks, (method,), points), deviation=are_exits)
+    runs = [chosen[task, method][seed] for task in tasks for seed in common_seeds(chosen, tasks, (method,))]
     for place, n in enumerate(points[: len(texts)] if are_exits else ()):
-        constant = [sum(run.exits.get(n, (0, 2))[1] < 2 for run in some) for some in runs]
-        if not is_pair:
-            texts[place] += f" [{constant[0]}]" * (constant[0] > 0)
-        else:
-            first, second = (count == len(some) for count, some in zip(constant, runs, strict=True))
-            texts[place] = BOTH if first and second else texts[place] + " ‡" * first + " †" * second
+        constant = sum(run.exits.get(n, (0, 2))[1] < 2 for run in runs)
+        texts[place] += f" [{constant}]" * (constant > 0)
     return texts
+
+
+def learned(chosen: Chosen, tasks: Sequence[str], of: Sequence[str], points: Sequence) -> list[str]:
+    """The tasks on which one of some methods beats the most frequent class, in the mean over seeds and points."""
+
+    def beats(task: str, method: str) -> bool:
+        constant = next(iter(chosen[task, method].values())).constant
+        return not seed_means(chosen, [task], (method,), points).mean().round(4) <= round(constant, 4)
+
+    return [task for task in tasks if any(beats(task, method) for method in of)]
+
+
+def compare(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points: Sequence) -> tuple[str, np.ndarray]:
+    """What one method has less another: a cell (see CAPTION), and its value for each seed (S,).
+
+    The mean over the points and over the tasks on which one of them has learned something. A task with fewer than three
+    seeds does not count beside others that have them.
+    """
+    seeds = {task: len(common_seeds(chosen, [task], pair)) for task in tasks}
+    run = [task for task in tasks if seeds[task] >= max(1, min(3, max(seeds.values())))]
+    if not (counting := learned(chosen, run, pair, points)):
+        return "chance" if run else "not run", np.array([])
+    values = seed_means(chosen, counting, pair, points).mean(1)
+    text = cells(values, sign="+")[0]
+    return text + f" ({len(counting)})" * (text != "" and len(counting) < len(tasks)), values
+
+
+def differences(chosen: Chosen, tasks: Sequence[str], pair: tuple[str, str], points: Sequence) -> list[list[str]]:
+    """What one method has less another, by points: the rows of a table, the mean over the tasks and each task."""
+    groups = {"**mean**": tasks} if len(tasks) > 1 else {}
+    groups |= {named(task): [task] for task in tasks}
+    return [[name, *(compare(chosen, its, pair, [point])[0] for point in points)] for name, its in groups.items()]
 
 
 def named(*of: str) -> str:
@@ -234,14 +264,14 @@ def tables(chosen: Chosen, tasks: Sequence[str], methods: Sequence[str]) -> str:
         areas = [f"{runs[0][0]}: {cells([area for _, area in runs])[0]}" if runs else "" for runs in found]
         rows.append([named(task), *areas])
     text = table("The rate of each method, and the area under its curve", ["task", *map(named, methods)], rows)
-    singles = [(method,) for method in methods]
-    pairs = [pair for pair in PAIRS if {*pair} <= {*methods}]
-    for what, them in (("Scores", singles), ("Differences", pairs)):
-        for where, points in (("exit", layers), ("share of the layers", shares)):
-            head = [f"exit {n}" if where == "exit" else n for n in points]
-            ways = product(some.items(), them)
-            rows = [[f"{name}, {named(*of)}", *row_of(chosen, its, of, points)] for (name, its), of in ways]
-            text += table(f"{what} by {where}", ["", *head], rows)
+    for where, points in (("exit", layers), ("share of the layers", shares)):
+        head = [f"exit {n}" if where == "exit" else n for n in points]
+        ways = product(some.items(), methods)
+        rows = [[f"{name}, {named(way)}", *row_of(chosen, its, way, points)] for (name, its), way in ways]
+        text += table(f"Scores by {where}", ["", *head], rows)
+    for pair in [pair for pair in PAIRS if {*pair} <= {*methods}]:
+        head = ["", *(f"exit {n}" for n in layers), *QUARTERS]
+        text += table(named(*pair), head, differences(chosen, tasks, pair, [*layers, *QUARTERS]))
     return text + CAPTION
 
 

@@ -6,7 +6,6 @@ python -m tests.benchmark.tables --add RUN... --commit HASH    # rows of runs of
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from minisweet.base.commands import Parser, run_command
 from minisweet.paper import report
-from minisweet.paper.report import BOTH, PAIRS, SHOWN, Chosen, Fraction, Run, cells, named, rate_text, row_of
+from minisweet.paper.report import PAIRS, QUARTERS, Chosen, Run, cells, named, rate_text, row_of
 from minisweet.plots import COLOURS, label_axes, new_figure, save_figure
 from tests.benchmark import CHECKOUT, CLASSIFIER, PAPER, read_rows
 from tests.benchmark.linear import RIVALS
@@ -22,18 +21,16 @@ from tests.benchmark.linear import RIVALS
 PAGES = [PAPER / "results.md", CLASSIFIER / "results.md", CHECKOUT / "README.md"]
 BLOCK = r"(<!-- {} -->\n)(.*?)(<!-- end -->)"
 DEEP, SMALL = "mpnet-base", "minilm-l6"
-TASKS = {DEEP: ["sst2", "mrpc", "cola", "rte", "own"], SMALL: ["sst2", "mrpc", "qqp", "qnli"]}
-LAYERS, PLACES = {DEEP: [1, 4, 6, 12], SMALL: [1, 2, 3, 6]}, ("first", "second", "third", "last")
-METHODS, BY_AREA = ["ee", "mm", "sweet"], ("sweet", "ee", "mm")  # the second: in the table of rates
-UNSEEN = "sst2-unseen"  # of unseen.py
-# README's claims: of which methods, how they are named in the table of claims, and in README.
-CLAIMS = [(PAIRS[0], "first exit", "exit 1"), (PAIRS[0], "second exit", "exit 4"), (PAIRS[0], "last exit", "exit 12")]
-CLAIMS += [(PAIRS[0], "curve at 1/4", "curve at 1/4"), (PAIRS[2], "first exit", "exit 1")]
-SEEDS, ONE_RATE, SEARCHED = (0, 1, 2), 5e-5, {2e-5, 5e-5, 1e-4}
-# BERT-base in the paper: means of seven tasks after layers 1, 4, 6, 12 (Table 1), and which curve is above (Fig. 5).
-FIGURES = {PAIRS[0]: (3.6, 1.3, -0.4, -1.3), PAIRS[1]: (0.0, 0.2, -0.7, -2.5), PAIRS[2]: (3.6, 1.1, 0.3, 1.2)}
-CURVES = [(PAIRS[0], "1/4", 1), (PAIRS[0], "3/4", -1), (PAIRS[1], "1/4", 1), (PAIRS[1], "3/4", 1)]
-CURVES += [(PAIRS[2], "1/12", 1), (PAIRS[2], "3/4", -1)]
+TASKS = {DEEP: ["sst2", "mrpc", "cola", "rte"], SMALL: ["sst2", "mrpc", "qqp"]}
+LAYERS, PLACES = {DEEP: [1, 4, 6, 12], SMALL: [1, 2, 3, 6]}, ("first exit", "second", "third", "last")
+METHODS, SEEDS = ["ee", "mm", "sweet"], {DEEP: range(5), SMALL: range(3)}
+RATES = {(DEEP, "confidence"): {5e-5, 1e-4}, (SMALL, "confidence"): {1e-4, 2e-4, 4e-4}, (SMALL, "lte"): {1e-4, 2e-4}}
+# BERT-base in the paper: differences at exits 1, 4, 6 and 12 (Tables 1, 4), and which curve is above at 1/4 and 3/4
+# of the layers (Figs. 5, 7).
+PAPERS = {PAIRS[0]: "+3.6 +1.3 -0.4 -1.3 above below", PAIRS[1]: "0.0 +0.2 -0.7 -2.5 above above"}
+PAPERS |= {PAIRS[2]: "+3.6 +1.1 +0.3 +1.2 above below"}
+OF_LTE, SIGNS = "+4.0 +1.9 -1.5 -1.2 above equal", {"above": 1, "below": -1, "equal": 0}
+CLAIMS = [(PAIRS[0], 0), (PAIRS[0], 1), (PAIRS[0], 3), (PAIRS[0], 4), (PAIRS[1], 0), (PAIRS[2], 0)]  # README's
 # Of the classifier's page: lists of texts; the rows of its first table, by list, labelled and unlabelled rows.
 LISTS = {"list": "Debian-20", "own": "Debian-12", "sst2": "SST-2", "qqp": "question pairs", "cola": "CoLA"}
 ROWS = [("list", 400, 30000), ("own", 300, 4700), ("qqp", 300, 5000), ("list", 1200, 0), ("own", 1200, 3800)]
@@ -52,136 +49,151 @@ def table(head: list, rows: list[list]) -> str:
     return report.table("", [head[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
-def select(runs: list[Run], model: str, rate=None, strategy="confidence") -> Chosen:
-    """A model's runs at one rate, or each task's and method's at the best of those that were searched."""
-    of_pairs, chosen = defaultdict(list), {}
+def of_pairs(runs: list[Run], model: str, strategy="confidence", pooling="mean") -> dict[tuple[str, str], list[Run]]:
+    """A model's runs, by task and method."""
+    found = defaultdict(list)
     for run in runs:
-        if (run.model, run.strategy) == (model, strategy):
-            of_pairs[run.task, run.method].append(run)
-    for pair, some in of_pairs.items():
-        is_searched = model == SMALL or {run.rate for run in some if run.seed == 0} >= SEARCHED
-        if best := rate or (report.best_rate(some, 0) if is_searched else None):
-            chosen[pair] = report.counted([run for run in some if run.rate == best], SEEDS)
+        if (run.model, run.strategy, run.pooling) == (model, strategy, pooling):
+            found[run.task, run.method].append(run)
+    return found
+
+
+def select(runs: list[Run], model: str, strategy="confidence") -> Chosen:
+    """The runs that are compared: each task's and method's at the tuned rate, once seed 0 has run at all rates."""
+    chosen = {}
+    for pair, some in of_pairs(runs, model, strategy).items():
+        if {run.rate for run in some if run.seed == 0} >= RATES[model, strategy]:
+            best = report.best_rate(some, 0)
+            chosen[pair] = report.counted([run for run in some if run.rate == best], SEEDS[model])
     return chosen
 
 
-def best_known(runs: list[Run], *together: tuple[str, ...]) -> Chosen:
-    """Twelve layers: each task's methods at tuned rates if all those `together` have three seeds there, else at one."""
-    tuned, chosen = select(runs, DEEP), select(runs, DEEP, ONE_RATE)
-    for task, methods in product(TASKS[DEEP], together):
-        some = {(task, method): tuned.get((task, method), {}) for method in methods}
-        if all(len(of_seeds) == 3 for of_seeds in some.values()):
-            chosen |= some
-    return chosen
+def verdict(paper: str, values: np.ndarray) -> str:
+    """Compare the 95% interval of differences (S,) with the paper's: a number, or a word for what a figure shows."""
+    number = float(SIGNS.get(paper, paper))
+    sign = np.sign(number) * (abs(number) >= 0.25)  # below a quarter point: no difference
+    mean, _, half = report.mean_and_spread(values)
+    if len(values) < 3 or np.isnan(half):
+        return ""
+    if not sign and abs(mean) + half <= 1:
+        return "compatible"
+    if abs(mean) <= half:
+        return "inconclusive"
+    return "replicated" if sign * mean > 0 else "contradicted"
 
 
-def verdict(sign: int, columns: list[Chosen], tasks: list[str], pair: tuple[str, str], point) -> str:
-    """Whether a claim holds: on each task by the first of the columns that has an interval there.
-
-    Tasks on which both methods' exits predict one class do not count.
-    """
-    signs = []
-    for task in tasks:
-        texts = ["".join(row_of(chosen, [task], pair, [point])) for chosen in columns]
-        text = next((text for text in texts if "±" in text or text == BOTH), BOTH)
-        if text not in (BOTH, "+0.0 ±0.0"):
-            signs.append(("*" in text) * (1 if text[0] == "+" else -1))
-    supported, contradicted = signs.count(sign), signs.count(-sign)
-    if not sign:
-        return f"no significant difference on {supported} of {len(signs)}"
-    word = "holds in part" if supported else "does not hold" if contradicted else "not supported"
-    word = "holds" if supported > len(signs) / 2 and not contradicted else word
-    return f"{word} ({supported} of {len(signs)})"
+def judge(chosen: Chosen, pair: tuple[str, str], points: list, paper: str) -> list[str]:
+    """A claim on twelve layers: the paper's difference, ours, the tasks for and against it, and the verdict."""
+    text, values = report.compare(chosen, TASKS[DEEP], pair, points)
+    told = {task: verdict(paper, report.compare(chosen, [task], pair, points)[1]) for task in TASKS[DEEP]}
+    outcomes = ("replicated", "compatible"), ("contradicted",)
+    names = [", ".join(named(task) for task in told if told[task] in of) for of in outcomes]
+    return [paper, text, *names, verdict(paper, values)]
 
 
-def by_task(chosen: Chosen, tasks: list[str], pair: tuple[str, str], point) -> str:
-    """A difference on each task that has it: one cell."""
-    texts = {named(task): row_of(chosen, [task], pair, [point]) for task in tasks}
-    return "<br>".join(f"{name} {text[0]}" for name, text in texts.items() if text and text[0])
+def pair_table(chosen: Chosen, model: str, pair: tuple[str, str], tasks: list[str], papers="", of="") -> str:
+    """What one method has less another, by exits and shares: the mean, its verdict if the paper says one, each task."""
+    points = [*LAYERS[model], *QUARTERS]
+    head = [*(f"exit {n}" for n in LAYERS[model]), *QUARTERS]
+    rows = report.differences(chosen, tasks, pair, points)
+    if papers:
+        head = [f"{name} ({paper})" for name, paper in zip(head, papers.split(), strict=True)]
+        pooled = [report.compare(chosen, tasks, pair, [point])[1] for point in points]
+        rows.insert(1, ["verdict", *map(verdict, papers.split(), pooled)])
+    return report.table("", [named(*pair) + of, *head], rows)
 
 
-def claims(runs: list[Run]) -> Iterator[list[str]]:
-    """The paper's claims: the rows of a table."""
-    deep, small = [select(runs, DEEP), select(runs, DEEP, ONE_RATE)], select(runs, SMALL)
-    columns = [(deep[0], DEEP), (deep[1], DEEP), (small, SMALL)]
+def trainings(runs: list[Run]) -> list[list]:
+    """The runs whose time is known: their number, hours, and how many of each method's did not converge."""
+    found, rows = defaultdict(list), []
+    for run in runs:
+        what = "above 5e-5" if run.rate > 5e-5 else "up to 5e-5"
+        what = "learning-to-exit" if run.strategy == "lte" else "[CLS]" if run.pooling == "cls" else what
+        if not np.isnan(run.seconds):
+            found[f"{'twelve' if run.model == DEEP else 'six'} layers, {what}"].append(run)
+    for name, some in sorted(found.items(), reverse=True):
+        of_methods = [[run.converged for run in some if run.method == method] for method in METHODS]
+        failed = [f"{of.count(False)} of {len(of)}" if of else "" for of in of_methods]
+        rows.append([name, len(some), f"{sum(run.seconds for run in some) / 3600:.1f}", *failed])
+    return rows
 
-    def row(claim: str, paper: str, sign: int, pair: tuple[str, str], points: dict) -> list[str]:
-        texts = [by_task(chosen, TASKS[model], pair, points[model]) for chosen, model in columns]
-        return [f"{named(*pair)}, {claim}", paper, *texts, verdict(sign, deep, TASKS[DEEP], pair, points[DEEP])]
 
-    for pair, figures in FIGURES.items():
-        for figure, place, *layers in zip(figures, PLACES, *LAYERS.values(), strict=True):
-            sign = int(np.sign(figure)) if abs(figure) > 0.25 else 0
-            yield row(f"{place} exit", f"{figure:+.1f}", sign, pair, dict(zip(LAYERS, layers, strict=True)))
-    for pair, share, sign in CURVES:
-        points = dict.fromkeys(LAYERS, Fraction(share))
-        yield row(f"curve at {share}", "above" if sign > 0 else "below", sign, pair, points)
-    lte, tasks = select(runs, SMALL, strategy="lte"), ["sst2", "mrpc"]
-    for place, layer, sign, paper in (("first", 1, 1, "above"), ("last", 6, -1, "below")):
-        text, told = by_task(lte, tasks, PAIRS[0], layer), verdict(sign, [lte], tasks, PAIRS[0], layer)
-        yield [f"SWEET − EE, {place} exit, learning-to-exit", paper, "", "", text, told]
-    last, failed = [], {}
-    for model in TASKS:
-        for method in METHODS:
-            of = [run for run in runs if run[:4:2] == (model, method) and run.task in TASKS[model]]
-            of = [run for run in of if run.strategy != "lte" and run.exits]
-            failed[model, method] = sum(not run.converged for run in of)
-            last.append(f"{named(method)} {failed[model, method]} of {len(of)}")
-    told = "holds" if failed[DEEP, "ee"] and failed[DEEP, "mm"] else "holds in part"
-    told = "does not hold" if failed[DEEP, "sweet"] or failed[SMALL, "sweet"] else told
+def other_claims(runs: list[Run]) -> list[list[str]]:
+    """The claims that are not of one exit or one share: the rows of a table."""
+    rows, above, others = [], [], []
+    for pair, paper in ((PAIRS[0], "+1.1"), (PAIRS[2], "+2.3")):
+        rows.append([f"{named(*pair)}, mean of all exits", *judge(select(runs, DEEP), pair, LAYERS[DEEP], paper)])
+    for model, task in ((key, task) for key, tasks in TASKS.items() for task in tasks):
+        gains = [report.compare(select(runs, model), [task], pair, QUARTERS[:1])[1] for pair in PAIRS[:2]]
+        if all(map(len, gains)):
+            is_above = min(gain.mean() for gain in gains) > 0
+            (above if is_above else others).append(f"{named(task)} ({LAYERS[model][-1]})")
+    here = f"{len(above)} of {len(above + others)}"
+    rows.append(["SWEET above EE and MM, at 1/4", "21 of 28", here, ", ".join(above), ", ".join(others), "a count"])
     paper = "some of EE and MM, none of SWEET"
-    yield ["runs that do not converge, all rates", paper, "<br>".join(last[:3]), "", "<br>".join(last[3:]), told]
-    yield ["scores of BERT and DeBERTa", "Tables 1, 3", "", "", "", "not testable here"]
+    rows.append(["runs that do not converge", paper, "[see below](#how)", "", "", "a count"])
+    rows.append(["gradients of EE's exits", "orthogonal", "[see below](#gradients)", "", "", "a measure"])
+    rows.append(["SWEET gains less with more training rows", "up to 400,000", "not run", "", "", "not run"])
+    return rows
 
 
-def exits(chosen: Chosen, model: str) -> str:
-    """Each exit alone, by task and method."""
-    rows = []
-    for task, method in product(TASKS[model], METHODS):
-        for run in list(chosen.get((task, method), {}).values())[:1]:
-            name = f"{named(task)}, {named(method)}, {rate_text(run.rate)}"
-            rows.append([name, *row_of(chosen, [task], (method,), LAYERS[model])])
-    return table(["task, method, rate", *(f"exit {n}" for n in LAYERS[model])], rows)
+def exits(runs: list[Run], model: str) -> list[list[str]]:
+    """Each exit alone, beside the majority class, and seed 0's area under the curve at each rate of the search."""
+    rows, found, rates = [], of_pairs(runs, model), sorted(RATES[model, "confidence"])
+    chosen = select(runs, model) | {("mnli", "ee"): report.counted(found["mnli", "ee"], SEEDS[model])}
+    for pair in product([*TASKS[model], "mnli"], METHODS):
+        areas = {run.rate: f"{run.area:.1f}" for run in found[pair] if run.seed == 0 and run.exits}
+        for run in list(chosen.get(pair, {}).values())[:1]:
+            name = f"{LAYERS[model][-1]}: {named(pair[0])}, {named(pair[1])}, {rate_text(run.rate)}"
+            scores = row_of(chosen, pair[:1], pair[1], LAYERS[model])
+            rows.append([name, f"{run.constant:.1f}", *scores, ", ".join(areas.get(rate, "–") for rate in rates)])
+    return rows
 
 
-def differences(chosen: Chosen, pair: tuple[str, str], points: list) -> list[list[str]]:
-    """What one method has less another at some points: a row for each task that is there."""
-    found = {task: row_of(chosen, [task], pair, points) for task in TASKS[DEEP]}
-    return [[named(task), *texts] for task, texts in found.items() if texts]
+def by_pooling(runs: list[Run], model: str, method: str) -> list[str]:
+    """The scores of exits that read [CLS] and of those that read the mean, on the tasks and seeds that have both."""
+    chosen, scores = select(runs, model), {}
+    for task in TASKS[model]:
+        rates = {run.rate for run in chosen.get((task, method), {}).values()}
+        of_cls = [run for run in of_pairs(runs, model, pooling="cls")[task, method] if run.rate in rates]
+        older, newer = report.counted(of_cls, SEEDS[model]), chosen.get((task, method), {})
+        if seeds := older.keys() & newer.keys():
+            both = [[[some[n].score(layer) for layer in LAYERS[model]] for n in seeds] for some in (older, newer)]
+            scores[named(task)] = np.mean(both, axis=1)
+    texts = [f"{first:.1f}, {second:.1f}" for first, second in np.mean([*scores.values()], axis=0).T] if scores else []
+    return [f"{model}, {named(method)}: {', '.join(scores) or 'not run'}", *texts]
 
 
 def paper_blocks(runs: list[Run]) -> dict[str, str]:
     """The tables of the paper's page, and README's of it."""
-    gradients, at_rates = defaultdict(dict), []
-    first = [run for run in runs if (run.model, run.strategy, run.seed) == (DEEP, "confidence", 0)]
-    searches = [{run[1:3]: {0: run} for run in first if run.rate == rate} for rate in sorted(SEARCHED)]
-    for task in (*TASKS[DEEP][:4], UNSEEN):  # in a cell: the exits, and the methods
-        of_exits = [row_of(chosen, [task], PAIRS[0], LAYERS[DEEP]) for chosen in searches]
-        areas = [[some[task, way][0].area for way in BY_AREA] for some in searches]
-        if task != UNSEEN:
-            at_rates.append([f"{named(task)}, SWEET − EE", *(", ".join(row).replace(BOTH, "–") for row in of_exits)])
-        at_rates.append([f"{named(task)}, areas", *(", ".join(f"{area:.1f}" for area in of_ways) for of_ways in areas)])
-    of_pairs = [(pair, row) for pair in PAIRS[:2] for row in differences(best_known(runs, pair), pair, SHOWN)]
-    curves = [[f"{named(*pair)}, {name}", *texts] for pair, (name, *texts) in of_pairs]
+    gradients = defaultdict(dict)
+    deep, small, lte = select(runs, DEEP), select(runs, SMALL), select(runs, SMALL, "lte")
+    tables = [pair_table(deep, DEEP, pair, TASKS[DEEP], papers) for pair, papers in PAPERS.items()]
+    others = [pair_table(small, SMALL, pair, TASKS[SMALL]) for pair in PAPERS]
+    others.append(pair_table(lte, SMALL, PAIRS[0], TASKS[SMALL][:2], OF_LTE, ", learning-to-exit"))
     for row in read_rows(PAPER / "gradients.csv"):
         kind = f"{named(row['task'])}: {'exit n, later ones' if row['layer'] == row['exit'] else 'later ones'}"
-        gradients[row["layer"]].setdefault(kind, []).append(f"{float(row['cosine']):.2f}".replace("-0.00", "0.00"))
-    kinds = list(gradients["1"])
+        if row["pooling"] == "mean":
+            text = f"{float(row['cosine']):.2f}".replace("-0.00", "0.00")
+            gradients[row["layer"]].setdefault(kind, []).append(text)
+    kinds = list(gradients.get("1", ()))
     of_layers = [[n, *(", ".join(of_kind.get(kind, [])) for kind in kinds)] for n, of_kind in gradients.items()]
-    rows, replicates = list(claims(runs)), []
-    told = {row[0]: row for row in rows}
-    for pair, claim, title in CLAIMS:
-        _, paper, tuned, at_one, _, verdict_of = told[f"{named(*pair)}, {claim}"]
-        replicates.append([f"{named(*pair)}, {title}", paper, tuned, at_one, verdict_of])
-    models = ["twelve layers, tuned rates", "twelve layers, 5e-5", "six layers, tuned rates"]
+    read = [by_pooling(runs, model, method) for model in TASKS for method in ("ee", "sweet")]
+    readme, points = [], [*LAYERS[DEEP], *QUARTERS]
+    for pair, n in CLAIMS:
+        title = f"exit {points[n]}" if n < 4 else f"curve at {points[n]}"
+        readme.append([f"{named(*pair)}, {title}", *judge(deep, pair, [points[n]], PAPERS[pair].split()[n])])
+    claim = ["claim", "paper", "here", "tasks for", "tasks against", "verdict"]
+    further, head = other_claims(runs), ["layers: task, method, rate", "majority", *PLACES, "areas"]
     return {
-        "claims": table(["claim", "paper", *models, "verdict"], rows),
-        "other rates": table(["task", *map(rate_text, sorted(SEARCHED))], at_rates),
-        "exits, twelve layers": exits(best_known(runs, PAIRS[0], ("mm",)), DEEP),
-        "exits, six layers": exits(select(runs, SMALL), SMALL),
-        "curves": table(["difference, task", *SHOWN], curves),
-        "gradients": table(["layer n", *kinds], of_layers),
-        "replicates": table(["claim", "paper", "here, tuned rates", "here, 5e-5", "verdict"], replicates),
+        "twelve layers": "\n".join(tables),
+        "six layers": "\n".join(others),
+        "other claims": report.table("", claim, further),
+        "exits": report.table("", head, [row for model in TASKS for row in exits(runs, model)]),
+        "by what exits read": report.table("", ["model, method: tasks", *PLACES], read),
+        "gradients": report.table("", ["layer n", *kinds], of_layers),
+        "trainings": report.table("", ["trainings", "number", "hours", *map(named, METHODS)], trainings(runs)),
+        "replicates": report.table("", claim, [*readme, further[0], further[2]]),
     }
 
 
@@ -236,11 +248,12 @@ def bag_of_words() -> dict[str, str]:
     found = defaultdict(list)
     for row in read_rows(CLASSIFIER / "bag_of_words.csv"):
         found[row["model"], row["task"], row["way"], row["share"]].append(float(row["score"]))
-    tasks, deep, shares = (*TASKS[SMALL], "cola"), (*TASKS[DEEP][:3], "own"), ("1/6", "1/3", "1/2", "1")
+    tasks, deep = ("sst2", "mrpc", "qqp", "qnli", "cola"), ("sst2", "mrpc", "cola", "own")
+    shares = "1/6", "1/3", "1/2", "1"
     alone = [[way, *(f"{np.mean(found[SMALL, task, way, n]):.1f}" for task in tasks)] for way, n in ALONE.items()]
     means, gains = [], []
     for way in (*BEHIND, "EE", "SWEET", "MM"):
-        of_tasks = [[np.mean(found[SMALL, task, way, share]) for task in TASKS[SMALL]] for share in shares]
+        of_tasks = [[np.mean(found[SMALL, task, way, share]) for task in tasks[:4]] for share in shares]
         means.append([way, *(f"{np.mean(values):.1f}" for values in of_tasks)])
     for share in shares[:3]:
         ours, theirs = (np.array([found[DEEP, task, way, share] for task in deep]) for way in BEHIND[::-1])
@@ -274,7 +287,7 @@ def draw_promises(path: Path) -> None:
     for name, clearer in CLEARER.items():
         names = [text.replace(name, clearer) for text in names]
     axis.plot([float(row["broken"]) for row in rows], names, "o", color=COLOURS["sweet"])
-    axis.axvline(10, color=COLOURS["plain"], linestyle="--")
+    axis.axvline(10, color="black", linestyle="--")
     label_axes(axis, "At most 10% of the draws may break it", "")
     axis.set(xlabel="draws that lose more than 3 of 100, in percent", xlim=(-0.5, 25))
     save_figure(figure, path)
@@ -290,7 +303,7 @@ def main() -> None:
     runs = report.read_runs(PAPER / "results.csv")
     if args.add:
         added = [report.run_of(folder, args.commit) for folder in args.add]
-        report.write_runs(PAPER / "results.csv", list({run[:7]: run for run in (*runs, *added)}.values()))
+        report.write_runs(PAPER / "results.csv", list({(run[:8], run.commit): run for run in (*runs, *added)}.values()))
         return
     blocks = paper_blocks(runs) | by_rows() | bag_of_words() | speed()
     if not args.write:
@@ -303,9 +316,9 @@ def main() -> None:
         text = re.sub(r"(?<=\n)\| *\d* *\| (\[[^]]*\]\(([^)]*\.py)\))", count_lines, text)
         page.write_text(text, encoding="utf-8")
     for model, name in ((DEEP, "curves-12.png"), (SMALL, "curves-6.png")):
-        chosen = best_known(runs, PAIRS[0], ("mm",)) if model == DEEP else select(runs, model)
-        tasks = [task for task in TASKS[model] if len(chosen.get((task, "ee"), {})) == 3]
-        report.draw_curves(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
+        chosen = select(runs, model)
+        if tasks := [task for task in TASKS[model] if report.common_seeds(chosen, [task], METHODS)]:
+            report.draw_curves(PAPER / name, {named(task): (chosen, [task]) for task in tasks}, METHODS)
     draw_promises(CLASSIFIER / "promises.png")
 
 
