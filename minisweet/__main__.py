@@ -1,8 +1,7 @@
 """Early exits for your own text: `minisweet COMMAND ...`. `minisweet COMMAND --help` lists its options.
 
 fit         train on a file of texts, choose what to deploy, say what to expect
-choose      choose again, for another goal, or with more labels
-label       ask for the few labels that let more texts leave early
+choose      choose again, for another goal
 test        measure the deployed classifier on other labelled texts
 predict     predict the texts of a file
 explain     show each exit's answer to a text, or write a page of the validation texts
@@ -19,7 +18,7 @@ import sys
 from minisweet.base.commands import Parser, run_command
 from minisweet.base.devices import tune_cpu
 
-OWN_TEXT = ("fit", "choose", "label", "test", "predict", "explain", "export")
+OWN_TEXT = ("fit", "choose", "test", "predict", "explain", "export")
 COMMANDS = {name: f"minisweet.classifier.{name}" for name in OWN_TEXT}
 COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradients")}
 

@@ -6,9 +6,8 @@ run of train.py, which has no bag of words, is read as well.
 
 import copy
 import hashlib
-import json
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +22,7 @@ from minisweet import run as run_folder
 from minisweet.adaptive import in_float32, leaves
 from minisweet.base.commands import Parser, number, whole_number
 from minisweet.base.devices import choose_device, choose_precision, tokens_at_once
-from minisweet.base.files import LOG, InputError, read_dataclass, write_json, written_beside
+from minisweet.base.files import LOG, InputError, read_dataclass, write_json
 from minisweet.classifier.bag_of_words import NgramExit
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import Goal
@@ -37,7 +36,7 @@ from minisweet.outputs import BATCH_SIZE, Outputs, ask_all, check_finite, read_o
 from minisweet.run import LOGITS, Record
 from minisweet.texts import Examples, Texts
 
-BAG, OPERATING, LABELS = "bag_of_words.safetensors", "operating.json", "labels.jsonl"
+BAG, OPERATING = "bag_of_words.safetensors", "operating.json"
 ANSWERING = ("point", "model", "bag", "tokenizer")  # the parts of a run that answer
 AT_ONCE = 1024  # texts that the bag of words is asked about, so that those that stay fill batches
 TYPES = {"str": str, "int": int, "float": float, "bool": "True".__eq__}  # names of labels back to labels
@@ -69,7 +68,6 @@ class OwnRun(NamedTuple):
     tokenizer: Tokenizer | None = None
     texts: Texts | None = None  # the validation rows
     outputs: Outputs | None = None  # of all exits for the validation rows, those of the bag of words first
-    given: Mapping[int, int] = {}  # classes, by key, of validation texts that had no label; see `minisweet label`
     point: OperatingPoint | None = None
 
 
@@ -235,7 +233,7 @@ def choose_for(run: OwnRun, goal: Goal, device: str, amp: str, folder: Path | No
             model, bag = copy.deepcopy((model, bag))  # other threads may answer with these weights
         outputs = ask_exits(model.to(place), bag and bag.to(place), asked.texts, precision, record.metric)
         check_finite(outputs, folder or "the run")
-    point = choose(outputs, goal, record.trained_keys, given=run.given, combines=fitted_of(record).combines)
+    point = choose(outputs, goal, record.trained_keys, combines=fitted_of(record).combines)
     return run._replace(outputs=outputs, point=replace(point, id=record.id))
 
 
@@ -243,7 +241,7 @@ def load_run(folder: Path, *parts: str) -> OwnRun:
     """Load the record of a run and the named parts. Raises InputError if one is missing, broken or of another run."""
     record = run_folder.read_record(folder)
     readers = {"model": run_folder.load_model, "bag": load_bag, "tokenizer": run_folder.load_run_tokenizer}
-    readers |= {"texts": load_texts, "outputs": load_outputs, "given": read_given, "point": read_point}
+    readers |= {"texts": load_texts, "outputs": load_outputs, "point": read_point}
     return OwnRun(record, **{part: readers[part](folder, record) for part in parts})
 
 
@@ -282,26 +280,10 @@ def read_point(folder: Path, record: Record) -> OperatingPoint:
     return point
 
 
-def read_given(folder: Path, record: Record) -> dict[int, int]:
-    """Read the labels that were given on request: classes by key."""
-    path = folder / LABELS
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # texts hold other line ends
-        return {row["key"]: record.labels.index(row["label"]) for row in map(json.loads, lines)}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not readable ({error!r:.200})") from None
-
-
 def write_chosen(folder: Path, run: OwnRun) -> None:
-    """Write what `choose` may change: the outputs, the operating point, and labels that were given on request."""
+    """Write what `choose` may change: the outputs and the operating point."""
     write_outputs(folder / LOGITS, run.outputs, run.record.id)
     write_json(folder / OPERATING, asdict(run.point) | {"goal": run.point.goal.as_json()})
-    if run.given and run.texts:
-        names = run.record.labels
-        rows = dict(zip(run.texts.keys.tolist(), run_folder.rows_of(run.texts.examples, names), strict=True))
-        with written_beside(folder / LABELS) as new, new.open("w", encoding="utf-8") as file:
-            for key, label in run.given.items():
-                file.write(json.dumps(rows[key] | {"label": names[label], "key": key}, ensure_ascii=False) + "\n")
 
 
 def save(out: Path, run: OwnRun) -> None:

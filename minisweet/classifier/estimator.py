@@ -13,15 +13,13 @@ import numpy as np
 import torch
 
 from minisweet.adaptive import in_float32
-from minisweet.base.commands import BARS, Kind, notices, whole_number
+from minisweet.base.commands import BARS, Kind, notices
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier import deployed as runs
-from minisweet.classifier.choose import given_labels
 from minisweet.classifier.deployed import Answer, Deployed, deploy, fitted_of, sides_of
 from minisweet.classifier.explain import explain
 from minisweet.classifier.export import export_file, export_folder
 from minisweet.classifier.fit import FitOptions, fit_texts
-from minisweet.classifier.label import rows_to_label
 from minisweet.classifier.operating_point import OperatingPoint, measure
 from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import Columns, label_name, labelled_texts, names_of, texts_of, with_text
@@ -161,32 +159,17 @@ class EarlyExitClassifier:
         max_lost: float | None = None,
         sure: float | None = None,
         max_share: float | None = None,
-        labels: tuple[Sequence, Sequence] | None = None,
     ) -> "EarlyExitClassifier":
         """Choose what to deploy for another goal, from the saved logits. Returns the classifier itself.
 
-        Omitted arguments are the constructor's. `labels` is (texts, labels) of texts that `to_label` gave; alone they
-        keep the current goal. Raises InputError if max_lost and max_share are given together.
+        Omitted arguments are the constructor's. Raises InputError if max_lost and max_share are given together.
         """
         deployed, run = self.deployed, self.deployed.run
         goal = self._options(Goal)
-        if labels is not None:
-            labels = two_of(labels, "labels")
-            if max_lost is sure is max_share is None:
-                goal = run.point.goal
-            rows, _ = labelled_texts(*labels, sides_of(run.record))
-            run = run._replace(given=run.given | given_labels(run, rows))
         device, amp = str(deployed.device), deployed.amp
         run = runs.choose_for(run, goal.changed(max_lost, sure, max_share), device, amp)
         self._deployed = deploy(run, None, device, amp, deployed.batch_size)
         return self
-
-    def to_label(self, most: int = 50) -> list:
-        """Texts whose labels would let more texts leave early, the most useful first; see `minisweet label`."""
-        run = self.deployed.run
-        rows, message = rows_to_label(run, whole_number(1).check("most", most))
-        LOG.log(logging.WARNING if len(rows) < most else logging.INFO, "%s", message)
-        return run.texts.examples.take(rows).texts()
 
     @property
     def promise(self) -> str:
@@ -253,7 +236,7 @@ class EarlyExitClassifier:
         options = FitOptions(device=device, amp=amp)
         batch_size = runs.AT_MOST.check("batch_size", batch_size)
         threshold = None if threshold is None else runs.THRESHOLD.check("threshold", threshold)
-        loaded = runs.load_run(Path(run), *runs.ANSWERING, "texts", "outputs", "given")
+        loaded = runs.load_run(Path(run), *runs.ANSWERING, "texts", "outputs")
         classifier = cls()
         classifier._deployed = deploy(loaded, threshold, options.device, options.amp, batch_size)
         params = vars(loaded.record.arguments) | vars(fitted_of(loaded.record)) | vars(loaded.point.goal)

@@ -41,7 +41,7 @@ def main() -> None:
     if args.out:
         print(export_folder(args.out, load_run(args.run, "model", "tokenizer"), args.exit_layer))
     else:
-        run = load_run(args.run, *ANSWERING, "texts", "outputs", "given")
+        run = load_run(args.run, *ANSWERING, "texts", "outputs")
         print(*export_file(args.onnx, run, args.int8), sep="\n")
 
 

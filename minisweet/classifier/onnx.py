@@ -102,7 +102,7 @@ def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[Op
     outputs = run.outputs._replace(logits=logits, exits=exits, precision="int8")
     known = run.record.trained_keys
     combines = run.point.rule.needs_bag
-    point = choose(outputs, run.point.goal, known, layers, run.given, combines)
+    point = choose(outputs, run.point.goal, known, layers, combines)
     changes = int((logits[-1].argmax(-1) != run.outputs.logits[-1].argmax(-1))[rows].sum())  # of the last exit alone
     line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
     if outputs.metric != "agreement":

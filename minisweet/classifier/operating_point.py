@@ -1,7 +1,7 @@
 """The operating point: what is deployed, what to expect of it on new text, and the promise in words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -98,12 +98,12 @@ class OperatingPoint:
         return self.promise or self.shortfall(set_aside) or "all texts run to the last exit, and none is lost"
 
 
-def measure(places: Sequence[int], threshold: float, judges: Outputs, given: Mapping[int, int] | None = None) -> dict:
+def measure(places: Sequence[int], threshold: float, judges: Outputs) -> dict:
     """Measure early exit with the exits at some places, counted from 0. Returns values of an `OperatingPoint`.
 
-    The `judges` have calibrated logits. Labels that are `given`, by key, enter `lost` alone.
+    The `judges` have calibrated logits.
     """
-    judged = filled(judges, given)
+    judged = filled(judges)
     labelled = scored(judges)
     _, (answers,), (costs,) = judged.decide_at(places, [threshold])
     lost, costs = lost_texts(judged, answers), by_text(judged, costs)  # (T,) each

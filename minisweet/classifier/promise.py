@@ -13,7 +13,7 @@ validation samples lead to a broken promise: a threshold at which more than P of
 
 Proof. On the way down there is a first threshold that is too low. The exact test passes it in at most 100 - S of 100
 samples. In all others the search ends before it, and so takes no threshold that is too low. A missing label only adds
-to the count, so whichever texts are labelled, in whatever order, the search goes no lower than with all labels.
+to the count, so the search goes no lower than with all labels.
 
 This is Learn then Test (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052) with fixed-sequence testing, which
 MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al. 2024, https://arxiv.org/abs/2405.20915.
@@ -22,7 +22,7 @@ MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al
 import math
 from argparse import Namespace
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,19 +147,11 @@ def labelled(outputs: Outputs) -> Outputs:
     return outputs.take(np.flatnonzero(outputs.labels.numpy() >= 0))
 
 
-def filled(outputs: Outputs, given: Mapping[int, int] | None = None) -> Outputs:
-    """All rows, a missing label replaced by the one `given` for the row's key, or else by full depth's answer."""
+def filled(outputs: Outputs) -> Outputs:
+    """All rows, a missing label replaced by full depth's answer."""
     answers = outputs.logits[-1].argmax(-1)
-    if given:
-        pairs = zip(outputs.keys.tolist(), answers.tolist(), strict=True)
-        answers = torch.tensor([given.get(key, answer) for key, answer in pairs])
     metric = outputs.metric if (outputs.labels >= 0).any() else "agreement"
     return outputs._replace(labels=outputs.labels.where(outputs.labels >= 0, answers), metric=metric)
-
-
-def still_open(outputs: Outputs, given: Mapping[int, int]) -> np.ndarray:
-    """Whether each row has no label, and none was `given` for its key, (N,)."""
-    return (outputs.labels < 0).numpy() & ~np.isin(outputs.keys.numpy(), [*given])
 
 
 def scored(outputs: Outputs) -> Outputs:

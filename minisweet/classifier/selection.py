@@ -6,7 +6,7 @@ texts join the judges. Three quarters *judge* the thresholds (promise.py). One t
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ from minisweet.classifier.promise import (
     labelled,
     lost_rows,
     most_lost,
-    still_open,
 )
 from minisweet.classifier.split import dealt, one_of_each
 from minisweet.outputs import Outputs
@@ -80,31 +79,28 @@ def choose(
     goal: Goal,
     known: Collection[int] = (),
     exits: Sequence[int] | None = None,
-    given: Mapping[int, int] | None = None,
     combines: bool = False,
 ) -> OperatingPoint:
     """Choose what to deploy, from the outputs of the validation rows.
 
     `known` are keys of texts that were trained on. `exits` are the layers of the exits to ask, including the last one;
-    None chooses those that reach the goal best. `given` are classes, by key, of judging texts that had no label.
-    `combines` says whether the bag of words contributes to later exits. If no text judges, the threshold is 1, and what
+    None chooses those that reach the goal best. `combines` says whether the bag of words contributes to later exits. If no text judges, the threshold is 1, and what
     is stated is that of all rows, without intervals.
     """
     rule, places, thresholds, choosers, judges, has_judges, _ = prepare(outputs, goal, known, exits, combines)
     layers = outputs.exits.layers
-    judged = filled(judges, given)
-    given = given or {}
+    judged = filled(judges)
     threshold = 1.0
     if has_judges:
         threshold, share, _ = fixed_sequence(judged, goal, places, thresholds)
         if exits is None and goal.max_share is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
             threshold = 1.0  # trying exits in vain costs more than leaving early saves
             places = needed_exits(rule)
-    point = measure(places, threshold, judges, given)
+    point = measure(places, threshold, judges)
     point["choosing_texts"] = len(choosers.keys.unique())
     point["labelled_judges"] = len(judges.keys[judges.labels >= 0].unique())
     _, answers, _ = judged.decide_at(places, [threshold])  # (1, N)
-    if (lost_rows(judged, answers) & still_open(judges, given)).any():
+    if (lost_rows(judged, answers) & (judges.labels < 0).numpy()).any():
         point["lost_interval"][0] = 0.0  # full depth may be wrong there
     if not has_judges:
         point |= dict.fromkeys(("choosing_texts", "judging_texts", "labelled_judges"), 0)
@@ -162,7 +158,7 @@ def unlabelled_judge(choosers: Outputs, judges: Outputs, goal: Goal) -> bool:
 
     Let full depth be right in a share r of the answers that early exit changes. Early exit may change k / (r `a`) of
     all answers if `a` labelled texts judge, of which k may be lost; and k' / (r `a` + `b`) if `b` unlabelled ones judge
-    too. Only the choosing texts, `a` and `b` decide, so that labels which are given later never change it.
+    too. Only the choosing texts, `a` and `b` decide.
     """
     a, b = (len(judges.keys[there].unique()) for there in (judges.labels >= 0, judges.labels < 0))
     if goal.max_share is not None or not a:

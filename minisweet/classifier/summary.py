@@ -19,7 +19,7 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     outputs, point, fitted = run.outputs, run.point, fitted_of(run.record)
     trial = prepare(outputs, point.goal, run.record.trained_keys, point.exits, fitted.combines)
     if threshold not in (None, in_float32(point.threshold)):
-        point = replace(point, threshold=threshold, **measure(trial.places, threshold, trial.judges, run.given))
+        point = replace(point, threshold=threshold, **measure(trial.places, threshold, trial.judges))
     layers = outputs.exits.layers
     costs = outputs.exits.keep_exits(trial.places).costs(point.threshold)
     table = [("deployed", point.score, point.share), ("full depth", point.full_depth, costs[-1])]
