@@ -1,8 +1,7 @@
-"""Choose the exits and the threshold of a run, by the loss or the cost that you allow, from saved logits.
+"""Choose the threshold of a run by the loss that you allow, from saved logits.
 
     minisweet choose runs/tickets                     # at most 3 in 100 texts are lost, 90% sure
     minisweet choose runs/tickets --max-lost 1 --sure 95
-    minisweet choose runs/tickets --max-share 0.3     # at most 30% of the layers run
 
 A text is lost if full depth, which runs all layers, is right and early exit is wrong. The promise holds for one goal
 that is fixed in advance, not for the best of several. Writes operating.json, which test, predict, explain and export
@@ -14,7 +13,7 @@ from pathlib import Path
 from minisweet.base.commands import Parser
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier.deployed import choose_for, load_run, write_chosen
-from minisweet.classifier.promise import Goal, goal_of
+from minisweet.classifier.promise import Goal
 from minisweet.classifier.summary import print_choice
 from minisweet.options import TrainingOptions
 from minisweet.outputs import read_outputs
@@ -25,11 +24,10 @@ def main() -> None:
     """Choose for one run."""
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_options(Goal, max_lost=None, sure=None)
+    parser.add_options(Goal)
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
     folder = args.run
-    goal = goal_of(args)
     run = load_run(folder)
     if run.record.arguments.exit_strategy == "lte":
         message = "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"
@@ -39,6 +37,6 @@ def main() -> None:
             run = run._replace(outputs=read_outputs(folder / LOGITS, run.record.id))
         except InputError as error:
             LOG.warning("%s; it is made again", error)
-    run = choose_for(run, goal, args.device, args.amp, folder)
+    run = choose_for(run, parser.make(Goal, args), args.device, args.amp, folder)
     write_chosen(folder, run)
     print_choice(folder, run)

@@ -283,7 +283,7 @@ def read_point(folder: Path, record: Record) -> OperatingPoint:
 def write_chosen(folder: Path, run: OwnRun) -> None:
     """Write what `choose` may change: the outputs and the operating point."""
     write_outputs(folder / LOGITS, run.outputs, run.record.id)
-    write_json(folder / OPERATING, asdict(run.point) | {"goal": run.point.goal.as_json()})
+    write_json(folder / OPERATING, asdict(run.point))
 
 
 def save(out: Path, run: OwnRun) -> None:

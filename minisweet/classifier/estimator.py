@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -62,7 +63,7 @@ class EarlyExitClassifier:
         classify.predict(["The printer is on fire"])          # array of labels; predict_proba (N, C), classes_, score
         classify.classify(texts)                              # per text: label, confidence, exit layer, probabilities
         print(classify.promise, classify.operating_point)     # what to expect on new text
-        classify.choose(max_lost=2)                           # another goal, or max_share=0.3
+        classify.choose(max_lost=2)                           # another goal
         classify.save("runs/tickets")                         # a run folder; EarlyExitClassifier.load reads it
 
     Texts are a list of strings, or of pairs of strings, or a pandas Series or a DataFrame with one or two columns.
@@ -80,7 +81,6 @@ class EarlyExitClassifier:
         device, amp: as the commands' --device and --amp.
         max_lost, sure: deploy the lowest threshold that loses at most `max_lost` of 100 texts, with `sure` percent
             confidence.
-        max_share: instead, the highest threshold that runs at most this share of the layers.
         verbose: 1 writes notices and progress to standard error; at 0 `fit` is silent except for warnings.
     """
 
@@ -154,20 +154,16 @@ class EarlyExitClassifier:
     def _options(self, kind: type):
         return kind(**{name: getattr(self, name) for name in vars(kind())})
 
-    def choose(
-        self,
-        max_lost: float | None = None,
-        sure: float | None = None,
-        max_share: float | None = None,
-    ) -> "EarlyExitClassifier":
+    def choose(self, max_lost: float | None = None, sure: float | None = None) -> "EarlyExitClassifier":
         """Choose what to deploy for another goal, from the saved logits. Returns the classifier itself.
 
-        Omitted arguments are the constructor's. Raises InputError if max_lost and max_share are given together.
+        Omitted arguments are the constructor's.
         """
         deployed, run = self.deployed, self.deployed.run
-        goal = self._options(Goal)
+        given = {name: value for name, value in (("max_lost", max_lost), ("sure", sure)) if value is not None}
+        goal = replace(self._options(Goal), **given)
         device, amp = str(deployed.device), deployed.amp
-        run = runs.choose_for(run, goal.changed(max_lost, sure, max_share), device, amp)
+        run = runs.choose_for(run, goal, device, amp)
         self._deployed = deploy(run, None, device, amp, deployed.batch_size)
         return self
 

@@ -138,7 +138,7 @@ def write_page(path: Path, deployed: Deployed) -> None:
         "model": Path(record.arguments.model).name,
         "thresholds": thresholds,
         "lowest": rule.lowest,
-        "point": asdict(point) | {"goal": point.goal.as_json(), "promise": point.promise},
+        "point": asdict(point) | {"promise": point.promise},
         "metric": METRIC_NAMES[outputs.metric],
         "sentences": texts.examples.texts(),
         "predictions": outputs.logits.argmax(-1).tolist(),

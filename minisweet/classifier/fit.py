@@ -39,7 +39,7 @@ from minisweet.base.files import LOG, InputError
 from minisweet.checkpoint import REPOSITORIES, WEIGHTS, read_config
 from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
 from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, group_hash, in_groups, save
-from minisweet.classifier.promise import Goal, goal_of
+from minisweet.classifier.promise import Goal
 from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_columns
 from minisweet.classifier.split import class_numbers, classes_of, split_rows, warn_of_near_duplicates
 from minisweet.classifier.summary import print_choice
@@ -355,10 +355,10 @@ def main() -> None:
     option("--out", type=Path, help="run folder (default: runs/<the name of FILE>)")
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     parser.add_options(FitOptions, title="training")
-    parser.add_options(Goal, max_lost=None, sure=None)
+    parser.add_options(Goal)
     args = parser.parse_args()
     options = parser.make(FitOptions, args)
-    goal = goal_of(args)
+    goal = parser.make(Goal, args)
     parser.need(args, args.dev_data is None, "a split of FILE, not --dev-data", "dev_size")
     if not args.file and not (args.trunk and args.unlabelled):
         raise InputError("FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE")

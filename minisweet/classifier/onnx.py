@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
             "pairs": sides_of(record) == 2,
             "texts_at_once": 1 if int8 else None,  # None for any number
             "threshold": deployed.threshold,
-            "goal": point.goal.as_json(),
+            "goal": asdict(point.goal),
         }
         tokenizer = copy.deepcopy(run.tokenizer)
         pad = special_tokens(run.tokenizer)[2]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.promise import ROUNDING, Goal, by_text, filled, lost_texts, scored, texts_needed
+from minisweet.classifier.promise import Goal, by_text, filled, lost_texts, scored, texts_needed
 from minisweet.classifier.split import MOST_JUDGES, UNLABELLED_PER_JUDGE
 from minisweet.metrics import score
 from minisweet.outputs import Outputs
@@ -60,23 +60,18 @@ class OperatingPoint:
         at_most = "at most " * (self.judging_texts > self.labelled_judges)  # a missing label only adds to the count
         words = f"On {self.judging_texts:,} of your texts that the model had not seen, early exit lost {at_most}"
         words += f"{count:,} answer{'s' * (count != 1)} that the full model had right."
-        if self.goal.max_share is None:
-            words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost,"
-            words += f" {self.goal.sure:g}% sure."
+        words += f" In the long run at most {self.goal.max_lost:g} in 100 new texts like these are lost,"
+        words += f" {self.goal.sure:g}% sure."
         if self.labelled_judges and self.score_interval:  # the score is accuracy
             words += f" Of {self.labelled_judges:,} labelled ones the full model had {self.full_depth:.1f} of 100"
             words += f" right, early exit {self.score:.1f}."
         return words
 
     def shortfall(self, set_aside: float) -> str:
-        """A line if the goal is out of reach, or only full depth can be promised, with the rows that it takes; or "".
+        """A line if only full depth can be promised, with the rows that it takes; or "".
 
         `set_aside` is the share of labelled rows that validates.
         """
-        if self.goal.max_share is not None:
-            if self.share <= self.goal.max_share + ROUNDING:
-                return ""
-            return f"at most {self.goal.max_share:g} of the layers is out of reach: the fastest takes {self.share:.3g}"
         if self.threshold < 1:
             return ""
         problem = "nothing faster than full depth can be promised"

@@ -1,7 +1,7 @@
 """The promise about new text: the goal, the exact test, and where the search for a threshold ends.
 
 A text is *lost* if full depth, which runs all layers, is right and early exit is wrong. The goal is to lose at most P
-of 100 texts, and to be S% sure of that; or else to run at most a given share of the layers.
+of 100 texts, and to be S% sure of that.
 
 *Judging* texts try thresholds from 1, which is full depth, downwards: the lower, the faster. At each one the exact
 binomial test decides whether the goal still holds, and the first failure ends the search. Only texts whose answer early
@@ -20,7 +20,6 @@ MAPIE calls `control_fwer` by "fixed_sequence". For early exits see Jazbec et al
 """
 
 import math
-from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ import numpy as np
 import torch
 
 from minisweet.base.commands import Options, number, option
-from minisweet.base.files import InputError
 from minisweet.metrics import METRICS, score
 from minisweet.outputs import Outputs
 
@@ -39,38 +37,10 @@ METRIC_NAMES = METRICS | {"agreement": "agreement with full depth"}  # the metri
 
 @dataclass(frozen=True, kw_only=True)
 class Goal(Options):
-    """The goal of early exit: to lose few texts, or else to run few layers."""
+    """The goal of early exit: to lose few texts."""
 
-    max_lost: float = option(3.0, number(0.01, 99.99), "lose at most this many of 100 texts (default: 3)")
-    sure: float = option(90.0, number(50, 99.9), "confidence in that, in percent (default: 90)")
-    max_share: float | None = option(None, number(0, 1), "instead of max-lost: at most this share of layers, 0 to 1")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_share is not None and self.max_lost != 3:
-            raise InputError(f"{self.max_share:g}, and max_lost is given too; give one of them", "max_share")
-
-    def changed(self, max_lost: float | None, sure: float | None, max_share: float | None) -> "Goal":
-        """The goal with some parts replaced; None keeps a part. Raises InputError if both kinds of goal are given."""
-        if max_share is not None:
-            if max_lost is not None:
-                raise InputError(f"{max_share!r:.60}, and max_lost is given too; give one of them", "max_share")
-            return Goal(max_share=max_share)
-        if max_lost is sure is None:
-            return self
-        return Goal(max_lost=self.max_lost if max_lost is None else max_lost, sure=self.sure if sure is None else sure)
-
-    def as_json(self) -> dict[str, float]:
-        """The goal as in operating.json: {"max_lost": P, "sure": S}, or {"max_share": s}."""
-        names = ("max_lost", "sure") if self.max_share is None else ("max_share",)
-        return {name: float(getattr(self, name)) for name in names}
-
-
-def goal_of(args: Namespace) -> Goal:
-    """The goal that was typed, where `Parser.add_options(Goal, max_lost=None, sure=None)` added its options."""
-    if args.sure is not None and args.max_share is not None:
-        raise InputError("needs --max-lost", "sure")
-    return Goal().changed(args.max_lost, args.sure, args.max_share)
+    max_lost: float = option(3.0, number(0.01, 99.99), "lose at most this many of 100 texts")
+    sure: float = option(90.0, number(50, 99.9), "confidence in that, in percent")
 
 
 def how_sure(texts: int, lost: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
@@ -116,11 +86,8 @@ def fixed_sequence(
     _, answers, costs = outputs.decide_at(places, thresholds)  # (M, N) each
     shares = by_text(outputs, costs).mean(1)  # (M,)
     scores = score(answers, outputs.labels.numpy(), outputs.metric)  # (M,)
-    if goal.max_share is not None:  # the slowest that is fast enough, or else the fastest that there is
-        m = max(np.flatnonzero(shares <= goal.max_share + ROUNDING), default=0)
-    else:
-        lost = lost_texts(outputs, answers)  # (M, T)
-        m = last_passed(lost.sum(1), lost.shape[1], goal, exact)
+    lost = lost_texts(outputs, answers)  # (M, T)
+    m = last_passed(lost.sum(1), lost.shape[1], goal, exact)
     return float(thresholds[m]), float(shares[m]), float(scores[m])
 
 

@@ -93,7 +93,7 @@ def choose(
     threshold = 1.0
     if has_judges:
         threshold, share, _ = fixed_sequence(judged, goal, places, thresholds)
-        if exits is None and goal.max_share is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
+        if exits is None and share > layers[-1] / outputs.exits.depth + ROUNDING:
             threshold = 1.0  # trying exits in vain costs more than leaving early saves
             places = needed_exits(rule)
     point = measure(places, threshold, judges)
@@ -127,7 +127,7 @@ def choose_exits(choosers: Outputs, goal: Goal, rule: CombinedRule) -> list[int]
     def rank(places: list[int]) -> tuple[float, float]:  # the smaller the better
         thresholds = thresholds_to_try(choosers, places)
         _, share, value = fixed_sequence(choosers, goal, places, thresholds, exact=False)
-        return max(0.0, share - (goal.max_share or 0.0)), -value
+        return share, -value
 
     while larger := [sorted([*places, k]) for k in range(len(choosers.logits)) if k not in places]:
         best = min(larger, key=rank)
@@ -161,7 +161,7 @@ def unlabelled_judge(choosers: Outputs, judges: Outputs, goal: Goal) -> bool:
     too. Only the choosing texts, `a` and `b` decide.
     """
     a, b = (len(judges.keys[there].unique()) for there in (judges.labels >= 0, judges.labels < 0))
-    if goal.max_share is not None or not a:
+    if not a:
         return True
     right = share_right(choosers) * a
     return most_lost(a + b, goal) * right > most_lost(a, goal) * (right + b)

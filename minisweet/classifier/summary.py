@@ -40,9 +40,8 @@ def summary(run: OwnRun, threshold: float | None = None, promise: str | None = N
     if point.threshold == 1:
         lines.append("no text leaves early: all run to the last exit")
     elif point.share == costs[0]:
-        is_promised = point.exits[0] == 0 and point.goal.max_share is None
         at_first = "exit 0" if point.exits[0] == 0 else "the first exit"
-        lines.append(f"all texts leave at {at_first}" + ": nothing need be sent to the model" * is_promised)
+        lines.append(f"all texts leave at {at_first}" + ": nothing need be sent to the model" * (point.exits[0] == 0))
     elif point.exits[0] == 0:
         (taken,), _, _ = trial.judges.decide_at(trial.places, [point.threshold])
         sent = by_text(trial.judges, taken > 0).mean()

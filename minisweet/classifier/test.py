@@ -99,7 +99,7 @@ def print_test(deployed: Deployed, outputs: Outputs) -> None:
         interval = "{:6.2f} to {:6.2f}".format(*ends) if ends else " " * 16
         before = f"{getattr(point, key):12.2f}" if key in ("lost", "share") or was_labelled else ""
         print(f"{title:<26}{measured[key]:8.2f}   {interval}{before}")
-    if point.goal.max_share is None and deployed.threshold == in_float32(point.threshold) < 1:
+    if deployed.threshold == in_float32(point.threshold) < 1:
         verdict = "held here"
         needed = texts_needed(point.goal)[0]
         if measured["judging_texts"] < needed:
