@@ -5,7 +5,7 @@ choose      choose again, for another goal
 test        measure the deployed classifier on other labelled texts
 predict     predict the texts of a file
 explain     show each exit's answer to a text, or write a page of the validation texts
-export      write a run as a classifier for transformers, or as an ONNX file
+export      write a run as an ONNX file
 
 Of the paper:
 reproduce   train and evaluate the paper's grid and report it

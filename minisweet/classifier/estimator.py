@@ -19,7 +19,7 @@ from minisweet.base.files import LOG, InputError
 from minisweet.classifier import deployed as runs
 from minisweet.classifier.deployed import Answer, Deployed, deploy, fitted_of, sides_of
 from minisweet.classifier.explain import explain
-from minisweet.classifier.export import export_file, export_folder
+from minisweet.classifier.export import export_file
 from minisweet.classifier.fit import FitOptions, fit_texts
 from minisweet.classifier.operating_point import OperatingPoint, measure
 from minisweet.classifier.promise import Goal
@@ -201,19 +201,16 @@ class EarlyExitClassifier:
         return [explain(self.deployed, text) for text in rows.texts()]
 
     def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
-        """Write one ONNX file with early exit as it was chosen, if the name ends in .onnx.
+        """Write one ONNX file with early exit as it was chosen. Its name must end in .onnx.
 
-        Any other name is a folder for transformers, with the last exit alone: without exit 0 and the threshold. Returns
-        the lines that `minisweet export` prints. Raises InputError for a path that exists, for int8 with a folder, or
+        Returns the lines that `minisweet export` prints. Raises InputError for another name, for a file that exists, or
         if the packages for ONNX are missing.
         """
-        is_file = Path(path).suffix.lower() == ".onnx"
+        if Path(path).suffix.lower() != ".onnx":
+            raise InputError(f"{path}: should end in .onnx")
         run = self.deployed.run
-        if int8 and not is_file:
-            raise InputError(f"is for one file, and {path} should end in .onnx", "int8")
         model, bag = copy.deepcopy((run.model, run.bag))  # to export from the CPU, while they answer on their device
-        run = run._replace(model=model.cpu(), bag=bag)
-        return export_file(Path(path), run, int8) if is_file else [export_folder(Path(path), run)]
+        return export_file(Path(path), run._replace(model=model.cpu(), bag=bag), int8)
 
     @classmethod
     def load(
