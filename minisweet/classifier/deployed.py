@@ -110,11 +110,6 @@ def in_groups(rows: Examples, known: Sequence[str]) -> np.ndarray:
     return np.isin([group_hash(group or "") for group in rows.groups or [None] * len(rows.first)], known)
 
 
-def sides_of(record: Record) -> int:
-    """How many texts a row has: 1, or 2 for pairs."""
-    return max(1, len(record.text_columns))  # the toy task has no columns
-
-
 def deploy(
     run: OwnRun, threshold: float | None = None, device: str = "auto", amp: str = "auto", batch_size: int = 32
 ) -> Deployed:
@@ -147,9 +142,9 @@ def deployed_of(args: Namespace, *parts: str) -> Deployed:
     return deploy(load_run(args.run, *ANSWERING, *parts), args.threshold, args.device, args.amp, args.batch_size)
 
 
-def tokenize(deployed: Deployed, texts: Iterable[str | Sequence[str]]) -> Texts:
-    """Tokenise texts, or pairs of texts. Raises InputError, naming the item, for anything else."""
-    return Texts(deployed.run.tokenizer, texts_of(texts, sides_of(deployed.run.record)))
+def tokenize(deployed: Deployed, texts: Iterable[str]) -> Texts:
+    """Tokenise texts. Raises InputError, naming the item, for anything else."""
+    return Texts(deployed.run.tokenizer, texts_of(texts))
 
 
 def classify(deployed: Deployed, texts: Texts) -> list[Answer]:
@@ -175,7 +170,7 @@ def decide(deployed: Deployed, ids: Tensor, mask: Tensor, types: Tensor) -> Deci
     confidence = torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
     logits = confidence.new_zeros(len(lengths), rule.num_labels)  # (B, C)
     for rows in lengths.argsort(descending=True, stable=True).split(batch_size):  # similar lengths together
-        logits[rows] = rule.calibrated(0, bag(*(x[rows, : lengths[rows[0]]] for x in inputs)))
+        logits[rows] = rule.calibrated(0, bag(*(x[rows, : lengths[rows[0]]] for x in (ids, mask))))
         confidence[rows] = rule.confidence(0, logits[rows], None)
     stay = (~leaves(confidence, threshold, rule.lowest)).nonzero().squeeze(1)  # (R,), texts that go on to the model
     rest = rule.keep_exits(range(1, len(rule.weights)))
@@ -209,7 +204,7 @@ def ask_exits(
         rows, logits = [], []
         for batch in texts.by_length(BATCH_SIZE, tokens_at_once(device)):
             rows.append(batch.rows)
-            logits.append(bag(*batch.to(device).inputs).cpu())
+            logits.append(bag(*batch.to(device).inputs[:2]).cpu())
         of_bag = torch.cat(logits)[torch.cat(rows).argsort()]  # (N, C)
         exits = outputs.exits._replace(layers=[0, *outputs.exits.layers], in_vain=[0.0, *outputs.exits.in_vain])
         outputs = outputs._replace(logits=torch.cat([of_bag[None], outputs.logits]), exits=exits)
@@ -249,7 +244,7 @@ def load_bag(folder: Path, record: Record) -> NgramExit | None:
     """Load the bag of words of a run; None if it has none."""
     if fitted_of(record).exit_layers[0] != 0:
         return None
-    bag = NgramExit(record.vocab_size, len(record.labels), [], pairs=sides_of(record) == 2)
+    bag = NgramExit(record.vocab_size, len(record.labels), [])
     bag.load_state_dict(read_tensors(folder / BAG, record.id)[0])
     return bag
 

@@ -17,7 +17,7 @@ from minisweet.adaptive import in_float32
 from minisweet.base.commands import BARS, Kind, notices
 from minisweet.base.files import LOG, InputError
 from minisweet.classifier import deployed as runs
-from minisweet.classifier.deployed import Answer, Deployed, deploy, fitted_of, sides_of
+from minisweet.classifier.deployed import Answer, Deployed, deploy, fitted_of
 from minisweet.classifier.explain import explain
 from minisweet.classifier.export import export_file
 from minisweet.classifier.fit import FitOptions, fit_texts
@@ -66,7 +66,7 @@ class EarlyExitClassifier:
         classify.choose(max_lost=2)                           # another goal
         classify.save("runs/tickets")                         # a run folder; EarlyExitClassifier.load reads it
 
-    Texts are a list of strings, or of pairs of strings, or a pandas Series or a DataFrame with one or two columns.
+    Texts are a list of strings, or a pandas Series or a DataFrame with one column.
     Labels are strings or numbers; None is a row without a label. `fit` skips and counts empty texts. Several threads
     may share one classifier. On a CPU `minisweet.tune_cpu()`, before a process's first model, makes it faster.
 
@@ -128,25 +128,22 @@ class EarlyExitClassifier:
         """
         verbose = VERBOSE.check("verbose", self.verbose)
         goal = self._options(Goal)
-        sides = None
         options = self._options(FitOptions)
         if unlabelled is None and unlabelled_groups is not None:
             raise InputError("needs unlabelled", "unlabelled_groups")
         if unlabelled is not None:
             unlabelled = with_text(texts_of(unlabelled), unlabelled_groups, "unlabelled_groups")
-            sides = (1 if unlabelled.second is None else 2) if unlabelled.first else None
         X, y = ([], []) if X is None and options.trunk else (X, y)
-        rows, label_type = labelled_texts(X, y, sides)
+        rows, label_type = labelled_texts(X, y)
         rows = with_text(rows, groups)
-        columns = ["text"] if rows.second is None else ["sentence1", "sentence2"]
         if validation is not None:
-            validation, type_there = labelled_texts(*two_of(validation, "validation"), len(columns))
+            validation, type_there = labelled_texts(*two_of(validation, "validation"))
             validation = with_text(validation)
             if not validation.first:
                 raise InputError("has no rows", "validation")
             label_type = label_type if type_there == label_type or not any(validation.names) else "str"
         with telling(verbose), torch.random.fork_rng(range(torch.cuda.device_count())):  # the global random state stays
-            run = fit_texts(options, "texts", rows, validation, unlabelled, Columns(columns), label_type)
+            run = fit_texts(options, "texts", rows, validation, unlabelled, Columns("text"), label_type)
             run = runs.choose_for(run, goal, options.device, options.amp)
         self._deployed = deploy(run, None, options.device, options.amp)
         return self
@@ -188,17 +185,16 @@ class EarlyExitClassifier:
         new group counts. The keys are those of `operating_point`: score, full_depth and per_class of the labelled texts
         (None without any), lost and share of all `judging_texts`.
         """
-        rows = with_text(labelled_texts(X, y, sides_of(self.record))[0], groups)
+        rows = with_text(labelled_texts(X, y)[0], groups)
         outputs = new_outputs(self.deployed, rows, "X", LOG.warning)
         of_labels = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")
         has_labels = (outputs.labels >= 0).any()
         measured = measure(range(len(outputs.logits)), self.deployed.threshold, outputs)
         return measured | ({} if has_labels else dict.fromkeys(of_labels))
 
-    def explain(self, texts: Iterable[str | Sequence[str]]) -> list[list[tuple[Answer, bool]]]:
+    def explain(self, texts: Iterable[str]) -> list[list[tuple[Answer, bool]]]:
         """Each exit's answer to each text, with exit 0's main words, and whether the text may leave."""
-        rows = texts_of(texts, sides_of(self.record))
-        return [explain(self.deployed, text) for text in rows.texts()]
+        return [explain(self.deployed, text) for text in texts_of(texts).first]
 
     def export(self, path: str | Path, *, int8: bool = False) -> list[str]:
         """Write one ONNX file with early exit as it was chosen. Its name must end in .onnx.
@@ -285,7 +281,7 @@ class EarlyExitClassifier:
             raise InputError(f"item {names.index(None)}: has no label" if names else "texts: there are none")
         return float(np.mean([label_name(answer.label) == name for answer, name in zip(answers, names, strict=True)]))
 
-    def classify(self, texts: Iterable[str | Sequence[str]]) -> list[Answer]:
+    def classify(self, texts: Iterable[str]) -> list[Answer]:
         """Classify N texts in their order. Raises InputError, naming the item's index from 0, for anything but text."""
         deployed = self.deployed  # once, since another thread may replace it
         return runs.classify(deployed, runs.tokenize(deployed, texts))

@@ -1,7 +1,6 @@
 """Show each exit's answer to a text, and where the text exits; or write a page that shows it for validation rows.
 
     minisweet explain RUN "The film was not superb."
-    minisweet explain RUN "How old are you?" "What is your age?"
     minisweet explain RUN --html page.html
 
 Exit 0 is a sum over words and pairs of neighbours, so that the contribution of each is known exactly. The page shows
@@ -10,7 +9,6 @@ the labelled validation rows, or all if none is labelled, and applies the same e
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +28,6 @@ from minisweet.texts import Texts
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_NGRAMS = 5  # on each side
 MOST_ROWS = 10_000  # rows of the page that have n-grams, so that it stays small
-SIMILARITIES = ("(similarity of first text to second)", "(similarity of second text to first)")
 
 
 def main() -> None:
@@ -38,13 +35,15 @@ def main() -> None:
     parser = Parser(__doc__)
     add_options(parser)
     option = parser.add_argument
-    option("text", nargs="*", metavar="TEXT", help="a text, or the two of a pair")
+    option("text", nargs="?", metavar="TEXT", help="a text")
     option("--html", type=path_to(".html"), metavar="FILE", help="write a page of the validation rows")
     args = parser.parse_args()
-    if bool(args.text) == bool(args.html):
-        raise InputError("TEXT: should be a text, or the two of a pair; or --html FILE and no text")
-    parser.need(args, args.text, "TEXT; the page shows saved answers", "threshold", "batch_size", "device", "amp")
-    if args.text:
+    if (args.text is None) == (args.html is None):
+        raise InputError("TEXT: should be a text; or --html FILE and no text")
+    parser.need(
+        args, args.text is not None, "TEXT; the page shows saved answers", "threshold", "batch_size", "device", "amp"
+    )
+    if args.text is not None:
         deployed = deployed_of(args)
         print_exits(deployed, explain(deployed, args.text))
     else:
@@ -52,8 +51,8 @@ def main() -> None:
         print(f"written to {args.html}")
 
 
-def explain(deployed: Deployed, text: str | Sequence[str]) -> list[tuple[Answer, bool]]:
-    """Each exit's answer to a text or a pair, and whether the text may leave there, as always at the last exit."""
+def explain(deployed: Deployed, text: str) -> list[tuple[Answer, bool]]:
+    """Each exit's answer to a text, and whether the text may leave there, as always at the last exit."""
     texts = tokenize(deployed, [text])
     rule = deployed.run.point.rule
     outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(rule)
@@ -72,13 +71,13 @@ def word_scores(deployed: Deployed, texts: Texts, row: int) -> tuple[dict[str, f
     """What speaks most for exit 0's answer to a text, and for its runner-up: five n-grams each, largest first.
 
     A number is what a word, or a pair of neighbours "a b", adds to the difference of the two logits, wherever it stands
-    in the text. In pairs of texts it may also be how similar one is to the other.
+    in the text.
     """
     inputs = texts.batch(np.array([row])).to(deployed.device).inputs
-    answer, runner_up = deployed.bag(*inputs)[0].argsort(descending=True, stable=True)[:2]
-    added = deployed.bag.contributions(*inputs)[0]  # (2T or 2T+2, C)
+    answer, runner_up = deployed.bag(*inputs[:2])[0].argsort(descending=True, stable=True)[:2]
+    added = deployed.bag.contributions(*inputs[:2])[0]  # (2T, C)
     tokens = list(map(deployed.run.tokenizer.id_to_token, inputs[0][0].tolist()))
-    names = [*tokens, *map(" ".join, pairwise([*tokens, ""])), *SIMILARITIES]
+    names = [*tokens, *map(" ".join, pairwise([*tokens, ""]))]
     total = Counter()
     for name, number in zip(names, (added[:, answer] - added[:, runner_up]).tolist(), strict=False):
         total[name] += number

@@ -1,7 +1,7 @@
 """Train a classifier on your own text, choose what to deploy, and say what to expect of it.
 
     minisweet fit tickets.csv --out runs/tickets
-    minisweet fit tickets.csv --text-columns subject,body --label-column team --max-lost 2
+    minisweet fit tickets.csv --text-columns body --label-column team --max-lost 2
     minisweet fit tickets.csv --unlabelled more.csv
     minisweet fit --trunk my-classifier --unlabelled texts.csv        # exits for a classifier, without labels
 
@@ -40,7 +40,7 @@ from minisweet.checkpoint import REPOSITORIES, WEIGHTS, read_config
 from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
 from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, group_hash, in_groups, save
 from minisweet.classifier.promise import Goal
-from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_columns
+from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_column
 from minisweet.classifier.split import class_numbers, classes_of, split_rows, warn_of_near_duplicates
 from minisweet.classifier.summary import print_choice
 from minisweet.classifier.teacher import embed, ensemble, regress
@@ -56,8 +56,7 @@ from minisweet.run import Record, check_output, save_run, versions, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import train_stage
 
-# The least steps and epochs of a stage. Labelled single texts of three or more classes gain from eight epochs. Two
-# classes do not, pairs lose, and texts with a model's answers are many anyway (tried.md).
+# The least steps and epochs of a stage. Three or more classes gain from eight epochs, two classes do not (tried.md).
 STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
 # If more texts are unlabelled than labelled, the trunk also learns answers to them: the most texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
@@ -133,11 +132,8 @@ def fit_texts(
         raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     labelled, answered = texts.take(split.labelled), texts.take(split.unlabelled)
     learned = texts.take(np.concatenate([split.labelled, split.unlabelled]))
-    are_pairs = examples.second is not None
-    if are_pairs and config.type_vocab_size == 1:
-        raise InputError(f"{folder}: takes single texts (type_vocab_size 1), and {name} has pairs; use another model")
     if has_bag:
-        check_size(config.vocab_size, len(labels), are_pairs, len(learned))
+        check_size(config.vocab_size, len(labels), len(learned))
     warn_of_near_duplicates(split.validation, learned)
 
     # 3. The trunk, a model with one exit at its end, and the record, as far as it is known before the training.
@@ -157,7 +153,7 @@ def fit_texts(
         task=name,
         labels=labels,
         metric="accuracy",
-        text_columns=columns.texts,
+        text_columns=[columns.text],
         exit_layers=exit_layers,
         depth=config.num_hidden_layers,
         vocab_size=config.vocab_size,
@@ -196,11 +192,10 @@ def fit_texts(
         again = split.unlabelled[np.sort(np.random.default_rng(0).permutation(len(answered))[:MOST_AGAIN])]
     known = texts.take(np.concatenate([split.labelled, again]))
     size = options.batch_size
-    is_single = not are_pairs
     stages = [
-        ("trunk", len(labelled), epochs_of(len(labelled), size, len(labels), is_single)),
+        ("trunk", len(labelled), epochs_of(len(labelled), size, len(labels))),
         ("trunk again", len(known), EPOCHS_AGAIN),
-        ("branches", len(learned), epochs_of(len(learned), size, len(labels), is_single and not len(answered))),
+        ("branches", len(learned), epochs_of(len(learned), size, len(labels), not len(answered))),
     ]
     stages = list(compress(stages, (not trunk, len(again), len(exit_layers) > 1)))
     epochs = {stage: options.epochs or rule for stage, _, rule in stages}
@@ -219,7 +214,7 @@ def fit_texts(
     training = Training(record, device, precision, out)
     if len(again):
         with training.timed("regression"):
-            vectors = embed(base.encoder.eval().to(device), tokenizer, known.examples)
+            vectors = embed(base.encoder.eval().to(device), known)
             second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
             base.cpu()
     if not trunk:
@@ -239,10 +234,10 @@ def fit_texts(
     # 7. The bag of words in front of the model learns the same as the branches.
     bag = None
     if has_bag:
-        bag = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer), are_pairs)
+        bag = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer))
         with training.timed("exit 0"):
             chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
-            batches = [learned.batch(rows).inputs for rows in chunks]
+            batches = [learned.batch(rows).inputs[:2] for rows in chunks]
             fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
 
     # 8. The record of what was trained.
@@ -286,7 +281,7 @@ def resolve(options: FitOptions, config: Config, trunk: Trunk | None) -> FitOpti
 def epochs_of(rows: int, batch_size: int, classes: int, are_single: bool = True) -> int:
     """How many epochs a stage takes, by its number of rows and classes.
 
-    `are_single`: whether the rows are single texts with labels, neither pairs nor texts with a model's answers.
+    `are_single`: whether the rows are texts with labels, not texts with a model's answers.
     """
     least = EPOCHS if are_single and classes > 2 else EPOCHS_OF_OTHERS
     return max(least, ceil(STEPS / ceil(max(1, rows) / batch_size)))
@@ -348,7 +343,7 @@ def main() -> None:
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
     names = list_of(name_of)
-    option("--text-columns", type=names, help="one or two columns (default: text, sentence or sentence1,sentence2)")
+    option("--text-columns", type=names, help="the column of texts (default: text or sentence)")
     option("--label-column", metavar="NAME", help="(default: label)")
     option("--group-column", metavar="NAME", help="what a row belongs to, such as a thread; all its rows stay together")
     option("--dev-data", type=Path, metavar="FILE", help="validation rows (default: rows of FILE set aside)")
@@ -376,18 +371,18 @@ def read_files(args: Namespace) -> tuple[Examples, Examples | None, Examples | N
     """Read the files that a command names: the rows, those to validate on, the unlabelled ones; and FILE's columns."""
     first = args.file or args.unlabelled[0]
     label = args.label_column or "label"
-    columns = text_columns(first, args.text_columns)
-    if args.file and label in columns:
-        raise InputError(f"--text-columns: {','.join(columns)}, should be one or two without the label column")
+    column = text_column(first, args.text_columns)
+    if args.file and label == column:
+        raise InputError(f"--text-columns: {column}, should not be the label column")
 
     def read(file: Path, label: str | None) -> Examples:
-        own = columns if file is first else text_columns(file, args.text_columns, columns)
-        for typed, column in (("--label-column", label), ("--group-column", args.group_column)):
-            if column:
-                find_columns(typed, file, [column])
+        own = column if file is first else text_column(file, args.text_columns, [column])
+        for typed, named in (("--label-column", label), ("--group-column", args.group_column)):
+            if named:
+                find_columns(typed, file, [named])
         return read_texts(file, own, label, args.group_column)
 
-    rows = read(first, label) if args.file else Examples([], None if len(columns) == 1 else [], None, names=[])
+    rows = read(first, label) if args.file else Examples([], None, None, names=[])
     validation = read(args.dev_data, label) if args.dev_data else None
     unlabelled = joined(*(read(file, None) for file in args.unlabelled)) if args.unlabelled else None
-    return rows, validation, unlabelled, Columns(columns, label if args.file else None, args.group_column)
+    return rows, validation, unlabelled, Columns(column, label if args.file else None, args.group_column)

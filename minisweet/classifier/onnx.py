@@ -23,7 +23,7 @@ from minisweet.adaptive import in_float32
 from minisweet.base.commands import progress
 from minisweet.base.files import InputError, written_beside
 from minisweet.classifier.combined_rule import CombinedRule
-from minisweet.classifier.deployed import OwnRun, classify, deploy, fitted_of, sides_of
+from minisweet.classifier.deployed import OwnRun, classify, deploy, fitted_of
 from minisweet.classifier.onnx_graph import INPUTS, export_graph, set_rule
 from minisweet.classifier.operating_point import OperatingPoint
 from minisweet.classifier.promise import METRIC_NAMES
@@ -68,7 +68,6 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
             "labels": record.labels,
             "exit_layers": point.exits,
             "max_length": record.arguments.max_length,
-            "pairs": sides_of(record) == 2,
             "texts_at_once": 1 if int8 else None,  # None for any number
             "threshold": deployed.threshold,
             "goal": asdict(point.goal),

@@ -97,7 +97,7 @@ class Writer:
         tokens = [torch.ones(3, 7).long() for _ in INPUTS]
         steps = {"start": (start, tokens), "go": (go, start(*tokens)), "ask": (ask, start(*tokens))}
         if bag is not None:
-            steps["ask_bag"] = Step(lambda bag, *tokens: bag(*tokens), bag), tokens
+            steps["ask_bag"] = Step(lambda bag, *tokens: bag(*tokens), bag), tokens[:2]
         self.functions = {name: function_of(name, *step) for name, step in steps.items()}
         self.nodes, self.weights = [], []
         self.count = 0
@@ -147,7 +147,7 @@ class Writer:
 
     def ask_bag(self, state: list[str]) -> str:
         """The logits (M, C) of the bag of words."""
-        return self.call("ask_bag", "bag_of_words", [self.bag], *state)[0]
+        return self.call("ask_bag", "bag_of_words", [self.bag], *state[:2])[0]
 
     def ask(self, k: int, state: list[str], bag_logits: str | None) -> str:
         """Exit k's answers (M, C+2). `bag_logits` are None if they are not needed."""

@@ -84,7 +84,8 @@ def choose(
     """Choose what to deploy, from the outputs of the validation rows.
 
     `known` are keys of texts that were trained on. `exits` are the layers of the exits to ask, including the last one;
-    None chooses those that reach the goal best. `combines` says whether the bag of words contributes to later exits. If no text judges, the threshold is 1, and what
+    None chooses those that reach the goal best.
+    `combines` says whether the bag of words contributes to later exits. If no text judges, the threshold is 1, and what
     is stated is that of all rows, without intervals.
     """
     rule, places, thresholds, choosers, judges, has_judges, _ = prepare(outputs, goal, known, exits, combines)

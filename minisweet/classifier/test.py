@@ -19,7 +19,7 @@ from minisweet.classifier import deployed as runs
 from minisweet.classifier.deployed import Deployed, fitted_of
 from minisweet.classifier.operating_point import measure
 from minisweet.classifier.promise import METRIC_NAMES, texts_needed
-from minisweet.classifier.rows import all_columns, read_texts, text_columns
+from minisweet.classifier.rows import all_columns, read_texts, text_column
 from minisweet.classifier.split import one_of_each, units_of
 from minisweet.outputs import Outputs
 from minisweet.texts import Examples, Texts
@@ -37,7 +37,7 @@ def main() -> None:
     deployed = runs.deployed_of(args, "texts")
     fitted = fitted_of(deployed.run.record)
     there = all_columns(args.file)
-    columns = text_columns(args.file, None, deployed.run.record.text_columns, option="")
+    column = text_column(args.file, None, deployed.run.record.text_columns, option="")
     label = next((name for name in (fitted.label_column, "label") if name in there), None)
     if label == "label" and "exit_layer" in there and "predicted_label" not in there:
         raise InputError(f"{args.file}: its column label was written by predict, should hold the true labels")
@@ -46,7 +46,7 @@ def main() -> None:
         print(f"{args.file}: no column {fitted.label_column or 'label'}, so all rows count as unlabelled")
     if fitted.group_column and not group:
         print(f"{args.file}: no column {fitted.group_column}, so each row counts by itself")
-    print_test(deployed, new_outputs(deployed, read_texts(args.file, columns, label, group), args.file, print))
+    print_test(deployed, new_outputs(deployed, read_texts(args.file, column, label, group), args.file, print))
     print_milliseconds(deployed)
 
 
