@@ -83,7 +83,7 @@ def check_size(vocab_size: int, num_labels: int, texts: int) -> None:
     most = MOST // max(vocab_size + BUCKETS, texts)
     if num_labels > most:
         reason = f"exit 0 can be fitted for at most {most:,} classes here, and there are {num_labels:,}"
-        raise InputError(f"{reason}; name the other exits alone, without 0", "exit_layers")
+        raise InputError(reason)
 
 
 @torch.no_grad()

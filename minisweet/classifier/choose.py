@@ -29,9 +29,6 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.run
     run = load_run(folder)
-    if run.record.arguments.exit_strategy == "lte":
-        message = "its exits learned when to be taken (lte), which is for train.py and evaluate.py alone"
-        raise InputError(f"{folder}: {message}")
     if (folder / LOGITS).is_file():
         try:
             run = run._replace(outputs=read_outputs(folder / LOGITS, run.record.id))

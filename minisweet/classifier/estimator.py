@@ -57,7 +57,7 @@ def telling(verbose: int) -> Iterator[None]:
 
 
 class EarlyExitClassifier:
-    """A text classifier whose easy texts leave after a few layers, or before the first one.
+    """A text classifier whose easy texts leave before the first layer.
 
         classify = EarlyExitClassifier(model="minilm-l6", max_lost=3, sure=90).fit(texts, labels)
         classify.predict(["The printer is on fire"])          # array of labels; predict_proba (N, C), classes_, score
@@ -72,8 +72,6 @@ class EarlyExitClassifier:
 
     Args:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
-        method: "plain" or "branch".
-        exit_layers: counted from 1; 0 is exit 0, a bag of words.
         trunk: the folder of a run or a finished classifier to start from, whose answers stay as they are.
         dev_size: the share of the distinct labelled texts that is set aside for validation.
         seed: of new weights, order and dropout.
@@ -120,7 +118,7 @@ class EarlyExitClassifier:
     def fit(self, X, y, *, unlabelled=None, validation=None, groups=None, unlabelled_groups=None):
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
-        `unlabelled` are more texts. Exit 0 and branches learn from them, and so does the model if they outnumber the
+        `unlabelled` are more texts. Exit 0 learns from them, and so does the model if they outnumber the
         labelled ones. `validation` is (texts, labels) to validate on, instead of rows of X; each text counts by itself.
         `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together; None is a row
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
@@ -172,7 +170,7 @@ class EarlyExitClassifier:
             return f"the promise was made in {point.precision}: choose again in this precision"
         if deployed.threshold != in_float32(point.threshold):
             return f"threshold {deployed.threshold:g} is not the one that was chosen, so nothing is promised"
-        return point.in_words(len(fitted.exit_layers), fitted.set_aside)
+        return point.in_words(fitted.set_aside)
 
     def summary(self) -> str:
         """The scores of the bag of words, early exit and full depth on new texts, and what is promised: some lines."""
@@ -189,7 +187,7 @@ class EarlyExitClassifier:
         outputs = new_outputs(self.deployed, rows, "X", LOG.warning)
         of_labels = ("score", "score_interval", "full_depth", "full_depth_interval", "per_class")
         has_labels = (outputs.labels >= 0).any()
-        measured = measure(range(len(outputs.logits)), self.deployed.threshold, outputs)
+        measured = measure(self.deployed.threshold, outputs)
         return measured | ({} if has_labels else dict.fromkeys(of_labels))
 
     def explain(self, texts: Iterable[str]) -> list[list[tuple[Answer, bool]]]:

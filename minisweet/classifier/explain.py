@@ -52,18 +52,17 @@ def main() -> None:
 
 
 def explain(deployed: Deployed, text: str) -> list[tuple[Answer, bool]]:
-    """Each exit's answer to a text, and whether the text may leave there, as always at the last exit."""
+    """Both exits' answers to a text, and whether the text may leave there, as always at the last one."""
     texts = tokenize(deployed, [text])
     rule = deployed.run.point.rule
     outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(rule)
-    logits = outputs.logits[:, 0]  # (K, C)
-    confidence = logits.softmax(-1).amax(-1)  # (K,)
-    may_leave = leaves(confidence, deployed.threshold, rule.lowest)  # (K,)
+    logits = outputs.logits[:, 0]  # (2, C)
+    confidence = logits.softmax(-1).amax(-1)  # (2,)
+    may_leave = leaves(confidence, deployed.threshold, rule.lowest)  # (2,)
     may_leave[-1] = True
     exits = torch.arange(len(logits), device="cpu")  # whatever the user's default device is
     answers = answers_of(deployed, Decisions(logits.argmax(-1), exits, logits, confidence))
-    if deployed.bag is not None:
-        answers[0] = answers[0]._replace(words=word_scores(deployed, texts, 0))
+    answers[0] = answers[0]._replace(words=word_scores(deployed, texts, 0))
     return list(zip(answers, may_leave.tolist(), strict=True))
 
 
@@ -96,10 +95,10 @@ def print_exits(deployed: Deployed, exits: list[tuple[Answer, bool]]) -> None:
         probabilities = ", ".join(f"{one_line(label, 30)} {p:.3f}" for label, p in likeliest)
         row = f"{'->' if answer is taken else '  '} {answer.exit_layer:>5}  {answer.confidence:>10.3f}"
         print(f"{row}  {'yes' if may_leave else 'no':<6}  {probabilities}")
-    if words := exits[0][0].words:
-        (label, _), (runner_up, _) = Counter(exits[0][0].probabilities).most_common(2)
-        print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(label, 30)}: {in_words(words[0])}")
-        print(f"For {one_line(runner_up, 30)}, the runner-up: {in_words(words[1])}")
+    words = exits[0][0].words
+    (label, _), (runner_up, _) = Counter(exits[0][0].probabilities).most_common(2)
+    print(f"\nexit 0 adds up words and pairs of neighbours. For {one_line(label, 30)}: {in_words(words[0])}")
+    print(f"For {one_line(runner_up, 30)}, the runner-up: {in_words(words[1])}")
     place = f"after layer {taken.exit_layer}" if taken.exit_layer else "at exit 0, a bag of words"
     print(f"\n-> leaves {place} as {one_line(taken.label, 200)}")
 
@@ -115,9 +114,8 @@ def write_page(path: Path, deployed: Deployed) -> None:
     Rows without a label are shown only if no row has one.
     """
     record, point, texts, outputs = deployed.run.record, deployed.run.point, deployed.run.texts, deployed.run.outputs
-    places = [outputs.exits.layers.index(n) for n in point.exits]
     rule = point.rule
-    outputs = outputs._replace(logits=outputs.logits[places], exits=outputs.exits.keep_exits(places)).by(rule)
+    outputs = outputs.by(rule)
     shown = np.flatnonzero(outputs.labels.numpy() >= 0)
     has_labels = len(shown) > 0
     outputs = scored(outputs)
@@ -125,15 +123,14 @@ def write_page(path: Path, deployed: Deployed) -> None:
     thresholds = sorted({rule.lowest, point.threshold, *(n / 100 for n in range(101) if n / 100 > rule.lowest)})
     plain = ExitRule(len(record.labels))  # of calibrated logits
     curve, _ = sweep([(plain, np.arange(len(outputs.labels)))], outputs, thresholds)
-    confidences = plain.confidences(outputs.logits).tolist()  # (K, N)
-    rows = range(min(MOST_ROWS, len(texts))) if deployed.bag is not None else ()
+    confidences = plain.confidences(outputs.logits).tolist()  # (2, N)
+    rows = range(min(MOST_ROWS, len(texts)))
     words = (word_scores(deployed, texts, row) for row in progress(rows, desc="exit 0", unit="text"))
     data = {
         **{key: curve[key] for key in ("scores", "speedup_ratios", "exit_scores")},
         "task": record.task,
-        "method": record.arguments.method,
         "labels": record.labels,
-        **outputs.exits._asdict(),
+        "depth": record.depth,
         "model": Path(record.arguments.model).name,
         "thresholds": thresholds,
         "lowest": rule.lowest,
@@ -144,7 +141,6 @@ def write_page(path: Path, deployed: Deployed) -> None:
         "confidences": [[float(f"{sure:.9g}") for sure in row] for row in confidences],  # enough for float32
         "words": [list(map(in_words, both)) for both in words],
         "right": outputs.labels.tolist() if has_labels else None,
-        "difficulties": texts.examples.difficulties,  # of the toy task
     }
     # "<" could begin a tag or a comment that ends the script element. json escapes everything beyond ASCII.
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -3,10 +3,10 @@
     minisweet fit tickets.csv --out runs/tickets
     minisweet fit tickets.csv --text-columns body --label-column team --max-lost 2
     minisweet fit tickets.csv --unlabelled more.csv
-    minisweet fit --trunk my-classifier --unlabelled texts.csv        # exits for a classifier, without labels
+    minisweet fit --trunk my-classifier --unlabelled texts.csv        # exit 0 for a classifier, without labels
 
-Files are .csv, .tsv or .jsonl. By default a plain model is fine-tuned for its last exit alone, and exit 0, a bag of
-words, stands in front of it. Then `fit` does what `minisweet choose` does.
+Files are .csv, .tsv or .jsonl. A model is fine-tuned, and exit 0, a bag of words, stands in front of it. Then `fit`
+does what `minisweet choose` does.
 """
 
 import copy
@@ -49,7 +49,7 @@ from minisweet.config import Config
 from minisweet.defaults import SMALL, default_batch_size
 from minisweet.exits import ExitModel
 from minisweet.hub import model_folder
-from minisweet.methods import METHODS, Stage, add_exits, new_trunk
+from minisweet.methods import Stage, new_trunk
 from minisweet.options import TrainingOptions
 from minisweet.outputs import ask_all
 from minisweet.run import Record, check_output, save_run, versions, weights_id
@@ -57,7 +57,7 @@ from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import train_stage
 
 # The least steps and epochs of a stage. Three or more classes gain from eight epochs, two classes do not (tried.md).
-STEPS, EPOCHS, EPOCHS_OF_OTHERS = 300, 8, 4
+STEPS, EPOCHS, EPOCHS_OF_TWO = 300, 8, 4
 # If more texts are unlabelled than labelled, the trunk also learns answers to them: the most texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 MAX_LENGTH = 256  # tokens
@@ -69,11 +69,7 @@ class FitOptions(Options):
     """The options for training on your own text. Raises InputError, which names the option, for a wrong value."""
 
     model: str = option("minilm-l6", name_of, f"{', '.join(REPOSITORIES)}, a folder or a hub id")
-    method: str = option("plain", one_of("plain", "branch"), "plain, or branch for exits between 0 and the last")
-    exit_layers: list[int] | None = option(
-        None, list_of(whole_number(0)), "as 0,6, or with branch 0,3,6; 0 is a bag of words (default: by depth)"
-    )
-    trunk: str | None = option(None, name_of, "run or classifier to start from; its last exit is not trained")
+    trunk: str | None = option(None, name_of, "run or classifier to start from; it is not trained")
     dev_size: float = option(0.2, number(0.0001, 0.9999), "share of the labelled texts, or groups, that is set aside")
     seed: int = option(0, whole_number(0), "random seed of new weights, order and dropout")
     lr: float | None = option(None, positive_number, "initial learning rate (default: by the model's size)")
@@ -94,7 +90,7 @@ def fit_texts(
     label_type: str = "str",
     out: Path | None = None,
 ) -> OwnRun:
-    """Train on your own text: a trunk, branches on it, and a bag of words in front of it, as the options say.
+    """Train on your own text: a model, and a bag of words in front of it.
 
     Args:
         options: what is left open follows from the model and the data.
@@ -113,35 +109,30 @@ def fit_texts(
     folder = Path(options.trunk) if options.trunk else model_folder(options.model)
     config = read_config(folder)
     options = resolve(options, config, trunk)
-    has_bag = options.exit_layers[0] == 0
-    exit_layers = [n for n in options.exit_layers if n > 0]
     tokenizer = load_tokenizer(folder, config.vocab_size, options.max_length, config.max_tokens)
     device = choose_device(options.device)
     precision = choose_precision(options.amp, device, training=True)
 
-    # 2. The data: training and validation rows. Without any label, all exits learn what the trunk answers.
-    learns_unlabelled = has_bag or len(exit_layers) > 1 or not any(rows.names)
-    if unlabelled and not learns_unlabelled:
-        raise InputError("without exit 0 or branches nothing learns from it; add 0 to the exit layers", "unlabelled")
+    # 2. The data: training and validation rows.
     labels = trunk.labels if trunk else classes_of(rows.names)
     examples = joined(rows, *(part for part in (unlabelled, validation) if part))
     texts = Texts(tokenizer, examples._replace(labels=class_numbers(examples.names, labels, options.trunk).tolist()))
     given = len(validation.first) if validation else 0
-    split = split_rows(name, texts, labels, given, options.dev_size, learns_unlabelled)
+    split = split_rows(name, texts, labels, given, options.dev_size)
     if unlabelled and unlabelled.first and not len(split.unlabelled):
         raise InputError("no text is left: all of them are also labelled, or set aside", "unlabelled")
     labelled, answered = texts.take(split.labelled), texts.take(split.unlabelled)
     learned = texts.take(np.concatenate([split.labelled, split.unlabelled]))
-    if has_bag:
-        check_size(config.vocab_size, len(labels), len(learned))
+    check_size(config.vocab_size, len(labels), len(learned))
     warn_of_near_duplicates(split.validation, learned)
 
-    # 3. The trunk, a model with one exit at its end, and the record, as far as it is known before the training.
+    # 3. The model, with one exit at its end, and the record, as far as it is known before the training.
     torch.manual_seed(options.seed)
-    base = trunk.model if trunk else new_trunk(folder, exit_layers[-1], len(labels))
-    embeddings = base.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
+    depth = config.num_hidden_layers
+    model = trunk.model if trunk else new_trunk(folder, depth, len(labels))
+    embeddings = model.encoder.word_embeddings.weight.detach().clone()  # (V, D), before they are trained
     arguments = {key: value for key, value in vars(options).items() if key not in ("trunk", "dev_size")}
-    arguments |= {"model": options.trunk or options.model, "exit_layers": exit_layers}
+    arguments |= {"model": options.trunk or options.model, "method": "plain", "exit_layers": [depth]}
     arguments["train_size"] = len(labelled) or len(answered)
     validating = examples.take(np.flatnonzero(np.isin(texts.keys, split.validation.keys)))
     groups, validated = ({*map(group_hash, filter(None, x.groups or ()))} for x in (learned.examples, validating))
@@ -154,8 +145,8 @@ def fit_texts(
         labels=labels,
         metric="accuracy",
         text_columns=[columns.text],
-        exit_layers=exit_layers,
-        depth=config.num_hidden_layers,
+        exit_layers=[depth],
+        depth=depth,
         vocab_size=config.vocab_size,
         subset=split.labelled.tolist(),
         digest=hashlib.sha256(digests.encode()).hexdigest(),
@@ -172,15 +163,13 @@ def fit_texts(
                 set_aside=1.0 if validation else options.dev_size,
                 trunk=options.trunk,
                 dev_size=options.dev_size,
-                exit_layers=options.exit_layers,
-                combines=has_bag and not trunk,
+                combines=not trunk,
                 trained_groups=sorted({*trained_groups, *groups}),
                 validated_groups=sorted(validated - groups),
             )
         ),
     )
-    exits = ",".join(map(str, options.exit_layers))
-    LOG.info("%s, exits after layers %s of %d, method %s", folder, exits, record.depth, options.method)
+    LOG.info("%s, %d layers", folder, depth)
     LOG.info("%s: %d rows to train on, %d to validate", name, len(labelled), len(split.validation))
     if examples.empty:
         LOG.warning("empty texts, skipped: %d", examples.empty)
@@ -195,9 +184,8 @@ def fit_texts(
     stages = [
         ("trunk", len(labelled), epochs_of(len(labelled), size, len(labels))),
         ("trunk again", len(known), EPOCHS_AGAIN),
-        ("branches", len(learned), epochs_of(len(learned), size, len(labels), not len(answered))),
     ]
-    stages = list(compress(stages, (not trunk, len(again), len(exit_layers) > 1)))
+    stages = list(compress(stages, (not trunk, len(again))))
     epochs = {stage: options.epochs or rule for stage, _, rule in stages}
     if stages:
         steps = sum(epochs[stage] * ceil(rows / size) for stage, rows, _ in stages)
@@ -214,33 +202,25 @@ def fit_texts(
     training = Training(record, device, precision, out)
     if len(again):
         with training.timed("regression"):
-            vectors = embed(base.encoder.eval().to(device), known)
+            vectors = embed(model.encoder.eval().to(device), known)
             second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
-            base.cpu()
+            model.cpu()
     if not trunk:
-        training.train(Stage("trunk", base), labelled, epochs["trunk"])
+        training.train(Stage("trunk", model), labelled, epochs["trunk"])
     if len(again):
-        answers = ensemble(training.ask("model answers", base, texts.take(again)), second)
-        training.train(Stage("trunk again", base), with_answers(known, answers), epochs["trunk again"])
+        answers = ensemble(training.ask("model answers", model, texts.take(again)), second)
+        training.train(Stage("trunk again", model), with_answers(known, answers), epochs["trunk again"])
 
-    # 6. The exits before the last are branches on the trunk, which stays as it is. They also learn its answers.
-    torch.manual_seed(options.seed)  # so that new weights do not depend on where the trunk is from
-    model = add_exits(options.method, base, exit_layers)
+    # 6. The bag of words in front of the model learns the labels, and the model's answers to other texts.
     if len(answered):
         learned = with_answers(learned, training.ask("unlabelled", model, answered).softmax(-1))
-    for stage in METHODS[options.method].stages(model):
-        training.train(stage, learned, epochs[stage.name])
+    bag = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer))
+    with training.timed("exit 0"):
+        chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
+        batches = [learned.batch(rows).inputs[:2] for rows in chunks]
+        fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
 
-    # 7. The bag of words in front of the model learns the same as the branches.
-    bag = None
-    if has_bag:
-        bag = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer))
-        with training.timed("exit 0"):
-            chunks = np.array_split(np.arange(len(learned)), -(-len(learned) // 256))
-            batches = [learned.batch(rows).inputs[:2] for rows in chunks]
-            fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
-
-    # 8. The record of what was trained.
+    # 7. The record of what was trained.
     seconds = sum(training.seconds.values())
     LOG.info("trained in %.0f s", seconds)
     record = replace(
@@ -256,34 +236,22 @@ def fit_texts(
 def resolve(options: FitOptions, config: Config, trunk: Trunk | None) -> FitOptions:
     """Fill in the defaults that depend on the model. The epochs stay open, as each stage has its own rows.
 
-    Raises InputError if model or trunk cannot have these exits, or texts of this length.
+    Raises InputError if the trunk cannot have texts of this length.
     """
-    end, length = (trunk.model.exit_layers[-1], trunk.max_length) if trunk else (None, None)
+    length = trunk.max_length if trunk else None
     if options.max_length and length and options.max_length != length:  # the keys of cut texts would change
         raise InputError(f"{options.max_length}, should be {length}, as of the trunk {options.trunk}", "max_length")
-    depth = end or config.num_hidden_layers
-    layers = options.exit_layers or sorted({0, depth // 2, depth} if options.method == "branch" else {0, depth})
-    typed = ",".join(map(str, layers))
-    if layers != sorted(layers) or not (end or 1) <= layers[-1] <= depth:
-        where = f"at layer {end}, as the trunk does" if end else f"at one of the layers 1 to {depth}"
-        raise InputError(f"{typed}, should increase and end {where}", "exit_layers")
-    if options.method == "plain" and any(layers[:-1]):
-        raise InputError(f"{typed}, and exits between 0 and the last need the method branch", "exit_layers")
     return replace(
         options,
-        exit_layers=layers,
         lr=options.lr or (1e-4 if config.hidden_size <= SMALL else 5e-5),  # minisweet/tried.md
         batch_size=options.batch_size or default_batch_size(config),
         max_length=options.max_length or length or MAX_LENGTH,
     )
 
 
-def epochs_of(rows: int, batch_size: int, classes: int, are_single: bool = True) -> int:
-    """How many epochs a stage takes, by its number of rows and classes.
-
-    `are_single`: whether the rows are texts with labels, not texts with a model's answers.
-    """
-    least = EPOCHS if are_single and classes > 2 else EPOCHS_OF_OTHERS
+def epochs_of(rows: int, batch_size: int, classes: int) -> int:
+    """How many epochs the first stage takes, by its number of rows and classes."""
+    least = EPOCHS if classes > 2 else EPOCHS_OF_TWO
     return max(least, ceil(STEPS / ceil(max(1, rows) / batch_size)))
 
 
@@ -327,11 +295,11 @@ class Training:
         self.losses[name] = np.round(losses, 5).tolist()
 
     def ask(self, name: str, model: ExitModel, texts: Texts) -> torch.Tensor:
-        """The logits (N, C) that the last exit of a model gives for N texts."""
-        model = model.keep_exits([len(model.exit_layers) - 1]).eval().to(self.device)
+        """The logits (N, C) that a model gives for N texts."""
+        model.eval().to(self.device)
         precision = choose_precision(self.record.arguments.amp, self.device)  # as in evaluation: float32 on a CPU
         with self.timed(name):
-            logits = ask_all(model, texts, precision, title="answering unlabelled texts").logits[-1]
+            (logits,) = ask_all(model, texts, precision, title="answering unlabelled texts").logits
         model.cpu()
         return logits
 

@@ -55,6 +55,6 @@ def main() -> None:
             cut += int(tokens.is_cut.sum())
             bar.update(len(chunk))
     if args.out:
-        exits = ", ".join(f"{left[n]:,} at exit {n}" for n in deployed.run.point.exits)
+        exits = ", ".join(f"{left[n]:,} at exit {n}" for n in (0, record.depth))
         print(f"{args.out}: {left.total():,} rows at threshold {deployed.threshold:.6g}; {exits}", end="; ")
         print(f"empty: {empty:,}; cut to {record.arguments.max_length} tokens: {cut:,}")

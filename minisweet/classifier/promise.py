@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from minisweet.base.commands import Options, number, option
-from minisweet.metrics import METRICS, score
+from minisweet.metrics import METRICS
 from minisweet.outputs import Outputs
 
-ROUNDING = 1e-9  # of shares
+BOTH = [0, 1]  # the places of the exits: the bag of words, and full depth
 METRIC_NAMES = METRICS | {"agreement": "agreement with full depth"}  # the metric where no row has a label
 
 
@@ -65,30 +65,23 @@ def most_lost(texts: int, goal: Goal) -> int:
     return int((how_sure(texts, np.arange(texts + 1), goal.max_lost / 100) >= goal.sure / 100).sum()) - 1
 
 
-def last_passed(lost: np.ndarray, texts: int, goal: Goal, exact: bool = True) -> int:
+def last_passed(lost: np.ndarray, texts: int, goal: Goal) -> int:
     """The index of the lowest threshold that is reached, going down from 1 and stopping before the first failure.
 
-    `lost` (M,) of the `texts` are lost at each threshold. If not `exact`, one fails if more than P of 100 are.
+    `lost` (M,) of the `texts` are lost at each threshold.
     """
-    limit = goal.max_lost / 100
-    passes = how_sure(texts, lost, limit) >= goal.sure / 100 if exact else lost <= texts * (limit + ROUNDING)  # (M,)
+    passes = how_sure(texts, lost, goal.max_lost / 100) >= goal.sure / 100  # (M,)
     return max(np.flatnonzero(~passes[:-1]), default=-1) + 1
 
 
-def fixed_sequence(
-    outputs: Outputs, goal: Goal, places: Sequence[int], thresholds: np.ndarray, exact: bool = True
-) -> tuple[float, float, float]:
-    """Go down the thresholds (M,) with the exits at some places, counted from 0. For `exact` see `last_passed`.
+def fixed_sequence(outputs: Outputs, goal: Goal, thresholds: np.ndarray) -> float:
+    """Go down the thresholds (M,), and return the one that is reached.
 
-    `outputs` have calibrated logits and all labels. Returns the threshold that is reached, and there the share of the
-    layers that run, and the score in percent.
+    `outputs` have calibrated logits and all labels.
     """
-    _, answers, costs = outputs.decide_at(places, thresholds)  # (M, N) each
-    shares = by_text(outputs, costs).mean(1)  # (M,)
-    scores = score(answers, outputs.labels.numpy(), outputs.metric)  # (M,)
+    _, answers, _ = outputs.decide_at(BOTH, thresholds)  # (M, N)
     lost = lost_texts(outputs, answers)  # (M, T)
-    m = last_passed(lost.sum(1), lost.shape[1], goal, exact)
-    return float(thresholds[m]), float(shares[m]), float(scores[m])
+    return float(thresholds[last_passed(lost.sum(1), lost.shape[1], goal)])
 
 
 def lost_rows(outputs: Outputs, answers: np.ndarray) -> np.ndarray:

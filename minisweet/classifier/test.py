@@ -82,14 +82,14 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # one text of each group
     if not len(texts):
         raise InputError(f"{source}: no row is left to test on; name other rows")
-    outputs = runs.ask_exits(deployed.model, deployed.bag, texts, deployed.precision, record.metric)
+    outputs = runs.ask_exits(deployed.model, deployed.bag, texts, deployed.precision)
     return outputs.by(deployed.run.point.rule)
 
 
 def print_test(deployed: Deployed, outputs: Outputs) -> None:
     """Print the measured values next to those stated, and whether the promise held."""
     point = deployed.run.point
-    measured = measure(range(len(outputs.logits)), deployed.threshold, outputs)
+    measured = measure(deployed.threshold, outputs)
     has_labels, was_labelled = ((part.labels >= 0).any() for part in (outputs, deployed.run.texts))
     print(f"\n{len(outputs.labels):,} rows, threshold {deployed.threshold:.6g}")
     print(f"{'':<26}{'here':>8}   95% interval{'stated':>15}")
