@@ -13,7 +13,7 @@ Dimension letters: B batch, T tokens, V vocabulary, D hidden size, C classes, N 
 with a row to fit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -182,10 +182,20 @@ def fit_weights(features: Features, scale: float, targets: Tensor) -> tuple[Tens
         free = unit * variables[0]
         dense = matrix @ variables[1]
         error = -(targets * features.logits(free, dense).log_softmax(-1)).sum()
-        total = (error + (free.square().sum() / PRIOR_VARIANCE + (penalties * dense.square()).sum()) / 2) / N
-        for part, gradient in zip(variables, torch.autograd.grad(total, variables), strict=True):
-            part.grad = gradient
-        return total
+        return (error + (free.square().sum() / PRIOR_VARIANCE + (penalties * dense.square()).sum()) / 2) / N
 
-    torch.optim.LBFGS(variables, max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe").step(loss)
+    minimize(loss, variables, STEPS)
     return unit * variables[0], matrix @ variables[1]
+
+
+def minimize(loss: Callable[[], Tensor], variables: list[Tensor], steps: int, history: int = 10) -> None:
+    """Minimize a loss in place, by at most so many steps of L-BFGS, of which it remembers the last ones (`history`)."""
+
+    def with_gradients() -> Tensor:
+        value = loss()
+        for part, gradient in zip(variables, torch.autograd.grad(value, variables), strict=True):
+            part.grad = gradient
+        return value
+
+    optimizer = torch.optim.LBFGS(variables, max_iter=steps, history_size=history, line_search_fn="strong_wolfe")
+    optimizer.step(with_gradients)

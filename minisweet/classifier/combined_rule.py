@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minisweet.adaptive import ExitRule
 from minisweet.calibration import fit_temperature
+from minisweet.classifier.bag_of_words import minimize
 from minisweet.classifier.promise import labelled
 from minisweet.outputs import Outputs
 
@@ -72,15 +73,11 @@ def fit_answer(logits: Tensor, bag_logits: Tensor, labels: Tensor) -> tuple[floa
     Minimizes the mean negative log-likelihood plus ((1/T - 1)^2 + PRIOR_OF_WEIGHT w^2) / N, convex in 1/T and w.
     """
     parameters = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)  # 1/T, w
-    optimizer = torch.optim.LBFGS([parameters], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
         value = F.cross_entropy(parameters[0] * logits.double() + parameters[1] * bag_logits.double(), labels)
-        value = value + ((parameters[0] - 1) ** 2 + PRIOR_OF_WEIGHT * parameters[1] ** 2) / len(labels)
-        value.backward()
-        return value
+        return value + ((parameters[0] - 1) ** 2 + PRIOR_OF_WEIGHT * parameters[1] ** 2) / len(labels)
 
-    optimizer.step(loss)
+    minimize(loss, [parameters], 50, history=100)
     inverse, weight = parameters.tolist()
     return 1 / max(inverse, 1e-3), weight

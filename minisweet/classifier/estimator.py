@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
-from inspect import Parameter, Signature
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +81,24 @@ class EarlyExitClassifier:
         verbose: 1 writes notices and progress to standard error; at 0 `fit` is silent except for warnings.
     """
 
-    __signature__ = Signature(
-        [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in PARAMETERS.items()]
-    )
-
-    def __init__(self, **parameters) -> None:
-        self.set_params(**PARAMETERS | parameters)
+    def __init__(
+        self,
+        *,
+        model: str = "minilm-l6",
+        trunk: str | None = None,
+        dev_size: float = 0.2,
+        seed: int = 0,
+        lr: float | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        device: str = "auto",
+        amp: str = "auto",
+        max_lost: float = 3.0,
+        sure: float = 90.0,
+        verbose: int = 0,
+    ) -> None:
+        vars(self).update({name: value for name, value in locals().items() if name != "self"})
 
     def get_params(self, deep: bool = True) -> dict:
         """The constructor's arguments by name."""

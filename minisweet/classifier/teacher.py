@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minisweet.base.commands import progress
 from minisweet.base.devices import tokens_at_once
+from minisweet.classifier.bag_of_words import minimize
 from minisweet.layers import TransformerEncoder
 from minisweet.outputs import BATCH_SIZE
 from minisweet.texts import Texts
@@ -48,16 +49,12 @@ def regress(vectors: Tensor, targets: Tensor) -> Tensor:
     n, C = targets.shape
     features = F.pad(vectors / vectors[:n].square().sum(1).mean().sqrt(), (0, 1), value=1.0)  # (N, D+1)
     weights = torch.zeros(features.shape[1], C, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
         error = F.cross_entropy(features[:n] @ weights, targets, reduction="sum")
-        value = (error + weights.square().sum() / PRIOR_VARIANCE / 2) / n
-        value.backward()
-        return value
+        return (error + weights.square().sum() / PRIOR_VARIANCE / 2) / n
 
-    optimizer.step(loss)
+    minimize(loss, [weights], STEPS)
     return features @ weights.detach()
 
 

@@ -2,11 +2,10 @@
 
     minisweet test runs/tickets labelled.csv
 
-Also prints the precision, recall and F1 of each class, and the milliseconds per text. A text without a label counts as
+Also prints the precision, recall and F1 of each class. A text without a label counts as
 lost if early exit changes full depth's answer.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from minisweet.outputs import Outputs
 from minisweet.texts import Examples, Texts
 
 MOST_CLASSES = 20  # with more, classes are not listed
-TIMED = 64  # texts
 
 
 def main() -> None:
@@ -47,7 +45,6 @@ def main() -> None:
     if fitted.group_column and not group:
         print(f"{args.file}: no column {fitted.group_column}, so each row counts by itself")
     print_test(deployed, new_outputs(deployed, read_texts(args.file, column, label, group), args.file, print))
-    print_milliseconds(deployed)
 
 
 def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Callable[[str], None]) -> Outputs:
@@ -112,18 +109,3 @@ def print_test(deployed: Deployed, outputs: Outputs) -> None:
         print(f"\n{'class':<25}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}")
         for name, *scores, rows in zip(deployed.labels, *measured["per_class"].values(), strict=True):
             print(f"{one_line(name, 24):<25}" + "{:10.1f}{:8.1f}{:8.1f}{:8,}".format(*scores, rows))
-
-
-def print_milliseconds(deployed: Deployed) -> None:
-    """Print the time from text to label, as deployed and at full depth: one by one and in batches."""
-    texts = deployed.run.texts.examples.texts()[:TIMED]
-    print(f"\n{f'milliseconds, {len(texts)} texts':<26}one by one  in batches")
-    for title, timed in (("as deployed", deployed), ("with all layers", deployed._replace(threshold=1.0))):
-        milliseconds = []
-        for batches in ([[text] for text in texts], [texts]):
-            for _ in range(2):  # the first time is slower, and not kept
-                started = time.perf_counter()
-                for batch in batches:
-                    runs.classify(timed, runs.tokenize(timed, batch))
-            milliseconds.append(1000 * (time.perf_counter() - started) / len(texts))
-        print(f"{title:<26}{milliseconds[0]:10.2f}{milliseconds[1]:12.2f}")
