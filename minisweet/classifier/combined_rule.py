@@ -27,15 +27,9 @@ class CombinedRule(ExitRule):
         super().__init__(num_labels, temperatures)
         self.weights = weights
 
-    @property
-    def needs_bag(self) -> bool:
-        """Whether the bag of words contributes to full depth."""
-        return bool(self.weights.any())
-
     def full_depth(self, logits: Tensor, bag_logits: Tensor) -> Tensor:
         """Full depth's calibrated logits, from the model's logits and the bag's calibrated logits: (n, C) each."""
-        calibrated = self.calibrated(1, logits)
-        return calibrated + self.weights[1] * bag_logits if self.needs_bag else calibrated
+        return self.calibrated(1, logits) + self.weights[1] * bag_logits
 
     def all_calibrated(self, logits: Tensor) -> Tensor:
         bag_logits = self.calibrated(0, logits[0])

@@ -74,9 +74,7 @@ class Deployed(NamedTuple):
 
     run: OwnRun
     threshold: float  # that of the operating point, or another one
-    bag: NgramExit
-    model: ExitModel
-    device: torch.device  # of bag and model
+    device: torch.device  # of the run's bag and model
     amp: str  # as in the options
     precision: torch.dtype | None  # to autocast to
     batch_size: int  # texts that run at once
@@ -120,7 +118,8 @@ def deploy(
         LOG.warning(message, point.precision, precision or torch.float32)
     threshold = in_float32(point.threshold if threshold is None else threshold)
     labels = [TYPES[fitted_of(run.record).label_type](name) for name in run.record.labels]
-    return Deployed(run, threshold, run.bag.to(place), run.model.to(place), place, amp, precision, batch_size, labels)
+    run.bag.to(place), run.model.to(place)
+    return Deployed(run, threshold, place, amp, precision, batch_size, labels)
 
 
 def add_options(parser: Parser) -> None:
@@ -160,11 +159,11 @@ def decide(deployed: Deployed, ids: Tensor, mask: Tensor, types: Tensor) -> Deci
     confidence = torch.zeros_like(lengths, dtype=torch.float32)  # (B,)
     logits = confidence.new_zeros(len(lengths), rule.num_labels)  # (B, C)
     for rows in lengths.argsort(descending=True, stable=True).split(batch_size):  # similar lengths together
-        logits[rows] = rule.calibrated(0, deployed.bag(*(x[rows, : lengths[rows[0]]] for x in (ids, mask))))
+        logits[rows] = rule.calibrated(0, deployed.run.bag(*(x[rows, : lengths[rows[0]]] for x in (ids, mask))))
         confidence[rows] = rule.confidence(0, logits[rows], None)
     stay = (~leaves(confidence, deployed.threshold, rule.lowest)).nonzero().squeeze(1)  # (R,), those that go on
     with torch.autocast(deployed.device.type, precision, enabled=precision is not None):
-        later = early_exit(deployed.model, *(x[stay] for x in (ids, mask, types)), 1.0, batch_size=batch_size)
+        later = early_exit(deployed.run.model, *(x[stay] for x in (ids, mask, types)), 1.0, batch_size=batch_size)
     logits[stay] = rule.full_depth(later.logits, logits[stay])
     confidence[stay] = rule.confidence(1, logits[stay], None)
     exits = torch.zeros_like(lengths)

@@ -3,7 +3,7 @@
 import copy
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -29,13 +29,6 @@ from minisweet.run import Record
 
 PARAMETERS = vars(FitOptions()) | vars(Goal()) | {"verbose": 0}
 VERBOSE = Kind("a whole number from 0", int, lambda value: isinstance(value, int) and value >= 0)  # True is 1
-
-
-def two_of(value: object, name: str) -> Sequence:
-    """The texts and labels of the argument `name`. Raises InputError for anything else."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InputError("should be (texts, labels)", name)
-    return value
 
 
 @contextmanager
@@ -65,9 +58,9 @@ class EarlyExitClassifier:
         classify.choose(max_lost=2)                           # another goal
         classify.save("runs/tickets")                         # a run folder; EarlyExitClassifier.load reads it
 
-    Texts are a list of strings, or a pandas Series or a DataFrame with one column.
-    Labels are strings or numbers; None is a row without a label. `fit` skips and counts empty texts. Several threads
-    may share one classifier. On a CPU `minisweet.tune_cpu()`, before a process's first model, makes it faster.
+    Texts are a list of strings, or a pandas Series or a DataFrame with one column. Labels are strings or numbers; None
+    is a row without a label. `fit` skips and counts empty texts. Several threads may share one classifier. On a CPU
+    `minisweet.tune_cpu()`, before a process's first model, makes it faster.
 
     Args:
         model: a preset, a folder in Hugging Face's layout, or an id of its hub.
@@ -129,8 +122,8 @@ class EarlyExitClassifier:
     def fit(self, X, y, *, unlabelled=None, validation=None, groups=None, unlabelled_groups=None):
         """Train on texts X (N) and labels y (N), and choose what to deploy. Returns the classifier itself.
 
-        `unlabelled` are more texts. Exit 0 learns from them, and so does the model if they outnumber the
-        labelled ones. `validation` is (texts, labels) to validate on, instead of rows of X; each text counts by itself.
+        `unlabelled` are more texts. Exit 0 learns from them, and so does the model if they outnumber the labelled ones.
+        `validation` is (texts, labels) to validate on, instead of rows of X; each text counts by itself.
         `groups` (N) says what a row belongs to, such as a thread or a document, whose rows stay together; None is a row
         by itself. `unlabelled_groups` does so for `unlabelled`. With a `trunk`, X and y may be None. Until the new
         model is ready, the previous one answers. Raises InputError, naming the item, for what cannot be trained on.
@@ -146,7 +139,9 @@ class EarlyExitClassifier:
         rows, label_type = labelled_texts(X, y)
         rows = with_text(rows, groups)
         if validation is not None:
-            validation, type_there = labelled_texts(*two_of(validation, "validation"))
+            if not isinstance(validation, tuple | list) or len(validation) != 2:
+                raise InputError("should be (texts, labels)", "validation")
+            validation, type_there = labelled_texts(*validation)
             validation = with_text(validation)
             if not validation.first:
                 raise InputError("has no rows", "validation")

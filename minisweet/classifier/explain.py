@@ -55,7 +55,7 @@ def explain(deployed: Deployed, text: str) -> list[tuple[Answer, bool]]:
     """Both exits' answers to a text, and whether the text may leave there, as always at the last one."""
     texts = tokenize(deployed, [text])
     rule = deployed.run.point.rule
-    outputs = ask_exits(deployed.model, deployed.bag, texts, deployed.precision).by(rule)
+    outputs = ask_exits(deployed.run.model, deployed.run.bag, texts, deployed.precision).by(rule)
     logits = outputs.logits[:, 0]  # (2, C)
     confidence = logits.softmax(-1).amax(-1)  # (2,)
     may_leave = leaves(confidence, deployed.threshold, rule.lowest)  # (2,)
@@ -73,8 +73,8 @@ def word_scores(deployed: Deployed, texts: Texts, row: int) -> tuple[dict[str, f
     in the text.
     """
     inputs = texts.batch(np.array([row])).to(deployed.device).inputs
-    answer, runner_up = deployed.bag(*inputs[:2])[0].argsort(descending=True, stable=True)[:2]
-    added = deployed.bag.contributions(*inputs[:2])[0]  # (2T, C)
+    answer, runner_up = deployed.run.bag(*inputs[:2])[0].argsort(descending=True, stable=True)[:2]
+    added = deployed.run.bag.contributions(*inputs[:2])[0]  # (2T, C)
     tokens = list(map(deployed.run.tokenizer.id_to_token, inputs[0][0].tolist()))
     names = [*tokens, *map(" ".join, pairwise([*tokens, ""]))]
     total = Counter()

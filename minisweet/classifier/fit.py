@@ -16,7 +16,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import compress
 from math import ceil
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from minisweet.checkpoint import REPOSITORIES, WEIGHTS, read_config
 from minisweet.classifier.bag_of_words import NgramExit, check_size, fit_ngrams
 from minisweet.classifier.deployed import Fitted, OwnRun, choose_for, group_hash, in_groups, save
 from minisweet.classifier.promise import Goal
-from minisweet.classifier.rows import Columns, find_columns, joined, read_texts, text_column
+from minisweet.classifier.rows import Columns, find_column, joined, read_texts, text_column
 from minisweet.classifier.split import class_numbers, classes_of, split_rows, warn_of_near_duplicates
 from minisweet.classifier.summary import print_choice
 from minisweet.classifier.teacher import embed, ensemble, regress
@@ -56,12 +55,11 @@ from minisweet.run import Record, check_output, save_run, versions, weights_id
 from minisweet.texts import Examples, Texts, load_tokenizer, special_ids
 from minisweet.training import train_stage
 
-# The least steps and epochs of a stage. Three or more classes gain from eight epochs, two classes do not (tried.md).
+# The least steps and epochs of fine-tuning. Three classes or more gain from eight epochs, two do not (tried.md).
 STEPS, EPOCHS, EPOCHS_OF_TWO = 300, 8, 4
-# If more texts are unlabelled than labelled, the trunk also learns answers to them: the most texts, and the epochs.
+# If more texts are unlabelled than labelled, the model also learns answers to them: the most texts, and the epochs.
 MOST_AGAIN, EPOCHS_AGAIN = 5000, 2
 MAX_LENGTH = 256  # tokens
-TITLES = {"trunk": "fine-tuning", "trunk again": "learning from its own answers"}  # of progress bars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,43 +173,35 @@ def fit_texts(
         LOG.warning("empty texts, skipped: %d", examples.empty)
     LOG.info("texts cut to %d tokens: %d", options.max_length, labelled.is_cut.sum())
 
-    # 4. The stages: how many rows each learns from, and for how many epochs by rule.
-    again = split.unlabelled[:0]  # the rows that the trunk learns again with
-    if not trunk and len(labelled) < len(answered):
-        again = split.unlabelled[np.sort(np.random.default_rng(0).permutation(len(answered))[:MOST_AGAIN])]
-    known = texts.take(np.concatenate([split.labelled, again]))
-    size = options.batch_size
-    stages = [
-        ("trunk", len(labelled), epochs_of(len(labelled), size, len(labels))),
-        ("trunk again", len(known), EPOCHS_AGAIN),
-    ]
-    stages = list(compress(stages, (not trunk, len(again))))
-    epochs = {stage: options.epochs or rule for stage, _, rule in stages}
-    if stages:
-        steps = sum(epochs[stage] * ceil(rows / size) for stage, rows, _ in stages)
-        work = f"{len(stages)} stage{'s' * (len(stages) > 1)}, {steps:,} steps"
-        LOG.info("%s, lr %g, seed %d, %s, %s", work, options.lr, options.seed, record.device, record.precision)
-        if (rule := stages[0][2]) > (options.epochs or rule):
-            message = "epochs: %d, fewer than the default of %d; the model may learn nothing"
-            LOG.warning(message, options.epochs, rule)
-    else:
-        LOG.info("no layer is trained: the trunk stays as it is")
-
-    # 5. The trunk learns the labels. If more texts are unlabelled than labelled, it then learns the labels again,
+    # 4. The model learns the labels. If more texts are unlabelled than labelled, it then learns the labels again,
     # together with what two teachers answer to these texts (teacher.py).
     training = Training(record, device, precision, out)
-    if len(again):
-        with training.timed("regression"):
-            vectors = embed(model.encoder.eval().to(device), known)
-            second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
-            model.cpu()
-    if not trunk:
-        training.train(Stage("trunk", model), labelled, epochs["trunk"])
-    if len(again):
-        answers = ensemble(training.ask("model answers", model, texts.take(again)), second)
-        training.train(Stage("trunk again", model), with_answers(known, answers), epochs["trunk again"])
+    if trunk:
+        LOG.info("no layer is trained: the trunk stays as it is")
+    else:
+        again = np.random.default_rng(0).permutation(len(answered))[:MOST_AGAIN]
+        again = split.unlabelled[np.sort(again)] if len(labelled) < len(answered) else split.unlabelled[:0]
+        known = texts.take(np.concatenate([split.labelled, again]))
+        rule = epochs_of(len(labelled), options.batch_size, len(labels))
+        epochs, epochs_again = options.epochs or rule, options.epochs or EPOCHS_AGAIN
+        steps = epochs * ceil(len(labelled) / options.batch_size)
+        steps += epochs_again * ceil(len(known) / options.batch_size) * (len(again) > 0)
+        about = options.lr, options.seed, record.device, record.precision
+        LOG.info("%s steps, lr %g, seed %d, %s, %s", f"{steps:,}", *about)
+        if epochs < rule:
+            LOG.warning("epochs: %d, fewer than the default of %d; the model may learn nothing", epochs, rule)
+        if len(again):
+            with training.timed("regression"):
+                vectors = embed(model.encoder.eval().to(device), known)
+                second = regress(vectors, torch.eye(len(labels))[labelled.labels])[len(labelled) :]
+                model.cpu()
+        training.train(Stage("fine-tuning", model), labelled, epochs)
+        if len(again):
+            answers = ensemble(training.ask("model answers", model, texts.take(again)), second)
+            stage = Stage("learning from its own answers", model)
+            training.train(stage, with_answers(known, answers), epochs_again)
 
-    # 6. The bag of words in front of the model learns the labels, and the model's answers to other texts.
+    # 5. The bag of words in front of the model learns the labels, and the model's answers to other texts.
     if len(answered):
         learned = with_answers(learned, training.ask("unlabelled", model, answered).softmax(-1))
     bag = NgramExit(config.vocab_size, len(labels), special_ids(tokenizer))
@@ -220,7 +210,7 @@ def fit_texts(
         batches = [learned.batch(rows).inputs[:2] for rows in chunks]
         fit_ngrams(bag, batches, torch.from_numpy(learned.targets), embeddings)
 
-    # 7. The record of what was trained.
+    # 6. The record of what was trained.
     seconds = sum(training.seconds.values())
     LOG.info("trained in %.0f s", seconds)
     record = replace(
@@ -278,13 +268,11 @@ class Training:
         self.seconds[name] = time.perf_counter() - started
 
     def train(self, stage: Stage, texts: Texts, epochs: int) -> None:
-        """Train a stage. The progress bar says what it does."""
-        name = stage.name
+        """Train a stage."""
         options = self.record.arguments
-        stage = stage._replace(name=TITLES.get(name, name))
         settings = options.batch_size, options.lr, options.seed, self.device, self.precision
         try:
-            with self.timed(name):
+            with self.timed(stage.name):
                 losses = train_stage(stage, texts, epochs, *settings)
         except FloatingPointError as error:
             step = error.args[0]
@@ -292,7 +280,7 @@ class Training:
                 save_run(self.out, replace(self.record, diverged=step))
             message = f"at {options.lr:g} the loss became infinite or NaN at step {step}; try a lower one"
             raise InputError(message, "lr") from None
-        self.losses[name] = np.round(losses, 5).tolist()
+        self.losses[stage.name] = np.round(losses, 5).tolist()
 
     def ask(self, name: str, model: ExitModel, texts: Texts) -> torch.Tensor:
         """The logits (N, C) that a model gives for N texts."""
@@ -347,7 +335,7 @@ def read_files(args: Namespace) -> tuple[Examples, Examples | None, Examples | N
         own = column if file is first else text_column(file, args.text_columns, [column])
         for typed, named in (("--label-column", label), ("--group-column", args.group_column)):
             if named:
-                find_columns(typed, file, [named])
+                find_column(typed, file, named)
         return read_texts(file, own, label, args.group_column)
 
     rows = read(first, label) if args.file else Examples([], None, None, names=[])

@@ -43,7 +43,7 @@ def export_onnx(out: Path, run: OwnRun, int8: bool = False) -> list[str]:
     rows = judging if len(judging) else np.arange(len(run.texts))  # to try the file on
     tried = run.texts.take(rows)
     with written_beside(out, overwrite=False) as new:
-        file = export_graph(deployed.model, deployed.bag, run.point.threshold, run.point.rule, int8)
+        file = export_graph(deployed.run.model, deployed.run.bag, run.point.threshold, run.point.rule, int8)
         if int8:
             point, line = choose_for_int8(file, run, rows)
             lines.append(line)
@@ -92,7 +92,7 @@ def choose_for_int8(file: ModelProto, run: OwnRun, rows: np.ndarray) -> tuple[Op
     answers = [one_by_one(file, run.texts, threshold=threshold)[0][0] for threshold in at]
     logits = torch.from_numpy(np.stack(answers)).clamp(min=1e-37).log()  # (2, N, C)
     outputs = run.outputs._replace(logits=logits, precision="int8")
-    point = choose(outputs, run.point.goal, run.record.trained_keys, run.point.rule.needs_bag)
+    point = choose(outputs, run.point.goal, run.record.trained_keys, fitted_of(run.record).combines)
     changes = int((logits[-1].argmax(-1) != run.outputs.logits[-1].argmax(-1))[rows].sum())  # of the last exit alone
     line = f"int8: {changes:,} of {len(rows):,} answers at full depth are not the model's"
     if outputs.metric != "agreement":

@@ -75,8 +75,7 @@ class Writer:
     An exit's answers (M, C+2) are probabilities, confidence and layer.
     """
 
-    def __init__(self, model: MultiExitModel, bag: NgramExit, combines: bool) -> None:
-        self.combines = combines  # whether the bag of words contributes to full depth
+    def __init__(self, model: MultiExitModel, bag: NgramExit) -> None:
         self.bag = bag
         self.model = copy.deepcopy(model).requires_grad_(False).train()
         for module in self.model.modules():
@@ -144,11 +143,8 @@ class Writer:
         for i, layer in enumerate(layers):
             (hidden,) = self.call("go", f"layers.{i}", [layer], hidden, *context)
         (logits,) = self.call("ask", "exit", [last, self.model.heads[0]], hidden, *context)
-        calibrated = self.divided(1, logits)
-        if self.combines:
-            weight = add("Gather", "weights", add("Constant", value_int=1))
-            calibrated = add("Add", calibrated, add("Mul", add("Gather", bag_logits, rows), weight))
-        return self.answers(len(encoder.layers), calibrated)
+        of_bag = add("Mul", add("Gather", bag_logits, rows), add("Gather", "weights", add("Constant", value_int=1)))
+        return self.answers(len(encoder.layers), add("Add", self.divided(1, logits), of_bag))
 
     def write(self) -> ModelProto:
         """Write the whole graph. Besides the inputs of the file it has temperatures and weights, (2,) each."""
@@ -195,7 +191,7 @@ def export_graph(
         after.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)  # the exporters say much about themselves
         warnings.simplefilter("ignore")
-        file = inline_local_functions(Writer(model, bag, rule.needs_bag).write())
+        file = inline_local_functions(Writer(model, bag).write())
         optimizer.fold_constants(file)
         optimizer.remove_unused_nodes(file)
         if int8:
@@ -218,8 +214,8 @@ def export_graph(
 
 def set_rule(file: ModelProto, threshold: float, rule: CombinedRule) -> None:
     """Give a file, in place, a default threshold and a rule."""
-    weights = rule.weights / rule.temperatures[0] if rule.needs_bag else torch.zeros_like(rule.weights)
-    new = {"threshold": np.array(threshold), "temperatures": rule.temperatures.numpy(), "weights": weights.numpy()}
+    weights = (rule.weights / rule.temperatures[0]).numpy()
+    new = {"threshold": np.array(threshold), "temperatures": rule.temperatures.numpy(), "weights": weights}
     kept = [value for value in file.graph.initializer if value.name not in new]
     del file.graph.initializer[:]
     file.graph.initializer.extend(kept + [from_array(value.astype(np.float32), name) for name, value in new.items()])

@@ -65,23 +65,15 @@ def most_lost(texts: int, goal: Goal) -> int:
     return int((how_sure(texts, np.arange(texts + 1), goal.max_lost / 100) >= goal.sure / 100).sum()) - 1
 
 
-def last_passed(lost: np.ndarray, texts: int, goal: Goal) -> int:
-    """The index of the lowest threshold that is reached, going down from 1 and stopping before the first failure.
-
-    `lost` (M,) of the `texts` are lost at each threshold.
-    """
-    passes = how_sure(texts, lost, goal.max_lost / 100) >= goal.sure / 100  # (M,)
-    return max(np.flatnonzero(~passes[:-1]), default=-1) + 1
-
-
 def fixed_sequence(outputs: Outputs, goal: Goal, thresholds: np.ndarray) -> float:
-    """Go down the thresholds (M,), and return the one that is reached.
+    """Go down the thresholds (M,) from 1, stop before the first at which the test fails, and return the last one.
 
     `outputs` have calibrated logits and all labels.
     """
     _, answers, _ = outputs.decide_at(BOTH, thresholds)  # (M, N)
     lost = lost_texts(outputs, answers)  # (M, T)
-    return float(thresholds[last_passed(lost.sum(1), lost.shape[1], goal)])
+    passes = how_sure(lost.shape[1], lost.sum(1), goal.max_lost / 100) >= goal.sure / 100  # (M,)
+    return float(thresholds[max(np.flatnonzero(~passes[:-1]), default=-1) + 1])
 
 
 def lost_rows(outputs: Outputs, answers: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from minisweet.base.files import InputError, preview, regular_file, written_besi
 from minisweet.texts import Examples
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-TEXT_COLUMNS = (["text"], ["sentence"])  # by default, in this order
+TEXT_COLUMNS = ("text", "sentence")  # by default, in this order
 ONE_TEXT = "join the two texts into one, or train on pairs with train.py"
 HALF = re.compile("[\ud800-\udfff]")  # half of a character (a surrogate), which UTF-8 cannot encode
 NO_LISTS = (str, bytes, Mapping, set, frozenset)  # iterables that are not lists of texts
@@ -125,18 +125,18 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def find_columns(option: str, path: Path, *choices: Sequence[str]) -> list[str]:
-    """The first of the `choices` whose columns are all in the file. Errors name the option."""
+def find_column(option: str, path: Path, *choices: str) -> str:
+    """The first of the `choices` that is a column of the file. Errors name the option."""
     first_row = next(read_rows(path), (0, {}))[1]
-    columns = list(first_row) if first_row.keys() >= set(choices[0]) else all_columns(path)  # a JSON row may lack some
+    columns = list(first_row) if choices[0] in first_row else all_columns(path)  # a JSON row may lack some
     for choice in choices:
-        if set(choice) <= set(columns):
-            return list(choice)
+        if choice in columns:
+            return choice
     if not columns:
         raise InputError(f"{path}: it has no rows")
-    lacking = " or ".join(dict.fromkeys(map(",".join, choices)))
     advice = f"name it with {option}" if option else "name it so in the file"
     advice = ONE_TEXT if {"sentence1", "sentence2"} <= {*columns} else advice
+    lacking = " or ".join(dict.fromkeys(choices))
     raise InputError(f"{path}: no column {lacking}; it has {preview(columns)}; {advice}")
 
 
@@ -146,7 +146,7 @@ def text_column(
     """The column of a file's texts: the one `named`, else the `trained` one, else a usual one."""
     if named and len(named) > 1:
         raise InputError(f"--text-columns: {','.join(named)}, should be one column; {ONE_TEXT}")
-    return find_columns(option, path, *([named] if named else filter(None, [trained, *TEXT_COLUMNS])))[0]
+    return find_column(option, path, *(named or [*trained, *TEXT_COLUMNS]))
 
 
 def cell(path: Path, line: int, row: dict, column: str) -> str:
@@ -222,7 +222,7 @@ def texts_of(texts: Iterable[str]) -> Examples:
     """A list of texts as unlabelled rows. Raises InputError, naming the item."""
     columns = list(getattr(texts, "columns", []))  # of a frame of pandas
     if len(columns) > 1:
-        named = next((name for (name,) in TEXT_COLUMNS if name in columns), columns[0])
+        named = next((name for name in TEXT_COLUMNS if name in columns), columns[0])
         raise InputError(f"texts: the frame has columns {preview(columns)}; pass df[{named!r}]")
     texts = as_list(texts)
     if isinstance(texts, NO_LISTS) or not isinstance(texts, Iterable):

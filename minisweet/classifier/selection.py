@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minisweet.adaptive import ExitRule, in_float32
+from minisweet.adaptive import in_float32
 from minisweet.classifier.combined_rule import CombinedRule, fit_combined_rule
 from minisweet.classifier.operating_point import CHOOSING, OperatingPoint, measure
 from minisweet.classifier.promise import (
@@ -98,9 +98,9 @@ def thresholds_to_try(choosers: Outputs) -> np.ndarray:
     They lie halfway between confidences of the choosing rows, so that rounding seldom changes an answer. At the first,
     just above the lowest confidence, all texts leave at the bag of words, except those without a word that it knows.
     """
-    rule = ExitRule(choosers.logits.shape[-1])  # of calibrated logits
-    confidences = np.unique(rule.confidences(choosers.logits)[0].double().numpy())
-    least = in_float32(rule.lowest + 1e-6)
+    bag_logits = choosers.logits[0]  # (N, C)
+    confidences = np.unique(bag_logits.softmax(-1).amax(-1).double().numpy())
+    least = in_float32(1 / bag_logits.shape[1] + 1e-6)
     between = np.float32((confidences[1:] + confidences[:-1]) / 2)
     between = between[(between > least) & (between < 1)]
     return np.concatenate([[least], between[:: max(1, len(between) // 100)], [1.0]])

@@ -79,7 +79,7 @@ def new_outputs(deployed: Deployed, rows: Examples, source: object, report: Call
     texts = texts.take(np.flatnonzero(one_of_each(texts.units, texts.keys)))  # one text of each group
     if not len(texts):
         raise InputError(f"{source}: no row is left to test on; name other rows")
-    outputs = runs.ask_exits(deployed.model, deployed.bag, texts, deployed.precision)
+    outputs = runs.ask_exits(deployed.run.model, deployed.run.bag, texts, deployed.precision)
     return outputs.by(deployed.run.point.rule)
 
 
