@@ -25,14 +25,12 @@ COMMANDS |= {name: f"minisweet.paper.{name}" for name in ("reproduce", "gradient
 
 def main() -> None:
     """Run the command that the first word names. Its module reads the words after it."""
-    name, words = sys.argv[1:2], sys.argv[2:]
-    sys.argv = ["minisweet"]
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet")
     parser.add_argument("command", choices=COMMANDS)
-    command = parser.parse_args(name).command
-    sys.argv = [f"minisweet {command}", *words]
+    command = parser.parse_args(sys.argv[1:2]).command
     tune_cpu()
-    run_command(importlib.import_module(COMMANDS[command]).main)
+    main_of = importlib.import_module(COMMANDS[command]).main
+    run_command(lambda: main_of(sys.argv[2:]), f"minisweet {command}")
 
 
 if __name__ == "__main__":

@@ -275,10 +275,11 @@ def in_folder(folder: Path):
 def run(module, *arguments) -> int:
     """Call a module's main() with these arguments, as a command; returns its exit status."""
     room, _, name = module.__name__.rpartition(".")
+    words = list(map(str, arguments))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"minisweet {name}" if room else f"{name}.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"{name}.py", *words])
         try:
-            run_command(module.main)
+            run_command(*((lambda: module.main(words), f"minisweet {name}") if room else (module.main,)))
         except SystemExit as stopped:
             return stopped.code
     return 0

@@ -20,13 +20,13 @@ from minisweet.outputs import read_outputs
 from minisweet.run import LOGITS
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Choose for one run."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet choose")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_options(Goal)
     parser.add_options(TrainingOptions, "device", "amp")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     folder = args.run
     run = load_run(folder)
     if (folder / LOGITS).is_file():

@@ -30,14 +30,14 @@ MOST_NGRAMS = 5  # on each side
 MOST_ROWS = 10_000  # rows of the page that have n-grams, so that it stays small
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Explain one text, or write the page."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet explain")
     add_options(parser)
     option = parser.add_argument
     option("text", nargs="?", metavar="TEXT", help="a text")
     option("--html", type=path_to(".html"), metavar="FILE", help="write a page of the validation rows")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if (args.text is None) == (args.html is None):
         raise InputError("TEXT: should be a text; or --html FILE and no text")
     parser.need(

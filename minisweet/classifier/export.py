@@ -10,15 +10,15 @@ from minisweet.base.files import InputError
 from minisweet.classifier.deployed import ANSWERING, OwnRun, load_run
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Export a run."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet export")
     option = parser.add_argument
     option("run", type=Path, metavar="RUN", help="run folder")
     about = "the file to write, which must not exist"
     option("--onnx", type=path_to(".onnx"), required=True, metavar="FILE.onnx", help=about)
     option("--int8", action="store_true", help="eight-bit weights, and a promise of its own")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     run = load_run(args.run, *ANSWERING, "texts", "outputs")
     print(*export_file(args.onnx, run, args.int8), sep="\n")
 

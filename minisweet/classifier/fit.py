@@ -292,9 +292,9 @@ class Training:
         return logits
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Train one run, and choose for it."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet fit")
     option = parser.add_argument
     option("file", nargs="?", type=Path, metavar="FILE", help="labelled texts: .csv, .tsv or .jsonl")
     option("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="more texts; repeatable")
@@ -307,7 +307,7 @@ def main() -> None:
     option("--overwrite", action="store_true", help="replace the run in --out when the new one is trained")
     parser.add_options(FitOptions, title="training")
     parser.add_options(Goal)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     options = parser.make(FitOptions, args)
     goal = parser.make(Goal, args)
     parser.need(args, args.dev_data is None, "a split of FILE, not --dev-data", "dev_size")

@@ -19,16 +19,16 @@ from minisweet.classifier.rows import all_columns, cell, read_rows, row_writer, 
 WINDOW = 1024  # rows that are read, and sorted by length, at once
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Predict one file."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet predict")
     option = parser.add_argument
     add_options(parser)
     option("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
     option("--out", type=Path, help="as FILE; replaced if it exists (default: standard output, as CSV)")
     names = list_of(name_of)
     option("--text-columns", type=names, help="(default: as in training, or text or sentence)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.out and args.out.resolve() == args.file.resolve():
         raise InputError(f"--out: {args.out} is the input; name another file")
     deployed = deployed_of(args)

@@ -26,12 +26,12 @@ from minisweet.texts import Examples, Texts
 MOST_CLASSES = 20  # with more, classes are not listed
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Test one run."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "minisweet test")
     runs.add_options(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     deployed = runs.deployed_of(args, "texts")
     fitted = fitted_of(deployed.run.record)
     there = all_columns(args.file)
