@@ -48,7 +48,11 @@ REFUSALS = [
     ),
     ("fit", f"one.csv {FIT}", "one: all rows have the label 'x', needs two or more"),
     ("fit", f"none.csv {FIT}", "none: no row has a label"),
-    ("fit", f"two.csv {FIT} --dev-size 0.1", "two: too few rows: no text can be set aside, or none is left to learn"),
+    (
+        "fit",
+        f"two.csv {FIT} --text-columns sentence1 --dev-size 0.1",
+        "two: too few rows: no text can be set aside, or none is left to learn",
+    ),
     ("fit", f"own.csv {FIT} --dev-data own.csv --dev-size 0.3", "--dev-size: needs a split of FILE, not --dev-data"),
     ("fit", f"own.csv {FIT} --text-columns label", "--text-columns: label, should not be the label column"),
     ("fit", f"own.csv {FIT} --unlabelled two.csv", "two.csv: no column text or sentence; it has sentence1,"),
