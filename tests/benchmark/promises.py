@@ -107,10 +107,8 @@ def lines() -> list[Line]:
     found.append(Line("Debian-12, 1,200 and 3,800 unlabelled", own, 1200, 3800))
     say, groups = "Debian-12, exit 0 has a say, ", "Debian-12, groups, "
     found.append(Line(f"{say}1,600", own, 1600, combines=True))
-    found.append(Line(f"{say}300 and 4,700 unlabelled", own, *some, combines=True))
     found.append(Line("Debian-12, several rows of a text, 1,600 texts", rows, 1600))
     found.append(Line(f"{groups}`--group-column`, 1,600 groups", own_groups, 1600))
-    found.append(Line(f"{groups}`--group-column`, 300 and 4,700 unlabelled", own_groups, *some))
     found.append(Line(f"{groups}without the option, 1,600 groups", own_groups, 1600, by_group=False))
     dev_data = f"{groups}without the option, 300 by `--dev-data`"
     found.append(Line(dev_data, own_groups, 300, dev_size=1.0, by_group=False))

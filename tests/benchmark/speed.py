@@ -2,10 +2,11 @@
 
     python -m tests.benchmark.speed RUN [--turns 5] [--texts 640] [--write]
 
-RUN is a run of `minisweet fit`. Its validation texts are answered, one by one
-and in batches of 32 of similar length (but for our file, which takes one at a time). Each side has a process of its
-own, and the sides take turns, so that a machine whose speed drifts is fair to all. Rivals, of linear.py, learn these
-very texts, and are only timed. Numbers are medians. With --write the rows of the model in speed.csv are replaced.
+RUN is a run of `minisweet fit`. Its validation texts are answered, one by one and in batches of 32 of similar length
+(but for our file, which takes one at a time). Each side has a process of its own, and the sides take turns, so that a
+machine whose speed drifts is fair to all. Rivals, of linear.py, learn these very texts, and are only timed; so is the
+model of `transformers`, public weights with a new head. Numbers are medians. With --write the rows of the model in
+speed.csv are replaced.
 """
 
 import json

@@ -41,7 +41,6 @@ ROWS += [("list", 4000, 0), ("list", 4000, 30000), ("own", 5000, 0)]
 ALONE = {"most frequent class": "0", "exit 0": "0", "TF-IDF": "0", "embeddings": "1", "full depth": "1"}  # layers
 OURS = [("full depth", "full model", "our classifier, full depth")]
 OURS += [("deployed", "bag of words, then model", "our classifier, deployed")]
-BEHIND = ("exit 0 and the model", "exit 0, a branch and the model")
 # What the picture of the promise writes in place of a name of the draws.
 CLEARER = {"exit 0 has a say": "with exit 0's logits"}
 
@@ -233,19 +232,15 @@ def bag_of_words() -> dict[str, str]:
     found = defaultdict(list)
     for row in read_rows(CLASSIFIER / "bag_of_words.csv"):
         found[row["model"], row["task"], row["way"], row["share"]].append(float(row["score"]))
-    tasks, deep, shares = (*TASKS[SMALL], "cola"), (*TASKS[DEEP][:3], "own"), ("1/6", "1/3", "1/2", "1")
+    tasks, shares = (*TASKS[SMALL], "cola"), ("1/6", "1/3", "1/2", "1")
     alone = [[way, *(f"{np.mean(found[SMALL, task, way, n]):.1f}" for task in tasks)] for way, n in ALONE.items()]
-    means, gains = [], []
-    for way in (*BEHIND, "EE", "SWEET", "MM"):
+    means = []
+    for way in ("exit 0 and the model", "EE", "SWEET", "MM"):
         of_tasks = [[np.mean(found[SMALL, task, way, share]) for task in TASKS[SMALL]] for share in shares]
         means.append([way, *(f"{np.mean(values):.1f}" for values in of_tasks)])
-    for share in shares[:3]:
-        ours, theirs = (np.array([found[DEEP, task, way, share] for task in deep]) for way in BEHIND[::-1])
-        gains.append([share, *cells((ours - theirs).T, sign="+")])
     return {
         "alone": table(["", *map(named, tasks)], alone),
         "at shares": table(["", *shares], means),
-        "a branch": table(["share of the layers", *map(named, deep)], gains),
     }
 
 
