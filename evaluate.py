@@ -11,7 +11,6 @@ exactly. Prints the scores and the curve, and writes logits.safetensors, evaluat
 import time
 from dataclasses import asdict
 from pathlib import Path
-from shlex import quote
 
 import numpy as np
 
@@ -104,8 +103,7 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     print_curve(evaluation)
     if texts.examples.difficulties:  # of the toy task
         print_difficulties(texts.examples.difficulties, np.array(record.exit_layers)[taken], points)
-    next_step = f"; to choose a threshold: minisweet choose {quote(str(folder))}"
-    print(f"\nwritten to {folder / EVALUATION}" + next_step * (options.exit_strategy != "lte"), flush=True)
+    print(f"\nwritten to {folder / EVALUATION}", flush=True)
     return evaluation
 
 
