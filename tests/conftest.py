@@ -273,7 +273,10 @@ def run(module, *arguments) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *words])
         try:
-            run_command(*((lambda: module.main(words), f"minisweet {name}") if room else (module.main,)))
+            if room.startswith("minisweet."):
+                run_command(lambda: module.main(words), f"minisweet {name}")
+            else:
+                run_command(module.main)
         except SystemExit as stopped:
             return stopped.code
     return 0

@@ -13,7 +13,6 @@ import evaluate
 from minisweet.adaptive import Exits, exits_taken
 from minisweet.base.files import read_json, write_json
 from minisweet.calibration import fit_rule
-from minisweet.classifier import choose, predict
 from minisweet.metrics import area_under_curve, score
 from minisweet.outputs import Outputs, read_outputs
 from minisweet.run import load_run_tokenizer, read_record, read_validation
@@ -117,17 +116,13 @@ def test_metric_and_precision_are_those_that_are_asked_for(copied, command, monk
 
 def test_files_of_another_run_are_refused(copied, run_of, command):
     run = copied("sweet")
-    rows, other = run / "validation.jsonl", run_of("ee")
+    other = run_of("ee")
     shutil.copy(other / "model.safetensors", run / "model.safetensors")
-    for module, *words in [(predict, rows), (evaluate,)]:
-        assert "model.safetensors: belongs to another run than run.json beside it" in command(module, run, *words)[2]
+    assert "model.safetensors: belongs to another run than run.json beside it" in command(evaluate, run)[2]
     shutil.copy(run_of("sweet") / "model.safetensors", run / "model.safetensors")
     shutil.copy(other / "logits.safetensors", run / "logits.safetensors")
-    for told in ("belongs to other weights than the model beside it; it is made again\n", ""):
-        status, _, err = command(choose, run)
-        assert (status, err[-len(told) :] if told else err) == (0, told)
     (run / "model.safetensors").unlink()  # as in an archive of results
-    assert command(evaluate, run, "--plot", "a.png")[0] == command(choose, run)[0] == 0
+    assert command(evaluate, run, "--plot", "a.png")[0] == 0
     shutil.copy(other / "evaluation.json", run / "evaluation.json")
     _, _, err = command(evaluate, run, "--plot", "a.png")
     assert "evaluation.json: belongs to other weights than the model beside it" in err

@@ -51,8 +51,6 @@ def run_line(line: str) -> None:
         if word.endswith((".csv", ".tsv")) and option != "--out" and not Path(word).exists():
             columns = "text sentence1 sentence2 subject body label team".split()
             write_table(Path(word), columns, dict.fromkeys(columns[-2:], ("a", "b")))
-        elif option == "--trunk" and not Path(word).exists():
-            run_line(f"python -m minisweet export {newest_run()} --out {word}")
         elif option == "--task" and word not in TASKS:  # a data set of your own
             for name in ("train.tsv", "dev.tsv"):
                 path = Path(words[words.index("--data-dir") + 1], word, name)
@@ -110,19 +108,19 @@ def test_commands_and_code_run(guide, place, capsys):
 def test_the_service_answers(run_of, place):
     _, uvicorn, httpx = map(pytest.importorskip, ("fastapi", "uvicorn", "httpx"))
     (block,) = [block for _, block in blocks_of(USE) if "FastAPI" in block]
-    exec(compile(block.replace("RUN", str(run_of("pairs"))), USE, "exec"), names := {})
+    exec(compile(block.replace("RUN", str(run_of("bag"))), USE, "exec"), names := {})
     server = uvicorn.Server(uvicorn.Config(names["app"], port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         assert thread.is_alive()
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    bad = [b'["one text"]', rb'[["\ud800", ""]]', rb'"\ud800"', b"null", b'{"a": 1}']  # \ud800 is half an emoji
-    bodies, json_type = [b'[["the film", "was superb"], ["", ""]]', *bad], {"content-type": "application/json"}
+    bad = [b'[["two", "texts"]]', rb'["\ud800"]', rb'"\ud800"', b"null", b'{"a": 1}']  # \ud800 is half an emoji
+    bodies, json_type = [b'["the film was superb", ""]', *bad], {"content-type": "application/json"}
     answer, *refused = (httpx.post(url, content=body, headers=json_type) for body in bodies)
     server.should_exit = True
     thread.join()
-    assert [row["label"] in ("yes", "no") for row in answer.json()] == [True, True]
+    assert [row["label"] in ("negative", "positive") for row in answer.json()] == [True, True]
     assert [response.status_code for response in (answer, *refused)] == [200, *[422] * len(bad)]
     assert "item 0: " in refused[1].json()["detail"]
 
