@@ -74,6 +74,7 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     model = load_model(folder, record).to(place)
     outputs = ask_all(model, texts, choose_precision(amp, place), record.metric)
     check_finite(outputs, folder)
+    assert record.id is not None  # a run that diverged has no model to load
     write_outputs(folder / LOGITS, outputs, record.id)
     seconds = round(time.perf_counter() - start, 2)
 

@@ -6,7 +6,7 @@ default it is trained for two epochs or the paper's 750 steps, whichever is more
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from minisweet.base.files import InputError, preview
 from minisweet.texts import Examples
@@ -23,7 +23,7 @@ class Task(NamedTuple):
     numbered: bool = True  # the files hold a label's index, not its name
     header: tuple[str, ...] | None = None  # the names of all columns, where the files have no header line
     files: tuple[str, str] = ("train.tsv", "dev.tsv")
-    metric: str = "accuracy"  # or "matthews"
+    metric: Literal["accuracy", "matthews"] = "accuracy"
     epochs: int = 2  # by default, as in the paper
     steps: int = 0  # by default, as many epochs as make these steps, if `epochs` make fewer
 
@@ -118,5 +118,5 @@ def load_examples(name: str, split: str, data_dir: Path) -> Examples:
             empty += 1
     if not rows:
         raise InputError(f"{path}: it has no rows")
-    first, second = [list(side) for side in zip(*rows, strict=True)] + [None] * (2 - len(texts))
-    return Examples(first, second, labels, empty=empty)
+    sides = [list(side) for side in zip(*rows, strict=True)]
+    return Examples(sides[0], sides[1] if len(sides) > 1 else None, labels, empty=empty)
