@@ -3,25 +3,33 @@
     python evaluate.py                          # the newest run under runs/
     python evaluate.py runs/NAME --thresholds 101
     python evaluate.py runs/A runs/B runs/C --plot compare.png
+    python evaluate.py runs/NAME --predict new.tsv --threshold 0.9
 
 One forward pass over the validation rows gives the logits of every exit, and with them the decisions at all thresholds,
 exactly. Prints the scores and the curve, and writes logits.safetensors, evaluation.json and curve.png.
+
+With --predict it answers new texts by live early exit instead: for each line of the file, which has the columns of the
+task's files (no label is needed), it prints label, confidence and exit layer, with tabs between them.
 """
 
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
+import torch
 
-from minisweet.base.commands import Parser, path_to, run_command, whole_number
+from minisweet.base.commands import Parser, number, path_to, run_command, whole_number
 from minisweet.base.devices import choose_device, choose_precision, device_name
 from minisweet.base.files import InputError, read_dataclass, write_json
+from minisweet.calibration import fit_rule
 from minisweet.fast import tune_cpu
+from minisweet.live import early_exit
 from minisweet.metrics import METRICS
 from minisweet.options import TrainingOptions
-from minisweet.outputs import ask_all, check_finite, write_outputs
+from minisweet.outputs import ask_all, check_finite, read_outputs, write_outputs
 from minisweet.plots import draw_curves
 from minisweet.run import (
     CURVE,
@@ -36,28 +44,38 @@ from minisweet.run import (
     versions,
 )
 from minisweet.sweep import Evaluation, crossfit, spaced_thresholds, sweep
-from minisweet.texts import Texts
+from minisweet.texts import Examples, Texts, read_cells
 from minisweet.toy import LEVELS
+
+WINDOW = 1024  # new texts that are read, and sorted by length, at once
 
 
 def main() -> None:
-    """Evaluate one run, or draw the evaluations of several."""
+    """Evaluate one run, draw the evaluations of several, or answer new texts."""
     parser = Parser(__doc__)
     option = parser.add_argument
     option("runs", nargs="*", type=Path, metavar="RUN", help="run folder (default: the newest under runs/)")
     option("--plot", type=path_to(".png"), metavar="PNG", help="draw the curves of evaluated runs in one picture")
     about = "how many, from 1/classes (lte: 0) to 1 (default: 11)"
     option("--thresholds", type=whole_number(2, 10001), default=11, help=about)
+    option("--predict", type=Path, metavar="TSV", help="new texts to answer, in the columns of the task's files")
+    option("--threshold", type=number(0, 1), help="of --predict: the confidence at which a text exits")
     parser.add_options(TrainingOptions, "device", "amp")
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.plot:
         raise InputError(f"{args.runs[1]}: a second run, and only --plot takes several")
     parser.need(args, not args.plot, "a run to evaluate, and --plot only draws", "thresholds", "device", "amp")
+    parser.need(args, not args.predict, "a command without --predict", "thresholds", "plot")
+    parser.need(args, args.predict, "--predict FILE.tsv", "threshold")
+    if args.predict and args.threshold is None:
+        raise InputError("is missing; --predict needs it, a number from 0 to 1", "threshold")
     runs = args.runs or [newest_run()]
     tune_cpu()
     if args.plot:
         draw_curves(args.plot, {str(folder): read_evaluation(folder) for folder in runs})
         print(f"written to {args.plot}")
+    elif args.predict:
+        predict(runs[0], args.predict, args.threshold, args.device, args.amp)
     else:
         evaluate(runs[0], args.thresholds, args.device, args.amp)
 
@@ -106,9 +124,38 @@ def evaluate(folder: Path, thresholds: int = 11, device: str = "auto", amp: str 
     print_curve(evaluation)
     if texts.examples.difficulties:  # of the toy task
         print_difficulties(texts.examples.difficulties, np.array(record.exit_layers)[taken], points)
-    next_step = f"; to choose a threshold: minisweet choose {quote(str(folder))}"
-    print(f"\nwritten to {folder / EVALUATION}" + next_step * (options.exit_strategy != "lte"), flush=True)
+    next_step = f"python evaluate.py {quote(str(folder))} --predict FILE.tsv --threshold 0.9"
+    print(f"\nwritten to {folder / EVALUATION}; to answer new texts: {next_step}", flush=True)
     return evaluation
+
+
+def predict(folder: Path, file: Path, threshold: float, device: str = "auto", amp: str = "auto") -> None:
+    """Answer the texts of a file by live early exit, with confidences that are calibrated on all validation rows.
+
+    Prints a line for each text, in order: label, confidence and exit layer. Raises InputError for a file without the
+    task's columns, and for a line with too many or too few cells.
+    """
+    record = record_of(folder)
+    place = choose_device(device)
+    precision = choose_precision(amp, place)
+    tokenizer, model = load_run_tokenizer(folder, record), load_model(folder, record).to(place)
+    assert record.id is not None  # as in `evaluate`
+    try:
+        outputs = read_outputs(folder / LOGITS, record.id)
+    except InputError:  # not evaluated yet, or other weights were
+        validation = Texts(tokenizer, read_validation(folder, record))
+        outputs = ask_all(model, validation, precision, record.metric)
+        check_finite(outputs, folder)
+    rule = fit_rule(outputs)
+    lines = read_cells(file, record.text_columns or ["sentence"], record.header)  # the toy task has no columns
+    while chunk := list(islice(lines, WINDOW)):
+        texts = Texts(tokenizer, Examples.of([cells for _, cells in chunk]))
+        inputs = texts.batch(np.arange(len(texts))).to(place).inputs
+        with torch.autocast(place.type, precision, enabled=precision is not None):
+            answers = early_exit(model, *inputs, threshold, rule)
+        labels, exits, _, confidence = (part.tolist() for part in answers)
+        for label, k, sure in zip(labels, exits, confidence, strict=True):
+            print(record.labels[label], f"{sure:.6f}", record.exit_layers[k], sep="\t")
 
 
 def record_of(folder: Path) -> Record:

@@ -88,6 +88,7 @@ def train(options: TrainingOptions, task: str, data_dir: Path, out: Path, overwr
         labels=list(spec.labels),
         metric=spec.metric,
         text_columns=list(spec.columns[:-1]),
+        header=list(spec.header or ()),
         exit_layers=options.exit_layers,
         depth=config.num_hidden_layers,
         vocab_size=config.vocab_size,

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 from minisweet.base.commands import progress
 from minisweet.base.files import LOG, InputError, one_line, preview, written_beside
-from minisweet.checkpoint import PICKLED, REPOSITORIES, WEIGHTS, open_weights, read_config
+from minisweet.checkpoint import PICKLED, POOLING, REPOSITORIES, WEIGHTS, open_weights, read_config
 from minisweet.tasks import TASKS, Task
 from minisweet.texts import TOKENIZER_FILES, load_tokenizer
 
@@ -98,7 +98,7 @@ def _from_hub(repository: str, folder: Path) -> None:
     # One quick request first: snapshot_download retries an unreachable hub for minutes.
     info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     weights = WEIGHTS if WEIGHTS in {file.rfilename for file in info.siblings or ()} else PICKLED
-    for names in (["config.json"], TOKENIZER_FILES, [weights]):
+    for names in (["config.json", POOLING], TOKENIZER_FILES, [weights]):
         snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=list(names))
         config = read_config(folder)
         if names is TOKENIZER_FILES:

@@ -30,9 +30,7 @@ class TrainingOptions(Options):
     lr: float | None = option(
         None, positive_number, "initial learning rate (default: the paper's, or by the model's size)"
     )
-    epochs: int | None = option(
-        None, whole_number(1), "passes over the data (default: 2, toy 3, your own: 2 or 750 steps)"
-    )
+    epochs: int | None = option(None, whole_number(1), "passes over the data (default: 2, toy 3, own 2 or 750 steps)")
     batch_size: int | None = option(None, whole_number(1), "examples (default: 16, and 8 for a large DeBERTa)")
     max_length: int = option(256, whole_number(8), "tokens; longer texts are cut")
     device: str = option("auto", name_of, "auto, cpu, cuda or cuda:N")

@@ -40,6 +40,7 @@ class Record:
     labels: list[str]  # (C,)
     metric: Literal["accuracy", "matthews"]
     text_columns: list[str]  # of the task's files; empty for the toy task
+    header: list[str] = field(default_factory=list)  # all columns of these files, if they have no header line
     exit_layers: list[int]  # (K,)
     depth: int  # the number of layers of the original encoder
     vocab_size: int

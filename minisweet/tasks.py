@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minisweet.base.files import InputError, preview
-from minisweet.texts import Examples
+from minisweet.texts import Examples, read_cells, read_lines
 from minisweet.toy import make_toy
 
 
@@ -64,24 +64,15 @@ def find_task(name: str, data_dir: Path) -> Task:
     path = Path(data_dir) / name / "train.tsv"
     if Path(name).name != name or not path.is_file():
         raise InputError(f"{name!r:.80}, should be one of {', '.join(TASKS)}, or a folder with {path}", "task")
-    header, *lines = _lines_of(path)
-    columns = header.split("\t")
-    texts = ("sentence1", "sentence2") if "sentence1" in columns else ("sentence",)
-    if lacking := [column for column in (*texts, "label") if column not in columns]:
+    header = next(read_lines(path), [])
+    texts = ("sentence1", "sentence2") if "sentence1" in header else ("sentence",)
+    if lacking := [column for column in (*texts, "label") if column not in header]:
         wanted = "label and sentence, or label, sentence1 and sentence2"
         raise InputError(f"{path}: no column {', '.join(lacking)}; its header should name {wanted}")
-    cells = [line.split("\t") for line in lines]
-    labels = {row[columns.index("label")] for row in cells if len(row) == len(columns)} - {""}
+    labels = {cells[-1] for _, cells in read_cells(path, (*texts, "label"), may_be_short=True) if cells} - {""}
     if len(labels) < 2:
         raise InputError(f"{path}: its labels are {preview(sorted(labels))}, should be two or more classes")
     return Task(tuple(sorted(labels)), name, columns=(*texts, "label"), numbered=False, steps=PAPER_STEPS)
-
-
-def _lines_of(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")  # cells have no quotes
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 def load_examples(name: str, split: str, data_dir: Path) -> Examples:
@@ -91,32 +82,18 @@ def load_examples(name: str, split: str, data_dir: Path) -> Examples:
         first, labels, difficulties = make_toy(split)
         return Examples(first, None, labels, difficulties)
     path = Path(data_dir) / task.folder / task.files[("train", "dev").index(split)]
-    lines = _lines_of(path)
-    header = task.header or lines[0].split("\t")
-    if lacking := set(task.columns) - set(header):
-        raise InputError(f"{path}: no column {', '.join(sorted(lacking))}; is it a file of {task.folder}?")
-    codes = [str(index) for index in range(len(task.labels))] if task.numbered else task.labels
-    *texts, label = map(header.index, task.columns)
+    codes = [str(index) for index in range(len(task.labels))] if task.numbered else list(task.labels)
     rows, labels, empty = [], [], 0
-    for number, line in enumerate(lines, 1):
-        cells = line.split("\t")
-        if len(cells) > len(header):
-            raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}, as its header has")
-        is_header = number == 1 and not task.header
-        is_short = len(cells) <= max(*texts, label)
-        empty += is_short and line != ""  # a blank label in your own data is an error below
-        if is_header or is_short or (cells[label] == NO_LABEL and NO_LABEL not in codes):
-            continue
-        if cells[label] not in codes:
-            right = preview(codes, 24)
-            raise InputError(f"{path}, line {number}: label {cells[label]!r:.60}, should be one of {right}")
-        row = [cells[place] for place in texts]
-        if any(part.strip() for part in row):
-            rows.append(row)
-            labels.append(codes.index(cells[label]))
-        else:
+    for number, cells in read_cells(path, task.columns, task.header or (), may_be_short=True):
+        *row, label = cells or [""]
+        if not "".join(row).strip():
             empty += 1
+        elif label in codes:
+            rows.append(row)
+            labels.append(codes.index(label))
+        elif label != NO_LABEL:
+            right = preview(codes, 24)
+            raise InputError(f"{path}, line {number}: label {label!r:.60}, should be one of {right}")
     if not rows:
         raise InputError(f"{path}: it has no rows")
-    sides = [list(side) for side in zip(*rows, strict=True)]
-    return Examples(sides[0], sides[1] if len(sides) > 1 else None, labels, empty=empty)
+    return Examples.of(rows, labels, empty)

@@ -13,7 +13,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor
 
-from minisweet.base.files import InputError, read_dataclass, regular_file
+from minisweet.base.files import InputError, preview, read_dataclass, regular_file
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
 # The special tokens: start, end, padding and unknown word. MPNet separates two texts by two ends, <s> A </s></s> B
@@ -35,6 +35,12 @@ class Examples(NamedTuple):
     groups: list[str | None] | None = None  # what a row belongs to, such as a thread; None for a row by itself
     empty: int = 0  # how many rows without text were skipped
 
+    @classmethod
+    def of(cls, rows: list[list[str]], labels: list[int] | None = None, empty: int = 0) -> "Examples":
+        """Rows of one text or two."""
+        first, *second = [list(side) for side in zip(*rows, strict=True)]
+        return cls(first, second[0] if second else None, labels, empty=empty)
+
     def take(self, rows: Sequence[int] | np.ndarray) -> "Examples":
         """Some of the rows."""
         lists = {name: values for name, values in self._asdict().items() if name != "empty" and values is not None}
@@ -49,6 +55,37 @@ class Examples(NamedTuple):
         labels: Sequence[int | None] = self.labels or [None] * len(self.first)
         rows = zip(self.texts(), labels, strict=True)
         return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
+
+
+def read_lines(path: Path) -> Iterator[list[str]]:
+    """Yield the cells of each line of a tab-separated file. Raises InputError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                yield line.removesuffix("\n").split("\t")  # cells have no quotes
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def read_cells(
+    path: Path, columns: Sequence[str], header: Sequence[str] = (), may_be_short: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of each line after the header, and its cells in some columns. Those of a blank line are empty.
+
+    `header` names all columns if the file has no header line. Raises InputError for a file that cannot be read or lacks
+    a column, and for a line with too many cells or too few. If `may_be_short`, a line with too few has none.
+    """
+    lines, first = read_lines(path), 1 if header else 2
+    header = header or next(lines, [])
+    if lacking := [column for column in columns if column not in header]:
+        raise InputError(f"{path}: no column {', '.join(lacking)}; its header names {preview(header)}")
+    places = [header.index(column) for column in columns]
+    for number, cells in enumerate(lines, first):
+        cells = [""] * len(header) if cells == [""] else cells
+        is_short = len(cells) <= max(places)
+        if len(cells) > len(header) or (is_short and not may_be_short):
+            raise InputError(f"{path}, line {number}: {len(cells)} cells, should be {len(header)}: {preview(header)}")
+        yield number, [] if is_short else [cells[place] for place in places]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,9 +66,34 @@ def test_an_evaluation_is_whole_and_the_same_again_and_what_is_saved_is_read(cop
     curve, _ = sweep(crossfit(outputs), outputs, after["thresholds"])
     assert curve.items() <= after.items()
     assert f"\n{1:9.3f}{after['scores'][-1]:8.1f}{after['speedup_ratios'][-1]:15.3f}" in out
-    assert (f"to choose a threshold: minisweet choose '{folder}'" in out) == (name != "lte")
+    assert f"to answer new texts: python evaluate.py '{folder}' --predict" in out
     assert len(re.findall(f"^({'|'.join(LEVELS)}) +[0-9.]+$", out, re.MULTILINE)) == 4
     assert ("predicts one class for all rows" in out) == (1 in after["exit_answers"])
+
+
+@pytest.mark.parametrize("name", ["sweet", "mm", "lte"])
+def test_new_texts_are_answered_as_the_sweep_decides(copied, command, monkeypatch, name):
+    monkeypatch.setattr(evaluate, "WINDOW", 60)
+    folder = copied(name)
+    record = read_record(folder)
+    outputs, rows = read_outputs(folder / "logits.safetensors", record.id), read_validation(folder, record)
+    rule = fit_rule(outputs)
+    confidence = rule.confidences(outputs.logits, outputs.certainty)  # (K, N)
+    sure = confidence[0].unique()
+    threshold = float(sure[len(sure) // 2 : len(sure) // 2 + 2].mean())  # between two, so that about half leave
+    (taken,), (labels,), _ = outputs.decide_at(range(3), [threshold], rule)
+    assert len({*taken}) > 1
+    Path("new.tsv").write_text("note\tsentence\n" + "".join(f"\t{text}\n" for text in [*rows.first, " "]) + "\n")
+    words = folder, "--predict", "new.tsv", "--threshold", threshold
+    status, out, err = command(evaluate, *words)
+    *found, space, blank = [line.split("\t") for line in out.splitlines()]
+    assert (status, err, space) == (0, "", blank)
+    assert [label for label, _, _ in found] == [record.labels[label] for label in labels]
+    assert [int(layer) for _, _, layer in found] == np.array(record.exit_layers)[taken].tolist()
+    expected = confidence.numpy()[taken, np.arange(len(taken))]
+    np.testing.assert_allclose([float(value) for _, value, _ in found], expected, atol=2e-5)
+    (folder / "logits.safetensors").unlink()  # the validation rows are run again
+    assert command(evaluate, *words) == (0, out, err)
 
 
 def test_metric_and_precision_are_those_that_are_asked_for(copied, command, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from minisweet import hub
+from minisweet.checkpoint import read_config
 from tests.conftest import CONFIGS
 from tests.hub_server import HubServer
 from tests.test_rows import refused
@@ -62,6 +63,13 @@ def test_a_model_is_fetched_once(server, fetch, tmp_path, model, name):
     assert [path.name for path in folder.parent.iterdir()] == [name]
     assert (f"/api/models/{hub.REPOSITORIES.get(model, model)}", "Bearer hf_secret") in server.requests
     assert fetch(model, NOBODY) == folder
+
+
+def test_what_a_sentence_encoder_was_trained_to_give_is_fetched_too(server, fetch):
+    pooling = {"1_Pooling/config.json": b'{"pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true}'}
+    server.add_repository("some.one/sentences", BERT | pooling)
+    assert read_config(fetch("some.one/sentences", server.url)).pooling == "mean"
+    assert read_config(fetch("some.one/tiny", server.url)).pooling == "cls"
 
 
 def test_a_repository_of_pytorch_weights_is_converted(server, fetch, tmp_path):

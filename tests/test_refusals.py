@@ -35,6 +35,13 @@ REFUSALS = [
     ("evaluate", "run other --plot new.png", "other: it was evaluated on other rows, or by another metric"),
     ("evaluate", "bare --plot new.png", "bare: has no evaluation.json; first: python evaluate.py bare"),
     ("evaluate", "bare run", "run: a second run, and only --plot takes several"),
+    ("evaluate", "ee --predict own.csv", "--threshold: is missing; --predict needs it, a number from 0 to 1"),
+    ("evaluate", "ee --predict own.csv --threshold 1.5", "--threshold: '1.5', should be a number from 0 to 1"),
+    ("evaluate", "ee --threshold 0", "--threshold: needs --predict FILE.tsv"),
+    ("evaluate", "ee --predict own.csv --threshold 1 --thresholds 3", "--thresholds: needs a command without --predi"),
+    ("evaluate", "ee --predict own.csv --threshold 1 --plot a.png", "--plot: needs a command without --predict"),
+    ("evaluate", "ee --predict own.csv --threshold 1", "own.csv: no column sentence; its header names text,label"),
+    ("evaluate", "ee --predict tiny --threshold 1", "tiny: cannot be read ("),
     *[(command, f"old {words}", "old: a run of an earlier version of minisweet; ") for command, words in OLD.items()],
     # own text
     ("fit", FIT, "FILE: is missing; it may be left out with --trunk FOLDER --unlabelled FILE"),

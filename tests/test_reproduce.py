@@ -91,18 +91,23 @@ def test_the_search_comes_first_and_runs_that_do_not_converge_are_repeated(grid,
     def pretend(command: list[str]) -> SimpleNamespace:
         if "train.py" in command[1]:
             options = options_of(command)
+            assert not made or len(read_runs(OUT / "results.csv")) == len(made)  # it is written after each run
             made.append((options["method"], options["lr"], options["seed"]))
             fails = options["seed"] in {"ee": (1, 3), "mm": (2, 3, 4, 5)}.get(options["method"], ())
             fake_run(options["out"], options, 50 if fails else areas[options["method"]][options["lr"]])
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(reproduce.subprocess, "run", pretend)
+    printed = grid(*words, "--print")[1].splitlines()
+    assert [line.count("train.py") + line.count(" && ") + line.count("evaluate.py") for line in printed] == [3] * 6
+    assert (made, OUT.exists()) == ([], False)  # nothing is run
     assert grid(*words)[0] == 0
     assert made[:6] == list(product(("ee", "sweet", "mm"), (1e-3, 1e-2), (0,)))
     seeds = {"ee": (1, 2, 3, 4), "sweet": (1, 2), "mm": (1, 2, 3, 4, 5)}  # further ones one at a time; in vain
     assert made[6:] == [(method, 1e-2, seed) for method, of_method in seeds.items() for seed in of_method]
     before = [*made]
     assert (grid(*words)[0], made) == (0, before)  # nothing is made again
+    assert grid(*words, "--print")[1] == ""
     text = (OUT / "results.md").read_text()
     assert "| toy | 1e-2: 70.0 ±0.0 | 1e-2: 55.0 ±0.0 | 1e-2: 51.3 ±2.9 |" in text
     assert "toy ee 0.01 seed 1" in text

@@ -12,7 +12,7 @@ from minisweet import hub, tasks
 from minisweet.base.files import InputError
 from minisweet.run import read_record
 from minisweet.tasks import TASKS, find_task, load_examples
-from minisweet.texts import Examples
+from minisweet.texts import Examples, read_cells
 from tests.conftest import write_model
 from tests.hub_server import HubServer
 
@@ -40,9 +40,14 @@ FILES["qnli"] = FILES["rte"].replace("sentence1", "question").replace("sentence2
     ("task", "old", "new", "message"),
     [
         ("sst2", "\t1", "\tpositive", "line 2: label 'positive', should be one of 0, 1"),
-        ("sst2", "c\t0", "c\t0\tx", "line 3: 3 cells, should be 2, as its header has"),
+        ("sst2", "c\t0", "c\t0\tx", "line 3: 3 cells, should be 2: sentence, label"),
         ("cola", FILES["cola"], "", "it has no rows"),
-        ("mrpc", "Quality", "quality", "no column Quality; is it a file of MRPC?"),
+        (
+            "mrpc",
+            "Quality",
+            "quality",
+            "no column Quality; its header names quality, #1 ID, #2 ID, #1 String",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, task, old, new, message):
@@ -53,6 +58,27 @@ def test_a_wrong_file_is_one_line(tmp_path, task, old, new, message):
         load_examples(task, "dev", tmp_path)
     assert str(error.value).startswith(str(path))
     assert message in str(error.value)
+
+
+def test_new_texts_need_no_label_and_blank_lines_are_texts(tmp_path):
+    path = tmp_path / "new.tsv"
+
+    def read(text: str, *columns: str, header: tuple[str, ...] = ()) -> list[tuple[int, list[str]]]:
+        path.write_bytes(text.replace("|", "\t").replace("!", ODD).encode(errors="surrogateescape"))
+        return list(read_cells(path, columns, header))
+
+    pairs = read("\ufeff#2 String|#1 String|note\r\nb|!|x\r\nd|c\r\n\r\n | ", "#1 String", "#2 String")
+    assert pairs == [(2, [ODD, "b"]), (3, ["c", "d"]), (4, ["", ""]), (5, [" ", " "])]
+    assert read("||x|sentence\n\n", "sentence", header=TASKS["cola"].header) == [(1, ["sentence"]), (2, [""])]
+    for text, message in {
+        "": "new.tsv: no column sentence; its header names ",
+        "label|sentence\n1|a\n1": "new.tsv, line 3: 1 cells, should be 2: label, sentence",
+        "sentence\na|1": "new.tsv, line 2: 2 cells, should be 1: sentence",
+        "sentence\n\udcff": "new.tsv: cannot be read (",
+    }.items():
+        with pytest.raises(InputError) as error:
+            read(text, "sentence")
+        assert message in str(error.value)
 
 
 @pytest.fixture

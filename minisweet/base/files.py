@@ -1,6 +1,5 @@
 """The error for bad input, files that are never half-written, and JSON that is read into dataclasses."""
 
-import errno
 import json
 import logging
 import os
@@ -83,8 +82,6 @@ def written_beside(target: Path, overwrite: bool = True) -> Iterator[Path]:
     except OSError as error:
         with suppress(OSError):  # if the second rename failed
             new.with_suffix(".old").rename(target)
-        if error.errno == errno.ENOTEMPTY:
-            raise InputError(f"{target}: already exists; name another") from None  # made by another process
         raise InputError(f"{target}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -32,7 +32,7 @@ def where_texts_leave(taken: dict[float, np.ndarray], levels: dict[str, np.ndarr
 
 
 def part_of(name: str, exits: Sequence[int]) -> tuple[str, int]:
-    """The part of a model that a parameter is in: "layers", "branches" or "heads"; and the layer, 0 for embeddings."""
+    """The part of a model that a parameter is in: "layers" or "heads"; and the layer, 0 for the embeddings."""
     words = name.split(".")
     if words[0] == "encoder":
         return "layers", int(words[2]) + 1 if words[1] == "layers" else 0
@@ -44,19 +44,18 @@ def owners(models: dict[str, dict[tuple[str, int], list[int]]], exits: Sequence[
 
     For each method, `models` holds these exits by `part_of` the model.
     """
-    rows = [sorted({row for row, _ in parts}, key=["heads", "branches", "layers"].index) for parts in models.values()]
-    figure, axes = plt.subplots(len(models), 1, figsize=(9, 5.2), height_ratios=list(map(len, rows)), sharex=True)
-    for axis, (method, parts), lanes in zip(axes, models.items(), rows, strict=True):
+    rows = ("heads", "layers")
+    figure, axes = plt.subplots(len(models), 1, figsize=(9, 3.6), sharex=True)
+    for axis, (method, parts) in zip(axes, models.items(), strict=True):
         for (row, n), updated_by in parts.items():
-            y = lanes.index(row)
+            y = rows.index(row)
             for i, layer in enumerate(updated_by):
                 width = 0.8 / len(updated_by)
                 axis.barh(y, width, 0.7, n - 0.4 + i * width, color=COLOURS[exits.index(layer)])
-            axis.barh(y, 0.8, 0.7, n - 0.4, color="none" if updated_by else "0.9", edgecolor="0.3")
-        axis.set(title=method, ylim=(len(lanes) - 0.4, -0.6), yticks=range(len(lanes)), yticklabels=lanes)
+            axis.barh(y, 0.8, 0.7, n - 0.4, color="none", edgecolor="0.3")
+        axis.set(title=method, ylim=(1.6, -0.6), yticks=(0, 1), yticklabels=rows)
     layers = range(1, 1 + exits[-1])
     axes[-1].set(xticks=[0, *layers], xticklabels=["embeddings", *layers], xlabel="layer", xlim=(-0.6, 0.6 + exits[-1]))
     patches = [Patch(color=colour, label=f"loss of exit {n}") for n, colour in zip(exits, COLOURS, strict=False)]
-    patches.append(Patch(facecolor="0.9", edgecolor="0.3", label="frozen"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=1 + len(exits), frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(exits), frameon=False)
     plt.show()
